@@ -1,0 +1,1 @@
+"""Around a run: the command line, callbacks, and commands that read finished runs."""

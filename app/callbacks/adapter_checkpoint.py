@@ -1,0 +1,105 @@
+"""Best and last checkpoint of a run, from which training continues bit for bit."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from app.run_directory import CHECKPOINTS
+
+
+class AdapterCheckpoint(ModelCheckpoint):
+    """Keep `best.ckpt` and `last.ckpt` in the run directory.
+
+    What a checkpoint holds of the model is the module's choice (`AdaptedModule.saved_state`: factors, head, buffers,
+    never the frozen backbone); Lightning adds optimizer, schedule and the loader's position, and this callback every
+    process's random-number state, restored just before the first training step behind the resume.
+
+    Args:
+        monitor: Metric that decides which is best; None makes the newest the best.
+        mode: Whether the metric is to be large or small.
+        last_every_n_steps: Renew last.ckpt after every so many optimizer steps, at least 1, besides every epoch's end.
+    """
+
+    def __init__(
+        self, monitor: str | None = "val/acc1", mode: Literal["min", "max"] = "max", last_every_n_steps: int = 200
+    ) -> None:
+        if last_every_n_steps < 1:
+            raise ValueError(f"checkpoint.last_every_n_steps: {last_every_n_steps} must be 1 or more.")
+        super().__init__(monitor=monitor, mode=mode, filename="best", save_top_k=1, auto_insert_metric_name=False)
+        self.last_every_n_steps = last_every_n_steps
+        self._random_state: dict[str, Any] | None = None
+        self._last_saved_step = -1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Settle in the run directory."""
+        self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Renew last.ckpt in mid-epoch; the epoch's last batch leaves it to the epoch's end."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        due = trainer.global_step > self._last_saved_step and trainer.global_step % self.last_every_n_steps == 0
+        if due and not trainer.is_last_batch:
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Renew best.ckpt when it is due, and last.ckpt."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._last_saved_step = trainer.global_step
+            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt")
+
+    # --------------------------------------------------------------------------------------------- random numbers
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random-number states of all processes."""
+        states: list[Any] = [_random_state()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, _random_state())
+        checkpoint["random_states"] = states
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember this process's state; with another number of processes there is none to continue from."""
+        states = checkpoint.get("random_states", [])
+        self._random_state = states[trainer.global_rank] if len(states) == trainer.world_size else None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Restore the state as late as can be: whatever ran since the start may have drawn numbers."""
+        if self._random_state is not None:
+            _set_random_state(self._random_state)
+            self._random_state = None
+
+
+def _random_state() -> dict[str, Any]:
+    """States of torch (CPU, all CUDA devices), NumPy and Python, in types that `weights_only` loads."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])

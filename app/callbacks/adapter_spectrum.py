@@ -1,0 +1,202 @@
+"""Singular values of A, B and B·A while they are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from app.plots import HeatMap
+from modules.adapters import AdaptedLinear, LowRankFactors, adapted_projections
+from modules.adapters.spectrum import product_singular_values, singular_values, summarize
+from modules.base import AdaptedModule
+
+FILE = "spectrum.parquet"
+SCHEMA = pa.schema(
+    {
+        "step": pa.int64(),
+        "projection": pa.string(),
+        "role": pa.string(),
+        "factor": pa.string(),
+        "singular_values": pa.list_(pa.float32()),
+        "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
+    }
+)
+QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
+
+
+class AdapterSpectrum(L.Callback):
+    """Log the spectra at the start of training, at intervals, and at its end.
+
+    TensorBoard gets the mean over layers of each quantity under `spectrum/<role>/<factor>/<quantity>` (any logger gets
+    these), a histogram of each layer under `spectrum_layers/`, a heat map of layers × index for each factor under
+    `spectrum_map/`, and a layout of custom scalars that opens grouped. All singular values go to `spectrum.parquet` in
+    the run directory. B·A is without the scale s; `relative_norm` is ‖sBA‖_F / ‖W‖_F. A frozen factor is measured once.
+
+    Args:
+        every_n_epochs: Interval in epochs, at least 1; None measures at the start, by steps, and at the end only.
+        every_n_steps: Interval in optimizer steps, at least 1, besides; None for none.
+    """
+
+    def __init__(self, every_n_epochs: int | None = 1, every_n_steps: int | None = None) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"spectrum.{name}: {value} must be 1 or more, or null.")
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.seconds = 0.0
+        self._rows: list[dict[str, Any]] = []
+        self._frozen: dict[tuple[str, str], Tensor] = {}
+        self._weight_norms: dict[str, float] = {}
+        self._maps: dict[str, HeatMap] = {}
+        self._last_step = -1
+
+    # -------------------------------------------------------------------------------------------------- when
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the beginning, or on resume take up the file where the checkpoint was written."""
+        if not _adapted(pl_module) or not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / FILE
+        if trainer.global_step > 0 and path.is_file():
+            self._rows = [row for row in pq.read_table(path).to_pylist() if row["step"] <= trainer.global_step]
+            self._last_step = max((row["step"] for row in self._rows), default=-1)
+        for board in _boards(trainer):
+            board.add_custom_scalars(_layout(pl_module))
+        self._measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure by steps."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure by epochs."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._measure(trainer, pl_module)
+        self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the end."""
+        self._measure(trainer, pl_module)
+        self._write(trainer)
+        if trainer.is_global_zero and self._rows:
+            trainer.callback_metrics["time/spectrum_seconds"] = torch.tensor(self.seconds)
+
+    # -------------------------------------------------------------------------------------------------- what
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Take and log one set of spectra, on rank zero, once a step."""
+        step = trainer.global_step
+        if not trainer.is_global_zero or not _adapted(module) or step == self._last_step:
+            return
+        start = time.perf_counter()
+        self._last_step = step
+        assert isinstance(module, AdaptedModule)
+        fresh: set[str] = set()  # factors that were measured now, not taken from before
+        rows = []
+        for name, (layer, factors) in adapted_projections(module.backbone).items():
+            spectra = {factor: self._factor(name, factor, factors, fresh) for factor in ("A", "B")}
+            spectra["BA"] = product_singular_values(factors.B.cpu(), factors.A.cpu())
+            ratio = layer.scale * float(spectra["BA"].norm()) / self._weight_norm(name, layer, factors)
+            for factor, sigma in spectra.items():
+                row = {"step": step, "projection": name, "role": factors.projection.role, "factor": factor}
+                rows.append(row | {"singular_values": sigma.tolist(), "relative_norm": ratio if factor == "BA" else None})
+        self._rows += rows
+        scalars = _scalars(rows)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+        for board in _boards(trainer):
+            self._draw(board, rows, fresh | {"BA"}, step)
+        self.seconds += time.perf_counter() - start
+
+    def _factor(self, name: str, factor: str, factors: LowRankFactors, fresh: set[str]) -> Tensor:
+        """Singular values of a factor, (r,); a frozen one's from the first time."""
+        if (name, factor) in self._frozen:
+            return self._frozen[name, factor]
+        sigma = singular_values(getattr(factors, factor).cpu())
+        fresh.add(factor)
+        if factor in factors.named_factors(trained=False):
+            self._frozen[name, factor] = sigma
+        return sigma
+
+    def _weight_norm(self, name: str, layer: AdaptedLinear, factors: LowRankFactors) -> float:
+        if name not in self._weight_norms:
+            self._weight_norms[name] = float(layer.weight[factors.projection.rows].float().norm())
+        return self._weight_norms[name]
+
+    # ------------------------------------------------------------------------------------------------- where
+
+    def _draw(self, board: SummaryWriter, rows: list[dict[str, Any]], factors: set[str], step: int) -> None:
+        """Histograms and heat maps of the given factors."""
+        for factor in sorted(factors):
+            chosen = [row for row in rows if row["factor"] == factor]
+            for row in chosen:
+                values = torch.tensor(row["singular_values"])
+                board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", values, step, bins="auto")
+            heat_map = self._maps.setdefault(factor, HeatMap([row["projection"] for row in chosen]))
+            image = heat_map.render([row["singular_values"] for row in chosen], f"Singular values of {factor}, step {step}")
+            board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")
+
+    def _write(self, trainer: L.Trainer) -> None:
+        """Renew the file; written to a temporary name and renamed."""
+        if not trainer.is_global_zero or not self._rows:
+            return
+        start = time.perf_counter()
+        path = Path(trainer.default_root_dir) / FILE
+        temporary = path.with_suffix(".tmp")
+        pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), temporary, compression="zstd")
+        temporary.replace(path)
+        self.seconds += time.perf_counter() - start
+
+
+def _adapted(module: L.LightningModule) -> bool:
+    return isinstance(module, AdaptedModule) and bool(module.projections)
+
+
+def _boards(trainer: L.Trainer) -> list[SummaryWriter]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over layers, by role, factor and quantity."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        tag = f"spectrum/{row['role']}/{row['factor']}"
+        for quantity, value in dataclasses.asdict(summarize(torch.tensor(row["singular_values"]))).items():
+            values[f"{tag}/{quantity}"].append(value)
+        if row["relative_norm"] is not None:
+            values[f"{tag}/relative_norm"].append(row["relative_norm"])
+    return {tag: sum(v) / len(v) for tag, v in values.items()}
+
+
+def _layout(module: L.LightningModule) -> dict[str, dict[str, list[Any]]]:
+    """Custom scalars: a group a factor, a chart a quantity, a line a role."""
+    assert isinstance(module, AdaptedModule)
+    roles = list(dict.fromkeys(p.role for p in module.projections))
+
+    def charts(factor: str, quantities: tuple[str, ...]) -> dict[str, list[Any]]:
+        tags = {q: [f"spectrum/{role}/{factor}/{q}" for role in roles] for q in quantities}
+        return {q.replace("_", " "): ["Multiline", lines] for q, lines in tags.items()}
+
+    states = {"A": module.adapter.trains_a, "B": module.adapter.trains_b}
+    trained = {f"{f}, trained": charts(f, QUANTITIES) for f, state in states.items() if state}
+    frozen = {f"{f}, frozen": charts(f, QUANTITIES) for f, state in states.items() if not state}
+    return {
+        "Loss": {"loss": ["Multiline", ["train/loss", "val/loss"]]},
+        "BA, the update": charts("BA", ("relative_norm", *QUANTITIES)),
+        **trained,
+        **frozen,
+    }

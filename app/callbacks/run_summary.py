@@ -1,0 +1,118 @@
+"""What a run adapts, said at its start; what came out, said at its end and kept in metrics.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from modules.adapters import Projection, adapted_projections
+from modules.base import AdaptedModule
+
+
+class RunSummary(L.Callback):
+    """The hit list of adapted projections at the start, the table of results at the end."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self._started = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have all processes agree on the run directory, which rank zero has made."""
+        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print what is adapted."""
+        self._started = time.monotonic()
+        assert isinstance(pl_module, AdaptedModule)
+        counts = pl_module.parameter_counts()
+        console = Console()
+        if pl_module.projections:
+            console.print(_hit_list(pl_module))
+        share = counts["params/trainable"] / counts["params/total"]
+        console.print(
+            f"Tuning {pl_module.tuning}: {counts['params/trainable']:,} of {counts['params/total']:,} parameters "
+            f"are trained ({share:.2%})."
+        )
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the figures of training."""
+        assert isinstance(pl_module, AdaptedModule)
+        self.values |= pl_module.parameter_counts()
+        self.values["time/fit_seconds"] = round(time.monotonic() - self._started, 2)
+        self._keep_metrics(trainer)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the metrics of a validation on its own."""
+        if not trainer.sanity_checking and not trainer.training:
+            self._keep_metrics(trainer)
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the metrics of the test."""
+        self._keep_metrics(trainer)
+
+    def _keep_metrics(self, trainer: L.Trainer) -> None:
+        self.values |= {k: v.item() for k, v in trainer.callback_metrics.items() if "/" in k and v.numel() == 1}
+
+    @rank_zero_only
+    def report(self, run_directory: Path) -> None:
+        """Print the closing table and write metrics.json, whose figures of earlier commands stay."""
+        self.values["memory/peak_bytes"] = _peak_memory()
+        path = run_directory / "metrics.json"
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        merged = {k: v if math.isfinite(v) else None for k, v in sorted((earlier | self.values).items())}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
+        for key, value in self.values.items():
+            table.add_row(key, _readable(key, value))
+        console = Console()
+        console.print(table)
+        console.print(f"Look inside: tensorboard --logdir {run_directory}", soft_wrap=True)
+
+
+def _hit_list(module: AdaptedModule) -> Table:
+    """One line for each kind of projection, the numbers of its blocks folded."""
+    kinds: dict[str, list[Projection]] = {}
+    for projection in module.projections:
+        kinds.setdefault(re.sub(r"\b\d+\b", "*", projection.name), []).append(projection)
+    factors = adapted_projections(module.backbone)
+    config = module.adapter
+    title = f"Adapters: train {config.train}, A {config.init_a}, B {config.init_b}, rank {config.rank}, s {config.scale:g}"
+    table = Table("Projection", "Role", "Layers", "d_in → d_out", title=title, title_justify="left", show_edge=False)
+    for kind, projections in kinds.items():
+        _, first = factors[projections[0].name]
+        shape = f"{first.A.shape[1]} → {first.B.shape[0]}"
+        table.add_row(kind, projections[0].role, str(len(projections)), shape)
+    return table
+
+
+def _readable(key: str, value: float) -> str:
+    if key.endswith("bytes"):
+        return f"{value / 2**20:,.2f} MiB"
+    if key.endswith("seconds"):
+        return f"{value:,.1f} s"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _peak_memory() -> int:
+    """Most bytes in use at any time: of the accelerator when there is one, otherwise of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB

@@ -1,0 +1,279 @@
+"""The command line: LightningCLI with this project's defaults, order of precedence, directories and messages."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from app.callbacks import AdapterCheckpoint, AdapterSpectrum, PredictionWriter, RunSummary
+from app.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_checkpoint
+from app.messages import parser_message, quiet_libraries
+from app.run_directory import new_run_directory, resolve_checkpoint, run_of_checkpoint
+from datamodules.errors import DataError
+from modules.adapters import AdapterError
+from modules.base import AdaptedModule, ModelError
+
+# What a user can mend. Anything else is a defect of this program and shows its traceback.
+BAD_INPUT = (AdapterError, ModelError, DataError, CheckpointError, MisconfigurationException, OSError)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: Words of the command line behind the program's name; None takes the process's own.
+
+    Returns:
+        Exit code: 0 for success, 2 for wrong use or bad input, reported in one message on stderr.
+    """
+    quiet_libraries()
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        AsymmetryCLI(words)
+    except ArgumentError as error:
+        return _refuse(parser_message(error))
+    except BAD_INPUT as error:
+        return _refuse(str(error))
+    except ValueError as error:
+        if not _is_from_constructor(error):
+            raise
+        return _refuse(str(error))
+    except SystemExit as stop:  # --help, or the parser's own exit
+        return stop.code if isinstance(stop.code, int) else 2
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+class AsymmetryCLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` for every task.
+
+    - The command line beats the checkpoint of `--ckpt_path`, which beats the files of `--config`, whatever their order;
+      what differs from the checkpoint is reported.
+    - A run writes to runs/<recipe>/version_K, a new one each time; a command on a checkpoint writes to its run.
+    - `spectrum`, `checkpoint` and `test_after_fit` are keys beside `model`, `data` and `trainer`.
+
+    Args:
+        args: Words of the command line.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.checkpoint: Path | None = None
+        self.run_directory = Path()
+        super().__init__(
+            AdaptedModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
+            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
+            args=args,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- arguments
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the keys beside Lightning's own."""
+        parser.add_lightning_class_args(AdapterSpectrum, "spectrum")
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when fit has ended."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse files first, then the checkpoint's values, then the command line's."""
+        command, files, options = _split_arguments(args)
+        self.config = parser.parse_args([*command, *files, *options])
+        subcommand = self.config.get("subcommand")
+        self.root = self._root(files)
+        given = self._get_key("ckpt_path")
+        if given is None:
+            return
+        self.checkpoint = resolve_checkpoint(str(given), self.root)
+        self.loaded = read_checkpoint(self.checkpoint)
+        saved = _saved_configuration(self.loaded)
+        from_files = parser.parse_args([*command, *files])[subcommand]
+        with _temporary_yaml(saved) as path:
+            self.config = parser.parse_args([*command, *files, "--config", path, *options])
+        self.config[subcommand]["ckpt_path"] = str(self.checkpoint)
+        _report_differences(saved, from_files, self.config[subcommand])
+
+    def _parse_ckpt_path(self) -> None:
+        """Done in `parse_arguments`: Lightning would let the checkpoint beat the command line."""
+
+    def _get_key(self, key: str) -> Any:
+        subcommand = self.config.get("subcommand")
+        return self.config[subcommand].get(key) if subcommand else None
+
+    def _root(self, files: list[str]) -> Path:
+        """Directory of this recipe's runs."""
+        given = self._get_key("trainer.default_root_dir")
+        recipe = Path(files[1]).stem if files else "default"
+        return Path(given) if given else Path("runs") / recipe
+
+    # -------------------------------------------------------------------------------------------------------- trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Settle the run directory, the logger in it, and the callbacks that every run has."""
+        config = self._get(self.config_init, "trainer")
+        run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
+        if run is None:
+            run = new_run_directory(self.root) if rank_zero_only.rank == 0 else self.root
+        self.run_directory = run
+        if config["logger"] in (None, True) and not config["fast_dev_run"]:
+            # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
+            step = self.loaded.get("global_step") if self.checkpoint and self.subcommand == "fit" else None
+            kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, purge_step=step)
+        self.summary = RunSummary()
+        # RunSummary first: its setup tells the other processes the run directory
+        callbacks = [self.summary, *(config["callbacks"] or []), PredictionWriter()]
+        if config["logger"] is not False and not config["fast_dev_run"]:
+            callbacks.append(LearningRateMonitor("step"))
+        if config["enable_progress_bar"] is not False and sys.stdout.isatty():
+            callbacks.append(RichProgressBar())
+        plugins = config["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(
+            default_root_dir=str(run), callbacks=callbacks, plugins=[*plugins, AtomicCheckpointIO()], **kwargs
+        )
+
+    # ------------------------------------------------------------------------------------------------------- commands
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint if the recipe says so, and sum up."""
+        callback = self.trainer.checkpoint_callback
+        best = callback.best_model_path if isinstance(callback, AdapterCheckpoint) else ""
+        if self._get(self.config, "test_after_fit") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+        self._close()
+
+    def after_validate(self) -> None:
+        """Sum up."""
+        self._close()
+
+    def after_test(self) -> None:
+        """Sum up."""
+        self._close()
+
+    def after_predict(self) -> None:
+        """Sum up."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.trainer.is_global_zero:
+            self.summary.report(self.run_directory)
+            print(f"Run directory: {self.run_directory}", flush=True)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
+        return arguments | quiet | ({"return_predictions": False} if subcommand == "predict" else {})
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keep the complete configuration in the run directory: config.yaml, and of a resumed run config-<step>.yaml."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write it when a fit begins."""
+        if stage != "fit":
+            return
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        if path.exists():
+            path = path.with_name(f"config-{len(list(path.parent.glob('config*.yaml')))}.yaml")
+        self.parser.save(self.config, path, skip_none=False, overwrite=False, multifile=False)
+
+
+def _split_arguments(args: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Command, the `--config` pairs, and everything else, each in the order given."""
+    command = [args[0]] if args and not args[0].startswith("-") else []
+    rest, files, options = args[len(command) :], [], []
+    words = iter(rest)
+    for word in words:
+        if word in ("--config", "-c"):
+            files += ["--config", next(words, "")]
+        elif word.startswith("--config="):
+            files += ["--config", word.removeprefix("--config=")]
+        else:
+            options.append(word)
+    return command, files, options
+
+
+def _saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The `model` and `data` sections that a checkpoint was trained with."""
+    sections = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+    saved: dict[str, Any] = {}
+    for section, key in sections.items():
+        values = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
+        if "_class_path" in values:
+            saved[section] = {"class_path": values.pop("_class_path"), "init_args": values}
+    return saved
+
+
+@contextmanager
+def _temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
+    handle, name = tempfile.mkstemp(suffix=".yaml")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yaml.safe_dump(content, file)
+        yield name
+    finally:
+        os.unlink(name)
+
+
+@rank_zero_only
+def _report_differences(saved: dict[str, Any], files: Namespace, final: Namespace) -> None:
+    """Say which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's."""
+    console = Console(stderr=True, soft_wrap=True)
+    for section, content in saved.items():
+        flat = _flatten(content["init_args"])
+        ours = _flatten(final[section].init_args.as_dict())
+        from_file = files.get(section)
+        theirs = _flatten(from_file.init_args.as_dict()) if from_file and "init_args" in from_file else {}
+        for key, value in flat.items():
+            if key in ours and _plain(ours[key]) != _plain(value):
+                console.print(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")
+            elif key in theirs and _plain(theirs[key]) != _plain(value) and key != "class_names":
+                console.print(f"{section}.{key}: {value} from the checkpoint; the configuration file has {theirs[key]}.")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_from_constructor(error: ValueError) -> bool:
+    """Whether a callback's or plugin's constructor refused its arguments, which is the user's to mend."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "instantiate_classes":
+            return True
+        trace = trace.tb_next
+    return False

@@ -1,0 +1,225 @@
+"""Where images come from: the hub, Parquet, CIFAR-10's own folder, or a folder of image files, as one kind of table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from datamodules.errors import DataError
+
+SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Images that are decoded when asked for, with their labels.
+
+    Args:
+        read: Gives the encoded bytes, the path or the pixels (height, width, 3) of the image in a row.
+        names: What to call each image in a message or a table of predictions; one a row.
+        labels: (rows,) int64; empty when there are none.
+        class_names: Names by label; empty when there are no labels.
+    """
+
+    read: Callable[[int], bytes | Path | np.ndarray]
+    names: Sequence[str]
+    labels: Tensor
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def decode(self, row: int) -> Tensor:
+        """The image in a row as (3, height, width) uint8.
+
+        Raises:
+            DataError: If it cannot be decoded.
+        """
+        source = self.read(row)
+        if isinstance(source, np.ndarray):
+            return torch.from_numpy(source).permute(2, 0, 1).contiguous()
+        try:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return pil_to_tensor(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = "it is empty" if source == b"" else str(error)
+            raise DataError(
+                f"data.path: the image {self.names[row]} cannot be decoded ({reason}); remove or replace it."
+            ) from error
+
+
+def open_split(path: str, split: str, image_column: str | None, label_column: str | None) -> ImageTable | None:
+    """One split of a labelled data set.
+
+    Args:
+        path: A directory, or a name on the hub.
+        split: `train`, `val` or `test`.
+        image_column: Column of the images; None takes the first of img, image.
+        label_column: Column of the labels; None takes the first of label, labels, fine_label.
+
+    Returns:
+        The split; None when the data set has no such split.
+
+    Raises:
+        DataError: If nothing is there, a column is missing, or a label is out of range.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise DataError(f"data.path: {path} is not a directory; give a directory or a data set's name on the hub.")
+        table = _from_hub(path, split, image_column, label_column)
+    elif (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
+        table = _from_cifar10(folder, split)
+    elif any(folder.rglob("*.parquet")):
+        table = _from_parquet(folder, split, image_column, label_column)
+    else:
+        table = _from_image_folder(folder, split)
+    if table is not None:
+        _check_labels(table, path)
+    return table
+
+
+def open_folder(path: str) -> ImageTable:
+    """All image files below a folder, without labels, in the order of their names.
+
+    Raises:
+        DataError: If the folder is not there or holds no image.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"data.predict_path: {path} is not a directory; give a folder of images.")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.is_file())
+    if not files:
+        raise DataError(f"data.predict_path: {path} holds no image ({', '.join(IMG_EXTENSIONS)}).")
+    names = [str(f.relative_to(folder)) for f in files]
+    return ImageTable(files.__getitem__, names, torch.empty(0, dtype=torch.int64), [])
+
+
+def _check_labels(table: ImageTable, path: str) -> None:
+    if len(table) == 0:
+        raise DataError(f"data.path: {path} has a split without a single image.")
+    wrong = ((table.labels < 0) | (table.labels >= len(table.class_names))).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(
+            f"data.path: in {path} the label of {table.names[row]} is {int(table.labels[row])}, outside 0 to "
+            f"{len(table.class_names) - 1}; {len(wrong)} of {len(table)} labels are. Mend or drop those rows."
+        )
+
+
+def _from_hub(name: str, split: str, image_column: str | None, label_column: str | None) -> ImageTable | None:
+    try:
+        available = datasets.get_dataset_split_names(name)
+        found = next((s for s in SPLITS[split] if s in available), None)
+        if found is None:
+            return None
+        data = datasets.load_dataset(name, split=found)
+    except Exception as error:  # whatever a network or a repository can raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"data.path: {name} is no directory here, and from the hub it could not be had ({reason}). Without a "
+            "connection two keys take local paths: --data.path DIRECTORY and --model.weights FILE.safetensors."
+        ) from error
+    return _from_dataset(data, f"{name}/{found}", image_column, label_column)
+
+
+def _from_parquet(
+    folder: Path, split: str, image_column: str | None, label_column: str | None
+) -> ImageTable | None:
+    """Parquet files named as on the hub: `train.parquet`, `data/train-00000-of-00001.parquet`."""
+    for name in SPLITS[split]:
+        files = sorted(str(f) for f in folder.rglob("*.parquet") if f.stem == name or f.stem.startswith(f"{name}-"))
+        if files:
+            try:
+                data = datasets.Dataset.from_parquet(files, keep_in_memory=False)
+            except Exception as error:  # truncated or no Parquet at all; the library raises many kinds
+                cause = error.__cause__ or error
+                raise DataError(f"data.path: {', '.join(files)} cannot be read as Parquet ({cause}).") from error
+            assert isinstance(data, datasets.Dataset)
+            return _from_dataset(data, files[0], image_column, label_column)
+    if split == "train":
+        raise DataError(f"data.path: {folder} has Parquet files, but none is named train.parquet or train-*.parquet.")
+    return None
+
+
+def _from_dataset(
+    data: datasets.Dataset, where: str, image_column: str | None, label_column: str | None
+) -> ImageTable:
+    image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where)
+    label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
+    try:
+        labels = torch.as_tensor(data.with_format("numpy")[label][:], dtype=torch.int64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"data.label_column: {label} in {where} must hold whole numbers ({error}).") from error
+    feature = data.features[label]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    if not names:
+        names = [str(i) for i in range(int(labels.max()) + 1)] if len(labels) else []
+    try:
+        encoded = data.select_columns(image).cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # a column of another type; the library raises many kinds
+        raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
+
+    def read(row: int) -> bytes | Path:
+        cell: dict[str, Any] = encoded[row][image] or {"bytes": b""}
+        return Path(cell["path"]) if cell["bytes"] is None else bytes(cell["bytes"])
+
+    return ImageTable(read, [f"{where} row {row}" for row in range(len(data))], labels, list(names))
+
+
+def _column(
+    data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str
+) -> str:
+    column = given or next((c for c in usual if c in data.column_names), None)
+    if column is None or column not in data.column_names:
+        raise DataError(
+            f"data.{key}: {where} has no column {given or ' or '.join(usual)}; it has {', '.join(data.column_names)}."
+        )
+    return column
+
+
+def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
+    """CIFAR-10 as its authors publish it. Its files are pickles: torchvision opens them only if their MD5 is right."""
+    if split == "val":
+        return None
+    root = folder.parent if folder.name == "cifar-10-batches-py" else folder
+    try:
+        data = CIFAR10(str(root), train=split == "train", download=False)
+    except RuntimeError as error:
+        raise DataError(
+            f"data.path: {folder} is not the original CIFAR-10, or a file of it is damaged; fetch it again."
+        ) from error
+    names = [f"{folder} {split} {i}" for i in range(len(data.data))]
+    return ImageTable(lambda row: data.data[row], names, torch.tensor(data.targets), list(data.classes))
+
+
+def _from_image_folder(folder: Path, split: str) -> ImageTable | None:
+    """Image files in one folder a class, below one folder a split, or with no such folders all of them for training."""
+    found = next((folder / s for s in SPLITS[split] if (folder / s).is_dir()), None)
+    if found is None:
+        if split != "train":
+            return None
+        found = folder
+    try:
+        data = ImageFolder(str(found))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"data.path: {found} holds no images in one folder a class, no Parquet, and no cifar-10-batches-py ({error})."
+        ) from error
+    files = [Path(f) for f, _ in data.samples]
+    labels = torch.tensor([label for _, label in data.samples])
+    return ImageTable(files.__getitem__, [str(f) for f in files], labels, list(data.classes))

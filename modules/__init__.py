@@ -1,0 +1,1 @@
+"""What is trained: one LightningModule a file, on the adapters of `modules.adapters`."""

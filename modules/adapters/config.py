@@ -1,0 +1,103 @@
+"""What can be chosen about an adapter, and which choices make sense together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Train = Literal["B", "A", "both"]
+Scaling = Literal["standard", "rslora"]
+Init = Literal["orthogonal", "gaussian", "uniform", "kaiming", "svd", "zero"]
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be built, attached or loaded as asked; the message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Adapter of every targeted projection: W + s·B·A, with A (rank, d_in) and B (d_out, rank).
+
+    The defaults are the variant that the paper recommends, B trained from zero over a frozen random orthogonal A
+    (Zhu et al., ICML 2024, arXiv 2402.16842, section 5), at the paper's alpha = 2·rank.
+
+    Args:
+        train: The factor that is trained; the other stays as it was drawn. `both` is ordinary LoRA.
+        rank: Inner dimension r, at least 1 and at most min(d_in, d_out) of every adapted projection.
+        alpha: Numerator of the scale s, above 0.
+        scaling: `standard` has s = alpha / rank, `rslora` s = alpha / sqrt(rank) (Kalajdzievski 2023).
+        dropout: Probability in [0, 1) of zeroing an entry of the adapter's input.
+        init_a: How A starts; see `modules.adapters.init`.
+        init_b: How B starts; the same choices. Exactly one factor starts at zero, so that training starts at W.
+        targets: Roles (`query`, `key`, `value`, `output`, `mlp_in`, `mlp_gate`, `mlp_out`), `attention` for the first
+            four, `all`, or `regex:PATTERN` that must match the whole name of a projection.
+        seed: Seed of the random factors. A factor depends on it, on the name of its projection and on its shape alone.
+
+    Raises:
+        AdapterError: For a value out of range or a combination that could not learn or would not start at W.
+    """
+
+    train: Train = "B"
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: Scaling = "standard"
+    dropout: float = 0.0
+    init_a: Init = "orthogonal"
+    init_b: Init = "zero"
+    targets: list[str] | str = field(default_factory=lambda: ["query", "value"])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, choices in (("train", Train), ("scaling", Scaling), ("init_a", Init), ("init_b", Init)):
+            if getattr(self, key) not in get_args(choices):
+                raise AdapterError(
+                    f"adapter.{key}: {getattr(self, key)!r} is not known; choose one of {', '.join(get_args(choices))}."
+                )
+        if self.rank < 1:
+            raise AdapterError(f"adapter.rank: {self.rank} is too small; it must be 1 or more.")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise AdapterError(f"adapter.alpha: {self.alpha} must be a finite number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise AdapterError(f"adapter.dropout: {self.dropout} must lie in [0, 1).")
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", [self.targets])
+        if not self.targets:
+            raise AdapterError("adapter.targets: the list is empty; name at least one role, `all` or `regex:…`.")
+        self._check_starts()
+
+    def _check_starts(self) -> None:
+        """Refuse the pairs that cannot learn and those that do not start at the pretrained weight."""
+        zeros = (self.init_a == "zero") + (self.init_b == "zero")
+        if zeros == 2:
+            raise AdapterError(
+                "adapter.init_a and adapter.init_b: both are zero, a saddle where neither factor has a gradient; "
+                "start one of them from orthogonal, gaussian, uniform, kaiming or svd."
+            )
+        if zeros == 0:
+            raise AdapterError(
+                f"adapter.init_a ({self.init_a}) and adapter.init_b ({self.init_b}): neither is zero, so training would "
+                "not start at the pretrained weight; set the one that is trained to zero."
+            )
+        frozen_key = {"A": "init_b", "B": "init_a"}.get(self.train)
+        if frozen_key and getattr(self, frozen_key) == "zero":
+            trained_key = f"init_{self.train.lower()}"
+            raise AdapterError(
+                f"adapter.train: {self.train} learns nothing over a frozen factor of zeros ({frozen_key}: zero); "
+                f"set {frozen_key}: orthogonal and {trained_key}: zero."
+            )
+
+    @property
+    def scale(self) -> float:
+        """The scale s of the update s·B·A."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether A is trained."""
+        return self.train in ("A", "both")
+
+    @property
+    def trains_b(self) -> bool:
+        """Whether B is trained."""
+        return self.train in ("B", "both")

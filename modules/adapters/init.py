@@ -1,0 +1,87 @@
+"""How a factor starts.
+
+Every factor is drawn in float32 on the CPU from a generator of its own, seeded by (seed, name of the projection,
+factor): the same factor comes out whatever the device, the precision, the order or the other targets.
+
+With n the long side (d_in for A, d_out for B) and r the rank, the r vectors of length n (rows of A, columns of B) are
+
+| name       | entries                                   | norm of a vector                     |
+|------------|-------------------------------------------|--------------------------------------|
+| orthogonal | reduced QR of a Gaussian (Haar)           | 1                                    |
+| gaussian   | N(0, 1/n)                                 | 1 in the mean square                 |
+| uniform    | U(-√(3/n), √(3/n))                        | 1 in the mean square                 |
+| kaiming    | LoRA's kaiming_uniform_(a=√5): U(-1/√fan_in, 1/√fan_in) | A: 1/√3, B: √(d_out/3r) |
+| svd        | top singular vectors of W, right for A, left for B | 1                           |
+| zero       | 0                                         | 0                                    |
+
+so the first three and svd are matched in scale, and kaiming is as published: a frozen kaiming B is 4 to 7 times larger
+than an orthogonal one at r = 8, which is what makes it collapse in the paper (appendix, B_km Â₀).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from modules.adapters.config import Init
+
+Factor = Literal["A", "B"]
+
+
+def factor_generator(seed: int, name: str, factor: Factor) -> torch.Generator:
+    """CPU generator that depends on the seed, the projection's name and the factor alone."""
+    digest = hashlib.sha256(f"{seed}/{name}/{factor}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def init_factor(init: Init, factor: Factor, weight: Tensor, rank: int, seed: int, name: str) -> Tensor:
+    """Draw one factor for a pretrained weight.
+
+    Args:
+        init: Initialiser, see the table above.
+        factor: Which factor.
+        weight: The pretrained weight W that is adapted (of a fused layer the slice), (d_out, d_in).
+        rank: Rank r, at most min(d_out, d_in).
+        seed: Seed of the run's factors.
+        name: Name of the projection, unique in the model.
+
+    Returns:
+        A as (rank, d_in) or B as (d_out, rank), contiguous float32 on the CPU.
+    """
+    d_out, d_in = weight.shape
+    shape = (rank, d_in) if factor == "A" else (d_out, rank)
+    if init == "zero":
+        return torch.zeros(shape)
+    if init == "svd":
+        return _singular_vectors(weight, factor, rank)
+    long_side = d_in if factor == "A" else d_out
+    generator = factor_generator(seed, name, factor)
+    if init == "orthogonal":
+        vectors = _orthonormal_columns(long_side, rank, generator)  # (n, r)
+        return vectors.T.contiguous() if factor == "A" else vectors
+    tensor = torch.empty(shape)
+    if init == "gaussian":
+        return tensor.normal_(0.0, 1 / math.sqrt(long_side), generator=generator)
+    if init == "uniform":
+        bound = math.sqrt(3 / long_side)
+        return tensor.uniform_(-bound, bound, generator=generator)
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+
+
+def _orthonormal_columns(n: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Haar-distributed orthonormal columns, (n, rank): Q of a Gaussian's reduced QR with R's diagonal made positive."""
+    q, r = torch.linalg.qr(torch.randn(n, rank, generator=generator), mode="reduced")
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+
+
+def _singular_vectors(weight: Tensor, factor: Factor, rank: int) -> Tensor:
+    """Top singular vectors of W = UΣVᵀ: rows of Vᵀ for A, columns of U for B; largest entry of each positive."""
+    u, _, vh = torch.linalg.svd(weight.detach().float().cpu(), full_matrices=False)
+    vectors = vh[:rank] if factor == "A" else u[:, :rank].T  # (r, n)
+    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    vectors = vectors * largest.sign()  # a singular vector's sign is arbitrary; fix it
+    return (vectors if factor == "A" else vectors.T).contiguous()

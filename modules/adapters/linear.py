@@ -1,0 +1,146 @@
+"""The equation: a linear layer that computes (W + s·B·A)·x + b, with W frozen and one factor or both trained."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.adapters.config import AdapterConfig, AdapterError
+from modules.adapters.init import init_factor
+from modules.adapters.roles import Projection
+
+
+class LowRankFactors(nn.Module):
+    """The factors A (rank, d_in) and B (d_out, rank) of one projection, float32.
+
+    A frozen factor is a Parameter without gradient (a buffer would be broadcast by DDP in every forward), and it enters
+    every product detached: setting `requires_grad` on it by hand, as PEFT's toggles do, trains nothing.
+    """
+
+    def __init__(self, weight: Tensor, config: AdapterConfig, projection: Projection) -> None:
+        super().__init__()
+        rank, name = config.rank, projection.name
+        if rank > min(weight.shape):
+            raise AdapterError(
+                f"adapter.rank: {rank} exceeds what {name} can hold, a weight of {weight.shape[0]} × {weight.shape[1]}; "
+                f"choose {min(weight.shape)} or less, or other targets."
+            )
+        a = init_factor(config.init_a, "A", weight, rank, config.seed, name)
+        b = init_factor(config.init_b, "B", weight, rank, config.seed, name)
+        self.A = nn.Parameter(a.to(weight.device), requires_grad=config.trains_a)
+        self.B = nn.Parameter(b.to(weight.device), requires_grad=config.trains_b)
+        self.trains_a, self.trains_b = config.trains_a, config.trains_b
+        self.projection = projection
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """A and B as they enter a product: whichever is frozen is detached."""
+        return (self.A if self.trains_a else self.A.detach()), (self.B if self.trains_b else self.B.detach())
+
+    def named_factors(self, trained: bool) -> dict[str, nn.Parameter]:
+        """The factors that are trained, or those that are frozen, by name."""
+        flags = {"A": self.trains_a, "B": self.trains_b}
+        return {factor: getattr(self, factor) for factor, flag in flags.items() if flag is trained}
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with one adapter for each adapted slice of its output.
+
+    `weight` and `bias` are the wrapped layer's own parameters, frozen, so names in a state dict do not change; the
+    factors lie beside them at `adapters.<role>.A` and `adapters.<role>.B`. A layer that is not fused has one slice.
+
+    Args:
+        base: The layer to adapt; its parameters are shared, not copied.
+        config: The adapter.
+        projections: The slices of `base`'s output to adapt, in the order of their rows, without overlap.
+    """
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig, projections: list[Projection]) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.scale = config.scale
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.adapters = nn.ModuleDict(
+            {p.role: LowRankFactors(base.weight[p.rows], config, p) for p in projections}  # W of the slice
+        )
+        self.enabled = True
+        self.merged = False
+        self.train(base.training)
+
+    def factors(self) -> list[LowRankFactors]:
+        """The factors of each slice, in the order of their rows."""
+        return [f for f in self.adapters.values() if isinstance(f, LowRankFactors)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply (W + s·B·A)·x + b.
+
+        Args:
+            x: (..., d_in).
+
+        Returns:
+            (..., d_out), in the dtype of W·x.
+        """
+        if self.merged or not self.enabled:
+            return F.linear(x, self.weight, self.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both products
+        leading = x.shape[:-1]
+        x = x.reshape(-1, self.in_features)  # (n, d_in), n tokens of all sequences
+        a, b = self._stacked_factors()  # (k·r, d_in) and (d_out, k·r), k slices
+        h = F.linear(self.dropout(x), a.to(x.dtype))  # A·x: (n, k·r)
+        out = F.linear(x, self.weight, self.bias)  # W·x + b: (n, d_out)
+        # += s·B·(A·x), in the GEMM's epilogue: no second pass over (n, d_out)
+        out.addmm_(h.to(out.dtype), b.to(out.dtype).T, alpha=self.scale)
+        return out.view(*leading, self.out_features)
+
+    def _stacked_factors(self) -> tuple[Tensor, Tensor]:
+        """A of all slices one below the other, B of all slices on a block diagonal with zeros in the rows of the rest.
+
+        A fused (q; k; v) with q and v adapted has [A_q; A_v] and [[B_q, 0], [0, 0], [0, B_v]].
+        """
+        operands = [f.operands() for f in self.factors()]
+        if len(operands) == 1 and operands[0][1].shape[0] == self.out_features:
+            return operands[0]
+        blocks, row = [], 0
+        for factors, (_, b) in zip(self.factors(), operands, strict=True):
+            rows = factors.projection.rows
+            blocks += [b.new_zeros(rows.start - row, 0), b]
+            row = rows.stop
+        blocks.append(blocks[-1].new_zeros(self.out_features - row, 0))
+        return torch.cat([a for a, _ in operands]), torch.block_diag(*blocks)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """The update s·B·A of the whole weight, (d_out, d_in), float32; zero in rows that are not adapted."""
+        a, b = self._stacked_factors()
+        return self.scale * (b.float() @ a.float())
+
+    def merge(self) -> None:
+        """Add s·B·A to W, in float32 and then cast, so that the layer costs what it did before. Twice is once."""
+        if not self.merged:
+            self._add_to_weight(self.delta())
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Undo `merge`: exact up to rounding in W's dtype."""
+        if self.merged:
+            self._add_to_weight(-self.delta())
+            self.merged = False
+
+    @torch.no_grad()
+    def _add_to_weight(self, update: Tensor) -> None:
+        self.weight.copy_(self.weight.float() + update)
+
+    def to_linear(self) -> nn.Linear:
+        """The plain layer with this layer's own weight (merged or not) and bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Show the slices and their rank."""
+        ranks = ", ".join(f"{f.projection.role} r={f.A.shape[0]}" for f in self.factors())
+        return f"{super().extra_repr()}, adapters: {ranks}"

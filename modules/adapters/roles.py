@@ -1,0 +1,152 @@
+"""Roles: one name for the same projection in every backbone.
+
+A role names what a projection does (`query`, `mlp_out`, …); the table says which layer, or which third of a fused layer,
+plays it in timm's ViTs, BERT/RoBERTa, BART and LLaMA. A backbone of another family is one more row, or `regex:…`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from modules.adapters.config import AdapterError
+
+ATTENTION = ("query", "key", "value", "output")
+ROLES = (*ATTENTION, "mlp_in", "mlp_gate", "mlp_out")
+
+# (end of the layer's name, roles of its output's equal parts, in the order of their rows)
+LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # timm ViT: blocks.0.attn.qkv; the patch embedding's `proj` is not `attn.proj`
+    (r"attn\.qkv", ("query", "key", "value")),
+    (r"attn\.proj", ("output",)),
+    (r"mlp\.(fc1|fc1_x)", ("mlp_in",)),
+    (r"mlp\.fc1_g", ("mlp_gate",)),
+    (r"mlp\.fc2", ("mlp_out",)),
+    # BERT, RoBERTa: encoder.layer.0.attention.self.query; the head's `classifier.dense` is none of these
+    (r"attention\.self\.query", ("query",)),
+    (r"attention\.self\.key", ("key",)),
+    (r"attention\.self\.value", ("value",)),
+    (r"attention\.output\.dense", ("output",)),
+    (r"layer\.\d+\.intermediate\.dense", ("mlp_in",)),
+    (r"layer\.\d+\.output\.dense", ("mlp_out",)),
+    # BART (self and cross attention) and LLaMA
+    (r"(self_attn|encoder_attn)\.q_proj", ("query",)),
+    (r"(self_attn|encoder_attn)\.k_proj", ("key",)),
+    (r"(self_attn|encoder_attn)\.v_proj", ("value",)),
+    (r"(self_attn|encoder_attn)\.(out_proj|o_proj)", ("output",)),
+    (r"layers\.\d+\.fc1", ("mlp_in",)),
+    (r"layers\.\d+\.fc2", ("mlp_out",)),
+    (r"mlp\.up_proj", ("mlp_in",)),
+    (r"mlp\.gate_proj", ("mlp_gate",)),
+    (r"mlp\.down_proj", ("mlp_out",)),
+)
+_LAYERS = tuple((re.compile(rf"(?:.*\.)?{end}"), roles) for end, roles in LAYERS)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer's output, or the rows of a fused one that belong to one role.
+
+    Args:
+        layer: Name of the linear layer in the model, `blocks.0.attn.qkv`.
+        role: One of `ROLES`, or `other` for a layer that the table does not know.
+        start: First row of the weight.
+        stop: Row behind the last.
+        fused: Whether the layer holds other projections too.
+    """
+
+    layer: str
+    role: str
+    start: int
+    stop: int
+    fused: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique in the model: the layer's name, with the role behind it where the layer is fused."""
+        return f"{self.layer}.{self.role}" if self.fused else self.layer
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the layer's weight."""
+        return slice(self.start, self.stop)
+
+
+def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Projection]:
+    """All projections of a model, in the order of its modules.
+
+    Layers whose weight is shared with another module (a language-modelling head tied to the embedding) are left out:
+    adapting one side would untie them.
+
+    Args:
+        model: The backbone.
+        exclude: Names of modules to leave out with all that is in them, such as the task's head.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found: list[Projection] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or owners[id(module.weight)] > 1:
+            continue
+        if any(name == root or name.startswith(f"{root}.") for root in exclude):
+            continue
+        found += _split(name, module.out_features)
+    return found
+
+
+def _split(layer: str, rows: int) -> list[Projection]:
+    """The projections that one linear layer holds."""
+    roles = next((roles for pattern, roles in _LAYERS if pattern.fullmatch(layer)), ("other",))
+    if rows % len(roles):
+        roles = ("other",)  # thirds that are not equal (grouped queries): not a layout of the table
+    step = rows // len(roles)
+    return [Projection(layer, role, i * step, (i + 1) * step, len(roles) > 1) for i, role in enumerate(roles)]
+
+
+def select(projections: list[Projection], targets: Collection[str]) -> list[Projection]:
+    """The projections that the targets name.
+
+    Args:
+        projections: What there is, from `find_projections`.
+        targets: `AdapterConfig.targets`.
+
+    Raises:
+        AdapterError: For a target that is not known or a role or pattern that matches nothing; the message lists what
+            there is.
+    """
+    chosen: set[str] = set()
+    for target in targets:
+        names = {p.name for p in projections if _matches(p, target)}
+        if not names:
+            raise AdapterError(f"adapter.targets: {target!r} matches nothing in this backbone, {_inventory(projections)}")
+        chosen |= names
+    return [p for p in projections if p.name in chosen]
+
+
+def _matches(projection: Projection, target: str) -> bool:
+    if target.startswith("regex:"):
+        try:
+            return re.fullmatch(target.removeprefix("regex:"), projection.name) is not None
+        except re.error as error:
+            raise AdapterError(f"adapter.targets: {target!r} is not a regular expression: {error}.") from error
+    groups = {"attention": ATTENTION, "all": ROLES, **{role: (role,) for role in ROLES}}
+    if target not in groups:
+        raise AdapterError(
+            f"adapter.targets: {target!r} is not a role; choose from {', '.join(groups)}, or write regex:PATTERN."
+        )
+    return projection.role in groups[target]
+
+
+def _inventory(projections: list[Projection]) -> str:
+    """What a model has to offer, with the numbers of its blocks folded."""
+    kinds: dict[str, str] = {}
+    for p in projections:
+        kinds.setdefault(re.sub(r"\b\d+\b", "*", p.name), p.role)
+    if not kinds:
+        return "which has no linear layer to adapt."
+    return "whose linear layers are " + ", ".join(f"{kind} ({role})" for kind, role in kinds.items()) + "."

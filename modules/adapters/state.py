@@ -1,0 +1,64 @@
+"""Adapters of a model as tensors by name, out and in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from modules.adapters.config import AdapterError
+from modules.adapters.linear import AdaptedLinear, LowRankFactors
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers of a model by name, in the order of its modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def adapted_projections(model: nn.Module) -> dict[str, tuple[AdaptedLinear, LowRankFactors]]:
+    """The adapted projections of a model by name, each with its layer and its factors."""
+    return {f.projection.name: (layer, f) for layer in adapted_layers(model).values() for f in layer.factors()}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Both factors of every adapter, frozen ones too, under the names that the model's state dict gives them."""
+    return {
+        f"{name}.adapters.{factors.projection.role}.{factor}": getattr(factors, factor).detach()
+        for name, layer in adapted_layers(model).items()
+        for factors in layer.factors()
+        for factor in ("A", "B")
+    }
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy factors into a model whose adapters have the same names and shapes; all or nothing.
+
+    Raises:
+        AdapterError: With the list of what is missing, unexpected or of another shape; the model is then unchanged.
+    """
+    own = adapter_state(model)
+    if problems := state_problems(own, state):
+        raise AdapterError("The adapter state does not fit this model: " + "; ".join(problems) + ".")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def state_problems(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int = 5) -> list[str]:
+    """What keeps a state from being loaded: missing, unexpected and misshapen names, at most `most` of each kind."""
+    misshapen = [
+        f"{name} is {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    kinds = {
+        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in given if name not in expected],
+        "of another shape": misshapen,
+    }
+    return [
+        f"{len(names)} {kind}: {', '.join(names[:most])}{', …' if len(names) > most else ''}"
+        for kind, names in kinds.items()
+        if names
+    ]

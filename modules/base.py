@@ -1,0 +1,195 @@
+"""What every task shares: how a backbone is tuned, which rates its parameters get, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach
+from modules.adapters.state import state_problems
+from modules.optimization import Schedule, parameter_groups, schedule_factor
+
+Tuning = Literal["adapter", "head", "full"]
+BackboneDtype = Literal["float32", "bfloat16"]
+
+
+class ModelError(ValueError):
+    """A model that cannot be built, loaded or trained as asked; the message says how to mend it."""
+
+
+class AdaptedModule(L.LightningModule, ABC):
+    """A backbone with a head, tuned through adapters, through its head alone, or in full.
+
+    A task adds `build_backbone`, `build_head` and its steps, and calls `configure_tuning` at the end of its `__init__`.
+    The backbone is built there, so that a wrong name, role or rank is reported before any data is read; the head waits
+    for `setup`, when the data's labels are known.
+
+    Args:
+        tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter).
+        adapter: The adapters; of no effect unless `tuning` is `adapter`.
+        backbone_dtype: Dtype of the frozen weights; factors and head stay float32. `full` needs float32.
+        learning_rate: Peak rate of A and, unless the ratios say otherwise, of everything else; above 0.
+        weight_decay: AdamW's decay of matrices; biases and norms have none.
+        schedule: Shape of the rate after the warm-up, by optimizer steps: `cosine` or `linear` to zero, or `constant`.
+        warmup_ratio: Share of all steps in which the rate climbs from zero, in [0, 1).
+        lr_ratio_b: Rate of B over `learning_rate` (LoRA+, Hayou et al. 2024).
+        lr_ratio_head: Rate of the head over `learning_rate`.
+    """
+
+    backbone: nn.Module
+    head: nn.Module | None
+
+    def __init__(
+        self,
+        tuning: Tuning,
+        adapter: AdapterConfig,
+        backbone_dtype: BackboneDtype,
+        learning_rate: float,
+        weight_decay: float,
+        schedule: Schedule,
+        warmup_ratio: float,
+        lr_ratio_b: float,
+        lr_ratio_head: float,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0 or lr_ratio_b <= 0 or lr_ratio_head <= 0:
+            raise ModelError("model.learning_rate, model.lr_ratio_b and model.lr_ratio_head must be above 0.")
+        if weight_decay < 0:
+            raise ModelError(f"model.weight_decay: {weight_decay} must not be negative.")
+        if not 0 <= warmup_ratio < 1:
+            raise ModelError(f"model.warmup_ratio: {warmup_ratio} must lie in [0, 1).")
+        if tuning == "full" and backbone_dtype != "float32":
+            raise ModelError(
+                "model.backbone_dtype: bfloat16 is for frozen weights, since small updates to it are rounded away; "
+                "with tuning: full use float32 (and --trainer.precision bf16-mixed for speed)."
+            )
+        self.tuning: Tuning = tuning
+        self.adapter = adapter
+        self.backbone_dtype = getattr(torch, backbone_dtype)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.schedule: Schedule = schedule
+        self.warmup_ratio, self.lr_ratio_b, self.lr_ratio_head = warmup_ratio, lr_ratio_b, lr_ratio_head
+        self.head = None
+        self.projections: list[Projection] = []
+
+    @abstractmethod
+    def build_head(self) -> nn.Module:
+        """The task's new head, once the data is known."""
+
+    def configure_tuning(self) -> None:
+        """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on."""
+        if self.tuning != "full":
+            self.backbone.requires_grad_(False)
+            self.backbone.to(self.backbone_dtype)
+        if self.tuning == "adapter":
+            self.projections = attach(self.backbone, self.adapter)
+        self.backbone.train()  # from_pretrained gives eval mode, and Lightning keeps the mode it finds
+
+    def setup(self, stage: str) -> None:
+        """Build the head when it is not there yet; runs behind the data module's `setup`."""
+        if self.head is None:
+            self.head = self.build_head()
+
+    # ---------------------------------------------------------------------------------------------------- optimizer
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over named groups, with a rate that is a function of the optimizer step."""
+        assert self.head is not None
+        groups = parameter_groups(
+            self.backbone,
+            self.head,
+            tuning=self.tuning,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            lr_ratio_b=self.lr_ratio_b,
+            lr_ratio_head=self.lr_ratio_head,
+        )
+        optimizer = torch.optim.AdamW(groups)
+        factor = schedule_factor(self.schedule, self.warmup_ratio, int(self.trainer.estimated_stepping_batches))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self._configured_groups = [{k: g[k] for k in ("initial_lr", "weight_decay")} for g in optimizer.param_groups]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """On resume, let this run's rates and decay win over those that lie in the optimizer's saved state."""
+        schedulers = self.lr_schedulers()
+        assert isinstance(schedulers, torch.optim.lr_scheduler.LambdaLR)
+        schedulers.base_lrs = [group["initial_lr"] for group in self._configured_groups]
+        factors = [fn(schedulers.last_epoch) for fn in schedulers.lr_lambdas]
+        groups = schedulers.optimizer.param_groups
+        for group, configured, factor in zip(groups, self._configured_groups, factors, strict=True):
+            group.update(configured, lr=configured["initial_lr"] * factor)
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Stop before a loss that is not finite reaches the weights.
+
+        Raises:
+            ModelError: With the step and what to try; checkpoints on disk stay as they are.
+        """
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"The training loss became {loss.item()} at step {self.trainer.global_step}. Nothing of it was saved: "
+                "resume from the last checkpoint with --ckpt_path last and a lower --model.learning_rate, a longer "
+                "--model.warmup_ratio or --trainer.gradient_clip_val 1.0."
+            )
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: every trained parameter, both factors of each adapter, the head, all buffers."""
+        full = self.state_dict()
+        keep = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        keep |= {name for name, _ in self.named_buffers()}
+        keep |= {f"backbone.{name}" for name in adapter_state(self.backbone)}
+        return {name: tensor for name, tensor in full.items() if name in keep or name.startswith("head.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen backbone out."""
+        checkpoint["state_dict"] = self.saved_state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `saved_state` saves, and nothing else, whatever `strict` says.
+
+        Raises:
+            ModelError: With the list of what is missing, unexpected or of another shape; nothing is then loaded.
+        """
+        if problems := state_problems(self.saved_state(), state_dict):
+            raise ModelError(
+                "The checkpoint is of another model than the one configured: "
+                + "; ".join(problems)
+                + ". Use the config.yaml of the checkpoint's run, or its backbone, tuning and adapter keys."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    # -------------------------------------------------------------------------------------------------------- counts
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Trainable and total parameters, and the bytes of what the adapters alone would take in a file."""
+        return {
+            "params/trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "params/total": sum(p.numel() for p in self.parameters()),
+            "adapter/bytes": sum(t.numel() * t.element_size() for t in adapter_state(self.backbone).values()),
+        }
+
+    def on_after_backward(self) -> None:
+        """At a run's first step, see that every trained factor lies on the way of the forward pass."""
+        if self.trainer.global_step > 0 or getattr(self, "_gradients_seen", False):
+            return
+        self._gradients_seen = True
+        idle = [
+            f.projection.name
+            for layer in adapted_layers(self.backbone).values()
+            for f in layer.factors()
+            if any(p.grad is None for p in f.named_factors(trained=True).values())
+        ]
+        if idle:
+            raise ModelError(
+                f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
+                f"({', '.join(idle[:3])}, …): it uses their weights without calling the layer. Choose other targets."
+            )

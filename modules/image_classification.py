@@ -1,0 +1,154 @@
+"""Image classification with any timm backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from modules.adapters import AdapterConfig
+from modules.base import AdaptedModule, BackboneDtype, ModelError, Tuning
+from modules.optimization import Schedule
+from modules.timm_backbone import build_timm_backbone, preprocessing
+
+Batch = dict[str, Any]
+
+
+class ImageClassifier(AdaptedModule):
+    """A timm backbone and a linear head over its pooled features.
+
+    Batches are dicts of `image` (batch, 3, height, width), normalised, and `label` (batch,) int64.
+
+    Args:
+        backbone: timm's name, `vit_base_patch16_224.augreg_in21k`.
+        weights: `pretrained` (from the hub), `none`, or a local .safetensors, .pth, .pt or .bin file.
+        backbone_args: More arguments of the architecture for `timm.create_model`, such as `depth` or `drop_path_rate`.
+        image_size: Side of the input in pixels; None takes the backbone's own. Position embeddings are resized.
+        label_smoothing: Share of the target spread over all classes in training, in [0, 1).
+        class_names: Names of the classes by label; None takes the data's. A checkpoint remembers them.
+        tuning: See `AdaptedModule`, as all that follow.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "vit_base_patch16_224.augreg_in21k",
+        weights: str = "pretrained",
+        backbone_dtype: BackboneDtype = "float32",
+        backbone_args: dict[str, Any] | None = None,
+        image_size: int | None = None,
+        label_smoothing: float = 0.0,
+        class_names: list[str] | None = None,
+        tuning: Tuning = "adapter",
+        adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        schedule: Schedule = "cosine",
+        warmup_ratio: float = 0.05,
+        lr_ratio_b: float = 1.0,
+        lr_ratio_head: float = 1.0,
+    ) -> None:
+        super().__init__(
+            tuning,
+            adapter,
+            backbone_dtype,
+            learning_rate,
+            weight_decay,
+            schedule,
+            warmup_ratio,
+            lr_ratio_b,
+            lr_ratio_head,
+        )
+        self.save_hyperparameters()
+        if not 0 <= label_smoothing < 1:
+            raise ModelError(f"model.label_smoothing: {label_smoothing} must lie in [0, 1).")
+        self.label_smoothing = label_smoothing
+        self.class_names = class_names
+        self.backbone = build_timm_backbone(backbone, weights, image_size, backbone_args or {})
+        self.preprocessing = preprocessing(self.backbone, image_size)
+        self.configure_tuning()
+
+    def build_head(self) -> nn.Module:
+        """A linear layer from the pooled features to the data's classes, and the metrics of as many."""
+        given = getattr(self.trainer.datamodule, "class_names", None)
+        if self.class_names and given and list(given) != self.class_names:
+            raise ModelError(
+                f"The data has {len(given)} classes ({', '.join(given[:5])}, …) and the model {len(self.class_names)} "
+                f"({', '.join(self.class_names[:5])}, …): a checkpoint answers for the classes it was trained on."
+            )
+        self.class_names = self.class_names or list(given or [])
+        if not self.class_names:
+            raise ModelError("model.class_names: neither the data nor a checkpoint (--ckpt_path) says which they are.")
+        self.hparams["class_names"] = self.class_names
+        classes = len(self.class_names)
+        scores = {"acc1": MulticlassAccuracy(classes, average="micro")}
+        if classes > 5:
+            scores["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+        metrics = MetricCollection(scores)
+        self.metrics = nn.ModuleDict({s: metrics.clone(prefix=f"{s}/") for s in ("val", "test")})
+        self.losses = nn.ModuleDict({s: MeanMetric() for s in ("val", "test")})
+        self.confusion = MulticlassConfusionMatrix(classes)
+        features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        head = nn.Linear(int(features), classes)  # type: ignore[arg-type]  # timm's own attributes
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (batch, classes), float32, of normalised images (batch, 3, height, width)."""
+        assert self.head is not None
+        features = self.backbone(image.to(self.backbone_dtype))  # (batch, features)
+        logits: Tensor = self.head(features.to(torch.float32))  # (batch, classes)
+        return logits.float()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch."""
+        loss = F.cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
+        self.check_loss(loss.detach())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        logits, label = self(batch["image"]), batch["label"]
+        self.losses[stage].update(F.cross_entropy(logits, label, reduction="none"))
+        self.metrics[stage].update(logits, label)
+        self.log(f"{stage}/loss", self.losses[stage], prog_bar=True, on_epoch=True, on_step=False)
+        self.log_dict(self.metrics[stage], on_epoch=True, on_step=False, prog_bar=stage == "val")
+        if stage == "test":
+            self.confusion.update(logits, label)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update `val/loss`, `val/acc1` and, of more than five classes, `val/acc5`."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As in validation, under `test/`, and the confusion matrix."""
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Show the confusion matrix in TensorBoard."""
+        matrix = self.confusion.compute()  # on every rank: it gathers
+        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+        if boards and self.trainer.is_global_zero and matrix.sum() > 0:
+            small = len(self.class_names or ()) <= 20
+            figure, axes = plt.subplots(figsize=(8, 8), layout="constrained")
+            self.confusion.plot(matrix, ax=axes, add_text=small, labels=self.class_names if small else None)
+            for board in boards:
+                board.experiment.add_figure("test/confusion_matrix", figure, self.global_step)
+            plt.close(figure)
+        self.confusion.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
+        """Rows of a table: name of the image, class, and its probability in [0, 1]."""
+        assert self.class_names is not None
+        probability, label = self(batch["image"]).softmax(-1).max(-1)
+        return {
+            "name": batch["name"],
+            "class": [self.class_names[i] for i in label.tolist()],
+            "probability": [round(p, 6) for p in probability.tolist()],
+        }

@@ -1,0 +1,85 @@
+"""Parameter groups and the schedule of their rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import nn
+
+from modules.adapters import adapted_layers
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def parameter_groups(
+    backbone: nn.Module,
+    head: nn.Module,
+    *,
+    tuning: str,
+    learning_rate: float,
+    weight_decay: float,
+    lr_ratio_b: float,
+    lr_ratio_head: float,
+) -> list[dict[str, Any]]:
+    """Groups for AdamW, named A, B, head and backbone, each split into decayed and not decayed.
+
+    What is trained follows from the configuration, not from `requires_grad` flags that somebody may have flipped.
+
+    Args:
+        backbone: With adapters or without.
+        head: The task's head.
+        tuning: `adapter`, `head` or `full`.
+        learning_rate: Base rate.
+        weight_decay: Decay of matrices; vectors, biases, position embeddings and class tokens have none.
+        lr_ratio_b: Rate of B over the base rate.
+        lr_ratio_head: Rate of the head over the base rate.
+
+    Returns:
+        Groups with `name`, `params`, `lr`, `initial_lr` and `weight_decay`; empty ones are left out.
+    """
+    parts: dict[str, tuple[float, dict[str, nn.Parameter]]] = {
+        "A": (1.0, {}),
+        "B": (lr_ratio_b, {}),
+        "head": (lr_ratio_head, dict(head.named_parameters())),
+        "backbone": (1.0, dict(backbone.named_parameters()) if tuning == "full" else {}),
+    }
+    for name, layer in adapted_layers(backbone).items():
+        for factors in layer.factors():
+            for factor, parameter in factors.named_factors(trained=True).items():
+                parts[factor][1][f"{name}.{factors.projection.role}"] = parameter
+    undecayed = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
+    groups = []
+    for part, (ratio, parameters) in parts.items():
+        rate = learning_rate * ratio
+        matrices = [p for name, p in parameters.items() if p.ndim > 1 and name not in undecayed]
+        others = [p for name, p in parameters.items() if p.ndim <= 1 or name in undecayed]
+        for name, params, decay in ((part, matrices, weight_decay), (f"{part}/no_decay", others, 0.0)):
+            if params:
+                groups.append({"name": name, "params": params, "lr": rate, "initial_lr": rate, "weight_decay": decay})
+    return groups
+
+
+def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -> Callable[[int], float]:
+    """The rate at an optimizer step over its peak: a linear climb from zero, then the chosen descent.
+
+    Args:
+        schedule: Shape after the warm-up; cosine and linear end at zero.
+        warmup_ratio: Share of the steps that climb, in [0, 1).
+        total_steps: Optimizer steps of the whole run.
+
+    Returns:
+        Function from the step, 0 for the first, to a factor in [0, 1].
+    """
+    warmup = round(warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        if schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - progress if schedule == "linear" else 1.0
+
+    return factor

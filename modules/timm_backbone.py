@@ -1,0 +1,122 @@
+"""timm backbones without a head: by name, with weights from the hub, from a local file, or none."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from modules.adapters.state import state_problems
+from modules.base import ModelError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def build_timm_backbone(name: str, weights: str, image_size: int | None, args: dict[str, Any]) -> nn.Module:
+    """Build a backbone that maps images to pooled features.
+
+    Args:
+        name: timm's name, `vit_base_patch16_224.augreg_in21k`.
+        weights: `pretrained` (from the hub), `none`, or a local .safetensors, .pth, .pt or .bin file.
+        image_size: Side of the input in pixels; None takes the backbone's own. Position embeddings are resized.
+        args: More arguments of the architecture for `timm.create_model`.
+
+    Returns:
+        The backbone in float32 on the CPU, (batch, 3, image_size, image_size) → (batch, head_hidden_size).
+
+    Raises:
+        ModelError: For an unknown name, a size that does not fit, or weights that cannot be had or do not fit.
+    """
+    local = weights not in ("pretrained", "none")
+    if local and not Path(weights).is_file():
+        raise ModelError(f"model.weights: there is no file {weights}; give a local file, `pretrained` or `none`.")
+    if local and Path(weights).suffix not in SUFFIXES:
+        raise ModelError(f"model.weights: {weights} must be one of {', '.join(SUFFIXES)}.")
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
+        hint = f" Near it: {', '.join(close)}." if close else ""
+        raise ModelError(f"model.backbone: timm has no architecture {name!r}.{hint} timm.list_models() lists all.")
+    if image_size is not None and _has_fixed_size(name):
+        args = {**args, "img_size": image_size}
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, **args)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.backbone: timm cannot build {name} with {args}: {error}") from error
+    if local:
+        _load(model, name, _read(weights), weights)
+    elif weights == "pretrained":
+        _load(model, name, _download(name, {k: v for k, v in args.items() if k != "img_size"}), f"{name} from the hub")
+    return model
+
+
+def preprocessing(model: nn.Module, image_size: int | None) -> dict[str, Any]:
+    """The input that a backbone was trained on: timm's input_size, interpolation, mean, std and crop_pct."""
+    config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    if image_size is not None:
+        config["input_size"] = (3, image_size, image_size)
+    return config
+
+
+def _has_fixed_size(name: str) -> bool:
+    """Whether the architecture is built for one input size, which `img_size` changes."""
+    config = timm.get_pretrained_cfg(name)
+    return config is not None and config.fixed_input_size
+
+
+def _download(name: str, args: dict[str, Any]) -> dict[str, Tensor]:
+    """The hub's weights, at the size they were trained at."""
+    try:
+        source = timm.create_model(name, pretrained=True, num_classes=0, **args)
+    except RuntimeError as error:
+        raise ModelError(f"model.weights: {name} has no pretrained weights in timm ({error}).") from error
+    except Exception as error:  # whatever a network can raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.weights: the weights of {name} could not be fetched from the hub ({reason}). Without a connection "
+            "two keys take local paths: --model.weights FILE.safetensors and --data.path DIRECTORY."
+        ) from error
+    state: dict[str, Tensor] = source.state_dict()
+    return state
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    """Tensors of a local file; pickled code is never run."""
+    try:
+        state: dict[str, Tensor] = load_state_dict(path, device="cpu", weights_only=True)
+    except Exception as error:  # truncated, another format, or a pickle with code in it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = "safetensors" if isinstance(error, SafetensorError) else "weights-only PyTorch"
+        raise ModelError(f"model.weights: {path} cannot be read as a {kind} file ({reason}).") from error
+    return state
+
+
+def _load(model: nn.Module, name: str, state: dict[str, Tensor], source: str) -> None:
+    """Load weights into a model, converted and resized as timm does for its family; nothing may be left over."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        # DINOv2's positions were made for resizing without antialiasing
+        no_antialias = "dinov2" in name and "antialias" in inspect.signature(convert).parameters
+        try:
+            state = convert(state, model, **({"antialias": False} if no_antialias else {}))
+        except (KeyError, RuntimeError, ValueError, AttributeError) as error:
+            raise ModelError(f"model.weights: {source} does not fit {name}: {error}") from error
+    config = getattr(model, "pretrained_cfg", {})
+    head = config.get("classifier") or ()
+    heads = (head,) if isinstance(head, str) else tuple(head)
+    own = model.state_dict()
+    state = {
+        key: tensor
+        for key, tensor in state.items()
+        if key in own or not any(key.startswith(f"{h}.") for h in heads)  # the source's own classifier
+    }
+    if problems := state_problems(own, state):
+        raise ModelError(f"model.weights: {source} does not fit {name}: {'; '.join(problems)}.")
+    with torch.no_grad():
+        model.load_state_dict(state)
