@@ -14,13 +14,13 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from app.callbacks import AdapterCheckpoint, AdapterSpectrum, PredictionWriter, RunSummary
+from app.callbacks import AdapterCheckpoint, AdapterSpectrum, CallbackError, PredictionWriter, RunSummary
 from app.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_checkpoint
 from app.messages import parser_message, quiet_libraries
 from app.run_directory import new_run_directory, resolve_checkpoint, run_of_checkpoint
@@ -29,7 +29,16 @@ from modules.adapters import AdapterError
 from modules.base import AdaptedModule, ModelError
 
 # What a user can mend. Anything else is a defect of this program and shows its traceback.
-BAD_INPUT = (AdapterError, ModelError, DataError, CheckpointError, MisconfigurationException, OSError)
+BAD_INPUT = (
+    ArgumentError,
+    AdapterError,
+    ModelError,
+    DataError,
+    CheckpointError,
+    CallbackError,
+    MisconfigurationException,
+    OSError,
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -45,22 +54,25 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     try:
         AsymmetryCLI(words)
-    except ArgumentError as error:
-        return _refuse(parser_message(error))
-    except BAD_INPUT as error:
-        return _refuse(str(error))
-    except ValueError as error:
-        if not _is_from_constructor(error):
-            raise
-        return _refuse(str(error))
-    except SystemExit as stop:  # --help, or the parser's own exit
+    except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 2
+    except Exception as error:
+        cause = _bad_input(error)
+        if cause is None:
+            raise
+        print(f"error: {parser_message(cause)}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+def _bad_input(error: BaseException) -> BaseException | None:
+    """What the user can mend behind an error, looking through the parser's wrapping; None for a defect."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, BAD_INPUT):
+            return link
+        link = link.__cause__ or link.__context__
+    return None
 
 
 class AsymmetryCLI(LightningCLI):
@@ -151,8 +163,6 @@ class AsymmetryCLI(LightningCLI):
         callbacks = [self.summary, *(config["callbacks"] or []), PredictionWriter()]
         if config["logger"] is not False and not config["fast_dev_run"]:
             callbacks.append(LearningRateMonitor("step"))
-        if config["enable_progress_bar"] is not False and sys.stdout.isatty():
-            callbacks.append(RichProgressBar())
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         return super().instantiate_trainer(
@@ -166,7 +176,7 @@ class AsymmetryCLI(LightningCLI):
         callback = self.trainer.checkpoint_callback
         best = callback.best_model_path if isinstance(callback, AdapterCheckpoint) else ""
         if self._get(self.config, "test_after_fit") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
         self._close()
 
     def after_validate(self) -> None:
@@ -187,7 +197,7 @@ class AsymmetryCLI(LightningCLI):
             print(f"Run directory: {self.run_directory}", flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        arguments = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
         quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
         return arguments | quiet | ({"return_predictions": False} if subcommand == "predict" else {})
 
@@ -255,7 +265,9 @@ def _report_differences(saved: dict[str, Any], files: Namespace, final: Namespac
             if key in ours and _plain(ours[key]) != _plain(value):
                 console.print(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")
             elif key in theirs and _plain(theirs[key]) != _plain(value) and key != "class_names":
-                console.print(f"{section}.{key}: {value} from the checkpoint; the configuration file has {theirs[key]}.")
+                console.print(
+                    f"{section}.{key}: {value} from the checkpoint; the configuration file has {theirs[key]}."
+                )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -268,12 +280,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
-
-def _is_from_constructor(error: ValueError) -> bool:
-    """Whether a callback's or plugin's constructor refused its arguments, which is the user's to mend."""
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name == "instantiate_classes":
-            return True
-        trace = trace.tb_next
-    return False

@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import re
 import warnings
+from importlib import import_module
 
+import datasets
 from jsonargparse import ArgumentError
 
 
-def parser_message(error: ArgumentError) -> str:
-    """The parser's complaint in one paragraph, without the alternatives it tried and failed on."""
-    text = re.sub(r"\s*\n\s*", " ", str(error))
-    return text.strip()
+def parser_message(error: Exception) -> str:
+    """The parser's complaint in one line: of all the alternatives that it tried, what was wrong with the one meant."""
+    text = str(error)
+    prefix = ""
+    if key := re.match(r'Parser key "([^"]+)":\s*Does not validate', text):
+        prefix = f"{key[1]}: "
+    # every alternative is a bullet behind "Errors:", in one line or one each
+    bullets = re.findall(r"(?:^|\s)- (.*?)(?=\s+- |\s*Given value type:|$)", text.partition("Errors:")[2], re.S)
+    meant = [b for b in bullets if "<class 'NoneType'>" not in b]
+    given = re.search(r"Given value: (\S{1,40})$", text.strip())
+    if meant:
+        text = prefix + meant[0] + (f", got {given[1]}" if given and "NestedArg" not in given[1] else "")
+    if unknown := re.search(r"(?:Option '|arguments: --)([\w.]+)", text):
+        text = _unknown_key(text, unknown[1]) or text
+    text = re.sub(r"Problem with given class_path '[^']*':\s*", "", text)
+    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value:", r"expected one of \1, got", text)
+    text = re.sub(r"Expected an? <class '(?:builtins\.)?(\w+)'>", r"expected \1", text)
+    text = re.sub(r"\. Got value:", ", got", text)
+    text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+    return re.sub(r"\s*\n\s*", " ", text).strip()
+
+
+def _unknown_key(text: str, key: str) -> str | None:
+    """Say what a class accepts instead of a key that it does not know."""
+    owner = re.search(r"class_path '([\w.]+)\.(\w+)'", text)
+    if owner is None:
+        return None
+    parameters = inspect.signature(getattr(import_module(owner[1]), owner[2])).parameters
+    known = list(parameters)
+    section, _, leaf = key.rpartition(".")
+    if section in parameters:
+        known = [f"{section}.{name}" for name in inspect.signature(type(parameters[section].default)).parameters]
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {close[0]}" if close else ""
+    return f"{owner[2]} has no key {key}{hint}? Its keys: {', '.join(known)}."
 
 
 def quiet_libraries() -> None:
     """Silence advice that does not apply here."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    datasets.disable_progress_bars()
     for message in (
         r".*does not have many workers.*",  # images in memory need none
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
-        r".*It is recommended to use `self\.log\(.*sync_dist=True.*",  # metrics gather on their own
+        r".*sync_dist=True.*",  # torchmetrics gather on their own
+        r".*set_vital.*",  # torchdata on a newer torch
+        r".*isinstance\(treespec, LeafSpec\).*",  # lightning on a newer torch
     ):
         warnings.filterwarnings("ignore", message)

@@ -232,9 +232,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         index, epoch = key if isinstance(key, tuple) else (key, None)
         image = self._decode(index) if self.images is None else self.images[index]
         row = int(self.rows[index])
-        item: dict[str, Any] = {"label": int(self.table.labels[row])} if len(self.table.labels) else {
-            "name": self.table.names[row]
-        }
+        item: dict[str, Any] = (
+            {"label": int(self.table.labels[row])} if len(self.table.labels) else {"name": self.table.names[row]}
+        )
         if epoch is None:
             return {"image": self.transform(image), **item}
         with seeded(self.seed, epoch, index):

@@ -137,9 +137,7 @@ def _from_hub(name: str, split: str, image_column: str | None, label_column: str
     return _from_dataset(data, f"{name}/{found}", image_column, label_column)
 
 
-def _from_parquet(
-    folder: Path, split: str, image_column: str | None, label_column: str | None
-) -> ImageTable | None:
+def _from_parquet(folder: Path, split: str, image_column: str | None, label_column: str | None) -> ImageTable | None:
     """Parquet files named as on the hub: `train.parquet`, `data/train-00000-of-00001.parquet`."""
     for name in SPLITS[split]:
         files = sorted(str(f) for f in folder.rglob("*.parquet") if f.stem == name or f.stem.startswith(f"{name}-"))
@@ -156,9 +154,7 @@ def _from_parquet(
     return None
 
 
-def _from_dataset(
-    data: datasets.Dataset, where: str, image_column: str | None, label_column: str | None
-) -> ImageTable:
+def _from_dataset(data: datasets.Dataset, where: str, image_column: str | None, label_column: str | None) -> ImageTable:
     image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where)
     label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
     try:
@@ -181,9 +177,7 @@ def _from_dataset(
     return ImageTable(read, [f"{where} row {row}" for row in range(len(data))], labels, list(names))
 
 
-def _column(
-    data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str
-) -> str:
+def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str) -> str:
     column = given or next((c for c in usual if c in data.column_names), None)
     if column is None or column not in data.column_names:
         raise DataError(

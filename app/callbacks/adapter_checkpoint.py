@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.callbacks.errors import CallbackError
 from app.run_directory import CHECKPOINTS
 
 
@@ -31,7 +32,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self, monitor: str | None = "val/acc1", mode: Literal["min", "max"] = "max", last_every_n_steps: int = 200
     ) -> None:
         if last_every_n_steps < 1:
-            raise ValueError(f"checkpoint.last_every_n_steps: {last_every_n_steps} must be 1 or more.")
+            raise CallbackError(f"checkpoint.last_every_n_steps: {last_every_n_steps} must be 1 or more.")
         super().__init__(monitor=monitor, mode=mode, filename="best", save_top_k=1, auto_insert_metric_name=False)
         self.last_every_n_steps = last_every_n_steps
         self._random_state: dict[str, Any] | None = None
@@ -59,7 +60,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _save_last(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._last_saved_step = trainer.global_step
-            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt")
+            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt", weights_only=False)
 
     # --------------------------------------------------------------------------------------------- random numbers
 

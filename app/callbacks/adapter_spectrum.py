@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from app.callbacks.errors import CallbackError
 from app.plots import HeatMap
 from modules.adapters import AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize
@@ -51,7 +52,7 @@ class AdapterSpectrum(L.Callback):
     def __init__(self, every_n_epochs: int | None = 1, every_n_steps: int | None = None) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             if value is not None and value < 1:
-                raise ValueError(f"spectrum.{name}: {value} must be 1 or more, or null.")
+                raise CallbackError(f"spectrum.{name}: {value} must be 1 or more, or null.")
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.seconds = 0.0
         self._rows: list[dict[str, Any]] = []
@@ -113,7 +114,9 @@ class AdapterSpectrum(L.Callback):
             ratio = layer.scale * float(spectra["BA"].norm()) / self._weight_norm(name, layer, factors)
             for factor, sigma in spectra.items():
                 row = {"step": step, "projection": name, "role": factors.projection.role, "factor": factor}
-                rows.append(row | {"singular_values": sigma.tolist(), "relative_norm": ratio if factor == "BA" else None})
+                rows.append(
+                    row | {"singular_values": sigma.tolist(), "relative_norm": ratio if factor == "BA" else None}
+                )
         self._rows += rows
         scalars = _scalars(rows)
         for logger in trainer.loggers:
@@ -147,7 +150,9 @@ class AdapterSpectrum(L.Callback):
                 values = torch.tensor(row["singular_values"])
                 board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", values, step, bins="auto")
             heat_map = self._maps.setdefault(factor, HeatMap([row["projection"] for row in chosen]))
-            image = heat_map.render([row["singular_values"] for row in chosen], f"Singular values of {factor}, step {step}")
+            image = heat_map.render(
+                [row["singular_values"] for row in chosen], f"Singular values of {factor}, step {step}"
+            )
             board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")
 
     def _write(self, trainer: L.Trainer) -> None:

@@ -27,7 +27,9 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Gather the rows of all processes in the order of the data and write them on rank zero."""
-        rows = [dict(zip(batch, cells, strict=True)) for batch in predictions for cells in zip(*batch.values(), strict=True)]
+        rows = [
+            dict(zip(batch, cells, strict=True)) for batch in predictions for cells in zip(*batch.values(), strict=True)
+        ]
         shares: list[Any] = [rows]
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size

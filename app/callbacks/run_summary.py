@@ -66,7 +66,8 @@ class RunSummary(L.Callback):
         self._keep_metrics(trainer)
 
     def _keep_metrics(self, trainer: L.Trainer) -> None:
-        self.values |= {k: v.item() for k, v in trainer.callback_metrics.items() if "/" in k and v.numel() == 1}
+        metrics = trainer.callback_metrics.items()
+        self.values |= {k: v.item() for k, v in metrics if "/" in k and not k.startswith("lr-")}
 
     @rank_zero_only
     def report(self, run_directory: Path) -> None:
@@ -93,7 +94,9 @@ def _hit_list(module: AdaptedModule) -> Table:
         kinds.setdefault(re.sub(r"\b\d+\b", "*", projection.name), []).append(projection)
     factors = adapted_projections(module.backbone)
     config = module.adapter
-    title = f"Adapters: train {config.train}, A {config.init_a}, B {config.init_b}, rank {config.rank}, s {config.scale:g}"
+    title = (
+        f"Adapters: train {config.train}, A {config.init_a}, B {config.init_b}, rank {config.rank}, s {config.scale:g}"
+    )
     table = Table("Projection", "Role", "Layers", "d_in → d_out", title=title, title_justify="left", show_edge=False)
     for kind, projections in kinds.items():
         _, first = factors[projections[0].name]

@@ -123,7 +123,9 @@ def select(projections: list[Projection], targets: Collection[str]) -> list[Proj
     for target in targets:
         names = {p.name for p in projections if _matches(p, target)}
         if not names:
-            raise AdapterError(f"adapter.targets: {target!r} matches nothing in this backbone, {_inventory(projections)}")
+            raise AdapterError(
+                f"adapter.targets: {target!r} matches nothing in this backbone, {_inventory(projections)}"
+            )
         chosen |= names
     return [p for p in projections if p.name in chosen]
 

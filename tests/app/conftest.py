@@ -1,0 +1,51 @@
+"""The command line as a function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from app.cli import main
+
+Run = Callable[..., int]
+
+
+class CommandLine:
+    """Runs commands of tests/conf/image.yaml with everything written below one folder."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root, self.data = root, data
+
+    def words(self, command: str, *options: str) -> list[str]:
+        base = ["--config", "tests/conf/image.yaml", "--trainer.default_root_dir", str(self.root)]
+        path = [] if any(o.startswith("--data.path") for o in options) else ["--data.path", str(self.data)]
+        return [command, *base, *path, *options]
+
+    def __call__(self, command: str, *options: str) -> int:
+        return main(self.words(command, *options))
+
+    def run(self, version: int = 0) -> Path:
+        return self.root / f"version_{version}"
+
+    def checkpoint(self, version: int = 0, name: str = "last") -> dict[str, Any]:
+        return torch.load(self.run(version) / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+    def metrics(self, version: int = 0) -> dict[str, float]:
+        return json.loads((self.run(version) / "metrics.json").read_text())
+
+    def events(self, version: int = 0) -> EventAccumulator:
+        return EventAccumulator(str(self.run(version)), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+    def scalars(self, tag: str, version: int = 0) -> dict[int, float]:
+        return {e.step: e.value for e in self.events(version).Scalars(tag)}
+
+
+@pytest.fixture
+def cli(tmp_path: Path, parquet_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "runs", parquet_path)
