@@ -65,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _bad_input(error: BaseException) -> BaseException | None:
+def _bad_input(error: Exception) -> Exception | None:
     """What the user can mend behind an error, looking through the parser's wrapping; None for a defect."""
     link: BaseException | None = error
     while link is not None:
@@ -152,12 +152,13 @@ class AsymmetryCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
         if run is None:
-            run = new_run_directory(self.root) if rank_zero_only.rank == 0 else self.root
+            run = new_run_directory(self.root) if getattr(rank_zero_only, "rank", 0) == 0 else self.root
         self.run_directory = run
         if config["logger"] in (None, True) and not config["fast_dev_run"]:
             # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
-            step = self.loaded.get("global_step") if self.checkpoint and self.subcommand == "fit" else None
-            kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, purge_step=step)
+            resumed = self.checkpoint is not None and self.subcommand == "fit"
+            purge = {"purge_step": self.loaded["global_step"] + 1} if resumed else {}
+            kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory
         callbacks = [self.summary, *(config["callbacks"] or []), PredictionWriter()]
@@ -176,7 +177,9 @@ class AsymmetryCLI(LightningCLI):
         callback = self.trainer.checkpoint_callback
         best = callback.best_model_path if isinstance(callback, AdapterCheckpoint) else ""
         if self._get(self.config, "test_after_fit") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
+            self.trainer.test(
+                self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
+            )
         self._close()
 
     def after_validate(self) -> None:
@@ -279,4 +282,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-

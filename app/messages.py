@@ -10,7 +10,6 @@ import warnings
 from importlib import import_module
 
 import datasets
-from jsonargparse import ArgumentError
 
 
 def parser_message(error: Exception) -> str:
@@ -42,7 +41,7 @@ def _unknown_key(text: str, key: str) -> str | None:
         return None
     parameters = inspect.signature(getattr(import_module(owner[1]), owner[2])).parameters
     known = list(parameters)
-    section, _, leaf = key.rpartition(".")
+    section, _, _ = key.rpartition(".")
     if section in parameters:
         known = [f"{section}.{name}" for name in inspect.signature(type(parameters[section].default)).parameters]
     close = difflib.get_close_matches(key, known, n=1)

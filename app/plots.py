@@ -44,4 +44,5 @@ class HeatMap:
         self.axes.set_xlim(0.5, columns + 0.5)
         self.axes.set_title(title, fontsize=10)
         self.canvas.draw()
+        self.figure.set_layout_engine("none")  # settled by the first drawing; again it would take most of the time
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()

@@ -27,9 +27,9 @@ class EpochSampler(StatefulDistributedSampler):
     """
 
     def __init__(self, data: Sized, num_replicas: int, rank: int, seed: int) -> None:
-        super().__init__(data, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        super().__init__(data, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
 
-    def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Draw]:
         for index in super().__iter__():
             yield index, self.epoch
 
@@ -38,8 +38,9 @@ class EpochSampler(StatefulDistributedSampler):
         return {**super().state_dict(), "epoch": self.epoch, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a position; the next iterator starts there."""
-        super().load_state_dict(state_dict)
+        """Go to a position; the next iterator starts there, or afresh if the position is the end of an epoch."""
+        at_end = state_dict["yielded"] >= self.num_samples
+        super().load_state_dict({**state_dict, "yielded": 0} if at_end else state_dict)
         self.epoch, self.seed = state_dict["epoch"], state_dict["seed"]
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -14,14 +13,15 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.transforms import v2
 
-from datamodules.batching import Draw, EpochSampler, seeded
+from datamodules.base import ResumableDataModule
+from datamodules.batching import Draw, seeded
 from datamodules.errors import DataError
 from datamodules.image_sources import ImageTable, open_folder, open_split
 
 Transform = Callable[[Tensor], Tensor]
 
 
-class ImageClassificationData(L.LightningDataModule):
+class ImageClassificationData(ResumableDataModule):
     """Labelled images from the hub, Parquet, CIFAR-10's own folder, or a folder of image files.
 
     Images are decoded once to uint8 and kept in memory when they fit; augmentation runs on these tensors; the batch is
@@ -63,20 +63,17 @@ class ImageClassificationData(L.LightningDataModule):
         label_column: str | None = None,
         predict_path: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers)
         self.save_hyperparameters()
         limits = {"train": max_train_samples, "val": max_val_samples, "test": max_test_samples}
         for name, limit in limits.items():
             if limit is not None and limit < 1:
                 raise DataError(f"data.max_{name}_samples: {limit} must be 1 or more, or null for all.")
-        if batch_size < 1 or num_workers < 0:
-            raise DataError("data.batch_size must be 1 or more, and data.num_workers 0 or more.")
         if not 0 < val_fraction < 1:
             raise DataError(f"data.val_fraction: {val_fraction} must lie in (0, 1).")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise DataError(f"data.crop_scale: {list(crop_scale)} must be two numbers, 0 < least <= most <= 1.")
         self.path, self.predict_path = path, predict_path
-        self.batch_size, self.num_workers = batch_size, num_workers
         self.val_fraction, self.val_seed = val_fraction, val_seed
         self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
         self.memory_limit_gb = memory_limit_gb
@@ -129,11 +126,6 @@ class ImageClassificationData(L.LightningDataModule):
         if limit is not None and limit < len(rows):
             keep = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.val_seed))[:limit]
             rows = rows[keep]
-        if name == "train" and len(rows) < self.batch_size * self._world()[0]:
-            raise DataError(
-                f"data.batch_size: {len(rows)} training images are fewer than one batch of "
-                f"{self.batch_size} × {self._world()[0]} processes; choose a smaller batch."
-            )
         return table, rows
 
     def _transforms(self, config: dict[str, Any]) -> tuple[Transform, Transform]:
@@ -152,41 +144,21 @@ class ImageClassificationData(L.LightningDataModule):
 
     # ---------------------------------------------------------------------------------------------------- loaders
 
-    def _world(self) -> tuple[int, int]:
-        assert self.trainer is not None
-        return self.trainer.world_size, self.trainer.global_rank
-
-    def _loader(self, name: str) -> StatefulDataLoader:
-        dataset = self.splits[name]
-        world, rank = self._world()
-        train = name == "train"
-        return StatefulDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            # evaluation: every image once, on whichever process; nothing is repeated to make the shares equal
-            sampler=EpochSampler(dataset, world, rank, dataset.seed) if train else range(rank, len(dataset), world),
-            drop_last=train,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(0),  # or each iterator draws from the global state, used by dropout
-        )
-
     def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled and augmented, whole batches only."""
-        return self._loader("train")
+        """Shuffled and augmented."""
+        return self.train_loader(self.splits["train"], self.splits["train"].seed)
 
     def val_dataloader(self) -> StatefulDataLoader:
         """In order."""
-        return self._loader("val")
+        return self.evaluation_loader(self.splits["val"])
 
     def test_dataloader(self) -> StatefulDataLoader:
         """In order."""
-        return self._loader("test")
+        return self.evaluation_loader(self.splits["test"])
 
     def predict_dataloader(self) -> StatefulDataLoader:
         """In the order of the names."""
-        return self._loader("predict")
+        return self.evaluation_loader(self.splits["predict"])
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Normalise a batch on its device: uint8 in, float32 out."""

@@ -212,7 +212,7 @@ def _from_image_folder(folder: Path, split: str) -> ImageTable | None:
         data = ImageFolder(str(found))
     except FileNotFoundError as error:
         raise DataError(
-            f"data.path: {found} holds no images in one folder a class, no Parquet, and no cifar-10-batches-py ({error})."
+            f"data.path: {found} holds no images in one folder a class, no Parquet, no cifar-10-batches-py ({error})."
         ) from error
     files = [Path(f) for f, _ in data.samples]
     labels = torch.tensor([label for _, label in data.samples])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from modules.adapters import AdapterConfig
@@ -75,7 +75,7 @@ class ImageClassifier(AdaptedModule):
 
     def build_head(self) -> nn.Module:
         """A linear layer from the pooled features to the data's classes, and the metrics of as many."""
-        given = getattr(self.trainer.datamodule, "class_names", None)
+        given = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
         if self.class_names and given and list(given) != self.class_names:
             raise ModelError(
                 f"The data has {len(given)} classes ({', '.join(given[:5])}, …) and the model {len(self.class_names)} "
@@ -86,7 +86,7 @@ class ImageClassifier(AdaptedModule):
             raise ModelError("model.class_names: neither the data nor a checkpoint (--ckpt_path) says which they are.")
         self.hparams["class_names"] = self.class_names
         classes = len(self.class_names)
-        scores = {"acc1": MulticlassAccuracy(classes, average="micro")}
+        scores: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(classes, average="micro")}
         if classes > 5:
             scores["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
         metrics = MetricCollection(scores)
@@ -115,10 +115,13 @@ class ImageClassifier(AdaptedModule):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         logits, label = self(batch["image"]), batch["label"]
-        self.losses[stage].update(F.cross_entropy(logits, label, reduction="none"))
-        self.metrics[stage].update(logits, label)
-        self.log(f"{stage}/loss", self.losses[stage], prog_bar=True, on_epoch=True, on_step=False)
-        self.log_dict(self.metrics[stage], on_epoch=True, on_step=False, prog_bar=stage == "val")
+        loss, metrics = self.losses[stage], self.metrics[stage]
+        assert isinstance(loss, MeanMetric)
+        assert isinstance(metrics, MetricCollection)
+        loss.update(F.cross_entropy(logits, label, reduction="none"))
+        metrics.update(logits, label)
+        self.log(f"{stage}/loss", loss, prog_bar=True, on_epoch=True, on_step=False)
+        self.log_dict(metrics, on_epoch=True, on_step=False, prog_bar=True)
         if stage == "test":
             self.confusion.update(logits, label)
 

@@ -49,7 +49,7 @@ def parameter_groups(
         for factors in layer.factors():
             for factor, parameter in factors.named_factors(trained=True).items():
                 parts[factor][1][f"{name}.{factors.projection.role}"] = parameter
-    undecayed = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
+    undecayed: set[str] = getattr(backbone, "no_weight_decay", set)()  # timm's own list
     groups = []
     for part, (ratio, parameters) in parts.items():
         rate = learning_rate * ratio

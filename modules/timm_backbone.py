@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.data.config import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
 
 def preprocessing(model: nn.Module, image_size: int | None) -> dict[str, Any]:
     """The input that a backbone was trained on: timm's input_size, interpolation, mean, std and crop_pct."""
-    config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    config: dict[str, Any] = resolve_model_data_config(model)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
     return config

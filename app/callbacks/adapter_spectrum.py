@@ -71,9 +71,11 @@ class AdapterSpectrum(L.Callback):
         if trainer.global_step > 0 and path.is_file():
             self._rows = [row for row in pq.read_table(path).to_pylist() if row["step"] <= trainer.global_step]
             self._last_step = max((row["step"] for row in self._rows), default=-1)
+            return
         for board in _boards(trainer):
             board.add_custom_scalars(_layout(pl_module))
         self._measure(trainer, pl_module)
+        self._write(trainer)  # now, so that a run cut off in its first epoch finds it
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

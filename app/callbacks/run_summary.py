@@ -29,7 +29,7 @@ class RunSummary(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have all processes agree on the run directory, which rank zero has made."""
-        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)
+        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # type: ignore[attr-defined]
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -76,8 +76,8 @@ class AdapterConfig:
             )
         if zeros == 0:
             raise AdapterError(
-                f"adapter.init_a ({self.init_a}) and adapter.init_b ({self.init_b}): neither is zero, so training would "
-                "not start at the pretrained weight; set the one that is trained to zero."
+                f"adapter.init_a ({self.init_a}) and adapter.init_b ({self.init_b}): neither is zero, so training "
+                "would not start at the pretrained weight; set the one that is trained to zero."
             )
         frozen_key = {"A": "init_b", "B": "init_a"}.get(self.train)
         if frozen_key and getattr(self, frozen_key) == "zero":

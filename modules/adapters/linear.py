@@ -23,8 +23,8 @@ class LowRankFactors(nn.Module):
         rank, name = config.rank, projection.name
         if rank > min(weight.shape):
             raise AdapterError(
-                f"adapter.rank: {rank} exceeds what {name} can hold, a weight of {weight.shape[0]} × {weight.shape[1]}; "
-                f"choose {min(weight.shape)} or less, or other targets."
+                f"adapter.rank: {rank} exceeds what {name} can hold, a weight of {weight.shape[0]} × "
+                f"{weight.shape[1]}; choose {min(weight.shape)} or less, or other targets."
             )
         a = init_factor(config.init_a, "A", weight, rank, config.seed, name)
         b = init_factor(config.init_b, "B", weight, rank, config.seed, name)

@@ -1,6 +1,6 @@
 """Roles: one name for the same projection in every backbone.
 
-A role names what a projection does (`query`, `mlp_out`, …); the table says which layer, or which third of a fused layer,
+A role names what a projection does (`query`, `mlp_out`, …); the table says which layer, or which third of a fused one,
 plays it in timm's ViTs, BERT/RoBERTa, BART and LLaMA. A backbone of another family is one more row, or `regex:…`.
 """
 

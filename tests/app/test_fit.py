@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from modules.base import AdaptedModule
+from tests.conftest import CLASSES, colour_image
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -85,7 +90,9 @@ def test_a_run_learns_and_leaves_what_the_contract_names(cli: CommandLine, capsy
 def test_a_checkpoint_holds_no_frozen_backbone(cli: CommandLine) -> None:
     assert cli("fit") == 0
     state = cli.checkpoint()["state_dict"]
-    factors = {f"backbone.blocks.{i}.attn.qkv.adapters.{r}.{f}" for i in (0, 1) for r in ("query", "value") for f in "AB"}
+    factors = {
+        f"backbone.blocks.{i}.attn.qkv.adapters.{r}.{f}" for i in (0, 1) for r in ("query", "value") for f in "AB"
+    }
     assert set(state) == factors | {"head.weight", "head.bias"}
 
 
@@ -106,7 +113,10 @@ def test_a_checkpoint_evaluates_to_what_fit_said(cli: CommandLine, command: str)
     # after training, last.ckpt is the validated model and best.ckpt the tested one
     name = {"validate": "last", "test": "best"}[command]
     assert cli(command, "--ckpt_path", str(cli.run() / "checkpoints" / f"{name}.ckpt")) == 0
-    assert cli.metrics()[f"{command[:4].replace('vali', 'val')}/loss"] == before[f"{command[:4].replace('vali', 'val')}/loss"]
+    assert (
+        cli.metrics()[f"{command[:4].replace('vali', 'val')}/loss"]
+        == before[f"{command[:4].replace('vali', 'val')}/loss"]
+    )
     assert not cli.run(1).exists()
 
 
@@ -156,17 +166,9 @@ def test_another_logger_by_config(cli: CommandLine) -> None:
     assert not list(cli.run().glob("events*"))
 
 
-def test_predict_writes_a_table(cli: CommandLine, tmp_path: object) -> None:
-    import csv
-    from pathlib import Path
-
-    import numpy as np
-    from PIL import Image
-
-    from tests.conftest import CLASSES, colour_image
-
+def test_predict_writes_a_table(cli: CommandLine, tmp_path: Path) -> None:
     assert cli("fit", "--trainer.max_epochs=8", "--model.adapter.targets=all") == 0
-    folder = Path(str(tmp_path)) / "unknown"
+    folder = tmp_path / "unknown"
     rng = np.random.default_rng(7)
     for i in range(9):
         target = folder / f"{i}.png"

@@ -1,0 +1,155 @@
+"""An interrupted run continues bit for bit, and the command line beats the checkpoint, which beats the file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import lightning as L
+import pytest
+import torch
+
+from app.callbacks import AdapterCheckpoint
+from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from tests.app.conftest import CommandLine
+
+# 8 steps an epoch; dropout of two kinds and random crops are on
+STEPS_AN_EPOCH = 8
+
+
+class PowerCut(BaseException):
+    """Ends the process as nothing that Lightning or the callbacks handle."""
+
+
+@pytest.fixture
+def power_cut(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Cut the power when a given number of batches have begun."""
+
+    def at(step: int) -> None:
+        original = AdapterCheckpoint.on_train_batch_start
+
+        def hook(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
+            if trainer.global_step == step:
+                raise PowerCut
+            original(self, trainer, *args)
+
+        monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", hook)
+
+    return at
+
+
+def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
+    """Final weights, optimizer, metrics and every logged loss are the same bits."""
+    one, other = cli.checkpoint(whole), cli.checkpoint(resumed)
+    assert one["global_step"] == other["global_step"]
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, other["state_dict"][name]), name
+    for key, state in one["optimizer_states"][0]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, other["optimizer_states"][0]["state"][key][name])
+    for tag in ("train/loss", "val/loss", "spectrum/query/B/largest", "lr-AdamW/B"):
+        assert cli.scalars(tag, whole) == cli.scalars(tag, resumed), tag
+    drop = ("time/", "memory/")
+    first, second = ({k: v for k, v in cli.metrics(i).items() if not k.startswith(drop)} for i in (whole, resumed))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("cut", "every", "workers"),
+    [
+        (5, 3, 0),  # in the first epoch, two steps behind the checkpoint
+        (8, 3, 0),  # at the start of the second: the checkpoint is that of the first epoch's end
+        (13, 4, 0),  # in the second epoch, checkpoint in its middle
+        (21, 1, 0),  # in the third, right behind a checkpoint
+        (13, 4, 2),  # with worker processes that load ahead
+    ],
+)
+def test_resume_equals_uninterrupted(
+    cli: CommandLine, power_cut: object, monkeypatch: pytest.MonkeyPatch, cut: int, every: int, workers: int
+) -> None:
+    options = ["--trainer.max_epochs=3", f"--checkpoint.last_every_n_steps={every}", f"--data.num_workers={workers}"]
+    assert cli("fit", *options) == 0
+    with monkeypatch.context():
+        power_cut(cut)  # type: ignore[operator]
+        with pytest.raises(PowerCut):
+            cli("fit", *options)
+        monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    saved = cli.checkpoint(1)["global_step"]
+    assert saved <= cut
+    assert saved == max(s for s in range(cut + 1) if s % every == 0 or s % STEPS_AN_EPOCH == 0)
+    assert cli("fit", *options, "--ckpt_path=last") == 0
+    assert_same_end(cli, whole=0, resumed=1)
+    assert not cli.run(2).exists()
+
+
+def test_resume_from_best_continues_behind_its_epoch(cli: CommandLine) -> None:
+    options = ["--trainer.max_epochs=2", "--checkpoint.monitor=null"]
+    assert cli("fit", *options) == 0
+    whole = cli.checkpoint()["state_dict"]
+    assert cli("fit", "--trainer.max_epochs=1", "--checkpoint.monitor=null") == 0
+    assert cli("fit", *options, "--ckpt_path", str(cli.run(1) / "checkpoints" / "best.ckpt")) == 0
+    assert cli.checkpoint(1)["global_step"] == 2 * STEPS_AN_EPOCH
+    assert whole.keys() == cli.checkpoint(1)["state_dict"].keys()
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_to_the_same_bits(cli: CommandLine) -> None:
+    options = ["--trainer.max_epochs=40", "--checkpoint.last_every_n_steps=3", "--model.adapter.targets=all"]
+    assert cli("fit", *options) == 0
+    process = subprocess.Popen([sys.executable, "main.py", *cli.words("fit", *options)], cwd=ROOT)
+    last = cli.run(1) / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < cli.checkpoint(1)["global_step"] < 40 * STEPS_AN_EPOCH
+    assert cli("fit", *options, "--ckpt_path=last") == 0
+    assert_same_end(cli, whole=0, resumed=1)
+
+
+def test_command_line_beats_checkpoint_beats_file(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    # the file says 0.01, the first command line 0.02 and rank 2
+    assert cli("fit", "--model.learning_rate=0.02", "--model.adapter.rank=2", "--model.schedule=constant") == 0
+    capsys.readouterr()
+    assert cli("fit", "--ckpt_path=last", "--model.learning_rate=0.5", "--trainer.max_epochs=3") == 0
+    said = capsys.readouterr().err
+    assert "model.learning_rate: 0.5 from the command line; the checkpoint had 0.02." in said
+    assert "model.adapter.rank: 2 from the checkpoint; the configuration file has 4." in said
+    # the saved optimizer and schedule do not bring the old rate back
+    group = cli.checkpoint()["optimizer_states"][0]["param_groups"][0]
+    assert group["initial_lr"] == 0.5
+    assert cli.scalars("lr-AdamW/B")[max(cli.scalars("lr-AdamW/B"))] == 0.5
+    assert cli.checkpoint()["state_dict"]["head.weight"].isfinite().all()
+
+
+def test_order_of_words_does_not_matter(cli: CommandLine) -> None:
+    words = ["fit", "--model.learning_rate=0.05", *cli.words("fit", "--trainer.max_epochs=1")[1:]]
+    from app.cli import main
+
+    assert main(words) == 0
+    assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == 0.05
+
+
+def test_resumed_configuration_is_kept_beside_the_first(cli: CommandLine) -> None:
+    assert cli("fit", "--trainer.max_epochs=1") == 0
+    first = (cli.run() / "config.yaml").read_text()
+    assert cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    assert (cli.run() / "config.yaml").read_text() == first
+    assert "max_epochs: 2" in (cli.run() / "config-1.yaml").read_text()
+
+
+def test_more_epochs_than_first_meant_can_be_added(cli: CommandLine) -> None:
+    assert cli("fit", "--trainer.max_epochs=1") == 0
+    assert cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    assert cli.checkpoint()["global_step"] == 3 * STEPS_AN_EPOCH
+    assert sorted(cli.scalars("val/loss")) == [7, 15, 23]

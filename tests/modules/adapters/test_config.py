@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import FrozenInstanceError
+from typing import Any, get_args
+
+import pytest
+
+from modules.adapters.config import AdapterConfig, AdapterError, Init
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train", "b"),
+        ("train", "AB"),
+        ("train", None),
+        ("scaling", "lora"),
+        ("init_a", "normal"),
+        ("init_b", "Zero"),
+        ("rank", 0),
+        ("rank", -3),
+        ("alpha", 0),
+        ("alpha", -1.0),
+        ("alpha", math.inf),
+        ("alpha", math.nan),
+        ("dropout", -0.1),
+        ("dropout", 1),
+        ("dropout", math.nan),
+        ("targets", []),
+    ],
+)
+def test_value_out_of_range_names_its_key(key: str, value: Any) -> None:
+    with pytest.raises(AdapterError, match=rf"adapter\.{key}"):
+        AdapterConfig(**{key: value})
+
+
+@pytest.mark.parametrize(("key", "choices"), [("train", "B, A, both"), ("scaling", "standard, rslora")])
+def test_unknown_choice_lists_the_choices(key: str, choices: str) -> None:
+    with pytest.raises(AdapterError, match=f"'nope' is not known; choose one of {choices}"):
+        AdapterConfig(**{key: "nope"})
+
+
+PAIRS = list(itertools.product(("B", "A", "both"), get_args(Init), get_args(Init)))
+
+
+def can_learn(train: str, init_a: str, init_b: str) -> bool:
+    """Exactly one factor starts at zero, and a factor that is trained alone is that one."""
+    return (init_a == "zero") != (init_b == "zero") and {"B": init_b, "A": init_a}.get(train, "zero") == "zero"
+
+
+@pytest.mark.parametrize(("train", "init_a", "init_b"), [p for p in PAIRS if can_learn(*p)])
+def test_pair_that_can_learn_is_accepted(train: Any, init_a: Any, init_b: Any) -> None:
+    config = AdapterConfig(train=train, init_a=init_a, init_b=init_b)
+    assert (config.trains_a, config.trains_b) == (train != "B", train != "A")
+
+
+@pytest.mark.parametrize(("train", "init_a", "init_b"), [p for p in PAIRS if not can_learn(*p)])
+def test_pair_that_cannot_learn_names_the_keys(train: Any, init_a: Any, init_b: Any) -> None:
+    with pytest.raises(AdapterError) as error:
+        AdapterConfig(train=train, init_a=init_a, init_b=init_b)
+    message = str(error.value)
+    assert "init_a" in message
+    assert "init_b" in message
+    if (init_a == "zero") != (init_b == "zero"):  # a trained factor over a frozen zero: the advice has to work
+        assert "adapter.train" in message
+        frozen, trained = ("init_a", "init_b") if train == "B" else ("init_b", "init_a")
+        assert f"set {frozen}: orthogonal and {trained}: zero" in message
+        AdapterConfig(**{"train": train, frozen: "orthogonal", trained: "zero"})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "rank", "alpha", "scale"),
+    [("standard", 8, 16.0, 2.0), ("standard", 16, 8.0, 0.5), ("rslora", 16, 8.0, 2.0), ("rslora", 2, 2.0, 2**0.5)],
+)
+def test_scale(scaling: Any, rank: int, alpha: float, scale: float) -> None:
+    assert AdapterConfig(scaling=scaling, rank=rank, alpha=alpha).scale == pytest.approx(scale, rel=1e-12)
+
+
+def test_defaults_are_what_the_paper_recommends() -> None:
+    config = AdapterConfig()
+    assert (config.train, config.init_a, config.init_b) == ("B", "orthogonal", "zero")
+    assert config.alpha == 2 * config.rank
+    assert config.targets == ["query", "value"]
+
+
+def test_targets_as_a_string_become_a_list() -> None:
+    assert AdapterConfig(targets="attention").targets == ["attention"]
+    assert AdapterConfig(targets="attention") == AdapterConfig(targets=["attention"])
+
+
+def test_default_targets_are_not_shared() -> None:
+    first = AdapterConfig()
+    assert isinstance(first.targets, list)
+    first.targets.append("key")
+    assert AdapterConfig().targets == ["query", "value"]
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        AdapterConfig().rank = 3  # type: ignore[misc]

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import peft
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+from modules.adapters import AdapterConfig, adapter_state
+from modules.adapters.config import Init
+from modules.adapters.init import Factor, factor_generator, init_factor
+from modules.adapters.linear import AdaptedLinear
+from modules.adapters.roles import Projection
+
+if TYPE_CHECKING:
+    from tests.modules.adapters.conftest import Backbone
+
+RANDOM: list[Any] = ["orthogonal", "gaussian", "uniform", "kaiming"]
+FACTORS: list[Any] = ["A", "B"]
+D_OUT, D_IN, RANK = 20, 28, 5
+
+
+def draw(
+    init: Init,
+    factor: Factor = "A",
+    d_out: int = D_OUT,
+    d_in: int = D_IN,
+    rank: int = RANK,
+    seed: int = 0,
+    name: str = "layer",
+) -> Tensor:
+    weight = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(9))
+    return init_factor(init, factor, weight, rank, seed, name)
+
+
+def vectors(tensor: Tensor, factor: Factor) -> Tensor:
+    """Rows of A or columns of B, as rows (r, n)."""
+    return tensor if factor == "A" else tensor.T
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("init", get_args(Init))
+def test_shape_and_dtype(init: Init, factor: Factor) -> None:
+    tensor = init_factor(init, factor, torch.randn(D_OUT, D_IN).bfloat16(), RANK, 0, "layer")
+    assert tensor.shape == ((RANK, D_IN) if factor == "A" else (D_OUT, RANK))
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    assert tensor.any() == (init != "zero")
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("init", ["orthogonal", "svd"])
+@pytest.mark.parametrize("rank", [1, 5, 20])
+def test_vectors_are_orthonormal(init: Init, factor: Factor, rank: int) -> None:
+    v = vectors(draw(init, factor, rank=rank), factor).double()
+    torch.testing.assert_close(v @ v.T, torch.eye(rank, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_orthogonal_is_haar() -> None:
+    """A direction in the plane is uniform on the circle; the sign of a plain QR would leave half of it empty."""
+    directions = torch.cat([draw("orthogonal", d_out=2, d_in=2, rank=1, seed=seed) for seed in range(400)])
+    angles = torch.atan2(directions[:, 1], directions[:, 0]).numpy()
+    assert scipy.stats.kstest(angles, "uniform", (-math.pi, 2 * math.pi)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("init", ["gaussian", "uniform"])
+def test_entries_follow_the_named_distribution(init: Init, factor: Factor) -> None:
+    n = 2000  # the long side, of either factor
+    tensor = draw(init, factor, *((64, n) if factor == "A" else (n, 64)), rank=16)
+    entries = (tensor * math.sqrt(n)).flatten().numpy()
+    expected = ("norm",) if init == "gaussian" else ("uniform", (-math.sqrt(3), 2 * math.sqrt(3)))
+    assert scipy.stats.kstest(entries, *expected).pvalue > 1e-3
+    assert np.square(entries).mean() == pytest.approx(1, abs=0.03)  # vectors of norm 1 in the mean square
+
+
+@pytest.mark.parametrize(("factor", "fan_in", "norm"), [("A", 1024, 3**-0.5), ("B", 8, (1024 / 24) ** 0.5)])
+def test_kaiming_bound_and_norm(factor: Factor, fan_in: int, norm: float) -> None:
+    tensor = draw("kaiming", factor, 1024, 1024, rank=8)
+    bound = 1 / math.sqrt(fan_in)
+    assert 0.99 * bound < tensor.abs().max() <= bound
+    assert scipy.stats.kstest(tensor.flatten().numpy(), "uniform", (-bound, 2 * bound)).pvalue > 1e-3
+    assert vectors(tensor, factor).norm(dim=1).mean() == pytest.approx(norm, rel=0.02)
+
+
+def test_kaiming_a_is_pefts_default() -> None:
+    config = peft.LoraConfig(r=RANK, target_modules=["0"])
+    layer: Any = peft.get_peft_model(nn.Sequential(nn.Linear(D_IN, D_OUT)), config).base_model.model[0]
+    torch.manual_seed(factor_generator(3, "layer", "A").initial_seed())
+    layer.reset_lora_parameters("default", init_lora_weights=True)
+    assert torch.equal(draw("kaiming", "A", seed=3), layer.lora_A["default"].weight)
+    assert not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("init", get_args(Init))
+def test_a_draw_ignores_and_keeps_the_global_generator(init: Init, factor: Factor) -> None:
+    first = draw(init, factor)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    second = draw(init, factor)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("init", RANDOM)
+def test_seed_name_and_factor_each_change_the_draw(init: Init) -> None:
+    square = {"d_out": 16, "d_in": 16, "rank": 16}
+    draws = [
+        draw(init, **square),
+        draw(init, **square, seed=1),
+        draw(init, **square, name="other"),
+        draw(init, "B", **square),
+        draw(init, "B", **square).T,
+    ]
+    for i, a in enumerate(draws):
+        assert all((a - b).abs().max() > 1e-3 for b in draws[i + 1 :])
+
+
+def test_the_generator_is_the_same_in_every_process() -> None:
+    """Python's `hash` is salted in each process; sha256 is not."""
+    assert factor_generator(0, "blocks.0.attn.qkv.query", "A").initial_seed() == 9136763183415319441
+
+
+@pytest.mark.parametrize("backbone", ["vit"], indirect=True)
+@pytest.mark.parametrize(
+    "targets", [["value"], ["value", "query"], "all", r"regex:blocks\.1\.attn\.qkv\.value", ["mlp_in", "attention"]]
+)
+def test_a_factor_does_not_depend_on_the_other_targets(backbone: Backbone, targets: Any) -> None:
+    name = "blocks.1.attn.qkv.adapters.value.A"
+    reference = init_factor("orthogonal", "A", torch.empty(24, 24), 4, 7, "blocks.1.attn.qkv.value")
+    torch.rand(11)
+    before = torch.get_rng_state()
+    model = backbone.attach(targets=targets, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(adapter_state(model)[name], reference)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_svd_equals_scipy_up_to_sign(factor: Factor) -> None:
+    weight = torch.randn(D_OUT, D_IN)
+    u, _, vh = scipy.linalg.svd(weight.double().numpy())
+    expected = vh[:RANK] if factor == "A" else u[:, :RANK].T
+    actual = vectors(init_factor("svd", factor, weight, RANK, 0, "layer"), factor)
+    cosines = np.abs(np.sum(expected * actual.numpy(), axis=1))
+    np.testing.assert_allclose(cosines, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_svd_sign_does_not_depend_on_the_weights_sign(factor: Factor) -> None:
+    weight = torch.randn(D_OUT, D_IN)
+    plus, minus = (init_factor("svd", factor, sign * weight, RANK, 0, "layer") for sign in (1, -1))
+    torch.testing.assert_close(plus, minus, atol=1e-5, rtol=0)
+    v = vectors(plus, factor)
+    assert (v.max(dim=1).values == v.abs().max(dim=1).values).all()
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_svd_catches_most_of_the_weight(factor: Factor) -> None:
+    """‖W·Aᵀ‖ and ‖Bᵀ·W‖ reach √(σ₁² + … + σ_r²), which no other orthonormal vectors do."""
+    weight = torch.randn(D_OUT, D_IN)
+
+    def caught(tensor: Tensor) -> float:
+        return float((weight @ tensor.T if factor == "A" else tensor.T @ weight).norm())
+
+    best = float(torch.linalg.svdvals(weight.double())[:RANK].norm())
+    assert caught(init_factor("svd", factor, weight, RANK, 0, "layer")) == pytest.approx(best, rel=1e-5)
+    assert max(caught(draw("orthogonal", factor, seed=seed)) for seed in range(20)) < 0.99 * best
+
+
+@pytest.mark.parametrize(
+    ("train", "init_a", "init_b", "factor"), [("B", "svd", "zero", "A"), ("A", "zero", "svd", "B")]
+)
+def test_svd_of_a_fused_layer_is_the_slices(train: Any, init_a: Any, init_b: Any, factor: Factor) -> None:
+    base = nn.Linear(D_IN, 3 * D_OUT)
+    projections = [
+        Projection("qkv", role, i * D_OUT, (i + 1) * D_OUT, fused=True) for i, role in ((0, "query"), (2, "value"))
+    ]
+    layer = AdaptedLinear(base, AdapterConfig(train=train, rank=RANK, init_a=init_a, init_b=init_b), projections)
+    for factors in layer.factors():
+        u, _, vh = np.linalg.svd(base.weight[factors.projection.rows].detach().double().numpy())
+        v = vectors(getattr(factors, factor).detach(), factor).numpy()
+        right = vh[:RANK] if factor == "A" else u[:, :RANK].T
+        np.testing.assert_allclose(np.abs(np.sum(right * v, axis=1)), 1, atol=1e-5)
+        if factor == "A":  # the whole weight has other right-singular vectors
+            whole = np.linalg.svd(base.weight.detach().double().numpy())[2][:RANK]
+            assert np.square(whole @ v.T).sum() / RANK < 0.9
+
+
+def allowed_pairs() -> list[tuple[Any, Any, Any]]:
+    learning = [i for i in get_args(Init) if i != "zero"]
+    a_random = [(train, init, "zero") for train in ("B", "both") for init in learning]
+    b_random = [(train, "zero", init) for train in ("A", "both") for init in learning]
+    return a_random + b_random
+
+
+@pytest.mark.parametrize(("train", "init_a", "init_b"), allowed_pairs())
+def test_training_starts_at_the_pretrained_weight_and_can_move(train: Any, init_a: Any, init_b: Any) -> None:
+    base = nn.Linear(D_IN, D_OUT)
+    config = AdapterConfig(train=train, rank=RANK, init_a=init_a, init_b=init_b)
+    layer = AdaptedLinear(base, config, [Projection("layer", "query", 0, D_OUT)])
+    assert not layer.delta().any()
+    x = torch.randn(3, D_IN)
+    torch.testing.assert_close(layer(x), base(x))
+    layer(x).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in layer.parameters())

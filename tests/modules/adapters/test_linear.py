@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.adapters.config import AdapterConfig, AdapterError
+from modules.adapters.linear import AdaptedLinear
+from modules.adapters.roles import Projection
+
+D_IN, D_OUT, RANK, N = 10, 8, 3, 11  # N tokens: no other size, so that a saved activation is known by it
+QKV = ("query", "key", "value")
+SUBSETS = [roles for k in (1, 2, 3) for roles in itertools.combinations(QKV, k)]
+TRAINS: list[Any] = ["B", "A", "both"]
+
+
+def make_layer(
+    roles: tuple[str, ...] = (), base: nn.Linear | None = None, train: Any = "B", **config: Any
+) -> AdaptedLinear:
+    """A plain layer adapted as a whole, or these roles of a fused one; neither factor is zero."""
+    base = base or nn.Linear(D_IN, 3 * D_OUT if roles else D_OUT)
+    projections = [Projection("layer", "query", 0, base.out_features)]
+    if roles:
+        starts = {role: i * D_OUT for i, role in enumerate(QKV)}
+        projections = [Projection("layer", role, starts[role], starts[role] + D_OUT, fused=True) for role in roles]
+    zero = {"init_a": "zero", "init_b": "orthogonal"} if train == "A" else {}
+    layer = AdaptedLinear(
+        base, AdapterConfig(train=train, **{"rank": RANK, "alpha": 2.0, **zero, **config}), projections
+    )
+    with torch.no_grad():
+        for factors in layer.factors():
+            factors.A.normal_()
+            factors.B.normal_()
+    return layer
+
+
+def dense_weight(layer: AdaptedLinear) -> Tensor:
+    """W + s·B·A written out in float64, row block by row block."""
+    weight = layer.weight.detach().double().clone()
+    for f in layer.factors():
+        weight[f.projection.start : f.projection.stop] += layer.scale * f.B.detach().double() @ f.A.detach().double()
+    return weight
+
+
+def explicit(layer: AdaptedLinear, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    return F.linear(x.detach().double(), dense_weight(layer), bias)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+# the equation
+
+
+@pytest.mark.parametrize("roles", [(), *SUBSETS], ids="-".join)
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_explicit_weight(roles: tuple[str, ...], bias: bool) -> None:
+    layer = make_layer(roles, nn.Linear(D_IN, 3 * D_OUT if roles else D_OUT, bias=bias))
+    x = torch.randn(2, N, D_IN)
+    torch.testing.assert_close(layer(x).double(), explicit(layer, x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.weight.double() + layer.delta(), dense_weight(layer), atol=1e-5, rtol=1e-5)
+
+
+def test_slices_of_unequal_height_and_a_gap() -> None:
+    projections = [Projection("layer", "query", 1, 6, fused=True), Projection("layer", "value", 7, 11, fused=True)]
+    layer = AdaptedLinear(nn.Linear(D_IN, 12), AdapterConfig(rank=RANK), projections)
+    for factors in layer.factors():
+        nn.init.normal_(factors.B)
+    x = torch.randn(N, D_IN)
+    torch.testing.assert_close(layer(x).double(), explicit(layer, x), atol=1e-5, rtol=1e-5)
+    assert layer.delta().any(dim=1).tolist() == [1 <= i < 6 or 7 <= i < 11 for i in range(12)]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("train", TRAINS)
+def test_output_and_gradients_are_pefts(train: Any, rslora: bool) -> None:
+    layer = make_layer(train=train, alpha=5.0, scaling="rslora" if rslora else "standard")
+    config = peft.LoraConfig(r=RANK, lora_alpha=5, target_modules=["0"], use_rslora=rslora)
+    plain = nn.Sequential(copy.deepcopy(layer).to_linear())
+    reference: Any = peft.get_peft_model(plain, config).base_model.model[0]
+    a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
+    (own,) = layer.factors()
+    with torch.no_grad():
+        a.copy_(own.A)
+        b.copy_(own.B)
+    layer.double()
+    reference.double()
+
+    x = torch.randn(2, N, D_IN, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    ours, theirs = layer(x), reference(y)
+    torch.testing.assert_close(ours, theirs)
+    cotangent = torch.randn_like(ours)
+    ours.backward(cotangent)
+    theirs.backward(cotangent)
+    torch.testing.assert_close(x.grad, y.grad)
+    for actual, expected, trained in ((own.A.grad, a.grad, train != "B"), (own.B.grad, b.grad, train != "A")):
+        if trained:
+            torch.testing.assert_close(actual, expected)
+        else:
+            assert actual is None
+
+
+@pytest.mark.parametrize("train", TRAINS)
+@pytest.mark.parametrize("roles", [(), ("value",), ("query", "value"), QKV], ids="-".join)
+def test_gradcheck(roles: tuple[str, ...], train: Any) -> None:
+    layer = make_layer(roles, train=train).double()
+    trained = [p for f in layer.factors() for p in f.named_factors(trained=True).values()]
+    x = torch.randn(2, D_IN, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *trained))
+
+
+@pytest.mark.parametrize("shape", [(D_IN,), (N, D_IN), (2, 3, 4, D_IN), (0, D_IN), (2, 0, D_IN)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    layer = make_layer(("query", "value"))
+    x = torch.randn(*shape, requires_grad=True)
+    out = layer(x)
+    assert out.shape == (*shape[:-1], 3 * D_OUT)
+    torch.testing.assert_close(out.double(), explicit(layer, x), atol=1e-5, rtol=1e-5)
+    out.sum().backward()
+    assert x.grad is not None
+    assert all(f.B.grad is not None and f.B.grad.any() == (x.numel() > 0) for f in layer.factors())
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(D_IN, N).T,
+        torch.randn(N, D_IN, 2).transpose(1, 2),
+        torch.randn(N, 2 * D_IN)[:, ::2],
+        torch.randn(1, D_IN).expand(N, D_IN),
+    ],
+    ids=["transposed", "permuted", "strided", "expanded"],
+)
+def test_input_that_is_not_contiguous(x: Tensor) -> None:
+    layer = make_layer()
+    assert not x.is_contiguous()
+    torch.testing.assert_close(layer(x).double(), explicit(layer, x), atol=1e-5, rtol=1e-5)
+
+
+def test_input_is_left_as_it_was() -> None:
+    x = torch.randn(N, D_IN)
+    before = x.clone()
+    make_layer()(x)
+    assert torch.equal(x, before)
+
+
+# gradients and what is kept for them
+
+
+@pytest.mark.parametrize("train", TRAINS)
+@pytest.mark.parametrize("roles", [(), ("query", "value")], ids="-".join)
+def test_input_without_gradient_trains_the_same(roles: tuple[str, ...], train: Any) -> None:
+    """The first layer of a frozen backbone sees such an input."""
+    layer = make_layer(roles, train=train)
+    x = torch.randn(N, D_IN)
+    grads = []
+    for needs in (True, False):
+        layer.zero_grad()
+        layer(x.clone().requires_grad_(needs)).square().sum().backward()
+        grads.append([p.grad for p in layer.parameters()])
+    for with_x, without_x in zip(*grads, strict=True):
+        assert (with_x is None) == (without_x is None)
+        if with_x is not None:
+            torch.testing.assert_close(with_x, without_x)
+
+
+@pytest.mark.parametrize("train", ["A", "B"])
+def test_frozen_factor_gets_no_gradient_even_by_force(train: Any) -> None:
+    layer = make_layer(("query", "value"), train=train)
+    layer.requires_grad_(True)
+    layer(torch.randn(N, D_IN)).square().sum().backward()
+    for factors in layer.factors():
+        (frozen,) = factors.named_factors(trained=False).values()
+        (trained,) = factors.named_factors(trained=True).values()
+        assert frozen.grad is None
+        assert trained.grad is not None
+        assert trained.grad.any()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("roles", [(), ("query", "value")], ids="-".join)
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("train", TRAINS)
+def test_frozen_a_keeps_no_full_size_activation(
+    train: Any, needs_x: bool, roles: tuple[str, ...], autocast: bool
+) -> None:
+    layer = make_layer(roles, train=train)
+    shapes: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    x = torch.randn(N, D_IN, requires_grad=needs_x)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        layer(x).sum()
+    activations = {shape for shape in shapes if N in shape}
+    narrow = {(N, RANK * (len(roles) or 1))}
+    full = {(N, D_IN)}
+    assert activations == {"B": narrow, "A": full, "both": narrow | full}[train]
+
+
+# precision
+
+
+@pytest.mark.parametrize("roles", [(), ("query", "value")], ids="-".join)
+@pytest.mark.parametrize("train", TRAINS)
+def test_autocast_is_close_and_gradients_are_float32(train: Any, roles: tuple[str, ...]) -> None:
+    layer = make_layer(roles, train=train)
+    x = torch.randn(N, D_IN, requires_grad=True)
+    leaves = [x, *(p for f in layer.factors() for p in f.named_factors(trained=True).values())]
+    full = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = layer(x)
+    assert half.dtype == torch.bfloat16
+    assert relative_error(half, full) < 0.01
+    cotangent = torch.randn_like(full)
+    for actual, expected in zip(
+        torch.autograd.grad(half, leaves, cotangent.bfloat16()),
+        torch.autograd.grad(full, leaves, cotangent),
+        strict=True,
+    ):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, expected) < 0.02
+
+
+@pytest.mark.parametrize("train", TRAINS)
+def test_bf16_weight_with_float32_factors(train: Any) -> None:
+    layer = make_layer(("query", "value"), nn.Linear(D_IN, 3 * D_OUT).bfloat16(), train=train)
+    factors = [p for f in layer.factors() for p in (f.A, f.B)]
+    assert layer.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in factors} == {torch.float32}
+    x = torch.randn(N, D_IN, dtype=torch.bfloat16, requires_grad=True)
+    out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, explicit(layer, x)) < 0.01
+    out.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    assert [p.grad.dtype for p in factors if p.grad is not None] == [torch.float32] * (4 if train == "both" else 2)
+
+
+# dropout
+
+
+def test_dropout_zeroes_the_adapters_input_alone() -> None:
+    layer = make_layer(("query", "value"), dropout=0.4).train()
+    x = torch.randn(N, D_IN)
+    torch.manual_seed(5)
+    actual = layer(x)
+    torch.manual_seed(5)
+    dropped = F.dropout(x, 0.4)
+    assert (dropped == 0).any()
+    expected = F.linear(x, layer.weight, layer.bias) + F.linear(dropped, layer.delta())
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_off_in_evaluation() -> None:
+    layer = make_layer(dropout=0.4).eval()
+    x = torch.randn(N, D_IN)
+    torch.testing.assert_close(layer(x).double(), explicit(layer, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_takes_over_the_mode_of_its_base(training: bool) -> None:
+    base = nn.Linear(D_IN, D_OUT).train(training)
+    layer = make_layer(base=base, dropout=0.4)
+    assert {m.training for m in layer.modules()} == {training}
+    assert layer.to_linear().training == training
+
+
+# merging
+
+
+@pytest.mark.parametrize("roles", [(), ("key",), ("query", "value")], ids="-".join)
+def test_merge_and_unmerge(roles: tuple[str, ...]) -> None:
+    layer = make_layer(roles)
+    x, before = torch.randn(N, D_IN), layer.weight.clone()
+    expected, dense = layer(x), dense_weight(layer)
+    layer.merge()
+    layer.merge()  # twice is once
+    torch.testing.assert_close(layer.weight.double(), dense, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    layer.unmerge()
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, before, atol=1e-6, rtol=0)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merge_into_bf16_is_rounded_once() -> None:
+    layer = make_layer(base=nn.Linear(64, 64).bfloat16())
+    with torch.no_grad():
+        layer.factors()[0].B.mul_(1e-3)
+    dense = dense_weight(layer)
+    layer.merge()
+    assert layer.weight.dtype == torch.bfloat16
+    half_ulp = dense.abs() * 2**-8 + 1e-12
+    assert ((layer.weight.double() - dense).abs() <= half_ulp * (1 + 1e-4)).all()
+
+
+def test_disabled_is_the_plain_layer() -> None:
+    layer = make_layer()
+    x = torch.randn(2, N, D_IN)
+    layer.enabled = False
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer.enabled = True
+    torch.testing.assert_close(layer(x).double(), explicit(layer, x), atol=1e-5, rtol=1e-5)
+
+
+# names and shapes
+
+
+def test_parameters_of_the_base_are_shared_and_keep_their_names() -> None:
+    base = nn.Linear(D_IN, 3 * D_OUT)
+    layer = make_layer(("query", "value"), base)
+    assert layer.weight is base.weight
+    assert layer.bias is base.bias
+    factors = {f"adapters.{role}.{factor}" for role in ("query", "value") for factor in "AB"}
+    assert set(layer.state_dict()) == {"weight", "bias"} | factors
+    plain = layer.to_linear()
+    assert type(plain) is nn.Linear
+    assert plain.weight is base.weight
+    assert plain.bias is base.bias
+
+
+@pytest.mark.parametrize("train", TRAINS)
+def test_only_the_trained_factors_require_a_gradient(train: Any) -> None:
+    layer = make_layer(("query", "value"), train=train)
+    names = {"B": {"B"}, "A": {"A"}, "both": {"A", "B"}}[train]
+    assert {n.rpartition(".")[2] for n, p in layer.named_parameters() if p.requires_grad} == names
+    for factors in layer.factors():
+        assert set(factors.named_factors(trained=True)) == names
+        assert set(factors.named_factors(trained=False)) == {"A", "B"} - names
+
+
+@pytest.mark.parametrize(
+    ("projection", "d_in", "limit"),
+    [
+        (Projection("layer", "query", 0, 24), 7, 7),
+        (Projection("layer", "query", 0, 24), 30, 24),
+        (Projection("layer", "value", 16, 24, fused=True), 30, 8),  # the slice counts, not the layer
+    ],
+)
+def test_rank_is_bounded_by_the_smaller_side(projection: Projection, d_in: int, limit: int) -> None:
+    base = nn.Linear(d_in, 24)
+    AdaptedLinear(base, AdapterConfig(rank=limit), [projection])
+    message = rf"adapter\.rank: {limit + 1} exceeds what {projection.name} .* choose {limit} or less"
+    with pytest.raises(AdapterError, match=message):
+        AdaptedLinear(base, AdapterConfig(rank=limit + 1), [projection])
+
+
+def test_repr_shows_slices_and_ranks() -> None:
+    assert "adapters: query r=3, value r=3" in repr(make_layer(("query", "value")))
