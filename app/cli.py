@@ -90,6 +90,7 @@ class AsymmetryCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.checkpoint: Path | None = None
         self.run_directory = Path()
+        strict = {"exit_on_error": False, "allow_abbrev": False}  # no guessing what --trainer.max_epoch means
         super().__init__(
             AdaptedModule,
             L.LightningDataModule,
@@ -100,7 +101,7 @@ class AsymmetryCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
-            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
+            parser_kwargs={name: strict for name in self.subcommands()} | strict,
             args=args,
         )
 
@@ -117,6 +118,8 @@ class AsymmetryCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files first, then the checkpoint's values, then the command line's."""
         command, files, options = _split_arguments(args)
+        for name in files[1::2]:
+            _check_yaml(name)
         self.config = parser.parse_args([*command, *files, *options])
         subcommand = self.config.get("subcommand")
         self.root = self._root(files)
@@ -231,6 +234,16 @@ def _split_arguments(args: list[str]) -> tuple[list[str], list[str], list[str]]:
         else:
             options.append(word)
     return command, files, options
+
+
+def _check_yaml(name: str) -> None:
+    """Refuse a broken file by its name, which the parser's own message lacks."""
+    try:
+        yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArgumentError(None, f"--config: there is no file {name!r}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ArgumentError(None, f"--config: {name} is not YAML: {error}") from error
 
 
 def _saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def parser_message(error: Exception) -> str:
     text = re.sub(r"Expected an? <class '(?:builtins\.)?(\w+)'>", r"expected \1", text)
     text = re.sub(r"\. Got value:", ", got", text)
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+    if "backend found" in text:
+        text = f"trainer.accelerator: {text} On a machine without one add --config conf/cpu.yaml."
     return re.sub(r"\s*\n\s*", " ", text).strip()
 
 

@@ -13,14 +13,14 @@ class HeatMap:
     """A matrix of layers × index, drawn again and again into one figure, which spares most of the drawing.
 
     Args:
-        rows: Names of the rows; of more than 40, some are left out.
+        rows: Names of the rows; of more than 24, some are left out.
     """
 
     def __init__(self, rows: Sequence[str]) -> None:
         self.figure = Figure(figsize=(7, 1.6 + 0.2 * min(len(rows), 40)), dpi=80, layout="constrained")
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot()
-        step = -(-len(rows) // 40)
+        step = -(-len(rows) // 24)
         self.axes.set_yticks(range(0, len(rows), step), list(rows)[::step], fontsize=8)
         self.axes.set_xlabel("index of the singular value")
         self.image = self.axes.imshow(np.zeros((len(rows), 1)), aspect="auto", interpolation="nearest")

@@ -50,6 +50,9 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
         model = timm.create_model(name, pretrained=False, num_classes=0, **args)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.backbone: timm cannot build {name} with {args}: {error}") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if image_size is not None and patch and any(image_size % side for side in patch):
+        raise ModelError(f"model.image_size: {image_size} is not a multiple of {name}'s patches of {patch[0]} pixels.")
     if local:
         _load(model, name, _read(weights), weights)
     elif weights == "pretrained":

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from app.callbacks.errors import CallbackError
 from app.plots import HeatMap
 from modules.adapters import AdaptedLinear, LowRankFactors, adapted_projections
-from modules.adapters.spectrum import product_singular_values, singular_values, summarize
+from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule
 
 FILE = "spectrum.parquet"
@@ -105,14 +105,15 @@ class AdapterSpectrum(L.Callback):
         step = trainer.global_step
         if not trainer.is_global_zero or not _adapted(module) or step == self._last_step:
             return
-        start = time.perf_counter()
+        start, threads = time.perf_counter(), torch.get_num_threads()
+        torch.set_num_threads(1)  # on matrices this small, threads only wait for one another
         self._last_step = step
         assert isinstance(module, AdaptedModule)
         fresh: set[str] = set()  # factors that were measured now, not taken from before
         rows = []
         for name, (layer, factors) in adapted_projections(module.backbone).items():
-            spectra = {factor: self._factor(name, factor, factors, fresh) for factor in ("A", "B")}
-            spectra["BA"] = product_singular_values(factors.B.cpu(), factors.A.cpu())
+            r_a, r_b = (self._triangular(name, factor, factors, fresh) for factor in ("A", "B"))
+            spectra = {"A": singular_values(r_a), "B": singular_values(r_b), "BA": product_singular_values(r_b, r_a.T)}
             ratio = layer.scale * float(spectra["BA"].norm()) / self._weight_norm(name, layer, factors)
             for factor, sigma in spectra.items():
                 row = {"step": step, "projection": name, "role": factors.projection.role, "factor": factor}
@@ -125,17 +126,19 @@ class AdapterSpectrum(L.Callback):
             logger.log_metrics(scalars, step=step)
         for board in _boards(trainer):
             self._draw(board, rows, fresh | {"BA"}, step)
+        torch.set_num_threads(threads)
         self.seconds += time.perf_counter() - start
 
-    def _factor(self, name: str, factor: str, factors: LowRankFactors, fresh: set[str]) -> Tensor:
-        """Singular values of a factor, (r,); a frozen one's from the first time."""
+    def _triangular(self, name: str, factor: str, factors: LowRankFactors, fresh: set[str]) -> Tensor:
+        """R_A or R_B, (r, r) on the CPU; a frozen factor's from the first time."""
         if (name, factor) in self._frozen:
             return self._frozen[name, factor]
-        sigma = singular_values(getattr(factors, factor).cpu())
+        tensor: Tensor = getattr(factors, factor)
+        r = triangular_factor(tensor.T if factor == "A" else tensor).cpu()
         fresh.add(factor)
         if factor in factors.named_factors(trained=False):
-            self._frozen[name, factor] = sigma
-        return sigma
+            self._frozen[name, factor] = r
+        return r
 
     def _weight_norm(self, name: str, layer: AdaptedLinear, factors: LowRankFactors) -> float:
         if name not in self._weight_norms:

@@ -32,14 +32,26 @@ class SpectrumSummary:
 
 
 @torch.no_grad()
+def triangular_factor(tall: Tensor) -> Tensor:
+    """R of a matrix's QR decomposition: as small as can be, with the same singular values.
+
+    Args:
+        tall: B (d_out, r) or Aᵀ (d_in, r), any floating dtype.
+
+    Returns:
+        (r, r) float32, upper triangular.
+    """
+    return torch.linalg.qr(tall.float(), mode="r").R
+
+
+@torch.no_grad()
 def singular_values(factor: Tensor) -> Tensor:
-    """Singular values of a factor, descending, (r,) float32. A QR first makes the SVD r × r.
+    """Singular values of a factor, descending, (r,) float32.
 
     Args:
         factor: A (r, d_in) or B (d_out, r), any floating dtype.
     """
-    tall = factor.float() if factor.shape[0] >= factor.shape[1] else factor.float().T  # (n, r)
-    return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
+    return torch.linalg.svdvals(triangular_factor(factor if factor.shape[0] >= factor.shape[1] else factor.T))
 
 
 @torch.no_grad()
@@ -47,13 +59,11 @@ def product_singular_values(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
     """The r leading singular values of scale·B·A, descending, (r,) float32; all others are zero.
 
     Args:
-        b: (d_out, r).
-        a: (r, d_in).
+        b: (d_out, r), or R_B (r, r).
+        a: (r, d_in), or R_Aᵀ (r, r).
         scale: Factor s before the product, not negative.
     """
-    r_b = torch.linalg.qr(b.float(), mode="r").R  # (r, r)
-    r_a = torch.linalg.qr(a.float().T, mode="r").R  # (r, r)
-    return scale * torch.linalg.svdvals(r_b @ r_a.T)
+    return scale * torch.linalg.svdvals(triangular_factor(b) @ triangular_factor(a.T).T)
 
 
 def summarize(sigma: Tensor) -> SpectrumSummary:

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BartForConditionalGeneration
+
+from modules.adapters.config import AdapterError
+from modules.adapters.linear import AdaptedLinear
+from modules.adapters.roles import ATTENTION, ROLES, Projection, find_projections, select
+
+if TYPE_CHECKING:
+    from tests.modules.adapters.conftest import Backbone
+
+only_vit = pytest.mark.parametrize("backbone", ["vit"], indirect=True)
+only_bert = pytest.mark.parametrize("backbone", ["bert"], indirect=True)
+only_roberta = pytest.mark.parametrize("backbone", ["roberta"], indirect=True)
+only_bart = pytest.mark.parametrize("backbone", ["bart"], indirect=True)
+only_llama = pytest.mark.parametrize("backbone", ["llama"], indirect=True)
+
+
+def chosen(backbone: Backbone, *targets: str) -> list[Projection]:
+    return select(find_projections(backbone.model, backbone.head), list(targets))
+
+
+def model_with(*layers: str, rows: int = 6) -> nn.Module:
+    """A model that has linear layers of these names."""
+    root = nn.Module()
+    for name in layers:
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        module.add_module(leaf, nn.Linear(4, rows))
+    return root
+
+
+# what there is
+
+
+def test_projections_of_each_role(backbone: Backbone) -> None:
+    projections = find_projections(backbone.model, backbone.head)
+    assert Counter(p.role for p in projections) == backbone.counts
+    assert len({p.name for p in projections}) == len(projections)
+
+
+def test_slices_tile_their_layers(backbone: Backbone) -> None:
+    ends: dict[str, int] = {}
+    for p in find_projections(backbone.model, backbone.head):
+        assert p.start == ends.get(p.layer, 0)
+        assert p.stop > p.start
+        ends[p.layer] = p.stop
+    assert ends == {name: backbone.model.get_submodule(name).out_features for name in ends}
+
+
+def test_order_is_the_models(backbone: Backbone) -> None:
+    layers = [name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)]
+    found = list(dict.fromkeys(p.layer for p in find_projections(backbone.model, backbone.head)))
+    assert found == [name for name in layers if name in found]
+
+
+def test_head_is_left_out_by_name_alone(backbone: Backbone) -> None:
+    inside = {p.layer for p in find_projections(backbone.model, backbone.head)}
+    everything = {p.layer for p in find_projections(backbone.model)}
+    assert {name.split(".")[0] for name in everything - inside} == set(backbone.head)
+
+
+def test_exclude_is_not_a_prefix_of_a_sibling() -> None:
+    model = model_with("block.1.mlp.fc1", "block.10.mlp.fc1", "head", "head2")
+    layers = [p.layer for p in find_projections(model, ["block.1", "head"])]
+    assert layers == ["block.10.mlp.fc1", "head2"]
+
+
+@only_roberta
+def test_robertas_classifier_is_no_output_projection(backbone: Backbone) -> None:
+    projections = {p.name: p.role for p in find_projections(backbone.model)}
+    assert projections["classifier.dense"] == projections["classifier.out_proj"] == "other"
+    for target in ("output", "mlp_out", "all"):
+        layers = {p.layer for p in select(find_projections(backbone.model), [target])}
+        assert not any(layer.startswith("classifier") for layer in layers)
+
+
+@only_bart
+def test_barts_tied_head_is_never_found(backbone: Backbone) -> None:
+    assert isinstance(backbone.model.lm_head, nn.Linear)
+    assert not any("lm_head" in p.layer for p in chosen(backbone, "regex:.*"))
+    with pytest.raises(AdapterError, match="matches nothing"):
+        chosen(backbone, "regex:lm_head")
+
+
+@only_bart
+def test_barts_head_is_found_when_it_is_not_tied(backbone: Backbone) -> None:
+    assert isinstance(backbone.model, BartForConditionalGeneration)
+    backbone.model.lm_head.weight = nn.Parameter(backbone.model.lm_head.weight.detach().clone())
+    assert [p.role for p in chosen(backbone, "regex:lm_head")] == ["other"]
+
+
+@only_bart
+def test_barts_cross_attention_is_attention(backbone: Backbone) -> None:
+    pattern = re.compile(r"model\.(encoder|decoder)\.layers\.0\.(self_attn|encoder_attn)\.\w+")
+    kinds = Counter(" ".join(pattern.fullmatch(p.layer).groups()) for p in chosen(backbone, "attention"))  # type: ignore[union-attr]
+    assert kinds == {"encoder self_attn": 4, "decoder self_attn": 4, "decoder encoder_attn": 4}
+
+
+@only_llama
+def test_llamas_grouped_queries_have_smaller_keys_and_values(backbone: Backbone) -> None:
+    rows = {p.role: p.stop - p.start for p in chosen(backbone, "attention")}
+    assert rows == {"query": 16, "key": 8, "value": 8, "output": 16}
+
+
+@only_vit
+def test_vits_fused_layer_is_three_slices(backbone: Backbone) -> None:
+    slices = [p for p in find_projections(backbone.model) if p.layer == "blocks.0.attn.qkv"]
+    assert slices == [
+        Projection("blocks.0.attn.qkv", role, start, start + 24, fused=True)
+        for role, start in (("query", 0), ("key", 24), ("value", 48))
+    ]
+    assert [p.name for p in slices] == [f"blocks.0.attn.qkv.{role}" for role in ("query", "key", "value")]
+
+
+@only_vit
+@pytest.mark.parametrize(("role", "moves"), [("query", {"q"}), ("key", {"k"}), ("value", set())])
+def test_vits_slices_are_what_their_roles_say(
+    backbone: Backbone, role: str, moves: set[str], randomize: Callable[[nn.Module], None]
+) -> None:
+    """Seen from inside the attention: adapting `key` moves the keys and leaves the queries alone."""
+
+    def attention_inputs(model: nn.Module) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        attention = model.get_submodule("blocks.0.attn")
+        handles = [
+            attention.get_submodule(f"{name}_norm").register_forward_pre_hook(
+                lambda _, args, name=name: seen.update({name: args[0].detach()})
+            )
+            for name in "qk"
+        ]
+        seen["out"] = backbone.run(model).detach()
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    before = attention_inputs(backbone.reference)
+    model = backbone.attach(targets=role)
+    randomize(model)
+    after = attention_inputs(model)
+    moved = {name for name in before if not torch.allclose(before[name], after[name], atol=1e-5)}
+    assert moved == moves | {"out"}
+
+
+def test_unequal_thirds_are_not_split() -> None:
+    (projection,) = find_projections(model_with("blocks.0.attn.qkv", rows=20))
+    assert projection == Projection("blocks.0.attn.qkv", "other", 0, 20)
+
+
+@pytest.mark.parametrize(
+    ("layer", "role"),
+    [
+        ("attn.proj", "output"),
+        ("patch_embed.proj", "other"),
+        ("attn_pool.proj", "other"),
+        ("classifier.dense", "other"),
+        ("output.dense", "other"),
+        ("encoder.layer.3.output.dense", "mlp_out"),
+        ("encoder.layer.3.attention.output.dense", "output"),
+        ("q_proj", "other"),
+        ("layers.0.self_attn.q_proj", "query"),
+        ("layers.0.cross_self_attn.q_proj", "other"),
+        ("layers.0.self_attn.q_proj_2", "other"),
+        ("fc1", "other"),
+        ("layers.12.fc1", "mlp_in"),
+    ],
+)
+def test_a_layers_name_decides_from_dot_to_end(layer: str, role: str) -> None:
+    assert [p.role for p in find_projections(model_with(layer))] == [role]
+    assert [p.role for p in find_projections(model_with(f"wrapped.{layer}"))] == [role]
+
+
+# what is chosen
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_select_one_role(backbone: Backbone, role: str) -> None:
+    if role not in backbone.counts:
+        with pytest.raises(AdapterError, match=f"'{role}' matches nothing in this backbone"):
+            chosen(backbone, role)
+        return
+    projections = chosen(backbone, role)
+    assert {p.role for p in projections} == {role}
+    assert len(projections) == backbone.counts[role]
+
+
+@pytest.mark.parametrize(
+    ("target", "roles"), [("attention", ATTENTION), ("all", ROLES), ("regex:.*", (*ROLES, "other"))]
+)
+def test_select_a_group(backbone: Backbone, target: str, roles: tuple[str, ...]) -> None:
+    expected = {role: backbone.counts[role] for role in roles if role in backbone.counts}
+    assert Counter(p.role for p in chosen(backbone, target)) == expected
+
+
+def test_overlapping_targets_count_once_in_the_models_order(backbone: Backbone) -> None:
+    once = chosen(backbone, "attention")
+    assert chosen(backbone, "value", "attention", "regex:.*(query|q_proj)") == once
+
+
+@only_vit
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        (r"blocks\.0\.attn\.qkv\.(query|value)", ["blocks.0.attn.qkv.query", "blocks.0.attn.qkv.value"]),
+        (r".*\.1\.mlp\..*", ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]),
+    ],
+)
+def test_regex_matches_names(backbone: Backbone, pattern: str, names: list[str]) -> None:
+    assert [p.name for p in chosen(backbone, f"regex:{pattern}")] == names
+
+
+@only_vit
+@pytest.mark.parametrize("pattern", ["blocks", r"attn\.qkv\.query", r"blocks\.0\.attn\.qkv", ""])
+def test_regex_has_to_match_the_whole_name(backbone: Backbone, pattern: str) -> None:
+    with pytest.raises(AdapterError, match="matches nothing"):
+        chosen(backbone, f"regex:{pattern}")
+
+
+# what goes wrong
+
+
+@only_bert
+def test_no_match_lists_the_layers_with_their_roles(backbone: Backbone) -> None:
+    with pytest.raises(AdapterError, match=r"adapter\.targets: 'mlp_gate'") as error:
+        chosen(backbone, "query", "mlp_gate")
+    for kind in ("encoder.layer.*.attention.self.query (query)", "encoder.layer.*.output.dense (mlp_out)"):
+        assert str(error.value).count(kind) == 1  # both blocks folded into one
+    assert "pooler.dense (other)" in str(error.value)
+
+
+def test_no_match_in_a_model_without_linear_layers() -> None:
+    with pytest.raises(AdapterError, match="no linear layer to adapt"):
+        select(find_projections(nn.Conv2d(3, 3, 1)), ["query"])
+
+
+@pytest.mark.parametrize("target", ["querry", "", "other", "Query", "regex.*", "q_proj"])
+def test_unknown_role_lists_the_roles(target: str) -> None:
+    with pytest.raises(AdapterError, match="is not a role") as error:
+        select(find_projections(model_with("attn.qkv")), [target])
+    assert all(role in str(error.value) for role in (*ROLES, "attention", "all", "regex:"))
+
+
+def test_bad_regular_expression() -> None:
+    with pytest.raises(AdapterError, match=r"'regex:\(' is not a regular expression"):
+        select(find_projections(model_with("attn.qkv")), ["regex:("])
+
+
+@only_vit
+def test_an_adapted_model_has_the_same_projections(backbone: Backbone) -> None:
+    before = find_projections(backbone.model)
+    model: Any = backbone.attach(targets="attention")
+    assert isinstance(model.blocks[0].attn.qkv, AdaptedLinear)
+    assert find_projections(model) == before
