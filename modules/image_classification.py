@@ -95,7 +95,9 @@ class ImageClassifier(AdaptedModule):
         self.confusion = MulticlassConfusionMatrix(classes)
         features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         head = nn.Linear(int(features), classes)  # type: ignore[arg-type]  # timm's own attributes
-        nn.init.trunc_normal_(head.weight, std=0.02)
+        # of the run's seed alone: starting the processes of DDP draws from the global generator
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
         nn.init.zeros_(head.bias)
         return head
 

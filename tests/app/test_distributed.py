@@ -1,0 +1,69 @@
+"""Two processes on the CPU, as users start them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from tests.app.conftest import CommandLine
+
+# with dropout off, two processes with half the batch compute what one does with the whole batch
+SAME = [
+    "--model.adapter.dropout=0",
+    "--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}",
+    "--test_after_fit=true",
+]
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+
+
+def run(cli: CommandLine, *options: str) -> str:
+    words = [sys.executable, "main.py", *cli.words("fit", *SAME, *options)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_match_one(cli: CommandLine) -> None:
+    assert cli("fit", *SAME, "--data.batch_size=12") == 0
+    out = run(cli, *DDP, "--data.batch_size=6")
+    assert out.strip().splitlines()[-1] == f"Run directory: {cli.run(1)}"
+    assert not cli.run(2).exists()
+    one, two = cli.checkpoint(0), cli.checkpoint(1)
+    assert one["global_step"] == two["global_step"] == 8
+    assert len(two["random_states"]) == 2
+    for name, tensor in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], tensor, rtol=1e-3, atol=1e-5)
+    for name in ("val/loss", "val/acc1", "test/loss", "test/acc1"):
+        assert cli.metrics(1)[name] == pytest.approx(cli.metrics(0)[name], abs=1e-4), name
+    # and it resumes
+    run(cli, *DDP, "--data.batch_size=6", "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert cli.checkpoint(1)["global_step"] == 12
+
+
+def test_factors_agree_on_both_ranks(cli: CommandLine, tmp_path: object) -> None:
+    script = f"""
+import json, sys, torch
+from modules.base import AdaptedModule
+def on_fit_end(self):
+    sums = {{n: p.double().sum().item() for n, p in self.named_parameters() if "adapters" in n or "head" in n}}
+    open(f"{tmp_path}/rank{{self.global_rank}}.json", "w").write(json.dumps(sums))
+AdaptedModule.on_fit_end = on_fit_end
+from app.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    path = cli.root.parent / "traced.py"
+    path.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}")
+    words = [sys.executable, str(path), *cli.words("fit", *DDP)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((cli.root.parent / f"rank{i}.json").read_text()) for i in (0, 1))
+    assert first == second
+    assert any(name.endswith("query.B") and value != 0 for name, value in first.items())
