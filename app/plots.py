@@ -17,12 +17,12 @@ class HeatMap:
     """
 
     def __init__(self, rows: Sequence[str]) -> None:
-        self.figure = Figure(figsize=(7, 1.6 + 0.2 * min(len(rows), 40)), dpi=80, layout="constrained")
+        self.figure = Figure(figsize=(5, 1.2 + 0.17 * min(len(rows), 40)), dpi=110, layout="constrained")
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot()
         step = -(-len(rows) // 24)
-        self.axes.set_yticks(range(0, len(rows), step), list(rows)[::step], fontsize=8)
-        self.axes.set_xlabel("index of the singular value")
+        self.axes.set_yticks(range(0, len(rows), step), list(rows)[::step], fontsize=7)
+        self.axes.set_xlabel("index of the singular value", fontsize=8)
         self.image = self.axes.imshow(np.zeros((len(rows), 1)), aspect="auto", interpolation="nearest")
         self.bar = self.figure.colorbar(self.image)
 

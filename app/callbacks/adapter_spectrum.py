@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from app.callbacks.errors import CallbackError
 from app.plots import HeatMap
-from modules.adapters import AdaptedLinear, LowRankFactors, adapted_projections
+from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule
 
@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
     }
 )
+ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
 QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
 
 
@@ -150,9 +151,11 @@ class AdapterSpectrum(L.Callback):
     def _draw(self, board: SummaryWriter, rows: list[dict[str, Any]], factors: set[str], step: int) -> None:
         """Histograms and heat maps of the given factors."""
         for factor in sorted(factors):
-            chosen = [row for row in rows if row["factor"] == factor]
+            # by role and then by depth, so that a role's change with depth shows as a band
+            chosen = sorted((r for r in rows if r["factor"] == factor), key=lambda r: ROLE_ORDER.get(r["role"], 99))
             for row in chosen:
-                values = torch.tensor(row["singular_values"])
+                # without the last digits' noise, which would fill the histogram of an orthonormal factor
+                values = torch.tensor(row["singular_values"]).round(decimals=4)
                 board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", values, step, bins="auto")
             heat_map = self._maps.setdefault(factor, HeatMap([row["projection"] for row in chosen]))
             image = heat_map.render(

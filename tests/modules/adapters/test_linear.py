@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.adapters.config import AdapterConfig, AdapterError
 from modules.adapters.linear import AdaptedLinear
@@ -234,6 +235,26 @@ def test_autocast_is_close_and_gradients_are_float32(train: Any, roles: tuple[st
     ):
         assert actual.dtype == torch.float32
         assert relative_error(actual, expected) < 0.02
+
+
+class CountCasts(TorchDispatchMode):
+    """How often a tensor of one shape is cast."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default and tuple(args[0].shape) == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_the_input_once() -> None:
+    layer = make_layer(("query", "value"))
+    x = torch.randn(N, D_IN, requires_grad=True).tanh()  # no leaf: autocast does not remember its cast
+    with torch.autocast("cpu", torch.bfloat16), CountCasts((N, D_IN)) as casts:
+        layer(x)
+    assert casts.count == 1
 
 
 @pytest.mark.parametrize("train", TRAINS)

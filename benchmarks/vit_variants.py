@@ -1,0 +1,116 @@
+"""B, A, both and head on one vision task: a rate chosen for each on validation, then three seeds.
+
+Every run goes through the command line (`main([...])`) in a process of its own, so that memory and seconds are its own.
+Results go to a JSON file as they come, and a stopped sweep continues where it was; the table is printed at the end.
+
+    python -m benchmarks.vit_variants --output docs/results/vit_cifar10.json -- --config conf/vit_cifar.yaml \
+        --config conf/cpu.yaml --data.path DIR --model.backbone NAME --model.weights FILE --model.image_size 98
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+VARIANTS = {
+    "B": ["--model.adapter.train=B", "--model.adapter.init_a=orthogonal", "--model.adapter.init_b=zero"],
+    "A": ["--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"],
+    "both": ["--model.adapter.train=both", "--model.adapter.init_a=kaiming", "--model.adapter.init_b=zero"],
+    "head": ["--model.tuning=head"],
+}
+METRIC = "val/acc1"
+
+
+def run(options: list[str], variant: str, rate: float, seed: int) -> dict[str, Any]:
+    """One fit with its test; its metrics.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["fit", *options, *VARIANTS[variant], f"--model.learning_rate={rate}", f"--seed_everything={seed}"]
+        words += [f"--model.adapter.seed={seed}", f"--trainer.default_root_dir={folder}"]
+        words += ["--trainer.enable_progress_bar=false", "--test_after_fit=true"]
+        done = subprocess.run([sys.executable, "main.py", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        metrics: dict[str, Any] = json.loads((Path(folder) / "version_0" / "metrics.json").read_text())
+    return {"variant": variant, "learning_rate": rate, "seed": seed, "metrics": metrics}
+
+
+def main() -> None:
+    """Sweep, repeat, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("options", nargs="*", help="behind --: the options of `main.py fit`")
+    arguments = parser.parse_args()
+    record = _load(arguments.output, arguments.options)
+    done = {(r["variant"], r["learning_rate"], r["seed"]): r for r in record["runs"]}
+
+    def once(variant: str, rate: float, seed: int) -> dict[str, Any]:
+        key = (variant, rate, seed)
+        if key not in done:
+            done[key] = run(arguments.options, variant, rate, seed)
+            record["runs"] = list(done.values())
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+            print(*key, {k: v for k, v in done[key]["metrics"].items() if "acc1" in k or "seconds" in k}, flush=True)
+        return done[key]
+
+    first, *others = arguments.seeds
+    # rate by rate rather than variant by variant, so that a slow spell of the machine hits all alike
+    for rate in arguments.rates:
+        for variant in VARIANTS:
+            once(variant, rate, first)
+    best = {v: max(arguments.rates, key=lambda rate: once(v, rate, first)["metrics"][METRIC]) for v in VARIANTS}
+    for seed in others:
+        for variant in VARIANTS:
+            once(variant, best[variant], seed)
+    print(table([[once(v, best[v], s) for s in arguments.seeds] for v in VARIANTS]))
+
+
+def _load(path: Path, options: list[str]) -> dict[str, Any]:
+    record = {
+        "options": options,
+        "machine": {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "lightning", "timm")},
+        "runs": [],
+    }
+    if path.is_file():
+        earlier: dict[str, Any] = json.loads(path.read_text())
+        if earlier["options"] != options:
+            raise SystemExit(f"{path} holds runs with other options; give another file.")
+        record["runs"] = earlier["runs"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return record
+
+
+def table(groups: list[list[dict[str, Any]]]) -> str:
+    """A Markdown table: mean ± standard error over seeds."""
+
+    def mean(group: list[dict[str, Any]], key: str, percent: bool = False) -> str:
+        values = [r["metrics"][key] * (100 if percent else 1) for r in group]
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        return f"{statistics.mean(values):.2f} ± {error:.2f}" if percent else f"{statistics.mean(values):.0f}"
+
+    lines = [
+        "| trained | rate | test top-1, % | val top-1, % | trained parameters | adapter file, KiB | fit, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group in groups:
+        metrics = group[0]["metrics"]
+        lines.append(
+            f"| {group[0]['variant']} | {group[0]['learning_rate']:g} | {mean(group, 'test/acc1', True)} | "
+            f"{mean(group, METRIC, True)} | {metrics['params/trainable']:,} | {metrics['adapter/bytes'] / 1024:.0f} | "
+            f"{mean(group, 'time/fit_seconds')} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
