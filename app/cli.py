@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,15 @@ class AsymmetryCLI(LightningCLI):
         )
 
     # ------------------------------------------------------------------------------------------------------- commands
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a command; one that is refused before it wrote anything leaves no empty run directory."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            with suppress(OSError):
+                self.run_directory.rmdir()
+            raise
 
     def after_fit(self) -> None:
         """Test the best checkpoint if the recipe says so, and sum up."""

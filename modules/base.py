@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
@@ -27,8 +28,8 @@ class AdaptedModule(L.LightningModule, ABC):
     """A backbone with a head, tuned through adapters, through its head alone, or in full.
 
     A task adds `build_backbone`, `build_head` and its steps, and calls `configure_tuning` at the end of its `__init__`.
-    The backbone is built there, so that a wrong name, role or rank is reported before any data is read; the head waits
-    for `setup`, when the data's labels are known.
+    The backbone is built there, so that a wrong name, role or rank is reported before any data is read; the head may
+    have to wait for `setup`, when the data's labels are known.
 
     Args:
         tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter).
@@ -48,7 +49,7 @@ class AdaptedModule(L.LightningModule, ABC):
     def __init__(
         self,
         tuning: Tuning,
-        adapter: AdapterConfig,
+        adapter: AdapterConfig | dict[str, Any],
         backbone_dtype: BackboneDtype,
         learning_rate: float,
         weight_decay: float,
@@ -70,7 +71,7 @@ class AdaptedModule(L.LightningModule, ABC):
                 "with tuning: full use float32 (and --trainer.precision bf16-mixed for speed)."
             )
         self.tuning: Tuning = tuning
-        self.adapter = adapter
+        self.adapter = adapter if isinstance(adapter, AdapterConfig) else AdapterConfig(**adapter)
         self.backbone_dtype = getattr(torch, backbone_dtype)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.schedule: Schedule = schedule
@@ -80,7 +81,7 @@ class AdaptedModule(L.LightningModule, ABC):
 
     @abstractmethod
     def build_head(self) -> nn.Module:
-        """The task's new head, once the data is known."""
+        """The task's new head, once its labels are known."""
 
     def configure_tuning(self) -> None:
         """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on."""
@@ -152,6 +153,7 @@ class AdaptedModule(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out."""
         checkpoint["state_dict"] = self.saved_state()
+        checkpoint["hyper_parameters"]["adapter"] = asdict(self.adapter)  # a plain dict, or weights_only refuses it
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `saved_state` saves, and nothing else, whatever `strict` says.

@@ -72,9 +72,11 @@ class ImageClassifier(AdaptedModule):
         self.backbone = build_timm_backbone(backbone, weights, image_size, backbone_args or {})
         self.preprocessing = preprocessing(self.backbone, image_size)
         self.configure_tuning()
+        if class_names:
+            self.head = self.build_head()
 
-    def build_head(self) -> nn.Module:
-        """A linear layer from the pooled features to the data's classes, and the metrics of as many."""
+    def setup(self, stage: str) -> None:
+        """Take the data's classes, or see that they are the model's, and build the head."""
         given = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
         if self.class_names and given and list(given) != self.class_names:
             raise ModelError(
@@ -85,6 +87,11 @@ class ImageClassifier(AdaptedModule):
         if not self.class_names:
             raise ModelError("model.class_names: neither the data nor a checkpoint (--ckpt_path) says which they are.")
         self.hparams["class_names"] = self.class_names
+        super().setup(stage)
+
+    def build_head(self) -> nn.Module:
+        """A linear layer from the pooled features to the classes, and the metrics of as many."""
+        assert self.class_names
         classes = len(self.class_names)
         scores: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(classes, average="micro")}
         if classes > 5:

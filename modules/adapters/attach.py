@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from typing import cast
 
 from torch import nn
 
 from modules.adapters.config import AdapterConfig, AdapterError
-from modules.adapters.linear import AdaptedLinear
+from modules.adapters.linear import AdaptedLinear, check_rank
 from modules.adapters.roles import Projection, find_projections, select
 from modules.adapters.state import adapted_layers
 
 
 def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = ()) -> list[Projection]:
     """Replace the targeted linear layers of a model by adapted ones, in place, and freeze everything but the factors.
+
+    Hooks on a replaced layer go with it. An adapter works only where its parent calls the layer: some parents read
+    `layer.weight` instead (timm's BEiT and Swin V2 with their query biases), which shows as a factor without gradient.
 
     Args:
         model: A pretrained model; its weights are shared with the adapted layers.
@@ -26,30 +30,42 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
         The adapted projections, in the order of the model's modules.
 
     Raises:
-        AdapterError: If a target matches nothing, the rank does not fit, or the model has adapters already.
+        AdapterError: If a target or an excluded name matches nothing, the rank does not fit, or the model has adapters
+            already; the model is then unchanged.
     """
     if adapted_layers(model):
         raise AdapterError("This model has adapters already; detach them first.")
+    modules = dict(model.named_modules())
+    if unknown := [name for name in exclude if name not in modules]:
+        raise AdapterError(f"There is no module {', '.join(unknown)} to exclude from the adapters.")
     projections = select(find_projections(model, exclude), config.targets)
-    for name, parameter in model.named_parameters():
-        if not any(name.startswith(f"{root}.") for root in exclude):
+    for p in projections:  # before anything is touched
+        check_rank(config.rank, p, cast(nn.Linear, modules[p.layer]).in_features)
+    adapted = {
+        layer: AdaptedLinear(cast(nn.Linear, modules[layer]), config, list(slices))
+        for layer, slices in groupby(projections, key=lambda p: p.layer)
+    }
+    kept = {id(parameter) for name in exclude for parameter in modules[name].parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
             parameter.requires_grad_(False)
-    for layer, slices in groupby(projections, key=lambda p: p.layer):
-        base = model.get_submodule(layer)
-        assert isinstance(base, nn.Linear)
-        model.set_submodule(layer, AdaptedLinear(base, config, list(slices)))
+    for name, layer in adapted.items():
+        model.set_submodule(name, layer)
     return projections
 
 
 def detach(model: nn.Module, merge_first: bool = False) -> None:
-    """Put the plain linear layers back, in place.
+    """Put plain linear layers back, in place; what `attach` froze stays frozen.
 
     Args:
         model: A model with adapters.
-        merge_first: Whether the adapters are merged into the weights; otherwise the pretrained weights come back.
+        merge_first: Whether the adapters are merged into the weights; otherwise they are taken out of them.
     """
     for name, layer in adapted_layers(model).items():
-        layer.merge() if merge_first else layer.unmerge()
+        if merge_first:
+            layer.merge()
+        else:
+            layer.unmerge()
         model.set_submodule(name, layer.to_linear())
 
 
@@ -67,9 +83,10 @@ def unmerge(model: nn.Module) -> None:
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
     """Switch every adapter on or off; off, the model computes what the pretrained one does. Touches no parameter."""
-    for layer in adapted_layers(model).values():
-        if layer.merged:
-            raise AdapterError("The adapters are merged into the weights; unmerge before switching them.")
+    layers = adapted_layers(model).values()
+    if any(layer.merged for layer in layers):
+        raise AdapterError("The adapters are merged into the weights; unmerge before switching them.")
+    for layer in layers:
         layer.enabled = enabled
 
 

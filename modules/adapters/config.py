@@ -54,6 +54,8 @@ class AdapterConfig:
                 raise AdapterError(
                     f"adapter.{key}: {getattr(self, key)!r} is not known; choose one of {', '.join(get_args(choices))}."
                 )
+        if type(self.rank) is not int:
+            raise AdapterError(f"adapter.rank: {self.rank!r} must be a whole number.")
         if self.rank < 1:
             raise AdapterError(f"adapter.rank: {self.rank} is too small; it must be 1 or more.")
         if not (self.alpha > 0 and math.isfinite(self.alpha)):

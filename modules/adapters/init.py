@@ -11,7 +11,7 @@ With n the long side (d_in for A, d_out for B) and r the rank, the r vectors of 
 | gaussian   | N(0, 1/n)                                 | 1 in the mean square                 |
 | uniform    | U(-√(3/n), √(3/n))                        | 1 in the mean square                 |
 | kaiming    | LoRA's kaiming_uniform_(a=√5): U(-1/√fan_in, 1/√fan_in) | A: 1/√3, B: √(d_out/3r) |
-| svd        | top singular vectors of W, right for A, left for B | 1                           |
+| svd        | top singular vectors of W, right for A, left for B | 1 (seconds a layer from 2048² on) |
 | zero       | 0                                         | 0                                    |
 
 so the first three and svd are matched in scale, and kaiming is as published: a frozen kaiming B is 4 to 7 times larger
@@ -62,7 +62,7 @@ def init_factor(init: Init, factor: Factor, weight: Tensor, rank: int, seed: int
     generator = factor_generator(seed, name, factor)
     if init == "orthogonal":
         vectors = _orthonormal_columns(long_side, rank, generator)  # (n, r)
-        return vectors.T.contiguous() if factor == "A" else vectors
+        return (vectors.T if factor == "A" else vectors).contiguous()  # LAPACK's Q lies column by column
     tensor = torch.empty(shape)
     if init == "gaussian":
         return tensor.normal_(0.0, 1 / math.sqrt(long_side), generator=generator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,20 @@ from torch import Tensor, nn
 from modules.adapters.config import AdapterConfig, AdapterError
 from modules.adapters.init import init_factor
 from modules.adapters.roles import Projection
+
+
+def check_rank(rank: int, projection: Projection, d_in: int) -> None:
+    """Refuse a rank above min(d_in, d_out).
+
+    Raises:
+        AdapterError: With the projection and its shape.
+    """
+    d_out = projection.stop - projection.start
+    if rank > min(d_out, d_in):
+        raise AdapterError(
+            f"adapter.rank: {rank} exceeds what {projection.name} can hold, a weight of {d_out} × {d_in}; choose "
+            f"{min(d_out, d_in)} or less, or other targets."
+        )
 
 
 class LowRankFactors(nn.Module):
@@ -21,11 +37,7 @@ class LowRankFactors(nn.Module):
     def __init__(self, weight: Tensor, config: AdapterConfig, projection: Projection) -> None:
         super().__init__()
         rank, name = config.rank, projection.name
-        if rank > min(weight.shape):
-            raise AdapterError(
-                f"adapter.rank: {rank} exceeds what {name} can hold, a weight of {weight.shape[0]} × "
-                f"{weight.shape[1]}; choose {min(weight.shape)} or less, or other targets."
-            )
+        check_rank(rank, projection, weight.shape[1])
         a = init_factor(config.init_a, "A", weight, rank, config.seed, name)
         b = init_factor(config.init_b, "B", weight, rank, config.seed, name)
         self.A = nn.Parameter(a.to(weight.device), requires_grad=config.trains_a)
@@ -72,7 +84,7 @@ class AdaptedLinear(nn.Linear):
 
     def factors(self) -> list[LowRankFactors]:
         """The factors of each slice, in the order of their rows."""
-        return [f for f in self.adapters.values() if isinstance(f, LowRankFactors)]
+        return [cast(LowRankFactors, f) for f in self.adapters.values()]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply (W + s·B·A)·x + b.
@@ -103,7 +115,7 @@ class AdaptedLinear(nn.Linear):
         """
         operands = [f.operands() for f in self.factors()]
         if len(operands) == 1 and operands[0][1].shape[0] == self.out_features:
-            return operands[0]
+            return operands[0]  # not fused: nothing to stack
         blocks, row = [], 0
         for factors, (_, b) in zip(self.factors(), operands, strict=True):
             rows = factors.projection.rows
@@ -119,7 +131,13 @@ class AdaptedLinear(nn.Linear):
         return self.scale * (b.float() @ a.float())
 
     def merge(self) -> None:
-        """Add s·B·A to W, in float32 and then cast, so that the layer costs what it did before. Twice is once."""
+        """Add s·B·A to W, in float32 and then cast, so that the layer costs what it did before. Twice is once.
+
+        Raises:
+            AdapterError: If the adapter is switched off: merging would switch it on.
+        """
+        if not self.enabled:
+            raise AdapterError("The adapters are switched off; switch them on before merging.")
         if not self.merged:
             self._add_to_weight(self.delta())
             self.merged = True
@@ -132,7 +150,7 @@ class AdaptedLinear(nn.Linear):
 
     @torch.no_grad()
     def _add_to_weight(self, update: Tensor) -> None:
-        self.weight.copy_(self.weight.float() + update)
+        self.weight.copy_(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + update)
 
     def to_linear(self) -> nn.Linear:
         """The plain layer with this layer's own weight (merged or not) and bias."""

@@ -7,6 +7,7 @@ plays it in timm's ViTs, BERT/RoBERTa, BART and LLaMA. A backbone of another fam
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -78,32 +79,34 @@ class Projection:
 def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Projection]:
     """All projections of a model, in the order of its modules.
 
-    Layers whose weight is shared with another module (a language-modelling head tied to the embedding) are left out:
-    adapting one side would untie them.
+    Left out are layers whose weight belongs to another module too (a language-modelling head tied to the embedding),
+    since adapting one side would untie them; those without a weight of their own (parametrized ones); and those of
+    `nn.MultiheadAttention`, which reads their weights without calling them.
 
     Args:
         model: The backbone.
         exclude: Names of modules to leave out with all that is in them, such as the task's head.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     found: list[Projection] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or owners[id(module.weight)] > 1:
+    for name, module in modules.items():
+        if not name or not isinstance(module, nn.Linear) or owners[id(module.weight)] != 1:
+            continue
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
             continue
         if any(name == root or name.startswith(f"{root}.") for root in exclude):
             continue
-        found += _split(name, module.out_features)
+        found += _split(name, module)
     return found
 
 
-def _split(layer: str, rows: int) -> list[Projection]:
+def _split(layer: str, linear: nn.Linear) -> list[Projection]:
     """The projections that one linear layer holds."""
+    rows = linear.out_features
     roles = next((roles for pattern, roles in _LAYERS if pattern.fullmatch(layer)), ("other",))
-    if rows % len(roles):
-        roles = ("other",)  # thirds that are not equal (grouped queries): not a layout of the table
+    if len(roles) > 1 and rows != len(roles) * linear.in_features:
+        roles = ("other",)  # not (q; k; v) of one width each: grouped queries, or another layout
     step = rows // len(roles)
     return [Projection(layer, role, i * step, (i + 1) * step, len(roles) > 1) for i, role in enumerate(roles)]
 

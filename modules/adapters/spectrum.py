@@ -6,6 +6,7 @@ the r × r matrix R_B·R_Aᵀ (at 4096², r = 16, a thousandth of the time of th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,7 @@ def summarize(sigma: Tensor) -> SpectrumSummary:
     return SpectrumSummary(
         largest=largest,
         smallest=float(s[-1]),
-        effective_rank=float(torch.tensor(entropy).exp()),
+        effective_rank=math.exp(entropy),
         stable_rank=energy / largest**2,
         frobenius=energy**0.5,
     )

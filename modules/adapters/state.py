@@ -22,7 +22,10 @@ def adapted_projections(model: nn.Module) -> dict[str, tuple[AdaptedLinear, LowR
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Both factors of every adapter, frozen ones too, under the names that the model's state dict gives them."""
+    """Both factors of every adapter, frozen ones too, under the names that the model's state dict gives them.
+
+    The tensors are the factors themselves, not copies. The scale s is not among them: it belongs to the configuration.
+    """
     return {
         f"{name}.adapters.{factors.projection.role}.{factor}": getattr(factors, factor).detach()
         for name, layer in adapted_layers(model).items()
@@ -36,8 +39,11 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy factors into a model whose adapters have the same names and shapes; all or nothing.
 
     Raises:
-        AdapterError: With the list of what is missing, unexpected or of another shape; the model is then unchanged.
+        AdapterError: With the list of what is missing, unexpected or of another shape, or because the adapters are
+            merged, when another factor could not be unmerged again; the model is then unchanged.
     """
+    if any(layer.merged for layer in adapted_layers(model).values()):
+        raise AdapterError("The adapters are merged into the weights; unmerge before loading others.")
     own = adapter_state(model)
     if problems := state_problems(own, state):
         raise AdapterError("The adapter state does not fit this model: " + "; ".join(problems) + ".")

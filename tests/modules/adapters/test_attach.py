@@ -134,7 +134,6 @@ def test_a_rank_that_does_not_fit_names_the_projection(backbone: Backbone) -> No
 
 
 @only_llama
-@pytest.mark.xfail(strict=True, reason="attach replaces layer by layer and stops in the middle")
 def test_a_rank_that_does_not_fit_leaves_the_model_alone(backbone: Backbone) -> None:
     with pytest.raises(AdapterError):
         backbone.attach(rank=9)
@@ -335,3 +334,24 @@ def test_state_dict_round_trip(backbone: Backbone, randomize: Randomize) -> None
     assert not torch.allclose(output(backbone, other), output(backbone), atol=1e-3)
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(output(backbone, other), output(backbone))
+
+
+def test_what_cannot_be_adapted_is_left_out() -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(8, 8), "mha": nn.MultiheadAttention(8, 2), "twice": nn.Linear(8, 8)})
+    model["again"] = model["twice"]
+    model["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    attached = attach(model, AdapterConfig(rank=2, targets="regex:.*"))
+    assert [p.layer for p in attached] == ["plain"]
+
+
+def test_an_unknown_exclusion_is_an_error() -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(8, 8)})
+    with pytest.raises(AdapterError, match="haed"):
+        attach(model, AdapterConfig(rank=2, targets="regex:.*"), exclude=["haed"])
+
+
+def test_merging_what_is_switched_off_is_an_error(backbone: Backbone) -> None:
+    model = backbone.attach()
+    set_enabled(model, False)
+    with pytest.raises(AdapterError, match="switched off"):
+        merge(model)
