@@ -30,14 +30,41 @@ def split_arguments(args: list[str]) -> tuple[list[str], list[str], list[str]]:
     return command, files, options
 
 
-def check_yaml(name: str) -> None:
-    """Refuse a broken file by its name, which the parser's own message lacks."""
+def read_yaml(name: str) -> dict[str, Any]:
+    """A configuration file as it is written.
+
+    Raises:
+        ArgumentError: By its name, which the parser's own message lacks, if it is missing or broken.
+    """
     try:
-        yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArgumentError(None, f"--config: there is no file {name!r}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ArgumentError(None, f"--config: {name} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ArgumentError(None, f"--config: {name} has no keys.")
+    return content
+
+
+def last_value(key: str, options: list[str], contents: list[dict[str, Any]]) -> Any:
+    """The value of a key that the command line gives, or else the last file that has it; None if none does."""
+    for position, word in reversed(list(enumerate(options))):
+        if word.startswith(f"--{key}="):
+            return word.partition("=")[2]
+        if word == f"--{key}" and position + 1 < len(options):
+            return options[position + 1]
+    for content in reversed(contents):
+        flat = _flatten(content)
+        if key in flat:
+            return flat[key]
+    return None
+
+
+def default_root(files: list[str]) -> Path:
+    """Directory of a recipe's runs: runs/<recipe>; for the config.yaml of a run, where that run lies."""
+    first = Path(files[1]) if files else Path("default.yaml")
+    return first.parent.parent if first.parent.name.startswith("version_") else Path("runs") / first.stem
 
 
 def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -64,21 +91,32 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
 
 
 @rank_zero_only
-def report_differences(saved: dict[str, Any], files: Namespace, final: Namespace) -> None:
+def report_differences(saved: dict[str, Any], contents: list[dict[str, Any]], final: Namespace) -> None:
     """Say which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's."""
-    console = Console(stderr=True, soft_wrap=True)
     for section, content in saved.items():
-        flat = _flatten(content["init_args"])
         ours = _flatten(final[section].init_args.as_dict())
-        from_file = files.get(section)
-        theirs = _flatten(from_file.init_args.as_dict()) if from_file and "init_args" in from_file else {}
-        for key, value in flat.items():
+        for key, value in _flatten(content["init_args"]).items():
+            from_file = last_value(f"{section}.init_args.{key}", [], contents)
             if key in ours and _plain(ours[key]) != _plain(value):
-                console.print(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")
-            elif key in theirs and _plain(theirs[key]) != _plain(value) and key != "class_names":
-                console.print(
-                    f"{section}.{key}: {value} from the checkpoint; the configuration file has {theirs[key]}."
-                )
+                _say(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")
+            elif from_file is not None and _plain(from_file) != _plain(value):
+                _say(f"{section}.{key}: {value} from the checkpoint; the configuration file has {from_file}.")
+
+
+@rank_zero_only
+def report_changes(before: dict[str, Any], final: Namespace) -> None:
+    """Say which keys of the trainer a resumed run has otherwise than it began; these are not in a checkpoint."""
+    own = {"default_root_dir", "logger", "callbacks"}
+    ours = {k: v for k, v in final["trainer"].as_dict().items() if k not in own}
+    now, began = (_flatten({"trainer": t}) for t in (ours, before.get("trainer", {})))
+    now["seed_everything"], began["seed_everything"] = final.get("seed_everything"), before.get("seed_everything")
+    for key, value in now.items():
+        if key in began and _plain(began[key]) != _plain(value):
+            _say(f"{key}: {value} now; the run began with {began[key]}.")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it cannot be written; what was there before still is.
         """
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.tmp")  # one name: a killed run's is written over
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from app.arguments import check_yaml, report_differences, saved_configuration, split_arguments, temporary_yaml
+from app.arguments import (
+    default_root,
+    last_value,
+    read_yaml,
+    report_changes,
+    report_differences,
+    saved_configuration,
+    split_arguments,
+    temporary_yaml,
+)
 from app.callbacks import AdapterCheckpoint, AdapterSpectrum, CallbackError, PredictionWriter, RunSummary
 from app.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_checkpoint
 from app.messages import parser_message, quiet_libraries
@@ -64,11 +77,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _bad_input(error: Exception) -> Exception | None:
     """What the user can mend behind an error, looking through the parser's wrapping; None for a defect."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return ArgumentError(None, "The accelerator's memory is full: choose a smaller --data.batch_size.")
     link: BaseException | None = error
-    while link is not None:
+    while isinstance(link, Exception):
         if isinstance(link, BAD_INPUT):
             return link
-        link = link.__cause__ or link.__context__
+        wrapped = isinstance(link, ValueError) and "Does not validate" in str(link)
+        link = link.__cause__ or (link.__context__ if wrapped else None)
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError | RuntimeError) and f"{os.sep}lightning{os.sep}" in frames[-1].filename:
+        return error  # Lightning's own check of what the trainer or a callback was told
     return None
 
 
@@ -115,41 +134,36 @@ class AsymmetryCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files first, then the checkpoint's values, then the command line's."""
         command, files, options = split_arguments(args)
-        for name in files[1::2]:
-            check_yaml(name)
-        self.config = parser.parse_args([*command, *files, *options])
-        subcommand = self.config.get("subcommand")
-        self.root = self._root(files)
-        given = self._get_key("ckpt_path")
-        if given is None:
+        contents = [read_yaml(name) for name in files[1::2]]
+        root = last_value("trainer.default_root_dir", options, contents)
+        self.root = Path(root) if root else default_root(files)
+        given = last_value("ckpt_path", options, contents)
+        if given is None or not command:
+            self.config = parser.parse_args([*command, *files, *options])
             return
-        self.checkpoint = resolve_checkpoint(str(given), self.root)
+        self.checkpoint = resolve_checkpoint(str(given), self.root, prefer_best=command != ["fit"])
         self.loaded = read_checkpoint(self.checkpoint)
         saved = saved_configuration(self.loaded)
-        from_files = parser.parse_args([*command, *files])[subcommand]
         with temporary_yaml(saved) as path:
             self.config = parser.parse_args([*command, *files, "--config", path, *options])
-        self.config[subcommand]["ckpt_path"] = str(self.checkpoint)
-        report_differences(saved, from_files, self.config[subcommand])
+        final = self.config[self.config["subcommand"]]
+        final["ckpt_path"] = str(self.checkpoint)
+        report_differences(saved, contents, final)
+        run = run_of_checkpoint(self.checkpoint)
+        if command == ["fit"] and run is not None and (run / "config.yaml").is_file():
+            report_changes(read_yaml(str(run / "config.yaml")), final)
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: Lightning would let the checkpoint beat the command line."""
-
-    def _get_key(self, key: str) -> Any:
-        subcommand = self.config.get("subcommand")
-        return self.config[subcommand].get(key) if subcommand else None
-
-    def _root(self, files: list[str]) -> Path:
-        """Directory of this recipe's runs."""
-        given = self._get_key("trainer.default_root_dir")
-        recipe = Path(files[1]).stem if files else "default"
-        return Path(given) if given else Path("runs") / recipe
 
     # -------------------------------------------------------------------------------------------------------- trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Settle the run directory, the logger in it, and the callbacks that every run has."""
         config = self._get(self.config_init, "trainer")
+        for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if config[key] is not None and config[key] < 1:
+                raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
         if run is None:
             run = new_run_directory(self.root) if getattr(rank_zero_only, "rank", 0) == 0 else self.root
@@ -161,31 +175,46 @@ class AsymmetryCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory
-        callbacks = [self.summary, *(config["callbacks"] or []), PredictionWriter()]
+        callbacks = [self.summary, *_as_list(config["callbacks"]), PredictionWriter()]
         if config["logger"] is not False and not config["fast_dev_run"]:
             callbacks.append(LearningRateMonitor("step"))
-        plugins = config["plugins"] or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        return super().instantiate_trainer(
-            default_root_dir=str(run), callbacks=callbacks, plugins=[*plugins, AtomicCheckpointIO()], **kwargs
-        )
+        plugins = [*_as_list(config["plugins"]), AtomicCheckpointIO()]
+        with self._no_useless_directory():
+            try:
+                return super().instantiate_trainer(
+                    default_root_dir=str(run), callbacks=callbacks, plugins=plugins, **kwargs
+                )
+            except (ValueError, TypeError) as error:
+                raise ArgumentError(None, f"trainer: {error}") from error
+
+    @contextmanager
+    def _no_useless_directory(self) -> Iterator[None]:
+        """A command that is refused before it began leaves no run directory with nothing but an empty events file."""
+        try:
+            yield
+        except BaseException:
+            begun = any((self.run_directory / name).exists() for name in ("config.yaml", "metrics.json"))
+            if self.checkpoint is None and not begun and self.run_directory != self.root:
+                shutil.rmtree(self.run_directory, ignore_errors=True)
+            raise
 
     # ------------------------------------------------------------------------------------------------------- commands
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run a command; one that is refused before it wrote anything leaves no empty run directory."""
-        try:
+        with self._no_useless_directory():
             super()._run_subcommand(subcommand)
-        except BaseException:
-            with suppress(OSError):
-                self.run_directory.rmdir()
-            raise
+
+    def before_fit(self) -> None:
+        """See before a long training that there is something to test on."""
+        if self._get(self.config, "test_after_fit") and hasattr(self.datamodule, "check_test_split"):
+            self.datamodule.check_test_split()
 
     def after_fit(self) -> None:
         """Test the best checkpoint if the recipe says so, and sum up."""
-        callback = self.trainer.checkpoint_callback
-        best = callback.best_model_path if isinstance(callback, AdapterCheckpoint) else ""
         if self._get(self.config, "test_after_fit") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            best = next(c.best_model_path for c in self.trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
+            if not best:
+                rank_zero_info("There is no best checkpoint, since nothing was validated: the last weights are tested.")
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
             )
@@ -214,8 +243,12 @@ class AsymmetryCLI(LightningCLI):
         return arguments | quiet | ({"return_predictions": False} if subcommand == "predict" else {})
 
 
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 class SaveRunConfig(SaveConfigCallback):
-    """Keep the complete configuration in the run directory: config.yaml, and of a resumed run config-<step>.yaml."""
+    """Keep the complete configuration in the run directory: config.yaml, and config-1.yaml of its first resumption."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write it when a fit begins."""

@@ -61,7 +61,7 @@ def quiet_libraries() -> None:
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
         r".*sync_dist=True.*",  # torchmetrics gather on their own
-        r".*set_vital.*",  # torchdata on a newer torch
+        r".*your dataloader is not resumable.*",  # the data module's state has the position
         r".*isinstance\(treespec, LeafSpec\).*",  # lightning on a newer torch
     ):
         warnings.filterwarnings("ignore", message)

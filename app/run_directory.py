@@ -29,13 +29,14 @@ def new_run_directory(root: Path) -> Path:
             return path
 
 
-def resolve_checkpoint(ckpt_path: str, root: Path) -> Path:
+def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
     """The file that a `--ckpt_path` means.
 
     Args:
-        ckpt_path: A checkpoint file, a run directory (its last checkpoint), or `last`: the newest run below the root
-            that has one.
+        ckpt_path: A checkpoint file, a run directory, or `last`: last.ckpt of the newest run below the root that has
+            one.
         root: Directory of the recipe's runs.
+        prefer_best: Whether a run directory means its best checkpoint, if it has one, rather than its last.
 
     Raises:
         CheckpointError: If there is no such checkpoint.
@@ -47,7 +48,10 @@ def resolve_checkpoint(ckpt_path: str, root: Path) -> Path:
             raise CheckpointError(f"ckpt_path: no run below {root} has a checkpoint yet; give a file, or start anew.")
         return found
     path = Path(ckpt_path)
-    return path / CHECKPOINTS / "last.ckpt" if path.is_dir() else path
+    if path.is_dir():
+        best = path / CHECKPOINTS / "best.ckpt"
+        return best if prefer_best and best.is_file() else path / CHECKPOINTS / "last.ckpt"
+    return path
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path | None:

@@ -67,7 +67,17 @@ def main() -> None:
     for rate in arguments.rates:
         for variant in VARIANTS:
             once(variant, rate, first)
-    best = {v: max(arguments.rates, key=lambda rate: once(v, rate, first)["metrics"][METRIC]) for v in VARIANTS}
+    best = {}
+    for variant in VARIANTS:
+        rates = sorted(arguments.rates)
+        while True:
+            best[variant] = max(rates, key=lambda rate, v=variant: once(v, rate, first)["metrics"][METRIC])  # type: ignore[misc]
+            if best[variant] == rates[-1]:  # the grid ends too low for this variant
+                rates.append(float(f"{rates[-1] ** 2 / rates[-2]:.1g}"))
+            elif best[variant] == rates[0]:
+                rates.insert(0, float(f"{rates[0] ** 2 / rates[1]:.1g}"))
+            else:
+                break
     for seed in others:
         for variant in VARIANTS:
             once(variant, best[variant], seed)
@@ -75,17 +85,20 @@ def main() -> None:
 
 
 def _load(path: Path, options: list[str]) -> dict[str, Any]:
-    record = {
+    record: dict[str, Any] = {
         "options": options,
         "machine": {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "lightning", "timm")},
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
         "runs": [],
     }
     if path.is_file():
         earlier: dict[str, Any] = json.loads(path.read_text())
-        if earlier["options"] != options:
-            raise SystemExit(f"{path} holds runs with other options; give another file.")
-        record["runs"] = earlier["runs"]
+        if any(earlier[key] != record[key] for key in ("options", "machine", "versions")):
+            raise SystemExit(f"{path} holds runs with other options, versions or machine; give another file.")
+        record = earlier
     path.parent.mkdir(parents=True, exist_ok=True)
     return record
 

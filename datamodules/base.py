@@ -6,8 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
@@ -16,9 +15,8 @@ from datamodules.errors import DataError
 class ResumableDataModule(L.LightningDataModule):
     """Loaders for training and evaluation.
 
-    The training loader's position travels in the data module's own state: Lightning restores that before the optimizer
-    asks for the number of steps, which makes it set up the loaders, and too early for the position that Lightning keeps
-    itself (`fit_loop`'s `combined_loader`, ignored behind `estimated_stepping_batches` in 2.6).
+    The position in training is part of the data module's own state, (epoch, batches done), which needs no loader to
+    cooperate: it is the same with any number of workers, and Lightning restores it before it builds the loaders.
 
     Args:
         batch_size: Samples a step and process, at least 1.
@@ -30,16 +28,19 @@ class ResumableDataModule(L.LightningDataModule):
         if batch_size < 1 or num_workers < 0:
             raise DataError("data.batch_size must be 1 or more, and data.num_workers 0 or more.")
         self.batch_size, self.num_workers = batch_size, num_workers
-        self._train_loader: StatefulDataLoader | None = None
-        self._position: dict[str, Any] = {}
+        self._seed: int | None = None
+        self._position: dict[str, int] = {}
 
     def world(self) -> tuple[int, int]:
         """Number of processes, and which is this one."""
-        assert self.trainer is not None
-        return self.trainer.world_size, self.trainer.global_rank
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise DataError("These loaders split among processes themselves: Trainer(use_distributed_sampler=False).")
+        return trainer.world_size, trainer.global_rank
 
-    def train_loader(self, dataset: Dataset[Any], seed: int) -> StatefulDataLoader:
-        """Shuffled, whole batches only, from the position of the checkpoint that is resumed.
+    def train_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        """Shuffled by the run's seed, whole batches only, from the position of the checkpoint that is resumed.
 
         Raises:
             DataError: If there is not one whole batch for each process.
@@ -51,34 +52,47 @@ class ResumableDataModule(L.LightningDataModule):
                 f"data.batch_size: {size} training samples are fewer than one batch of {self.batch_size} × {world} "
                 "processes; choose a smaller batch."
             )
-        sampler = EpochSampler(range(size), world, rank, seed)
-        self._train_loader = self._loader(dataset, sampler, drop_last=True)
+        if self._seed is None:
+            assert self.trainer is not None
+            self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed()))
+        sampler = EpochSampler(size, world, rank, self.batch_size, self._seed)
         if self._position:
-            self._train_loader.load_state_dict(self._position)
+            # in samples, since another batch size or number of processes may go on from there
+            batches = self._position["samples"] // (self.batch_size * world)
+            sampler.seek(self._position["epoch"], min(batches, sampler.batches))
             self._position = {}
-        return self._train_loader
+        return self._loader(dataset, sampler)
 
-    def evaluation_loader(self, dataset: Dataset[Any]) -> StatefulDataLoader:
+    def evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         """In order; every sample once, on whichever process: nothing is repeated to make the shares equal."""
         world, rank = self.world()
-        return self._loader(dataset, range(rank, len(dataset), world), drop_last=False)  # type: ignore[arg-type]
+        size = len(dataset)  # type: ignore[arg-type]
+        if size < world:
+            raise DataError(f"{size} samples to evaluate are fewer than the {world} processes; use fewer processes.")
+        return self._loader(dataset, range(rank, size, world))
 
-    def _loader(self, dataset: Dataset[Any], sampler: EpochSampler | range, drop_last: bool) -> StatefulDataLoader:
-        return StatefulDataLoader(
+    def _loader(self, dataset: Dataset[Any], sampler: EpochSampler | range) -> DataLoader[Any]:
+        assert self.trainer is not None
+        return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
-            drop_last=drop_last,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # or each iterator draws from the global state, used by dropout
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The training loader's position."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
+        """The position in training: the epoch, the samples of it that all processes have done, and the order's seed."""
+        trainer = self.trainer
+        assert trainer is not None
+        done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        samples = done * self.batch_size * trainer.world_size
+        at_end = done >= trainer.num_training_batches
+        return {"epoch": trainer.current_epoch + at_end, "samples": 0 if at_end else samples, "seed": self._seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a position for the training loader that is to come."""
-        self._position = state_dict
+        self._seed = state_dict["seed"]
+        self._position = {key: state_dict[key] for key in ("epoch", "samples")}

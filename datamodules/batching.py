@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torch.utils.data import Sampler
 
-Draw = tuple[int, int]  # (index of the sample, epoch)
+Draw = tuple[int, int]  # (index of the sample, seed of the epoch's augmentation)
 
 
-class EpochSampler(StatefulDistributedSampler):
-    """Shuffled (index, epoch) pairs of one process.
+class EpochSampler(Sampler[Draw]):
+    """Shuffled draws of one process, whole batches only.
 
     The order is a function of (seed, epoch): the k-th batches of all processes together are the k-th batch of one
-    process with a batch as large as theirs. The epoch goes along to the data set, whose augmentation is a function of
-    (seed, epoch, index), so that it too is the same for any number of processes and workers.
+    process with a batch as large as theirs. A draw carries a seed made of (seed, epoch) to the data set, whose
+    augmentation is a function of it and of the index, so that it too is the same for any number of processes and
+    workers.
 
     Args:
-        data: What is sampled; only its length counts.
-        num_replicas: Number of processes.
+        size: Number of samples.
+        world: Number of processes.
         rank: This process.
+        batch_size: Samples a step and process.
         seed: Seed of the order.
     """
 
-    def __init__(self, data: Sized, num_replicas: int, rank: int, seed: int) -> None:
-        super().__init__(data, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
+    def __init__(self, size: int, world: int, rank: int, batch_size: int, seed: int) -> None:
+        self.size, self.world, self.rank, self.batch_size, self.seed = size, world, rank, batch_size, seed
+        self.batches = size // (world * batch_size)  # in an epoch
+        self.epoch = 0
+        self._skip = 0
+
+    def __len__(self) -> int:
+        """Draws of this process in a whole epoch."""
+        return self.batches * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iterator; Lightning calls it."""
+        self.epoch = epoch
+
+    def seek(self, epoch: int, batches: int) -> None:
+        """Have the next iterator begin behind so many batches of an epoch; an epoch's end is the next one's start."""
+        self.epoch, self._skip = epoch + batches // self.batches, batches % self.batches
 
     def __iter__(self) -> Iterator[Draw]:
-        for index in super().__iter__():
-            yield index, self.epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the order, with what the order depends on."""
-        return {**super().state_dict(), "epoch": self.epoch, "seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a position; the next iterator starts there, or afresh if the position is the end of an epoch."""
-        at_end = state_dict["yielded"] >= self.num_samples
-        super().load_state_dict({**state_dict, "yielded": 0} if at_end else state_dict)
-        self.epoch, self.seed = state_dict["epoch"], state_dict["seed"]
+        seed, skip = hash((self.seed, self.epoch)), self._skip
+        self._skip = 0
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        own = order[self.rank : self.batches * self.batch_size * self.world : self.world]
+        return iter([(index, seed) for index in own[skip * self.batch_size :].tolist()])
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.progress import track
+from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from datamodules.base import ResumableDataModule
@@ -37,7 +36,8 @@ class ImageClassificationData(ResumableDataModule):
         val_seed: Seed of that split, apart from the run's seed so that runs compare on the same images.
         crop_scale: Share of the area that a training crop covers, [least, most]; [1, 1] crops nothing.
         horizontal_flip: Whether training images are mirrored half of the time. Not for digits or text.
-        memory_limit_gb: Decoded images are kept in memory up to this many GiB for each split, and decoded anew beyond.
+        memory_limit_gb: Decoded images are kept in memory up to this many GiB for each split and process, and decoded
+            anew beyond.
         max_train_samples: Seeded sample of the training images, for trying out; None takes all.
         max_val_samples: The same for validation.
         max_test_samples: The same for testing.
@@ -81,13 +81,15 @@ class ImageClassificationData(ResumableDataModule):
         self.columns = (image_column, label_column)
         self.class_names: list[str] | None = None
         self.splits: dict[str, ImageDataset] = {}
+        self._tables: dict[str, ImageTable | None] = {}
 
     # ----------------------------------------------------------------------------------------------------- splits
 
     def setup(self, stage: str) -> None:
-        """Read and decode what the stage needs."""
+        """Read and decode what the stage needs, in the preprocessing and with the classes of the trainer's model."""
         assert self.trainer is not None
-        config = getattr(self.trainer.lightning_module, "preprocessing", None)
+        model = self.trainer.lightning_module
+        config = getattr(model, "preprocessing", None)
         if config is None:
             raise DataError("ImageClassificationData needs a model that says how it wants its images (preprocessing).")
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
@@ -97,31 +99,50 @@ class ImageClassificationData(ResumableDataModule):
                 raise DataError("data.predict_path: name the folder of images to predict.")
             self.splits["predict"] = ImageDataset(open_folder(self.predict_path), None, evaluation)
             return
-        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
-        for name in needed:
-            if name not in self.splits:
+        self.class_names = getattr(model, "class_names", None) or self._require("train").class_names
+        for name in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+            transform = training if name == "train" else evaluation
+            if name in self.splits:
+                self.splits[name].transform = transform
+            else:
                 table, rows = self._rows(name)
-                transform = training if name == "train" else evaluation
-                dataset = ImageDataset(table, rows, transform, seed=torch.initial_seed())
-                dataset.keep_in_memory(self.memory_limit_gb, name)
-                self.splits[name] = dataset
-                self.class_names = self.class_names or table.class_names
+                table = table.with_classes(self.class_names, f"the {name} split of {self.path}")
+                self.splits[name] = ImageDataset(table, rows, transform)
+                self.splits[name].keep_in_memory(self.memory_limit_gb, name)
+
+    def _table(self, name: str) -> ImageTable | None:
+        """A split as it is stored, opened once."""
+        if name not in self._tables:
+            self._tables[name] = open_split(self.path, name, *self.columns)
+        return self._tables[name]
+
+    def _require(self, name: str) -> ImageTable:
+        table = self._table(name)
+        if table is None:
+            raise DataError(f"data.path: {self.path} has no {name} split; run without it (test_after_fit: false).")
+        return table
+
+    def check_test_split(self) -> None:
+        """See before a long training that there is something to test on.
+
+        Raises:
+            DataError: If there is not.
+        """
+        self._require("test")
 
     def _rows(self, name: str) -> tuple[ImageTable, Tensor]:
         """The table that a split is in, and the rows that are its own."""
-        table = open_split(self.path, name, *self.columns)
-        held_out = None
-        if name in ("train", "val") and (name == "train" or table is None):
-            has_own = table is not None if name == "val" else open_split(self.path, "val", *self.columns) is not None
-            if not has_own:
-                table = table or open_split(self.path, "train", *self.columns)
-                assert table is not None
-                order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.val_seed))
-                size = max(1, round(self.val_fraction * len(table)))
-                held_out = order[:size] if name == "val" else order[size:]
-        if table is None:
-            raise DataError(f"data.path: {self.path} has no {name} split; run without it (test_after_fit: false).")
-        rows = torch.arange(len(table)) if held_out is None else held_out
+        held_out = name in ("train", "val") and self._table("val") is None
+        table = self._require("train" if held_out else name)
+        rows = torch.arange(len(table))
+        if held_out:
+            order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.val_seed))
+            size = max(1, round(self.val_fraction * len(table)))
+            rows = order[:size] if name == "val" else order[size:]
+        if len(rows) == 0:
+            raise DataError(
+                f"data.val_fraction: {self.val_fraction} of {len(table)} images leaves none to train on; choose less."
+            )
         limit = self.limits[name]
         if limit is not None and limit < len(rows):
             keep = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.val_seed))[:limit]
@@ -129,34 +150,33 @@ class ImageClassificationData(ResumableDataModule):
         return table, rows
 
     def _transforms(self, config: dict[str, Any]) -> tuple[Transform, Transform]:
-        """Evaluation and training transforms of uint8 images, as timm prepares them for this backbone."""
-        size = config["input_size"][1:]
-        kind = {"interpolation": v2.InterpolationMode(config["interpolation"]), "antialias": True}
-        resized = [math.floor(s / config["crop_pct"]) for s in size]
-        evaluation = v2.Compose([v2.Resize(min(resized), **kind), v2.CenterCrop(size)])
-        if tuple(self.crop_scale) == (1.0, 1.0):
-            steps: list[Any] = [evaluation]
-        else:
-            steps = [v2.RandomResizedCrop(size, scale=self.crop_scale, **kind)]
-        if self.horizontal_flip:
-            steps.append(v2.RandomHorizontalFlip())
-        return evaluation, v2.Compose(steps)
+        """Evaluation and training transforms of uint8 images (3, height, width), as timm prepares them."""
+        size = tuple(config["input_size"][1:])
+        kind = config["interpolation"]
+        steps = transforms_imagenet_eval(
+            size, config["crop_pct"], config.get("crop_mode"), None, kind, config["mean"], use_prefetcher=True
+        ).transforms[:-1]  # the last makes an array of a PIL image
+        evaluation = v2.Compose(steps)
+        if tuple(self.crop_scale) != (1.0, 1.0):
+            steps = [v2.RandomResizedCrop(size, scale=self.crop_scale, interpolation=v2.InterpolationMode(kind))]
+        flips = [v2.RandomHorizontalFlip()] if self.horizontal_flip else []
+        return evaluation, v2.Compose([*steps, *flips])
 
     # ---------------------------------------------------------------------------------------------------- loaders
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented."""
-        return self.train_loader(self.splits["train"], self.splits["train"].seed)
+        return self.train_loader(self.splits["train"])
 
-    def val_dataloader(self) -> StatefulDataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         """In order."""
         return self.evaluation_loader(self.splits["val"])
 
-    def test_dataloader(self) -> StatefulDataLoader:
+    def test_dataloader(self) -> DataLoader[Any]:
         """In order."""
         return self.evaluation_loader(self.splits["test"])
 
-    def predict_dataloader(self) -> StatefulDataLoader:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """In the order of the names."""
         return self.evaluation_loader(self.splits["predict"])
 
@@ -174,14 +194,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         table: The images.
         rows: Rows that belong to this data set, (n,); None takes all.
         transform: Applied to (3, height, width) uint8.
-        seed: Augmentation is a function of (seed, epoch, index).
     """
 
-    def __init__(self, table: ImageTable, rows: Tensor | None, transform: Transform, seed: int = 0) -> None:
+    def __init__(self, table: ImageTable, rows: Tensor | None, transform: Transform) -> None:
         self.table = table
         self.rows = torch.arange(len(table)) if rows is None else rows
         self.transform = transform
-        self.seed = seed
         self.images: list[Tensor] | None = None
 
     def __len__(self) -> int:
@@ -200,14 +218,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return self.table.decode(int(self.rows[index]))
 
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
-        """The image of an index; of a pair (index, epoch) with the augmentation of that epoch."""
-        index, epoch = key if isinstance(key, tuple) else (key, None)
+        """The image of an index; of a draw, with the augmentation that is a function of its seed and index."""
+        index, seed = key if isinstance(key, tuple) else (key, None)
         image = self._decode(index) if self.images is None else self.images[index]
         row = int(self.rows[index])
-        item: dict[str, Any] = (
-            {"label": int(self.table.labels[row])} if len(self.table.labels) else {"name": self.table.names[row]}
-        )
-        if epoch is None:
+        labelled = len(self.table.labels) > 0
+        item = {"label": int(self.table.labels[row])} if labelled else {"name": self.table.names[row]}
+        if seed is None:
             return {"image": self.transform(image), **item}
-        with seeded(self.seed, epoch, index):
+        with seeded(seed, index):
             return {"image": self.transform(image), **item}

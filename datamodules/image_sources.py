@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -55,11 +56,72 @@ class ImageTable:
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 return pil_to_tensor(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "it is empty" if source == b"" else str(error)
             raise DataError(
                 f"data.path: the image {self.names[row]} cannot be decoded ({reason}); remove or replace it."
             ) from error
+
+    def with_classes(self, class_names: list[str], where: str) -> ImageTable:
+        """The same images with labels that count in another list of classes, matched by name.
+
+        Raises:
+            DataError: If a class of this table is not in the list.
+        """
+        if class_names == self.class_names:
+            return self
+        if unknown := [name for name in self.class_names if name not in class_names]:
+            raise DataError(
+                f"data.path: {where} has classes that the model was not trained on ({', '.join(unknown[:5])}); it "
+                f"knows {len(class_names)}: {', '.join(class_names[:10])}{', …' if len(class_names) > 10 else ''}."
+            )
+        numbers = torch.tensor([class_names.index(name) for name in self.class_names])
+        return replace(self, labels=numbers[self.labels], class_names=class_names)
+
+
+# Readers are classes, not closures, so that worker processes that do not fork can have them.
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    files: list[Path]
+
+    def __call__(self, row: int) -> Path:
+        return self.files[row]
+
+
+@dataclass(frozen=True)
+class _ArrayReader:
+    pixels: np.ndarray  # (rows, height, width, 3) uint8
+
+    def __call__(self, row: int) -> np.ndarray:
+        return self.pixels[row]
+
+
+@dataclass(frozen=True)
+class _ColumnReader:
+    data: datasets.Dataset
+    column: str
+
+    def __call__(self, row: int) -> bytes | Path:
+        cell: dict[str, Any] = self.data[row][self.column] or {"bytes": None, "path": None}
+        if cell["bytes"] is None and cell["path"]:
+            return Path(cell["path"])
+        return bytes(cell["bytes"] or b"")
+
+
+@dataclass(frozen=True)
+class _RowNames(Sequence[str]):
+    """`<where> row <k>`, made when asked for."""
+
+    where: str
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: Any) -> Any:
+        return f"{self.where} row {row}"
 
 
 def open_split(path: str, split: str, image_column: str | None, label_column: str | None) -> ImageTable | None:
@@ -84,7 +146,7 @@ def open_split(path: str, split: str, image_column: str | None, label_column: st
         table = _from_hub(path, split, image_column, label_column)
     elif (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
         table = _from_cifar10(folder, split)
-    elif any(folder.rglob("*.parquet")):
+    elif any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")):
         table = _from_parquet(folder, split, image_column, label_column)
     else:
         table = _from_image_folder(folder, split)
@@ -106,7 +168,7 @@ def open_folder(path: str) -> ImageTable:
     if not files:
         raise DataError(f"data.predict_path: {path} holds no image ({', '.join(IMG_EXTENSIONS)}).")
     names = [str(f.relative_to(folder)) for f in files]
-    return ImageTable(files.__getitem__, names, torch.empty(0, dtype=torch.int64), [])
+    return ImageTable(_FileReader(files), names, torch.empty(0, dtype=torch.int64), [])
 
 
 def _check_labels(table: ImageTable, path: str) -> None:
@@ -138,9 +200,13 @@ def _from_hub(name: str, split: str, image_column: str | None, label_column: str
 
 
 def _from_parquet(folder: Path, split: str, image_column: str | None, label_column: str | None) -> ImageTable | None:
-    """Parquet files named as on the hub: `train.parquet`, `data/train-00000-of-00001.parquet`."""
+    """Parquet files named as on the hub: `train.parquet`, `train-00000-of-00001.parquet`, `train/0000.parquet`."""
     for name in SPLITS[split]:
-        files = sorted(str(f) for f in folder.rglob("*.parquet") if f.stem == name or f.stem.startswith(f"{name}-"))
+        files = sorted(
+            str(f)
+            for f in folder.rglob("*.parquet")
+            if f.stem == name or f.stem.startswith(f"{name}-") or f.parent.name == name
+        )
         if files:
             try:
                 data = datasets.Dataset.from_parquet(files, keep_in_memory=False)
@@ -158,23 +224,24 @@ def _from_dataset(data: datasets.Dataset, where: str, image_column: str | None, 
     image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where)
     label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
     try:
-        labels = torch.as_tensor(data.with_format("numpy")[label][:], dtype=torch.int64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"data.label_column: {label} in {where} must hold whole numbers ({error}).") from error
+        encoded = data.select_columns(image).cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # a column of another type; the library raises many kinds
+        raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
+    labels = _labels(data, label, where)
     feature = data.features[label]
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     if not names:
         names = [str(i) for i in range(int(labels.max()) + 1)] if len(labels) else []
-    try:
-        encoded = data.select_columns(image).cast_column(image, datasets.Image(decode=False))
-    except Exception as error:  # a column of another type; the library raises many kinds
-        raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
+    return ImageTable(_ColumnReader(encoded, image), _RowNames(where, len(data)), labels, list(names))
 
-    def read(row: int) -> bytes | Path:
-        cell: dict[str, Any] = encoded[row][image] or {"bytes": b""}
-        return Path(cell["path"]) if cell["bytes"] is None else bytes(cell["bytes"])
 
-    return ImageTable(read, [f"{where} row {row}" for row in range(len(data))], labels, list(names))
+def _labels(data: datasets.Dataset, column: str, where: str) -> Tensor:
+    """Whole numbers, (rows,) int64."""
+    cells = data.with_format("arrow")[column][:].combine_chunks()
+    if not pa.types.is_integer(cells.type) or cells.null_count:
+        what = f"{cells.null_count} empty cells" if cells.null_count else f"{cells.type}"
+        raise DataError(f"data.label_column: {column} in {where} must hold whole numbers, and it holds {what}.")
+    return torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.int64))
 
 
 def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str) -> str:
@@ -197,8 +264,8 @@ def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
         raise DataError(
             f"data.path: {folder} is not the original CIFAR-10, or a file of it is damaged; fetch it again."
         ) from error
-    names = [f"{folder} {split} {i}" for i in range(len(data.data))]
-    return ImageTable(lambda row: data.data[row], names, torch.tensor(data.targets), list(data.classes))
+    names = _RowNames(f"{folder} {split}", len(data.data))
+    return ImageTable(_ArrayReader(data.data), names, torch.tensor(data.targets), list(data.classes))
 
 
 def _from_image_folder(folder: Path, split: str) -> ImageTable | None:
@@ -207,6 +274,8 @@ def _from_image_folder(folder: Path, split: str) -> ImageTable | None:
     if found is None:
         if split != "train":
             return None
+        if any((folder / s).is_dir() for names in SPLITS.values() for s in names):
+            raise DataError(f"data.path: {folder} has folders for other splits, but none called train.")
         found = folder
     try:
         data = ImageFolder(str(found))
@@ -216,4 +285,4 @@ def _from_image_folder(folder: Path, split: str) -> ImageTable | None:
         ) from error
     files = [Path(f) for f, _ in data.samples]
     labels = torch.tensor([label for _, label in data.samples])
-    return ImageTable(files.__getitem__, [str(f) for f in files], labels, list(data.classes))
+    return ImageTable(_FileReader(files), [str(f) for f in files], labels, list(data.classes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,6 +22,12 @@ Tuning = Literal["adapter", "head", "full"]
 BackboneDtype = Literal["float32", "bfloat16"]
 
 
+_AFTER_DIVERGENCE = (
+    "Nothing of it was saved: resume from the last checkpoint with --ckpt_path last and a lower --model.learning_rate, "
+    "a longer --model.warmup_ratio or --trainer.gradient_clip_val 1.0."
+)
+
+
 class ModelError(ValueError):
     """A model that cannot be built, loaded or trained as asked; the message says how to mend it."""
 
@@ -27,9 +35,9 @@ class ModelError(ValueError):
 class AdaptedModule(L.LightningModule, ABC):
     """A backbone with a head, tuned through adapters, through its head alone, or in full.
 
-    A task adds `build_backbone`, `build_head` and its steps, and calls `configure_tuning` at the end of its `__init__`.
-    The backbone is built there, so that a wrong name, role or rank is reported before any data is read; the head may
-    have to wait for `setup`, when the data's labels are known.
+    A task's `__init__` calls `save_hyperparameters`, assigns `backbone` and ends with `configure_tuning`; besides, it
+    has `build_head` and its steps. The backbone is built in `__init__`, so that a wrong name, role or rank is reported
+    before any data is read; the head may have to wait for `setup`, when the data's labels are known.
 
     Args:
         tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter).
@@ -78,22 +86,40 @@ class AdaptedModule(L.LightningModule, ABC):
         self.warmup_ratio, self.lr_ratio_b, self.lr_ratio_head = warmup_ratio, lr_ratio_b, lr_ratio_head
         self.head = None
         self.projections: list[Projection] = []
+        self._gradients_seen = False
 
     @abstractmethod
     def build_head(self) -> nn.Module:
         """The task's new head, once its labels are known."""
 
     def configure_tuning(self) -> None:
-        """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on."""
+        """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on.
+
+        Batch normalisation of a frozen backbone stays in eval mode: its running statistics belong to what is frozen.
+        """
         if self.tuning != "full":
             self.backbone.requires_grad_(False)
             self.backbone.to(self.backbone_dtype)
         if self.tuning == "adapter":
             self.projections = attach(self.backbone, self.adapter)
         self.backbone.train()  # from_pretrained gives eval mode, and Lightning keeps the mode it finds
+        if self.tuning != "full":
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        self.fingerprint = frozen_fingerprint(self.backbone)
 
     def setup(self, stage: str) -> None:
-        """Build the head when it is not there yet; runs behind the data module's `setup`."""
+        """Build the head when it is not there yet; runs behind the data module's `setup`.
+
+        Raises:
+            ModelError: For a precision that would take the factors out of float32.
+        """
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise ModelError(
+                f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
+                "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
+            )
         if self.head is None:
             self.head = self.build_head()
 
@@ -112,7 +138,10 @@ class AdaptedModule(L.LightningModule, ABC):
             lr_ratio_head=self.lr_ratio_head,
         )
         optimizer = torch.optim.AdamW(groups)
-        factor = schedule_factor(self.schedule, self.warmup_ratio, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ModelError("trainer.max_epochs: a run without an end has no schedule; set it or max_steps.")
+        factor = schedule_factor(self.schedule, self.warmup_ratio, int(steps))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._configured_groups = [{k: g[k] for k in ("initial_lr", "weight_decay")} for g in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -135,10 +164,35 @@ class AdaptedModule(L.LightningModule, ABC):
         """
         if not torch.isfinite(loss):
             raise ModelError(
-                f"The training loss became {loss.item()} at step {self.trainer.global_step}. Nothing of it was saved: "
-                "resume from the last checkpoint with --ckpt_path last and a lower --model.learning_rate, a longer "
-                "--model.warmup_ratio or --trainer.gradient_clip_val 1.0."
+                f"The training loss became {loss.item()} at step {self.trainer.global_step}. {_AFTER_DIVERGENCE}"
             )
+
+    def on_after_backward(self) -> None:
+        """At a run's first step, see that every trained factor lies on the way of the forward pass."""
+        if self._gradients_seen:
+            return
+        self._gradients_seen = True
+        idle = [
+            f.projection.name
+            for layer in adapted_layers(self.backbone).values()
+            for f in layer.factors()
+            if any(p.grad is None for p in f.named_factors(trained=True).values())
+        ]
+        if idle:
+            raise ModelError(
+                f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
+                f"({', '.join(idle[:3])}, …): it uses their weights without calling the layer. Choose other targets."
+            )
+
+    def check_weights(self) -> None:
+        """Stop before weights that are not finite are kept or looked at: a finite loss may have had such a gradient.
+
+        Raises:
+            ModelError: With the step, the first such tensor and what to try.
+        """
+        for name, tensor in self.saved_state().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ModelError(f"At step {self.trainer.global_step} {name} is no longer finite. {_AFTER_DIVERGENCE}")
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -151,9 +205,28 @@ class AdaptedModule(L.LightningModule, ABC):
         return {name: tensor for name, tensor in full.items() if name in keep or name.startswith("head.")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen backbone out."""
+        """Leave the frozen backbone out, but for a fingerprint.
+
+        Raises:
+            ModelError: If anything is not finite; what is on disk stays.
+        """
+        self.check_weights()
         checkpoint["state_dict"] = self.saved_state()
+        checkpoint["frozen_fingerprint"] = self.fingerprint
         checkpoint["hyper_parameters"]["adapter"] = asdict(self.adapter)  # a plain dict, or weights_only refuses it
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See that the frozen weights are those that the checkpoint was trained over.
+
+        Raises:
+            ModelError: If they are not.
+        """
+        if checkpoint.get("frozen_fingerprint", self.fingerprint) != self.fingerprint:
+            raise ModelError(
+                "The checkpoint was trained over other frozen weights than this backbone's: set model.backbone, "
+                "model.weights, model.image_size and model.backbone_dtype (and, with weights: none, seed_everything) "
+                "as they were; the run's config.yaml has them."
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `saved_state` saves, and nothing else, whatever `strict` says.
@@ -179,19 +252,17 @@ class AdaptedModule(L.LightningModule, ABC):
             "adapter/bytes": sum(t.numel() * t.element_size() for t in adapter_state(self.backbone).values()),
         }
 
-    def on_after_backward(self) -> None:
-        """At a run's first step, see that every trained factor lies on the way of the forward pass."""
-        if self.trainer.global_step > 0 or getattr(self, "_gradients_seen", False):
-            return
-        self._gradients_seen = True
-        idle = [
-            f.projection.name
-            for layer in adapted_layers(self.backbone).values()
-            for f in layer.factors()
-            if any(p.grad is None for p in f.named_factors(trained=True).values())
-        ]
-        if idle:
-            raise ModelError(
-                f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
-                f"({', '.join(idle[:3])}, …): it uses their weights without calling the layer. Choose other targets."
-            )
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Hash of a model's frozen parameters by name, dtype, shape and their first and last values; factors do not count.
+
+    Enough to tell two files of weights apart, at no cost that a large model would notice.
+    """
+    digest = hashlib.sha256()
+    factors = adapter_state(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and name not in factors:
+            flat = parameter.detach().flatten()
+            ends = torch.cat([flat[:64], flat[-64:]]).double().cpu()
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -54,15 +55,15 @@ class ImageClassifier(AdaptedModule):
         lr_ratio_head: float = 1.0,
     ) -> None:
         super().__init__(
-            tuning,
-            adapter,
-            backbone_dtype,
-            learning_rate,
-            weight_decay,
-            schedule,
-            warmup_ratio,
-            lr_ratio_b,
-            lr_ratio_head,
+            tuning=tuning,
+            adapter=adapter,
+            backbone_dtype=backbone_dtype,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_ratio=warmup_ratio,
+            lr_ratio_b=lr_ratio_b,
+            lr_ratio_head=lr_ratio_head,
         )
         self.save_hyperparameters()
         if not 0 <= label_smoothing < 1:
@@ -76,13 +77,8 @@ class ImageClassifier(AdaptedModule):
             self.head = self.build_head()
 
     def setup(self, stage: str) -> None:
-        """Take the data's classes, or see that they are the model's, and build the head."""
+        """Take the data's classes, if the model has none yet, and build the head."""
         given = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-        if self.class_names and given and list(given) != self.class_names:
-            raise ModelError(
-                f"The data has {len(given)} classes ({', '.join(given[:5])}, …) and the model {len(self.class_names)} "
-                f"({', '.join(self.class_names[:5])}, …): a checkpoint answers for the classes it was trained on."
-            )
         self.class_names = self.class_names or list(given or [])
         if not self.class_names:
             raise ModelError("model.class_names: neither the data nor a checkpoint (--ckpt_path) says which they are.")
@@ -93,13 +89,9 @@ class ImageClassifier(AdaptedModule):
         """A linear layer from the pooled features to the classes, and the metrics of as many."""
         assert self.class_names
         classes = len(self.class_names)
-        scores: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(classes, average="micro")}
-        if classes > 5:
-            scores["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
-        metrics = MetricCollection(scores)
-        self.metrics = nn.ModuleDict({s: metrics.clone(prefix=f"{s}/") for s in ("val", "test")})
-        self.losses = nn.ModuleDict({s: MeanMetric() for s in ("val", "test")})
-        self.confusion = MulticlassConfusionMatrix(classes)
+        if classes < 2:
+            raise ModelError(f"model.class_names: one class ({self.class_names[0]}) leaves nothing to tell apart.")
+        self.configure_metrics(classes)
         features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         head = nn.Linear(int(features), classes)  # type: ignore[arg-type]  # timm's own attributes
         # of the run's seed alone: starting the processes of DDP draws from the global generator
@@ -107,6 +99,16 @@ class ImageClassifier(AdaptedModule):
         nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
         nn.init.zeros_(head.bias)
         return head
+
+    def configure_metrics(self, classes: int) -> None:
+        """Top-1 and, of more than five classes, top-5 accuracy; the mean loss; the confusion matrix."""
+        scores: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(classes, average="micro")}
+        if classes > 5:
+            scores["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+        metrics = MetricCollection(scores)
+        self.metrics = nn.ModuleDict({s: metrics.clone(prefix=f"{s}/") for s in ("val", "test")})
+        self.losses = nn.ModuleDict({s: MeanMetric() for s in ("val", "test")})
+        self.confusion = MulticlassConfusionMatrix(classes)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (batch, classes), float32, of normalised images (batch, 3, height, width)."""
@@ -143,15 +145,16 @@ class ImageClassifier(AdaptedModule):
         self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:
-        """Show the confusion matrix in TensorBoard."""
+        """Draw the confusion matrix: in the run directory, and in TensorBoard."""
         matrix = self.confusion.compute()  # on every rank: it gathers
-        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
-        if boards and self.trainer.is_global_zero and matrix.sum() > 0:
+        if self.trainer.is_global_zero and matrix.sum() > 0:
             small = len(self.class_names or ()) <= 20
             figure, axes = plt.subplots(figsize=(8, 8), layout="constrained")
             self.confusion.plot(matrix, ax=axes, add_text=small, labels=self.class_names if small else None)
-            for board in boards:
-                board.experiment.add_figure("test/confusion_matrix", figure, self.global_step)
+            figure.savefig(Path(self.trainer.default_root_dir) / "confusion_matrix.png")
+            for logger in self.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure("test/confusion_matrix", figure, self.global_step)
             plt.close(figure)
         self.confusion.reset()
 

@@ -62,7 +62,7 @@ def parameter_groups(
 
 
 def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -> Callable[[int], float]:
-    """The rate at an optimizer step over its peak: a linear climb from zero, then the chosen descent.
+    """The rate at an optimizer step over its peak: a linear climb, then the chosen descent.
 
     Args:
         schedule: Shape after the warm-up; cosine and linear end at zero.
@@ -72,7 +72,7 @@ def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -
     Returns:
         Function from the step, 0 for the first, to a factor in [0, 1].
     """
-    warmup = round(warmup_ratio * total_steps)
+    warmup = min(round(warmup_ratio * total_steps), total_steps - 1)  # some descent is left
 
     def factor(step: int) -> float:
         if step < warmup:

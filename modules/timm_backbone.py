@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 from pathlib import Path
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from modules.adapters.state import state_problems
 from modules.base import ModelError
 
+# Families whose position embeddings are not resized as timm's default is, bicubic with antialiasing.
+RESIZING: dict[str, dict[str, Any]] = {
+    "dinov2": {"antialias": False},
+    "flexivit": {"interpolation": "bilinear", "antialias": False},  # as timm's own factory binds it
+    "radio": {"interpolation": "bilinear", "antialias": False},  # the same
+}
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -41,18 +48,24 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
     if local and Path(weights).suffix not in SUFFIXES:
         raise ModelError(f"model.weights: {weights} must be one of {', '.join(SUFFIXES)}.")
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f" Near it: {', '.join(close)}." if close else ""
         raise ModelError(f"model.backbone: timm has no architecture {name!r}.{hint} timm.list_models() lists all.")
-    if image_size is not None and _has_fixed_size(name):
-        args = {**args, "img_size": image_size}
+    if reserved := {"img_size", "in_chans", "num_classes"} & args.keys():
+        raise ModelError(f"model.backbone_args: {', '.join(reserved)} is not for here; the size is model.image_size.")
+    if image_size is not None and image_size < 1:
+        raise ModelError(f"model.image_size: {image_size} must be 1 or more.")
     try:
+        fixed = image_size is not None and _has_fixed_size(name)
+        args = {**args, "img_size": image_size} if fixed else args
         model = timm.create_model(name, pretrained=False, num_classes=0, **args)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model.backbone: timm cannot build {name} with {args}: {error}") from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if image_size is not None and patch and any(image_size % side for side in patch):
-        raise ModelError(f"model.image_size: {image_size} is not a multiple of {name}'s patches of {patch[0]} pixels.")
+    except Exception as error:  # an architecture's constructor can raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"model.backbone: timm cannot build {name} with {args} ({reason}).") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1) if fixed else 1
+    sides = (patch,) if isinstance(patch, int) else tuple(patch)
+    if image_size is not None and any(image_size % side for side in sides):
+        raise ModelError(f"model.image_size: {image_size} is not a multiple of {name}'s patches of {sides[0]} pixels.")
     if local:
         _load(model, name, _read(weights), weights)
     elif weights == "pretrained":
@@ -105,10 +118,10 @@ def _load(model: nn.Module, name: str, state: dict[str, Tensor], source: str) ->
     """Load weights into a model, converted and resized as timm does for its family; nothing may be left over."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
-        # DINOv2's positions were made for resizing without antialiasing
-        no_antialias = "dinov2" in name and "antialias" in inspect.signature(convert).parameters
+        resizing = next((options for family, options in RESIZING.items() if family in name), {})
+        accepted = inspect.signature(convert).parameters
         try:
-            state = convert(state, model, **({"antialias": False} if no_antialias else {}))
+            state = convert(state, model, **{k: v for k, v in resizing.items() if k in accepted})
         except (KeyError, RuntimeError, ValueError, AttributeError) as error:
             raise ModelError(f"model.weights: {source} does not fit {name}: {error}") from error
     config = getattr(model, "pretrained_cfg", {})

@@ -33,7 +33,14 @@ class AdapterCheckpoint(ModelCheckpoint):
     ) -> None:
         if last_every_n_steps < 1:
             raise CallbackError(f"checkpoint.last_every_n_steps: {last_every_n_steps} must be 1 or more.")
-        super().__init__(monitor=monitor, mode=mode, filename="best", save_top_k=1, auto_insert_metric_name=False)
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            filename="best",
+            save_top_k=1,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
         self.last_every_n_steps = last_every_n_steps
         self._random_state: dict[str, Any] | None = None
         self._last_saved_step = -1
@@ -42,6 +49,17 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Settle in the run directory."""
         self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best score, wherever the run directory lies now and however its path is spelt."""
+        here = Path(str(self.dirpath))
+
+        def moved(path: str) -> str:
+            return str(here / Path(path).name) if path else path
+
+        paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

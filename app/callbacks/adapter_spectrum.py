@@ -106,10 +106,10 @@ class AdapterSpectrum(L.Callback):
         step = trainer.global_step
         if not trainer.is_global_zero or not _adapted(module) or step == self._last_step:
             return
-        start, threads = time.perf_counter(), torch.get_num_threads()
-        torch.set_num_threads(1)  # on matrices this small, threads only wait for one another
+        start = time.perf_counter()
         self._last_step = step
         assert isinstance(module, AdaptedModule)
+        module.check_weights()
         fresh: set[str] = set()  # factors that were measured now, not taken from before
         rows = []
         for name, (layer, factors) in adapted_projections(module.backbone).items():
@@ -127,7 +127,6 @@ class AdapterSpectrum(L.Callback):
             logger.log_metrics(scalars, step=step)
         for board in _boards(trainer):
             self._draw(board, rows, fresh | {"BA"}, step)
-        torch.set_num_threads(threads)
         self.seconds += time.perf_counter() - start
 
     def _triangular(self, name: str, factor: str, factors: LowRankFactors, fresh: set[str]) -> Tensor:
@@ -135,7 +134,12 @@ class AdapterSpectrum(L.Callback):
         if (name, factor) in self._frozen:
             return self._frozen[name, factor]
         tensor: Tensor = getattr(factors, factor)
-        r = triangular_factor(tensor.T if factor == "A" else tensor).cpu()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # on matrices this small, threads only wait for one another
+        try:
+            r = triangular_factor((tensor.T if factor == "A" else tensor).cpu())
+        finally:
+            torch.set_num_threads(threads)
         fresh.add(factor)
         if factor in factors.named_factors(trained=False):
             self._frozen[name, factor] = r

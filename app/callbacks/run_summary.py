@@ -12,6 +12,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -52,12 +54,16 @@ class RunSummary(L.Callback):
         assert isinstance(pl_module, AdaptedModule)
         self.values |= pl_module.parameter_counts()
         self.values["time/fit_seconds"] = round(time.monotonic() - self._started, 2)
+        self.values["memory/peak_bytes"] = _peak_memory(trainer.strategy.root_device)
+        callback = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
+        if callback is not None and callback.monitor and callback.best_model_score is not None:
+            self.values[f"best/{callback.monitor}"] = callback.best_model_score.item()
         self._keep_metrics(trainer)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of a validation on its own."""
-        if not trainer.sanity_checking and not trainer.training:
+        if trainer.state.fn == TrainerFn.VALIDATING:
             self._keep_metrics(trainer)
 
     @rank_zero_only
@@ -72,7 +78,6 @@ class RunSummary(L.Callback):
     @rank_zero_only
     def report(self, run_directory: Path) -> None:
         """Print the closing table and write metrics.json, whose figures of earlier commands stay."""
-        self.values["memory/peak_bytes"] = _peak_memory()
         path = run_directory / "metrics.json"
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         merged = {k: v if math.isfinite(v) else None for k, v in sorted((earlier | self.values).items())}
@@ -113,9 +118,9 @@ def _readable(key: str, value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def _peak_memory() -> int:
-    """Most bytes in use at any time: of the accelerator when there is one, otherwise of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes in use at any time: on the accelerator when training ran there, otherwise of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB

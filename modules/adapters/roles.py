@@ -93,19 +93,22 @@ def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Pr
     for name, module in modules.items():
         if not name or not isinstance(module, nn.Linear) or owners[id(module.weight)] != 1:
             continue
-        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(parent, nn.MultiheadAttention):
             continue
         if any(name == root or name.startswith(f"{root}.") for root in exclude):
             continue
-        found += _split(name, module)
+        # timm's MaxViT and TinyViT keep q, k and v of one head together: thirds would mix them
+        by_head = getattr(parent, "head_first", False) or hasattr(parent, "key_dim")
+        found += _split(name, module, by_head)
     return found
 
 
-def _split(layer: str, linear: nn.Linear) -> list[Projection]:
+def _split(layer: str, linear: nn.Linear, by_head: bool) -> list[Projection]:
     """The projections that one linear layer holds."""
     rows = linear.out_features
     roles = next((roles for pattern, roles in _LAYERS if pattern.fullmatch(layer)), ("other",))
-    if len(roles) > 1 and rows != len(roles) * linear.in_features:
+    if len(roles) > 1 and (by_head or rows != len(roles) * linear.in_features):
         roles = ("other",)  # not (q; k; v) of one width each: grouped queries, or another layout
     step = rows // len(roles)
     return [Projection(layer, role, i * step, (i + 1) * step, len(roles) > 1) for i, role in enumerate(roles)]

@@ -111,7 +111,12 @@ def test_config_without_a_file_name(capsys: pytest.CaptureFixture[str]) -> None:
         ("--data.val_fraction=1", ["data.val_fraction"]),
         ("--data.label_column=lable", ["data.label_column", "lable", "img, label"]),
         ("--data.max_train_samples=0", ["data.max_train_samples"]),
-        ("--trainer.accelerator=gpu", ["accelerator"]),
+        ("--trainer.accelerator=gpu", ["accelerator", "conf/cpu.yaml"]),
+        ("--trainer.strategy=ddpp", ["ddpp"]),
+        ("--trainer.precision=bf16-true", ["trainer.precision", "bf16-mixed"]),
+        ("--trainer.max_epochs=-1", ["trainer.max_epochs"]),
+        ("--trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches"]),
+        ("--trainer.val_check_interval=100", ["val_check_interval", "100"]),
         ("--checkpoint.monitor=val/f1", ["val/f1", "val/acc1"]),
         ("--ckpt_path=last", ["ckpt_path", "no run"]),
         ("--ckpt_path=nothing.ckpt", ["ckpt_path", "nothing.ckpt"]),
@@ -167,21 +172,23 @@ def empty_folder(folder: Path) -> str:
     return "no images"
 
 
-def no_test_split(folder: Path) -> str:
-    write_parquet(folder, {"train": 30})
-    return "no test split"
-
-
-@pytest.mark.parametrize(
-    "damage", [broken_parquet, missing_column, corrupt_image, label_out_of_range, empty_folder, no_test_split]
-)
+@pytest.mark.parametrize("damage", [broken_parquet, missing_column, corrupt_image, label_out_of_range, empty_folder])
 def test_damaged_data(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, damage: Callable[[Path], str]
 ) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     part = damage(folder)
-    refused(capsys, cli("fit", f"--data.path={folder}", "--test_after_fit=true"), "data.", part)
+    refused(capsys, cli("fit", f"--data.path={folder}"), "data.", part)
+    assert not cli.run().exists()
+
+
+def test_a_missing_test_split_is_told_before_training(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "data", {"train": 30})
+    refused(capsys, cli("fit", f"--data.path={tmp_path / 'data'}", "--test_after_fit=true"), "no test split")
+    assert not cli.run().exists()
 
 
 def test_predict_without_a_folder(cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -259,6 +266,27 @@ def test_checkpoint_that_lost_the_frozen_factor(cli: CommandLine, capsys: pytest
 
 
 # ----------------------------------------------------------------------------------------------------------- in the run
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(self: ImageClassifier) -> None:
+        if self.global_step == 7:  # a finite loss whose gradient is not
+            next(p for p in self.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
+
+    monkeypatch.setattr(ImageClassifier, "on_after_backward", spoil)
+    code = cli("fit", "--checkpoint.last_every_n_steps=2")
+    refused(capsys, code, "--ckpt_path last")
+    assert all(tensor.isfinite().all() for tensor in cli.checkpoint()["state_dict"].values())
+    assert cli.checkpoint()["global_step"] == 6
+
+
+def test_checkpoint_over_other_frozen_weights(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("fit", "--trainer.max_epochs=1") == 0
+    capsys.readouterr()
+    # weights: none draws the backbone from the run's seed
+    refused(capsys, cli("test", "--ckpt_path=last", "--seed_everything=1"), "other frozen weights", "model.weights")
 
 
 def test_loss_that_is_not_finite(

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
 
-# 8 steps an epoch; dropout of two kinds and random crops are on
+# 48 images are 8 steps of 6 an epoch (of 7, six and a rest); dropout of two kinds and random crops are on
 STEPS_AN_EPOCH = 8
 
 
@@ -62,19 +62,22 @@ def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cut", "every", "workers"),
+    ("cut", "every", "batch", "workers"),
     [
-        (5, 3, 0),  # in the first epoch, two steps behind the checkpoint
-        (8, 3, 0),  # at the start of the second: the checkpoint is that of the first epoch's end
-        (13, 4, 0),  # in the second epoch, checkpoint in its middle
-        (21, 1, 0),  # in the third, right behind a checkpoint
-        (13, 4, 2),  # with worker processes that load ahead
+        (5, 3, 6, 0),  # in the first epoch, two steps behind the checkpoint
+        (8, 3, 6, 0),  # at the start of the second: the checkpoint is that of the first epoch's end
+        (13, 4, 6, 0),  # in the second epoch, checkpoint in its middle
+        (21, 1, 6, 0),  # in the third, right behind a checkpoint
+        (13, 4, 6, 2),  # with worker processes that load ahead
+        (6, 5, 7, 0),  # an epoch's end with images left over
+        (6, 5, 7, 2),  # the same with workers
     ],
 )
 def test_resume_equals_uninterrupted(
-    cli: CommandLine, power_cut: object, monkeypatch: pytest.MonkeyPatch, cut: int, every: int, workers: int
+    cli: CommandLine, power_cut: object, monkeypatch: pytest.MonkeyPatch, cut: int, every: int, batch: int, workers: int
 ) -> None:
-    options = ["--trainer.max_epochs=3", f"--checkpoint.last_every_n_steps={every}", f"--data.num_workers={workers}"]
+    options = ["--trainer.max_epochs=3", f"--checkpoint.last_every_n_steps={every}", f"--data.batch_size={batch}"]
+    options.append(f"--data.num_workers={workers}")
     assert cli("fit", *options) == 0
     with monkeypatch.context():
         power_cut(cut)  # type: ignore[operator]
@@ -84,7 +87,7 @@ def test_resume_equals_uninterrupted(
     monkeypatch.chdir(ROOT)
     saved = cli.checkpoint(1)["global_step"]
     assert saved <= cut
-    assert saved == max(s for s in range(cut + 1) if s % every == 0 or s % STEPS_AN_EPOCH == 0)
+    assert saved == max(s for s in range(cut + 1) if s % every == 0 or s % (48 // batch) == 0)
     assert cli("fit", *options, "--ckpt_path=last") == 0
     assert_same_end(cli, whole=0, resumed=1)
     assert not cli.run(2).exists()
@@ -125,6 +128,7 @@ def test_command_line_beats_checkpoint_beats_file(cli: CommandLine, capsys: pyte
     said = capsys.readouterr().err
     assert "model.learning_rate: 0.5 from the command line; the checkpoint had 0.02." in said
     assert "model.adapter.rank: 2 from the checkpoint; the configuration file has 4." in said
+    assert "trainer.max_epochs: 3 now; the run began with 2." in said
     # the saved optimizer and schedule do not bring the old rate back
     group = cli.checkpoint()["optimizer_states"][0]["param_groups"][0]
     assert group["initial_lr"] == 0.5
@@ -153,3 +157,40 @@ def test_more_epochs_than_first_meant_can_be_added(cli: CommandLine) -> None:
     assert cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last") == 0
     assert cli.checkpoint()["global_step"] == 3 * STEPS_AN_EPOCH
     assert sorted(cli.scalars("val/loss")) == [7, 15, 23]
+
+
+def test_resume_with_other_workers_keeps_the_place(
+    cli: CommandLine, power_cut: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--trainer.max_epochs=1", "--checkpoint.last_every_n_steps=4"]
+    power_cut(5)  # type: ignore[operator]
+    with pytest.raises(PowerCut):
+        cli("fit", *options)
+    assert cli.checkpoint()["global_step"] == 4  # 24 of 48 images
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    assert cli("fit", *options, "--ckpt_path=last", "--data.num_workers=1") == 0
+    assert cli.checkpoint()["global_step"] == STEPS_AN_EPOCH
+
+
+def test_a_moved_run_keeps_its_best(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("fit", "--trainer.max_epochs=1") == 0
+    best = (cli.run() / "checkpoints" / "best.ckpt").read_bytes()
+    moved = cli.root / "elsewhere"
+    cli.run().rename(moved)
+    # at rate 1e-9 nothing improves
+    options = ["--trainer.max_epochs=2", "--model.learning_rate=1e-9", "--ckpt_path", str(moved)]
+    assert cli("fit", *options) == 0
+    assert sorted(p.name for p in (moved / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
+
+
+def test_a_checkpoint_alone_says_enough(cli: CommandLine) -> None:
+    from app.cli import main
+
+    assert cli("fit", "--test_after_fit=true") == 0
+    before = cli.metrics()["test/loss"]
+    (cli.run() / "metrics.json").unlink()
+    # neither a recipe nor the path of the data: the checkpoint holds both
+    assert main(["test", "--ckpt_path", str(cli.run()), "--trainer.accelerator=cpu"]) == 0
+    assert cli.metrics()["test/loss"] == before

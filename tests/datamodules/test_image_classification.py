@@ -147,6 +147,18 @@ def test_normalisation_is_exact_and_leaves_the_rest(parquet_path: Path) -> None:
     assert done["label"].dtype == torch.int64
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="image_classification.py, setup: keeps the first's")
+def test_another_model_gets_its_own_preprocessing_and_seed(parquet_path: Path) -> None:
+    torch.manual_seed(1)
+    data = fitted(parquet_path)
+    data.trainer.lightning_module.preprocessing = {**CONFIG, "input_size": (3, 12, 12), "mean": (0.0, 0.0, 0.0)}
+    torch.manual_seed(2)
+    data.setup("fit")
+    assert data.mean.tolist() == [0.0, 0.0, 0.0]
+    assert next(iter(data.val_dataloader()))["image"].shape == (4, 3, 12, 12)
+    assert data.splits["train"].seed == 2
+
+
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -199,7 +211,7 @@ def test_limits_take_a_seeded_sample(parquet_path: Path) -> None:
         assert rows(data, split) == rows(again, split)
     assert set(rows(data, "train")) < set(rows(whole, "train"))
     assert set(rows(data, "val")) < set(rows(whole, "val"))
-    assert max(rows(data, "train")) > 10  # not the first ones
+    assert set(rows(data, "test")) != set(range(7))  # not the first ones
 
 
 def test_a_limit_above_what_there_is_takes_all(parquet_path: Path) -> None:

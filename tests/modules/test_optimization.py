@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,15 @@ from modules.optimization import parameter_groups, schedule_factor
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STARTS = {"A": {"init_a": "zero", "init_b": "orthogonal"}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that a second thread only gets in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def vit(**options: Any) -> nn.Module:
@@ -136,8 +147,7 @@ def test_only_the_matrix_of_the_head_is_decayed() -> None:
     assert ids(groups["head/no_decay"]) == [id(head.bias)]
 
 
-def test_a_parameter_without_gradient_is_not_decayed_by_being_there() -> None:
-    """A frozen factor, let into the optimizer by hand, would shrink; of ours, only the trained ones move."""
+def test_only_trained_factors_move_when_everything_may_have_a_gradient() -> None:
     backbone, head = adapted("B"), nn.Linear(32, 3)
     backbone.requires_grad_(True)
     before = {name: p.clone() for name, p in backbone.named_parameters()}
@@ -175,7 +185,7 @@ def test_warm_up_climbs_evenly_from_above_zero_to_the_peak(schedule: Any, ratio:
     climb = [factor(step) for step in range(warmup + 1)]
     assert climb[0] > 0
     assert climb[-1] == 1.0
-    steps = [b - a for a, b in zip([0.0, *climb], climb, strict=False)]
+    steps = [b - a for a, b in pairwise([0.0, *climb])]
     assert steps == pytest.approx([1 / (warmup + 1)] * (warmup + 1))
 
 
@@ -185,7 +195,7 @@ def test_descent_never_climbs_and_stays_at_its_end(schedule: Any, ratio: float, 
     factor = schedule_factor(schedule, ratio, total)
     descent = [factor(step) for step in range(round(ratio * total), total + 1)]
     assert descent[0] == 1.0
-    assert all(a >= b for a, b in zip(descent, descent[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(descent))
     end = 1.0 if schedule == "constant" else 0.0
     assert descent[-1] == pytest.approx(end, abs=1e-12)
     assert factor(total + 5) == pytest.approx(end, abs=1e-12)

@@ -1,0 +1,370 @@
+"""timm backbones from local files: the same features as timm's own, or one message that says what does not fit."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from modules.base import ModelError
+from modules.timm_backbone import build_timm_backbone, preprocessing
+
+VIT = "vit_tiny_patch16_224"
+TINY: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+RESNET: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 24), "stem_width": 8}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that a second thread only gets in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def source(name: str = VIT, size: int | None = 16, classes: int = 0, **args: Any) -> nn.Module:
+    """A model as its authors would publish it, away from its initial values."""
+    args = {**({} if size is None else {"img_size": size}), **args}
+    model = timm.create_model(name, pretrained=False, num_classes=classes, **args).eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor) / 4)
+    return model
+
+
+def save(model: nn.Module, path: Path) -> str:
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return str(path)
+
+
+@torch.no_grad()
+def features(model: nn.Module, size: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    output: Tensor = model.eval()(torch.randn(2, 3, size, size, generator=generator))
+    return output
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "pt", "bin"])
+def test_a_local_file_gives_the_features_of_its_model(tmp_path: Path, suffix: str) -> None:
+    model = source(**TINY)
+    built = build_timm_backbone(VIT, save(model, tmp_path / f"w.{suffix}"), 16, TINY)
+    assert torch.equal(features(built), features(model))
+    assert features(built).shape == (2, 32)
+    assert not torch.equal(features(build_timm_backbone(VIT, "none", 16, TINY)), features(model))
+
+
+@pytest.mark.parametrize("wrap", [{"state_dict": ""}, {"model": ""}, {"state_dict": "module."}, {"state_dict_ema": ""}])
+def test_a_training_checkpoint_of_timm(tmp_path: Path, wrap: dict[str, str]) -> None:
+    model = source(**TINY)
+    ((key, prefix),) = wrap.items()
+    content = {key: {f"{prefix}{name}": t for name, t in model.state_dict().items()}, "epoch": 3, "arch": VIT}
+    torch.save(content, tmp_path / "w.pth")
+    assert torch.equal(features(build_timm_backbone(VIT, str(tmp_path / "w.pth"), 16, TINY)), features(model))
+
+
+@pytest.mark.parametrize(("name", "args", "head"), [(VIT, TINY, "head"), ("resnet18", RESNET, "fc")])
+def test_the_classifier_of_the_source_is_left_out(tmp_path: Path, name: str, args: dict[str, Any], head: str) -> None:
+    model = source(name, 16 if name == VIT else None, classes=7, **args)
+    assert f"{head}.weight" in model.state_dict()
+    built = build_timm_backbone(name, save(model, tmp_path / "w.safetensors"), 16, args)
+    model.reset_classifier(0)
+    assert torch.equal(features(built, 32 if name != VIT else 16), features(model, 32 if name != VIT else 16))
+
+
+@pytest.mark.parametrize("size", [None, 32, 48])
+def test_resnet_takes_any_size_and_its_running_statistics(tmp_path: Path, size: int | None) -> None:
+    model = source("resnet18", None, **RESNET)
+    built = build_timm_backbone("resnet18", save(model, tmp_path / "w.pth"), size, RESNET)
+    assert torch.equal(features(built, size or 64), features(model, size or 64))
+    assert preprocessing(built, size)["input_size"] == (3, size or 224, size or 224)
+    for name, tensor in model.named_buffers():
+        assert torch.equal(built.get_buffer(name), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_give_a_float32_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = source(**TINY).to(dtype)
+    built = build_timm_backbone(VIT, save(model, tmp_path / "w.safetensors"), 16, TINY)
+    assert {tensor.dtype for tensor in built.state_dict().values()} == {torch.float32}
+    assert torch.equal(features(built), features(model.float()))
+
+
+def test_backbone_args_reach_the_architecture(tmp_path: Path) -> None:
+    args = {**TINY, "depth": 3, "init_values": 1e-5, "class_token": False, "global_pool": "avg"}
+    model = source(**args)
+    built: Any = build_timm_backbone(VIT, save(model, tmp_path / "w.safetensors"), 16, args)
+    assert len(built.blocks) == 3
+    assert built.cls_token is None
+    assert torch.equal(features(built), features(model))
+
+
+def test_dropout_of_backbone_args() -> None:
+    built: Any = build_timm_backbone(VIT, "none", 16, {**TINY, "pos_drop_rate": 0.3, "proj_drop_rate": 0.2})
+    assert built.pos_drop.p == 0.3
+    assert {block.mlp.drop1.p for block in built.blocks} == {0.2}
+    assert built.training
+
+
+# ------------------------------------------------------------------------------------------------------------ position
+
+
+BILINEAR = pytest.mark.xfail(
+    strict=True, reason="timm_backbone.py, _load: the filter that timm binds for flexivit and radio is not the module's"
+)
+DINO = "vit_small_patch14_dinov2"
+
+
+@pytest.mark.parametrize("size", [8, 24])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (VIT, {"antialias": True}),
+        (DINO, {"antialias": False}),
+        (f"{DINO}.lvd142m", {"antialias": False}),
+        pytest.param("flexivit_small", {"antialias": False, "interpolation": "bilinear"}, marks=BILINEAR),
+    ],
+)
+def test_position_embeddings_are_resized_as_timm_does(
+    tmp_path: Path, name: str, how: dict[str, Any], size: int
+) -> None:
+    model: Any = source(name, **TINY)
+    built: Any = build_timm_backbone(name, save(model, tmp_path / "w.safetensors"), size, TINY)
+    prefix = 0 if model.no_embed_class else 1
+    grid = [size // 4, size // 4]
+
+    def resized(**options: Any) -> Tensor:
+        return resample_abs_pos_embed(model.pos_embed.detach(), grid, num_prefix_tokens=prefix, **options)
+
+    assert built.pos_embed.shape == (1, prefix + grid[0] ** 2, 32)
+    torch.testing.assert_close(built.pos_embed.detach(), resized(**how), rtol=0, atol=1e-6)
+    other = {**how, "antialias": not how["antialias"]}
+    assert (resized(**other) - resized(**how)).abs().max() > 1e-3  # so the comparison can tell
+    same = {name: t for name, t in built.state_dict().items() if name != "pos_embed"}
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in same.items())
+    assert features(built, size).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------- preprocessing
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_224.augreg_in21k",
+        "vit_base_patch16_clip_224.openai",
+        f"{DINO}.lvd142m",
+        "resnet10t.c3_in1k",
+        "mobilenetv3_small_050.lamb_in1k",
+    ],
+)
+def test_preprocessing_is_timms(name: str) -> None:
+    size, args = (16, TINY) if name.startswith("vit") else (None, {})
+    model = timm.create_model(name, pretrained=False, **args)
+    theirs = resolve_model_data_config(model)
+    ours = preprocessing(build_timm_backbone(name, "none", size, args), size)
+    assert ours == theirs | ({"input_size": (3, 16, 16)} if size else {})
+    published = timm.get_pretrained_cfg(name)
+    assert (ours["mean"], ours["std"]) == (published.mean, published.std)
+    assert (ours["interpolation"], ours["crop_pct"]) == (published.interpolation, published.crop_pct)
+
+
+def test_statistics_differ_between_backbones() -> None:
+    def statistics(name: str) -> tuple[Any, Any]:
+        config = preprocessing(build_timm_backbone(name, "none", 16, TINY), 16)
+        return config["mean"], config["std"]
+
+    assert statistics("vit_base_patch16_224.augreg_in21k") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert statistics("vit_base_patch16_clip_224.openai")[0] == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="timm_backbone.py, preprocessing: forgets img_size")
+def test_preprocessing_knows_the_size_of_backbone_args() -> None:
+    built = build_timm_backbone(VIT, "none", None, {**TINY, "img_size": 16})
+    assert preprocessing(built, None)["input_size"] == (3, 16, 16)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+class Malicious:
+    """Unpickling this would create a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.trace,))
+
+
+def refuses(*parts: str) -> Any:
+    """A ModelError whose message has all the parts, in this order."""
+    return pytest.raises(ModelError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+def test_an_unknown_name_comes_with_near_ones() -> None:
+    with refuses("model.backbone", "'resnet10x'", "Near it: ") as caught:
+        build_timm_backbone("resnet10x", "none", None, {})
+    near = re.findall(r"Near it: ([^.]*)\.", str(caught.value))[0].split(", ")
+    assert all(timm.is_model(name) for name in near)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="timm_backbone.py: the first eight letters find no typo")
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("vit_tiny_patch16_24", VIT), ("vit_bass_patch16_224", "vit_base_patch16_224")]
+)
+def test_a_typo_is_answered_with_the_name_that_was_meant(wrong: str, right: str) -> None:
+    with refuses(right):
+        build_timm_backbone(wrong, "none", None, {})
+
+
+@pytest.mark.parametrize("name", ["", "no-such-thing-at-all"])
+def test_a_name_like_no_other(name: str) -> None:
+    with refuses("model.backbone", repr(name)):
+        build_timm_backbone(name, "none", None, {})
+
+
+RAW = pytest.mark.xfail(
+    strict=True,
+    raises=(RuntimeError, ZeroDivisionError, KeyError),
+    reason="timm_backbone.py, build_timm_backbone: timm's error comes through as it is",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "args", "part"),
+    [
+        (VIT, 16, {"bogus": 1}, "bogus"),
+        (VIT, 16, {"num_classes": 5}, "num_classes"),
+        (VIT, 16, {"global_pool": "nonsense"}, "global_pool"),
+        (f"{VIT}.nonsense", None, {}, "nonsense"),
+        pytest.param(f"{VIT}.nonsense", 16, {}, "nonsense", marks=RAW),
+        pytest.param(VIT, 16, {"num_heads": 0}, "num_heads", marks=RAW),
+        pytest.param(VIT, 16, {"patch_size": 0}, "patch_size", marks=RAW),
+        pytest.param(VIT, 16, {"norm_layer": "nonsense"}, "norm_layer", marks=RAW),
+    ],
+)
+def test_what_timm_cannot_build(name: str, size: int | None, args: dict[str, Any], part: str) -> None:
+    with refuses("model.backbone", part):
+        build_timm_backbone(name, "none", size, {**TINY, **args})
+
+
+ANY_SIZE = pytest.mark.xfail(strict=True, reason="timm_backbone.py: a backbone of any size takes a size below 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size"),
+    [
+        *((VIT, TINY, size) for size in (0, -1, -4, 3, 17)),
+        *(pytest.param("resnet18", RESNET, size, marks=ANY_SIZE) for size in (0, -4)),
+    ],
+)
+def test_nonsense_sizes(name: str, args: dict[str, Any], size: int) -> None:
+    with pytest.raises(ModelError, match=rf"(image_size|img_size)\D*{size}\b"):
+        build_timm_backbone(name, "none", size, args)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "w.safetensors")
+    with refuses("model.weights", path, "pretrained"):
+        build_timm_backbone(VIT, path, 16, TINY)
+    with refuses("model.weights", str(tmp_path)):  # a directory is no file
+        build_timm_backbone(VIT, str(tmp_path), 16, TINY)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".npz", ""])
+def test_another_suffix(tmp_path: Path, suffix: str) -> None:
+    path = save(source(**TINY), tmp_path / f"w{suffix}")
+    with refuses("model.weights", path, ".safetensors, .pth"):
+        build_timm_backbone(VIT, path, 16, TINY)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.9])
+def test_truncated_weights(tmp_path: Path, name: str, keep: float) -> None:
+    file = Path(save(source(**TINY), tmp_path / name))
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content))])
+    with refuses("model.weights", str(file), "cannot be read"):
+        build_timm_backbone(VIT, str(file), 16, TINY)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.bin", "w.safetensors"])
+@pytest.mark.parametrize("archive", [True, False])
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, name: str, archive: bool) -> None:
+    file, trace = tmp_path / name, tmp_path / "code-ran"
+    evil = {**source(**TINY).state_dict(), "pos_embed": Malicious(trace)}
+    if archive:
+        torch.save(evil, file)
+    else:
+        file.write_bytes(pickle.dumps(Malicious(trace)))
+    with refuses("model.weights", str(file), "cannot be read"):
+        build_timm_backbone(VIT, str(file), 16, TINY)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "parts"),
+    [
+        ({"conv1.weight": torch.zeros(3)}, ("missing", "unexpected: conv1.weight")),
+        ({}, ("missing", "cls_token")),
+    ],
+)
+def test_weights_of_something_else(tmp_path: Path, state: dict[str, Tensor], parts: tuple[str, ...]) -> None:
+    save_file(state, tmp_path / "w.safetensors")
+    with refuses("model.weights", "w.safetensors", f"does not fit {VIT}", *parts):
+        build_timm_backbone(VIT, str(tmp_path / "w.safetensors"), 16, TINY)
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ({"embed_dim": 64}, ("of another shape", "is (1, 1, 64), not (1, 1, 32)")),
+        ({"depth": 3}, ("unexpected: blocks.2.norm1.weight",)),
+        ({"depth": 1}, ("missing: blocks.1.norm1.weight",)),
+        ({"init_values": 1.0}, ("unexpected: blocks.0.ls1.gamma",)),
+    ],
+)
+def test_weights_of_another_size(tmp_path: Path, args: dict[str, Any], parts: tuple[str, ...]) -> None:
+    path = save(source(**{**TINY, **args}), tmp_path / "w.pth")
+    with refuses("model.weights", path, f"does not fit {VIT}", *parts):
+        build_timm_backbone(VIT, path, 16, TINY)
+
+
+def test_weights_of_another_family(tmp_path: Path) -> None:
+    path = save(source("resnet18", None, **RESNET), tmp_path / "w.pth")
+    with refuses("model.weights", path, f"does not fit {VIT}", "unexpected: conv1.weight"):
+        build_timm_backbone(VIT, path, 16, TINY)
+    path = save(source(**TINY), tmp_path / "w.safetensors")
+    with refuses("model.weights", path, "does not fit resnet18", "missing: conv1.weight"):
+        build_timm_backbone("resnet18", path, 16, RESNET)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"pos_embed": "a string"}])
+def test_a_file_that_holds_no_weights(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with refuses("model.weights", "w.pth"):
+        build_timm_backbone(VIT, str(tmp_path / "w.pth"), 16, TINY)
+
+
+def test_weights_from_the_hub_without_a_connection() -> None:
+    with refuses("model.weights", VIT, "--model.weights FILE.safetensors"):
+        build_timm_backbone(f"{VIT}.augreg_in21k", "pretrained", None, TINY)
