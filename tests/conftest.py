@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", COLUMNS="160", NO_COLOR="1", CUDA_VISIBLE_DEVICES="")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_CACHE=tempfile.mkdtemp(prefix="onesided-tests-"),
+    COLUMNS="160",
+    NO_COLOR="1",
+    CUDA_VISIBLE_DEVICES="",
+)
 
 import io
 from pathlib import Path
