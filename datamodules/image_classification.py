@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,6 +157,9 @@ class ImageClassificationData(ResumableDataModule):
         steps = transforms_imagenet_eval(
             size, config["crop_pct"], config.get("crop_mode"), None, kind, config["mean"], use_prefetcher=True
         ).transforms[:-1]  # the last makes an array of a PIL image
+        if config.get("crop_mode") == "border":
+            fill = [round(255 * m) for m in config["mean"]]  # timm's own step cannot fill a tensor with a colour
+            steps = [steps[0], partial(pad_to, size=size, fill=fill), v2.CenterCrop(size)]
         evaluation = v2.Compose(steps)
         if tuple(self.crop_scale) != (1.0, 1.0):
             steps = [v2.RandomResizedCrop(size, scale=self.crop_scale, interpolation=v2.InterpolationMode(kind))]
@@ -185,6 +189,13 @@ class ImageClassificationData(ResumableDataModule):
         image = batch["image"].float().div_(255)  # (batch, 3, height, width), in [0, 1]
         mean, std = self.mean.to(image.device), self.std.to(image.device)
         return {**batch, "image": image.sub_(mean[:, None, None]).div_(std[:, None, None])}
+
+
+def pad_to(image: Tensor, size: tuple[int, int], fill: list[int]) -> Tensor:
+    """Pad an image (3, height, width) on all sides to at least a size (height, width)."""
+    rows, columns = (max(wanted - given, 0) for wanted, given in zip(size, image.shape[-2:], strict=True))
+    padding = [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2]
+    return v2.functional.pad(image, padding, fill=fill)
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

@@ -18,11 +18,15 @@ from torch import Tensor, nn
 from modules.adapters.state import state_problems
 from modules.base import ModelError
 
-# Families whose position embeddings are not resized as timm's default is, bicubic with antialiasing.
-RESIZING: dict[str, dict[str, Any]] = {
-    "dinov2": {"antialias": False},
-    "flexivit": {"interpolation": "bilinear", "antialias": False},  # as timm's own factory binds it
-    "radio": {"interpolation": "bilinear", "antialias": False},  # the same
+# How weights are converted where it is not the default (positions resized bicubic, with antialiasing); the first family
+# that the name contains counts. All but the first are what timm's own factories bind.
+CONVERSION: dict[str, dict[str, Any]] = {
+    "dinov2": {"antialias": False},  # as DINOv2's authors resize
+    "flexivit": {"interpolation": "bilinear", "antialias": False},
+    "base_patch16_radio_v3": {"interpolation": "bilinear", "antialias": False, "align_corners": True},
+    "huge_patch16_radio_v3": {"interpolation": "bilinear", "antialias": False, "align_corners": True},
+    "radio": {"interpolation": "bilinear", "antialias": False},
+    "deit3": {"adapt_layer_scale": True},
 }
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -118,10 +122,10 @@ def _load(model: nn.Module, name: str, state: dict[str, Tensor], source: str) ->
     """Load weights into a model, converted and resized as timm does for its family; nothing may be left over."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
-        resizing = next((options for family, options in RESIZING.items() if family in name), {})
+        options = next((options for family, options in CONVERSION.items() if family in name), {})
         accepted = inspect.signature(convert).parameters
         try:
-            state = convert(state, model, **{k: v for k, v in resizing.items() if k in accepted})
+            state = convert(state, model, **{k: v for k, v in options.items() if k in accepted})
         except (KeyError, RuntimeError, ValueError, AttributeError) as error:
             raise ModelError(f"model.weights: {source} does not fit {name}: {error}") from error
     config = getattr(model, "pretrained_cfg", {})

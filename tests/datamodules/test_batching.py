@@ -6,18 +6,20 @@ import io
 from collections.abc import Iterator
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableDataModule
 from datamodules.batching import Draw, EpochSampler, seeded
+from datamodules.errors import DataError
+from tests.datamodules.stub import stub_trainer
 
 
-def sampler(size: int, world: int = 1, rank: int = 0, seed: int = 0, epoch: int = 0) -> EpochSampler:
-    made = EpochSampler(range(size), world, rank, seed)
+def sampler(size: int, world: int = 1, rank: int = 0, batch: int = 1, seed: int = 0, epoch: int = 0) -> EpochSampler:
+    made = EpochSampler(size, world, rank, batch, seed)
     made.set_epoch(epoch)
     return made
 
@@ -26,8 +28,9 @@ def order(size: int, seed: int, epoch: int) -> list[int]:
     return [index for index, _ in sampler(size, seed=seed, epoch=epoch)]
 
 
-def whole_batches(draws: list[Draw], size: int) -> list[list[Draw]]:
-    return [draws[i : i + size] for i in range(0, len(draws) - size + 1, size)]
+def in_batches(draws: list[Draw], size: int) -> list[list[Draw]]:
+    assert len(draws) % size == 0
+    return [draws[i : i + size] for i in range(0, len(draws), size)]
 
 
 # ------------------------------------------------------------------------------------------------------ many processes
@@ -38,8 +41,8 @@ def whole_batches(draws: list[Draw], size: int) -> list[list[Draw]]:
     ("size", "world", "batch"), [(24, 2, 3), (24, 4, 6), (25, 2, 3), (29, 3, 2), (31, 4, 3), (17, 5, 3), (40, 8, 1)]
 )
 def test_processes_share_each_batch_that_one_process_would_see(size: int, world: int, batch: int, epoch: int) -> None:
-    one = whole_batches(list(sampler(size, seed=7, epoch=epoch)), world * batch)
-    ranks = [whole_batches(list(sampler(size, world, r, 7, epoch)), batch) for r in range(world)]
+    one = in_batches(list(sampler(size, batch=world * batch, seed=7, epoch=epoch)), world * batch)
+    ranks = [in_batches(list(sampler(size, world, rank, batch, 7, epoch)), batch) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {len(one)}  # as many steps
     for k, expected in enumerate(one):
         shares = [draw for batches in ranks for draw in batches[k]]
@@ -47,96 +50,75 @@ def test_processes_share_each_batch_that_one_process_would_see(size: int, world:
         assert set(shares) == set(expected)
 
 
-@pytest.mark.parametrize(("size", "world"), [(24, 1), (24, 4), (25, 4), (27, 4), (3, 3)])
-def test_nothing_twice_and_fewer_than_one_round_left_out(size: int, world: int) -> None:
-    shares = [list(sampler(size, world, rank)) for rank in range(world)]
-    assert {len(share) for share in shares} == {size // world} == {len(sampler(size, world))}
+@pytest.mark.parametrize(("size", "world", "batch"), [(24, 1, 1), (24, 4, 3), (25, 4, 1), (27, 4, 2), (3, 3, 1)])
+def test_nothing_twice_and_less_than_one_step_left_out(size: int, world: int, batch: int) -> None:
+    shares = [list(sampler(size, world, rank, batch)) for rank in range(world)]
+    expected = size // (world * batch) * batch
+    assert {len(share) for share in shares} == {expected} == {len(sampler(size, world, 0, batch))}
     indices = [index for share in shares for index, _ in share]
-    assert len(set(indices)) == len(indices) == size - size % world
+    assert len(set(indices)) == len(indices) == expected * world > size - world * batch
     assert set(indices) <= set(range(size))
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 9])
-def test_draws_carry_their_epoch(epoch: int) -> None:
-    assert {drawn for _, drawn in sampler(11, 2, 1, epoch=epoch)} == {epoch}
+def test_draws_of_an_epoch_carry_its_seed() -> None:
+    def carried(**keys: int) -> set[int]:
+        return {seed for rank in range(2) for _, seed in sampler(11, 2, rank, **keys)}
+
+    seeds = [carried(seed=seed, epoch=epoch) for seed in range(4) for epoch in range(4)]
+    assert {len(each) for each in seeds} == {1}  # on all processes
+    assert len(set.union(*seeds)) == 16
+    assert carried(seed=2, epoch=3) == carried(seed=2, epoch=3, batch=2)
 
 
 # --------------------------------------------------------------------------------------------------------------- order
 
 
 def test_order_is_shuffled_and_a_function_of_seed_and_epoch() -> None:
-    assert order(30, 1, 2) == order(30, 1, 2)
-    assert order(30, 1, 2) != list(range(30))
-    state = torch.get_rng_state()
+    expected = order(30, 1, 2)
+    assert sorted(expected) == list(range(30)) != expected
     torch.manual_seed(99)
-    assert order(30, 1, 2) == order(30, 1, 2)
-    torch.set_rng_state(state)
-    order(30, 1, 2)
+    state = torch.get_rng_state()
+    assert order(30, 1, 2) == expected
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_another_order_each_epoch_and_each_seed() -> None:
-    assert len({tuple(order(30, 0, epoch)) for epoch in range(6)}) == 6
-    assert len({tuple(order(30, seed, 0)) for seed in range(6)}) == 6
+    # seed + epoch would give seed 0 in epoch 1 the order of seed 1 in epoch 0
+    assert len({tuple(order(30, seed, epoch)) for seed in range(6) for epoch in range(6)}) == 36
 
 
-@pytest.mark.xfail(strict=True, reason="torch seeds with seed + epoch: seed 0 in epoch 1 is seed 1 in epoch 0")
-def test_no_order_comes_back_under_another_seed() -> None:
-    assert len({tuple(order(30, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+def test_any_seed_of_torch_will_do() -> None:
+    assert order(30, 2**64 - 1, 0) != order(30, 2**63, 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize(("size", "world", "rank"), [(9, 1, 0), (19, 2, 1)])
-def test_resume_from_any_position_gives_the_draws_that_remain(size: int, world: int, rank: int) -> None:
-    whole = list(sampler(size, world, rank, seed=4, epoch=2))
-    for position in range(1, len(whole)):
-        first = sampler(size, world, rank, seed=4, epoch=2)
-        draws = iter(first)
-        assert list(islice(draws, position)) == whole[:position]
-        state = first.state_dict()
-        resumed = sampler(size, world, rank, seed=0, epoch=0)  # seed and epoch are part of the position
-        resumed.load_state_dict(state)
-        assert list(resumed) == whole[position:]
-        assert list(resumed) == whole  # only the first iterator starts there
-        assert list(draws) == whole[position:]  # asking for the state disturbed nothing
+@pytest.mark.parametrize(
+    ("size", "world", "rank", "batch"), [(9, 1, 0, 1), (19, 2, 1, 1), (30, 2, 1, 3), (33, 1, 0, 4)]
+)
+def test_resume_from_any_position_gives_the_draws_that_remain(size: int, world: int, rank: int, batch: int) -> None:
+    whole = list(sampler(size, world, rank, batch, seed=4, epoch=2))
+    for position in range(len(whole) // batch):
+        resumed = sampler(size, world, rank, batch, seed=4)
+        resumed.seek(2, position)
+        assert len(resumed) == len(whole)  # of the whole epoch, as Lightning counts
+        assert list(resumed) == whole[position * batch :]
+        assert list(resumed) == whole  # only the first iterator is shortened
 
 
-def test_a_resumed_position_goes_on_counting() -> None:
-    first = sampler(10, seed=4)
-    list(islice(first, 3))
-    second = sampler(10)
-    second.load_state_dict(first.state_dict())
-    list(islice(second, 4))
-    third = sampler(10)
-    third.load_state_dict(second.state_dict())
-    assert list(third) == list(sampler(10, seed=4))[7:]
+def test_end_of_an_epoch_is_the_start_of_the_next() -> None:
+    resumed = sampler(10, 3, 1, 1, seed=5)
+    resumed.seek(1, 3)
+    assert list(resumed) == list(sampler(10, 3, 1, 1, seed=5, epoch=2))
 
 
-def test_end_of_an_epoch_starts_afresh() -> None:
-    first = sampler(10, 3, 1, seed=5, epoch=1)
-    whole = list(first)
-    resumed = sampler(10, 3, 1)
-    resumed.load_state_dict(first.state_dict())
-    assert list(resumed) == whole
-    resumed.load_state_dict(first.state_dict())
-    resumed.set_epoch(2)  # as Lightning does before the next epoch
-    assert list(resumed) == list(sampler(10, 3, 1, seed=5, epoch=2))
-
-
-def test_state_goes_through_a_checkpoint() -> None:
-    first = sampler(10, seed=2**40, epoch=3)
-    list(islice(first, 6))
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=True)
-    assert loaded == {"yielded": 6, "epoch": 3, "seed": 2**40}
-    resumed = sampler(10)
-    resumed.load_state_dict(loaded)
-    assert next(iter(resumed)) == list(sampler(10, seed=2**40, epoch=3))[6]
-    assert resumed.state_dict() == {**loaded, "yielded": 7}
+def test_another_epoch_may_be_chosen_behind_a_resumed_one() -> None:
+    resumed = sampler(10, seed=5)
+    resumed.seek(1, 4)
+    assert list(resumed) == list(sampler(10, seed=5, epoch=1))[4:]
+    resumed.set_epoch(2)  # as Lightning does
+    assert list(resumed) == list(sampler(10, seed=5, epoch=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- loaders
@@ -155,13 +137,13 @@ class Keys(Dataset[list[int]]):
         return list(key) if isinstance(key, tuple) else [key]
 
 
-def module(batch: int = 3, workers: int = 0, world: int = 1) -> ResumableDataModule:
+def module(batch: int = 3, workers: int = 0, world: int = 1, rank: int = 0, **keys: Any) -> ResumableDataModule:
     made = ResumableDataModule(batch, workers)
-    made.trainer = SimpleNamespace(world_size=world, global_rank=world - 1)  # type: ignore[assignment]
+    made.trainer = stub_trainer(world, rank, **keys)
     return made
 
 
-def batches(loader: StatefulDataLoader, begun: int = 0, epochs: int = 2) -> Iterator[list[list[int]]]:
+def batches(loader: DataLoader[Any], begun: int = 0, epochs: int = 3) -> Iterator[list[Draw]]:
     """What Lightning takes from batch `begun` on.
 
     It makes its first iterator before it tells the sampler the epoch, and stops at the length without looking on.
@@ -169,63 +151,154 @@ def batches(loader: StatefulDataLoader, begun: int = 0, epochs: int = 2) -> Iter
     first, done = divmod(begun, len(loader))
     iterator = iter(loader)
     for epoch in range(first, epochs):
-        loader.sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         if epoch > first:
             iterator, done = iter(loader), 0
-        for batch in islice(iterator, len(loader) - done):
-            yield torch.stack(batch).tolist()
+        for indices, seeds in islice(iterator, len(loader) - done):
+            yield list(zip(indices.tolist(), seeds.tolist(), strict=True))
 
 
-def continued(size: int, taken: int, before: ResumableDataModule, behind: ResumableDataModule) -> list[list[list[int]]]:
-    """Batches of a loader that continues behind `taken` batches of another."""
-    list(islice(batches(before.train_loader(Keys(size), seed=8)), taken))
-    behind.load_state_dict(before.state_dict())
-    return list(batches(behind.train_loader(Keys(size), seed=8), taken))
+def stopped(size: int, taken: int, **keys: Any) -> dict[str, Any]:
+    """State of a data module behind so many batches, as Lightning asks for it: an epoch's end still counts to it."""
+    made = module(**keys)
+    length = len(made.train_loader(Keys(size)))
+    epoch, done = divmod(taken, length)
+    if taken and done == 0:
+        epoch, done = epoch - 1, length
+    world, rank = made.trainer.world_size, made.trainer.global_rank  # type: ignore[union-attr]
+    made.trainer = stub_trainer(world, rank, epoch=epoch, batches_done=done, epoch_batches=length)
+    return made.state_dict()
 
 
-INCOMPLETE = "batching.py, load_state_dict: an end of epoch with an incomplete batch left over is taken for its middle"
-AHEAD = "batching.py, load_state_dict: at an epoch's end workers load ahead before Lightning says that a new one begins"
-KINDS = "torchdata's states with and without workers are of two kinds"
+def restored(state: dict[str, Any], **keys: Any) -> ResumableDataModule:
+    """Another data module, in another process whose own seed is of no account."""
+    torch.manual_seed(12345)
+    made = module(**keys)
+    made.load_state_dict(state)
+    return made
 
 
-def defect(*values: int, reason: str) -> object:
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
+@pytest.mark.parametrize(("size", "world"), [(12, 1), (14, 1), (14, 2), (17, 2)])
+def test_training_loader_continues_where_the_state_was_taken(size: int, world: int) -> None:
+    keys = {"world": world, "rank": world - 1}
+    torch.manual_seed(8)
+    whole = list(batches(module(**keys).train_loader(Keys(size))))
+    assert len(whole) == 3 * (size // (world * 3))
+    for taken in range(len(whole)):
+        torch.manual_seed(8)
+        state = stopped(size, taken, **keys)
+        assert list(batches(restored(state, **keys).train_loader(Keys(size)), taken)) == whole[taken:]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 6])  # the start, the middle, the first epoch's end, the second's middle
+@pytest.mark.parametrize(("before", "behind"), [(0, 1), (1, 0), (2, 2)])
+def test_workers_change_neither_order_nor_position(before: int, behind: int, taken: int) -> None:
+    torch.manual_seed(8)
+    whole = list(batches(module().train_loader(Keys(14)), epochs=2))
+    torch.manual_seed(8)
+    state = stopped(14, taken, workers=before)
+    assert list(batches(restored(state, workers=behind).train_loader(Keys(14)), taken, epochs=2)) == whole[taken:]
 
 
 @pytest.mark.parametrize(
-    ("size", "world", "taken", "workers"),
-    [
-        (12, 1, 1, 0),
-        (12, 1, 3, 0),
-        (14, 1, 2, 0),
-        (14, 2, 1, 0),
-        (12, 1, 6, 0),
-        (12, 1, 4, 0),  # the first epoch's end
-        defect(14, 1, 4, 0, reason=INCOMPLETE),
-        defect(16, 2, 2, 0, reason=INCOMPLETE),
-        (12, 1, 3, 1),
-        defect(12, 1, 4, 1, reason=AHEAD),
-    ],
+    ("batch", "world", "step"),
+    [(2, 1, 6), (4, 1, 3), (6, 1, 2), (3, 2, 2), (1, 4, 3), (5, 1, 2), (12, 1, 1), (24, 1, 0)],  # 12 samples are done
 )
-def test_training_loader_continues_where_the_state_was_taken(size: int, world: int, taken: int, workers: int) -> None:
-    whole = list(batches(module(world=world).train_loader(Keys(size), seed=8)))
-    assert len(whole) == 2 * (size // world // 3)
-    rest = continued(size, taken, module(workers=workers, world=world), module(workers=workers, world=world))
-    assert rest == whole[taken:]
+def test_another_batch_size_goes_on_behind_the_same_samples(batch: int, world: int, step: int) -> None:
+    torch.manual_seed(8)
+    state = stopped(24, 8 + 4, batch=3)
+    assert state == {"epoch": 1, "samples": 12, "seed": 8}
+    torch.manual_seed(8)
+    whole = module(batch, world=world).train_loader(Keys(24))
+    expected = list(batches(whole, epochs=2))[len(whole) + step :]
+    loader = restored(state, batch=batch, world=world).train_loader(Keys(24))
+    assert list(batches(loader, len(loader) + step, epochs=2)) == expected
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=KINDS)
-@pytest.mark.parametrize(("before", "behind"), [(0, 1), (1, 0)])
-def test_training_loader_continues_with_other_workers(before: int, behind: int) -> None:
-    whole = list(batches(module().train_loader(Keys(12), seed=8)))
-    assert continued(12, 2, module(workers=before), module(workers=behind)) == whole[2:]
+def test_a_position_behind_the_last_whole_batch_is_the_next_epoch() -> None:
+    torch.manual_seed(8)
+    state = stopped(25, 24, batch=1)  # 24 of 25 samples, all that batches of 8 would take
+    following = list(batches(restored(state, batch=8).train_loader(Keys(25)), 3, epochs=2))
+    assert following == list(batches(restored(state, batch=8).train_loader(Keys(25)), 3, epochs=2))
+    torch.manual_seed(8)
+    assert following == list(batches(module(8).train_loader(Keys(25)), epochs=2))[3:]
 
 
-def test_loading_draws_nothing_from_the_global_generator() -> None:
+def test_only_the_first_loader_of_a_restored_module_is_shortened() -> None:
+    torch.manual_seed(8)
+    made = restored(stopped(12, 2))
+    first, second = (list(made.train_loader(Keys(12))) for _ in range(2))
+    assert (len(first), len(second)) == (2, 4)
+
+
+def test_state_goes_through_a_checkpoint() -> None:
+    torch.manual_seed(2**40)
+    buffer = io.BytesIO()
+    torch.save(stopped(12, 6), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == {"epoch": 1, "samples": 6, "seed": 2**40}
+
+
+@pytest.mark.parametrize(("done", "expected"), [(0, (2, 0)), (3, (2, 18)), (4, (3, 0))])
+def test_state_counts_the_samples_of_all_processes(done: int, expected: tuple[int, int]) -> None:
+    made = module(3, world=2, epoch=2, batches_done=done, epoch_batches=4)
+    state = made.state_dict()
+    assert (state["epoch"], state["samples"]) == expected
+
+
+def test_order_is_of_the_first_process_seed() -> None:
+    ranks = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        strategy = SimpleNamespace(broadcast=lambda _: 77, root_device=torch.device("cpu"))
+        ranks.append(list(batches(module(world=2, rank=rank, strategy=strategy).train_loader(Keys(12)), epochs=1)))
+    torch.manual_seed(77)
+    one = list(batches(module(6).train_loader(Keys(12)), epochs=1))
+    assert [set(a) | set(b) for a, b in zip(*ranks, strict=True)] == [set(batch) for batch in one]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_draws_nothing_from_the_global_generator(workers: int) -> None:
     state = torch.get_rng_state()
-    assert len(list(module().train_loader(Keys(12), seed=8))) == 4
-    assert len(list(module(5).evaluation_loader(Keys(12)))) == 3
+    made = module(workers=workers)
+    assert len(list(made.train_loader(Keys(12)))) == 4
+    assert len(list(made.evaluation_loader(Keys(13)))) == 5
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("size", "world"), [(13, 1), (13, 3), (3, 3)])
+def test_evaluation_takes_every_sample_once(size: int, world: int, workers: int) -> None:
+    shares = []
+    for rank in range(world):
+        loader = module(workers=workers, world=world, rank=rank).evaluation_loader(Keys(size))
+        shares.append([int(index) for (indices,) in loader for index in indices])
+    assert sorted(index for share in shares for index in share) == list(range(size))
+    assert shares == [list(range(rank, size, world)) for rank in range(world)]
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_lightnings_own_sampler_is_refused_among_several_processes() -> None:
+    own = SimpleNamespace(use_distributed_sampler=True)
+    for made in (module(world=2, _accelerator_connector=own), module(world=2, rank=1, _accelerator_connector=own)):
+        with pytest.raises(DataError, match="use_distributed_sampler=False"):
+            made.train_loader(Keys(12))
+        with pytest.raises(DataError, match="use_distributed_sampler=False"):
+            made.evaluation_loader(Keys(12))
+    assert len(module(_accelerator_connector=own).train_loader(Keys(12))) == 4  # Lightning adds none for one process
+
+
+def test_fewer_samples_to_evaluate_than_processes() -> None:
+    with pytest.raises(DataError, match="2 samples to evaluate are fewer than the 3 processes"):
+        module(world=3).evaluation_loader(Keys(2))
+
+
+@pytest.mark.parametrize(("size", "world"), [(2, 1), (8, 3)])
+def test_fewer_samples_than_a_batch(size: int, world: int) -> None:
+    with pytest.raises(DataError, match=rf"data\.batch_size: {size} training samples .* 3 × {world} processes"):
+        module(world=world).train_loader(Keys(size))
 
 
 # -------------------------------------------------------------------------------------------------------------- seeded

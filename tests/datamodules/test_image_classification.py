@@ -21,6 +21,7 @@ from datamodules.errors import DataError
 from datamodules.image_classification import ImageClassificationData, ImageDataset
 from datamodules.image_sources import open_split
 from tests.conftest import CLASSES, colour_image, png, write_parquet
+from tests.datamodules.stub import stub_trainer
 
 CONFIG: dict[str, Any] = {
     "input_size": (3, 16, 16),
@@ -32,17 +33,18 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave nothing in the user's cache of data sets."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def module(path: Path, world: int = 1, rank: int = 0, config: dict[str, Any] | None = None, **keys: Any) -> Any:
+def module(
+    path: Path,
+    world: int = 1,
+    rank: int = 0,
+    config: dict[str, Any] | None = None,
+    class_names: list[str] | None = None,
+    **keys: Any,
+) -> Any:
     """A data module with all of a trainer that it looks at."""
     made = ImageClassificationData(str(path), **{"batch_size": 4, **keys})
-    model = SimpleNamespace(preprocessing={**CONFIG, **(config or {})})
-    made.trainer = SimpleNamespace(world_size=world, global_rank=rank, lightning_module=model)  # type: ignore[assignment]
+    model = SimpleNamespace(preprocessing={**CONFIG, **(config or {})}, class_names=class_names)
+    made.trainer = stub_trainer(world, rank, lightning_module=model)
     return made
 
 
@@ -116,14 +118,12 @@ def test_evaluation_is_timms(tmp_path: Path, size: tuple[int, int], config: dict
     assert off.mean() < 0.4
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="image_classification.py, _transforms: no crop_mode")
 @pytest.mark.parametrize("mode", ["squash", "border"])
 def test_evaluation_is_timms_in_the_other_crop_modes(tmp_path: Path, mode: str) -> None:
     config = {"crop_pct": 1.0, "crop_mode": mode, "input_size": (3, 32, 32)}
     assert difference(tmp_path / "images", noise(48, 40), config).max() < 1.01
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="image_classification.py, _transforms: min(resized)")
 def test_evaluation_is_timms_when_the_input_is_no_square(tmp_path: Path) -> None:
     config = {"crop_pct": 1.0, "input_size": (3, 32, 16)}
     assert difference(tmp_path / "images", noise(48, 40), config).max() < 2.01
@@ -147,16 +147,15 @@ def test_normalisation_is_exact_and_leaves_the_rest(parquet_path: Path) -> None:
     assert done["label"].dtype == torch.int64
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="image_classification.py, setup: keeps the first's")
-def test_another_model_gets_its_own_preprocessing_and_seed(parquet_path: Path) -> None:
-    torch.manual_seed(1)
+def test_another_model_gets_its_own_preprocessing(parquet_path: Path) -> None:
     data = fitted(parquet_path)
     data.trainer.lightning_module.preprocessing = {**CONFIG, "input_size": (3, 12, 12), "mean": (0.0, 0.0, 0.0)}
-    torch.manual_seed(2)
+    kept = data.splits["train"].images
     data.setup("fit")
     assert data.mean.tolist() == [0.0, 0.0, 0.0]
-    assert next(iter(data.val_dataloader()))["image"].shape == (4, 3, 12, 12)
-    assert data.splits["train"].seed == 2
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader))["image"].shape == (4, 3, 12, 12)
+    assert data.splits["train"].images is kept  # and nothing is decoded again
 
 
 # -------------------------------------------------------------------------------------------------------------- splits
@@ -244,7 +243,7 @@ def test_augmentation_is_the_same_with_workers(parquet_path: Path) -> None:
     assert not same(one, two)
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index(parquet_path: Path) -> None:
+def test_augmentation_is_a_function_of_the_draws_seed_and_index(parquet_path: Path) -> None:
     torch.manual_seed(3)
     train = fitted(parquet_path).splits["train"]
     image = train[5, 2]["image"]
@@ -253,9 +252,20 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(parquet_path: Path) 
     assert torch.equal(train[5, 2]["image"], image)
     assert torch.equal(torch.get_rng_state(), state)  # the model's dropout draws from there
     assert not torch.equal(train[5, 3]["image"], image)
-    assert not torch.equal(fitted(parquet_path).splits["train"][5, 2]["image"], image)
+    assert torch.equal(fitted(parquet_path).splits["train"][5, 2]["image"], image)
     train.images[6] = train.images[5]
     assert not torch.equal(train[6, 2]["image"], image)
+
+
+def test_augmentation_differs_between_runs_and_epochs(parquet_path: Path) -> None:
+    seen = set()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        data = fitted(parquet_path, max_train_samples=4, crop_scale=(0.2, 0.5))
+        for epoch in range(3):
+            (batch,) = epoch_of(data, epoch)
+            seen |= {image.numpy().tobytes() for image in batch["image"]}
+    assert len(seen) == 2 * 3 * 4
 
 
 def test_three_processes_see_what_one_does(parquet_path: Path) -> None:
@@ -325,7 +335,7 @@ def test_memory_limit_is_of_all_images(tmp_path: Path, limit: int, kept: bool) -
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("count", [11, 12, 2])
+@pytest.mark.parametrize("count", [11, 12, 3])
 def test_shares_of_three_processes_cover_every_sample_once(tmp_path: Path, count: int, workers: int) -> None:
     folder = saved(tmp_path / "images", [np.full((16, 16, 3), i, np.uint8) for i in range(count)])
     seen: list[str] = []
@@ -337,6 +347,15 @@ def test_shares_of_three_processes_cover_every_sample_once(tmp_path: Path, count
         assert levels(batches) == [int(name.removesuffix(".png")) for name in names] == list(range(rank, count, 3))
         seen += names
     assert sorted(seen) == [f"{i:02}.png" for i in range(count)]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_fewer_images_to_evaluate_than_processes(tmp_path: Path, rank: int) -> None:
+    folder = saved(tmp_path / "images", [noise(16, 16)] * 2)
+    data = module(folder, world=3, rank=rank, predict_path=str(folder))
+    data.setup("predict")
+    with pytest.raises(DataError, match="2 samples to evaluate are fewer than the 3 processes"):
+        data.predict_dataloader()
 
 
 def test_evaluation_is_in_order_and_whole(tmp_path: Path) -> None:
@@ -360,9 +379,6 @@ def folders(root: Path, classes: dict[str, str]) -> Path:
     return root
 
 
-@pytest.mark.xfail(
-    strict=True, reason="image_classification.py, setup: the classes of val and test are not compared with training's"
-)
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_a_split_that_lacks_a_class_keeps_the_labels_of_training(tmp_path: Path, stage: str) -> None:
     # each folder numbers its own classes: without a, label 0 of the second is b
@@ -373,13 +389,36 @@ def test_a_split_that_lacks_a_class_keeps_the_labels_of_training(tmp_path: Path,
     assert [data.class_names[i] for i in labels] == ["b", "c"]
 
 
-@pytest.mark.xfail(strict=True, reason="image_classification.py, setup: a label that training has not got passes")
 def test_a_split_with_a_class_that_training_has_not_got_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="d"):
-        fitted(folders(tmp_path / "data", {"train": "abc", "val": "abcd"}))
+    data = module(folders(tmp_path / "data", {"train": "abc", "val": "abcd"}))
+    with pytest.raises(DataError, match=r"the val split of .* not trained on \(d\); it knows 3: a, b, c\."):
+        data.setup("fit")
 
 
-@pytest.mark.xfail(strict=True, reason="image_sources.py, _from_dataset: a split's classes from its own highest label")
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_classes_of_the_model_come_before_those_of_the_data(tmp_path: Path, stage: str) -> None:
+    root = folders(tmp_path / "data", {"train": "abc", "val": "abc", "test": "abc"})
+    data = module(root, class_names=["x", "c", "b", "a"])
+    data.setup(stage)
+    assert data.class_names == ["x", "c", "b", "a"]
+    for dataset in data.splits.values():
+        assert [data.class_names[item["label"]] for item in dataset] == ["a", "b", "c"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("validate", "val"), ("test", "test")])
+def test_a_class_that_the_model_does_not_know_is_refused(tmp_path: Path, stage: str, split: str) -> None:
+    root = folders(tmp_path / "data", {"train": "abc", "val": "abc", "test": "abc"})
+    data = module(root, class_names=["a", "b"])
+    with pytest.raises(DataError, match=rf"the {split} split of .*\(c\); it knows 2: a, b\."):
+        data.setup(stage)
+
+
+def test_a_model_that_knows_its_classes_is_tested_without_training_images(tmp_path: Path) -> None:
+    data = module(folders(tmp_path / "data", {"test": "bc"}), class_names=["a", "b", "c"])
+    data.setup("test")
+    assert data.splits["test"].table.labels.tolist() == [1, 2]
+
+
 def test_numbers_for_names_are_those_of_training(tmp_path: Path) -> None:
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
     content = {"bytes": png(colour_image(0, np.random.default_rng(0))), "path": None}
@@ -437,7 +476,6 @@ def test_a_model_without_preprocessing(parquet_path: Path) -> None:
         data.setup("fit")
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="image_classification.py, keep_in_memory: no image")
 @pytest.mark.parametrize(("size", "fraction"), [(1, 0.1), (20, 0.99)])
 def test_nothing_left_to_train_on(tmp_path: Path, size: int, fraction: float) -> None:
     with pytest.raises(DataError, match="val_fraction"):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -222,12 +226,12 @@ class Matrix(L.Callback):
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_metrics_are_sklearns(stage: str) -> None:
+def test_metrics_are_sklearns(tmp_path: Path, stage: str) -> None:
     model = randomize(classifier(classes=7, label_smoothing=0.3))
     data = [{**batch(size, 7), "label": torch.randint(0, 6, (size,))} for size in (9, 9, 4)]  # the last class is absent
     logits, label = evaluated(model, data)
     matrix = Matrix()
-    runner = trainer(callbacks=[matrix])
+    runner = trainer(callbacks=[matrix], default_root_dir=tmp_path)
     run = runner.validate if stage == "val" else runner.test
     for _ in range(2):  # nothing is carried over
         (metrics,) = run(model, loader(data), verbose=False)
@@ -243,6 +247,17 @@ def test_metrics_are_sklearns(stage: str) -> None:
         if stage == "test":
             expected = confusion_matrix(label, logits.argmax(-1), labels=range(7))
             assert torch.equal(matrix.matrix, torch.from_numpy(expected))
+    assert {f.name for f in tmp_path.iterdir()} == ({"confusion_matrix.png"} if stage == "test" else set())
+
+
+@pytest.mark.parametrize("classes", [3, 30])  # with numbers and names, and without
+def test_confusion_matrix_is_drawn(tmp_path: Path, classes: int) -> None:
+    model = classifier(classes)
+    trainer(default_root_dir=tmp_path).test(model, loader([batch(classes=classes)]), verbose=False)
+    with Image.open(tmp_path / "confusion_matrix.png") as image:
+        assert min(image.size) >= 400
+        assert len(np.unique(np.asarray(image.convert("L")))) > 2
+    assert not plt.get_fignums()
 
 
 @pytest.mark.parametrize(("classes", "names"), [(2, {"acc1"}), (5, {"acc1"}), (6, {"acc1", "acc5"})])
@@ -337,23 +352,26 @@ def test_no_classes_anywhere() -> None:
         trainer().fit(classifier(classes=0), loader([batch()]))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="image_classification.py, build_head: torchmetrics' own error"
-)
 def test_a_single_class_is_refused() -> None:
     with pytest.raises(ModelError, match="class"):
         classifier(classes=1)
 
 
-def test_classes_of_the_data_that_are_not_the_models() -> None:
-    class Data(L.LightningDataModule):
-        class_names = ("class 0", "class 2", "class 1")
+class Data(L.LightningDataModule):
+    """One batch, with the names of its classes."""
 
-        def train_dataloader(self) -> DataLoader[Batch]:
-            return loader([batch()])
+    class_names = ("red", "green", "blue")
 
-    with pytest.raises(ModelError, match=r"class 0, class 2, class 1.*class 0, class 1, class 2"):
-        trainer().fit(classifier(), datamodule=Data())
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return loader([batch()])
+
+
+def test_classes_are_the_datas_unless_the_model_has_some() -> None:
+    new, old = classifier(classes=0), classifier()
+    for model in (new, old):
+        trainer().fit(model, datamodule=Data())
+    assert new.class_names == new.hparams["class_names"] == ["red", "green", "blue"]
+    assert old.class_names == old.hparams["class_names"] == ["class 0", "class 1", "class 2"]
 
 
 @pytest.mark.parametrize(

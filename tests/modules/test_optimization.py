@@ -201,7 +201,6 @@ def test_descent_never_climbs_and_stays_at_its_end(schedule: Any, ratio: float, 
     assert factor(total + 5) == pytest.approx(end, abs=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="optimization.py, schedule_factor: a ratio near 1 rounds up to all steps")
 def test_a_long_warm_up_leaves_a_descent() -> None:
     assert schedule_factor("linear", 0.96, 10)(10) == 0.0
 

@@ -127,9 +127,6 @@ def test_dropout_of_backbone_args() -> None:
 # ------------------------------------------------------------------------------------------------------------ position
 
 
-BILINEAR = pytest.mark.xfail(
-    strict=True, reason="timm_backbone.py, _load: the filter that timm binds for flexivit and radio is not the module's"
-)
 DINO = "vit_small_patch14_dinov2"
 
 
@@ -140,7 +137,7 @@ DINO = "vit_small_patch14_dinov2"
         (VIT, {"antialias": True}),
         (DINO, {"antialias": False}),
         (f"{DINO}.lvd142m", {"antialias": False}),
-        pytest.param("flexivit_small", {"antialias": False, "interpolation": "bilinear"}, marks=BILINEAR),
+        ("flexivit_small", {"antialias": False, "interpolation": "bilinear"}),
     ],
 )
 def test_position_embeddings_are_resized_as_timm_does(
@@ -156,7 +153,7 @@ def test_position_embeddings_are_resized_as_timm_does(
 
     assert built.pos_embed.shape == (1, prefix + grid[0] ** 2, 32)
     torch.testing.assert_close(built.pos_embed.detach(), resized(**how), rtol=0, atol=1e-6)
-    other = {**how, "antialias": not how["antialias"]}
+    other = {"antialias": not how["antialias"]}  # and bicubic: bilinear enlarging is the same with and without
     assert (resized(**other) - resized(**how)).abs().max() > 1e-3  # so the comparison can tell
     same = {name: t for name, t in built.state_dict().items() if name != "pos_embed"}
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in same.items())
@@ -196,12 +193,6 @@ def test_statistics_differ_between_backbones() -> None:
     assert statistics("vit_base_patch16_clip_224.openai")[0] == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="timm_backbone.py, preprocessing: forgets img_size")
-def test_preprocessing_knows_the_size_of_backbone_args() -> None:
-    built = build_timm_backbone(VIT, "none", None, {**TINY, "img_size": 16})
-    assert preprocessing(built, None)["input_size"] == (3, 16, 16)
-
-
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -227,7 +218,6 @@ def test_an_unknown_name_comes_with_near_ones() -> None:
     assert all(timm.is_model(name) for name in near)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="timm_backbone.py: the first eight letters find no typo")
 @pytest.mark.parametrize(
     ("wrong", "right"), [("vit_tiny_patch16_24", VIT), ("vit_bass_patch16_224", "vit_base_patch16_224")]
 )
@@ -242,24 +232,16 @@ def test_a_name_like_no_other(name: str) -> None:
         build_timm_backbone(name, "none", None, {})
 
 
-RAW = pytest.mark.xfail(
-    strict=True,
-    raises=(RuntimeError, ZeroDivisionError, KeyError),
-    reason="timm_backbone.py, build_timm_backbone: timm's error comes through as it is",
-)
-
-
 @pytest.mark.parametrize(
     ("name", "size", "args", "part"),
     [
         (VIT, 16, {"bogus": 1}, "bogus"),
-        (VIT, 16, {"num_classes": 5}, "num_classes"),
         (VIT, 16, {"global_pool": "nonsense"}, "global_pool"),
         (f"{VIT}.nonsense", None, {}, "nonsense"),
-        pytest.param(f"{VIT}.nonsense", 16, {}, "nonsense", marks=RAW),
-        pytest.param(VIT, 16, {"num_heads": 0}, "num_heads", marks=RAW),
-        pytest.param(VIT, 16, {"patch_size": 0}, "patch_size", marks=RAW),
-        pytest.param(VIT, 16, {"norm_layer": "nonsense"}, "norm_layer", marks=RAW),
+        (f"{VIT}.nonsense", 16, {}, "nonsense"),
+        (VIT, 16, {"num_heads": 0}, "num_heads"),
+        (VIT, 16, {"patch_size": 0}, "patch_size"),
+        (VIT, 16, {"norm_layer": "nonsense"}, "norm_layer"),
     ],
 )
 def test_what_timm_cannot_build(name: str, size: int | None, args: dict[str, Any], part: str) -> None:
@@ -267,14 +249,19 @@ def test_what_timm_cannot_build(name: str, size: int | None, args: dict[str, Any
         build_timm_backbone(name, "none", size, {**TINY, **args})
 
 
-ANY_SIZE = pytest.mark.xfail(strict=True, reason="timm_backbone.py: a backbone of any size takes a size below 1")
+@pytest.mark.parametrize("name", [VIT, "resnet18"])
+@pytest.mark.parametrize(("key", "value"), [("img_size", 16), ("in_chans", 1), ("num_classes", 5)])
+def test_arguments_that_are_not_for_backbone_args(name: str, key: str, value: int) -> None:
+    for size in (None, 16):
+        with refuses("model.backbone_args", key, "model.image_size"):
+            build_timm_backbone(name, "none", size, {key: value})
 
 
 @pytest.mark.parametrize(
     ("name", "args", "size"),
     [
         *((VIT, TINY, size) for size in (0, -1, -4, 3, 17)),
-        *(pytest.param("resnet18", RESNET, size, marks=ANY_SIZE) for size in (0, -4)),
+        *(("resnet18", RESNET, size) for size in (0, -4)),
     ],
 )
 def test_nonsense_sizes(name: str, args: dict[str, Any], size: int) -> None:

@@ -263,3 +263,13 @@ def test_an_adapted_model_has_the_same_projections(backbone: Backbone) -> None:
     model: Any = backbone.attach(targets="attention")
     assert isinstance(model.blocks[0].attn.qkv, AdaptedLinear)
     assert find_projections(model) == before
+
+
+@pytest.mark.parametrize(("mark", "value"), [("head_first", True), ("key_dim", 4)])
+def test_a_fused_layer_ordered_by_head_is_not_cut_in_thirds(mark: str, value: object) -> None:
+    model = model_with("blocks.0.attn.proj")
+    attention = model.get_submodule("blocks.0.attn")
+    attention.qkv = nn.Linear(8, 24)
+    assert [p.role for p in find_projections(model) if p.layer.endswith("qkv")] == ["query", "key", "value"]
+    setattr(attention, mark, value)
+    assert [p.role for p in find_projections(model) if p.layer.endswith("qkv")] == ["other"]

@@ -1,0 +1,25 @@
+"""All of a trainer that a data module looks at."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+def stub_trainer(
+    world: int = 1, rank: int = 0, *, epoch: int = 0, batches_done: int = 0, epoch_batches: int = 100, **keys: Any
+) -> Any:
+    """A trainer of one process among several, in the middle of an epoch; keys replace or add attributes."""
+    progress = SimpleNamespace(current=SimpleNamespace(processed=batches_done))
+    attributes = {
+        "world_size": world,
+        "global_rank": rank,
+        "strategy": SimpleNamespace(broadcast=lambda value: value, root_device=torch.device("cpu")),
+        "_accelerator_connector": SimpleNamespace(use_distributed_sampler=False),
+        "fit_loop": SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+        "num_training_batches": epoch_batches,
+        "current_epoch": epoch,
+    }
+    return SimpleNamespace(**{**attributes, **keys})
