@@ -87,7 +87,10 @@ class AdaptedLinear(nn.Linear):
         return [cast(LowRankFactors, f) for f in self.adapters.values()]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply (W + s·B·A)·x + b.
+        """Apply (W + s·B·A)·x + b (Zhu et al. 2024, section 3; Hu et al. 2022, equation 3).
+
+        In the comments n is the number of tokens of all sequences, k that of adapted slices, r the rank: for a fused
+        qkv of ViT-B/16 with query and value adapted, 197 a picture, 2 and 8, d_in = 768 and d_out = 2304.
 
         Args:
             x: (..., d_in).
@@ -100,18 +103,20 @@ class AdaptedLinear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both products
         leading = x.shape[:-1]
-        x = x.reshape(-1, self.in_features)  # (n, d_in), n tokens of all sequences
-        a, b = self._stacked_factors()  # (k·r, d_in) and (d_out, k·r), k slices
+        x = x.reshape(-1, self.in_features)  # (n, d_in)
+        a, b = self._stacked_factors()  # (k·r, d_in) and (d_out, k·r)
         h = F.linear(self.dropout(x), a.to(x.dtype))  # A·x: (n, k·r)
         out = F.linear(x, self.weight, self.bias)  # W·x + b: (n, d_out)
-        # += s·B·(A·x), in the GEMM's epilogue: no second pass over (n, d_out)
+        # += s·B·(A·x), in the GEMM's epilogue: no second pass over (n, d_out). In place is safe: W·x + b does not need
+        # its own value in backward.
         out.addmm_(h.to(out.dtype), b.to(out.dtype).T, alpha=self.scale)
         return out.view(*leading, self.out_features)
 
     def _stacked_factors(self) -> tuple[Tensor, Tensor]:
         """A of all slices one below the other, B of all slices on a block diagonal with zeros in the rows of the rest.
 
-        A fused (q; k; v) with q and v adapted has [A_q; A_v] and [[B_q, 0], [0, 0], [0, B_v]].
+        A fused (q; k; v) with q and v adapted has [A_q; A_v] and [[B_q, 0], [0, 0], [0, B_v]], so
+        that one product serves all slices and no slice of the output is written to on its own.
         """
         operands = [f.operands() for f in self.factors()]
         if len(operands) == 1 and operands[0][1].shape[0] == self.out_features:
