@@ -161,10 +161,10 @@ class AdapterSpectrum(L.Callback):
                 # without the last digits' noise, which would fill the histogram of an orthonormal factor
                 values = torch.tensor(row["singular_values"]).round(decimals=4)
                 board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", values, step, bins="auto")
-            heat_map = self._maps.setdefault(factor, HeatMap([row["projection"] for row in chosen]))
-            image = heat_map.render(
-                [row["singular_values"] for row in chosen], f"Singular values of {factor}, step {step}"
-            )
+            if factor not in self._maps:
+                self._maps[factor] = HeatMap([row["projection"] for row in chosen])
+            title = f"Singular values of {factor}, step {step}"
+            image = self._maps[factor].render([row["singular_values"] for row in chosen], title)
             board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")
 
     def _write(self, trainer: L.Trainer) -> None:
