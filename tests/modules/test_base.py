@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,15 +20,6 @@ from modules.image_classification import ImageClassifier
 
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 24), "stem_width": 8}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only gets in the way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def classifier(seed: int = 0, **keys: Any) -> ImageClassifier:

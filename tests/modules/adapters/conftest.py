@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -113,15 +113,6 @@ def _tokens() -> dict[str, Tensor]:
 
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {f.__name__: f for f in (vit, vit_swiglu, bert, roberta, bart, llama)}
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only gets in the way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=list(BACKBONES))
