@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
+
+Collate = Callable[[list[Any]], Any]
 
 
 class ResumableDataModule(L.LightningDataModule):
@@ -39,8 +44,28 @@ class ResumableDataModule(L.LightningDataModule):
             raise DataError("These loaders split among processes themselves: Trainer(use_distributed_sampler=False).")
         return trainer.world_size, trainer.global_rank
 
-    def train_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+    @contextmanager
+    def first_process_first(self) -> Iterator[None]:
+        """Have a node's first process fill the caches (downloads, tokenised texts) that the others then read."""
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.local_rank != 0:
+            trainer.strategy.barrier()
+        try:
+            yield
+        finally:  # an error is every process's own
+            if trainer.local_rank == 0:
+                trainer.strategy.barrier()
+
+    def train_loader(
+        self, dataset: Dataset[Any], lengths: Tensor | None = None, collate: Collate | None = None
+    ) -> DataLoader[Any]:
         """Shuffled by the run's seed, whole batches only, from the position of the checkpoint that is resumed.
+
+        Args:
+            dataset: The samples.
+            lengths: Their lengths, if samples of like length are to share a batch.
+            collate: Makes a batch of samples; None stacks them.
 
         Raises:
             DataError: If there is not one whole batch for each process.
@@ -55,28 +80,39 @@ class ResumableDataModule(L.LightningDataModule):
         if self._seed is None:
             assert self.trainer is not None
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed()))
-        sampler = EpochSampler(size, world, rank, self.batch_size, self._seed)
+        sampler = EpochSampler(size, world, rank, self.batch_size, self._seed, lengths)
         if self._position:
             # in samples, since another batch size or number of processes may go on from there
             batches = self._position["samples"] // (self.batch_size * world)
             sampler.seek(self._position["epoch"], min(batches, sampler.batches))
             self._position = {}
-        return self._loader(dataset, sampler)
+        return self._loader(dataset, sampler, collate)
 
-    def evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        """In order; every sample once, on whichever process: nothing is repeated to make the shares equal."""
+    def evaluation_loader(
+        self, dataset: Dataset[Any], lengths: Tensor | None = None, collate: Collate | None = None
+    ) -> DataLoader[Any]:
+        """Every sample once, on whichever process: nothing is repeated to make the shares equal.
+
+        In order, or with lengths the longest first, so that little is padding and a batch too large shows at once.
+        """
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
         if size < world:
             raise DataError(f"{size} samples to evaluate are fewer than the {world} processes; use fewer processes.")
-        return self._loader(dataset, range(rank, size, world))
+        if lengths is None:
+            return self._loader(dataset, range(rank, size, world), collate)
+        order = lengths.argsort(descending=True, stable=True)
+        return self._loader(dataset, order[rank::world].tolist(), collate)
 
-    def _loader(self, dataset: Dataset[Any], sampler: EpochSampler | range) -> DataLoader[Any]:
+    def _loader(
+        self, dataset: Dataset[Any], sampler: EpochSampler | range | list[int], collate: Collate | None
+    ) -> DataLoader[Any]:
         assert self.trainer is not None
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
+            collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 Draw = tuple[int, int]  # (index of the sample, seed of the epoch's augmentation)
+POOL = 50  # batches that are sorted together
 
 
 class EpochSampler(Sampler[Draw]):
@@ -17,7 +19,7 @@ class EpochSampler(Sampler[Draw]):
     The order is a function of (seed, epoch): the k-th batches of all processes together are the k-th batch of one
     process with a batch as large as theirs. A draw carries a seed made of (seed, epoch) to the data set, whose
     augmentation is a function of it and of the index, so that it too is the same for any number of processes and
-    workers.
+    workers. With lengths, samples of like length share a batch, so that little of it is padding.
 
     Args:
         size: Number of samples.
@@ -25,10 +27,14 @@ class EpochSampler(Sampler[Draw]):
         rank: This process.
         batch_size: Samples a step and process.
         seed: Seed of the order.
+        lengths: Length of each sample, (size,); None for samples of one length.
     """
 
-    def __init__(self, size: int, world: int, rank: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, size: int, world: int, rank: int, batch_size: int, seed: int, lengths: Tensor | None = None
+    ) -> None:
         self.size, self.world, self.rank, self.batch_size, self.seed = size, world, rank, batch_size, seed
+        self.lengths = lengths
         self.batches = size // (world * batch_size)  # in an epoch
         self.epoch = 0
         self._skip = 0
@@ -48,9 +54,29 @@ class EpochSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         seed, skip = hash((self.seed, self.epoch)), self._skip
         self._skip = 0
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        own = order[self.rank : self.batches * self.batch_size * self.world : self.world]
+        generator = torch.Generator().manual_seed(seed)
+        step = self.batch_size * self.world
+        order = torch.randperm(self.size, generator=generator)[: self.batches * step]
+        if self.lengths is not None:
+            order = bucketed(order, self.lengths, step, generator)
+        own = order[self.rank :: self.world]
         return iter([(index, seed) for index in own[skip * self.batch_size :].tolist()])
+
+
+def bucketed(order: Tensor, lengths: Tensor, step: int, generator: torch.Generator) -> Tensor:
+    """Rearrange a shuffled order so that every `step` neighbours are of like length, in batches that come shuffled.
+
+    Samples are sorted within pools of 50 batches, which leaves the company that a sample is in to chance.
+
+    Args:
+        order: Whole batches, (batches · step,).
+        lengths: Length of each sample by index.
+        step: Samples in a batch of all processes.
+        generator: Source of the shuffling.
+    """
+    pools = order.split(POOL * step)
+    batches = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools]).view(-1, step)
+    return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
 
 @contextmanager

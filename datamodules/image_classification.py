@@ -17,6 +17,7 @@ from datamodules.base import ResumableDataModule
 from datamodules.batching import Draw, seeded
 from datamodules.errors import DataError
 from datamodules.image_sources import ImageTable, open_folder, open_split
+from datamodules.splits import check_splits, choose_rows
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -26,7 +27,7 @@ class ImageClassificationData(ResumableDataModule):
 
     Images are decoded once to uint8 and kept in memory when they fit; augmentation runs on these tensors; the batch is
     normalised with the backbone's own mean and deviation. Batches are dicts of `image` (batch, 3, size, size) and
-    `label` (batch,) int64, in prediction of `image` and `name`.
+    `label` (batch,) int64, in prediction of `image`, `index` and `name`.
 
     Args:
         path: A data set's name on the hub, a directory of Parquet in the hub's columns, a directory with
@@ -67,11 +68,7 @@ class ImageClassificationData(ResumableDataModule):
         super().__init__(batch_size, num_workers)
         self.save_hyperparameters()
         limits = {"train": max_train_samples, "val": max_val_samples, "test": max_test_samples}
-        for name, limit in limits.items():
-            if limit is not None and limit < 1:
-                raise DataError(f"data.max_{name}_samples: {limit} must be 1 or more, or null for all.")
-        if not 0 < val_fraction < 1:
-            raise DataError(f"data.val_fraction: {val_fraction} must lie in (0, 1).")
+        check_splits(val_fraction, limits)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise DataError(f"data.crop_scale: {list(crop_scale)} must be two numbers, 0 < least <= most <= 1.")
         self.path, self.predict_path = path, predict_path
@@ -135,19 +132,7 @@ class ImageClassificationData(ResumableDataModule):
         """The table that a split is in, and the rows that are its own."""
         held_out = name in ("train", "val") and self._table("val") is None
         table = self._require("train" if held_out else name)
-        rows = torch.arange(len(table))
-        if held_out:
-            order = torch.randperm(len(table), generator=torch.Generator().manual_seed(self.val_seed))
-            size = max(1, round(self.val_fraction * len(table)))
-            rows = order[:size] if name == "val" else order[size:]
-        if len(rows) == 0:
-            raise DataError(
-                f"data.val_fraction: {self.val_fraction} of {len(table)} images leaves none to train on; choose less."
-            )
-        limit = self.limits[name]
-        if limit is not None and limit < len(rows):
-            keep = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.val_seed))[:limit]
-            rows = rows[keep]
+        rows = choose_rows(len(table), name, held_out, self.val_fraction, self.val_seed, self.limits[name])
         return table, rows
 
     def _transforms(self, config: dict[str, Any]) -> tuple[Transform, Transform]:
@@ -234,7 +219,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         image = self._decode(index) if self.images is None else self.images[index]
         row = int(self.rows[index])
         labelled = len(self.table.labels) > 0
-        item = {"label": int(self.table.labels[row])} if labelled else {"name": self.table.names[row]}
+        item = {"label": int(self.table.labels[row])} if labelled else {"index": index, "name": self.table.names[row]}
         if seed is None:
             return {"image": self.transform(image), **item}
         with seeded(seed, index):

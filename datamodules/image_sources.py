@@ -19,8 +19,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.errors import DataError
+from datamodules.tables import SPLITS, open_table
 
-SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
@@ -140,14 +140,13 @@ def open_split(path: str, split: str, image_column: str | None, label_column: st
         DataError: If nothing is there, a column is missing, or a label is out of range.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise DataError(f"data.path: {path} is not a directory; give a directory or a data set's name on the hub.")
-        table = _from_hub(path, split, image_column, label_column)
-    elif (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
+    if folder.is_file():
+        raise DataError(f"data.path: {path} is not a directory; give a directory or a data set's name on the hub.")
+    if (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
         table = _from_cifar10(folder, split)
-    elif any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")):
-        table = _from_parquet(folder, split, image_column, label_column)
+    elif not folder.exists() or any(folder.rglob("*.parquet")):
+        found = open_table(path, SPLITS[split])
+        table = None if found is None else _from_dataset(found.data, found.where, image_column, label_column)
     else:
         table = _from_image_folder(folder, split)
     if table is not None:
@@ -181,43 +180,6 @@ def _check_labels(table: ImageTable, path: str) -> None:
             f"data.path: in {path} the label of {table.names[row]} is {int(table.labels[row])}, outside 0 to "
             f"{len(table.class_names) - 1}; {len(wrong)} of {len(table)} labels are. Mend or drop those rows."
         )
-
-
-def _from_hub(name: str, split: str, image_column: str | None, label_column: str | None) -> ImageTable | None:
-    try:
-        available = datasets.get_dataset_split_names(name)
-        found = next((s for s in SPLITS[split] if s in available), None)
-        if found is None:
-            return None
-        data = datasets.load_dataset(name, split=found)
-    except Exception as error:  # whatever a network or a repository can raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"data.path: {name} is no directory here, and from the hub it could not be had ({reason}). Without a "
-            "connection two keys take local paths: --data.path DIRECTORY and --model.weights FILE.safetensors."
-        ) from error
-    return _from_dataset(data, f"{name}/{found}", image_column, label_column)
-
-
-def _from_parquet(folder: Path, split: str, image_column: str | None, label_column: str | None) -> ImageTable | None:
-    """Parquet files named as on the hub: `train.parquet`, `train-00000-of-00001.parquet`, `train/0000.parquet`."""
-    for name in SPLITS[split]:
-        files = sorted(
-            str(f)
-            for f in folder.rglob("*.parquet")
-            if f.stem == name or f.stem.startswith(f"{name}-") or f.parent.name == name
-        )
-        if files:
-            try:
-                data = datasets.Dataset.from_parquet(files, keep_in_memory=False)
-            except Exception as error:  # truncated or no Parquet at all; the library raises many kinds
-                cause = error.__cause__ or error
-                raise DataError(f"data.path: {', '.join(files)} cannot be read as Parquet ({cause}).") from error
-            assert isinstance(data, datasets.Dataset)
-            return _from_dataset(data, files[0], image_column, label_column)
-    if split == "train":
-        raise DataError(f"data.path: {folder} has Parquet files, but none is named train.parquet or train-*.parquet.")
-    return None
 
 
 def _from_dataset(data: datasets.Dataset, where: str, image_column: str | None, label_column: str | None) -> ImageTable:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
 import lightning as L
@@ -32,12 +31,15 @@ class ModelError(ValueError):
     """A model that cannot be built, loaded or trained as asked; the message says how to mend it."""
 
 
-class AdaptedModule(L.LightningModule, ABC):
+class AdaptedModule(L.LightningModule):
     """A backbone with a head, tuned through adapters, through its head alone, or in full.
 
     A task's `__init__` calls `save_hyperparameters`, assigns `backbone` and ends with `configure_tuning`; besides, it
-    has `build_head` and its steps. The backbone is built in `__init__`, so that a wrong name, role or rank is reported
-    before any data is read; the head may have to wait for `setup`, when the data's labels are known.
+    has its steps. The backbone is built in `__init__`, so that a wrong name, role or rank is reported before any data
+    is read; a head may have to wait for `setup`, when the data's labels are known.
+
+    Heads are what was not pretrained for the task: trained whole whatever the tuning, and part of every checkpoint.
+    `head_names` has their names, inside the backbone (`backbone.classifier`) or beside it (`head`).
 
     Args:
         tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter).
@@ -52,7 +54,6 @@ class AdaptedModule(L.LightningModule, ABC):
     """
 
     backbone: nn.Module
-    head: nn.Module | None
 
     def __init__(
         self,
@@ -84,33 +85,42 @@ class AdaptedModule(L.LightningModule, ABC):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.schedule: Schedule = schedule
         self.warmup_ratio, self.lr_ratio_b, self.lr_ratio_head = warmup_ratio, lr_ratio_b, lr_ratio_head
-        self.head = None
+        self.head_names: list[str] = []
         self.projections: list[Projection] = []
         self._gradients_seen = False
 
-    @abstractmethod
-    def build_head(self) -> nn.Module:
-        """The task's new head, once its labels are known."""
-
-    def configure_tuning(self) -> None:
+    def configure_tuning(self, heads: Sequence[str] = ()) -> None:
         """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on.
 
         Batch normalisation of a frozen backbone stays in eval mode: its running statistics belong to what is frozen.
+
+        Args:
+            heads: Names of the backbone's modules that are heads.
         """
         if self.tuning != "full":
-            self.backbone.requires_grad_(False)
-            self.backbone.to(self.backbone_dtype)
+            self._cast_and_freeze(heads)
         if self.tuning == "adapter":
-            self.projections = attach(self.backbone, self.adapter)
+            self.projections = attach(self.backbone, self.adapter, exclude=heads)
         self.backbone.train()  # from_pretrained gives eval mode, and Lightning keeps the mode it finds
         if self.tuning != "full":
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+        self.head_names = [f"backbone.{name}" for name in heads]
         self.fingerprint = frozen_fingerprint(self.backbone)
 
+    def _cast_and_freeze(self, heads: Sequence[str]) -> None:
+        kept = {name: self.backbone.get_submodule(name) for name in heads}
+        for name in kept:
+            self.backbone.set_submodule(name, nn.Identity())
+        self.backbone.requires_grad_(False)
+        self.backbone.to(self.backbone_dtype)
+        for name, head in kept.items():  # float32, whatever the backbone hands it
+            self.backbone.set_submodule(name, head.float())
+            head.register_forward_pre_hook(inputs_to_float32)
+
     def setup(self, stage: str) -> None:
-        """Build the head when it is not there yet; runs behind the data module's `setup`.
+        """Check the trainer's precision; runs behind the data module's `setup`.
 
         Raises:
             ModelError: For a precision that would take the factors out of float32.
@@ -120,17 +130,28 @@ class AdaptedModule(L.LightningModule, ABC):
                 f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
                 "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
             )
-        if self.head is None:
-            self.head = self.build_head()
+
+    def take_from_data(self, key: str) -> Any:
+        """What the data says of the task (`class_names`, `metrics`), unless the model knows it; a checkpoint keeps it.
+
+        Raises:
+            ModelError: If neither knows.
+        """
+        value = self.hparams[key]
+        if value is None:
+            value = getattr(self.trainer.datamodule, key, None)  # type: ignore[attr-defined]
+        if value is None:
+            raise ModelError(f"model.{key}: neither the data nor a checkpoint (--ckpt_path) says which they are.")
+        self.hparams[key] = list(value)
+        return self.hparams[key]
 
     # ---------------------------------------------------------------------------------------------------- optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over named groups, with a rate that is a function of the optimizer step."""
-        assert self.head is not None
         groups = parameter_groups(
             self.backbone,
-            self.head,
+            {name: p for name, p in self.named_parameters() if self._in_head(name)},
             tuning=self.tuning,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
@@ -197,12 +218,16 @@ class AdaptedModule(L.LightningModule, ABC):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def saved_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: every trained parameter, both factors of each adapter, the head, all buffers."""
+        """What a checkpoint holds: every trained parameter, both factors of each adapter, heads, live buffers."""
         full = self.state_dict()
         keep = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        keep |= {name for name, _ in self.named_buffers()}
         keep |= {f"backbone.{name}" for name in adapter_state(self.backbone)}
-        return {name: tensor for name, tensor in full.items() if name in keep or name.startswith("head.")}
+        frozen = () if self.tuning == "full" else dict(self.named_buffers("backbone"))
+        keep |= {name for name, _ in self.named_buffers() if name not in frozen}
+        return {name: tensor for name, tensor in full.items() if name in keep or self._in_head(name)}
+
+    def _in_head(self, name: str) -> bool:
+        return any(name.startswith(f"{head}.") for head in self.head_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out, but for a fingerprint.
@@ -213,7 +238,8 @@ class AdaptedModule(L.LightningModule, ABC):
         self.check_weights()
         checkpoint["state_dict"] = self.saved_state()
         checkpoint["frozen_fingerprint"] = self.fingerprint
-        checkpoint["hyper_parameters"]["adapter"] = asdict(self.adapter)  # a plain dict, or weights_only refuses it
+        keys = checkpoint["hyper_parameters"]  # plain dicts for dataclasses, or weights_only refuses them
+        keys.update({n: asdict(v) for n, v in keys.items() if is_dataclass(v) and not isinstance(v, type)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See that the frozen weights are those that the checkpoint was trained over.
@@ -224,8 +250,8 @@ class AdaptedModule(L.LightningModule, ABC):
         if checkpoint.get("frozen_fingerprint", self.fingerprint) != self.fingerprint:
             raise ModelError(
                 "The checkpoint was trained over other frozen weights than this backbone's: set model.backbone, "
-                "model.weights, model.image_size and model.backbone_dtype (and, with weights: none, seed_everything) "
-                "as they were; the run's config.yaml has them."
+                "model.weights, model.backbone_args, model.backbone_dtype (and model.image_size; with weights: none, "
+                "seed_everything) as they were; the run's config.yaml has them."
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -253,15 +279,23 @@ class AdaptedModule(L.LightningModule, ABC):
         }
 
 
-def frozen_fingerprint(model: nn.Module) -> str:
-    """Hash of a model's frozen parameters by name, dtype, shape and their first and last values; factors do not count.
+def inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a head in float32 behind a backbone that may be in bfloat16."""
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
-    Enough to tell two files of weights apart, at no cost that a large model would notice.
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Hash of a model's frozen parameters and of its buffers, by name, dtype, shape and their first and last values.
+
+    Factors do not count. Enough to tell two files of weights apart, at no cost that a large model would notice.
     """
     digest = hashlib.sha256()
     factors = adapter_state(model)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and name not in factors:
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    if all(flags.values()):
+        return digest.hexdigest()  # tuned in full
+    for name, parameter in model.state_dict().items():
+        if not flags.get(name) and name not in factors:
             flat = parameter.detach().flatten()
             ends = torch.cat([flat[:64], flat[-64:]]).double().cpu()
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode() + ends.numpy().tobytes())

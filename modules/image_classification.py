@@ -69,28 +69,28 @@ class ImageClassifier(AdaptedModule):
         if not 0 <= label_smoothing < 1:
             raise ModelError(f"model.label_smoothing: {label_smoothing} must lie in [0, 1).")
         self.label_smoothing = label_smoothing
-        self.class_names = class_names
+        self.class_names: list[str] | None = class_names
         self.backbone = build_timm_backbone(backbone, weights, image_size, backbone_args or {})
         self.preprocessing = preprocessing(self.backbone, image_size)
         self.configure_tuning()
+        self.head: nn.Module | None = None
+        self.head_names = ["head"]
         if class_names:
             self.head = self.build_head()
 
     def setup(self, stage: str) -> None:
         """Take the data's classes, if the model has none yet, and build the head."""
-        given = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-        self.class_names = self.class_names or list(given or [])
-        if not self.class_names:
-            raise ModelError("model.class_names: neither the data nor a checkpoint (--ckpt_path) says which they are.")
-        self.hparams["class_names"] = self.class_names
         super().setup(stage)
+        self.class_names = self.take_from_data("class_names")
+        if self.head is None:
+            self.head = self.build_head()
 
     def build_head(self) -> nn.Module:
         """A linear layer from the pooled features to the classes, and the metrics of as many."""
-        assert self.class_names
+        assert self.class_names is not None
         classes = len(self.class_names)
         if classes < 2:
-            raise ModelError(f"model.class_names: one class ({self.class_names[0]}) leaves nothing to tell apart.")
+            raise ModelError(f"model.class_names: {self.class_names} leaves nothing to tell apart; give two or more.")
         self.configure_metrics(classes)
         features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         head = nn.Linear(int(features), classes)  # type: ignore[arg-type]  # timm's own attributes
@@ -159,10 +159,11 @@ class ImageClassifier(AdaptedModule):
         self.confusion.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
-        """Rows of a table: name of the image, class, and its probability in [0, 1]."""
+        """Rows of a table: index and name of the image, class, and its probability in [0, 1]."""
         assert self.class_names is not None
         probability, label = self(batch["image"]).softmax(-1).max(-1)
         return {
+            "index": batch["index"].tolist(),
             "name": batch["name"],
             "class": [self.class_names[i] for i in label.tolist()],
             "probability": [round(p, 6) for p in probability.tolist()],

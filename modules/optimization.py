@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -15,7 +15,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 def parameter_groups(
     backbone: nn.Module,
-    head: nn.Module,
+    head: Mapping[str, nn.Parameter],
     *,
     tuning: str,
     learning_rate: float,
@@ -29,7 +29,7 @@ def parameter_groups(
 
     Args:
         backbone: With adapters or without.
-        head: The task's head.
+        head: Parameters of the task's heads by name, which may lie inside the backbone.
         tuning: `adapter`, `head` or `full`.
         learning_rate: Base rate.
         weight_decay: Decay of matrices; vectors, biases, position embeddings and class tokens have none.
@@ -42,9 +42,12 @@ def parameter_groups(
     parts: dict[str, tuple[float, dict[str, nn.Parameter]]] = {
         "A": (1.0, {}),
         "B": (lr_ratio_b, {}),
-        "head": (lr_ratio_head, dict(head.named_parameters())),
-        "backbone": (1.0, dict(backbone.named_parameters()) if tuning == "full" else {}),
+        "head": (lr_ratio_head, dict(head)),
+        "backbone": (1.0, {}),
     }
+    if tuning == "full":
+        heads = {id(parameter) for parameter in head.values()}
+        parts["backbone"][1].update((n, p) for n, p in backbone.named_parameters() if id(p) not in heads)
     for name, layer in adapted_layers(backbone).items():
         for factors in layer.factors():
             for factor, parameter in factors.named_factors(trained=True).items():

@@ -1,8 +1,9 @@
-"""Predictions as a table in the run directory."""
+"""Predictions as tables in the run directory."""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,16 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import print as rich_print
 
+Row = dict[str, Any]
+
 
 class PredictionWriter(BasePredictionWriter):
-    """Write what `predict_step` returns, a dict of columns for each batch, to `predictions.csv`."""
+    """Write what `predict_step` returns, a dict of columns for each batch with `index` among them, in the data's order.
+
+    A data module may say which files there are, one for each of its loaders (`prediction_files`; the suffix decides
+    between CSV, TSV and JSONL), and complete the rows of each (`complete_prediction(row, file)`); otherwise everything
+    but the index goes to `predictions.csv`.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
@@ -26,22 +34,42 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        """Gather the rows of all processes in the order of the data and write them on rank zero."""
-        rows = [
-            dict(zip(batch, cells, strict=True)) for batch in predictions for cells in zip(*batch.values(), strict=True)
-        ]
-        shares: list[Any] = [rows]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, rows)
-        if not trainer.is_global_zero:
+        """Gather the rows of all processes and write them on rank zero."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        files = getattr(data, "prediction_files", ["predictions.csv"])
+        complete = getattr(data, "complete_prediction", _without_index)
+        for number, (name, batches) in enumerate(
+            zip(files, predictions if len(files) > 1 else [predictions], strict=True)
+        ):
+            rows = [
+                dict(zip(batch, cells, strict=True)) for batch in batches for cells in zip(*batch.values(), strict=True)
+            ]
+            shares: list[Any] = [rows]
+            if trainer.world_size > 1:
+                shares = [None] * trainer.world_size
+                torch.distributed.all_gather_object(shares, rows)
+            if trainer.is_global_zero:
+                ordered = sorted((row for share in shares for row in share), key=lambda row: row["index"])
+                path = Path(trainer.default_root_dir) / name
+                write_rows(path, [complete(row, number) for row in ordered])
+                rich_print(f"{len(ordered)} predictions: {path}")
+
+
+def _without_index(row: Row, file: int) -> Row:
+    return {key: value for key, value in row.items() if key != "index"}
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write rows as the suffix says: .csv, .tsv or .jsonl."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return
-        # rank k holds rows k, k + world, k + 2·world, …
-        longest = max(len(share) for share in shares)
-        ordered = [share[i] for i in range(longest) for share in shares if i < len(share)]
-        path = Path(trainer.default_root_dir) / "predictions.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(ordered[0]))
-            writer.writeheader()
-            writer.writerows(ordered)
-        rich_print(f"{len(ordered)} predictions: {path}")
+        writer = csv.DictWriter(
+            file,
+            fieldnames=list(rows[0]),
+            dialect="excel-tab" if path.suffix == ".tsv" else "excel",
+            lineterminator="\n",
+        )
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,7 +1,8 @@
 """Roles: one name for the same projection in every backbone.
 
 A role names what a projection does (`query`, `mlp_out`, …); the table says which layer, or which third of a fused one,
-plays it in timm's ViTs, BERT/RoBERTa, BART and LLaMA. A backbone of another family is one more row, or `regex:…`.
+plays it in timm's ViTs, BERT and its kin, BART, T5 and LLaMA. A backbone of another family is one more row, or
+`regex:…`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,26 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"attention\.output\.dense", ("output",)),
     (r"layer\.\d+\.intermediate\.dense", ("mlp_in",)),
     (r"layer\.\d+\.output\.dense", ("mlp_out",)),
-    # BART (self and cross attention) and LLaMA
+    # DeBERTa-v2 and v3, otherwise BERT's names; the projections of positions stay as they are
+    (r"attention\.self\.query_proj", ("query",)),
+    (r"attention\.self\.key_proj", ("key",)),
+    (r"attention\.self\.value_proj", ("value",)),
+    # DistilBERT
+    (r"attention\.q_lin", ("query",)),
+    (r"attention\.k_lin", ("key",)),
+    (r"attention\.v_lin", ("value",)),
+    (r"attention\.out_lin", ("output",)),
+    (r"ffn\.lin1", ("mlp_in",)),
+    (r"ffn\.lin2", ("mlp_out",)),
+    # T5 (self and cross attention); of the two inputs of its gated layer wi_0 passes the activation
+    (r"(SelfAttention|EncDecAttention)\.q", ("query",)),
+    (r"(SelfAttention|EncDecAttention)\.k", ("key",)),
+    (r"(SelfAttention|EncDecAttention)\.v", ("value",)),
+    (r"(SelfAttention|EncDecAttention)\.o", ("output",)),
+    (r"DenseReluDense\.(wi|wi_1)", ("mlp_in",)),
+    (r"DenseReluDense\.wi_0", ("mlp_gate",)),
+    (r"DenseReluDense\.wo", ("mlp_out",)),
+    # BART, Pegasus (self and cross attention) and LLaMA
     (r"(self_attn|encoder_attn)\.q_proj", ("query",)),
     (r"(self_attn|encoder_attn)\.k_proj", ("key",)),
     (r"(self_attn|encoder_attn)\.v_proj", ("value",)),

@@ -1,10 +1,12 @@
-"""B, A, both and head on one vision task: a rate chosen for each on validation, then three seeds.
+"""B, A, both, head and full on one task: a rate chosen for each on validation, then three seeds.
 
 Every run goes through the command line (`main([...])`) in a process of its own, so that memory and seconds are its own.
 Results go to a JSON file as they come, and a stopped sweep continues where it was; the table is printed at the end.
 
-    python -m benchmarks.vit_variants --output docs/results/vit_cifar10.json -- --config conf/vit_cifar.yaml \
+    python -m benchmarks.variants --output docs/results/vit_cifar10.json -- --config conf/vit_cifar.yaml \
         --config conf/cpu.yaml --data.path DIR --model.backbone NAME --model.weights FILE --model.image_size 98
+    python -m benchmarks.variants --output docs/results/minilm_cola.json --metric score --variants B A both head full \
+        -- --config conf/roberta_glue.yaml --config conf/cpu.yaml --data.task cola --data.test_on_validation true
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ VARIANTS = {
     "A": ["--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"],
     "both": ["--model.adapter.train=both", "--model.adapter.init_a=kaiming", "--model.adapter.init_b=zero"],
     "head": ["--model.tuning=head"],
+    "full": ["--model.tuning=full"],
 }
-METRIC = "val/acc1"
 
 
 def run(options: list[str], variant: str, rate: float, seed: int) -> dict[str, Any]:
@@ -46,7 +48,10 @@ def main() -> None:
     """Sweep, repeat, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--metric", default="acc1", help="of val/ to choose the rate by, of test/ to report")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["B", "A", "both", "head"])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--rates_full", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the same for full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("options", nargs="*", help="behind --: the options of `main.py fit`")
     arguments = parser.parse_args()
@@ -59,19 +64,22 @@ def main() -> None:
             done[key] = run(arguments.options, variant, rate, seed)
             record["runs"] = list(done.values())
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-            print(*key, {k: v for k, v in done[key]["metrics"].items() if "acc1" in k or "seconds" in k}, flush=True)
+            shown = {k: v for k, v in done[key]["metrics"].items() if arguments.metric in k or "seconds" in k}
+            print(*key, shown, flush=True)
         return done[key]
 
     first, *others = arguments.seeds
+    grids = {v: sorted(arguments.rates_full if v == "full" else arguments.rates) for v in arguments.variants}
     # rate by rate rather than variant by variant, so that a slow spell of the machine hits all alike
-    for rate in arguments.rates:
-        for variant in VARIANTS:
-            once(variant, rate, first)
+    for position in range(max(len(grid) for grid in grids.values())):
+        for variant, grid in grids.items():
+            if position < len(grid):
+                once(variant, grid[position], first)
+    chosen_by = f"val/{arguments.metric}"
     best = {}
-    for variant in VARIANTS:
-        rates = sorted(arguments.rates)
+    for variant, rates in grids.items():
         while True:
-            best[variant] = max(rates, key=lambda rate, v=variant: once(v, rate, first)["metrics"][METRIC])  # type: ignore[misc]
+            best[variant] = max(rates, key=lambda rate, v=variant: once(v, rate, first)["metrics"][chosen_by])  # type: ignore[misc]
             if best[variant] == rates[-1]:  # the grid ends too low for this variant
                 rates.append(float(f"{rates[-1] ** 2 / rates[-2]:.1g}"))
             elif best[variant] == rates[0]:
@@ -79,16 +87,16 @@ def main() -> None:
             else:
                 break
     for seed in others:
-        for variant in VARIANTS:
+        for variant in grids:
             once(variant, best[variant], seed)
-    print(table([[once(v, best[v], s) for s in arguments.seeds] for v in VARIANTS]))
+    print(table([[once(v, best[v], s) for s in arguments.seeds] for v in grids], arguments.metric))
 
 
 def _load(path: Path, options: list[str]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "options": options,
         "machine": {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "lightning", "timm")},
+        "versions": {name: version(name) for name in ("torch", "lightning", "timm", "transformers")},
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
@@ -103,7 +111,7 @@ def _load(path: Path, options: list[str]) -> dict[str, Any]:
     return record
 
 
-def table(groups: list[list[dict[str, Any]]]) -> str:
+def table(groups: list[list[dict[str, Any]]], metric: str) -> str:
     """A Markdown table: mean ± standard error over seeds."""
 
     def mean(group: list[dict[str, Any]], key: str, percent: bool = False) -> str:
@@ -112,14 +120,15 @@ def table(groups: list[list[dict[str, Any]]]) -> str:
         return f"{statistics.mean(values):.2f} ± {error:.2f}" if percent else f"{statistics.mean(values):.0f}"
 
     lines = [
-        "| trained | rate | test top-1, % | val top-1, % | trained parameters | adapter file, KiB | fit, s |",
+        f"| trained | rate | test {metric}, % | val {metric}, % | trained parameters | factors A and B, KiB | fit, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for group in groups:
         metrics = group[0]["metrics"]
+        kib = metrics["adapter/bytes"] / 1024
         lines.append(
-            f"| {group[0]['variant']} | {group[0]['learning_rate']:g} | {mean(group, 'test/acc1', True)} | "
-            f"{mean(group, METRIC, True)} | {metrics['params/trainable']:,} | {metrics['adapter/bytes'] / 1024:.0f} | "
+            f"| {group[0]['variant']} | {group[0]['learning_rate']:g} | {mean(group, f'test/{metric}', True)} | "
+            f"{mean(group, f'val/{metric}', True)} | {metrics['params/trainable']:,} | {kib:.0f} | "
             f"{mean(group, 'time/fit_seconds')} |"
         )
     return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""GLUE's tasks, and any other set of one or two sentences with a label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.errors import DataError
+from datamodules.labels import Labels, read_labels
+from datamodules.tables import Table
+from datamodules.text import Padding, TextData, TokenDataset, check_texts, tokenized, tokenizer_state
+
+Task = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """A task of GLUE (Wang et al. 2018, table 1), in the columns of `nyu-mll/glue`.
+
+    Args:
+        columns: Columns of the sentences.
+        class_names: Names by label; none for regression.
+        metrics: What it is scored by.
+        files: Submission files, one for each set of the test split.
+        by_name: Whether a submission has the class's name rather than its number.
+        sets: Suffixes of the validation and test splits that it has several of.
+    """
+
+    columns: tuple[str, ...]
+    class_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    files: tuple[str, ...]
+    by_name: bool = False
+    sets: tuple[str, ...] = ("",)
+
+
+PAIR = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS: dict[str, GlueTask] = {
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews",), ("CoLA",)),
+    "sst2": GlueTask(("sentence",), ("negative", "positive"), ("accuracy",), ("SST-2",)),
+    "mrpc": GlueTask(PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"), ("MRPC",)),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), ("QQP",)),
+    "stsb": GlueTask(PAIR, (), ("pearson", "spearman"), ("STS-B",)),
+    "mnli": GlueTask(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        ("MNLI-m", "MNLI-mm"),
+        by_name=True,
+        sets=("matched", "mismatched"),
+    ),
+    "qnli": GlueTask(("question", "sentence"), ENTAILMENT, ("accuracy",), ("QNLI",), by_name=True),
+    "rte": GlueTask(PAIR, ENTAILMENT, ("accuracy",), ("RTE",), by_name=True),
+    "wnli": GlueTask(PAIR, ("not_entailment", "entailment"), ("accuracy",), ("WNLI",)),
+}
+
+
+class GlueData(TextData):
+    """One or two sentences with a label, tokenised once and batched by length.
+
+    Labels are whole numbers, names, or decimal numbers, which make a regression. Batches are dicts of what the
+    backbone's tokenizer gives, (batch, tokens) int64, of `index` (batch,) and `label` (batch,).
+
+    Args:
+        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV, TSV or
+            JSONL, or with one such directory for each task; or one such file of training rows.
+        task: A task of GLUE, which brings columns, classes and metrics along; None for another set.
+        config: The data set's configuration on the hub; None takes the task's.
+        text_columns: One or two columns of text; None takes the task's.
+        label_column: Column of the labels.
+        metrics: As in `TextClassifier`; None takes the task's, or accuracy and F1, or Pearson and Spearman.
+        batch_size: Samples a step and process, at least 1.
+        num_workers: Processes that load, each; 0 loads in the training process, which is fast enough for tokens.
+        max_length: Most tokens of a sample, both sentences and special tokens together; longer ones are cut.
+        bucket_by_length: Whether samples of like length share a batch, which saves most of the padding.
+        padding: To the `longest` of the batch, or all to `max_length`, for devices that need one shape.
+        val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
+        val_seed: Seed of that share, apart from the run's seed.
+        test_on_validation: Hold out validation rows from the training split, and test on the validation split: GLUE's
+            own test labels are hidden.
+        max_train_samples: Seeded sample of the training rows, for trying out; None takes all.
+        max_val_samples: The same for validation, of each of its sets.
+        max_test_samples: The same for testing.
+        predict_path: File of rows for `predict`; None takes the test split.
+        prediction_format: Of what `predict` writes: `tsv`, GLUE's submission with index and prediction, or `jsonl`,
+            with the text and the probability too.
+    """
+
+    def __init__(
+        self,
+        path: str = "nyu-mll/glue",
+        task: Task | None = None,
+        config: str | None = None,
+        text_columns: list[str] | None = None,
+        label_column: str = "label",
+        metrics: list[str] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        max_length: int = 128,
+        bucket_by_length: bool = True,
+        padding: Padding = "longest",
+        val_fraction: float = 0.1,
+        val_seed: int = 0,
+        test_on_validation: bool = False,
+        max_train_samples: int | None = None,
+        max_val_samples: int | None = None,
+        max_test_samples: int | None = None,
+        predict_path: str | None = None,
+        prediction_format: Literal["tsv", "jsonl"] = "tsv",
+    ) -> None:
+        super().__init__(
+            path=path,
+            config=config or task,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            bucket_by_length=bucket_by_length,
+            val_fraction=val_fraction,
+            val_seed=val_seed,
+            limits={"train": max_train_samples, "val": max_val_samples, "test": max_test_samples},
+            predict_path=predict_path,
+        )
+        self.save_hyperparameters()
+        if max_length < 2:
+            raise DataError(f"data.max_length: {max_length} must be 2 or more.")
+        self.task = TASKS[task] if task else None
+        columns = text_columns or (self.task.columns if self.task else ())
+        if not 1 <= len(columns) <= 2:
+            raise DataError("data.text_columns: name one or two columns of text, or a task of GLUE as data.task.")
+        self.columns = list(columns)
+        if task and (Path(path) / task).is_dir():
+            self.path = str(Path(path) / task)
+        self.suffixes = (*self.task.sets, "") if self.task else ("",)
+        self.test_on_validation = test_on_validation
+        self.label_column, self.max_length, self.padding = label_column, max_length, padding
+        self.prediction_format = prediction_format
+        self._given_metrics = metrics
+        self.class_names: list[str] | None = None
+
+    # ------------------------------------------------------------------------------------------------------ splits
+
+    def before_splits(self) -> None:
+        """Take the classes of the trainer's model, or else of the training rows."""
+        self.check_length("max_length", self.max_length)
+        assert self.trainer is not None
+        known = getattr(self.trainer.lightning_module, "class_names", None)
+        if self.trainer.state.fn != "predict":
+            self.class_names = known if known is not None else self._labels(self.stored("train")[""]).class_names
+
+    @property
+    def metrics(self) -> list[str]:
+        """What the task is scored by."""
+        if self._given_metrics or self.task:
+            return list(self._given_metrics or self.task.metrics)  # type: ignore[union-attr]
+        return ["accuracy", "f1"] if self.class_names else ["pearson", "spearman"]
+
+    def check_test_split(self) -> None:
+        """See before a long training that there is something to test on, with labels.
+
+        Raises:
+            DataError: If there is not.
+        """
+        for table, _ in self.sets("test").values():
+            self._labels(table)
+
+    def _labels(self, table: Table) -> Labels:
+        return read_labels(table, self.label_column, self.task.class_names if self.task else None)
+
+    def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
+        """Tokens of some rows of a table with their labels; of all rows without, for prediction."""
+        if rows is None:
+            return TokenDataset(self._tokenize(table))
+        assert self.class_names is not None
+        labels = self._labels(table).matched(self.class_names)
+        return TokenDataset(self._tokenize(table.select(rows)), {"label": labels[rows]})
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    def _tokenize(self, table: Table) -> Any:
+        for column in self.columns:
+            check_texts(table, "text_columns", column)
+        tokenizer, limit = self.tokenizer, self.max_length
+
+        def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            tokens = tokenizer(
+                *rows.values(), truncation=True, max_length=limit, return_attention_mask=False, verbose=False
+            )
+            columns = {name: [np.asarray(ids, np.int32) for ids in lists] for name, lists in tokens.items()}
+            return {**columns, "length": [len(ids) for ids in tokens["input_ids"]]}
+
+        key = {"tokenizer": tokenizer_state(tokenizer), "max_length": limit}
+        return tokenized(table, self.columns, encode, key)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch, padded to its longest row or to `max_length`."""
+        tokens = [{k: v for k, v in row.items() if k not in ("label", "index")} for row in rows]
+        length = self.max_length if self.padding == "max_length" else None
+        batch = dict(self.tokenizer.pad(tokens, padding=self.padding, max_length=length, return_tensors="pt"))
+        others = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "index") if name in rows[0]}
+        return {**batch, **others}
+
+    # -------------------------------------------------------------------------------------------------- prediction
+
+    @property
+    def prediction_files(self) -> list[str]:
+        """A file for each set: GLUE's names for its test sets."""
+        own = self.predict_path is None and self.prediction_format == "tsv" and self.task
+        names = (
+            self.task.files
+            if own and self.task
+            else [f"predictions{f'_{s}' if s else ''}" for s in self.set_names["predict"]]
+        )
+        return [f"{name}.{self.prediction_format}" for name in names]
+
+    def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
+        """A row of a submission (`index`, `prediction`), or in JSONL with text and probability."""
+        source = self.predicted[file].data[row["index"]]
+        index = source.get("idx", row["index"])
+        if self.prediction_format == "jsonl":
+            texts = {column: source[column] for column in self.columns}
+            return {"index": index, **texts, **{k: v for k, v in row.items() if k not in ("index", "label")}}
+        numbered = self.task is not None and "label" in row and not self.task.by_name
+        return {"index": index, "prediction": row["label"] if numbered else row["prediction"]}

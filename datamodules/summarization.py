@@ -1,0 +1,142 @@
+"""Pairs of a text and its summary: XSum, CNN/DailyMail, and any two columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from datamodules.errors import DataError
+from datamodules.tables import Table
+from datamodules.text import TextData, TokenDataset, check_texts, tokenized, tokenizer_state
+
+IGNORED = -100  # label of a position that is padding
+
+
+class SummarizationData(TextData):
+    """Sources and targets, tokenised once and batched by the sources' length.
+
+    Batches are dicts of `input_ids` and `attention_mask` (batch, source tokens) int64, `labels` (batch, target tokens)
+    int64 with -100 behind the end, and `index` (batch,); in evaluation also of `reference`, the targets' texts.
+
+    Args:
+        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV, TSV or
+            JSONL; or one such file of training rows.
+        config: The data set's configuration on the hub, `3.0.0` for CNN/DailyMail.
+        source_column: Column of the texts to summarise: `document` in XSum, `article` in CNN/DailyMail.
+        target_column: Column of the summaries: `summary`, `highlights`.
+        id_column: Column that names a row in predictions; without it they have the row's number.
+        source_prefix: What is put before each source, such as T5's `summarize: `.
+        batch_size: Samples a step and process, at least 1.
+        num_workers: Processes that load, each; 0 loads in the training process, which is fast enough for tokens.
+        max_source_length: Most tokens of a source; longer ones are cut.
+        max_target_length: Most tokens of a target in training; ROUGE goes by the whole text.
+        bucket_by_length: Whether samples of like length share a batch, which saves most of the padding.
+        val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
+        val_seed: Seed of that share, apart from the run's seed.
+        max_train_samples: Seeded sample of the training rows, for trying out; None takes all.
+        max_val_samples: The same for validation, where beam search takes its time.
+        max_test_samples: The same for testing.
+        predict_path: File of rows for `predict`; None takes the test split.
+    """
+
+    def __init__(
+        self,
+        path: str = "EdinburghNLP/xsum",
+        config: str | None = None,
+        source_column: str = "document",
+        target_column: str = "summary",
+        id_column: str = "id",
+        source_prefix: str = "",
+        batch_size: int = 16,
+        num_workers: int = 0,
+        max_source_length: int = 1024,
+        max_target_length: int = 128,
+        bucket_by_length: bool = True,
+        val_fraction: float = 0.1,
+        val_seed: int = 0,
+        max_train_samples: int | None = None,
+        max_val_samples: int | None = None,
+        max_test_samples: int | None = None,
+        predict_path: str | None = None,
+    ) -> None:
+        super().__init__(
+            path=path,
+            config=config,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            bucket_by_length=bucket_by_length,
+            val_fraction=val_fraction,
+            val_seed=val_seed,
+            limits={"train": max_train_samples, "val": max_val_samples, "test": max_test_samples},
+            predict_path=predict_path,
+        )
+        self.save_hyperparameters()
+        for key, length in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
+            if length < 2:
+                raise DataError(f"data.{key}: {length} must be 2 or more.")
+        self.source_column, self.target_column, self.id_column = source_column, target_column, id_column
+        self.source_prefix = source_prefix
+        self.max_source_length, self.max_target_length = max_source_length, max_target_length
+
+    def before_splits(self) -> None:
+        """See that the model has positions for the lengths."""
+        self.check_length("max_source_length", self.max_source_length)
+        self.check_length("max_target_length", self.max_target_length)
+
+    def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
+        """Tokens of some rows of a table, with the targets' texts; of all rows without targets, for prediction."""
+        check_texts(table, "source_column", self.source_column)
+        if rows is None:
+            return TokenDataset(self._tokenize(table, [self.source_column]))
+        check_texts(table, "target_column", self.target_column)
+        chosen = table.select(rows)
+        references = chosen.data.select_columns([self.target_column]).rename_column(self.target_column, "reference")
+        return TokenDataset(self._tokenize(chosen, [self.source_column, self.target_column]), texts=references)
+
+    def _tokenize(self, table: Table, columns: list[str]) -> Any:
+        tokenizer, prefix = self.tokenizer, self.source_prefix
+        most_source, most_target = self.max_source_length, self.max_target_length
+        plain = {"truncation": True, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+
+        def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            source, *target = rows.values()
+            ids = tokenizer([prefix + text for text in source], max_length=most_source, **plain)["input_ids"]
+            tokens: dict[str, list[Any]] = {
+                "input_ids": [np.asarray(row, np.int32) for row in ids],
+                "length": [len(row) for row in ids],
+            }
+            if target:
+                labels = tokenizer(text_target=target[0], max_length=most_target, **plain)["input_ids"]
+                tokens["labels"] = [np.asarray(row, np.int32) for row in labels]
+            return tokens
+
+        key = {"tokenizer": tokenizer_state(tokenizer), "prefix": prefix, "lengths": [most_source, most_target]}
+        return tokenized(table, columns, encode, key)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch, sources and targets padded each to the longest."""
+        batch: dict[str, Any] = dict(
+            self.tokenizer.pad(
+                [{"input_ids": row["input_ids"]} for row in rows], padding="longest", return_tensors="pt"
+            )
+        )
+        if "labels" in rows[0]:
+            labels = [torch.tensor(row["labels"]) for row in rows]
+            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        if "reference" in rows[0]:
+            batch["reference"] = [row["reference"] for row in rows]
+        return {**batch, "index": torch.tensor([row["index"] for row in rows])}
+
+    # -------------------------------------------------------------------------------------------------- prediction
+
+    prediction_files = ("predictions.jsonl",)
+
+    def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
+        """The document's id, its summary, and the reference, if there is one."""
+        source = self.predicted[file].data[row["index"]]
+        name = source.get(self.id_column, row["index"])
+        return {"id": name, "summary": row["summary"], "reference": source.get(self.target_column)}

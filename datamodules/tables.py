@@ -1,0 +1,157 @@
+"""Tables by split from the hub or from Parquet, CSV and JSONL files, memory-mapped by the `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from datamodules.errors import DataError
+
+SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
+
+
+def _read_csv(files: list[str]) -> Any:
+    # empty cells alone are missing: "null" and "NA" are words
+    return datasets.Dataset.from_csv(files, keep_default_na=False, na_values=[""])
+
+
+def _read_tsv(files: list[str]) -> Any:
+    return datasets.Dataset.from_csv(files, sep="\t", keep_default_na=False, na_values=[""])
+
+
+READERS: dict[str, Callable[[list[str]], Any]] = {
+    ".parquet": datasets.Dataset.from_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": datasets.Dataset.from_json,
+    ".json": datasets.Dataset.from_json,
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows on disk.
+
+    Args:
+        data: The rows.
+        where: What to call them in a message: a file, or a name on the hub with its split.
+    """
+
+    data: datasets.Dataset
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def select(self, rows: Tensor) -> Table:
+        """Some rows, (rows,) int64, in their order; all in order are the table itself."""
+        if torch.equal(rows, torch.arange(len(self))):
+            return self
+        return Table(self.data.select(rows.tolist()), self.where)
+
+
+def open_table(path: str, splits: Sequence[str], config: str | None = None) -> Table | None:
+    """Open the first of some splits that there is.
+
+    Args:
+        path: A directory with files named `train.parquet`, `train-00000-of-00001.csv` or `train/0000.jsonl`, one file
+            of one of these kinds, which is its own and only training split, or a name on the hub.
+        splits: Names of the split, best first.
+        config: The data set's configuration on the hub.
+
+    Returns:
+        The table; None if there is no such split.
+
+    Raises:
+        DataError: If the path cannot be had, holds nothing of this kind, or is damaged.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        return _read([folder]) if "train" in splits else None
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise DataError(f"data.path: {path} is not here; give a directory, a file or a data set's name on the hub.")
+        return _from_hub(path, splits, config)
+    for suffix in READERS:
+        for name in splits:
+            files = [f for f in sorted(folder.rglob(f"*{suffix}")) if _is_of_split(f, name, folder)]
+            if files:
+                return _read(files)
+    if "train" in splits:
+        raise DataError(
+            f"data.path: {folder} holds no file of training rows: train.parquet, train.csv, train.jsonl, or several as "
+            "train-*.parquet or train/*.parquet."
+        )
+    return None
+
+
+def open_file(path: str, key: str) -> Table:
+    """Open one file, for prediction.
+
+    Raises:
+        DataError: Under the given key, if it is not there, of another kind, or damaged.
+    """
+    if not Path(path).is_file() or Path(path).suffix not in READERS:
+        raise DataError(f"data.{key}: {path} is no file of {', '.join(READERS)} here.")
+    return _read([Path(path)], key)
+
+
+def check_column(table: Table, key: str, column: str) -> str:
+    """A column that is there.
+
+    Raises:
+        DataError: Under the given key, with the columns there are.
+    """
+    if column not in table.data.column_names:
+        raise DataError(
+            f"data.{key}: {table.where} has no column {column}; it has {', '.join(table.data.column_names)}."
+        )
+    return column
+
+
+def _is_of_split(file: Path, split: str, root: Path) -> bool:
+    return (
+        file.stem == split or file.stem.startswith(f"{split}-") or (file.parent.name == split and file.parent != root)
+    )
+
+
+def _read(files: list[Path], key: str = "path") -> Table:
+    names = [str(f) for f in files]
+    suffix = files[0].suffix
+    if suffix not in READERS:
+        raise DataError(f"data.{key}: {files[0]} must be one of {', '.join(READERS)}.")
+    if empty := [f for f in files if f.stat().st_size == 0]:
+        raise DataError(f"data.{key}: {empty[0]} is an empty file.")
+    try:
+        data = READERS[suffix](names)
+    except Exception as error:  # truncated, another format, columns of mixed types; the library raises many kinds
+        cause = str(error.__cause__ or error).strip().splitlines()
+        raise DataError(
+            f"data.{key}: {', '.join(names)} cannot be read as {suffix[1:]} ({cause[0] if cause else error!r}). It may "
+            "be damaged, or a column may hold values of several types."
+        ) from error
+    assert isinstance(data, datasets.Dataset)
+    return Table(data, names[0])
+
+
+def _from_hub(name: str, splits: Sequence[str], config: str | None) -> Table | None:
+    try:
+        available = datasets.get_dataset_split_names(name, config)
+        found = next((s for s in splits if s in available), None)
+        if found is None:
+            return None
+        data = datasets.load_dataset(name, config, split=found)
+    except Exception as error:  # whatever a network or a repository can raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"data.path: {name} is no directory here, and from the hub it could not be had ({reason}). Without a "
+            "connection the data and the model each take a local path: --data.path DIRECTORY and --model.weights "
+            "FILE.safetensors for images, --model.backbone DIRECTORY for text."
+        ) from error
+    return Table(data, f"{name}/{config}/{found}" if config else f"{name}/{found}")

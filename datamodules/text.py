@@ -1,0 +1,307 @@
+"""Texts as tokens: tokenised once, cached by content, read from disk, padded batch by batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.base import ResumableDataModule
+from datamodules.batching import Draw
+from datamodules.errors import DataError
+from datamodules.splits import check_splits, choose_rows
+from datamodules.tables import SPLITS, Table, check_column, open_file, open_table
+
+Padding = Literal["longest", "max_length"]
+Encode = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
+
+
+class TextData(ResumableDataModule):
+    """What data modules of texts share: splits of tables, limits of length, loaders over length buckets.
+
+    A task has `build`, which makes a data set of a table's rows, and `collate`.
+
+    Args:
+        path: See `open_table`.
+        config: The data set's configuration on the hub.
+        batch_size: Samples a step and process, at least 1.
+        num_workers: Processes that load, each.
+        bucket_by_length: Whether samples of like length share a batch.
+        val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
+        val_seed: Seed of that share.
+        limits: Most rows of `train`, `val` and `test`.
+        predict_path: File of rows for `predict`; None takes the test split.
+    """
+
+    suffixes: tuple[str, ...] = ("",)  # of the validation and test splits that a data set has several of
+    test_on_validation = False
+
+    def __init__(
+        self,
+        path: str,
+        config: str | None,
+        batch_size: int,
+        num_workers: int,
+        bucket_by_length: bool,
+        val_fraction: float,
+        val_seed: int,
+        limits: dict[str, int | None],
+        predict_path: str | None,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        check_splits(val_fraction, limits)
+        self.path, self.config, self.predict_path = path, config, predict_path
+        self.bucket_by_length = bucket_by_length
+        self.val_fraction, self.val_seed, self.limits = val_fraction, val_seed, limits
+        self.splits: dict[str, list[TokenDataset]] = {}
+        self.set_names: dict[str, list[str]] = {}
+        self.predicted: list[Table] = []
+        self._tables: dict[tuple[str, ...], Table | None] = {}
+
+    # ------------------------------------------------------------------------------------------------------ splits
+
+    def setup(self, stage: str) -> None:
+        """Tokenise what the stage needs, with the tokenizer of the trainer's model."""
+        with self.first_process_first():
+            self.before_splits()
+            if stage == "predict":
+                tables = self._tables_to_predict()
+                self.predicted, self.set_names["predict"] = list(tables.values()), list(tables)
+                self.splits["predict"] = [self.build(table, None) for table in self.predicted]
+                return
+            for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+                if split not in self.splits:
+                    sets = self.sets(split)
+                    self.set_names[split] = list(sets)
+                    self.splits[split] = [self._chosen(split, *which) for which in sets.values()]
+
+    def before_splits(self) -> None:
+        """What a task checks and learns before its first split is read."""
+
+    def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
+        """A data set of some rows of a table with their targets; of all rows without targets if `rows` is None."""
+        raise NotImplementedError
+
+    def check_test_split(self) -> None:
+        """See before a long training that there is something to test on.
+
+        Raises:
+            DataError: If there is not.
+        """
+        self.sets("test")
+
+    def stored(self, split: str) -> dict[str, Table]:
+        """The sets that a split is stored in, by suffix: MNLI's matched and mismatched, otherwise one without."""
+        suffixes = ("",) if split == "train" else self.suffixes
+        found = {s: self._table(tuple(f"{base}_{s}" if s else base for base in SPLITS[split])) for s in suffixes}
+        return {s: table for s, table in found.items() if table is not None}
+
+    def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
+        """The sets of a split by suffix, each with whether it is held out from (or left by) the training rows.
+
+        Raises:
+            DataError: If there is none.
+        """
+        validation = self.stored("val")
+        held_out = self.test_on_validation or not validation
+        if split == "train" or (split == "val" and held_out):
+            return {"": (self.stored("train")[""], held_out)}
+        tables = validation if split == "val" or self.test_on_validation else self.stored("test")
+        if not tables:
+            raise DataError(f"data.path: {self.path} has no {split} split; run without it (test_after_fit: false).")
+        return {suffix: (table, False) for suffix, table in tables.items()}
+
+    def _table(self, names: tuple[str, ...]) -> Table | None:
+        """The first of some splits, opened once.
+
+        Raises:
+            DataError: If it has no rows.
+        """
+        if names not in self._tables:
+            table = open_table(self.path, names, self.config)
+            if table is not None and len(table) == 0:
+                raise DataError(f"data.path: {table.where} has no rows.")
+            self._tables[names] = table
+        return self._tables[names]
+
+    def _chosen(self, split: str, table: Table, held_out: bool) -> TokenDataset:
+        limit = self.limits[split]
+        return self.build(table, choose_rows(len(table), split, held_out, self.val_fraction, self.val_seed, limit))
+
+    def _tables_to_predict(self) -> dict[str, Table]:
+        if self.predict_path is not None:
+            return {"": open_file(self.predict_path, "predict_path")}
+        tables = self.stored("test")
+        if not tables:
+            raise DataError(f"data.predict_path: {self.path} has no test split; name a file of rows to predict.")
+        return tables
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the trainer's model.
+
+        Raises:
+            DataError: If the model has none.
+        """
+        assert self.trainer is not None
+        tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise DataError(f"{type(self).__name__} needs a model that has a tokenizer, such as TextClassifier.")
+        return tokenizer
+
+    def check_length(self, key: str, length: int) -> None:
+        """Refuse more tokens than the model has positions for.
+
+        Raises:
+            DataError: Under the given key, with the limit.
+        """
+        assert self.trainer is not None
+        limit = getattr(self.trainer.lightning_module, "position_limit", None)
+        if limit is not None and length > limit:
+            raise DataError(
+                f"data.{key}: {length} tokens are more than the {limit} that the backbone has positions for."
+            )
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A padded batch."""
+        raise NotImplementedError
+
+    # ----------------------------------------------------------------------------------------------------- loaders
+
+    def _loaders(self, split: str) -> list[DataLoader[Any]]:
+        return [
+            self.evaluation_loader(d, d.lengths if self.bucket_by_length else None, self.collate)
+            for d in self.splits[split]
+        ]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled, in batches of like length."""
+        data = self.splits["train"][0]
+        return self.train_loader(data, data.lengths if self.bucket_by_length else None, self.collate)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """A loader for each validation set."""
+        return self._loaders("val")
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """A loader for each test set."""
+        return self._loaders("test")
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """A loader for each set to predict."""
+        return self._loaders("predict")
+
+
+class TokenDataset(Dataset[dict[str, Any]]):
+    """Rows of tokens on disk, with their targets in memory.
+
+    Args:
+        data: Columns of token lists, and `length`.
+        targets: Numbers by name, one a row.
+        texts: Columns of text that a batch has beside its tokens.
+    """
+
+    def __init__(
+        self,
+        data: datasets.Dataset,
+        targets: Mapping[str, Tensor] | None = None,
+        texts: datasets.Dataset | None = None,
+    ) -> None:
+        self.data = data
+        self.targets = dict(targets or {})
+        self.texts = texts
+        # the one column that is read into memory: 4 bytes a row
+        self.lengths = torch.from_numpy(data.with_format("numpy", columns=["length"])["length"][:]).to(torch.int32)
+        self.columns = [name for name in data.column_names if name != "length"]
+        self.tokens = data.select_columns(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: int | Draw) -> dict[str, Any]:
+        """One row."""
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | Draw]) -> list[dict[str, Any]]:
+        """The rows of a batch, each with its `index`."""
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        columns = self.tokens[indices] | (self.texts[indices] if self.texts is not None else {})
+        return [
+            {name: values[i] for name, values in columns.items()}
+            | {name: values[index].item() for name, values in self.targets.items()}
+            | {"index": index}
+            for i, index in enumerate(indices)
+        ]
+
+
+def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping[str, Any]) -> datasets.Dataset:
+    """Rows of tokens, from the cache if the same texts were encoded in the same way before.
+
+    The cache lies with the `datasets` library's own (HF_DATASETS_CACHE). A file is named by the hash of the texts and
+    of the key, so that a moved table is found again and a changed one is not taken for it. Rows are read and written in
+    batches: memory does not grow with their number.
+
+    Args:
+        table: Rows of text.
+        columns: Columns that `encode` gets.
+        encode: From a batch of columns to a batch of token lists, with `length` among them.
+        key: What the encoding depends on besides the texts: `tokenizer_state`, lengths.
+    """
+    texts = table.data.select_columns(list(columns))
+    digest = hashlib.sha256(json.dumps([dict(key), list(columns), datasets.__version__], sort_keys=True).encode())
+    for rows in texts.with_format("arrow").iter(batch_size=10_000):
+        for batch in rows.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    name = digest.hexdigest()
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "onesided" / f"{name}.arrow"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True).status(f"Tokenising {len(texts):,} rows of {table.where}"):
+        return texts.map(
+            encode, batched=True, remove_columns=list(columns), cache_file_name=str(cache), new_fingerprint=name[:32]
+        )
+
+
+def tokenizer_state(tokenizer: Any) -> str:
+    """All that decides what a tokenizer makes of a text, hashed."""
+    if getattr(tokenizer, "is_fast", False):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # set anew by each call
+    else:
+        state = sorted(tokenizer.get_vocab().items())
+    names = [
+        type(tokenizer).__name__,
+        tokenizer.model_input_names,
+        tokenizer.truncation_side,
+        str(tokenizer.init_kwargs),
+    ]
+    return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()
+
+
+def check_texts(table: Table, key: str, column: str) -> str:
+    """A column that holds text in every row.
+
+    Raises:
+        DataError: Under the given key, if it is missing, of another type, or empty in some row.
+    """
+    check_column(table, key, column)
+    feature = table.data.features[column]
+    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string"):
+        kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+        raise DataError(f"data.{key}: {column} in {table.where} must hold text, and it holds {kind}.")
+    first = 0
+    for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
+        if rows[column].null_count:
+            row = first + rows[column].is_null().to_pylist().index(True)
+            raise DataError(f"data.{key}: {column} in {table.where} is empty in row {row}; mend or drop such rows.")
+        first += len(rows)
+    return column

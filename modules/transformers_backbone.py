@@ -1,0 +1,187 @@
+"""Hugging Face backbones: by hub name or local directory, with their own weights, those of a file, or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from modules.base import ModelError
+
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would say of missing weights is checked below
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model for a task, in float32 on the CPU.
+
+    Args:
+        model: The model.
+        heads: Names of its modules behind the base model, and of a pooler that came without weights.
+        new: Names of the tensors that were not loaded.
+    """
+
+    model: PreTrainedModel
+    heads: list[str]
+    new: set[str]
+
+
+def build_transformers_model(auto_class: Any, name: str, weights: str, args: dict[str, Any]) -> Built:
+    """Build a model for a task; code that a repository brings along is never run.
+
+    Args:
+        auto_class: `AutoModelForSequenceClassification` or a sibling.
+        name: A name on the hub, or a directory in the hub's layout (config.json, model.safetensors, tokenizer.json).
+        weights: `pretrained` (the repository's own), `none`, or a local .safetensors file in their place.
+        args: Values of the configuration to change, such as `hidden_dropout_prob`.
+
+    Raises:
+        ModelError: If there is no such model, it is not made for this task, a key is not its configuration's, or
+            weights of anything but a head are missing.
+    """
+    config = _read_config(name, args)
+    state = None if weights in ("pretrained", "none") else _read(weights)
+    info: dict[str, Any] = {}
+    try:
+        if weights == "none":
+            model = auto_class.from_config(config, trust_remote_code=False)
+        elif state is None:
+            model, info = _from_pretrained(auto_class, name, config)
+        else:
+            model, info = _from_pretrained(auto_class, None, config, state_dict=state)
+    except Exception as error:  # whatever a network, a file or a constructor can raise
+        if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
+            task = auto_class.__name__.removeprefix("AutoModelFor")
+            raise ModelError(
+                f"model.backbone: {name} is a {config.model_type}, which has no model for {task}."
+            ) from error
+        raise ModelError(
+            f"model.weights: those of {name} could not be loaded ({_first_line(error)}). Without a connection "
+            "--model.backbone takes a local directory with config.json and model.safetensors."
+        ) from error
+    absent: set[str] = {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
+    heads = [child for child, m in model.named_children() if child != model.base_model_prefix and _is_own(model, m)]
+    heads += _new_poolers(model, heads, absent, name if weights == "pretrained" else weights)
+    new = {key for key in model.state_dict() if weights == "none" or key in absent}
+    return Built(model.float(), heads, new)
+
+
+def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a backbone.
+
+    Raises:
+        ModelError: If there is none, it cannot pad, or it has more tokens than the model has embeddings.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a network or a file can raise
+        raise ModelError(
+            f"model.backbone: {name} has no tokenizer that could be loaded ({_first_line(error)}); put tokenizer.json "
+            "and tokenizer_config.json beside config.json."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"model.backbone: the tokenizer of {name} has no padding token, and batches need one; name one that its "
+            "model knows as pad_token in tokenizer_config.json."
+        )
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    if len(tokenizer) > embeddings.num_embeddings:
+        raise ModelError(
+            f"model.backbone: the tokenizer of {name} has {len(tokenizer)} tokens and the model only "
+            f"{embeddings.num_embeddings} embeddings; they do not belong together."
+        )
+    model_types = getattr(model.config, "type_vocab_size", 2)
+    if "token_type_ids" in tokenizer.model_input_names and model_types < 2:
+        # a second sentence would have a type that the model has no embedding for
+        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
+    return tokenizer
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model has positions for; None if its positions are relative."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa's positions begin behind the padding token's number
+        if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
+            limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return limit if limit is not None and limit > 0 else None
+
+
+def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"model.backbone: the directory {name} has no config.json; it must be in the hub's layout.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a network or a file can raise
+        raise ModelError(
+            f"model.backbone: {name} is no directory here, or a damaged one, and from the hub it could not be had "
+            f"({_first_line(error)}). Without a connection give a local directory in the hub's layout."
+        ) from error
+    unknown = [key for key in args if not hasattr(config, key)]
+    if unknown:
+        raise ModelError(f"model.backbone_args: {', '.join(unknown)} is no key of a {config.model_type}'s config.json.")
+    for key, value in args.items():
+        setattr(config, key, value)
+    return config
+
+
+def _from_pretrained(auto_class: Any, name: str | None, config: PreTrainedConfig, **more: Any) -> tuple[Any, Any]:
+    if name is None:  # the class that the configuration stands for
+        auto_class = auto_class._model_mapping[type(config)]
+    else:
+        more["trust_remote_code"] = False
+    return auto_class.from_pretrained(
+        name,
+        config=config,
+        dtype=torch.float32,
+        weights_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # of a head for another number of classes; others are refused below
+        **more,
+    )
+
+
+def _is_own(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether a module has parameters that are not tied to the base model's (a language model's output layer is)."""
+    base = {id(p) for p in model.base_model.parameters()}
+    return any(id(p) not in base for p in module.parameters())
+
+
+def _new_poolers(model: PreTrainedModel, heads: list[str], absent: set[str], source: str) -> list[str]:
+    """Poolers that the weights do not have; they are trained like a head.
+
+    Raises:
+        ModelError: If anything else but a head is missing.
+    """
+    absent = {key for key in absent if not any(key.startswith(f"{head}.") for head in heads)}
+    names = [key.split(".") for key in absent]
+    poolers = sorted({".".join(parts[: parts.index("pooler") + 1]) for parts in names if "pooler" in parts})
+    others = sorted(key for key in absent if not any(key.startswith(f"{pooler}.") for pooler in poolers))
+    if others:
+        raise ModelError(
+            f"model.weights: {source} does not fit {type(model).__name__}: {len(others)} tensors are missing or of "
+            f"another shape ({', '.join(others[:3])}{', …' if len(others) > 3 else ''})."
+        )
+    return poolers
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    if not Path(path).is_file() or not path.endswith(".safetensors"):
+        raise ModelError(f"model.weights: {path} is no .safetensors file here; give one, `pretrained` or `none`.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"model.weights: {path} cannot be read as safetensors ({error}).") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
