@@ -2,7 +2,8 @@
 
 MiniLM's layers are BART's encoder layers under other names (post-norm, GELU, learned positions), so the encoder begins
 pretrained and gives MiniLM's own output. The decoder begins with the same embeddings, self-attention and MLPs; its
-cross attention is random. The directory is in the hub's layout.
+cross attention begins as a copy of the self-attention, since from a small random start it is long ignored. The
+directory is in the hub's layout.
 
     python -m benchmarks.small_bart --source ../shared/backbones/minilm_roberta --output DIR
 """
@@ -63,11 +64,13 @@ def build(source: Path, decoder_layers: int, seed: int) -> BartForConditionalGen
         pairs += zip([layers[i] for i in chosen], model.model.decoder.layers, strict=True)
         for theirs, ours in pairs:
             attention = theirs.attention
-            copy(attention.self.query, ours.self_attn.q_proj)
-            copy(attention.self.key, ours.self_attn.k_proj)
-            copy(attention.self.value, ours.self_attn.v_proj)
-            copy(attention.output.dense, ours.self_attn.out_proj)
-            copy(attention.output.LayerNorm, ours.self_attn_layer_norm)
+            for name in ("self_attn", "encoder_attn") if hasattr(ours, "encoder_attn") else ("self_attn",):
+                own = getattr(ours, name)
+                copy(attention.self.query, own.q_proj)
+                copy(attention.self.key, own.k_proj)
+                copy(attention.self.value, own.v_proj)
+                copy(attention.output.dense, own.out_proj)
+                copy(attention.output.LayerNorm, getattr(ours, f"{name}_layer_norm"))
             copy(theirs.intermediate.dense, ours.fc1)
             copy(theirs.output.dense, ours.fc2)
             copy(theirs.output.LayerNorm, ours.final_layer_norm)

@@ -20,8 +20,10 @@ Collate = Callable[[list[Any]], Any]
 class ResumableDataModule(L.LightningDataModule):
     """Loaders for training and evaluation.
 
-    The position in training is part of the data module's own state, (epoch, batches done), which needs no loader to
+    The position in training is part of the data module's own state, (epoch, samples done), which needs no loader to
     cooperate: it is the same with any number of workers, and Lightning restores it before it builds the loaders.
+    Resumed with another batch size or number of processes, an epoch goes on at the same place; with length buckets,
+    whose order depends on the batch, some samples of that one epoch then come twice and others not.
 
     Args:
         batch_size: Samples a step and process, at least 1.

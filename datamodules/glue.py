@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.base import Collate
 from datamodules.errors import DataError
 from datamodules.labels import Labels, read_labels
 from datamodules.tables import Table
@@ -37,6 +38,23 @@ class GlueTask:
     files: tuple[str, ...]
     by_name: bool = False
     sets: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Makes a batch of rows of tokens."""
+
+    tokenizer: Any
+    padding: Padding
+    max_length: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Tokens (batch, tokens) with their mask, and `label` and `index` (batch,)."""
+        tokens = [{k: v for k, v in row.items() if k not in ("label", "index")} for row in rows]
+        length = self.max_length if self.padding == "max_length" else None
+        batch = dict(self.tokenizer.pad(tokens, padding=self.padding, max_length=length, return_tensors="pt"))
+        others = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "index") if name in rows[0]}
+        return {**batch, **others}
 
 
 PAIR = ("sentence1", "sentence2")
@@ -68,13 +86,12 @@ class GlueData(TextData):
     backbone's tokenizer gives, (batch, tokens) int64, of `index` (batch,) and `label` (batch,).
 
     Args:
-        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV, TSV or
+        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
             JSONL, or with one such directory for each task; or one such file of training rows.
         task: A task of GLUE, which brings columns, classes and metrics along; None for another set.
         config: The data set's configuration on the hub; None takes the task's.
         text_columns: One or two columns of text; None takes the task's.
         label_column: Column of the labels.
-        metrics: As in `TextClassifier`; None takes the task's, or accuracy and F1, or Pearson and Spearman.
         batch_size: Samples a step and process, at least 1.
         num_workers: Processes that load, each; 0 loads in the training process, which is fast enough for tokens.
         max_length: Most tokens of a sample, both sentences and special tokens together; longer ones are cut.
@@ -99,7 +116,6 @@ class GlueData(TextData):
         config: str | None = None,
         text_columns: list[str] | None = None,
         label_column: str = "label",
-        metrics: list[str] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
         max_length: int = 128,
@@ -139,7 +155,6 @@ class GlueData(TextData):
         self.test_on_validation = test_on_validation
         self.label_column, self.max_length, self.padding = label_column, max_length, padding
         self.prediction_format = prediction_format
-        self._given_metrics = metrics
         self.class_names: list[str] | None = None
 
     # ------------------------------------------------------------------------------------------------------ splits
@@ -150,13 +165,13 @@ class GlueData(TextData):
         assert self.trainer is not None
         known = getattr(self.trainer.lightning_module, "class_names", None)
         if self.trainer.state.fn != "predict":
-            self.class_names = known if known is not None else self._labels(self.stored("train")[""]).class_names
+            self.class_names = known if known is not None else self._labels(self.training_table()).class_names
 
     @property
     def metrics(self) -> list[str]:
-        """What the task is scored by."""
-        if self._given_metrics or self.task:
-            return list(self._given_metrics or self.task.metrics)  # type: ignore[union-attr]
+        """What the task is scored by, unless the model says otherwise."""
+        if self.task:
+            return list(self.task.metrics)
         return ["accuracy", "f1"] if self.class_names else ["pearson", "spearman"]
 
     def check_test_split(self) -> None:
@@ -196,13 +211,9 @@ class GlueData(TextData):
         key = {"tokenizer": tokenizer_state(tokenizer), "max_length": limit}
         return tokenized(table, self.columns, encode, key)
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch, padded to its longest row or to `max_length`."""
-        tokens = [{k: v for k, v in row.items() if k not in ("label", "index")} for row in rows]
-        length = self.max_length if self.padding == "max_length" else None
-        batch = dict(self.tokenizer.pad(tokens, padding=self.padding, max_length=length, return_tensors="pt"))
-        others = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "index") if name in rows[0]}
-        return {**batch, **others}
+    def collate(self) -> Collate:
+        """Batches padded to their longest row or to `max_length`."""
+        return Pad(self.tokenizer, self.padding, self.max_length)
 
     # -------------------------------------------------------------------------------------------------- prediction
 
@@ -210,11 +221,8 @@ class GlueData(TextData):
     def prediction_files(self) -> list[str]:
         """A file for each set: GLUE's names for its test sets."""
         own = self.predict_path is None and self.prediction_format == "tsv" and self.task
-        names = (
-            self.task.files
-            if own and self.task
-            else [f"predictions{f'_{s}' if s else ''}" for s in self.set_names["predict"]]
-        )
+        known = dict(zip(self.task.sets, self.task.files, strict=True)) if own and self.task else {}
+        names = [known.get(s, f"predictions_{s}" if s else "predictions") for s in self.set_names["predict"]]
         return [f"{name}.{self.prediction_format}" for name in names]
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:

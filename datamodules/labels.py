@@ -14,6 +14,8 @@ from torch import Tensor
 from datamodules.errors import DataError
 from datamodules.tables import Table, check_column
 
+HIDDEN = " The labels are hidden: this split is for predict alone."
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -59,7 +61,8 @@ def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None =
     Args:
         table: The rows.
         column: Whole numbers (of a ClassLabel, with its names), names, or decimal numbers for a regression.
-        class_names: Names by label where the numbers have none; None calls them by their digits; () is a regression.
+        class_names: Names by label, where the column has none of its own; None calls numbers by their digits and sorts
+            names; () is a regression.
 
     Raises:
         DataError: If the column is missing, empty in some row, of another type, not finite, or a label has no name.
@@ -74,7 +77,12 @@ def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None =
         return Labels(_finite(cells, column, table.where), [], table.where)
     if class_names != () and (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
         coded = cells.dictionary_encode()
-        names = sorted(coded.dictionary.to_pylist())
+        names = list(class_names or sorted(coded.dictionary.to_pylist()))
+        if unknown := [name for name in coded.dictionary.to_pylist() if name not in names]:
+            raise DataError(
+                f"data.label_column: {column} in {table.where} has {', '.join(unknown[:5])}; the classes of this task "
+                f"are {', '.join(names)}."
+            )
         order = np.array([names.index(name) for name in coded.dictionary.to_pylist()], dtype=np.int64)
         return Labels(torch.from_numpy(order[coded.indices.to_numpy()]), names, table.where)
     if not pa.types.is_integer(cells.type):
@@ -86,6 +94,8 @@ def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None =
 
 def _finite(cells: Any, column: str, where: str) -> Tensor:
     values = torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.float32))
+    if len(values) and bool((values == -1).all()):
+        raise DataError(f"data.label_column: {column} in {where} is -1 throughout.{HIDDEN}")
     wrong = (~values.isfinite()).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
@@ -103,7 +113,7 @@ def _names(table: Table, column: str, values: Tensor, given: tuple[str, ...] | N
     wrong = ((values < 0) | (values >= len(names))).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
-        hidden = " They are hidden: this split is for predict alone." if int(values[row]) == -1 else ""
+        hidden = HIDDEN if int(values[row]) == -1 else ""
         raise DataError(
             f"data.label_column: {column} in {table.where} is {int(values[row])} in row {row}, outside 0 to "
             f"{len(names) - 1}; {len(wrong)} of {len(values)} labels are.{hidden}"

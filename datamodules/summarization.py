@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,33 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from datamodules.base import Collate
 from datamodules.errors import DataError
 from datamodules.tables import Table
 from datamodules.text import TextData, TokenDataset, check_texts, tokenized, tokenizer_state
 
 IGNORED = -100  # label of a position that is padding
+
+
+@dataclass(frozen=True)
+class PadPairs:
+    """Makes a batch of rows of source and target tokens."""
+
+    tokenizer: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tokens (batch, source tokens) with their mask, `labels` (batch, target tokens), `reference` and `index`."""
+        batch: dict[str, Any] = dict(
+            self.tokenizer.pad(
+                [{"input_ids": row["input_ids"]} for row in rows], padding="longest", return_tensors="pt"
+            )
+        )
+        if "labels" in rows[0]:
+            labels = [torch.tensor(row["labels"]) for row in rows]
+            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        if "reference" in rows[0]:
+            batch["reference"] = [row["reference"] for row in rows]
+        return {**batch, "index": torch.tensor([row["index"] for row in rows])}
 
 
 class SummarizationData(TextData):
@@ -23,7 +46,7 @@ class SummarizationData(TextData):
     int64 with -100 behind the end, and `index` (batch,); in evaluation also of `reference`, the targets' texts.
 
     Args:
-        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV, TSV or
+        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
             JSONL; or one such file of training rows.
         config: The data set's configuration on the hub, `3.0.0` for CNN/DailyMail.
         source_column: Column of the texts to summarise: `document` in XSum, `article` in CNN/DailyMail.
@@ -117,19 +140,9 @@ class SummarizationData(TextData):
         key = {"tokenizer": tokenizer_state(tokenizer), "prefix": prefix, "lengths": [most_source, most_target]}
         return tokenized(table, columns, encode, key)
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch, sources and targets padded each to the longest."""
-        batch: dict[str, Any] = dict(
-            self.tokenizer.pad(
-                [{"input_ids": row["input_ids"]} for row in rows], padding="longest", return_tensors="pt"
-            )
-        )
-        if "labels" in rows[0]:
-            labels = [torch.tensor(row["labels"]) for row in rows]
-            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        if "reference" in rows[0]:
-            batch["reference"] = [row["reference"] for row in rows]
-        return {**batch, "index": torch.tensor([row["index"] for row in rows])}
+    def collate(self) -> Collate:
+        """Batches with sources and targets padded each to the longest."""
+        return PadPairs(self.tokenizer)
 
     # -------------------------------------------------------------------------------------------------- prediction
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,9 @@ def _read_csv(files: list[str]) -> Any:
     return datasets.Dataset.from_csv(files, keep_default_na=False, na_values=[""])
 
 
-def _read_tsv(files: list[str]) -> Any:
-    return datasets.Dataset.from_csv(files, sep="\t", keep_default_na=False, na_values=[""])
-
-
 READERS: dict[str, Callable[[list[str]], Any]] = {
     ".parquet": datasets.Dataset.from_parquet,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
     ".jsonl": datasets.Dataset.from_json,
     ".json": datasets.Dataset.from_json,
 }
@@ -116,6 +112,8 @@ def check_column(table: Table, key: str, column: str) -> str:
 
 
 def _is_of_split(file: Path, split: str, root: Path) -> bool:
+    if any(part.startswith(".") for part in file.relative_to(root).parts):  # copies that editors keep
+        return False
     return (
         file.stem == split or file.stem.startswith(f"{split}-") or (file.parent.name == split and file.parent != root)
     )
@@ -129,8 +127,10 @@ def _read(files: list[Path], key: str = "path") -> Table:
     if empty := [f for f in files if f.stat().st_size == 0]:
         raise DataError(f"data.{key}: {empty[0]} is an empty file.")
     try:
-        data = READERS[suffix](names)
+        data = READERS[suffix]([glob.escape(name) for name in names])  # the library takes them for patterns
     except Exception as error:  # truncated, another format, columns of mixed types; the library raises many kinds
+        if "corresponds to no data" in str(error):
+            raise DataError(f"data.{key}: {names[0]} has no rows.") from error
         cause = str(error.__cause__ or error).strip().splitlines()
         raise DataError(
             f"data.{key}: {', '.join(names)} cannot be read as {suffix[1:]} ({cause[0] if cause else error!r}). It may "

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import ResumableDataModule
+from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw
 from datamodules.errors import DataError
 from datamodules.splits import check_splits, choose_rows
@@ -104,6 +104,17 @@ class TextData(ResumableDataModule):
         found = {s: self._table(tuple(f"{base}_{s}" if s else base for base in SPLITS[split])) for s in suffixes}
         return {s: table for s, table in found.items() if table is not None}
 
+    def training_table(self) -> Table:
+        """The training rows.
+
+        Raises:
+            DataError: If there are none.
+        """
+        tables = self.stored("train")
+        if not tables:
+            raise DataError(f"data.path: {self.path} has no train split.")
+        return tables[""]
+
     def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
         """The sets of a split by suffix, each with whether it is held out from (or left by) the training rows.
 
@@ -113,10 +124,11 @@ class TextData(ResumableDataModule):
         validation = self.stored("val")
         held_out = self.test_on_validation or not validation
         if split == "train" or (split == "val" and held_out):
-            return {"": (self.stored("train")[""], held_out)}
+            return {"": (self.training_table(), held_out)}
         tables = validation if split == "val" or self.test_on_validation else self.stored("test")
         if not tables:
-            raise DataError(f"data.path: {self.path} has no {split} split; run without it (test_after_fit: false).")
+            missing = "validation" if self.test_on_validation else split
+            raise DataError(f"data.path: {self.path} has no {missing} split; run without it (test_after_fit: false).")
         return {suffix: (table, False) for suffix, table in tables.items()}
 
     def _table(self, names: tuple[str, ...]) -> Table | None:
@@ -172,22 +184,22 @@ class TextData(ResumableDataModule):
                 f"data.{key}: {length} tokens are more than the {limit} that the backbone has positions for."
             )
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """A padded batch."""
+    def collate(self) -> Collate:
+        """What makes a padded batch of rows; it must do without the trainer, for workers that do not fork."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------- loaders
 
     def _loaders(self, split: str) -> list[DataLoader[Any]]:
         return [
-            self.evaluation_loader(d, d.lengths if self.bucket_by_length else None, self.collate)
+            self.evaluation_loader(d, d.lengths if self.bucket_by_length else None, self.collate())
             for d in self.splits[split]
         ]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, in batches of like length."""
         data = self.splits["train"][0]
-        return self.train_loader(data, data.lengths if self.bucket_by_length else None, self.collate)
+        return self.train_loader(data, data.lengths if self.bucket_by_length else None, self.collate())
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each validation set."""
@@ -282,8 +294,8 @@ def tokenizer_state(tokenizer: Any) -> str:
         type(tokenizer).__name__,
         tokenizer.model_input_names,
         tokenizer.truncation_side,
-        str(tokenizer.init_kwargs),
-    ]
+        {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_or_path", "local", "only"))},
+    ]  # whatever it is but where it lies
     return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()
 
 

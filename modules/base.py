@@ -222,8 +222,8 @@ class AdaptedModule(L.LightningModule):
         full = self.state_dict()
         keep = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         keep |= {f"backbone.{name}" for name in adapter_state(self.backbone)}
-        frozen = () if self.tuning == "full" else dict(self.named_buffers("backbone"))
-        keep |= {name for name, _ in self.named_buffers() if name not in frozen}
+        frozen = self.tuning != "full"  # then the backbone's buffers are what was loaded
+        keep |= {name for name, _ in self.named_buffers() if not (frozen and name.startswith("backbone."))}
         return {name: tensor for name, tensor in full.items() if name in keep or self._in_head(name)}
 
     def _in_head(self, name: str) -> bool:

@@ -109,8 +109,9 @@ class TextClassifier(AdaptedModule):
         self.class_names = class_names
         config = self.model_config
         name, old = self._output_layer(int(config.num_labels or 0))
-        loaded = [str(label).lower() for label in (config.id2label or {}).values()]
-        if f"{name}.weight" in self._new or loaded != [c.lower() for c in class_names]:
+        loaded = [str(label).lower() for _, label in sorted(dict(config.id2label or {}).items())]
+        same = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
+        if f"{name}.weight" in self._new or not same:
             output = nn.Linear(old.in_features, max(len(class_names), 1), bias=old.bias is not None)
             # of the run's seed alone: starting the processes of DDP draws from the global generator
             generator = torch.Generator().manual_seed(torch.initial_seed())
@@ -121,6 +122,7 @@ class TextClassifier(AdaptedModule):
                 output.register_forward_pre_hook(inputs_to_float32)
             self.backbone.set_submodule(name, output)
         config.id2label = dict(enumerate(class_names or ["score"]))
+        self.backbone.num_labels = len(config.id2label)  # type: ignore[assignment]
         config.label2id = {label: i for i, label in config.id2label.items()}
 
     def _output_layer(self, outputs: int) -> tuple[str, nn.Linear]:

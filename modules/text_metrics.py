@@ -25,10 +25,25 @@ class PositiveF1(BinaryF1Score):
         super().update(preds.argmax(-1), target)
 
 
+class Matthews(MulticlassMatthewsCorrCoef):
+    """Matthews' correlation of logits (batch, classes), 0 for a constant guess, as GLUE scores CoLA.
+
+    It counts a class more than there are, which nothing is in: of exactly two classes torchmetrics would give a
+    constant guess a small number of either sign instead.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes + 1)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Take in a batch: logits (batch, classes) and labels (batch,)."""
+        super().update(preds.argmax(-1), target)
+
+
 CLASSIFICATION: dict[str, Callable[[int], Metric]] = {
     "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro"),
     "f1": lambda classes: PositiveF1() if classes == 2 else MulticlassF1Score(classes, average="macro"),
-    "matthews": MulticlassMatthewsCorrCoef,
+    "matthews": Matthews,
 }
 REGRESSION: dict[str, Callable[[], Metric]] = {"pearson": PearsonCorrCoef, "spearman": SpearmanCorrCoef}
 

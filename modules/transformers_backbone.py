@@ -48,6 +48,11 @@ def build_transformers_model(auto_class: Any, name: str, weights: str, args: dic
             weights of anything but a head are missing.
     """
     config = _read_config(name, args)
+    if type(config) not in auto_class._model_mapping:
+        task = auto_class.__name__.removeprefix("AutoModelFor")
+        raise ModelError(
+            f"model.backbone: {name} is a {config.model_type}, which has no model for {task}; choose another backbone."
+        )
     state = None if weights in ("pretrained", "none") else _read(weights)
     info: dict[str, Any] = {}
     try:
@@ -58,11 +63,6 @@ def build_transformers_model(auto_class: Any, name: str, weights: str, args: dic
         else:
             model, info = _from_pretrained(auto_class, None, config, state_dict=state)
     except Exception as error:  # whatever a network, a file or a constructor can raise
-        if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
-            task = auto_class.__name__.removeprefix("AutoModelFor")
-            raise ModelError(
-                f"model.backbone: {name} is a {config.model_type}, which has no model for {task}."
-            ) from error
         raise ModelError(
             f"model.weights: those of {name} could not be loaded ({_first_line(error)}). Without a connection "
             "--model.backbone takes a local directory with config.json and model.safetensors."
@@ -87,6 +87,11 @@ def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase
             f"model.backbone: {name} has no tokenizer that could be loaded ({_first_line(error)}); put tokenizer.json "
             "and tokenizer_config.json beside config.json."
         ) from error
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up for want of files
+        raise ModelError(
+            f"model.backbone: the tokenizer of {name} has no vocabulary; put tokenizer.json and "
+            "tokenizer_config.json beside config.json."
+        )
     if tokenizer.pad_token_id is None:
         raise ModelError(
             f"model.backbone: the tokenizer of {name} has no padding token, and batches need one; name one that its "
@@ -119,6 +124,10 @@ def position_limit(model: PreTrainedModel) -> int | None:
 def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"model.backbone: the directory {name} has no config.json; it must be in the hub's layout.")
+    if (Path(name) / "adapter_config.json").is_file():  # which the library would put into the model unasked
+        raise ModelError(
+            f"model.backbone: {name} holds a PEFT adapter; give the model that it belongs to, or merge it."
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # whatever a network or a file can raise
@@ -126,11 +135,17 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
             f"model.backbone: {name} is no directory here, or a damaged one, and from the hub it could not be had "
             f"({_first_line(error)}). Without a connection give a local directory in the hub's layout."
         ) from error
-    unknown = [key for key in args if not hasattr(config, key)]
-    if unknown:
-        raise ModelError(f"model.backbone_args: {', '.join(unknown)} is no key of a {config.model_type}'s config.json.")
+    known = {*config.to_dict(), *config.attribute_map, "num_labels"}
+    if unknown := [key for key in args if key not in known]:
+        raise ModelError(
+            f"model.backbone_args: {', '.join(unknown)} is no key of a {config.model_type}'s config.json, which has "
+            f"{', '.join(sorted(known))}."
+        )
     for key, value in args.items():
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except Exception as error:  # the library checks the types of its configurations
+            raise ModelError(f"model.backbone_args: {key} cannot be {value!r} ({_first_line(error)}).") from error
     return config
 
 

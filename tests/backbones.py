@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
     DebertaV2Config,
@@ -81,7 +82,8 @@ def word_tokenizer(**keys: Any) -> PreTrainedTokenizerFast:
     )
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **{**special, "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<unk>", **keys}
+        tokenizer_object=tokenizer,
+        **{**special, "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<unk>", **keys},
     )
 
 
@@ -91,5 +93,16 @@ def save_backbone(folder: Path, kind: str, seed: int = 0, **changes: Any) -> Pat
     torch.manual_seed(seed)
     auto_class = AutoModelForSeq2SeqLM if kind in ("bart", "t5") else AutoModel
     auto_class.from_config(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_classifier(folder: Path, kind: str, class_names: list[str], seed: int = 0, **changes: Any) -> Path:
+    """A backbone with a classification head for these classes, [] for regression, and its tokenizer."""
+    labels = dict(enumerate(class_names or ["score"]))
+    keys = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, **changes}
+    config = type(CONFIGS[kind])(**{**CONFIGS[kind].to_dict(), **keys})
+    torch.manual_seed(seed)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder

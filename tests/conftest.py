@@ -1,4 +1,4 @@
-"""What every test shares: no hub, no colour, a fixed width, and a small set of images that can be learnt."""
+"""What every test shares: no hub, no colour, a fixed width, and small sets of images and texts that can be learnt."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ os.environ.update(
 )
 
 import io
+import json
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.backbones import WORDS, save_backbone
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["red", "green", "blue"]
@@ -62,3 +65,64 @@ def write_parquet(folder: Path, sizes: dict[str, int], label_column: str = "labe
 @pytest.fixture(scope="session")
 def parquet_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_parquet(tmp_path_factory.mktemp("colours"), {"train": 60, "test": 30})
+
+
+def sentences(size: int, seed: int = 0) -> list[str]:
+    """Three to fourteen words each, half of them with `good` among them and half with `bad`."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(size):
+        words = list(rng.choice(WORDS[:40], rng.integers(2, 14)))
+        words.insert(int(rng.integers(0, len(words))), ["bad", "good"][i % 2])
+        rows.append(" ".join(words))
+    return rows
+
+
+def write_sentences(folder: Path, sizes: dict[str, int], hidden: tuple[str, ...] = ("test",)) -> Path:
+    """CoLA's columns in Parquet: a sentence is acceptable if it has the word `good`; labels of hidden splits are -1."""
+    features = datasets.Features(
+        {
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["unacceptable", "acceptable"]),
+            "idx": datasets.Value("int32"),
+        }
+    )
+    for i, (split, size) in enumerate(sizes.items()):
+        texts = sentences(size, seed=i)
+        labels = [-1 if split in hidden else int("good" in text) for text in texts]
+        rows = {"sentence": texts, "label": labels, "idx": list(range(100, 100 + size))}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+def write_pairs(folder: Path, sizes: dict[str, int]) -> Path:
+    """XSum's columns in JSONL: the summary says whether the document is good or bad."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (split, size) in enumerate(sizes.items()):
+        texts = sentences(size, seed=10 + i)
+        rows = [
+            {"document": text, "summary": f"the film was {'good' if 'good' in text else 'bad'} .", "id": f"{split}-{j}"}
+            for j, text in enumerate(texts)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cola_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sentences(tmp_path_factory.mktemp("cola"), {"train": 50, "validation": 20, "test": 9})
+
+
+@pytest.fixture(scope="session")
+def pairs_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs"), {"train": 50, "validation": 10, "test": 9})
+
+
+@pytest.fixture(scope="session")
+def roberta_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_backbone(tmp_path_factory.mktemp("roberta"), "roberta")
+
+
+@pytest.fixture(scope="session")
+def bart_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_backbone(tmp_path_factory.mktemp("bart"), "bart")

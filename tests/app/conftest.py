@@ -1,4 +1,4 @@
-"""The command line as a function."""
+"""The command line as a function, for each family of tasks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ Run = Callable[..., int]
 
 
 class CommandLine:
-    """Runs commands of tests/conf/image.yaml with everything written below one folder."""
+    """Runs commands of one of tests/conf/*.yaml with everything written below one folder."""
 
-    def __init__(self, root: Path, data: Path) -> None:
-        self.root, self.data = root, data
+    def __init__(self, root: Path, data: Path, config: str = "image", backbone: Path | None = None) -> None:
+        self.root, self.data, self.config = root, data, config
+        self.backbone = [] if backbone is None else ["--model.backbone", str(backbone)]
 
     def words(self, command: str, *options: str) -> list[str]:
-        base = ["--config", "tests/conf/image.yaml", "--trainer.default_root_dir", str(self.root)]
+        base = ["--config", f"tests/conf/{self.config}.yaml", "--trainer.default_root_dir", str(self.root)]
         path = [] if any(o.startswith("--data.path") for o in options) else ["--data.path", str(self.data)]
-        return [command, *base, *path, *options]
+        backbone = [] if any(o.startswith("--model.backbone=") for o in options) else self.backbone
+        return [command, *base, *path, *backbone, *options]
 
     def __call__(self, command: str, *options: str) -> int:
         return main(self.words(command, *options))
@@ -49,3 +51,18 @@ class CommandLine:
 @pytest.fixture
 def cli(tmp_path: Path, parquet_path: Path) -> CommandLine:
     return CommandLine(tmp_path / "runs", parquet_path)
+
+
+@pytest.fixture
+def text_cli(tmp_path: Path, cola_path: Path, roberta_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "runs", cola_path, "text", roberta_path)
+
+
+@pytest.fixture
+def summary_cli(tmp_path: Path, pairs_path: Path, bart_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "runs", pairs_path, "summary", bart_path)
+
+
+@pytest.fixture(params=["text", "summary"])
+def language_cli(request: pytest.FixtureRequest) -> CommandLine:
+    return request.getfixturevalue(f"{request.param}_cli")

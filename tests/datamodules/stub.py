@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 
+def _alone(value: Any = None) -> Any:
+    return value
+
+
 def stub_trainer(
     world: int = 1, rank: int = 0, *, epoch: int = 0, batches_done: int = 0, epoch_batches: int = 100, **keys: Any
 ) -> Any:
@@ -16,10 +20,17 @@ def stub_trainer(
     attributes = {
         "world_size": world,
         "global_rank": rank,
-        "strategy": SimpleNamespace(broadcast=lambda value: value, root_device=torch.device("cpu")),
+        "local_rank": rank,
+        "strategy": SimpleNamespace(broadcast=_alone, root_device=torch.device("cpu"), barrier=_alone),
         "_accelerator_connector": SimpleNamespace(use_distributed_sampler=False),
         "fit_loop": SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
         "num_training_batches": epoch_batches,
         "current_epoch": epoch,
+        "state": SimpleNamespace(fn="fit"),
     }
     return SimpleNamespace(**{**attributes, **keys})
+
+
+def text_model(tokenizer: Any, class_names: list[str] | None = None, position_limit: int | None = None) -> Any:
+    """All of a text model that a data module looks at."""
+    return SimpleNamespace(tokenizer=tokenizer, class_names=class_names, position_limit=position_limit)

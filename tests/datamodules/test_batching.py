@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableDataModule
@@ -119,6 +121,120 @@ def test_another_epoch_may_be_chosen_behind_a_resumed_one() -> None:
     assert list(resumed) == list(sampler(10, seed=5, epoch=1))[4:]
     resumed.set_epoch(2)  # as Lightning does
     assert list(resumed) == list(sampler(10, seed=5, epoch=2))
+
+
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+
+def skewed(size: int, seed: int = 0) -> Tensor:
+    """Lengths as texts have them: many short ones and a long tail, from 4 to 512."""
+    normal = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    return (40 * (0.8 * normal).exp()).round().clamp(4, 512).int()
+
+
+def bucketed(
+    lengths: Tensor, world: int = 1, rank: int = 0, batch: int = 4, seed: int = 0, epoch: int = 0
+) -> EpochSampler:
+    made = EpochSampler(len(lengths), world, rank, batch, seed, lengths)
+    made.set_epoch(epoch)
+    return made
+
+
+def padding_share(draws: EpochSampler, lengths: Tensor) -> float:
+    """Padding over all that the batches hold, each padded to its longest."""
+    batches = lengths[[index for index, _ in draws]].view(-1, draws.batch_size)
+    return 1 - float(batches.sum() / (batches.amax(1) * draws.batch_size).sum())
+
+
+@pytest.mark.parametrize("size", [3, 4, 1000, 1003])
+def test_buckets_are_whole_batches_with_nothing_twice(size: int) -> None:
+    draws = bucketed(skewed(size))
+    indices = [index for index, _ in draws]
+    assert len(indices) == len(draws) == size // 4 * 4
+    assert len(set(indices)) == len(indices)
+    assert set(indices) <= set(range(size))
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_the_last_samples_are_left_out_by_chance(epoch: int) -> None:
+    drawn = {index for index, _ in bucketed(skewed(103), epoch=epoch)}
+    assert drawn == {index for index, _ in sampler(103, batch=4, epoch=epoch)}  # whatever their length
+
+
+@pytest.mark.parametrize(("size", "world", "batch"), [(1000, 2, 4), (1003, 2, 3), (97, 4, 2), (450, 3, 1)])
+def test_processes_share_each_bucket_that_one_process_would_see(size: int, world: int, batch: int) -> None:
+    lengths = skewed(size)
+    one = in_batches(list(bucketed(lengths, batch=world * batch, seed=7, epoch=2)), world * batch)
+    ranks = [in_batches(list(bucketed(lengths, world, rank, batch, 7, 2)), batch) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {len(one)}
+    for k, expected in enumerate(one):
+        shares = [draw for batches in ranks for draw in batches[k]]
+        assert sorted(shares) == sorted(expected)
+
+
+def test_processes_get_batches_of_like_length_at_a_time() -> None:
+    lengths = skewed(1000)
+    widths = [
+        lengths[[index for index, _ in bucketed(lengths, 2, rank, 8)]].view(-1, 8).amax(1).float() for rank in range(2)
+    ]
+    assert (widths[0] - widths[1]).abs().mean() < 0.1 * widths[0].mean()
+
+
+def test_buckets_are_a_function_of_seed_and_epoch() -> None:
+    lengths = skewed(400)
+    expected = list(bucketed(lengths, seed=1, epoch=2))
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert list(bucketed(lengths, seed=1, epoch=2)) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    orders = {tuple(bucketed(lengths, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_a_sample_shares_its_batch_with_others_in_each_epoch() -> None:
+    lengths = skewed(2000)
+    company = [
+        {frozenset(index for index, _ in batch) for batch in in_batches(list(bucketed(lengths, epoch=epoch)), 4)}
+        for epoch in range(2)
+    ]
+    assert len(company[0] & company[1]) < 0.05 * len(company[0])
+
+
+@pytest.mark.parametrize(("size", "world", "rank", "batch"), [(130, 1, 0, 4), (131, 2, 1, 3), (600, 2, 0, 2)])
+def test_resume_from_any_bucket_gives_the_draws_that_remain(size: int, world: int, rank: int, batch: int) -> None:
+    lengths = skewed(size)
+    whole = list(bucketed(lengths, world, rank, batch, seed=4, epoch=2))
+    for position in range(0, len(whole) // batch, 3):
+        resumed = bucketed(lengths, world, rank, batch, seed=4)
+        resumed.seek(2, position)
+        assert len(resumed) == len(whole)
+        assert list(resumed) == whole[position * batch :]
+        assert list(resumed) == whole
+
+
+def test_buckets_hold_little_padding() -> None:
+    lengths = skewed(4000)
+    plain = padding_share(sampler(4000, batch=16), lengths)
+    assert plain > 0.5
+    assert padding_share(bucketed(lengths, batch=16), lengths) < 0.2 * plain
+
+
+def test_buckets_come_in_no_order_of_length() -> None:
+    lengths = skewed(4000)
+    means = lengths[[index for index, _ in bucketed(lengths, batch=8)]].view(-1, 8).float().mean(1)  # 500 batches
+    ranks = means.argsort().argsort().float()
+    time = torch.arange(len(ranks)).float()
+    assert abs(float(torch.corrcoef(torch.stack([ranks, time]))[0, 1])) < 0.15  # 3.4 deviations of chance
+    neighbours = torch.stack([ranks[1:], ranks[:-1]])
+    assert abs(float(torch.corrcoef(neighbours)[0, 1])) < 0.15
+
+
+def test_equal_lengths_leave_the_epoch_to_chance() -> None:
+    lengths = torch.full((200,), 7, dtype=torch.int32)
+    orders = [[index for index, _ in bucketed(lengths, epoch=epoch)] for epoch in range(2)]
+    assert [sorted(order) for order in orders] == [list(range(200))] * 2
+    assert orders[0] != orders[1]
+    assert orders[0] != sorted(orders[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- loaders
@@ -275,6 +391,69 @@ def test_evaluation_takes_every_sample_once(size: int, world: int, workers: int)
         shares.append([int(index) for (indices,) in loader for index in indices])
     assert sorted(index for share in shares for index in share) == list(range(size))
     assert shares == [list(range(rank, size, world)) for rank in range(world)]
+
+
+def test_training_loader_with_lengths_continues_where_the_state_was_taken() -> None:
+    lengths = skewed(40)
+    torch.manual_seed(8)
+    whole = list(batches(module().train_loader(Keys(40), lengths), epochs=2))
+    assert len(whole) == 26
+    for taken in (0, 5, 13, 20):
+        torch.manual_seed(8)
+        state = stopped(40, taken)
+        resumed = restored(state).train_loader(Keys(40), lengths)
+        assert list(batches(resumed, taken, epochs=2)) == whole[taken:]
+
+
+def test_training_loader_with_lengths_has_batches_of_like_length() -> None:
+    lengths = torch.arange(30, dtype=torch.int32)[torch.randperm(30)]
+    for batch in batches(module().train_loader(Keys(30), lengths), epochs=2):
+        shown = sorted(lengths[[index for index, _ in batch]].tolist())
+        assert shown == list(range(shown[0], shown[0] + 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("size", "world"), [(13, 1), (13, 3), (12, 2), (3, 3)])
+def test_evaluation_with_lengths_takes_every_sample_once_and_the_longest_first(
+    size: int, world: int, workers: int
+) -> None:
+    lengths = skewed(size)
+    shares = []
+    for rank in range(world):
+        loader = module(workers=workers, world=world, rank=rank).evaluation_loader(Keys(size), lengths)
+        shares.append([int(index) for (indices,) in loader for index in indices])
+        shown = lengths[shares[-1]].tolist()
+        assert shown == sorted(shown, reverse=True)
+    assert sorted(index for share in shares for index in share) == list(range(size))
+    assert {share[0] for share in shares} == set(lengths.argsort(descending=True, stable=True)[:world].tolist())
+    assert max(len(share) for share in shares) - min(len(share) for share in shares) <= 1
+
+
+def test_evaluation_keeps_the_order_of_samples_of_one_length() -> None:
+    loader = module().evaluation_loader(Keys(20), torch.tensor([5] * 10 + [9] * 10))
+    assert [int(index) for (indices,) in loader for index in indices] == [*range(10, 20), *range(10)]
+
+
+def test_a_collate_function_makes_the_batches() -> None:
+    def collate(rows: list[list[int]]) -> str:
+        return "-".join(str(row[0]) for row in rows)
+
+    made = module()
+    assert list(made.evaluation_loader(Keys(7), collate=collate)) == ["0-1-2", "3-4-5", "6"]
+    assert [len(batch.split("-")) for batch in made.train_loader(Keys(7), collate=collate)] == [3, 3]
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, ["own", "barrier"]), (1, ["barrier", "own"])])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_nodes_first_process_comes_first(rank: int, expected: list[str], fails: bool) -> None:
+    done: list[str] = []
+    strategy = SimpleNamespace(barrier=lambda: done.append("barrier"))
+    made = module(world=4, rank=2 + rank, local_rank=rank, strategy=strategy)
+    with pytest.raises(KeyError) if fails else nullcontext(), made.first_process_first():
+        done.append("own")
+        if fails:
+            raise KeyError("an error leaves nobody waiting")
+    assert done == expected
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -345,6 +345,7 @@ def test_shares_of_three_processes_cover_every_sample_once(tmp_path: Path, count
         batches = list(data.predict_dataloader())
         names = [name for batch in batches for name in batch["name"]]
         assert levels(batches) == [int(name.removesuffix(".png")) for name in names] == list(range(rank, count, 3))
+        assert [i for batch in batches for i in batch["index"].tolist()] == list(range(rank, count, 3))
         seen += names
     assert sorted(seen) == [f"{i:02}.png" for i in range(count)]
 

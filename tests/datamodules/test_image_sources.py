@@ -357,7 +357,7 @@ def test_cifar10_with_a_file_missing(cifar: tuple[Path, list[Pixels]]) -> None:
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere", "some/other/folder"])
 def test_a_directory_that_is_not_there(path: str) -> None:
-    with refuses("data.path", path, "is not a directory"):
+    with refuses("data.path", path, "is not here"):
         open_split(path, "train", None, None)
     with refuses("data.predict_path", path, "is not a directory"):
         open_folder(path)
@@ -510,11 +510,11 @@ def test_a_file_that_went_away(tmp_path: Path) -> None:
         table.decode(0)
 
 
-@pytest.mark.parametrize("keep", [0, 3, 100])
-def test_truncated_parquet(tmp_path: Path, keep: int) -> None:
+@pytest.mark.parametrize(("keep", "part"), [(0, "is an empty file"), (3, "parquet"), (100, "parquet")])
+def test_truncated_parquet(tmp_path: Path, keep: int, part: str) -> None:
     file = write_split(tmp_path / "data/train-00000-of-00001.parquet", pictures(2), [0, 1])
     file.write_bytes(file.read_bytes()[:keep])
-    with refuses("data.path", str(file), "Parquet"):
+    with refuses("data.path", str(file), part):
         opened(tmp_path)
 
 

@@ -259,9 +259,12 @@ def test_top_five_is_of_more_than_five_classes(classes: int, names: set[str]) ->
 @torch.no_grad()
 def test_predictions_are_rows_of_a_table() -> None:
     model = randomize(classifier()).eval()
-    data = {"image": batch()["image"], "name": [f"{i}.png" for i in range(6)]}
+    index = torch.tensor([4, 0, 2, 11, 3, 7])
+    data = {"image": batch()["image"], "index": index, "name": [f"{i}.png" for i in range(6)]}
     rows = model.predict_step(data, 0)
     probability = model(data["image"]).softmax(-1)
+    assert list(rows) == ["index", "name", "class", "probability"]
+    assert rows["index"] == [4, 0, 2, 11, 3, 7]
     assert rows["name"] == data["name"]
     assert rows["class"] == [f"class {i}" for i in probability.argmax(-1)]
     assert rows["probability"] == pytest.approx(probability.max(-1).values.tolist(), abs=1e-6)
@@ -280,13 +283,18 @@ def test_saved_state_comes_back() -> None:
     assert torch.equal(other(image), model(image))
 
 
-def test_running_statistics_are_saved() -> None:
+@pytest.mark.parametrize("tuning", ["head", "full"])
+def test_running_statistics_are_saved_where_they_run(tuning: Any) -> None:
     args = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 24), "stem_width": 8}
     model = ImageClassifier(
-        "resnet18", "none", backbone_args=args, image_size=32, tuning="head", class_names=["a", "b"]
+        "resnet18", "none", backbone_args=args, image_size=32, tuning=tuning, class_names=["a", "b"]
     )
-    assert {f"backbone.{name}" for name, _ in model.backbone.named_buffers()} <= model.saved_state().keys()
-    assert "backbone.conv1.weight" not in model.saved_state()
+    statistics = {f"backbone.{name}" for name, _ in model.backbone.named_buffers()}
+    before = {name: value.clone() for name, value in model.state_dict().items() if name in statistics}
+    model(torch.randn(6, 3, 32, 32))
+    moved = {name for name, value in model.state_dict().items() if name in statistics and not value.equal(before[name])}
+    assert statistics & model.saved_state().keys() == moved == (statistics if tuning == "full" else set())
+    assert ("backbone.bn1.weight" in model.saved_state()) is (tuning == "full")
 
 
 @pytest.mark.parametrize("strict", [True, False])

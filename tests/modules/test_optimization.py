@@ -35,7 +35,8 @@ def groups_of(
     backbone: nn.Module, head: nn.Module | None = None, tuning: str = "adapter", **rates: float
 ) -> dict[str, dict[str, Any]]:
     keys = {"learning_rate": 0.5, "weight_decay": 0.1, "lr_ratio_b": 16.0, "lr_ratio_head": 4.0, **rates}
-    groups = parameter_groups(backbone, head or nn.Linear(32, 3), tuning=tuning, **keys)
+    named_head = {f"head.{name}": p for name, p in (head or nn.Linear(32, 3)).named_parameters()}
+    groups = parameter_groups(backbone, named_head, tuning=tuning, **keys)
     named = {group["name"]: group for group in groups}
     assert len(named) == len(groups)
     return named
@@ -135,6 +136,22 @@ def test_only_the_matrix_of_the_head_is_decayed() -> None:
     groups = groups_of(adapted("B"), head)
     assert ids(groups["head"]) == [id(head.weight)]
     assert ids(groups["head/no_decay"]) == [id(head.bias)]
+
+
+@pytest.mark.parametrize("tuning", ["head", "full"])
+def test_a_head_inside_the_backbone_is_in_the_groups_of_the_head_alone(tuning: str) -> None:
+    backbone = vit()
+    backbone.head = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8), nn.Linear(8, 3, bias=False))
+    groups = groups_of(backbone, backbone.head, tuning)
+    names = {id(p): name for name, p in backbone.named_parameters()}
+    grouped = {name: {names[i] for i in ids(group)} for name, group in groups.items()}
+    assert grouped["head"] == {"head.0.weight", "head.2.weight"}
+    assert grouped["head/no_decay"] == {"head.0.bias", "head.1.weight", "head.1.bias"}
+    everything = ids(*groups.values())
+    assert len(set(everything)) == len(everything)  # AdamW would refuse a parameter in two groups
+    in_head = {name for name in names.values() if name.startswith("head.")}
+    assert {names[i] for i in everything} == (set(names.values()) if tuning == "full" else in_head)
+    assert {groups[name]["lr"] for name in ("head", "head/no_decay")} == {2.0}
 
 
 def test_only_trained_factors_move_when_everything_may_have_a_gradient() -> None:

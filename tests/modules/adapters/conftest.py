@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import timm
@@ -16,10 +17,18 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from modules.adapters import AdapterConfig, adapter_state, attach
@@ -94,12 +103,59 @@ def roberta() -> Backbone:
     return Backbone(model, _tokens(), counts, head=("classifier",))
 
 
+def _deberta(**options: object) -> nn.Module:
+    positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    return DebertaV2Model(DebertaV2Config(**TEXT, **positions, type_vocab_size=0, **options))
+
+
+def deberta_v2() -> Backbone:
+    counts = dict.fromkeys(("query", "key", "value", "output", "mlp_in", "mlp_out"), 2)
+    return Backbone(_deberta(), _tokens(), counts | {"other": 4})  # pos_key_proj and pos_query_proj
+
+
+def deberta_v3() -> Backbone:
+    counts = dict.fromkeys(("query", "key", "value", "output", "mlp_in", "mlp_out"), 2)
+    return Backbone(_deberta(share_att_key=True, position_buckets=4), _tokens(), counts)  # each used for positions too
+
+
+def distilbert() -> Backbone:
+    config = DistilBertConfig(vocab_size=30, dim=16, n_layers=2, n_heads=4, hidden_dim=24, initializer_range=0.2)
+    counts = dict.fromkeys(("query", "key", "value", "output", "mlp_in", "mlp_out"), 2)
+    return Backbone(DistilBertModel(config), _tokens(), counts)
+
+
+SIDES: dict[str, Any] = {
+    f"{side}_{key}": n
+    for side in ("encoder", "decoder")
+    for key, n in (("layers", 1), ("ffn_dim", 24), ("attention_heads", 2))
+}
+TWO_SIDES = dict.fromkeys(("query", "key", "value", "output"), 3) | {"mlp_in": 2, "mlp_out": 2}
+
+
 def bart() -> Backbone:
-    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 24))}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = BartConfig(vocab_size=30, d_model=16, max_position_embeddings=32, init_std=0.2, **sides, **heads)
-    counts = dict.fromkeys(("query", "key", "value", "output"), 3) | {"mlp_in": 2, "mlp_out": 2}
-    return Backbone(BartForConditionalGeneration(config), _tokens(), counts)  # lm_head is tied: not to be found
+    config = BartConfig(vocab_size=30, d_model=16, max_position_embeddings=32, init_std=0.2, **SIDES)
+    return Backbone(BartForConditionalGeneration(config), _tokens(), TWO_SIDES)  # lm_head is tied: not to be found
+
+
+def pegasus() -> Backbone:
+    config = PegasusConfig(vocab_size=30, d_model=16, max_position_embeddings=32, init_std=0.2, **SIDES)
+    return Backbone(PegasusForConditionalGeneration(config), _two_texts(), TWO_SIDES)
+
+
+def _t5(**options: object) -> T5ForConditionalGeneration:
+    config = T5Config(vocab_size=30, d_model=16, d_kv=8, num_heads=2, num_layers=1, d_ff=24, **options)
+    return T5ForConditionalGeneration(config)
+
+
+def t5() -> Backbone:
+    return Backbone(_t5(), _two_texts(), TWO_SIDES)
+
+
+def t5_gated() -> Backbone:
+    """As version 1.1 and Flan-T5: two inputs to the feed-forward layer, and a lm_head of its own."""
+    model = _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    model.lm_head.weight = nn.Parameter(torch.randn(30, 16))  # loading unties it, the configuration does not
+    return Backbone(model, _two_texts(), TWO_SIDES | {"mlp_gate": 2}, head=("lm_head",))
 
 
 def llama() -> Backbone:
@@ -112,12 +168,18 @@ def _tokens() -> dict[str, Tensor]:
     return {"input_ids": torch.randint(4, 30, (2, 7))}
 
 
-BACKBONES: dict[str, Callable[[], Backbone]] = {f.__name__: f for f in (vit, vit_swiglu, bert, roberta, bart, llama)}
+def _two_texts() -> dict[str, Tensor]:
+    return _tokens() | {"decoder_input_ids": torch.randint(4, 30, (2, 5))}
 
 
-@pytest.fixture(params=list(BACKBONES))
+FAMILIES = (vit, vit_swiglu, bert, roberta, deberta_v2, distilbert, bart, t5_gated, llama)
+VARIANTS = (deberta_v3, pegasus, t5)  # near enough to one above to be tested where they differ
+BACKBONES: dict[str, Callable[[], Backbone]] = {f.__name__: f for f in FAMILIES + VARIANTS}
+
+
+@pytest.fixture(params=[f.__name__ for f in FAMILIES])
 def backbone(request: pytest.FixtureRequest, deterministic: None) -> Backbone:
-    """Each family in turn; `parametrize("backbone", ["vit"], indirect=True)` for one of them."""
+    """Each family in turn; `parametrize("backbone", ["vit"], indirect=True)` for one of them, or a variant."""
     return BACKBONES[request.param]()
 
 

@@ -21,6 +21,10 @@ only_vit = pytest.mark.parametrize("backbone", ["vit"], indirect=True)
 only_bert = pytest.mark.parametrize("backbone", ["bert"], indirect=True)
 only_roberta = pytest.mark.parametrize("backbone", ["roberta"], indirect=True)
 only_bart = pytest.mark.parametrize("backbone", ["bart"], indirect=True)
+only_deberta = pytest.mark.parametrize("backbone", ["deberta_v2"], indirect=True)
+only_gated = pytest.mark.parametrize("backbone", ["t5_gated"], indirect=True)
+only_tied = pytest.mark.parametrize("backbone", ["bart", "pegasus", "t5"], indirect=True)
+only_variants = pytest.mark.parametrize("backbone", ["deberta_v3", "pegasus", "t5"], indirect=True)
 only_llama = pytest.mark.parametrize("backbone", ["llama"], indirect=True)
 
 
@@ -49,6 +53,24 @@ def test_projections_of_each_role(backbone: Backbone) -> None:
     projections = find_projections(backbone.model, backbone.head)
     assert Counter(p.role for p in projections) == backbone.counts
     assert len({p.name for p in projections}) == len(projections)
+
+
+@only_variants
+def test_projections_of_each_role_in_variants(backbone: Backbone) -> None:
+    assert Counter(p.role for p in find_projections(backbone.model, backbone.head)) == backbone.counts
+
+
+@only_variants
+@pytest.mark.parametrize("train", ["B", "both"])
+def test_adapters_of_variants_take_part(backbone: Backbone, train: str, randomize: Callable[[nn.Module], None]) -> None:
+    model = backbone.attach(targets="all", train=train)
+    torch.testing.assert_close(backbone.run(), backbone.pretrained_output(), atol=1e-5, rtol=1e-5)
+    randomize(model)
+    assert not torch.allclose(backbone.run(), backbone.pretrained_output(), atol=1e-3)
+    backbone.loss().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == sum(backbone.counts.values()) * (2 if train == "both" else 1)
+    assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
 
 
 def test_slices_tile_their_layers(backbone: Backbone) -> None:
@@ -87,8 +109,8 @@ def test_robertas_classifier_is_no_output_projection(backbone: Backbone) -> None
         assert not any(layer.startswith("classifier") for layer in layers)
 
 
-@only_bart
-def test_barts_tied_head_is_never_found(backbone: Backbone) -> None:
+@only_tied
+def test_a_tied_head_is_never_found(backbone: Backbone) -> None:
     assert isinstance(backbone.model.lm_head, nn.Linear)
     assert not any("lm_head" in p.layer for p in chosen(backbone, "regex:.*"))
     with pytest.raises(AdapterError, match="matches nothing"):
@@ -100,6 +122,38 @@ def test_barts_head_is_found_when_it_is_not_tied(backbone: Backbone) -> None:
     assert isinstance(backbone.model, BartForConditionalGeneration)
     backbone.model.lm_head.weight = nn.Parameter(backbone.model.lm_head.weight.detach().clone())
     assert [p.role for p in chosen(backbone, "regex:lm_head")] == ["other"]
+
+
+@only_gated
+def test_t5s_untied_head_has_no_role(backbone: Backbone) -> None:
+    assert [p.role for p in find_projections(backbone.model) if p.layer == "lm_head"] == ["other"]
+    assert not any("lm_head" in p.layer for p in select(find_projections(backbone.model), ["all"]))
+
+
+@only_gated
+def test_t5s_gate_is_the_layer_that_passes_the_activation(backbone: Backbone) -> None:
+    assert {p.layer.rpartition(".")[2] for p in chosen(backbone, "mlp_gate")} == {"wi_0"}
+    assert {p.layer.rpartition(".")[2] for p in chosen(backbone, "mlp_in")} == {"wi_1"}
+    dense = backbone.model.get_submodule("encoder.block.0.layer.1.DenseReluDense")
+    x = torch.randn(1, 16)
+    expected = dense.wo(dense.act(dense.wi_0(x)) * dense.wi_1(x))  # type: ignore[operator]
+    torch.testing.assert_close(dense(x), expected)
+
+
+@only_deberta
+@pytest.mark.parametrize("target", ["query", "key", "attention", "all"])
+def test_debertas_projections_of_positions_stay_as_they_are(backbone: Backbone, target: str) -> None:
+    names = {name.rpartition(".")[2] for name, m in backbone.model.named_modules() if isinstance(m, nn.Linear)}
+    assert {"pos_key_proj", "pos_query_proj"} < names
+    assert not any(".pos_" in p.layer for p in chosen(backbone, target))
+    assert len(chosen(backbone, r"regex:.*\.pos_(key|query)_proj")) == 4
+
+
+@pytest.mark.parametrize("backbone", ["pegasus", "t5", "t5_gated"], indirect=True)
+def test_attention_is_of_both_sides_and_between_them(backbone: Backbone) -> None:
+    kinds = Counter(p.layer.rpartition(".")[0] for p in chosen(backbone, "attention"))
+    assert len(kinds) == 3
+    assert set(kinds.values()) == {4}
 
 
 @only_bart
@@ -175,6 +229,21 @@ def test_unequal_thirds_are_not_split() -> None:
         ("layers.0.self_attn.q_proj_2", "other"),
         ("fc1", "other"),
         ("layers.12.fc1", "mlp_in"),
+        ("attention.self.query_proj", "query"),
+        ("attention.self.pos_query_proj", "other"),
+        ("attention.self.pos_key_proj", "other"),
+        ("attention.q_lin", "query"),
+        ("ffn.lin1", "mlp_in"),
+        ("lin1", "other"),
+        ("block.0.layer.0.SelfAttention.q", "query"),
+        ("block.0.layer.1.EncDecAttention.o", "output"),
+        ("attention.q", "other"),
+        ("DenseReluDense.wi", "mlp_in"),
+        ("DenseReluDense.wi_0", "mlp_gate"),
+        ("DenseReluDense.wi_1", "mlp_in"),
+        ("DenseReluDense.wo", "mlp_out"),
+        ("pre_classifier", "other"),
+        ("pooler.dense", "other"),
     ],
 )
 def test_a_layers_name_decides_from_dot_to_end(layer: str, role: str) -> None:
@@ -206,7 +275,7 @@ def test_select_a_group(backbone: Backbone, target: str, roles: tuple[str, ...])
 
 def test_overlapping_targets_count_once_in_the_models_order(backbone: Backbone) -> None:
     once = chosen(backbone, "attention")
-    assert chosen(backbone, "value", "attention", "regex:.*(query|q_proj)") == once
+    assert chosen(backbone, "value", "attention", r"regex:.*\.(query|q_proj|query_proj|q_lin|q|qkv\.query)") == once
 
 
 @only_vit

@@ -1,0 +1,74 @@
+"""What the small BART's experiments on 1,000 rows of XSum need besides the command line.
+
+`rows` writes three sets below a folder: `overfit` (32 training rows, which are its validation and test rows too),
+`first` and `second` (a half of the training rows each, with the whole validation and test split), and prints the ROUGE
+of lead-1, the first sentence of each test document. `backbone` saves the model of a run that was tuned in full as a
+directory in the hub's layout.
+
+    python -m benchmarks.xsum_rows rows --source ../shared/data/xsum --output DIR
+    python -m benchmarks.xsum_rows backbone --run RUN --output DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import datasets
+
+from app.checkpoint_io import read_checkpoint
+from app.run_directory import resolve_checkpoint
+from modules.rouge import Rouge, in_lines
+from modules.summarization import Summarizer
+
+
+def write_rows(source: Path, output: Path) -> None:
+    """Write the sets and print lead-1."""
+    splits = {s: datasets.Dataset.from_parquet(str(source / f"{s}.parquet")) for s in ("train", "validation", "test")}
+    train = splits["train"]
+    half, few = len(train) // 2, train.select(range(32))
+    sets = {
+        "overfit": {"train": few, "validation": few, "test": few},
+        "first": {**splits, "train": train.select(range(half))},
+        "second": {**splits, "train": train.select(range(half, len(train)))},
+    }
+    for name, parts in sets.items():
+        for split, rows in parts.items():
+            rows.to_parquet(str(output / name / f"{split}.parquet"))
+    rouge = Rouge()
+    test = splits["test"]
+    rouge.update([in_lines(document).partition("\n")[0] for document in test["document"]], list(test["summary"]))
+    print("lead-1:", json.dumps({k: round(v.item(), 4) for k, v in rouge.compute().items()}))
+
+
+def save_backbone(run: Path, output: Path) -> None:
+    """Save a run's best model."""
+    checkpoint = read_checkpoint(resolve_checkpoint(str(run), run.parent, prefer_best=True))
+    keys = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
+    module = Summarizer(**keys)
+    if module.tuning != "full":
+        raise SystemExit(f"{run} was not tuned in full: its backbone is the one that it began with.")
+    module.load_state_dict(checkpoint["state_dict"])
+    module.backbone.save_pretrained(output)
+    module.tokenizer.save_pretrained(output)
+
+
+def main() -> None:
+    """Run one of the two."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    rows, backbone = commands.add_parser("rows"), commands.add_parser("backbone")
+    rows.add_argument("--source", type=Path, required=True)
+    backbone.add_argument("--run", type=Path, required=True)
+    for command in (rows, backbone):
+        command.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.command == "rows":
+        write_rows(arguments.source, arguments.output)
+    else:
+        save_backbone(arguments.run, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

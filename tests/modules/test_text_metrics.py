@@ -1,0 +1,151 @@
+"""Metrics of texts against scikit-learn's and SciPy's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+
+from modules.base import ModelError
+from modules.text_metrics import CLASSIFICATION, REGRESSION, build_metrics
+
+Reference = Callable[[Any, Any], float]
+
+
+def guesses(classes: int, size: int = 200) -> tuple[Tensor, Tensor]:
+    """Logits that are right more often than not, and unequally many labels of each class."""
+    label = torch.multinomial(torch.arange(1.0, classes + 1), size, replacement=True)
+    return torch.randn(size, classes) + 1.2 * torch.eye(classes)[label], label
+
+
+def scores(size: int = 200) -> tuple[Tensor, Tensor]:
+    """Scores in the range of STS-B, with ties as it has them."""
+    label = (torch.rand(size) * 25).round() / 5
+    return (label + torch.randn(size)).round(decimals=1), label
+
+
+def compute(name: str, classes: int, preds: Tensor, label: Tensor) -> float:
+    metrics = build_metrics([name], classes)
+    metrics.update(preds, label)
+    return float(metrics.compute()[name])
+
+
+def macro_f1(label: Any, preds: Any) -> float:
+    return f1_score(label, preds, average="macro")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "reference"),
+    [
+        ("accuracy", 2, accuracy_score),
+        ("accuracy", 3, accuracy_score),
+        ("f1", 2, f1_score),
+        ("f1", 3, macro_f1),
+        ("matthews", 2, matthews_corrcoef),
+        ("matthews", 3, matthews_corrcoef),
+    ],
+)
+def test_classification_is_scikit_learns(name: str, classes: int, reference: Reference) -> None:
+    logits, label = guesses(classes)
+    expected = reference(label.numpy(), logits.argmax(-1).numpy())
+    assert 0.2 < expected < 0.95
+    assert compute(name, classes, logits, label) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "reference"), [("pearson", pearsonr), ("spearman", spearmanr)])
+def test_regression_is_scipys(name: str, reference: Callable[..., Any]) -> None:
+    preds, label = scores()
+    expected = reference(preds.double().numpy(), label.double().numpy()).statistic
+    assert 0.2 < expected < 0.99
+    assert compute(name, 0, preds, label) == pytest.approx(expected, abs=1e-5)
+
+
+def test_f1_of_two_classes_is_that_of_label_one() -> None:
+    label = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+    logits = torch.eye(2)[torch.tensor([0, 0, 0, 0, 0, 1, 1, 0])]
+    assert compute("f1", 2, logits, label) == pytest.approx(0.5)  # of label 0: 5/6
+    assert compute("f1", 2, logits.flip(-1), 1 - label) == pytest.approx(5 / 6)
+
+
+def test_macro_f1_leaves_out_classes_that_nobody_named() -> None:
+    label, preds = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
+    expected = macro_f1(label.numpy(), preds.numpy())
+    assert compute("f1", 3, torch.eye(3)[preds], label) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("preds", [0, 1])
+@pytest.mark.parametrize(("name", "reference"), [("f1", f1_score), ("matthews", matthews_corrcoef)])
+def test_a_model_that_always_says_the_same(name: str, reference: Reference, preds: int) -> None:
+    label = (torch.arange(100) % 10 > 2).long()  # as one-sided as CoLA's, where that is a usual way to begin
+    always = torch.full((100,), preds)
+    expected = reference(label.numpy(), always.numpy())
+    assert compute(name, 2, torch.eye(2)[always], label) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 0])
+def test_batches_of_unequal_size_add_up_to_the_whole(classes: int) -> None:
+    names = list(CLASSIFICATION if classes else REGRESSION)
+    preds, label = guesses(classes) if classes else scores()
+    whole, parts = build_metrics(names, classes), build_metrics(names, classes)
+    whole.update(preds, label)
+    for some, of_them in zip(preds.split([1, 120, 79]), label.split([1, 120, 79]), strict=True):
+        parts.update(some, of_them)
+    expected, actual = whole.compute(), parts.compute()
+    assert list(actual) == list(expected) == names
+    for name in names:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_reset_forgets_what_was_seen() -> None:
+    metrics = build_metrics(["accuracy", "f1"], 2)
+    metrics.update(*guesses(2))
+    metrics.reset()
+    logits, label = guesses(2, 50)
+    metrics.update(logits, label)
+    preds = logits.argmax(-1)
+    expected = {"accuracy": accuracy_score(label, preds), "f1": f1_score(label, preds)}
+    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_metric_of_a_collection_is_its_own() -> None:
+    preds, label = guesses(3)
+    together = build_metrics(list(CLASSIFICATION), 3)
+    together.update(preds, label)
+    alone = {name: compute(name, 3, preds, label) for name in CLASSIFICATION}
+    assert {name: float(value) for name, value in together.compute().items()} == pytest.approx(alone)
+    assert len(set(np.round(list(alone.values()), 6))) == 3
+
+
+def test_clones_with_a_prefix_do_not_share_their_state() -> None:
+    first = build_metrics(["accuracy"], 2)
+    second = first.clone(prefix="val/", postfix="_matched")
+    first.update(torch.eye(2), torch.tensor([0, 1]))
+    second.update(torch.eye(2), torch.tensor([0, 0]))
+    assert first.compute() == {"accuracy": torch.tensor(1.0)}
+    assert second.compute() == {"val/accuracy_matched": torch.tensor(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "given", "known"),
+    [
+        (["acc"], 2, "acc is not for classification into 2 classes", CLASSIFICATION),
+        (["accuracy", "pearson"], 3, "pearson is not for classification into 3 classes", CLASSIFICATION),
+        (["accuracy", "f1"], 0, "accuracy, f1 is not for regression", REGRESSION),
+        (["Spearman"], 0, "Spearman is not for regression", REGRESSION),
+        ([], 2, "[] is not for classification", CLASSIFICATION),
+        ([], 0, "[] is not for regression", REGRESSION),
+    ],
+)
+def test_a_metric_of_another_task_is_refused_with_a_choice(
+    names: list[str], classes: int, given: str, known: dict[str, Any]
+) -> None:
+    with pytest.raises(ModelError) as error:
+        build_metrics(names, classes)
+    assert str(error.value).startswith(f"model.metrics: {given}")
+    assert str(error.value).endswith(f"choose from {', '.join(known)}.")
