@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 class HeatMap:
@@ -22,6 +23,7 @@ class HeatMap:
         self.axes = self.figure.add_subplot()
         step = -(-len(rows) // 24)
         self.axes.set_yticks(range(0, len(rows), step), list(rows)[::step], fontsize=7)
+        self.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         self.axes.set_xlabel("index of the singular value", fontsize=8)
         self.image = self.axes.imshow(np.zeros((len(rows), 1)), aspect="auto", interpolation="nearest")
         self.bar = self.figure.colorbar(self.image)

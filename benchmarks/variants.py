@@ -48,7 +48,8 @@ def main() -> None:
     """Sweep, repeat, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--metric", default="acc1", help="of val/ to choose the rate by, of test/ to report")
+    parser.add_argument("--metric", default="acc1", help="of val/ to choose the rate by")
+    parser.add_argument("--report", nargs="+", help="of test/ to report; without it the metric")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["B", "A", "both", "head"])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--rates_full", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the same for full")
@@ -89,7 +90,9 @@ def main() -> None:
     for seed in others:
         for variant in grids:
             once(variant, best[variant], seed)
-    print(table([[once(v, best[v], s) for s in arguments.seeds] for v in grids], arguments.metric))
+    print(
+        table([[once(v, best[v], s) for s in arguments.seeds] for v in grids], arguments.report or [arguments.metric])
+    )
 
 
 def _load(path: Path, options: list[str]) -> dict[str, Any]:
@@ -111,27 +114,28 @@ def _load(path: Path, options: list[str]) -> dict[str, Any]:
     return record
 
 
-def table(groups: list[list[dict[str, Any]]], metric: str) -> str:
-    """A Markdown table: mean ± standard error over seeds."""
+def table(groups: list[list[dict[str, Any]]], metrics: list[str]) -> str:
+    """A Markdown table: mean ± standard error over seeds, of test and validation."""
 
     def mean(group: list[dict[str, Any]], key: str, percent: bool = False) -> str:
         values = [r["metrics"][key] * (100 if percent else 1) for r in group]
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        return f"{statistics.mean(values):.2f} ± {error:.2f}" if percent else f"{statistics.mean(values):.0f}"
+        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{error}" if percent else f"{statistics.mean(values):.0f}"
 
-    lines = [
-        f"| trained | rate | test {metric}, % | val {metric}, % | trained parameters | factors A and B, KiB | fit, s |",
-        "|---|---|---|---|---|---|---|",
+    scores = [f"{split}/{metric}" for split in ("test", "val") for metric in metrics]
+    heads = ["trained", "rate", *(f"{s}, %" for s in scores), "trained parameters", "factors A and B, KiB", "fit, s"]
+    rows = [
+        [
+            group[0]["variant"],
+            f"{group[0]['learning_rate']:g}",
+            *(mean(group, score, percent=True) for score in scores),
+            f"{group[0]['metrics']['params/trainable']:,}",
+            f"{group[0]['metrics']['adapter/bytes'] / 1024:.0f}",
+            mean(group, "time/fit_seconds"),
+        ]
+        for group in groups
     ]
-    for group in groups:
-        metrics = group[0]["metrics"]
-        kib = metrics["adapter/bytes"] / 1024
-        lines.append(
-            f"| {group[0]['variant']} | {group[0]['learning_rate']:g} | {mean(group, f'test/{metric}', True)} | "
-            f"{mean(group, f'val/{metric}', True)} | {metrics['params/trainable']:,} | {kib:.0f} | "
-            f"{mean(group, 'time/fit_seconds')} |"
-        )
-    return "\n".join(lines)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows))
 
 
 if __name__ == "__main__":

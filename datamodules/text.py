@@ -268,19 +268,32 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
         columns: Columns that `encode` gets.
         encode: From a batch of columns to a batch of token lists, with `length` among them.
         key: What the encoding depends on besides the texts: `tokenizer_state`, lengths.
+
+    Raises:
+        DataError: If the cache cannot be written.
     """
     texts = table.data.select_columns(list(columns))
     digest = hashlib.sha256(json.dumps([dict(key), list(columns), datasets.__version__], sort_keys=True).encode())
     for rows in texts.with_format("arrow").iter(batch_size=10_000):
         for batch in rows.combine_chunks().to_batches():
             digest.update(batch.serialize())
-    name = digest.hexdigest()
+    name = digest.hexdigest()[:40]  # the library takes no longer fingerprints
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "onesided" / f"{name}.arrow"
-    cache.parent.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status(f"Tokenising {len(texts):,} rows of {table.where}"):
-        return texts.map(
-            encode, batched=True, remove_columns=list(columns), cache_file_name=str(cache), new_fingerprint=name[:32]
-        )
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            return texts.map(
+                encode,
+                batched=True,
+                remove_columns=texts.column_names,
+                cache_file_name=str(cache),
+                new_fingerprint=name,
+            )
+        except OSError as error:
+            raise DataError(
+                f"The tokens of {table.where} could not be written to {cache.parent} ({error}); free some space, or "
+                "set HF_DATASETS_CACHE to another folder."
+            ) from error
 
 
 def tokenizer_state(tokenizer: Any) -> str:

@@ -119,7 +119,8 @@ class Summarizer(AdaptedModule):
         self._generation_config = deepcopy(self.backbone.generation_config)  # start, end and forced tokens
         for key, value in {**asdict(self.generation), "max_new_tokens": None, "min_new_tokens": None}.items():
             setattr(self._generation_config, key, value)
-        self.configure_tuning(built.heads)
+        # an output layer of its own is a head only if it came without weights
+        self.configure_tuning([h for h in built.heads if any(name.startswith(f"{h}.") for name in built.new)])
         self.rouge = nn.ModuleDict({s: Rouge() for s in ("val", "test")})
         self.losses = nn.ModuleDict({s: MeanMetric() for s in ("val", "test")})
         self._samples: list[tuple[str, str, str]] = []

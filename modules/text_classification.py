@@ -72,6 +72,8 @@ class TextClassifier(AdaptedModule):
         self.model_config = built.model.config
         self.backbone = built.model
         self.tokenizer = load_tokenizer(backbone, built.model)
+        if self.model_config.pad_token_id is None:  # decoders look for the last token before the padding
+            self.model_config.pad_token_id = self.tokenizer.pad_token_id
         self.position_limit = position_limit(built.model)
         self._new = built.new
         self.configure_tuning(built.heads)
