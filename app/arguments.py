@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -76,6 +77,44 @@ def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
         if "_class_path" in values:
             saved[section] = {"class_path": values.pop("_class_path"), "init_args": values}
     return saved
+
+
+def check_classes(saved: dict[str, Any], contents: list[dict[str, Any]]) -> None:
+    """Refuse a checkpoint of another task than the files are for.
+
+    Raises:
+        ArgumentError: With both classes.
+    """
+    for section, content in saved.items():
+        wanted = last_value(f"{section}.class_path", [], contents)
+        if wanted is not None and wanted != content["class_path"]:
+            raise ArgumentError(
+                None,
+                f"ckpt_path: the checkpoint was trained with {content['class_path']}, and the configuration file is "
+                f"for {wanted}; use the config.yaml of the checkpoint's run, or another checkpoint.",
+            )
+
+
+def check_keys(options: list[str], config: Namespace) -> None:
+    """Refuse a key inside a nested group that the parser took for an abbreviation: it guesses there, unasked.
+
+    Raises:
+        ArgumentError: With the key and the ones there are.
+    """
+    final = config[config["subcommand"]] if config.get("subcommand") else config
+    for word in options:
+        section, *keys = word.removeprefix("--").partition("=")[0].removesuffix("+").split(".")
+        node = final.get(section) if word.startswith("--") and len(keys) > 1 else None
+        node = node.get("init_args", node) if isinstance(node, Namespace) else None
+        for depth, key in enumerate(k for k in keys if k != "init_args"):
+            if not isinstance(node, Namespace):
+                break
+            if key not in node and key not in ("class_path", "help"):
+                close = difflib.get_close_matches(key, list(node.keys()), n=1)
+                name = ".".join([section, *keys[: depth + 1]])
+                hint = f"; did you mean {close[0]}" if close else ""
+                raise ArgumentError(None, f"There is no key {name}{hint}? Its group has {', '.join(node.keys())}.")
+            node = node.get(key)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from app.arguments import (
+    check_classes,
+    check_keys,
     default_root,
     last_value,
     read_yaml,
@@ -140,12 +142,15 @@ class AsymmetryCLI(LightningCLI):
         given = last_value("ckpt_path", options, contents)
         if given is None or not command:
             self.config = parser.parse_args([*command, *files, *options])
+            check_keys(options, self.config)
             return
         self.checkpoint = resolve_checkpoint(str(given), self.root, prefer_best=command != ["fit"])
         self.loaded = read_checkpoint(self.checkpoint)
         saved = saved_configuration(self.loaded)
+        check_classes(saved, contents)
         with temporary_yaml(saved) as path:
             self.config = parser.parse_args([*command, *files, "--config", path, *options])
+        check_keys(options, self.config)
         final = self.config[self.config["subcommand"]]
         final["ckpt_path"] = str(self.checkpoint)
         report_differences(saved, contents, final)

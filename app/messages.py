@@ -15,19 +15,20 @@ import datasets
 def parser_message(error: Exception) -> str:
     """The parser's complaint in one line: of all the alternatives that it tried, what was wrong with the one meant."""
     text = str(error)
-    prefix = ""
-    if key := re.match(r'Parser key "([^"]+)":\s*Does not validate', text):
-        prefix = f"{key[1]}: "
+    keys = re.findall(r'Parser key "([^"]+)":\s*Does not validate', text)  # the outer, and the one within its class
+    prefix = f"{'.'.join(keys)}: " if keys else ""
     # every alternative is a bullet behind "Errors:", in one line or one each
     bullets = re.findall(r"(?:^|\s)- (.*?)(?=\s+- |\s*Given value type:|$)", text.partition("Errors:")[2], re.S)
     meant = [b for b in bullets if "<class 'NoneType'>" not in b]
-    given = re.search(r"Given value: (\S{1,40})$", text.strip())
+    given = re.search(r"Given value: (\S{1,40})$", text.strip(), re.M)  # the first is the innermost
     if meant:
-        text = prefix + meant[0] + (f", got {given[1]}" if given and "NestedArg" not in given[1] else "")
+        said = "Got value" in meant[0] or not given or given[1].startswith(("NestedArg", "Namespace"))
+        text = prefix + meant[0] + ("" if said or not given else f", got {given[1]}")
     if unknown := re.search(r"(?:Option '|arguments: --)([\w.]+)", text):
         text = _unknown_key(text, unknown[1]) or text
     text = re.sub(r"Problem with given class_path '[^']*':\s*", "", text)
     text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value:", r"expected one of \1, got", text)
+    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", text)
     text = re.sub(r"Expected an? <class '(?:builtins\.)?(\w+)'>", r"expected \1", text)
     text = re.sub(r"\. Got value:", ", got", text)
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)

@@ -188,6 +188,8 @@ class GlueData(TextData):
 
     def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
         """Tokens of some rows of a table with their labels; of all rows without, for prediction."""
+        for column in self.columns:
+            check_texts(table, "text_columns", column)
         if rows is None:
             return TokenDataset(self._tokenize(table))
         assert self.class_names is not None
@@ -197,8 +199,6 @@ class GlueData(TextData):
     # ------------------------------------------------------------------------------------------------------ tokens
 
     def _tokenize(self, table: Table) -> Any:
-        for column in self.columns:
-            check_texts(table, "text_columns", column)
         tokenizer, limit = self.tokenizer, self.max_length
 
         def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -117,7 +117,9 @@ class SummarizationData(TextData):
             return TokenDataset(self._tokenize(table, [self.source_column]))
         check_texts(table, "target_column", self.target_column)
         chosen = table.select(rows)
-        references = chosen.data.select_columns([self.target_column]).rename_column(self.target_column, "reference")
+        references = chosen.data.select_columns([self.target_column])
+        if self.target_column != "reference":
+            references = references.rename_column(self.target_column, "reference")
         return TokenDataset(self._tokenize(chosen, [self.source_column, self.target_column]), texts=references)
 
     def _tokenize(self, table: Table, columns: list[str]) -> Any:

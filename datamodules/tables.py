@@ -131,10 +131,16 @@ def _read(files: list[Path], key: str = "path") -> Table:
     except Exception as error:  # truncated, another format, columns of mixed types; the library raises many kinds
         if "corresponds to no data" in str(error):
             raise DataError(f"data.{key}: {names[0]} has no rows.") from error
-        cause = str(error.__cause__ or error).strip().splitlines()
+        cause: BaseException = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
+            raise DataError(
+                f"data.{key}: {names[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} "
+                f"({cause}); free some space, or set HF_DATASETS_CACHE to another folder."
+            ) from error
+        reason = str(cause).strip().splitlines()
         raise DataError(
-            f"data.{key}: {', '.join(names)} cannot be read as {suffix[1:]} ({cause[0] if cause else error!r}). It may "
-            "be damaged, or a column may hold values of several types."
+            f"data.{key}: {', '.join(names)} cannot be read as {suffix[1:]} ({reason[0] if reason else repr(cause)}). "
+            "It may be damaged, or a column may hold values of several types."
         ) from error
     assert isinstance(data, datasets.Dataset)
     return Table(data, names[0])

@@ -247,6 +247,12 @@ class AdaptedModule(L.LightningModule):
         Raises:
             ModelError: If they are not.
         """
+        tuned = checkpoint["hyper_parameters"].get("tuning", self.tuning)
+        if tuned != self.tuning:
+            raise ModelError(
+                f"model.tuning: the checkpoint is of tuning {tuned}, and this model is set up for {self.tuning}; leave "
+                "the key as it was."
+            )
         if checkpoint.get("frozen_fingerprint", self.fingerprint) != self.fingerprint:
             raise ModelError(
                 "The checkpoint was trained over other frozen weights than this backbone's: set model.backbone, "
@@ -291,7 +297,8 @@ def frozen_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     factors = adapter_state(model)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # tied ones under all their names, as in the state
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     if all(flags.values()):
         return digest.hexdigest()  # tuned in full
     for name, parameter in model.state_dict().items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
 from modules.adapters import AdapterConfig
 from modules.base import AdaptedModule, BackboneDtype, ModelError
@@ -25,12 +24,12 @@ SAMPLES = 4  # generated texts that TensorBoard shows
 
 @dataclass(frozen=True)
 class Generation:
-    """Beam search.
+    """Beam search; of the backbone's own generation_config.json only the special tokens count.
 
     Args:
         num_beams: Hypotheses that are kept, at least 1; 1 is greedy.
         length_penalty: Exponent of the length that a hypothesis' log-probability is divided by; above 0 favours longer.
-        min_length: Least tokens of a generated text, start and end included.
+        min_length: Least tokens of a generated text, the start included.
         max_length: Most tokens of a generated text, start and end included.
         no_repeat_ngram_size: Size of n-grams that occur once at most; 0 allows all.
 
@@ -116,9 +115,9 @@ class Summarizer(AdaptedModule):
                 f"model.generation.max_length: {self.generation.max_length} tokens are more than the "
                 f"{self.position_limit} that the backbone has positions for."
             )
-        self._generation_config = deepcopy(self.backbone.generation_config)  # start, end and forced tokens
-        for key, value in {**asdict(self.generation), "max_new_tokens": None, "min_new_tokens": None}.items():
-            setattr(self._generation_config, key, value)
+        own = self.backbone.generation_config.to_dict()  # only its start, end and forced tokens count
+        tokens = {key: value for key, value in own.items() if key.endswith("_token_id")}
+        self.backbone.generation_config = GenerationConfig.from_dict({**tokens, **asdict(self.generation)})
         # an output layer of its own is a head only if it came without weights
         self.configure_tuning([h for h in built.heads if any(name.startswith(f"{h}.") for name in built.new)])
         self.rouge = nn.ModuleDict({s: Rouge() for s in ("val", "test")})
@@ -159,7 +158,6 @@ class Summarizer(AdaptedModule):
         tokens = search(  # (batch, at most max_length)
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            generation_config=self._generation_config,
         )
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
+    PegasusConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -34,6 +35,17 @@ _BERT = {
     "pad_token_id": 1,
     "max_position_embeddings": POSITIONS,
 }
+_TWO_SIDES: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "d_model": WIDTH,
+    "encoder_layers": DEPTH,
+    "decoder_layers": DEPTH,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": POSITIONS,
+}
 _GENERATION = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, PreTrainedConfig] = {
     # RoBERTa's positions begin behind the number of the padding token
@@ -45,20 +57,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "distilbert": DistilBertConfig(
         vocab_size=len(VOCABULARY), dim=WIDTH, n_layers=DEPTH, n_heads=HEADS, hidden_dim=64, pad_token_id=1
     ),
-    "bart": BartConfig(
-        vocab_size=len(VOCABULARY),
-        d_model=WIDTH,
-        encoder_layers=DEPTH,
-        decoder_layers=DEPTH,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=POSITIONS,
-        decoder_start_token_id=2,
-        forced_eos_token_id=2,
-        **_GENERATION,
-    ),
+    "bart": BartConfig(**_TWO_SIDES, decoder_start_token_id=2, forced_eos_token_id=2, **_GENERATION),
     "t5": T5Config(
         vocab_size=len(VOCABULARY),
         d_model=WIDTH,
@@ -70,6 +69,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         pad_token_id=1,
         eos_token_id=2,
     ),
+}
+# without a model for classification
+GENERATORS: dict[str, PreTrainedConfig] = {
+    "pegasus": PegasusConfig(**_TWO_SIDES, decoder_start_token_id=1, forced_eos_token_id=2, **_GENERATION),
 }
 
 
@@ -89,9 +92,10 @@ def word_tokenizer(**keys: Any) -> PreTrainedTokenizerFast:
 
 def save_backbone(folder: Path, kind: str, seed: int = 0, **changes: Any) -> Path:
     """A backbone with random weights and its tokenizer, as transformers saves them."""
-    config = type(CONFIGS[kind])(**{**CONFIGS[kind].to_dict(), **changes})
+    known = (CONFIGS | GENERATORS)[kind]
+    config = type(known)(**{**known.to_dict(), **changes})
     torch.manual_seed(seed)
-    auto_class = AutoModelForSeq2SeqLM if kind in ("bart", "t5") else AutoModel
+    auto_class = AutoModelForSeq2SeqLM if kind in ("bart", "pegasus", "t5") else AutoModel
     auto_class.from_config(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder

@@ -241,7 +241,7 @@ def test_truncated_checkpoint(cli: CommandLine, capsys: pytest.CaptureFixture[st
         ("--model.adapter.rank=2", ["of another shape", "is (4, 32), not (2, 32)"]),
         ("--model.adapter.targets=[query, value, key]", ["4 missing", "adapters.key.A"]),
         ("--model.adapter.targets=[query]", ["4 unexpected", "adapters.value.B"]),
-        ("--model.tuning=head", ["8 unexpected"]),
+        ("--model.tuning=head", ["model.tuning", "of tuning adapter", "for head"]),
         ("--model.class_names=[a, b, c]", ["a, b, c", "red, green, blue"]),
     ],
 )

@@ -27,21 +27,16 @@ class PowerCut(BaseException):
     """Ends the process as nothing that Lightning or the callbacks handle."""
 
 
-@pytest.fixture
-def power_cut(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Cut the power when a given number of batches have begun."""
+def cut_power(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Cut the power when a given number of optimizer steps are done and another batch has begun."""
+    original = AdapterCheckpoint.on_train_batch_start
 
-    def at(step: int) -> None:
-        original = AdapterCheckpoint.on_train_batch_start
+    def hook(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
+        if trainer.global_step == step:
+            raise PowerCut
+        original(self, trainer, *args)
 
-        def hook(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
-            if trainer.global_step == step:
-                raise PowerCut
-            original(self, trainer, *args)
-
-        monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", hook)
-
-    return at
+    monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", hook)
 
 
 def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
@@ -61,6 +56,20 @@ def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
     assert first == second
 
 
+def interrupt_and_resume(cli: CommandLine, options: list[str], cut: int) -> int:
+    """Run once whole and once with a power cut and a resume, to the same end; the step that was resumed from."""
+    assert cli("fit", *options) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        cut_power(patch, cut)
+        with pytest.raises(PowerCut):
+            cli("fit", *options)
+    saved: int = cli.checkpoint(1)["global_step"]
+    assert cli("fit", *options, "--ckpt_path=last") == 0
+    assert_same_end(cli, whole=0, resumed=1)
+    assert not cli.run(2).exists()
+    return saved
+
+
 @pytest.mark.parametrize(
     ("cut", "every", "batch", "workers"),
     [
@@ -73,24 +82,10 @@ def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
         (6, 5, 7, 2),  # the same with workers
     ],
 )
-def test_resume_equals_uninterrupted(
-    cli: CommandLine, power_cut: object, monkeypatch: pytest.MonkeyPatch, cut: int, every: int, batch: int, workers: int
-) -> None:
+def test_resume_equals_uninterrupted(cli: CommandLine, cut: int, every: int, batch: int, workers: int) -> None:
     options = ["--trainer.max_epochs=3", f"--checkpoint.last_every_n_steps={every}", f"--data.batch_size={batch}"]
-    options.append(f"--data.num_workers={workers}")
-    assert cli("fit", *options) == 0
-    with monkeypatch.context():
-        power_cut(cut)  # type: ignore[operator]
-        with pytest.raises(PowerCut):
-            cli("fit", *options)
-        monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
-    saved = cli.checkpoint(1)["global_step"]
-    assert saved <= cut
+    saved = interrupt_and_resume(cli, [*options, f"--data.num_workers={workers}"], cut)
     assert saved == max(s for s in range(cut + 1) if s % every == 0 or s % (48 // batch) == 0)
-    assert cli("fit", *options, "--ckpt_path=last") == 0
-    assert_same_end(cli, whole=0, resumed=1)
-    assert not cli.run(2).exists()
 
 
 def test_resume_from_best_continues_behind_its_epoch(cli: CommandLine) -> None:
@@ -103,9 +98,8 @@ def test_resume_from_best_continues_behind_its_epoch(cli: CommandLine) -> None:
     assert whole.keys() == cli.checkpoint(1)["state_dict"].keys()
 
 
-@pytest.mark.slow
-def test_killed_process_resumes_to_the_same_bits(cli: CommandLine) -> None:
-    options = ["--trainer.max_epochs=40", "--checkpoint.last_every_n_steps=3", "--model.adapter.targets=all"]
+def kill_and_resume(cli: CommandLine, options: list[str]) -> int:
+    """Run once whole and once killed and resumed, to the same end; the step of the checkpoint that the kill left."""
     assert cli("fit", *options) == 0
     process = subprocess.Popen([sys.executable, "main.py", *cli.words("fit", *options)], cwd=ROOT)
     last = cli.run(1) / "checkpoints" / "last.ckpt"
@@ -115,9 +109,16 @@ def test_killed_process_resumes_to_the_same_bits(cli: CommandLine) -> None:
     time.sleep(1)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 0 < cli.checkpoint(1)["global_step"] < 40 * STEPS_AN_EPOCH
+    saved: int = cli.checkpoint(1)["global_step"]
     assert cli("fit", *options, "--ckpt_path=last") == 0
     assert_same_end(cli, whole=0, resumed=1)
+    return saved
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_to_the_same_bits(cli: CommandLine) -> None:
+    options = ["--trainer.max_epochs=40", "--checkpoint.last_every_n_steps=3", "--model.adapter.targets=all"]
+    assert 0 < kill_and_resume(cli, options) < 40 * STEPS_AN_EPOCH
 
 
 def test_command_line_beats_checkpoint_beats_file(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,21 +160,18 @@ def test_more_epochs_than_first_meant_can_be_added(cli: CommandLine) -> None:
     assert sorted(cli.scalars("val/loss")) == [7, 15, 23]
 
 
-def test_resume_with_other_workers_keeps_the_place(
-    cli: CommandLine, power_cut: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_with_other_workers_keeps_the_place(cli: CommandLine) -> None:
     options = ["--trainer.max_epochs=1", "--checkpoint.last_every_n_steps=4"]
-    power_cut(5)  # type: ignore[operator]
-    with pytest.raises(PowerCut):
-        cli("fit", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_power(patch, 5)
+        with pytest.raises(PowerCut):
+            cli("fit", *options)
     assert cli.checkpoint()["global_step"] == 4  # 24 of 48 images
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
     assert cli("fit", *options, "--ckpt_path=last", "--data.num_workers=1") == 0
     assert cli.checkpoint()["global_step"] == STEPS_AN_EPOCH
 
 
-def test_a_moved_run_keeps_its_best(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_run_keeps_its_best(cli: CommandLine) -> None:
     assert cli("fit", "--trainer.max_epochs=1") == 0
     best = (cli.run() / "checkpoints" / "best.ckpt").read_bytes()
     moved = cli.root / "elsewhere"

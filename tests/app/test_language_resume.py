@@ -1,0 +1,42 @@
+"""Interrupted runs of the text families continue bit for bit, with the loader's place in its length buckets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.app.test_resume import interrupt_and_resume, kill_and_resume
+
+if TYPE_CHECKING:
+    from tests.app.conftest import CommandLine
+
+# 50 rows are 8 batches of 6 an epoch, two left over; dropout of backbone and adapters is on
+
+
+@pytest.mark.parametrize(
+    ("cut", "options", "resumed_from"),
+    [
+        (5, ["--checkpoint.last_every_n_steps=3"], 3),  # two steps behind the checkpoint
+        (7, ["--checkpoint.last_every_n_steps=1"], 7),  # right behind a checkpoint
+        (3, ["--checkpoint.last_every_n_steps=2", "--trainer.accumulate_grad_batches=2"], 2),  # steps of two batches
+        (6, ["--checkpoint.last_every_n_steps=4", "--data.num_workers=1"], 4),  # a worker has loaded ahead
+    ],
+)
+def test_resume_equals_uninterrupted(
+    language_cli: CommandLine, cut: int, options: list[str], resumed_from: int
+) -> None:
+    assert interrupt_and_resume(language_cli, ["--trainer.max_epochs=1", *options], cut) == resumed_from
+
+
+def test_resume_in_the_second_epoch(language_cli: CommandLine) -> None:
+    options = ["--trainer.max_epochs=2", "--checkpoint.last_every_n_steps=4", "--trainer.accumulate_grad_batches=3"]
+    # 2 steps of three batches and one of the two that remain are 3 steps an epoch
+    assert interrupt_and_resume(language_cli, options, 5) == 4
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_to_the_same_bits(language_cli: CommandLine) -> None:
+    epochs = 60 if language_cli.config == "text" else 30
+    options = [f"--trainer.max_epochs={epochs}", "--checkpoint.last_every_n_steps=3", "--model.adapter.targets=all"]
+    assert 0 < kill_and_resume(language_cli, options) < 8 * epochs

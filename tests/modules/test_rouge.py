@@ -1,0 +1,139 @@
+"""ROUGE is what Google's `rouge_score` says, however the texts come in."""
+
+from __future__ import annotations
+
+import nltk
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from modules.rouge import KINDS, Rouge, in_lines
+
+PAIRS = [  # prediction, reference
+    ("the films were good", "the film was good"),  # alike by their stems
+    ("a cat sat\non the mat", "the cat sat on a mat\nit was\non it"),
+    ("on the mat\na cat sat", "a cat sat\non the mat"),  # other order: rougeL and rougeLsum differ
+    ("", "the film was good"),
+    ("  \n", "good"),
+    ("naïve café – 映画は良い", "naïve café – 映画は悪い"),
+    ("映画", "映画"),  # no letter that rouge_score knows
+    ("Über 3.5 million £ were paid!", "over 3.5 million $ are paid"),
+    ("same text here", "same text here"),
+    ("nothing in common", "w1 w2 w3"),
+]
+
+
+def direct(pairs: list[tuple[str, str]]) -> dict[str, float]:
+    scorer = RougeScorer(list(KINDS), use_stemmer=True)
+    scores = [scorer.score(reference, prediction) for prediction, reference in pairs]
+    return {kind: sum(s[kind].fmeasure for s in scores) / len(pairs) for kind in KINDS}
+
+
+def updated(*batches: list[tuple[str, str]]) -> Rouge:
+    metric = Rouge()
+    for batch in batches:
+        metric.update([prediction for prediction, _ in batch], [reference for _, reference in batch])
+    return metric
+
+
+def values(metric: Rouge) -> dict[str, float]:
+    return {kind: float(value) for kind, value in metric.compute().items()}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_has_the_score_that_rouge_score_gives_it(pair: tuple[str, str]) -> None:
+    assert values(updated([pair])) == pytest.approx(direct([pair]), abs=1e-7)
+
+
+def test_the_pairs_tell_the_kinds_apart() -> None:
+    assert len({round(value, 6) for value in direct(PAIRS).values()}) == 4
+
+
+def test_values_are_means_of_all_pairs() -> None:
+    assert values(updated(PAIRS)) == pytest.approx(direct(PAIRS), abs=1e-7)
+    assert list(updated(PAIRS).compute()) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+
+
+def test_prediction_and_reference_do_not_change_places_in_the_sum() -> None:
+    """F-measures alone would not show it but for rougeLsum, whose union goes over the reference's sentences."""
+    pair = ("a b c\na d c", "a c d b\nc b a")
+    turned = (pair[1], pair[0])
+    assert direct([pair]) != direct([turned])
+    assert values(updated([pair])) == pytest.approx(direct([pair]), abs=1e-7)
+
+
+def test_an_empty_prediction_scores_nothing_and_counts() -> None:
+    assert values(updated([("", "good")])) == dict.fromkeys(KINDS, 0.0)
+    assert values(updated([("", "good"), ("good film", "good film")])) == dict.fromkeys(KINDS, 0.5)
+
+
+@pytest.mark.parametrize("cut", [1, 4, len(PAIRS) - 1])
+def test_several_batches_are_one(cut: int) -> None:
+    assert values(updated(PAIRS[:cut], PAIRS[cut:])) == pytest.approx(values(updated(PAIRS)), abs=1e-7)
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    assert values(updated(PAIRS, [])) == values(updated(PAIRS))
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_two_processes_halves_are_the_whole(cut: int) -> None:
+    first, second = updated(PAIRS[:cut]), updated(PAIRS[cut:])
+    assert {name: reduce.__name__ for name, reduce in first._reductions.items()} == {  # type: ignore[union-attr]
+        "scores": "dim_zero_sum",
+        "pairs": "dim_zero_sum",
+    }
+    first.merge_state(second)
+    assert values(first) == pytest.approx(values(updated(PAIRS)), abs=1e-7)
+    assert first.pairs == len(PAIRS)
+
+
+def test_a_reset_forgets() -> None:
+    metric = updated(PAIRS)
+    metric.reset()
+    metric.update(["good"], ["good film"])
+    assert values(metric) == pytest.approx(direct([("good", "good film")]), abs=1e-7)
+
+
+def test_pairs_that_are_no_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Rouge().update(["one"], ["one", "two"])
+
+
+# ------------------------------------------------------------------------------------------------------------- lines
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("The film was good. It was long! Was it not?", ["The film was good.", "It was long!", "Was it not?"]),
+        ("Das war schön. Élan vital.", ["Das war schön.", "Élan vital."]),
+        ("It cost 3.5 million. They paid.", ["It cost 3.5 million.", "They paid."]),
+        ("no sentence at all", ["no sentence at all"]),
+        ("  spaces around  ", ["spaces around"]),
+        ("First line. Of two sentences\nsecond line", ["First line. Of two sentences", "second line"]),
+        ("one line and an end\n", ["one line and an end"]),
+        ("", [""]),
+        (" \n ", [""]),
+    ],
+)
+def test_a_sentence_a_line_and_lines_stay(text: str, lines: list[str]) -> None:
+    assert in_lines(text) == "\n".join(lines)
+    assert in_lines(in_lines(text)) == in_lines(text)
+
+
+def test_sentences_are_found_without_data_of_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object, **keys: object) -> None:
+        raise LookupError("no data here")
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk.data, "find", missing)
+    monkeypatch.setattr(nltk.data, "load", missing)
+    assert in_lines("It was good. It was long.") == "It was good.\nIt was long."
+
+
+def test_rougelsum_goes_by_the_sentences_of_a_text_in_one_line() -> None:
+    pair = ("It was long. The film was good.", "The film was good. It was long.")
+    lines = (pair[0].replace(". ", ".\n"), pair[1].replace(". ", ".\n"))
+    assert direct([lines])["rougeLsum"] == 1.0 > direct([pair])["rougeLsum"]
+    assert values(updated([pair])) == pytest.approx(direct([lines]), abs=1e-7)
+    assert values(updated([pair]))["rougeL"] == pytest.approx(direct([pair])["rougeL"], abs=1e-7)
