@@ -104,7 +104,7 @@ def check_keys(options: list[str], config: Namespace) -> None:
     final = config[config["subcommand"]] if config.get("subcommand") else config
     for word in options:
         section, *keys = word.removeprefix("--").partition("=")[0].removesuffix("+").split(".")
-        node = final.get(section) if word.startswith("--") and len(keys) > 1 else None
+        node = final.get(section) if section in ("model", "data") and len(keys) > 1 else None
         node = node.get("init_args", node) if isinstance(node, Namespace) else None
         for depth, key in enumerate(k for k in keys if k != "init_args"):
             if not isinstance(node, Namespace):
@@ -112,8 +112,8 @@ def check_keys(options: list[str], config: Namespace) -> None:
             if key not in node and key not in ("class_path", "help"):
                 close = difflib.get_close_matches(key, list(node.keys()), n=1)
                 name = ".".join([section, *keys[: depth + 1]])
-                hint = f"; did you mean {close[0]}" if close else ""
-                raise ArgumentError(None, f"There is no key {name}{hint}? Its group has {', '.join(node.keys())}.")
+                hint = f"; did you mean {close[0]}?" if close else "."
+                raise ArgumentError(None, f"There is no key {name}{hint} Its group has {', '.join(node.keys())}.")
             node = node.get(key)
 
 

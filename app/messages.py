@@ -48,8 +48,8 @@ def _unknown_key(text: str, key: str) -> str | None:
     if section in parameters:
         known = [f"{section}.{name}" for name in inspect.signature(type(parameters[section].default)).parameters]
     close = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {close[0]}" if close else ""
-    return f"{owner[2]} has no key {key}{hint}? Its keys: {', '.join(known)}."
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"{owner[2]} has no key {key}{hint} Its keys: {', '.join(known)}."
 
 
 def quiet_libraries() -> None:

@@ -95,7 +95,8 @@ class ResumableDataModule(L.LightningDataModule):
     ) -> DataLoader[Any]:
         """Every sample once, on whichever process: nothing is repeated to make the shares equal.
 
-        In order, or with lengths the longest first, so that little is padding and a batch too large shows at once.
+        In order; or with lengths in batches of like length, so that little is padding: the longest batch first, which
+        shows at once whether it fits, and the others in an order that is shuffled but always the same.
         """
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
@@ -103,8 +104,11 @@ class ResumableDataModule(L.LightningDataModule):
             raise DataError(f"{size} samples to evaluate are fewer than the {world} processes; use fewer processes.")
         if lengths is None:
             return self._loader(dataset, range(rank, size, world), collate)
-        order = lengths.argsort(descending=True, stable=True)
-        return self._loader(dataset, order[rank::world].tolist(), collate)
+        own = lengths.argsort(descending=True, stable=True)[rank::world]
+        first, *others = own.split(self.batch_size)
+        rest = [others.pop()] if others and len(others[-1]) < self.batch_size else []  # a smaller batch stays the last
+        shuffled = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).tolist()
+        return self._loader(dataset, torch.cat([first, *(others[i] for i in shuffled), *rest]).tolist(), collate)
 
     def _loader(
         self, dataset: Dataset[Any], sampler: EpochSampler | range | list[int], collate: Collate | None

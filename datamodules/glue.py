@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +28,7 @@ class GlueTask:
         metrics: What it is scored by.
         files: Submission files, one for each set of the test split.
         by_name: Whether a submission has the class's name rather than its number.
+        limits: Least and most of a regression's predictions.
         sets: Suffixes of the validation and test splits that it has several of.
     """
 
@@ -37,6 +37,7 @@ class GlueTask:
     metrics: tuple[str, ...]
     files: tuple[str, ...]
     by_name: bool = False
+    limits: tuple[float, float] | None = None
     sets: tuple[str, ...] = ("",)
 
 
@@ -64,7 +65,7 @@ TASKS: dict[str, GlueTask] = {
     "sst2": GlueTask(("sentence",), ("negative", "positive"), ("accuracy",), ("SST-2",)),
     "mrpc": GlueTask(PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"), ("MRPC",)),
     "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), ("QQP",)),
-    "stsb": GlueTask(PAIR, (), ("pearson", "spearman"), ("STS-B",)),
+    "stsb": GlueTask(PAIR, (), ("pearson", "spearman"), ("STS-B",), limits=(0.0, 5.0)),
     "mnli": GlueTask(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
@@ -89,9 +90,11 @@ class GlueData(TextData):
         path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
             JSONL, or with one such directory for each task; or one such file of training rows.
         task: A task of GLUE, which brings columns, classes and metrics along; None for another set.
-        config: The data set's configuration on the hub; None takes the task's.
+        config: The data set's configuration: on the hub, or a folder in the directory; None takes the task's.
+        revision: Branch, tag or commit on the hub.
         text_columns: One or two columns of text; None takes the task's.
         label_column: Column of the labels.
+        id_column: Column that names a row in predictions; without it they have the row's number.
         batch_size: Samples a step and process, at least 1.
         num_workers: Processes that load, each; 0 loads in the training process, which is fast enough for tokens.
         max_length: Most tokens of a sample, both sentences and special tokens together; longer ones are cut.
@@ -114,8 +117,10 @@ class GlueData(TextData):
         path: str = "nyu-mll/glue",
         task: Task | None = None,
         config: str | None = None,
+        revision: str | None = None,
         text_columns: list[str] | None = None,
         label_column: str = "label",
+        id_column: str = "idx",
         batch_size: int = 32,
         num_workers: int = 0,
         max_length: int = 128,
@@ -133,6 +138,7 @@ class GlueData(TextData):
         super().__init__(
             path=path,
             config=config or task,
+            revision=revision,
             batch_size=batch_size,
             num_workers=num_workers,
             bucket_by_length=bucket_by_length,
@@ -149,11 +155,10 @@ class GlueData(TextData):
         if not 1 <= len(columns) <= 2:
             raise DataError("data.text_columns: name one or two columns of text, or a task of GLUE as data.task.")
         self.columns = list(columns)
-        if task and (Path(path) / task).is_dir():
-            self.path = str(Path(path) / task)
         self.suffixes = (*self.task.sets, "") if self.task else ("",)
         self.test_on_validation = test_on_validation
-        self.label_column, self.max_length, self.padding = label_column, max_length, padding
+        self.label_column, self.id_column = label_column, id_column
+        self.max_length, self.padding = max_length, padding
         self.prediction_format = prediction_format
         self.class_names: list[str] | None = None
 
@@ -184,7 +189,10 @@ class GlueData(TextData):
             self._labels(table)
 
     def _labels(self, table: Table) -> Labels:
-        return read_labels(table, self.label_column, self.task.class_names if self.task else None)
+        known = self.task.class_names if self.task else None
+        model = self.trainer and self.trainer.lightning_module  # not there yet when the test split is checked
+        regression = getattr(model, "class_names", None) == []
+        return read_labels(table, self.label_column, () if regression and known is None else known)
 
     def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
         """Tokens of some rows of a table with their labels; of all rows without, for prediction."""
@@ -209,7 +217,9 @@ class GlueData(TextData):
             return {**columns, "length": [len(ids) for ids in tokens["input_ids"]]}
 
         key = {"tokenizer": tokenizer_state(tokenizer), "max_length": limit}
-        return tokenized(table, self.columns, encode, key)
+        tokens = tokenized(table, self.columns, encode, key)
+        self.say_cut(tokens, table, "length", limit)
+        return tokens
 
     def collate(self) -> Collate:
         """Batches padded to their longest row or to `max_length`."""
@@ -228,9 +238,14 @@ class GlueData(TextData):
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
         """A row of a submission (`index`, `prediction`), or in JSONL with text and probability."""
         source = self.predicted[file].data[row["index"]]
-        index = source.get("idx", row["index"])
+        index = source.get(self.id_column, row["index"])
         if self.prediction_format == "jsonl":
             texts = {column: source[column] for column in self.columns}
             return {"index": index, **texts, **{k: v for k, v in row.items() if k not in ("index", "label")}}
-        numbered = self.task is not None and "label" in row and not self.task.by_name
-        return {"index": index, "prediction": row["label"] if numbered else row["prediction"]}
+        prediction = row["prediction"]
+        if self.task is not None and "label" in row and not self.task.by_name:
+            prediction = row["label"]
+        elif self.task is not None and self.task.limits:
+            least, most = self.task.limits
+            prediction = min(max(prediction, least), most)
+        return {"index": index, "prediction": prediction}

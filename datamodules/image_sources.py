@@ -10,7 +10,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +18,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.errors import DataError
-from datamodules.tables import SPLITS, open_table
+from datamodules.labels import Labels, read_labels
+from datamodules.tables import SPLITS, Table, open_table
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -68,15 +68,8 @@ class ImageTable:
         Raises:
             DataError: If a class of this table is not in the list.
         """
-        if class_names == self.class_names:
-            return self
-        if unknown := [name for name in self.class_names if name not in class_names]:
-            raise DataError(
-                f"data.path: {where} has classes that the model was not trained on ({', '.join(unknown[:5])}); it "
-                f"knows {len(class_names)}: {', '.join(class_names[:10])}{', …' if len(class_names) > 10 else ''}."
-            )
-        numbers = torch.tensor([class_names.index(name) for name in self.class_names])
-        return replace(self, labels=numbers[self.labels], class_names=class_names)
+        labels = Labels(self.labels, self.class_names, where).matched(class_names)
+        return replace(self, labels=labels, class_names=class_names)
 
 
 # Readers are classes, not closures, so that worker processes that do not fork can have them.
@@ -149,8 +142,6 @@ def open_split(path: str, split: str, image_column: str | None, label_column: st
         table = None if found is None else _from_dataset(found.data, found.where, image_column, label_column)
     else:
         table = _from_image_folder(folder, split)
-    if table is not None:
-        _check_labels(table, path)
     return table
 
 
@@ -170,18 +161,6 @@ def open_folder(path: str) -> ImageTable:
     return ImageTable(_FileReader(files), names, torch.empty(0, dtype=torch.int64), [])
 
 
-def _check_labels(table: ImageTable, path: str) -> None:
-    if len(table) == 0:
-        raise DataError(f"data.path: {path} has a split without a single image.")
-    wrong = ((table.labels < 0) | (table.labels >= len(table.class_names))).nonzero().flatten()
-    if len(wrong):
-        row = int(wrong[0])
-        raise DataError(
-            f"data.path: in {path} the label of {table.names[row]} is {int(table.labels[row])}, outside 0 to "
-            f"{len(table.class_names) - 1}; {len(wrong)} of {len(table)} labels are. Mend or drop those rows."
-        )
-
-
 def _from_dataset(data: datasets.Dataset, where: str, image_column: str | None, label_column: str | None) -> ImageTable:
     image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where)
     label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
@@ -189,21 +168,12 @@ def _from_dataset(data: datasets.Dataset, where: str, image_column: str | None, 
         encoded = data.select_columns(image).cast_column(image, datasets.Image(decode=False))
     except Exception as error:  # a column of another type; the library raises many kinds
         raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
-    labels = _labels(data, label, where)
-    feature = data.features[label]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    if not names:
-        names = [str(i) for i in range(int(labels.max()) + 1)] if len(labels) else []
-    return ImageTable(_ColumnReader(encoded, image), _RowNames(where, len(data)), labels, list(names))
-
-
-def _labels(data: datasets.Dataset, column: str, where: str) -> Tensor:
-    """Whole numbers, (rows,) int64."""
-    cells = data.with_format("arrow")[column][:].combine_chunks()
-    if not pa.types.is_integer(cells.type) or cells.null_count:
-        what = f"{cells.null_count} empty cells" if cells.null_count else f"{cells.type}"
-        raise DataError(f"data.label_column: {column} in {where} must hold whole numbers, and it holds {what}.")
-    return torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.int64))
+    if len(data) == 0:
+        raise DataError(f"data.path: {where} has no rows.")
+    labels = read_labels(Table(data, where), label)
+    if not labels.class_names:
+        raise DataError(f"data.label_column: {label} in {where} must hold whole numbers or names, not decimal numbers.")
+    return ImageTable(_ColumnReader(encoded, image), _RowNames(where, len(data)), labels.values, labels.class_names)
 
 
 def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str) -> str:

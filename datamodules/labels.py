@@ -14,7 +14,7 @@ from torch import Tensor
 from datamodules.errors import DataError
 from datamodules.tables import Table, check_column
 
-HIDDEN = " The labels are hidden: this split is for predict alone."
+HIDDEN = " They are hidden: predict is for such a split; GLUE is tested with data.test_on_validation: true."
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,11 @@ def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None =
     if cells.null_count:
         row = cells.is_null().to_pylist().index(True)
         raise DataError(f"data.label_column: {column} in {table.where} is empty in row {row}; mend or drop such rows.")
+    if pa.types.is_boolean(cells.type):
+        cells = cells.cast(pa.int64())
     number = pa.types.is_floating(cells.type) or pa.types.is_integer(cells.type)
-    if (class_names == () and number) or (not class_names and pa.types.is_floating(cells.type)):
+    named = isinstance(table.data.features[column], datasets.ClassLabel)
+    if (class_names == () and number and not named) or (not class_names and pa.types.is_floating(cells.type)):
         return Labels(_finite(cells, column, table.where), [], table.where)
     if class_names != () and (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
         coded = cells.dictionary_encode()
@@ -113,7 +116,7 @@ def _names(table: Table, column: str, values: Tensor, given: tuple[str, ...] | N
     wrong = ((values < 0) | (values >= len(names))).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
-        hidden = HIDDEN if int(values[row]) == -1 else ""
+        hidden = HIDDEN if bool((values == -1).all()) else " Mend or drop those rows."
         raise DataError(
             f"data.label_column: {column} in {table.where} is {int(values[row])} in row {row}, outside 0 to "
             f"{len(names) - 1}; {len(wrong)} of {len(values)} labels are.{hidden}"

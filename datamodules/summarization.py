@@ -48,7 +48,8 @@ class SummarizationData(TextData):
     Args:
         path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
             JSONL; or one such file of training rows.
-        config: The data set's configuration on the hub, `3.0.0` for CNN/DailyMail.
+        config: The data set's configuration, `3.0.0` for CNN/DailyMail: on the hub, or a folder in the directory.
+        revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
         source_column: Column of the texts to summarise: `document` in XSum, `article` in CNN/DailyMail.
         target_column: Column of the summaries: `summary`, `highlights`.
         id_column: Column that names a row in predictions; without it they have the row's number.
@@ -70,6 +71,7 @@ class SummarizationData(TextData):
         self,
         path: str = "EdinburghNLP/xsum",
         config: str | None = None,
+        revision: str | None = None,
         source_column: str = "document",
         target_column: str = "summary",
         id_column: str = "id",
@@ -89,6 +91,7 @@ class SummarizationData(TextData):
         super().__init__(
             path=path,
             config=config,
+            revision=revision,
             batch_size=batch_size,
             num_workers=num_workers,
             bucket_by_length=bucket_by_length,
@@ -140,7 +143,9 @@ class SummarizationData(TextData):
             return tokens
 
         key = {"tokenizer": tokenizer_state(tokenizer), "prefix": prefix, "lengths": [most_source, most_target]}
-        return tokenized(table, columns, encode, key)
+        tokens = tokenized(table, columns, encode, key)
+        self.say_cut(tokens, table, "length", most_source)
+        return tokens
 
     def collate(self) -> Collate:
         """Batches with sources and targets padded each to the longest."""

@@ -52,14 +52,17 @@ class Table:
         return Table(self.data.select(rows.tolist()), self.where)
 
 
-def open_table(path: str, splits: Sequence[str], config: str | None = None) -> Table | None:
+def open_table(
+    path: str, splits: Sequence[str], config: str | None = None, revision: str | None = None
+) -> Table | None:
     """Open the first of some splits that there is.
 
     Args:
         path: A directory with files named `train.parquet`, `train-00000-of-00001.csv` or `train/0000.jsonl`, one file
             of one of these kinds, which is its own and only training split, or a name on the hub.
         splits: Names of the split, best first.
-        config: The data set's configuration on the hub.
+        config: The data set's configuration: on the hub, or a folder of that name in the directory.
+        revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
 
     Returns:
         The table; None if there is no such split.
@@ -73,11 +76,14 @@ def open_table(path: str, splits: Sequence[str], config: str | None = None) -> T
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise DataError(f"data.path: {path} is not here; give a directory, a file or a data set's name on the hub.")
-        return _from_hub(path, splits, config)
+        return _from_hub(path, splits, config, revision)
+    if config is not None and (folder / config).is_dir():
+        folder = folder / config
     for suffix in READERS:
         for name in splits:
             files = [f for f in sorted(folder.rglob(f"*{suffix}")) if _is_of_split(f, name, folder)]
             if files:
+                _check_one_set(files, name, folder, config)
                 return _read(files)
     if "train" in splits:
         raise DataError(
@@ -98,8 +104,8 @@ def open_file(path: str, key: str) -> Table:
     return _read([Path(path)], key)
 
 
-def check_column(table: Table, key: str, column: str) -> str:
-    """A column that is there.
+def check_column(table: Table, key: str, column: str) -> None:
+    """See that a column is there.
 
     Raises:
         DataError: Under the given key, with the columns there are.
@@ -108,7 +114,6 @@ def check_column(table: Table, key: str, column: str) -> str:
         raise DataError(
             f"data.{key}: {table.where} has no column {column}; it has {', '.join(table.data.column_names)}."
         )
-    return column
 
 
 def _is_of_split(file: Path, split: str, root: Path) -> bool:
@@ -117,6 +122,18 @@ def _is_of_split(file: Path, split: str, root: Path) -> bool:
     return (
         file.stem == split or file.stem.startswith(f"{split}-") or (file.parent.name == split and file.parent != root)
     )
+
+
+def _check_one_set(files: list[Path], split: str, root: Path, config: str | None) -> None:
+    """Refuse files of several data sets, or of another one than asked for."""
+    found = {tuple(p for p in f.relative_to(root).parts[:-1] if p not in (split, "data", "default")) for f in files}
+    others = sorted("/".join(parts) for parts in found if parts)
+    if len(found) > 1 or (others and config is not None):
+        wanted = f"none of them is {config}" if config is not None else "name one of them"
+        raise DataError(
+            f"data.path: {root} has rows of {split} in the folders {', '.join(others)}, and {wanted}; give the folder "
+            "of one data set."
+        )
 
 
 def _read(files: list[Path], key: str = "path") -> Table:
@@ -146,13 +163,13 @@ def _read(files: list[Path], key: str = "path") -> Table:
     return Table(data, names[0])
 
 
-def _from_hub(name: str, splits: Sequence[str], config: str | None) -> Table | None:
+def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: str | None) -> Table | None:
     try:
-        available = datasets.get_dataset_split_names(name, config)
+        available = datasets.get_dataset_split_names(name, config, revision=revision)
         found = next((s for s in splits if s in available), None)
         if found is None:
             return None
-        data = datasets.load_dataset(name, config, split=found)
+        data = datasets.load_dataset(name, config, split=found, revision=revision)
     except Exception as error:  # whatever a network or a repository can raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from datamodules.errors import DataError
 from datamodules.splits import check_splits, choose_rows
 from datamodules.tables import SPLITS, Table, check_column, open_file, open_table
 
+FORMAT = 1  # of cached tokens; one more whenever a task's encoding changes
 Padding = Literal["longest", "max_length"]
 Encode = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
@@ -30,8 +32,9 @@ class TextData(ResumableDataModule):
     A task has `build`, which makes a data set of a table's rows, and `collate`.
 
     Args:
-        path: See `open_table`.
-        config: The data set's configuration on the hub.
+        path: See `open_table`, as `config` and `revision`.
+        config: The data set's configuration.
+        revision: Branch, tag or commit on the hub.
         batch_size: Samples a step and process, at least 1.
         num_workers: Processes that load, each.
         bucket_by_length: Whether samples of like length share a batch.
@@ -48,6 +51,7 @@ class TextData(ResumableDataModule):
         self,
         path: str,
         config: str | None,
+        revision: str | None,
         batch_size: int,
         num_workers: int,
         bucket_by_length: bool,
@@ -58,7 +62,7 @@ class TextData(ResumableDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers)
         check_splits(val_fraction, limits)
-        self.path, self.config, self.predict_path = path, config, predict_path
+        self.path, self.config, self.revision, self.predict_path = path, config, revision, predict_path
         self.bucket_by_length = bucket_by_length
         self.val_fraction, self.val_seed, self.limits = val_fraction, val_seed, limits
         self.splits: dict[str, list[TokenDataset]] = {}
@@ -138,7 +142,7 @@ class TextData(ResumableDataModule):
             DataError: If it has no rows.
         """
         if names not in self._tables:
-            table = open_table(self.path, names, self.config)
+            table = open_table(self.path, names, self.config, self.revision)
             if table is not None and len(table) == 0:
                 raise DataError(f"data.path: {table.where} has no rows.")
             self._tables[names] = table
@@ -170,6 +174,15 @@ class TextData(ResumableDataModule):
         if tokenizer is None:
             raise DataError(f"{type(self).__name__} needs a model that has a tokenizer, such as TextClassifier.")
         return tokenizer
+
+    def say_cut(self, tokens: datasets.Dataset, table: Table, column: str, limit: int) -> None:
+        """Say how many rows reach their limit of tokens."""
+        assert self.trainer is not None
+        lengths = tokens.with_format("numpy", columns=[column])[column][:]
+        cut = int((lengths >= limit).sum())
+        if cut and self.trainer.is_global_zero:
+            text = f"{cut:,} of {len(lengths):,} rows of {table.where} reach {limit} tokens and may be cut."
+            Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
     def check_length(self, key: str, length: int) -> None:
         """Refuse more tokens than the model has positions for.
@@ -273,7 +286,8 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
         DataError: If the cache cannot be written.
     """
     texts = table.data.select_columns(list(columns))
-    digest = hashlib.sha256(json.dumps([dict(key), list(columns), datasets.__version__], sort_keys=True).encode())
+    made_by = [FORMAT, datasets.__version__, version("tokenizers"), version("transformers")]
+    digest = hashlib.sha256(json.dumps([dict(key), list(columns), made_by], sort_keys=True).encode())
     for rows in texts.with_format("arrow").iter(batch_size=10_000):
         for batch in rows.combine_chunks().to_batches():
             digest.update(batch.serialize())
@@ -312,8 +326,8 @@ def tokenizer_state(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()
 
 
-def check_texts(table: Table, key: str, column: str) -> str:
-    """A column that holds text in every row.
+def check_texts(table: Table, key: str, column: str) -> None:
+    """See that a column holds text in every row.
 
     Raises:
         DataError: Under the given key, if it is missing, of another type, or empty in some row.
@@ -329,4 +343,3 @@ def check_texts(table: Table, key: str, column: str) -> str:
             row = first + rows[column].is_null().to_pylist().index(True)
             raise DataError(f"data.{key}: {column} in {table.where} is empty in row {row}; mend or drop such rows.")
         first += len(rows)
-    return column

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
-from nltk.tokenize.punkt import PunktSentenceTokenizer
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torchmetrics import Metric
@@ -13,10 +14,29 @@ from torchmetrics import Metric
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
+# nltk's trained splitter knows more of them, and downloads what it knows
+ABBREVIATIONS = """
+mr mrs ms messrs dr prof rev hon st sr jr gen sen rep gov lt col capt sgt maj cmdr
+jan feb mar apr jun jul aug sept sep oct nov dec mon tue wed thu fri sat sun
+a.m p.m e.g i.e u.s u.k u.n d.c vs etc al nos vol pp fig approx est inc ltd co corp bros dept univ ave rd blvd mt ft
+"""
+
+
+@cache
+def _splitter() -> PunktSentenceTokenizer:
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(ABBREVIATIONS.split())
+    return PunktSentenceTokenizer(parameters)
+
+
 def in_lines(text: str) -> str:
-    """A text with a sentence a line, which is what ROUGE-Lsum goes by; lines that are there stay as they are."""
+    """A text with a sentence a line, which is what ROUGE-Lsum goes by; lines that are there stay as they are.
+
+    Where a text has no lines its sentences are found by Punkt's rules with a list of English abbreviations; nltk's
+    `sent_tokenize`, which others use, is trained and may split here and there otherwise.
+    """
     text = text.strip()
-    return text if "\n" in text else "\n".join(PunktSentenceTokenizer().tokenize(text))
+    return text if "\n" in text else "\n".join(_splitter().tokenize(text))
 
 
 class Rouge(Metric):
@@ -32,7 +52,7 @@ class Rouge(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.scorer = RougeScorer(list(KINDS), use_stemmer=True)
-        self.add_state("scores", torch.zeros(len(KINDS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("scores", torch.zeros(len(KINDS)), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from modules.transformers_backbone import build_transformers_model, load_tokeniz
 
 Batch = dict[str, Any]
 IGNORED = -100  # label of a position that is padding
-SAMPLES = 4  # generated texts that TensorBoard shows
+SAMPLES = 4  # of the first validation rows, the summaries go to TensorBoard
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Generation:
         min_length: Least tokens of a generated text, the start included.
         max_length: Most tokens of a generated text, start and end included.
         no_repeat_ngram_size: Size of n-grams that occur once at most; 0 allows all.
+        early_stopping: Whether a search ends as soon as there are `num_beams` finished texts, as BART's authors do.
 
     Raises:
         ModelError: For a value out of range.
@@ -42,6 +43,7 @@ class Generation:
     min_length: int = 0
     max_length: int = 128
     no_repeat_ngram_size: int = 3
+    early_stopping: bool = True
 
     def __post_init__(self) -> None:
         if self.num_beams < 1:
@@ -167,9 +169,9 @@ class Summarizer(AdaptedModule):
         self.losses[stage].update(self.loss(batch), weight=tokens)  # type: ignore[operator]
         summaries = self.generate(batch)
         self.rouge[stage].update(summaries, batch["reference"])  # type: ignore[operator]
-        if stage == "val" and len(self._samples) < SAMPLES:
-            sources = self.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-            self._samples += list(zip(sources, summaries, batch["reference"], strict=True))
+        for row in (batch["index"] < SAMPLES).nonzero().flatten().tolist() if stage == "val" else ():
+            source = self.tokenizer.decode(batch["input_ids"][row], skip_special_tokens=True)
+            self._samples.append((str(source), summaries[row], batch["reference"][row]))
 
     def _report(self, stage: str) -> None:
         rouge, loss = self.rouge[stage], self.losses[stage]
@@ -187,8 +189,8 @@ class Summarizer(AdaptedModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and a few generated texts."""
         self._report("val")
-        samples, self._samples = self._samples[:SAMPLES], []
-        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+        samples, self._samples = self._samples, []
+        if self.trainer.sanity_checking or not self.trainer.is_global_zero or not samples:
             return
         lines = [f"**Generated** {s}\n\n**Reference** {r}\n\n**Source** {t[:500]}" for t, s, r in samples]
         for logger in self.loggers:

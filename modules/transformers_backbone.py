@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.base import ModelError
 
@@ -70,6 +70,8 @@ def build_transformers_model(auto_class: Any, name: str, weights: str, args: dic
     absent: set[str] = {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
     heads = [child for child, m in model.named_children() if child != model.base_model_prefix and _is_own(model, m)]
     heads += _new_poolers(model, heads, absent, name if weights == "pretrained" else weights)
+    if weights != "pretrained" and model.can_generate():
+        _read_generation_config(model, name)
     new = {key for key in model.state_dict() if weights == "none" or key in absent}
     return Built(model.float(), heads, new)
 
@@ -114,6 +116,8 @@ def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase
 def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a model has positions for; None if its positions are relative."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    if not getattr(model.config, "position_biased_input", True):  # DeBERTa-v3's are relative
+        limit = None
     for name, module in model.named_modules():
         # RoBERTa's positions begin behind the padding token's number
         if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
@@ -163,6 +167,16 @@ def _from_pretrained(auto_class: Any, name: str | None, config: PreTrainedConfig
         ignore_mismatched_sizes=True,  # of a head for another number of classes; others are refused below
         **more,
     )
+
+
+def _read_generation_config(model: PreTrainedModel, name: str) -> None:
+    """Give a model that was not loaded from its repository the special tokens of generation that lie there."""
+    for file in ("generation_config.json", "config.json"):  # older repositories keep them in the latter
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(name, config_file_name=file)
+        except (OSError, ValueError):
+            continue
+        return
 
 
 def _is_own(model: PreTrainedModel, module: nn.Module) -> bool:

@@ -379,6 +379,7 @@ def test_loading_draws_nothing_from_the_global_generator(workers: int) -> None:
     made = module(workers=workers)
     assert len(list(made.train_loader(Keys(12)))) == 4
     assert len(list(made.evaluation_loader(Keys(13)))) == 5
+    assert len(list(made.evaluation_loader(Keys(13), skewed(13)))) == 5
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -413,25 +414,43 @@ def test_training_loader_with_lengths_has_batches_of_like_length() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("size", "world"), [(13, 1), (13, 3), (12, 2), (3, 3)])
-def test_evaluation_with_lengths_takes_every_sample_once_and_the_longest_first(
+@pytest.mark.parametrize(("size", "world"), [(40, 1), (41, 2), (13, 3), (12, 2), (2, 1), (3, 3)])
+def test_evaluation_with_lengths_takes_every_sample_once_and_the_longest_batch_first(
     size: int, world: int, workers: int
 ) -> None:
     lengths = skewed(size)
+    longest = sorted(range(size), key=lambda index: -int(lengths[index]))
     shares = []
     for rank in range(world):
         loader = module(workers=workers, world=world, rank=rank).evaluation_loader(Keys(size), lengths)
-        shares.append([int(index) for (indices,) in loader for index in indices])
-        shown = lengths[shares[-1]].tolist()
-        assert shown == sorted(shown, reverse=True)
+        shown = [indices.tolist() for (indices,) in loader]
+        shares.append([index for batch in shown for index in batch])
+        first, *others = (longest[rank::world][i : i + 3] for i in range(0, len(shares[-1]), 3))
+        assert shown[0] == first
+        assert sorted(shown[1:]) == sorted(others)  # of like length
+        assert all(len(batch) == 3 for batch in shown[:-1])  # a smaller one is the last
     assert sorted(index for share in shares for index in share) == list(range(size))
-    assert {share[0] for share in shares} == set(lengths.argsort(descending=True, stable=True)[:world].tolist())
     assert max(len(share) for share in shares) - min(len(share) for share in shares) <= 1
+
+
+def test_evaluation_with_lengths_is_in_a_shuffled_order_that_is_always_the_same() -> None:
+    orders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loader = module().evaluation_loader(Keys(62), torch.arange(62))
+        orders += [[indices.tolist() for (indices,) in loader] for _ in range(2)]
+    assert orders == orders[:1] * 4
+    first, *others, last = (max(batch) for batch in orders[0])
+    assert (first, last) == (61, 1)
+    assert sorted(others) == list(range(4, 60, 3))
+    assert others not in (sorted(others), sorted(others, reverse=True))
 
 
 def test_evaluation_keeps_the_order_of_samples_of_one_length() -> None:
     loader = module().evaluation_loader(Keys(20), torch.tensor([5] * 10 + [9] * 10))
-    assert [int(index) for (indices,) in loader for index in indices] == [*range(10, 20), *range(10)]
+    order = [*range(10, 20), *range(10)]
+    batches_in_order = sorted(order[i : i + 3] for i in range(0, 20, 3))
+    assert sorted(indices.tolist() for (indices,) in loader) == batches_in_order
 
 
 def test_a_collate_function_makes_the_batches() -> None:

@@ -187,6 +187,21 @@ def test_a_directory_of_one_task_or_of_several(tmp_path: Path) -> None:
     write_task(tmp_path, "cola")
     one, several = prepared(tmp_path / "rte", task="rte"), prepared(tmp_path, task="rte")
     assert found(one.splits["train"][0]) == found(several.splits["train"][0]) == all_of("train", 30)
+    with refuses("data.path", "has rows of train in the folders cola, rte", "none of them is mrpc"):
+        prepared(tmp_path, task="mrpc")
+
+
+def test_a_directory_that_has_another_task_alone(hub: Files) -> None:
+    path = hub("rte")
+    for stage, split in (("fit", "train"), ("predict", "test")):
+        with refuses("data.path", f"{path} has rows of {split} in the folders rte", "none of them is mrpc"):
+            prepared(path, stage, task="mrpc")
+
+
+def test_a_folder_of_another_name_is_taken_as_the_configuration(tmp_path: Path) -> None:
+    write_task(tmp_path, "rte")
+    (tmp_path / "rte").rename(tmp_path / "mine")
+    assert found(prepared(tmp_path, task="rte", config="mine").splits["train"][0]) == all_of("train", 30)
 
 
 def test_two_validation_sets_of_mnli(hub: Files) -> None:
@@ -199,28 +214,32 @@ def test_two_validation_sets_of_mnli(hub: Files) -> None:
     assert [loader.dataset for loader in loaders] == [matched, mismatched]
 
 
-def test_the_hub_is_asked_for_the_configuration_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("revision", [None, "refs/convert/parquet"])
+def test_the_hub_is_asked_for_the_configuration_of_the_task(
+    monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
     asked = set()
 
-    def names(name: str, config: str | None) -> list[str]:
-        asked.add((name, config))
+    def names(name: str, config: str | None, revision: str | None) -> list[str]:
+        asked.add((name, config, revision))
         return ["train", "validation", "test"]
 
-    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+    def load(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        asked.add((name, config, revision))
         rows = [texts_of(split, row) for row in range(8)]
         return datasets.Dataset.from_dict({"sentence": [a for a, _ in rows], "label": [0, 1] * 4})
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", names)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    data = GlueData(task="cola", batch_size=2)
+    data = GlueData(task="cola", batch_size=2, revision=revision)
     data.trainer = stub_trainer(lightning_module=text_model(word_tokenizer()))
     data.setup("fit")
-    assert asked == {("nyu-mll/glue", "cola")}
+    assert asked == {("nyu-mll/glue", "cola", revision)}
     assert found(data.splits["val"][0]) == all_of("validation", 8)
 
 
 def test_a_set_on_the_hub_without_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config, revision: ["test"])
     with refuses("data.path", "some/data", "train"):
         prepared(Path("some/data"), text_columns=["text"])
 
@@ -275,6 +294,49 @@ def test_a_model_that_knows_its_classes_is_tested_without_training_rows(tmp_path
         prepared(tmp_path, "test", text_columns=["text"])
 
 
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_whole_numbers_are_targets_of_a_model_of_a_regression(tmp_path: Path, stage: str) -> None:
+    for split in ("train", "validation", "test"):
+        write_csv(tmp_path / f"{split}.csv", ["w0,5", "w1,0", "w2,3"])
+    keys = {"text_columns": ["text"], "model": text_model(word_tokenizer(), class_names=[])}
+    data = prepared(tmp_path, stage, batch_size=1, **keys)
+    data.check_test_split()
+    assert (data.class_names, data.metrics) == ([], ["pearson", "spearman"])
+    targets = data.splits["test" if stage == "test" else "train"][0].targets["label"]
+    assert targets.tolist() == [5.0, 0.0, 3.0]
+    assert targets.dtype == torch.float32
+
+
+def test_a_model_of_a_regression_over_names_and_over_classes_of_a_task(tmp_path: Path, hub: Files) -> None:
+    model = text_model(word_tokenizer(), class_names=[])
+    write_csv(tmp_path / "test.csv", ["w0,yes", "w1,no"])
+    with refuses("data.label_column", "must hold numbers, and it holds"):
+        prepared(tmp_path, "test", text_columns=["text"], model=model)
+    with refuses("data.label_column", "the model is for regression", "classification into entailment, not_entailment"):
+        prepared(hub("rte"), task="rte", model=model)
+
+
+def test_classes_with_names_are_no_targets_of_a_model_of_a_regression(hub: Files) -> None:
+    model = text_model(word_tokenizer(), class_names=[])
+    with refuses("data.label_column", "the model is for regression", "classification into unacceptable, acceptable"):
+        prepared(hub("cola") / "cola", text_columns=["sentence"], model=model)
+
+
+def test_the_test_split_is_checked_before_there_is_a_trainer(hub: Files) -> None:
+    GlueData(str(hub("rte", hidden=False)), task="rte").check_test_split()
+    with refuses("data.label_column", "hidden"):
+        GlueData(str(hub("rte")), task="rte").check_test_split()
+
+
+def test_booleans_are_two_classes(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", [f"w{i},{i % 3 == 0}" for i in range(20)])
+    data = prepared(tmp_path, text_columns=["text"])
+    assert data.class_names == ["0", "1"]
+    (train,) = data.splits["train"]
+    rows = [int(word_tokenizer().convert_ids_to_tokens(ids)[1][1:]) for ids in train.data["input_ids"]]
+    assert train.targets["label"].tolist() == [int(row % 3 == 0) for row in rows]
+
+
 def test_a_model_of_classes_over_a_regression(tmp_path: Path) -> None:
     write_csv(tmp_path / "test.csv", ["w0,0.5", "w1,1.5"])
     with refuses("data.label_column", "the model is for classification into a, b"):
@@ -323,7 +385,7 @@ def test_test_labels_that_are_there_are_tested_on(hub: Files) -> None:
 @pytest.mark.parametrize("task", HUB)
 def test_hidden_test_labels_are_told_before_training(hub: Files, task: str) -> None:
     data = module(hub(task), task=task)
-    with refuses("data.label_column", "test", "hidden"):
+    with refuses("data.label_column", "test", "hidden", "data.test_on_validation: true"):
         data.check_test_split()
 
 
@@ -418,6 +480,22 @@ def test_long_texts_are_cut_as_the_tokenizer_cuts_them(hub: Files, limit: int) -
     assert val.lengths.max() == limit
 
 
+def test_texts_that_reach_the_limit_are_counted(hub: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    path = hub("cola")
+    lengths = [len(word_tokenizer()(texts_of("validation", row)[0])["input_ids"]) for row in range(12)]
+    keys = {"task": "cola", "max_length": 6, "model": text_model(word_tokenizer(), class_names=HUB["cola"].names)}
+    prepared(path, "validate", **keys)
+    cut = sum(length >= 6 for length in lengths)
+    assert 0 < cut < 12
+    where = path / "cola/validation-00000-of-00001.parquet"
+    expected = f"{cut} of 12 rows of {where} reach 6 tokens and may be cut."
+    assert expected in capsys.readouterr().err.splitlines()
+    prepared(path, "validate", **keys, world=2, rank=1)
+    assert "may be cut" not in capsys.readouterr().err
+    prepared(path, "validate", **{**keys, "max_length": max(lengths) + 1})
+    assert "may be cut" not in capsys.readouterr().err
+
+
 def test_buckets_of_like_length_pad_less(hub: Files) -> None:
     path = hub("cola", train=40)
 
@@ -428,10 +506,12 @@ def test_buckets_of_like_length_pad_less(hub: Files) -> None:
     assert padding(True) < padding(False) / 4
 
 
-def test_evaluation_has_the_longest_first_or_the_order_of_the_rows(hub: Files) -> None:
+def test_evaluation_has_the_longest_batch_first_or_the_order_of_the_rows(hub: Files) -> None:
     path = hub("cola")
-    widths = [b["input_ids"].shape[1] for b in batches(prepared(path, task="cola").val_dataloader()[0])]
-    assert widths == sorted(widths, reverse=True) != [widths[0]] * 3
+    shown = [b["attention_mask"].sum(1).tolist() for b in batches(prepared(path, task="cola").val_dataloader()[0])]
+    lengths = sorted((n for batch in shown for n in batch), reverse=True)
+    assert shown[0] == lengths[:4] != lengths[8:]
+    assert sorted(shown, reverse=True) == [lengths[:4], lengths[4:8], lengths[8:]]
     plain = prepared(path, task="cola", bucket_by_length=False).val_dataloader()[0]
     assert [i for b in batches(plain) for i in b["index"].tolist()] == list(range(12))
 
@@ -482,7 +562,7 @@ def test_submissions_are_in_the_form_of_glue(tmp_path: Path, hub: Files, task: s
     assert data.prediction_files == known.files
     assert len(data.predict_dataloader()) == len(known.files)
     rows: list[dict[str, Any]] = [{"index": 0, "prediction": 2.5}, {"index": 6, "prediction": -0.25}]
-    expected = ["2.5", "-0.25"]
+    expected = ["2.5", "0.0"]  # in the limits of the scores
     if known.names:
         rows = [
             {"index": i, "label": label, "prediction": known.names[label], "probability": 0.75}
@@ -493,6 +573,31 @@ def test_submissions_are_in_the_form_of_glue(tmp_path: Path, hub: Files, task: s
     for file in range(len(known.files)):
         lines = submission(data, file, rows, tmp_path)
         assert lines == ["index\tprediction", f"100\t{expected[0]}", f"106\t{expected[1]}"]  # by the column idx
+
+
+@pytest.mark.parametrize(
+    ("score", "clipped"), [(-0.25, 0.0), (0.0, 0.0), (0.25, 0.25), (4.75, 4.75), (5.0, 5.0), (5.25, 5.0)]
+)
+def test_scores_of_stsb_are_clipped_in_submissions_alone(
+    tmp_path: Path, hub: Files, score: float, clipped: float
+) -> None:
+    row = {"index": 2, "prediction": score}
+    data = prepared(hub("stsb"), "predict", task="stsb")
+    assert data.complete_prediction(row, 0) == {"index": 102, "prediction": clipped}
+    lines = prepared(hub("stsb"), "predict", task="stsb", prediction_format="jsonl")
+    assert lines.complete_prediction(row, 0)["prediction"] == score
+    folder = write_csv(tmp_path / "test.csv", ["w0", "w1", "w2"], header="text")
+    own = prepared(folder, "predict", text_columns=["text"])
+    assert own.complete_prediction(row, 0) == {"index": 2, "prediction": score}
+
+
+@pytest.mark.parametrize("form", ["tsv", "jsonl"])
+@pytest.mark.parametrize(("column", "expected"), [("idx", 7), ("name", "b"), ("gone", 1)])
+def test_rows_are_named_by_a_column(tmp_path: Path, column: str, expected: Any, form: str) -> None:
+    folder = write_csv(tmp_path / "test.csv", ["w3,9,a", "w4,7,b"], header="sentence,idx,name")
+    data = prepared(folder, "predict", task="sst2", id_column=column, prediction_format=form)
+    row = {"index": 1, "label": 1, "prediction": "positive", "probability": 1.0}
+    assert data.complete_prediction(row, 0)["index"] == expected
 
 
 def test_prediction_needs_no_labels(hub: Files) -> None:

@@ -274,11 +274,11 @@ def test_labels_follow_the_names_of_their_classes() -> None:
     assert among.class_names == ["c", "a", "b"]
     assert (among.read, among.names) == (table.read, table.names)
     assert table.labels.tolist() == [0, 1, 1]
-    assert table.with_classes(["b", "c"], "here") is table
+    assert table.with_classes(["b", "c"], "here").labels.tolist() == [0, 1, 1]
 
 
 def test_classes_that_are_not_in_the_list() -> None:
-    with refuses("data.path", "the val split of x", "(b, d)", "it knows 2: a, c."):
+    with refuses("data.path", "the val split of x", "(b)", "it knows 2: a, c."):  # d never occurs
         labelled(["a", "b", "c", "d"], [0, 1]).with_classes(["a", "c"], "the val split of x")
 
 
@@ -426,31 +426,35 @@ def test_a_column_that_holds_no_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "labels", "parts"),
     [
-        (NAMED, [0, 1, 3], ("row 2 is 3, outside 0 to 2", "1 of 3")),
-        (NAMED, [0, -1, -1], ("row 1 is -1, outside 0 to 2", "2 of 3")),
-        (datasets.Value("int64"), [0, -1, 4], ("row 1 is -1, outside 0 to 4", "1 of 3")),
-        (datasets.Value("int64"), [-1, -1, -1], ("row 0 is -1", "3 of 3")),
+        (NAMED, [0, 1, 3], ("is 3 in row 2, outside 0 to 2", "1 of 3")),
+        (NAMED, [0, -1, -1], ("is -1 in row 1, outside 0 to 2", "2 of 3")),
+        (datasets.Value("int64"), [0, -1, 4], ("is -1 in row 1, outside 0 to 4", "1 of 3")),
+        (datasets.Value("int64"), [-1, -1, -1], ("is -1 in row 0", "3 of 3", "hidden")),
     ],
 )
 def test_labels_out_of_range(tmp_path: Path, named: Any, labels: list[int], parts: tuple[str, ...]) -> None:
     write_split(tmp_path / "train.parquet", pictures(3), labels, named=named)
-    with refuses("data.path", "train.parquet", *parts):
+    with refuses("data.label_column", "train.parquet", *parts):
         opened(tmp_path)
 
 
+def test_labels_by_name(tmp_path: Path) -> None:
+    write_split(tmp_path / "train.parquet", pictures(3), ["red", "blue", "red"], named=datasets.Value("string"))
+    table = opened(tmp_path)
+    assert (table.class_names, table.labels.tolist()) == (["blue", "red"], [1, 0, 1])
+
+
 @pytest.mark.parametrize(
-    ("feature", "labels"),
+    ("feature", "labels", "part"),
     [
-        (datasets.Value("string"), ["red", "blue"]),
-        (datasets.Value("string"), ["0", "1"]),
-        (datasets.Value("float32"), [0.0, 0.7]),
-        (datasets.Value("int64"), [0, None]),
-        (datasets.List(datasets.Value("int64")), [[0, 1], [1, 0]]),
+        (datasets.Value("float32"), [0.0, 0.7], "not decimal numbers"),
+        (datasets.Value("int64"), [0, None], "empty in row 1"),
+        (datasets.List(datasets.Value("int64")), [[0, 1], [1, 0]], "must hold numbers or names"),
     ],
 )
-def test_labels_that_are_no_whole_numbers(tmp_path: Path, feature: Any, labels: list[Any]) -> None:
+def test_labels_that_are_neither_numbers_nor_names(tmp_path: Path, feature: Any, labels: list[Any], part: str) -> None:
     write_split(tmp_path / "train.parquet", pictures(2), labels, named=feature)
-    with refuses("data.label_column", "label", "train.parquet", "whole numbers"):
+    with refuses("data.label_column", "label", "train.parquet", part):
         opened(tmp_path)
 
 

@@ -57,6 +57,21 @@ def test_whole_numbers_take_the_names_that_are_given() -> None:
     assert same(read([0, 0], class_names=("bad", "good")), [0, 0], ["bad", "good"])
 
 
+@pytest.mark.parametrize(("given", "names"), [(None, ["0", "1"]), (("bad", "good"), ["bad", "good"])])
+def test_booleans_are_classes(given: tuple[str, ...] | None, names: list[str]) -> None:
+    assert same(read([True, False, True], datasets.Value("bool"), given), [1, 0, 1], names)
+
+
+def test_booleans_of_files_are_classes(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("label\nTrue\nFalse\nTrue\n")
+    (tmp_path / "test.jsonl").write_text('{"label": true}\n{"label": false}\n{"label": true}\n')
+    for split in ("train", "test"):
+        opened = open_table(str(tmp_path), (split,))
+        assert opened is not None
+        found = read_labels(opened, "label")
+        assert (found.values.tolist(), found.class_names) == ([1, 0, 1], ["0", "1"])
+
+
 @pytest.mark.parametrize("given", [None, ("a", "b", "c"), ("a", "b")])
 def test_the_names_of_the_column_come_first(given: tuple[str, ...] | None) -> None:
     assert same(read([2, 0, 1], NAMED, given), [2, 0, 1], ["no", "maybe", "yes"])
@@ -82,9 +97,12 @@ def test_decimal_numbers_that_are_whole_are_a_regression_too() -> None:
     assert same(read([1.0, 0.0], datasets.Value("float64")), [1.0, 0.0], [])
 
 
-@pytest.mark.parametrize("feature", [datasets.Value("int64"), NAMED])
-def test_whole_numbers_become_a_regression_on_demand(feature: Any) -> None:
-    assert same(read([2, 0, 1], feature, ()), [2.0, 0.0, 1.0], [])
+def test_whole_numbers_become_a_regression_on_demand() -> None:
+    assert same(read([2, 0, 1], datasets.Value("int64"), ()), [2.0, 0.0, 1.0], [])
+
+
+def test_classes_with_names_become_no_regression() -> None:
+    assert same(read([2, 0, 1], NAMED, ()), [2, 0, 1], ["no", "maybe", "yes"])
 
 
 def test_another_column_and_a_selection_of_rows() -> None:
@@ -116,6 +134,7 @@ def test_shards_are_one_column(feature: Any) -> None:
         (datasets.Value("float32"), [0.5, None]),
         (datasets.Value("string"), ["a", None]),
         (datasets.Value("int64"), [3, None]),
+        (datasets.Value("bool"), [True, None]),
     ],
 )
 @pytest.mark.parametrize("given", [None, (), ("a", "b", "c", "d")])
@@ -155,8 +174,24 @@ def test_labels_out_of_range(
     ("feature", "given"), [(NAMED, None), (datasets.Value("int64"), ("a", "b")), (datasets.Value("int64"), None)]
 )
 def test_labels_of_minus_one_are_called_hidden(feature: Any, given: tuple[str, ...] | None) -> None:
-    with refuses("is -1 in row 0", "3 of 3 labels are", "hidden", "predict alone"):
+    with refuses("is -1 in row 0", "3 of 3 labels are", "hidden", "predict", "data.test_on_validation: true"):
         read([-1, -1, -1], feature, given)
+
+
+@pytest.mark.parametrize("feature", [datasets.Value("int64"), datasets.Value("float32")])
+def test_targets_of_minus_one_are_called_hidden(feature: Any) -> None:
+    with refuses("label in here is -1 throughout", "hidden", "predict", "data.test_on_validation: true"):
+        read([-1, -1], feature, ())
+
+
+@pytest.mark.parametrize(
+    ("feature", "given"), [(NAMED, None), (datasets.Value("int64"), ("a", "b")), (datasets.Value("int64"), None)]
+)
+def test_one_label_of_minus_one_is_not_called_hidden(feature: Any, given: tuple[str, ...] | None) -> None:
+    with refuses("is -1 in row 1", "1 of 4 labels are", "Mend or drop those rows.") as told:
+        read([0, -1, 1, 0], feature, given)
+    assert "hidden" not in str(told.value)
+    assert "test_on_validation" not in str(told.value)
 
 
 def test_targets_of_a_regression_may_be_negative() -> None:
@@ -166,7 +201,6 @@ def test_targets_of_a_regression_may_be_negative() -> None:
 @pytest.mark.parametrize(
     ("feature", "labels", "given", "wanted"),
     [
-        (datasets.Value("bool"), [True, False], None, "numbers or names"),
         (datasets.List(datasets.Value("int64")), [[0, 1], [1]], None, "numbers or names"),
         (datasets.Value("float32"), [0.0, 1.0], ("a", "b"), "whole numbers or names"),
         (datasets.Value("string"), ["a", "b"], (), "numbers"),

@@ -129,6 +129,44 @@ def test_long_texts_are_cut_and_references_are_not(folder: Path) -> None:
     assert sorted(batches) == sorted(column(rows, "summary"))
 
 
+def test_documents_that_reach_the_limit_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared(folder, stage="validate", max_source_length=6)
+    cut = sum(len(ids) >= 6 for ids in tokens(column(rows_of("validation"), "document")))
+    assert 0 < cut < 9
+    expected = f"{cut} of 9 rows of {folder / 'validation.jsonl'} reach 6 tokens and may be cut."
+    assert expected in capsys.readouterr().err.splitlines()
+    prepared(folder, stage="validate")
+    assert "may be cut" not in capsys.readouterr().err
+
+
+def test_a_folder_of_the_configuration(tmp_path: Path) -> None:
+    for i, config in enumerate(("1.0.0", "3.0.0")):
+        for split in SIZES:
+            write(tmp_path / config / f"{split}.jsonl", rows_of(split, 5 + i))
+    assert len(prepared(tmp_path, config="3.0.0").splits["train"][0]) == 6
+    with refuses("data.path", "in the folders 1.0.0, 3.0.0"):
+        prepared(tmp_path)
+    with refuses("data.path", "in the folders 1.0.0, 3.0.0", "none of them is 2.0.0"):
+        prepared(tmp_path, config="2.0.0")
+
+
+def test_the_hub_is_asked_for_the_configuration_and_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = set()
+
+    def names(name: str, config: str | None, revision: str | None) -> list[str]:
+        asked.add((name, config, revision))
+        return ["train", "validation"]
+
+    def load(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        asked.add((name, config, revision))
+        return datasets.Dataset.from_list(rows_of(split))
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prepared(Path("some/data"), config="3.0.0", revision="refs/convert/parquet")
+    assert asked == {("some/data", "3.0.0", "refs/convert/parquet")}
+
+
 def test_a_prefix_counts_among_the_tokens_of_the_source(folder: Path) -> None:
     (dataset,) = prepared(folder, source_prefix="film is ", max_source_length=6).splits["val"]
     assert dataset.lengths.max() == 6
@@ -221,8 +259,10 @@ def test_the_padding_token_of_a_target_is_not_learnt_and_a_real_one_is(tmp_path:
 
 def test_batches_go_by_the_length_of_the_source(folder: Path) -> None:
     (loader,) = prepared(folder).val_dataloader()
-    lengths = [n for batch in loader for n in batch["attention_mask"].sum(1).tolist()]
-    assert lengths == sorted(lengths, reverse=True)
+    shown = [batch["attention_mask"].sum(1).tolist() for batch in loader]
+    lengths = sorted((n for batch in shown for n in batch), reverse=True)
+    assert shown[0] == lengths[:4]
+    assert sorted(shown, reverse=True) == [lengths[:4], lengths[4:8], lengths[8:]]
     assert len(set(lengths)) > 4
     (loader,) = prepared(folder, bucket_by_length=False).val_dataloader()
     assert [i for batch in loader for i in batch["index"].tolist()] == list(range(9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.tables import SPLITS, Table, check_column, open_file, open_table
+from datamodules.tables import READERS, SPLITS, Table, check_column, open_file, open_table
 
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 Rows = list[tuple[str, int]]
@@ -43,8 +44,8 @@ def put(file: Path, content: str) -> Path:
     return file
 
 
-def opened(path: Path, splits: Sequence[str] = ("train",)) -> Table:
-    table = open_table(str(path), splits)
+def opened(path: Path, splits: Sequence[str] = ("train",), config: str | None = None) -> Table:
+    table = open_table(str(path), splits, config)
     assert table is not None
     return table
 
@@ -135,6 +136,75 @@ def test_a_path_with_the_signs_of_a_pattern_is_taken_literally(tmp_path: Path, s
     assert rows_of(opened(tmp_path / "run[1]")) == ROWS[1:]
 
 
+# ------------------------------------------------------------------------------------------------------ configurations
+
+
+def write_configs(folder: Path, *configs: str) -> Path:
+    """A clone of a repository with a folder for each configuration: CNN/DailyMail, GLUE."""
+    for i, config in enumerate(configs):
+        write(folder / config / "train-00000-of-00001.parquet", ROWS[i : i + 1])
+        write(folder / config / "test-00000-of-00001.parquet", ROWS[i + 1 : i + 2])
+    return folder
+
+
+def test_a_folder_of_the_configuration_is_taken(tmp_path: Path) -> None:
+    configs = ("1.0.0", "2.0.0", "3.0.0")
+    write_configs(tmp_path, *configs)
+    for i, config in enumerate(configs):
+        assert rows_of(opened(tmp_path, config=config)) == ROWS[i : i + 1]
+        assert rows_of(opened(tmp_path, SPLITS["test"], config)) == ROWS[i + 1 : i + 2]
+        assert rows_of(opened(tmp_path / config, config=config)) == ROWS[i : i + 1]  # the folder itself
+        assert open_table(str(tmp_path), SPLITS["val"], config) is None
+
+
+@pytest.mark.parametrize("name", ["train", "data/train-0", "train/0000", "default/train/0000"])
+def test_a_folder_of_the_configuration_has_any_layout(tmp_path: Path, name: str) -> None:
+    write(tmp_path / f"rte/{name}.csv", ROWS[:1])
+    write(tmp_path / f"mrpc/{name}.csv", ROWS[1:])
+    assert rows_of(opened(tmp_path, config="mrpc")) == ROWS[1:]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_in_the_folders_of_several_configurations(tmp_path: Path, split: str) -> None:
+    write_configs(tmp_path, "3.0.0", "1.0.0", "2.0.0")
+    with refuses("data.path", f"{tmp_path} has rows of {split} in the folders 1.0.0, 2.0.0, 3.0.0", "give the folder"):
+        open_table(str(tmp_path), (split,))
+    with refuses("data.path", "in the folders 1.0.0, 2.0.0, 3.0.0", "none of them is 4.0.0", "give the folder"):
+        open_table(str(tmp_path), (split,), "4.0.0")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_only_folder_is_of_another_configuration(tmp_path: Path, split: str) -> None:
+    write_configs(tmp_path, "rte")
+    with refuses("data.path", f"{tmp_path} has rows of {split} in the folders rte", "none of them is mrpc"):
+        open_table(str(tmp_path), (split,), "mrpc")
+    assert len(opened(tmp_path, (split,))) == 1  # no other was asked for
+
+
+def test_a_folder_of_the_configuration_without_rows(tmp_path: Path) -> None:
+    write_configs(tmp_path, "rte")
+    (tmp_path / "mrpc").mkdir()
+    with refuses("data.path", f"{tmp_path / 'mrpc'} holds no file of training rows"):
+        open_table(str(tmp_path), ("train",), "mrpc")
+
+
+@pytest.mark.parametrize("config", [None, "rte"])
+def test_rows_beside_a_folder_of_other_rows(tmp_path: Path, config: str | None) -> None:
+    write(tmp_path / "train.csv", ROWS[:1])
+    write(tmp_path / "old/train.csv", ROWS[1:])
+    with refuses("data.path", f"{tmp_path} has rows of train in the folders", "old", "give the folder"):
+        open_table(str(tmp_path), ("train",), config)
+
+
+@pytest.mark.parametrize("config", [None, "rte"])
+@pytest.mark.parametrize("name", ["train", "data/train-0", "train/0000", "default/train/0000", "data/train/0000"])
+def test_folders_that_are_no_configuration_do_not_count(tmp_path: Path, name: str, config: str | None) -> None:
+    write(tmp_path / f"{name}.csv", ROWS[:2])
+    assert rows_of(opened(tmp_path, config=config)) == ROWS[:2]
+    write(tmp_path / "data/train-9.csv", ROWS[2:])
+    assert sorted(rows_of(opened(tmp_path, config=config))) == sorted(ROWS)
+
+
 # --------------------------------------------------------------------------------------------------------------- cells
 
 
@@ -207,20 +277,30 @@ def test_the_hub_is_asked_for_a_split_that_it_has(monkeypatch: pytest.MonkeyPatc
     data = datasets.Dataset.from_dict({"text": ["a"]})
     asked = []
 
-    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, config, split))
+    def names(name: str, config: str | None, revision: str | None) -> list[str]:
+        asked.append((name, config, revision))
+        return ["train", "valid", "val"]
+
+    def load(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, config, revision, split))
         return data
 
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "valid", "val"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    table = open_table("some/data", SPLITS["val"], "rte")
+    table = open_table("some/data", SPLITS["val"], "rte", "refs/convert/parquet")
     assert table is not None
     assert (table.data, table.where) == (data, "some/data/rte/val")
     assert open_table("some/data", SPLITS["test"], "rte") is None
     plain = open_table("some/data", SPLITS["train"])
     assert plain is not None
     assert plain.where == "some/data/train"
-    assert asked == [("some/data", "rte", "val"), ("some/data", None, "train")]
+    assert asked == [
+        ("some/data", "rte", "refs/convert/parquet"),
+        ("some/data", "rte", "refs/convert/parquet", "val"),
+        ("some/data", "rte", None),
+        ("some/data", None, None),
+        ("some/data", None, None, "train"),
+    ]
 
 
 def test_a_directory_without_training_rows(tmp_path: Path) -> None:
@@ -282,6 +362,36 @@ def test_a_file_of_an_unknown_kind(tmp_path: Path, name: str) -> None:
         open_table(str(file), ("train",))
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_not_taken_for_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def read(files: list[str]) -> Any:
+        if wrapped:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from full
+        raise full
+
+    monkeypatch.setitem(READERS, ".csv", read)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = write(tmp_path / "train.csv", ROWS)
+    with refuses(
+        "data.path", str(file), f"the cache {tmp_path / 'cache'}", "No space left", "set HF_DATASETS_CACHE"
+    ) as told:
+        open_table(str(file), ("train",))
+    assert "damaged" not in str(told.value)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    cache = put(tmp_path / "cache", "a file in its place")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    file = write(tmp_path / f"new{suffix}", ROWS)
+    with refuses("data.predict_path", str(file), f"the cache {cache}", "set HF_DATASETS_CACHE"):
+        open_file(str(file), "predict_path")
+
+
 # ------------------------------------------------------------------------------------------------------------ one file
 
 
@@ -314,6 +424,6 @@ def test_a_damaged_file_for_prediction_is_told_under_its_key(
 
 def test_a_column_that_is_there_and_one_that_is_not(tmp_path: Path) -> None:
     table = opened(write(tmp_path / "train.csv", ROWS))
-    assert check_column(table, "label_column", "label") == "label"
+    check_column(table, "label_column", "label")
     with refuses("data.label_column", table.where, "has no column lable; it has text, label."):
         check_column(table, "label_column", "lable")

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 
 from datamodules.errors import DataError
 from datamodules.tables import Table, open_table
-from datamodules.text import TextData, TokenDataset, check_texts, tokenized, tokenizer_state
+from datamodules.text import FORMAT, TextData, TokenDataset, check_texts, tokenized, tokenizer_state
 from tests.backbones import word_tokenizer
 from tests.datamodules.stub import stub_trainer, text_model
 
@@ -185,6 +186,31 @@ def test_another_length_is_tokenised_anew() -> None:
     assert max(data["length"]) == 7
 
 
+def test_another_format_is_tokenised_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Encoder()
+    assert encoded(table(TEXTS), encode)[1] > 0
+    monkeypatch.setattr("datamodules.text.FORMAT", FORMAT + 1)
+    assert encoded(table(TEXTS), encode)[1] > 0
+    assert encoded(table(TEXTS), encode)[1] == 0
+    monkeypatch.setattr("datamodules.text.FORMAT", FORMAT)
+    assert encoded(table(TEXTS), encode)[1] == 0
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "transformers"])
+def test_another_version_of_a_library_tokenises_anew(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    encode = Encoder()
+    assert encoded(table(TEXTS), encode)[1] > 0
+    monkeypatch.setattr("datamodules.text.version", lambda name: "0.0" if name == library else version(name))
+    assert encoded(table(TEXTS), encode)[1] > 0
+
+
+def test_another_version_of_datasets_tokenises_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Encoder()
+    assert encoded(table(TEXTS), encode)[1] > 0
+    monkeypatch.setattr(datasets, "__version__", "0.0")
+    assert encoded(table(TEXTS), encode)[1] > 0
+
+
 def with_words(*words: str) -> Any:
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(list(words))
@@ -228,7 +254,7 @@ def test_a_tokenizer_that_was_copied_elsewhere_has_the_same_state(tmp_path: Path
 
 @pytest.mark.parametrize("feature", ["string", "large_string"])
 def test_texts_that_will_do(feature: str) -> None:
-    assert check_texts(table(TEXTS, feature), "text_columns", "text") == "text"
+    check_texts(table(TEXTS, feature), "text_columns", "text")
 
 
 def test_no_such_column() -> None:
@@ -335,7 +361,8 @@ def test_a_data_set_goes_to_another_process() -> None:
 def text_data(**model: Any) -> TextData:
     data = TextData(
         path="here",
-        config=None,
+        config="some",
+        revision="main",
         batch_size=2,
         num_workers=0,
         bucket_by_length=True,
@@ -363,6 +390,49 @@ def test_a_model_without_a_tokenizer() -> None:
     data.trainer = stub_trainer(lightning_module=SimpleNamespace())
     with refuses("TextData needs a model that has a tokenizer"):
         _ = data.tokenizer
+
+
+def test_the_hub_is_asked_for_the_configuration_and_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def names(name: str, config: str | None, revision: str | None) -> list[str]:
+        asked.append((name, config, revision))
+        return ["train"]
+
+    def load(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, config, revision))
+        return datasets.Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(text_data().training_table()) == len(TEXTS)
+    assert asked == [("here", "some", "main")] * 2
+
+
+def of_lengths(lengths: list[int]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"input_ids": [[0] * n for n in lengths], "length": lengths})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [([3, 6, 5, 7], "2 of 4"), ([6], "1 of 1"), ([1, 6] * 1_500, "1,500 of 3,000")],
+)
+def test_rows_that_reach_the_limit_are_counted(
+    capsys: pytest.CaptureFixture[str], lengths: list[int], said: str
+) -> None:
+    where = f"/a/folder/{'of-a-long-name/' * 9}[a]/train.csv"  # neither wrapped nor taken for markup
+    text_data().say_cut(of_lengths(lengths), table(TEXTS, where=where), "length", 6)
+    told = capsys.readouterr()
+    assert told.err == f"{said} rows of {where} reach 6 tokens and may be cut.\n"
+    assert told.out == ""
+
+
+def test_nothing_is_said_of_rows_below_the_limit_nor_by_other_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    data = text_data()
+    data.say_cut(of_lengths([3, 5]), table(TEXTS), "length", 6)
+    data.trainer = stub_trainer(2, 1)
+    data.say_cut(of_lengths([3, 6]), table(TEXTS), "length", 6)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_null_bits_of_a_column_without_nulls_are_no_difference() -> None:

@@ -137,3 +137,8 @@ def test_rougelsum_goes_by_the_sentences_of_a_text_in_one_line() -> None:
     assert direct([lines])["rougeLsum"] == 1.0 > direct([pair])["rougeLsum"]
     assert values(updated([pair])) == pytest.approx(direct([lines]), abs=1e-7)
     assert values(updated([pair]))["rougeL"] == pytest.approx(direct([pair])["rougeL"], abs=1e-7)
+
+
+def test_abbreviations_end_no_sentence() -> None:
+    text = "Mr. Smith of the U.S. Senate went to Dr. Brown at 5 p.m. on Jan. 5. He left."
+    assert in_lines(text).splitlines() == [text.removesuffix(" He left."), "He left."]

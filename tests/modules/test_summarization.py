@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,8 +121,8 @@ def searched(model: Any, data: Batch) -> Tensor:
 
 
 def settings(search: Generation) -> dict[str, Any]:
-    names = ("num_beams", "length_penalty", "min_length", "max_length", "no_repeat_ngram_size")
-    return {name: getattr(search, name) for name in names}
+    """The same search in transformers' own words."""
+    return asdict(search)
 
 
 def generated(row: Tensor) -> list[int]:
@@ -218,6 +219,21 @@ def test_every_search_finds_other_texts(folders: dict[str, Path], kind: str) -> 
         for name, search in SEARCHES.items()
     }
     assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "none", "file"])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_forced_tokens_are_the_repositorys_wherever_the_weights_come_from(
+    tmp_path: Path, weights: str, file: str
+) -> None:
+    folder = save_backbone(tmp_path, "bart")
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    keys = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**keys, "forced_bos_token_id": 7}))
+    given = {"file": str(folder / "model.safetensors")}.get(weights, weights)
+    model = summarizer(folder, weights=given).eval()
+    assert (searched(model, batch())[:, 1] == 7).all()
 
 
 @every_kind
