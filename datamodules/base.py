@@ -104,11 +104,12 @@ class ResumableDataModule(L.LightningDataModule):
             raise DataError(f"{size} samples to evaluate are fewer than the {world} processes; use fewer processes.")
         if lengths is None:
             return self._loader(dataset, range(rank, size, world), collate)
-        own = lengths.argsort(descending=True, stable=True)[rank::world]
-        first, *others = own.split(self.batch_size)
-        rest = [others.pop()] if others and len(others[-1]) < self.batch_size else []  # a smaller batch stays the last
+        step = self.batch_size * world
+        first, *others = lengths.argsort(descending=True, stable=True).split(step)
+        rest = [others.pop()] if others and len(others[-1]) < step else []  # smaller batches stay the last
         shuffled = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).tolist()
-        return self._loader(dataset, torch.cat([first, *(others[i] for i in shuffled), *rest]).tolist(), collate)
+        own = [batches[rank::world] for batches in (first, *(others[i] for i in shuffled), *rest)]
+        return self._loader(dataset, torch.cat(own).tolist(), collate)
 
     def _loader(
         self, dataset: Dataset[Any], sampler: EpochSampler | range | list[int], collate: Collate | None

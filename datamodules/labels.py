@@ -73,7 +73,7 @@ def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None =
         row = cells.is_null().to_pylist().index(True)
         raise DataError(f"data.label_column: {column} in {table.where} is empty in row {row}; mend or drop such rows.")
     if pa.types.is_boolean(cells.type):
-        cells = cells.cast(pa.int64())
+        cells, class_names = cells.cast(pa.int64()), class_names or ("0", "1")
     number = pa.types.is_floating(cells.type) or pa.types.is_integer(cells.type)
     named = isinstance(table.data.features[column], datasets.ClassLabel)
     if (class_names == () and number and not named) or (not class_names and pa.types.is_floating(cells.type)):

@@ -77,14 +77,17 @@ def open_table(
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise DataError(f"data.path: {path} is not here; give a directory, a file or a data set's name on the hub.")
         return _from_hub(path, splits, config, revision)
-    if config is not None and (folder / config).is_dir():
-        folder = folder / config
-    for suffix in READERS:
-        for name in splits:
-            files = [f for f in sorted(folder.rglob(f"*{suffix}")) if _is_of_split(f, name, folder)]
-            if files:
-                _check_one_set(files, name, folder, config)
-                return _read(files)
+    if config is not None:
+        folder = next((f for f in (folder / config, folder / "data" / config) if f.is_dir()), folder)
+    found = [
+        files
+        for suffix in READERS
+        for name in splits
+        if (files := [f for f in sorted(folder.rglob(f"*{suffix}")) if _is_of_split(f, name, folder)])
+    ]
+    if found:
+        _check_one_set([f for files in found for f in files], splits, folder, config)
+        return _read(found[0])
     if "train" in splits:
         raise DataError(
             f"data.path: {folder} holds no file of training rows: train.parquet, train.csv, train.jsonl, or several as "
@@ -124,15 +127,15 @@ def _is_of_split(file: Path, split: str, root: Path) -> bool:
     )
 
 
-def _check_one_set(files: list[Path], split: str, root: Path, config: str | None) -> None:
+def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config: str | None) -> None:
     """Refuse files of several data sets, or of another one than asked for."""
-    found = {tuple(p for p in f.relative_to(root).parts[:-1] if p not in (split, "data", "default")) for f in files}
-    others = sorted("/".join(parts) for parts in found if parts)
-    if len(found) > 1 or (others and config is not None):
-        wanted = f"none of them is {config}" if config is not None else "name one of them"
+    usual = {*splits, "data", "default"}
+    sets = {"/".join(p for p in f.relative_to(root).parts[:-1] if p not in usual) or "." for f in files}
+    if len(sets) > 1 or (config is not None and sets != {"."}):
+        asked = f", and none of them is {config}" if config is not None else ""
         raise DataError(
-            f"data.path: {root} has rows of {split} in the folders {', '.join(others)}, and {wanted}; give the folder "
-            "of one data set."
+            f"data.path: {root} has rows of {splits[0]} in the folders {', '.join(sorted(sets))}{asked}; give the "
+            "folder of one data set as data.path, or its name as data.config."
         )
 
 
@@ -141,6 +144,8 @@ def _read(files: list[Path], key: str = "path") -> Table:
     suffix = files[0].suffix
     if suffix not in READERS:
         raise DataError(f"data.{key}: {files[0]} must be one of {', '.join(READERS)}.")
+    if gone := [f for f in files if not f.is_file()]:
+        raise DataError(f"data.{key}: {gone[0]} is no file, or a link to one that is not there.")
     if empty := [f for f in files if f.stat().st_size == 0]:
         raise DataError(f"data.{key}: {empty[0]} is an empty file.")
     try:

@@ -83,7 +83,7 @@ class Summarizer(AdaptedModule):
         label_smoothing: float = 0.1,
         generation: Generation = Generation(),
         tuning: Literal["adapter", "full"] = "adapter",
-        adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - as above
+        adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
         learning_rate: float = 5e-4,
         weight_decay: float = 0.01,
         schedule: Schedule = "linear",

@@ -427,3 +427,28 @@ def test_a_column_that_is_there_and_one_that_is_not(tmp_path: Path) -> None:
     check_column(table, "label_column", "label")
     with refuses("data.label_column", table.where, "has no column lable; it has text, label."):
         check_column(table, "label_column", "lable")
+
+
+def test_a_configuration_below_data(tmp_path: Path) -> None:
+    for name in ("rte", "mrpc"):
+        put(tmp_path / "data" / name / "train.csv", f"text,label\n{name},1\n")
+    table = open_table(str(tmp_path), ("train",), "rte")
+    assert table is not None
+    assert table.data["text"][:] == ["rte"]
+
+
+def test_folders_of_several_data_sets_are_told_whatever_their_kinds_and_names(tmp_path: Path) -> None:
+    put(tmp_path / "one" / "train.jsonl", '{"text": "a"}\n')
+    put(tmp_path / "two" / "train.csv", "text\nb\n")
+    with refuses("data.path", "in the folders one, two", "data.config"):
+        open_table(str(tmp_path), ("train",))
+    put(tmp_path / "one" / "validation.csv", "text\na\n")
+    put(tmp_path / "two" / "val.csv", "text\nb\n")
+    with refuses("data.path", "in the folders one, two"):
+        open_table(str(tmp_path), ("validation", "val"))
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").symlink_to(tmp_path / "gone.csv")
+    with refuses("data.path", "train.csv", "link to one that is not there"):
+        open_table(str(tmp_path), ("train",))
