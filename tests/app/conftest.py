@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from app.cli import main
+from modules.base import AdaptedModule
 
 Run = Callable[..., int]
 
@@ -66,3 +68,19 @@ def summary_cli(tmp_path: Path, pairs_path: Path, bart_path: Path) -> CommandLin
 @pytest.fixture(params=["text", "summary"])
 def language_cli(request: pytest.FixtureRequest) -> CommandLine:
     return request.getfixturevalue(f"{request.param}_cli")
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
+    """The whole state of the model, frozen backbone too, at the start and at the end of each fit."""
+    states: dict[str, dict[str, Tensor]] = {}
+
+    def record(name: str) -> None:
+        def hook(module: AdaptedModule) -> None:
+            states[name] = {k: v.clone() for k, v in module.state_dict().items()}
+
+        monkeypatch.setattr(AdaptedModule, f"on_fit_{name}", hook)
+
+    record("start")
+    record("end")
+    return states

@@ -14,27 +14,10 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from modules.base import AdaptedModule
 from tests.conftest import CLASSES, colour_image
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
-    """The whole state of the model, frozen backbone too, at the start and at the end of each fit."""
-    states: dict[str, dict[str, Tensor]] = {}
-
-    def record(name: str) -> None:
-        def hook(module: AdaptedModule) -> None:
-            states[name] = {k: v.clone() for k, v in module.state_dict().items()}
-
-        monkeypatch.setattr(AdaptedModule, f"on_fit_{name}", hook)
-
-    record("start")
-    record("end")
-    return states
 
 
 @pytest.mark.parametrize(

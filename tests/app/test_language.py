@@ -15,27 +15,10 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
-from modules.base import AdaptedModule
 from tests.conftest import ROOT, write_sentences
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
-    """The whole state of the model at the start and at the end of each fit."""
-    states: dict[str, dict[str, Tensor]] = {}
-
-    def record(name: str) -> None:
-        def hook(module: AdaptedModule) -> None:
-            states[name] = {k: v.clone() for k, v in module.state_dict().items()}
-
-        monkeypatch.setattr(AdaptedModule, f"on_fit_{name}", hook)
-
-    record("start")
-    record("end")
-    return states
 
 
 @pytest.mark.parametrize("train", ["B", "A", "both"])
