@@ -13,7 +13,8 @@ from datamodules.base import Collate
 from datamodules.errors import DataError
 from datamodules.labels import Labels, read_labels
 from datamodules.tables import Table
-from datamodules.text import Padding, TextData, TokenDataset, check_texts, tokenized, tokenizer_state
+from datamodules.text import Padding, TextData
+from datamodules.tokens import TokenDataset, check_texts, tokenized, tokenizer_state
 
 Task = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
 

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from datamodules.base import Collate
 from datamodules.errors import DataError
 from datamodules.tables import Table
-from datamodules.text import TextData, TokenDataset, check_texts, tokenized, tokenizer_state
+from datamodules.text import TextData
+from datamodules.tokens import TokenDataset, check_texts, tokenized, tokenizer_state
 
 IGNORED = -100  # label of a position that is padding
 

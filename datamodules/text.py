@@ -1,29 +1,21 @@
-"""Texts as tokens: tokenised once, cached by content, read from disk, padded batch by batch."""
+"""What data modules of texts share: splits of tables, limits of length, loaders over length buckets."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datamodules.base import Collate, ResumableDataModule
-from datamodules.batching import Draw
 from datamodules.errors import DataError
 from datamodules.splits import check_splits, choose_rows
-from datamodules.tables import SPLITS, Table, check_column, open_file, open_table
+from datamodules.tables import SPLITS, Table, open_file, open_table
+from datamodules.tokens import TokenDataset
 
-FORMAT = 1  # of cached tokens; one more whenever a task's encoding changes
 Padding = Literal["longest", "max_length"]
-Encode = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
 
 class TextData(ResumableDataModule):
@@ -225,121 +217,3 @@ class TextData(ResumableDataModule):
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each set to predict."""
         return self._loaders("predict")
-
-
-class TokenDataset(Dataset[dict[str, Any]]):
-    """Rows of tokens on disk, with their targets in memory.
-
-    Args:
-        data: Columns of token lists, and `length`.
-        targets: Numbers by name, one a row.
-        texts: Columns of text that a batch has beside its tokens.
-    """
-
-    def __init__(
-        self,
-        data: datasets.Dataset,
-        targets: Mapping[str, Tensor] | None = None,
-        texts: datasets.Dataset | None = None,
-    ) -> None:
-        self.data = data
-        self.targets = dict(targets or {})
-        self.texts = texts
-        # the one column that is read into memory: 4 bytes a row
-        self.lengths = torch.from_numpy(data.with_format("numpy", columns=["length"])["length"][:]).to(torch.int32)
-        self.columns = [name for name in data.column_names if name != "length"]
-        self.tokens = data.select_columns(self.columns)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, key: int | Draw) -> dict[str, Any]:
-        """One row."""
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[int | Draw]) -> list[dict[str, Any]]:
-        """The rows of a batch, each with its `index`."""
-        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
-        columns = self.tokens[indices] | (self.texts[indices] if self.texts is not None else {})
-        return [
-            {name: values[i] for name, values in columns.items()}
-            | {name: values[index].item() for name, values in self.targets.items()}
-            | {"index": index}
-            for i, index in enumerate(indices)
-        ]
-
-
-def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping[str, Any]) -> datasets.Dataset:
-    """Rows of tokens, from the cache if the same texts were encoded in the same way before.
-
-    The cache lies with the `datasets` library's own (HF_DATASETS_CACHE). A file is named by the hash of the texts and
-    of the key, so that a moved table is found again and a changed one is not taken for it. Rows are read and written in
-    batches: memory does not grow with their number.
-
-    Args:
-        table: Rows of text.
-        columns: Columns that `encode` gets.
-        encode: From a batch of columns to a batch of token lists, with `length` among them.
-        key: What the encoding depends on besides the texts: `tokenizer_state`, lengths.
-
-    Raises:
-        DataError: If the cache cannot be written.
-    """
-    texts = table.data.select_columns(list(columns))
-    made_by = [FORMAT, datasets.__version__, version("tokenizers"), version("transformers")]
-    digest = hashlib.sha256(json.dumps([dict(key), list(columns), made_by], sort_keys=True).encode())
-    for rows in texts.with_format("arrow").iter(batch_size=10_000):
-        for batch in rows.combine_chunks().to_batches():
-            digest.update(batch.serialize())
-    name = digest.hexdigest()[:40]  # the library takes no longer fingerprints
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "onesided" / f"{name}.arrow"
-    with Console(stderr=True).status(f"Tokenising {len(texts):,} rows of {table.where}"):
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            return texts.map(
-                encode,
-                batched=True,
-                remove_columns=texts.column_names,
-                cache_file_name=str(cache),
-                new_fingerprint=name,
-            )
-        except OSError as error:
-            raise DataError(
-                f"The tokens of {table.where} could not be written to {cache.parent} ({error}); free some space, or "
-                "set HF_DATASETS_CACHE to another folder."
-            ) from error
-
-
-def tokenizer_state(tokenizer: Any) -> str:
-    """All that decides what a tokenizer makes of a text, hashed."""
-    if getattr(tokenizer, "is_fast", False):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # set anew by each call
-    else:
-        state = sorted(tokenizer.get_vocab().items())
-    names = [
-        type(tokenizer).__name__,
-        tokenizer.model_input_names,
-        tokenizer.truncation_side,
-        {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_or_path", "local", "only"))},
-    ]  # whatever it is but where it lies
-    return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()
-
-
-def check_texts(table: Table, key: str, column: str) -> None:
-    """See that a column holds text in every row.
-
-    Raises:
-        DataError: Under the given key, if it is missing, of another type, or empty in some row.
-    """
-    check_column(table, key, column)
-    feature = table.data.features[column]
-    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string"):
-        kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-        raise DataError(f"data.{key}: {column} in {table.where} must hold text, and it holds {kind}.")
-    first = 0
-    for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        if rows[column].null_count:
-            row = first + rows[column].is_null().to_pylist().index(True)
-            raise DataError(f"data.{key}: {column} in {table.where} is empty in row {row}; mend or drop such rows.")
-        first += len(rows)

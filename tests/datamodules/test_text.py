@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from datamodules.errors import DataError
 from datamodules.tables import Table, open_table
-from datamodules.text import FORMAT, TextData, TokenDataset, check_texts, tokenized, tokenizer_state
+from datamodules.text import TextData
+from datamodules.tokens import FORMAT, TokenDataset, check_texts, tokenized, tokenizer_state
 from tests.backbones import word_tokenizer
 from tests.datamodules.stub import stub_trainer, text_model
 
@@ -189,10 +190,10 @@ def test_another_length_is_tokenised_anew() -> None:
 def test_another_format_is_tokenised_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = Encoder()
     assert encoded(table(TEXTS), encode)[1] > 0
-    monkeypatch.setattr("datamodules.text.FORMAT", FORMAT + 1)
+    monkeypatch.setattr("datamodules.tokens.FORMAT", FORMAT + 1)
     assert encoded(table(TEXTS), encode)[1] > 0
     assert encoded(table(TEXTS), encode)[1] == 0
-    monkeypatch.setattr("datamodules.text.FORMAT", FORMAT)
+    monkeypatch.setattr("datamodules.tokens.FORMAT", FORMAT)
     assert encoded(table(TEXTS), encode)[1] == 0
 
 
@@ -200,7 +201,7 @@ def test_another_format_is_tokenised_anew(monkeypatch: pytest.MonkeyPatch) -> No
 def test_another_version_of_a_library_tokenises_anew(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     encode = Encoder()
     assert encoded(table(TEXTS), encode)[1] > 0
-    monkeypatch.setattr("datamodules.text.version", lambda name: "0.0" if name == library else version(name))
+    monkeypatch.setattr("datamodules.tokens.version", lambda name: "0.0" if name == library else version(name))
     assert encoded(table(TEXTS), encode)[1] > 0
 
 
