@@ -122,8 +122,14 @@ def tokenizer_state(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()
 
 
-def check_texts(table: Table, key: str, column: str) -> None:
+def check_texts(table: Table, key: str, column: str, empty: bool = False) -> None:
     """See that a column holds text in every row.
+
+    Args:
+        table: The rows.
+        key: What a message names.
+        column: The column.
+        empty: Whether rows may be without.
 
     Raises:
         DataError: Under the given key, if it is missing, of another type, or empty in some row.
@@ -133,6 +139,8 @@ def check_texts(table: Table, key: str, column: str) -> None:
     if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string"):
         kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
         raise DataError(f"data.{key}: {column} in {table.where} must hold text, and it holds {kind}.")
+    if empty:
+        return
     first = 0
     for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
         if rows[column].null_count:

@@ -114,7 +114,13 @@ class AdaptedModule(L.LightningModule):
         for name in kept:
             self.backbone.set_submodule(name, nn.Identity())
         self.backbone.requires_grad_(False)
+        # buffers outside the state were computed, not loaded: in bfloat16 rotary frequencies would be other positions
+        computed = set(dict(self.backbone.named_buffers())) - set(self.backbone.state_dict())
+        kept_buffers = {name: self.backbone.get_buffer(name) for name in computed}
         self.backbone.to(self.backbone_dtype)
+        for name, buffer in kept_buffers.items():
+            module, _, own = name.rpartition(".")
+            setattr(self.backbone.get_submodule(module), own, buffer)
         for name, head in kept.items():  # float32, whatever the backbone hands it
             self.backbone.set_submodule(name, head.float())
             head.register_forward_pre_hook(inputs_to_float32)
@@ -142,7 +148,7 @@ class AdaptedModule(L.LightningModule):
             value = getattr(self.trainer.datamodule, key, None)  # type: ignore[attr-defined]
         if value is None:
             raise ModelError(f"model.{key}: neither the data nor a checkpoint (--ckpt_path) says which they are.")
-        self.hparams[key] = list(value)
+        self.hparams[key] = value if isinstance(value, str) else list(value)
         return self.hparams[key]
 
     # ---------------------------------------------------------------------------------------------------- optimizer

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_gguf_available
 
 from modules.base import ModelError
 
@@ -34,14 +35,18 @@ class Built:
     new: set[str]
 
 
-def build_transformers_model(auto_class: Any, name: str, weights: str, args: dict[str, Any]) -> Built:
+def build_transformers_model(
+    auto_class: Any, name: str, weights: str, args: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> Built:
     """Build a model for a task; code that a repository brings along is never run.
 
     Args:
         auto_class: `AutoModelForSequenceClassification` or a sibling.
-        name: A name on the hub, or a directory in the hub's layout (config.json, model.safetensors, tokenizer.json).
+        name: A name on the hub, or a directory in the hub's layout (config.json, model.safetensors, tokenizer.json);
+            with `/FILE.gguf` behind it, that file of either.
         weights: `pretrained` (the repository's own), `none`, or a local .safetensors file in their place.
         args: Values of the configuration to change, such as `hidden_dropout_prob`.
+        dtype: What the weights are loaded in.
 
     Raises:
         ModelError: If there is no such model, it is not made for this task, a key is not its configuration's, or
@@ -57,11 +62,11 @@ def build_transformers_model(auto_class: Any, name: str, weights: str, args: dic
     info: dict[str, Any] = {}
     try:
         if weights == "none":
-            model = auto_class.from_config(config, trust_remote_code=False)
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
         elif state is None:
-            model, info = _from_pretrained(auto_class, name, config)
+            model, info = _from_pretrained(auto_class, name, config, dtype)
         else:
-            model, info = _from_pretrained(auto_class, None, config, state_dict=state)
+            model, info = _from_pretrained(auto_class, None, config, dtype, state_dict=state)
     except Exception as error:  # whatever a network, a file or a constructor can raise
         raise ModelError(
             f"model.weights: those of {name} could not be loaded ({_first_line(error)}). Without a connection "
@@ -73,17 +78,27 @@ def build_transformers_model(auto_class: Any, name: str, weights: str, args: dic
     if weights != "pretrained" and model.can_generate():
         _read_generation_config(model, name)
     new = {key for key in model.state_dict() if weights == "none" or key in absent}
-    return Built(model.float(), heads, new)
+    if is_gguf(name):  # its weights are plain numbers now, which may be saved
+        model.hf_quantizer, model.is_quantized = None, False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return Built(model.to(dtype) if dtype == torch.float32 else model, heads, new)
 
 
-def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, model: PreTrainedModel, pads: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer beside a backbone.
+
+    Args:
+        name: As for `build_transformers_model`.
+        model: The backbone.
+        pads: Whether its padding token is seen by the model; decoders are often without one.
 
     Raises:
         ModelError: If there is none, it cannot pad, or it has more tokens than the model has embeddings.
     """
+    folder, more = _located(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:  # whatever a network or a file can raise
         raise ModelError(
             f"model.backbone: {name} has no tokenizer that could be loaded ({_first_line(error)}); put tokenizer.json "
@@ -94,7 +109,7 @@ def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase
             f"model.backbone: the tokenizer of {name} has no vocabulary; put tokenizer.json and "
             "tokenizer_config.json beside config.json."
         )
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and pads:
         raise ModelError(
             f"model.backbone: the tokenizer of {name} has no padding token, and batches need one; name one that its "
             "model knows as pad_token in tokenizer_config.json."
@@ -113,6 +128,30 @@ def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase
     return tokenizer
 
 
+def selected_logits(model: PreTrainedModel, selected: Tensor, **inputs: Any) -> Tensor:
+    """Logits of some positions alone: the output layer, the dearest in memory, never sees the others.
+
+    Args:
+        model: A decoder.
+        selected: Mask of the positions, (batch, tokens) bool.
+        inputs: What the model takes, `input_ids` (batch, tokens) among it.
+
+    Returns:
+        (selected positions, vocabulary), float32, in the order of `selected.nonzero()`.
+    """
+
+    def select(module: nn.Module, hidden: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (hidden[0][selected],)  # (selected positions, width)
+
+    # a hook leaves to the model what it does behind its output layer, such as Gemma's soft cap
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits: Tensor = model(**inputs).logits
+    finally:
+        hook.remove()
+    return logits.float()
+
+
 def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a model has positions for; None if its positions are relative."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
@@ -125,16 +164,37 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return limit if limit is not None and limit > 0 else None
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a backbone is a GGUF file."""
+    return name.endswith(".gguf")
+
+
+def _located(name: str) -> tuple[str, dict[str, str]]:
+    """Directory or repository of a backbone, and the file in it, if it is to be a certain one."""
+    if not is_gguf(name):
+        return name, {}
+    folder, _, file = name.rpartition("/")
+    return folder or ".", {"gguf_file": file}
+
+
 def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
+    if is_gguf(name):
+        _check_gguf(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"model.backbone: the directory {name} has no config.json; it must be in the hub's layout.")
     if (Path(name) / "adapter_config.json").is_file():  # which the library would put into the model unasked
         raise ModelError(
             f"model.backbone: {name} holds a PEFT adapter; give the model that it belongs to, or merge it."
         )
+    folder, more = _located(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:  # whatever a network or a file can raise
+        if Path(name).is_file():
+            raise ModelError(
+                f"model.backbone: {name} cannot be read as GGUF ({_first_line(error)}): it is damaged, or of an "
+                "architecture that transformers does not read from GGUF."
+            ) from error
         raise ModelError(
             f"model.backbone: {name} is no directory here, or a damaged one, and from the hub it could not be had "
             f"({_first_line(error)}). Without a connection give a local directory in the hub's layout."
@@ -153,15 +213,26 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _from_pretrained(auto_class: Any, name: str | None, config: PreTrainedConfig, **more: Any) -> tuple[Any, Any]:
+def _check_gguf(name: str) -> None:
+    if not is_gguf_available():
+        raise ModelError(f"model.backbone: {name} takes the package gguf to read; pip install gguf.")
+    if name.startswith((".", "/", "~")) and not Path(name).is_file():
+        raise ModelError(f"model.backbone: there is no file {name}.")
+
+
+def _from_pretrained(
+    auto_class: Any, name: str | None, config: PreTrainedConfig, dtype: torch.dtype, **more: Any
+) -> tuple[Any, Any]:
+    folder = None
     if name is None:  # the class that the configuration stands for
         auto_class = auto_class._model_mapping[type(config)]
     else:
-        more["trust_remote_code"] = False
+        folder, file = _located(name)
+        more |= {"trust_remote_code": False, **file}
     return auto_class.from_pretrained(
-        name,
+        folder,
         config=config,
-        dtype=torch.float32,
+        dtype=dtype,
         weights_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # of a head for another number of classes; others are refused below

@@ -1,0 +1,117 @@
+"""Batches of sequences for decoders: padded at either side, or packed one behind the other without padding."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from datamodules.batching import Draw
+from datamodules.tokens import TokenDataset
+
+IGNORED = -100  # label of a token that is not learnt
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PadSequences:
+    """Makes a batch of rows of tokens; what fills it up is not seen, and not learnt.
+
+    Args:
+        token: What it is filled up with.
+        side: `right` to learn, `left` to continue.
+    """
+
+    token: int
+    side: str = "right"
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and, if the rows have them, `labels` (batch, tokens), and `index` (batch,)."""
+        filling = {"input_ids": self.token, "attention_mask": 0, "labels": IGNORED}
+        rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        batch = {
+            key: pad_sequence([torch.tensor(row[key]) for row in rows], True, value, self.side)
+            for key, value in filling.items()
+            if key in rows[0]
+        }
+        return batch | {"index": torch.tensor([row["index"] for row in rows])}
+
+
+@dataclass(frozen=True)
+class PadPacks:
+    """Makes a batch of packs of rows.
+
+    Args:
+        token: What the shorter packs are filled up with, as one more sequence that nothing is learnt of.
+    """
+
+    token: int
+
+    def __call__(self, packs: list[list[Row]]) -> dict[str, Tensor]:
+        """`input_ids`, `labels` and `position_ids` (batch, tokens), the positions beginning anew with each sequence."""
+        longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
+        batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+        for pack in packs:
+            empty = longest - sum(len(row["input_ids"]) for row in pack)
+            rows = [*pack, {"input_ids": [self.token] * empty, "labels": [IGNORED] * empty}]
+            batch["input_ids"].append([token for row in rows for token in row["input_ids"]])
+            batch["labels"].append([label for row in rows for label in row["labels"]])
+            batch["position_ids"].append([position for row in rows for position in range(len(row["input_ids"]))])
+        return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+class PackedDataset(Dataset[list[Row]]):
+    """Packs of rows, the same in each epoch.
+
+    Args:
+        rows: The rows.
+        length: Most tokens of a pack, no less than those of the longest row.
+    """
+
+    def __init__(self, rows: TokenDataset, length: int) -> None:
+        self.rows = rows
+        self.packs = best_fit(rows.lengths.tolist(), length)
+        self.lengths = torch.tensor([int(rows.lengths[pack].sum()) for pack in self.packs])
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, key: int | Draw) -> list[Row]:
+        """The rows of one pack."""
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | Draw]) -> list[list[Row]]:
+        """The packs of a batch."""
+        packs = [self.packs[key[0] if isinstance(key, tuple) else key] for key in keys]
+        rows = iter(self.rows.__getitems__([row for pack in packs for row in pack]))
+        return [[next(rows) for _ in pack] for pack in packs]
+
+
+def best_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Pack by best fit, longest first (Johnson 1973): at most 11/9 of the fewest packs, and a few more.
+
+    Args:
+        lengths: Lengths by index, each at most `most`.
+        most: What a pack holds.
+
+    Returns:
+        Indices by pack.
+    """
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, pack), ascending
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, (lengths[index], -1))
+        if place < len(rooms):
+            room, pack = rooms.pop(place)
+        else:
+            room, pack = most, len(packs)
+            packs.append([])
+        packs[pack].append(index)
+        insort(rooms, (room - lengths[index], pack))
+    return packs

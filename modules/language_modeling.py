@@ -1,0 +1,289 @@
+"""Instruction tuning of decoders: LLaMA, Mistral, Qwen, SmolLM and whatever else `AutoModelForCausalLM` loads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from modules.adapters import AdapterConfig
+from modules.base import AdaptedModule, BackboneDtype, ModelError
+from modules.multiple_choice import MultipleChoiceAccuracy, PrefixCache, choice_log_probabilities
+from modules.optimization import Schedule
+from modules.transformers_backbone import build_transformers_model, load_tokenizer, position_limit, selected_logits
+
+Batch = dict[str, Any]
+IGNORED = -100  # label of a token that is not learnt: the prompt's, or padding
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are generated; of the backbone's own generation_config.json only the special tokens count.
+
+    Args:
+        max_new_tokens: Most tokens of a response, at least 1.
+        do_sample: Whether tokens are drawn; otherwise each is the likeliest (greedy) and what follows is of no effect.
+        temperature: Divisor of the logits, above 0.
+        top_k: How many of the likeliest tokens are drawn from; 0 for all.
+        top_p: Probability that the likeliest tokens that are drawn from have together, in (0, 1].
+
+    Raises:
+        ModelError: For a value out of range.
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ModelError(f"model.generation.max_new_tokens: {self.max_new_tokens} must be 1 or more.")
+        if self.temperature <= 0:
+            raise ModelError(
+                f"model.generation.temperature: {self.temperature} must be above 0; do_sample: false is greedy."
+            )
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ModelError(
+                f"model.generation: top_k {self.top_k} must not be negative, and top_p {self.top_p} must lie in (0, 1]."
+            )
+
+    def config(self, own: GenerationConfig, end: int, padding: int) -> GenerationConfig:
+        """What the library generates by.
+
+        Args:
+            own: The backbone's, for its special tokens.
+            end: The tokenizer's end, which ends a response besides the backbone's own ends.
+            padding: What fills up a batch.
+        """
+        tokens = {key: value for key, value in own.to_dict().items() if key.endswith("_token_id")}
+        ends = tokens.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        tokens |= {"eos_token_id": sorted({*ends, end}), "pad_token_id": padding}
+        keys = asdict(self) if self.do_sample else {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return GenerationConfig.from_dict({**tokens, **keys})
+
+
+class LanguageModel(AdaptedModule):
+    """A pretrained decoder, trained on responses to prompts, and evaluated by their loss or on multiple choice.
+
+    Batches of training and evaluation are dicts of `input_ids` and `labels` (batch, tokens) int64, the labels -100 at
+    prompts and padding, and of `attention_mask` (batch, tokens) or, for packed sequences, `position_ids` (batch,
+    tokens), which begin anew with each. To be continued are `input_ids` and `attention_mask`, padded at the left.
+    Batches of multiple choice are those of `choice_log_probabilities`.
+
+    Args:
+        backbone: A name on the hub, `meta-llama/Llama-2-7b-hf`, a directory in the hub's layout, or a GGUF file of
+            either (`DIRECTORY/model.gguf`, `owner/name/model.gguf`).
+        weights: `pretrained` (the backbone's own), `none`, or a local .safetensors file in their place.
+        backbone_dtype: Dtype of the frozen weights; bfloat16 halves the memory. `full` needs float32.
+        backbone_args: Values of the backbone's config.json to change, such as `attention_dropout`.
+        gradient_checkpointing: Whether each layer's activations are computed again in backward rather than kept: a
+            third more time, and memory for one layer instead of all.
+        generation: How responses are generated in prediction.
+        prompt_template: Jinja template of the prompts that the model was trained with; the data says it, and a
+            checkpoint keeps it.
+        tuning: `adapter` or `full`; there is no new head. See `AdaptedModule`, as for all that follow.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "meta-llama/Llama-2-7b-hf",
+        weights: str = "pretrained",
+        backbone_dtype: BackboneDtype = "bfloat16",
+        backbone_args: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        generation: Decoding = Decoding(),
+        prompt_template: str | None = None,
+        tuning: Literal["adapter", "full"] = "adapter",
+        adapter: AdapterConfig = AdapterConfig(rank=32, alpha=64.0),  # noqa: B008 - frozen, and the CLI reads it
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "cosine",
+        warmup_ratio: float = 0.03,
+        lr_ratio_b: float = 1.0,
+    ) -> None:
+        super().__init__(
+            tuning=tuning,
+            adapter=adapter,
+            backbone_dtype=backbone_dtype,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_ratio=warmup_ratio,
+            lr_ratio_b=lr_ratio_b,
+            lr_ratio_head=1.0,
+        )
+        self.save_hyperparameters()
+        built = build_transformers_model(
+            AutoModelForCausalLM, backbone, weights, backbone_args or {}, self.backbone_dtype
+        )
+        if built.new and weights != "none":
+            raise ModelError(f"model.weights: {backbone} has no weights of {', '.join(sorted(built.new)[:3])}.")
+        self.backbone: PreTrainedModel = built.model
+        self.tokenizer = load_tokenizer(backbone, built.model, pads=False)
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"model.backbone: the tokenizer of {backbone} has no token for the end of a text, without which no "
+                "response would end; name it as eos_token in tokenizer_config.json."
+            )
+        if self.tokenizer.pad_token_id is None:  # seen by no loss and no attention
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.position_limit = position_limit(built.model)
+        self.generation = generation if isinstance(generation, Decoding) else Decoding(**generation)
+        if self.position_limit is not None and self.generation.max_new_tokens >= self.position_limit:
+            raise ModelError(
+                f"model.generation.max_new_tokens: {self.generation.max_new_tokens} leaves no room for a prompt in the "
+                f"{self.position_limit} positions of the backbone."
+            )
+        self.backbone.generation_config = self.generation.config(
+            self.backbone.generation_config, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        )
+        if gradient_checkpointing:
+            self._enable_gradient_checkpointing()
+        self.configure_tuning()
+        stages = ("val", "test")
+        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in stages})
+        self.accuracies = nn.ModuleDict({stage: MeanMetric() for stage in stages})
+        self.choices = nn.ModuleDict({stage: MultipleChoiceAccuracy() for stage in stages})
+        self.prefix_cache = PrefixCache()
+
+    def _enable_gradient_checkpointing(self) -> None:
+        # not the reentrant kind, which drops all gradients behind frozen embeddings
+        try:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ModelError(
+                f"model.gradient_checkpointing: {type(self.backbone).__name__} cannot do it; set it to false."
+            ) from error
+
+    def setup(self, stage: str) -> None:
+        """Learn the prompts' template from the data, and see that packed sequences are kept apart.
+
+        Raises:
+            ModelError: If the data's template is not the one trained with, or packed sequences would see each other.
+        """
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        template = getattr(data, "prompt_template", None)
+        if template is not None and self.take_from_data("prompt_template") != template:
+            raise ModelError(
+                "data.template: the checkpoint was trained with another prompt template than this one; leave "
+                "data.template as it was and, if it is `chat`, the backbone's tokenizer too."
+            )
+        if stage == "fit" and getattr(data, "packing", False):
+            self.check_packing()
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits of the tokens to learn, and those tokens.
+
+        Returns:
+            (learnt tokens, vocabulary) float32, each behind what is before it, and (learnt tokens,) int64.
+        """
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (batch, tokens): what comes next
+        selected = targets != IGNORED
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        return selected_logits(self.backbone, selected, **inputs, use_cache=False), targets[selected]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the tokens of all responses."""
+        return F.cross_entropy(*self(batch))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        loss = self.loss(batch)
+        self.check_loss(loss.detach())
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """See that a packed sequence does not depend on the one before it.
+
+        Raises:
+            ModelError: If it does: the backbone does not go by `position_ids`.
+        """
+        ids = torch.arange(12, device=self.backbone.device).remainder(self.backbone.config.vocab_size).repeat(2, 1)
+        ids[1, :5] += 1  # another first sequence
+        positions = torch.tensor([*range(5), *range(7)], device=ids.device).repeat(2, 1)
+        training = self.backbone.training
+        self.backbone.eval()
+        try:
+            one, other = self.backbone(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
+        except TypeError:  # a model without positions as an input
+            one, other = torch.zeros(1), torch.ones(1)
+        self.backbone.train(training)
+        if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+            raise ModelError(
+                f"data.packing: {type(self.backbone).__name__} does not keep packed sequences apart; set it to false."
+            )
+
+    # ------------------------------------------------------------------------------------------------------ evaluation
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        if "choices" in batch:
+            scores = choice_log_probabilities(self.backbone, batch, self.prefix_cache)
+            self.choices[stage].update(scores, batch["answers"], batch["subject"])  # type: ignore[operator]
+            return
+        logits, targets = self(batch)
+        self.losses[stage].update(F.cross_entropy(logits, targets), weight=len(targets))  # type: ignore[operator]
+        hits = (logits.argmax(-1) == targets).float()
+        self.accuracies[stage].update(hits)  # type: ignore[operator]
+
+    def _report(self, stage: str) -> None:
+        loss, accuracy, choices = self.losses[stage], self.accuracies[stage], self.choices[stage]
+        assert isinstance(loss, MeanMetric)
+        assert isinstance(accuracy, MeanMetric)
+        assert isinstance(choices, MultipleChoiceAccuracy)
+        if choices.update_called:
+            self.log_dict({f"{stage}/{name}": value for name, value in choices.compute().items()}, prog_bar=False)
+            choices.reset()
+            self.prefix_cache = PrefixCache()
+            return
+        mean = loss.compute()
+        values = {"loss": mean, "perplexity": mean.exp(), "token_acc": accuracy.compute()}
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
+        loss.reset()
+        accuracy.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update `val/loss` (per token of the responses), `val/perplexity` (its exponential) and `val/token_acc`.
+
+        Batches of multiple choice give `val/acc` and its like; see `MultipleChoiceAccuracy`.
+        """
+        self._evaluate("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._report("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As in validation, under `test/`."""
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._report("test")
+
+    def generate(self, batch: Batch) -> list[str]:
+        """Responses to a batch of prompts that are padded at the left."""
+        search: Any = self.backbone.generate
+        tokens = search(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        responses = tokens[:, batch["input_ids"].shape[1] :]  # (batch, at most max_new_tokens)
+        texts: list[str] = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
+        """Rows of a table: index of the prompt and its response; of multiple choice the log-probabilities of each."""
+        if "choices" in batch:
+            scores = choice_log_probabilities(self.backbone, batch, self.prefix_cache)
+            return {"index": batch["index"].tolist(), "log_probabilities": scores.tolist()}
+        return {"index": batch["index"].tolist(), "response": self.generate(batch)}
