@@ -133,7 +133,7 @@ def _load(path: Path, options: list[str]) -> dict[str, Any]:
 
 
 def table(groups: list[list[dict[str, Any]]], metrics: list[str], percent: bool) -> str:
-    """A Markdown table: mean ± standard error over seeds, of test and validation; scores in percent, losses as they are."""
+    """A Markdown table: mean ± standard error over seeds; scores in percent, losses as they are."""
     digits = 2 if percent else 3
 
     def score(group: list[dict[str, Any]], key: str) -> str:
