@@ -79,20 +79,33 @@ def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def check_classes(saved: dict[str, Any], contents: list[dict[str, Any]]) -> None:
+def check_classes(saved: dict[str, Any], contents: list[dict[str, Any]], trains: bool) -> dict[str, Any]:
     """Refuse a checkpoint of another task than the files are for.
+
+    Args:
+        saved: What the checkpoint was trained with.
+        contents: The files.
+        trains: Whether training goes on; to evaluate, data of another kind is as good, such as MMLU.
+
+    Returns:
+        The saved sections that count: those that the files do not replace.
 
     Raises:
         ArgumentError: With both classes.
     """
+    kept = dict(saved)
     for section, content in saved.items():
         wanted = last_value(f"{section}.class_path", [], contents)
         if wanted is not None and wanted != content["class_path"]:
+            if section == "data" and not trains:
+                del kept["data"]
+                continue
             raise ArgumentError(
                 None,
                 f"ckpt_path: the checkpoint was trained with {content['class_path']}, and the configuration file is "
                 f"for {wanted}; use the config.yaml of the checkpoint's run, or another checkpoint.",
             )
+    return kept
 
 
 def check_keys(options: list[str], config: Namespace) -> None:

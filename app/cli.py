@@ -34,6 +34,7 @@ from app.arguments import (
 )
 from app.callbacks import AdapterCheckpoint, AdapterSpectrum, CallbackError, PredictionWriter, RunSummary
 from app.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_checkpoint
+from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.messages import parser_message, quiet_libraries
 from app.run_directory import new_run_directory, resolve_checkpoint, run_of_checkpoint
 from datamodules.errors import DataError
@@ -65,7 +66,10 @@ def main(args: Sequence[str] | None = None) -> int:
     quiet_libraries()
     words = list(sys.argv[1:] if args is None else args)
     try:
-        AsymmetryCLI(words)
+        if words and words[0] in COMMANDS:
+            run_command(words[0], words[1:])
+        else:
+            AsymmetryCLI(words)
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 2
     except Exception as error:
@@ -125,6 +129,11 @@ class AsymmetryCLI(LightningCLI):
 
     # ----------------------------------------------------------------------------------------------------- arguments
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name in COMMANDS:  # for --help; `main` runs them
+            parser._subcommands_action.add_subcommand(name, command_parser(name), help=command_help(name))  # type: ignore[union-attr]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys beside Lightning's own."""
         parser.add_lightning_class_args(AdapterSpectrum, "spectrum")
@@ -142,12 +151,13 @@ class AsymmetryCLI(LightningCLI):
         given = last_value("ckpt_path", options, contents)
         if given is None or not command:
             self.config = parser.parse_args([*command, *files, *options])
+            if self.config["subcommand"] in COMMANDS:
+                raise ArgumentError(None, f"Nothing may stand before {self.config['subcommand']} on the command line.")
             check_keys(options, self.config)
             return
         self.checkpoint = resolve_checkpoint(str(given), self.root, prefer_best=command != ["fit"])
         self.loaded = read_checkpoint(self.checkpoint)
-        saved = saved_configuration(self.loaded)
-        check_classes(saved, contents)
+        saved = check_classes(saved_configuration(self.loaded), contents, trains=command == ["fit"])
         with temporary_yaml(saved) as path:
             self.config = parser.parse_args([*command, *files, "--config", path, *options])
         check_keys(options, self.config)

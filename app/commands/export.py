@@ -1,0 +1,243 @@
+"""Write a finished run as a model that needs nothing of this project: the adapters merged into the weights.
+
+Backbones of transformers become a directory for `from_pretrained` (model, tokenizer, generation settings), those of
+timm one for `timm.create_model("local-dir:DIR", pretrained=True)`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from safetensors import SafetensorError
+from torch import Tensor
+
+from app.arguments import read_yaml, saved_configuration
+from app.checkpoint_io import CheckpointError, read_checkpoint
+from app.run_directory import resolve_checkpoint, run_of_checkpoint
+from modules.adapters import detach
+from modules.adapters.state import state_problems
+from modules.base import AdaptedModule
+
+if TYPE_CHECKING:  # a run on text imports no timm, one on images no transformers
+    from modules.image_classification import ImageClassifier
+
+TOLERANCE = 1e-3  # of the largest logit, in float32: another way of pooling is far outside
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.add_argument("run", metavar="RUN", type=str, help="A run directory (its best checkpoint), or a checkpoint.")
+    parser.add_argument(
+        "--format",
+        type=Literal["merged"],
+        required=True,
+        help="merged: the whole model, for transformers or timm alone.",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=str, required=True, help="Directory to write; new, or else empty."
+    )
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16"] | None,
+        default=None,
+        help="Of the weights that are written, default the backbone's own; the merge itself is done in float32. In "
+        "bfloat16 what is small beside the weight is rounded away.",
+    )
+    parser.add_argument(
+        "--model.backbone", metavar="NAME", type=str | None, help="Where the backbone lies now, if it has been moved."
+    )
+    parser.add_argument(
+        "--model.weights", metavar="FILE", type=str | None, help="Where its file of weights lies now, likewise."
+    )
+
+
+def run(arguments: Namespace) -> None:
+    """Export a run.
+
+    Raises:
+        ArgumentError: For an output that is taken or cannot be written, or a model that has no such form.
+        CheckpointError: If there is no checkpoint, or a damaged one.
+        ModelError: If the backbone is not to be had, or not the one that was trained.
+    """
+    output = Path(arguments.output).resolve()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ArgumentError(None, f"--output: {output} is there already; give a new directory, or an empty one.")
+    changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
+    module = load_module(find_checkpoint(arguments.run), changes)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else module.backbone_dtype
+    with new_directory(output) as folder:
+        loader = write_merged(module, dtype, folder)
+    files = sorted(output.iterdir())
+    size = sum(file.stat().st_size for file in files) / 1e6
+    print(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {str(dtype).removeprefix('torch.')}.")
+    print(f"Load it with {loader.format(output)}")
+    print(f"Exported: {output}", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def find_checkpoint(name: str) -> Path:
+    """The checkpoint that RUN means.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if not Path(name).exists():
+        raise CheckpointError(f"RUN: there is no run directory or checkpoint {name}.")
+    checkpoint = resolve_checkpoint(os.path.abspath(name), Path(), prefer_best=True)
+    if not checkpoint.is_file():
+        raise CheckpointError(
+            f"RUN: {name} has no {checkpoint.parent.name}/{checkpoint.name}; give a run directory that fit has written "
+            "(runs/<recipe>/version_K), or a checkpoint file."
+        )
+    return checkpoint
+
+
+def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
+    """The module that a checkpoint is of, with its weights, in eval mode on the CPU.
+
+    Args:
+        path: The checkpoint.
+        changes: Values of the module's arguments that replace the checkpoint's.
+
+    Raises:
+        CheckpointError: If it cannot be read, or does not say what it is of.
+        ModelError: If the module cannot be built, or its frozen weights are not those of the checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    saved = saved_configuration(checkpoint).get("model")
+    if saved is None:
+        raise CheckpointError(f"RUN: {path} does not say what model it is of; it was not written by this program.")
+    saved["init_args"] |= changes
+    run_directory = run_of_checkpoint(path)
+    if run_directory is not None and (run_directory / "config.yaml").is_file():  # frozen weights may be random ones
+        L.seed_everything(read_yaml(str(run_directory / "config.yaml")).get("seed_everything", 0), verbose=False)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(AdaptedModule, "model", required=True)
+    module = parser.instantiate_classes(parser.parse_object({"model": saved})).model
+    assert isinstance(module, AdaptedModule)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.eval()
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """A directory beside `output` that takes its name at the end of the context, or is gone if anything goes wrong.
+
+    Raises:
+        ArgumentError: If it cannot be written.
+    """
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():  # safetensors lets the owner alone read them
+            file.chmod(temporary.stat().st_mode & 0o666)
+        temporary.replace(output)
+    except Exception as error:  # the writer of tokenizers raises bare ones
+        if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
+            raise ArgumentError(
+                None, f"--output: {output} could not be written ({error}); nothing is left of it. Choose another place."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str:
+    """Merge the adapters and write the model in its own library's layout.
+
+    Args:
+        module: A module as `load_module` gives it; it has no adapters afterwards.
+        dtype: Dtype of the weights written.
+        folder: An empty directory.
+
+    Returns:
+        The call that loads it, with {} for the directory.
+
+    Raises:
+        ArgumentError: If the backbone is of another library, or takes no such head.
+    """
+    backbone: Any = module.backbone
+    if hasattr(backbone, "save_pretrained"):
+        if dtype == torch.float32:
+            backbone.float()  # before the merge, or that would round
+        detach(backbone, merge_first=True)
+        return _write_transformers(module, backbone.to(dtype), folder)
+    if hasattr(backbone, "pretrained_cfg"):
+        backbone.float()
+        detach(backbone, merge_first=True)
+        return _write_timm(cast("ImageClassifier", module), dtype, folder)
+    raise ArgumentError(None, f"--format: a {type(backbone).__name__} has no form without this project.")
+
+
+def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> str:
+    tokenizer: Any = module.tokenizer
+    template = module.hparams.get("prompt_template")
+    if template is not None:  # what the model was trained on
+        tokenizer.chat_template = template
+    if backbone.can_generate() and backbone.generation_config.num_beams == 1:  # keys for beams would be refused
+        backbone.generation_config.update(early_stopping=None, length_penalty=None)
+    backbone.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f'transformers.{type(backbone).__name__}.from_pretrained("{{}}")'
+
+
+def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> str:
+    from timm.models import save_for_hf
+
+    assert module.class_names is not None  # a checkpoint has them
+    save_for_hf(
+        _timm_model(module, module.class_names).to(dtype),
+        str(folder),
+        model_config={"label_names": module.class_names},
+        safe_serialization=True,
+        data_config=module.preprocessing,
+    )
+    return 'timm.create_model("local-dir:{}", pretrained=True)'
+
+
+def _timm_model(module: ImageClassifier, class_names: list[str]) -> Any:
+    """The backbone with the module's head as its own, in float32, as timm will build it from what is written.
+
+    Raises:
+        ArgumentError: If the head does not fit in or the logits would be others.
+    """
+    import timm
+    from timm.models import get_model_args
+
+    backbone, head = module.backbone, module.head
+    assert head is not None
+    name = module.hparams["backbone"]
+    refusal = f"--format: {name} cannot take the head of this run as its own"
+    try:
+        arguments = {**get_model_args(backbone), "num_classes": len(class_names)}
+        model: Any = timm.create_model(name, pretrained=False, **arguments)
+    except Exception as error:  # an architecture's constructor can raise anything
+        raise ArgumentError(None, f"{refusal} ({type(error).__name__}: {error}).") from error
+    names = model.pretrained_cfg.get("classifier") or ()
+    state: dict[str, Tensor] = dict(backbone.state_dict())
+    for classifier in (names,) if isinstance(names, str) else names:
+        state |= {f"{classifier}.{key}": tensor for key, tensor in head.state_dict().items()}
+    if problems := state_problems(model.state_dict(), state):
+        raise ArgumentError(None, f"{refusal}: {'; '.join(problems)}.")
+    model.load_state_dict(state)
+    image = torch.randn(2, *module.preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = head(backbone.eval()(image)), model.eval()(image)
+    if not (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        raise ArgumentError(None, f"{refusal}: its logits would differ.")
+    return model
