@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach
 from modules.adapters.state import state_problems
 from modules.optimization import Schedule, parameter_groups, schedule_factor
+
+if TYPE_CHECKING:
+    from modules.sharding import FrozenShards
 
 Tuning = Literal["adapter", "head", "full"]
 BackboneDtype = Literal["float32", "bfloat16"]
@@ -54,11 +57,13 @@ class AdaptedModule(L.LightningModule):
     """
 
     backbone: nn.Module
+    shard_frozen: bool = False  # whether several processes each keep a share of the frozen weights; a task's own key
+    shards: FrozenShards | None = None
 
     def __init__(
         self,
         tuning: Tuning,
-        adapter: AdapterConfig | dict[str, Any],
+        adapter: AdapterConfig,
         backbone_dtype: BackboneDtype,
         learning_rate: float,
         weight_decay: float,
@@ -136,6 +141,20 @@ class AdaptedModule(L.LightningModule):
                 f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
                 "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
             )
+
+    def configure_model(self) -> None:
+        """Divide the frozen weights among the processes, if `shard_frozen` says so."""
+        if self.shard_frozen and self.shards is None and self._trainer is not None:
+            from modules.sharding import shard_frozen_weights  # which stands on this module
+
+            self.shards = shard_frozen_weights(self)
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Behind the last batch, help the processes that have more to their shares of sharded weights."""
+        if self.shards is not None:
+            self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def take_from_data(self, key: str) -> Any:
         """What the data says of the task (`class_names`, `metrics`), unless the model knows it; a checkpoint keeps it.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig, PreTrainedModel
 
 from modules.adapters import AdapterConfig
 from modules.base import AdaptedModule, BackboneDtype, ModelError
@@ -86,6 +86,8 @@ class LanguageModel(AdaptedModule):
         backbone_args: Values of the backbone's config.json to change, such as `attention_dropout`.
         gradient_checkpointing: Whether each layer's activations are computed again in backward rather than kept: a
             third more time, and memory for one layer instead of all.
+        shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the layers' frozen weights
+            instead of all; see `modules.sharding`.
         generation: How responses are generated in prediction.
         prompt_template: Jinja template of the prompts that the model was trained with; the data says it, and a
             checkpoint keeps it.
@@ -99,6 +101,7 @@ class LanguageModel(AdaptedModule):
         backbone_dtype: BackboneDtype = "bfloat16",
         backbone_args: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        shard_frozen: bool = False,
         generation: Decoding = Decoding(),
         prompt_template: str | None = None,
         tuning: Literal["adapter", "full"] = "adapter",
@@ -121,9 +124,16 @@ class LanguageModel(AdaptedModule):
             lr_ratio_head=1.0,
         )
         self.save_hyperparameters()
+        self.shard_frozen = shard_frozen
         built = build_transformers_model(
             AutoModelForCausalLM, backbone, weights, backbone_args or {}, self.backbone_dtype
         )
+        config = built.model.config
+        if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+            raise ModelError(
+                f"model.backbone: {backbone} is a {config.model_type}, whose tokens see those behind them, which are "
+                "to be predicted; choose a decoder."
+            )
         if built.new and weights != "none":
             raise ModelError(f"model.weights: {backbone} has no weights of {', '.join(sorted(built.new)[:3])}.")
         self.backbone: PreTrainedModel = built.model
@@ -157,7 +167,7 @@ class LanguageModel(AdaptedModule):
     def _enable_gradient_checkpointing(self) -> None:
         # not the reentrant kind, which drops all gradients behind frozen embeddings
         try:
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            self.backbone.activation_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise ModelError(
                 f"model.gradient_checkpointing: {type(self.backbone).__name__} cannot do it; set it to false."
@@ -215,7 +225,7 @@ class LanguageModel(AdaptedModule):
         ids[1, :5] += 1  # another first sequence
         positions = torch.tensor([*range(5), *range(7)], device=ids.device).repeat(2, 1)
         training = self.backbone.training
-        self.backbone.eval()
+        self.backbone.train(False)
         try:
             one, other = self.backbone(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
         except TypeError:  # a model without positions as an input
@@ -274,10 +284,20 @@ class LanguageModel(AdaptedModule):
         self._report("test")
 
     def generate(self, batch: Batch) -> list[str]:
-        """Responses to a batch of prompts that are padded at the left."""
+        """Responses to a batch of prompts that are padded at the left.
+
+        Raises:
+            ModelError: If the longest and a response to it are more than the backbone has positions for.
+        """
+        length, most = batch["input_ids"].shape[1], self.generation.max_new_tokens
+        if self.position_limit is not None and length + most > self.position_limit:
+            raise ModelError(
+                f"data.max_length: a prompt of {length} tokens and a response of model.generation.max_new_tokens {most} "
+                f"are more than the {self.position_limit} positions of the backbone; lower either."
+            )
         search: Any = self.backbone.generate
         tokens = search(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        responses = tokens[:, batch["input_ids"].shape[1] :]  # (batch, at most max_new_tokens)
+        responses = tokens[:, length:]  # (batch, at most max_new_tokens)
         texts: list[str] = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         return [text.strip() for text in texts]
 

@@ -64,6 +64,14 @@ class AdapterSpectrum(L.Callback):
 
     # -------------------------------------------------------------------------------------------------- when
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Measure weights that will be sharded while they are whole: later, rank zero alone has a share of them."""
+        if stage == "fit" and trainer.is_global_zero and _adapted(pl_module):
+            assert isinstance(pl_module, AdaptedModule)
+            if pl_module.shard_frozen and pl_module.shards is None:
+                for name, (layer, factors) in adapted_projections(pl_module.backbone).items():
+                    self._weight_norm(name, layer, factors)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the beginning, or on resume take up the file where the checkpoint was written."""
         if not _adapted(pl_module) or not trainer.is_global_zero:
@@ -145,6 +153,7 @@ class AdapterSpectrum(L.Callback):
             self._frozen[name, factor] = r
         return r
 
+    @torch.no_grad()
     def _weight_norm(self, name: str, layer: AdaptedLinear, factors: LowRankFactors) -> float:
         if name not in self._weight_norms:
             self._weight_norms[name] = float(layer.weight[factors.projection.rows].float().norm())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,14 @@ import yaml
 from app.cli import AsymmetryCLI
 from tests.conftest import ROOT
 
-RECIPES = [p for p in sorted((ROOT / "conf").glob("*.yaml")) if "model" in yaml.safe_load(p.read_text())]
-OVERLAYS = [p for p in sorted((ROOT / "conf").glob("*.yaml")) if p not in RECIPES]
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+ALL = sorted((ROOT / "conf").glob("*.yaml"))
+RECIPES = [p for p in ALL if "class_path" in read(p).get("model", {})]
+OVERLAYS = [p for p in ALL if p not in RECIPES]
 
 
 @pytest.fixture
@@ -35,19 +43,38 @@ def test_recipe_parses(path: Path, parsed: type[AsymmetryCLI]) -> None:
     assert config["data"]["init_args"]["path"]
 
 
+def keys_of(overlay: Path, part: str) -> dict[str, Any]:
+    return read(overlay).get(part, {}).get("init_args", {})
+
+
+def has_keys(recipe: Path, overlay: Path) -> bool:
+    """Whether a recipe's model and data have the keys that an overlay sets."""
+    for part in ("model", "data"):
+        module, _, cls = read(recipe)[part]["class_path"].rpartition(".")
+        if not keys_of(overlay, part).keys() <= signature(getattr(import_module(module), cls)).parameters.keys():
+            return False
+    return True
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
-def test_overlay_goes_with_every_recipe(overlay: Path, parsed: type[AsymmetryCLI]) -> None:
-    for recipe in RECIPES:
-        words = ["fit", "--config", str(recipe), "--config", str(overlay)]
-        trainer = parsed(words).config["fit"]["trainer"]
-        for key, value in yaml.safe_load(overlay.read_text())["trainer"].items():
-            assert trainer[key] == value
+def test_overlay_goes_with_every_recipe_that_has_its_keys(overlay: Path, parsed: type[AsymmetryCLI]) -> None:
+    recipes = [recipe for recipe in RECIPES if has_keys(recipe, overlay)]
+    assert recipes
+    assert recipes == RECIPES or keys_of(overlay, "model")  # others are for all
+    for recipe in recipes:
+        config = parsed(["fit", "--config", str(recipe), "--config", str(overlay)]).config["fit"]
+        assert config["model"]["class_path"] == read(recipe)["model"]["class_path"]
+        for part, keys in (("model", "init_args"), ("data", "init_args"), ("trainer", None)):
+            given = read(overlay).get(part, {}) if keys is None else keys_of(overlay, part)
+            final = config[part] if keys is None else config[part][keys]
+            assert {key: final[key] for key in given} == given
 
 
 @pytest.mark.parametrize("path", RECIPES + OVERLAYS, ids=name)
 def test_recipe_says_how_to_run_it(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any("python main.py fit --config" in line and path.name in line for line in head)
+    commands = ("python main.py fit --config", "python main.py test --config")
+    assert any(command in line and path.name in line for line in head for command in commands)
 
 
 def test_vit_cifar_is_the_recipe_of_the_issue(parsed: type[AsymmetryCLI]) -> None:

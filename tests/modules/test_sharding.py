@@ -1,0 +1,369 @@
+"""Two processes that share the frozen weights compute what two with copies of them do, and what one does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from datamodules.base import ResumableDataModule
+from datamodules.batching import Draw
+from modules.adapters import AdapterConfig, adapter_state, merge
+from modules.base import ModelError
+from modules.language_modeling import Decoding, LanguageModel
+from modules.sharding import FrozenShards, block_stack
+from tests.causal_backbones import save_decoder
+
+TRAIN, VAL, TEST, PREDICT = 16, 5, 9, 7  # in batches of 2 on 2 processes, all but the first are ragged
+
+
+class Rows(Dataset[tuple[int, Tensor]]):
+    def __init__(self, lengths: list[int], generator: torch.Generator) -> None:
+        self.tokens = [torch.randint(3, 250, (length,), generator=generator) for length in lengths]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, key: int | Draw) -> tuple[int, Tensor]:
+        index = key[0] if isinstance(key, tuple) else key
+        return index, self.tokens[index]
+
+
+class Sequences(ResumableDataModule):
+    """Random tokens of random lengths; with `choices`, evaluation is on multiple choice behind prefixes."""
+
+    def __init__(self, batch_size: int, choices: bool = False) -> None:
+        super().__init__(batch_size, num_workers=0)
+        generator = torch.Generator().manual_seed(1)
+        lengths = torch.randint(4, 12, (TEST,), generator=generator).tolist()
+        # those to train on are of one length, so that the mean over two processes is the mean over all their tokens
+        self.learnt, self.rows = (Rows(lengths, generator) for lengths in ([8] * TRAIN, lengths))
+        self.choices = choices
+
+    def _batch(self, rows: list[tuple[int, Tensor]], left: bool = False) -> dict[str, Tensor]:
+        ids = [row.flip(0) if left else row for _, row in rows]
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=2)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        batch = {"input_ids": padded, "attention_mask": mask}
+        if left:
+            batch = {key: value.flip(1) for key, value in batch.items()}
+        batch["labels"] = batch["input_ids"].where(batch["attention_mask"] > 0, -100)
+        return {**batch, "index": torch.tensor([i for i, _ in rows])}
+
+    def _choices(self, rows: list[tuple[int, Tensor]]) -> dict[str, Any]:
+        batch = self._batch(rows)
+        subject = rows[0][0] // 4  # a prefix lasts for as many batches as a process happens to have of it
+        return {
+            "prefix": torch.arange(10, 14 + subject),
+            "input_ids": batch["input_ids"],
+            "lengths": batch["attention_mask"].sum(1),
+            "choices": torch.tensor([5, 6, 7]),
+            "answers": batch["index"] % 3,
+            "subject": f"subject {subject}",
+            "index": batch["index"],
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.train_loader(self.learnt, collate=self._batch)
+
+    def _evaluation(self, size: int) -> DataLoader[Any]:
+        collate = self._choices if self.choices else self._batch
+        return self.evaluation_loader(Subset(self.rows, range(size)), collate=collate)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(VAL)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(TEST)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        if self.choices:
+            return self._evaluation(TEST)
+        return self.evaluation_loader(
+            Subset(self.rows, range(PREDICT)), collate=lambda rows: self._batch(rows, left=True)
+        )
+
+
+def language_model(backbone: Path, shard: bool, **keys: Any) -> LanguageModel:
+    adapter = AdapterConfig(rank=2, targets=["all"])
+    keys = {"backbone_dtype": "float32", "adapter": adapter, "generation": Decoding(max_new_tokens=6), **keys}
+    model = LanguageModel(str(backbone), learning_rate=1e-2, **keys)
+    model.shard_frozen = shard
+    model.backbone.generation_config.eos_token_id = list(range(3, 70))  # so that responses have different lengths
+    return model
+
+
+def trainer(world: int, folder: Path, **keys: Any) -> L.Trainer:
+    strategy = "ddp" if world > 1 else "auto"
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    keys = {"max_epochs": 1, "accumulate_grad_batches": 2, "enable_checkpointing": False, **quiet, **keys}
+    return L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        **keys,
+    )
+
+
+def everything(world: int, shard: bool, backbone: Path, folder: Path, **keys: Any) -> dict[str, Any]:
+    """Fit with validation, test from the checkpoint, resume, generate, and answer multiple choice."""
+    folder.mkdir(exist_ok=True)
+    data, model, runner = Sequences(4 // world), language_model(backbone, shard, **keys), trainer(world, folder)
+    runner.fit(model, datamodule=data)
+    assert (model.shards is not None) is (shard and world > 1)
+    metrics = {k: v.item() for k, v in runner.callback_metrics.items() if k.startswith("val/")}
+    runner.save_checkpoint(folder / "fitted.ckpt")
+    metrics |= runner.test(model, datamodule=data, ckpt_path=folder / "fitted.ckpt", verbose=False, weights_only=True)[
+        0
+    ]
+    generated = runner.predict(model, datamodule=data)
+    again = language_model(backbone, shard, **keys)
+    resumed = trainer(world, folder, max_epochs=2)
+    resumed.fit(again, datamodule=data, ckpt_path=folder / "fitted.ckpt", weights_only=True)
+    resumed.save_checkpoint(folder / "resumed.ckpt")
+    choices = Sequences(4 // world, choices=True)
+    metrics |= {f"choices/{k}": v for k, v in resumed.validate(again, datamodule=choices, verbose=False)[0].items()}
+    scores = resumed.predict(again, datamodule=choices)
+    return {
+        "metrics": metrics,
+        "responses": {i: r for b in generated or [] for i, r in zip(b["index"], b["response"], strict=True)},
+        "scores": {i: s for b in scores or [] for i, s in zip(b["index"], b["log_probabilities"], strict=True)},
+        "sharded": {n: tuple(p.to_local().shape) for n, p in again.named_parameters() if isinstance(p, DTensor)},
+        "whole": {n: tuple(p.shape) for n, p in again.named_parameters()},
+        "factors": sorted(f"backbone.{name}" for name in adapter_state(again.backbone)),
+        "counts": again.parameter_counts(),
+    }
+
+
+def process(rank: int, port: int, backbone: Path, folder: Path) -> None:
+    """What one of two processes does, without and with sharding."""
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    torch.set_num_threads(1)
+    small = {"backbone_dtype": "bfloat16", "gradient_checkpointing": True}
+    found = {
+        "copies": everything(2, False, backbone, folder / "copies"),
+        "shards": everything(2, True, backbone, folder / "shards"),
+        "small copies": everything(2, False, backbone, folder / "small copies", **small),
+        "small shards": everything(2, True, backbone, folder / "small shards", **small),
+        "refusal": refusal(backbone, folder, rank),
+    }
+    torch.save(found, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def refusal(backbone: Path, folder: Path, rank: int) -> str:
+    """Processes whose frozen weights differ."""
+    torch.manual_seed(rank)
+    model = language_model(backbone, True, weights="none")
+    with pytest.raises(ModelError) as error:
+        trainer(2, folder).fit(model, datamodule=Sequences(2))
+    return str(error.value)
+
+
+def in_two_processes(target: Callable[..., None], *args: Any) -> None:
+    """Run a function on two ranks; forks, since what is imported here need not be imported again."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=target, args=(rank, port, *args)) for rank in range(2)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(timeout=300)
+    hanging = [each for each in processes if each.is_alive()]
+    for each in hanging:
+        each.kill()
+    assert not hanging, "the processes wait for one another"
+    assert [each.exitcode for each in processes] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of one process, and of two with copies and with shares, in float32 and in bfloat16 with checkpointing."""
+    folder = tmp_path_factory.mktemp("sharding")
+    backbone = save_decoder(folder / "llama")
+    in_two_processes(process, backbone, folder)
+    torch.save({"one": everything(1, True, backbone, folder / "one")}, folder / "one.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What each of the two processes found."""
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "one.pt", weights_only=True)["one"]
+
+
+def checkpoint(folder: Path, run: str, name: str) -> dict[str, Any]:
+    return torch.load(folder / run / name, weights_only=True)
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+def test_each_process_holds_half_of_the_blocks_frozen_weights(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        shards, whole = rank["shards"]["sharded"], rank["shards"]["whole"]
+        blocks = {name for name in whole if ".layers." in name and name not in rank["shards"]["factors"]}
+        assert set(shards) == blocks
+        assert len(blocks) == 2 * 9
+        for name, (rows, *others) in shards.items():
+            assert [2 * rows, *others] == list(whole[name]), name
+        assert rank["copies"]["sharded"] == {}
+        assert rank["shards"]["counts"] == rank["copies"]["counts"]
+
+
+@pytest.mark.parametrize("name", ["fitted.ckpt", "resumed.ckpt"])
+def test_sharding_changes_no_checkpoint(folder: Path, found: list[dict[str, Any]], name: str) -> None:
+    one, copies, shards = (checkpoint(folder, run, name) for run in ("one", "copies", "shards"))
+    small_copies, small_shards = (checkpoint(folder, f"small {run}", name) for run in ("copies", "shards"))
+    assert sorted(shards["state_dict"]) == found[0]["shards"]["factors"]  # with the frozen ones
+    assert shards["global_step"] == one["global_step"] == (2 if name == "fitted.ckpt" else 4)
+    for one_more, other in ((copies, shards), (one, shards), (small_copies, small_shards)):
+        assert one_more.keys() == other.keys()
+        assert one_more["frozen_fingerprint"] == other["frozen_fingerprint"]
+        assert one_more["state_dict"].keys() == other["state_dict"].keys()
+        for key, tensor in one_more["state_dict"].items():
+            torch.testing.assert_close(other["state_dict"][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+        moments = [c["optimizer_states"][0]["state"] for c in (one_more, other)]
+        assert {k: v["exp_avg"].shape for k, v in moments[0].items()} == {
+            k: v["exp_avg"].shape for k, v in moments[1].items()
+        }
+    trained = [tensor for key, tensor in shards["state_dict"].items() if key.endswith(".B")]
+    assert all(tensor.abs().max() > 1e-3 for tensor in trained)
+
+
+def test_a_resumed_fit_went_on(folder: Path) -> None:
+    fitted, resumed = (checkpoint(folder, "shards", f"{name}.ckpt")["state_dict"] for name in ("fitted", "resumed"))
+    assert all(torch.equal(tensor, resumed[key]) is key.endswith(".A") for key, tensor in fitted.items())
+
+
+def test_ragged_evaluation_ends_with_the_metrics_of_one_process(
+    found: list[dict[str, Any]], one: dict[str, Any]
+) -> None:
+    for rank in found:
+        for copies, shards in (("copies", "shards"), ("small copies", "small shards")):
+            assert rank[shards]["metrics"] == pytest.approx(rank[copies]["metrics"], rel=1e-5)
+        assert rank["shards"]["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+    assert {"val/loss", "test/loss", "choices/val/acc"} <= one["metrics"].keys()
+
+
+def test_ragged_generation_ends_with_the_texts_of_one_process(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    responses = [rank["shards"]["responses"] for rank in found]
+    assert [sorted(share) for share in responses] == [[0, 2, 4, 6], [1, 3, 5]]
+    assert responses[0] | responses[1] == one["responses"]
+    assert len({len(text) for text in one["responses"].values()}) > 1  # so that their forward passes are too
+
+
+def test_multiple_choice_behind_prefixes_that_each_process_caches(
+    found: list[dict[str, Any]], one: dict[str, Any]
+) -> None:
+    scores = {index: row for rank in found for index, row in rank["shards"]["scores"].items()}
+    assert sorted(scores) == list(range(TEST))
+    for index, row in one["scores"].items():
+        assert scores[index] == pytest.approx(row, abs=1e-3), index
+
+
+def test_processes_with_different_frozen_weights_are_refused(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert "loaded different weights" in rank["refusal"]
+        assert "seed_everything" in rank["refusal"]
+
+
+# ---------------------------------------------------------------------------------------------------------- one process
+
+
+def test_one_process_has_no_shares(one: dict[str, Any]) -> None:
+    assert one["sharded"] == {}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("llama"))
+
+
+def test_full_tuning_has_nothing_to_shard(backbone: Path, tmp_path: Path) -> None:
+    model = language_model(backbone, True, tuning="full")
+    with pytest.raises(ModelError, match=r"model\.shard_frozen: with tuning: full nothing is frozen"):
+        trainer(1, tmp_path).fit(model, datamodule=Sequences(2))
+
+
+def test_merged_adapters_and_other_strategies_are_refused(backbone: Path) -> None:
+    model = language_model(backbone, True)
+    model._trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace())  # type: ignore[assignment]
+    with pytest.raises(ModelError, match=r"needs --trainer\.strategy ddp, not SimpleNamespace"):
+        model.configure_model()
+    model._trainer = SimpleNamespace(world_size=2, strategy=DDPStrategy())  # type: ignore[assignment]
+    merge(model.backbone)
+    with pytest.raises(ModelError, match="adapters are merged"):
+        model.configure_model()
+
+
+def test_a_checkpoint_loads_without_a_trainer(folder: Path, backbone: Path) -> None:
+    keys = {"backbone": str(backbone), "backbone_dtype": "float32"}
+    loaded = LanguageModel.load_from_checkpoint(folder / "shards" / "fitted.ckpt", weights_only=True, **keys)
+    expected = checkpoint(folder, "shards", "fitted.ckpt")["state_dict"]
+    for name, tensor in adapter_state(loaded.backbone).items():
+        assert torch.equal(tensor, expected[f"backbone.{name}"])
+
+
+@pytest.mark.parametrize("stage", ["predict", "test", "val", "sanity_val"])
+def test_others_are_helped_behind_the_last_batch_of_the_last_loader(stage: str) -> None:
+    modes = {"predicting": stage == "predict", "testing": stage == "test", "sanity_checking": stage == "sanity_val"}
+    runner: Any = SimpleNamespace(**modes, **{f"num_{stage}_batches": [2, 3, 0]})
+    shards = FrozenShards.__new__(FrozenShards)
+    helped: list[tuple[int, int]] = []
+    for loader, batches in enumerate([2, 3]):
+        for batch in range(batches):
+            shards._forward_passes = lambda own, at=(loader, batch): helped.append(at) or torch.tensor([own])  # type: ignore[method-assign]
+            shards.after_batch(runner, batch, loader)
+    assert helped == [(1, 2)]
+
+
+class Experts(nn.Module):
+    """A decoder whose blocks have lists of their own, and perhaps a second stack or blocks that are left out."""
+
+    def __init__(self, stacks: int, layerdrop: float = 0.0) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(layerdrop=layerdrop)
+        self.decoder = nn.Module()
+        for i in range(stacks):
+            blocks = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])}) for _ in range(3)]
+            self.decoder.add_module(f"layers{i}", nn.ModuleList(blocks))
+
+
+def test_blocks_are_those_of_the_one_outer_list() -> None:
+    model = Experts(1)
+    owner, blocks = block_stack(model)
+    assert (owner, blocks) == (model.decoder, model.decoder.layers0)
+    assert len(blocks) == 3
+
+
+@pytest.mark.parametrize("stacks", [0, 2])
+def test_backbones_without_one_stack_are_refused(stacks: int) -> None:
+    with pytest.raises(ModelError, match=f"one stack of blocks; Experts has {stacks}"):
+        block_stack(Experts(stacks))
+
+
+def test_blocks_that_are_left_out_at_random_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"backbone_args\.layerdrop: 0\.1"):
+        block_stack(Experts(1, layerdrop=0.1))
