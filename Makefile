@@ -12,7 +12,7 @@ test: $(INSTALLED)  ## all tests but the slow ones
 	$(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)  ## the tests that kill processes and train for minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 0
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -191,13 +191,14 @@ def test_a_missing_test_split_is_told_before_training(
     assert not cli.run().exists()
 
 
-def test_predict_without_a_folder(cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
-    refused(capsys, cli("predict", "--ckpt_path=last"), "data.predict_path")
+def test_predict_without_a_folder(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    refused(capsys, fitted_cli("predict", "--ckpt_path=last"), "data.predict_path")
     (tmp_path / "none").mkdir()
     refused(
-        capsys, cli("predict", "--ckpt_path=last", f"--data.predict_path={tmp_path / 'none'}"), "holds no image", "none"
+        capsys,
+        fitted_cli("predict", "--ckpt_path=last", f"--data.predict_path={tmp_path / 'none'}"),
+        "holds no image",
+        "none",
     )
 
 
@@ -227,12 +228,10 @@ def test_pickled_code_is_not_run(cli: CommandLine, capsys: pytest.CaptureFixture
     assert not trace.exists()
 
 
-def test_truncated_checkpoint(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
-    path = cli.run() / "checkpoints" / "last.ckpt"
+def test_truncated_checkpoint(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    path = fitted_cli.run() / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:2000])
-    refused(capsys, cli("fit", "--ckpt_path=last"), "last.ckpt", "truncated")
+    refused(capsys, fitted_cli("fit", "--ckpt_path=last"), "last.ckpt", "truncated")
 
 
 @pytest.mark.parametrize(
@@ -246,23 +245,19 @@ def test_truncated_checkpoint(cli: CommandLine, capsys: pytest.CaptureFixture[st
     ],
 )
 def test_checkpoint_of_another_model(
-    cli: CommandLine, capsys: pytest.CaptureFixture[str], option: str, parts: list[str]
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], option: str, parts: list[str]
 ) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
-    before = (cli.run() / "checkpoints" / "last.ckpt").read_bytes()
-    refused(capsys, cli("fit", "--ckpt_path=last", option), *parts)
-    assert (cli.run() / "checkpoints" / "last.ckpt").read_bytes() == before
+    before = (fitted_cli.run() / "checkpoints" / "last.ckpt").read_bytes()
+    refused(capsys, fitted_cli("fit", "--ckpt_path=last", option), *parts)
+    assert (fitted_cli.run() / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-def test_checkpoint_that_lost_the_frozen_factor(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
-    path = cli.run() / "checkpoints" / "last.ckpt"
-    checkpoint = cli.checkpoint()
+def test_checkpoint_that_lost_the_frozen_factor(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    path = fitted_cli.run() / "checkpoints" / "last.ckpt"
+    checkpoint = fitted_cli.checkpoint()
     del checkpoint["state_dict"]["backbone.blocks.1.attn.qkv.adapters.query.A"]
     torch.save(checkpoint, path)
-    refused(capsys, cli("test", "--ckpt_path=last"), "1 missing", "blocks.1.attn.qkv.adapters.query.A")
+    refused(capsys, fitted_cli("test", "--ckpt_path=last"), "1 missing", "blocks.1.attn.qkv.adapters.query.A")
 
 
 # ----------------------------------------------------------------------------------------------------------- in the run
@@ -282,11 +277,11 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert cli.checkpoint()["global_step"] == 6
 
 
-def test_checkpoint_over_other_frozen_weights(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
+def test_checkpoint_over_other_frozen_weights(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     # weights: none draws the backbone from the run's seed
-    refused(capsys, cli("test", "--ckpt_path=last", "--seed_everything=1"), "other frozen weights", "model.weights")
+    refused(
+        capsys, fitted_cli("test", "--ckpt_path=last", "--seed_everything=1"), "other frozen weights", "model.weights"
+    )
 
 
 def test_loss_that_is_not_finite(

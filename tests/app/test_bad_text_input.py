@@ -418,10 +418,10 @@ def test_predict_needs_rows(language_cli: CommandLine, capsys: pytest.CaptureFix
     refused(capsys, language_cli(*ask, f"--data.predict_path={folder / 'hole.csv'}"), "hole.csv", "empty in row 1")
 
 
-def test_hidden_labels_cannot_be_tested_on(text_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert text_cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
-    refused(capsys, text_cli("test", "--ckpt_path=last"), "data.label_column", "test.parquet", "hidden", "predict")
+def test_hidden_labels_cannot_be_tested_on(fitted_text_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(
+        capsys, fitted_text_cli("test", "--ckpt_path=last"), "data.label_column", "test.parquet", "hidden", "predict"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- backbone
@@ -556,12 +556,10 @@ def test_weights_of_another_shape(
 
 
 def test_checkpoint_of_another_model(
-    language_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    fitted_language_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    other = save_backbone(tmp_path / "other", "roberta" if language_cli.config == "text" else "bart", seed=1)
-    assert language_cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
-    before = (language_cli.run() / "checkpoints" / "last.ckpt").read_bytes()
+    other = save_backbone(tmp_path / "other", "roberta" if fitted_language_cli.config == "text" else "bart", seed=1)
+    before = (fitted_language_cli.run() / "checkpoints" / "last.ckpt").read_bytes()
     for command, option, *parts in (
         ("fit", "adapter.rank=2", "of another shape", "is (4, 32), not (2, 32)", "config.yaml"),
         ("validate", "adapter.rank=2", "of another shape", "is (4, 32), not (2, 32)", "config.yaml"),
@@ -570,29 +568,27 @@ def test_checkpoint_of_another_model(
         ("validate", f"backbone={other}", "other frozen weights", "model.backbone"),
         ("predict", "backbone_dtype=bfloat16", "other frozen weights", "model.backbone_dtype"),
     ):
-        refused(capsys, language_cli(command, "--ckpt_path=last", f"--model.{option}"), *parts)
-    assert (language_cli.run() / "checkpoints" / "last.ckpt").read_bytes() == before
-    assert not language_cli.run(1).exists()
+        refused(capsys, fitted_language_cli(command, "--ckpt_path=last", f"--model.{option}"), *parts)
+    assert (fitted_language_cli.run() / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert not fitted_language_cli.run(1).exists()
 
 
-def test_checkpoint_of_another_tuning(language_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert language_cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
-    refused(capsys, language_cli("validate", "--ckpt_path=last", "--model.tuning=full"), "tuning")
-    if language_cli.config == "text":
-        code = language_cli("validate", "--ckpt_path=last", "--model.tuning=head")
+def test_checkpoint_of_another_tuning(fitted_language_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, fitted_language_cli("validate", "--ckpt_path=last", "--model.tuning=full"), "tuning")
+    if fitted_language_cli.config == "text":
+        code = fitted_language_cli("validate", "--ckpt_path=last", "--model.tuning=head")
         refused(capsys, code, "model.tuning", "of tuning adapter", "for head")
 
 
-def test_checkpoint_for_another_task(text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert text_cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
+def test_checkpoint_for_another_task(
+    fitted_text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     rte = tmp_path / "rte"
     rte.mkdir()
     for split in ("train", "validation"):
         write_rows(rte, split, [{"sentence1": f"w{i}", "sentence2": "good", "label": i % 2} for i in range(12)])
     for command in ("fit", "validate"):
-        code = text_cli(command, "--ckpt_path=last", "--data.task=rte", f"--data.path={rte}")
+        code = fitted_text_cli(command, "--ckpt_path=last", "--data.task=rte", f"--data.path={rte}")
         refused(capsys, code, ".jsonl", "not trained on (entailment, not_entailment)", "unacceptable, acceptable")
 
 
@@ -603,13 +599,11 @@ def write_scores(folder: Path) -> Path:
 
 
 def test_scores_for_a_checkpoint_of_classes(
-    text_cli: CommandLine, capsys: pytest.CaptureFixture[str], folder: Path
+    fitted_text_cli: CommandLine, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    assert text_cli("fit", "--trainer.max_epochs=1") == 0
-    capsys.readouterr()
     part = "the model is for classification into unacceptable, acceptable"
     for command in ("fit", "validate"):
-        code = text_cli(command, "--ckpt_path=last", f"--data.path={write_scores(folder)}", *OWN)
+        code = fitted_text_cli(command, "--ckpt_path=last", f"--data.path={write_scores(folder)}", *OWN)
         refused(capsys, code, "data.label_column", part, ".jsonl", "regression")
 
 
@@ -634,10 +628,9 @@ def test_head_of_a_classifier_does_not_hide_a_wrong_label(
 
 
 def test_checkpoint_of_another_family(
-    cli: CommandLine, language_cli: CommandLine, capsys: pytest.CaptureFixture[str]
+    fitted_cli: CommandLine, language_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    last = cli.run() / "checkpoints" / "last.ckpt"
+    last = fitted_cli.run() / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
     capsys.readouterr()
     for command in ("fit", "test"):

@@ -1,15 +1,18 @@
-"""Two processes on the CPU, as users start them."""
+"""Two processes on the CPU compute what one does."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from modules.base import AdaptedModule
+from tests.app.processes import DDP, run_on_two
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -21,19 +24,20 @@ SAME = [
     "--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}",
     "--test_after_fit=true",
 ]
-DDP = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
 
 
-def run(cli: CommandLine, *options: str) -> str:
-    words = [sys.executable, "main.py", *cli.words("fit", *SAME, *options)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+def run_as_users_do(words: list[str]) -> str:
+    """Start one process, which starts the other."""
+    done = subprocess.run(
+        [sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_two_processes_match_one(cli: CommandLine) -> None:
+def test_two_processes_match_one(cli: CommandLine, tmp_path: Path) -> None:
     assert cli("fit", *SAME, "--data.batch_size=12") == 0
-    out = run(cli, *DDP, "--data.batch_size=6")
+    out = run_as_users_do(cli.words("fit", *SAME, *DDP, "--data.batch_size=6"))
     assert out.strip().splitlines()[-1] == f"Run directory: {cli.run(1)}"
     assert not cli.run(2).exists()
     one, two = cli.checkpoint(0), cli.checkpoint(1)
@@ -44,26 +48,18 @@ def test_two_processes_match_one(cli: CommandLine) -> None:
     for name in ("val/loss", "val/acc1", "test/loss", "test/acc1"):
         assert cli.metrics(1)[name] == pytest.approx(cli.metrics(0)[name], abs=1e-4), name
     # and it resumes
-    run(cli, *DDP, "--data.batch_size=6", "--ckpt_path=last", "--trainer.max_epochs=3")
+    options = [*SAME, "--data.batch_size=6", "--ckpt_path=last", "--trainer.max_epochs=3"]
+    run_on_two(cli.words("fit", *options), tmp_path)
     assert cli.checkpoint(1)["global_step"] == 12
 
 
-def test_factors_agree_on_both_ranks(cli: CommandLine, tmp_path: object) -> None:
-    script = f"""
-import json, sys, torch
-from modules.base import AdaptedModule
-def on_fit_end(self):
-    sums = {{n: p.double().sum().item() for n, p in self.named_parameters() if "adapters" in n or "head" in n}}
-    open(f"{tmp_path}/rank{{self.global_rank}}.json", "w").write(json.dumps(sums))
-AdaptedModule.on_fit_end = on_fit_end
-from app.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-    path = cli.root.parent / "traced.py"
-    path.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}")
-    words = [sys.executable, str(path), *cli.words("fit", *DDP)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((cli.root.parent / f"rank{i}.json").read_text()) for i in (0, 1))
+def test_factors_agree_on_both_ranks(cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep_sums(self: AdaptedModule) -> None:
+        sums = {n: p.double().sum().item() for n, p in self.named_parameters() if "adapters" in n or "head" in n}
+        (tmp_path / f"rank{self.global_rank}.json").write_text(json.dumps(sums))
+
+    monkeypatch.setattr(AdaptedModule, "on_fit_end", keep_sums)
+    run_on_two(cli.words("fit"), tmp_path)
+    first, second = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1))
     assert first == second
     assert any(name.endswith("query.B") and value != 0 for name, value in first.items())

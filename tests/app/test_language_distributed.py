@@ -1,32 +1,23 @@
-"""Two processes on the CPU, as users start them, compute for texts what one does."""
+"""Two processes on the CPU compute for texts what one does."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.app.processes import run_on_two
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
 
-DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 # with dropout off, two processes with half the batch compute what one does with the whole batch
 NO_DROPOUT = ["--model.adapter.dropout=0", "--trainer.max_epochs=1", "--test_after_fit=true"]
 TEXT = ["--model.backbone_args={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"]
 SUMMARY = ["--model.backbone_args={dropout: 0.0}"]
-
-
-def run(cli: CommandLine, command: str, *options: str) -> None:
-    words = [sys.executable, "main.py", *cli.words(command, *DDP, *options)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def assert_same_weights(cli: CommandLine, steps: int) -> None:
@@ -42,10 +33,10 @@ def predictions(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_match_one_in_classification(text_cli: CommandLine) -> None:
+def test_two_processes_match_one_in_classification(text_cli: CommandLine, tmp_path: Path) -> None:
     options = [*NO_DROPOUT, *TEXT, "--data.test_on_validation=true"]
     assert text_cli("fit", *options, "--data.batch_size=12") == 0
-    run(text_cli, "fit", *options, "--data.batch_size=6")
+    run_on_two(text_cli.words("fit", *options, "--data.batch_size=6"), tmp_path)
     assert not text_cli.run(2).exists()
     assert_same_weights(text_cli, steps=3)  # 45 rows are left to train on
     one, two = text_cli.metrics(0), text_cli.metrics(1)
@@ -56,7 +47,7 @@ def test_two_processes_match_one_in_classification(text_cli: CommandLine) -> Non
     assert text_cli("predict", *ask) == 0
     rows = predictions(text_cli.run())
     (text_cli.run() / "predictions.jsonl").unlink()
-    run(text_cli, "predict", *ask)
+    run_on_two(text_cli.words("predict", *ask), tmp_path)
     again = predictions(text_cli.run())
     assert [row["index"] for row in rows] == list(range(100, 109))
     assert [row.pop("probability") for row in again] == pytest.approx(
@@ -65,10 +56,10 @@ def test_two_processes_match_one_in_classification(text_cli: CommandLine) -> Non
     assert again == rows
 
 
-def test_two_processes_match_one_in_summarization(summary_cli: CommandLine) -> None:
+def test_two_processes_match_one_in_summarization(summary_cli: CommandLine, tmp_path: Path) -> None:
     options = [*NO_DROPOUT, *SUMMARY, "--model.adapter.targets=all", "--data.max_val_samples=7"]
     assert summary_cli("fit", *options, "--data.batch_size=12") == 0
-    run(summary_cli, "fit", *options, "--data.batch_size=6")
+    run_on_two(summary_cli.words("fit", *options, "--data.batch_size=6"), tmp_path)
     assert_same_weights(summary_cli, steps=4)
     one, two = summary_cli.metrics(0), summary_cli.metrics(1)
     for name in (f"{s}/{m}" for s in ("val", "test") for m in ("loss", "rouge1", "rouge2", "rougeL", "rougeLsum")):

@@ -145,19 +145,17 @@ def test_order_of_words_does_not_matter(cli: CommandLine) -> None:
     assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == 0.05
 
 
-def test_resumed_configuration_is_kept_beside_the_first(cli: CommandLine) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    first = (cli.run() / "config.yaml").read_text()
-    assert cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
-    assert (cli.run() / "config.yaml").read_text() == first
-    assert "max_epochs: 2" in (cli.run() / "config-1.yaml").read_text()
+def test_resumed_configuration_is_kept_beside_the_first(fitted_cli: CommandLine) -> None:
+    first = (fitted_cli.run() / "config.yaml").read_text()
+    assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    assert (fitted_cli.run() / "config.yaml").read_text() == first
+    assert "max_epochs: 2" in (fitted_cli.run() / "config-1.yaml").read_text()
 
 
-def test_more_epochs_than_first_meant_can_be_added(cli: CommandLine) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    assert cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last") == 0
-    assert cli.checkpoint()["global_step"] == 3 * STEPS_AN_EPOCH
-    assert sorted(cli.scalars("val/loss")) == [7, 15, 23]
+def test_more_epochs_than_first_meant_can_be_added(fitted_cli: CommandLine) -> None:
+    assert fitted_cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    assert fitted_cli.checkpoint()["global_step"] == 3 * STEPS_AN_EPOCH
+    assert sorted(fitted_cli.scalars("val/loss")) == [7, 15, 23]
 
 
 def test_resume_with_other_workers_keeps_the_place(cli: CommandLine) -> None:
@@ -171,14 +169,13 @@ def test_resume_with_other_workers_keeps_the_place(cli: CommandLine) -> None:
     assert cli.checkpoint()["global_step"] == STEPS_AN_EPOCH
 
 
-def test_a_moved_run_keeps_its_best(cli: CommandLine) -> None:
-    assert cli("fit", "--trainer.max_epochs=1") == 0
-    best = (cli.run() / "checkpoints" / "best.ckpt").read_bytes()
-    moved = cli.root / "elsewhere"
-    cli.run().rename(moved)
+def test_a_moved_run_keeps_its_best(fitted_cli: CommandLine) -> None:
+    best = (fitted_cli.run() / "checkpoints" / "best.ckpt").read_bytes()
+    moved = fitted_cli.root / "elsewhere"
+    fitted_cli.run().rename(moved)
     # at rate 1e-9 nothing improves
     options = ["--trainer.max_epochs=2", "--model.learning_rate=1e-9", "--ckpt_path", str(moved)]
-    assert cli("fit", *options) == 0
+    assert fitted_cli("fit", *options) == 0
     assert sorted(p.name for p in (moved / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
 

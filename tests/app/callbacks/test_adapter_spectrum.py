@@ -49,6 +49,7 @@ def test_a_frozen_factor_is_measured_once(cli: CommandLine, monkeypatch: pytest.
     assert seen.count((128, 4)) == 2 * 3  # layers, times
 
 
+@pytest.mark.drawn
 def test_measuring_changes_nothing(cli: CommandLine) -> None:
     assert cli("fit", "--spectrum.every_n_steps=1") == 0
     assert cli("fit", "--spectrum.every_n_epochs=null") == 0
@@ -62,9 +63,8 @@ def test_without_adapters_there_is_nothing_to_measure(cli: CommandLine) -> None:
     assert not any(tag.startswith("spectrum") for tag in cli.events().Tags()["scalars"])
 
 
-def test_custom_scalars_open_grouped(cli: CommandLine) -> None:
-    assert cli("fit") == 0
-    events = cli.events()
+def test_custom_scalars_open_grouped(fitted_cli: CommandLine) -> None:
+    events = fitted_cli.events()
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     groups = {category.title: [chart.title for chart in category.chart] for category in layout.category}

@@ -1,0 +1,52 @@
+"""Two processes that train together, forked from the one that tests, so that nothing is imported twice."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.utilities import rank_zero_only
+
+from app.cli import main
+
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+
+
+def run_on_two(words: list[str], logs: Path) -> None:
+    """Run a command in two processes that find each other by their environment, as a cluster's do.
+
+    Args:
+        words: The command line; `DDP` is added to it.
+        logs: Folder for what they say.
+    """
+    port = str(find_free_network_port())
+    context = multiprocessing.get_context("fork")
+    files = [logs / f"rank{rank}.log" for rank in (0, 1)]
+    processes = [
+        context.Process(target=_work, args=([*words, *DDP], rank, port, file)) for rank, file in enumerate(files)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        process.kill()  # if one is dead, the other may wait for it for ever
+        process.join()
+    said = "\n".join(file.read_text()[-3000:] for file in files if file.is_file())
+    assert [process.exitcode for process in processes] == [0, 0], said
+
+
+def _work(words: list[str], rank: int, port: str, log: Path) -> None:
+    place = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    rank_zero_only.rank = rank  # read from the environment when Lightning was imported
+    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            sys.exit(main(words))
+        except Exception:
+            traceback.print_exc()
+            raise
