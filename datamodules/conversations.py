@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
-
-import jinja2
 
 from datamodules.errors import DataError
 
@@ -20,7 +20,7 @@ _INTRODUCTION = (
 )
 ALPACA = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' if message['content'] else '' }}"
     "{% elif message['role'] == 'user' %}"
     "{% if loop.first %}{{ " + _INTRODUCTION + " }}{% endif %}"
     "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
@@ -37,10 +37,88 @@ def alpaca_template(tokenizer: Any) -> str:
     return ("{{ bos_token }}" if begins else "") + ALPACA
 
 
-def special_texts(tokenizer: Any) -> list[str]:
-    """Texts that a tokenizer takes for special tokens, longest first."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+@dataclass(frozen=True)
+class Columns:
+    """Makes conversations of rows.
+
+    Args:
+        messages: Column of whole conversations, or None for the others.
+        instruction: Column of what is asked.
+        input: Column of what the instruction is about, or None.
+        response: Column of the answers, or None if they are not to be learnt.
+        apart: Whether the template has a place of its own for the input; otherwise it follows the instruction.
+        system: What a conversation begins with that has no system message.
+        end_mark: Text that ends responses and does not belong to them.
+    """
+
+    messages: str | None
+    instruction: str
+    input: str | None
+    response: str | None
+    apart: bool
+    system: str | None
+    end_mark: str | None
+
+    def names(self) -> list[str]:
+        """The columns that are read; one may be two things."""
+        names = [self.messages] if self.messages else [self.instruction, self.input, self.response]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def conversation(self, row: dict[str, Any]) -> list[Message]:
+        """The messages of a row, responses among them or not; `check_messages` has seen those of a column."""
+        if self.messages:
+            messages = [{"role": m["role"], "content": m["content"] or ""} for m in row[self.messages]]
+        else:
+            messages = [{"role": "user", **self._question(row)}]
+            if self.response:
+                messages.append({"role": "assistant", "content": row[self.response] or ""})
+        for message in messages:
+            if message["role"] == "assistant":
+                message["content"] = self.without_mark(message["content"])
+        if self.system is not None and (not messages or messages[0]["role"] != "system"):
+            messages.insert(0, {"role": "system", "content": self.system})
+        return messages
+
+    def _question(self, row: dict[str, Any]) -> Message:
+        asked, given = row[self.instruction], (row[self.input] or "") if self.input else ""
+        if not given.strip():
+            return {"content": asked}
+        return {"content": asked, "input": given} if self.apart else {"content": f"{asked}\n\n{given}"}
+
+    def without_mark(self, response: str) -> str:
+        """A response without the mark at its end and the space before it; others stay as they are."""
+        if self.end_mark and response.rstrip().endswith(self.end_mark):
+            return response.rstrip().removesuffix(self.end_mark).rstrip()
+        return response
+
+
+def check_messages(messages: Any, where: str, column: str) -> None:
+    """See that a cell holds a list of messages; that of an assistant may be without content.
+
+    Args:
+        messages: The cell.
+        where: What to call its row.
+        column: Its column.
+
+    Raises:
+        DataError: With the row.
+    """
+    if not isinstance(messages, list):
+        raise DataError(
+            f"data.messages_column: {column} of {where} must be a list of messages; it is {str(messages)[:80]}."
+        )
+    for message in messages:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not (isinstance(content, str) or (role == "assistant" and content is None)):
+            raise DataError(
+                f"data.messages_column: a message in {column} of {where} must have `role` ({', '.join(ROLES)}) and "
+                f"text as `content`; it is {str(message)[:80]}."
+            )
+
+
+def question(messages: list[Message]) -> list[Message]:
+    """A conversation up to the last response, which is the one asked for."""
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
 @dataclass(frozen=True)
@@ -51,25 +129,28 @@ class ConversationEncoder:
         tokenizer: The backbone's.
         template: Jinja template of the whole text, special tokens included.
         max_length: Most tokens of a conversation.
-        special: What is taken out of all contents, since the tokenizer would take it for the template's own.
     """
 
     tokenizer: Any
     template: str
     max_length: int
-    special: tuple[str, ...]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a prompt that waits for a response; one that is too long loses its middle."""
-        tokens: list[int] = self._tokens(self._render(messages, waiting=True))
-        return _without_middle(tokens, self.max_length)
+        return _without_middle(self._tokens(self._render(self.clean(messages), waiting=True)), self.max_length)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, and which are to be learnt: those of responses, to the token that ends each.
 
+        They are the tokens of the text as a whole, unless the last of a prompt would then be others than those of
+        `prompt`: text is parted there.
+
         Raises:
-            DataError: If the template refuses it, or rewrites earlier turns in view of later ones.
+            DataError: If the template refuses it, rewrites earlier turns in view of later ones, or leaves all responses
+                out.
         """
+        messages = self.clean(messages)
+        end = self.tokenizer.eos_token_id
         tokens: list[int] = []
         learnt: list[bool] = []
         done = ""
@@ -84,34 +165,64 @@ class ConversationEncoder:
                     f"responses cannot be told apart, as in the one that begins {_begin(messages)!r}; use template: "
                     "alpaca."
                 )
-            prompt, response = self._tokens(asked[len(done) :]), self._tokens(answered[len(asked) :])
-            ends = [i for i, token in enumerate(response) if token == self.tokenizer.eos_token_id]
+            prompt, response = self._behind(done, asked), self._behind(asked, answered)
+            ends = [i for i, token in enumerate(response) if token == end]
             taught = ends[-1] + 1 if ends else len(response)
             tokens += prompt + response
             learnt += [False] * len(prompt) + [i < taught for i in range(len(response))]
             done = answered
+        if True not in learnt:
+            raise DataError(
+                f"data.template: the template leaves out the responses of the conversation that begins "
+                f"{_begin(messages)!r}; use template: alpaca."
+            )
         return cut(tokens, learnt, self.max_length)
 
+    def clean(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages without special tokens, which the tokenizer would take for the template's own."""
+        return [{key: self._clean(text) for key, text in message.items()} for message in messages]
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        texts = sorted((added | set(self.tokenizer.all_special_tokens)) - {""}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+    def _clean(self, text: str) -> str:
+        while self._special.search(text):  # again, since what is left may form another
+            text = self._special.sub("", text)
+        return text
+
     def _render(self, messages: Sequence[Message], waiting: bool) -> str:
-        clean = [{key: self._clean(text) for key, text in message.items()} for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
-                clean, chat_template=self.template, tokenize=False, add_generation_prompt=waiting
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=waiting
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, which can raise anything
             raise DataError(
                 f"data.template: the chat template refuses the conversation that begins {_begin(messages)!r}: {error}"
             ) from error
         return text
 
-    def _clean(self, text: str) -> str:
-        for special in self.special:
-            text = text.replace(special, "")
-        return text
+    def _behind(self, before: str, text: str) -> list[int]:
+        """Tokens that a text has behind those of its beginning."""
+        start = max((match.start() for match in self._special.finditer(before)), default=0)
+        # a special token parts texts: what is before it is of no effect on the tokens behind
+        known, whole = self._tokens(before[start:]), self._tokens(text[start:])
+        if whole[: len(known)] == known:
+            return whole[len(known) :]
+        return self._tokens(text[len(before) :])
 
-    def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    @cached_property
+    def _tokens(self) -> Callable[[str], list[int]]:
+        plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+
+        @lru_cache(maxsize=2)  # what is behind a prompt is asked for right after the prompt
+        def tokens(text: str) -> list[int]:
+            ids: list[int] = self.tokenizer(text, **plain)["input_ids"] if text else []
+            return ids
+
+        return tokens
 
 
 def cut(tokens: list[int], learnt: list[bool], most: int) -> tuple[list[int], list[bool]]:
@@ -140,4 +251,4 @@ def _without_middle(tokens: list[int], most: int) -> list[int]:
 
 
 def _begin(messages: Sequence[Message]) -> str:
-    return messages[0]["content"][:60] if messages else ""
+    return next((m["content"][:60] for m in messages if m["role"] != "system"), "")

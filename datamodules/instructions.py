@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import datasets
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.base import Collate
-from datamodules.conversations import ROLES, ConversationEncoder, Message, alpaca_template, special_texts
+from datamodules.conversations import Columns, ConversationEncoder, alpaca_template, check_messages, question
 from datamodules.errors import DataError
 from datamodules.packing import IGNORED, PackedDataset, PadPacks, PadSequences
 from datamodules.tables import Table
@@ -22,55 +23,6 @@ from datamodules.tokens import TokenDataset, check_texts, tokenized, tokenizer_s
 
 Template = Literal["alpaca", "chat"]
 LEAST = 16  # tokens of a conversation that is worth learning from
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Makes conversations of rows.
-
-    Args:
-        messages: Column of whole conversations, or None for the others.
-        instruction: Column of what is asked.
-        input: Column of what the instruction is about, or None.
-        response: Column of the answers, or None if they are not to be learnt.
-        apart: Whether the template has a place of its own for the input; otherwise it follows the instruction.
-        system: What a conversation begins with that has no system message.
-        end_mark: Text that ends responses and does not belong to them.
-    """
-
-    messages: str | None
-    instruction: str
-    input: str | None
-    response: str | None
-    apart: bool
-    system: str | None
-    end_mark: str | None
-
-    def names(self) -> list[str]:
-        """The columns that are read."""
-        names = [self.messages] if self.messages else [self.instruction, self.input, self.response]
-        return [name for name in names if name is not None]
-
-    def conversation(self, row: dict[str, Any]) -> list[Message]:
-        """The messages of a row, responses among them or not."""
-        if self.messages:
-            messages = [{"role": m["role"], "content": m["content"] or ""} for m in row[self.messages]]
-        else:
-            asked, given = row[self.instruction], (row[self.input] or "") if self.input else ""
-            user = {"content": asked, "input": given} if self.apart else {"content": f"{asked}\n\n{given}".rstrip()}
-            messages = [{"role": "user", **user}]
-            if self.response:
-                messages.append({"role": "assistant", "content": row[self.response] or ""})
-        for message in messages:
-            if message["role"] == "assistant":
-                message["content"] = self._without_mark(message["content"])
-        if self.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
-        return messages
-
-    def _without_mark(self, response: str) -> str:
-        response = response.strip()
-        return response.removesuffix(self.end_mark).rstrip() if self.end_mark else response
 
 
 class InstructionData(TextData):
@@ -170,21 +122,28 @@ class InstructionData(TextData):
         """
         if self.template == "alpaca":
             return alpaca_template(self.tokenizer)
-        if not isinstance(self.tokenizer.chat_template, str):
+        own = self.tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own  # some have more, for tools
+        if not own:
             raise DataError(
                 "data.template: the backbone's tokenizer has no chat template of its own; use template: alpaca, or a "
                 "backbone that was tuned for chat."
             )
-        return self.tokenizer.chat_template
+        return str(own)
 
     # ------------------------------------------------------------------------------------------------------ tokens
 
     def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
         """Conversations of some rows of a table; prompts of all rows, for prediction."""
-        columns = self._columns(table, learnt=rows is not None)
+        learnt = rows is not None
+        columns = self._columns(table, learnt)
+        if not learnt:
+            self._asked = columns
+        encoder = ConversationEncoder(self.tokenizer, self.prompt_template, self.max_length)
         chosen = table if rows is None else table.select(rows)
-        kept = self._check_rows(chosen, columns, learnt=rows is not None)
-        return TokenDataset(self._tokenize(chosen.select(kept), columns, learnt=rows is not None))
+        numbers = range(len(table)) if rows is None else rows.tolist()
+        kept = self._check_rows(chosen, numbers, columns, encoder, learnt)
+        return TokenDataset(self._tokenize(chosen.select(kept), columns, encoder, learnt))
 
     def _columns(self, table: Table, learnt: bool) -> Columns:
         names = table.data.column_names
@@ -197,7 +156,8 @@ class InstructionData(TextData):
                     f"nor a column {self.instruction_column}; it has {', '.join(names)}."
                 )
             check_texts(table, "instruction_column", self.instruction_column)
-            given = None if given == "input" and given not in names else given
+            if given is not None and (_is_empty(table, given) if given in names else given == "input"):
+                given = None
             for key, column in (("input_column", given), ("response_column", self.response_column if learnt else None)):
                 if column is not None:
                     check_texts(table, key, column, empty=True)
@@ -211,28 +171,34 @@ class InstructionData(TextData):
             end_mark=self.end_mark,
         )
 
-    def _check_rows(self, table: Table, columns: Columns, learnt: bool) -> Tensor:
-        """The rows that can be used.
+    def _check_rows(
+        self, table: Table, numbers: Sequence[int], columns: Columns, encoder: ConversationEncoder, learnt: bool
+    ) -> Tensor:
+        """The rows that can be used; `numbers` are what they have in the file.
 
         Raises:
-            DataError: For the first row that is no conversation, or without a response.
+            DataError: For the first row that is no conversation, asks nothing, or is without a response to learn.
         """
-        special = special_texts(self.tokenizer)
         kept, cleaned = [], 0
-        for number, row in enumerate(table.data.select_columns(columns.names())):
+        for i, row in enumerate(_rows(table, columns.names())):
+            where = f"row {numbers[i]} of {table.where}"
             if columns.messages:
-                _check_messages(row[columns.messages], f"row {number} of {table.where}", self.messages_column)
-            messages = columns.conversation(row)
-            responses = [m["content"] for m in messages if m["role"] == "assistant"]
+                check_messages(row[columns.messages], where, columns.messages)
+            raw = columns.conversation(row)
+            messages = encoder.clean(raw)
+            responses = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+            if not learnt and all(m["role"] != "user" for m in question(messages)):
+                raise DataError(f"data.messages_column: {where} has no message of a user to respond to.")
             if learnt and (not responses or not all(responses)):
                 if self.empty_responses == "error":
+                    key = "messages_column" if columns.messages else "response_column"
                     raise DataError(
-                        f"data.response_column: row {number} of {table.where} has no response to learn; mend or drop "
-                        "such rows, or leave them out with --data.empty_responses skip."
+                        f"data.{key}: {where} has no response to learn, or an empty one; mend or drop such rows, or "
+                        "leave them out with --data.empty_responses skip."
                     )
                 continue
-            kept.append(number)
-            cleaned += any(text in m["content"] + m.get("input", "") for m in messages for text in special)
+            kept.append(i)
+            cleaned += messages != raw
         if not kept:
             raise DataError(f"data.path: {table.where} has no row with a response.")
         skipped = len(table) - len(kept)
@@ -247,16 +213,11 @@ class InstructionData(TextData):
         if self.trainer.is_global_zero:
             Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
-    def _tokenize(self, table: Table, columns: Columns, learnt: bool) -> datasets.Dataset:
-        tokenizer, template = self.tokenizer, self.prompt_template
-        encoder = ConversationEncoder(tokenizer, template, self.max_length, tuple(special_texts(tokenizer)))
-
+    def _tokenize(self, table: Table, columns: Columns, encoder: ConversationEncoder, learnt: bool) -> datasets.Dataset:
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            rows = [
-                columns.conversation(dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)
-            ]
+            rows = [columns.conversation(row) for row in _by_row(batch)]
             if not learnt:
-                prompts = [np.asarray(encoder.prompt(_asked(row)), np.int32) for row in rows]
+                prompts = [np.asarray(encoder.prompt(question(row)), np.int32) for row in rows]
                 return {"input_ids": prompts, "length": [len(prompt) for prompt in prompts]}
             made = [tuple(np.asarray(part) for part in encoder.conversation(row)) for row in rows]
             return {
@@ -266,9 +227,9 @@ class InstructionData(TextData):
             }
 
         key = {
-            "task": "instructions" if learnt else "prompts",
-            "tokenizer": tokenizer_state(tokenizer),
-            "template": template,
+            "task": "conversations" if learnt else "prompts of conversations",
+            "tokenizer": tokenizer_state(encoder.tokenizer),
+            "template": encoder.template,
             "columns": repr(columns),
             "length": self.max_length,
         }
@@ -286,7 +247,13 @@ class InstructionData(TextData):
         """Shuffled, in batches of like length, packed or not."""
         if not self.packing:
             return super().train_dataloader()
-        packed = PackedDataset(self.splits["train"][0], self.max_length)
+        rows = self.splits["train"][0]
+        packed = PackedDataset(rows, self.max_length)
+        if len(packed) < self.batch_size * self.world()[0]:
+            raise DataError(
+                f"data.packing: {len(rows)} conversations fill {len(packed)} packs of {self.max_length} tokens, fewer "
+                f"than one batch of {self.batch_size} × {self.world()[0]} processes; choose a smaller batch."
+            )
         lengths = packed.lengths if self.bucket_by_length else None
         return self.train_loader(packed, lengths, PadPacks(self.tokenizer.pad_token_id))
 
@@ -303,27 +270,30 @@ class InstructionData(TextData):
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
         """The prompt's columns as they were, and the response; what the file has for one becomes the reference."""
         source = dict(self.predicted[file].data[row["index"]])
-        reference = source.pop(self.response_column, None)
-        found = {"reference": reference} if reference else {}
-        return {"index": row["index"], **source, "response": row["response"], **found}
+        column = self._asked.messages
+        if column:
+            messages = source[column]
+            source[column] = question(messages)
+            reference = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+        else:
+            reference = source.pop(self.response_column, None)
+        if isinstance(reference, str):
+            reference = self._asked.without_mark(reference)
+        made = {"response": row["response"], **({"reference": reference} if reference else {})}
+        plain: dict[str, Any] = json.loads(json.dumps(source, default=str))  # a date, say, as text
+        return {"index": row["index"], **{k: v for k, v in plain.items() if k not in ("index", *made)}, **made}
 
 
-def _asked(messages: list[Message]) -> list[Message]:
-    """A conversation up to the last response, which is the one asked for."""
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+def _is_empty(table: Table, column: str) -> bool:
+    """Whether no row has a value; the libraries that read text then take the column for one of another type."""
+    rows = table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000)
+    return all(batch[column].null_count == len(batch) for batch in rows)
 
 
-def _check_messages(messages: Any, where: str, column: str) -> None:
-    """See that a conversation is one.
+def _rows(table: Table, names: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in table.data.select_columns(names).iter(batch_size=1000):
+        yield from _by_row(batch)
 
-    Raises:
-        DataError: With the row.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"data.messages_column: {column} of {where} is no list of messages.")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES or "content" not in message:
-            raise DataError(
-                f"data.messages_column: a message in {column} of {where} must have `role` ({', '.join(ROLES)}) and "
-                f"`content`; it is {str(message)[:80]}."
-            )
+
+def _by_row(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))

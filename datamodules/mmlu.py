@@ -2,191 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
+from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from datamodules.errors import DataError
+from datamodules.questions import (
+    PLAIN,
+    UNKNOWN,
+    Question,
+    QuestionDataset,
+    SharedPrompts,
+    SubjectBatches,
+    answer_index,
+    header,
+    shared_prompts,
+)
 from datamodules.splits import choose_rows
-from datamodules.tables import Table, check_column, open_table
+from datamodules.tables import Table, check_column
 from datamodules.text import TextData
-from datamodules.tokens import TokenDataset, check_texts
+from datamodules.tokens import check_texts
 
-UNKNOWN = "unknown"  # subject of tables that name none
 HIDDEN = (None, -1, "")  # answers of which prediction can do without
-CHUNK = 256  # prompts that are tokenised together: the tokenizer's own records take far more memory than the tokens
-Tokens = np.ndarray[Any, np.dtype[np.int32]]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question with its choices.
-
-    Args:
-        text: The question.
-        choices: What to choose from.
-        answer: Index of the right choice; None if it is not known.
-    """
-
-    text: str
-    choices: tuple[str, ...]
-    answer: int | None
-
-    def prompt(self) -> str:
-        """The question as it is asked, up to the answer."""
-        lines = [self.text, *(f"{letter}. {text}" for letter, text in zip(LETTERS, self.choices, strict=False))]
-        return "\n".join([*lines, "Answer:"])
-
-    def shot(self) -> str:
-        """The question as an example."""
-        assert self.answer is not None
-        return f"{self.prompt()} {LETTERS[self.answer]}\n\n"
-
-
-def header(subject: str) -> str:
-    """The first words of all prompts of a subject (Hendrycks et al. 2021)."""
-    about = "" if subject == UNKNOWN else f" about {subject.replace('_', ' ')}"
-    return f"The following are multiple choice questions (with answers){about}.\n\n"
-
-
-@dataclass(frozen=True)
-class SharedPrompts:
-    """Prompts as what they all begin with, and what follows in each.
-
-    Args:
-        prefix: Tokens that all prompts share, (P,).
-        rests: The others, one or more for each prompt.
-    """
-
-    prefix: Tokens
-    rests: list[Tokens]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return len(self.prefix) + max(len(rest) for rest in self.rests)
-
-
-def shared_prompts(prompts: Sequence[str], tokenizer: Any) -> SharedPrompts:
-    """Tokenise whole prompts and part them behind their longest common prefix, which leaves a token of each at least.
-
-    No more than 256 prompts are there as a whole at a time.
-    """
-    first: Tokens | None = None
-    common, tails = [], []  # with the first prompt; and what is behind that
-    for i in range(0, len(prompts), CHUNK):
-        for ids in tokenizer(list(prompts[i : i + CHUNK]), **_PLAIN)["input_ids"]:
-            tokens: Tokens = np.asarray(ids, np.int32)
-            first = tokens if first is None else first
-            size = min(len(first), len(tokens))
-            differ = first[:size] != tokens[:size]
-            common.append(int(differ.argmax()) if differ.any() else size)
-            tails.append(tokens[common[-1] :].copy())
-    assert first is not None
-    start = min(min(n, n + len(tail) - 1) for n, tail in zip(common, tails, strict=True))
-    rests = [np.concatenate([first[start:n], tail]) for n, tail in zip(common, tails, strict=True)]
-    return SharedPrompts(first[:start].copy(), rests)
-
-
-_PLAIN = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-
-
-class QuestionDataset(TokenDataset):
-    """Questions as tokens behind the prefix of their subject, a subject's together and its longest first.
-
-    Args:
-        subjects: Names of the subjects, in the order of the questions.
-        prompts: Their prompts.
-        rows: Row in the table of each prompt of each subject.
-        answers: Index of the right choice by row, -1 if it is not known.
-        choices: Tokens of the letters, (n_choices,) int64.
-    """
-
-    def __init__(
-        self,
-        subjects: list[str],
-        prompts: list[SharedPrompts],
-        rows: list[list[int]],
-        answers: dict[int, int],
-        choices: Tensor,
-    ) -> None:
-        self.subjects, self.choices = subjects, choices
-        self.prefixes = [torch.from_numpy(p.prefix).long() for p in prompts]
-        ordered = [
-            (group, rows[group][i], shared.rests[i])
-            for group, shared in enumerate(prompts)
-            for i in sorted(range(len(shared.rests)), key=lambda i, rests=shared.rests: -len(rests[i]))  # type: ignore[misc]
-        ]
-        tokens = [rest for _, _, rest in ordered]
-        data = datasets.Dataset.from_dict({"input_ids": tokens, "length": [len(rest) for rest in tokens]})
-        self.groups = [group for group, _, _ in ordered]
-        targets = {
-            "group": torch.tensor(self.groups),
-            "row": torch.tensor([row for _, row, _ in ordered]),
-            "answer": torch.tensor([answers[row] for _, row, _ in ordered]),
-        }
-        super().__init__(data, targets)
-
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of one subject; see `MMLUData`."""
-        group = rows[0]["group"]
-        tokens = [torch.tensor(row["input_ids"]) for row in rows]
-        return {
-            "prefix": self.prefixes[group],
-            "input_ids": pad_sequence(tokens, batch_first=True),
-            "lengths": torch.tensor([len(ids) for ids in tokens]),
-            "choices": self.choices,
-            "answers": torch.tensor([row["answer"] for row in rows]),
-            "subject": self.subjects[group],
-            "index": torch.tensor([row["row"] for row in rows]),
-        }
-
-
-class SubjectBatches(BatchSampler):
-    """Neighbours of one subject, at most `batch_size` of them.
-
-    Args:
-        sampler: Order of the questions.
-        batch_size: Most questions of a batch.
-        drop_last: Of no effect, every question is asked; it is what Lightning sets in prediction.
-        groups: Subject of each question.
-    """
-
-    def __init__(self, sampler: Any, batch_size: int, drop_last: bool, groups: Sequence[int]) -> None:
-        super().__init__(sampler, batch_size, drop_last)
-        self.groups = groups
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for index in self.sampler:
-            if batch and (len(batch) == self.batch_size or self.groups[index] != self.groups[batch[0]]):
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return sum(1 for _ in self)
 
 
 class MMLUData(TextData):
     """Questions with choices, asked in MMLU's format behind a few answered ones (Hendrycks et al. 2021).
 
-    For validation, testing and prediction. Batches are of one subject, and the batches of a subject come together: dicts
-    of `prefix` (P,), the tokens that all prompts of the subject begin with, `input_ids` (batch, tokens), what follows
-    in each, padded at the right, `lengths` (batch,), `choices` (n_choices,), the letters' tokens, `answers` (batch,),
-    -1 if unknown, and `index` (batch,), rows of the table, all int64; and `subject`, its name.
+    For validation, testing and prediction. A batch is of one subject, and a subject's batches come together: dicts of
+    `prefix` (P,), the tokens that all prompts of the subject begin with, `input_ids` (batch, tokens), what follows in
+    each, padded at the right, `lengths` (batch,), `choices` (n_choices,), the letters' tokens, `answers` (batch,), -1
+    if unknown, and `index` (batch,), rows of the table, all int64; and `subject`, its name.
 
     Args:
         path: A data set's name on the hub, or a directory of validation.*, test.* and a split of shots as Parquet or
@@ -248,3 +98,236 @@ class MMLUData(TextData):
         self.shots_split, self.shots, self.max_length, self.subjects = shots_split, shots, max_length, subjects
         self.question_column, self.choices_column = question_column, choices_column
         self.answer_column, self.subject_column = answer_column, subject_column
+
+    # ------------------------------------------------------------------------------------------------------ splits
+
+    prediction_files = ("predictions.csv",)
+
+    def setup(self, stage: str) -> None:
+        """Tokenise what the stage needs, with the tokenizer of the trainer's model.
+
+        Raises:
+            DataError: For `fit`, and for questions that cannot be asked.
+        """
+        if stage == "fit":
+            raise DataError(
+                "data: MMLUData has no training rows; it is for validate, test and predict. Train on other data, "
+                "InstructionData say, and give the run's --ckpt_path to test."
+            )
+        super().setup(stage)
+
+    def before_splits(self) -> None:
+        """See that the model has positions for the longest prompts."""
+        if self.max_length is not None:
+            self.check_length("max_length", self.max_length)
+
+    def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
+        """The one set of a split, which is never held out from another.
+
+        Raises:
+            DataError: If there is none.
+        """
+        tables = self.stored(split)
+        if not tables:
+            name = "validation" if split == "val" else split
+            raise DataError(f"data.path: {self.path} has no {name} split.")
+        return {suffix: (table, False) for suffix, table in tables.items()}
+
+    def _chosen(self, split: str, table: Table, held_out: bool) -> QuestionDataset:
+        rows = self._rows_of_subjects(table)
+        return self.build(
+            table, rows[choose_rows(len(rows), split, held_out, self.val_fraction, self.val_seed, self.limits[split])]
+        )
+
+    def _rows_of_subjects(self, table: Table) -> Tensor:
+        """Rows of the subjects that are asked, (rows,) int64."""
+        if self.subjects is None:
+            return torch.arange(len(table))
+        of_row = self._subjects_of(table)
+        if missing := sorted(set(self.subjects) - set(of_row)):
+            raise DataError(
+                f"data.subjects: {table.where} has no questions of {', '.join(missing)}; it has "
+                f"{', '.join(sorted(set(of_row)))}."
+            )
+        return torch.tensor([row for row, subject in enumerate(of_row) if subject in self.subjects])
+
+    def build(self, table: Table, rows: Tensor | None) -> QuestionDataset:
+        """The questions of some rows of a table; of all rows, with answers or without, for prediction."""
+        of_row = self._subjects_of(table)
+        asked = self._read(table, answered=rows is not None)
+        groups: dict[str, list[int]] = {}
+        for row in sorted((self._rows_of_subjects(table) if rows is None else rows).tolist()):
+            groups.setdefault(of_row[row], []).append(row)
+        shots = self._shots(table, list(groups))
+        fitted: dict[str, tuple[SharedPrompts, int]] = {}
+        with Console(stderr=True).status(f"Tokenising the prompts of {table.where}"):
+            for subject, members in groups.items():
+                fitted[subject] = self._fitted(subject, [asked[row].prompt() for row in members], shots[subject])
+        self._say_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})
+        names = sorted(groups, key=lambda subject: -fitted[subject][0].longest)  # shows at once whether it fits
+        first = names[0]
+        prompt = header(first) + "".join(shots[first][: fitted[first][1]]) + asked[groups[first][0]].prompt()
+        return QuestionDataset(
+            names,
+            [fitted[name][0] for name in names],
+            [groups[name] for name in names],
+            {row: -1 if question.answer is None else question.answer for row, question in enumerate(asked)},
+            self._letters(prompt, len(asked[0].choices)),
+        )
+
+    # --------------------------------------------------------------------------------------------------------- rows
+
+    def _subjects_of(self, table: Table) -> list[str]:
+        column = self.subject_column
+        if column is None or column not in table.data.column_names:
+            return [UNKNOWN] * len(table)
+        check_texts(table, "subject_column", column)
+        return list(table.data[column][:])
+
+    def _read(self, table: Table, answered: bool) -> list[Question]:
+        """All rows of a table.
+
+        Raises:
+            DataError: With the row, if it holds no question with choices, or no answer where there must be one.
+        """
+        check_texts(table, "question_column", self.question_column)
+        check_column(table, "choices_column", self.choices_column)
+        if answered:
+            check_column(table, "answer_column", self.answer_column)
+        data = table.data
+        choices = data[self.choices_column][:]
+        answers = data[self.answer_column][:] if self.answer_column in data.column_names else [None] * len(data)
+        size = len(choices[0]) if isinstance(choices[0], list) else 0
+        for row, (texts, answer) in enumerate(zip(choices, answers, strict=True)):
+            is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+            if not (is_list and len(texts) == size and 2 <= size <= len(LETTERS)):
+                raise DataError(
+                    f"data.choices_column: {self.choices_column} in {table.where} must hold lists of 2 to 26 texts, as "
+                    f"many in each row, and row {row} holds {_short(texts)}."
+                )
+            if answer_index(answer, size) is None and (answered or answer not in HIDDEN):
+                raise DataError(
+                    f"data.answer_column: {self.answer_column} in {table.where} must hold indices from 0 to {size - 1} "
+                    f"or letters from A to {LETTERS[size - 1]}, and row {row} holds {_short(answer)}."
+                )
+        rows = zip(data[self.question_column][:], choices, answers, strict=True)
+        return [Question(text, tuple(texts), answer_index(answer, size)) for text, texts, answer in rows]
+
+    def _shots(self, asked: Table, subjects: list[str]) -> dict[str, list[str]]:
+        """The examples of each subject.
+
+        Raises:
+            DataError: If there are too few, or they are among the questions that are asked.
+        """
+        if self.shots == 0:
+            return {subject: [] for subject in subjects}
+        mend = "name another split, or ask for fewer with data.shots"
+        table = self._table((self.shots_split,))
+        if table is None:
+            raise DataError(f"data.shots_split: {self.path} has no {self.shots_split} split for the shots; {mend}.")
+        if table.where == asked.where:
+            raise DataError(f"data.shots_split: the shots of {table.where} are among the questions to ask; {mend}.")
+        examples: dict[str, list[str]] = {subject: [] for subject in subjects}
+        for subject, question in zip(self._subjects_of(table), self._read(table, answered=True), strict=True):
+            if subject in examples and len(examples[subject]) < self.shots:
+                examples[subject].append(question.shot())
+        for subject, texts in examples.items():
+            if len(texts) < self.shots:
+                raise DataError(
+                    f"data.shots: {table.where} has {len(texts)} questions of {subject} for {self.shots} shots; {mend}."
+                )
+        return examples
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    @property
+    def _limit(self) -> int | None:
+        assert self.trainer is not None
+        limit: int | None = getattr(self.trainer.lightning_module, "position_limit", None)
+        return limit if self.max_length is None else self.max_length
+
+    def _fitted(self, subject: str, questions: list[str], shots: list[str]) -> tuple[SharedPrompts, int]:
+        """Prompts of a subject with as many shots as fit before all of them, and that number.
+
+        Raises:
+            DataError: If a question does not fit without any.
+        """
+        for count in range(len(shots), -1, -1):
+            start = header(subject) + "".join(shots[:count])
+            prompts = shared_prompts([start + question for question in questions], self.tokenizer)
+            if self._limit is None or prompts.longest <= self._limit:
+                return prompts, count
+        raise DataError(
+            f"data.max_length: a question of {subject} takes {prompts.longest} tokens without a shot, and the most are "
+            f"{self._limit}; raise data.max_length if the backbone has more positions, or leave the subject out with "
+            "data.subjects."
+        )
+
+    def _say_fewer_shots(self, table: Table, counts: dict[str, int]) -> None:
+        fewer = [f"{subject} {count}" for subject, count in sorted(counts.items()) if count < self.shots]
+        assert self.trainer is not None
+        if fewer and self.trainer.is_global_zero:
+            text = (
+                f"{len(fewer)} of {len(counts)} subjects of {table.where} take fewer than {self.shots} shots to fit "
+                f"{self._limit} tokens: {', '.join(fewer)}."
+            )
+            Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+
+    def _letters(self, prompt: str, size: int) -> Tensor:
+        """Tokens of the letters behind a prompt, (size,) int64.
+
+        Raises:
+            DataError: If they are not one token each, apart from the prompt's and from one another.
+        """
+        base, *longer = self.tokenizer([prompt, *(f"{prompt} {x}" for x in LETTERS[:size])], **PLAIN)["input_ids"]
+        ends = [ids[len(base) :] for ids in longer if ids[: len(base)] == base]
+        if any(len(end) != 1 for end in ends) or len({*map(tuple, ends)}) < size:
+            raise DataError(
+                f"data: the tokenizer of this backbone does not make one token of each of the answers A to "
+                f"{LETTERS[size - 1]} behind `Answer:`, which multiple choice goes by; choose another backbone."
+            )
+        return torch.tensor(ends).flatten()
+
+    # ----------------------------------------------------------------------------------------------------- loaders
+
+    def _loaders(self, split: str) -> list[DataLoader[Any]]:
+        world, rank = self.world()
+        assert self.trainer is not None
+        loaders = []
+        for data in self.splits[split]:
+            assert isinstance(data, QuestionDataset)
+            if len(data) < world:
+                raise DataError(f"{len(data)} questions are fewer than the {world} processes; use fewer processes.")
+            own = range(rank, len(data), world)  # of each subject, since a subject's lie together
+            share = Subset(data, own)
+            groups = [data.groups[i] for i in own]
+            loaders.append(
+                DataLoader(
+                    share,
+                    batch_sampler=SubjectBatches(SequentialSampler(share), self.batch_size, False, groups),
+                    collate_fn=data.collate,
+                    num_workers=self.num_workers,
+                    persistent_workers=self.num_workers > 0,
+                    pin_memory=self.trainer.strategy.root_device.type == "cuda",
+                    generator=torch.Generator().manual_seed(0),  # or each iterator draws from the global state
+                )
+            )
+        return loaders
+
+    def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
+        """The row's number and subject, the predicted letter, the answer's if known, and each log-probability."""
+        source = self.predicted[file].data[row["index"]]
+        scores = row["log_probabilities"]
+        answer = answer_index(source.get(self.answer_column), len(scores))
+        return {
+            "index": row["index"],
+            "subject": source.get(self.subject_column, UNKNOWN),
+            "prediction": LETTERS[scores.index(max(scores))],
+            "answer": "" if answer is None else LETTERS[answer],
+            **{f"log_probability_{letter}": score for letter, score in zip(LETTERS, scores, strict=False)},
+        }
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -54,14 +54,17 @@ class PadPacks:
     token: int
 
     def __call__(self, packs: list[list[Row]]) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and `position_ids` (batch, tokens), the positions beginning anew with each sequence."""
+        """`input_ids`, `labels` and `position_ids` (batch, tokens), the positions beginning anew with each sequence.
+
+        The first token of a sequence is not learnt, since what is before it is another.
+        """
         longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
         batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
         for pack in packs:
             empty = longest - sum(len(row["input_ids"]) for row in pack)
-            rows = [*pack, {"input_ids": [self.token] * empty, "labels": [IGNORED] * empty}]
+            rows = [*pack, {"input_ids": [self.token] * empty, "labels": [IGNORED] * empty}] if empty else pack
             batch["input_ids"].append([token for row in rows for token in row["input_ids"]])
-            batch["labels"].append([label for row in rows for label in row["labels"]])
+            batch["labels"].append([label for row in rows for label in (IGNORED, *row["labels"][1:])])
             batch["position_ids"].append([position for row in rows for position in range(len(row["input_ids"]))])
         return {key: torch.tensor(value) for key, value in batch.items()}
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach
 from modules.adapters.state import state_problems
 from modules.optimization import Schedule, parameter_groups, schedule_factor
-
-if TYPE_CHECKING:
-    from modules.sharding import FrozenShards
 
 Tuning = Literal["adapter", "head", "full"]
 BackboneDtype = Literal["float32", "bfloat16"]
@@ -58,7 +55,6 @@ class AdaptedModule(L.LightningModule):
 
     backbone: nn.Module
     shard_frozen: bool = False  # whether several processes each keep a share of the frozen weights; a task's own key
-    shards: FrozenShards | None = None
 
     def __init__(
         self,
@@ -73,8 +69,8 @@ class AdaptedModule(L.LightningModule):
         lr_ratio_head: float,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0 or lr_ratio_b <= 0 or lr_ratio_head <= 0:
-            raise ModelError("model.learning_rate, model.lr_ratio_b and model.lr_ratio_head must be above 0.")
+        if not all(0 < rate < torch.finfo().max for rate in (learning_rate, lr_ratio_b, lr_ratio_head)):
+            raise ModelError("model.learning_rate, model.lr_ratio_b and model.lr_ratio_head must be finite, above 0.")
         if weight_decay < 0:
             raise ModelError(f"model.weight_decay: {weight_decay} must not be negative.")
         if not 0 <= warmup_ratio < 1:
@@ -119,9 +115,9 @@ class AdaptedModule(L.LightningModule):
         for name in kept:
             self.backbone.set_submodule(name, nn.Identity())
         self.backbone.requires_grad_(False)
-        # buffers outside the state were computed, not loaded: in bfloat16 rotary frequencies would be other positions
-        computed = set(dict(self.backbone.named_buffers())) - set(self.backbone.state_dict())
-        kept_buffers = {name: self.backbone.get_buffer(name) for name in computed}
+        # in bfloat16 the rotary frequencies of transformers would be other positions
+        names = [name for name, _ in self.backbone.named_buffers(remove_duplicate=False) if name.endswith("inv_freq")]
+        kept_buffers = {name: self.backbone.get_buffer(name) for name in names}
         self.backbone.to(self.backbone_dtype)
         for name, buffer in kept_buffers.items():
             module, _, own = name.rpartition(".")
@@ -141,20 +137,6 @@ class AdaptedModule(L.LightningModule):
                 f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
                 "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
             )
-
-    def configure_model(self) -> None:
-        """Divide the frozen weights among the processes, if `shard_frozen` says so."""
-        if self.shard_frozen and self.shards is None and self._trainer is not None:
-            from modules.sharding import shard_frozen_weights  # which stands on this module
-
-            self.shards = shard_frozen_weights(self)
-
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Behind the last batch, help the processes that have more to their shares of sharded weights."""
-        if self.shards is not None:
-            self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
-
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def take_from_data(self, key: str) -> Any:
         """What the data says of the task (`class_names`, `metrics`), unless the model knows it; a checkpoint keeps it.

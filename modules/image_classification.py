@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class ImageClassifier(AdaptedModule):
             scores["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
         metrics = MetricCollection(scores)
         self.metrics = nn.ModuleDict({s: metrics.clone(prefix=f"{s}/") for s in ("val", "test")})
-        self.losses = nn.ModuleDict({s: MeanMetric() for s in ("val", "test")})
+        # a loss that is no number is not left out
+        self.losses = nn.ModuleDict({s: MeanMetric(nan_strategy=math.nan) for s in ("val", "test")})
         self.confusion = MulticlassConfusionMatrix(classes)
 
     def forward(self, image: Tensor) -> Tensor:

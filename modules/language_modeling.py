@@ -2,72 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from modules.adapters import AdapterConfig
 from modules.base import AdaptedModule, BackboneDtype, ModelError
+from modules.decoding import Decoding
 from modules.multiple_choice import MultipleChoiceAccuracy, PrefixCache, choice_log_probabilities
 from modules.optimization import Schedule
+from modules.sharding import FrozenShards, shard_frozen_weights
 from modules.transformers_backbone import build_transformers_model, load_tokenizer, position_limit, selected_logits
 
 Batch = dict[str, Any]
 IGNORED = -100  # label of a token that is not learnt: the prompt's, or padding
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How responses are generated; of the backbone's own generation_config.json only the special tokens count.
-
-    Args:
-        max_new_tokens: Most tokens of a response, at least 1.
-        do_sample: Whether tokens are drawn; otherwise each is the likeliest (greedy) and what follows is of no effect.
-        temperature: Divisor of the logits, above 0.
-        top_k: How many of the likeliest tokens are drawn from; 0 for all.
-        top_p: Probability that the likeliest tokens that are drawn from have together, in (0, 1].
-
-    Raises:
-        ModelError: For a value out of range.
-    """
-
-    max_new_tokens: int = 256
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ModelError(f"model.generation.max_new_tokens: {self.max_new_tokens} must be 1 or more.")
-        if self.temperature <= 0:
-            raise ModelError(
-                f"model.generation.temperature: {self.temperature} must be above 0; do_sample: false is greedy."
-            )
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ModelError(
-                f"model.generation: top_k {self.top_k} must not be negative, and top_p {self.top_p} must lie in (0, 1]."
-            )
-
-    def config(self, own: GenerationConfig, end: int, padding: int) -> GenerationConfig:
-        """What the library generates by.
-
-        Args:
-            own: The backbone's, for its special tokens.
-            end: The tokenizer's end, which ends a response besides the backbone's own ends.
-            padding: What fills up a batch.
-        """
-        tokens = {key: value for key, value in own.to_dict().items() if key.endswith("_token_id")}
-        ends = tokens.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        tokens |= {"eos_token_id": sorted({*ends, end}), "pad_token_id": padding}
-        keys = asdict(self) if self.do_sample else {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return GenerationConfig.from_dict({**tokens, **keys})
 
 
 class LanguageModel(AdaptedModule):
@@ -102,10 +55,10 @@ class LanguageModel(AdaptedModule):
         backbone_args: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         shard_frozen: bool = False,
-        generation: Decoding = Decoding(),
+        generation: Decoding = Decoding(),  # noqa: B008 - frozen, as is the adapter, and the CLI reads both from here
         prompt_template: str | None = None,
         tuning: Literal["adapter", "full"] = "adapter",
-        adapter: AdapterConfig = AdapterConfig(rank=32, alpha=64.0),  # noqa: B008 - frozen, and the CLI reads it
+        adapter: AdapterConfig = AdapterConfig(rank=32, alpha=64.0),  # noqa: B008
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         schedule: Schedule = "cosine",
@@ -125,6 +78,7 @@ class LanguageModel(AdaptedModule):
         )
         self.save_hyperparameters()
         self.shard_frozen = shard_frozen
+        self.shards: FrozenShards | None = None
         built = build_transformers_model(
             AutoModelForCausalLM, backbone, weights, backbone_args or {}, self.backbone_dtype
         )
@@ -159,19 +113,24 @@ class LanguageModel(AdaptedModule):
             self._enable_gradient_checkpointing()
         self.configure_tuning()
         stages = ("val", "test")
-        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in stages})
+        # a loss that is no number is not left out
+        self.losses = nn.ModuleDict({stage: MeanMetric(nan_strategy=math.nan) for stage in stages})
         self.accuracies = nn.ModuleDict({stage: MeanMetric() for stage in stages})
         self.choices = nn.ModuleDict({stage: MultipleChoiceAccuracy() for stage in stages})
         self.prefix_cache = PrefixCache()
 
     def _enable_gradient_checkpointing(self) -> None:
-        # not the reentrant kind, which drops all gradients behind frozen embeddings
-        try:
+        try:  # not the reentrant kind, which needs a gradient in the frozen embeddings
             self.backbone.activation_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise ModelError(
                 f"model.gradient_checkpointing: {type(self.backbone).__name__} cannot do it; set it to false."
             ) from error
+
+    def configure_model(self) -> None:
+        """Divide the frozen weights among the processes, if `shard_frozen` says so."""
+        if self.shard_frozen and self.shards is None and self._trainer is not None:
+            self.shards = shard_frozen_weights(self)
 
     def setup(self, stage: str) -> None:
         """Learn the prompts' template from the data, and see that packed sequences are kept apart.
@@ -283,6 +242,13 @@ class LanguageModel(AdaptedModule):
         """Log the metrics."""
         self._report("test")
 
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Behind the last batch, help the processes that have more to their shares of sharded weights."""
+        if self.shards is not None:
+            self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
     def generate(self, batch: Batch) -> list[str]:
         """Responses to a batch of prompts that are padded at the left.
 
@@ -292,8 +258,8 @@ class LanguageModel(AdaptedModule):
         length, most = batch["input_ids"].shape[1], self.generation.max_new_tokens
         if self.position_limit is not None and length + most > self.position_limit:
             raise ModelError(
-                f"data.max_length: a prompt of {length} tokens and a response of model.generation.max_new_tokens {most} "
-                f"are more than the {self.position_limit} positions of the backbone; lower either."
+                f"data.max_length: a prompt of {length} tokens and a response of model.generation.max_new_tokens "
+                f"{most} are more than the {self.position_limit} positions of the backbone; lower either."
             )
         search: Any = self.backbone.generate
         tokens = search(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -123,7 +124,8 @@ class Summarizer(AdaptedModule):
         # an output layer of its own is a head only if it came without weights
         self.configure_tuning([h for h in built.heads if any(name.startswith(f"{h}.") for name in built.new)])
         self.rouge = nn.ModuleDict({s: Rouge() for s in ("val", "test")})
-        self.losses = nn.ModuleDict({s: MeanMetric() for s in ("val", "test")})
+        # a loss that is no number is not left out
+        self.losses = nn.ModuleDict({s: MeanMetric(nan_strategy=math.nan) for s in ("val", "test")})
         self._samples: list[tuple[str, str, str]] = []
 
     # -------------------------------------------------------------------------------------------------------- training

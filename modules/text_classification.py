@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class TextClassifier(AdaptedModule):
                 for name in set_names
             }
         )
-        self.losses = nn.ModuleDict({s: MeanMetric() for s in ("val", "test")})
+        # a loss that is no number is not left out
+        self.losses = nn.ModuleDict({s: MeanMetric(nan_strategy=math.nan) for s in ("val", "test")})
 
     def configure_labels(self, class_names: list[str]) -> None:
         """Give the head one output a class, or one for regression.

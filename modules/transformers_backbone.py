@@ -12,9 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_gguf_available
 
 from modules.base import ModelError
+from modules.gguf import (
+    check_positions,
+    check_readable,
+    forget_invented_tokens,
+    is_gguf,
+    located,
+    unpacking,
+)
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would say of missing weights is checked below
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -53,7 +60,8 @@ def build_transformers_model(
             weights of anything but a head are missing.
     """
     config = _read_config(name, args)
-    if type(config) not in auto_class._model_mapping:
+    half = config.is_encoder_decoder and auto_class is transformers.AutoModelForCausalLM  # a decoder never used alone
+    if half or type(config) not in auto_class._model_mapping:
         task = auto_class.__name__.removeprefix("AutoModelFor")
         raise ModelError(
             f"model.backbone: {name} is a {config.model_type}, which has no model for {task}; choose another backbone."
@@ -75,13 +83,9 @@ def build_transformers_model(
     absent: set[str] = {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
     heads = [child for child, m in model.named_children() if child != model.base_model_prefix and _is_own(model, m)]
     heads += _new_poolers(model, heads, absent, name if weights == "pretrained" else weights)
-    if weights != "pretrained" and model.can_generate():
+    if weights != "pretrained" and model.can_generate() and not is_gguf(name):
         _read_generation_config(model, name)
     new = {key for key in model.state_dict() if weights == "none" or key in absent}
-    if is_gguf(name):  # its weights are plain numbers now, which may be saved
-        model.hf_quantizer, model.is_quantized = None, False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
     return Built(model.to(dtype) if dtype == torch.float32 else model, heads, new)
 
 
@@ -96,19 +100,20 @@ def load_tokenizer(name: str, model: PreTrainedModel, pads: bool = True) -> PreT
     Raises:
         ModelError: If there is none, it cannot pad, or it has more tokens than the model has embeddings.
     """
-    folder, more = _located(name)
+    folder, more = located(name)
+    mend = "put tokenizer.json and tokenizer_config.json beside config.json"
+    if is_gguf(name):
+        mend = "take a directory in the hub's layout instead"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:  # whatever a network or a file can raise
         raise ModelError(
-            f"model.backbone: {name} has no tokenizer that could be loaded ({_first_line(error)}); put tokenizer.json "
-            "and tokenizer_config.json beside config.json."
+            f"model.backbone: {name} has no tokenizer that could be loaded ({_first_line(error)}); {mend}."
         ) from error
+    if is_gguf(name):
+        forget_invented_tokens(tokenizer)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up for want of files
-        raise ModelError(
-            f"model.backbone: the tokenizer of {name} has no vocabulary; put tokenizer.json and "
-            "tokenizer_config.json beside config.json."
-        )
+        raise ModelError(f"model.backbone: the tokenizer of {name} has no vocabulary; {mend}.")
     if tokenizer.pad_token_id is None and pads:
         raise ModelError(
             f"model.backbone: the tokenizer of {name} has no padding token, and batches need one; name one that its "
@@ -144,7 +149,8 @@ def selected_logits(model: PreTrainedModel, selected: Tensor, **inputs: Any) -> 
         return (hidden[0][selected],)  # (selected positions, width)
 
     # a hook leaves to the model what it does behind its output layer, such as Gemma's soft cap
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    output: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    hook = output.register_forward_pre_hook(select)
     try:
         logits: Tensor = model(**inputs).logits
     finally:
@@ -164,29 +170,16 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return limit if limit is not None and limit > 0 else None
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a backbone is a GGUF file."""
-    return name.endswith(".gguf")
-
-
-def _located(name: str) -> tuple[str, dict[str, str]]:
-    """Directory or repository of a backbone, and the file in it, if it is to be a certain one."""
-    if not is_gguf(name):
-        return name, {}
-    folder, _, file = name.rpartition("/")
-    return folder or ".", {"gguf_file": file}
-
-
 def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
+    folder, more = located(name)
     if is_gguf(name):
-        _check_gguf(name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        check_readable(name)
+    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"model.backbone: the directory {name} has no config.json; it must be in the hub's layout.")
-    if (Path(name) / "adapter_config.json").is_file():  # which the library would put into the model unasked
+    if (Path(folder) / "adapter_config.json").is_file():  # which the library would put into the model unasked
         raise ModelError(
             f"model.backbone: {name} holds a PEFT adapter; give the model that it belongs to, or merge it."
         )
-    folder, more = _located(name)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:  # whatever a network or a file can raise
@@ -210,14 +203,9 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
             setattr(config, key, value)
         except Exception as error:  # the library checks the types of its configurations
             raise ModelError(f"model.backbone_args: {key} cannot be {value!r} ({_first_line(error)}).") from error
+    if is_gguf(name) and "rope_parameters" not in args:
+        check_positions(name, config)
     return config
-
-
-def _check_gguf(name: str) -> None:
-    if not is_gguf_available():
-        raise ModelError(f"model.backbone: {name} takes the package gguf to read; pip install gguf.")
-    if name.startswith((".", "/", "~")) and not Path(name).is_file():
-        raise ModelError(f"model.backbone: there is no file {name}.")
 
 
 def _from_pretrained(
@@ -227,17 +215,19 @@ def _from_pretrained(
     if name is None:  # the class that the configuration stands for
         auto_class = auto_class._model_mapping[type(config)]
     else:
-        folder, file = _located(name)
+        folder, file = located(name)
         more |= {"trust_remote_code": False, **file}
-    return auto_class.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        weights_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # of a head for another number of classes; others are refused below
-        **more,
-    )
+    with unpacking(name or "") as how:
+        return auto_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head for another number of classes; others are refused below
+            **more,
+            **how,
+        )
 
 
 def _read_generation_config(model: PreTrainedModel, name: str) -> None:

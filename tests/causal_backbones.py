@@ -19,9 +19,7 @@ from transformers import (
 
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
 LETTERS = [f"Ġ{letter}" for letter in "ABCDE"]  # an answer is one token, as with real tokenizers
-VOCABULARY = {
-    token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *LETTERS])
-}
+VOCABULARY = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *LETTERS])}
 POSITIONS = 512
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -44,7 +42,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_DECODER, tie_word_embeddings=True),
     "mistral": MistralConfig(**_DECODER, sliding_window=None),
     "qwen2": Qwen2Config(**_DECODER),
-    "gemma2": Gemma2Config(**_DECODER, head_dim=8, query_pre_attn_scalar=8),  # squashes its logits behind the output layer
+    # squashes its logits behind the output layer
+    "gemma2": Gemma2Config(**_DECODER, head_dim=8, query_pre_attn_scalar=8),
 }
 
 

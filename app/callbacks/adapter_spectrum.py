@@ -68,7 +68,7 @@ class AdapterSpectrum(L.Callback):
         """Measure weights that will be sharded while they are whole: later, rank zero alone has a share of them."""
         if stage == "fit" and trainer.is_global_zero and _adapted(pl_module):
             assert isinstance(pl_module, AdaptedModule)
-            if pl_module.shard_frozen and pl_module.shards is None:
+            if pl_module.shard_frozen:
                 for name, (layer, factors) in adapted_projections(pl_module.backbone).items():
                     self._weight_norm(name, layer, factors)
 

@@ -166,6 +166,33 @@ def test_running_statistics_of_a_frozen_backbone_stay(parquet_path: Path, moves:
     assert set(same.values()) == {not moves}
 
 
+# -------------------------------------------------------------------------------------------------------- frozen dtype
+
+WINDOWS = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size"),
+    [
+        ("swin_tiny_patch4_window7_224", WINDOWS, 64),  # a mask
+        ("swinv2_tiny_window8_256", WINDOWS, 64),  # coordinates that go into a layer
+        ("eva02_tiny_patch14_224", {"depth": 1}, 28),  # rotary positions
+    ],
+)
+@torch.no_grad()
+def test_buffers_that_models_compute_are_of_a_dtype_that_they_compute_with(
+    name: str, args: dict[str, Any], size: int
+) -> None:
+    def logits(dtype: Any) -> Tensor:
+        torch.manual_seed(0)
+        adapter = AdapterConfig(rank=2, targets=["mlp_in"])
+        keys: dict[str, Any] = {"backbone_args": args, "image_size": size, "class_names": ["a", "b"]}
+        model = ImageClassifier(name, "none", backbone_dtype=dtype, adapter=adapter, **keys).eval()
+        return model(torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size))
+
+    torch.testing.assert_close(logits("bfloat16"), logits("float32"), rtol=0, atol=0.05)
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 

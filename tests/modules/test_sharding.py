@@ -22,7 +22,8 @@ from datamodules.base import ResumableDataModule
 from datamodules.batching import Draw
 from modules.adapters import AdapterConfig, adapter_state, merge
 from modules.base import ModelError
-from modules.language_modeling import Decoding, LanguageModel
+from modules.decoding import Decoding
+from modules.language_modeling import LanguageModel
 from modules.sharding import FrozenShards, block_stack
 from tests.causal_backbones import save_decoder
 

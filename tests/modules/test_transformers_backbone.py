@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
@@ -21,8 +23,16 @@ from transformers import (
 )
 
 from modules.base import ModelError
-from modules.transformers_backbone import Built, build_transformers_model, load_tokenizer, position_limit
+from modules.transformers_backbone import (
+    Built,
+    build_transformers_model,
+    load_tokenizer,
+    position_limit,
+    selected_logits,
+)
 from tests.backbones import CONFIGS, VOCABULARY, save_backbone, save_classifier, word_tokenizer
+from tests.causal_backbones import CONFIGS as DECODERS
+from tests.causal_backbones import save_decoder
 
 ENCODERS = ["roberta", "bert", "deberta", "distilbert"]
 HEADS = {
@@ -456,3 +466,64 @@ def test_relative_positions_have_no_limit(tmp_path: Path) -> None:
 def test_the_limit_is_the_same_in_bfloat16(roberta: Path) -> None:
     model = build(roberta, "none", max_position_embeddings=18).model
     assert position_limit(model) == position_limit(model.to(torch.bfloat16)) == 16
+
+
+# ------------------------------------------------------------------------------------------------ logits of some tokens
+
+SELECTED = torch.tensor([[0, 1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 1]]).bool()
+
+
+def decoder(folder: Path, kind: str, tied: bool, dtype: torch.dtype = torch.float32) -> Any:
+    save_decoder(folder, kind, tie_word_embeddings=tied)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def tokens() -> dict[str, Tensor]:
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    mask[0, 6] = 0
+    return {"input_ids": torch.arange(21).reshape(3, 7) + 5, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", list(DECODERS))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_logits_of_some_tokens_are_those_of_the_whole(
+    kind: str, tied: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = decoder(tmp_path, kind, tied, dtype)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
+    seen: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    found = selected_logits(model, SELECTED, **tokens())
+    expected = model(**tokens()).logits[SELECTED].float()
+    assert found.dtype == torch.float32
+    near = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
+    assert [math.prod(shape[:-1]) for shape in seen] == [5, 21]  # the output layer saw no other
+
+
+@pytest.mark.parametrize("kind", list(DECODERS))
+def test_gradients_of_some_logits_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
+    model = decoder(tmp_path, kind, tied=kind == "llama")
+    weights = torch.randn(5, model.config.vocab_size)
+
+    def gradients(logits: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((weights * logits).sum(), list(model.parameters())))
+
+    found = gradients(selected_logits(model, SELECTED, **tokens()))
+    for ours, theirs in zip(found, gradients(model(**tokens()).logits[SELECTED]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_nothing_of_the_selection_stays(tmp_path: Path) -> None:
+    model = decoder(tmp_path, "llama", tied=True)
+    expected = model(**tokens()).logits
+    selected_logits(model, SELECTED, **tokens())
+    with pytest.raises(IndexError):  # behind the embeddings
+        selected_logits(model, SELECTED, input_ids=tokens()["input_ids"] + 10_000)
+    with pytest.raises(IndexError):  # within the hook
+        selected_logits(model, SELECTED[:, 1:], **tokens())
+    assert torch.equal(model(**tokens()).logits, expected)
+    assert len(selected_logits(model, torch.zeros_like(SELECTED), **tokens())) == 0

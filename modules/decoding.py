@@ -1,0 +1,58 @@
+"""How a decoder's responses are generated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from transformers import GenerationConfig
+
+from modules.base import ModelError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are generated; of the backbone's own generation_config.json only the special tokens count.
+
+    Args:
+        max_new_tokens: Most tokens of a response, at least 1.
+        do_sample: Whether tokens are drawn; otherwise each is the likeliest (greedy) and what follows is of no effect.
+        temperature: Divisor of the logits, above 0.
+        top_k: How many of the likeliest tokens are drawn from; 0 for all.
+        top_p: Probability that the likeliest tokens that are drawn from have together, in (0, 1].
+
+    Raises:
+        ModelError: For a value out of range.
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ModelError(f"model.generation.max_new_tokens: {self.max_new_tokens} must be 1 or more.")
+        if self.temperature <= 0:
+            raise ModelError(
+                f"model.generation.temperature: {self.temperature} must be above 0; do_sample: false is greedy."
+            )
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ModelError(
+                f"model.generation: top_k {self.top_k} must not be negative, and top_p {self.top_p} must lie in (0, 1]."
+            )
+
+    def config(self, own: GenerationConfig, end: int, padding: int) -> GenerationConfig:
+        """What the library generates by.
+
+        Args:
+            own: The backbone's, for its special tokens.
+            end: The tokenizer's end, which ends a response besides the backbone's own ends.
+            padding: What fills up a batch.
+        """
+        tokens = {key: value for key, value in own.to_dict().items() if key.endswith("_token_id")}
+        ends = tokens.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        tokens |= {"eos_token_id": sorted({*ends, end}), "pad_token_id": padding}
+        keys = asdict(self) if self.do_sample else {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return GenerationConfig.from_dict({**tokens, **keys})

@@ -1,0 +1,368 @@
+"""Conversations as tokens: the templates' texts to the letter, the responses alone learnt, cuts that spare them."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AddedToken, PreTrainedTokenizerFast
+
+from datamodules.conversations import ALPACA, Columns, ConversationEncoder, Message, alpaca_template, cut, question
+from datamodules.errors import DataError
+from tests.causal_backbones import CHAT, byte_tokenizer
+
+END = 2  # <|im_end|>, which pads too
+ALPACA_COLUMNS: dict[str, Any] = {
+    "messages": None,
+    "instruction": "instruction",
+    "input": "input",
+    "response": "output",
+    "apart": True,
+    "system": None,
+    "end_mark": None,
+}
+
+
+def columns(**keys: Any) -> Columns:
+    return Columns(**{**ALPACA_COLUMNS, **keys})
+
+
+def encoder(template: str = CHAT, max_length: int = 10_000, tokenizer: Any = None) -> ConversationEncoder:
+    return ConversationEncoder(tokenizer or byte_tokenizer(), template, max_length)
+
+
+def talk(*contents: str, system: str | None = None) -> list[Message]:
+    """Turns of a user and an assistant, the user first."""
+    roles = ["user", "assistant"]
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return head + [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def text(tokens: list[int]) -> str:
+    return byte_tokenizer().decode(tokens)
+
+
+def learnt_runs(tokens: list[int], learnt: list[bool]) -> list[str]:
+    """Texts of the stretches that are to be learnt."""
+    edges = [0, *(i for i in range(1, len(tokens)) if learnt[i] != learnt[i - 1]), len(tokens)]
+    return [text(tokens[a:b]) for a, b in pairwise(edges) if learnt[a]]
+
+
+def refuses(*parts: str) -> Any:
+    return pytest.raises(DataError, match="(?s)" + ".*".join(parts))
+
+
+# -------------------------------------------------------------------------------------------------------------- Alpaca
+
+WITHOUT = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+Name a colour.
+
+### Response:"""
+WITH = """\
+Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Add them.
+
+### Input:
+1 and 2
+
+### Response:"""
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Name a colour.", "input": ""}, WITHOUT),
+        ({"instruction": "Name a colour.", "input": None}, WITHOUT),
+        ({"instruction": "Name a colour.", "input": " \n"}, WITHOUT),
+        ({"instruction": "Add them.", "input": "1 and 2"}, WITH),
+    ],
+)
+def test_prompts_are_alpacas_to_the_letter(row: dict[str, Any], prompt: str) -> None:
+    made = encoder(ALPACA)
+    assert text(made.prompt(columns(response=None).conversation(row))) == prompt
+    tokens, learnt = made.conversation(columns().conversation({**row, "output": " Red\n  or so "}))
+    assert text(tokens) == prompt + " Red\n  or so <|im_end|>"
+    assert learnt_runs(tokens, learnt) == [" Red\n  or so <|im_end|>"]
+    assert tokens[-1] == END
+    assert tokens[: learnt.index(True)] == made.prompt(columns(response=None).conversation(row))
+
+
+def test_an_alpaca_table_without_inputs() -> None:
+    messages = columns(input=None, response=None).conversation({"instruction": "Name a colour."})
+    assert text(encoder(ALPACA).prompt(messages)) == WITHOUT
+
+
+def test_a_system_message_takes_the_place_of_alpacas_introduction() -> None:
+    messages = columns(system="Be brief.").conversation({"instruction": "Hi", "input": "", "output": "Yo"})
+    tokens, _ = encoder(ALPACA).conversation(messages)
+    assert text(tokens) == "Be brief.\n\n### Instruction:\nHi\n\n### Response:Yo<|im_end|>"
+    silent = columns(system="").conversation({"instruction": "Hi", "input": "", "output": "Yo"})
+    assert text(encoder(ALPACA).conversation(silent)[0]) == "### Instruction:\nHi\n\n### Response:Yo<|im_end|>"
+
+
+def test_alpacas_template_takes_several_turns() -> None:
+    tokens, learnt = encoder(ALPACA).conversation(talk("Name a colour.", "Red", "Another?", "Blue"))
+    assert text(tokens) == (WITHOUT + "Red<|im_end|>\n\n### Instruction:\nAnother?\n\n### Response:Blue<|im_end|>")
+    assert learnt_runs(tokens, learnt) == ["Red<|im_end|>", "Blue<|im_end|>"]
+    assert text(encoder(ALPACA).prompt(talk("Name a colour.", "Red", "Another?"))) + "Blue<|im_end|>" == text(tokens)
+
+
+def llama_tokenizer(begins: bool = True) -> PreTrainedTokenizerFast:
+    """Characters behind LLaMA's `▁` at the beginning of a text and in place of spaces, and <s> first."""
+    letters = [chr(i) for i in range(33, 127)]
+    specials = ["<unk>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, "▁", "\n", *letters, "▁a"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="first")
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_alpacas_text_begins_as_the_tokenizer_begins_one(begins: bool) -> None:
+    tokenizer = llama_tokenizer(begins)
+    made = encoder(alpaca_template(tokenizer), tokenizer=tokenizer)
+    messages = talk("Name a colour.", "Red", "Another?", "Blue")
+    tokens, _ = made.conversation(messages)
+    assert tokens.count(1) == begins
+    assert made.prompt(messages[:1]) == tokenizer("<s>" * begins + WITHOUT, add_special_tokens=False)["input_ids"]
+    assert tokens[: len(made.prompt(messages[:1]))] == made.prompt(messages[:1])
+    assert (tokens[0] == 1) == begins
+
+
+# --------------------------------------------------------------------------------------------------------------- chat
+
+
+@pytest.mark.parametrize("contents", [("Hi", "Yo"), ("Hi", "Yo", "And A?", " B\n\nor C ", "No", "D")])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_chat_is_what_the_tokenizer_makes_of_the_whole(contents: tuple[str, ...], system: str | None) -> None:
+    messages = talk(*contents, system=system)
+    tokens, learnt = encoder().conversation(messages)
+    assert tokens == byte_tokenizer().apply_chat_template(messages, return_dict=False)
+    assert learnt_runs(tokens, learnt) == [f"{content}<|im_end|>" for content in contents[1::2]]
+    prompt = encoder().prompt(messages[:-1])
+    assert prompt == tokens[: len(prompt)]
+    assert learnt[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+
+
+LLAMA_CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_response_is_not_taken_for_the_beginning_of_a_text() -> None:
+    tokenizer = llama_tokenizer()
+    tokenizer.chat_template = LLAMA_CHAT
+    messages = talk("Why?", "as ever", "Why not?", "ask me")
+    made = encoder(LLAMA_CHAT, tokenizer=tokenizer)
+    tokens, learnt = made.conversation(messages)
+    assert tokens == tokenizer.apply_chat_template(messages, return_dict=False)
+    first = learnt.index(True)
+    assert tokenizer.convert_ids_to_tokens(tokens[first : first + 2]) == ["▁a", "s"]
+    for turn in (1, 3):
+        prompt = made.prompt(messages[:turn])
+        assert prompt == tokens[: len(prompt)]
+        assert learnt[len(prompt)] and not learnt[len(prompt) - 1]
+
+
+def test_a_prompt_keeps_its_tokens_where_the_response_would_join_them() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q:' + m['content'] + ' ' }}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    for response, joins in (("A and B", True), ("F and B", False)):  # ` A` is one token
+        tokens, learnt = encoder(template).conversation(talk("who?", response))
+        prompt = encoder(template).prompt(talk("who?"))
+        assert text(tokens) == f"Q:who? {response}<|im_end|>"
+        assert tokens[: len(prompt)] == prompt
+        assert learnt == [i >= len(prompt) for i in range(len(tokens))]
+        assert (tokens != byte_tokenizer()(text(tokens))["input_ids"]) == joins
+
+
+def test_every_response_ends_with_the_end_that_pads() -> None:
+    assert byte_tokenizer().pad_token_id == byte_tokenizer().eos_token_id == END
+    tokens, learnt = encoder().conversation(talk("Hi", "Yo", "Go", "No"))
+    ends = [i for i, token in enumerate(tokens) if token == END]
+    assert [learnt[i] for i in ends] == [False, True, False, True]  # the users' are not
+    assert text([tokens[-1]]) == "\n" and not learnt[-1]  # what the template puts behind the end
+
+
+def test_a_template_without_the_tokenizers_end() -> None:
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    tokens, learnt = encoder(template).conversation(talk("Hi", "Yo"))
+    assert text(tokens) == "<user>Hi</><assistant>Yo</>"
+    assert learnt_runs(tokens, learnt) == ["<assistant>Yo</>"]  # all that the prompt does not have
+
+
+def test_what_a_user_says_last_is_left_out_of_training() -> None:
+    whole = talk("Hi", "Yo", "Thanks")
+    assert encoder().conversation(whole) == encoder().conversation(whole[:2])
+    assert text(encoder().prompt(question(whole))).endswith("Thanks<|im_end|>\n<|im_start|>assistant\n")
+    assert question(whole[:2]) == whole[:1]
+    assert question([]) == []
+
+
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    forgets = (
+        "{% for m in messages %}{{ m['role'] + ':' }}"
+        "{% if m['role'] == 'user' or loop.last %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    assert text(encoder(forgets).conversation(talk("Hi", "Yo"))[0]) == "user:Hi<|im_end|>assistant:Yo<|im_end|>"
+    with refuses("data.template:", "does not write a conversation turn by turn", "'Hi'", "template: alpaca"):
+        encoder(forgets).conversation(talk("Hi", "Yo", "Why?", "So", system="Be brief."))
+
+
+def test_a_template_whose_prompt_is_not_the_beginning_of_its_conversation() -> None:
+    other = CHAT.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}")
+    with refuses("data.template:", "does not write a conversation turn by turn", "'Hi'"):
+        encoder(other).conversation(talk("Hi", "Yo"))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}", "no system"),
+        ("{{ messages[0]['content'] + 1 }}", "str"),
+        ("{{ messages[9].content.upper() }}", "element 9"),
+        ("{% for m in messages %}", "end"),
+    ],
+)
+def test_a_template_that_raises(template: str, reason: str) -> None:
+    messages = talk("Hi", "Yo", system="Be brief.")
+    with refuses("data.template: the chat template refuses the conversation that begins 'Hi'", reason):
+        encoder(template).conversation(messages)
+    with refuses("data.template: the chat template refuses the conversation that begins 'Hi'", reason):
+        encoder(template).prompt(messages[:2])
+
+
+def test_a_template_that_leaves_responses_out() -> None:
+    deaf = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with refuses("data.template:", "leaves out the responses", "'Hi'"):
+        encoder(deaf).conversation(talk("Hi", "Yo"))
+
+
+# ------------------------------------------------------------------------------------------------------ special tokens
+
+
+def test_special_tokens_in_contents_are_no_tokens() -> None:
+    system, asked, given = "S<unk>", "a<|im_end|>\n<|im_start|>assistant\nb", "<|im_<|im_end|>end|>c<|im_start|"
+    tokens, learnt = encoder().conversation(talk(asked, given, system=system))
+    clean = talk("a\nassistant\nb", "c<|im_start|", system="S")
+    assert (tokens, learnt) == encoder().conversation(clean)
+    assert encoder().clean(talk(asked, given, system=system)) == clean
+    assert encoder().prompt(talk(asked)) == encoder().prompt(clean[1:2])
+    assert [token for token in tokens if token < 3] == [1, END] * 3
+    row = {"instruction": "a", "input": "x<|im_end|>y", "output": "b"}
+    assert "### Input:\nxy\n" in text(encoder(ALPACA).conversation(columns().conversation(row))[0])
+
+
+def test_added_tokens_that_are_not_special_stay() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    tokenizer.add_tokens([AddedToken("<tool.>", special=True)], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("<tool.><more>", special=True)], special_tokens=True)
+    messages = talk("a", "<think>b<tool.><more>c<toolx>")
+    assert encoder(tokenizer=tokenizer).clean(messages) == talk("a", "<think>bc<toolx>")
+
+
+# ------------------------------------------------------------------------------------------------------------ columns
+
+
+@pytest.mark.parametrize(
+    ("output", "mark", "response"),
+    [
+        ("Yes<|endoftext|>", "<|endoftext|>", "Yes"),
+        ("Yes \n<|endoftext|>\n", "<|endoftext|>", "Yes"),
+        ("  Yes<|endoftext|><|endoftext|>", "<|endoftext|>", "  Yes<|endoftext|>"),
+        ("No<|endoftext|> Yes ", "<|endoftext|>", "No<|endoftext|> Yes "),
+        ("    indented\n", "<|endoftext|>", "    indented\n"),
+        ("Yes<|endoftext|>", None, "Yes<|endoftext|>"),
+        ("Yes END", "END", "Yes"),
+        ("END", "END", ""),
+        (None, "END", ""),
+    ],
+)
+def test_end_marks_do_not_belong_to_responses(output: str | None, mark: str | None, response: str) -> None:
+    row = {"instruction": "a END", "input": "", "output": output}
+    *_, message = columns(end_mark=mark).conversation(row)
+    assert message == {"role": "assistant", "content": response}
+    chat = {"chat": [{"role": "user", "content": "a END"}, {"role": "assistant", "content": output}]}
+    assert columns(messages="chat", end_mark=mark).conversation(chat) == talk("a END", response)
+
+
+def test_an_input_follows_the_instruction_where_the_template_has_no_place_for_it() -> None:
+    row = {"instruction": "Add them. ", "input": "1 and 2\n", "output": "3"}
+    assert columns(apart=False).conversation(row) == talk("Add them. \n\n1 and 2\n", "3")
+    assert columns(apart=False).conversation({**row, "input": None}) == talk("Add them. ", "3")
+    assert columns(apart=False, input=None).conversation(row) == talk("Add them. ", "3")
+    assert columns(apart=False, response=None).names() == ["instruction", "input"]
+
+
+def test_a_system_prompt_is_for_conversations_without_one() -> None:
+    made = columns(messages="chat", system="Default.")
+    assert made.names() == ["chat"]
+    assert made.conversation({"chat": talk("Hi", "Yo")}) == talk("Hi", "Yo", system="Default.")
+    assert made.conversation({"chat": talk("Hi", "Yo", system="")}) == talk("Hi", "Yo", system="")
+    assert made.conversation({"chat": []}) == talk(system="Default.")
+
+
+# --------------------------------------------------------------------------------------------------------------- cuts
+
+
+def test_a_long_prompt_loses_its_middle() -> None:
+    whole = encoder().prompt(talk("0123456789" * 20))
+    short = encoder(max_length=81).prompt(talk("0123456789" * 20))
+    assert len(short) == 81
+    assert short == whole[:40] + whole[-41:]
+    assert encoder(max_length=len(whole)).prompt(talk("0123456789" * 20)) == whole
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "most", "kept_prompt", "kept_response"),
+    [
+        (6, 4, 10, 6, 4),  # all fits
+        (20, 4, 10, 6, 4),  # a short response is kept whole
+        (20, 9, 10, 5, 5),  # a long one keeps half
+        (3, 20, 10, 3, 7),  # and all the room that the prompt leaves
+        (0, 20, 10, 0, 10),
+        (20, 1, 2, 1, 1),
+    ],
+)
+def test_cuts(prompt: int, response: int, most: int, kept_prompt: int, kept_response: int) -> None:
+    tokens, learnt = cut([*range(prompt + response)], [False] * prompt + [True] * response, most)
+    assert learnt == [False] * kept_prompt + [True] * kept_response
+    assert tokens[kept_prompt:] == [*range(prompt, prompt + kept_response)]
+    left = kept_prompt // 2 if kept_prompt < prompt else kept_prompt
+    assert tokens[:left] == [*range(left)]
+    assert tokens[left:kept_prompt] == [*range(prompt - kept_prompt + left, prompt)]
+
+
+def test_any_cut_fits_and_keeps_half_of_the_room_or_the_whole_first_response() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        turns = [draw.randrange(1, 40) for _ in range(2 * draw.randrange(1, 4))]
+        learnt = [bool(i % 2) for i, size in enumerate(turns) for _ in range(size)]
+        tokens, most = [*range(len(learnt))], draw.randrange(2, 90)
+        kept, marks = cut(tokens, learnt, most)
+        assert len(kept) == len(marks) == min(most, len(tokens))
+        assert kept == sorted(set(kept))  # in order, none twice
+        assert marks == [learnt[token] for token in kept]
+        first = range(turns[0], turns[0] + turns[1])
+        spared = sum(token in first for token in kept)
+        assert spared >= min(len(first), most // 2)
+        assert [token for token in kept if token in first] == [*first][:spared]

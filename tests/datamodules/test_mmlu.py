@@ -1,0 +1,455 @@
+"""Questions in MMLU's words: prompts by hand, tokens of whole prompts, shares of processes, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import lightning as L
+import pytest
+import torch
+from tokenizers import processors
+
+from datamodules.errors import DataError
+from datamodules.mmlu import MMLUData
+from datamodules.questions import shared_prompts
+from tests.causal_backbones import VOCABULARY, byte_tokenizer
+from tests.datamodules.stub import stub_trainer, text_model
+
+Row = dict[str, Any]
+SUBJECTS = ["world_religions", "anatomy", "us_foreign_policy"]
+SIZES = {"dev": 9, "validation": 7, "test": 23}
+
+
+def row_of(split: str, i: int) -> Row:
+    """A row that says where it comes from; lengths differ, and the subjects take turns."""
+    choices = [f"{split} {i}", "Always A", "", "none\nof these"]
+    return {
+        "question": f"{split} {i}: which" + " one" * (i * 7 % 11) + "?",
+        "choices": choices,
+        "answer": i * 5 % 4,
+        "subject": SUBJECTS[i % 3],
+    }
+
+
+def rows_of(split: str) -> list[Row]:
+    return [row_of(split, i) for i in range(SIZES[split])]
+
+
+def write(file: Path, rows: list[Row]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).to_parquet(str(file))
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mmlu")
+    for split in SIZES:
+        write(path / f"{split}.parquet", rows_of(split))
+    return path
+
+
+def changed(folder: Path, split: str = "test", **columns: Any) -> Path:
+    """Dev and another split in which some columns are made anew of each row, or dropped by None."""
+    write(folder / "dev.parquet", rows_of("dev"))
+    made = [{**row, **{k: v(row) for k, v in columns.items() if v}} for row in rows_of(split)]
+    write(folder / f"{split}.parquet", [{k: v for k, v in row.items() if columns.get(k, 1)} for row in made])
+    return folder
+
+
+def prepared(
+    path: Path,
+    stage: str = "test",
+    world: int = 1,
+    rank: int = 0,
+    tokenizer: Any = None,
+    limit: int | None = None,
+    **keys: Any,
+) -> MMLUData:
+    data = MMLUData(str(path), **{"shots": 2, "batch_size": 3, **keys})
+    model = text_model(tokenizer or byte_tokenizer(), position_limit=limit)
+    data.trainer = stub_trainer(world, rank, lightning_module=model, state=SimpleNamespace(fn=stage))
+    data.setup(stage)
+    return data
+
+
+def batches_of(path: Path, stage: str = "test", **keys: Any) -> list[dict[str, Any]]:
+    data = prepared(path, stage, **keys)
+    loaders = {"validate": data.val_dataloader, "test": data.test_dataloader, "predict": data.predict_dataloader}
+    (loader,) = loaders[stage]()
+    batches = list(loader)
+    assert len(loader) == len(batches)
+    return batches
+
+
+def tokens_of(batch: dict[str, Any]) -> list[list[int]]:
+    """Whole prompts of a batch."""
+    rests = zip(batch["input_ids"], batch["lengths"], strict=True)
+    return [batch["prefix"].tolist() + ids[:length].tolist() for ids, length in rests]
+
+
+def prompts_of(batches: list[dict[str, Any]]) -> dict[int, str]:
+    """Text of each prompt by row."""
+    return {
+        int(row): str(byte_tokenizer().decode(ids, clean_up_tokenization_spaces=False))
+        for batch in batches
+        for row, ids in zip(batch["index"], tokens_of(batch), strict=True)
+    }
+
+
+def indices(batches: list[dict[str, Any]]) -> list[int]:
+    return [row for batch in batches for row in batch["index"].tolist()]
+
+
+def refuses(*parts: str) -> Any:
+    """A DataError whose message has all the parts, in this order."""
+    return pytest.raises(DataError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+BY_HAND = """The following are multiple choice questions (with answers) about us foreign policy.
+
+dev 2: which one one one?
+A. dev 2
+B. Always A
+C. 
+D. none
+of these
+Answer: C
+
+dev 5: which one one?
+A. dev 5
+B. Always A
+C. 
+D. none
+of these
+Answer: B
+
+test 8: which one?
+A. test 8
+B. Always A
+C. 
+D. none
+of these
+Answer:"""  # noqa: W291 - an empty choice
+
+
+def test_a_prompt_as_written_by_hand(folder: Path) -> None:
+    assert prompts_of(batches_of(folder))[8] == BY_HAND
+
+
+def test_shots_are_the_first_of_the_subject_in_their_order(folder: Path) -> None:
+    prompts = prompts_of(batches_of(folder, shots=3))
+    for row, prompt in prompts.items():
+        asked = re.findall(r"^(\w+ \d+): which", prompt, re.MULTILINE)
+        assert asked == [*(f"dev {row % 3 + 3 * shot}" for shot in range(3)), f"test {row}"]
+    assert len(prompts) == 23
+
+
+def test_no_shots_and_no_subject(tmp_path: Path) -> None:
+    path = changed(tmp_path, subject=None)
+    (tmp_path / "dev.parquet").unlink()
+    text = "The following are multiple choice questions (with answers).\n\ntest 8: which one?\nA. test 8\nB."
+    for keys in ({}, {"subject_column": None}):
+        batches = batches_of(path, shots=0, **keys)
+        assert prompts_of(batches)[8].startswith(text)
+        assert {batch["subject"] for batch in batches} == {"unknown"}
+
+
+def test_letters_for_as_many_choices_as_there_are(tmp_path: Path) -> None:
+    def two(row: Row) -> list[str]:
+        return row["choices"][:2]
+
+    path = changed(tmp_path, choices=two, answer=lambda row: row["answer"] % 2)
+    (first, *_) = batches_of(path, shots=0)
+    assert first["choices"].tolist() == [VOCABULARY["ĠA"], VOCABULARY["ĠB"]]
+    assert "\nB. Always A\nAnswer:" in prompts_of([first])[int(first["index"][0])]
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_tokens_are_those_of_whole_prompts(folder: Path, starts: bool) -> None:
+    tokenizer = byte_tokenizer()
+    if starts:  # as LLaMA's do
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+    batches = batches_of(folder, tokenizer=tokenizer)
+    prompts = prompts_of(batches)
+    for batch in batches:
+        for row, ids in zip(batch["index"].tolist(), tokens_of(batch), strict=True):
+            assert ids == tokenizer(prompts[row].removeprefix("<|im_start|>"))["input_ids"]
+            assert (ids[0] == 1) == starts
+    assert all(batch["input_ids"].shape[1] == batch["lengths"].max() for batch in batches)
+    names = ("prefix", "input_ids", "lengths", "choices", "answers", "index")
+    assert all(batches[0][name].dtype == torch.int64 for name in names)
+
+
+def test_the_prefix_is_all_that_a_subjects_prompts_share(folder: Path) -> None:
+    batches = batches_of(folder)
+    for subject in SUBJECTS:
+        own = [batch for batch in batches if batch["subject"] == subject]
+        whole = [ids for batch in own for ids in tokens_of(batch)]
+        size = len(own[0]["prefix"])
+        assert all(torch.equal(batch["prefix"], own[0]["prefix"]) for batch in own)
+        assert len({tuple(ids[:size]) for ids in whole}) == 1 < len({tuple(ids[: size + 1]) for ids in whole})
+
+
+@pytest.mark.parametrize(
+    ("texts", "shared"),
+    [
+        (["abcd", "abxy", "abcz"], 2),
+        (["abx", "abcd", "abcde", "ab"], 1),  # one prompt is the beginning of the others, and keeps a token
+        (["abcd", "abcd"], 3),
+        (["abcd"], 3),
+        (["abc", "xbc"], 0),
+        (["x"], 0),
+        (["ab" * 20 + str(i) for i in range(600)], 40),  # more than are tokenised together
+        (["ab" * 20 + str(i) for i in range(600)] + ["ac"], 1),
+    ],
+)
+def test_prompts_come_together_again(texts: list[str], shared: int) -> None:
+    prompts = shared_prompts(texts, byte_tokenizer())
+    assert len(prompts.prefix) == shared
+    whole = [[*prompts.prefix.tolist(), *rest.tolist()] for rest in prompts.rests]
+    assert whole == byte_tokenizer()(texts)["input_ids"]
+    assert all(len(rest) > 0 for rest in prompts.rests)
+    assert prompts.longest == max(map(len, texts))
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_batches_are_of_one_subject_and_of_like_length(folder: Path) -> None:
+    batches = batches_of(folder)
+    subjects = [batch["subject"] for batch in batches]
+    assert subjects == sorted(subjects, key=subjects.index)  # those of a subject come together
+    assert sorted(indices(batches)) == list(range(23))
+    for subject in SUBJECTS:
+        own = [batch for batch in batches if batch["subject"] == subject]
+        assert {row % 3 for row in indices(own)} == {SUBJECTS.index(subject)}
+        assert [len(batch["index"]) for batch in own] == {8: [3, 3, 2], 7: [3, 3, 1]}[len(indices(own))]
+        lengths = [length for batch in own for length in batch["lengths"].tolist()]
+        assert lengths == sorted(lengths, reverse=True)
+    longest = [
+        max(len(ids) for batch in batches if batch["subject"] == s for ids in tokens_of(batch)) for s in SUBJECTS
+    ]
+    assert max(len(ids) for ids in tokens_of(batches[0])) == max(longest)
+    again = batches_of(folder)
+    assert indices(again) == indices(batches)
+
+
+def test_answers_are_the_rows_own(folder: Path) -> None:
+    for batch in batches_of(folder):
+        assert batch["answers"].tolist() == [row * 5 % 4 for row in batch["index"].tolist()]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_each_subject(folder: Path, world: int) -> None:
+    alone = prompts_of(batches_of(folder))
+    shares = [batches_of(folder, world=world, rank=rank) for rank in range(world)]
+    assert sorted(row for share in shares for row in indices(share)) == list(range(23))
+    for share in shares:
+        assert all(text == alone[row] for row, text in prompts_of(share).items())
+        counts = [sum(row % 3 == i for row in indices(share)) for i in range(3)]
+        assert all(abs(count - size / world) < 1 for count, size in zip(counts, (8, 8, 7), strict=True))
+    with refuses("4 questions are fewer than the 5 processes"):
+        batches_of(folder, max_test_samples=4, world=5)
+
+
+class Echo(L.LightningModule):
+    """A model that predicts what it is asked."""
+
+    position_limit = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = byte_tokenizer()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> tuple[str, list[int]]:
+        return batch["subject"], batch["index"].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lightning_keeps_the_batches(folder: Path, workers: int) -> None:
+    """In prediction it builds the loaders anew."""
+    data = MMLUData(str(folder), shots=2, batch_size=3, num_workers=workers)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    expected = [(batch["subject"], batch["index"].tolist()) for batch in batches_of(folder)]
+    assert trainer.predict(Echo(), data) == expected
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+def longest_of(folder: Path, shots: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for batch in batches_of(folder, shots=shots):
+        found[batch["subject"]] = max(found.get(batch["subject"], 0), *map(len, tokens_of(batch)))
+    return found
+
+
+def test_a_subject_takes_as_many_shots_as_fit_all_its_questions(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two, one = longest_of(folder, 2), longest_of(folder, 1)
+    capsys.readouterr()
+    limit = sorted(two.values())[1]  # one subject is longer
+    (longer,) = [subject for subject, length in two.items() if length > limit]
+    for keys in ({"max_length": limit}, {"limit": limit}):
+        batches = batches_of(folder, **keys)
+        assert max(len(ids) for batch in batches for ids in tokens_of(batch)) <= limit
+        for batch in batches:
+            shots = {text.count("dev") // 2 for text in prompts_of([batch]).values()}
+            assert shots == {1 if batch["subject"] == longer else 2}
+        lines = [line for line in capsys.readouterr().err.splitlines() if "shots" in line]
+        expected = f"1 of 3 subjects of {folder / 'test.parquet'} take fewer than 2 shots to fit {limit} tokens: "
+        assert lines == [f"{expected}{longer} 1."]
+    assert one[longer] <= limit
+    batches_of(folder, max_length=max(two.values()))
+    batches_of(folder)
+    assert "fewer" not in capsys.readouterr().err
+
+
+def test_a_question_that_fits_nowhere_is_refused(folder: Path) -> None:
+    zero = longest_of(folder, 0)
+    longest = max(zero.values())
+    prompts = prompts_of(batches_of(folder, max_length=longest))
+    assert any("dev" not in prompt for prompt in prompts.values())
+    with refuses(
+        "data.max_length", f"takes {longest} tokens without a shot, and the most are {longest - 1}", "subjects"
+    ):
+        batches_of(folder, max_length=longest - 1)
+    with refuses("data.max_length", "600 tokens are more than the 500"):
+        batches_of(folder, max_length=600, limit=500)
+
+
+def test_some_subjects_and_some_rows(folder: Path) -> None:
+    batches = batches_of(folder, subjects=["anatomy"])
+    assert sorted(indices(batches)) == list(range(1, 23, 3))
+    some = indices(batches_of(folder, subjects=["anatomy"], max_test_samples=3))
+    assert len(some) == 3
+    assert set(some) <= set(indices(batches))
+    assert sorted(indices(batches_of(folder, "validate", max_val_samples=50))) == list(range(7))
+    with refuses("data.subjects", "no questions of astronomy, virology", "anatomy, us_foreign_policy"):
+        batches_of(folder, subjects=["virology", "anatomy", "astronomy"])
+
+
+# ------------------------------------------------------------------------------------------------- answers, prediction
+
+
+def test_letters_are_answers_too(tmp_path: Path, folder: Path) -> None:
+    path = changed(tmp_path, answer=lambda row: f" {'ABCD'[row['answer']]}")
+    for ours, theirs in zip(batches_of(path), batches_of(folder), strict=True):
+        assert torch.equal(ours["answers"], theirs["answers"])
+
+
+def test_class_labels_are_answers_too(tmp_path: Path, folder: Path) -> None:
+    """As cais/mmlu has them."""
+    labels = datasets.ClassLabel(names=list("ABCD"))
+    for split in ("dev", "test"):
+        rows = datasets.Dataset.from_list(rows_of(split)).cast_column("answer", labels)
+        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
+    for ours, theirs in zip(batches_of(tmp_path), batches_of(folder), strict=True):
+        assert torch.equal(ours["answers"], theirs["answers"])
+
+
+def test_predictions_have_letters_and_log_probabilities(tmp_path: Path) -> None:
+    rows = [{**row, "answer": row["answer"] if i else -1} for i, row in enumerate(rows_of("test"))]
+    path = write(changed(tmp_path / "data").parent / "asked.parquet", rows)
+    data = prepared(tmp_path / "data", "predict", predict_path=str(path), subjects=["anatomy", "world_religions"])
+    (loader,) = data.predict_dataloader()
+    assert sorted(indices(list(loader))) == [row for row in range(23) if row % 3 < 2]
+    assert data.prediction_files == ("predictions.csv",)
+    scores = [-3.0, -2.0, -0.5, -4.0]
+    letters = {f"log_probability_{letter}": score for letter, score in zip("ABCD", scores, strict=True)}
+    row = data.complete_prediction({"index": 4, "log_probabilities": scores}, 0)
+    assert row == {"index": 4, "subject": "anatomy", "prediction": "C", "answer": "A", **letters}
+    row = data.complete_prediction({"index": 0, "log_probabilities": scores}, 0)
+    assert row == {"index": 0, "subject": "world_religions", "prediction": "C", "answer": "", **letters}
+
+
+def test_questions_without_answers_can_be_predicted_and_not_tested(tmp_path: Path) -> None:
+    path = changed(tmp_path, answer=None)
+    assert all((batch["answers"] == -1).all() for batch in batches_of(path, "predict"))
+    with refuses("data.answer_column", "has no column answer"):
+        batches_of(path)
+
+
+# --------------------------------------------------------------------------------------------------------------- wrong
+
+
+@pytest.mark.parametrize("answer", [4, -1, "E", "", "AB", "a", None, 1.5])
+def test_an_answer_that_is_none_is_refused(tmp_path: Path, answer: Any) -> None:
+    made: Any = {str: str, type(None): int, float: float}.get(type(answer), int)
+
+    def answers(row: Row) -> Any:
+        return answer if "test 1:" in row["question"] else {str: "ABCD"[row["answer"]]}.get(made, made(row["answer"]))
+
+    with refuses("data.answer_column", "indices from 0 to 3 or letters from A to D, and row"):
+        batches_of(changed(tmp_path, answer=answers))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        lambda row: row["choices"] + ["more"] * ("test 5:" in row["question"]),
+        lambda row: row["choices"][:1],
+        lambda row: ["x"] * 27,
+        lambda row: [*row["choices"][:3], None if "test 5:" in row["question"] else "x"],
+        lambda row: None if "test 5:" in row["question"] else row["choices"],
+        lambda row: "a text",
+        lambda row: [1, 2, 3, 4],
+    ],
+    ids=["uneven", "one", "27", "an empty one", "an empty row", "text", "numbers"],
+)
+def test_choices_that_are_none_are_refused(tmp_path: Path, choices: Any) -> None:
+    with refuses("data.choices_column", "must hold lists of 2 to 26 texts, as many in each row, and row"):
+        batches_of(changed(tmp_path, choices=choices))
+
+
+def test_splits_that_are_not_there(tmp_path: Path, folder: Path) -> None:
+    with refuses("MMLUData has no training rows", "validate, test and predict"):
+        prepared(folder, "fit")
+    path = changed(tmp_path)
+    with refuses("data.path", "no validation split"):
+        batches_of(path, "validate")
+    with refuses("data.shots_split", "no few split for the shots", "data.shots"):
+        batches_of(path, shots_split="few")
+    with refuses("data.shots_split", "among the questions to ask"):
+        batches_of(folder, "validate", shots_split="validation")
+    with refuses("data.shots", "3 questions of", "for 4 shots"):
+        batches_of(path, shots=4)
+    with refuses("data.question_column", "no column text"):
+        batches_of(path, question_column="text")
+
+
+@pytest.mark.parametrize("keys", [{"shots": -1}, {"max_length": 0}, {"max_test_samples": 0}, {"batch_size": 0}])
+def test_numbers_out_of_range(keys: dict[str, int]) -> None:
+    with refuses(f"data.{next(iter(keys))}"):
+        MMLUData("some/data", **keys)
+
+
+def test_letters_must_be_one_token_each(folder: Path) -> None:
+    ends, bare = byte_tokenizer(), byte_tokenizer()
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    bare.backend_tokenizer.model = type(bare.backend_tokenizer.model)(VOCABULARY, [("Ġ", letter) for letter in "ABC"])
+    for tokenizer in (ends, bare):
+        with refuses("one token of each of the answers A to D"):
+            batches_of(folder, tokenizer=tokenizer)

@@ -1,0 +1,348 @@
+"""GGUF files: weights and tokenizer are those they were made of, and what cannot be read is said in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+import modules.gguf
+from modules.adapters import AdapterConfig
+from modules.base import ModelError
+from modules.gguf import located
+from modules.language_modeling import LanguageModel
+from modules.transformers_backbone import Built, build_transformers_model, load_tokenizer
+from tests.causal_backbones import CHAT, SPECIAL, byte_tokenizer, save_decoder
+
+TEXTS = ["Hello there,\n  it's 12345.", "北京 é <|im_start|>user\nA B<|im_end|>", " Answer: C"]
+NAMES = {  # transformers' names in llama.cpp's words
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers.": "blk.",
+}
+KEYS: dict[str, Any] = {"rms_norm_eps": 1e-4, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+
+
+def in_halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys as llama.cpp turns them: the halves of a head alternate."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    folder: Path,
+    architecture: str = "llama",
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """A directory's decoder and tokenizer as one file; only its matrices are quantised."""
+    config = json.loads((folder / "config.json").read_text())
+    path = folder.with_name(f"{folder.name}-gguf") / "model.gguf"
+    path.parent.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    vocabulary = byte_tokenizer().get_vocab()
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in SPECIAL else normal for token in tokens])
+    writer.add_token_merges([f"Ġ {letter}" for letter in "ABCDE"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT)
+    more(writer)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        weight = tensor.numpy()
+        for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
+            weight = in_halves(weight, heads) if part in name and architecture == "llama" else weight
+        for theirs, ours in NAMES.items():
+            name = name.replace(theirs, ours)
+        used = kind if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(weight, used), raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def build(name: Path | str, weights: str | Path = "pretrained", **keys: Any) -> Built:
+    return build_transformers_model(AutoModelForCausalLM, str(name), str(weights), keys.pop("args", {}), **keys)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    tokens = torch.arange(3, 90).view(1, -1)
+    return model.eval()(tokens).logits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("gguf") / "llama", tie_word_embeddings=False, **KEYS)
+
+
+@pytest.fixture(scope="module")
+def shared_file(folder: Path) -> Path:
+    return write_gguf(folder)
+
+
+@pytest.fixture
+def file(shared_file: Path, tmp_path: Path) -> Path:
+    """A copy to do harm to."""
+    return Path(shutil.copy(shared_file, tmp_path / "model.gguf"))
+
+
+# --------------------------------------------------------------------------------------------------------------- loads
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_are_those_it_was_made_of(tmp_path: Path, tied: bool) -> None:
+    folder = save_decoder(tmp_path / "llama", tie_word_embeddings=tied, **KEYS)
+    built, expected = build(write_gguf(folder)), build(folder)
+    assert type(built.model) is type(expected.model)
+    assert built.new == expected.new == set()
+    state, theirs = built.model.state_dict(), expected.model.state_dict()
+    assert state.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(state[name], theirs[name])] == []
+    torch.testing.assert_close(logits(built.model), logits(expected.model), rtol=1e-5, atol=1e-5)
+    head, embedding = built.model.get_output_embeddings(), built.model.get_input_embeddings()
+    assert (head.weight is embedding.weight) is tied
+
+
+def test_other_architectures_load_too(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "qwen2", "qwen2", **KEYS)
+    built = build(write_gguf(folder, "qwen2"))
+    assert built.model.config.model_type == "qwen2"
+    torch.testing.assert_close(logits(built.model), logits(build(folder).model), rtol=1e-5, atol=1e-5)
+
+
+def test_the_tokenizer_is_the_one_it_was_made_of(folder: Path, shared_file: Path) -> None:
+    model = build(shared_file).model
+    ours, theirs = load_tokenizer(str(shared_file), model, pads=False), load_tokenizer(str(folder), model)
+    assert len(ours) == len(theirs)
+    for text in TEXTS:
+        ids = ours(text)["input_ids"]
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids) == text
+    assert (ours.eos_token_id, ours.bos_token_id, ours.chat_template) == (2, 1, CHAT)
+    assert sorted(ours.all_special_ids) == sorted(theirs.all_special_ids)
+    assert max(ours("<|endoftext|>")["input_ids"]) < model.config.vocab_size  # GPT-2's end, which is no token here
+
+
+def test_a_beginning_that_the_file_asks_for_is_put_before(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "llama"))
+    path = write_gguf(copy, more=lambda writer: writer.add_add_bos_token(True))
+    assert load_tokenizer(str(path), build(path).model, pads=False)("AB")["input_ids"][0] == 1
+
+
+def test_quantised_weights_are_unpacked(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "llama"))
+    built = build(write_gguf(copy, kind=gguf.GGMLQuantizationType.Q8_0))
+    assert {p.dtype for p in built.model.parameters()} == {torch.float32}
+    ours, theirs = logits(built.model), logits(build(folder).model)
+    assert 1e-4 < float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+def test_bfloat16_is_of_the_weights_alone(shared_file: Path) -> None:
+    model, full = build(shared_file, dtype=torch.bfloat16).model, build(shared_file).model
+    state, expected = model.state_dict(), full.state_dict()
+    assert all(torch.equal(state[name], expected[name].bfloat16()) for name in expected)
+    for (name, buffer), (_, theirs) in zip(model.named_buffers(), full.named_buffers(), strict=True):
+        assert buffer.dtype == torch.float32, name
+        assert torch.equal(buffer, theirs)
+
+
+def test_it_is_saved_like_any_other(shared_file: Path, tmp_path: Path) -> None:
+    model = build(shared_file).model
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert torch.equal(logits(build(tmp_path / "saved").model), logits(model))
+
+
+def test_weights_are_never_left_packed(shared_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # where the package kernels is, transformers would leave them so
+    seen: list[Any] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def recorded(*args: Any, **keys: Any) -> Any:
+        seen.append(keys["quantization_config"])
+        return load(*args, **keys)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
+    build(shared_file)
+    assert isinstance(seen[0], GgufConfig)
+    assert seen[0].dequantize
+
+
+def test_loading_says_nothing(shared_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_tokenizer(str(shared_file), build(shared_file).model, pads=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_from_elsewhere(folder: Path, shared_file: Path, tmp_path: Path) -> None:
+    other = save_decoder(tmp_path / "other", seed=5, tie_word_embeddings=False, **KEYS)
+    from_file = build(shared_file, other / "model.safetensors")
+    assert from_file.new == set()
+    torch.testing.assert_close(logits(from_file.model), logits(build(other).model), rtol=1e-5, atol=1e-5)
+    random = build(shared_file, "none")
+    assert random.new == set(random.model.state_dict())
+    assert random.model.generation_config.eos_token_id == 2
+
+
+def test_the_configuration_can_be_changed(shared_file: Path) -> None:
+    assert build(shared_file, args={"attention_dropout": 0.5}).model.config.attention_dropout == 0.5
+    with pytest.raises(ModelError, match=r"^model\.backbone_args: dropuot is no key of a llama's config\.json"):
+        build(shared_file, args={"dropuot": 0.5})
+
+
+def test_it_is_tuned_like_a_directory(folder: Path, shared_file: Path) -> None:
+    one, other = (
+        LanguageModel(str(name), backbone_dtype="float32", adapter=AdapterConfig(rank=2, targets="all")).eval()
+        for name in (folder, shared_file)
+    )
+    assert [p.name for p in one.projections] == [p.name for p in other.projections]
+    batch = {"input_ids": torch.arange(3, 40).view(1, -1), "labels": torch.arange(3, 40).view(1, -1)}
+    assert float(one.loss(batch).detach()) == pytest.approx(float(other.loss(batch).detach()), abs=1e-5)
+    prompts = {"input_ids": batch["input_ids"], "attention_mask": torch.ones(1, 37, dtype=torch.int64)}
+    assert one.generate(prompts) == other.generate(prompts)
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+def test_a_local_name_is_a_directory_and_a_file(shared_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert located(str(shared_file)) == (str(shared_file.parent), {"gguf_file": "model.gguf"})
+    assert located("owner/name") == ("owner/name", {})
+    monkeypatch.chdir(shared_file.parent)
+    for name in ("model.gguf", "./model.gguf"):
+        assert located(name) == (".", {"gguf_file": "model.gguf"})
+        assert build(name).new == set()
+
+
+@pytest.mark.parametrize("inner", ["model.gguf", "F32/model.gguf"])
+def test_a_hub_name_is_a_repository_and_a_file(
+    shared_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    """The hub's cache, as it is after a download."""
+    repository = tmp_path / "models--someone--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (snapshot / inner).parent.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / inner).symlink_to(shared_file)
+    name = f"someone/tiny/{inner}"
+    assert located(name) == ("someone/tiny", {"gguf_file": inner})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    built = build(name)
+    assert torch.equal(logits(built.model), logits(build(shared_file).model))
+    assert load_tokenizer(name, built.model, pads=False)("A B")["input_ids"] == byte_tokenizer()("A B")["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(name: Path | str, pattern: str) -> None:
+    with pytest.raises(ModelError, match=pattern) as error:
+        build(name)
+    assert "\n" not in str(error.value)
+    assert "model.safetensors" not in str(error.value)  # advice for directories
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_missing_package(shared_file: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setattr(modules.gguf, f"is_{package}_available", lambda: False)
+    refused(shared_file, r"^model\.backbone: .*model\.gguf takes the packages gguf and accelerate; pip install gguf")
+
+
+@pytest.mark.parametrize("name", ["absent.gguf", "./absent.gguf", "/no/where/absent.gguf", "folder/absent.gguf"])
+def test_a_file_that_is_not_there(name: str) -> None:
+    refused(name, rf"^model\.backbone: there is no file {name}; on the hub it would be OWNER/NAME/FILE\.gguf")
+
+
+def test_another_file_of_a_directory(file: Path) -> None:
+    refused(file.with_name("other.gguf"), r"^model\.backbone: there is no file .*other\.gguf")
+
+
+def test_a_repository_that_cannot_be_reached() -> None:
+    refused("no/such/model.gguf", r"^model\.backbone: no/such/model\.gguf .*from the hub it could not be had")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.6, 0.9, 0.999])
+def test_a_truncated_file(file: Path, share: float) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    refused(file, r"^model\.(backbone|weights): .*model\.gguf .* damaged")
+
+
+def test_a_text_with_that_suffix(file: Path) -> None:
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 98362432\n")
+    refused(file, r"^model\.backbone: .*model\.gguf cannot be read as GGUF \(.*magic.*\): it is damaged")
+
+
+def test_another_architecture(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "llama"))
+    refused(write_gguf(copy, "rwkv6"), r"^model\.backbone: .* cannot be read as GGUF \(.*rwkv6 .*architecture that")
+
+
+def test_a_tokenizer_of_another_kind(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "llama"))
+    path = write_gguf(copy)
+    path.write_bytes(path.read_bytes().replace(b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert"))
+    with pytest.raises(ModelError, match=r"^model\.backbone: .*no tokenizer .*'bert'.*directory in the hub's layout"):
+        load_tokenizer(str(path), build(path).model)
+
+
+def _frequencies(writer: gguf.GGUFWriter) -> None:
+    writer.add_tensor("rope_freqs.weight", np.full(4, 8.0, np.float32))
+
+
+def _linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(2.0)
+
+
+@pytest.mark.parametrize("scale", [_frequencies, _linear])
+def test_scaled_positions_are_not_lost_in_silence(folder: Path, tmp_path: Path, scale: Callable[..., None]) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "llama"))
+    path = write_gguf(copy, more=scale)
+    refused(path, r"^model\.backbone: .*model\.gguf scales its rotary positions.*rope_parameters .*backbone_args")
+    given = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}
+    ours, expected = build(path, args=given).model, build(folder, args=given).model
+    torch.testing.assert_close(logits(ours), logits(expected), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(ours), logits(build(folder).model), atol=1e-2)
+
+
+def test_an_adapter_beside_it(file: Path) -> None:
+    (file.parent / "adapter_config.json").write_text("{}")
+    refused(file, r"^model\.backbone: .*model\.gguf holds a PEFT adapter")
