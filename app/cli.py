@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
@@ -170,6 +171,16 @@ class AsymmetryCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: Lightning would let the checkpoint beat the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse data that are not for the model, before either is loaded."""
+        paths = [self._get(self.config, section).class_path for section in ("model", "data")]
+        model, data = (resolve_name(path) for path in paths)
+        kind, kinds = getattr(data, "kind", None), getattr(model, "kinds", ())
+        if kind is not None and kinds and kind not in kinds:
+            raise ArgumentError(
+                None, f"data: {paths[1]} gives {kind}, and {paths[0]} takes {' or '.join(kinds)}; change one of them."
+            )
 
     # -------------------------------------------------------------------------------------------------------- trainer
 

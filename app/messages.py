@@ -24,6 +24,7 @@ def parser_message(error: Exception) -> str:
     if meant:
         said = "Got value" in meant[0] or not given or given[1].startswith(("NestedArg", "Namespace"))
         text = prefix + meant[0] + ("" if said or not given else f", got {given[1]}")
+    text = re.sub(r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"Option '\1.\2' is not accepted", text)
     if unknown := re.search(r"(?:Option '|arguments: --)([\w.]+)", text):
         text = _unknown_key(text, unknown[1]) or text
     text = re.sub(r"Problem with given class_path '[^']*':\s*", "", text)
@@ -63,6 +64,7 @@ def quiet_libraries() -> None:
         r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
         r".*sync_dist=True.*",  # torchmetrics gather on their own
         r".*your dataloader is not resumable.*",  # the data module's state has the position
+        r".*callbacks used to create the checkpoint need to be provided.*",  # of an evaluation on other data
         r".*isinstance\(treespec, LeafSpec\).*",  # lightning on a newer torch
     ):
         warnings.filterwarnings("ignore", message)

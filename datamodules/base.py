@@ -30,6 +30,8 @@ class ResumableDataModule(L.LightningDataModule):
         num_workers: Processes that load, each; 0 loads in the training process.
     """
 
+    kind: str  # what its batches are of, one of the `kinds` of the models for them
+
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:

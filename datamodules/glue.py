@@ -113,6 +113,8 @@ class GlueData(TextData):
             with the text and the probability too.
     """
 
+    kind = "labelled texts"
+
     def __init__(
         self,
         path: str = "nyu-mll/glue",

@@ -48,6 +48,8 @@ class ImageClassificationData(ResumableDataModule):
         predict_path: Folder of images for `predict`.
     """
 
+    kind = "images"
+
     def __init__(
         self,
         path: str,

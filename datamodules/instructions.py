@@ -62,6 +62,8 @@ class InstructionData(TextData):
         predict_path: File of prompts for `predict`; None takes the test split.
     """
 
+    kind = "instructions"
+
     def __init__(
         self,
         path: str = "tatsu-lab/alpaca",

@@ -59,6 +59,8 @@ class MMLUData(TextData):
         predict_path: File of rows for `predict`, with answers or without; None takes the test split.
     """
 
+    kind = "questions"
+
     def __init__(
         self,
         path: str = "cais/mmlu",

@@ -68,6 +68,8 @@ class SummarizationData(TextData):
         predict_path: File of rows for `predict`; None takes the test split.
     """
 
+    kind = "summaries"
+
     def __init__(
         self,
         path: str = "EdinburghNLP/xsum",

@@ -53,6 +53,7 @@ class AdaptedModule(L.LightningModule):
         lr_ratio_head: Rate of the head over `learning_rate`.
     """
 
+    kinds: tuple[str, ...]  # of data that the steps take, as the data modules name theirs
     backbone: nn.Module
     shard_frozen: bool = False  # whether several processes each keep a share of the frozen weights; a task's own key
 

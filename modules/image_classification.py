@@ -37,6 +37,8 @@ class ImageClassifier(AdaptedModule):
         tuning: See `AdaptedModule`, as all that follow.
     """
 
+    kinds = ("images",)
+
     def __init__(
         self,
         backbone: str = "vit_base_patch16_224.augreg_in21k",

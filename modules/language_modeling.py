@@ -47,6 +47,8 @@ class LanguageModel(AdaptedModule):
         tuning: `adapter` or `full`; there is no new head. See `AdaptedModule`, as for all that follow.
     """
 
+    kinds = ("instructions", "questions")
+
     def __init__(
         self,
         backbone: str = "meta-llama/Llama-2-7b-hf",

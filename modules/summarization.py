@@ -75,6 +75,8 @@ class Summarizer(AdaptedModule):
         tuning: `adapter` or `full`; there is no new head. See `AdaptedModule`, as for all that follow.
     """
 
+    kinds = ("summaries",)
+
     def __init__(
         self,
         backbone: str = "facebook/bart-large",

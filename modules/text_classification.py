@@ -40,6 +40,8 @@ class TextClassifier(AdaptedModule):
         tuning: See `AdaptedModule`, as all that follow.
     """
 
+    kinds = ("labelled texts",)
+
     def __init__(
         self,
         backbone: str = "roberta-base",

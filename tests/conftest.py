@@ -6,6 +6,7 @@ import os
 import tempfile
 
 os.environ.update(
+    OMP_NUM_THREADS="1",  # models are so small that a second thread only gets in the way, and each core has its tests
     HF_HUB_OFFLINE="1",
     HF_DATASETS_CACHE=tempfile.mkdtemp(prefix="onesided-tests-"),
     COLUMNS="160",
@@ -16,6 +17,7 @@ os.environ.update(
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,10 +26,19 @@ import torch
 from PIL import Image
 
 from tests.backbones import WORDS, save_backbone
+from tests.causal_backbones import save_decoder
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["red", "green", "blue"]
 datasets.disable_progress_bars()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Every core for folders; none but this process for files, tests and keywords, since each worker imports all."""
+    chosen = config.option.keyword or any(not Path(arg).is_dir() for arg in config.args)
+    if chosen:
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +119,50 @@ def write_pairs(folder: Path, sizes: dict[str, int]) -> Path:
     return folder
 
 
+def instructions(size: int, seed: int = 0) -> list[dict[str, str]]:
+    """Alpaca's columns: a word to be said once, or as often as the input says, so that lengths differ."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(size):
+        word = str(rng.choice(WORDS[:40]))
+        times = i % 3
+        asked = {"instruction": f"Say {word}.", "input": "" if times == 0 else f"{times + 1} times"}
+        rows.append({**asked, "output": " ".join([word] * (times + 1))})
+    return rows
+
+
+def write_instructions(folder: Path, sizes: dict[str, int]) -> Path:
+    """Alpaca's columns in JSONL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (split, size) in enumerate(sizes.items()):
+        rows = instructions(size, seed=20 + i)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def questions(size: int, seed: int = 0) -> list[dict[str, Any]]:
+    """MMLU's columns: questions of two subjects in turn, with four choices and an answer of each letter."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "question": f"Which is {word}?",
+            "subject": ("astronomy", "philosophy")[i % 2],
+            "choices": [str(w) if c != i % 4 else word for c, w in enumerate(rng.choice(WORDS[40:45], 4))],
+            "answer": i % 4,
+        }
+        for i, word in enumerate(map(str, rng.choice(WORDS[:40], size)))
+    ]
+
+
+def write_questions(folder: Path, sizes: dict[str, int]) -> Path:
+    """MMLU's columns in JSONL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (split, size) in enumerate(sizes.items()):
+        rows = questions(size, seed=30 + i)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cola_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sentences(tmp_path_factory.mktemp("cola"), {"train": 50, "validation": 20, "test": 9})
@@ -126,3 +181,18 @@ def roberta_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bart_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_backbone(tmp_path_factory.mktemp("bart"), "bart")
+
+
+@pytest.fixture(scope="session")
+def instructions_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_instructions(tmp_path_factory.mktemp("instructions"), {"train": 50, "validation": 10, "test": 9})
+
+
+@pytest.fixture(scope="session")
+def questions_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("questions"), {"dev": 10, "validation": 6, "test": 14})
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("llama"))

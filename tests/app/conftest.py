@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from app.cli import main
+from app.cli import AsymmetryCLI, main
+from app.plots import HeatMap
 from modules.base import AdaptedModule
-
-Run = Callable[..., int]
 
 
 class CommandLine:
@@ -32,7 +36,10 @@ class CommandLine:
         return [command, *base, *path, *backbone, *options]
 
     def __call__(self, command: str, *options: str) -> int:
-        return main(self.words(command, *options))
+        # without the parsers of the other commands, which take as long as all else that is said before a fit
+        alone = {command: AsymmetryCLI.subcommands()[command]}
+        with mock.patch.object(AsymmetryCLI, "subcommands", staticmethod(lambda: alone)):
+            return main(self.words(command, *options))
 
     def run(self, version: int = 0) -> Path:
         return self.root / f"version_{version}"
@@ -50,6 +57,15 @@ class CommandLine:
         return {e.step: e.value for e in self.events(version).Scalars(tag)}
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing heat maps takes a third of so small a fit: only tests marked `drawn` do it."""
+    if request.node.get_closest_marker("drawn") is None:
+        blank = np.zeros((1, 1, 3), np.uint8)
+        monkeypatch.setattr(HeatMap, "__init__", lambda *_: None)
+        monkeypatch.setattr(HeatMap, "render", lambda *_: blank)
+
+
 @pytest.fixture
 def cli(tmp_path: Path, parquet_path: Path) -> CommandLine:
     return CommandLine(tmp_path / "runs", parquet_path)
@@ -65,22 +81,81 @@ def summary_cli(tmp_path: Path, pairs_path: Path, bart_path: Path) -> CommandLin
     return CommandLine(tmp_path / "runs", pairs_path, "summary", bart_path)
 
 
+@pytest.fixture
+def instruction_cli(tmp_path: Path, instructions_path: Path, llama_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "runs", instructions_path, "instructions", llama_path)
+
+
+@pytest.fixture
+def question_cli(tmp_path: Path, questions_path: Path, llama_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "runs", questions_path, "questions", llama_path)
+
+
 @pytest.fixture(params=["text", "summary"])
 def language_cli(request: pytest.FixtureRequest) -> CommandLine:
     return request.getfixturevalue(f"{request.param}_cli")
 
 
+@pytest.fixture(scope="session")
+def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CommandLine], None]:
+    """Puts a run of one epoch below a command line's root; each configuration's is fitted once a session."""
+    kept: dict[str, Path] = {}
+
+    def put(cli: CommandLine) -> None:
+        if cli.config not in kept:
+            first = copy.copy(cli)
+            first.root = tmp_path_factory.mktemp("one_epoch") / "runs"
+            assert first("fit", "--trainer.max_epochs=1") == 0
+            kept[cli.config] = first.root
+        shutil.copytree(kept[cli.config], cli.root)
+
+    return put
+
+
+def _fitted(name: str) -> Callable[..., CommandLine]:
+    @pytest.fixture(name=f"fitted_{name}")
+    def fitted(
+        request: pytest.FixtureRequest, one_epoch: Callable[[CommandLine], None], capsys: pytest.CaptureFixture[str]
+    ) -> CommandLine:
+        cli: CommandLine = request.getfixturevalue(name)
+        one_epoch(cli)
+        capsys.readouterr()  # what the fit said is no part of the test
+        return cli
+
+    return fitted
+
+
+# the same command lines with a finished run of one epoch, version_0
+fitted_cli = _fitted("cli")
+fitted_text_cli = _fitted("text_cli")
+fitted_summary_cli = _fitted("summary_cli")
+fitted_instruction_cli = _fitted("instruction_cli")
+
+
+@pytest.fixture(params=["text", "summary"])
+def fitted_language_cli(request: pytest.FixtureRequest) -> CommandLine:
+    return request.getfixturevalue(f"fitted_{request.param}_cli")
+
+
+States = dict[str, dict[str, Tensor]]
+
+
+@contextmanager
+def recording(*hooks: str) -> Iterator[States]:
+    """The whole state of the model, frozen backbone too, by the hook of it that saw the state."""
+    states: States = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in hooks:
+
+            def hook(module: AdaptedModule, name: str = name) -> None:
+                states[name] = {k: v.clone() for k, v in module.state_dict().items()}
+
+            patch.setattr(AdaptedModule, name, hook)
+        yield states
+
+
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
-    """The whole state of the model, frozen backbone too, at the start and at the end of each fit."""
-    states: dict[str, dict[str, Tensor]] = {}
-
-    def record(name: str) -> None:
-        def hook(module: AdaptedModule) -> None:
-            states[name] = {k: v.clone() for k, v in module.state_dict().items()}
-
-        monkeypatch.setattr(AdaptedModule, f"on_fit_{name}", hook)
-
-    record("start")
-    record("end")
-    return states
+def recorded() -> Iterator[States]:
+    """The states at the start and at the end of each fit."""
+    with recording("on_fit_start", "on_fit_end") as states:
+        yield states

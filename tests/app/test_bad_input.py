@@ -325,3 +325,16 @@ def test_a_defect_keeps_its_traceback(cli: CommandLine, monkeypatch: pytest.Monk
     monkeypatch.setattr(RunSummary, "on_fit_start", hook)
     with pytest.raises(ZeroDivisionError):
         cli("fit")
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ("summarization.Summarizer", "instructions.InstructionData"),
+        ("language_modeling.LanguageModel", "summarization.SummarizationData"),
+        ("text_classification.TextClassifier", "image_classification.ImageClassificationData"),
+    ],
+)
+def test_data_of_another_kind_than_the_model_takes(capsys: pytest.CaptureFixture[str], model: str, data: str) -> None:
+    code = main(["fit", f"--model=modules.{model}", f"--data=datamodules.{data}"])
+    refused(capsys, code, f"data: datamodules.{data} gives ", f"modules.{model} takes", "change one of them")
