@@ -336,5 +336,5 @@ def test_a_defect_keeps_its_traceback(cli: CommandLine, monkeypatch: pytest.Monk
     ],
 )
 def test_data_of_another_kind_than_the_model_takes(capsys: pytest.CaptureFixture[str], model: str, data: str) -> None:
-    code = main(["fit", f"--model=modules.{model}", f"--data=datamodules.{data}"])
+    code = main(["fit", f"--model=modules.{model}", f"--data=datamodules.{data}", "--data.path=x"])
     refused(capsys, code, f"data: datamodules.{data} gives ", f"modules.{model} takes", "change one of them")
