@@ -143,11 +143,19 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
 
 
 @rank_zero_only
+def report_untrained(command: str) -> None:
+    """Say that a command has no checkpoint to go by."""
+    _say(f"{command} without --ckpt_path: this is the backbone as it is, and a head, if it needs one, at random.")
+
+
+@rank_zero_only
 def report_differences(saved: dict[str, Any], contents: list[dict[str, Any]], final: Namespace) -> None:
     """Say which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's."""
     for section, content in saved.items():
         ours = _flatten(final[section].init_args.as_dict())
         for key, value in _flatten(content["init_args"]).items():
+            if (section, key) == ("data", "predict_path"):  # new each time
+                continue
             from_file = last_value(f"{section}.init_args.{key}", [], contents)
             if key in ours and _plain(ours[key]) != _plain(value):
                 _say(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")

@@ -29,6 +29,7 @@ from app.arguments import (
     read_yaml,
     report_changes,
     report_differences,
+    report_untrained,
     saved_configuration,
     split_arguments,
     temporary_yaml,
@@ -194,7 +195,9 @@ class AsymmetryCLI(LightningCLI):
         if run is None:
             run = new_run_directory(self.root) if getattr(rank_zero_only, "rank", 0) == 0 else self.root
         self.run_directory = run
-        if config["logger"] in (None, True) and not config["fast_dev_run"]:
+        if self.subcommand == "predict":  # which logs nothing
+            kwargs["logger"] = False
+        elif config["logger"] in (None, True) and not config["fast_dev_run"]:
             # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
             resumed = self.checkpoint is not None and self.subcommand == "fit"
             purge = {"purge_step": self.loaded["global_step"] + 1} if resumed else {}
@@ -202,7 +205,7 @@ class AsymmetryCLI(LightningCLI):
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory
         callbacks = [self.summary, *_as_list(config["callbacks"]), PredictionWriter()]
-        if config["logger"] is not False and not config["fast_dev_run"]:
+        if config["logger"] is not False and not config["fast_dev_run"] and self.subcommand != "predict":
             callbacks.append(LearningRateMonitor("step"))
         plugins = [*_as_list(config["plugins"]), AtomicCheckpointIO()]
         with self._no_useless_directory():
@@ -227,6 +230,8 @@ class AsymmetryCLI(LightningCLI):
     # ------------------------------------------------------------------------------------------------------- commands
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "fit" and self.checkpoint is None:
+            report_untrained(subcommand)
         with self._no_useless_directory():
             super()._run_subcommand(subcommand)
 

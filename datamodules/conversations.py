@@ -116,6 +116,48 @@ def check_messages(messages: Any, where: str, column: str) -> None:
             )
 
 
+def response_end(tokenizer: Any, template: str) -> int:
+    """The token that a template ends a response with; it need not be the tokenizer's own end.
+
+    Raises:
+        DataError: If it ends them with plain text.
+    """
+    mark = "§"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    behind = render(tokenizer, template, messages, waiting=False).rpartition(mark)[2]
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+        if token in special:
+            return int(token)
+    raise DataError(
+        "data.template: the chat template has no special token behind a response, so that none would ever end; use "
+        "template: alpaca."
+    )
+
+
+def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: bool) -> str:
+    """A conversation as text.
+
+    Args:
+        tokenizer: The backbone's.
+        template: Jinja template, which runs in the library's sandbox.
+        messages: The conversation.
+        waiting: Whether a response is to come.
+
+    Raises:
+        DataError: If the template refuses it.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=waiting
+        )
+    except Exception as error:  # a template is a program, which can raise anything
+        raise DataError(
+            f"data.template: the chat template refuses the conversation that begins {_begin(messages)!r}: {error}"
+        ) from error
+    return text
+
+
 def question(messages: list[Message]) -> list[Message]:
     """A conversation up to the last response, which is the one asked for."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
@@ -129,11 +171,13 @@ class ConversationEncoder:
         tokenizer: The backbone's.
         template: Jinja template of the whole text, special tokens included.
         max_length: Most tokens of a conversation.
+        end: Token that ends a response, from `response_end`.
     """
 
     tokenizer: Any
     template: str
     max_length: int
+    end: int
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a prompt that waits for a response; one that is too long loses its middle."""
@@ -150,7 +194,6 @@ class ConversationEncoder:
                 out.
         """
         messages = self.clean(messages)
-        end = self.tokenizer.eos_token_id
         tokens: list[int] = []
         learnt: list[bool] = []
         done = ""
@@ -162,11 +205,11 @@ class ConversationEncoder:
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise DataError(
                     "data.template: the chat template does not write a conversation turn by turn, so that prompts and "
-                    f"responses cannot be told apart, as in the one that begins {_begin(messages)!r}; use template: "
-                    "alpaca."
+                    f"responses cannot be told apart, as in that which begins {_begin(messages)!r}; give it in single "
+                    "turns, or use template: alpaca."
                 )
             prompt, response = self._behind(done, asked), self._behind(asked, answered)
-            ends = [i for i, token in enumerate(response) if token == end]
+            ends = [i for i, token in enumerate(response) if token == self.end]
             taught = ends[-1] + 1 if ends else len(response)
             tokens += prompt + response
             learnt += [False] * len(prompt) + [i < taught for i in range(len(response))]
@@ -194,15 +237,7 @@ class ConversationEncoder:
         return text
 
     def _render(self, messages: Sequence[Message], waiting: bool) -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=waiting
-            )
-        except Exception as error:  # a template is a program, which can raise anything
-            raise DataError(
-                f"data.template: the chat template refuses the conversation that begins {_begin(messages)!r}: {error}"
-            ) from error
-        return text
+        return render(self.tokenizer, self.template, messages, waiting)
 
     def _behind(self, before: str, text: str) -> list[int]:
         """Tokens that a text has behind those of its beginning."""

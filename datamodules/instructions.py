@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.base import Collate
-from datamodules.conversations import Columns, ConversationEncoder, alpaca_template, check_messages, question
+from datamodules.conversations import (
+    Columns,
+    ConversationEncoder,
+    alpaca_template,
+    check_messages,
+    question,
+    response_end,
+)
 from datamodules.errors import DataError
 from datamodules.packing import IGNORED, PackedDataset, PadPacks, PadSequences
 from datamodules.tables import Table
@@ -133,6 +140,11 @@ class InstructionData(TextData):
             )
         return str(own)
 
+    @property
+    def response_end(self) -> int:
+        """The token that the template ends a response with."""
+        return response_end(self.tokenizer, self.prompt_template)
+
     # ------------------------------------------------------------------------------------------------------ tokens
 
     def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
@@ -141,7 +153,7 @@ class InstructionData(TextData):
         columns = self._columns(table, learnt)
         if not learnt:
             self._asked = columns
-        encoder = ConversationEncoder(self.tokenizer, self.prompt_template, self.max_length)
+        encoder = ConversationEncoder(self.tokenizer, self.prompt_template, self.max_length, self.response_end)
         chosen = table if rows is None else table.select(rows)
         numbers = range(len(table)) if rows is None else rows.tolist()
         kept = self._check_rows(chosen, numbers, columns, encoder, learnt)

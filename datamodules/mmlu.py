@@ -181,7 +181,7 @@ class MMLUData(TextData):
 
     def _subjects_of(self, table: Table) -> list[str]:
         column = self.subject_column
-        if column is None or column not in table.data.column_names:
+        if column is None or (column == "subject" and column not in table.data.column_names):
             return [UNKNOWN] * len(table)
         check_texts(table, "subject_column", column)
         return list(table.data[column][:])
@@ -259,10 +259,10 @@ class MMLUData(TextData):
             prompts = shared_prompts([start + question for question in questions], self.tokenizer)
             if self._limit is None or prompts.longest <= self._limit:
                 return prompts, count
+        limit = "positions of the backbone" if self.max_length is None else "that data.max_length allows"
         raise DataError(
-            f"data.max_length: a question of {subject} takes {prompts.longest} tokens without a shot, and the most are "
-            f"{self._limit}; raise data.max_length if the backbone has more positions, or leave the subject out with "
-            "data.subjects."
+            f"data.max_length: a question of {subject} takes {prompts.longest} tokens without a shot, more than the "
+            f"{self._limit} {limit}; leave the subject out with data.subjects."
         )
 
     def _say_fewer_shots(self, table: Table, counts: dict[str, int]) -> None:

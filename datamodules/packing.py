@@ -107,6 +107,7 @@ def best_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
         Indices by pack.
     """
     packs: list[list[int]] = []
+    shortest = min(lengths, default=0)
     rooms: list[tuple[int, int]] = []  # (room left, pack), ascending
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect_left(rooms, (lengths[index], -1))
@@ -116,5 +117,6 @@ def best_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
             room, pack = most, len(packs)
             packs.append([])
         packs[pack].append(index)
-        insort(rooms, (room - lengths[index], pack))
+        if room - lengths[index] >= shortest:
+            insort(rooms, (room - lengths[index], pack))
     return packs

@@ -124,7 +124,10 @@ class TextData(ResumableDataModule):
         tables = validation if split == "val" or self.test_on_validation else self.stored("test")
         if not tables:
             missing = "validation" if self.test_on_validation else split
-            raise DataError(f"data.path: {self.path} has no {missing} split; run without it (test_after_fit: false).")
+            raise DataError(
+                f"data.path: {self.path} has no {missing} split; leave it out (test_after_fit: false), or test on "
+                "the validation split where there is a key for that (--data.test_on_validation true)."
+            )
         return {suffix: (table, False) for suffix, table in tables.items()}
 
     def _table(self, names: tuple[str, ...]) -> Table | None:

@@ -150,7 +150,7 @@ class AdaptedModule(L.LightningModule):
             value = getattr(self.trainer.datamodule, key, None)  # type: ignore[attr-defined]
         if value is None:
             raise ModelError(f"model.{key}: neither the data nor a checkpoint (--ckpt_path) says which they are.")
-        self.hparams[key] = value if isinstance(value, str) else list(value)
+        self.hparams[key] = value if isinstance(value, str | int) else list(value)
         return self.hparams[key]
 
     # ---------------------------------------------------------------------------------------------------- optimizer

@@ -42,17 +42,17 @@ class Decoding:
                 f"model.generation: top_k {self.top_k} must not be negative, and top_p {self.top_p} must lie in (0, 1]."
             )
 
-    def config(self, own: GenerationConfig, end: int, padding: int) -> GenerationConfig:
+    def config(self, own: GenerationConfig, more_ends: set[int], padding: int) -> GenerationConfig:
         """What the library generates by.
 
         Args:
             own: The backbone's, for its special tokens.
-            end: The tokenizer's end, which ends a response besides the backbone's own ends.
+            more_ends: What ends a response besides the backbone's own ends.
             padding: What fills up a batch.
         """
         tokens = {key: value for key, value in own.to_dict().items() if key.endswith("_token_id")}
         ends = tokens.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        tokens |= {"eos_token_id": sorted({*ends, end}), "pad_token_id": padding}
+        tokens |= {"eos_token_id": sorted({*ends, *more_ends}), "pad_token_id": padding}
         keys = asdict(self) if self.do_sample else {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         return GenerationConfig.from_dict({**tokens, **keys})

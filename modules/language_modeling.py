@@ -44,6 +44,7 @@ class LanguageModel(AdaptedModule):
         generation: How responses are generated in prediction.
         prompt_template: Jinja template of the prompts that the model was trained with; the data says it, and a
             checkpoint keeps it.
+        response_end: Token that this template ends a response with, likewise.
         tuning: `adapter` or `full`; there is no new head. See `AdaptedModule`, as for all that follow.
     """
 
@@ -59,6 +60,7 @@ class LanguageModel(AdaptedModule):
         shard_frozen: bool = False,
         generation: Decoding = Decoding(),  # noqa: B008 - frozen, as is the adapter, and the CLI reads both from here
         prompt_template: str | None = None,
+        response_end: int | None = None,
         tuning: Literal["adapter", "full"] = "adapter",
         adapter: AdapterConfig = AdapterConfig(rank=32, alpha=64.0),  # noqa: B008
         learning_rate: float = 1e-3,
@@ -108,9 +110,8 @@ class LanguageModel(AdaptedModule):
                 f"model.generation.max_new_tokens: {self.generation.max_new_tokens} leaves no room for a prompt in the "
                 f"{self.position_limit} positions of the backbone."
             )
-        self.backbone.generation_config = self.generation.config(
-            self.backbone.generation_config, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        )
+        self._own_generation = self.backbone.generation_config
+        self._configure_generation()
         if gradient_checkpointing:
             self._enable_gradient_checkpointing()
         self.configure_tuning()
@@ -120,6 +121,12 @@ class LanguageModel(AdaptedModule):
         self.accuracies = nn.ModuleDict({stage: MeanMetric() for stage in stages})
         self.choices = nn.ModuleDict({stage: MultipleChoiceAccuracy() for stage in stages})
         self.prefix_cache = PrefixCache()
+        self._learnt_in_update = 0  # tokens
+
+    def _configure_generation(self) -> None:
+        ends = {self.tokenizer.eos_token_id, self.hparams["response_end"]} - {None}
+        padding = self.tokenizer.pad_token_id
+        self.backbone.generation_config = self.generation.config(self._own_generation, ends, padding)
 
     def _enable_gradient_checkpointing(self) -> None:
         try:  # not the reentrant kind, which needs a gradient in the frozen embeddings
@@ -148,6 +155,9 @@ class LanguageModel(AdaptedModule):
                 "data.template: the checkpoint was trained with another prompt template than this one; leave "
                 "data.template as it was and, if it is `chat`, the backbone's tokenizer too."
             )
+        if template is not None:
+            self.take_from_data("response_end")
+            self._configure_generation()
         if stage == "fit" and getattr(data, "packing", False):
             self.check_packing()
 
@@ -173,7 +183,22 @@ class LanguageModel(AdaptedModule):
         loss = self.loss(batch)
         self.check_loss(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self._learnt = int((batch["labels"][:, 1:] != IGNORED).sum())
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gradients of the sum over tokens, so that in an update of several batches each token weighs the same."""
+        self._learnt_in_update += self._learnt
+        super().backward(loss * self._learnt * self.trainer.accumulate_grad_batches, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradients those of the mean over all tokens of the update, of all processes."""
+        learnt = torch.tensor(float(self._learnt_in_update), device=self.device)
+        learnt = self.trainer.strategy.reduce(learnt, reduce_op="mean")  # DDP has averaged the gradients
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= learnt
+        self._learnt_in_update = 0
 
     @torch.no_grad()
     def check_packing(self) -> None:
@@ -182,7 +207,8 @@ class LanguageModel(AdaptedModule):
         Raises:
             ModelError: If it does: the backbone does not go by `position_ids`.
         """
-        ids = torch.arange(12, device=self.backbone.device).remainder(self.backbone.config.vocab_size).repeat(2, 1)
+        vocabulary = self.backbone.config.get_text_config().vocab_size
+        ids = torch.arange(12, device=self.backbone.device).remainder(vocabulary).repeat(2, 1)
         ids[1, :5] += 1  # another first sequence
         positions = torch.tensor([*range(5), *range(7)], device=ids.device).repeat(2, 1)
         training = self.backbone.training

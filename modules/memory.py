@@ -45,8 +45,8 @@ class MemoryEstimate:
         gradients: Of the trained factors.
         optimizer: AdamW's two moments.
         activations: What backward needs of each layer, and what is on the way.
-        logits: What has an entry for each token of the vocabulary: logits, log-probabilities and their gradients. None
-            if the fullest moment is elsewhere: under gradient checkpointing it may be in a layer.
+        logits: What has an entry for each token of the vocabulary: logits, log-probabilities and their gradients. 0 if
+            the fullest moment is elsewhere: under gradient checkpointing it may be in a layer.
     """
 
     weights: int
@@ -197,9 +197,10 @@ def scoring_memory(
     """
     if min(batch_size, prefix, tokens) < 1:
         raise ModelError(f"Memory of {batch_size} questions of {prefix} + {tokens} tokens: all must be 1 or more.")
+    vocabulary = config.get_text_config().vocab_size
     with FakeTensorMode(), torch.no_grad():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, backbone_dtype))  # type: ignore[no-untyped-call]
-        live = LiveBytes(lambda made: "logits" if made.shape == (batch_size, config.vocab_size) else "activations")
+        live = LiveBytes(lambda made: "logits" if made.shape == (batch_size, vocabulary) else "activations")
         live.hold([*model.parameters(), *model.buffers()], "weights")
         with live:
             keys = PrefixCache().keys_of(model.eval(), torch.zeros(prefix, dtype=torch.long))  # type: ignore[no-untyped-call]

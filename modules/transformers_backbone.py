@@ -160,7 +160,7 @@ def selected_logits(model: PreTrainedModel, selected: Tensor, **inputs: Any) -> 
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a model has positions for; None if its positions are relative."""
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not getattr(model.config, "position_biased_input", True):  # DeBERTa-v3's are relative
         limit = None
     for name, module in model.named_modules():

@@ -84,6 +84,8 @@ class RunSummary(L.Callback):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
+        if not self.values:  # a prediction has said what it wrote
+            return
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
             table.add_row(key, _readable(key, value))

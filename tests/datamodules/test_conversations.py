@@ -10,7 +10,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from datamodules.conversations import ALPACA, Columns, ConversationEncoder, Message, alpaca_template, cut, question
+from datamodules.conversations import (
+    ALPACA,
+    Columns,
+    ConversationEncoder,
+    Message,
+    alpaca_template,
+    cut,
+    question,
+    response_end,
+)
 from datamodules.errors import DataError
 from tests.causal_backbones import CHAT, byte_tokenizer
 
@@ -31,7 +40,8 @@ def columns(**keys: Any) -> Columns:
 
 
 def encoder(template: str = CHAT, max_length: int = 10_000, tokenizer: Any = None) -> ConversationEncoder:
-    return ConversationEncoder(tokenizer or byte_tokenizer(), template, max_length)
+    tokenizer = tokenizer or byte_tokenizer()
+    return ConversationEncoder(tokenizer, template, max_length, tokenizer.eos_token_id)
 
 
 def talk(*contents: str, system: str | None = None) -> list[Message]:
@@ -366,3 +376,18 @@ def test_any_cut_fits_and_keeps_half_of_the_room_or_the_whole_first_response() -
         spared = sum(token in first for token in kept)
         assert spared >= min(len(first), most // 2)
         assert [token for token in kept if token in first] == [*first][:spared]
+
+
+def test_a_response_ends_where_its_template_says() -> None:
+    tokenizer = byte_tokenizer(eos_token="<unk>")  # as in Qwen's base models, another than the template's
+    assert tokenizer.eos_token_id != response_end(tokenizer, CHAT) == 2
+    encoder = ConversationEncoder(tokenizer, CHAT, 200, response_end(tokenizer, CHAT))
+    tokens, learnt = encoder.conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}])
+    assert tokenizer.decode([t for t, known in zip(tokens, learnt, strict=True) if known]) == "bc<|im_end|>"
+    assert response_end(tokenizer, alpaca_template(tokenizer)) == tokenizer.eos_token_id
+
+
+def test_a_template_without_an_end_is_refused() -> None:
+    plain = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    with pytest.raises(DataError, match="no special token behind a response"):
+        response_end(byte_tokenizer(), plain)

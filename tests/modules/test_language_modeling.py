@@ -421,7 +421,7 @@ def test_drawn_text_is_a_function_of_the_seed(llama: Path) -> None:
     assert drawn(1) != greedy
     for near in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-5}):
         model.backbone.generation_config = Decoding(max_new_tokens=8, do_sample=True, **near).config(
-            model.backbone.generation_config, END, END
+            model.backbone.generation_config, {END}, END
         )
         assert drawn(1) == greedy, near
 
@@ -431,7 +431,7 @@ def test_drawn_text_is_a_function_of_the_seed(llama: Path) -> None:
 )
 def test_a_response_has_the_ends_of_backbone_and_tokenizer(own: Any, ends: list[int]) -> None:
     given = GenerationConfig(eos_token_id=own, bos_token_id=1, pad_token_id=0)
-    config = Decoding().config(given, END, 3)
+    config = Decoding().config(given, {END}, 3)
     assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (ends, 3, 1)
     assert given.eos_token_id == own
 
@@ -443,7 +443,7 @@ OWN = {"do_sample": True, **SAMPLING, "max_length": 9, "min_new_tokens": 3, "num
 def test_other_settings_of_a_backbone_do_not_count() -> None:
     known = GenerationConfig(**OWN, bos_token_id=1).to_dict()
     for decoding in (Decoding(max_new_tokens=7), Decoding(do_sample=True, temperature=0.9, top_k=5)):
-        config = decoding.config(GenerationConfig.from_dict(known), END, END)
+        config = decoding.config(GenerationConfig.from_dict(known), {END}, END)
         assert (config.max_new_tokens, config.do_sample) == (decoding.max_new_tokens, decoding.do_sample)
         fresh = GenerationConfig()
         for key in OWN.keys() - {"do_sample"}:
@@ -519,11 +519,11 @@ def test_a_checkpoint_and_its_hyper_parameters_build_the_same_model(llama: Path,
 
 
 def test_the_template_is_the_datas_and_stays(llama: Path) -> None:
-    model = with_data(decoder(llama), prompt_template="{{ one }}")
+    model = with_data(decoder(llama), response_end=END, prompt_template="{{ one }}")
     model.setup("fit")
     assert model.hparams["prompt_template"] == "{{ one }}"
     model.setup("validate")
-    with_data(model, prompt_template="{{ other }}")
+    with_data(model, response_end=END, prompt_template="{{ other }}")
     for stage in ("fit", "predict"):
         with pytest.raises(ModelError, match=r"^data\.template: the checkpoint was trained with another prompt templ"):
             model.setup(stage)
@@ -532,7 +532,7 @@ def test_the_template_is_the_datas_and_stays(llama: Path) -> None:
     with_data(decoder(llama)).setup("test")
     again = decoder(llama, prompt_template=model.hparams["prompt_template"])
     with pytest.raises(ModelError, match=r"^data\.template: "):
-        with_data(again, prompt_template="{{ other }}").setup("predict")
+        with_data(again, response_end=END, prompt_template="{{ other }}").setup("predict")
 
 
 # ------------------------------------------------------------------------------------------------------------ packing
@@ -660,3 +660,34 @@ def test_a_response_leaves_room_for_a_prompt(llama: Path) -> None:
         model.generate(data)
     more = {"max_position_embeddings": 2 * POSITIONS}
     decoder(llama, generation=Decoding(max_new_tokens=POSITIONS), backbone_args=more)
+
+
+def one_update(folder: Path, batches: list[Batch]) -> dict[str, Tensor]:
+    """Gradients of the factors in one optimizer step over some batches."""
+    model = randomize(decoder(folder))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        accumulate_grad_batches=len(batches),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader(batches, batch_size=None))
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_each_token_of_an_update_weighs_the_same(llama: Path) -> None:
+    every = batch()
+    apart = [{key: value[i : i + 1] for key, value in every.items()} for i in range(len(every["labels"]))]
+    learnt = [int((one["labels"] != -100).sum()) for one in apart]
+    assert len(set(learnt)) > 1  # or a mean of means would be the same
+    together, accumulated = one_update(llama, [every]), one_update(llama, apart)
+    assert together
+    for name, gradient in together.items():
+        torch.testing.assert_close(accumulated[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_end_of_the_template_ends_responses_too(llama: Path) -> None:
+    assert decoder(llama, response_end=7).backbone.generation_config.eos_token_id == [2, 7]

@@ -22,7 +22,7 @@ LENGTH = 160
 def conversations(size: int) -> list[dict[str, Any]]:
     """Rows of several lengths, as the data module makes them."""
     draw, rows = random.Random(0), []
-    encoder = ConversationEncoder(byte_tokenizer(), CHAT, LENGTH)
+    encoder = ConversationEncoder(byte_tokenizer(), CHAT, LENGTH, end=2)
     for index in range(size):
         words = ["".join(draw.choices("abcde ", k=draw.randrange(1, 50))) for _ in range(2)]
         ids, learnt = encoder.conversation(
