@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from app.callbacks.errors import CallbackError
 from app.run_directory import CHECKPOINTS
@@ -44,6 +45,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self.last_every_n_steps = last_every_n_steps
         self._random_state: dict[str, Any] | None = None
         self._last_saved_step = -1
+        self._events_due = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle in the run directory."""
@@ -83,7 +85,9 @@ class AdapterCheckpoint(ModelCheckpoint):
     # --------------------------------------------------------------------------------------------- random numbers
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random-number states of all processes."""
+        """Add the random-number states of all processes; what was logged before a checkpoint is on disk before it."""
+        _write_events(trainer)
+        self._events_due = True  # those of the step itself are logged behind it
         states: list[Any] = [_random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -99,9 +103,19 @@ class AdapterCheckpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Restore the state as late as can be: whatever ran since the start may have drawn numbers."""
+        if self._events_due:
+            _write_events(trainer)
+            self._events_due = False
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+
+def _write_events(trainer: L.Trainer) -> None:
+    """Have TensorBoard write what it keeps for up to two minutes, or a killed run would be resumed with a gap."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.flush()
 
 
 def _random_state() -> dict[str, Any]:
