@@ -1,6 +1,7 @@
 """B, A, both, head and full on one task: a rate chosen for each on validation, then three seeds.
 
 A variant with a number behind it has that rank, and alpha = 2 · rank; without one, the rank and alpha of the recipe.
+A single rate is taken as it is.
 
 Every run goes through the command line (`main([...])`) in a process of its own, so that memory and seconds are its own.
 Results go to a JSON file as they come, and a stopped sweep continues where it was; the table is printed at the end.
@@ -11,6 +12,8 @@ Results go to a JSON file as they come, and a stopped sweep continues where it w
         -- --config conf/roberta_glue.yaml --config conf/cpu.yaml --data.task cola --data.test_on_validation true
     python -m benchmarks.variants --output docs/results/smollm2.json --metric loss --lowest --report loss perplexity \
         --variants B32 B64 A32 both32 -- --config conf/smollm2_instructions.yaml --data.path DIR
+    python -m benchmarks.variants --output docs/results/signs.json --variants B B_signs A A_signs --rates 0.005 \
+        -- --config conf/quickstart.yaml
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from typing import Any
 VARIANTS = {
     "B": ["--model.adapter.train=B", "--model.adapter.init_a=orthogonal", "--model.adapter.init_b=zero"],
     "A": ["--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"],
+    "B_signs": ["--model.adapter.train=B", "--model.adapter.init_a=signs", "--model.adapter.init_b=zero"],
+    "A_signs": ["--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=signs"],
     "both": ["--model.adapter.train=both", "--model.adapter.init_a=kaiming", "--model.adapter.init_b=zero"],
     "head": ["--model.tuning=head"],
     "full": ["--model.tuning=full"],
@@ -100,6 +105,8 @@ def main() -> None:
     for variant, rates in grids.items():
         while True:
             best[variant] = max(rates, key=lambda rate, v=variant: sign * once(v, rate, first)["metrics"][chosen_by])  # type: ignore[misc]
+            if len(rates) == 1:
+                break
             if best[variant] == rates[-1]:  # the grid ends too low for this variant
                 rates.append(float(f"{rates[-1] ** 2 / rates[-2]:.1g}"))
             elif best[variant] == rates[0]:

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 Train = Literal["B", "A", "both"]
 Scaling = Literal["standard", "rslora"]
-Init = Literal["orthogonal", "gaussian", "uniform", "kaiming", "svd", "zero"]
+Init = Literal["orthogonal", "signs", "gaussian", "uniform", "kaiming", "svd", "zero"]
+Start = Literal[Init, "given"]
 
 
 class AdapterError(ValueError):
@@ -29,7 +30,8 @@ class AdapterConfig:
         scaling: `standard` has s = alpha / rank, `rslora` s = alpha / sqrt(rank) (Kalajdzievski 2023).
         dropout: Probability in [0, 1) of zeroing an entry of the adapter's input.
         init_a: How A starts; see `modules.adapters.init`.
-        init_b: How B starts; the same choices. Exactly one factor starts at zero, so that training starts at W.
+        init_b: How B starts; the same choices. Exactly one factor starts at zero, so that training starts at W. Or
+            both are `given`, by a file or a checkpoint; until then they are zero.
         targets: Roles (`query`, `key`, `value`, `output`, `mlp_in`, `mlp_gate`, `mlp_out`), `attention` for the first
             four, `all`, or `regex:PATTERN` that must match the whole name of a projection.
         seed: Seed of the random factors. A factor depends on it, on the name of its projection and on its shape alone.
@@ -43,13 +45,13 @@ class AdapterConfig:
     alpha: float = 16.0
     scaling: Scaling = "standard"
     dropout: float = 0.0
-    init_a: Init = "orthogonal"
-    init_b: Init = "zero"
+    init_a: Start = "orthogonal"
+    init_b: Start = "zero"
     targets: list[str] | str = field(default_factory=lambda: ["query", "value"])
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, choices in (("train", Train), ("scaling", Scaling), ("init_a", Init), ("init_b", Init)):
+        for key, choices in (("train", Train), ("scaling", Scaling), ("init_a", Start), ("init_b", Start)):
             if getattr(self, key) not in get_args(choices):
                 raise AdapterError(
                     f"adapter.{key}: {getattr(self, key)!r} is not known; choose one of {', '.join(get_args(choices))}."
@@ -70,11 +72,18 @@ class AdapterConfig:
 
     def _check_starts(self) -> None:
         """Refuse the pairs that cannot learn and those that do not start at the pretrained weight."""
+        if "given" in (self.init_a, self.init_b):
+            if self.init_a != self.init_b:
+                raise AdapterError(
+                    f"adapter.init_a ({self.init_a}) and adapter.init_b ({self.init_b}): factors are given both or not "
+                    "at all; with model.adapter_path both are, and otherwise neither."
+                )
+            return
         zeros = (self.init_a == "zero") + (self.init_b == "zero")
         if zeros == 2:
             raise AdapterError(
                 "adapter.init_a and adapter.init_b: both are zero, a saddle where neither factor has a gradient; "
-                "start one of them from orthogonal, gaussian, uniform, kaiming or svd."
+                "start one of them from orthogonal, signs, gaussian, uniform, kaiming or svd."
             )
         if zeros == 0:
             raise AdapterError(

@@ -8,14 +8,22 @@ With n the long side (d_in for A, d_out for B) and r the rank, the r vectors of 
 | name       | entries                                   | norm of a vector                     |
 |------------|-------------------------------------------|--------------------------------------|
 | orthogonal | reduced QR of a Gaussian (Haar)           | 1                                    |
+| signs      | ±1/√n with equal odds                     | 1                                    |
 | gaussian   | N(0, 1/n)                                 | 1 in the mean square                 |
 | uniform    | U(-√(3/n), √(3/n))                        | 1 in the mean square                 |
 | kaiming    | LoRA's kaiming_uniform_(a=√5): U(-1/√fan_in, 1/√fan_in) | A: 1/√3, B: √(d_out/3r) |
 | svd        | top singular vectors of W, right for A, left for B | 1 (seconds a layer from 2048² on) |
 | zero       | 0                                         | 0                                    |
+| given      | 0 until a file or a checkpoint gives it   |                                      |
 
-so the first three and svd are matched in scale, and kaiming is as published: a frozen kaiming B is 4 to 7 times larger
+so the first four and svd are matched in scale, and kaiming is as published: a frozen kaiming B is 4 to 7 times larger
 than an orthogonal one at r = 8, which is what makes it collapse in the paper (appendix, B_km Â₀).
+
+`signs` alone is the same to the bit on every machine and with every version of every library, so that it need not be
+saved (`modules.adapters.compact`): its bits are SHAKE-256's (FIPS 202, published test vectors, part of every Python),
+one stream a vector, and its only arithmetic is √ and ÷, which IEEE 754 rounds in one way. The others go through
+torch's generators or LAPACK, which promise no such thing. Its vectors are orthogonal only on average: the cosine of two
+has mean 0 and standard deviation 1/√n. Below some ten entries two may even coincide.
 """
 
 from __future__ import annotations
@@ -24,10 +32,11 @@ import hashlib
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.config import Init
+from modules.adapters.config import Start
 
 Factor = Literal["A", "B"]
 
@@ -38,7 +47,7 @@ def factor_generator(seed: int, name: str, factor: Factor) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def init_factor(init: Init, factor: Factor, weight: Tensor, rank: int, seed: int, name: str) -> Tensor:
+def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: int, name: str) -> Tensor:
     """Draw one factor for a pretrained weight.
 
     Args:
@@ -54,11 +63,13 @@ def init_factor(init: Init, factor: Factor, weight: Tensor, rank: int, seed: int
     """
     d_out, d_in = weight.shape
     shape = (rank, d_in) if factor == "A" else (d_out, rank)
-    if init == "zero":
+    if init in ("zero", "given"):
         return torch.zeros(shape)
     if init == "svd":
         return _singular_vectors(weight, factor, rank)
     long_side = d_in if factor == "A" else d_out
+    if init == "signs":
+        return sign_factor(factor, long_side, rank, seed, name)
     generator = factor_generator(seed, name, factor)
     if init == "orthogonal":
         vectors = _orthonormal_columns(long_side, rank, generator)  # (n, r)
@@ -70,6 +81,20 @@ def init_factor(init: Init, factor: Factor, weight: Tensor, rank: int, seed: int
         bound = math.sqrt(3 / long_side)
         return tensor.uniform_(-bound, bound, generator=generator)
     return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+
+
+def sign_factor(factor: Factor, n: int, rank: int, seed: int, name: str) -> Tensor:
+    """The `signs` of a factor, (rank, n) for A and (n, rank) for B; this definition may never change.
+
+    Entry j of vector i is negative where bit j of SHAKE-256("signs/seed/name/factor/i") is set, counted from the least
+    significant bit of the first byte. So a larger rank adds vectors and leaves the others as they are.
+    """
+    streams = [hashlib.shake_256(f"signs/{seed}/{name}/{factor}/{i}".encode()) for i in range(rank)]
+    octets = np.frombuffer(b"".join(s.digest(-(-n // 8)) for s in streams), np.uint8).reshape(rank, -1)
+    bits = np.unpackbits(octets, axis=1, count=n, bitorder="little")  # (r, n)
+    entry = np.float32(1 / math.sqrt(n))
+    vectors = np.where(bits, -entry, entry)
+    return torch.from_numpy(np.ascontiguousarray(vectors if factor == "A" else vectors.T))
 
 
 def _orthonormal_columns(n: int, rank: int, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,7 +21,7 @@ from modules.adapters.roles import Projection
 if TYPE_CHECKING:
     from tests.modules.adapters.conftest import Backbone
 
-RANDOM: list[Any] = ["orthogonal", "gaussian", "uniform", "kaiming"]
+RANDOM: list[Any] = ["orthogonal", "signs", "gaussian", "uniform", "kaiming"]
 FACTORS: list[Any] = ["A", "B"]
 D_OUT, D_IN, RANK = 20, 28, 5
 
@@ -93,6 +94,52 @@ def test_kaiming_bound_and_norm(factor: Factor, fan_in: int, norm: float) -> Non
     assert vectors(tensor, factor).norm(dim=1).mean() == pytest.approx(norm, rel=0.02)
 
 
+@pytest.mark.parametrize("seed", [0, -3])
+@pytest.mark.parametrize("factor", FACTORS)
+def test_signs_are_the_bits_of_shake(factor: Factor, seed: int) -> None:
+    """Bit by bit from the definition, with integers alone."""
+    v = vectors(draw("signs", factor, seed=seed, name="blocks.0"), factor)
+    for i, vector in enumerate(v):
+        stream = hashlib.shake_256(f"signs/{seed}/blocks.0/{factor}/{i}".encode()).digest(4)
+        number = int.from_bytes(stream, "little")
+        assert vector.lt(0).tolist() == [bool(number >> j & 1) for j in range(len(vector))]
+        assert vector.abs().unique().tolist() == [np.float32(1 / math.sqrt(len(vector)))]
+
+
+@pytest.mark.parametrize(
+    ("factor", "digest"),
+    [
+        ("A", "9d786e32632144cd4b7745e856aee9a35e6169653e9bf38a0ae1192a74ae5de3"),
+        ("B", "25f90da3665cb78171d9a7ad1bf87e672f6afc27cc962533654845c1cdab52be"),
+    ],
+)
+def test_signs_may_never_change(factor: Factor, digest: str) -> None:
+    """Compact files that were written once rely on these bytes."""
+    tensor = init_factor("signs", factor, torch.empty(1000, 1001), 7, 12, "model.layers.0.self_attn.q_proj")
+    assert hashlib.sha256(tensor.numpy().astype("<f4").tobytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_signs_are_balanced_and_independent(factor: Factor) -> None:
+    n, rank = 4096, 64
+    v = vectors(draw("signs", factor, n, n, rank=rank), factor).double() * math.sqrt(n)
+    assert (v.square() - 1).abs().max() < 1e-6  # so that every norm is 1
+    assert abs(v.mean()) * math.sqrt(n * rank) < 4  # standard errors
+    assert abs((v[:, 1:] * v[:, :-1]).mean()) * math.sqrt(n * rank) < 4  # neighbouring bits
+    i, j = torch.triu_indices(rank, rank, 1)
+    cosines = (v @ v.T / n)[i, j]
+    assert cosines.std() * math.sqrt(n) == pytest.approx(1, abs=0.08)  # of 2016 pairs: five standard errors
+    assert abs(cosines.mean()) * math.sqrt(n * len(cosines)) < 4
+    other = vectors(draw("signs", factor, n, n, rank=rank, name="other"), factor).double() * math.sqrt(n)
+    assert abs((v * other).mean()) * math.sqrt(n * rank) < 4
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_a_larger_rank_adds_signs(factor: Factor) -> None:
+    small, large = (vectors(draw("signs", factor, rank=rank), factor) for rank in (3, 5))
+    assert torch.equal(large[:3], small)
+
+
 def test_kaiming_a_is_pefts_default() -> None:
     config = peft.LoraConfig(r=RANK, target_modules=["0"])
     layer: Any = peft.get_peft_model(nn.Sequential(nn.Linear(D_IN, D_OUT)), config).base_model.model[0]
@@ -136,12 +183,13 @@ def test_the_generator_is_the_same_in_every_process() -> None:
 @pytest.mark.parametrize(
     "targets", [["value"], ["value", "query"], "all", r"regex:blocks\.1\.attn\.qkv\.value", ["mlp_in", "attention"]]
 )
-def test_a_factor_does_not_depend_on_the_other_targets(backbone: Backbone, targets: Any) -> None:
+@pytest.mark.parametrize("init", ["orthogonal", "signs"])
+def test_a_factor_does_not_depend_on_the_other_targets(backbone: Backbone, targets: Any, init: Init) -> None:
     name = "blocks.1.attn.qkv.adapters.value.A"
-    reference = init_factor("orthogonal", "A", torch.empty(24, 24), 4, 7, "blocks.1.attn.qkv.value")
+    reference = init_factor(init, "A", torch.empty(24, 24), 4, 7, "blocks.1.attn.qkv.value")
     torch.rand(11)
     before = torch.get_rng_state()
-    model = backbone.attach(targets=targets, seed=7)
+    model = backbone.attach(targets=targets, seed=7, init_a=init)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(adapter_state(model)[name], reference)
 
