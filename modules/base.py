@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -10,11 +9,13 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach
-from modules.adapters.state import state_problems
+from modules.adapter_files import read_adapter
+from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
+from modules.adapters.state import frozen_fingerprint, state_problems
 from modules.optimization import Schedule, parameter_groups, schedule_factor
 
 Tuning = Literal["adapter", "head", "full"]
@@ -44,6 +45,8 @@ class AdaptedModule(L.LightningModule):
     Args:
         tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter).
         adapter: The adapters; of no effect unless `tuning` is `adapter`.
+        adapter_path: Adapters to start from, and the head that lies with them: a directory as PEFT or `export` writes
+            it, or a name on the hub. Of `adapter` then only `train` counts. A checkpoint holds what was loaded.
         backbone_dtype: Dtype of the frozen weights; factors and head stay float32. `full` needs float32.
         learning_rate: Peak rate of A and, unless the ratios say otherwise, of everything else; above 0.
         weight_decay: AdamW's decay of matrices; biases and norms have none.
@@ -54,6 +57,7 @@ class AdaptedModule(L.LightningModule):
     """
 
     kinds: tuple[str, ...]  # of data that the steps take, as the data modules name theirs
+    peft_task: str | None = None  # PEFT's name of the task
     backbone: nn.Module
     shard_frozen: bool = False  # whether several processes each keep a share of the frozen weights; a task's own key
 
@@ -61,6 +65,7 @@ class AdaptedModule(L.LightningModule):
         self,
         tuning: Tuning,
         adapter: AdapterConfig,
+        adapter_path: str | None,
         backbone_dtype: BackboneDtype,
         learning_rate: float,
         weight_decay: float,
@@ -81,7 +86,10 @@ class AdaptedModule(L.LightningModule):
                 "model.backbone_dtype: bfloat16 is for frozen weights, since small updates to it are rounded away; "
                 "with tuning: full use float32 (and --trainer.precision bf16-mixed for speed)."
             )
+        if adapter_path is not None and tuning != "adapter":
+            raise ModelError(f"model.adapter_path: with tuning {tuning} there are no adapters; set it to adapter.")
         self.tuning: Tuning = tuning
+        self.adapter_path = adapter_path
         self.adapter = adapter if isinstance(adapter, AdapterConfig) else AdapterConfig(**adapter)
         self.backbone_dtype = getattr(torch, backbone_dtype)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -89,6 +97,7 @@ class AdaptedModule(L.LightningModule):
         self.warmup_ratio, self.lr_ratio_b, self.lr_ratio_head = warmup_ratio, lr_ratio_b, lr_ratio_head
         self.head_names: list[str] = []
         self.projections: list[Projection] = []
+        self._given_heads: dict[str, Tensor] = {}
         self._gradients_seen = False
 
     def configure_tuning(self, heads: Sequence[str] = ()) -> None:
@@ -101,15 +110,52 @@ class AdaptedModule(L.LightningModule):
         """
         if self.tuning != "full":
             self._cast_and_freeze(heads)
+        self.head_names = [f"backbone.{name}" for name in heads]
         if self.tuning == "adapter":
-            self.projections = attach(self.backbone, self.adapter, exclude=heads)
+            self._attach(heads)
         self.backbone.train()  # from_pretrained gives eval mode, and Lightning keeps the mode it finds
         if self.tuning != "full":
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
-        self.head_names = [f"backbone.{name}" for name in heads]
         self.fingerprint = frozen_fingerprint(self.backbone)
+
+    def _attach(self, heads: Sequence[str]) -> None:
+        """Attach the adapters, those of `adapter_path` if there is one; a checkpoint then says what they are."""
+        if self.adapter_path is None:
+            self.projections = attach(self.backbone, self.adapter, exclude=heads)
+            return
+        given = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, self.head_homes())
+        self.adapter, self._given_heads = given.config, given.heads
+        self.projections = attach(self.backbone, self.adapter, exclude=heads)
+        load_adapter_state(self.backbone, given.factors)
+        self.hparams.update(adapter=self.adapter, adapter_path=None)
+        if missing := [head for head in self.head_homes() if not any(n.startswith(f"{head}.") for n in given.heads)]:
+            rank_zero_warn(f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}, which starts anew.")
+
+    def head_homes(self) -> dict[str, tuple[str, ...]]:
+        """For each head its names in a complete model of the backbone's own library, which is what PEFT wraps."""
+        return {name: (name.removeprefix("backbone."),) for name in self.head_names}
+
+    @torch.no_grad()
+    def load_given_heads(self) -> None:
+        """Load the heads that lay with the adapters; a task calls it once its heads are as the data wants them.
+
+        Raises:
+            ModelError: If they are other heads than the task's.
+        """
+        if not self._given_heads:
+            return
+        given, self._given_heads = self._given_heads, {}
+        heads = {head for head in self.head_names if any(name.startswith(f"{head}.") for name in given)}
+        own = {n: t for n, t in self.state_dict().items() if any(n.startswith(f"{head}.") for head in heads)}
+        if problems := state_problems(own, given):
+            raise ModelError(
+                f"model.adapter_path: the head of {self.adapter_path} is not this task's: {'; '.join(problems)}. The "
+                "data must have as many classes as that was trained on, in the same order."
+            )
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
 
     def _cast_and_freeze(self, heads: Sequence[str]) -> None:
         kept = {name: self.backbone.get_submodule(name) for name in heads}
@@ -176,7 +222,16 @@ class AdaptedModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """On resume, let this run's rates and decay win over those that lie in the optimizer's saved state."""
+        """On resume, let this run's rates and decay win over those that lie in the optimizer's saved state.
+
+        Raises:
+            ModelError: If the factors were to be given, and nothing has.
+        """
+        if self.adapter.init_a == "given" and not any(t.any() for t in adapter_state(self.backbone).values()):
+            raise ModelError(
+                "adapter.init_a and adapter.init_b: given says that the factors come from elsewhere; set "
+                "model.adapter_path, or choose others (orthogonal and zero)."
+            )
         schedulers = self.lr_schedulers()
         assert isinstance(schedulers, torch.optim.lr_scheduler.LambdaLR)
         schedulers.base_lrs = [group["initial_lr"] for group in self._configured_groups]
@@ -296,22 +351,3 @@ class AdaptedModule(L.LightningModule):
 def inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook of a head in float32 behind a backbone that may be in bfloat16."""
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-
-
-def frozen_fingerprint(model: nn.Module) -> str:
-    """Hash of a model's frozen parameters and of its buffers, by name, dtype, shape and their first and last values.
-
-    Factors do not count. Enough to tell two files of weights apart, at no cost that a large model would notice.
-    """
-    digest = hashlib.sha256()
-    factors = adapter_state(model)
-    # tied ones under all their names, as in the state
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
-    if all(flags.values()):
-        return digest.hexdigest()  # tuned in full
-    for name, parameter in model.state_dict().items():
-        if not flags.get(name) and name not in factors:
-            flat = parameter.detach().flatten()
-            ends = torch.cat([flat[:64], flat[-64:]]).double().cpu()
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
-    return digest.hexdigest()

@@ -50,6 +50,7 @@ class ImageClassifier(AdaptedModule):
         class_names: list[str] | None = None,
         tuning: Tuning = "adapter",
         adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
+        adapter_path: str | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         schedule: Schedule = "cosine",
@@ -60,6 +61,7 @@ class ImageClassifier(AdaptedModule):
         super().__init__(
             tuning=tuning,
             adapter=adapter,
+            adapter_path=adapter_path,
             backbone_dtype=backbone_dtype,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -80,6 +82,7 @@ class ImageClassifier(AdaptedModule):
         self.head_names = ["head"]
         if class_names:
             self.head = self.build_head()
+            self.load_given_heads()
 
     def setup(self, stage: str) -> None:
         """Take the data's classes, if the model has none yet, and build the head."""
@@ -87,6 +90,12 @@ class ImageClassifier(AdaptedModule):
         self.class_names = self.take_from_data("class_names")
         if self.head is None:
             self.head = self.build_head()
+        self.load_given_heads()
+
+    def head_homes(self) -> dict[str, tuple[str, ...]]:
+        """Where timm has its classifier, or the two of a distilled model."""
+        names = self.backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+        return {"head": (names,) if isinstance(names, str) else tuple(names)}
 
     def build_head(self) -> nn.Module:
         """A linear layer from the pooled features to the classes, and the metrics of as many."""

@@ -49,6 +49,7 @@ class LanguageModel(AdaptedModule):
     """
 
     kinds = ("instructions", "questions")
+    peft_task = "CAUSAL_LM"
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class LanguageModel(AdaptedModule):
         response_end: int | None = None,
         tuning: Literal["adapter", "full"] = "adapter",
         adapter: AdapterConfig = AdapterConfig(rank=32, alpha=64.0),  # noqa: B008
+        adapter_path: str | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         schedule: Schedule = "cosine",
@@ -72,6 +74,7 @@ class LanguageModel(AdaptedModule):
         super().__init__(
             tuning=tuning,
             adapter=adapter,
+            adapter_path=adapter_path,
             backbone_dtype=backbone_dtype,
             learning_rate=learning_rate,
             weight_decay=weight_decay,

@@ -76,6 +76,7 @@ class Summarizer(AdaptedModule):
     """
 
     kinds = ("summaries",)
+    peft_task = "SEQ_2_SEQ_LM"
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Summarizer(AdaptedModule):
         generation: Generation = Generation(),
         tuning: Literal["adapter", "full"] = "adapter",
         adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
+        adapter_path: str | None = None,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.01,
         schedule: Schedule = "linear",
@@ -96,6 +98,7 @@ class Summarizer(AdaptedModule):
         super().__init__(
             tuning=tuning,
             adapter=adapter,
+            adapter_path=adapter_path,
             backbone_dtype=backbone_dtype,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -125,6 +128,7 @@ class Summarizer(AdaptedModule):
         self.backbone.generation_config = GenerationConfig.from_dict({**tokens, **asdict(self.generation)})
         # an output layer of its own is a head only if it came without weights
         self.configure_tuning([h for h in built.heads if any(name.startswith(f"{h}.") for name in built.new)])
+        self.load_given_heads()
         self.rouge = nn.ModuleDict({s: Rouge() for s in ("val", "test")})
         # a loss that is no number is not left out
         self.losses = nn.ModuleDict({s: MeanMetric(nan_strategy=math.nan) for s in ("val", "test")})

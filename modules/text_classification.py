@@ -41,6 +41,7 @@ class TextClassifier(AdaptedModule):
     """
 
     kinds = ("labelled texts",)
+    peft_task = "SEQ_CLS"
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class TextClassifier(AdaptedModule):
         metrics: list[str] | None = None,
         tuning: Tuning = "adapter",
         adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
+        adapter_path: str | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         schedule: Schedule = "linear",
@@ -62,6 +64,7 @@ class TextClassifier(AdaptedModule):
         super().__init__(
             tuning=tuning,
             adapter=adapter,
+            adapter_path=adapter_path,
             backbone_dtype=backbone_dtype,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -130,6 +133,7 @@ class TextClassifier(AdaptedModule):
         config.id2label = dict(enumerate(class_names or ["score"]))
         self.backbone.num_labels = len(config.id2label)  # type: ignore[assignment]
         config.label2id = {label: i for i, label in config.id2label.items()}
+        self.load_given_heads()
 
     def _output_layer(self, outputs: int) -> tuple[str, nn.Linear]:
         """The last linear layer of the heads with so many outputs."""

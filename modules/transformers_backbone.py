@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,10 @@ def load_tokenizer(name: str, model: PreTrainedModel, pads: bool = True) -> PreT
         raise ModelError(
             f"model.backbone: {name} has no tokenizer that could be loaded ({_first_line(error)}); {mend}."
         ) from error
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    # names of files in an export
+    if odd := [template for template in templates if not re.fullmatch(r"[\w.-]+", str(template))]:
+        raise ModelError(f"model.backbone: the tokenizer of {name} names a chat template {odd[0]!r}; {mend}.")
     if is_gguf(name):
         forget_invented_tokens(tokenizer)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up for want of files

@@ -113,21 +113,9 @@ class AdaptedLinear(nn.Linear):
         return out.view(*leading, self.out_features)
 
     def _stacked_factors(self) -> tuple[Tensor, Tensor]:
-        """A of all slices one below the other, B of all slices on a block diagonal with zeros in the rows of the rest.
-
-        A fused (q; k; v) with q and v adapted has [A_q; A_v] and [[B_q, 0], [0, 0], [0, B_v]], so
-        that one product serves all slices and no slice of the output is written to on its own.
-        """
+        """A and B of the whole layer; see `stack`."""
         operands = [f.operands() for f in self.factors()]
-        if len(operands) == 1 and operands[0][1].shape[0] == self.out_features:
-            return operands[0]  # not fused: nothing to stack
-        blocks, row = [], 0
-        for factors, (_, b) in zip(self.factors(), operands, strict=True):
-            rows = factors.projection.rows
-            blocks += [b.new_zeros(rows.start - row, 0), b]
-            row = rows.stop
-        blocks.append(blocks[-1].new_zeros(self.out_features - row, 0))
-        return torch.cat([a for a, _ in operands]), torch.block_diag(*blocks)
+        return stack([f.projection for f in self.factors()], operands, self.out_features)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -167,3 +155,27 @@ class AdaptedLinear(nn.Linear):
         """Show the slices and their rank."""
         ranks = ", ".join(f"{f.projection.role} r={f.A.shape[0]}" for f in self.factors())
         return f"{super().extra_repr()}, adapters: {ranks}"
+
+
+def stack(projections: list[Projection], operands: list[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
+    """A of all slices one below the other, B of all slices on a block diagonal with zeros in the rows of the rest.
+
+    A fused (q; k; v) with q and v adapted has [A_q; A_v] and [[B_q, 0], [0, 0], [0, B_v]], so
+    that one product serves all slices and no slice of the output is written to on its own.
+
+    Args:
+        projections: The k slices, in the order of their rows.
+        operands: A (r, d_in) and B (rows of the slice, r) of each.
+        rows: Rows of the whole layer, d_out.
+
+    Returns:
+        (k·r, d_in) and (d_out, k·r).
+    """
+    if len(operands) == 1 and operands[0][1].shape[0] == rows:
+        return operands[0]  # not fused: nothing to stack
+    blocks, row = [], 0
+    for projection, (_, b) in zip(projections, operands, strict=True):
+        blocks += [b.new_zeros(projection.start - row, 0), b]
+        row = projection.stop
+    blocks.append(blocks[-1].new_zeros(rows - row, 0))
+    return torch.cat([a for a, _ in operands]), torch.block_diag(*blocks)

@@ -137,6 +137,9 @@ def _split(layer: str, linear: nn.Linear, by_head: bool) -> list[Projection]:
 def select(projections: list[Projection], targets: Collection[str]) -> list[Projection]:
     """The projections that the targets name.
 
+    A pattern that matches the name of a fused layer takes the layer as a whole, with the role `other`, unless any
+    target names one of its parts.
+
     Args:
         projections: What there is, from `find_projections`.
         targets: `AdapterConfig.targets`.
@@ -145,15 +148,25 @@ def select(projections: list[Projection], targets: Collection[str]) -> list[Proj
         AdapterError: For a target that is not known or a role or pattern that matches nothing; the message lists what
             there is.
     """
+    candidates = [*projections, *fused_layers(projections)]
     chosen: set[str] = set()
     for target in targets:
-        names = {p.name for p in projections if _matches(p, target)}
+        names = {p.name for p in candidates if _matches(p, target)}
         if not names:
             raise AdapterError(
                 f"adapter.targets: {target!r} matches nothing in this backbone, {_inventory(projections)}"
             )
         chosen |= names
-    return [p for p in projections if p.name in chosen]
+    in_parts = {p.layer for p in projections if p.name in chosen and p.fused}
+    order = {p.layer: i for i, p in enumerate(projections)}
+    found = [p for p in candidates if p.name in chosen and (p.fused or p.layer not in in_parts)]
+    return sorted(found, key=lambda p: (order[p.layer], p.start))
+
+
+def fused_layers(projections: list[Projection]) -> list[Projection]:
+    """The layers that hold several of the projections, each as one."""
+    rows = {p.layer: p.stop for p in projections if p.fused}  # of the last part
+    return [Projection(layer, "other", 0, stop) for layer, stop in rows.items()]
 
 
 def _matches(projection: Projection, target: str) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from datamodules.image_classification import ImageClassificationData
 from modules.adapters import AdapterConfig, adapter_state, attach
-from modules.base import ModelError, frozen_fingerprint
+from modules.adapters.state import frozen_fingerprint
+from modules.base import ModelError
 from modules.image_classification import ImageClassifier
 
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -100,3 +100,13 @@ def test_default_targets_are_not_shared() -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         AdapterConfig().rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("train", ["A", "B", "both"])
+def test_factors_are_given_both_or_not_at_all(train: Any) -> None:
+    assert AdapterConfig(train=train, init_a="given", init_b="given").train == train
+    for other in get_args(Init):
+        with pytest.raises(AdapterError, match="both or not at all"):
+            AdapterConfig(train=train, init_a="given", init_b=other)
+        with pytest.raises(AdapterError, match="both or not at all"):
+            AdapterConfig(train=train, init_a=other, init_b="given")

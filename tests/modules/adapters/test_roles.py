@@ -284,6 +284,8 @@ def test_overlapping_targets_count_once_in_the_models_order(backbone: Backbone) 
     [
         (r"blocks\.0\.attn\.qkv\.(query|value)", ["blocks.0.attn.qkv.query", "blocks.0.attn.qkv.value"]),
         (r".*\.1\.mlp\..*", ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]),
+        (r"blocks\.1\.attn\.(qkv|proj)", ["blocks.1.attn.qkv", "blocks.1.attn.proj"]),  # the fused layer as a whole
+        (r".*\.1\.attn\.qkv(\.key)?", ["blocks.1.attn.qkv.key"]),  # or a part of it, never both
     ],
 )
 def test_regex_matches_names(backbone: Backbone, pattern: str, names: list[str]) -> None:
@@ -291,7 +293,7 @@ def test_regex_matches_names(backbone: Backbone, pattern: str, names: list[str])
 
 
 @only_vit
-@pytest.mark.parametrize("pattern", ["blocks", r"attn\.qkv\.query", r"blocks\.0\.attn\.qkv", ""])
+@pytest.mark.parametrize("pattern", ["blocks", r"attn\.qkv\.query", r"blocks\.0\.attn", ""])
 def test_regex_has_to_match_the_whole_name(backbone: Backbone, pattern: str) -> None:
     with pytest.raises(AdapterError, match="matches nothing"):
         chosen(backbone, f"regex:{pattern}")

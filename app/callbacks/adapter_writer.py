@@ -1,0 +1,45 @@
+"""The finished adapter in PEFT's format, in the run directory."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from app.checkpoint_io import CheckpointError, read_checkpoint
+from app.commands.export import new_directory
+from app.commands.peft import write_peft
+from modules.adapters import AdapterError
+from modules.base import AdaptedModule
+
+FOLDER = "adapter"
+
+
+class AdapterWriter(L.Callback):
+    """Write the adapter and the head to `adapter/` when training has ended, of the best checkpoint if there is one.
+
+    The checkpoints hold the same: where it cannot be written, a line on stderr says why, and the run ends as it would.
+    """
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write it, in the place of an earlier one."""
+        assert isinstance(pl_module, AdaptedModule)
+        if pl_module.tuning != "adapter" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.default_root_dir) / FOLDER
+        callback = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
+        best = Path(callback.best_model_path if callback else "")
+        try:
+            state = read_checkpoint(best)["state_dict"] if best.is_file() else pl_module.saved_state()
+            with new_directory(folder) as temporary:
+                write_peft(pl_module, torch.float32, temporary, state)
+                shutil.rmtree(folder, ignore_errors=True)
+        except (ArgumentError, AdapterError, CheckpointError) as error:
+            print(f"{folder} was not written, and the checkpoints were: {error}", file=sys.stderr)

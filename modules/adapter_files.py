@@ -1,0 +1,142 @@
+"""Adapters in directories, local or on the hub: PEFT's files in and out, compact ones in; never a pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modules.adapters.compact import FILE_NAME as COMPACT
+from modules.adapters.compact import is_compact, load_compact
+from modules.adapters.config import AdapterConfig, AdapterError
+from modules.adapters.peft_format import WHERE, Heads
+from modules.adapters.peft_reading import from_peft
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+class Given(NamedTuple):
+    """An adapter that was read for a module.
+
+    Args:
+        config: The configuration to attach it with.
+        factors: Both factors of every adapter under the names of `adapter_state`.
+        heads: Tensors of the heads under the module's names.
+    """
+
+    config: AdapterConfig
+    factors: dict[str, Tensor]
+    heads: dict[str, Tensor]
+
+
+def read_adapter(
+    source: str,
+    backbone: nn.Module,
+    own: AdapterConfig,
+    exclude: Collection[str],
+    homes: Mapping[str, Collection[str]],
+) -> Given:
+    """Read an adapter for a backbone that has none yet.
+
+    Args:
+        source: A directory as PEFT or `export` writes it, or a name on the hub.
+        backbone: The backbone; it is not changed.
+        own: Says the factor that is to be trained; all else comes from the file.
+        exclude: Names of the backbone's modules that are heads.
+        homes: For each head of the module, its names in the model that PEFT wraps.
+
+    Raises:
+        AdapterError: If it is not to be had, is damaged, does not fit, or is none that can be expressed here.
+    """
+    folder = _located(source)
+    if is_compact(folder):
+        compact = load_compact(folder, backbone, exclude)
+        config = compact.adapter
+        if config.train != own.train:
+            config = replace(config, train=own.train, init_a="given", init_b="given")
+        return Given(config, compact.factors, compact.heads)
+    names = [name for of_head in homes.values() for name in of_head]
+    config, factors, wholes = from_peft(backbone, *_read_peft(folder), own, exclude, names)
+    return Given(config, factors, _at_home(wholes, homes))
+
+
+def write_peft_files(
+    folder: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        folder: An existing directory.
+        content: The former.
+        tensors: The latter.
+        dtype: Of its floats.
+    """
+    copies = {  # safetensors takes no tensors that share memory
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _located(source: str) -> Path:
+    """The local directory of an adapter, fetched from the hub if need be."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise AdapterError(f"{WHERE}: {source} is a file; give the directory with {CONFIG} and {WEIGHTS}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, COMPACT]))
+    except Exception as error:  # whatever a network or a name can raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AdapterError(
+            f"{WHERE}: {source} is no directory here, and from the hub it could not be had ({reason}). Give a "
+            f"directory with {CONFIG} and {WEIGHTS}."
+        ) from error
+
+
+def _read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The two files of a PEFT directory."""
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    if not config.is_file():
+        raise AdapterError(f"{WHERE}: {folder} has no {CONFIG}; give a directory as PEFT's save_pretrained writes it.")
+    if not weights.is_file():
+        pickled = f"; its {PICKLE} is not read, since a pickle can run code" if (folder / PICKLE).exists() else ""
+        raise AdapterError(
+            f"{WHERE}: {folder} has no {WEIGHTS}{pickled}. Load it with PEFT where you trust it, and save_pretrained "
+            "writes safetensors."
+        )
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterError(f"{WHERE}: {config} cannot be read as JSON ({error}). Get the file anew.") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{WHERE}: {config} holds no JSON object. Get the file anew.")
+    try:
+        return content, load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{WHERE}: {weights} cannot be read as safetensors ({error}): it is damaged, or cut off. Get the file anew."
+        ) from error
+
+
+def _at_home(wholes: Heads, homes: Mapping[str, Collection[str]]) -> dict[str, Tensor]:
+    """Tensors of heads under the module's names; a head that has several homes must be the same in all."""
+    found: dict[str, Tensor] = {}
+    for head, names in homes.items():
+        for content in (wholes[name] for name in names if name in wholes):
+            for key, tensor in content.items():
+                known = found.setdefault(f"{head}.{key}", tensor)
+                if known.shape != tensor.shape or not torch.equal(known, tensor):
+                    raise AdapterError(f"{WHERE}: {' and '.join(names)} differ in {key}, and here they are one head.")
+    return found

@@ -1,0 +1,346 @@
+"""PEFT's LoRA files and our adapters say the same in both directions; PEFT itself is the reference."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modules.adapter_files import write_peft_files
+from modules.adapters import AdapterConfig, AdapterError, adapter_state, attach, load_adapter_state
+from modules.adapters.peft_format import PREFIX, Heads, check_supported, to_peft
+from modules.adapters.peft_reading import PeftAdapter, from_peft
+from tests.modules.adapters.conftest import BACKBONES, Backbone
+
+STARTS: dict[str, dict[str, Any]] = {
+    "B": {"train": "B"},
+    "A": {"train": "A", "init_a": "zero", "init_b": "orthogonal"},
+    "both": {"train": "both"},
+}
+ALL_FAMILIES = pytest.mark.parametrize("backbone", ["vit", "bert", "roberta", "bart", "llama"], indirect=True)
+only_vit = pytest.mark.parametrize("backbone", ["vit"], indirect=True)
+only_roberta = pytest.mark.parametrize("backbone", ["roberta"], indirect=True)
+
+
+def heads_of(backbone: Backbone) -> Heads:
+    """What is trained whole, other than the reference has it."""
+    model = backbone.model
+    return {n: {k: t + 1 for k, t in model.get_submodule(n).state_dict().items()} for n in backbone.head}
+
+
+def exported(backbone: Backbone, config: AdapterConfig, heads: Heads) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    content, tensors = to_peft(backbone.model, config, adapter_state(backbone.model), heads)
+    return json.loads(json.dumps(content)), tensors
+
+
+def pefts_output(backbone: Backbone, folder: Path) -> Tensor:
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(backbone.reference), folder).eval()
+    return backbone.run(model)
+
+
+def imported(backbone: Backbone, content: Any, tensors: Any, **own: Any) -> PeftAdapter:
+    """Read for a fresh model, and attached to it."""
+    own_config = AdapterConfig(**({"init_a": "given", "init_b": "given"} | own))
+    backbone.model = copy.deepcopy(backbone.reference)
+    given = from_peft(backbone.model, content, tensors, own_config, backbone.head, backbone.head)
+    attach(backbone.model, given.config, exclude=backbone.head)
+    load_adapter_state(backbone.model, given.factors)
+    for name, tensors_of_head in given.heads.items():
+        backbone.model.get_submodule(name).load_state_dict(tensors_of_head)
+    return given
+
+
+# ------------------------------------------------------------------------------------------------------- ours for PEFT
+
+
+@ALL_FAMILIES
+@pytest.mark.parametrize("train", ["B", "A", "both"])
+@pytest.mark.parametrize(
+    ("targets", "scaling"),
+    [(["query", "value"], "standard"), (["attention", "mlp_out"], "rslora"), (["query"], "rslora")],
+)
+@torch.no_grad()
+def test_peft_computes_what_we_do_and_the_round_trip_is_exact(
+    backbone: Backbone, randomize: Callable[[nn.Module], None], tmp_path: Path, train: str, targets: Any, scaling: Any
+) -> None:
+    config = AdapterConfig(**STARTS[train], rank=2, alpha=3.0, targets=targets, scaling=scaling, dropout=0.25)
+    attach(backbone.model, config, exclude=backbone.head)
+    randomize(backbone.model)
+    heads = heads_of(backbone)
+    content, tensors = exported(backbone, config, heads)
+    write_peft_files(tmp_path, content, tensors, torch.float32)
+    for name, of_head in heads.items():
+        backbone.model.get_submodule(name).load_state_dict(of_head)
+    expected = backbone.run()
+    before = {name: tensor.clone() for name, tensor in adapter_state(backbone.model).items()}
+    torch.testing.assert_close(pefts_output(backbone, tmp_path), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - backbone.pretrained_output()).abs().max() > 1e-3
+
+    given = imported(backbone, content, load_file(tmp_path / "adapter_model.safetensors"), train=train)
+    after = adapter_state(backbone.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert given.config == AdapterConfig(
+        **{**vars(config), "targets": given.config.targets, "init_a": "given", "init_b": "given"}
+    )
+    torch.testing.assert_close(backbone.run(), expected, atol=0, rtol=0)
+
+
+@only_vit
+def test_a_fused_layer_is_one_lora_with_a_block_for_each_part(
+    backbone: Backbone, randomize: Callable[[nn.Module], None]
+) -> None:
+    config = AdapterConfig(rank=2, alpha=3.0, targets=["query", "value", "output"])
+    attach(backbone.model, config, exclude=backbone.head)
+    randomize(backbone.model)
+    state = adapter_state(backbone.model)
+    content, tensors = exported(backbone, config, {})
+    qkv = "blocks.0.attn.qkv"
+    b, a = tensors[f"{PREFIX}{qkv}.lora_B.weight"], tensors[f"{PREFIX}{qkv}.lora_A.weight"]
+    assert (b.shape, a.shape) == ((72, 4), (4, 24))
+    torch.testing.assert_close(a[2:], state[f"{qkv}.adapters.value.A"], atol=0, rtol=0)
+    torch.testing.assert_close(b[48:, 2:], state[f"{qkv}.adapters.value.B"], atol=0, rtol=0)
+    assert not b[24:48].any()
+    assert not b[:24, 2:].any()
+    assert (content["r"], content["lora_alpha"], content["target_modules"]) == (2, 3, ["attn.proj", "attn.qkv"])
+    assert (content["rank_pattern"], content["alpha_pattern"]) == ({"qkv": 4}, {"qkv": 6})
+    assert content["modules_to_save"] is None
+
+
+def test_names_that_peft_would_take_for_a_head_are_refused() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q_proj": nn.Linear(4, 4), "other_head": nn.Linear(4, 4)})})
+    config = AdapterConfig(rank=2, targets=["regex:a\\.q_proj"])
+    attach(model, config)
+    head = {"head": nn.Linear(4, 2).state_dict()}
+    with pytest.raises(AdapterError, match=r"a\.other_head"):
+        to_peft(model, config, adapter_state(model), head)
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "score": nn.Linear(4, 4)})  # which PEFT adds by itself
+    attach(model, AdapterConfig(rank=2, targets=["regex:q_proj"]))
+    content, _ = to_peft(model, AdapterConfig(rank=2), adapter_state(model), head, "SEQ_CLS")
+    assert content["task_type"] is None
+    content, _ = to_peft(model, AdapterConfig(rank=2), adapter_state(model), head, "CAUSAL_LM")
+    assert content["task_type"] == "CAUSAL_LM"
+
+
+# ------------------------------------------------------------------------------------------------------ PEFT's for us
+
+PEFTS: dict[str, dict[str, Any]] = {
+    "vit": {"target_modules": ["qkv", "fc2"]},
+    "bert": {"target_modules": ["query", "key"]},
+    "roberta": {"target_modules": ["query", "value"], "use_rslora": True},
+    "bart": {"target_modules": r".*encoder_attn\.[qv]_proj"},
+    "llama": {"target_modules": "all-linear", "lora_dropout": 0.1},
+}
+TARGETS = {
+    "vit": [r"regex:blocks\.\d+\.attn\.qkv", r"regex:blocks\.\d+\.mlp\.fc2"],
+    "bert": ["query", "key"],
+    "roberta": ["query", "value"],
+    "bart": [rf"regex:model\.decoder\.layers\.\d+\.encoder_attn\.{c}_proj" for c in "vq"],
+    "llama": ["query", "key", "value", "output", "mlp_in", "mlp_gate", "mlp_out"],
+}
+
+
+def pefts_own(backbone: Backbone, folder: Path, **keys: Any) -> nn.Module:
+    """A LoRA of rank 4 with random factors and heads, saved by PEFT."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "modules_to_save": list(backbone.head) or None, **keys})
+    model = peft.get_peft_model(copy.deepcopy(backbone.reference), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+
+
+@ALL_FAMILIES
+@pytest.mark.parametrize("train", ["A", "both"])
+@torch.no_grad()
+def test_pefts_own_lora(backbone: Backbone, request: pytest.FixtureRequest, tmp_path: Path, train: str) -> None:
+    name = request.node.callspec.params["backbone"]
+    expected = backbone.run(pefts_own(backbone, tmp_path, **PEFTS[name]))
+    given = imported(backbone, *read(tmp_path), train=train)
+    torch.testing.assert_close(backbone.run(), expected, atol=1e-5, rtol=1e-5)
+    assert (given.config.rank, given.config.alpha, given.config.train) == (4, 6.0, train)
+    assert sorted(given.config.targets) == sorted(TARGETS[name])
+    assert given.config.scaling == ("rslora" if name == "roberta" else "standard")
+    assert given.config.dropout == (0.1 if name == "llama" else 0)
+    # and back to PEFT
+    content, tensors = exported(backbone, given.config, given.heads)
+    write_peft_files(tmp_path, content, tensors, torch.float32)
+    torch.testing.assert_close(pefts_output(backbone, tmp_path), expected, atol=1e-5, rtol=1e-5)
+
+
+@only_roberta
+@torch.no_grad()
+def test_patterns_that_give_one_scale_and_tensors_in_bfloat16(backbone: Backbone, tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"query": 2}, "alpha_pattern": {"query": 3}}
+    model = pefts_own(backbone, tmp_path, target_modules=["query"], **patterns)
+    expected = backbone.run(model)
+    content, tensors = read(tmp_path)
+    given = imported(backbone, content, tensors)
+    assert (given.config.rank, given.config.alpha) == (2, 3.0)
+    torch.testing.assert_close(backbone.run(), expected, atol=1e-5, rtol=1e-5)
+    given = imported(backbone, content, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    layer = "roberta.encoder.layer.0.attention.self.query"
+    factor = given.factors[f"{layer}.adapters.query.A"]
+    assert factor.dtype == torch.float32
+    torch.testing.assert_close(factor, tensors[f"{PREFIX}{layer}.lora_A.weight"].bfloat16().float(), atol=0, rtol=0)
+
+
+@only_vit
+@torch.no_grad()
+def test_zeros_tell_the_parts_of_a_fused_layer(backbone: Backbone, tmp_path: Path) -> None:
+    pefts_own(backbone, tmp_path, target_modules=["qkv"])
+    content, tensors = read(tmp_path)
+    b = {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
+
+    def targets() -> Any:
+        given = imported(backbone, content, tensors)
+        return given.config.rank, given.config.targets
+
+    assert targets() == (4, [r"regex:blocks\.\d+\.attn\.qkv"])
+    for tensor in b.values():
+        tensor[24:, :2] = 0  # two columns for the query
+    assert targets() == (4, [r"regex:blocks\.\d+\.attn\.qkv"])
+    for tensor in b.values():
+        tensor[:48, 2:] = 0  # two for the value
+    assert targets() == (2, ["query", "value"])
+    first = next(iter(b.values()))
+    first[:] = 0  # of one layer nothing is known
+    assert targets() == (4, [r"regex:blocks\.\d+\.attn\.qkv"])
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+BASIC = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("peft_type", None),
+        ("peft_type", ["LORA"]),
+        ("r", 0),
+        ("r", "4"),
+        ("r", True),
+        ("lora_alpha", -1),
+        ("lora_alpha", math.nan),
+        ("lora_dropout", "0.1"),
+        ("bias", "all"),
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("layer_replication", [[0, 1]]),
+        ("target_parameters", ["weight"]),
+        ("trainable_token_indices", [0]),
+        ("alora_invocation_tokens", [1]),
+        ("use_qalora", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "mica"),
+        ("rank_pattern", ["query"]),
+        ("rank_pattern", {"query": "4"}),
+        ("alpha_pattern", {"query": math.inf}),
+        ("what_the_future_brings", {"rank": 3}),
+    ],
+)
+def test_a_key_that_is_not_supported_is_named(key: str, value: Any) -> None:
+    with pytest.raises(AdapterError, match=key):
+        check_supported({**BASIC, key: value})
+
+
+def test_pefts_defaults_are_supported() -> None:
+    content = json.loads(json.dumps(peft.LoraConfig(target_modules=["query"]).to_dict(), default=list))
+    check_supported(content)
+
+
+def a_name(end: str) -> str:
+    return f"{PREFIX}roberta.encoder.layer.0.attention.self.query.{end}"
+
+
+Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
+
+
+@only_roberta
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, t: t.pop(a_name("lora_B.weight")), r"1 missing: .*query\.lora_B"),
+        (lambda c, t: t.update({a_name("lora_C.weight"): torch.ones(1)}), r"1 unexpected: .*query\.lora_C"),
+        (
+            lambda c, t: t.update({f"{PREFIX}roberta.pooler.weight": torch.ones(1)}),
+            r"unexpected: .*pooler.*no embeddings",
+        ),
+        (
+            lambda c, t: t.update({a_name("lora_A.weight"): torch.ones(4, 8)}),
+            r"query\.lora_A is \(4, 8\), not \(4, 16\)",
+        ),
+        (lambda c, t: t.update({a_name("lora_A.weight"): torch.ones(16)}), r"lora_A is \(16,\), not"),
+        (lambda c, t: t.update({a_name("lora_A.weight"): torch.full((4, 16), math.nan)}), "not finite"),
+        (lambda c, t: t.update({a_name("lora_embedding_A"): torch.ones(4, 30)}), "unexpected.*no embeddings"),
+        (lambda c, t: t.clear(), "no LoRA of any layer"),
+        (lambda c, t: c.update(r=3), r"rank 4 in the file, and 3 by r"),
+        (lambda c, t: c.update(alpha_pattern={r"layer\.1\..*": 5}), "alpha_pattern"),
+        (lambda c, t: c.update(alpha_pattern={"(": 5}), "alpha_pattern.*regular expression"),
+        (lambda c, t: c.update(rank_pattern={r"([\w.]+)+x": 5}), "rank_pattern.*too involved"),
+        (lambda c, t: t.update({"\x1b[2J\n": torch.ones(1)}), r"unexpected: '\\x1b\[2J\\n'"),
+        (lambda c, t: c.update(lora_dropout=1.5), "out of range.*dropout"),
+    ],
+)
+def test_files_that_do_not_fit(backbone: Backbone, tmp_path: Path, change: Change, message: str) -> None:
+    pefts_own(backbone, tmp_path, target_modules=["query"])
+    content, tensors = read(tmp_path)
+    change(content, tensors)
+    with pytest.raises(AdapterError, match=message):
+        imported(backbone, content, tensors)
+
+
+@only_roberta
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"target_modules": ["word_embeddings"]}, "unexpected.*lora_embedding"),
+        ({"target_modules": ["query", "value"], "rank_pattern": {"query": 2}}, "alpha_pattern and rank_pattern"),
+        (
+            {"target_modules": ["query", "value"], "rank_pattern": {"query": 2}, "alpha_pattern": {"query": 3}},
+            "rank_pattern gives ranks from 2 to 4",
+        ),
+        ({"target_modules": ["query"], "bias": "lora_only"}, "bias"),
+        ({"target_modules": ["query"], "use_dora": True}, "use_dora"),
+        ({"target_modules": ["query"], "modules_to_save": ["LayerNorm"]}, "unexpected: .*LayerNorm"),
+    ],
+)
+def test_what_peft_can_do_and_we_cannot(backbone: Backbone, tmp_path: Path, keys: Any, message: str) -> None:
+    pefts_own(backbone, tmp_path, **keys)
+    with pytest.raises(AdapterError, match=message):
+        imported(backbone, *read(tmp_path))
+
+
+@only_vit
+def test_convolutions_and_other_backbones_are_refused(backbone: Backbone, tmp_path: Path) -> None:
+    pefts_own(backbone, tmp_path, target_modules=["patch_embed.proj"])
+    with pytest.raises(AdapterError, match=r"'patch_embed\.proj'.*Conv2d"):
+        imported(backbone, *read(tmp_path))
+    pefts_own(backbone, tmp_path, target_modules=["qkv"])
+    content, tensors = read(tmp_path)
+    other = BACKBONES["roberta"]()
+    with pytest.raises(AdapterError, match="does not fit this backbone"):
+        imported(other, content, tensors)
+    backbone.reference = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3)
+    with pytest.raises(AdapterError, match=r"of another shape: .*lora_A is \(4, 24\), not \(4, 48\)"):
+        imported(backbone, content, tensors)
