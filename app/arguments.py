@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, Namespace
@@ -73,8 +74,9 @@ def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
     sections = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
     saved: dict[str, Any] = {}
     for section, key in sections.items():
-        values = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
-        if "_class_path" in values:
+        found = checkpoint.get(key)
+        values = {k: v for k, v in found.items() if k != "_instantiator"} if isinstance(found, dict) else {}
+        if isinstance(values.get("_class_path"), str):
             saved[section] = {"class_path": values.pop("_class_path"), "init_args": values}
     return saved
 
@@ -128,6 +130,27 @@ def check_keys(options: list[str], config: Namespace) -> None:
                 hint = f"; did you mean {close[0]}?" if close else "."
                 raise ArgumentError(None, f"There is no key {name}{hint} Its group has {', '.join(node.keys())}.")
             node = node.get(key)
+
+
+def check_values(key: str, hint: Any, value: Any) -> None:
+    """Refuse what the parser lets through: null where a class takes none, and anything else than keys for a group.
+
+    Args:
+        key: The value's key.
+        hint: Its type.
+        value: What it was given.
+
+    Raises:
+        ArgumentError: With the key.
+    """
+    if value is None and hint is not Any and type(None) not in get_args(hint):
+        raise ArgumentError(None, f"{key}: it cannot be null; leave it out to have its default.")
+    if dataclasses.is_dataclass(hint) and value is not None:
+        if not isinstance(value, Namespace):
+            raise ArgumentError(None, f"{key}: it must have keys of its own, and is {value!r}.")
+        hints = get_type_hints(hint)
+        for name, part in value.items(branches=True, nested=False):
+            check_values(f"{key}.{name}", hints[name], part)
 
 
 @contextmanager

@@ -6,10 +6,12 @@ import difflib
 import inspect
 import logging
 import re
+import sys
 import warnings
-from importlib import import_module
 
 import datasets
+
+from app.imports import denied_message
 
 
 def parser_message(error: Exception) -> str:
@@ -17,6 +19,8 @@ def parser_message(error: Exception) -> str:
     text = str(error)
     keys = re.findall(r'Parser key "([^"]+)":\s*Does not validate', text)  # the outer, and the one within its class
     prefix = f"{'.'.join(keys)}: " if keys else ""
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", text):
+        return prefix + denied_message(denied[1])
     # every alternative is a bullet behind "Errors:", in one line or one each
     bullets = re.findall(r"(?:^|\s)- (.*?)(?=\s+- |\s*Given value type:|$)", text.partition("Errors:")[2], re.S)
     meant = [b for b in bullets if "<class 'NoneType'>" not in b]
@@ -35,7 +39,9 @@ def parser_message(error: Exception) -> str:
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
     if "backend found" in text:
         text = f"trainer.accelerator: {text} On a machine without one add --config conf/cpu.yaml."
-    return re.sub(r"\s*\n\s*", " ", text).strip()
+    text = re.sub(r"\s*\n\s*", " ", text).strip()
+    # what a value or a file holds moves no cursor and turns no text round
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _unknown_key(text: str, key: str) -> str | None:
@@ -43,7 +49,10 @@ def _unknown_key(text: str, key: str) -> str | None:
     owner = re.search(r"class_path '([\w.]+)\.(\w+)'", text)
     if owner is None:
         return None
-    parameters = inspect.signature(getattr(import_module(owner[1]), owner[2])).parameters
+    named = getattr(sys.modules.get(owner[1]), owner[2], None)  # the parser has it imported; a quoted value need not be
+    if not inspect.isclass(named):
+        return None
+    parameters = inspect.signature(named).parameters
     known = list(parameters)
     section, _, _ = key.rpartition(".")
     if section in parameters:

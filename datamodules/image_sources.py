@@ -23,6 +23,8 @@ from datamodules.tables import SPLITS, Table, open_table
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+# by what a file holds, not by its name; of all that PIL knows, it hands some to other programs, as PostScript
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ImageTable:
         if isinstance(source, np.ndarray):
             return torch.from_numpy(source).permute(2, 0, 1).contiguous()
         try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 return pil_to_tensor(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "it is empty" if source == b"" else str(error)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
@@ -162,7 +163,7 @@ class MMLUData(TextData):
             groups.setdefault(of_row[row], []).append(row)
         shots = self._shots(table, list(groups))
         fitted: dict[str, tuple[SharedPrompts, int]] = {}
-        with Console(stderr=True).status(f"Tokenising the prompts of {table.where}"):
+        with Console(stderr=True).status(escape(f"Tokenising the prompts of {table.where}")):
             for subject, members in groups.items():
                 fitted[subject] = self._fitted(subject, [asked[row].prompt() for row in members], shots[subject])
         self._say_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})

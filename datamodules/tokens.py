@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -89,7 +90,7 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
             digest.update(batch.serialize())
     name = digest.hexdigest()[:40]  # the library takes no longer fingerprints
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "onesided" / f"{name}.arrow"
-    with Console(stderr=True).status(f"Tokenising {len(texts):,} rows of {table.where}"):
+    with Console(stderr=True).status(escape(f"Tokenising {len(texts):,} rows of {table.where}")):
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             return texts.map(

@@ -1,0 +1,180 @@
+"""The model card of an export: README.md as the hub reads it. What it quotes from data or a checkpoint stays text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from modules.base import AdaptedModule
+
+TASKS = {
+    "images": "image-classification",
+    "labelled texts": "text-classification",
+    "summaries": "summarization",
+    "instructions": "text-generation",
+}
+SPLITS = {"test": "test", "val": "validation"}
+MOST_LABELS = 30  # that a card lists
+_PLAIN = re.compile(r"[A-Za-z0-9_.,:/+ -]{1,200}")
+_MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
+
+
+def write_card(
+    folder: Path, module: AdaptedModule, run: Path | None, saved: Mapping[str, Any], form: str, load: str
+) -> None:
+    """Write README.md.
+
+    Args:
+        folder: Directory of the export.
+        module: The model, with or without its adapters.
+        run: The run directory, whose metrics.json is quoted; None if there is none.
+        saved: The `model` and `data` sections that it was trained with.
+        form: The format that was exported.
+        load: What loads it.
+    """
+    model = saved["model"]["init_args"]
+    data = saved.get("data", {}).get("init_args", {})
+    metrics = _read_metrics(run)
+    library = "timm" if hasattr(module.backbone, "pretrained_cfg") else "transformers"
+    dataset = str(data.get("task") or _short(data.get("path") or "unknown"))
+    facts = {
+        "Base model": model["backbone"],
+        "Its weights": model.get("weights", "pretrained"),
+        "Data": dataset,
+        "Tuning": module.tuning,
+        **(_variant(module) if module.tuning == "adapter" else {}),
+        **({"Classes": _labels(model["class_names"])} if model.get("class_names") else {}),
+        "License": "that of the base model",
+    }
+    versions = {name: version(name) for name in ("torch", "lightning", library)}
+    body = [
+        f"# {_quoted(_short(model['backbone']))}, tuned on {_quoted(dataset)}",
+        "Tuned with Onesided, after [Asymmetry in Low-Rank Adapters](https://arxiv.org/abs/2402.16842).",
+        _table(("", ""), facts),
+        "## Load it",
+        _block("python" if "(" in load else "", load),
+        "## Metrics",
+        _table(("Metric", "Value"), metrics) if metrics else "None were kept with the run.",
+        "## Configuration",
+        _block("yaml", yaml.safe_dump(_plain(dict(saved)), sort_keys=False)),
+        "## Versions",
+        _table(("Package", "Version"), versions),
+    ]
+    front = _front_matter(module, model, form, library, dataset, metrics)
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(body) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _front_matter(
+    module: AdaptedModule, model: Mapping[str, Any], form: str, library: str, dataset: str, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """What the hub reads; no license, since that is the base model's."""
+    task = TASKS[module.kinds[0]]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=SPLITS[split],
+            metric_type=name,
+            metric_value=value,
+        )
+        for key, value in metrics.items()
+        for split, _, name in [key.partition("/")]
+        if split in SPLITS
+    ]
+    base = _hub_name(model, library)
+    relation = "finetune" if form == "merged" else "adapter"
+    card = ModelCardData(
+        base_model=base,
+        base_model_relation=relation if base else None,
+        library_name={"merged": library, "peft": "peft"}.get(form),
+        pipeline_tag=task,
+        tags=["onesided"],
+        model_name="onesided" if results else None,
+        eval_results=results or None,
+    )
+    front: dict[str, Any] = card.to_dict()  # type: ignore[no-untyped-call]
+    return front
+
+
+def _variant(module: AdaptedModule) -> dict[str, Any]:
+    config = module.adapter
+    return {
+        "Trained side": config.train,
+        "A, B at the start": f"{config.init_a}, {config.init_b}",
+        "Rank": config.rank,
+        "Alpha, scale": f"{config.alpha:g}, {config.scale:g}",
+        "Targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
+    }
+
+
+def _read_metrics(run: Path | None) -> dict[str, float]:
+    """Finite numbers of metrics.json by name; what is not of that form is left out."""
+    try:
+        content = json.loads((run / "metrics.json").read_text(encoding="utf-8")) if run is not None else {}
+    except (OSError, ValueError):
+        content = {}
+    pairs = content.items() if isinstance(content, dict) else ()
+    return {
+        key: value
+        for key, value in pairs
+        if type(value) in (int, float) and math.isfinite(value) and re.fullmatch(r"[\w/.@-]{1,100}", key)
+    }
+
+
+def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
+    """The base model's name on the hub; None for what lies in a directory or begins at random."""
+    name = str(model["backbone"])
+    if model.get("weights", "pretrained") != "pretrained" or Path(name).exists():
+        return None
+    name = f"timm/{name}" if library == "timm" else "/".join(name.split("/")[:2])
+    return name if re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name) else None
+
+
+def _short(path: Any) -> str:
+    """A path without the folders of whoever trained it; anything else as it is."""
+    return Path(str(path)).name if str(path).startswith("/") else str(path)
+
+
+def _plain(value: Any) -> Any:
+    """Configuration values as YAML has them, paths shortened."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float) else _short(value)
+
+
+def _labels(names: list[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > MOST_LABELS else ""
+    return ", ".join(str(name) for name in names[:MOST_LABELS]) + more
+
+
+# --------------------------------------------------------------------------------------------------------- as Markdown
+
+
+def _quoted(value: Any) -> str:
+    """A value that no reader of Markdown takes for markup: code if it is plain, and else with all marks as entities."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return f"`{text}`" if _PLAIN.fullmatch(text) else text.translate(_MARKUP)
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {key} | {_quoted(value)} |" for key, value in rows.items())])
+
+
+def _block(language: str, text: str) -> str:
+    """Code behind a fence that is longer than any row of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(row) for row in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

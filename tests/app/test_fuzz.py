@@ -1,0 +1,332 @@
+"""Any configuration over any data ends with 0, or with one message and 2; inputs stay, and runs are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import inspect
+import json
+import math
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from tests.app.conftest import CommandLine
+from tests.conftest import png
+
+ODD = [
+    *(None, True, False, 0, 1, -1, 2, 0.5, -0.5, 1e-30, float("nan"), float("inf"), 10**30, -(2**63)),
+    *("", "x", "null", "auto", "ünï\u202ecode", "[/red]", "a\nb", "\x00", "\x1b[2J", "{", "*a", "%s", "../../x"),
+    *("!!python/object/apply:os.getcwd []", "os.getcwd", "a.b", "regex:(", "regex:.*", "all", "pretrained", "none"),
+    *([], [1], ["x"], ["all"], [None], {}, {"a": 1}, {"class_path": "os.getcwd"}, {"class_path": 3, "init_args": []}),
+]
+# Keys of the trainer; of those left out, a value would have it wait for other machines, start processes or never end.
+TRAINER = (
+    *("max_epochs", "max_steps", "min_epochs", "limit_train_batches", "limit_val_batches", "val_check_interval"),
+    *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision", "deterministic"),
+    *("log_every_n_steps", "check_val_every_n_epoch", "num_sanity_val_steps", "overfit_batches", "fast_dev_run"),
+    *("callbacks", "logger", "plugins", "profiler", "max_time", "detect_anomaly", "default_root_dir", "benchmark"),
+    *("enable_progress_bar", "barebones", "inference_mode", "reload_dataloaders_every_n_epochs", "strategy", "unknown"),
+)
+OTHERS = (
+    *("seed_everything", "test_after_fit", "ckpt_path", "unknown", "spectrum.every_n_epochs", "spectrum.unknown"),
+    *("checkpoint.monitor", "checkpoint.mode", "checkpoint.last_every_n_steps", "model", "data", "trainer"),
+)
+FAMILIES = {
+    "image": (
+        "modules.image_classification.ImageClassifier",
+        "datamodules.image_classification.ImageClassificationData",
+    ),
+    "text": ("modules.text_classification.TextClassifier", "datamodules.glue.GlueData"),
+    "summary": ("modules.summarization.Summarizer", "datamodules.summarization.SummarizationData"),
+    "instructions": ("modules.language_modeling.LanguageModel", "datamodules.instructions.InstructionData"),
+    "questions": ("modules.language_modeling.LanguageModel", "datamodules.mmlu.MMLUData"),
+}
+FOLDERS = ("data", "data", "da[/red]ta", "d*t?[a]", "d %s {0} `$(x)`", "train")
+NOT_MANY = {"num_workers", "image_size", "max_steps", "max_epochs", "max_length", "max_new_tokens", "length", "shots"}
+ENDS = ("--trainer.max_epochs=1", "--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.logger=false")
+
+
+def keys(family: str) -> list[str]:
+    """What a configuration of a family may have, and some that it may not."""
+    found = []
+    for section, path in zip(("model", "data"), FAMILIES[family], strict=True):
+        names = list(inspect.signature(resolve_name(path)).parameters)
+        found += [f"{section}.{name}" for name in [*names, "unknown"]]
+    adapter = ("rank", "alpha", "dropout", "train", "init_a", "init_b", "targets", "scaling", "seed", "unknown")
+    return [*found, *(f"model.adapter.{name}" for name in adapter), *(f"trainer.{name}" for name in TRAINER), *OTHERS]
+
+
+KEYS = {family: keys(family) for family in FAMILIES}
+
+
+@dataclass
+class Case:
+    """One try: what the configuration is changed to, by file and by option, and what is done to the data."""
+
+    family: str
+    command: str
+    in_file: dict[str, Any] = field(default_factory=dict)
+    in_words: dict[str, Any] = field(default_factory=dict)
+    damage: str | None = None
+    suffix: str = ""
+    seed: int = 0
+
+
+def usable(key: str, value: Any) -> bool:
+    """Whether a value lets the run end soon."""
+    big = isinstance(value, int | float) and not isinstance(value, bool) and (math.isinf(value) or value > 100)
+    return not (big and key.rpartition(".")[2] in NOT_MANY)
+
+
+def choices(family: str) -> dict[str, list[Any]]:
+    """Words that a key takes, by key."""
+    found = {}
+    for section, path in zip(("model", "data"), FAMILIES[family], strict=True):
+        for name, hint in get_type_hints(resolve_name(path).__init__).items():
+            words = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
+            found |= {f"{section}.{name}": words} if words else {}
+    return found
+
+
+CHOICES = {family: choices(family) for family in FAMILIES}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Each from one number: examples that hypothesis makes of one another would be much alike."""
+    seed = draw(st.integers(0, 2**48))
+    rng = random.Random(seed)
+    family = rng.choice(sorted(FAMILIES))
+    case = Case(family, rng.choice([*["fit"] * 5, "validate", "test", "predict"]), seed=seed)
+    changes = rng.choice([0, 0, 1, 1, 2])
+    while len(case.in_file) + len(case.in_words) < changes:
+        key = rng.choice(KEYS[family])
+        value = rng.choice(CHOICES[family].get(key, ODD) if rng.random() < 0.5 else ODD)
+        if usable(key, value):
+            rng.choice([case.in_file, case.in_words])[key] = value
+    if changes == 0 or rng.random() < 0.3:
+        case.damage = rng.choice(sorted(BYTES) + sorted(ROWS) * 2)
+        case.suffix = rng.choice(["", "", "", ".parquet", ".csv", ".jsonl"])
+    return case
+
+
+# --------------------------------------------------------------------------------------------------------- damaged data
+
+BYTES: dict[str, Any] = {
+    "empty": lambda data, rng: b"",
+    "cut": lambda data, rng: data[: rng.randrange(len(data))],
+    "noise": lambda data, rng: rng.randbytes(200),
+    "holes": lambda data, rng: bytes(rng.randrange(256) if rng.random() < 0.01 else b for b in data),
+    "zeros": lambda data, rng: data[: len(data) // 2] + bytes(100) + data[len(data) // 2 :],
+    "doubled": lambda data, rng: data + data,
+}
+CELLS = [
+    *(None, "", " ", "x", "-1", "\ud7ff\U0010ffff", "\x00", 'a\nb,"c', "word " * 3000, -1, 0, 3, 10**12, 1.5),
+    *(float("nan"), True, [], ["x"], [{"role": "x"}], {}, {"bytes": b"", "path": None}, {"bytes": None, "path": "/x"}),
+    {"bytes": png(np.zeros((1, 1, 3), np.uint8)), "path": None},
+]
+
+
+def _one_cell(rows: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+    rng.choice(rows)[rng.choice(list(rows[0]))] = rng.choice(CELLS)
+    return rows
+
+
+def _one_column(rows: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+    name, cell = rng.choice(list(rows[0])), rng.choice(CELLS)
+    return [{**row, name: cell} for row in rows]
+
+
+def _without_column(rows: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+    name = rng.choice(list(rows[0]))
+    return [{k: v for k, v in row.items() if k != name} for row in rows]
+
+
+def _renamed(rows: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+    name, other = rng.choice(list(rows[0])), rng.choice(["", "index", "length", "input_ids", "x y", "../x", "[/red]"])
+    return [{(other if k == name else k): v for k, v in row.items()} for row in rows]
+
+
+ROWS: dict[str, Any] = {
+    "one cell": _one_cell,
+    "one column": _one_column,
+    "no such column": _without_column,
+    "another name": _renamed,
+    "few rows": lambda rows, rng: rows[: rng.randrange(1, 4)],
+    "no rows": lambda rows, rng: [],
+    "one class": lambda rows, rng: [rows[0]] * len(rows),
+    "as it is": lambda rows, rng: rows,
+}
+
+
+def damage(folder: Path, case: Case) -> None:
+    """Change one file of a data directory."""
+    rng = random.Random(case.seed)
+    file = rng.choice(sorted(p for p in folder.iterdir() if p.is_file()))
+    if case.damage in BYTES:
+        file.write_bytes(BYTES[case.damage](file.read_bytes(), rng))
+        if case.suffix:
+            file.rename(file.with_suffix(case.suffix))
+        return
+    if file.suffix == ".parquet":
+        rows = pq.read_table(file).to_pylist()
+    else:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = ROWS[case.damage](rows, rng)
+    suffix = case.suffix or file.suffix
+    file.unlink()
+    target = file.with_suffix(suffix)
+    if suffix == ".parquet":
+        try:
+            table = pa.Table.from_pylist(rows)
+        except (pa.ArrowException, OverflowError):  # mixed types, which Parquet has not
+            table = pa.table({k: pa.array([str(row.get(k)) for row in rows]) for k in rows[0]})
+        pq.write_table(table, target)
+    elif suffix == ".csv":
+        with target.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]) if rows else ["a"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        target.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
+# ----------------------------------------------------------------------------------------------------------- the checks
+
+
+def digest(*folders: Path) -> dict[str, str]:
+    return {str(p): hashlib.md5(p.read_bytes()).hexdigest() for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+def check_run(run: Path, finished: bool) -> None:
+    """What a run left can be used: nothing is half-written."""
+    files = [p for p in run.rglob("*") if p.is_file()]
+    assert not [p for p in files if p.suffix == ".tmp"]
+    for path in files:
+        if path.suffix == ".ckpt":
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".yaml":
+            assert isinstance(yaml.safe_load(path.read_text()), dict)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+    assert not finished or {"config.yaml", "metrics.json"} <= {p.name for p in run.iterdir()}
+
+
+def nested(changes: dict[str, Any]) -> dict[str, Any]:
+    """Keys with dots as a tree; arguments of classes below init_args."""
+    tree: dict[str, Any] = {}
+    for key, value in changes.items():
+        section, *names = key.split(".")
+        path = [section, *(["init_args"] if section in ("model", "data") and names else []), *names]
+        node = tree
+        for name in path[:-1]:
+            node = node[name] if isinstance(node.get(name), dict) else node.setdefault(name, {})
+            if not isinstance(node, dict):
+                return {}
+        node[path[-1]] = value
+    return tree
+
+
+def word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def run_case(cli: CommandLine, case: Case, capsys: pytest.CaptureFixture[str]) -> int:
+    """Run a case in a folder of its own; commands but fit on the run of `cli`, if there is one."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        root = Path(name)
+        data = root / random.Random(case.seed).choice(FOLDERS)
+        shutil.copytree(cli.data, data)
+        if case.damage:
+            damage(data, case)
+        runs = root / "runs"
+        if case.command != "fit" and cli.root.exists():
+            shutil.copytree(cli.root, runs)
+        cli = CommandLine(runs, data, case.family, Path(cli.backbone[1]) if cli.backbone else None)
+        stack.enter_context(pytest.MonkeyPatch.context()).chdir(_project_copy(root))
+        words = [*ENDS, *(["--ckpt_path", str(runs / "version_0")] if runs.exists() else [])]
+        try:
+            content = yaml.safe_dump(nested(case.in_file))
+        except yaml.YAMLError:
+            content = "{}"
+        (root / "overlay.yaml").write_text(content)
+        words += [f"--config={root / 'overlay.yaml'}"] if case.in_file else []
+        words += [f"--{key}={word(value)}" for key, value in case.in_words.items()]
+        inputs = [data, *(Path(p) for p in cli.backbone[1:])]
+        before = digest(*inputs)
+        capsys.readouterr()
+        code = cli(case.command, *words)
+        err = capsys.readouterr().err
+        lines = err.splitlines()
+        assert code in (0, 2), err
+        assert "Traceback" not in err, err
+        assert sum(line.startswith("error: ") for line in lines) == (code == 2), err
+        assert code == 0 or lines[-1].startswith("error: "), err
+        assert digest(*inputs) == before, "an input was changed"
+        for run in runs.glob("version_*"):
+            check_run(run, code == 0 and case.command == "fit" and "fast_dev_run" not in str(case))
+        return code
+
+
+def _project_copy(root: Path) -> Path:
+    """A working directory with the configurations, so that relative paths of a case stay in its folder."""
+    work = root / "a" / "b"
+    shutil.copytree("tests/conf", work / "tests" / "conf")
+    return work
+
+
+MARKUP = next(seed for seed in range(100) if "[/red]" in random.Random(seed).choice(FOLDERS))
+FUZZ = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+@pytest.fixture
+def families(request: pytest.FixtureRequest) -> dict[str, CommandLine]:
+    names = {"image": "cli", "instructions": "instruction_cli", "questions": "question_cli"}
+    return {family: request.getfixturevalue(names.get(family, f"{family}_cli")) for family in FAMILIES}
+
+
+@pytest.fixture
+def fitted(families: dict[str, CommandLine], one_epoch: Callable[[CommandLine], None]) -> dict[str, CommandLine]:
+    for family, cli in families.items():
+        cli.root = cli.root / family
+        if family != "questions":  # which are for evaluation alone
+            one_epoch(cli)
+    return families
+
+
+@settings(max_examples=12, phases=[Phase.explicit, Phase.generate], **FUZZ)
+@given(case=cases())
+# what it found once; the seed of the last has the data in a folder that rich takes for markup
+@example(case=Case("image", "fit", in_words={"data.batch_size": None}))
+@example(case=Case("image", "fit", in_file={"model.adapter": ["all"]}))
+@example(case=Case("text", "fit", damage="as it is", seed=MARKUP))
+def test_some_cases(case: Case, families: dict[str, CommandLine], capsys: pytest.CaptureFixture[str]) -> None:
+    run_case(families[case.family], case, capsys)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, phases=[Phase.generate], report_multiple_bugs=True, **FUZZ)
+@given(case=cases())
+def test_many_cases(case: Case, fitted: dict[str, CommandLine], capsys: pytest.CaptureFixture[str]) -> None:
+    run_case(fitted[case.family], case, capsys)
