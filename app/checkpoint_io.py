@@ -1,42 +1,159 @@
-"""Checkpoints on disk: written whole or not at all, and read without running what is in them."""
+"""Checkpoints on disk: written whole or not at all, checked by a digest, read without running what is in them.
+
+A checkpoint is a file of torch.save with one line behind it that torch.load does not look at:
+
+    onesided sha256=<of all before it, and of the run> run=<identity of the run, from RUN/.run>
+
+The line is part of the file, so that no kill can part the two. What is truncated or altered fails the digest, and what
+belongs to another run the identity; both are found before anything is unpickled.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+
+CHECKPOINTS = "checkpoints"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+IDENTITY = ".run"
+NO_RUN = "0" * 32
+SEAL = re.compile(rb"\nonesided sha256=([0-9a-f]{64}) run=([0-9a-f]{32})\n")
+SEAL_BYTES = len("\nonesided sha256= run=\n") + 64 + 32
+CHUNK = 1 << 20
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be found, read or written; the message says how to mend it."""
 
 
+def run_of_checkpoint(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, if it lies in one."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
+
+
+def run_identity(checkpoint: Path) -> str | None:
+    """What names the run that a checkpoint lies in, 32 hexadecimal digits; None outside, or if an older version ran."""
+    run = run_of_checkpoint(checkpoint.absolute())
+    try:
+        found = (run / IDENTITY).read_text(encoding="ascii").strip() if run else ""
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found if re.fullmatch("[0-9a-f]{32}", found) else None
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint on the CPU. Only tensors and plain values are accepted, never pickled code.
 
     Raises:
-        CheckpointError: If it is not there, truncated, not a checkpoint, or holds anything else.
+        CheckpointError: If it is not there, damaged, of another run, not a checkpoint, or holds anything else.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"ckpt_path: there is no file {path}; checkpoints lie in RUN/checkpoints.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with Path(path).open("rb") as file:  # one file for both: another may take its name in between
+            problem = _problem(file, run_identity(Path(path)))
+            checkpoint = None if problem else torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"ckpt_path: {path} cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         if "weights_only" in str(error).lower() or "Unsupported" in str(error):
             reason = "it holds Python objects that are not tensors or plain values, and loading them could run code"
         else:
             reason = "it is truncated or not a PyTorch file"
         raise CheckpointError(f"ckpt_path: {path} cannot be read: {reason}. Use another checkpoint.") from error
+    if problem:
+        raise CheckpointError(
+            f"ckpt_path: {path} {problem}. Use another checkpoint, or give the run directory: the "
+            "newest intact one of it is taken then."
+        )
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"ckpt_path: {path} is a PyTorch file, but not a checkpoint of a run (no state_dict).")
     return checkpoint
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, by its digest; None if it is intact, or has no digest and needs none."""
+    try:
+        with path.open("rb") as file:
+            return _problem(file, run_identity(path))
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _problem(file: BinaryIO, identity: str | None) -> str | None:
+    """What is wrong with an open checkpoint; the file is at its beginning again if nothing is.
+
+    Args:
+        file: Opened for reading.
+        identity: Of the run that it lies in; with one, each of its checkpoints must have a digest.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return "is damaged: it is empty"
+    file.seek(max(0, size - SEAL_BYTES))
+    seal = SEAL.fullmatch(file.read())
+    file.seek(0)
+    if seal is None:
+        missing = "is damaged: its end is truncated or altered, there is no digest"
+        return missing if identity is not None else None
+    digest = hashlib.sha256()
+    left = size - SEAL_BYTES
+    while chunk := file.read(min(CHUNK, left)):
+        digest.update(chunk)
+        left -= len(chunk)
+    digest.update(seal[2])
+    if digest.hexdigest().encode() != seal[1]:
+        return "is damaged: its content does not match its digest"
+    if identity is not None and seal[2].decode() != identity:
+        return "is not a checkpoint of this run, but of another"
+    file.seek(0)
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+class _Sealed:
+    """A file for torch.save that takes the digest of what it writes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self, identity: str) -> None:
+        """Write the line behind it all, and have the disk take it."""
+        self.digest.update(identity.encode())
+        self.file.write(f"\nonesided sha256={self.digest.hexdigest()} run={identity}\n".encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write to a temporary name in the same folder and rename, so that a kill or a full disk leaves the old file."""
+    """Write to a temporary name in the same folder and rename, so that a kill or a full disk leaves the old file.
+
+    The last.ckpt that a new one replaces stays as previous.ckpt, unless it is damaged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: set[Path] = set()  # written by this process: need not be checked before they are kept
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint.
@@ -49,17 +166,47 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+                sealed = _Sealed(file)
+                torch.save(checkpoint, cast("IO[bytes]", sealed))
+                sealed.close(run_identity(target) or NO_RUN)
+            if target.name == LAST and target.is_file() and (target in self._own or damage(target) is None):
+                _keep(target, target.with_name(PREVIOUS))
             temporary.replace(target)
+            self._own.add(target)
+            _sync_names(target.parent)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            temporary.unlink(missing_ok=True)
             raise CheckpointError(
                 f"The checkpoint {target} could not be written ({error}). The one before is untouched: free some space "
                 "and resume with --ckpt_path last."
             ) from error
+        finally:
+            if target.parent.is_dir():
+                temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint, with `weights_only` whatever is asked."""
         return read_checkpoint(path)
+
+
+def _keep(target: Path, name: Path) -> None:
+    """Give a file a second name, in the place of what had it; at no moment is either name without a whole file."""
+    spare = name.with_name(f".{name.name}.tmp")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(target, spare)
+    except OSError:  # a file system without hard links: for a moment there is the second name alone
+        target.replace(name)
+        return
+    spare.replace(name)
+    spare.unlink(missing_ok=True)  # it stays if both were names of one file already
+
+
+def _sync_names(folder: Path) -> None:
+    """Have the disk take the new names too, in case of a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(handle)

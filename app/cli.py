@@ -7,23 +7,24 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, get_type_hints
 
 import lightning as L
 import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from app.arguments import (
     check_classes,
     check_keys,
+    check_values,
     default_root,
     last_value,
     read_yaml,
@@ -34,11 +35,22 @@ from app.arguments import (
     split_arguments,
     temporary_yaml,
 )
-from app.callbacks import AdapterCheckpoint, AdapterSpectrum, CallbackError, PredictionWriter, RunSummary
+from app.callbacks import (
+    AdapterCheckpoint,
+    AdapterSpectrum,
+    AdapterWriter,
+    CallbackError,
+    PredictionWriter,
+    RunSummary,
+    SaveRunConfig,
+    Termination,
+)
 from app.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_checkpoint
 from app.commands import COMMANDS, command_help, command_parser, run_command
+from app.files import full_disk_named
+from app.imports import HELP, restrict_imports, split_imports
 from app.messages import parser_message, quiet_libraries
-from app.run_directory import new_run_directory, resolve_checkpoint, run_of_checkpoint
+from app.run_directory import locked, new_run_directory, resolve_checkpoint, run_of_checkpoint
 from datamodules.errors import DataError
 from modules.adapters import AdapterError
 from modules.base import AdaptedModule, ModelError
@@ -63,23 +75,30 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Words of the command line behind the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0 for success, 2 for wrong use or bad input, reported in one message on stderr.
+        Exit code: 0 for success; 2 for wrong use or bad input, reported in one message on stderr; 143 when SIGTERM
+        stopped it, with a line on stderr that names the checkpoint.
     """
     quiet_libraries()
-    words = list(sys.argv[1:] if args is None else args)
-    try:
-        if words and words[0] in COMMANDS:
-            run_command(words[0], words[1:])
-        else:
-            AsymmetryCLI(words)
-    except SystemExit as stop:  # --help
-        return stop.code if isinstance(stop.code, int) else 2
-    except Exception as error:
-        cause = _bad_input(error)
-        if cause is None:
-            raise
-        print(f"error: {parser_message(cause)}", file=sys.stderr)
-        return 2
+    with Termination() as termination, ExitStack() as held:
+        try:
+            allowed, words = split_imports(sys.argv[1:] if args is None else args)
+            restrict_imports(allowed)
+            if words and words[0] in COMMANDS:
+                run_command(words[0], words[1:])
+            else:
+                AsymmetryCLI(words, termination, held)
+        except SystemExit as stop:  # --help
+            if termination.requested:
+                return termination.report()
+            return stop.code if isinstance(stop.code, int) else 2
+        except Exception as error:
+            if termination.requested:  # worker processes may have been told to end too, and training missed them
+                return termination.report()
+            cause = _bad_input(error)
+            if cause is None:
+                raise
+            print(f"error: {parser_message(cause)}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -109,12 +128,15 @@ class AsymmetryCLI(LightningCLI):
 
     Args:
         args: Words of the command line.
+        termination: What takes SIGTERM.
+        held: Takes what is to be given back when the command has ended, in whatever way.
     """
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], termination: Termination, held: ExitStack) -> None:
+        self.termination, self.held = termination, held
         self.checkpoint: Path | None = None
         self.run_directory = Path()
-        strict = {"exit_on_error": False, "allow_abbrev": False}  # no guessing what --trainer.max_epoch means
+        strict = {"exit_on_error": False, "allow_abbrev": False, "epilog": HELP}  # no guessing of --trainer.max_epoch
         super().__init__(
             AdaptedModule,
             L.LightningDataModule,
@@ -158,6 +180,10 @@ class AsymmetryCLI(LightningCLI):
             check_keys(options, self.config)
             return
         self.checkpoint = resolve_checkpoint(str(given), self.root, prefer_best=command != ["fit"])
+        run = run_of_checkpoint(self.checkpoint)
+        if command == ["fit"]:
+            self._take(run)
+            self.termination.checkpoint = self.checkpoint
         self.loaded = read_checkpoint(self.checkpoint)
         saved = check_classes(saved_configuration(self.loaded), contents, trains=command == ["fit"])
         with temporary_yaml(saved) as path:
@@ -166,17 +192,28 @@ class AsymmetryCLI(LightningCLI):
         final = self.config[self.config["subcommand"]]
         final["ckpt_path"] = str(self.checkpoint)
         report_differences(saved, contents, final)
-        run = run_of_checkpoint(self.checkpoint)
         if command == ["fit"] and run is not None and (run / "config.yaml").is_file():
             report_changes(read_yaml(str(run / "config.yaml")), final)
+
+    def _take(self, run: Path | None) -> None:
+        """Let no other process train in a run directory; of this run's processes the first one does it."""
+        if run is not None and run.is_dir() and getattr(rank_zero_only, "rank", 0) == 0:
+            self.held.enter_context(locked(run))
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: Lightning would let the checkpoint beat the command line."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse data that are not for the model, before either is loaded."""
+        """Refuse data that are not for the model, before either is loaded; a file of adapters has both factors."""
+        values = self._get(self.config, "model").init_args
+        if values.get("adapter_path") is not None:
+            values.adapter.init_a = values.adapter.init_b = "given"
         paths = [self._get(self.config, section).class_path for section in ("model", "data")]
-        model, data = (resolve_name(path) for path in paths)
+        model, data = classes = [resolve_name(path) for path in paths]
+        for section, owner in zip(("model", "data"), classes, strict=True):
+            hints = get_type_hints(owner.__init__)
+            for name, value in self._get(self.config, section).init_args.items(branches=True, nested=False):
+                check_values(f"{section}.{name}", hints.get(name, Any), value)
         kind, kinds = getattr(data, "kind", None), getattr(model, "kinds", ())
         if kind is not None and kinds and kind not in kinds:
             raise ArgumentError(
@@ -194,6 +231,8 @@ class AsymmetryCLI(LightningCLI):
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
         if run is None:
             run = new_run_directory(self.root) if getattr(rank_zero_only, "rank", 0) == 0 else self.root
+            if self.subcommand == "fit" and run != self.root:
+                self._take(run)
         self.run_directory = run
         if self.subcommand == "predict":  # which logs nothing
             kwargs["logger"] = False
@@ -204,7 +243,13 @@ class AsymmetryCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory
-        callbacks = [self.summary, *_as_list(config["callbacks"]), PredictionWriter()]
+        callbacks = [
+            self.summary,
+            *_as_list(config["callbacks"]),
+            PredictionWriter(),
+            AdapterWriter(),
+            self.termination,
+        ]
         if config["logger"] is not False and not config["fast_dev_run"] and self.subcommand != "predict":
             callbacks.append(LearningRateMonitor("step"))
         plugins = [*_as_list(config["plugins"]), AtomicCheckpointIO()]
@@ -232,7 +277,7 @@ class AsymmetryCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "fit" and self.checkpoint is None:
             report_untrained(subcommand)
-        with self._no_useless_directory():
+        with self._no_useless_directory(), full_disk_named(self.run_directory):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
@@ -276,16 +321,3 @@ class AsymmetryCLI(LightningCLI):
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Keep the complete configuration in the run directory: config.yaml, and config-1.yaml of its first resumption."""
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write it when a fit begins."""
-        if stage != "fit":
-            return
-        path = Path(trainer.default_root_dir) / "config.yaml"
-        if path.exists():
-            path = path.with_name(f"config-{len(list(path.parent.glob('config*.yaml')))}.yaml")
-        self.parser.save(self.config, path, skip_none=False, overwrite=False, multifile=False)

@@ -1,12 +1,30 @@
-"""Where a run writes: runs/<recipe>/version_K, a new one for each run, the same one on resume."""
+"""Where a run writes: runs/<recipe>/version_K, a new one for each run, the same one on resume, by one process alone."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import platform
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from app.checkpoint_io import CheckpointError
+from lightning.pytorch.utilities import rank_zero_only
 
-CHECKPOINTS = "checkpoints"
+from app.checkpoint_io import BEST, IDENTITY, LAST, PREVIOUS, CheckpointError, read_checkpoint
+from app.checkpoint_io import CHECKPOINTS as CHECKPOINTS
+from app.checkpoint_io import run_of_checkpoint as run_of_checkpoint
+from app.files import WriteError, written_whole
+
+LOCK = ".lock"
+TAKEN = (errno.EACCES, errno.EAGAIN)
+
+
+class RunTaken(CheckpointError):
+    """Another process trains in the run directory."""
 
 
 def versions(root: Path) -> list[Path]:
@@ -16,44 +34,130 @@ def versions(root: Path) -> list[Path]:
 
 
 def new_run_directory(root: Path) -> Path:
-    """Create the next version directory below a root; two runs that start at once get two."""
+    """Create the next version directory below a root, with an identity; two runs that start at once get two.
+
+    Raises:
+        WriteError: If none can be made there.
+    """
     existing = versions(root)
     number = int(existing[-1].name.removeprefix("version_")) + 1 if existing else 0
     while True:
         path = root / f"version_{number}"
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
+        except FileExistsError as error:
+            if not root.is_dir():
+                raise _no_directory(root, error) from error
             number += 1
+        except OSError as error:
+            raise _no_directory(root, error) from error
         else:
+            with written_whole(path / IDENTITY) as file:
+                file.write_text(f"{uuid.uuid4().hex}\n", encoding="ascii")
             return path
+
+
+def _no_directory(root: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"trainer.default_root_dir: no run directory can be made in {root} ({error.strerror}); choose another place."
+    )
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run directory against other processes that would train in it; the kernel lets go of it when this one ends.
+
+    The lock belongs to this process and not to the file's handle, which worker processes inherit and which they may
+    hold for seconds after this one was killed.
+
+    Raises:
+        RunTaken: If another process holds it.
+        WriteError: If the directory cannot be written.
+    """
+    try:
+        file = (run / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise WriteError(f"{run} cannot be written ({error.strerror}); choose another place.") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in TAKEN:
+                file.seek(0)
+                raise RunTaken(
+                    f"ckpt_path: {file.read().strip() or 'another process'} trains in {run}: wait for it or end it, or "
+                    "start a new run from a copy of the checkpoint."
+                ) from error
+            say(f"{run} cannot be locked here ({error.strerror}): do not resume it twice at once.")
+        else:
+            file.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+        yield
 
 
 def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
     """The file that a `--ckpt_path` means.
 
     Args:
-        ckpt_path: A checkpoint file, a run directory, or `last`: last.ckpt of the newest run below the root that has
-            one.
+        ckpt_path: A checkpoint file, which is taken as it is; or a run directory, or `last`, the newest run below the
+            root that has a checkpoint: of these, if the one meant is damaged, the newest intact one, with a message.
         root: Directory of the recipe's runs.
         prefer_best: Whether a run directory means its best checkpoint, if it has one, rather than its last.
 
     Raises:
-        CheckpointError: If there is no such checkpoint.
+        CheckpointError: If there is no such checkpoint, or none that is intact.
     """
     if ckpt_path == "last":
-        candidates = [v / CHECKPOINTS / "last.ckpt" for v in reversed(versions(root))]
-        found = next((c for c in candidates if c.is_file()), None)
-        if found is None:
+        run = next((v for v in reversed(versions(root)) if _checkpoints(v)), None)
+        if run is None:
             raise CheckpointError(f"ckpt_path: no run below {root} has a checkpoint yet; give a file, or start anew.")
-        return found
+        return _intact(run / CHECKPOINTS / LAST)
     path = Path(ckpt_path)
     if path.is_dir():
-        best = path / CHECKPOINTS / "best.ckpt"
-        return best if prefer_best and best.is_file() else path / CHECKPOINTS / "last.ckpt"
+        best = path / CHECKPOINTS / BEST
+        return _intact(best if prefer_best and best.is_file() else path / CHECKPOINTS / LAST)
     return path
 
 
-def run_of_checkpoint(checkpoint: Path) -> Path | None:
-    """The run directory that a checkpoint lies in, if it lies in one."""
-    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
+def _checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, those before others that are to be preferred at the same step."""
+    return [p for p in (run / CHECKPOINTS / name for name in (LAST, PREVIOUS, BEST)) if p.is_file()]
+
+
+def _intact(wanted: Path) -> Path:
+    """The wanted checkpoint, or, said on stderr, the newest intact one of its run.
+
+    Raises:
+        CheckpointError: If the run has checkpoints, but none that is intact.
+    """
+    others = [p for p in _checkpoints(wanted.parent.parent) if p != wanted]
+    problems: list[str] = []
+    if wanted.is_file() and _step(wanted, problems) is not None:
+        return wanted
+    if not wanted.is_file():
+        if not others:
+            return wanted
+        problems.append(f"ckpt_path: there is no {wanted}.")
+    steps = {path: step for path in others if (step := _step(path, problems)) is not None}
+    if not steps:
+        raise CheckpointError(" ".join([*problems, f"{wanted.parent} has no intact checkpoint: start anew."]))
+    newest = max(steps, key=lambda path: steps[path])
+    for problem in problems:
+        say(problem)
+    say(f"{newest} is used instead, of step {steps[newest]}: the newest intact one.")
+    return newest
+
+
+def _step(path: Path, problems: list[str]) -> int | None:
+    """Optimizer steps behind a checkpoint; None if it is damaged, with what is wrong with it added to the problems."""
+    try:
+        return int(read_checkpoint(path).get("global_step", 0))
+    except CheckpointError as error:
+        problems.append(str(error).partition(" Use another checkpoint")[0])
+        return None
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Say something about a run on stderr, once for all its processes."""
+    print(text, file=sys.stderr, flush=True)

@@ -2,8 +2,20 @@
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.callbacks.adapter_spectrum import AdapterSpectrum
+from app.callbacks.adapter_writer import AdapterWriter
 from app.callbacks.errors import CallbackError
 from app.callbacks.prediction_writer import PredictionWriter
 from app.callbacks.run_summary import RunSummary
+from app.callbacks.save_run_config import SaveRunConfig
+from app.callbacks.termination import Termination
 
-__all__ = ["AdapterCheckpoint", "AdapterSpectrum", "CallbackError", "PredictionWriter", "RunSummary"]
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterSpectrum",
+    "AdapterWriter",
+    "CallbackError",
+    "PredictionWriter",
+    "RunSummary",
+    "SaveRunConfig",
+    "Termination",
+]

@@ -13,11 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from app.callbacks.errors import CallbackError
-from app.run_directory import CHECKPOINTS
+from app.callbacks.termination import Termination
+from app.checkpoint_io import BEST, LAST, CheckpointError, damage
+from app.run_directory import CHECKPOINTS, say
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Keep `best.ckpt` and `last.ckpt` in the run directory.
+    """Keep `best.ckpt`, `last.ckpt`, and the last before it as `previous.ckpt`, in the run directory.
 
     What a checkpoint holds of the model is the module's choice (`AdaptedModule.saved_state`: factors, head, buffers,
     never the frozen backbone); Lightning adds optimizer, schedule and the loader's position, and this callback every
@@ -26,7 +28,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     Args:
         monitor: Metric that decides which is best; None makes the newest the best.
         mode: Whether the metric is to be large or small.
-        last_every_n_steps: Renew last.ckpt after every so many optimizer steps, at least 1, besides every epoch's end.
+        last_every_n_steps: Renew last.ckpt after every so many optimizer steps, at least 1, besides at every epoch's
+            end and a step before: what is cut off in a validation, however long, has lost one step.
     """
 
     def __init__(
@@ -50,10 +53,18 @@ class AdapterCheckpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle in the run directory."""
         self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            try:  # now, and not after the first steps
+                Path(self.dirpath).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"Checkpoints cannot be written to {self.dirpath} ({error.strerror}).") from error
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score, wherever the run directory lies now and however its path is spelt."""
+        """Take up the best score, wherever the run directory lies now and however its path is spelt.
+
+        If the best checkpoint is damaged or not there, it is forgotten: the best from here on is kept.
+        """
         here = Path(str(self.dirpath))
 
         def moved(path: str) -> str:
@@ -62,25 +73,45 @@ class AdapterCheckpoint(ModelCheckpoint):
         paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
+        problem = damage(here / BEST) if self.best_model_path else None
+        if problem is not None:
+            say(f"{here / BEST} {problem}; of the epochs from here on the best is kept.")
+            self.best_model_path = self.kth_best_model_path = ""
+            self.best_k_models, self.best_model_score = {}, None
+            self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Renew last.ckpt in mid-epoch; the epoch's last batch leaves it to the epoch's end."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        due = trainer.global_step > self._last_saved_step and trainer.global_step % self.last_every_n_steps == 0
-        if due and not trainer.is_last_batch:
+        termination = _termination(trainer)
+        stops = termination is not None and termination.agreed(trainer)
+        accumulated = trainer.accumulate_grad_batches
+        if (batch_idx + 1) % accumulated != 0 and not trainer.is_last_batch:
+            return  # between two steps
+        left = trainer.num_training_batches - (batch_idx + 1)
+        due = trainer.global_step % self.last_every_n_steps == 0 or left <= accumulated or stops
+        if due and trainer.global_step > self._last_saved_step and not trainer.is_last_batch:
             self._save_last(trainer)
+        if termination is not None and stops:
+            termination.stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Renew best.ckpt when it is due, and last.ckpt."""
         super().on_train_epoch_end(trainer, pl_module)
         self._save_last(trainer)
+        termination = _termination(trainer)
+        if termination is not None and termination.agreed(trainer):
+            termination.stop(trainer)
 
     def _save_last(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._last_saved_step = trainer.global_step
-            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt", weights_only=False)
+            path = Path(str(self.dirpath)) / LAST
+            trainer.save_checkpoint(path, weights_only=False)
+            if (termination := _termination(trainer)) is not None:
+                termination.checkpoint = path
 
     # --------------------------------------------------------------------------------------------- random numbers
 
@@ -109,6 +140,10 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+
+def _termination(trainer: L.Trainer) -> Termination | None:
+    return next((c for c in trainer.callbacks if isinstance(c, Termination)), None)  # type: ignore[attr-defined]
 
 
 def _write_events(trainer: L.Trainer) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from app.callbacks.errors import CallbackError
+from app.files import written_whole
 from app.plots import HeatMap
 from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
@@ -182,9 +183,8 @@ class AdapterSpectrum(L.Callback):
             return
         start = time.perf_counter()
         path = Path(trainer.default_root_dir) / FILE
-        temporary = path.with_suffix(".tmp")
-        pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), temporary, compression="zstd")
-        temporary.replace(path)
+        with written_whole(path) as file:
+            pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), file, compression="zstd")
         self.seconds += time.perf_counter() - start
 
 

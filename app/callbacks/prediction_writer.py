@@ -12,6 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import print as rich_print
+from rich.markup import escape
+
+from app.files import written_whole
 
 Row = dict[str, Any]
 
@@ -52,7 +55,7 @@ class PredictionWriter(BasePredictionWriter):
                 ordered = sorted((row for share in shares for row in share), key=lambda row: row["index"])
                 path = Path(trainer.default_root_dir) / name
                 write_rows(path, [complete(row, number) for row in ordered])
-                rich_print(f"{len(ordered)} predictions: {path}")
+                rich_print(escape(f"{len(ordered)} predictions: {path}"))
 
 
 def _without_index(row: Row, file: int) -> Row:
@@ -60,8 +63,8 @@ def _without_index(row: Row, file: int) -> Row:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write rows as the suffix says: .csv, .tsv or .jsonl."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write rows as the suffix says: .csv, .tsv or .jsonl; all of them, or none."""
+    with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from app.files import written_whole
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
 
@@ -79,11 +81,9 @@ class RunSummary(L.Callback):
     def report(self, run_directory: Path) -> None:
         """Print the closing table and write metrics.json, whose figures of earlier commands stay."""
         path = run_directory / "metrics.json"
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        merged = {k: v if math.isfinite(v) else None for k, v in sorted((earlier | self.values).items())}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        merged = {k: v if _finite(v) else None for k, v in sorted((_read_metrics(path) | self.values).items())}
+        with written_whole(path) as file:
+            file.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
         if not self.values:  # a prediction has said what it wrote
             return
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
@@ -91,7 +91,20 @@ class RunSummary(L.Callback):
             table.add_row(key, _readable(key, value))
         console = Console()
         console.print(table)
-        console.print(f"Look inside: tensorboard --logdir {run_directory}", soft_wrap=True)
+        console.print(f"Look inside: tensorboard --logdir {run_directory}", soft_wrap=True, markup=False)
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    """The figures of earlier commands; none if the file is not there or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _hit_list(module: AdaptedModule) -> Table:

@@ -17,19 +17,19 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
-from torch import Tensor
 
 from app.arguments import read_yaml, saved_configuration
 from app.checkpoint_io import CheckpointError, read_checkpoint
+from app.commands.model_card import write_card
+from app.commands.peft import write_peft
+from app.commands.timm_head import timm_model
 from app.run_directory import resolve_checkpoint, run_of_checkpoint
-from modules.adapters import detach
-from modules.adapters.state import state_problems
+from modules.adapters import adapter_state, detach
+from modules.adapters.compact import save_compact
 from modules.base import AdaptedModule
 
 if TYPE_CHECKING:  # a run on text imports no timm, one on images no transformers
     from modules.image_classification import ImageClassifier
-
-TOLERANCE = 1e-3  # of the largest logit, in float32: another way of pooling is far outside
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,9 +37,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=str, help="A run directory (its best checkpoint), or a checkpoint.")
     parser.add_argument(
         "--format",
-        type=Literal["merged"],
+        type=Literal["peft", "merged", "compact"],
         required=True,
-        help="merged: the whole model, for transformers or timm alone.",
+        help="peft: the adapters, for PEFT or --model.adapter_path. merged: the whole model, for transformers or timm "
+        "alone. compact: the adapters for --model.adapter_path, without the frozen factor if it is of signs.",
     )
     parser.add_argument(
         "--output", metavar="DIR", type=str, required=True, help="Directory to write; new, or else empty."
@@ -48,8 +49,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--dtype",
         type=Literal["float32", "bfloat16"] | None,
         default=None,
-        help="Of the weights that are written, default the backbone's own; the merge itself is done in float32. In "
-        "bfloat16 what is small beside the weight is rounded away.",
+        help="Of the weights that are written, default the backbone's own (of adapters: float32); the merge itself is "
+        "done in float32. In bfloat16 what is small beside the weight is rounded away.",
     )
     parser.add_argument(
         "--model.backbone", metavar="NAME", type=str | None, help="Where the backbone lies now, if it has been moved."
@@ -71,10 +72,15 @@ def run(arguments: Namespace) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ArgumentError(None, f"--output: {output} is there already; give a new directory, or an empty one.")
     changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
-    module = load_module(find_checkpoint(arguments.run), changes)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else module.backbone_dtype
+    checkpoint = find_checkpoint(arguments.run)
+    module = load_module(checkpoint, changes)
+    own_dtype = module.backbone_dtype if arguments.format == "merged" else torch.float32
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else own_dtype
+    write = {"peft": write_peft, "merged": write_merged, "compact": write_compact}[arguments.format]
     with new_directory(output) as folder:
-        loader = write_merged(module, dtype, folder)
+        loader = write(module, dtype, folder)
+        saved = saved_configuration(read_checkpoint(checkpoint))
+        write_card(folder, module, run_of_checkpoint(checkpoint), saved, arguments.format, loader.format(output.name))
     files = sorted(output.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
     print(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {str(dtype).removeprefix('torch.')}.")
@@ -184,6 +190,33 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str
     raise ArgumentError(None, f"--format: a {type(backbone).__name__} has no form without this project.")
 
 
+def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str:
+    """Write the adapters and the heads as a compact file, and say what became of the frozen factors.
+
+    Args:
+        module: A module as `load_module` gives it.
+        dtype: Dtype of what is stored.
+        folder: An empty directory.
+
+    Returns:
+        The option that loads it, with {} for the directory.
+
+    Raises:
+        ArgumentError: If the run has no adapters.
+    """
+    if module.tuning != "adapter":
+        raise ArgumentError(None, f"--format: compact is for adapters, and this run has tuning: {module.tuning}.")
+    factors = {f"backbone.{name}" for name in adapter_state(module.backbone)}
+    heads = {name: tensor for name, tensor in module.saved_state().items() if name not in factors}
+    redrawn = save_compact(folder, module.backbone, module.adapter, heads, dtype)
+    if redrawn:
+        print(f"Left out, as loading draws them again: the frozen factors of {len(redrawn)} projections.")
+    if stored := len(module.projections) - len(redrawn):
+        reason = "both are trained" if module.adapter.train == "both" else "only those of init signs can be drawn again"
+        print(f"Stored: both factors of {stored} projections, since {reason}.")
+    return "--model.adapter_path {}"
+
+
 def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> str:
     tokenizer: Any = module.tokenizer
     template = module.hparams.get("prompt_template")
@@ -201,43 +234,10 @@ def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> st
 
     assert module.class_names is not None  # a checkpoint has them
     save_for_hf(
-        _timm_model(module, module.class_names).to(dtype),
+        timm_model(module, module.class_names).to(dtype),
         str(folder),
         model_config={"label_names": module.class_names},
         safe_serialization=True,
         data_config=module.preprocessing,
     )
     return 'timm.create_model("local-dir:{}", pretrained=True)'
-
-
-def _timm_model(module: ImageClassifier, class_names: list[str]) -> Any:
-    """The backbone with the module's head as its own, in float32, as timm will build it from what is written.
-
-    Raises:
-        ArgumentError: If the head does not fit in or the logits would be others.
-    """
-    import timm
-    from timm.models import get_model_args
-
-    backbone, head = module.backbone, module.head
-    assert head is not None
-    name = module.hparams["backbone"]
-    refusal = f"--format: {name} cannot take the head of this run as its own"
-    try:
-        arguments = {**get_model_args(backbone), "num_classes": len(class_names)}
-        model: Any = timm.create_model(name, pretrained=False, **arguments)
-    except Exception as error:  # an architecture's constructor can raise anything
-        raise ArgumentError(None, f"{refusal} ({type(error).__name__}: {error}).") from error
-    names = model.pretrained_cfg.get("classifier") or ()
-    state: dict[str, Tensor] = dict(backbone.state_dict())
-    for classifier in (names,) if isinstance(names, str) else names:
-        state |= {f"{classifier}.{key}": tensor for key, tensor in head.state_dict().items()}
-    if problems := state_problems(model.state_dict(), state):
-        raise ArgumentError(None, f"{refusal}: {'; '.join(problems)}.")
-    model.load_state_dict(state)
-    image = torch.randn(2, *module.preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected, found = head(backbone.eval()(image)), model.eval()(image)
-    if not (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
-        raise ArgumentError(None, f"{refusal}: its logits would differ.")
-    return model

@@ -17,12 +17,13 @@ from app.cli import main
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
 
 
-def run_on_two(words: list[str], logs: Path) -> None:
+def run_on_two(words: list[str], logs: Path, code: int = 0) -> None:
     """Run a command in two processes that find each other by their environment, as a cluster's do.
 
     Args:
         words: The command line; `DDP` is added to it.
         logs: Folder for what they say.
+        code: With which both must end.
     """
     port = str(find_free_network_port())
     context = multiprocessing.get_context("fork")
@@ -37,7 +38,7 @@ def run_on_two(words: list[str], logs: Path) -> None:
         process.kill()  # if one is dead, the other may wait for it for ever
         process.join()
     said = "\n".join(file.read_text()[-3000:] for file in files if file.is_file())
-    assert [process.exitcode for process in processes] == [0, 0], said
+    assert [process.exitcode for process in processes] == [code, code], said
 
 
 def _work(words: list[str], rank: int, port: str, log: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_run_learns_and_leaves_what_the_contract_names(cli: CommandLine, capsy
     assert metrics["adapter/bytes"] == 4 * 2 * 4 * ((4 * 32 + 128 + 32) + (4 * 32 + 32 + 128))
     config = yaml.safe_load((cli.run() / "config.yaml").read_text())
     assert config["model"]["init_args"]["adapter"]["rank"] == 4
-    assert sorted(p.name for p in (cli.run() / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in (cli.run() / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
 
 
 def test_a_checkpoint_holds_no_frozen_backbone(fitted_cli: CommandLine) -> None:

@@ -89,7 +89,7 @@ def test_a_run_learns_and_leaves_what_the_contract_names(tuned: Tuned) -> None:
     assert metrics["params/trainable"] < metrics["params/total"] / 2
     assert {"adapter/bytes", "time/fit_seconds", "memory/peak_bytes", "best/val/loss"} <= metrics.keys()
     checkpoints = [path.name for path in (tuned.cli.run() / "checkpoints").iterdir()]
-    assert sorted(checkpoints) == ["best.ckpt", "last.ckpt"]
+    assert sorted(checkpoints) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
 
 
 def assert_frozen(state: dict[str, Tensor], start: dict[str, Tensor], backbone: Path) -> None:

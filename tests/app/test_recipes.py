@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -11,6 +13,7 @@ import lightning as L
 import pytest
 import yaml
 
+from app.callbacks.termination import Termination
 from app.cli import AsymmetryCLI
 from tests.conftest import ROOT
 
@@ -25,11 +28,11 @@ OVERLAYS = [p for p in ALL if p not in RECIPES]
 
 
 @pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> type[AsymmetryCLI]:
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], AsymmetryCLI]:
     """The command line up to its configuration: nothing is built, nothing run."""
     monkeypatch.setattr(AsymmetryCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(AsymmetryCLI, "_run_subcommand", lambda self, subcommand: None)
-    return AsymmetryCLI
+    return lambda words: AsymmetryCLI(words, Termination(), ExitStack())
 
 
 def name(path: Path) -> str:
@@ -37,7 +40,7 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_recipe_parses(path: Path, parsed: type[AsymmetryCLI]) -> None:
+def test_recipe_parses(path: Path, parsed: Callable[[list[str]], AsymmetryCLI]) -> None:
     config = parsed(["fit", "--config", str(path)]).config["fit"]
     assert config["model"]["class_path"].startswith("modules.")
     assert config["data"]["init_args"]["path"]
@@ -57,7 +60,9 @@ def has_keys(recipe: Path, overlay: Path) -> bool:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
-def test_overlay_goes_with_every_recipe_that_has_its_keys(overlay: Path, parsed: type[AsymmetryCLI]) -> None:
+def test_overlay_goes_with_every_recipe_that_has_its_keys(
+    overlay: Path, parsed: Callable[[list[str]], AsymmetryCLI]
+) -> None:
     recipes = [recipe for recipe in RECIPES if has_keys(recipe, overlay)]
     assert recipes
     assert recipes == RECIPES or keys_of(overlay, "model")  # others are for all
@@ -77,7 +82,7 @@ def test_recipe_says_how_to_run_it(path: Path) -> None:
     assert any(command in line and path.name in line for line in head for command in commands)
 
 
-def test_vit_cifar_is_the_recipe_of_the_issue(parsed: type[AsymmetryCLI]) -> None:
+def test_vit_cifar_is_the_recipe_of_the_issue(parsed: Callable[[list[str]], AsymmetryCLI]) -> None:
     config: Any = parsed(["fit", "--config", "conf/vit_cifar.yaml"]).config["fit"]
     model = config["model"]["init_args"]
     assert model["backbone"] == "vit_base_patch16_224.augreg_in21k"

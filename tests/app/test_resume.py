@@ -176,7 +176,7 @@ def test_a_moved_run_keeps_its_best(fitted_cli: CommandLine) -> None:
     # at rate 1e-9 nothing improves
     options = ["--trainer.max_epochs=2", "--model.learning_rate=1e-9", "--ckpt_path", str(moved)]
     assert fitted_cli("fit", *options) == 0
-    assert sorted(p.name for p in (moved / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in (moved / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
 
 

@@ -71,7 +71,7 @@ def test_text_classifier(
     capsys.readouterr()
     assert run_export(text_cli.run(), output) == 0
     assert_only(output.parent, "model")
-    assert_only(output, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert_only(output, "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     out = capsys.readouterr().out
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     assert f"model.safetensors, tokenizer.json, tokenizer_config.json: {size:.1f} MB, float32" in out
@@ -113,7 +113,7 @@ def test_image_classifier(cli: CommandLine, trained: list[Any], tmp_path: Path) 
     output = tmp_path / "model"
     output.mkdir()  # empty
     assert run_export(cli.run() / "checkpoints" / "last.ckpt", output) == 0
-    assert_only(output, "config.json", "model.safetensors")
+    assert_only(output, "README.md", "config.json", "model.safetensors")
     model = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
     module = trained[0].eval()
     image = torch.randn(3, 3, 16, 16)

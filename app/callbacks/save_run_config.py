@@ -1,0 +1,24 @@
+"""What a run was told, in its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.cli import SaveConfigCallback
+
+from app.files import written_whole
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keep the complete configuration in the run directory: config.yaml, and config-1.yaml of its first resumption."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write it when a fit begins."""
+        if stage != "fit":
+            return
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        if path.exists():
+            path = path.with_name(f"config-{len(list(path.parent.glob('config*.yaml')))}.yaml")
+        with written_whole(path) as file:
+            self.parser.save(self.config, file, skip_none=False, overwrite=False, multifile=False)

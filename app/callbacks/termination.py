@@ -1,0 +1,120 @@
+"""SIGTERM, as a preempted node gets it: the step is finished, the run saved, and the exit code says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Termination(L.Callback):
+    """Take SIGTERM for as long as the context lasts.
+
+    - While steps of training run, it waits for the end of the optimizer step, where `AdapterCheckpoint` asks for it.
+      All processes of a distributed run agree there, whichever of them got the signal. (Lightning's own handler enters
+      a collective wherever the signal finds it, so this one takes its place.)
+    - At any other time (loading, validation, evaluation) it stops at once; in a distributed fit, validation is finished
+      first, since the other processes could wait for this one for ever.
+    - A second one ends the process as the system does by default.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.checkpoint: Path | None = None  # from which training goes on
+        self._deferred = self._stopping = False
+        self._process = os.getpid()
+        self._before: Any = None
+        self._trainer: L.Trainer | None = None
+
+    # --------------------------------------------------------------------------------------------------------- signal
+
+    def __enter__(self) -> Termination:
+        """Take the signal."""
+        if threading.current_thread() is threading.main_thread():  # no other may
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave it as it was."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested or os.getpid() != self._process:  # a second one, or in a worker process that was forked
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.requested = True
+        if not self._deferred:
+            for process in self._launched():
+                process.terminate()
+            raise SIGTERMException
+
+    def _launched(self) -> list[Any]:
+        """The other processes, if this one started them."""
+        launcher = self._trainer.strategy.launcher if self._trainer else None
+        return getattr(launcher, "procs", [])
+
+    def report(self) -> int:
+        """Say that it came and where training goes on; the exit code."""
+        going_on = f"training goes on from {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"SIGTERM: stopped; {going_on}.", file=sys.stderr, flush=True)
+        return EXIT_CODE
+
+    def agreed(self, trainer: L.Trainer) -> bool:
+        """Whether any process was asked to stop; all of them must call it together."""
+        return trainer.strategy.reduce_boolean_decision(self.requested, all=False)
+
+    def stop(self, trainer: L.Trainer) -> None:
+        """Have Lightning leave the loop when it has logged the step: where it would for a signal of its own."""
+        self.requested = self._stopping = True
+        self._launched().clear()  # Lightning's observer would kill this one when another has ended with a code
+        trainer.strategy.barrier("sigterm")
+        trainer._signal_connector.received_sigterm = True
+
+    # ---------------------------------------------------------------------------------------------------------- hooks
+
+    def _settle(self, trainer: L.Trainer, deferred: bool) -> None:
+        """Take the place of Lightning's handler, and stop if the signal came before."""
+        self._trainer, self._deferred = trainer, deferred
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handle)
+        if self._stopping or (self.requested and not deferred):
+            raise SIGTERMException
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on there is something to finish."""
+        self._settle(trainer, deferred=True)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is to be finished; but the other processes of a fit are not to be left alone."""
+        self._settle(trainer, deferred=trainer.state.fn == "fit" and trainer.world_size > 1)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The best checkpoint may be written next."""
+        self._deferred = trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is to be finished."""
+        self._settle(trainer, deferred=False)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is to be finished."""
+        self._settle(trainer, deferred=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Training is over and saved."""
+        self._settle(trainer, deferred=False)

@@ -1,0 +1,490 @@
+"""What a run survives: damaged checkpoints, SIGTERM, a full disk, a second process in its directory."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
+from app.callbacks.prediction_writer import write_rows
+from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, damage, read_checkpoint
+from app.files import WriteError, full_disk_named
+from app.run_directory import LOCK, locked, new_run_directory, resolve_checkpoint
+from tests.app.processes import DDP, run_on_two
+from tests.app.test_bad_input import Malicious, refused
+from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
+from tests.conftest import ROOT, png
+
+if TYPE_CHECKING:
+    from tests.app.conftest import CommandLine
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with checkpoints of steps 0, 1 and 2, of which last.ckpt and previous.ckpt are left."""
+    directory = new_run_directory(tmp_path / "runs")
+    save(directory, 0, 1, 2)
+    return directory
+
+
+def save(run: Path, *steps: int, name: str = "last.ckpt") -> None:
+    writer = AtomicCheckpointIO()
+    for step in steps:
+        state = {"state_dict": {"x": torch.full((1000,), float(step))}, "global_step": step}
+        writer.save_checkpoint(state, run / "checkpoints" / name)
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / "last.ckpt"
+
+
+def steps(run: Path) -> dict[str, int]:
+    return {p.name: read_checkpoint(p)["global_step"] for p in sorted((run / "checkpoints").iterdir())}
+
+
+def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Weights and random numbers are the same bits."""
+    assert one["global_step"] == other["global_step"]
+    assert all(torch.equal(tensor, other["state_dict"][name]) for name, tensor in one["state_dict"].items())
+    assert torch.equal(one["random_states"][0]["torch"], other["random_states"][0]["torch"])
+
+
+# --------------------------------------------------------------------------------------------------- digest, rotation
+
+
+def truncate(path: Path, other: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_the_line(path: Path, other: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-SEAL_BYTES])
+
+
+def flip(position: float) -> Callable[[Path, Path], None]:
+    def flip_one_bit(path: Path, other: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(position * (len(content) - 1))] ^= 4
+        path.write_bytes(content)
+
+    return flip_one_bit
+
+
+def empty(path: Path, other: Path) -> None:
+    path.write_bytes(b"")
+
+
+def swap(path: Path, other: Path) -> None:
+    path.write_bytes(other.read_bytes())
+
+
+def plant(path: Path, other: Path) -> None:
+    torch.save({"state_dict": Malicious(path.parent / "ran"), "global_step": 9}, path)
+
+
+DAMAGE = {
+    "truncated": (truncate, "truncated"),
+    "line lost": (lose_the_line, "no digest"),
+    "first bit": (flip(0.0), "does not match its digest"),
+    "a bit": (flip(0.6), "does not match its digest"),
+    "last bit": (flip(1.0), "no digest"),
+    "emptied": (empty, "is empty"),
+    "swapped": (swap, "but of another"),
+    "planted": (plant, "no digest"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_before_anything_is_unpickled(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    inflict, reason = DAMAGE[kind]
+    other = new_run_directory(run.parent)
+    save(other, 7)
+    inflict(last(run), last(other))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", mock.Mock(side_effect=AssertionError))
+        with pytest.raises(CheckpointError, match=reason):
+            read_checkpoint(last(run))
+    assert reason in str(damage(last(run)))
+    assert resolve_checkpoint(str(run), run.parent, prefer_best=False).name == "previous.ckpt"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert str(last(run)) in said[0] and reason in said[0]
+    assert "previous.ckpt is used instead, of step 1" in said[1]
+    # training goes on: the damaged one is not kept in the place of the intact one
+    save(run, 2)
+    assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 1}
+
+
+def test_a_checkpoint_is_one_file_that_torch_loads(run: Path, tmp_path: Path) -> None:
+    assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 1}
+    assert damage(last(run)) is None
+    assert torch.load(last(run), weights_only=True)["global_step"] == 2
+    assert torch.load(last(run), weights_only=True, mmap=True)["state_dict"]["x"].eq(2).all()
+    elsewhere = tmp_path / "some.ckpt"  # out of its run, it is of no other
+    elsewhere.write_bytes(last(run).read_bytes())
+    assert read_checkpoint(elsewhere)["global_step"] == 2
+
+
+def test_what_an_older_version_wrote_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}, "global_step": 5}, path)  # no digest, and a run without an identity
+    assert resolve_checkpoint("last", tmp_path, prefer_best=False) == path
+    save(tmp_path / "version_0", 6)
+    assert steps(tmp_path / "version_0") == {"last.ckpt": 6, "previous.ckpt": 5}
+
+
+def test_newest_intact_one_of_the_newest_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resolve_checkpoint("last", run.parent, prefer_best=False) == last(run)
+    save(run, 4, name="best.ckpt")
+    assert resolve_checkpoint(str(run), run.parent, prefer_best=True).name == "best.ckpt"
+    assert capsys.readouterr().err == ""
+    last(run).unlink()
+    assert resolve_checkpoint("last", run.parent, prefer_best=False).name == "best.ckpt"
+    said = capsys.readouterr().err
+    assert "there is no" in said and "best.ckpt is used instead, of step 4" in said
+    # none intact: an older run is not taken in its place
+    newer = new_run_directory(run.parent)
+    save(newer, 8)
+    last(newer).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is empty.*no intact checkpoint"):
+        resolve_checkpoint("last", run.parent, prefer_best=False)
+
+
+def test_a_kill_between_the_two_names(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.name == ".last.ckpt.tmp":
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            save(run, 3)
+    assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 2}  # two names of one file
+    save(run, 3)
+    assert steps(run) == {"last.ckpt": 3, "previous.ckpt": 2}
+
+
+def test_a_file_system_without_hard_links(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EPERM, "Operation not permitted")))
+    save(run, 3)
+    assert steps(run) == {"last.ckpt": 3, "previous.ckpt": 2}
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_an_explicitly_named_damaged_file_is_an_error(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    flip(0.5)(last(fitted_cli.run()), Path())
+    before = last(fitted_cli.run()).read_bytes()
+    refused(capsys, fitted_cli(command, f"--ckpt_path={last(fitted_cli.run())}"), "last.ckpt is damaged", "digest")
+    assert last(fitted_cli.run()).read_bytes() == before
+
+
+def test_training_goes_on_from_the_newest_intact_one(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = fitted_cli.checkpoint()
+    flip(0.5)(last(fitted_cli.run()), Path())
+    (fitted_cli.run() / "checkpoints" / "best.ckpt").write_bytes(b"")
+    capsys.readouterr()
+    assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
+    said = capsys.readouterr().err
+    assert "last.ckpt is damaged" in said and "best.ckpt is damaged: it is empty" in said
+    assert f"previous.ckpt is used instead, of step {STEPS_AN_EPOCH - 1}" in said
+    assert_same_state(whole, fitted_cli.checkpoint())
+
+
+# ------------------------------------------------------------------------------------------------------------ SIGTERM
+
+
+@contextmanager
+def sigterm(hook: str, step: int) -> Iterator[None]:
+    """Have the process get SIGTERM once in a hook of AdapterCheckpoint, when so many steps are done."""
+
+    def send(self: AdapterCheckpoint, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == step and not trainer.sanity_checking and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, trainer, *args, **kwargs)
+
+    sent: list[bool] = []
+    original = getattr(AdapterCheckpoint, hook)
+    with mock.patch.object(AdapterCheckpoint, hook, send):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"),
+    [
+        ("on_train_batch_start", 4, 5),  # the step that has begun is finished
+        ("on_train_batch_start", 7, 7),  # the last of an epoch would have a validation to follow
+        ("on_validation_batch_start", 8, 7),  # and one that has begun is stopped
+    ],
+)
+def test_sigterm_saves_and_says_so(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], hook: str, step: int, saved: int
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with sigterm(hook, step):
+        assert fitted_cli("fit", "--trainer.max_epochs=1") == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    said = capsys.readouterr().err
+    assert f"SIGTERM: stopped; training goes on from {last(fitted_cli.run(1))}." in said
+    assert "Traceback" not in said
+    assert fitted_cli.checkpoint(1)["global_step"] == saved
+    assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
+    assert_same_state(fitted_cli.checkpoint(0), fitted_cli.checkpoint(1))
+    if step == 4:
+        assert_same_end(fitted_cli, whole=0, resumed=1)
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "accumulated", "saved"),
+    [
+        ("on_train_batch_start", 1, 3, 2),  # in the first of three batches of a step
+        ("on_train_epoch_end", 8, 1, 8),
+    ],
+)
+def test_sigterm_ends_with_whole_steps(cli: CommandLine, hook: str, step: int, accumulated: int, saved: int) -> None:
+    with sigterm(hook, step):
+        assert cli("fit", f"--trainer.accumulate_grad_batches={accumulated}") == 143
+    assert cli.checkpoint()["global_step"] == saved
+
+
+def test_sigterm_before_there_is_a_checkpoint(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    with sigterm("setup", 0):
+        assert cli("fit") == 143
+    assert "SIGTERM: stopped; no checkpoint was written." in capsys.readouterr().err
+
+
+def test_sigterm_stops_an_evaluation(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (fitted_cli.run() / "metrics.json").read_bytes()
+    with sigterm("on_test_batch_start", 0):
+        assert fitted_cli("test", "--ckpt_path=last") == 143
+    assert "SIGTERM: stopped" in capsys.readouterr().err
+    assert (fitted_cli.run() / "metrics.json").read_bytes() == before
+
+
+def test_an_error_after_sigterm_is_of_it(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the worker processes got the signal too: torch raises for each that is gone."""
+
+    def lose_worker(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", lose_worker)
+    assert cli("fit", "--checkpoint.last_every_n_steps=2") == 143
+    assert cli.checkpoint()["global_step"] == 2
+
+
+def in_child(function: Callable[[], object]) -> int:
+    """Run a function in a forked process; its exit code, negative for a signal."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def test_a_second_sigterm_stops_at_once() -> None:
+    def twice() -> None:
+        with Termination() as termination:
+            termination._deferred = True  # as within a step
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert termination.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert in_child(twice) == -signal.SIGTERM
+
+
+def test_a_worker_process_ends_at_the_first_sigterm() -> None:
+    with Termination():
+        assert in_child(lambda: os.kill(os.getpid(), signal.SIGTERM)) == -signal.SIGTERM
+
+
+def test_sigterm_to_one_of_two_processes(cli: CommandLine, tmp_path: Path) -> None:
+    def send(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(AdapterCheckpoint, "on_train_batch_start", send):
+        run_on_two(cli.words("fit"), tmp_path, code=143)
+    assert cli.checkpoint()["global_step"] == 3
+    assert len(cli.checkpoint()["random_states"]) == 2
+    assert "SIGTERM: stopped" in (tmp_path / "rank0.log").read_text()
+
+
+def started(cli: CommandLine, *options: str) -> subprocess.Popen[bytes]:
+    """A fit in a session of its own, as users start it, once it has a checkpoint."""
+    words = cli.words("fit", "--trainer.max_epochs=400", "--checkpoint.last_every_n_steps=3", *options)
+    with (cli.root.parent / "said.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "main.py", *words], cwd=ROOT, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not last(cli.run()).is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [DDP, ["--data.num_workers=2"]], ids=["processes", "workers"])
+@pytest.mark.parametrize("group", [False, True], ids=["one", "group"])
+def test_sigterm_to_a_run_as_users_start_it(cli: CommandLine, options: list[str], group: bool) -> None:
+    process = started(cli, *options)
+    if group:  # as a scheduler may do it
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    said = cli.root.parent / "said.log"
+    assert process.wait(120) == 143, said.read_text()
+    assert said.read_text().count(f"SIGTERM: stopped; training goes on from {last(cli.run())}.") == 1
+    assert "Traceback" not in said.read_text()
+    assert cli.checkpoint()["global_step"] > 0
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # the others may still be at it
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+# ------------------------------------------------------------------------------------------- two in a directory, disk
+
+
+def hold(run: Path, ready: Any) -> None:
+    """Train in a run, as far as others can tell, and leave a worker process behind."""
+    with locked(run):
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=hold, args=(fitted_cli.run(), ready))
+    process.start()
+    assert ready.wait(60)
+    before = last(fitted_cli.run()).read_bytes()
+    refused(capsys, fitted_cli("fit", "--ckpt_path=last"), f"process {process.pid} on ", "trains in", "version_0")
+    assert last(fitted_cli.run()).read_bytes() == before
+    assert fitted_cli("validate", "--ckpt_path=last") == 0  # reading is for all
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    with locked(fitted_cli.run()):  # though the killed one's worker lives
+        assert f"process {os.getpid()} on" in (fitted_cli.run() / LOCK).read_text()
+
+
+def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "recipe"
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda _: new_run_directory(root), range(64)))
+    assert len(set(made)) == 64
+    assert len({(path / ".run").read_text() for path in made}) == 64
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_checkpoint_that_finds_no_room(run: Path) -> None:
+    before = steps(run)
+    with no_file_larger_than(3000), pytest.raises(CheckpointError, match=r"last\.ckpt could not be written"):
+        save(run, 3)
+    assert steps(run) == before
+
+
+def test_rows_that_find_no_room(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.csv"
+    write_rows(path, [{"label": "red"}])
+    before = path.read_text()
+    with no_file_larger_than(3000), pytest.raises(WriteError, match=r"predictions\.csv could not be written"):
+        write_rows(path, [{"label": "green"}] * 3000)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fit_without_room(cli: CommandLine, size: int) -> int:
+    """Resume with files that can hold so many bytes, and forget what the loggers of the dead run would still write."""
+    with no_file_larger_than(size):
+        return cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last")
+
+
+def test_a_full_disk_in_training(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {p: p.read_bytes() for p in fitted_cli.run().rglob("*") if p.suffix in (".ckpt", ".json", ".parquet")}
+    code = fit_without_room(fitted_cli, 8000)  # the configuration fits in
+    refused(capsys, code, str(fitted_cli.run()), "File too large", "untouched")
+    for path, content in files.items():
+        assert path.read_bytes() == content, path
+    assert not [p for p in fitted_cli.run().rglob(".*") if p.name not in (".run", ".lock")]
+    assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+
+
+def test_a_writing_thread_that_finds_no_room_is_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = mock.Mock()
+    monkeypatch.setattr(threading, "excepthook", shown)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    with full_disk_named(tmp_path):
+        for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("a defect")):
+            thread = threading.Thread(target=fail, args=(error,))
+            thread.start()
+            thread.join()
+    assert [call.args[0].exc_type for call in shown.call_args_list] == [ValueError]
+    assert threading.excepthook is shown
+
+
+def test_full_disk_of_predictions(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "one.png").write_bytes(png(np.zeros((16, 16, 3), np.uint8)))
+    with mock.patch.object(
+        PredictionWriter, "write_on_epoch_end", side_effect=OSError(errno.ENOSPC, "No space left on device")
+    ):
+        code = fitted_cli("predict", "--ckpt_path=last", f"--data.predict_path={pictures}")
+    refused(capsys, code, str(fitted_cli.run()), "No space left on device")
+
+
+def test_a_file_in_the_place_of_a_directory(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.root.write_text("")
+    refused(capsys, cli("fit"), "trainer.default_root_dir", str(cli.root), "choose another place")
+    cli.root.unlink()
+
+    def spoilt(root: Path) -> Path:
+        directory = new_run_directory(root)
+        (directory / "checkpoints").write_text("")
+        return directory
+
+    with mock.patch("app.cli.new_run_directory", spoilt):
+        refused(capsys, cli("fit"), "Checkpoints cannot be written to", str(cli.run() / "checkpoints"))
