@@ -161,6 +161,11 @@ def test_no_shots_and_no_subject(tmp_path: Path) -> None:
         assert {batch["subject"] for batch in batches} == {"unknown"}
 
 
+def test_a_subject_column_that_is_not_there_is_refused(folder: Path) -> None:
+    with refuses("data.subject_column", "subjct", "subject"):
+        batches_of(folder, subject_column="subjct")
+
+
 def test_letters_for_as_many_choices_as_there_are(tmp_path: Path) -> None:
     def two(row: Row) -> list[str]:
         return row["choices"][:2]
