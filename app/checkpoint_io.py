@@ -42,9 +42,27 @@ def run_identity(checkpoint: Path) -> str | None:
     run = run_of_checkpoint(checkpoint.absolute())
     try:
         found = (run / IDENTITY).read_text(encoding="ascii").strip() if run else ""
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         return None
     return found if re.fullmatch("[0-9a-f]{32}", found) else None
+
+
+def restore_identity(run: Path) -> None:
+    """Name a run again that was copied without what names it (a hidden file), by what its checkpoints say.
+
+    Without, what is written from here on would be taken for another run's when it is copied back.
+    """
+    if (run / IDENTITY).exists():
+        return
+    for name in (LAST, PREVIOUS, BEST):
+        path = run / CHECKPOINTS / name
+        if path.is_file() and path.stat().st_size > SEAL_BYTES:
+            with path.open("rb") as file:
+                file.seek(-SEAL_BYTES, os.SEEK_END)
+                seal = SEAL.fullmatch(file.read())
+            if seal is not None and seal[2].decode() != NO_RUN:
+                (run / IDENTITY).write_text(f"{seal[2].decode()}\n", encoding="ascii")
+                return
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

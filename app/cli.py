@@ -45,7 +45,7 @@ from app.callbacks import (
     SaveRunConfig,
     Termination,
 )
-from app.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_checkpoint
+from app.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_checkpoint, restore_identity
 from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.files import full_disk_named
 from app.imports import HELP, restrict_imports, split_imports
@@ -92,14 +92,24 @@ def main(args: Sequence[str] | None = None) -> int:
                 return termination.report()
             return stop.code if isinstance(stop.code, int) else 2
         except Exception as error:
-            if termination.requested:  # worker processes may have been told to end too, and training missed them
+            if termination.requested and _lost_a_process(error):  # which was told to end too
                 return termination.report()
             cause = _bad_input(error)
             if cause is None:
                 raise
             print(f"error: {parser_message(cause)}", file=sys.stderr)
+            if termination.requested:
+                termination.report()
             return 2
     return 0
+
+
+def _lost_a_process(error: Exception) -> bool:
+    """Whether an error is what is left of a worker or of another process of the run."""
+    lost = ("DataLoader worker", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, ConnectionError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
+    )
 
 
 def _bad_input(error: Exception) -> Exception | None:
@@ -199,6 +209,7 @@ class AsymmetryCLI(LightningCLI):
         """Let no other process train in a run directory; of this run's processes the first one does it."""
         if run is not None and run.is_dir() and getattr(rank_zero_only, "rank", 0) == 0:
             self.held.enter_context(locked(run))
+            restore_identity(run)
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: Lightning would let the checkpoint beat the command line."""
@@ -206,7 +217,7 @@ class AsymmetryCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse data that are not for the model, before either is loaded; a file of adapters has both factors."""
         values = self._get(self.config, "model").init_args
-        if values.get("adapter_path") is not None:
+        if values.get("adapter_path") is not None and values.adapter is not None:
             values.adapter.init_a = values.adapter.init_b = "given"
         paths = [self._get(self.config, section).class_path for section in ("model", "data")]
         model, data = classes = [resolve_name(path) for path in paths]

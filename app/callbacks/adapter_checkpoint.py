@@ -91,7 +91,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         if (batch_idx + 1) % accumulated != 0 and not trainer.is_last_batch:
             return  # between two steps
         left = trainer.num_training_batches - (batch_idx + 1)
-        due = trainer.global_step % self.last_every_n_steps == 0 or left <= accumulated or stops
+        every = trainer.val_check_batch or float("inf")  # a validation, however long, is to lose one step at most
+        validates = (batch_idx + 1 + accumulated) // every > (batch_idx + 1) // every
+        due = trainer.global_step % self.last_every_n_steps == 0 or left <= accumulated or validates or stops
         if due and trainer.global_step > self._last_saved_step and not trainer.is_last_batch:
             self._save_last(trainer)
         if termination is not None and stops:

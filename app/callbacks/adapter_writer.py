@@ -9,9 +9,9 @@ from pathlib import Path
 import lightning as L
 import torch
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.checkpoint_io import CheckpointError, read_checkpoint
 from app.commands.export import new_directory
 from app.commands.peft import write_peft
@@ -34,12 +34,16 @@ class AdapterWriter(L.Callback):
         if pl_module.tuning != "adapter" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(trainer.default_root_dir) / FOLDER
-        callback = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
+        callback = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
         best = Path(callback.best_model_path if callback else "")
+        old = folder.with_name(f".{FOLDER}.old")
         try:
             state = read_checkpoint(best)["state_dict"] if best.is_file() else pl_module.saved_state()
             with new_directory(folder) as temporary:
                 write_peft(pl_module, torch.float32, temporary, state)
-                shutil.rmtree(folder, ignore_errors=True)
-        except (ArgumentError, AdapterError, CheckpointError) as error:
+                shutil.rmtree(old, ignore_errors=True)
+                if folder.exists():
+                    folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        except (ArgumentError, AdapterError, CheckpointError, OSError, RuntimeError, KeyError) as error:
             print(f"{folder} was not written, and the checkpoints were: {error}", file=sys.stderr)

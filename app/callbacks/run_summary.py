@@ -13,12 +13,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.files import written_whole
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
@@ -57,7 +57,7 @@ class RunSummary(L.Callback):
         self.values |= pl_module.parameter_counts()
         self.values["time/fit_seconds"] = round(time.monotonic() - self._started, 2)
         self.values["memory/peak_bytes"] = _peak_memory(trainer.strategy.root_device)
-        callback = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
+        callback = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
         if callback is not None and callback.monitor and callback.best_model_score is not None:
             self.values[f"best/{callback.monitor}"] = callback.best_model_score.item()
         self._keep_metrics(trainer)

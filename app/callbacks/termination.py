@@ -49,7 +49,7 @@ class Termination(L.Callback):
     ) -> None:
         """Leave it as it was."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)  # None if it was not set from Python
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested or os.getpid() != self._process:  # a second one, or in a worker process that was forked

@@ -22,10 +22,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
 from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, damage, read_checkpoint
+from app.cli import main
 from app.files import WriteError, full_disk_named
 from app.run_directory import LOCK, locked, new_run_directory, resolve_checkpoint
 from tests.app.processes import DDP, run_on_two
@@ -299,6 +301,41 @@ def test_an_error_after_sigterm_is_of_it(cli: CommandLine, monkeypatch: pytest.M
     monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", lose_worker)
     assert cli("fit", "--checkpoint.last_every_n_steps=2") == 143
     assert cli.checkpoint()["global_step"] == 2
+
+
+def test_a_defect_after_sigterm_is_shown(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyError("a defect")
+
+    monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", fail)
+    with pytest.raises(KeyError, match="a defect"):
+        cli("fit")
+
+
+def test_a_validation_in_mid_epoch_loses_one_step(cli: CommandLine) -> None:
+    with sigterm("on_validation_batch_start", 4):
+        assert cli("fit", "--trainer.val_check_interval=2") == 143
+    assert cli.checkpoint()["global_step"] == 3
+
+
+def test_a_copy_without_hidden_files_stays_the_same_run(fitted_cli: CommandLine) -> None:
+    identity = (fitted_cli.run() / ".run").read_text()
+    (fitted_cli.run() / ".run").unlink()
+    assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    assert (fitted_cli.run() / ".run").read_text().strip() == identity.strip()
+    assert fitted_cli("test", f"--ckpt_path={last(fitted_cli.run())}") == 0
+
+
+def test_the_adapter_is_that_of_the_best_checkpoint(cli: CommandLine, tmp_path: Path) -> None:
+    """And not of a callback of the user's own."""
+    own = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=train/loss"]
+    assert cli("fit", *own, "--trainer.callbacks.mode=min", "--trainer.callbacks.filename=own") == 0
+    assert main(["export", str(cli.run()), "--format=peft", f"--output={tmp_path / 'best'}"]) == 0
+    best, written = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "best", cli.run() / "adapter"))
+    assert best.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in best.items())
 
 
 def in_child(function: Callable[[], object]) -> int:
