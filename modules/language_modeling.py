@@ -37,8 +37,8 @@ class LanguageModel(AdaptedModule):
         weights: `pretrained` (the backbone's own), `none`, or a local .safetensors file in their place.
         backbone_dtype: Dtype of the frozen weights; bfloat16 halves the memory. `full` needs float32.
         backbone_args: Values of the backbone's config.json to change, such as `attention_dropout`.
-        gradient_checkpointing: Whether each layer's activations are computed again in backward rather than kept: a
-            third more time, and memory for one layer instead of all.
+        gradient_checkpointing: Whether each layer's activations are computed again in backward rather than kept: one
+            more forward pass a step, and memory for one layer instead of all.
         shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the layers' frozen weights
             instead of all; see `modules.sharding`.
         generation: How responses are generated in prediction.

@@ -4,7 +4,7 @@ The step is the real one, of the real model under its adapters, on fake tensors:
 in autograd's graph, but no numbers. So whatever autograd keeps is counted, for every architecture, and a model of 7
 billion weights takes seconds and no memory. `docs/results/memory.json` has measured runs beside it.
 
-Not counted is what PyTorch does not allocate as a tensor: the CUDA context (about half a GiB), workspaces of kernels,
+Not counted is what PyTorch does not allocate as a tensor: the CUDA context, workspaces of kernels,
 buffers of communication, and what an allocator loses between its blocks.
 """
 
