@@ -1,13 +1,11 @@
-"""What every task shares: how a backbone is tuned, which rates its parameters get, what a checkpoint holds."""
+"""What every task shares: how a backbone is tuned, and which rates its parameters get; `checkpoints` has the rest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -16,23 +14,17 @@ from torch import Tensor, nn
 from modules.adapter_files import read_adapter
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
 from modules.adapters.state import frozen_fingerprint, state_problems
+from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
+from modules.errors import ModelError
 from modules.optimization import Schedule, parameter_groups, schedule_factor
+
+__all__ = ["AdaptedModule", "BackboneDtype", "ModelError", "Tuning", "inputs_to_float32"]
 
 Tuning = Literal["adapter", "head", "full"]
 BackboneDtype = Literal["float32", "bfloat16"]
 
 
-_AFTER_DIVERGENCE = (
-    "Nothing of it was saved: resume from the last checkpoint with --ckpt_path last and a lower --model.learning_rate, "
-    "a longer --model.warmup_ratio or --trainer.gradient_clip_val 1.0."
-)
-
-
-class ModelError(ValueError):
-    """A model that cannot be built, loaded or trained as asked; the message says how to mend it."""
-
-
-class AdaptedModule(L.LightningModule):
+class AdaptedModule(CheckpointedModule):
     """A backbone with a head, tuned through adapters, through its head alone, or in full.
 
     A task's `__init__` calls `save_hyperparameters`, assigns `backbone` and ends with `configure_tuning`; besides, it
@@ -248,7 +240,7 @@ class AdaptedModule(L.LightningModule):
         """
         if not torch.isfinite(loss):
             raise ModelError(
-                f"The training loss became {loss.item()} at step {self.trainer.global_step}. {_AFTER_DIVERGENCE}"
+                f"The training loss became {loss.item()} at step {self.trainer.global_step}. {AFTER_DIVERGENCE}"
             )
 
     def on_after_backward(self) -> None:
@@ -267,75 +259,6 @@ class AdaptedModule(L.LightningModule):
                 f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
                 f"({', '.join(idle[:3])}, …): it uses their weights without calling the layer. Choose other targets."
             )
-
-    def check_weights(self) -> None:
-        """Stop before weights that are not finite are kept or looked at: a finite loss may have had such a gradient.
-
-        Raises:
-            ModelError: With the step, the first such tensor and what to try.
-        """
-        for name, tensor in self.saved_state().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ModelError(f"At step {self.trainer.global_step} {name} is no longer finite. {_AFTER_DIVERGENCE}")
-
-    # --------------------------------------------------------------------------------------------------- checkpoints
-
-    def saved_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: every trained parameter, both factors of each adapter, heads, live buffers."""
-        full = self.state_dict()
-        keep = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        keep |= {f"backbone.{name}" for name in adapter_state(self.backbone)}
-        frozen = self.tuning != "full"  # then the backbone's buffers are what was loaded
-        keep |= {name for name, _ in self.named_buffers() if not (frozen and name.startswith("backbone."))}
-        return {name: tensor for name, tensor in full.items() if name in keep or self._in_head(name)}
-
-    def _in_head(self, name: str) -> bool:
-        return any(name.startswith(f"{head}.") for head in self.head_names)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen backbone out, but for a fingerprint.
-
-        Raises:
-            ModelError: If anything is not finite; what is on disk stays.
-        """
-        self.check_weights()
-        checkpoint["state_dict"] = self.saved_state()
-        checkpoint["frozen_fingerprint"] = self.fingerprint
-        keys = checkpoint["hyper_parameters"]  # plain dicts for dataclasses, or weights_only refuses them
-        keys.update({n: asdict(v) for n, v in keys.items() if is_dataclass(v) and not isinstance(v, type)})
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See that the frozen weights are those that the checkpoint was trained over.
-
-        Raises:
-            ModelError: If they are not.
-        """
-        tuned = checkpoint["hyper_parameters"].get("tuning", self.tuning)
-        if tuned != self.tuning:
-            raise ModelError(
-                f"model.tuning: the checkpoint is of tuning {tuned}, and this model is set up for {self.tuning}; leave "
-                "the key as it was."
-            )
-        if checkpoint.get("frozen_fingerprint", self.fingerprint) != self.fingerprint:
-            raise ModelError(
-                "The checkpoint was trained over other frozen weights than this backbone's: set model.backbone, "
-                "model.weights, model.backbone_args, model.backbone_dtype (and model.image_size; with weights: none, "
-                "seed_everything) as they were; the run's config.yaml has them."
-            )
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `saved_state` saves, and nothing else, whatever `strict` says.
-
-        Raises:
-            ModelError: With the list of what is missing, unexpected or of another shape; nothing is then loaded.
-        """
-        if problems := state_problems(self.saved_state(), state_dict):
-            raise ModelError(
-                "The checkpoint is of another model than the one configured: "
-                + "; ".join(problems)
-                + ". Use the config.yaml of the checkpoint's run, or its backbone, tuning and adapter keys."
-            )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     # -------------------------------------------------------------------------------------------------------- counts
 
