@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from modules.adapters.compact import is_compact, load_compact
 from modules.adapters.config import AdapterConfig, AdapterError
 from modules.adapters.peft_format import WHERE, Heads
 from modules.adapters.peft_reading import from_peft
+from modules.adapters.state import frozen_fingerprint
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -58,8 +60,14 @@ def read_adapter(
     folder = _located(source)
     if is_compact(folder):
         compact = load_compact(folder, backbone, exclude)
+        if compact.fingerprint not in (None, frozen_fingerprint(backbone)):
+            rank_zero_warn(
+                f"{WHERE}: {source} was trained over other frozen weights than this backbone's, or over the same in "
+                "another dtype; only over its own does it compute what it did."
+            )
         config = compact.adapter
-        if config.train != own.train:
+        # the SVD of every W would take long, and what it gives is in the file
+        if config.train != own.train or "svd" in (config.init_a, config.init_b):
             config = replace(config, train=own.train, init_a="given", init_b="given")
         return Given(config, compact.factors, compact.heads)
     names = [name for of_head in homes.values() for name in of_head]

@@ -24,12 +24,18 @@ TASKS = {
 }
 SPLITS = {"test": "test", "val": "validation"}
 MOST_LABELS = 30  # that a card lists
-_PLAIN = re.compile(r"[A-Za-z0-9_.,:/+ -]{1,200}")
+_PLAIN = re.compile(r"[A-Za-z0-9_.,:/+% -]{1,200}")
 _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 
 
 def write_card(
-    folder: Path, module: AdaptedModule, run: Path | None, saved: Mapping[str, Any], form: str, load: str
+    folder: Path,
+    module: AdaptedModule,
+    run: Path | None,
+    saved: Mapping[str, Any],
+    form: str,
+    load: str,
+    notes: Mapping[str, Any],
 ) -> None:
     """Write README.md.
 
@@ -40,6 +46,7 @@ def write_card(
         saved: The `model` and `data` sections that it was trained with.
         form: The format that was exported.
         load: What loads it.
+        notes: What else is to be said of the export.
     """
     model = saved["model"]["init_args"]
     data = saved.get("data", {}).get("init_args", {})
@@ -52,6 +59,7 @@ def write_card(
         "Data": dataset,
         "Tuning": module.tuning,
         **(_variant(module) if module.tuning == "adapter" else {}),
+        **notes,
         **({"Classes": _labels(model["class_names"])} if model.get("class_names") else {}),
         "License": "that of the base model",
     }

@@ -10,7 +10,8 @@ and its metadata has, under `recipe`, a JSON object:
 - `version`: 1,
 - `adapter`: the keys of `AdapterConfig`,
 - `redrawn`: for each projection whose frozen factor is not stored `{"shape": [rows, columns], "sha256": …}`, the digest
-  being that of its float32 bytes, little-endian, row by row.
+  being that of its float32 bytes, little-endian, row by row,
+- `frozen_fingerprint`: that of the backbone (`modules.adapters.state`); may be missing.
 
 A frozen factor is left out only if its initialiser is `signs`, which is reproducible by construction, and it is to the
 bit what the recipe draws. Loading draws it again and refuses any other digest. All else is stored, so that a compact
@@ -38,7 +39,7 @@ from modules.adapters.init import Factor, sign_factor
 from modules.adapters.linear import check_rank
 from modules.adapters.peft_format import WHERE
 from modules.adapters.roles import ROLES, Projection, find_projections, fused_layers, select
-from modules.adapters.state import adapted_projections
+from modules.adapters.state import adapted_projections, frozen_fingerprint
 
 FILE_NAME = "adapter_compact.safetensors"
 VERSION = 1
@@ -53,11 +54,13 @@ class Compact(NamedTuple):
         adapter: The adapter's configuration.
         factors: Both factors of every adapter under the names of `adapter_state`, float32.
         heads: What was trained whole, under the names of the task's module, float32 where it is of floats.
+        fingerprint: That of the frozen weights that it was trained over; None if the file does not say.
     """
 
     adapter: AdapterConfig
     factors: dict[str, Tensor]
     heads: dict[str, Tensor]
+    fingerprint: str | None
 
 
 def is_compact(path: Path) -> bool:
@@ -107,7 +110,8 @@ def save_compact(
                 redrawn[name] = {"shape": list(parameter.shape), "sha256": digest}
             else:
                 tensors[f"adapter.{name}.{factor}"] = parameter
-    recipe = {"version": VERSION, "adapter": asdict(config), "redrawn": redrawn}
+    fingerprint = frozen_fingerprint(model)
+    recipe = {"version": VERSION, "adapter": asdict(config), "redrawn": redrawn, "frozen_fingerprint": fingerprint}
     stored = {  # copies: safetensors takes no tensors that share memory
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for name, tensor in tensors.items()
@@ -148,7 +152,7 @@ def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ())
     projections = find_projections(backbone, exclude)
     try:
         with safe_open(path / FILE_NAME, framework="pt") as opened:
-            config, redrawn = _read_recipe(file, (opened.metadata() or {}).get("recipe", ""))
+            config, redrawn, fingerprint = _read_recipe(file, (opened.metadata() or {}).get("recipe", ""))
             stored = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             layers = _check_factors(file, backbone, projections, config, stored, redrawn)
             tensors = {name: _read_tensor(file, name, opened.get_tensor(name)) for name in stored}
@@ -169,17 +173,18 @@ def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ())
         for factor in "AB"
     }
     config = replace(config, targets=targets)
-    return Compact(config, factors, {name.removeprefix("head."): tensor for name, tensor in tensors.items()})
+    heads = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
+    return Compact(config, factors, heads, fingerprint)
 
 
-def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any]]:
-    """The configuration and the frozen factors that a file's metadata names, of the right types."""
+def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], str | None]:
+    """The configuration, frozen factors and fingerprint that a file's metadata names, of the right types."""
     problem = f"{file} is no compact file that this version reads"
     try:
         recipe = json.loads(text)
         if recipe["version"] != VERSION:
             raise ValueError(f"version {recipe['version']!r:.20}, which a newer program may read")
-        keys, redrawn = recipe["adapter"], recipe["redrawn"]
+        keys, redrawn, fingerprint = recipe["adapter"], recipe["redrawn"], recipe.get("frozen_fingerprint")
         known = {field.name for field in fields(AdapterConfig)}
         numbers = [type(keys[key]) in (int, float) for key in ("alpha", "dropout")]
         targets = [isinstance(target, str) for target in keys["targets"]]
@@ -190,7 +195,7 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any]]:
             for entry in redrawn.values()
         ]
         fits = set(keys) == known and type(keys["seed"]) is int and isinstance(keys["targets"], list)
-        if not (fits and all(numbers + targets + entries)):
+        if not (fits and isinstance(fingerprint, str | None) and all(numbers + targets + entries)):
             raise TypeError("its recipe has other keys or values")
         config = AdapterConfig(**keys)
     except AdapterError as error:
@@ -200,7 +205,7 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any]]:
     frozen = {"A": config.init_b, "B": config.init_a}.get(config.train)
     if redrawn and frozen != "signs":
         raise AdapterError(f"{file}: its frozen factor ({frozen}) is none that can be drawn again. {_AGAIN}")
-    return config, redrawn
+    return config, redrawn, fingerprint
 
 
 def _check_factors(

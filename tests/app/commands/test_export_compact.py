@@ -20,6 +20,7 @@ from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused
+from tests.backbones import save_backbone
 
 SHORT = (
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"),
@@ -88,6 +89,36 @@ def test_training_and_testing_go_on_from_a_compact_directory(
     assert "Left out" in capsys.readouterr().out  # the same side goes on over the same signs
     assert run_export(text_cli.run(3), tmp_path / "other") == 0
     assert "Stored: both factors of 4 projections" in capsys.readouterr().out
+
+
+def test_singular_vectors_are_read_and_not_computed_again(
+    text_cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert text_cli("fit", *SHORT, "--model.adapter.init_a=svd") == 0
+    assert run_export(text_cli.run(), tmp_path / "compact") == 0
+    trained = trained_module(text_cli)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    args = {**trained.hparams, "adapter_path": str(tmp_path / "compact")}
+    again = TextClassifier(**args)  # type: ignore[arg-type]
+    again.load_given_heads()
+    state = trained.saved_state()
+    assert again.saved_state().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.saved_state().items())
+    assert (again.adapter.init_a, again.adapter.init_b, again.adapter.train) == ("given", "given", "B")
+
+
+def test_other_frozen_weights_are_told(text_cli: CommandLine, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    assert text_cli("fit", *SHORT) == 0
+    assert run_export(text_cli.run(), tmp_path / "compact") == 0
+    args: dict[str, Any] = {**trained_module(text_cli).hparams, "adapter_path": str(tmp_path / "compact")}
+    told = r"model.adapter_path: .*compact was trained over other frozen weights"
+    recwarn.clear()
+    TextClassifier(**args)
+    assert not [w for w in recwarn if "frozen weights" in str(w.message)]
+    other = save_backbone(tmp_path / "other", "roberta", seed=1)
+    for change in ({"backbone": str(other)}, {"backbone_dtype": "bfloat16"}):
+        with pytest.warns(UserWarning, match=told):
+            TextClassifier(**{**args, **change})
 
 
 def test_a_damaged_directory_is_refused(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modules.adapters import AdapterConfig, AdapterError, adapted_projections, adapter_state, attach, load_adapter_state
 from modules.adapters.compact import FILE_NAME, is_compact, load_compact, save_compact
+from modules.adapters.state import frozen_fingerprint
 
 if TYPE_CHECKING:
     from tests.modules.adapters.conftest import Backbone
@@ -160,6 +161,16 @@ def test_loading_changes_neither_model_nor_generator(backbone: Backbone, tmp_pat
 
 
 @only_vit
+def test_fingerprint_of_what_is_frozen(backbone: Backbone, tmp_path: Path) -> None:
+    model, config = adapted(backbone, **SIGNS["B"])
+    save_compact(tmp_path, model, config, {}, torch.float32)
+    backbone.reference.requires_grad_(False).get_submodule(*backbone.head).requires_grad_(True)
+    assert load_compact(tmp_path, backbone.reference).fingerprint == frozen_fingerprint(backbone.reference)
+    rewrite(tmp_path, lambda r: r.pop("frozen_fingerprint") and None)
+    assert load_compact(tmp_path, backbone.reference).fingerprint is None
+
+
+@only_vit
 def test_refusals_to_write(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no adapters"):
         save_compact(tmp_path, backbone.model, AdapterConfig(), {}, torch.float32)
@@ -250,6 +261,7 @@ def test_another_seed_is_refused(written: tuple[Path, nn.Module]) -> None:
         (lambda r: r["adapter"].popitem(), "other keys|KeyError"),
         (lambda r: r.pop("adapter"), "KeyError"),
         (lambda r: r.update(adapter=None), "TypeError"),
+        (lambda r: r.update(frozen_fingerprint=[1]), "other keys"),
         (lambda r: r.update(version=2), "version 2"),
         (lambda r: r.update(version="x" * 10**6), "version 'xxx"),
         (lambda r: "", "JSONDecodeError"),
