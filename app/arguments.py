@@ -165,6 +165,20 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
         os.unlink(name)
 
 
+def leave_adapter_path(contents: list[dict[str, Any]], final: Namespace) -> None:
+    """Have no adapters read to start from where there is a checkpoint, which has its own, and say so.
+
+    Args:
+        contents: The files.
+        final: The values of the command, which are changed.
+    """
+    values = final["model"].init_args
+    given = last_value("model.init_args.adapter_path", [], contents) or values.get("adapter_path")
+    if given is not None:
+        values["adapter_path"] = None
+        rank_zero_only(_say)("model.adapter_path is not read: the checkpoint has the adapters.")
+
+
 @rank_zero_only
 def report_untrained(command: str) -> None:
     """Say that a command has no checkpoint to go by."""
@@ -177,7 +191,7 @@ def report_differences(saved: dict[str, Any], contents: list[dict[str, Any]], fi
     for section, content in saved.items():
         ours = _flatten(final[section].init_args.as_dict())
         for key, value in _flatten(content["init_args"]).items():
-            if (section, key) == ("data", "predict_path"):  # new each time
+            if (section, key) in (("data", "predict_path"), ("model", "adapter_path")):  # new each time; never read
                 continue
             from_file = last_value(f"{section}.init_args.{key}", [], contents)
             if key in ours and _plain(ours[key]) != _plain(value):

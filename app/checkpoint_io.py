@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -72,7 +73,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint on the CPU. Only tensors and plain values are accepted, never pickled code.
 
     Raises:
-        CheckpointError: If it is not there, damaged, of another run, not a checkpoint, or holds anything else.
+        CheckpointError: If it is not there, damaged, not of the run that it lies in, no checkpoint, or holds anything
+            else.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"ckpt_path: there is no file {path}; checkpoints lie in RUN/checkpoints.")
@@ -89,17 +91,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             reason = "it is truncated or not a PyTorch file"
         raise CheckpointError(f"ckpt_path: {path} cannot be read: {reason}. Use another checkpoint.") from error
     if problem:
+        elsewhere = "" if problem.startswith("is damaged") else " If it is whole, a copy of it elsewhere can be used."
         raise CheckpointError(
-            f"ckpt_path: {path} {problem}. Use another checkpoint, or give the run directory: the "
-            "newest intact one of it is taken then."
+            f"ckpt_path: {path} {problem}. Use another checkpoint, or give the run directory: the newest intact one of "
+            f"it is taken then.{elsewhere}"
         )
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"ckpt_path: {path} is a PyTorch file, but not a checkpoint of a run (no state_dict).")
     return checkpoint
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by its digest; None if it is intact, or has no digest and needs none."""
+def fault(path: Path) -> str | None:
+    """Why a checkpoint is not used, by its digest; None if it is intact, or has no digest and needs none."""
     try:
         with path.open("rb") as file:
             return _problem(file, run_identity(path))
@@ -109,8 +112,16 @@ def damage(path: Path) -> str | None:
         return f"cannot be read ({error.strerror})"
 
 
+def saved_step(path: Path) -> int | None:
+    """Optimizer steps behind a checkpoint, of which no tensor is read; None if it cannot be told."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # torch raises half a dozen kinds for a damaged file
+        return None
+
+
 def _problem(file: BinaryIO, identity: str | None) -> str | None:
-    """What is wrong with an open checkpoint; the file is at its beginning again if nothing is.
+    """Why an open checkpoint is not used; the file is at its beginning again if nothing is wrong.
 
     Args:
         file: Opened for reading.
@@ -123,7 +134,10 @@ def _problem(file: BinaryIO, identity: str | None) -> str | None:
     seal = SEAL.fullmatch(file.read())
     file.seek(0)
     if seal is None:
-        missing = "is damaged: its end is truncated or altered, there is no digest"
+        # torch loads a file that lost this line alone: it looks like one of plain Lightning, which never had it
+        missing = (
+            "is without the digest that each checkpoint of its run has: truncated or altered, or another program's"
+        )
         return missing if identity is not None else None
     digest = hashlib.sha256()
     left = size - SEAL_BYTES
@@ -134,7 +148,7 @@ def _problem(file: BinaryIO, identity: str | None) -> str | None:
     if digest.hexdigest().encode() != seal[1]:
         return "is damaged: its content does not match its digest"
     if identity is not None and seal[2].decode() != identity:
-        return "is not a checkpoint of this run, but of another"
+        return "is intact, but not a checkpoint of the run that it lies in"
     file.seek(0)
     return None
 
@@ -166,12 +180,20 @@ class _Sealed:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write to a temporary name in the same folder and rename, so that a kill or a full disk leaves the old file.
 
-    The last.ckpt that a new one replaces stays as previous.ckpt, unless it is damaged.
+    - The last.ckpt that a new one replaces stays as previous.ckpt, unless it is damaged.
+    - Where a run goes on from an older checkpoint of its own, the newer ones are dropped once its first new one is
+      there: or else, if that were damaged, the newest intact one would be of steps that the run has taken back.
+
+    Args:
+        given: The checkpoint that a command was given.
+        content: What lies in it, as `read_checkpoint` gave it: handed out once, and not read again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Path | None = None, content: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self._own: set[Path] = set()  # written by this process: need not be checked before they are kept
+        self._content = {} if given is None or content is None else {given: content}
+        self._intact = set(self._content)  # read or written by this process: need not be checked before they are kept
+        self._given = None if given is None or content is None else (given, int(content.get("global_step", 0)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint.
@@ -187,23 +209,43 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 sealed = _Sealed(file)
                 torch.save(checkpoint, cast("IO[bytes]", sealed))
                 sealed.close(run_identity(target) or NO_RUN)
-            if target.name == LAST and target.is_file() and (target in self._own or damage(target) is None):
+            newer = self._left_behind(target.parent)
+            if target.name == LAST and target not in newer and self._is_intact(target):
                 _keep(target, target.with_name(PREVIOUS))
             temporary.replace(target)
-            self._own.add(target)
+            self._intact.add(target)
+            for other, step in newer.items():
+                if other != target:
+                    other.unlink()
+                    print(f"{other} of step {step} is dropped: the run went on from an older one.", file=sys.stderr)
             _sync_names(target.parent)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):  # torch's zip writer raises a RuntimeError behind the disk's own
+                raise
             raise CheckpointError(
-                f"The checkpoint {target} could not be written ({error}). The one before is untouched: free some space "
+                f"The checkpoint {target} could not be written ({cause}). The one before is untouched: free some space "
                 "and resume with --ckpt_path last."
             ) from error
         finally:
             if target.parent.is_dir():
                 temporary.unlink(missing_ok=True)
 
+    def _is_intact(self, path: Path) -> bool:
+        return path.is_file() and (path in self._intact or fault(path) is None)
+
+    def _left_behind(self, folder: Path) -> dict[Path, int]:
+        """At a resumed run's first checkpoint, those in the folder that are ahead of where it went on, with steps."""
+        if self._given is None or self._given[0].parent.resolve() != folder.resolve():
+            return {}
+        (_, step), self._given = self._given, None
+        steps = {path: saved_step(path) for path in (folder / name for name in (LAST, PREVIOUS, BEST))}
+        return {path: found for path, found in steps.items() if found is not None and found > step}
+
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint, with `weights_only` whatever is asked."""
-        return read_checkpoint(path)
+        content = self._content.pop(Path(path), None)
+        return read_checkpoint(path) if content is None else content
 
 
 def _keep(target: Path, name: Path) -> None:

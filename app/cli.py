@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
 import lightning as L
-import torch
 from jsonargparse import ArgumentError
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -27,6 +22,7 @@ from app.arguments import (
     check_values,
     default_root,
     last_value,
+    leave_adapter_path,
     read_yaml,
     report_changes,
     report_differences,
@@ -39,33 +35,26 @@ from app.callbacks import (
     AdapterCheckpoint,
     AdapterSpectrum,
     AdapterWriter,
-    CallbackError,
     PredictionWriter,
     RunSummary,
     SaveRunConfig,
     Termination,
 )
-from app.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_checkpoint, restore_identity
+from app.checkpoint_io import AtomicCheckpointIO, restore_identity
 from app.commands import COMMANDS, command_help, command_parser, run_command
+from app.failures import bad_input, lost_a_process
 from app.files import full_disk_named
-from app.imports import HELP, restrict_imports, split_imports
+from app.imports import HELP, restricted_imports, split_imports
 from app.messages import parser_message, quiet_libraries
-from app.run_directory import locked, new_run_directory, resolve_checkpoint, run_of_checkpoint
-from datamodules.errors import DataError
-from modules.adapters import AdapterError
-from modules.base import AdaptedModule, ModelError
-
-# What a user can mend. Anything else is a defect of this program and shows its traceback.
-BAD_INPUT = (
-    ArgumentError,
-    AdapterError,
-    ModelError,
-    DataError,
-    CheckpointError,
-    CallbackError,
-    MisconfigurationException,
-    OSError,
+from app.run_directory import (
+    locked,
+    new_run_directory,
+    not_left_empty,
+    read_wanted,
+    run_of_checkpoint,
+    wanted_checkpoint,
 )
+from modules.base import AdaptedModule
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -82,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
     with Termination() as termination, ExitStack() as held:
         try:
             allowed, words = split_imports(sys.argv[1:] if args is None else args)
-            restrict_imports(allowed)
+            held.enter_context(restricted_imports(allowed))
             if words and words[0] in COMMANDS:
                 run_command(words[0], words[1:])
             else:
@@ -92,9 +81,9 @@ def main(args: Sequence[str] | None = None) -> int:
                 return termination.report()
             return stop.code if isinstance(stop.code, int) else 2
         except Exception as error:
-            if termination.requested and _lost_a_process(error):  # which was told to end too
+            if termination.requested and lost_a_process(error):  # which was told to end too
                 return termination.report()
-            cause = _bad_input(error)
+            cause = bad_input(error)
             if cause is None:
                 raise
             print(f"error: {parser_message(cause)}", file=sys.stderr)
@@ -102,30 +91,6 @@ def main(args: Sequence[str] | None = None) -> int:
                 termination.report()
             return 2
     return 0
-
-
-def _lost_a_process(error: Exception) -> bool:
-    """Whether an error is what is left of a worker or of another process of the run."""
-    lost = ("DataLoader worker", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, ConnectionError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
-    )
-
-
-def _bad_input(error: Exception) -> Exception | None:
-    """What the user can mend behind an error, looking through the parser's wrapping; None for a defect."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return ArgumentError(None, "The accelerator's memory is full: choose a smaller --data.batch_size.")
-    link: BaseException | None = error
-    while isinstance(link, Exception):
-        if isinstance(link, BAD_INPUT):
-            return link
-        wrapped = isinstance(link, ValueError) and "Does not validate" in str(link)
-        link = link.__cause__ or (link.__context__ if wrapped else None)
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, ValueError | RuntimeError) and f"{os.sep}lightning{os.sep}" in frames[-1].filename:
-        return error  # Lightning's own check of what the trainer or a callback was told
-    return None
 
 
 class AsymmetryCLI(LightningCLI):
@@ -145,6 +110,8 @@ class AsymmetryCLI(LightningCLI):
     def __init__(self, args: list[str], termination: Termination, held: ExitStack) -> None:
         self.termination, self.held = termination, held
         self.checkpoint: Path | None = None
+        self.loaded: dict[str, Any] = {}  # what lies in it, until Lightning takes it
+        self.made: Path | None = None  # a new run directory
         self.run_directory = Path()
         strict = {"exit_on_error": False, "allow_abbrev": False, "epilog": HELP}  # no guessing of --trainer.max_epoch
         super().__init__(
@@ -189,18 +156,20 @@ class AsymmetryCLI(LightningCLI):
                 raise ArgumentError(None, f"Nothing may stand before {self.config['subcommand']} on the command line.")
             check_keys(options, self.config)
             return
-        self.checkpoint = resolve_checkpoint(str(given), self.root, prefer_best=command != ["fit"])
-        run = run_of_checkpoint(self.checkpoint)
+        wanted = wanted_checkpoint(str(given), self.root, prefer_best=command != ["fit"])
+        run = run_of_checkpoint(wanted)
         if command == ["fit"]:
             self._take(run)
+        self.checkpoint, self.loaded = read_wanted(str(given), wanted)
+        if command == ["fit"]:
             self.termination.checkpoint = self.checkpoint
-        self.loaded = read_checkpoint(self.checkpoint)
         saved = check_classes(saved_configuration(self.loaded), contents, trains=command == ["fit"])
         with temporary_yaml(saved) as path:
             self.config = parser.parse_args([*command, *files, "--config", path, *options])
         check_keys(options, self.config)
         final = self.config[self.config["subcommand"]]
         final["ckpt_path"] = str(self.checkpoint)
+        leave_adapter_path(contents, final)
         report_differences(saved, contents, final)
         if command == ["fit"] and run is not None and (run / "config.yaml").is_file():
             report_changes(read_yaml(str(run / "config.yaml")), final)
@@ -240,10 +209,11 @@ class AsymmetryCLI(LightningCLI):
             if config[key] is not None and config[key] < 1:
                 raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
-        if run is None:
-            run = new_run_directory(self.root) if getattr(rank_zero_only, "rank", 0) == 0 else self.root
-            if self.subcommand == "fit" and run != self.root:
+        if run is None and getattr(rank_zero_only, "rank", 0) == 0:
+            run = self.made = new_run_directory(self.root)
+            if self.subcommand == "fit":
                 self._take(run)
+        run = run or self.root  # until the first process tells the others
         self.run_directory = run
         if self.subcommand == "predict":  # which logs nothing
             kwargs["logger"] = False
@@ -263,8 +233,9 @@ class AsymmetryCLI(LightningCLI):
         ]
         if config["logger"] is not False and not config["fast_dev_run"] and self.subcommand != "predict":
             callbacks.append(LearningRateMonitor("step"))
-        plugins = [*_as_list(config["plugins"]), AtomicCheckpointIO()]
-        with self._no_useless_directory():
+        plugins = [*_as_list(config["plugins"]), AtomicCheckpointIO(self.checkpoint, self.loaded)]
+        self.loaded = {}
+        with not_left_empty(self.made):
             try:
                 return super().instantiate_trainer(
                     default_root_dir=str(run), callbacks=callbacks, plugins=plugins, **kwargs
@@ -272,23 +243,12 @@ class AsymmetryCLI(LightningCLI):
             except (ValueError, TypeError) as error:
                 raise ArgumentError(None, f"trainer: {error}") from error
 
-    @contextmanager
-    def _no_useless_directory(self) -> Iterator[None]:
-        """A command that is refused before it began leaves no run directory with nothing but an empty events file."""
-        try:
-            yield
-        except BaseException:
-            begun = any((self.run_directory / name).exists() for name in ("config.yaml", "metrics.json"))
-            if self.checkpoint is None and not begun and self.run_directory != self.root:
-                shutil.rmtree(self.run_directory, ignore_errors=True)
-            raise
-
     # ------------------------------------------------------------------------------------------------------- commands
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "fit" and self.checkpoint is None:
             report_untrained(subcommand)
-        with self._no_useless_directory(), full_disk_named(self.run_directory):
+        with not_left_empty(self.made), full_disk_named(self.run_directory):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:

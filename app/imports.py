@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from jsonargparse import ArgumentError, set_parsing_settings
+from jsonargparse._common import parsing_settings  # which has no other way back
 
 # Every dotted path in a YAML, an option or a checkpoint's hyper-parameters lies below one of these, and so does the
 # place where what it names is defined: `modules.base.torch.load` is torch.serialization's. Of Lightning, the packages
@@ -50,8 +52,11 @@ def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return prefixes, others
 
 
-def restrict_imports(prefixes: Sequence[str] = ()) -> None:
-    """Have every parser of this process refuse, before anything is imported, what is not below an allowed prefix.
+@contextmanager
+def restricted_imports(prefixes: Sequence[str] = ()) -> Iterator[None]:
+    """Have every parser refuse, before anything is imported, what is not below an allowed prefix.
+
+    It holds for the whole process, and as long as the context.
 
     Args:
         prefixes: What is allowed besides `ALLOWED`.
@@ -59,15 +64,20 @@ def restrict_imports(prefixes: Sequence[str] = ()) -> None:
     Raises:
         ArgumentError: For a prefix that is no dotted path, or that of the parser itself.
     """
+    before = dict(parsing_settings)
     try:
-        set_parsing_settings(
-            import_path_denylist=["*"],
-            import_path_allowlist=[*ALLOWED, *prefixes],
-            # where a class takes anything, what looks like the description of an object stays a dict
-            instantiate_subclass_spec_in_any=False,
-        )
-    except ValueError as error:
-        raise ArgumentError(None, f"{OPTION}: {error}") from error
+        try:
+            set_parsing_settings(
+                import_path_denylist=["*"],
+                import_path_allowlist=[*ALLOWED, *prefixes],
+                # where a class takes anything, what looks like the description of an object stays a dict
+                instantiate_subclass_spec_in_any=False,
+            )
+        except ValueError as error:
+            raise ArgumentError(None, f"{OPTION}: {error}") from error
+        yield
+    finally:
+        parsing_settings.update(before)
 
 
 def denied_message(path: str) -> str:

@@ -6,11 +6,13 @@ import errno
 import fcntl
 import os
 import platform
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -64,6 +66,17 @@ def _no_directory(root: Path, error: OSError) -> WriteError:
 
 
 @contextmanager
+def not_left_empty(run: Path | None) -> Iterator[None]:
+    """Remove a run directory that was made for a command which is refused before it wrote more than empty events."""
+    try:
+        yield
+    except BaseException:
+        if run is not None and not any((run / name).exists() for name in ("config.yaml", "metrics.json")):
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold a run directory against other processes that would train in it; the kernel lets go of it when this one ends.
 
@@ -95,28 +108,70 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
-    """The file that a `--ckpt_path` means.
+def wanted_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
+    """The file that a `--ckpt_path` means, as far as names tell.
 
     Args:
-        ckpt_path: A checkpoint file, which is taken as it is; or a run directory, or `last`, the newest run below the
-            root that has a checkpoint: of these, if the one meant is damaged, the newest intact one, with a message.
+        ckpt_path: A checkpoint file, a run directory, or `last`, the newest run below the root that has a checkpoint.
         root: Directory of the recipe's runs.
         prefer_best: Whether a run directory means its best checkpoint, if it has one, rather than its last.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or none that is intact.
+        CheckpointError: If no run below the root has a checkpoint.
     """
     if ckpt_path == "last":
         run = next((v for v in reversed(versions(root)) if _checkpoints(v)), None)
         if run is None:
             raise CheckpointError(f"ckpt_path: no run below {root} has a checkpoint yet; give a file, or start anew.")
-        return _intact(run / CHECKPOINTS / LAST)
+        return run / CHECKPOINTS / LAST
     path = Path(ckpt_path)
     if path.is_dir():
         best = path / CHECKPOINTS / BEST
-        return _intact(best if prefer_best and best.is_file() else path / CHECKPOINTS / LAST)
+        return best if prefer_best and best.is_file() else path / CHECKPOINTS / LAST
     return path
+
+
+def read_wanted(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to be used, and what lies in it.
+
+    Args:
+        ckpt_path: As it was given. A file that is named itself is used or is an error.
+        wanted: The file that it means. If that is damaged or not there, the newest intact one of its run is used, and
+            stderr says so.
+
+    Raises:
+        CheckpointError: If it cannot be used, and no other either.
+    """
+    others = [p for p in _checkpoints(wanted.parent.parent) if p != wanted]
+    if wanted == Path(ckpt_path) or not (wanted.is_file() or others):
+        return wanted, read_checkpoint(wanted)
+    problems: list[str] = []
+    if not wanted.is_file():
+        problems.append(f"ckpt_path: there is no {wanted}.")
+    elif (content := _read(wanted, problems)) is not None:
+        return wanted, content
+    newest: tuple[Path, dict[str, Any]] | None = None
+    for path in others:
+        content = _read(path, problems)
+        if content is not None and (newest is None or _step(content) > _step(newest[1])):
+            newest = path, content
+    if newest is None:
+        raise CheckpointError(" ".join([*problems, f"{wanted.parent} has no intact checkpoint: start anew."]))
+    for problem in problems:
+        say(problem)
+    say(f"{newest[0]} is used instead, of step {_step(newest[1])}: the newest intact one.")
+    return newest
+
+
+def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
+    """The checkpoint to be used, or, if there is none, where it would lie; arguments as for `wanted_checkpoint`.
+
+    Raises:
+        CheckpointError: If there is none below the root, or none that is intact.
+    """
+    wanted = wanted_checkpoint(ckpt_path, root, prefer_best)
+    named = wanted == Path(ckpt_path) or not _checkpoints(wanted.parent.parent)
+    return wanted if named else read_wanted(ckpt_path, wanted)[0]
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -124,37 +179,18 @@ def _checkpoints(run: Path) -> list[Path]:
     return [p for p in (run / CHECKPOINTS / name for name in (LAST, PREVIOUS, BEST)) if p.is_file()]
 
 
-def _intact(wanted: Path) -> Path:
-    """The wanted checkpoint, or, said on stderr, the newest intact one of its run.
-
-    Raises:
-        CheckpointError: If the run has checkpoints, but none that is intact.
-    """
-    others = [p for p in _checkpoints(wanted.parent.parent) if p != wanted]
-    problems: list[str] = []
-    if wanted.is_file() and _step(wanted, problems) is not None:
-        return wanted
-    if not wanted.is_file():
-        if not others:
-            return wanted
-        problems.append(f"ckpt_path: there is no {wanted}.")
-    steps = {path: step for path in others if (step := _step(path, problems)) is not None}
-    if not steps:
-        raise CheckpointError(" ".join([*problems, f"{wanted.parent} has no intact checkpoint: start anew."]))
-    newest = max(steps, key=lambda path: steps[path])
-    for problem in problems:
-        say(problem)
-    say(f"{newest} is used instead, of step {steps[newest]}: the newest intact one.")
-    return newest
-
-
-def _step(path: Path, problems: list[str]) -> int | None:
-    """Optimizer steps behind a checkpoint; None if it is damaged, with what is wrong with it added to the problems."""
+def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """What lies in a checkpoint; None if it cannot be used, and why is added to the problems."""
     try:
-        return int(read_checkpoint(path).get("global_step", 0))
+        return read_checkpoint(path)
     except CheckpointError as error:
         problems.append(str(error).partition(" Use another checkpoint")[0])
         return None
+
+
+def _step(content: dict[str, Any]) -> int:
+    """Optimizer steps behind a checkpoint."""
+    return int(content.get("global_step", 0))
 
 
 @rank_zero_only

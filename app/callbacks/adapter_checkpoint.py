@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
-from app.checkpoint_io import BEST, LAST, CheckpointError, damage
+from app.checkpoint_io import BEST, LAST, CheckpointError, fault, saved_step
 from app.run_directory import CHECKPOINTS, say
 
 
@@ -47,6 +47,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         )
         self.last_every_n_steps = last_every_n_steps
         self._random_state: dict[str, Any] | None = None
+        self._best_problem: str | None = None
         self._last_saved_step = -1
         self._events_due = False
 
@@ -63,7 +64,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the best score, wherever the run directory lies now and however its path is spelt.
 
-        If the best checkpoint is damaged or not there, it is forgotten: the best from here on is kept.
+        If the best checkpoint is not to be used (`on_load_checkpoint` looks), the best from here on is kept.
         """
         here = Path(str(self.dirpath))
 
@@ -73,9 +74,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
-        problem = damage(here / BEST) if self.best_model_path else None
-        if problem is not None:
-            say(f"{here / BEST} {problem}; of the epochs from here on the best is kept.")
+        if self.best_model_path and self._best_problem:
+            say(f"{here / BEST} {self._best_problem}; of the epochs from here on the best is kept.")
             self.best_model_path = self.kth_best_model_path = ""
             self.best_k_models, self.best_model_score = {}, None
             self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
@@ -128,9 +128,33 @@ class AdapterCheckpoint(ModelCheckpoint):
         checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember this process's state; with another number of processes there is none to continue from."""
+        """Remember this process's state; with another number of processes there is none to continue from.
+
+        Raises:
+            CheckpointError: If the processes have chosen different checkpoints.
+        """
         states = checkpoint.get("random_states", [])
         self._random_state = states[trainer.global_rank] if len(states) == trainer.world_size else None
+        step = checkpoint.get("global_step", 0)
+        own = f"{Path(str(trainer.ckpt_path)).name} of step {step}"
+        first = trainer.strategy.broadcast(own)
+        if not trainer.strategy.reduce_boolean_decision(own == first):
+            other = "another one something else" if own == first else f"process {trainer.global_rank} {own}"
+            raise CheckpointError(
+                f"ckpt_path: the processes do not see the same checkpoints: the first one took {first}, {other}. See "
+                "that they share the run directory, or name a file."
+            )
+        problem = self._problem_of_best(step) if trainer.state.fn == "fit" and trainer.is_global_zero else None
+        self._best_problem = trainer.strategy.broadcast(problem)
+
+    def _problem_of_best(self, step: int) -> str | None:
+        """Why the best checkpoint on disk is not that of a run that goes on from a step; None if it may be."""
+        best = Path(str(self.dirpath)) / BEST
+        problem = fault(best)
+        found = saved_step(best) if problem is None else None
+        if found is not None and found > step:
+            return f"is of step {found}, ahead of {step}, from which the run goes on"
+        return problem
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
+from app.run_directory import read_wanted
 from modules.base import AdaptedModule
 from tests.app.processes import DDP, run_on_two
 from tests.conftest import ROOT
@@ -63,3 +65,27 @@ def test_factors_agree_on_both_ranks(cli: CommandLine, tmp_path: Path, monkeypat
     first, second = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1))
     assert first == second
     assert any(name.endswith("query.B") and value != 0 for name, value in first.items())
+
+
+def test_the_first_process_judges_checkpoints(
+    fitted_cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes of which the second sees damage everywhere."""
+    options = ["--trainer.max_epochs=2", "--trainer.logger=false", "--model.learning_rate=1e-9", "--ckpt_path=last"]
+    best = fitted_cli.run() / "checkpoints" / "best.ckpt"
+    before = best.read_bytes()
+
+    def damaged(path: Path) -> str | None:
+        return "is damaged" if rank_zero_only.rank else None
+
+    monkeypatch.setattr("app.callbacks.adapter_checkpoint.fault", damaged)
+    run_on_two(fitted_cli.words("fit", *options), tmp_path)
+    assert best.read_bytes() == before  # at such a rate nothing improves on it
+
+    def read(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
+        return read_wanted(ckpt_path, wanted.with_name("previous.ckpt") if rank_zero_only.rank else wanted)
+
+    monkeypatch.setattr("app.cli.read_wanted", read)
+    run_on_two(fitted_cli.words("fit", *options), tmp_path, code=2)
+    said = (tmp_path / "rank1.log").read_text()
+    assert "the first one took last.ckpt of step" in said and "process 1 previous.ckpt of step" in said

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jsonargparse._common as parser_settings
 import numpy as np
 import pytest
 import torch
@@ -21,19 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from app.cli import main
-from app.imports import restrict_imports
+from app.imports import restricted_imports
 from tests.app.test_bad_input import Malicious, refused
 from tests.backbones import save_backbone
 from tests.conftest import CLASSES, colour_image, png, write_parquet
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
-
-
-@pytest.fixture(autouse=True)
-def own_imports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test allows is forgotten at its end."""
-    monkeypatch.setitem(parser_settings.parsing_settings, "import_path_verdicts", {})
 
 
 @pytest.fixture
@@ -484,11 +477,18 @@ def test_labels_in_a_model_card(
     assert next(line for line in before.splitlines() if line.startswith("| Classes")).count("|") == 3
 
 
-def test_restrictions_hold_in_every_parser(capsys: pytest.CaptureFixture[str]) -> None:
+def test_restrictions_hold_in_every_parser_and_end() -> None:
     from jsonargparse import ArgumentError, ArgumentParser
 
-    restrict_imports()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--call", type=Callable)
-    with pytest.raises(ArgumentError, match=r"Importing 'os.system' is not allowed"):
-        parser.parse_args(["--call=os.system"])
+    call = ["--call=json.dumps"]
+    for prefixes in ([], ["json"], []):  # what is allowed once is not allowed for ever
+        with restricted_imports(prefixes):
+            if prefixes:
+                assert parser.parse_args(call).call is json.dumps
+            else:
+                with pytest.raises(ArgumentError, match=r"Importing 'json.dumps' is not allowed"):
+                    parser.parse_args(call)
+    assert main(["export", "nowhere", "--format=peft", "--output=o"]) == 2
+    assert parser.parse_args(call).call is json.dumps  # another program's parsers are as they were

@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
 from app.callbacks import AdapterCheckpoint
-from tests.conftest import ROOT
+from tests.conftest import ROOT, png
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -135,6 +137,24 @@ def test_command_line_beats_checkpoint_beats_file(cli: CommandLine, capsys: pyte
     assert group["initial_lr"] == 0.5
     assert cli.scalars("lr-AdamW/B")[max(cli.scalars("lr-AdamW/B"))] == 0.5
     assert cli.checkpoint()["state_dict"]["head.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_checkpoint_beats_adapters_to_start_from(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    """Even those that are not there: the checkpoint has all."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "one.png").write_bytes(png(np.zeros((16, 16, 3), np.uint8)))
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {init_args: {adapter_path: nowhere}}\n")
+    options = ["--ckpt_path=last", "--trainer.max_epochs=1"]
+    options += [f"--data.predict_path={tmp_path / 'pictures'}"] if command == "predict" else []
+    given = f"--model.adapter_path={tmp_path}" if command in ("fit", "test") else f"--config={overlay}"
+    assert fitted_cli(command, *options, given) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "adapter_path" in line]
+    assert said == ["model.adapter_path is not read: the checkpoint has the adapters."]
+    assert fitted_cli.checkpoint()["hyper_parameters"]["adapter_path"] is None
 
 
 def test_order_of_words_does_not_matter(cli: CommandLine) -> None:

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +27,10 @@ from safetensors.torch import load_file
 
 from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
-from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, damage, read_checkpoint
+from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, _problem, fault, read_checkpoint
 from app.cli import main
 from app.files import WriteError, full_disk_named
-from app.run_directory import LOCK, locked, new_run_directory, resolve_checkpoint
+from app.run_directory import LOCK, locked, new_run_directory, read_wanted, resolve_checkpoint
 from tests.app.processes import DDP, run_on_two
 from tests.app.test_bad_input import Malicious, refused
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
@@ -103,13 +104,13 @@ def plant(path: Path, other: Path) -> None:
 
 DAMAGE = {
     "truncated": (truncate, "truncated"),
-    "line lost": (lose_the_line, "no digest"),
+    "line lost": (lose_the_line, "without the digest"),
     "first bit": (flip(0.0), "does not match its digest"),
     "a bit": (flip(0.6), "does not match its digest"),
-    "last bit": (flip(1.0), "no digest"),
+    "last bit": (flip(1.0), "without the digest"),
     "emptied": (empty, "is empty"),
-    "swapped": (swap, "but of another"),
-    "planted": (plant, "no digest"),
+    "swapped": (swap, "is intact, but not a checkpoint of the run"),
+    "planted": (plant, "without the digest"),
 }
 
 
@@ -125,7 +126,7 @@ def test_damage_is_found_before_anything_is_unpickled(
         patch.setattr(torch, "load", mock.Mock(side_effect=AssertionError))
         with pytest.raises(CheckpointError, match=reason):
             read_checkpoint(last(run))
-    assert reason in str(damage(last(run)))
+    assert reason in str(fault(last(run)))
     assert resolve_checkpoint(str(run), run.parent, prefer_best=False).name == "previous.ckpt"
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
@@ -138,7 +139,7 @@ def test_damage_is_found_before_anything_is_unpickled(
 
 def test_a_checkpoint_is_one_file_that_torch_loads(run: Path, tmp_path: Path) -> None:
     assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 1}
-    assert damage(last(run)) is None
+    assert fault(last(run)) is None
     assert torch.load(last(run), weights_only=True)["global_step"] == 2
     assert torch.load(last(run), weights_only=True, mmap=True)["state_dict"]["x"].eq(2).all()
     elsewhere = tmp_path / "some.ckpt"  # out of its run, it is of no other
@@ -170,6 +171,82 @@ def test_newest_intact_one_of_the_newest_run(run: Path, capsys: pytest.CaptureFi
     last(newer).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"is empty.*no intact checkpoint"):
         resolve_checkpoint("last", run.parent, prefer_best=False)
+
+
+@pytest.mark.parametrize("kind", ["swapped", "line lost"])
+def test_a_whole_file_that_is_not_of_the_run_is_not_called_damaged(run: Path, tmp_path: Path, kind: str) -> None:
+    other = new_run_directory(run.parent)
+    save(other, 7)
+    DAMAGE[kind][0](last(run), last(other))
+    with pytest.raises(CheckpointError, match=r"copy of it elsewhere can be used") as error:
+        read_checkpoint(last(run))
+    assert "damaged" not in str(error.value)
+    copy = Path(shutil.copy(last(run), tmp_path))
+    assert read_checkpoint(copy)["global_step"] == (7 if kind == "swapped" else 2)
+
+
+def test_steps_that_a_run_has_taken_back_are_never_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes on from step 0, has steps 1 and 2 lying there, and its own step 1 is damaged."""
+    save(run, 0, name="best.ckpt")
+    best, content = read_wanted(str(run), run / "checkpoints" / "best.ckpt")
+    writer = AtomicCheckpointIO(best, content)
+    state = {"state_dict": {"x": torch.ones(1000)}, "global_step": 1}
+    writer.save_checkpoint(state, run.parent / "elsewhere" / "last.ckpt")  # a callback of the user's own
+    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 2, "previous.ckpt": 1}
+    writer.save_checkpoint(state, last(run))
+    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1}
+    assert "previous.ckpt of step 1 is dropped: the run went on from an older one." in capsys.readouterr().err
+    flip(0.5)(last(run), Path())
+    assert resolve_checkpoint(str(run), run.parent, prefer_best=False) == best
+    save(run, 2)
+    writer.save_checkpoint(state, last(run))  # no longer its first
+    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, "previous.ckpt": 2}
+
+
+def test_a_run_taken_back_has_a_new_best(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=min", "--model.schedule=constant"]
+    assert cli("fit", *options) == 0
+    assert steps(cli.run()) == {"best.ckpt": 16, "last.ckpt": 16, "previous.ckpt": 15}
+    before = cli.metrics()["best/val/loss"]
+    capsys.readouterr()
+    # at such a rate the second epoch ends worse than the first, whose checkpoint is gone
+    previous = cli.run() / "checkpoints" / "previous.ckpt"
+    assert cli("fit", *options, "--model.learning_rate=100", f"--ckpt_path={previous}") == 0
+    said = capsys.readouterr().err
+    assert "best.ckpt is of step 16, ahead of 15, from which the run goes on; of the epochs from here on" in said
+    assert "last.ckpt of step 16 is dropped" in said
+    assert steps(cli.run()) == {"best.ckpt": 16, "last.ckpt": 16, "previous.ckpt": 15}
+    best, end = cli.checkpoint(name="best")["state_dict"], cli.checkpoint()["state_dict"]
+    assert all(torch.equal(tensor, best[name]) for name, tensor in end.items())
+    assert cli.metrics()["best/val/loss"] == cli.metrics()["val/loss"] > before
+
+
+def test_a_resume_reads_its_checkpoint_once(fitted_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, loaded = [], []
+
+    def problem(file: Any, identity: str | None) -> str | None:
+        hashed.append(Path(file.name).name)
+        return _problem(file, identity)
+
+    def load(file: Any, **options: Any) -> Any:
+        if not options.get("mmap"):  # which reads no tensor
+            loaded.append(Path(file.name).name)
+        return original(file, **options)
+
+    original = torch.load
+    monkeypatch.setattr("app.checkpoint_io._problem", problem)
+    monkeypatch.setattr(torch, "load", load)
+    assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    assert hashed == ["last.ckpt", "best.ckpt", "best.ckpt"]  # the second time for RUN/adapter
+    assert loaded == ["last.ckpt", "best.ckpt"]
+
+
+def test_what_was_read_is_handed_out_once(run: Path) -> None:
+    path, content = read_wanted(str(run), last(run))
+    reader = AtomicCheckpointIO(path, content)
+    assert reader.load_checkpoint(str(path)) is content
+    again = reader.load_checkpoint(str(path))
+    assert again is not content and again["global_step"] == content["global_step"]
 
 
 def test_a_kill_between_the_two_names(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +534,25 @@ def test_a_checkpoint_that_finds_no_room(run: Path) -> None:
     before = steps(run)
     with no_file_larger_than(3000), pytest.raises(CheckpointError, match=r"last\.ckpt could not be written"):
         save(run, 3)
+    assert steps(run) == before
+
+
+def test_only_a_full_disk_is_called_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = steps(run)
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error"),
+        RuntimeError("x"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(type(error), match=str(error)):
+            patch.setattr(torch, "save", mock.Mock(side_effect=error))
+            save(run, 3)
+    assert steps(run) == before
+    # torch's zip writer raises an error of its own behind the disk's
+    large = {"state_dict": {"x": torch.zeros(100_000)}, "global_step": 3}
+    for size in (10_000, 399_000, 400_900):
+        with no_file_larger_than(size), pytest.raises(CheckpointError, match=r"File too large.*untouched"):
+            AtomicCheckpointIO().save_checkpoint(large, last(run))
     assert steps(run) == before
 
 

@@ -1,0 +1,52 @@
+"""Which errors are the user's to mend, which come of a process that is gone, and which are defects."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from app.callbacks import CallbackError
+from app.checkpoint_io import CheckpointError
+from datamodules.errors import DataError
+from modules.adapters import AdapterError
+from modules.base import ModelError
+
+# What a user can mend. Anything else is a defect of this program and shows its traceback.
+BAD_INPUT = (
+    ArgumentError,
+    AdapterError,
+    ModelError,
+    DataError,
+    CheckpointError,
+    CallbackError,
+    MisconfigurationException,
+    OSError,
+)
+
+
+def lost_a_process(error: Exception) -> bool:
+    """Whether an error is what is left of a worker or of another process of the run."""
+    lost = ("DataLoader worker", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, ConnectionError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
+    )
+
+
+def bad_input(error: Exception) -> Exception | None:
+    """What the user can mend behind an error, looking through the parser's wrapping; None for a defect."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return ArgumentError(None, "The accelerator's memory is full: choose a smaller --data.batch_size.")
+    link: BaseException | None = error
+    while isinstance(link, Exception):
+        if isinstance(link, BAD_INPUT):
+            return link
+        wrapped = isinstance(link, ValueError) and "Does not validate" in str(link)
+        link = link.__cause__ or (link.__context__ if wrapped else None)
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError | RuntimeError) and f"{os.sep}lightning{os.sep}" in frames[-1].filename:
+        return error  # Lightning's own check of what the trainer or a callback was told
+    return None
