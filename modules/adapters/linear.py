@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.adapters.config import AdapterConfig, AdapterError
+from modules.adapters.functional import fused, plain
 from modules.adapters.init import init_factor
 from modules.adapters.roles import Projection
 
@@ -74,10 +75,11 @@ class AdaptedLinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.scale = config.scale
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
         self.adapters = nn.ModuleDict(
             {p.role: LowRankFactors(base.weight[p.rows], config, p) for p in projections}  # W of the slice
         )
+        self._rows = tuple((p.start, p.stop) for p in projections)
         self.enabled = True
         self.merged = False
         self.train(base.training)
@@ -101,16 +103,26 @@ class AdaptedLinear(nn.Linear):
         if self.merged or not self.enabled:
             return F.linear(x, self.weight, self.bias)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both products
-        leading = x.shape[:-1]
-        x = x.reshape(-1, self.in_features)  # (n, d_in)
-        a, b = self._stacked_factors()  # (k·r, d_in) and (d_out, k·r)
-        h = F.linear(self.dropout(x), a.to(x.dtype))  # A·x: (n, k·r)
-        out = F.linear(x, self.weight, self.bias)  # W·x + b: (n, d_out)
-        # += s·B·(A·x), in the GEMM's epilogue: no second pass over (n, d_out). In place is safe: W·x + b does not need
-        # its own value in backward.
-        out.addmm_(h.to(out.dtype), b.to(out.dtype).T, alpha=self.scale)
-        return out.view(*leading, self.out_features)
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for all products
+        flat = x.reshape(-1, self.in_features)  # (n, d_in)
+        if self._takes_plain(x):
+            out = plain(flat, self.weight, self.bias, self.scale, *self._stacked_factors(), self.dropout(flat))
+        else:
+            a, bs = zip(*(f.operands() for f in self.factors()), strict=True)
+            stacked = a[0] if len(a) == 1 else torch.cat(a)  # (k·r, d_in)
+            out = fused(flat, self.weight, self.bias, self.scale, self._rows, stacked, bs)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _takes_plain(self, x: Tensor) -> bool:
+        """Whether this call is for autograd's own operations: with dropout, or where somebody has W or b trained.
+
+        So is another dtype than W's without autocast, for PyTorch's own message.
+        """
+        if self.dropout.p and self.training:
+            return True
+        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+            return True
+        return x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def _stacked_factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole layer; see `stack`."""

@@ -276,6 +276,21 @@ def test_bf16_weight_with_float32_factors(train: Any) -> None:
 # dropout
 
 
+def test_a_bias_that_somebody_trains_gets_its_gradient() -> None:
+    layer = make_layer()
+    layer.bias.requires_grad_()
+    layer(torch.randn(N, D_IN)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((D_OUT,), float(N)))
+    assert layer.factors()[0].B.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16])
+def test_input_of_another_dtype_is_refused_as_by_a_plain_layer(dtype: torch.dtype) -> None:
+    x = torch.ones(N, D_IN, dtype=dtype)
+    with pytest.raises(RuntimeError, match="dtype"):
+        make_layer()(x)
+
+
 def test_dropout_zeroes_the_adapters_input_alone() -> None:
     layer = make_layer(("query", "value"), dropout=0.4).train()
     x = torch.randn(N, D_IN)

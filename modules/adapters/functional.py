@@ -1,0 +1,150 @@
+"""The equation as one node of the graph: out = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, of n tokens and rank r.
+
+With g the gradient to out and h = x·Aᵀ:
+
+    gradient to x:  g·W + s·(g·B)·A     (n, d_in)
+    gradient to A:  s·(g·B)ᵀ·x          (r, d_in)
+    gradient to B:  s·gᵀ·h              (d_out, r)
+
+Of the activations B needs h alone, A needs x alone, and a layer that gradients only pass through needs none. Autograd
+keeps the same, but forms s·(g·B)·A and casts of large matrices in passes of their own; here each update of one
+is the epilogue of the small product (`addmm_`). W is kept as it is stored and cast anew in backward, so that autocast
+over float32 weights leaves no second copy of them.
+
+`plain` is the formula in autograd's own operations: the reference, and what dropout before A needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Rows = tuple[int, int]
+
+
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, a: Tensor, b: Tensor, dropped: Tensor | None = None
+) -> Tensor:
+    """(W + s·B·A)·x + b, differentiated by autograd (Zhu et al. 2024, section 3; Hu et al. 2022, equation 3).
+
+    Args:
+        x: (n, d_in).
+        weight: W, (d_out, d_in).
+        bias: (d_out,), or None.
+        scale: s.
+        a: A, (r, d_in), any floating dtype; of k slices one below the other, (k·r, d_in).
+        b: B, (d_out, r), any floating dtype; of k slices on a block diagonal, (d_out, k·r).
+        dropped: (n, d_in), the adapter's input if it is not x itself.
+
+    Returns:
+        (n, d_out), in the dtype of W·x.
+    """
+    h = F.linear(x if dropped is None else dropped, a.to(x.dtype))  # (n, k·r)
+    out = F.linear(x, weight, bias)  # (n, d_out)
+    # in place is safe: W·x + b does not need its own value in backward
+    return out.addmm_(h.to(out.dtype), b.to(out.dtype).T, alpha=scale)
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: Sequence[Rows],
+    a: Tensor,
+    bs: Sequence[Tensor],
+) -> Tensor:
+    """What `plain` computes, as one node of the graph, and differentiable once; `torch.func` does not go through it.
+
+    Args:
+        x: (n, d_in), in the dtype of the result (under autocast in autocast's own); W, b, A and B may have others, and
+            their gradients come in theirs.
+        weight: W, (d_out, d_in); frozen, as the bias: neither is given a gradient.
+        bias: (d_out,), or None.
+        scale: s.
+        rows: First row of each of the k adapted slices of the output and the one behind its last, in order.
+        a: A of the slices one below the other, (k·r, d_in): one product reads x for all of them.
+        bs: B of each slice, (rows, r).
+
+    Returns:
+        (n, d_out), in the dtype of x.
+    """
+    out: Tensor = _LowRankLinear.apply(x, weight, bias, scale, tuple(rows), a, *bs)
+    return out
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Keeps h only if a B is trained and x only if A is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        rows: tuple[Rows, ...],
+        a: Tensor,
+        *bs: Tensor,
+    ) -> Tensor:
+        dtype = x.dtype
+        out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))  # (n, d_out)
+        h = F.linear(x, a.to(dtype))  # (n, k·r)
+        for part, part_h, b in zip(_slices(out, rows), _ranks(h, rows), bs, strict=True):
+            part.addmm_(part_h, b.to(dtype).T, alpha=scale)
+        needs_x, *_, needs_a = ctx.needs_input_grad[:6]
+        needs_b = any(ctx.needs_input_grad[6:])
+        ctx.scale, ctx.rows, ctx.dtypes = scale, rows, (a.dtype, *(b.dtype for b in bs))
+        kept = (x if needs_a else None, h if needs_b else None, weight if needs_x else None, a if needs_x else None)
+        ctx.save_for_backward(*kept, *(b if needs_x or needs_a else None for b in bs))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled(grad.device.type):  # where backward is called within autocast
+            with torch.autocast(grad.device.type, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients to the arguments of `_LowRankLinear.forward`, None for those that need none."""
+    x, h, weight, a, *bs = ctx.saved_tensors
+    dtype, scale, rows = grad.dtype, ctx.scale, ctx.rows
+    parts = _slices(grad, rows)  # each (n, rows)
+    gx = ga = None
+    if weight is not None or x is not None:
+        ghs = [part @ b.to(dtype) for part, b in zip(parts, bs, strict=True)]
+        gh = ghs[0] if len(ghs) == 1 else torch.cat(ghs, dim=1)  # (n, k·r)
+        if weight is not None:
+            gx = (grad @ weight.to(dtype)).addmm_(gh, a.to(dtype), alpha=scale)
+        if x is not None:
+            ga = (gh.T @ x).to(ctx.dtypes[0]).mul_(scale)
+    gbs: list[Tensor | None] = [None] * len(bs)
+    if h is not None:
+        operands = zip(_ranks(h, rows), parts, ctx.dtypes[1:], ctx.needs_input_grad[6:], strict=True)
+        gbs = [_gradient_of_b(part_h, part, kind, scale) if needed else None for part_h, part, kind, needed in operands]
+    return gx, None, None, None, None, ga, *gbs
+
+
+def _gradient_of_b(h: Tensor, grad: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """s·gᵀ·h, (rows, r), as (hᵀ·g)ᵀ: BLAS is several times slower where the tall matrix is the transposed one."""
+    return (h.T @ grad).T.to(dtype, memory_format=torch.contiguous_format).mul_(scale)
+
+
+def _slices(output: Tensor, rows: tuple[Rows, ...]) -> Sequence[Tensor]:
+    """Views (n, rows) of an output's slices; what is not fused has one, the whole."""
+    if rows == ((0, output.shape[1]),):
+        return (output,)
+    return [output[:, start:stop] for start, stop in rows]
+
+
+def _ranks(h: Tensor, rows: tuple[Rows, ...]) -> Sequence[Tensor]:
+    """Views (n, r) of h, one for each slice."""
+    return (h,) if len(rows) == 1 else h.chunk(len(rows), dim=1)

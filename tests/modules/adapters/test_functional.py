@@ -1,0 +1,161 @@
+"""The fused equation against the plain one: values, gradients, and what is kept for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from modules.adapters.functional import Rows, fused, plain
+from modules.adapters.linear import stack
+from modules.adapters.roles import Projection
+
+D_IN, RANK, N = 20, 3, 13
+LAYOUTS: dict[str, tuple[int, list[Rows]]] = {
+    "whole": (12, [(0, 12)]),
+    "two of three": (24, [(0, 8), (16, 24)]),
+    "unequal": (20, [(1, 6), (7, 18)]),
+}
+TRAINED: list[tuple[str, ...]] = [("b",), ("a",), ("a", "b"), ("x",), ("x", "b"), ("x", "a"), ("x", "a", "b")]
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+class Case:
+    """Random operands of one layout; the factors of k slices are leaves of their own."""
+
+    def __init__(
+        self, layout: str, trained: tuple[str, ...], dtype: torch.dtype, factors: torch.dtype, bias: bool = True
+    ) -> None:
+        generator = torch.Generator().manual_seed(7)
+        d_out, self.rows = LAYOUTS[layout]
+
+        def draw(*shape: int, of: torch.dtype, name: str = "") -> Tensor:
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return values.to(of).requires_grad_(name in trained)
+
+        self.x = draw(N, D_IN, of=dtype, name="x")
+        self.weight = draw(d_out, D_IN, of=dtype)
+        self.bias = draw(d_out, of=dtype) if bias else None
+        self.a = [draw(RANK, D_IN, of=factors, name="a") for _ in self.rows]
+        self.b = [draw(stop - start, RANK, of=factors, name="b") for start, stop in self.rows]
+        self.cotangent = draw(N, d_out, of=dtype)
+
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.x, *self.a, *self.b) if t.requires_grad]
+
+    def fused(self) -> Tensor:
+        return fused(self.x, self.weight, self.bias, 0.7, self.rows, torch.cat(self.a), self.b)
+
+    def plain(self) -> Tensor:
+        projections = [Projection("layer", "other", *rows) for rows in self.rows]
+        a, b = stack(projections, list(zip(self.a, self.b, strict=True)), self.weight.shape[0])
+        return plain(self.x, self.weight, self.bias, 0.7, a, b)
+
+
+def kept(run: Any) -> list[Tensor]:
+    """What a forward pass keeps for its backward pass."""
+    tensors: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("trained", TRAINED, ids="-".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_plain_formula(layout: str, trained: tuple[str, ...], dtype: torch.dtype) -> None:
+    factors = torch.promote_types(dtype, torch.float32)  # as they are held beside a backbone of half precision
+    case = Case(layout, trained, dtype, factors)
+    ours, reference = case.fused(), case.plain()
+    assert ours.dtype == dtype
+    close = {"atol": 8 * TOLERANCES[dtype], "rtol": TOLERANCES[dtype]}
+    torch.testing.assert_close(ours, reference, **close)
+    gradients = torch.autograd.grad(ours, case.leaves(), case.cotangent)
+    expected = torch.autograd.grad(reference, case.leaves(), case.cotangent)
+    for leaf, actual, wanted in zip(case.leaves(), gradients, expected, strict=True):
+        assert actual.dtype == leaf.dtype
+        torch.testing.assert_close(actual, wanted, **close)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trained", TRAINED, ids="-".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout: str, trained: tuple[str, ...], bias: bool) -> None:
+    case = Case(layout, trained, torch.float64, torch.float64, bias)
+    assert torch.autograd.gradcheck(lambda *_: case.fused(), case.leaves(), fast_mode=True)
+
+
+@pytest.mark.parametrize("trained", TRAINED, ids="-".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keeps_what_its_gradients_need(layout: str, trained: tuple[str, ...]) -> None:
+    case = Case(layout, trained, torch.float32, torch.float32)
+    k = len(case.rows)
+    shapes = {tuple(t.shape) for t in kept(case.fused) if t.shape[0] == N}
+    wanted = {(N, k * RANK)} if "b" in trained else set()
+    assert shapes == wanted | ({(N, D_IN)} if "a" in trained else set())
+    weights = [t for t in kept(case.fused) if t.shape == case.weight.shape]
+    assert len(weights) == ("x" in trained)  # W serves the gradient to x alone
+    assert all(t.data_ptr() == case.weight.data_ptr() for t in weights)
+    if trained == ("b",):
+        assert len(kept(case.fused)) == 1  # neither factor, without a gradient to pass on
+
+
+def test_autocast_leaves_no_second_copy_of_a_weight() -> None:
+    case = Case("whole", ("x", "b"), torch.float32, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        case.x = case.x.detach().bfloat16().requires_grad_()
+        saved = kept(case.fused)
+        out = case.fused()
+    assert out.dtype == torch.bfloat16
+    assert [t.data_ptr() for t in saved if t.shape == case.weight.shape] == [case.weight.data_ptr()]
+    assert {tuple(t.shape) for t in saved if t.dtype == torch.bfloat16} == {(N, RANK)}
+
+
+def test_backward_within_autocast_keeps_full_precision() -> None:
+    case = Case("two of three", ("x", "a", "b"), torch.float32, torch.float32)
+    expected = torch.autograd.grad(case.fused(), case.leaves(), case.cotangent)
+    out = case.fused()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(out, case.leaves(), case.cotangent)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("trained", [("x", "b"), ("x", "a"), ("x", "a", "b")], ids="-".join)
+def test_gradient_checkpointing_changes_nothing(trained: tuple[str, ...], reentrant: bool) -> None:
+    case = Case("two of three", trained, torch.float32, torch.float32)
+    expected = torch.autograd.grad(case.fused(), case.leaves(), case.cotangent)
+    out: Any = checkpoint(lambda _: case.fused(), case.x, use_reentrant=reentrant)
+    out.backward(case.cotangent)
+    assert all(torch.equal(leaf.grad, e) for leaf, e in zip(case.leaves(), expected, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("trained", [("x", "b"), ("x", "a"), ("x", "a", "b")], ids="-".join)
+def test_compiles_as_one_graph(trained: tuple[str, ...]) -> None:
+    torch._dynamo.reset()
+    case = Case("two of three", trained, torch.float32, torch.float32)
+
+    def run(x: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        return fused(x, case.weight, case.bias, 0.7, case.rows, torch.cat(a), b)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")  # inductor would need a compiler of C++
+    out = compiled(case.x, case.a, case.b)
+    torch.testing.assert_close(out, case.fused())
+    expected = torch.autograd.grad(case.fused(), case.leaves(), case.cotangent)
+    for actual, wanted in zip(torch.autograd.grad(out, case.leaves(), case.cotangent), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = Case("whole", ("x", "b"), torch.float64, torch.float64)
+    (gradient,) = torch.autograd.grad(case.fused().square().sum(), case.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
