@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
@@ -151,6 +152,36 @@ def check_values(key: str, hint: Any, value: Any) -> None:
         hints = get_type_hints(hint)
         for name, part in value.items(branches=True, nested=False):
             check_values(f"{key}.{name}", hints[name], part)
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse Lightning's strategies that shard or move what is trained, or that fork this process.
+
+    Args:
+        strategy: A name, or a class with its arguments; what is not Lightning's own is let through.
+
+    Raises:
+        ArgumentError: With the strategy to use instead.
+    """
+    path = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
+    name = path.rpartition(".")[2]
+    values = strategy.get("init_args") if isinstance(strategy, Namespace) else None
+    started = name if values is None else f"{name} with start_method {values.get('start_method') or 'popen'}"
+    if name.startswith(("ddp_", "DDPStrategy")) and any(way in started for way in ("spawn", "fork", "notebook")):
+        raise ArgumentError(
+            None,
+            f"trainer.strategy: {started} starts its processes from within this one; use ddp, which starts them anew.",
+        )
+    known = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
+    own = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
+    if known or not own:  # Lightning says what there is no strategy of
+        return
+    raise ArgumentError(
+        None,
+        f"trainer.strategy: {name} would shard or move what is trained, which is little and stays whole on each "
+        "device; use ddp, and where the frozen weights are too large for one device --model.shard_frozen true with it "
+        "(conf/fsdp.yaml).",
+    )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from app.arguments import (
     check_classes,
     check_keys,
+    check_strategy,
     check_values,
     default_root,
     last_value,
@@ -42,10 +43,11 @@ from app.callbacks import (
 )
 from app.checkpoint_io import AtomicCheckpointIO, restore_identity
 from app.commands import COMMANDS, command_help, command_parser, run_command
-from app.failures import bad_input, lost_a_process
+from app.failures import bad_input
 from app.files import full_disk_named
 from app.imports import HELP, restricted_imports, split_imports
 from app.messages import parser_message, quiet_libraries
+from app.processes import first_to_tell, lost_a_process, part
 from app.run_directory import (
     locked,
     new_run_directory,
@@ -64,8 +66,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Words of the command line behind the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0 for success; 2 for wrong use or bad input, reported in one message on stderr; 143 when SIGTERM
-        stopped it, with a line on stderr that names the checkpoint.
+        Exit code: 0 for success; 2 for wrong use or bad input, reported in one message on stderr; 1 when a process that
+        this one started was killed or shows a traceback; 143 when SIGTERM stopped it, with a line on stderr that names
+        the checkpoint.
     """
     quiet_libraries()
     with Termination() as termination, ExitStack() as held:
@@ -86,10 +89,13 @@ def main(args: Sequence[str] | None = None) -> int:
             cause = bad_input(error)
             if cause is None:
                 raise
-            print(f"error: {parser_message(cause)}", file=sys.stderr)
+            if first_to_tell():
+                print(f"error: {parser_message(cause)}", file=sys.stderr, flush=True)
             if termination.requested:
                 termination.report()
-            return 2
+            return 1 if lost_a_process(error) and termination.lost_one() else 2
+        finally:
+            part()
     return 0
 
 
@@ -113,6 +119,10 @@ class AsymmetryCLI(LightningCLI):
         self.loaded: dict[str, Any] = {}  # what lies in it, until Lightning takes it
         self.made: Path | None = None  # a new run directory
         self.run_directory = Path()
+        commands = self.subcommands()
+        if args and args[0] in commands:  # the parsers of the others would take most of the time of --help
+            commands = {args[0]: commands[args[0]]}
+            self.subcommands = lambda: commands  # type: ignore[method-assign]
         strict = {"exit_on_error": False, "allow_abbrev": False, "epilog": HELP}  # no guessing of --trainer.max_epoch
         super().__init__(
             AdaptedModule,
@@ -124,7 +134,7 @@ class AsymmetryCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
-            parser_kwargs={name: strict for name in self.subcommands()} | strict,
+            parser_kwargs={name: strict for name in commands} | strict,
             args=args,
         )
 
@@ -185,6 +195,7 @@ class AsymmetryCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse data that are not for the model, before either is loaded; a file of adapters has both factors."""
+        check_strategy(self._get(self.config, "trainer").strategy)
         values = self._get(self.config, "model").init_args
         if values.get("adapter_path") is not None and values.adapter is not None:
             values.adapter.init_a = values.adapter.init_b = "given"

@@ -1,4 +1,4 @@
-"""Which errors are the user's to mend, which come of a process that is gone, and which are defects."""
+"""Which errors are the user's to mend, and which are defects."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from app.callbacks import CallbackError
 from app.checkpoint_io import CheckpointError
+from app.messages import compiler_message
+from app.processes import lost_a_process, together
 from datamodules.errors import DataError
 from modules.adapters import AdapterError
 from modules.base import ModelError
@@ -28,18 +30,14 @@ BAD_INPUT = (
 )
 
 
-def lost_a_process(error: Exception) -> bool:
-    """Whether an error is what is left of a worker or of another process of the run."""
-    lost = ("DataLoader worker", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, ConnectionError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
-    )
-
-
 def bad_input(error: Exception) -> Exception | None:
     """What the user can mend behind an error, looking through the parser's wrapping; None for a defect."""
     if isinstance(error, torch.OutOfMemoryError):
         return ArgumentError(None, "The accelerator's memory is full: choose a smaller --data.batch_size.")
+    if together() and lost_a_process(error):
+        return ArgumentError(None, "Another process of the run has ended or cannot be reached.")
+    if (failed := compiler_message(error)) is not None:
+        return ArgumentError(None, failed)
     link: BaseException | None = error
     while isinstance(link, Exception):
         if isinstance(link, BAD_INPUT):

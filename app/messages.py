@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
-
-import datasets
 
 from app.imports import denied_message
 
@@ -44,6 +43,15 @@ def parser_message(error: Exception) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def compiler_message(error: Exception) -> str | None:
+    """What to say if torch.compile has failed; None for any other error."""
+    compiler = sys.modules.get("torch._dynamo.exc")
+    if compiler is None or not isinstance(error, compiler.TorchDynamoException):
+        return None
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"model.compile: torch.compile fails on this backbone ({reason}); set it to false."
+
+
 def _unknown_key(text: str, key: str) -> str | None:
     """Say what a class accepts instead of a key that it does not know."""
     owner = re.search(r"class_path '([\w.]+)\.(\w+)'", text)
@@ -66,7 +74,9 @@ def quiet_libraries() -> None:
     """Silence advice that does not apply here."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # which `datasets` reads when a run imports it
+    if loaded := sys.modules.get("datasets"):
+        loaded.disable_progress_bars()
     for message in (
         r".*does not have many workers.*",  # images in memory need none
         r".*number of training batches .* is smaller than the logging interval.*",

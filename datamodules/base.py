@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
+from datamodules.prefix_cache import WithHidden, filling_order, hidden_states
 
 Collate = Callable[[list[Any]], Any]
+BEAT = 20.0  # seconds; a process group gives up after 10 minutes or more
 
 
 class ResumableDataModule(L.LightningDataModule):
@@ -22,8 +26,9 @@ class ResumableDataModule(L.LightningDataModule):
 
     The position in training is part of the data module's own state, (epoch, samples done), which needs no loader to
     cooperate: it is the same with any number of workers, and Lightning restores it before it builds the loaders.
-    Resumed with another batch size or number of processes, an epoch goes on at the same place; with length buckets,
-    whose order depends on the batch, some samples of that one epoch then come twice and others not.
+    Resumed with another batch size or number of processes, an epoch goes on at the same place, rounded down to a whole
+    batch, and with the last one if none is left; with length buckets, whose order depends on the batch, some samples of
+    that one epoch then come twice and others not.
 
     Args:
         batch_size: Samples a step and process, at least 1.
@@ -31,6 +36,7 @@ class ResumableDataModule(L.LightningDataModule):
     """
 
     kind: str  # what its batches are of, one of the `kinds` of the models for them
+    cache_prefix = False  # whether a fit reads what the model's frozen prefix makes of its rows; a task's own key
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -39,6 +45,7 @@ class ResumableDataModule(L.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self._seed: int | None = None
         self._position: dict[str, int] = {}
+        self._resumed_at: float | None = None  # batches of the epoch that are done; infinite when it is over
 
     def world(self) -> tuple[int, int]:
         """Number of processes, and which is this one."""
@@ -49,17 +56,74 @@ class ResumableDataModule(L.LightningDataModule):
         return trainer.world_size, trainer.global_rank
 
     @contextmanager
-    def first_process_first(self) -> Iterator[None]:
-        """Have a node's first process fill the caches (downloads, tokenised texts) that the others then read."""
+    def first_process_first(self) -> Iterator[Callable[[], None]]:
+        """Have a node's first process fill the caches (downloads, tokenised texts) that the others then read.
+
+        Gives a function to call now and then while they are filled: the others wait in a collective operation, which
+        fails when it takes as long as the process group's timeout, and each `BEAT` seconds gets them into a new one.
+        """
         trainer = self.trainer
         assert trainer is not None
-        if trainer.local_rank != 0:
-            trainer.strategy.barrier()
+        first, all_done = trainer.local_rank == 0, trainer.strategy.reduce_boolean_decision
+        before = time.monotonic()
+
+        def beat() -> None:
+            nonlocal before
+            if first and time.monotonic() - before >= BEAT:
+                all_done(False)
+                before = time.monotonic()
+
+        def wait() -> None:
+            while not all_done(True):
+                pass
+
+        if not first:
+            wait()
         try:
-            yield
+            yield beat
         finally:  # an error is every process's own
-            if trainer.local_rank == 0:
-                trainer.strategy.barrier()
+            if first:
+                wait()
+
+    @property
+    def caches(self) -> bool:
+        """Whether this is a fit with `cache_prefix`; what reads each row once has nothing to gain.
+
+        Raises:
+            DataError: If the model has no frozen prefix.
+        """
+        assert self.trainer is not None
+        if not self.cache_prefix or self.trainer.state.fn != "fit":
+            return False
+        if not hasattr(self.trainer.lightning_module, "frozen_prefix"):
+            raise DataError("data.cache_prefix: the model does not say what its frozen prefix is; set it to false.")
+        return True
+
+    def cached(
+        self,
+        name: str,
+        dataset: Dataset[Any],
+        rows_key: str,
+        lengths: Tensor | None,
+        filling: Collate | None,
+        collate: Collate,
+    ) -> WithHidden:
+        """Batches with what the model's frozen prefix makes of them; see `datamodules.prefix_cache`.
+
+        Args:
+            name: Of the split.
+            dataset: Its rows as the model takes them.
+            rows_key: Another one for other rows.
+            lengths: Their lengths in tokens; None if all have as many.
+            filling: Makes the batches that the prefix gets; None stacks them.
+            collate: Makes all of a batch that is not from the prefix.
+        """
+        assert self.trainer is not None
+        rows = range(len(dataset)) if lengths is None else filling_order(lengths).tolist()  # type: ignore[arg-type]
+        loader = self._loader(dataset, rows, filling)
+        with self.first_process_first() as beat:
+            states = hidden_states(self.trainer, loader, lengths, rows_key, name, beat)
+        return WithHidden(collate, states)
 
     def train_loader(
         self, dataset: Dataset[Any], lengths: Tensor | None = None, collate: Collate | None = None
@@ -87,8 +151,9 @@ class ResumableDataModule(L.LightningDataModule):
         sampler = EpochSampler(size, world, rank, self.batch_size, self._seed, lengths)
         if self._position:
             # in samples, since another batch size or number of processes may go on from there
-            batches = self._position["samples"] // (self.batch_size * world)
-            sampler.seek(self._position["epoch"], min(batches, sampler.batches))
+            batches = min(self._position["samples"] // (self.batch_size * world), sampler.batches - 1)
+            self._resumed_at = batches if self._position["samples"] else math.inf
+            sampler.seek(self._position["epoch"], batches)
             self._position = {}
         return self._loader(dataset, sampler, collate)
 
@@ -127,6 +192,22 @@ class ResumableDataModule(L.LightningDataModule):
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # or each iterator draws from the global state, used by dropout
         )
+
+    def match_progress(self) -> None:
+        """Count the resumed epoch in batches of this run: Lightning goes on counting in those of the checkpoint.
+
+        An epoch that was not over has one batch left at least, without which Lightning would not end it. To be called
+        when training starts, before the first batch.
+        """
+        assert self.trainer is not None
+        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        if self._resumed_at is not None and done.processed:
+            whole = int(self.trainer.num_training_batches)
+            place = whole if math.isinf(self._resumed_at) else min(int(self._resumed_at), whole - 1)
+            missing = place - done.processed
+            done.ready, done.started = done.ready + missing, done.started + missing
+            done.processed, done.completed = done.processed + missing, done.completed + missing
+        self._resumed_at = None
 
     def state_dict(self) -> dict[str, Any]:
         """The position in training: the epoch, the samples of it that all processes have done, and the order's seed."""

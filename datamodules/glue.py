@@ -101,6 +101,8 @@ class GlueData(TextData):
         max_length: Most tokens of a sample, both sentences and special tokens together; longer ones are cut.
         bucket_by_length: Whether samples of like length share a batch, which saves most of the padding.
         padding: To the `longest` of the batch, or all to `max_length`, for devices that need one shape.
+        cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
+            `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
         val_seed: Seed of that share, apart from the run's seed.
         test_on_validation: Hold out validation rows from the training split, and test on the validation split: GLUE's
@@ -129,6 +131,7 @@ class GlueData(TextData):
         max_length: int = 128,
         bucket_by_length: bool = True,
         padding: Padding = "longest",
+        cache_prefix: bool = False,
         val_fraction: float = 0.1,
         val_seed: int = 0,
         test_on_validation: bool = False,
@@ -153,6 +156,7 @@ class GlueData(TextData):
         self.save_hyperparameters()
         if max_length < 2:
             raise DataError(f"data.max_length: {max_length} must be 2 or more.")
+        self.cache_prefix = cache_prefix
         self.task = TASKS[task] if task else None
         columns = text_columns or (self.task.columns if self.task else ())
         if not 1 <= len(columns) <= 2:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from datamodules.base import ResumableDataModule
+from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw, seeded
 from datamodules.errors import DataError
 from datamodules.image_sources import ImageTable, open_folder, open_split
@@ -38,6 +41,9 @@ class ImageClassificationData(ResumableDataModule):
         val_seed: Seed of that split, apart from the run's seed so that runs compare on the same images.
         crop_scale: Share of the area that a training crop covers, [least, most]; [1, 1] crops nothing.
         horizontal_flip: Whether training images are mirrored half of the time. Not for digits or text.
+        cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
+            `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
+            Training images must not be augmented: crop_scale [1, 1], no horizontal_flip.
         memory_limit_gb: Decoded images are kept in memory up to this many GiB for each split and process, and decoded
             anew beyond.
         max_train_samples: Seeded sample of the training images, for trying out; None takes all.
@@ -59,6 +65,7 @@ class ImageClassificationData(ResumableDataModule):
         val_seed: int = 0,
         crop_scale: tuple[float, float] = (0.6, 1.0),
         horizontal_flip: bool = True,
+        cache_prefix: bool = False,
         memory_limit_gb: float = 4.0,
         max_train_samples: int | None = None,
         max_val_samples: int | None = None,
@@ -73,6 +80,12 @@ class ImageClassificationData(ResumableDataModule):
         check_splits(val_fraction, limits)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise DataError(f"data.crop_scale: {list(crop_scale)} must be two numbers, 0 < least <= most <= 1.")
+        if cache_prefix and (horizontal_flip or tuple(crop_scale) != (1.0, 1.0)):
+            raise DataError(
+                "data.cache_prefix: training images are augmented, and what is cached is one look at each; set "
+                "data.horizontal_flip to false and data.crop_scale to [1, 1], or data.cache_prefix to false."
+            )
+        self.cache_prefix = cache_prefix
         self.path, self.predict_path = path, predict_path
         self.val_fraction, self.val_seed = val_fraction, val_seed
         self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
@@ -92,6 +105,9 @@ class ImageClassificationData(ResumableDataModule):
         config = getattr(model, "preprocessing", None)
         if config is None:
             raise DataError("ImageClassificationData needs a model that says how it wants its images (preprocessing).")
+        if self.caches:  # before the images are read
+            model.frozen_prefix()  # type: ignore[operator]
+        self.config = config
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
         evaluation, training = self._transforms(config)
         if stage == "predict":
@@ -108,7 +124,8 @@ class ImageClassificationData(ResumableDataModule):
                 table, rows = self._rows(name)
                 table = table.with_classes(self.class_names, f"the {name} split of {self.path}")
                 self.splits[name] = ImageDataset(table, rows, transform)
-                self.splits[name].keep_in_memory(self.memory_limit_gb, name)
+                if not self.caches:  # which looks at each image once at most
+                    self.splits[name].keep_in_memory(self.memory_limit_gb, name)
 
     def _table(self, name: str) -> ImageTable | None:
         """A split as it is stored, opened once."""
@@ -155,13 +172,21 @@ class ImageClassificationData(ResumableDataModule):
 
     # ---------------------------------------------------------------------------------------------------- loaders
 
+    def _batches(self, name: str) -> tuple[Dataset[Any], None, Collate | None]:
+        """What the loader of a split takes: its images, or the kept output of the frozen prefix for them."""
+        data = self.splits[name]
+        if not self.caches:
+            return data, None, None
+        key = f"{data.digest()} {version('timm')} {sorted(self.config.items())}"
+        return LabelDataset(data), None, self.cached(name, data, key, None, None, default_collate)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented."""
-        return self.train_loader(self.splits["train"])
+        return self.train_loader(*self._batches("train"))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """In order."""
-        return self.evaluation_loader(self.splits["val"])
+        return self.evaluation_loader(*self._batches("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """In order."""
@@ -173,6 +198,8 @@ class ImageClassificationData(ResumableDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Normalise a batch on its device: uint8 in, float32 out."""
+        if "image" not in batch:
+            return batch
         image = batch["image"].float().div_(255)  # (batch, 3, height, width), in [0, 1]
         mean, std = self.mean.to(image.device), self.std.to(image.device)
         return {**batch, "image": image.sub_(mean[:, None, None]).div_(std[:, None, None])}
@@ -212,6 +239,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
         shown = track(rest, f"Decoding {name}", transient=True, disable=len(rest) < 5000)
         self.images = sample + [self._decode(i) for i in shown]
 
+    def digest(self) -> str:
+        """Hash of the images as they are stored."""
+        digest = hashlib.sha256()
+        for row in self.rows.tolist():
+            source = self.table.read(row)
+            data = source.read_bytes() if isinstance(source, Path) else bytes(source)
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
     def _decode(self, index: int) -> Tensor:
         return self.table.decode(int(self.rows[index]))
 
@@ -226,3 +262,22 @@ class ImageDataset(Dataset[dict[str, Any]]):
             return {"image": self.transform(image), **item}
         with seeded(seed, index):
             return {"image": self.transform(image), **item}
+
+
+class LabelDataset(Dataset[dict[str, int]]):
+    """What a row of images has besides its image.
+
+    Args:
+        images: The images.
+    """
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.labels = images.table.labels[images.rows]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | Draw) -> dict[str, int]:
+        """`label` and `index` of an index or a draw."""
+        index = key[0] if isinstance(key, tuple) else key
+        return {"label": int(self.labels[index]), "index": index}

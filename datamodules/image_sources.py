@@ -6,9 +6,8 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -20,6 +19,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from datamodules.errors import DataError
 from datamodules.labels import Labels, read_labels
 from datamodules.tables import SPLITS, Table, open_table
+
+if TYPE_CHECKING:  # a run on a folder of images imports no datasets
+    import datasets
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -164,10 +166,12 @@ def open_folder(path: str) -> ImageTable:
 
 
 def _from_dataset(data: datasets.Dataset, where: str, image_column: str | None, label_column: str | None) -> ImageTable:
+    from datasets import Image as ImageFeature
+
     image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where)
     label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
     try:
-        encoded = data.select_columns(image).cast_column(image, datasets.Image(decode=False))
+        encoded = data.select_columns(image).cast_column(image, ImageFeature(decode=False))
     except Exception as error:  # a column of another type; the library raises many kinds
         raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
     if len(data) == 0:

@@ -59,6 +59,8 @@ class InstructionData(TextData):
             the response its end: it keeps half of the room, or all of itself.
         packing: Whether training puts several conversations into one sequence, which do not see each other.
         bucket_by_length: Whether sequences of like length share a batch, which saves most of the padding.
+        cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
+            `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
         test_on_validation: Whether the validation split is tested on, and a share of the training rows is held out to
             validate on, for sets without a test split.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
@@ -89,6 +91,7 @@ class InstructionData(TextData):
         max_length: int = 512,
         packing: bool = False,
         bucket_by_length: bool = True,
+        cache_prefix: bool = False,
         test_on_validation: bool = False,
         val_fraction: float = 0.05,
         val_seed: int = 0,
@@ -113,6 +116,7 @@ class InstructionData(TextData):
         if max_length < LEAST:
             raise DataError(f"data.max_length: {max_length} must be {LEAST} or more.")
         self.template, self.max_length, self.packing = template, max_length, packing
+        self.cache_prefix = cache_prefix
         self.test_on_validation = test_on_validation
         self.messages_column, self.instruction_column = messages_column, instruction_column
         self.input_column, self.response_column = input_column, response_column
@@ -269,7 +273,8 @@ class InstructionData(TextData):
                 f"than one batch of {self.batch_size} × {self.world()[0]} processes; choose a smaller batch."
             )
         lengths = packed.lengths if self.bucket_by_length else None
-        return self.train_loader(packed, lengths, PadPacks(self.tokenizer.pad_token_id))
+        collate = self.collated("train", rows, PadPacks(self.tokenizer.pad_token_id))
+        return self.train_loader(packed, lengths, collate)
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """Prompts in batches of like length, padded at the left."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -67,6 +65,8 @@ def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None =
     Raises:
         DataError: If the column is missing, empty in some row, of another type, not finite, or a label has no name.
     """
+    import pyarrow as pa  # as datasets, for a table alone
+
     check_column(table, "label_column", column)
     cells = table.data.select_columns(column).with_format("arrow")[:][column].combine_chunks()
     if cells.null_count:
@@ -75,7 +75,7 @@ def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None =
     if pa.types.is_boolean(cells.type):
         cells, class_names = cells.cast(pa.int64()), class_names or ("0", "1")
     number = pa.types.is_floating(cells.type) or pa.types.is_integer(cells.type)
-    named = isinstance(table.data.features[column], datasets.ClassLabel)
+    named = _stored_names(table, column) is not None
     if (class_names == () and number and not named) or (not class_names and pa.types.is_floating(cells.type)):
         return Labels(_finite(cells, column, table.where), [], table.where)
     if class_names != () and (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
@@ -110,9 +110,7 @@ def _finite(cells: Any, column: str, where: str) -> Tensor:
 
 
 def _names(table: Table, column: str, values: Tensor, given: tuple[str, ...] | None) -> list[str]:
-    feature = table.data.features[column]
-    stored = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    names = list(stored or given or [str(i) for i in range(int(values.max()) + 1)])
+    names = list(_stored_names(table, column) or given or [str(i) for i in range(int(values.max()) + 1)])
     wrong = ((values < 0) | (values >= len(names))).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
@@ -122,3 +120,11 @@ def _names(table: Table, column: str, values: Tensor, given: tuple[str, ...] | N
             f"{len(names) - 1}; {len(wrong)} of {len(values)} labels are.{hidden}"
         )
     return names
+
+
+def _stored_names(table: Table, column: str) -> list[str] | None:
+    """The names of a ClassLabel; None for a column of another kind."""
+    from datasets import ClassLabel
+
+    feature = table.data.features[column]
+    return feature.names if isinstance(feature, ClassLabel) else None

@@ -6,27 +6,43 @@ import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from torch import Tensor
 
 from datamodules.errors import DataError
 
+if TYPE_CHECKING:  # a run on a folder of images imports no datasets
+    import datasets
+
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
 
 
+def _read_parquet(files: list[str]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_parquet(files)
+
+
 def _read_csv(files: list[str]) -> Any:
+    import datasets
+
     # empty cells alone are missing: "null" and "NA" are words
     return datasets.Dataset.from_csv(files, keep_default_na=False, na_values=[""])
 
 
+def _read_json(files: list[str]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_json(files)
+
+
 READERS: dict[str, Callable[[list[str]], Any]] = {
-    ".parquet": datasets.Dataset.from_parquet,
+    ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".jsonl": datasets.Dataset.from_json,
-    ".json": datasets.Dataset.from_json,
+    ".jsonl": _read_json,
+    ".json": _read_json,
 }
 
 
@@ -155,6 +171,8 @@ def _read(files: list[Path], key: str = "path") -> Table:
             raise DataError(f"data.{key}: {names[0]} has no rows.") from error
         cause: BaseException = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
+            import datasets
+
             raise DataError(
                 f"data.{key}: {names[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} "
                 f"({cause}); free some space, or set HF_DATASETS_CACHE to another folder."
@@ -164,11 +182,12 @@ def _read(files: list[Path], key: str = "path") -> Table:
             f"data.{key}: {', '.join(names)} cannot be read as {suffix[1:]} ({reason[0] if reason else repr(cause)}). "
             "It may be damaged, or a column may hold values of several types."
         ) from error
-    assert isinstance(data, datasets.Dataset)
     return Table(data, names[0])
 
 
 def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: str | None) -> Table | None:
+    import datasets
+
     try:
         available = datasets.get_dataset_split_names(name, config, revision=revision)
         found = next((s for s in splits if s in available), None)

@@ -66,6 +66,8 @@ class TextData(ResumableDataModule):
 
     def setup(self, stage: str) -> None:
         """Tokenise what the stage needs, with the tokenizer of the trainer's model."""
+        if self.caches:  # before the rows are read
+            self.trainer.lightning_module.frozen_prefix()  # type: ignore[union-attr, operator]
         with self.first_process_first():
             self.before_splits()
             if stage == "predict":
@@ -200,14 +202,28 @@ class TextData(ResumableDataModule):
 
     def _loaders(self, split: str) -> list[DataLoader[Any]]:
         return [
-            self.evaluation_loader(d, d.lengths if self.bucket_by_length else None, self.collate())
-            for d in self.splits[split]
+            self.evaluation_loader(d, d.lengths if self.bucket_by_length else None, self.collated(f"{split} {s}", d))
+            for d, s in zip(self.splits[split], self.set_names[split], strict=True)
         ]
+
+    def collated(self, name: str, rows: TokenDataset, collate: Collate | None = None) -> Collate:
+        """What makes a batch of rows, with the kept output of the frozen prefix if there is to be one.
+
+        Args:
+            name: Of the split, for messages.
+            rows: The rows.
+            collate: Makes a batch of them; None takes the task's own.
+        """
+        collate = collate or self.collate()
+        if not self.caches:
+            return collate
+        return self.cached(name.strip(), rows, rows.digest(), rows.lengths, self.collate(), collate)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, in batches of like length."""
         data = self.splits["train"][0]
-        return self.train_loader(data, data.lengths if self.bucket_by_length else None, self.collate())
+        lengths = data.lengths if self.bucket_by_length else None
+        return self.train_loader(data, lengths, self.collated("train", data))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each validation set."""

@@ -50,6 +50,15 @@ class TokenDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.data)
 
+    def digest(self) -> str:
+        """Hash of the tokens of all rows, without what is to be learnt of them."""
+        digest = hashlib.sha256()
+        tokens = self.tokens.select_columns([name for name in self.columns if name != "labels"])
+        for rows in tokens.with_format("arrow").iter(batch_size=10_000):
+            for batch in rows.combine_chunks().to_batches():
+                digest.update(batch.serialize())
+        return digest.hexdigest()
+
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
         """One row."""
         return self.__getitems__([key])[0]

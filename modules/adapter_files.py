@@ -19,7 +19,7 @@ from modules.adapters.compact import is_compact, load_compact
 from modules.adapters.config import AdapterConfig, AdapterError
 from modules.adapters.peft_format import WHERE, Heads
 from modules.adapters.peft_reading import from_peft
-from modules.adapters.state import frozen_fingerprint
+from modules.adapters.state import frozen_fingerprint, state_problems
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -148,3 +148,24 @@ def _at_home(wholes: Heads, homes: Mapping[str, Collection[str]]) -> dict[str, T
                 if known.shape != tensor.shape or not torch.equal(known, tensor):
                     raise AdapterError(f"{WHERE}: {' and '.join(names)} differ in {key}, and here they are one head.")
     return found
+
+
+@torch.no_grad()
+def load_heads(module: nn.Module, heads: Collection[str], given: Mapping[str, Tensor]) -> list[str]:
+    """Copy the heads that lay with an adapter into a module; all or nothing.
+
+    Args:
+        module: The task.
+        heads: Names of its heads.
+        given: Tensors under the module's names; heads of which there is none stay as they are.
+
+    Returns:
+        What does not fit; empty if all is copied.
+    """
+    had = {head for head in heads if any(name.startswith(f"{head}.") for name in given)}
+    own = {n: t for n, t in module.state_dict().items() if any(n.startswith(f"{head}.") for head in had)}
+    problems = state_problems(own, given)
+    if not problems:
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+    return problems

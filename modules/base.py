@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from modules.adapter_files import read_adapter
+from modules.adapter_files import load_heads, read_adapter
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
-from modules.adapters.state import frozen_fingerprint, state_problems
+from modules.adapters.state import frozen_fingerprint
 from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
 from modules.errors import ModelError
-from modules.optimization import Schedule, parameter_groups, schedule_factor
+from modules.freezing import freeze
+from modules.optimization import Schedule, parameter_groups, schedule_factor, steps_left
 
-__all__ = ["AdaptedModule", "BackboneDtype", "ModelError", "Tuning", "inputs_to_float32"]
+if TYPE_CHECKING:
+    from modules.frozen_prefix import FrozenPrefix
+    from modules.sharding import FrozenShards
+
+__all__ = ["AdaptedModule", "BackboneDtype", "ModelError", "Tuning"]
 
 Tuning = Literal["adapter", "head", "full"]
 BackboneDtype = Literal["float32", "bfloat16"]
@@ -46,12 +52,14 @@ class AdaptedModule(CheckpointedModule):
         warmup_ratio: Share of all steps in which the rate climbs from zero, in [0, 1).
         lr_ratio_b: Rate of B over `learning_rate` (LoRA+, Hayou et al. 2024).
         lr_ratio_head: Rate of the head over `learning_rate`.
+        shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the blocks' frozen weights
+            instead of all; see `modules.sharding`.
+        compile: Whether the backbone's blocks are compiled for training; see `modules.compilation`.
     """
 
     kinds: tuple[str, ...]  # of data that the steps take, as the data modules name theirs
     peft_task: str | None = None  # PEFT's name of the task
     backbone: nn.Module
-    shard_frozen: bool = False  # whether several processes each keep a share of the frozen weights; a task's own key
 
     def __init__(
         self,
@@ -65,6 +73,8 @@ class AdaptedModule(CheckpointedModule):
         warmup_ratio: float,
         lr_ratio_b: float,
         lr_ratio_head: float,
+        shard_frozen: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not all(0 < rate < torch.finfo().max for rate in (learning_rate, lr_ratio_b, lr_ratio_head)):
@@ -87,10 +97,14 @@ class AdaptedModule(CheckpointedModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.schedule: Schedule = schedule
         self.warmup_ratio, self.lr_ratio_b, self.lr_ratio_head = warmup_ratio, lr_ratio_b, lr_ratio_head
+        self.shard_frozen, self.compiles = shard_frozen, compile
+        self.shards: FrozenShards | None = None
+        self._compiled = False
         self.head_names: list[str] = []
         self.projections: list[Projection] = []
         self._given_heads: dict[str, Tensor] = {}
         self._gradients_seen = False
+        self.prefix: FrozenPrefix | None = None
 
     def configure_tuning(self, heads: Sequence[str] = ()) -> None:
         """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on.
@@ -101,7 +115,7 @@ class AdaptedModule(CheckpointedModule):
             heads: Names of the backbone's modules that are heads.
         """
         if self.tuning != "full":
-            self._cast_and_freeze(heads)
+            freeze(self.backbone, heads, self.backbone_dtype)
         self.head_names = [f"backbone.{name}" for name in heads]
         if self.tuning == "adapter":
             self._attach(heads)
@@ -129,41 +143,18 @@ class AdaptedModule(CheckpointedModule):
         """For each head its names in a complete model of the backbone's own library, which is what PEFT wraps."""
         return {name: (name.removeprefix("backbone."),) for name in self.head_names}
 
-    @torch.no_grad()
     def load_given_heads(self) -> None:
         """Load the heads that lay with the adapters; a task calls it once its heads are as the data wants them.
 
         Raises:
             ModelError: If they are other heads than the task's.
         """
-        if not self._given_heads:
-            return
         given, self._given_heads = self._given_heads, {}
-        heads = {head for head in self.head_names if any(name.startswith(f"{head}.") for name in given)}
-        own = {n: t for n, t in self.state_dict().items() if any(n.startswith(f"{head}.") for head in heads)}
-        if problems := state_problems(own, given):
+        if problems := load_heads(self, self.head_names, given):
             raise ModelError(
                 f"model.adapter_path: the head of {self.adapter_path} is not this task's: {'; '.join(problems)}. The "
                 "data must have as many classes as that was trained on, in the same order."
             )
-        for name, tensor in given.items():
-            own[name].copy_(tensor)
-
-    def _cast_and_freeze(self, heads: Sequence[str]) -> None:
-        kept = {name: self.backbone.get_submodule(name) for name in heads}
-        for name in kept:
-            self.backbone.set_submodule(name, nn.Identity())
-        self.backbone.requires_grad_(False)
-        # in bfloat16 the rotary frequencies of transformers would be other positions
-        names = [name for name, _ in self.backbone.named_buffers(remove_duplicate=False) if name.endswith("inv_freq")]
-        kept_buffers = {name: self.backbone.get_buffer(name) for name in names}
-        self.backbone.to(self.backbone_dtype)
-        for name, buffer in kept_buffers.items():
-            module, _, own = name.rpartition(".")
-            setattr(self.backbone.get_submodule(module), own, buffer)
-        for name, head in kept.items():  # float32, whatever the backbone hands it
-            self.backbone.set_submodule(name, head.float())
-            head.register_forward_pre_hook(inputs_to_float32)
 
     def setup(self, stage: str) -> None:
         """Check the trainer's precision; runs behind the data module's `setup`.
@@ -176,6 +167,36 @@ class AdaptedModule(CheckpointedModule):
                 f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
                 "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
             )
+
+    def configure_model(self) -> None:
+        """Divide the frozen weights among the processes and have training compiled, if the keys say so."""
+        trainer = self._trainer
+        if trainer is None:
+            return
+        if self.shard_frozen and self.shards is None:
+            from modules.sharding import shard_frozen_weights  # which imports this module
+
+            self.shards = shard_frozen_weights(self)
+        if self.compiles and not self._compiled and trainer.state.fn == "fit":
+            from modules.compilation import compile_blocks  # likewise
+
+            compile_blocks(self.backbone, trainer.strategy.root_device)
+            self._compiled = True
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What keeps evaluation as it is written, if training is compiled."""
+        if not self.compiles:
+            return []
+        from modules.compilation import UncompiledEvaluation
+
+        return [UncompiledEvaluation()]
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Behind the last batch, help the processes that have more to their shares of sharded weights."""
+        if self.shards is not None:
+            self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def take_from_data(self, key: str) -> Any:
         """What the data says of the task (`class_names`, `metrics`), unless the model knows it; a checkpoint keeps it.
@@ -190,6 +211,27 @@ class AdaptedModule(CheckpointedModule):
             raise ModelError(f"model.{key}: neither the data nor a checkpoint (--ckpt_path) says which they are.")
         self.hparams[key] = value if isinstance(value, str | int) else list(value)
         return self.hparams[key]
+
+    def frozen_prefix(self) -> FrozenPrefix:
+        """The part of the backbone whose output the data may keep; batches then have that in the place of their input.
+
+        Raises:
+            ModelError: If there is none, or the task cannot go on from it.
+        """
+        keys = {"tuning: full": self.tuning == "full", "shard_frozen: true": self.shard_frozen}
+        if key := next((key for key, holds in keys.items() if holds), None):
+            raise ModelError(f"data.cache_prefix: with model.{key} no process has a frozen prefix; set it to false.")
+        if self.compiles:
+            raise ModelError(
+                "data.cache_prefix: goes past blocks, which model.compile: true cannot follow; set one to false."
+            )
+        if self.prefix is None:
+            self.prefix = self.build_prefix()
+        return self.prefix
+
+    def build_prefix(self) -> FrozenPrefix:
+        """A task's own; see `modules.frozen_prefix`."""
+        raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot go on from hidden states; set it to false.")
 
     # ---------------------------------------------------------------------------------------------------- optimizer
 
@@ -226,6 +268,12 @@ class AdaptedModule(CheckpointedModule):
             )
         schedulers = self.lr_schedulers()
         assert isinstance(schedulers, torch.optim.lr_scheduler.LambdaLR)
+        if self.trainer.global_step:
+            # with other batches or processes than before, what is left decides where in the schedule this is
+            factor_of = schedule_factor(
+                self.schedule, self.warmup_ratio, self.trainer.global_step + steps_left(self.trainer)
+            )
+            schedulers.lr_lambdas = [factor_of for _ in schedulers.lr_lambdas]
         schedulers.base_lrs = [group["initial_lr"] for group in self._configured_groups]
         factors = [fn(schedulers.last_epoch) for fn in schedulers.lr_lambdas]
         groups = schedulers.optimizer.param_groups
@@ -269,8 +317,3 @@ class AdaptedModule(CheckpointedModule):
             "params/total": sum(p.numel() for p in self.parameters()),
             "adapter/bytes": sum(t.numel() * t.element_size() for t in adapter_state(self.backbone).values()),
         }
-
-
-def inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook of a head in float32 behind a backbone that may be in bfloat16."""
-    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

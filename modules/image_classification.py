@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from modules.adapters import AdapterConfig
 from modules.base import AdaptedModule, BackboneDtype, ModelError, Tuning
+from modules.frozen_prefix import HIDDEN, FrozenPrefix
 from modules.optimization import Schedule
-from modules.timm_backbone import build_timm_backbone, preprocessing
+from modules.timm_backbone import build_timm_backbone, features_from_block, preprocessing
 
 Batch = dict[str, Any]
 
@@ -57,6 +58,8 @@ class ImageClassifier(AdaptedModule):
         warmup_ratio: float = 0.05,
         lr_ratio_b: float = 1.0,
         lr_ratio_head: float = 1.0,
+        shard_frozen: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             tuning=tuning,
@@ -69,6 +72,8 @@ class ImageClassifier(AdaptedModule):
             warmup_ratio=warmup_ratio,
             lr_ratio_b=lr_ratio_b,
             lr_ratio_head=lr_ratio_head,
+            shard_frozen=shard_frozen,
+            compile=compile,
         )
         self.save_hyperparameters()
         if not 0 <= label_smoothing < 1:
@@ -125,20 +130,52 @@ class ImageClassifier(AdaptedModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (batch, classes), float32, of normalised images (batch, 3, height, width)."""
+        return self._classify(self.backbone(image.to(self.backbone_dtype)))  # of (batch, features)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The same of a batch, of its images or of what the frozen prefix made of them."""
+        if HIDDEN not in batch:
+            logits: Tensor = self(batch["image"])
+            return logits
+        assert self.prefix is not None
+        return self._classify(
+            features_from_block(cast(VisionTransformer, self.backbone), batch[HIDDEN], self.prefix.depth)
+        )
+
+    def _classify(self, features: Tensor) -> Tensor:
         assert self.head is not None
-        features = self.backbone(image.to(self.backbone_dtype))  # (batch, features)
         logits: Tensor = self.head(features.to(torch.float32))  # (batch, classes)
         return logits.float()
 
+    def build_prefix(self) -> FrozenPrefix:
+        """The patch embedding and the blocks below the lowest adapter of a timm ViT."""
+        if not isinstance(self.backbone, VisionTransformer):
+            raise ModelError(
+                f"data.cache_prefix: is for timm's plain ViTs, and {self.hparams['backbone']} is a "
+                f"{type(self.backbone).__name__}; set it to false."
+            )
+        keys = ("backbone", "backbone_args", "image_size")
+        return FrozenPrefix(
+            self.backbone,
+            self.projections,
+            heads=(),
+            embeddings=(),
+            inputs=("image",),
+            padding={},
+            identity={key: self.hparams[key] for key in keys} | {"precision": self.trainer.precision},
+            outputs=self.logits,
+            context=self.trainer.precision_plugin.forward_context,
+        )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
-        loss = F.cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(self.logits(batch), batch["label"], label_smoothing=self.label_smoothing)
         self.check_loss(loss.detach())
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
-        logits, label = self(batch["image"]), batch["label"]
+        logits, label = self.logits(batch), batch["label"]
         loss, metrics = self.losses[stage], self.metrics[stage]
         assert isinstance(loss, MeanMetric)
         assert isinstance(metrics, MetricCollection)
@@ -161,20 +198,19 @@ class ImageClassifier(AdaptedModule):
         """Draw the confusion matrix: in the run directory, and in TensorBoard."""
         matrix = self.confusion.compute()  # on every rank: it gathers
         if self.trainer.is_global_zero and matrix.sum() > 0:
-            small = len(self.class_names or ()) <= 20
-            figure, axes = plt.subplots(figsize=(8, 8), layout="constrained")
-            self.confusion.plot(matrix, ax=axes, add_text=small, labels=self.class_names if small else None)
+            from modules.confusion import draw_confusion  # a run without a test imports no matplotlib
+
+            figure = draw_confusion(matrix, self.class_names or ())
             figure.savefig(Path(self.trainer.default_root_dir) / "confusion_matrix.png")
             for logger in self.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("test/confusion_matrix", figure, self.global_step)
-            plt.close(figure)
         self.confusion.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
         """Rows of a table: index and name of the image, class, and its probability in [0, 1]."""
         assert self.class_names is not None
-        probability, label = self(batch["image"]).softmax(-1).max(-1)
+        probability, label = self.logits(batch).softmax(-1).max(-1)
         return {
             "index": batch["index"].tolist(),
             "name": batch["name"],

@@ -14,10 +14,16 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 from modules.adapters import AdapterConfig
 from modules.base import AdaptedModule, BackboneDtype, ModelError
 from modules.decoding import Decoding
+from modules.frozen_prefix import HIDDEN, FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.multiple_choice import MultipleChoiceAccuracy, PrefixCache, choice_log_probabilities
 from modules.optimization import Schedule
-from modules.sharding import FrozenShards, shard_frozen_weights
-from modules.transformers_backbone import build_transformers_model, load_tokenizer, position_limit, selected_logits
+from modules.transformers_backbone import (
+    build_transformers_model,
+    checkpoint_activations,
+    load_tokenizer,
+    position_limit,
+    selected_logits,
+)
 
 Batch = dict[str, Any]
 IGNORED = -100  # label of a token that is not learnt: the prompt's, or padding
@@ -39,8 +45,6 @@ class LanguageModel(AdaptedModule):
         backbone_args: Values of the backbone's config.json to change, such as `attention_dropout`.
         gradient_checkpointing: Whether each layer's activations are computed again in backward rather than kept: one
             more forward pass a step, and memory for one layer instead of all.
-        shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the layers' frozen weights
-            instead of all; see `modules.sharding`.
         generation: How responses are generated in prediction.
         prompt_template: Jinja template of the prompts that the model was trained with; the data says it, and a
             checkpoint keeps it.
@@ -58,7 +62,6 @@ class LanguageModel(AdaptedModule):
         backbone_dtype: BackboneDtype = "bfloat16",
         backbone_args: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        shard_frozen: bool = False,
         generation: Decoding = Decoding(),  # noqa: B008 - frozen, as is the adapter, and the CLI reads both from here
         prompt_template: str | None = None,
         response_end: int | None = None,
@@ -70,6 +73,8 @@ class LanguageModel(AdaptedModule):
         schedule: Schedule = "cosine",
         warmup_ratio: float = 0.03,
         lr_ratio_b: float = 1.0,
+        shard_frozen: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             tuning=tuning,
@@ -82,10 +87,10 @@ class LanguageModel(AdaptedModule):
             warmup_ratio=warmup_ratio,
             lr_ratio_b=lr_ratio_b,
             lr_ratio_head=1.0,
+            shard_frozen=shard_frozen,
+            compile=compile,
         )
         self.save_hyperparameters()
-        self.shard_frozen = shard_frozen
-        self.shards: FrozenShards | None = None
         built = build_transformers_model(
             AutoModelForCausalLM, backbone, weights, backbone_args or {}, self.backbone_dtype
         )
@@ -132,17 +137,12 @@ class LanguageModel(AdaptedModule):
         self.backbone.generation_config = self.generation.config(self._own_generation, ends, padding)
 
     def _enable_gradient_checkpointing(self) -> None:
-        try:  # not the reentrant kind, which needs a gradient in the frozen embeddings
-            self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            checkpoint_activations(self.backbone)
         except ValueError as error:
             raise ModelError(
                 f"model.gradient_checkpointing: {type(self.backbone).__name__} cannot do it; set it to false."
             ) from error
-
-    def configure_model(self) -> None:
-        """Divide the frozen weights among the processes, if `shard_frozen` says so."""
-        if self.shard_frozen and self.shards is None and self._trainer is not None:
-            self.shards = shard_frozen_weights(self)
 
     def setup(self, stage: str) -> None:
         """Learn the prompts' template from the data, and see that packed sequences are kept apart.
@@ -174,8 +174,13 @@ class LanguageModel(AdaptedModule):
         """
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (batch, tokens): what comes next
         selected = targets != IGNORED
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        return selected_logits(self.backbone, selected, **inputs, use_cache=False), targets[selected]
+        given = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", HIDDEN) if key in batch}
+        with backbone_inputs(self.prefix, given) as inputs:
+            return selected_logits(self.backbone, selected, **inputs, use_cache=False), targets[selected]
+
+    def build_prefix(self) -> FrozenPrefix:
+        """The embeddings and the blocks below the lowest adapter."""
+        return transformers_prefix(self, lambda batch: self(batch)[0])
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the tokens of all responses."""
@@ -272,13 +277,6 @@ class LanguageModel(AdaptedModule):
     def on_test_epoch_end(self) -> None:
         """Log the metrics."""
         self._report("test")
-
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Behind the last batch, help the processes that have more to their shares of sharded weights."""
-        if self.shards is not None:
-            self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
-
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def generate(self, batch: Batch) -> list[str]:
         """Responses to a batch of prompts that are padded at the left.

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, attach
 from modules.base import BackboneDtype, ModelError
 from modules.multiple_choice import PrefixCache
-from modules.sharding import block_stack
-from modules.transformers_backbone import selected_logits
+from modules.sharding import sharded_stacks
+from modules.transformers_backbone import checkpoint_activations, selected_logits
 
 GIB = 2**30
 
@@ -156,7 +156,7 @@ def training_memory(
         attach(model, adapter)
         model.train()
         if gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained)
         for parameter in trained:
@@ -237,7 +237,7 @@ def _sharded(model: PreTrainedModel, processes: int) -> dict[str, int]:
         # FSDP2 divides by rows and rounds up
         return sum(-(-len(p) // shares) * p[0].numel() * p.element_size() for p in frozen)
 
-    _, blocks = block_stack(model)
+    blocks = [block for stack in sharded_stacks(model) for block in stack.blocks]
     whole = [size(block) for block in blocks]
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return {

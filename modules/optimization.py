@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import lightning as L
 from torch import nn
 
 from modules.adapters import adapted_layers
@@ -86,3 +87,20 @@ def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -
         return 1 - progress if schedule == "linear" else 1.0
 
     return factor
+
+
+def steps_left(trainer: L.Trainer) -> int:
+    """Optimizer steps from the place that a run goes on from to its end."""
+    loop, accumulated = trainer.fit_loop, trainer.accumulate_grad_batches
+    epochs: Any = loop.epoch_progress.current
+    batches: Any = loop.epoch_loop.batch_progress.current
+    an_epoch = math.ceil(trainer.num_training_batches / accumulated)
+    over = batches.processed >= trainer.num_training_batches
+    # a place between two steps is before the step: Lightning takes one at each multiple, and at the end
+    within = an_epoch if over else batches.processed // accumulated
+    done = within if epochs.ready > epochs.processed else 0
+    left = ((trainer.max_epochs or 0) - epochs.processed) * an_epoch - done
+    if trainer.max_epochs == -1 or trainer.max_steps != -1:
+        most = trainer.max_steps - trainer.global_step
+        return most if trainer.max_epochs == -1 else min(left, most)
+    return left

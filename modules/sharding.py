@@ -1,12 +1,13 @@
 """Frozen weights divided among processes; what is trained stays whole on each, where DDP averages its gradients.
 
-PyTorch's FSDP2 (`fully_shard`; Zhao et al. 2023, "PyTorch FSDP") keeps a share of each block of the decoder on every
+PyTorch's FSDP2 (`fully_shard`; Zhao et al. 2023, "PyTorch FSDP") keeps a share of each block on every
 process, gathers a block when it is called, in forward and again in backward, and drops the other shares behind it. What
 lies around the blocks, embeddings and output layer, stays whole: it is little, often tied, and called on its own.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import lightning as L
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modules.adapters import adapted_layers
 from modules.base import AdaptedModule, ModelError
+from modules.blocks import Stack, block_stacks
 
 
 def shard_frozen_weights(module: AdaptedModule) -> FrozenShards | None:
@@ -30,8 +32,8 @@ def shard_frozen_weights(module: AdaptedModule) -> FrozenShards | None:
         The shards; None if there is only one process.
 
     Raises:
-        ModelError: If nothing is frozen, the strategy is another than DDP, adapters are merged, the backbone has not
-            exactly one stack of blocks, or the processes have loaded different weights.
+        ModelError: If nothing is frozen, the strategy is another than DDP, adapters are merged, the backbone has no
+            stack of blocks, or the processes have loaded different weights.
     """
     if module.tuning == "full":
         raise ModelError("model.shard_frozen: with tuning: full nothing is frozen; set it to false, or tune adapters.")
@@ -59,44 +61,61 @@ def shard_frozen_weights(module: AdaptedModule) -> FrozenShards | None:
 
 
 class FrozenShards:
-    """The blocks of a decoder whose frozen weights are divided among all processes.
+    """The blocks of a backbone whose frozen weights are divided among all processes.
 
     Every forward pass gathers from all processes, so all must have equally many. In training they have. Evaluation
     gives every sample once, so that one process may have a batch more than another, or a longer text to generate. So a
-    forward pass without gradients is announced to all, and a process that is through its batches gathers along, without
-    computing, until nobody announces another.
+    forward pass without gradients is announced to all. If they announce different ones (one process still decodes,
+    another encodes its next batch), the first in the backbone's order is run: those that have not announced it gather
+    along, without computing, and announce theirs again. So does a process that is through its batches, until nobody
+    announces another.
 
     Args:
-        backbone: A decoder, in place.
+        backbone: A model of timm or transformers, in place.
         device: What this process computes on.
 
     Raises:
-        ModelError: If it has not exactly one stack of blocks.
+        ModelError: If it has no stack of blocks.
     """
 
     def __init__(self, backbone: nn.Module, device: torch.device) -> None:
-        owner, blocks = block_stack(backbone)
+        stacks = sharded_stacks(backbone)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         kept = {p for p in backbone.parameters() if p.requires_grad}
         for layer in adapted_layers(backbone).values():  # a frozen factor too
             kept |= set(layer.adapters.parameters())
-        for block in blocks:
-            fully_shard(block, mesh=mesh, ignored_params=kept)
-        # without weights of its own, the blocks' common root: it lets them gather ahead of one another
-        fully_shard(owner, mesh=mesh, ignored_params=set(owner.parameters()))
-        owner.register_forward_pre_hook(self._announce)
-        self._blocks = [cast(FSDPModule, block) for block in blocks]
+        passes: dict[nn.Module, list[nn.Module]] = {}  # a module may call several stacks in one forward pass
+        for stack in stacks:
+            passes.setdefault(stack.owner, []).extend(stack.blocks)
+            for block in stack.blocks:
+                fully_shard(block, mesh=mesh, ignored_params=kept)
+        for number, owner in enumerate(passes):
+            # without weights of its own, the blocks' common root: it lets them gather ahead of one another
+            fully_shard(owner, mesh=mesh, ignored_params=set(owner.parameters()))
+            owner.register_forward_pre_hook(partial(self._announce, number))
+        self._passes = [[cast(FSDPModule, block) for block in blocks] for blocks in passes.values()]
         self._device = device
 
-    def _announce(self, *_: object) -> None:
-        if not torch.is_grad_enabled():
-            self._forward_passes(1)
+    def _announce(self, own: int, *_: object) -> None:
+        if torch.is_grad_enabled():
+            return
+        while (chosen := self._agree(own)) is not None and chosen != own:
+            self._gather(chosen)
 
-    def _forward_passes(self, own: int) -> torch.Tensor:
-        """How many processes are about to do a forward pass, (1,) on the device."""
-        number = torch.full((1,), own, device=self._device)
-        dist.all_reduce(number)
-        return number
+    def _agree(self, own: int | None) -> int | None:
+        """The forward pass that is next, by its number, of those that processes announce; None if none does."""
+        announced = torch.zeros(len(self._passes), device=self._device)
+        if own is not None:
+            announced[own] = 1
+        dist.all_reduce(announced)
+        wanted = announced.nonzero().flatten().tolist()
+        return wanted[0] if wanted else None
+
+    def _gather(self, number: int) -> None:
+        """Do what a forward pass has this process do for the others."""
+        for block in self._passes[number]:
+            block.unshard()
+            block.reshard()
 
     def after_batch(self, trainer: L.Trainer, batch: int, loader: int) -> None:
         """Behind the last batch that this process evaluates, gather along with those that have more.
@@ -114,29 +133,26 @@ class FrozenShards:
             counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         if any(counts[loader + 1 :]) or batch + 1 < counts[loader]:
             return
-        while self._forward_passes(0).item():
-            for block in self._blocks:
-                block.unshard()
-                block.reshard()
+        while (chosen := self._agree(None)) is not None:
+            self._gather(chosen)
 
 
-def block_stack(backbone: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The blocks of a decoder, and the module that calls them.
+def sharded_stacks(backbone: nn.Module) -> list[Stack]:
+    """The stacks whose blocks are divided.
 
     Raises:
-        ModelError: If there are none, several stacks, or blocks that are left out at random.
+        ModelError: If there are none, or blocks that are left out at random.
     """
-    if layerdrop := getattr(getattr(backbone, "config", None), "layerdrop", 0.0):
+    config = getattr(backbone, "config", None)
+    for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if share := getattr(config, key, 0.0):
+            raise ModelError(
+                f"model.shard_frozen: with model.backbone_args.{key}: {share} the processes would leave out different "
+                "blocks and wait for one another; set it to 0."
+            )
+    stacks = block_stacks(backbone)
+    if not stacks:
         raise ModelError(
-            f"model.shard_frozen: with model.backbone_args.layerdrop: {layerdrop} the processes would leave out "
-            "different blocks and wait for one another; set it to 0."
+            f"model.shard_frozen: {type(backbone).__name__} has no stack of blocks to divide; set it to false."
         )
-    lists = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)}
-    # not those within blocks, such as the experts of a mixture
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outer) != 1:
-        raise ModelError(
-            f"model.shard_frozen: is for decoders, with one stack of blocks; {type(backbone).__name__} has "
-            f"{len(outer)} ({', '.join(outer)}). Set it to false."
-        )
-    return backbone.get_submodule(outer[0].rpartition(".")[0]), lists[outer[0]]
+    return stacks

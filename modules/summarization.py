@@ -94,6 +94,8 @@ class Summarizer(AdaptedModule):
         schedule: Schedule = "linear",
         warmup_ratio: float = 0.05,
         lr_ratio_b: float = 1.0,
+        shard_frozen: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             tuning=tuning,
@@ -106,6 +108,8 @@ class Summarizer(AdaptedModule):
             warmup_ratio=warmup_ratio,
             lr_ratio_b=lr_ratio_b,
             lr_ratio_head=1.0,
+            shard_frozen=shard_frozen,
+            compile=compile,
         )
         self.save_hyperparameters()
         if not 0 <= label_smoothing < 1:

@@ -12,7 +12,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForSequenceClassification
 
 from modules.adapters import AdapterConfig
-from modules.base import AdaptedModule, BackboneDtype, ModelError, Tuning, inputs_to_float32
+from modules.base import AdaptedModule, BackboneDtype, ModelError, Tuning
+from modules.freezing import inputs_to_float32
+from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.optimization import Schedule
 from modules.text_metrics import build_metrics
 from modules.transformers_backbone import build_transformers_model, load_tokenizer, position_limit
@@ -60,6 +62,8 @@ class TextClassifier(AdaptedModule):
         warmup_ratio: float = 0.06,
         lr_ratio_b: float = 1.0,
         lr_ratio_head: float = 1.0,
+        shard_frozen: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             tuning=tuning,
@@ -72,6 +76,8 @@ class TextClassifier(AdaptedModule):
             warmup_ratio=warmup_ratio,
             lr_ratio_b=lr_ratio_b,
             lr_ratio_head=lr_ratio_head,
+            shard_frozen=shard_frozen,
+            compile=compile,
         )
         self.save_hyperparameters()
         built = build_transformers_model(AutoModelForSequenceClassification, backbone, weights, backbone_args or {})
@@ -152,8 +158,14 @@ class TextClassifier(AdaptedModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (batch, classes), or scores (batch,) in regression, float32."""
-        logits: Tensor = self.backbone(**{k: v for k, v in batch.items() if k not in ("label", "index")}).logits
+        given = {k: v for k, v in batch.items() if k not in ("label", "index")}
+        with backbone_inputs(self.prefix, given) as inputs:
+            logits: Tensor = self.backbone(**inputs).logits
         return logits.float() if self.class_names else logits.float().squeeze(-1)
+
+    def build_prefix(self) -> FrozenPrefix:
+        """The embeddings and the blocks below the lowest adapter of an encoder such as BERT and RoBERTa."""
+        return transformers_prefix(self, self)
 
     def loss(self, outputs: Tensor, label: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy of logits (batch, classes); mean squared error of scores (batch,) in regression."""

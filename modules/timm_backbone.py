@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from modules.adapters.state import state_problems
@@ -75,6 +76,14 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
     elif weights == "pretrained":
         _load(model, name, _download(name, {k: v for k, v in args.items() if k != "img_size"}), f"{name} from the hub")
     return model
+
+
+def features_from_block(model: VisionTransformer, hidden: Tensor, depth: int) -> Tensor:
+    """Pooled features (batch, features) of what goes into block `depth`, (batch, tokens, width): the rest of a ViT."""
+    for block in model.blocks[depth:]:
+        hidden = block(hidden)
+    features: Tensor = model.forward_head(model.norm(hidden))
+    return features
 
 
 def preprocessing(model: nn.Module, image_size: int | None) -> dict[str, Any]:

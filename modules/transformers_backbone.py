@@ -163,6 +163,17 @@ def selected_logits(model: PreTrainedModel, selected: Tensor, **inputs: Any) -> 
     return logits.float()
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have each layer's activations computed again in backward rather than kept.
+
+    Raises:
+        ValueError: If the model cannot do it.
+    """
+    # not the reentrant kind: it needs a gradient in the frozen embeddings, which would differentiate every layer
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # type: ignore[no-untyped-call]
+
+
 def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a model has positions for; None if its positions are relative."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)

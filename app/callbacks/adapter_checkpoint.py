@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
@@ -126,6 +127,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state())
         checkpoint["random_states"] = states
+        checkpoint["samples_a_step"] = _samples_a_step(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember this process's state; with another number of processes there is none to continue from.
@@ -146,6 +148,17 @@ class AdapterCheckpoint(ModelCheckpoint):
             )
         problem = self._problem_of_best(step) if trainer.state.fn == "fit" and trainer.is_global_zero else None
         self._best_problem = trainer.strategy.broadcast(problem)
+        before, now = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and before and now and before != now:
+            others = trainer.world_size * trainer.accumulate_grad_batches
+            keeps = f": with the rates as they are, --data.batch_size {before // others} trains as before"
+            say(f"The batch of a step is {now} samples now and was {before}{'' if before % others else keeps}.")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on at the place in the epoch, in batches of this run."""
+        super().on_train_start(trainer, pl_module)
+        if (match := getattr(trainer.datamodule, "match_progress", None)) is not None:  # type: ignore[attr-defined]
+            match()
 
     def _problem_of_best(self, step: int) -> str | None:
         """Why the best checkpoint on disk is not that of a run that goes on from a step; None if it may be."""
@@ -170,6 +183,12 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 def _termination(trainer: L.Trainer) -> Termination | None:
     return next((c for c in trainer.callbacks if isinstance(c, Termination)), None)  # type: ignore[attr-defined]
+
+
+def _samples_a_step(trainer: L.Trainer) -> int:
+    """Samples of an optimizer step, of all processes; 0 if the data do not say."""
+    batch: int = getattr(trainer.datamodule, "batch_size", 0)  # type: ignore[attr-defined]
+    return batch * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def _write_events(trainer: L.Trainer) -> None:

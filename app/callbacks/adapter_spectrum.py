@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from app.callbacks.errors import CallbackError
 from app.files import written_whole
@@ -24,17 +21,8 @@ from modules.adapters.spectrum import product_singular_values, singular_values, 
 from modules.base import AdaptedModule
 
 FILE = "spectrum.parquet"
-SCHEMA = pa.schema(
-    {
-        "step": pa.int64(),
-        "projection": pa.string(),
-        "role": pa.string(),
-        "factor": pa.string(),
-        "singular_values": pa.list_(pa.float32()),
-        "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
-    }
-)
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
+Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
 QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
 
 
@@ -79,7 +67,7 @@ class AdapterSpectrum(L.Callback):
             return
         path = Path(trainer.default_root_dir) / FILE
         if trainer.global_step > 0 and path.is_file():
-            self._rows = [row for row in pq.read_table(path).to_pylist() if row["step"] <= trainer.global_step]
+            self._rows = [row for row in _read(path) if row["step"] <= trainer.global_step]
             self._last_step = max((row["step"] for row in self._rows), default=-1)
             return
         for board in _boards(trainer):
@@ -162,7 +150,7 @@ class AdapterSpectrum(L.Callback):
 
     # ------------------------------------------------------------------------------------------------- where
 
-    def _draw(self, board: SummaryWriter, rows: list[dict[str, Any]], factors: set[str], step: int) -> None:
+    def _draw(self, board: Board, rows: list[dict[str, Any]], factors: set[str], step: int) -> None:
         """Histograms and heat maps of the given factors."""
         for factor in sorted(factors):
             # by role and then by depth, so that a role's change with depth shows as a band
@@ -184,15 +172,38 @@ class AdapterSpectrum(L.Callback):
         start = time.perf_counter()
         path = Path(trainer.default_root_dir) / FILE
         with written_whole(path) as file:
-            pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), file, compression="zstd")
+            _save(self._rows, file)
         self.seconds += time.perf_counter() - start
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def _save(rows: list[dict[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        {
+            "step": pa.int64(),
+            "projection": pa.string(),
+            "role": pa.string(),
+            "factor": pa.string(),
+            "singular_values": pa.list_(pa.float32()),
+            "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
+        }
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
 
 
 def _adapted(module: L.LightningModule) -> bool:
     return isinstance(module, AdaptedModule) and bool(module.projections)
 
 
-def _boards(trainer: L.Trainer) -> list[SummaryWriter]:
+def _boards(trainer: L.Trainer) -> list[Board]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -66,6 +67,12 @@ class Termination(L.Callback):
         """The other processes, if this one started them."""
         launcher = self._trainer.strategy.launcher if self._trainer else None
         return getattr(launcher, "procs", [])
+
+    def lost_one(self) -> bool:
+        """Whether a process that this one started was killed or ended by a defect, and not by what a user can mend."""
+        if launched := self._launched():
+            time.sleep(0.5)  # its connections are closed a little before it has ended
+        return any(process.poll() not in (None, 0, 2, EXIT_CODE) for process in launched)
 
     def report(self) -> int:
         """Say that it came and where training goes on; the exit code."""

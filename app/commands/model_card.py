@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
 
 from modules.base import AdaptedModule
 
@@ -86,6 +85,8 @@ def _front_matter(
     module: AdaptedModule, model: Mapping[str, Any], form: str, library: str, dataset: str, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """What the hub reads; no license, since that is the base model's."""
+    from huggingface_hub import EvalResult, ModelCardData
+
     task = TASKS[module.kinds[0]]
     results = [
         EvalResult(
@@ -123,6 +124,7 @@ def _variant(module: AdaptedModule) -> dict[str, Any]:
         "Rank": config.rank,
         "Alpha, scale": f"{config.alpha:g}, {config.scale:g}",
         "Targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
+        "Layers": "all" if config.layers is None else f"the last {config.layers}",
     }
 
 

@@ -38,7 +38,7 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
     modules = dict(model.named_modules())
     if unknown := [name for name in exclude if name not in modules]:
         raise AdapterError(f"There is no module {', '.join(unknown)} to exclude from the adapters.")
-    projections = select(find_projections(model, exclude), config.targets)
+    projections = select(find_projections(model, exclude), config.targets, config.layers)
     for p in projections:  # before anything is touched
         check_rank(config.rank, p, cast(nn.Linear, modules[p.layer]).in_features)
     adapted = {

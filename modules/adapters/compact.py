@@ -166,13 +166,13 @@ def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ())
                 f"another digest than the file gives. {_AGAIN}"
             )
         tensors[f"adapter.{name}.{'B' if config.train == 'A' else 'A'}"] = factor
-    targets = _targets(file, config, projections, list(layers))
+    targets, last = _targets(file, config, projections, list(layers))
     factors = {
         f"{p.layer}.adapters.{p.role}.{factor}": tensors.pop(f"adapter.{name}.{factor}")
         for name, p in layers.items()
         for factor in "AB"
     }
-    config = replace(config, targets=targets)
+    config = replace(config, targets=targets, layers=last)
     heads = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
     return Compact(config, factors, heads, fingerprint)
 
@@ -194,7 +194,8 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], s
             and [type(size) for size in entry["shape"]] == [int, int]
             for entry in redrawn.values()
         ]
-        fits = set(keys) == known and type(keys["seed"]) is int and isinstance(keys["targets"], list)
+        named = known - {"layers"} <= set(keys) <= known  # a file without this key is of all layers
+        fits = named and type(keys["seed"]) is int and isinstance(keys["targets"], list)
         if not (fits and isinstance(fingerprint, str | None) and all(numbers + targets + entries)):
             raise TypeError("its recipe has other keys or values")
         config = AdapterConfig(**keys)
@@ -250,18 +251,21 @@ def _check_factors(
     return layers
 
 
-def _targets(file: str, config: AdapterConfig, projections: list[Projection], names: list[str]) -> list[str]:
-    """The targets of a configuration if they are roles, and those of the named projections; else these names.
+def _targets(
+    file: str, config: AdapterConfig, projections: list[Projection], names: list[str]
+) -> tuple[list[str], int | None]:
+    """Targets and layers of a configuration if its targets are roles, and those of the named projections; else names.
 
     Raises:
         AdapterError: If a layer is there both as a whole and in parts.
     """
     by_name = [f"regex:{re.escape(name)}" for name in names]
     by_role = {*ROLES, "attention", "all"}.issuperset(config.targets)
-    for targets in (list(config.targets), by_name) if by_role else (by_name,):
-        with suppress(AdapterError):  # a role that this model does not have
-            if {p.name for p in select(projections, targets)} == set(names):
-                return targets
+    own = (list(config.targets), config.layers)
+    for targets, layers in (own, (by_name, None)) if by_role else ((by_name, None),):
+        with suppress(AdapterError):  # a role or a number of blocks that this model does not have
+            if {p.name for p in select(projections, targets, layers)} == set(names):
+                return targets, layers
     raise AdapterError(f"{file}: it has factors of a layer and of its parts. {_AGAIN}")
 
 

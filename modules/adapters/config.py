@@ -34,6 +34,10 @@ class AdapterConfig:
             both are `given`, by a file or a checkpoint; until then they are zero.
         targets: Roles (`query`, `key`, `value`, `output`, `mlp_in`, `mlp_gate`, `mlp_out`), `attention` for the first
             four, `all`, or `regex:PATTERN` that must match the whole name of a projection.
+        layers: Of the targeted projections take those in the last so many blocks, at least 1; None takes all. Blocks
+            are what the backbone numbers (`blocks.7`, `encoder.layer.7`; stages where blocks are grouped in stages), of
+            an encoder-decoder those of either side. What lies below the lowest is not differentiated, except that the
+            gradient to an adapted encoder passes through all of its decoder.
         seed: Seed of the random factors. A factor depends on it, on the name of its projection and on its shape alone.
 
     Raises:
@@ -48,6 +52,7 @@ class AdapterConfig:
     init_a: Start = "orthogonal"
     init_b: Start = "zero"
     targets: list[str] | str = field(default_factory=lambda: ["query", "value"])
+    layers: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +69,8 @@ class AdapterConfig:
             raise AdapterError(f"adapter.alpha: {self.alpha} must be a finite number above 0.")
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"adapter.dropout: {self.dropout} must lie in [0, 1).")
+        if self.layers is not None and (type(self.layers) is not int or self.layers < 1):
+            raise AdapterError(f"adapter.layers: {self.layers!r} must be a whole number, 1 or more, or null for all.")
         if isinstance(self.targets, str):
             object.__setattr__(self, "targets", [self.targets])
         if not self.targets:

@@ -74,6 +74,7 @@ def from_peft(
             init_a="given",
             init_b="given",
             targets=_targets([p for layer in chosen.values() for p in layer], projections),
+            layers=None,
         )
     except AdapterError as error:
         raise AdapterError(f"{WHERE}: adapter_config.json has a value out of range ({error}).") from error

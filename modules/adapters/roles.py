@@ -134,7 +134,7 @@ def _split(layer: str, linear: nn.Linear, by_head: bool) -> list[Projection]:
     return [Projection(layer, role, i * step, (i + 1) * step, len(roles) > 1) for i, role in enumerate(roles)]
 
 
-def select(projections: list[Projection], targets: Collection[str]) -> list[Projection]:
+def select(projections: list[Projection], targets: Collection[str], layers: int | None = None) -> list[Projection]:
     """The projections that the targets name.
 
     A pattern that matches the name of a fused layer takes the layer as a whole, with the role `other`, unless any
@@ -143,10 +143,11 @@ def select(projections: list[Projection], targets: Collection[str]) -> list[Proj
     Args:
         projections: What there is, from `find_projections`.
         targets: `AdapterConfig.targets`.
+        layers: `AdapterConfig.layers`.
 
     Raises:
-        AdapterError: For a target that is not known or a role or pattern that matches nothing; the message lists what
-            there is.
+        AdapterError: For a target that is not known, a role or pattern that matches nothing, or more blocks than there
+            are; the message lists what there is.
     """
     candidates = [*projections, *fused_layers(projections)]
     chosen: set[str] = set()
@@ -160,7 +161,37 @@ def select(projections: list[Projection], targets: Collection[str]) -> list[Proj
     in_parts = {p.layer for p in projections if p.name in chosen and p.fused}
     order = {p.layer: i for i, p in enumerate(projections)}
     found = [p for p in candidates if p.name in chosen and (p.fused or p.layer not in in_parts)]
-    return sorted(found, key=lambda p: (order[p.layer], p.start))
+    found.sort(key=lambda p: (order[p.layer], p.start))
+    return found if layers is None else _in_last_blocks(found, projections, layers)
+
+
+def block_of(layer: str) -> tuple[str, int] | None:
+    """The stack that a layer lies in and the number of its block there, the outermost; None if it lies in no block.
+
+    `encoder.layer.7.output.dense` lies in block 7 of `encoder.layer`.
+    """
+    match = re.match(r"(?:(.+?)\.)?(\d+)(?:\.|$)", layer)
+    return (match[1] or "", int(match[2])) if match else None
+
+
+def _in_last_blocks(found: list[Projection], projections: list[Projection], layers: int) -> list[Projection]:
+    """Those that lie in the last blocks of their stack."""
+    stacks: dict[str, set[int]] = {}
+    for block in filter(None, (block_of(p.layer) for p in projections)):
+        stacks.setdefault(block[0], set()).add(block[1])
+    blocks = {p.name: block_of(p.layer) for p in found}
+    targeted = {block[0]: len(stacks[block[0]]) for block in blocks.values() if block}
+    if any(layers > depth for depth in targeted.values()):
+        there = ", ".join(f"{depth} in {stack}" if stack else str(depth) for stack, depth in targeted.items())
+        raise AdapterError(f"adapter.layers: {layers} are more blocks than this backbone has ({there}).")
+    last = {(stack, number) for stack in targeted for number in sorted(stacks[stack])[-layers:]}
+    kept = [p for p in found if blocks[p.name] in last]
+    if not kept:
+        raise AdapterError(
+            f"adapter.layers: none of the targeted projections lies in the last {layers} blocks; they are "
+            f"{', '.join(p.name for p in found[:5])}{', …' if len(found) > 5 else ''}."
+        )
+    return kept
 
 
 def fused_layers(projections: list[Projection]) -> list[Projection]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from app.cli import AsymmetryCLI, main
+from app.cli import main
 from app.plots import HeatMap
 from modules.base import AdaptedModule
 
@@ -36,10 +35,7 @@ class CommandLine:
         return [command, *base, *path, *backbone, *options]
 
     def __call__(self, command: str, *options: str) -> int:
-        # without the parsers of the other commands, which take as long as all else that is said before a fit
-        alone = {command: AsymmetryCLI.subcommands()[command]}
-        with mock.patch.object(AsymmetryCLI, "subcommands", staticmethod(lambda: alone)):
-            return main(self.words(command, *options))
+        return main(self.words(command, *options))
 
     def run(self, version: int = 0) -> Path:
         return self.root / f"version_{version}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules import base
 from datamodules.base import ResumableDataModule
 from datamodules.batching import Draw, EpochSampler, seeded
 from datamodules.errors import DataError
@@ -331,13 +332,12 @@ def test_another_batch_size_goes_on_behind_the_same_samples(batch: int, world: i
     assert list(batches(loader, len(loader) + step, epochs=2)) == expected
 
 
-def test_a_position_behind_the_last_whole_batch_is_the_next_epoch() -> None:
+def test_a_position_behind_the_last_whole_batch_is_before_it() -> None:
     torch.manual_seed(8)
     state = stopped(25, 24, batch=1)  # 24 of 25 samples, all that batches of 8 would take
-    following = list(batches(restored(state, batch=8).train_loader(Keys(25)), 3, epochs=2))
-    assert following == list(batches(restored(state, batch=8).train_loader(Keys(25)), 3, epochs=2))
+    following = list(batches(restored(state, batch=8).train_loader(Keys(25)), 2, epochs=2))
     torch.manual_seed(8)
-    assert following == list(batches(module(8).train_loader(Keys(25)), epochs=2))[3:]
+    assert following == list(batches(module(8).train_loader(Keys(25)), epochs=2))[2:]
 
 
 def test_only_the_first_loader_of_a_restored_module_is_shortened() -> None:
@@ -462,14 +462,23 @@ def test_a_collate_function_makes_the_batches() -> None:
     assert [len(batch.split("-")) for batch in made.train_loader(Keys(7), collate=collate)] == [3, 3]
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(0, ["own", "barrier"]), (1, ["barrier", "own"])])
+@pytest.mark.parametrize(("rank", "expected"), [(0, ["own", "beat", "wait", "wait"]), (1, ["wait", "wait", "own"])])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_nodes_first_process_comes_first(rank: int, expected: list[str], fails: bool) -> None:
+def test_a_nodes_first_process_comes_first(
+    monkeypatch: pytest.MonkeyPatch, rank: int, expected: list[str], fails: bool
+) -> None:
     done: list[str] = []
-    strategy = SimpleNamespace(barrier=lambda: done.append("barrier"))
-    made = module(world=4, rank=2 + rank, local_rank=rank, strategy=strategy)
-    with pytest.raises(KeyError) if fails else nullcontext(), made.first_process_first():
+    others = iter([False, True])  # those of another node are not done at first
+
+    def all_done(own: bool) -> bool:
+        done.append("wait" if own else "beat")
+        return own and next(others)
+
+    monkeypatch.setattr(base, "BEAT", 0.0)
+    made = module(world=4, rank=2 + rank, local_rank=rank, strategy=SimpleNamespace(reduce_boolean_decision=all_done))
+    with pytest.raises(KeyError) if fails else nullcontext(), made.first_process_first() as beat:
         done.append("own")
+        beat()
         if fails:
             raise KeyError("an error leaves nobody waiting")
     assert done == expected

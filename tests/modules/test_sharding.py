@@ -24,7 +24,7 @@ from modules.adapters import AdapterConfig, adapter_state, merge
 from modules.base import ModelError
 from modules.decoding import Decoding
 from modules.language_modeling import LanguageModel
-from modules.sharding import FrozenShards, block_stack
+from modules.sharding import FrozenShards, sharded_stacks
 from tests.causal_backbones import save_decoder
 
 TRAIN, VAL, TEST, PREDICT = 16, 5, 9, 7  # in batches of 2 on 2 processes, all but the first are ragged
@@ -150,6 +150,14 @@ def everything(world: int, shard: bool, backbone: Path, folder: Path, **keys: An
     }
 
 
+def resumed_from(start: Path, world: int, shard: bool, backbone: Path, folder: Path) -> None:
+    """Resume a checkpoint of another number of processes, to the end of the second epoch."""
+    folder.mkdir(exist_ok=True)
+    again, runner = language_model(backbone, shard), trainer(world, folder, max_epochs=2)
+    runner.fit(again, datamodule=Sequences(4 // world), ckpt_path=start, weights_only=True)
+    runner.save_checkpoint(folder / "resumed.ckpt")
+
+
 def process(rank: int, port: int, backbone: Path, folder: Path) -> None:
     """What one of two processes does, without and with sharding."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
@@ -162,6 +170,7 @@ def process(rank: int, port: int, backbone: Path, folder: Path) -> None:
         "small shards": everything(2, True, backbone, folder / "small shards", **small),
         "refusal": refusal(backbone, folder, rank),
     }
+    resumed_from(folder / "one" / "fitted.ckpt", 2, True, backbone, folder / "one to shards")
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -198,8 +207,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of one process, and of two with copies and with shares, in float32 and in bfloat16 with checkpointing."""
     folder = tmp_path_factory.mktemp("sharding")
     backbone = save_decoder(folder / "llama")
-    in_two_processes(process, backbone, folder)
     torch.save({"one": everything(1, True, backbone, folder / "one")}, folder / "one.pt")
+    in_two_processes(process, backbone, folder)
+    resumed_from(folder / "shards" / "fitted.ckpt", 1, False, backbone, folder / "shards to one")
     return folder
 
 
@@ -251,6 +261,17 @@ def test_sharding_changes_no_checkpoint(folder: Path, found: list[dict[str, Any]
         }
     trained = [tensor for key, tensor in shards["state_dict"].items() if key.endswith(".B")]
     assert all(tensor.abs().max() > 1e-3 for tensor in trained)
+
+
+@pytest.mark.parametrize("run", ["one to shards", "shards to one"])
+def test_resuming_with_another_number_of_processes_changes_nothing(folder: Path, run: str) -> None:
+    one, other = checkpoint(folder, "one", "resumed.ckpt"), checkpoint(folder, run, "resumed.ckpt")
+    assert one["global_step"] == other["global_step"] == 4
+    for key, tensor in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+    moments = [c["optimizer_states"][0]["state"] for c in (one, other)]
+    for key, state in moments[0].items():
+        torch.testing.assert_close(moments[1][key]["exp_avg"], state["exp_avg"], rtol=1e-2, atol=1e-6)
 
 
 def test_a_resumed_fit_went_on(folder: Path) -> None:
@@ -335,36 +356,52 @@ def test_others_are_helped_behind_the_last_batch_of_the_last_loader(stage: str) 
     helped: list[tuple[int, int]] = []
     for loader, batches in enumerate([2, 3]):
         for batch in range(batches):
-            shards._forward_passes = lambda own, at=(loader, batch): helped.append(at) or torch.tensor([own])  # type: ignore[method-assign]
+            shards._agree = lambda own, at=(loader, batch): helped.append(at)  # type: ignore[method-assign]
             shards.after_batch(runner, batch, loader)
     assert helped == [(1, 2)]
 
 
 class Experts(nn.Module):
-    """A decoder whose blocks have lists of their own, and perhaps a second stack or blocks that are left out."""
+    """A model whose blocks have lists of their own, in one stack or several, and may be left out."""
 
-    def __init__(self, stacks: int, layerdrop: float = 0.0) -> None:
+    def __init__(self, stacks: int, **config: float) -> None:
         super().__init__()
-        self.config = SimpleNamespace(layerdrop=layerdrop)
+        self.config = SimpleNamespace(**config)
         self.decoder = nn.Module()
         for i in range(stacks):
-            blocks = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])}) for _ in range(3)]
+            blocks = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)] * 2)}) for _ in range(3)]
             self.decoder.add_module(f"layers{i}", nn.ModuleList(blocks))
 
 
-def test_blocks_are_those_of_the_one_outer_list() -> None:
-    model = Experts(1)
-    owner, blocks = block_stack(model)
-    assert (owner, blocks) == (model.decoder, model.decoder.layers0)
-    assert len(blocks) == 3
+@pytest.mark.parametrize("number", [1, 2])
+def test_blocks_are_those_of_the_outer_lists(number: int) -> None:
+    model = Experts(number)
+    stacks = sharded_stacks(model)
+    assert [stack.name for stack in stacks] == [f"decoder.layers{i}" for i in range(number)]
+    assert all(stack.owner is model.decoder and len(stack.blocks) == 3 for stack in stacks)
 
 
-@pytest.mark.parametrize("stacks", [0, 2])
-def test_backbones_without_one_stack_are_refused(stacks: int) -> None:
-    with pytest.raises(ModelError, match=f"one stack of blocks; Experts has {stacks}"):
-        block_stack(Experts(stacks))
+def test_a_backbone_without_a_stack_is_refused() -> None:
+    with pytest.raises(ModelError, match="Experts has no stack of blocks to divide"):
+        sharded_stacks(Experts(0))
 
 
-def test_blocks_that_are_left_out_at_random_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"backbone_args\.layerdrop: 0\.1"):
-        block_stack(Experts(1, layerdrop=0.1))
+@pytest.mark.parametrize("key", ["layerdrop", "decoder_layerdrop"])
+def test_blocks_that_are_left_out_at_random_are_refused(key: str) -> None:
+    with pytest.raises(ModelError, match=rf"backbone_args\.{key}: 0\.1"):
+        sharded_stacks(Experts(1, **{key: 0.1}))
+
+
+def test_processes_that_announce_different_passes_run_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that would decode while another encodes gathers the encoder along, and then announces its own again."""
+    shards = FrozenShards.__new__(FrozenShards)
+    shards._passes, shards._device = [[], []], torch.device("cpu")
+    others = iter([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda own: own.add_(torch.tensor(next(others))))
+    gathered: list[int] = []
+    shards._gather = gathered.append  # type: ignore[method-assign]
+    with torch.no_grad():
+        shards._announce(1)
+    assert gathered == [0]
+    assert shards._agree(None) is None
+    shards._announce(1)  # in training nothing is announced

@@ -1,0 +1,273 @@
+"""The output of a model's frozen prefix for every row, computed once, kept on disk and read batch by batch.
+
+The model says what its prefix is (`frozen_prefix`: a `key` that is another for other weights, and `states`, which runs
+it in eval mode); the data say which rows it gets. A batch then has `hidden` (batch, tokens, width) in the place of the
+input, zeros where there is padding, and all else as it was.
+
+A file holds one split: a .npy array (tokens of all rows, width), in the dtype that the prefix gives, bfloat16 as int16.
+It lies with the `datasets` library's cache (HF_DATASETS_CACHE), named by the hash of the prefix and of the rows, and
+takes its name when it is whole, so that a changed model or data set, or an interrupted run, never reads wrong rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning as L
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.errors import DataError
+
+FORMAT = 1  # of files; one more whenever their rows would be others
+GIB = 2**30
+INPUTS = ("image", "input_ids", "token_type_ids")  # what hidden states take the place of
+STORED = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<i2"}
+MEND = "free some space, set HF_DATASETS_CACHE to another folder, or data.cache_prefix to false"
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Hidden states of the rows of a data set, read when asked for; worker processes may have it.
+
+    Args:
+        path: The file.
+        starts: First token of each row in it, (rows,).
+        lengths: Tokens of each row, (rows,).
+        dtype: Of the hidden states.
+    """
+
+    path: Path
+    starts: Tensor
+    lengths: Tensor
+    dtype: torch.dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+
+    @cached_property
+    def _opened(self) -> tuple[BinaryIO, int, int]:
+        """The file, where its rows begin in bytes, and their width."""
+        try:
+            file = self.path.open("rb", buffering=0)
+            (_, width), _, _ = _read_header(file)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"data.cache_prefix: {self.path} can no longer be read ({error}); run again, and it is written anew."
+            ) from error
+        return file, file.tell(), width
+
+    def batch(self, packs: list[list[int]], tokens: int = 0) -> Tensor:
+        """Hidden states (packs, tokens, width) of rows, those of a pack one behind the other, zeros behind the last.
+
+        Args:
+            packs: Numbers of the rows.
+            tokens: Least length; the longest pack has it or more.
+
+        Raises:
+            DataError: If the file is no longer there, or no longer whole.
+        """
+        file, offset, width = self._opened
+        longest = max(sum(int(self.lengths[row]) for row in pack) for pack in packs)
+        hidden = np.zeros((len(packs), max(longest, tokens), width), STORED[self.dtype])
+        for values, pack in zip(hidden, packs, strict=True):
+            filled = 0
+            for row in pack:
+                length = int(self.lengths[row])
+                # not mapped into memory: pages that were read would count as this process's own
+                place = offset + int(self.starts[row]) * width * hidden.itemsize
+                target = values[filled : filled + length]
+                if os.preadv(file.fileno(), [target.data], place) != target.nbytes:
+                    raise DataError(f"data.cache_prefix: {self.path} has been cut short; remove it and run again.")
+                filled += length
+        return torch.from_numpy(hidden).view(self.dtype)
+
+
+@dataclass(frozen=True)
+class WithHidden:
+    """Makes a batch as another collate function does, with hidden states in the place of the backbone's input.
+
+    Args:
+        collate: Makes a batch of rows, or of packs of rows; each row has its `index`.
+        states: The hidden states by index.
+    """
+
+    collate: Any
+    states: HiddenStates
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        """The batch.
+
+        Raises:
+            DataError: If it is padded at the left.
+        """
+        batch = dict(self.collate(rows))
+        _check_padding(batch)
+        packs = [[row["index"] for row in (pack if isinstance(pack, list) else [pack])] for pack in rows]
+        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+        others = {key: value for key, value in batch.items() if key not in INPUTS}
+        return {**others, "hidden": self.states.batch(packs, tokens)}
+
+
+def hidden_states(
+    trainer: L.Trainer,
+    loader: DataLoader[Any],
+    lengths: Tensor | None,
+    rows_key: str,
+    where: str,
+    beat: Callable[[], None],
+) -> HiddenStates:
+    """Hidden states of all rows of a data set: from the file of an earlier run, or computed and written now.
+
+    Args:
+        trainer: Has the model, and knows the device.
+        loader: Gives each row once, in the order of `filling_order`.
+        lengths: Tokens of each row; None if all have as many.
+        rows_key: Another one for other rows, or rows prepared in another way.
+        where: What to call them in a message.
+        beat: Is called with each batch that is computed.
+
+    Raises:
+        DataError: If the file cannot be written, or rows are padded at the left.
+    """
+    import datasets  # for the place of its cache; a run on a folder of images imports it for nothing else
+
+    prefix: Any = trainer.lightning_module.frozen_prefix()  # type: ignore[operator]
+    digest = hashlib.sha256(f"{FORMAT} {prefix.key} {rows_key}".encode()).hexdigest()[:40]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "onesided"
+    path = folder / f"prefix-{digest}.npy"
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    if not (done := _is_whole(path)):
+        try:
+            with _written_whole(path) as file:
+                _fill(trainer, prefix, loader, lengths, file, f"{size:,} rows of {where}", folder, beat)
+        except OSError as error:
+            raise DataError(f"data.cache_prefix: {path} could not be written ({error}); {MEND}.") from error
+    with path.open("rb") as file:
+        (tokens, _), _, dtype = _read_header(file)
+    if done and trainer.is_global_zero:
+        _say(f"The frozen prefix's output for {size:,} rows of {where} is read from {path}.")
+    if lengths is None:
+        lengths = torch.full((size,), tokens // size)
+    starts = torch.empty(size, dtype=torch.int64)
+    order = filling_order(lengths)
+    starts[order] = lengths[order].cumsum(0) - lengths[order]
+    stored = {np.dtype(name): kind for kind, name in STORED.items()}
+    return HiddenStates(path, starts, lengths, stored[dtype])
+
+
+def filling_order(lengths: Tensor) -> Tensor:
+    """Rows in the order in which a file has them: the longest first, so that little is padding."""
+    return lengths.argsort(descending=True, stable=True)
+
+
+def _fill(
+    trainer: L.Trainer,
+    prefix: Any,
+    loader: DataLoader[Any],
+    lengths: Tensor | None,
+    file: BinaryIO,
+    what: str,
+    folder: Path,
+    beat: Callable[[], None],
+) -> None:
+    """Run the prefix over all rows and write what it gives."""
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    ordered = None if lengths is None else lengths[filling_order(lengths)].tolist()
+    written = 0
+    for batch in track(loader, "Caching", transient=True, console=Console(stderr=True)):
+        beat()
+        _check_padding(batch)
+        hidden = prefix.states(trainer.strategy.batch_to_device(batch)).cpu()  # (batch, tokens, width)
+        if written == 0:
+            tokens = size * hidden.shape[1] if ordered is None else sum(ordered)
+            _begin(file, (tokens, hidden.shape[2]), hidden.dtype, f"{what} ({prefix})", folder)
+        own = [hidden.shape[1]] * len(hidden) if ordered is None else ordered[written : written + len(hidden)]
+        for states, length in zip(hidden, own, strict=True):
+            stored = states[:length].contiguous()
+            file.write((stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored).numpy().data)
+        written += len(hidden)
+
+
+def _check_padding(batch: dict[str, Any]) -> None:
+    """See that padding, if there is any, is behind the tokens: rows are kept, and put in, from the first on."""
+    mask = batch.get("attention_mask")
+    if mask is not None and not (mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise DataError(
+            "data.cache_prefix: is for texts that are padded at the right, and the tokenizer pads elsewhere; give it "
+            "padding_side: right in tokenizer_config.json, or set data.cache_prefix to false."
+        )
+
+
+def _begin(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, what: str, folder: Path) -> None:
+    """Say how large the file will be, see that there is room, and write its header."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    _say(f"The frozen prefix's output for {what} is kept in {folder}: {size / GIB:.2f} GiB.")
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise DataError(
+            f"data.cache_prefix: {folder} has {free / GIB:.2f} GiB left, and {what} take {size / GIB:.2f} GiB; {MEND}."
+        )
+    header = {"descr": STORED[dtype], "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, int], bool, np.dtype[Any]]:
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)  # type: ignore[return-value]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there with all that its header says."""
+    try:
+        with path.open("rb") as file:
+            (tokens, width), _, dtype = _read_header(file)
+            return path.stat().st_size == file.tell() + tokens * width * dtype.itemsize
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes its name at the end, or is gone if anything goes wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = f".{path.stem}.{platform.node()}."  # the folder may be shared with other machines
+    for other in path.parent.iterdir():
+        own = re.fullmatch(re.escape(start) + r"(\d+)\.npy", other.name)
+        if own and not _is_alive(int(own[1])):
+            other.unlink(missing_ok=True)  # of a process that was killed
+    unfinished = path.with_name(f"{start}{os.getpid()}.npy")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)

@@ -1,0 +1,183 @@
+"""A run goes on with another number of processes, or another batch, at its place: no sample twice, no step too many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from app.callbacks import AdapterCheckpoint
+from modules.base import AdaptedModule
+from tests.app.processes import run_on_two
+from tests.app.test_resume import PowerCut, cut_power
+
+if TYPE_CHECKING:
+    from tests.app.conftest import CommandLine
+
+# 48 images: 8 batches of 6 an epoch, 4 of 12
+SIX, TWELVE = "--data.batch_size=6", "--data.batch_size=12"
+QUIET = ["--trainer.limit_val_batches=0", "--checkpoint.monitor=null", "--trainer.max_epochs=2"]
+
+
+def record(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have every process write what it trains on: (epoch, batch, rate, a number of each sample's own) of each step."""
+    original = AdapterCheckpoint.on_train_batch_start
+
+    def hook(self: AdapterCheckpoint, trainer: Any, module: AdaptedModule, batch: Any, batch_idx: int) -> None:
+        original(self, trainer, module, batch, batch_idx)
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        row = [trainer.current_epoch, batch_idx, rate, batch["image"].double().sum((1, 2, 3)).tolist()]
+        with (folder / f"steps{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    patch.setattr(AdapterCheckpoint, "on_train_batch_start", hook)
+
+
+def steps(folder: Path) -> list[list[Any]]:
+    """What all processes have trained on since the last call, step by step."""
+    files = sorted(folder.glob("steps*.jsonl"))
+    ranks = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    for file in files:
+        file.unlink()
+    joined = []
+    for same in zip(*ranks, strict=True):
+        assert len({tuple(row[:3]) for row in same}) == 1
+        joined.append([*same[0][:3], sorted(x for row in same for x in row[3])])
+    return joined
+
+
+def assert_goes_on(before: list[list[Any]], behind: list[list[Any]], batches: int) -> None:
+    """Each image is trained on once an epoch, batches are counted as this run's, and the rate ends near zero."""
+    for epoch in (0, 1):
+        rows = [row for row in (*before, *behind) if row[0] == epoch]
+        samples = [x for row in rows for x in row[3]]
+        assert len(samples) == len(set(samples)) == 48
+        own = [row[1] for row in behind if row[0] == epoch]
+        assert own == list(range(batches - len(own), batches))
+    rates = [row[2] for row in behind]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.1 * max(row[2] for row in before)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "cut", "batches"),
+    [
+        (TWELVE, SIX, 3, 8),  # in the middle of the first epoch
+        (TWELVE, SIX, 4, 8),  # at its end
+        (SIX, TWELVE, 10, 4),  # in the middle of the second
+        pytest.param(SIX, TWELVE, 8, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_another_batch_goes_on_at_the_place(
+    cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str, then: str, cut: int, batches: int
+) -> None:
+    options = [*QUIET, "--checkpoint.last_every_n_steps=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, tmp_path)
+        cut_power(patch, cut)
+        with pytest.raises(PowerCut):
+            cli("fit", *options, first)
+    before = steps(tmp_path)
+    assert len(before) == cut
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, tmp_path)
+        assert cli("fit", *options, then, "--ckpt_path=last") == 0
+    assert_goes_on(before, steps(tmp_path), batches)
+    assert "trains as before" in capsys.readouterr().err
+
+
+TWENTY, LIMIT, FOUR = "--data.batch_size=20", "--trainer.limit_train_batches=3", "--trainer.accumulate_grad_batches=4"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "cut", "places", "said"),
+    [
+        # where nothing of the epoch is left, its last batch comes, and not all of it again
+        ([SIX], [TWENTY], 7, [(0, 1), (1, 0), (1, 1)], "20 samples now and was 6: with the rates"),
+        ([SIX], [TWENTY], 8, [(1, 0), (1, 1)], "--data.batch_size 6 trains as before."),
+        ([SIX], [SIX, LIMIT], 5, [(0, 2), (1, 0), (1, 1), (1, 2)], None),
+        ([SIX], [SIX, LIMIT], 8, [(1, 0), (1, 1), (1, 2)], None),
+        ([TWELVE, LIMIT], [SIX, LIMIT], 2, [(0, 2), (1, 0), (1, 1), (1, 2)], "6 samples now and was 12: with"),
+        # three of eight batches are done, and steps come behind the fourth and the eighth; no batch of 6 / 4 keeps 6
+        ([SIX], [SIX, FOUR], 3, [(i // 8, i % 8) for i in range(3, 16)], "step is 24 samples now and was 6."),
+        ([TWELVE, FOUR], [TWELVE], 1, [(1, 0), (1, 1), (1, 2), (1, 3)], "--data.batch_size 48 trains as before."),
+    ],
+)
+def test_an_epoch_that_began_is_ended_once(
+    cli: CommandLine,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    first: list[str],
+    then: list[str],
+    cut: int,
+    places: list[tuple[int, int]],
+    said: str | None,
+) -> None:
+    options = [*QUIET, "--checkpoint.last_every_n_steps=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        cut_power(patch, cut)
+        with pytest.raises(PowerCut):
+            cli("fit", *options, *first)
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, tmp_path)
+        assert cli("fit", *options, *then, "--ckpt_path=last") == 0
+    behind = steps(tmp_path)
+    assert [(row[0], row[1]) for row in behind] == places
+    assert all(row[2] > 0 for row in behind)  # a schedule that is a step short ends before the last one
+    state = cli.checkpoint()["lr_schedulers"][0]
+    assert state["_last_lr"] == pytest.approx([0] * len(state["_last_lr"]))
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "batch of a step" in text] or [None]
+    assert line == said or (line is not None and said is not None and said in line)
+
+
+def test_a_place_is_kept_through_a_second_resume(cli: CommandLine, tmp_path: Path) -> None:
+    options, rows = [*QUIET, "--checkpoint.last_every_n_steps=1"], []
+    for batch, cut in ((TWELVE, 2), (SIX, 4), (SIX, 9)):
+        with pytest.MonkeyPatch.context() as patch:
+            record(patch, tmp_path)
+            cut_power(patch, cut)
+            with pytest.raises(PowerCut):
+                cli("fit", *options, batch, *(["--ckpt_path=last"] if rows else []))
+        rows += steps(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, tmp_path)
+        assert cli("fit", *options, SIX, "--ckpt_path=last") == 0
+    assert_goes_on(rows, steps(tmp_path), 8)
+
+
+@pytest.mark.parametrize("two_first", [True, False])
+def test_another_number_of_processes_goes_on_at_the_place(cli: CommandLine, tmp_path: Path, two_first: bool) -> None:
+    """From 2 processes to 1 and back, in mid-epoch, with the same samples an update: as the run that was not cut."""
+    options = [*QUIET, "--model.adapter.dropout=0", "--checkpoint.last_every_n_steps=1"]
+    options += ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"]
+    assert cli("fit", *options, TWELVE) == 0
+    resume = ["--ckpt_path=last"]
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, tmp_path)
+        cut_power(patch, 3)
+        if two_first:
+            run_on_two(cli.words("fit", *options, SIX), tmp_path, code=1)
+        else:
+            with pytest.raises(PowerCut):
+                cli("fit", *options, TWELVE)
+    before = steps(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, tmp_path)
+        if two_first:
+            assert cli("fit", *options, TWELVE, *resume) == 0
+        else:
+            run_on_two(cli.words("fit", *options, SIX, *resume), tmp_path)
+    behind = steps(tmp_path)
+    assert [len(before), len(behind)] == [3, 5]
+    assert_goes_on(before, behind, 4)
+    whole, parts = cli.checkpoint(0), cli.checkpoint(1)
+    assert whole["global_step"] == parts["global_step"] == 8
+    for name, tensor in whole["state_dict"].items():
+        torch.testing.assert_close(parts["state_dict"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    states = [c["optimizer_states"][0]["state"] for c in (whole, parts)]
+    for key, moments in states[0].items():
+        for name, tensor in moments.items():
+            torch.testing.assert_close(states[1][key][name], tensor, rtol=1e-2, atol=1e-6, msg=f"{key} {name}")

@@ -1,0 +1,54 @@
+"""What a process has imported when it has answered, and when it has trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tests.app.conftest import CommandLine
+from tests.conftest import CLASSES, ROOT, colour_image, png
+
+# what a fit does not use unless it tests, writes summaries or is compared with
+LATE = {"matplotlib", "nltk", "peft", "rouge_score", "sklearn"}
+TEXTS = {"datasets", "tokenizers", "transformers"}
+IMAGES = {"timm", "datamodules.image_sources", "modules.timm_backbone"}
+SCRIPT = """
+import json, sys
+from app.cli import main
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 0
+    print(json.dumps(list(sys.modules)))
+"""
+
+
+def imported(*commands: list[str]) -> list[set[str]]:
+    """What a fresh process has imported behind each of some commands."""
+    words = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith('["')]
+
+
+def test_help_and_a_run_on_images_import_nothing_else(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(8):
+            (folder / f"{i}.png").write_bytes(png(colour_image(label, rng)))
+    fit = CommandLine(tmp_path / "runs", tmp_path / "images").words("fit", "--trainer.max_steps=1")
+    helped, fitted = imported(["fit", "--help"], fit)
+    others = {"pandas", "scipy", "torchvision", "tensorboard", "pyarrow", "huggingface_hub"}
+    assert helped & (LATE | TEXTS | IMAGES | others) == set()
+    assert {"timm", "tensorboard"} < fitted  # it has trained, and logged
+    assert fitted & (LATE | TEXTS | {"scipy"}) == set()
+
+
+def test_a_run_on_texts_imports_nothing_for_images(text_cli: CommandLine) -> None:
+    (fitted,) = imported(text_cli.words("fit", "--trainer.max_steps=1"))
+    assert {"transformers", "datasets", "tensorboard"} < fitted
+    assert fitted & (LATE | IMAGES) == set()

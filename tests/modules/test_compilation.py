@@ -1,0 +1,172 @@
+"""Compiled training computes what uncompiled training does, without graph breaks, under the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from modules import compilation
+from modules.adapters import AdapterConfig, adapter_state, attach
+from modules.base import ModelError
+from modules.blocks import block_stacks
+from modules.compilation import UncompiledEvaluation, check_compiler, compile_blocks
+
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BART = {"vocab_size": 64, "d_model": 16, "dropout": 0.0} | {
+    f"{side}_{key}": n
+    for side in ("encoder", "decoder")
+    for key, n in (("layers", 3), ("attention_heads", 2), ("ffn_dim", 32))
+}
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiler's front end alone, which finds graph breaks: no C++."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch.compiler.set_stance("default")
+
+
+def tokens(length: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 64, (2, length), generator=torch.Generator().manual_seed(length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def image_features(model: nn.Module, _: int) -> Tensor:
+    return model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def text_logits(model: nn.Module, length: int) -> Tensor:
+    return model(**tokens(length)).logits
+
+
+def summary_logits(model: nn.Module, length: int) -> Tensor:
+    return model(**tokens(length), decoder_input_ids=tokens(length)["input_ids"][:, :3], use_cache=False).logits
+
+
+def next_logits(model: nn.Module, length: int) -> Tensor:
+    return model(**tokens(length), use_cache=False).logits
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, int], Tensor]]] = {
+    "vit": (
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=0
+        ),
+        image_features,
+    ),
+    "roberta": (lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL, **NO_DROPOUT)), text_logits),
+    "bart": (lambda: BartForConditionalGeneration(BartConfig(**BART)), summary_logits),
+    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1)), next_logits),
+}
+
+
+def build(name: str, train: str = "B", checkpointing: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = FAMILIES[name][0]()
+    attach(model, AdapterConfig(rank=2, train=train, init_a="given", init_b="given", targets=["all"]))  # type: ignore[arg-type]
+    for factor in adapter_state(model).values():
+        nn.init.normal_(factor, std=0.3)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return model.train()
+
+
+def losses_and_gradients(name: str, model: nn.Module, lengths: tuple[int, ...]) -> list[Tensor]:
+    found = []
+    for length in lengths:
+        model.zero_grad()
+        loss = FAMILIES[name][1](model, length).float().square().mean()
+        loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "checkpointing", "backend", "lengths"),
+    [
+        ("vit", "both", False, "aot_eager", (5,)),
+        ("roberta", "B", False, "eager", (5, 7, 9)),
+        pytest.param("bart", "B", False, "eager", (5,), marks=pytest.mark.slow),
+        ("llama", "A", True, "eager", (5,)),
+    ],
+)
+def test_losses_gradients_and_names_are_those_of_the_uncompiled(
+    name: str, train: str, checkpointing: bool, backend: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    plain, compiled = build(name, train, checkpointing), build(name, train, checkpointing)
+    names = list(compiled.state_dict())
+    compile_blocks(compiled, CPU)
+    assert list(compiled.state_dict()) == names
+    expected = losses_and_gradients(name, plain, lengths)
+    found = losses_and_gradients(name, compiled, lengths)
+    assert len(found) == len(expected) > len(lengths)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert not counters["graph_break"]
+    # of a stack's three blocks the third shares the second's; the first gets what needs no gradient. Of three lengths
+    # the second compiles for all
+    stacks = len(block_stacks(compiled))
+    assert stacks <= counters["stats"]["unique_graphs"] <= stacks * 2 * min(len(lengths), 2)
+
+
+def test_under_autocast() -> None:
+    plain, compiled = build("vit"), build("vit")
+    compile_blocks(compiled, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (losses_and_gradients("vit", model, (5,)) for model in (plain, compiled))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one.float(), other.float(), rtol=0.1, atol=1e-2)
+    assert not counters["graph_break"]
+
+
+def test_evaluation_is_not_compiled() -> None:
+    model, callback = build("vit"), UncompiledEvaluation()
+    compile_blocks(model, CPU)
+    runner: Any = L.Trainer.__new__(L.Trainer)
+    callback.on_validation_start(runner, L.LightningModule())
+    with torch.no_grad():
+        image_features(model, 5)
+    assert not counters["stats"]
+    callback.on_validation_end(runner, L.LightningModule())
+    image_features(model, 5)
+    assert counters["stats"]["unique_graphs"]
+
+
+def test_a_backbone_without_blocks_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"model\.compile: Linear has no stack of blocks"):
+        compile_blocks(nn.Linear(2, 2), CPU)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_without_a_compiler_it_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor import cpp_builder
+
+    cpp_builder.cpp_compiler_search.cache_clear()
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ModelError, match=r"model\.compile: torch\.compile needs a compiler.*install g\+\+"):
+        check_compiler(torch.device(kind))
