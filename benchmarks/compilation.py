@@ -1,0 +1,89 @@
+"""What torch.compile (`model.compile: true`) gives a training step, and what it takes before the first.
+
+Stacks of blocks (`benchmarks.stacks`) with adapters on all linear layers, B alone trained, as they are written and
+compiled block by block; both take turns. Texts come in four lengths. The compiler's caches on disk are off, so its
+seconds are those of a first run: the first pass over all lengths, less a later one. The optimizer is not compiled.
+
+    python -m benchmarks.compilation --output docs/results/benchmark_compilation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from benchmarks.harness import measured, paired_ratio, parse, parser, ratio_text, section, table, take_turns
+from benchmarks.stacks import FAMILIES, Arm, random_batches, random_stack
+from modules.compilation import compile_blocks
+
+DEPTHS = {"vit": 4, "roberta": 4, "bart": 4, "llama": 2}  # a block that is not the first shares what is compiled
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def measure(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each step, compiled and not, and what the compiler took for a family's blocks."""
+    family = replace(FAMILIES[name], depth=DEPTHS[name])
+    if arguments.quick:
+        family = replace(family, width=256, shape=(2, 65), bucket=min(family.bucket, 128))
+    stack = random_stack(family, dtype)
+    batches = random_batches(family.batches(bucketed=family.bucket > 0), family.width, dtype)
+    arms = {"as written": Arm("ours B", stack, ["all"], 8), "compiled": Arm("ours B", stack, ["all"], 8)}
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(arms["compiled"].model, torch.device("cpu"))
+    start = time.perf_counter()
+    arms["compiled"].step(batches)
+    first = time.perf_counter() - start
+    arms["compiled"].step(batches)  # a second pass, should a length have come before the compiler knew that it varies
+    turns = {arm: partial(a.step, batches) for arm, a in arms.items()}
+    seconds = take_turns(turns, arguments.rounds, clock=arguments.clock)
+    return {
+        "blocks": family.depth,
+        "width": family.width,
+        "batches": [list(x.shape[:2]) for x, _ in batches],
+        "seconds": seconds,
+        "compile_seconds": first - statistics.median(seconds["compiled"]),
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "as written over compiled": paired_ratio(seconds["as written"], seconds["compiled"]),
+    }
+
+
+def main() -> None:
+    """Measure, show and store, section by section."""
+    common = parser(__doc__, rounds=15, processor=True)
+    common.add_argument("--family", nargs="+", choices=list(DEPTHS), help="without it all; with --quick vit, roberta")
+    common.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    arguments = parse(common)
+    torch.compiler.config.force_disable_caches = True
+    rows = []
+    for name in arguments.family or (["vit", "roberta"] if arguments.quick else list(DEPTHS)):
+        for dtype in arguments.dtype:
+            title = f"compile: {name}, {dtype}"
+            record = measured(arguments, title)
+            if record is None:
+                with section(arguments, title) as record:
+                    record.update(measure(name, DTYPES[dtype], arguments))
+            medians = [statistics.median(record["seconds"][arm]) * 1e3 for arm in ("as written", "compiled")]
+            rows.append(
+                [
+                    f"{name}, {dtype}",
+                    *(f"{median:.1f}" for median in medians),
+                    ratio_text(record["as written over compiled"]),
+                    f"{record['compile_seconds']:.0f}",
+                    str(record["graphs"]),
+                ]
+            )
+    columns = ["blocks", "as written (ms)", "compiled (ms)", "as written over compiled", "compiling (s)", "graphs"]
+    table("A training step", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Hugging Face Trainer over PEFT's LoRA as their documentation has it: query and value of texts, all of a ViT."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.fits import ALPHA, CLIP, DECAY, RANK, WARM_UP, Clock, Fit
+from datamodules.splits import choose_rows
+
+MAX_LENGTH = 128
+MODULES = {
+    "cola": ("transformers.models.roberta.modeling_roberta", "sklearn.metrics"),
+    "images": ("timm", "sklearn.metrics"),
+}
+
+
+class StepClock(TrainerCallback):
+    """Tell the clock of each step."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A step begins."""
+        self.clock.begin(state.global_step // (state.max_steps // state.num_train_epochs))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A step ends."""
+        self.clock.end()
+
+
+class ImageModel(nn.Module):
+    """A timm backbone with its classifier and a loss, which is what Trainer asks of a model."""
+
+    def __init__(self, name: str, classes: int) -> None:
+        super().__init__()
+        import timm
+
+        self.model: Any = timm.create_model(name, pretrained=False, num_classes=classes)
+
+    def forward(self, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Loss and logits (batch, classes) of images (batch, 3, height, width)."""
+        logits = self.model(image.to(self.model.patch_embed.proj.weight.dtype))
+        return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
+
+
+def texts(fit: Fit) -> tuple[Any, dict[str, Any]]:
+    """Model, and what Trainer gets besides, for CoLA."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(fit.backbone)
+    # stored are 16 bits, which transformers would otherwise keep
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        fit.backbone, num_labels=2, dtype=getattr(torch, fit.arm.backbone_dtype)
+    )
+    model.classifier.float()
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+    )
+    padding = {"padding": "max_length"} if fit.arm.padded else {}
+
+    def tokenize(rows: dict[str, list[Any]]) -> Any:
+        return tokenizer(rows["sentence"], truncation=True, max_length=MAX_LENGTH, **padding)
+
+    train, val = (
+        rows.map(tokenize, batched=True, remove_columns=["sentence", "idx"]) for rows in splits(fit, "validation")
+    )
+    if fit.arm.padded:
+        return get_peft_model(model, lora), {"train_dataset": train, "eval_dataset": val}
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    data = {"train_dataset": train, "eval_dataset": val, "processing_class": tokenizer, "data_collator": collator}
+    return get_peft_model(model, lora), data
+
+
+def images(fit: Fit) -> tuple[Any, dict[str, Any]]:
+    """Model, and what Trainer gets besides, for a directory of images of ten classes."""
+    model = ImageModel(fit.backbone, classes=10).to(getattr(torch, fit.arm.backbone_dtype))
+    model.model.head.float()
+    # not the patch embedding, whose convolution is a `proj` too
+    targets = r".*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+    lora = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, modules_to_save=["model.head"]
+    )
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pixels = [torch.from_numpy(np.array(row["img"].convert("RGB"))).permute(2, 0, 1) for row in rows]
+        batch = nn.functional.interpolate(torch.stack(pixels).float() / 255, size=224)
+        return {"image": (batch - 0.5) / 0.5, "labels": torch.tensor([row["label"] for row in rows])}
+
+    train, val = splits(fit, "test")
+    return get_peft_model(model, lora), {"train_dataset": train, "eval_dataset": val, "data_collator": collate}
+
+
+def splits(fit: Fit, validation: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows that ours trains and validates on."""
+    folder = Path(fit.data) / fit.task if (Path(fit.data) / fit.task).is_dir() else Path(fit.data)
+    files = {name: str(folder / f"{name}*.parquet") for name in ("train", validation)}
+    data = datasets.load_dataset("parquet", data_files=files)
+    train = data["train"].select(choose_rows(len(data["train"]), "train", fit.held_out, 0.1, 0, fit.rows))
+    if fit.held_out:
+        return train, data["train"].select(choose_rows(len(data["train"]), "val", True, 0.1, 0, None))
+    return train, data[validation]
+
+
+def score(prediction: Any) -> dict[str, float]:
+    """Matthews' correlation and accuracy."""
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    guess, label = logits.argmax(-1), prediction.label_ids
+    return {"cola": float(matthews_corrcoef(label, guess)), "images": float(accuracy_score(label, guess))}
+
+
+def fit(fit: Fit) -> dict[str, Any]:
+    """Fit, and what it took."""
+    transformers.set_seed(fit.seed)  # of factors and head; Trainer sets it again for the order
+    clock = StepClock()
+    for name in MODULES[fit.task]:  # which are otherwise imported while the model is built
+        import_module(name)
+    clock.clock.loading()
+    model, data = {"cola": texts, "images": images}[fit.task](fit)
+    order = "random" if fit.arm.padded or fit.task == "images" else "group_by_length"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=fit.epochs,
+            per_device_train_batch_size=fit.batch_size,
+            per_device_eval_batch_size=fit.batch_size,
+            learning_rate=fit.rate,
+            weight_decay=DECAY,
+            warmup_steps=WARM_UP,  # below 1 a share of all steps
+            lr_scheduler_type="linear",
+            max_grad_norm=CLIP,
+            bf16=fit.arm.precision == "bf16-mixed",
+            use_cpu=True,
+            seed=fit.seed,
+            dataloader_drop_last=True,  # as ours
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=2,
+            label_names=["labels"],
+            remove_unused_columns=fit.task == "cola",
+            disable_tqdm=True,
+            report_to="none",
+            train_sampling_strategy=order,
+        )
+        trainer = Trainer(model=model, args=arguments, compute_metrics=score, callbacks=[clock], **data)
+        trainer.train()
+        model.save_pretrained(f"{folder}/adapter")
+        adapter = sum(path.stat().st_size for path in Path(folder, "adapter").glob("*.safetensors"))
+    history = trainer.state.log_history
+    return {
+        **clock.clock.record(),
+        "scores": [entry[f"eval_{fit.task}"] for entry in history if f"eval_{fit.task}" in entry],
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapter_file_bytes": adapter,
+        "fit_seconds": next(entry["train_runtime"] for entry in history if "train_runtime" in entry),
+    }

@@ -1,0 +1,175 @@
+"""What two processes exchange a step: the gradients of what is trained, counted as DDP reduces them, and step times.
+
+A ViT with a head is tuned in each way under `DistributedDataParallel`, once by one process and once by two (gloo, one
+thread each), with the same batch a process. A communication hook counts the bytes of each bucket before it is reduced.
+On one machine's cores two processes share caches and memory, and nothing goes over a network: the times say what
+the exchange costs beside the computation, the bytes what a network would have to carry.
+
+    python -m benchmarks.gradient_bytes --output docs/results/benchmark_scaling.json
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.harness import Arm, Seconds, parse, parser, section, table, take_turns
+from modules.adapters import AdapterConfig, attach
+from modules.sharding import FrozenShards
+
+BATCH, CLASSES = 2, 10  # images a process
+ARMS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "both": {"train": "both", "init_a": "kaiming"},
+    "A": {"train": "A", "init_a": "zero", "init_b": "orthogonal"},
+    "B": {"train": "B"},
+    "B, frozen weights shared": {"train": "B"},
+}
+
+
+class Counter:
+    """Reduces gradients as DDP does by itself, and counts their bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def hook(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Count a bucket and reduce it. DDP looks at the annotations, which so must not be strings."""
+        self.bytes += bucket.buffer().nbytes
+        return allreduce_hook(group, bucket)
+
+
+def build(arm: str, quick: bool) -> nn.Module:
+    """A ViT-B/16, or with `quick` a small one, with float32 weights drawn at random, a head and adapters of rank 8."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
+    model = timm.create_model("vit_base_patch16_224", num_classes=CLASSES, **(small if quick else {}))
+    keys = ARMS[arm]
+    if keys is not None:
+        attach(model, AdapterConfig(rank=8, targets=["all"], **keys), exclude=["head"])
+    return model.train()
+
+
+def prepare(arm: str, world: int, quick: bool, found: dict[str, Any]) -> Arm:
+    """A step of an arm, forward, backward and update; what it exchanged comes into `found`."""
+    model = build(arm, quick)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    counter = Counter()
+    step: nn.Module = model
+    if arm.endswith("shared") and world > 1:
+        FrozenShards(model, torch.device("cpu"))
+        names = [n for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    if world > 1:
+        step = DistributedDataParallel(model)
+        step.register_comm_hook(None, counter.hook)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    side = 32 if quick else 224
+    images = torch.randn(BATCH, 3, side, side)
+
+    def run() -> None:
+        counter.bytes = 0
+        optimizer.zero_grad()
+        step(images).square().mean().backward()
+        optimizer.step()
+        found[arm] = {"trained": sum(p.numel() for p in trained), "bytes": counter.bytes}
+
+    return run
+
+
+def work(rank: int, world: int, port: int, quick: bool, rounds: int, file: Path) -> None:
+    """What one process does; the first writes what it found."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    found: dict[str, Any] = {}
+    # one seed, so that the arms come in the same order in all processes
+    seconds: Seconds = take_turns({arm: prepare(arm, world, quick, found) for arm in ARMS}, rounds, warm_up=1)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        file.write_text(json.dumps({arm: found[arm] | {"seconds": seconds[arm]} for arm in ARMS}))
+
+
+def in_processes(world: int, quick: bool, rounds: int) -> dict[str, Any]:
+    """What the first of some processes found, by arm.
+
+    Raises:
+        RuntimeError: If one of them fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # nothing is imported twice
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        processes = [
+            context.Process(target=work, args=(rank, world, port, quick, rounds, file)) for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"A process of {world} failed.")
+        return dict(json.loads(file.read_text()))
+
+
+def measure(quick: bool, rounds: int = 3) -> list[dict[str, Any]]:
+    """One row an arm: parameters trained, bytes reduced a step and process, and seconds of each step by processes."""
+    one, two = (in_processes(world, quick, rounds) for world in (1, 2))
+    return [
+        {
+            "arm": arm,
+            "trained_parameters": two[arm]["trained"],
+            "gradient_bytes": two[arm]["bytes"],
+            "expected_bytes": 4 * two[arm]["trained"],
+            "seconds_1": one[arm]["seconds"],
+            "seconds_2": two[arm]["seconds"],
+        }
+        for arm in ARMS
+    ]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows, with images a second of all processes."""
+    full = rows[0]["gradient_bytes"]
+    lines = []
+    for row in rows:
+        rates = [world * BATCH / statistics.median(row[f"seconds_{world}"]) for world in (1, 2)]
+        lines.append(
+            [
+                row["arm"],
+                f"{row['trained_parameters']:,}",
+                f"{row['gradient_bytes']:,}",
+                f"{full / row['gradient_bytes']:.0f}",
+                *(f"{rate:.1f}" for rate in rates),
+            ]
+        )
+    title = "Gradients of a step (float32)"
+    table(title, ["arm", "trained", "bytes", "full over it", "images/s, 1 process", "2 processes"], lines)
+
+
+def main() -> None:
+    """Measure, show and store."""
+    arguments = parse(parser(__doc__, rounds=8))
+    with section(arguments, "processes") as record:
+        record["rows"] = rows = measure(arguments.quick, arguments.rounds)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""How long commands take to answer and fits to do their first step, against a bare `import lightning.pytorch`.
+
+Each arm is a process of its own from its start to its end, once a round in shuffled order; before the first round, one
+of each that does not count fills the caches of the system, of Python and of the data. Ratios are paired by round. The
+first step is that of the recipes conf/quickstart.yaml and, with --backbone and --path, conf/roberta_glue.yaml on CoLA:
+from nothing to behind the first optimizer step, with logger and first spectra; and of Hugging Face Trainer with PEFT
+on the same rows.
+
+    python -m benchmarks.startup --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue \
+        --threads 1 --output docs/results/benchmark_startup.json
+
+`imports_ms` has the packages whose own modules take longest to import, for the base and for `fit --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+
+from benchmarks.harness import measured, paired_ratio, parse, parser, ratio_text, section, table, take_turns
+
+BASE = "import lightning.pytorch"
+VISION, TEXT = "conf/vit_cifar.yaml", "conf/roberta_glue.yaml"
+OURS, THEIRS = "first step, texts", "first step, texts, Trainer and peft"
+END = ("--allow_imports", "benchmarks.first_step", "--trainer.callbacks+=benchmarks.first_step.EndAtFirstStep")
+
+
+def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """What is run by Python, by arm."""
+    arms = {
+        "pass": ["-c", "pass"],
+        "import torch": ["-c", "import torch"],
+        BASE: ["-c", BASE],
+        "import Trainer and peft": ["-c", "from transformers import Trainer; import peft"],
+        "--help": ["main.py", "--help"],
+        "fit --help": ["main.py", "fit", "--help"],
+        "fit, images, --help": ["main.py", "fit", "--config", VISION, "--help"],
+        "fit, images, --print_config": ["main.py", "fit", "--config", VISION, "--print_config"],
+        "fit, texts, --print_config": ["main.py", "fit", "--config", TEXT, "--print_config"],
+        "first step, images": ["main.py", "fit", "--config", "conf/quickstart.yaml", *END],
+    }
+    if arguments.backbone and arguments.path:
+        given = ["--model.backbone", arguments.backbone, "--data.path", arguments.path]
+        text = ["main.py", "fit", "--config", TEXT, "--config", "conf/cpu.yaml", *given, *END]
+        arms[OURS] = text
+        trainer = ["-m", "benchmarks.first_step_trainer", arguments.backbone, f"{arguments.path}/cola"]
+        arms[THEIRS] = trainer
+    return arms
+
+
+def run(words: list[str], arguments: argparse.Namespace) -> float:
+    """Run Python with these words; seconds from start to end, of the clock or with --processor of the processor.
+
+    Raises:
+        SystemExit: If it fails, with what it wrote to stderr.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        root = ["--trainer.default_root_dir", folder] if END[0] in words else []
+        before, start = _processor(), time.perf_counter()
+        command = [sys.executable, *words, *root]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        passed = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return _processor() - before if arguments.processor else passed
+
+
+def _processor() -> float:
+    """Seconds that the processor has spent on processes that this one has started."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def dearest(words: list[str], count: int = 15) -> dict[str, float]:
+    """Packages whose own modules take longest to import, ms."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
+    spent: Counter[str] = Counter()
+    for microseconds, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", done.stderr):
+        spent[name] += int(microseconds)
+    return {name: total / 1000 for name, total in spent.most_common(count)}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    common = parser(__doc__, rounds=9, quick_rounds=1, processor=True)
+    common.add_argument("--backbone", help="a directory in the hub's layout, for the first step on texts")
+    common.add_argument("--path", help="a directory with GLUE's tasks, likewise")
+    common.add_argument("--arms", nargs="+", help="these arms alone, and the base")
+    arguments = parse(common, words)
+    arms = commands(arguments)
+    if arguments.arms:
+        arms = {name: arms[name] for name in dict.fromkeys([BASE, *arguments.arms])}
+    record = measured(arguments, "start-up")
+    if record is None:
+        with section(arguments, "start-up") as record:
+            turns = {name: partial(run, command, arguments) for name, command in arms.items()}
+            record["seconds"] = seconds = take_turns(turns, arguments.rounds, warm_up=1)
+            record["over the base"] = {name: paired_ratio(own, seconds[BASE]) for name, own in seconds.items()}
+            if OURS in seconds and THEIRS in seconds:
+                record[f"{THEIRS}, over ours"] = paired_ratio(seconds[THEIRS], seconds[OURS])
+            record["imports_ms"] = {name: dearest(arms[name]) for name in (BASE, "fit --help") if name in arms}
+    rows = [
+        [name, f"{statistics.median(own):.2f}", ratio_text(record["over the base"][name])]
+        for name, own in record["seconds"].items()
+    ]
+    table("Start-up", ["process", "seconds", f"over {BASE}"], rows)
+    for name, packages in record["imports_ms"].items():
+        print(f"{name}, ms: {', '.join(f'{package} {ms:.0f}' for package, ms in packages.items())}")
+
+
+if __name__ == "__main__":
+    main()
