@@ -225,6 +225,7 @@ def section(arguments: argparse.Namespace, name: str) -> Iterator[dict[str, Any]
     }
     yield record
     record["load_after"] = os.getloadavg()
+    record |= _rounded(record)  # what is shown is what is written
     if arguments.output:
         write(arguments.output, load(arguments.output) | {name: record})
 
