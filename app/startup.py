@@ -15,8 +15,8 @@ UNUSED = ("matplotlib", "scipy", "torchvision", "transformers")
 def import_torchmetrics() -> None:
     """Import torchmetrics as if the packages of `UNUSED` were not installed.
 
-    Lightning imports torchmetrics, and torchmetrics all its metrics with their packages, which takes a third of the
-    time of `import lightning.pytorch` (benchmarks/startup.py) and has transformers in memory in a run on images.
+    Lightning imports torchmetrics, and torchmetrics all its metrics with their packages, which takes a good part of
+    the time of `import lightning.pytorch` (docs/benchmarks.md) and has transformers in memory in a run on images.
     Whoever needs these packages imports them as ever; but torchmetrics' own plots, and its metrics that need one of
     them, say in this process that it is missing.
     """

@@ -134,7 +134,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gradient_of_b(h: Tensor, grad: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """s·gᵀ·h, (rows, r), as (hᵀ·g)ᵀ: BLAS is several times slower where the tall matrix is the transposed one."""
+    """s·gᵀ·h, (rows, r), as (hᵀ·g)ᵀ: BLAS is slower where the large matrix is the transposed one."""
     return (h.T @ grad).T.to(dtype, memory_format=torch.contiguous_format).mul_(scale)
 
 
