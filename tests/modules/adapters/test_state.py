@@ -22,7 +22,7 @@ from modules.adapters import (
     merge,
     unmerge,
 )
-from modules.adapters.state import state_problems
+from modules.adapters.state import frozen_fingerprint, state_problems
 
 if TYPE_CHECKING:
     from tests.modules.adapters.conftest import Backbone
@@ -201,3 +201,8 @@ def test_loading_over_merged_adapters_does_not_spoil_the_weight(backbone: Backbo
     unmerge(model)
     weight = "blocks.0.attn.qkv.weight"
     torch.testing.assert_close(model.get_parameter(weight), backbone.reference.get_parameter(weight), atol=1e-5, rtol=0)
+
+
+def test_fingerprint_of_shapes_alone() -> None:
+    one, same, other = (nn.Linear(4, rows, device="meta").requires_grad_(False) for rows in (3, 3, 5))
+    assert frozen_fingerprint(one) == frozen_fingerprint(same) != frozen_fingerprint(other)
