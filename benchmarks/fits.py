@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from benchmarks.harness import in_process, resident
 
-BATCH, RANK, ALPHA, WARM_UP, DECAY, CLIP = 32, 8, 16, 0.06, 0.01, 1.0
+BATCH, WARM_UP, DECAY, CLIP = 32, 0.06, 0.01, 1.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Arm:
         train: Of ours: `B`, `A` or `both`.
         backbone_dtype: Dtype of the frozen weights.
         precision: `bf16-mixed` (autocast) or `32-true`.
+        rank: Of the adapters; alpha is twice as much, as in the paper.
         padded: Of Trainer on texts: pad everything to 128 tokens in random order; otherwise to the longest of a batch,
             grouped by length. Ours does the latter.
     """
@@ -42,6 +43,7 @@ class Arm:
     train: Literal["B", "A", "both"] = "both"
     backbone_dtype: Literal["float32", "bfloat16"] = "float32"
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    rank: int = 8
     padded: bool = False
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 
 from app.cli import main
-from benchmarks.fits import ALPHA, CLIP, DECAY, RANK, WARM_UP, Clock, Fit
+from benchmarks.fits import CLIP, DECAY, WARM_UP, Clock, Fit
 from benchmarks.variants import VARIANTS
 
 SCORES = {"cola": "val/matthews", "images": "val/acc1"}
@@ -61,8 +61,8 @@ def words(fit: Fit, folder: str) -> list[str]:
         "data.max_train_samples": rows,
         "model.backbone": fit.backbone,
         "model.backbone_dtype": arm.backbone_dtype,
-        "model.adapter.rank": RANK,
-        "model.adapter.alpha": ALPHA,
+        "model.adapter.rank": arm.rank,
+        "model.adapter.alpha": 2 * arm.rank,
         "model.adapter.dropout": 0.0,
         "model.adapter.seed": fit.seed,
         "model.learning_rate": fit.rate,

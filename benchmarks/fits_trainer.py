@@ -15,7 +15,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.fits import ALPHA, CLIP, DECAY, RANK, WARM_UP, Clock, Fit
+from benchmarks.fits import CLIP, DECAY, WARM_UP, Clock, Fit
 from datamodules.splits import choose_rows
 
 MAX_LENGTH = 128
@@ -65,8 +65,8 @@ def texts(fit: Fit) -> tuple[Any, dict[str, Any]]:
     model.classifier.float()
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        r=RANK,
-        lora_alpha=ALPHA,
+        r=fit.arm.rank,
+        lora_alpha=2 * fit.arm.rank,
         lora_dropout=0.0,
         target_modules=["query", "value"],
         modules_to_save=["classifier"],
@@ -93,7 +93,11 @@ def images(fit: Fit) -> tuple[Any, dict[str, Any]]:
     # not the patch embedding, whose convolution is a `proj` too
     targets = r".*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
     lora = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, modules_to_save=["model.head"]
+        r=fit.arm.rank,
+        lora_alpha=2 * fit.arm.rank,
+        lora_dropout=0.0,
+        target_modules=targets,
+        modules_to_save=["model.head"],
     )
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

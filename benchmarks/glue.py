@@ -2,11 +2,12 @@
 
 Arms: ours through the recipe (length buckets, padded to the longest of a batch) with B or both factors trained, over
 float32 or bfloat16 frozen weights; Trainer with PEFT's LoRA, padded to 128 as its examples have it, and padded to the
-longest of a batch with length grouping, over either. All: rank 8 on query and value, batches of 32, bf16 autocast.
+longest of a batch with length grouping, over either. All: rank 8 on query and value, and with B alone rank 16 too,
+which has as many parameters as both factors of rank 8; batches of 32, bf16 autocast.
 
     python -m benchmarks.glue --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue --threads 1 \
-        --output docs/results/benchmark_glue.json --resume --rates B=0.003 both=0.001 peft=0.001
-    … --choose_rates 0.001 0.003 0.01     # first: on a held-out tenth of the training rows, seed 0
+        --output docs/results/benchmark_glue.json --resume --rates B=… B16=… both=… peft=…
+    … --choose_rates 0.001 0.003 0.01     # first: on a held-out tenth of the training rows, a seed for each round
 
 A round is one fit of each arm with a seed of its own, in shuffled order; the padded arms are timed over fewer epochs
 and rounds, and not scored. Seconds are of an epoch, from its first step to the end of its last, and of the process;
@@ -38,18 +39,20 @@ from benchmarks.harness import (
 ARMS = {
     "ours, B": Arm("ours", "B"),
     "ours, B, bfloat16": Arm("ours", "B", "bfloat16"),
+    "ours, B, rank 16": Arm("ours", "B", rank=16),
     "ours, both": Arm("ours", "both"),
     "peft, padded to 128": Arm("trainer", padded=True),
     "peft, grouped": Arm("trainer"),
     "peft, grouped, bfloat16": Arm("trainer", backbone_dtype="bfloat16"),
 }
 REFERENCES = ("peft, padded to 128", "peft, grouped", "peft, grouped, bfloat16")
+RATES = [f"{kind}=0.001" for kind in ("B", "B16", "both", "peft")]
 Record = dict[str, Any]
 
 
 def kind(arm: Arm) -> str:
-    """What has a learning rate of its own: B, A, both, or peft."""
-    return "peft" if arm.family == "trainer" else arm.train
+    """What has a learning rate of its own: B, both, or peft, with the rank if it is not 8."""
+    return ("peft" if arm.family == "trainer" else arm.train) + ("" if arm.rank == 8 else str(arm.rank))
 
 
 def make_fit(arguments: argparse.Namespace, arm: Arm, **values: Any) -> Fit:
@@ -71,15 +74,17 @@ def once(arguments: argparse.Namespace, name: str, fit: Fit) -> Record:
 
 
 def choose_rates(arguments: argparse.Namespace) -> None:
-    """Fit each kind at each rate on nine tenths of the training rows, and score it on the rest."""
-    chosen = {kind(arm): arm for name, arm in ARMS.items() if name in arguments.arms and not arm.padded}
+    """Fit each kind at each rate on nine tenths of the training rows, and score it on the rest, with several seeds."""
+    chosen = {kind(ARMS[name]): ARMS[name] for name in reversed(arguments.arms) if not ARMS[name].padded}
     rows = []
     for name, arm in chosen.items():
         for rate in arguments.choose_rates:
-            fit = make_fit(arguments, arm, epochs=arguments.epochs, rate=rate, held_out=True)
-            record = once(arguments, f"rate, {name}, {rate:g}", fit)
-            rows.append([name, f"{rate:g}", f"{record['scores'][-1]:.4f}"])
-    table("Matthews' correlation on a held-out tenth, seed 0", ["trained", "rate", "score"], rows)
+            scores = []
+            for seed in range(arguments.rounds):
+                fit = make_fit(arguments, arm, epochs=arguments.epochs, rate=rate, seed=seed, held_out=True)
+                scores.append(once(arguments, f"rate, {name}, {rate:g}, seed {seed}", fit)["scores"][-1])
+            rows.append([name, f"{rate:g}", mean_text(mean(scores))])
+    table("Matthews' correlation on a held-out tenth, %", ["trained", "rate", "score"], rows)
 
 
 def rounds(arguments: argparse.Namespace) -> list[dict[str, Record]]:
@@ -108,6 +113,11 @@ def mean(values: list[float]) -> dict[str, float]:
     """Mean and its standard error."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return {"mean": statistics.mean(values), "standard_error": error, "values": len(values)}
+
+
+def mean_text(of: dict[str, float]) -> str:
+    """A mean and its standard error as a table shows them, in hundredths."""
+    return f"{100 * of['mean']:.2f} ± {100 * of['standard_error']:.2f}"
 
 
 def summarize(results: list[dict[str, Record]], arguments: argparse.Namespace) -> Record:
@@ -149,7 +159,7 @@ def show(summary: Record) -> None:
         sizes.append(
             [
                 name,
-                f"{100 * score['mean']:.2f} ± {100 * score['standard_error']:.2f}" if score else "",
+                mean_text(score) if score else "",
                 f"{row['peak_bytes'] / MIB:.0f}",
                 f"{row['training_growth_bytes'] / MIB:.0f}",
                 f"{row['trained_parameters']:,}",
@@ -173,7 +183,7 @@ def main() -> None:
     common.add_argument("--padded_epochs", type=int, default=1, help="of the padded arm")
     common.add_argument("--padded_rounds", type=int, default=1, help="rounds in which the padded arm is timed")
     common.add_argument("--rows", type=int, help="most training rows (all; with --quick 320)")
-    common.add_argument("--rates", nargs="+", default=["B=0.001", "both=0.001", "peft=0.001"], help="of B, both, peft")
+    common.add_argument("--rates", nargs="+", default=RATES, help="of each kind of arm")
     common.add_argument("--choose_rates", type=float, nargs="+", help="try these rates instead, and measure nothing")
     arguments = parse(common)
     if arguments.epochs is None:
