@@ -137,6 +137,7 @@ def fit(arguments: argparse.Namespace, layers: int | None, cached: bool, rate: f
         "cache_bytes": sum(file.stat().st_size for file in cache.glob("onesided/prefix-*")),
         "trained_parameters": metrics["params/trainable"],
         "peak_bytes": metrics["memory/peak_bytes"],
+        "spectrum_share": metrics["time/spectrum_seconds"] / metrics["time/fit_seconds"],
         "val_score": metrics[f"val/{task['score']}"],
         "test_score": metrics[f"test/{task['score']}"],
     }
@@ -226,9 +227,11 @@ def show(arguments: argparse.Namespace, results: dict[str, list[Record]]) -> Non
                 f"{records[0]['trained_parameters']:,}",
                 f"{statistics.median(r['peak_bytes'] for r in records) / MIB:.0f}",
                 f"{records[0]['cache_bytes'] / MIB:.0f}",
+                f"{statistics.median(r['spectrum_share'] for r in records):.2%}",
             ]
         )
     columns = ["blocks", "first, s", "later, s", "all / later", "all / process", "test, %", "trained", "MiB", "cache"]
+    columns.append("spectra")
     table(f"{arguments.task}: seconds of an epoch, peak and cache in MiB", columns, rows)
     with section(arguments, f"{arguments.task}, all over each") as record:
         record |= ratios
