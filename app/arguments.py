@@ -43,7 +43,7 @@ def read_yaml(name: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArgumentError(None, f"--config: there is no file {name!r}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, IsADirectoryError) as error:
         raise ArgumentError(None, f"--config: {name} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ArgumentError(None, f"--config: {name} has no keys.")

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from app.arguments import (
     check_classes,
@@ -67,8 +67,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 for success; 2 for wrong use or bad input, reported in one message on stderr; 1 when a process that
-        this one started was killed or shows a traceback; 143 when SIGTERM stopped it, with a line on stderr that names
-        the checkpoint.
+        this one started was killed or shows a traceback; 143 when SIGTERM stopped it and 130 when Ctrl-C
+        did, with a line on stderr that names the checkpoint.
     """
     quiet_libraries()
     with Termination() as termination, ExitStack() as held:
@@ -109,7 +109,7 @@ class AsymmetryCLI(LightningCLI):
 
     Args:
         args: Words of the command line.
-        termination: What takes SIGTERM.
+        termination: What takes SIGTERM and Ctrl-C.
         held: Takes what is to be given back when the command has ended, in whatever way.
     """
 
@@ -272,7 +272,7 @@ class AsymmetryCLI(LightningCLI):
         if self._get(self.config, "test_after_fit") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             best = next(c.best_model_path for c in self.trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
             if not best:
-                rank_zero_info("There is no best checkpoint, since nothing was validated: the last weights are tested.")
+                rank_zero_warn("There is no best checkpoint, since nothing was validated: the last weights are tested.")
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
             )

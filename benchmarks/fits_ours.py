@@ -21,12 +21,14 @@ MODULES = {
         "datamodules.glue",
         "transformers.models.roberta.modeling_roberta",
         "torch.utils.tensorboard",
+        "pyarrow.parquet",
     ),
     "images": (
         "modules.image_classification",
         "datamodules.image_classification",
         "datasets",
         "torch.utils.tensorboard",
+        "pyarrow.parquet",
     ),
 }
 CLOCK = Clock()
@@ -74,6 +76,7 @@ def words(fit: Fit, folder: str) -> list[str]:
         "trainer.precision": arm.precision,
         "trainer.gradient_clip_val": CLIP,
         "trainer.enable_progress_bar": "false",
+        "trainer.num_sanity_val_steps": 0,  # which Trainer does not have
         "trainer.default_root_dir": folder,
         "seed_everything": fit.seed,
         "test_after_fit": "false",

@@ -76,9 +76,7 @@ def texts(fit: Fit) -> tuple[Any, dict[str, Any]]:
     def tokenize(rows: dict[str, list[Any]]) -> Any:
         return tokenizer(rows["sentence"], truncation=True, max_length=MAX_LENGTH, **padding)
 
-    train, val = (
-        rows.map(tokenize, batched=True, remove_columns=["sentence", "idx"]) for rows in splits(fit, "validation")
-    )
+    train, val = (rows.map(tokenize, batched=True, remove_columns=["sentence", "idx"]) for rows in splits(fit))
     if fit.arm.padded:
         return get_peft_model(model, lora), {"train_dataset": train, "eval_dataset": val}
     collator = transformers.DataCollatorWithPadding(tokenizer)
@@ -105,19 +103,19 @@ def images(fit: Fit) -> tuple[Any, dict[str, Any]]:
         batch = nn.functional.interpolate(torch.stack(pixels).float() / 255, size=224)
         return {"image": (batch - 0.5) / 0.5, "labels": torch.tensor([row["label"] for row in rows])}
 
-    train, val = splits(fit, "test")
+    train, val = splits(fit)
     return get_peft_model(model, lora), {"train_dataset": train, "eval_dataset": val, "data_collator": collate}
 
 
-def splits(fit: Fit, validation: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+def splits(fit: Fit) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The rows that ours trains and validates on."""
     folder = Path(fit.data) / fit.task if (Path(fit.data) / fit.task).is_dir() else Path(fit.data)
-    files = {name: str(folder / f"{name}*.parquet") for name in ("train", validation)}
+    files = {name: str(folder / f"{name}*.parquet") for name in ("train", "validation")}
     data = datasets.load_dataset("parquet", data_files=files)
     train = data["train"].select(choose_rows(len(data["train"]), "train", fit.held_out, 0.1, 0, fit.rows))
     if fit.held_out:
         return train, data["train"].select(choose_rows(len(data["train"]), "val", True, 0.1, 0, None))
-    return train, data[validation]
+    return train, data["validation"]
 
 
 def score(prediction: Any) -> dict[str, float]:

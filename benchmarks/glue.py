@@ -11,9 +11,9 @@ which has as many parameters as both factors of rank 8; batches of 32, bf16 auto
 
 A round is one fit of each arm with a seed of its own, in shuffled order; the padded arms are timed over fewer epochs
 and rounds, and not scored. Seconds are of an epoch, from its first step to the end of its last, and of the process;
-ratios are paired by round. Each fit is a section of the file as soon as it has ended, and with --resume it is left out
-when the file has it. `score` is Matthews' correlation on CoLA's own validation split after the last epoch, which chose
-nothing.
+ratios are paired by round, over as many epochs as both had. Each fit is a section of the file as soon as it has ended,
+and with --resume it is left out when the file has it. `score` is Matthews' correlation on CoLA's own validation split
+after the last epoch, which chose nothing.
 """
 
 from __future__ import annotations
@@ -46,13 +46,21 @@ ARMS = {
     "peft, grouped, bfloat16": Arm("trainer", backbone_dtype="bfloat16"),
 }
 REFERENCES = ("peft, padded to 128", "peft, grouped", "peft, grouped, bfloat16")
-RATES = [f"{kind}=0.001" for kind in ("B", "B16", "both", "peft")]
+RATE = 0.001
 Record = dict[str, Any]
 
 
 def kind(arm: Arm) -> str:
     """What has a learning rate of its own: B, both, or peft, with the rank if it is not 8."""
     return ("peft" if arm.family == "trainer" else arm.train) + ("" if arm.rank == 8 else str(arm.rank))
+
+
+def rate(text: str) -> tuple[str, float]:
+    """A kind and its rate, of `--rates`."""
+    name, _, value = text.partition("=")
+    if name not in {kind(arm) for arm in ARMS.values()}:
+        raise argparse.ArgumentTypeError(f"{text} has no rate of B, B16, both or peft")
+    return name, float(value)
 
 
 def make_fit(arguments: argparse.Namespace, arm: Arm, **values: Any) -> Fit:
@@ -89,7 +97,6 @@ def choose_rates(arguments: argparse.Namespace) -> None:
 
 def rounds(arguments: argparse.Namespace) -> list[dict[str, Record]]:
     """All fits, round by round."""
-    rates = dict(pair.split("=") for pair in arguments.rates)
     order = random.Random(0)
     results: list[dict[str, Record]] = []
     for seed in range(arguments.rounds):
@@ -99,14 +106,14 @@ def rounds(arguments: argparse.Namespace) -> list[dict[str, Record]]:
             if arm.padded and seed >= arguments.padded_rounds:
                 continue
             epochs = min(arguments.epochs, arguments.padded_epochs) if arm.padded else arguments.epochs
-            fit = make_fit(arguments, arm, epochs=epochs, rate=float(rates[kind(arm)]), seed=seed)
+            fit = make_fit(arguments, arm, epochs=epochs, rate=arguments.rates.get(kind(arm), RATE), seed=seed)
             results[-1][name] = once(arguments, f"{name}, round {seed}", fit)
     return results
 
 
-def epoch(record: Record, key: str = "train_seconds") -> float:
-    """Seconds of a fit's epoch, the median over its epochs."""
-    return statistics.median(record[key])
+def epoch(record: Record, key: str = "train_seconds", epochs: int | None = None) -> float:
+    """Seconds of a fit's epoch, the median over its first epochs."""
+    return statistics.median(record[key][:epochs])
 
 
 def mean(values: list[float]) -> dict[str, float]:
@@ -145,7 +152,9 @@ def summarize(results: list[dict[str, Record]], arguments: argparse.Namespace) -
         for reference in REFERENCES:
             pairs = [(result[reference], result[name]) for result in results if name in result and reference in result]
             if pairs and name != reference:
-                row[f"{reference} over this"] = paired_ratio([epoch(a) for a, _ in pairs], [epoch(b) for _, b in pairs])
+                common = min(record["epochs"] for record in pairs[0])
+                of, over = ([epoch(pair[i], epochs=common) for pair in pairs] for i in (0, 1))
+                row[f"{reference} over this"] = paired_ratio(of, over)
     return summary
 
 
@@ -183,9 +192,11 @@ def main() -> None:
     common.add_argument("--padded_epochs", type=int, default=1, help="of the padded arm")
     common.add_argument("--padded_rounds", type=int, default=1, help="rounds in which the padded arm is timed")
     common.add_argument("--rows", type=int, help="most training rows (all; with --quick 320)")
-    common.add_argument("--rates", nargs="+", default=RATES, help="of each kind of arm")
+    common.add_argument("--rates", nargs="+", type=rate, default=[], help="of B, B16, both, peft: B=0.003 (0.001)")
     common.add_argument("--choose_rates", type=float, nargs="+", help="try these rates instead, and measure nothing")
+    common.set_defaults(inputs=["backbone", "path"])
     arguments = parse(common)
+    arguments.rates = dict(arguments.rates)
     if arguments.epochs is None:
         arguments.epochs = 1 if arguments.quick else 3
     if arguments.rows is None and arguments.quick:

@@ -167,6 +167,7 @@ def main() -> None:
     """Measure, show and store."""
     arguments = parse(parser(__doc__, rounds=8))
     with section(arguments, "processes") as record:
+        record["threads"] = 1  # of a process
         record["rows"] = rows = measure(arguments.quick, arguments.rounds)
     show(rows)
 

@@ -208,9 +208,11 @@ def measured(arguments: argparse.Namespace, name: str, given: Mapping[str, Any] 
 
 
 def _way(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How a section is measured."""
+    """How a section is measured; a benchmark names the arguments that every section depends on as `inputs`."""
     clock = "processor" if arguments.processor else "wall"
-    return {"quick": arguments.quick, "rounds": arguments.rounds, "threads": arguments.threads, "clock": clock}
+    inputs = {key: getattr(arguments, key) for key in getattr(arguments, "inputs", [])}
+    way = {"quick": arguments.quick, "rounds": arguments.rounds, "threads": arguments.threads, "clock": clock}
+    return way | ({"inputs": inputs} if inputs else {})
 
 
 @contextmanager
@@ -262,5 +264,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def ratio_text(ratio: Mapping[str, float]) -> str:
-    """A ratio as a table shows it: 1.52 (1.49–1.55)."""
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+    """A ratio as a table shows it: 1.52 (1.49–1.55), or of a single round 1.52."""
+    spread = f" ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio["low"] < ratio["high"] else ""
+    return f"{ratio['median']:.2f}{spread}"

@@ -151,12 +151,13 @@ def once(arguments: argparse.Namespace, name: str, layers: int | None, cached: b
     if record is None:
         with section(arguments, name) as record:
             record |= given
-            cache = Path(arguments.cache)
-            record |= fit(arguments, layers, cached, rate, seed, cache)
-            if cached and not arguments.choose_rates:
-                record["again"] = fit(arguments, layers, cached, rate, seed, cache)
-                for file in cache.glob("onesided/prefix-*"):
-                    file.unlink()
+            if arguments.choose_rates:  # what is kept serves all rates
+                record |= fit(arguments, layers, cached, rate, seed, Path(arguments.cache))
+            else:
+                with tempfile.TemporaryDirectory(dir=arguments.cache) as cache:
+                    record |= fit(arguments, layers, cached, rate, seed, Path(cache))
+                    if cached:
+                        record["again"] = fit(arguments, layers, cached, rate, seed, Path(cache))
         epochs = " ".join(f"{s:.1f}" for s in record["epoch_seconds"])
         print(f"{name}: epochs {epochs} s, test {record['test_score']:.4f}", flush=True)
     return record
@@ -248,9 +249,12 @@ def main() -> None:
     common.add_argument("--epochs", type=int, default=3, help="2 or more")
     common.add_argument("--rates", nargs="*", default=[], metavar="ARM=RATE", help="such as all=0.001 'last 4=0.003'")
     common.add_argument("--choose_rates", type=float, nargs="+", help="score these on validation instead")
-    common.add_argument("--cache", help="folder of what is kept; else a temporary one")
+    common.add_argument("--cache", help="folder for what is kept meanwhile; else the system's for temporary files")
     common.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more words for every fit")
+    common.set_defaults(inputs=["path", "backbone", "weights", "options"])
     arguments = parse(common)
+    if arguments.epochs < 2:
+        common.error("--epochs: the first is told from the later ones, so that there must be two")
     with tempfile.TemporaryDirectory() as temporary:
         arguments.cache = arguments.cache or temporary
         if arguments.choose_rates:

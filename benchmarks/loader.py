@@ -112,6 +112,7 @@ def main(words: list[str] | None = None) -> None:
     for key in FILES:
         common.add_argument(f"--{key}")
     common.add_argument("--case", help=argparse.SUPPRESS)
+    common.set_defaults(inputs=FILES)
     arguments = parse(common, words)
     chosen = cases({key: getattr(arguments, key) for key in FILES if getattr(arguments, key)})
     if arguments.case:

@@ -115,13 +115,12 @@ def compare(arguments: argparse.Namespace, config: PreTrainedConfig, name: str) 
 def decoder(arguments: argparse.Namespace) -> None:
     """Predict and measure every setting of the decoder, each a section of the file."""
     config = LanguageModel(backbone=arguments.backbone).backbone.config
-    keys = ("backbone", "rank", "batch_size", "tokens", "response_tokens")
     rows = []
     for name in arguments.settings:
         record = measured(arguments, f"decoder, {name}")
         if record is None:
             with section(arguments, f"decoder, {name}") as record:
-                record |= {key: getattr(arguments, key) for key in keys} | compare(arguments, config, name)
+                record |= compare(arguments, config, name)
         sizes = [f"{record[key] / GIB:.3f}" for key in ("predicted", *ALLOCATORS)]
         rows.append([name, *sizes, *(f"{record[f'predicted_over_{key}']:.3f}" for key in ALLOCATORS)])
     heads = ["setting", "predicted, GiB", "measured, GiB", "freed at once, GiB", "predicted / measured", "/ freed"]
@@ -141,6 +140,8 @@ def main() -> None:
     common.add_argument("--response_tokens", type=int, default=100, help="positions of a sequence that are learnt")
     common.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of the decoder")
     common.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
+    inputs = ["backbone", "rank", "batch_size", "tokens", "response_tokens", "text_backbone", "text_path", "images"]
+    common.set_defaults(inputs=inputs)
     arguments = parse(common)
     if arguments.text_backbone and not arguments.text_path:
         common.error("--text_backbone needs --text_path")

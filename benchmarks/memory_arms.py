@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.images:
         with tempfile.TemporaryDirectory() as folder:
             size = 4 if arguments.quick else 16
-            write_images(Path(folder), {"train": 3 * size, "test": size})
+            write_images(Path(folder), {"train": 2 * size, "validation": size, "test": size})
             for name, arm in arms(arguments, "images").items():
                 fit = Fit(arm, "images", folder, arguments.images, epochs=1, rate=1e-3, rows=2 * size, batch_size=size)
                 once(arguments, f"images, {name}", fit)

@@ -140,12 +140,16 @@ def main(words: list[str] | None = None) -> None:
     common.add_argument("--vary", nargs="+", choices=[*SIZES, "processes"], default=[*SIZES, "processes"])
     common.add_argument("--figure", type=Path, help="PNG of what this run and the file of --output hold")
     arguments = parse(common, words)
+    known = load(arguments.output).keys() | arguments.vary
+    if arguments.figure and not known & SIZES.keys():
+        common.error(f"--figure: there is nothing to draw but {', '.join(SIZES)}, none of which is varied")
     done: dict[str, Any] = {}
     for varied in arguments.vary:
         figures = measured(arguments, varied)
         if figures is None:
             with section(arguments, varied) as figures:
                 if varied == "processes":
+                    figures |= {"threads": 1, "clock": "wall"}  # whatever was asked
                     figures["rows"] = gradient_bytes.measure(arguments.quick, arguments.rounds)
                 else:
                     figures.update(sweep(varied, arguments))

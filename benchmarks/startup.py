@@ -96,6 +96,7 @@ def main(words: list[str] | None = None) -> None:
     common.add_argument("--backbone", help="a directory in the hub's layout, for the first step on texts")
     common.add_argument("--path", help="a directory with GLUE's tasks, likewise")
     common.add_argument("--arms", nargs="+", help="these arms alone, and the base")
+    common.set_defaults(inputs=["backbone", "path", "arms"])
     arguments = parse(common, words)
     arms = commands(arguments)
     if arguments.arms:

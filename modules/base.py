@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modules.adapter_files import load_heads, read_adapter
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
 from modules.adapters.state import frozen_fingerprint
+from modules.blocks import layers_left_out
 from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
 from modules.errors import ModelError
 from modules.freezing import freeze
@@ -79,8 +80,8 @@ class AdaptedModule(CheckpointedModule):
         super().__init__()
         if not all(0 < rate < torch.finfo().max for rate in (learning_rate, lr_ratio_b, lr_ratio_head)):
             raise ModelError("model.learning_rate, model.lr_ratio_b and model.lr_ratio_head must be finite, above 0.")
-        if weight_decay < 0:
-            raise ModelError(f"model.weight_decay: {weight_decay} must not be negative.")
+        if not 0 <= weight_decay < math.inf:
+            raise ModelError(f"model.weight_decay: {weight_decay} must be finite, 0 or more.")
         if not 0 <= warmup_ratio < 1:
             raise ModelError(f"model.warmup_ratio: {warmup_ratio} must lie in [0, 1).")
         if tuning == "full" and backbone_dtype != "float32":
@@ -296,6 +297,8 @@ class AdaptedModule(CheckpointedModule):
         if self._gradients_seen:
             return
         self._gradients_seen = True
+        if layers_left_out(self.backbone):  # a step says nothing of blocks that it left out
+            return
         idle = [
             f.projection.name
             for layer in adapted_layers(self.backbone).values()

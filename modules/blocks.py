@@ -22,6 +22,13 @@ class Stack:
     blocks: list[nn.Module]
 
 
+def layers_left_out(backbone: nn.Module) -> dict[str, float]:
+    """Keys of a backbone's config.json by which it leaves out whole blocks at random in training, with their shares."""
+    config = getattr(backbone, "config", None)
+    shares = {key: getattr(config, key, 0.0) for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")}
+    return {key: share for key, share in shares.items() if share}
+
+
 def block_stacks(backbone: nn.Module) -> list[Stack]:
     """The outermost lists of two or more blocks of one class: one of a ViT, an encoder or a decoder, two of BART.
 

@@ -10,7 +10,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from modules.adapters import adapter_state
-from modules.adapters.state import state_problems
+from modules.adapters.state import refuse_merged, state_problems
 from modules.errors import ModelError
 
 AFTER_DIVERGENCE = (
@@ -76,6 +76,7 @@ class CheckpointedModule(L.LightningModule):
         Raises:
             ModelError: With the list of what is missing, unexpected or of another shape; nothing is then loaded.
         """
+        refuse_merged(self.backbone)
         if problems := state_problems(self.saved_state(), state_dict):
             raise ModelError(
                 "The checkpoint is of another model than the one configured: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from transformers import GenerationConfig
@@ -33,9 +34,9 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ModelError(f"model.generation.max_new_tokens: {self.max_new_tokens} must be 1 or more.")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ModelError(
-                f"model.generation.temperature: {self.temperature} must be above 0; do_sample: false is greedy."
+                f"model.generation.temperature: {self.temperature} must be finite, above 0; do_sample: false is greedy."
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ModelError(

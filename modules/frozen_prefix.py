@@ -120,20 +120,22 @@ class FrozenPrefix:
 
     def _check(self, batch: Batch) -> None:
         """See that going on from the hidden states, without those of padding, is what the whole backbone does."""
-        whole = self._watch(batch)
+        whole, reason = self._watch(batch), None
         mask = batch[MASK].bool() if MASK in batch else whole.hidden.new_ones(whole.hidden.shape[:2], dtype=torch.bool)
         rest = {key: value for key, value in batch.items() if key not in self.inputs}
         try:
             other = self._watch({**rest, HIDDEN: whole.hidden * mask[..., None].to(whole.hidden.dtype)})
             same = self.depth == len(self.blocks) or torch.equal(whole.received[mask], other.received[mask])
             same = same and bool((whole.outputs - other.outputs).norm() <= TOLERANCE * whole.outputs.norm())
-        except Exception:  # a backbone with another interface may raise anything
-            same = False
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a backbone with another interface may raise anything
+            same, reason = False, error
         if not same:
             raise ModelError(
                 f"{KEY}: {type(self.backbone).__name__} cannot go on from the output of one of its blocks; set it to "
                 "false."
-            )
+            ) from reason
 
     def _watch(self, batch: Batch) -> SimpleNamespace:
         """For a batch the `outputs`, the `hidden` that the prefix gives, and what the block behind it `received`."""

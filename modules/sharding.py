@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modules.adapters import adapted_layers
 from modules.base import AdaptedModule, ModelError
-from modules.blocks import Stack, block_stacks
+from modules.blocks import Stack, block_stacks, layers_left_out
 
 
 def shard_frozen_weights(module: AdaptedModule) -> FrozenShards | None:
@@ -143,13 +143,11 @@ def sharded_stacks(backbone: nn.Module) -> list[Stack]:
     Raises:
         ModelError: If there are none, or blocks that are left out at random.
     """
-    config = getattr(backbone, "config", None)
-    for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
-        if share := getattr(config, key, 0.0):
-            raise ModelError(
-                f"model.shard_frozen: with model.backbone_args.{key}: {share} the processes would leave out different "
-                "blocks and wait for one another; set it to 0."
-            )
+    for key, share in layers_left_out(backbone).items():
+        raise ModelError(
+            f"model.shard_frozen: with model.backbone_args.{key}: {share} the processes would leave out different "
+            "blocks and wait for one another; set it to 0."
+        )
     stacks = block_stacks(backbone)
     if not stacks:
         raise ModelError(

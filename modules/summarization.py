@@ -54,6 +54,8 @@ class Generation:
                 f"model.generation: min_length {self.min_length} and max_length {self.max_length} must be 0 <= min <= "
                 "max, and max 2 or more."
             )
+        if not math.isfinite(self.length_penalty):
+            raise ModelError(f"model.generation.length_penalty: {self.length_penalty} must be finite.")
         if self.no_repeat_ngram_size < 0:
             raise ModelError(
                 f"model.generation.no_repeat_ngram_size: {self.no_repeat_ngram_size} must not be negative."
@@ -115,7 +117,9 @@ class Summarizer(AdaptedModule):
         if not 0 <= label_smoothing < 1:
             raise ModelError(f"model.label_smoothing: {label_smoothing} must lie in [0, 1).")
         self.label_smoothing = label_smoothing
-        built = build_transformers_model(AutoModelForSeq2SeqLM, backbone, weights, backbone_args or {})
+        built = build_transformers_model(
+            AutoModelForSeq2SeqLM, backbone, weights, backbone_args or {}, self.backbone_dtype
+        )
         self.backbone: PreTrainedModel = built.model
         if not hasattr(self.backbone, "prepare_decoder_input_ids_from_labels"):
             raise ModelError(f"model.backbone: {type(self.backbone).__name__} does not say how its decoder begins.")

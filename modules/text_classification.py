@@ -80,7 +80,9 @@ class TextClassifier(AdaptedModule):
             compile=compile,
         )
         self.save_hyperparameters()
-        built = build_transformers_model(AutoModelForSequenceClassification, backbone, weights, backbone_args or {})
+        built = build_transformers_model(
+            AutoModelForSequenceClassification, backbone, weights, backbone_args or {}, self.backbone_dtype
+        )
         self.model_config = built.model.config
         self.backbone = built.model
         self.tokenizer = load_tokenizer(backbone, built.model)

@@ -135,7 +135,7 @@ def _load(model: nn.Module, name: str, state: dict[str, Tensor], source: str) ->
         accepted = inspect.signature(convert).parameters
         try:
             state = convert(state, model, **{k: v for k, v in options.items() if k in accepted})
-        except (KeyError, RuntimeError, ValueError, AttributeError) as error:
+        except Exception as error:  # a converter reads shapes as they come
             raise ModelError(f"model.weights: {source} does not fit {name}: {error}") from error
     config = getattr(model, "pretrained_cfg", {})
     head = config.get("classifier") or ()

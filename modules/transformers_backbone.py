@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -30,10 +33,10 @@ transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Built:
-    """A model for a task, in float32 on the CPU.
+    """A model for a task, on the CPU.
 
     Args:
-        model: The model.
+        model: The model, in the dtype that was asked for, its heads in float32.
         heads: Names of its modules behind the base model, and of a pooler that came without weights.
         new: Names of the tensors that were not loaded.
     """
@@ -54,11 +57,11 @@ def build_transformers_model(
             with `/FILE.gguf` behind it, that file of either.
         weights: `pretrained` (the repository's own), `none`, or a local .safetensors file in their place.
         args: Values of the configuration to change, such as `hidden_dropout_prob`.
-        dtype: What the weights are loaded in.
+        dtype: What the weights are loaded in, all but those of heads.
 
     Raises:
-        ModelError: If there is no such model, it is not made for this task, a key is not its configuration's, or
-            weights of anything but a head are missing.
+        ModelError: If there is no such model, it is quantised or not made for this task, a key is not its
+            configuration's, or weights of anything but a head are missing.
     """
     config = _read_config(name, args)
     half = config.is_encoder_decoder and auto_class is transformers.AutoModelForCausalLM  # a decoder never used alone
@@ -71,7 +74,7 @@ def build_transformers_model(
     info: dict[str, Any] = {}
     try:
         if weights == "none":
-            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
         elif state is None:
             model, info = _from_pretrained(auto_class, name, config, dtype)
         else:
@@ -82,12 +85,12 @@ def build_transformers_model(
             "--model.backbone takes a local directory with config.json and model.safetensors."
         ) from error
     absent: set[str] = {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
-    heads = [child for child, m in model.named_children() if child != model.base_model_prefix and _is_own(model, m)]
+    heads = [child for child, m in model.named_children() if _is_head(model, child, m)]
     heads += _new_poolers(model, heads, absent, name if weights == "pretrained" else weights)
     if weights != "pretrained" and model.can_generate() and not is_gguf(name):
         _read_generation_config(model, name)
     new = {key for key in model.state_dict() if weights == "none" or key in absent}
-    return Built(model.to(dtype) if dtype == torch.float32 else model, heads, new)
+    return Built(model.float() if dtype == torch.float32 else model, heads, new)
 
 
 def load_tokenizer(name: str, model: PreTrainedModel, pads: bool = True) -> PreTrainedTokenizerBase:
@@ -219,6 +222,11 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
             setattr(config, key, value)
         except Exception as error:  # the library checks the types of its configurations
             raise ModelError(f"model.backbone_args: {key} cannot be {value!r} ({_first_line(error)}).") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.backbone: the weights of {name} are quantised, and adapters need them as numbers; give the "
+            "repository that they were made from, or a GGUF file."
+        )
     if is_gguf(name) and "rope_parameters" not in args:
         check_positions(name, config)
     return config
@@ -228,12 +236,13 @@ def _from_pretrained(
     auto_class: Any, name: str | None, config: PreTrainedConfig, dtype: torch.dtype, **more: Any
 ) -> tuple[Any, Any]:
     folder = None
-    if name is None:  # the class that the configuration stands for
-        auto_class = auto_class._model_mapping[type(config)]
+    kind = auto_class._model_mapping[type(config)]  # the class that the configuration stands for
+    if name is None:
+        auto_class = kind
     else:
         folder, file = located(name)
         more |= {"trust_remote_code": False, **file}
-    with unpacking(name or "") as how:
+    with unpacking(name or "") as how, _heads_in_float32(kind, config):
         return auto_class.from_pretrained(
             folder,
             config=config,
@@ -244,6 +253,22 @@ def _from_pretrained(
             **more,
             **how,
         )
+
+
+@contextmanager
+def _heads_in_float32(kind: Any, config: PreTrainedConfig) -> Iterator[None]:
+    """Have a model's heads and poolers loaded in float32, whatever the rest is loaded in."""
+    with torch.device("meta"):
+        skeleton = kind(config)
+    heads = {f"^{child}\\." for child, m in skeleton.named_children() if _is_head(skeleton, child, m)}
+    key = "_keep_in_fp32_modules_strict"  # in which models name what must not be loaded in 16 bits
+    with mock.patch.object(kind, key, {*(getattr(kind, key) or ()), *heads, r"(?:^|\.)pooler\."}):
+        yield
+
+
+def _is_head(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    """Whether a module is behind the base model, with parameters of its own."""
+    return name != model.base_model_prefix and _is_own(model, module)
 
 
 def _read_generation_config(model: PreTrainedModel, name: str) -> None:

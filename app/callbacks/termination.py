@@ -1,4 +1,4 @@
-"""SIGTERM, as a preempted node gets it: the step is finished, the run saved, and the exit code says so."""
+"""SIGTERM, as a preempted node gets it, and Ctrl-C: the step is finished, the run saved, the exit code says so."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-EXIT_CODE = 128 + signal.SIGTERM
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_CODES = tuple(128 + number for number in SIGNALS)
 
 
 class Termination(L.Callback):
-    """Take SIGTERM for as long as the context lasts.
+    """Take SIGTERM and SIGINT for as long as the context lasts.
 
     - While steps of training run, it waits for the end of the optimizer step, where `AdapterCheckpoint` asks for it.
       All processes of a distributed run agree there, whichever of them got the signal. (Lightning's own handler enters
@@ -34,30 +35,33 @@ class Termination(L.Callback):
         self.checkpoint: Path | None = None  # from which training goes on
         self._deferred = self._stopping = False
         self._process = os.getpid()
-        self._before: Any = None
+        self._signal = signal.SIGTERM
+        self._before: dict[signal.Signals, Any] = {}
         self._trainer: L.Trainer | None = None
 
     # --------------------------------------------------------------------------------------------------------- signal
 
     def __enter__(self) -> Termination:
-        """Take the signal."""
+        """Take the signals."""
         if threading.current_thread() is threading.main_thread():  # no other may
-            self._before = signal.signal(signal.SIGTERM, self._handle)
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave it as it was."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)  # None if it was not set from Python
+        """Leave them as they were."""
+        for number, before in self._before.items():
+            signal.signal(number, before or signal.SIG_DFL)  # None if it was not set from Python
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and os.getpid() != self._process:
+            return  # a terminal's Ctrl-C reaches the loader's workers too, which are needed to the end of the step
         if self.requested or os.getpid() != self._process:  # a second one, or in a worker process that was forked
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.requested = True
+        self.requested, self._signal = True, signal.Signals(number)
         if not self._deferred:
             for process in self._launched():
                 process.terminate()
@@ -72,14 +76,14 @@ class Termination(L.Callback):
         """Whether a process that this one started was killed or ended by a defect, and not by what a user can mend."""
         if launched := self._launched():
             time.sleep(0.5)  # its connections are closed a little before it has ended
-        return any(process.poll() not in (None, 0, 2, EXIT_CODE) for process in launched)
+        return any(process.poll() not in (None, 0, 2, *EXIT_CODES) for process in launched)
 
     def report(self) -> int:
         """Say that it came and where training goes on; the exit code."""
         going_on = f"training goes on from {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
         if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"SIGTERM: stopped; {going_on}.", file=sys.stderr, flush=True)
-        return EXIT_CODE
+            print(f"{self._signal.name}: stopped; {going_on}.", file=sys.stderr, flush=True)
+        return 128 + self._signal
 
     def agreed(self, trainer: L.Trainer) -> bool:
         """Whether any process was asked to stop; all of them must call it together."""
@@ -98,7 +102,8 @@ class Termination(L.Callback):
         """Take the place of Lightning's handler, and stop if the signal came before."""
         self._trainer, self._deferred = trainer, deferred
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._handle)
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
         if self._stopping or (self.requested and not deferred):
             raise SIGTERMException
 

@@ -18,7 +18,7 @@ from modules.adapters.state import adapted_layers
 def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = ()) -> list[Projection]:
     """Replace the targeted linear layers of a model by adapted ones, in place, and freeze everything but the factors.
 
-    Hooks on a replaced layer go with it. An adapter works only where its parent calls the layer: some parents read
+    Hooks on a replaced layer are lost. An adapter works only where its parent calls the layer: some parents read
     `layer.weight` instead (timm's BEiT and Swin V2 with their query biases), which shows as a factor without gradient.
 
     Args:
@@ -31,7 +31,7 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
 
     Raises:
         AdapterError: If a target or an excluded name matches nothing, the rank does not fit, or the model has adapters
-            already; the model is then unchanged.
+            already; the model is then unchanged. Or if `svd` meets a weight that is not finite; some are then frozen.
     """
     if adapted_layers(model):
         raise AdapterError("This model has adapters already; detach them first.")

@@ -6,12 +6,14 @@ With g the gradient to out and h = x·Aᵀ:
     gradient to A:  s·(g·B)ᵀ·x          (r, d_in)
     gradient to B:  s·gᵀ·h              (d_out, r)
 
-Of the activations B needs h alone, A needs x alone, and a layer that gradients only pass through needs none. Autograd
-keeps the same, but forms s·(g·B)·A and casts of large matrices in passes of their own; here each update of one
+With dropout before A, of which x~ comes, h = x~·Aᵀ, the gradient to A has x~ for x, and s·(g·B)·A is that to x~.
+
+Of the activations B needs h alone, A needs its input alone, and a layer that gradients only pass through needs none.
+Autograd keeps the same, but forms s·(g·B)·A and casts of large matrices in passes of their own; here each update of one
 is the epilogue of the small product (`addmm_`). W is kept as it is stored and cast anew in backward, so that autocast
 over float32 weights leaves no second copy of them.
 
-`plain` is the formula in autograd's own operations: the reference, and what dropout before A needs.
+`plain` is the formula in autograd's own operations: the reference, and what a trained W needs.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def plain(
         scale: s.
         a: A, (r, d_in), any floating dtype; of k slices one below the other, (k·r, d_in).
         b: B, (d_out, r), any floating dtype; of k slices on a block diagonal, (d_out, k·r).
-        dropped: (n, d_in), the adapter's input if it is not x itself.
+        dropped: (n, d_in), the adapter's input if it is not x itself: x behind dropout.
 
     Returns:
         (n, d_out), in the dtype of W·x.
@@ -58,6 +60,7 @@ def fused(
     rows: Sequence[Rows],
     a: Tensor,
     bs: Sequence[Tensor],
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """What `plain` computes, as one node of the graph, and differentiable once; `torch.func` does not go through it.
 
@@ -70,21 +73,23 @@ def fused(
         rows: First row of each of the k adapted slices of the output and the one behind its last, in order.
         a: A of the slices one below the other, (k·r, d_in): one product reads x for all of them.
         bs: B of each slice, (rows, r).
+        dropped: (n, d_in), the adapter's input if it is not x itself, in x's dtype.
 
     Returns:
         (n, d_out), in the dtype of x.
     """
-    out: Tensor = _LowRankLinear.apply(x, weight, bias, scale, tuple(rows), a, *bs)
+    out: Tensor = _LowRankLinear.apply(x, dropped, weight, bias, scale, tuple(rows), a, *bs)
     return out
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Keeps h only if a B is trained and x only if A is."""
+    """Keeps h only if a B is trained and A's input only if A is."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        dropped: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         scale: float,
@@ -94,14 +99,16 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = x.dtype
         out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))  # (n, d_out)
-        h = F.linear(x, a.to(dtype))  # (n, k·r)
+        read = x if dropped is None else dropped
+        h = F.linear(read, a.to(dtype))  # (n, k·r)
         for part, part_h, b in zip(_slices(out, rows), _ranks(h, rows), bs, strict=True):
             part.addmm_(part_h, b.to(dtype).T, alpha=scale)
-        needs_x, *_, needs_a = ctx.needs_input_grad[:6]
-        needs_b = any(ctx.needs_input_grad[6:])
-        ctx.scale, ctx.rows, ctx.dtypes = scale, rows, (a.dtype, *(b.dtype for b in bs))
-        kept = (x if needs_a else None, h if needs_b else None, weight if needs_x else None, a if needs_x else None)
-        ctx.save_for_backward(*kept, *(b if needs_x or needs_a else None for b in bs))
+        needs_x, needs_dropped, *_, needs_a = ctx.needs_input_grad[:7]
+        needs_b = any(ctx.needs_input_grad[7:])
+        passes = needs_x if dropped is None else needs_dropped  # a gradient goes on through A
+        ctx.scale, ctx.rows, ctx.dtypes, ctx.drops = scale, rows, (a.dtype, *(b.dtype for b in bs)), dropped is not None
+        kept = (read if needs_a else None, h if needs_b else None, weight if needs_x else None, a if passes else None)
+        ctx.save_for_backward(*kept, *(b if passes or needs_a else None for b in bs))
         return out
 
     @staticmethod
@@ -115,22 +122,25 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients to the arguments of `_LowRankLinear.forward`, None for those that need none."""
-    x, h, weight, a, *bs = ctx.saved_tensors
+    read, h, weight, a, *bs = ctx.saved_tensors
     dtype, scale, rows = grad.dtype, ctx.scale, ctx.rows
     parts = _slices(grad, rows)  # each (n, rows)
-    gx = ga = None
-    if weight is not None or x is not None:
+    gd = ga = None
+    gx = None if weight is None else grad @ weight.to(dtype)  # (n, d_in)
+    if a is not None or read is not None:
         ghs = [part @ b.to(dtype) for part, b in zip(parts, bs, strict=True)]
         gh = ghs[0] if len(ghs) == 1 else torch.cat(ghs, dim=1)  # (n, k·r)
-        if weight is not None:
-            gx = (grad @ weight.to(dtype)).addmm_(gh, a.to(dtype), alpha=scale)
-        if x is not None:
-            ga = (gh.T @ x).to(ctx.dtypes[0]).mul_(scale)
+        if a is not None and ctx.drops:
+            gd = (gh @ a.to(dtype)).mul_(scale)
+        elif a is not None and gx is not None:
+            gx.addmm_(gh, a.to(dtype), alpha=scale)
+        if read is not None:
+            ga = (gh.T @ read).to(ctx.dtypes[0]).mul_(scale)
     gbs: list[Tensor | None] = [None] * len(bs)
     if h is not None:
-        operands = zip(_ranks(h, rows), parts, ctx.dtypes[1:], ctx.needs_input_grad[6:], strict=True)
+        operands = zip(_ranks(h, rows), parts, ctx.dtypes[1:], ctx.needs_input_grad[7:], strict=True)
         gbs = [_gradient_of_b(part_h, part, kind, scale) if needed else None for part_h, part, kind, needed in operands]
-    return gx, None, None, None, None, ga, *gbs
+    return gx, gd, None, None, None, None, ga, *gbs
 
 
 def _gradient_of_b(h: Tensor, grad: Tensor, dtype: torch.dtype, scale: float) -> Tensor:

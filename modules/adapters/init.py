@@ -16,8 +16,8 @@ With n the long side (d_in for A, d_out for B) and r the rank, the r vectors of 
 | zero       | 0                                         | 0                                    |
 | given      | 0 until a file or a checkpoint gives it   |                                      |
 
-so the first four and svd are matched in scale, and kaiming is as published: a frozen kaiming B is 4 to 7 times larger
-than an orthogonal one at r = 8, which is what makes it collapse in the paper (appendix, B_km Â₀).
+so the first four and svd are matched in scale, and kaiming is as published: a frozen kaiming B is √(d_out/3r) times an
+orthogonal one, 5.7 at r = 8 and d_out = 768, which is what makes it collapse in the paper (appendix, B_km Â₀).
 
 `signs` alone is the same to the bit on every machine and with every version of every library, so that it need not be
 saved (`modules.adapters.compact`): its bits are SHAKE-256's (FIPS 202, published test vectors, part of every Python),
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.config import Start
+from modules.adapters.config import AdapterError, Start
 
 Factor = Literal["A", "B"]
 
@@ -66,7 +66,7 @@ def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: in
     if init in ("zero", "given"):
         return torch.zeros(shape)
     if init == "svd":
-        return _singular_vectors(weight, factor, rank)
+        return _singular_vectors(weight, factor, rank, name)
     long_side = d_in if factor == "A" else d_out
     if init == "signs":
         return sign_factor(factor, long_side, rank, seed, name)
@@ -103,8 +103,10 @@ def _orthonormal_columns(n: int, rank: int, generator: torch.Generator) -> Tenso
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
 
-def _singular_vectors(weight: Tensor, factor: Factor, rank: int) -> Tensor:
+def _singular_vectors(weight: Tensor, factor: Factor, rank: int, name: str) -> Tensor:
     """Top singular vectors of W = UΣVᵀ: rows of Vᵀ for A, columns of U for B; largest entry of each positive."""
+    if not weight.isfinite().all():
+        raise AdapterError(f"adapter.init_{factor.lower()}: svd needs finite weights, and {name}'s are not.")
     u, _, vh = torch.linalg.svd(weight.detach().float().cpu(), full_matrices=False)
     vectors = vh[:rank] if factor == "A" else u[:, :rank].T  # (r, n)
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))

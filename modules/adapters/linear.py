@@ -105,21 +105,20 @@ class AdaptedLinear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once for all products
         flat = x.reshape(-1, self.in_features)  # (n, d_in)
+        dropped = self.dropout(flat) if self.dropout.p and self.training else None
         if self._takes_plain(x):
-            out = plain(flat, self.weight, self.bias, self.scale, *self._stacked_factors(), self.dropout(flat))
+            out = plain(flat, self.weight, self.bias, self.scale, *self._stacked_factors(), dropped)
         else:
             a, bs = zip(*(f.operands() for f in self.factors()), strict=True)
             stacked = a[0] if len(a) == 1 else torch.cat(a)  # (k·r, d_in)
-            out = fused(flat, self.weight, self.bias, self.scale, self._rows, stacked, bs)
+            out = fused(flat, self.weight, self.bias, self.scale, self._rows, stacked, bs, dropped)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _takes_plain(self, x: Tensor) -> bool:
-        """Whether this call is for autograd's own operations: with dropout, or where somebody has W or b trained.
+        """Whether this call is for autograd's own operations: where somebody has W or b trained.
 
         So is another dtype than W's without autocast, for PyTorch's own message.
         """
-        if self.dropout.p and self.training:
-            return True
         if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
             return True
         return x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type)

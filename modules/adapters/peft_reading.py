@@ -99,7 +99,9 @@ def _sorted_out(
     wholes: Heads = {}
     unexpected: list[str] = []
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise AdapterError(f"{WHERE}: {name!r:.120} holds {tensor.dtype}, which is no dtype of factors or heads.")
+        if not tensor.isfinite().all():
             raise AdapterError(f"{WHERE}: {name!r:.120} holds values that are not finite.")
         own = name.removeprefix(PREFIX)
         home = next((head for head in heads if own.startswith(f"{head}.")), None)

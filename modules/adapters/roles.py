@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 
@@ -18,6 +19,14 @@ from modules.adapters.config import AdapterError
 
 ATTENTION = ("query", "key", "value", "output")
 ROLES = (*ATTENTION, "mlp_in", "mlp_gate", "mlp_out")
+
+# what computes x·Wᵀ + b: the classes whose `forward` a layer may have
+LINEAR = (
+    "torch.nn.modules.linear.Linear",
+    "timm.layers.linear.Linear",
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+    "modules.adapters.linear.AdaptedLinear",
+)
 
 # (end of the layer's name, roles of its output's equal parts, in the order of their rows)
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -100,8 +109,9 @@ def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Pr
     """All projections of a model, in the order of its modules.
 
     Left out are layers whose weight belongs to another module too (a language-modelling head tied to the embedding),
-    since adapting one side would untie them; those without a weight of their own (parametrized ones); and those of
-    `nn.MultiheadAttention`, which reads their weights without calling them.
+    since adapting one side would untie them; those without a weight of their own (parametrized ones); those of
+    `nn.MultiheadAttention`, which reads their weights without calling them; and kinds of `nn.Linear` that compute
+    something else than x·Wᵀ + b (quantised layers, routers of experts).
 
     Args:
         model: The backbone.
@@ -111,7 +121,7 @@ def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Pr
     owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     found: list[Projection] = []
     for name, module in modules.items():
-        if not name or not isinstance(module, nn.Linear) or owners[id(module.weight)] != 1:
+        if not name or not _is_linear(module) or owners[id(module.weight)] != 1:
             continue
         parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, nn.MultiheadAttention):
@@ -122,6 +132,12 @@ def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Pr
         by_head = getattr(parent, "head_first", False) or hasattr(parent, "key_dim")
         found += _split(name, module, by_head)
     return found
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer computes x·Wᵀ + b and nothing else."""
+    kind = next((c for c in type(module).__mro__ if "forward" in vars(c)), nn.Module)
+    return isinstance(module, nn.Linear) and f"{kind.__module__}.{kind.__name__}" in LINEAR
 
 
 def _split(layer: str, linear: nn.Linear, by_head: bool) -> list[Projection]:

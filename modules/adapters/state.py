@@ -43,13 +43,22 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         AdapterError: With the list of what is missing, unexpected or of another shape, or because the adapters are
             merged, when another factor could not be unmerged again; the model is then unchanged.
     """
-    if any(layer.merged for layer in adapted_layers(model).values()):
-        raise AdapterError("The adapters are merged into the weights; unmerge before loading others.")
+    refuse_merged(model)
     own = adapter_state(model)
     if problems := state_problems(own, state):
         raise AdapterError("The adapter state does not fit this model: " + "; ".join(problems) + ".")
     for name, tensor in own.items():
         tensor.copy_(state[name])
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Keep other factors from adapters that are merged.
+
+    Raises:
+        AdapterError: If any is.
+    """
+    if any(layer.merged for layer in adapted_layers(model).values()):
+        raise AdapterError("The adapters are merged into the weights; unmerge before loading others.")
 
 
 def state_problems(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int = 5) -> list[str]:
