@@ -171,6 +171,9 @@ def test_python_in_yaml(cli: CommandLine, capsys: pytest.CaptureFixture[str], tm
     call = f"!!python/object/apply:os.system ['touch {canary}']"
     (tmp_path / "tags.yaml").write_text(f"model: {call}\n")
     refused(capsys, cli("fit", f"--config={tmp_path / 'tags.yaml'}"), "tags.yaml is not YAML")
+    for value in ("2024-13-45", "0b_", 3000 * "["):  # which PyYAML's constructors take badly
+        (tmp_path / "odd.yaml").write_text(f"model: {value}\n")
+        refused(capsys, cli("fit", f"--config={tmp_path / 'odd.yaml'}"), "odd.yaml is not YAML")
     assert cli("fit", f"--model.backbone_args={call}") == 2
     assert cli("fit", f"--model={tmp_path / 'tags.yaml'}") == 2
 

@@ -68,6 +68,12 @@ def test_summarization_learns_and_rouge_is_that_of_rouge_score(summary_cli: Comm
         assert summary_cli.metrics()[f"test/{kind}"] == pytest.approx(mean, abs=1e-6)
 
 
+def test_blocks_that_are_left_out_at_random_are_no_mistake(summary_cli: CommandLine) -> None:
+    options = ["--model.backbone_args.encoder_layerdrop=0.95", "--trainer.max_steps=1"]  # the first step has neither
+    assert summary_cli("fit", *options) == 0
+    assert summary_cli.checkpoint()["global_step"] == 1
+
+
 def test_generated_texts_are_in_tensorboard(fitted_summary_cli: CommandLine) -> None:
     events = fitted_summary_cli.events()
     assert "val/samples/text_summary" in events.Tags()["tensors"]

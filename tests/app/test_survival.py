@@ -300,13 +300,13 @@ def test_training_goes_on_from_the_newest_intact_one(
 
 
 @contextmanager
-def sigterm(hook: str, step: int) -> Iterator[None]:
-    """Have the process get SIGTERM once in a hook of AdapterCheckpoint, when so many steps are done."""
+def sigterm(hook: str, step: int, number: int = signal.SIGTERM) -> Iterator[None]:
+    """Have the process get a signal once in a hook of AdapterCheckpoint, when so many steps are done."""
 
     def send(self: AdapterCheckpoint, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == step and not trainer.sanity_checking and not sent:
             sent.append(True)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(self, trainer, *args, **kwargs)
 
     sent: list[bool] = []
@@ -365,6 +365,22 @@ def test_sigterm_stops_an_evaluation(fitted_cli: CommandLine, capsys: pytest.Cap
         assert fitted_cli("test", "--ckpt_path=last") == 143
     assert "SIGTERM: stopped" in capsys.readouterr().err
     assert (fitted_cli.run() / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"), [("on_train_batch_start", 4, 5), ("on_validation_batch_start", 8, 7)]
+)
+def test_ctrl_c_saves_and_says_so(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], hook: str, step: int, saved: int
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with sigterm(hook, step, signal.SIGINT):
+        assert fitted_cli("fit", "--trainer.max_epochs=1") == 130
+    assert signal.getsignal(signal.SIGINT) == handler
+    said = capsys.readouterr().err
+    assert f"SIGINT: stopped; training goes on from {last(fitted_cli.run(1))}." in said
+    assert "Traceback" not in said
+    assert fitted_cli.checkpoint(1)["global_step"] == saved
 
 
 def test_an_error_after_sigterm_is_of_it(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,16 +481,17 @@ def started(cli: CommandLine, *options: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [DDP, ["--data.num_workers=2"]], ids=["processes", "workers"])
-@pytest.mark.parametrize("group", [False, True], ids=["one", "group"])
-def test_sigterm_to_a_run_as_users_start_it(cli: CommandLine, options: list[str], group: bool) -> None:
+@pytest.mark.parametrize("how", ["one", "group", "Ctrl-C"])
+def test_a_signal_to_a_run_as_users_start_it(cli: CommandLine, options: list[str], how: str) -> None:
     process = started(cli, *options)
-    if group:  # as a scheduler may do it
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
+    number = signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM
+    if how == "one":
         process.terminate()
+    else:  # as a scheduler may do it, and a terminal does
+        os.killpg(process.pid, number)
     said = cli.root.parent / "said.log"
-    assert process.wait(120) == 143, said.read_text()
-    assert said.read_text().count(f"SIGTERM: stopped; training goes on from {last(cli.run())}.") == 1
+    assert process.wait(120) == 128 + number, said.read_text()
+    assert said.read_text().count(f"{number.name}: stopped; training goes on from {last(cli.run())}.") == 1
     assert "Traceback" not in said.read_text()
     assert cli.checkpoint()["global_step"] > 0
     with pytest.raises(ProcessLookupError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,21 @@ def test_ratios_are_paired_by_round() -> None:
     assert row["spectrum_share"]["mean"] == pytest.approx(0.01)
     assert row["training_growth_bytes"] == 200
     assert "score" not in summary[padded]
+
+
+def test_a_ratio_is_of_as_many_epochs_as_both_had() -> None:
+    ours, padded = "ours, B", "peft, padded to 128"
+    results = [{ours: record(1.0) | {"train_seconds": [2.0, 1.0, 1.0]}, padded: record(9.0, 1)}]
+    row = glue.summarize(results, Namespace(arms=[ours, padded], epochs=3))[ours]
+    assert row["peft, padded to 128 over this"]["median"] == 4.5
+    assert row["epoch_seconds"]["mean"] == 1.0
+
+
+def test_rates_are_by_kind() -> None:
+    assert glue.rate("B16=0.002") == ("B16", 0.002)
+    assert {glue.kind(arm) for arm in glue.ARMS.values()} == {"B", "B16", "both", "peft"}
+    with pytest.raises(ArgumentTypeError, match="has no rate of B"):
+        glue.rate("A=0.1")
 
 
 def test_an_epoch_lasts_from_its_first_step_to_the_end_of_its_last(monkeypatch: pytest.MonkeyPatch) -> None:

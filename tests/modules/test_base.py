@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.image_classification import ImageClassificationData
-from modules.adapters import AdapterConfig, adapter_state, attach
+from modules.adapters import AdapterConfig, AdapterError, adapter_state, attach, merge
 from modules.adapters.state import frozen_fingerprint
 from modules.base import ModelError
 from modules.image_classification import ImageClassifier
@@ -55,6 +55,14 @@ def test_a_checkpoint_written_from_python_loads_without_a_trainer(trained: tuple
     assert loaded.adapter == model.adapter
     image = torch.randn(3, 3, 16, 16)
     assert torch.equal(loaded.eval()(image), model.eval()(image))
+
+
+def test_a_checkpoint_is_not_loaded_into_merged_adapters(trained: tuple[ImageClassifier, Path]) -> None:
+    model, path = trained
+    state = torch.load(path, weights_only=True)["state_dict"]
+    merge(model.backbone)
+    with pytest.raises(AdapterError, match="unmerge before loading"):
+        model.load_state_dict(state)
 
 
 def test_a_checkpoint_over_other_frozen_weights_is_refused(trained: tuple[ImageClassifier, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,8 @@ def test_classes_are_the_datas_unless_the_model_has_some() -> None:
         ({"lr_ratio_b": 0.0}, "lr_ratio_b"),
         ({"lr_ratio_head": -1.0}, "lr_ratio_head"),
         ({"weight_decay": -0.1}, "weight_decay: -0.1"),
+        ({"weight_decay": math.nan}, "weight_decay: nan"),
+        ({"weight_decay": math.inf}, "weight_decay: inf"),
         ({"warmup_ratio": 1.0}, "warmup_ratio: 1.0"),
         ({"tuning": "full", "backbone_dtype": "bfloat16"}, "backbone_dtype"),
     ],

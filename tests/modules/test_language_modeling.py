@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -635,7 +636,11 @@ def test_an_encoder_that_sees_what_it_is_to_predict(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"max_new_tokens": 0}, r"^model\.generation\.max_new_tokens: 0 must be 1 or more"),
-        ({"temperature": 0.0}, r"^model\.generation\.temperature: 0\.0 must be above 0; do_sample: false is greedy"),
+        (
+            {"temperature": 0.0},
+            r"^model\.generation\.temperature: 0\.0 must be finite, above 0; do_sample: false is greedy",
+        ),
+        ({"temperature": math.nan}, r"^model\.generation\.temperature: nan must be finite"),
         ({"top_k": -1}, r"^model\.generation: top_k -1 must not be negative"),
         ({"top_p": 0.0}, r"^model\.generation: .* top_p 0\.0 must lie in \(0, 1\]"),
         ({"top_p": 1.1}, r"^model\.generation: .* top_p 1\.1 must lie in \(0, 1\]"),

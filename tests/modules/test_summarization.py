@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -183,6 +184,11 @@ def test_padding_does_not_matter(folders: dict[str, Path], kind: str) -> None:
     assert alone.shape[1] < mixed.shape[1]
     torch.testing.assert_close(mixed[0, : alone.shape[1]], alone[0], rtol=0, atol=1e-4)
     assert not torch.allclose(together[1, : alone.shape[1]], alone[0], atol=1e-2)  # another target before it
+
+
+def test_a_length_penalty_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"^model\.generation\.length_penalty: nan must be finite"):
+        Generation(length_penalty=math.nan)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(bart: Path) -> None:

@@ -303,6 +303,8 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, name: str, archive: bool) -
     [
         ({"conv1.weight": torch.zeros(3)}, ("missing", "unexpected: conv1.weight")),
         ({}, ("missing", "cls_token")),
+        ({"pos_embed": torch.zeros(4), "patch_embed.proj.weight": torch.zeros(4, 3, 8, 8)}, ()),
+        ({"patch_embed.proj.weight": torch.zeros(4)}, ()),
     ],
 )
 def test_weights_of_something_else(tmp_path: Path, state: dict[str, Tensor], parts: tuple[str, ...]) -> None:

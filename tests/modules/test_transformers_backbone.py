@@ -99,6 +99,30 @@ def test_weights_in_several_files_load(roberta: Path, tmp_path: Path) -> None:
     assert_same(encoder(build(tmp_path / "shards")), encoder(build(roberta)))
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_heads_are_loaded_in_float32_beside_a_backbone_in_bfloat16(tmp_path: Path, kind: str) -> None:
+    stored = load_file(save_classifier(tmp_path / kind, kind, ["a", "b", "c"]) / "model.safetensors")
+    built = build_transformers_model(
+        AutoModelForSequenceClassification, str(tmp_path / kind), "pretrained", {}, torch.bfloat16
+    )
+    assert built.heads == HEADS[kind]
+    loaded = built.model.state_dict()
+    heads = tuple(f"{head}." for head in built.heads)
+    for name, tensor in stored.items():  # unrounded there, and never in float32 elsewhere
+        own = name.startswith(heads) or ".pooler." in name
+        assert torch.equal(loaded[name], tensor if own else tensor.bfloat16()), name
+        assert loaded[name].dtype == (torch.float32 if own else torch.bfloat16), name
+    assert type(built.model)._keep_in_fp32_modules_strict is None  # as it was
+
+
+def test_quantised_weights_are_refused(roberta: Path) -> None:
+    config = json.loads((roberta / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (roberta / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"^model\.backbone: the weights of .*roberta are quantised"):
+        build(roberta)
+
+
 def test_weights_in_bfloat16_load_as_float32(roberta: Path, tmp_path: Path) -> None:
     AutoModel.from_pretrained(roberta, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -27,7 +27,13 @@ class Case:
     """Random operands of one layout; the factors of k slices are leaves of their own."""
 
     def __init__(
-        self, layout: str, trained: tuple[str, ...], dtype: torch.dtype, factors: torch.dtype, bias: bool = True
+        self,
+        layout: str,
+        trained: tuple[str, ...],
+        dtype: torch.dtype,
+        factors: torch.dtype,
+        bias: bool = True,
+        drops: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(7)
         d_out, self.rows = LAYOUTS[layout]
@@ -42,17 +48,21 @@ class Case:
         self.a = [draw(RANK, D_IN, of=factors, name="a") for _ in self.rows]
         self.b = [draw(stop - start, RANK, of=factors, name="b") for start, stop in self.rows]
         self.cotangent = draw(N, d_out, of=dtype)
+        self.mask = (torch.rand(N, D_IN, generator=generator) < 0.6).to(dtype) / 0.6 if drops else None
 
     def leaves(self) -> list[Tensor]:
         return [t for t in (self.x, *self.a, *self.b) if t.requires_grad]
 
+    def dropped(self) -> Tensor | None:
+        return None if self.mask is None else self.x * self.mask
+
     def fused(self) -> Tensor:
-        return fused(self.x, self.weight, self.bias, 0.7, self.rows, torch.cat(self.a), self.b)
+        return fused(self.x, self.weight, self.bias, 0.7, self.rows, torch.cat(self.a), self.b, self.dropped())
 
     def plain(self) -> Tensor:
         projections = [Projection("layer", "other", *rows) for rows in self.rows]
         a, b = stack(projections, list(zip(self.a, self.b, strict=True)), self.weight.shape[0])
-        return plain(self.x, self.weight, self.bias, 0.7, a, b)
+        return plain(self.x, self.weight, self.bias, 0.7, a, b, self.dropped())
 
 
 def kept(run: Any) -> list[Tensor]:
@@ -68,12 +78,16 @@ def kept(run: Any) -> list[Tensor]:
     return tensors
 
 
+with_dropout = pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+
+
+@with_dropout
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("trained", TRAINED, ids="-".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_plain_formula(layout: str, trained: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_equals_the_plain_formula(layout: str, trained: tuple[str, ...], dtype: torch.dtype, drops: bool) -> None:
     factors = torch.promote_types(dtype, torch.float32)  # as they are held beside a backbone of half precision
-    case = Case(layout, trained, dtype, factors)
+    case = Case(layout, trained, dtype, factors, drops=drops)
     ours, reference = case.fused(), case.plain()
     assert ours.dtype == dtype
     close = {"atol": 8 * TOLERANCES[dtype], "rtol": TOLERANCES[dtype]}
@@ -85,11 +99,12 @@ def test_equals_the_plain_formula(layout: str, trained: tuple[str, ...], dtype: 
         torch.testing.assert_close(actual, wanted, **close)
 
 
+@with_dropout
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", TRAINED, ids="-".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradcheck(layout: str, trained: tuple[str, ...], bias: bool) -> None:
-    case = Case(layout, trained, torch.float64, torch.float64, bias)
+def test_gradcheck(layout: str, trained: tuple[str, ...], bias: bool, drops: bool) -> None:
+    case = Case(layout, trained, torch.float64, torch.float64, bias, drops)
     assert torch.autograd.gradcheck(lambda *_: case.fused(), case.leaves(), fast_mode=True)
 
 
@@ -108,15 +123,18 @@ def test_keeps_what_its_gradients_need(layout: str, trained: tuple[str, ...]) ->
         assert len(kept(case.fused)) == 1  # neither factor, without a gradient to pass on
 
 
-def test_autocast_leaves_no_second_copy_of_a_weight() -> None:
-    case = Case("whole", ("x", "b"), torch.float32, torch.float32)
+@with_dropout
+def test_autocast_leaves_no_second_copy_of_a_weight(drops: bool) -> None:
+    case = Case("whole", ("x", "b"), torch.float32, torch.float32, drops=drops)
     with torch.autocast("cpu", torch.bfloat16):
         case.x = case.x.detach().bfloat16().requires_grad_()
+        case.mask = case.mask.bfloat16() if case.mask is not None else None
         saved = kept(case.fused)
         out = case.fused()
     assert out.dtype == torch.bfloat16
     assert [t.data_ptr() for t in saved if t.shape == case.weight.shape] == [case.weight.data_ptr()]
-    assert {tuple(t.shape) for t in saved if t.dtype == torch.bfloat16} == {(N, RANK)}
+    masks = {(N, D_IN)} if drops else set()
+    assert {tuple(t.shape) for t in saved if t.dtype == torch.bfloat16} == {(N, RANK)} | masks
 
 
 def test_backward_within_autocast_keeps_full_precision() -> None:

@@ -303,6 +303,21 @@ def test_dropout_zeroes_the_adapters_input_alone() -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_dropout_keeps_no_copy_of_a_weight_under_autocast() -> None:
+    layer = make_layer(("query", "value"), dropout=0.4).train()
+    copies: list[torch.Size] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == layer.weight.shape and tensor.data_ptr() != layer.weight.data_ptr():
+            copies.append(tensor.shape)
+        return tensor
+
+    x = torch.randn(N, D_IN, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    assert copies == []
+
+
 def test_dropout_is_off_in_evaluation() -> None:
     layer = make_layer(dropout=0.4).eval()
     x = torch.randn(N, D_IN)

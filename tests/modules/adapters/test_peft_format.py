@@ -292,6 +292,8 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
         ),
         (lambda c, t: t.update({a_name("lora_A.weight"): torch.ones(16)}), r"lora_A is \(16,\), not"),
         (lambda c, t: t.update({a_name("lora_A.weight"): torch.full((4, 16), math.nan)}), "not finite"),
+        (lambda c, t: t.update({a_name("lora_A.weight"): torch.ones(4, 16).to(torch.float8_e4m3fn)}), "float8"),
+        (lambda c, t: t.update({a_name("lora_A.weight"): torch.ones(4, 16, dtype=torch.int8)}), "int8"),
         (lambda c, t: t.update({a_name("lora_embedding_A"): torch.ones(4, 30)}), "unexpected.*no embeddings"),
         (lambda c, t: t.clear(), "no LoRA of any layer"),
         (lambda c, t: c.update(r=3), r"rank 4 in the file, and 3 by r"),

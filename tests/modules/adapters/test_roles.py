@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 from transformers import BartForConditionalGeneration
 
@@ -92,6 +93,20 @@ def test_head_is_left_out_by_name_alone(backbone: Backbone) -> None:
     inside = {p.layer for p in find_projections(backbone.model, backbone.head)}
     everything = {p.layer for p in find_projections(backbone.model)}
     assert {name.split(".")[0] for name in everything - inside} == set(backbone.head)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Named(nn.Linear):
+    """Without a `forward` of its own."""
+
+
+def test_a_layer_that_computes_something_else_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), Named(4, 4), TimmLinear(4, 4))
+    assert [p.layer for p in find_projections(model)] == ["0", "2", "3"]
 
 
 def test_exclude_is_not_a_prefix_of_a_sibling() -> None:
