@@ -182,7 +182,10 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "commit": _git("rev-parse", "HEAD"),
-        "commit_is_clean": _git("status", "--porcelain", "--untracked-files=no") == "",
+        "commit_is_clean": _git(
+            "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs/results"
+        )
+        == "",
         "cpu": entries.get("model name", platform.machine()),
         "cpu_flags": [flag for flag in FLAGS if flag in entries.get("flags", "").split()],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

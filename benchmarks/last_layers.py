@@ -154,10 +154,12 @@ def once(arguments: argparse.Namespace, name: str, layers: int | None, cached: b
             if arguments.choose_rates:  # what is kept serves all rates
                 record |= fit(arguments, layers, cached, rate, seed, Path(arguments.cache))
             else:
-                with tempfile.TemporaryDirectory(dir=arguments.cache) as cache:
-                    record |= fit(arguments, layers, cached, rate, seed, Path(cache))
-                    if cached:
-                        record["again"] = fit(arguments, layers, cached, rate, seed, Path(cache))
+                cache = Path(arguments.cache)  # images and tokens are read from it by all fits
+                record |= fit(arguments, layers, cached, rate, seed, cache)
+                if cached:
+                    record["again"] = fit(arguments, layers, cached, rate, seed, cache)
+                for file in cache.glob("onesided/prefix-*"):
+                    file.unlink()
         epochs = " ".join(f"{s:.1f}" for s in record["epoch_seconds"])
         print(f"{name}: epochs {epochs} s, test {record['test_score']:.4f}", flush=True)
     return record
@@ -255,8 +257,7 @@ def main() -> None:
     arguments = parse(common)
     if arguments.epochs < 2:
         common.error("--epochs: the first is told from the later ones, so that there must be two")
-    with tempfile.TemporaryDirectory() as temporary:
-        arguments.cache = arguments.cache or temporary
+    with tempfile.TemporaryDirectory(dir=arguments.cache) as arguments.cache:
         if arguments.choose_rates:
             choose_rates(arguments)
         else:

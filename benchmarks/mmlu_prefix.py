@@ -39,7 +39,9 @@ class Decoder(L.LightningModule):
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.backbone = build_transformers_model(AutoModelForCausalLM, name, "pretrained", {}, dtype).model.eval()
+        self.backbone = build_transformers_model(
+            AutoModelForCausalLM, name, "pretrained", {}, dtype, False
+        ).model.eval()
         self.tokenizer = load_tokenizer(name, self.backbone, pads=False)
         self.position_limit = position_limit(self.backbone)
 

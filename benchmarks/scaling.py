@@ -42,6 +42,7 @@ SIZES = {
 }
 QUICK_MIDDLE = {"depth": 2, "width": 192, "rank": 8, "tokens": 64}
 QUICK_SIZES = {"depth": [1, 2, 4], "width": [128, 192, 256], "rank": [4, 16, 64], "tokens": [32, 64, 128]}
+PROCESSES = {"threads": 1, "clock": "wall"}  # how they are measured, whatever was asked
 QUANTITIES = (("median_seconds", 1000, "ms"), ("saved_bytes", 1 / MIB, "MiB"))
 LABELS = {"median_seconds": "step, ms", "saved_bytes": "saved for backward, MiB"}
 UNITS = {"depth": "blocks", "width": "width", "rank": "rank", "tokens": "tokens"}
@@ -145,11 +146,11 @@ def main(words: list[str] | None = None) -> None:
         common.error(f"--figure: there is nothing to draw but {', '.join(SIZES)}, none of which is varied")
     done: dict[str, Any] = {}
     for varied in arguments.vary:
-        figures = measured(arguments, varied)
+        figures = measured(arguments, varied, PROCESSES if varied == "processes" else None)
         if figures is None:
             with section(arguments, varied) as figures:
                 if varied == "processes":
-                    figures |= {"threads": 1, "clock": "wall"}  # whatever was asked
+                    figures |= PROCESSES
                     figures["rows"] = gradient_bytes.measure(arguments.quick, arguments.rounds)
                 else:
                     figures.update(sweep(varied, arguments))

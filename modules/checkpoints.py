@@ -75,6 +75,7 @@ class CheckpointedModule(L.LightningModule):
 
         Raises:
             ModelError: With the list of what is missing, unexpected or of another shape; nothing is then loaded.
+            AdapterError: If the adapters are merged.
         """
         refuse_merged(self.backbone)
         if problems := state_problems(self.saved_state(), state_dict):

@@ -92,7 +92,7 @@ class LanguageModel(AdaptedModule):
         )
         self.save_hyperparameters()
         built = build_transformers_model(
-            AutoModelForCausalLM, backbone, weights, backbone_args or {}, self.backbone_dtype
+            AutoModelForCausalLM, backbone, weights, backbone_args or {}, self.backbone_dtype, trains_heads=False
         )
         config = built.model.config
         if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):

@@ -118,7 +118,7 @@ class Summarizer(AdaptedModule):
             raise ModelError(f"model.label_smoothing: {label_smoothing} must lie in [0, 1).")
         self.label_smoothing = label_smoothing
         built = build_transformers_model(
-            AutoModelForSeq2SeqLM, backbone, weights, backbone_args or {}, self.backbone_dtype
+            AutoModelForSeq2SeqLM, backbone, weights, backbone_args or {}, self.backbone_dtype, trains_heads=False
         )
         self.backbone: PreTrainedModel = built.model
         if not hasattr(self.backbone, "prepare_decoder_input_ids_from_labels"):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -36,7 +33,7 @@ class Built:
     """A model for a task, on the CPU.
 
     Args:
-        model: The model, in the dtype that was asked for, its heads in float32.
+        model: The model; trained heads are in float32, the rest in the dtype that was asked for or in float32.
         heads: Names of its modules behind the base model, and of a pooler that came without weights.
         new: Names of the tensors that were not loaded.
     """
@@ -47,7 +44,12 @@ class Built:
 
 
 def build_transformers_model(
-    auto_class: Any, name: str, weights: str, args: dict[str, Any], dtype: torch.dtype = torch.float32
+    auto_class: Any,
+    name: str,
+    weights: str,
+    args: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    trains_heads: bool = True,
 ) -> Built:
     """Build a model for a task; code that a repository brings along is never run.
 
@@ -57,7 +59,9 @@ def build_transformers_model(
             with `/FILE.gguf` behind it, that file of either.
         weights: `pretrained` (the repository's own), `none`, or a local .safetensors file in their place.
         args: Values of the configuration to change, such as `hidden_dropout_prob`.
-        dtype: What the weights are loaded in, all but those of heads.
+        dtype: What the weights are loaded in, so that there is no wider copy of them.
+        trains_heads: Whether heads are trained, and so must be exact: those without weights are drawn in float32, and
+            if any came with weights, or nothing did, all is loaded in float32.
 
     Raises:
         ModelError: If there is no such model, it is quantised or not made for this task, a key is not its
@@ -71,26 +75,37 @@ def build_transformers_model(
             f"model.backbone: {name} is a {config.model_type}, which has no model for {task}; choose another backbone."
         )
     state = None if weights in ("pretrained", "none") else _read(weights)
-    info: dict[str, Any] = {}
-    try:
+
+    def load(dtype: torch.dtype) -> tuple[Any, set[str]]:
+        info: dict[str, Any] = {}
         if weights == "none":
-            model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
         elif state is None:
             model, info = _from_pretrained(auto_class, name, config, dtype)
         else:
             model, info = _from_pretrained(auto_class, None, config, dtype, state_dict=state)
+        return model, {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
+
+    draws = torch.get_rng_state()
+    try:
+        model, absent = load(torch.float32 if trains_heads and weights == "none" else dtype)
     except Exception as error:  # whatever a network, a file or a constructor can raise
         raise ModelError(
             f"model.weights: those of {name} could not be loaded ({_first_line(error)}). Without a connection "
             "--model.backbone takes a local directory with config.json and model.safetensors."
         ) from error
-    absent: set[str] = {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
-    heads = [child for child, m in model.named_children() if _is_head(model, child, m)]
+    heads = [child for child, m in model.named_children() if child != model.base_model_prefix and _is_own(model, m)]
     heads += _new_poolers(model, heads, absent, name if weights == "pretrained" else weights)
+    if trains_heads and model.dtype != torch.float32:
+        torch.set_rng_state(draws)  # heads are the same in every dtype
+        if all(f"{head}.{key}" in absent for head in heads for key in model.get_submodule(head).state_dict()):
+            _draw_anew(model, heads)
+        else:
+            model, _ = load(torch.float32)
     if weights != "pretrained" and model.can_generate() and not is_gguf(name):
         _read_generation_config(model, name)
     new = {key for key in model.state_dict() if weights == "none" or key in absent}
-    return Built(model.float() if dtype == torch.float32 else model, heads, new)
+    return Built(model.to(torch.float32) if dtype == torch.float32 else model, heads, new)
 
 
 def load_tokenizer(name: str, model: PreTrainedModel, pads: bool = True) -> PreTrainedTokenizerBase:
@@ -236,13 +251,12 @@ def _from_pretrained(
     auto_class: Any, name: str | None, config: PreTrainedConfig, dtype: torch.dtype, **more: Any
 ) -> tuple[Any, Any]:
     folder = None
-    kind = auto_class._model_mapping[type(config)]  # the class that the configuration stands for
-    if name is None:
-        auto_class = kind
+    if name is None:  # the class that the configuration stands for
+        auto_class = auto_class._model_mapping[type(config)]
     else:
         folder, file = located(name)
         more |= {"trust_remote_code": False, **file}
-    with unpacking(name or "") as how, _heads_in_float32(kind, config):
+    with unpacking(name or "") as how:
         return auto_class.from_pretrained(
             folder,
             config=config,
@@ -255,20 +269,13 @@ def _from_pretrained(
         )
 
 
-@contextmanager
-def _heads_in_float32(kind: Any, config: PreTrainedConfig) -> Iterator[None]:
-    """Have a model's heads and poolers loaded in float32, whatever the rest is loaded in."""
-    with torch.device("meta"):
-        skeleton = kind(config)
-    heads = {f"^{child}\\." for child, m in skeleton.named_children() if _is_head(skeleton, child, m)}
-    key = "_keep_in_fp32_modules_strict"  # in which models name what must not be loaded in 16 bits
-    with mock.patch.object(kind, key, {*(getattr(kind, key) or ()), *heads, r"(?:^|\.)pooler\."}):
-        yield
-
-
-def _is_head(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
-    """Whether a module is behind the base model, with parameters of its own."""
-    return name != model.base_model_prefix and _is_own(model, module)
+def _draw_anew(model: PreTrainedModel, heads: list[str]) -> None:
+    """Draw heads that came without weights in float32, where the model drew them in its own dtype."""
+    for name in sorted(heads, key=[n for n, _ in model.named_modules()].index):  # the library's order
+        head = model.get_submodule(name).float()
+        for parameter in head.parameters():
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # by which the library spares it
+        head.apply(model._init_weights)
 
 
 def _read_generation_config(model: PreTrainedModel, name: str) -> None:

@@ -44,7 +44,10 @@ class Termination(L.Callback):
     def __enter__(self) -> Termination:
         """Take the signals."""
         if threading.current_thread() is threading.main_thread():  # no other may
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            taken = [
+                number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+            ]  # nohup, `&` in a script
+            self._before = {number: signal.signal(number, self._handle) for number in taken}
         return self
 
     def __exit__(
@@ -92,6 +95,10 @@ class Termination(L.Callback):
     def stop(self, trainer: L.Trainer) -> None:
         """Have Lightning leave the loop when it has logged the step: where it would for a signal of its own."""
         self.requested = self._stopping = True
+        if trainer.strategy.reduce_boolean_decision(
+            self._signal == signal.SIGINT, all=False
+        ):  # only one may have got it
+            self._signal = signal.SIGINT
         self._launched().clear()  # Lightning's observer would kill this one when another has ended with a code
         trainer.strategy.barrier("sigterm")
         trainer._signal_connector.received_sigterm = True
@@ -102,7 +109,7 @@ class Termination(L.Callback):
         """Take the place of Lightning's handler, and stop if the signal came before."""
         self._trainer, self._deferred = trainer, deferred
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in self._before:
                 signal.signal(number, self._handle)
         if self._stopping or (self.requested and not deferred):
             raise SIGTERMException

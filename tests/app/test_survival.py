@@ -383,6 +383,18 @@ def test_ctrl_c_saves_and_says_so(
     assert fitted_cli.checkpoint(1)["global_step"] == saved
 
 
+def test_a_ctrl_c_that_is_ignored_stays_so() -> None:
+    """As in a job that a script has started with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Termination():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_error_after_sigterm_is_of_it(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the worker processes got the signal too: torch raises for each that is gone."""
 

@@ -97,7 +97,9 @@ def write_gguf(
 
 
 def build(name: Path | str, weights: str | Path = "pretrained", **keys: Any) -> Built:
-    return build_transformers_model(AutoModelForCausalLM, str(name), str(weights), keys.pop("args", {}), **keys)
+    return build_transformers_model(
+        AutoModelForCausalLM, str(name), str(weights), keys.pop("args", {}), **keys, trains_heads=False
+    )
 
 
 @torch.no_grad()

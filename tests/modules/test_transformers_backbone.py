@@ -99,20 +99,34 @@ def test_weights_in_several_files_load(roberta: Path, tmp_path: Path) -> None:
     assert_same(encoder(build(tmp_path / "shards")), encoder(build(roberta)))
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
-def test_heads_are_loaded_in_float32_beside_a_backbone_in_bfloat16(tmp_path: Path, kind: str) -> None:
-    stored = load_file(save_classifier(tmp_path / kind, kind, ["a", "b", "c"]) / "model.safetensors")
-    built = build_transformers_model(
-        AutoModelForSequenceClassification, str(tmp_path / kind), "pretrained", {}, torch.bfloat16
-    )
-    assert built.heads == HEADS[kind]
-    loaded = built.model.state_dict()
+def build_in_bfloat16(folder: Path, **keys: Any) -> Built:
+    keys = {"args": {}, "dtype": torch.bfloat16, **keys}
+    return build_transformers_model(AutoModelForSequenceClassification, str(folder), "pretrained", **keys)
+
+
+@pytest.mark.parametrize("kind", [*ENCODERS, "bart"])
+def test_heads_are_drawn_alike_beside_a_backbone_in_bfloat16(tmp_path: Path, kind: str) -> None:
+    folder = save_backbone(tmp_path / kind, kind)
+    torch.manual_seed(3)
+    expected = build(folder)
+    torch.manual_seed(3)
+    built = build_in_bfloat16(folder)
+    assert sorted(built.heads) == sorted(HEADS[kind])
     heads = tuple(f"{head}." for head in built.heads)
-    for name, tensor in stored.items():  # unrounded there, and never in float32 elsewhere
-        own = name.startswith(heads) or ".pooler." in name
-        assert torch.equal(loaded[name], tensor if own else tensor.bfloat16()), name
-        assert loaded[name].dtype == (torch.float32 if own else torch.bfloat16), name
-    assert type(built.model)._keep_in_fp32_modules_strict is None  # as it was
+    for name, tensor in expected.model.state_dict().items():
+        wanted = tensor if name.startswith(heads) else tensor.bfloat16()
+        assert built.model.state_dict()[name].dtype == wanted.dtype, name
+        assert torch.equal(built.model.state_dict()[name], wanted), name
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_heads_with_weights_are_not_rounded(tmp_path: Path, kind: str) -> None:
+    folder = save_classifier(tmp_path / kind, kind, ["a", "b", "c"])
+    stored = load_file(folder / "model.safetensors")
+    assert_same(build_in_bfloat16(folder).model.state_dict(), build(folder).model.state_dict())
+    untrained = build_in_bfloat16(folder, trains_heads=False).model
+    assert_same(untrained.state_dict(), {name: t.bfloat16() for name, t in untrained.state_dict().items()})
+    assert stored.keys() <= untrained.state_dict().keys()
 
 
 def test_quantised_weights_are_refused(roberta: Path) -> None:
