@@ -367,6 +367,15 @@ def test_sigterm_stops_an_evaluation(fitted_cli: CommandLine, capsys: pytest.Cap
     assert (fitted_cli.run() / "metrics.json").read_bytes() == before
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """As in a terminal, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize(
     ("hook", "step", "saved"), [("on_train_batch_start", 4, 5), ("on_validation_batch_start", 8, 7)]
 )
@@ -493,6 +502,7 @@ def started(cli: CommandLine, *options: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [DDP, ["--data.num_workers=2"]], ids=["processes", "workers"])
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("how", ["one", "group", "Ctrl-C"])
 def test_a_signal_to_a_run_as_users_start_it(cli: CommandLine, options: list[str], how: str) -> None:
     process = started(cli, *options)
