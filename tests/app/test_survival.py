@@ -315,6 +315,16 @@ def sigterm(hook: str, step: int, number: int = signal.SIGTERM) -> Iterator[None
         yield
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """As in a terminal, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     ("hook", "step", "saved"),
     [
@@ -323,15 +333,20 @@ def sigterm(hook: str, step: int, number: int = signal.SIGTERM) -> Iterator[None
         ("on_validation_batch_start", 8, 7),  # and one that has begun is stopped
     ],
 )
-def test_sigterm_saves_and_says_so(
-    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], hook: str, step: int, saved: int
+def test_sigterm_and_ctrl_c_save_and_say_so(
+    fitted_cli: CommandLine,
+    capsys: pytest.CaptureFixture[str],
+    hook: str,
+    step: int,
+    saved: int,
+    number: signal.Signals,
 ) -> None:
-    handler = signal.getsignal(signal.SIGTERM)
-    with sigterm(hook, step):
-        assert fitted_cli("fit", "--trainer.max_epochs=1") == 143
-    assert signal.getsignal(signal.SIGTERM) == handler
+    handler = signal.getsignal(number)
+    with sigterm(hook, step, number):
+        assert fitted_cli("fit", "--trainer.max_epochs=1") == 128 + number
+    assert signal.getsignal(number) == handler
     said = capsys.readouterr().err
-    assert f"SIGTERM: stopped; training goes on from {last(fitted_cli.run(1))}." in said
+    assert f"{number.name}: stopped; training goes on from {last(fitted_cli.run(1))}." in said
     assert "Traceback" not in said
     assert fitted_cli.checkpoint(1)["global_step"] == saved
     assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
@@ -365,31 +380,6 @@ def test_sigterm_stops_an_evaluation(fitted_cli: CommandLine, capsys: pytest.Cap
         assert fitted_cli("test", "--ckpt_path=last") == 143
     assert "SIGTERM: stopped" in capsys.readouterr().err
     assert (fitted_cli.run() / "metrics.json").read_bytes() == before
-
-
-@pytest.fixture
-def heeds_ctrl_c() -> Iterator[None]:
-    """As in a terminal, also where the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heeds_ctrl_c")
-@pytest.mark.parametrize(
-    ("hook", "step", "saved"), [("on_train_batch_start", 4, 5), ("on_validation_batch_start", 8, 7)]
-)
-def test_ctrl_c_saves_and_says_so(
-    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], hook: str, step: int, saved: int
-) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with sigterm(hook, step, signal.SIGINT):
-        assert fitted_cli("fit", "--trainer.max_epochs=1") == 130
-    assert signal.getsignal(signal.SIGINT) == handler
-    said = capsys.readouterr().err
-    assert f"SIGINT: stopped; training goes on from {last(fitted_cli.run(1))}." in said
-    assert "Traceback" not in said
-    assert fitted_cli.checkpoint(1)["global_step"] == saved
 
 
 def test_a_ctrl_c_that_is_ignored_stays_so() -> None:
