@@ -44,9 +44,8 @@ class Termination(L.Callback):
     def __enter__(self) -> Termination:
         """Take the signals."""
         if threading.current_thread() is threading.main_thread():  # no other may
-            taken = [
-                number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-            ]  # nohup, `&` in a script
+            # what is ignored stays so: Ctrl-C in a job that a script has started with `&`
+            taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in taken}
         return self
 
@@ -95,9 +94,8 @@ class Termination(L.Callback):
     def stop(self, trainer: L.Trainer) -> None:
         """Have Lightning leave the loop when it has logged the step: where it would for a signal of its own."""
         self.requested = self._stopping = True
-        if trainer.strategy.reduce_boolean_decision(
-            self._signal == signal.SIGINT, all=False
-        ):  # only one may have got it
+        # only one process may have got it, and all are to say the same
+        if trainer.strategy.reduce_boolean_decision(self._signal == signal.SIGINT, all=False):
             self._signal = signal.SIGINT
         self._launched().clear()  # Lightning's observer would kill this one when another has ended with a code
         trainer.strategy.barrier("sigterm")
