@@ -151,13 +151,10 @@ def once(arguments: argparse.Namespace, name: str, layers: int | None, cached: b
     if record is None:
         with section(arguments, name) as record:
             record |= given
-            if arguments.choose_rates:  # what is kept serves all rates
-                record |= fit(arguments, layers, cached, rate, seed, Path(arguments.cache))
-            else:
-                cache = Path(arguments.cache)  # images and tokens are read from it by all fits
-                record |= fit(arguments, layers, cached, rate, seed, cache)
-                if cached:
-                    record["again"] = fit(arguments, layers, cached, rate, seed, cache)
+            cache = Path(arguments.cache)  # images and tokens are read from it by all fits
+            record |= fit(arguments, layers, cached, rate, seed, cache)
+            if cached and not arguments.choose_rates:  # to which what is kept may serve for all rates
+                record["again"] = fit(arguments, layers, cached, rate, seed, cache)
                 for file in cache.glob("onesided/prefix-*"):
                     file.unlink()
         epochs = " ".join(f"{s:.1f}" for s in record["epoch_seconds"])
@@ -233,8 +230,8 @@ def show(arguments: argparse.Namespace, results: dict[str, list[Record]]) -> Non
                 f"{statistics.median(r['spectrum_share'] for r in records):.2%}",
             ]
         )
-    columns = ["blocks", "first, s", "later, s", "all / later", "all / process", "test, %", "trained", "MiB", "cache"]
-    columns.append("spectra")
+    columns = ["blocks", "first, s", "later, s", "all / later", "all / process"]
+    columns += ["test, %", "trained", "MiB", "cache", "spectra"]
     table(f"{arguments.task}: seconds of an epoch, peak and cache in MiB", columns, rows)
     with section(arguments, f"{arguments.task}, all over each") as record:
         record |= ratios
