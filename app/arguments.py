@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
+
+_log = logging.getLogger(__name__)
 
 
 def split_arguments(args: list[str]) -> tuple[list[str], list[str], list[str]]:
@@ -207,16 +208,14 @@ def leave_adapter_path(contents: list[dict[str, Any]], final: Namespace) -> None
     given = last_value("model.init_args.adapter_path", [], contents) or values.get("adapter_path")
     if given is not None:
         values["adapter_path"] = None
-        rank_zero_only(_say)("model.adapter_path is not read: the checkpoint has the adapters.")
+        _log.info("model.adapter_path is not read: the checkpoint has the adapters.")
 
 
-@rank_zero_only
 def report_untrained(command: str) -> None:
     """Say that a command has no checkpoint to go by."""
-    _say(f"{command} without --ckpt_path: this is the backbone as it is, and a head, if it needs one, at random.")
+    _log.info(f"{command} without --ckpt_path: this is the backbone as it is, and a head, if it needs one, at random.")
 
 
-@rank_zero_only
 def report_differences(saved: dict[str, Any], contents: list[dict[str, Any]], final: Namespace) -> None:
     """Say which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's."""
     for section, content in saved.items():
@@ -226,12 +225,11 @@ def report_differences(saved: dict[str, Any], contents: list[dict[str, Any]], fi
                 continue
             from_file = last_value(f"{section}.init_args.{key}", [], contents)
             if key in ours and _plain(ours[key]) != _plain(value):
-                _say(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")
+                _log.info(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")
             elif from_file is not None and _plain(from_file) != _plain(value):
-                _say(f"{section}.{key}: {value} from the checkpoint; the configuration file has {from_file}.")
+                _log.info(f"{section}.{key}: {value} from the checkpoint; the configuration file has {from_file}.")
 
 
-@rank_zero_only
 def report_changes(before: dict[str, Any], final: Namespace) -> None:
     """Say which keys of the trainer a resumed run has otherwise than it began; these are not in a checkpoint."""
     own = {"default_root_dir", "logger", "callbacks"}
@@ -240,11 +238,7 @@ def report_changes(before: dict[str, Any], final: Namespace) -> None:
     now["seed_everything"], began["seed_everything"] = final.get("seed_everything"), before.get("seed_everything")
     for key, value in now.items():
         if key in began and _plain(began[key]) != _plain(value):
-            _say(f"{key}: {value} now; the run began with {began[key]}.")
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+            _log.info(f"{key}: {value} now; the run began with {began[key]}.")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,15 +11,16 @@ belongs to another run the identity; both are found before anything is unpickled
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
-import sys
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+_log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 IDENTITY = ".run"
@@ -217,7 +218,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             for other, step in newer.items():
                 if other != target:
                     other.unlink()
-                    print(f"{other} of step {step} is dropped: the run went on from an older one.", file=sys.stderr)
+                    _log.warning(f"{other} of step {step} is dropped: the run went on from an older one.")
             _sync_names(target.parent)
         except (OSError, RuntimeError) as error:
             cause = error if isinstance(error, OSError) else error.__context__

@@ -36,6 +36,7 @@ from app.callbacks import (
     AdapterCheckpoint,
     AdapterSpectrum,
     AdapterWriter,
+    DataReport,
     PredictionWriter,
     RunSummary,
     SaveRunConfig,
@@ -43,6 +44,7 @@ from app.callbacks import (
 )
 from app.checkpoint_io import AtomicCheckpointIO, restore_identity
 from app.commands import COMMANDS, command_help, command_parser, run_command
+from app.console import console_logging
 from app.failures import bad_input
 from app.files import full_disk_named
 from app.imports import HELP, restricted_imports, split_imports
@@ -72,6 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     quiet_libraries()
     with Termination() as termination, ExitStack() as held:
+        held.enter_context(console_logging())
         try:
             allowed, words = split_imports(sys.argv[1:] if args is None else args)
             held.enter_context(restricted_imports(allowed))
@@ -237,6 +240,7 @@ class AsymmetryCLI(LightningCLI):
         # RunSummary first: its setup tells the other processes the run directory
         callbacks = [
             self.summary,
+            DataReport(),
             *_as_list(config["callbacks"]),
             PredictionWriter(),
             AdapterWriter(),

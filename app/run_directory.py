@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import platform
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from app.checkpoint_io import BEST, IDENTITY, LAST, PREVIOUS, CheckpointError, read_checkpoint
 from app.checkpoint_io import CHECKPOINTS as CHECKPOINTS
 from app.checkpoint_io import run_of_checkpoint as run_of_checkpoint
 from app.files import WriteError, written_whole
 
+_log = logging.getLogger(__name__)
 LOCK = ".lock"
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
@@ -101,7 +100,7 @@ def locked(run: Path) -> Iterator[None]:
                     f"ckpt_path: {file.read().strip() or 'another process'} trains in {run}: wait for it or end it, or "
                     "start a new run from a copy of the checkpoint."
                 ) from error
-            say(f"{run} cannot be locked here ({error.strerror}): do not resume it twice at once.")
+            _log.warning(f"{run} cannot be locked here ({error.strerror}): do not resume it twice at once.")
         else:
             file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
@@ -158,8 +157,8 @@ def read_wanted(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
     if newest is None:
         raise CheckpointError(" ".join([*problems, f"{wanted.parent} has no intact checkpoint: start anew."]))
     for problem in problems:
-        say(problem)
-    say(f"{newest[0]} is used instead, of step {_step(newest[1])}: the newest intact one.")
+        _log.warning(problem)
+    _log.warning(f"{newest[0]} is used instead, of step {_step(newest[1])}: the newest intact one.")
     return newest
 
 
@@ -191,9 +190,3 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
 def _step(content: dict[str, Any]) -> int:
     """Optimizer steps behind a checkpoint."""
     return int(content.get("global_step", 0))
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Say something about a run on stderr, once for all its processes."""
-    print(text, file=sys.stderr, flush=True)

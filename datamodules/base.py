@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
+from datamodules.findings import Findings
 from datamodules.prefix_cache import WithHidden, filling_order, hidden_states
 
 Collate = Callable[[list[Any]], Any]
@@ -33,16 +34,18 @@ class ResumableDataModule(L.LightningDataModule):
     Args:
         batch_size: Samples a step and process, at least 1.
         num_workers: Processes that load, each; 0 loads in the training process.
+        skip_bad_rows: Rows of each split that may be skipped because they cannot be used, 0 or more.
     """
 
     kind: str  # what its batches are of, one of the `kinds` of the models for them
     cache_prefix = False  # whether a fit reads what the model's frozen prefix makes of its rows; a task's own key
 
-    def __init__(self, batch_size: int, num_workers: int) -> None:
+    def __init__(self, batch_size: int, num_workers: int, skip_bad_rows: int = 0) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise DataError("data.batch_size must be 1 or more, and data.num_workers 0 or more.")
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.findings = Findings(skip_bad_rows)
         self._seed: int | None = None
         self._position: dict[str, int] = {}
         self._resumed_at: float | None = None  # batches of the epoch that are done; infinite when it is over

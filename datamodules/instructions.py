@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,6 +28,7 @@ from datamodules.tables import Table
 from datamodules.text import TextData
 from datamodules.tokens import TokenDataset, check_texts, tokenized, tokenizer_state
 
+_log = logging.getLogger(__name__)
 Template = Literal["alpaca", "chat"]
 LEAST = 16  # tokens of a conversation that is worth learning from
 
@@ -221,15 +222,10 @@ class InstructionData(TextData):
             raise DataError(f"data.path: {table.where} has no row with a response.")
         skipped = len(table) - len(kept)
         if skipped:
-            self._say(f"{skipped:,} of {len(table):,} rows of {table.where} have no response and are left out.")
+            _log.warning(f"{skipped:,} of {len(table):,} rows of {table.where} have no response and are left out.")
         if cleaned:
-            self._say(f"{cleaned:,} rows of {table.where} hold special tokens of the tokenizer as text and lose them.")
+            _log.warning(f"{cleaned:,} rows of {table.where} hold special tokens of the tokenizer, which are removed.")
         return torch.tensor(kept)
-
-    def _say(self, text: str) -> None:
-        assert self.trainer is not None
-        if self.trainer.is_global_zero:
-            Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
     def _tokenize(self, table: Table, columns: Columns, encoder: ConversationEncoder, learnt: bool) -> datasets.Dataset:
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
@@ -27,6 +28,8 @@ from datamodules.splits import choose_rows
 from datamodules.tables import Table, check_column
 from datamodules.text import TextData
 from datamodules.tokens import check_texts
+
+_log = logging.getLogger(__name__)
 
 HIDDEN = (None, -1, "")  # answers of which prediction can do without
 
@@ -274,7 +277,7 @@ class MMLUData(TextData):
                 f"{len(fewer)} of {len(counts)} subjects of {table.where} take fewer than {self.shots} shots to fit "
                 f"{self._limit} tokens: {', '.join(fewer)}."
             )
-            Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+            _log.warning(text)
 
     def _letters(self, prompt: str, size: int) -> Tensor:
         """Tokens of the letters behind a prompt, (size,) int64.

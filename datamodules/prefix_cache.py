@@ -12,6 +12,7 @@ takes its name when it is whole, so that a changed model or data set, or an inte
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -33,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.errors import DataError
 
+_log = logging.getLogger(__name__)
 FORMAT = 1  # of files; one more whenever their rows would be others
 GIB = 2**30
 INPUTS = ("image", "input_ids", "token_type_ids")  # what hidden states take the place of
@@ -160,7 +162,7 @@ def hidden_states(
     with path.open("rb") as file:
         (tokens, _), _, dtype = _read_header(file)
     if done and trainer.is_global_zero:
-        _say(f"The frozen prefix's output for {size:,} rows of {where} is read from {path}.")
+        _log.info(f"The frozen prefix's output for {size:,} rows of {where} is read from {path}.")
     if lengths is None:
         lengths = torch.full((size,), tokens // size)
     starts = torch.empty(size, dtype=torch.int64)
@@ -216,7 +218,7 @@ def _check_padding(batch: dict[str, Any]) -> None:
 def _begin(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, what: str, folder: Path) -> None:
     """Say how large the file will be, see that there is room, and write its header."""
     size = shape[0] * shape[1] * dtype.itemsize
-    _say(f"The frozen prefix's output for {what} is kept in {folder}: {size / GIB:.2f} GiB.")
+    _log.info(f"The frozen prefix's output for {what} is kept in {folder}: {size / GIB:.2f} GiB.")
     if (free := shutil.disk_usage(folder).free) < size:
         raise DataError(
             f"data.cache_prefix: {folder} has {free / GIB:.2f} GiB left, and {what} take {size / GIB:.2f} GiB; {MEND}."
@@ -267,7 +269,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)

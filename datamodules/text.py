@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import datasets
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,6 +15,7 @@ from datamodules.splits import check_splits, choose_rows
 from datamodules.tables import SPLITS, Table, open_file, open_table
 from datamodules.tokens import TokenDataset
 
+_log = logging.getLogger(__name__)
 Padding = Literal["longest", "max_length"]
 
 
@@ -179,7 +180,7 @@ class TextData(ResumableDataModule):
         cut = int((lengths >= limit).sum())
         if cut and self.trainer.is_global_zero:
             text = f"{cut:,} of {len(lengths):,} rows of {table.where} reach {limit} tokens and may be cut."
-            Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+            _log.warning(text)
 
     def check_length(self, key: str, length: int) -> None:
         """Refuse more tokens than the model has positions for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
 from app.checkpoint_io import BEST, LAST, CheckpointError, fault, saved_step
-from app.run_directory import CHECKPOINTS, say
+from app.run_directory import CHECKPOINTS
+
+_log = logging.getLogger(__name__)
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -76,7 +79,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
         if self.best_model_path and self._best_problem:
-            say(f"{here / BEST} {self._best_problem}; of the epochs from here on the best is kept.")
+            _log.warning(f"{here / BEST} {self._best_problem}; of the epochs from here on the best is kept.")
             self.best_model_path = self.kth_best_model_path = ""
             self.best_k_models, self.best_model_score = {}, None
             self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
@@ -152,7 +155,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING and before and now and before != now:
             others = trainer.world_size * trainer.accumulate_grad_batches
             keeps = f": with the rates as they are, --data.batch_size {before // others} trains as before"
-            say(f"The batch of a step is {now} samples now and was {before}{'' if before % others else keeps}.")
+            known = "" if before % others else keeps
+            _log.warning(f"The batch of a step is {now} samples now and was {before}{known}.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on at the place in the epoch, in batches of this run."""

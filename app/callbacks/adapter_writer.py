@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +18,7 @@ from app.commands.peft import write_peft
 from modules.adapters import AdapterError
 from modules.base import AdaptedModule
 
+_log = logging.getLogger(__name__)
 FOLDER = "adapter"
 
 
@@ -46,4 +47,4 @@ class AdapterWriter(L.Callback):
                     folder.rename(old)
             shutil.rmtree(old, ignore_errors=True)
         except (ArgumentError, AdapterError, CheckpointError, OSError, RuntimeError, KeyError) as error:
-            print(f"{folder} was not written, and the checkpoints were: {error}", file=sys.stderr)
+            _log.warning(f"{folder} was not written, and the checkpoints were: {error}")

@@ -168,7 +168,7 @@ def test_special_tokens_in_texts_are_taken_out_and_counted(tmp_path: Path, capsy
     assert dataset.data["labels"][3].count(TOKENIZER.eos_token_id) == 1
     where = tmp_path / "rows/test.jsonl"
     said = capsys.readouterr().err.splitlines()
-    assert f"1 rows of {where} hold special tokens of the tokenizer as text and lose them." in said
+    assert f"warning: 1 rows of {where} hold special tokens of the tokenizer, which are removed." in said
 
 
 def test_long_conversations_keep_their_response(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +179,7 @@ def test_long_conversations_keep_their_response(tmp_path: Path, capsys: pytest.C
     assert texts(dataset, "labels") == ["b" * 20 + "<|im_end|>", "b" * 44, "b<|im_end|>"]
     assert texts(dataset)[0].endswith("a<|im_end|>\n<|im_start|>assistant\n" + "b" * 20 + "<|im_end|>\n")
     assert texts(dataset)[0].startswith("<|im_start|>user\naaa")
-    said = f"2 of 3 rows of {tmp_path / 'rows/test.jsonl'} reach 64 tokens and may be cut."
+    said = f"warning: 2 of 3 rows of {tmp_path / 'rows/test.jsonl'} reach 64 tokens and may be cut."
     assert said in capsys.readouterr().err.splitlines()
 
 
@@ -409,7 +409,7 @@ def test_rows_without_a_response_are_left_out(tmp_path: Path, capsys: pytest.Cap
     dataset = dataset_of(tmp_path, [rows[0], empty[0], rows[2], empty[1], rows[4]], empty_responses="skip")
     assert texts(dataset, "labels") == [f"{rows[i]['output']}<|im_end|>" for i in (0, 2, 4)]
     said = capsys.readouterr().err.splitlines()
-    assert f"2 of 5 rows of {tmp_path / 'rows/test.jsonl'} have no response and are left out." in said
+    assert f"warning: 2 of 5 rows of {tmp_path / 'rows/test.jsonl'} have no response and are left out." in said
     with refuses(f"data.path: {tmp_path / 'rows/test.jsonl'} has no row with a response."):
         dataset_of(tmp_path, [*empty, empty[0]], empty_responses="skip")
 

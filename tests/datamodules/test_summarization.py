@@ -133,7 +133,7 @@ def test_documents_that_reach_the_limit_are_counted(folder: Path, capsys: pytest
     prepared(folder, stage="validate", max_source_length=6)
     cut = sum(len(ids) >= 6 for ids in tokens(column(rows_of("validation"), "document")))
     assert 0 < cut < 9
-    expected = f"{cut} of 9 rows of {folder / 'validation.jsonl'} reach 6 tokens and may be cut."
+    expected = f"warning: {cut} of 9 rows of {folder / 'validation.jsonl'} reach 6 tokens and may be cut."
     assert expected in capsys.readouterr().err.splitlines()
     prepared(folder, stage="validate")
     assert "may be cut" not in capsys.readouterr().err

@@ -424,7 +424,7 @@ def test_rows_that_reach_the_limit_are_counted(
     where = f"/a/folder/{'of-a-long-name/' * 9}[a]/train.csv"  # neither wrapped nor taken for markup
     text_data().say_cut(of_lengths(lengths), table(TEXTS, where=where), "length", 6)
     told = capsys.readouterr()
-    assert told.err == f"{said} rows of {where} reach 6 tokens and may be cut.\n"
+    assert told.err == f"warning: {said} rows of {where} reach 6 tokens and may be cut.\n"
     assert told.out == ""
 
 

@@ -1,0 +1,46 @@
+"""Print what the data module found, and list the rows that it skipped."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+
+import lightning as L
+
+from app.files import written_whole
+from datamodules.base import ResumableDataModule
+from datamodules.findings import SkippedRow
+
+FILE = "skipped.csv"
+_log = logging.getLogger(__name__)
+
+
+class DataReport(L.Callback):
+    """Log the splits, classes and assumptions of the data before the first batch; write RUN/skipped.csv.
+
+    The file keeps the rows of splits that an earlier command skipped.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Report once the data module is set up."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ResumableDataModule) or not trainer.is_global_zero:
+            return
+        for line in data.findings.take_lines():
+            _log.info(line)
+        skipped = data.findings.skipped
+        if skipped:
+            path = Path(trainer.default_root_dir) / FILE
+            _log.warning(f"{len(skipped):,} bad rows are skipped; {path} lists them.")
+            splits = {row.split for row in skipped}
+            kept = [row for row in _read(path) if row.split not in splits]
+            with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows([SkippedRow._fields, *kept, *skipped])
+
+
+def _read(path: Path) -> list[SkippedRow]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [SkippedRow(*row) for row in list(csv.reader(file))[1:] if len(row) == len(SkippedRow._fields)]
