@@ -43,7 +43,9 @@ Arm = Callable[[], float | None]  # does its work; may return its own seconds, t
 Seconds = dict[str, list[float]]
 
 
-def parser(doc: str | None, rounds: int, quick_rounds: int = 3, processor: bool = False) -> argparse.ArgumentParser:
+def parser(
+    doc: str | None, rounds: int, quick_rounds: int = 3, processor: bool = False, device: bool = False
+) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes; without --rounds there are `rounds`, or `quick_rounds` with --quick.
 
     Args:
@@ -51,6 +53,7 @@ def parser(doc: str | None, rounds: int, quick_rounds: int = 3, processor: bool 
         rounds: Turns of each arm.
         quick_rounds: The same with --quick.
         processor: Whether it can measure the processor's time.
+        device: Whether it can run on a GPU, and within a budget of seconds.
     """
     common = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_argument("--quick", action="store_true", help="small sizes and few rounds, to see that it works")
@@ -60,6 +63,9 @@ def parser(doc: str | None, rounds: int, quick_rounds: int = 3, processor: bool 
         common.add_argument(
             "--processor", action="store_true", help="time of the processor: less disturbed by other programs"
         )
+    if device:
+        common.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+        common.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no section begins")
     common.add_argument("--output", type=Path, help="JSON file; sections that it holds and this run does not, stay")
     common.add_argument("--resume", action="store_true", help="leave out the sections that the file holds already")
     common.set_defaults(default_rounds=(rounds, quick_rounds), processor=False)
@@ -76,6 +82,31 @@ def parse(common: argparse.ArgumentParser, words: Sequence[str] | None = None) -
     arguments.threads = torch.get_num_threads()
     arguments.clock = time.process_time if arguments.processor else time.perf_counter
     return arguments
+
+
+class Deadline:
+    """The end of a benchmark's budget, and the sections that were not begun before it.
+
+    Args:
+        seconds: The budget, from now on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self._left: list[str] = []
+
+    def passed(self, name: str) -> bool:
+        """Return True if the section must not begin any more, and note that it is left."""
+        if time.monotonic() < self._end:
+            return False
+        self._left.append(name)
+        return True
+
+    def exit(self) -> None:
+        """Exit with 3 and the sections on stderr if any are left."""
+        if self._left:
+            print(f"The budget is spent; left: {'; '.join(self._left)}.", file=sys.stderr, flush=True)
+            sys.exit(3)
 
 
 def take_turns(
@@ -186,6 +217,7 @@ def environment() -> dict[str, Any]:
             "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs/results"
         )
         == "",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": entries.get("model name", platform.machine()),
         "cpu_flags": [flag for flag in FLAGS if flag in entries.get("flags", "").split()],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -43,6 +43,7 @@ VARIANTS = {
 ARMS = {
     "forward only": "no graph",
     "floor": "gradient to the input, no adapter",
+    "head": "a linear layer behind the stack, which gets no gradient",
     "full": "all weights trained",
     "PEFT": "LoRA as it comes: frozen weights in the dtype of the run, float32 factors, no autocast",
     "PEFT autocast": "the same under bfloat16 autocast",
@@ -195,7 +196,7 @@ class Arm:
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states after the stack."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             return cast(Tensor, self.model(x))
 
     def step(self, batches: Batches, optimize: bool = True) -> None:

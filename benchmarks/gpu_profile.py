@@ -1,0 +1,72 @@
+"""The kernels in which PEFT, ours and the floor spend a step of ViT-B, all linear layers adapted (`benchmarks.gpu`).
+
+The profiler adds its own time to each kernel; what counts is which kernels there are, how many, and their shares.
+
+    python -m benchmarks.gpu_profile --device cuda --output docs/results/gpu_profile.json
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu_steps import MODELS, QUICK, RANK, Step, build
+from benchmarks.harness import Deadline, measured, parse, parser, section, table
+from benchmarks.stacks import Arm
+
+ARMS = ("floor", "PEFT", "PEFT autocast", "ours B")
+TOP = 15
+
+
+def kernels(step: Step, steps: int) -> dict[str, Any]:
+    """Milliseconds and launches a step, in all and of the kernels that take longest (operators on the CPU)."""
+    on_gpu = step.device.type == "cuda"
+    step()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as record:
+        for _ in range(steps):
+            step()
+    milliseconds: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
+    for event in record.events():
+        if on_gpu and event.device_type != DeviceType.CUDA:
+            continue
+        passed = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        milliseconds[event.name] += passed / 1000 / steps
+        launches[event.name] += 1
+    return {
+        "milliseconds": sum(milliseconds.values()),
+        "launches": sum(launches.values()) / steps,
+        "top": [
+            {"kernel": name, "milliseconds": ms, "launches": launches[name] / steps}
+            for name, ms in milliseconds.most_common(TOP)
+        ],
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Profile, print, write."""
+    arguments = parse(parser(__doc__, rounds=5, quick_rounds=1, device=True), words)
+    device, deadline = torch.device(arguments.device), Deadline(arguments.budget)
+    model = (QUICK if arguments.quick else MODELS)["vit-b"]
+    stack = build(model, device)
+    x = torch.randn(*model.shape, device=device, dtype=torch.bfloat16)
+    for name in ARMS:
+        record = measured(arguments, name)
+        if record is None:
+            if deadline.passed(name):
+                continue
+            with section(arguments, name) as record:
+                record |= kernels(Step(Arm(name, stack, ["all"], RANK), x, device), arguments.rounds)
+        rows = [[k["kernel"][:80], f"{k['milliseconds']:.2f}", f"{k['launches']:.0f}"] for k in record["top"]]
+        rows.append(["all", f"{record['milliseconds']:.2f}", f"{record['launches']:.0f}"])
+        table(f"vit-b, {name}", ["kernel", "ms a step", "launches a step"], rows)
+    deadline.exit()
+
+
+if __name__ == "__main__":
+    main()
