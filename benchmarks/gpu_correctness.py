@@ -217,7 +217,10 @@ class Fit:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             return [str(row.get("summary", row.get("response"))) for row in rows]
         with path.open(newline="") as file:
-            return [row["prediction"] for row in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")]
+            return [
+                row.get("prediction") or row["class"]
+                for row in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            ]
 
 
 def compare(fixtures: Fixtures, check: Check, reference: Fit, device: str, folder: Path) -> list[dict[str, Any]]:

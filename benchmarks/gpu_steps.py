@@ -133,11 +133,13 @@ MODELS = {
     "vit-l, checkpointing": Model(partial(Vision, "vit_large_patch16_224"), (64, 3, 224, 224), checkpointing=True),
 }
 QUICK = {
-    "vit-b": Model(partial(Vision, "vit_base_patch16_224", embed_dim=128, depth=2, num_heads=2), (2, 3, 224, 224), variants=True),
+    "vit-b": Model(
+        partial(Vision, "vit_base_patch16_224", embed_dim=128, depth=2, num_heads=2), (2, 3, 224, 224), variants=True
+    ),
     "roberta-large": Model(partial(_roberta_large, 2, 128), (2, 32, 128)),
     "bart-large": Model(partial(_bart_large, 2, 128), (2, 32, 128)),
     "llama-1b, checkpointing": Model(partial(_llama, 2, 128, 256, 2, 1), (2, 32, 128), checkpointing=True),
-}  # fmt: skip
+}
 
 
 class Step:
