@@ -63,6 +63,7 @@ def from_peft(
     _check_patterns(content)
     parts = _parts(factors, projections)
     scaling: Scaling = "rslora" if content.get("use_rslora") else "standard"
+    sizes = _sizes(content, factors, parts, scaling)
     try:
         config = replace(
             own,
@@ -72,7 +73,7 @@ def from_peft(
             init_b="given",
             targets=_targets([part.projection for part in parts], projections),
             layers=None,
-            **_sizes(content, factors, parts, scaling),
+            **sizes,
         )
     except AdapterError as error:
         raise AdapterError(f"{WHERE}: adapter_config.json has a value out of range ({error}).") from error
