@@ -163,7 +163,7 @@ class AdapterSpectrum(L.Callback):
                 self._maps[factor] = HeatMap([row["projection"] for row in chosen])
             title = f"Singular values of {factor}, step {step}"
             longest = max(len(row["singular_values"]) for row in chosen)
-            # what a projection of a lower rank has no value for is zero
+            # zeros pad the rows of projections of a lower rank, since the picture is a rectangle
             values = [row["singular_values"] + [0.0] * (longest - len(row["singular_values"])) for row in chosen]
             image = self._maps[factor].render(values, title)
             board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")

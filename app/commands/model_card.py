@@ -118,11 +118,12 @@ def _front_matter(
 
 def _variant(module: AdaptedModule) -> dict[str, Any]:
     config = module.adapter
+    scale = "by name" if config.rank_pattern or config.alpha_pattern else f"{config.scale:g}"
     return {
         "Trained side": config.train,
         "A, B at the start": f"{config.init_a}, {config.init_b}",
         "Rank": _with_patterns(config.rank, config.rank_pattern),
-        "Alpha, scale": f"{_with_patterns(config.alpha, config.alpha_pattern)}, {config.scale:g}",
+        "Alpha, scale": f"{_with_patterns(config.alpha, config.alpha_pattern)}, {scale}",
         "Targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
         "Layers": "all" if config.layers is None else f"the last {config.layers}",
     }

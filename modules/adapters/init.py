@@ -114,7 +114,10 @@ def _singular_vectors(weight: Tensor, factor: Factor, rank: int, name: str, mino
     they are orthonormal vectors that LAPACK chooses.
     """
     if not weight.isfinite().all():
-        raise AdapterError(f"adapter.init_{factor.lower()}: svd needs finite weights, and {name}'s are not.")
+        raise AdapterError(
+            f"adapter.init_{factor.lower()}: the weights of {name} are not finite, so they have no singular vectors. "
+            "Use weights without NaN and infinity, or another initialiser."
+        )
     u, _, vh = torch.linalg.svd(weight.detach().float().cpu(), full_matrices=False)
     vectors = vh if factor == "A" else u.T  # (min(d_out, d_in), n)
     vectors = vectors[-rank:] if minor else vectors[:rank]  # (r, n)

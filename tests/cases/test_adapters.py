@@ -263,20 +263,14 @@ def test_case_30_parts_of_a_fused_layer(scaling: Any, tmp_path: Path) -> None:
     write_peft_files(tmp_path, content, tensors, torch.float32)
     torch.testing.assert_close(pefts_output(backbone, tmp_path), expected, **EXACT)
     before = adapter_state(backbone.model)
-    imported(backbone, content, tensors)
+    given = imported(backbone, content, tensors)
     assert {n: f.A.shape[0] for n, (_, f) in adapted_projections(backbone.model).items()} == ranks
     torch.testing.assert_close(backbone.run(), expected, **EXACT)
     after = adapter_state(backbone.model)
     same = {name for name in before if torch.equal(before[name], after[name])}
     if scaling == "standard":  # with one scale for all parts, PEFT's files hold the factors as they are
         assert same == set(before)
-    assert_same_function_everywhere(
-        backbone, config=read_config(backbone, content, tensors), expected=expected, folder=tmp_path / "ours"
-    )
-
-
-def read_config(backbone: Backbone, content: Any, tensors: Any) -> AdapterConfig:
-    return imported(backbone, content, tensors).config
+    assert_same_function_everywhere(backbone, given.config, expected, tmp_path / "ours")
 
 
 PATTERNS = {"rank_pattern": {"value": 6, "blocks.0.attn.qkv.query": 2, "query": 3}, "alpha_pattern": {"mlp_out": 5.0}}
