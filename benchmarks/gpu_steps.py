@@ -195,7 +195,8 @@ class Step:
         return self.resident() + torch.cuda.max_memory_allocated(self.device) - before
 
     def operations(self) -> int:
-        """Floating-point operations of the matrix products of a step."""
+        """Floating-point operations of the products of a step, attention's among them where torch counts its kernel."""
+        self()  # the first step draws the gradient of the output
         with FlopCounterMode(display=False) as counter:
             self()
         return counter.get_total_flops()
