@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks import gpu, gpu_profile, gpu_steps
 from benchmarks.harness import Deadline
+from tests.conftest import ROOT
 
 
 def test_a_deadline_names_what_was_not_begun(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,3 +70,58 @@ def test_all_parts_run_on_the_cpu(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"gpu_{part}.json").read_text())
     checks = json.loads((tmp_path / "gpu_correctness.json").read_text())
     assert all(check["passed"] for section in checks.values() for check in section["checks"])
+
+
+# Public names of torch 2.14.1 that torch 2.11.0 lacks, found by comparing `dir` of both releases' public modules. The
+# machines with a GPU have 2.11.
+NEWER_THAN_2_11 = set(
+    [
+        "CacheInfo",
+        "DataParallelMeshDims",
+        "LinearCrossEntropyLoss",
+        "LinearCrossEntropyOptions",
+        "PrecompileError",
+        "SavedTensor",
+        "all_gather_single",
+        "bcomplex32",
+        "blas_workspace_size",
+        "caching_allocator_disabled",
+        "const_data_ptr",
+        "cudagraph_mark_warmup_incomplete",
+        "current_solver_handle",
+        "empty_host_cache",
+        "enforce_grad_layout_policy",
+        "gather_into_tensor",
+        "gather_single",
+        "get_backend_impl",
+        "get_default_backend",
+        "graph_annotations",
+        "linear_cross_entropy",
+        "matrix_sqrth",
+        "node_creation_hook",
+        "nonstrict_trace",
+        "philox_state",
+        "polar",
+        "precompile",
+        "record_comm",
+        "redispatch_function",
+        "reduce_scatter_single",
+        "region_activation_memory_budget",
+        "set_default_backend",
+        "set_timeout",
+        "swap_in_optimizer_params_and_state",
+        "thread_safe_generator",
+    ]
+)
+
+
+def test_no_name_is_used_that_the_torch_of_the_gpu_machines_lacks() -> None:
+    found = []
+    for folder in ("app", "modules", "datamodules", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.attr] if isinstance(node, ast.Attribute) else []
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+                    names = [alias.name for alias in node.names]
+                found += [f"{path}: {name}" for name in names if name in NEWER_THAN_2_11]
+    assert not found
