@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test test-slow lint lock
+.PHONY: quickstart test test-slow lint lock gpu
 
 quickstart: $(INSTALLED)  ## adapt the embedded ViT to handwritten digits, on the CPU, without a hub
 	$(BIN)/python main.py fit --config conf/quickstart.yaml
@@ -13,6 +13,9 @@ test: $(INSTALLED)  ## all tests but the slow ones
 
 test-slow: $(INSTALLED)  ## the tests that kill processes and train for minutes
 	$(BIN)/python -m pytest -m slow -n 0
+
+gpu: $(INSTALLED)  ## everything that only a GPU can show, in nine minutes (benchmarks/gpu.py)
+	$(BIN)/python -m benchmarks.gpu --output docs/results
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
