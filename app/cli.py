@@ -46,15 +46,15 @@ from app.checkpoint_io import AtomicCheckpointIO, restore_identity
 from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.console import console_logging
 from app.failures import bad_input
-from app.files import full_disk_named
+from app.files import reraise_disk_full
 from app.imports import HELP, restricted_imports, split_imports
 from app.messages import parser_message, quiet_libraries
 from app.processes import first_to_tell, lost_a_process, part
 from app.run_directory import (
     locked,
     new_run_directory,
-    not_left_empty,
     read_wanted,
+    remove_if_empty,
     run_of_checkpoint,
     wanted_checkpoint,
 )
@@ -250,7 +250,7 @@ class AsymmetryCLI(LightningCLI):
             callbacks.append(LearningRateMonitor("step"))
         plugins = [*_as_list(config["plugins"]), AtomicCheckpointIO(self.checkpoint, self.loaded)]
         self.loaded = {}
-        with not_left_empty(self.made):
+        with remove_if_empty(self.made):
             try:
                 return super().instantiate_trainer(
                     default_root_dir=str(run), callbacks=callbacks, plugins=plugins, **kwargs
@@ -263,7 +263,7 @@ class AsymmetryCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "fit" and self.checkpoint is None:
             report_untrained(subcommand)
-        with not_left_empty(self.made), full_disk_named(self.run_directory):
+        with remove_if_empty(self.made), reraise_disk_full(self.run_directory):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:

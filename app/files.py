@@ -18,7 +18,7 @@ class WriteError(OSError):
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside `path`, with its suffix, that takes its name at the end, or is gone if anything goes wrong.
 
     Raises:
@@ -38,7 +38,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
+def reraise_disk_full(folder: Path) -> Iterator[None]:
     """Say where no more could be written, which a logger's own error does not.
 
     A logger that writes in a thread hands its error on to this one: the thread's own traceback is left out.

@@ -17,7 +17,7 @@ from typing import Any
 from app.checkpoint_io import BEST, IDENTITY, LAST, PREVIOUS, CheckpointError, read_checkpoint
 from app.checkpoint_io import CHECKPOINTS as CHECKPOINTS
 from app.checkpoint_io import run_of_checkpoint as run_of_checkpoint
-from app.files import WriteError, written_whole
+from app.files import WriteError, atomic_write
 
 _log = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -53,7 +53,7 @@ def new_run_directory(root: Path) -> Path:
         except OSError as error:
             raise _no_directory(root, error) from error
         else:
-            with written_whole(path / IDENTITY) as file:
+            with atomic_write(path / IDENTITY) as file:
                 file.write_text(f"{uuid.uuid4().hex}\n", encoding="ascii")
             return path
 
@@ -65,7 +65,7 @@ def _no_directory(root: Path, error: OSError) -> WriteError:
 
 
 @contextmanager
-def not_left_empty(run: Path | None) -> Iterator[None]:
+def remove_if_empty(run: Path | None) -> Iterator[None]:
     """Remove a run directory that was made for a command which is refused before it wrote more than empty events."""
     try:
         yield

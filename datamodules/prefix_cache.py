@@ -155,7 +155,7 @@ def hidden_states(
     size = len(loader.dataset)  # type: ignore[arg-type]
     if not (done := _is_whole(path)):
         try:
-            with _written_whole(path) as file:
+            with _atomic_write(path) as file:
                 _fill(trainer, prefix, loader, lengths, file, f"{size:,} rows of {where}", folder, beat)
         except OSError as error:
             raise DataError(f"data.cache_prefix: {path} could not be written ({error}); {MEND}.") from error
@@ -243,7 +243,7 @@ def _is_whole(path: Path) -> bool:
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[BinaryIO]:
+def _atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes its name at the end, or is gone if anything goes wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     start = f".{path.stem}.{platform.node()}."  # the folder may be shared with other machines

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from app.callbacks.errors import CallbackError
-from app.files import written_whole
+from app.files import atomic_write
 from app.plots import HeatMap
 from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
@@ -174,7 +174,7 @@ class AdapterSpectrum(L.Callback):
             return
         start = time.perf_counter()
         path = Path(trainer.default_root_dir) / FILE
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             _save(self._rows, file)
         self.seconds += time.perf_counter() - start
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.files import written_whole
+from app.files import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
 
@@ -82,7 +82,7 @@ class RunSummary(L.Callback):
         """Print the closing table and write metrics.json, whose figures of earlier commands stay."""
         path = run_directory / "metrics.json"
         merged = {k: v if _finite(v) else None for k, v in sorted((_read_metrics(path) | self.values).items())}
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
         if not self.values:  # a prediction has said what it wrote
             return

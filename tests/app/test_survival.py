@@ -29,7 +29,7 @@ from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
 from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, _problem, fault, read_checkpoint
 from app.cli import main
-from app.files import WriteError, full_disk_named
+from app.files import WriteError, reraise_disk_full
 from app.run_directory import LOCK, locked, new_run_directory, read_wanted, resolve_checkpoint
 from tests.app.processes import DDP, run_on_two
 from tests.app.test_bad_input import Malicious, refused
@@ -618,7 +618,7 @@ def test_a_writing_thread_that_finds_no_room_is_quiet(tmp_path: Path, monkeypatc
     def fail(error: Exception) -> None:
         raise error
 
-    with full_disk_named(tmp_path):
+    with reraise_disk_full(tmp_path):
         for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("a defect")):
             thread = threading.Thread(target=fail, args=(error,))
             thread.start()
