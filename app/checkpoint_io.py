@@ -15,10 +15,12 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+
+from datamodules.atomic import AtomicFile, WriteError, atomic_write, temporary_name
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -63,7 +65,8 @@ def restore_identity(run: Path) -> None:
                 file.seek(-SEAL_BYTES, os.SEEK_END)
                 seal = SEAL.fullmatch(file.read())
             if seal is not None and seal[2].decode() != NO_RUN:
-                (run / IDENTITY).write_text(f"{seal[2].decode()}\n", encoding="ascii")
+                with atomic_write(run / IDENTITY) as identity:
+                    identity.write(seal[2] + b"\n")
                 return
 
 
@@ -157,29 +160,16 @@ def _problem(file: BinaryIO, identity: str | None) -> str | None:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-class _Sealed:
-    """A file for torch.save that takes the digest of what it writes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self, identity: str) -> None:
-        """Write the line behind it all, and have the disk take it."""
-        self.digest.update(identity.encode())
-        self.file.write(f"\nonesided sha256={self.digest.hexdigest()} run={identity}\n".encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+def _seal(file: AtomicFile, identity: str) -> None:
+    """Write the line behind the content, and have all of it on disk before any other checkpoint is touched."""
+    assert file.digest is not None
+    file.digest.update(identity.encode())
+    file.write(f"\nonesided sha256={file.digest.hexdigest()} run={identity}\n".encode())
+    os.fsync(file.fileno())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write to a temporary name in the same folder and rename, so that a kill or a full disk leaves the old file.
+    """Write checkpoints atomically, so that a kill or a full disk leaves the old file.
 
     - The last.ckpt that a new one replaces stays as previous.ckpt, unless it is damaged.
     - Where a run goes on from an older checkpoint of its own, the newer ones are dropped once its first new one is
@@ -203,34 +193,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it cannot be written; what was there before still is.
         """
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")  # one name: a killed run's is written over
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                sealed = _Sealed(file)
-                torch.save(checkpoint, cast("IO[bytes]", sealed))
-                sealed.close(run_identity(target) or NO_RUN)
-            newer = self._left_behind(target.parent)
-            if target.name == LAST and target not in newer and self._is_intact(target):
-                _keep(target, target.with_name(PREVIOUS))
-            temporary.replace(target)
+            with atomic_write(target, hashlib.sha256()) as file:
+                torch.save(checkpoint, file)
+                _seal(file, run_identity(target) or NO_RUN)
+                newer = self._left_behind(target.parent)
+                if target.name == LAST and target not in newer and self._is_intact(target):
+                    _keep(target, target.with_name(PREVIOUS))
             self._intact.add(target)
             for other, step in newer.items():
                 if other != target:
                     other.unlink()
                     _log.warning(f"{other} of step {step} is dropped: the run went on from an older one.")
-            _sync_names(target.parent)
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):  # torch's zip writer raises a RuntimeError behind the disk's own
-                raise
+        except OSError as error:
+            reason = error.reason if isinstance(error, WriteError) else error
             raise CheckpointError(
-                f"The checkpoint {target} could not be written ({cause}). The one before is untouched: free some space "
-                "and resume with --ckpt_path last."
+                f"The checkpoint {target} could not be written ({reason}). The one before is untouched: free some "
+                "space and resume with --ckpt_path last."
             ) from error
-        finally:
-            if target.parent.is_dir():
-                temporary.unlink(missing_ok=True)
 
     def _is_intact(self, path: Path) -> bool:
         return path.is_file() and (path in self._intact or fault(path) is None)
@@ -251,8 +232,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _keep(target: Path, name: Path) -> None:
     """Give a file a second name, in the place of what had it; at no moment is either name without a whole file."""
-    spare = name.with_name(f".{name.name}.tmp")
-    spare.unlink(missing_ok=True)
+    spare = temporary_name(name)
     try:
         os.link(target, spare)
     except OSError:  # a file system without hard links: for a moment there is the second name alone
@@ -260,14 +240,3 @@ def _keep(target: Path, name: Path) -> None:
         return
     spare.replace(name)
     spare.unlink(missing_ok=True)  # it stays if both were names of one file already
-
-
-def _sync_names(folder: Path) -> None:
-    """Have the disk take the new names too, in case of a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems cannot
-        pass
-    finally:
-        os.close(handle)

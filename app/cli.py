@@ -13,7 +13,6 @@ import lightning as L
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from app.arguments import (
@@ -36,6 +35,7 @@ from app.callbacks import (
     AdapterCheckpoint,
     AdapterSpectrum,
     AdapterWriter,
+    ConfusionPicture,
     DataReport,
     PredictionWriter,
     RunSummary,
@@ -55,9 +55,11 @@ from app.run_directory import (
     new_run_directory,
     read_wanted,
     remove_if_empty,
+    remove_links,
     run_of_checkpoint,
     wanted_checkpoint,
 )
+from app.run_logger import RunLogger
 from modules.base import AdaptedModule
 
 
@@ -223,6 +225,8 @@ class AsymmetryCLI(LightningCLI):
             if config[key] is not None and config[key] < 1:
                 raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
+        if run is not None and getattr(rank_zero_only, "rank", 0) == 0:
+            remove_links(run)
         if run is None and getattr(rank_zero_only, "rank", 0) == 0:
             run = self.made = new_run_directory(self.root)
             if self.subcommand == "fit":
@@ -235,13 +239,14 @@ class AsymmetryCLI(LightningCLI):
             # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
             resumed = self.checkpoint is not None and self.subcommand == "fit"
             purge = {"purge_step": self.loaded["global_step"] + 1} if resumed else {}
-            kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, **purge)
+            kwargs["logger"] = RunLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory
         callbacks = [
             self.summary,
             DataReport(),
             *_as_list(config["callbacks"]),
+            ConfusionPicture(),
             PredictionWriter(),
             AdapterWriter(),
             self.termination,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -195,16 +193,7 @@ class ImageClassifier(AdaptedModule):
         self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:
-        """Draw the confusion matrix: in the run directory, and in TensorBoard."""
-        matrix = self.confusion.compute()  # on every rank: it gathers
-        if self.trainer.is_global_zero and matrix.sum() > 0:
-            from modules.confusion import draw_confusion  # a run without a test imports no matplotlib
-
-            figure = draw_confusion(matrix, self.class_names or ())
-            figure.savefig(Path(self.trainer.default_root_dir) / "confusion_matrix.png")
-            for logger in self.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure("test/confusion_matrix", figure, self.global_step)
+        """Forget the confusion matrix, which callbacks have read."""
         self.confusion.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:

@@ -3,6 +3,7 @@
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.callbacks.adapter_spectrum import AdapterSpectrum
 from app.callbacks.adapter_writer import AdapterWriter
+from app.callbacks.confusion_picture import ConfusionPicture
 from app.callbacks.data_report import DataReport
 from app.callbacks.errors import CallbackError
 from app.callbacks.prediction_writer import PredictionWriter
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterSpectrum",
     "AdapterWriter",
     "CallbackError",
+    "ConfusionPicture",
     "DataReport",
     "PredictionWriter",
     "RunSummary",

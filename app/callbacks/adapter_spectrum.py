@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from app.callbacks.errors import CallbackError
-from app.files import atomic_write
 from app.plots import HeatMap
+from datamodules.atomic import atomic_write
 from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule
@@ -185,7 +185,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return pq.read_table(path).to_pylist()
 
 
-def _save(rows: list[dict[str, Any]], path: Path) -> None:
+def _save(rows: list[dict[str, Any]], file: BinaryIO) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -199,7 +199,7 @@ def _save(rows: list[dict[str, Any]], path: Path) -> None:
             "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
         }
     )
-    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
 
 
 def _adapted(module: L.LightningModule) -> bool:

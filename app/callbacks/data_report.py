@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning as L
 
-from app.files import written_whole
+from datamodules.atomic import atomic_write_text
 from datamodules.base import ResumableDataModule
 from datamodules.findings import SkippedRow
 
@@ -35,7 +35,7 @@ class DataReport(L.Callback):
             _log.warning(f"{len(skipped):,} bad rows are skipped; {path} lists them.")
             splits = {row.split for row in skipped}
             kept = [row for row in _read(path) if row.split not in splits]
-            with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            with atomic_write_text(path) as file:
                 csv.writer(file, lineterminator="\n").writerows([SkippedRow._fields, *kept, *skipped])
 
 

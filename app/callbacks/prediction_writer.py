@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import print as rich_print
 from rich.markup import escape
 
-from app.files import atomic_write
+from datamodules.atomic import atomic_write_text
 
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ def _without_index(row: Row, file: int) -> Row:
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Write rows as the suffix says: .csv, .tsv or .jsonl; all of them, or none."""
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write_text(path) as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return

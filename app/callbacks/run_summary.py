@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.files import atomic_write
+from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
 
@@ -83,7 +83,7 @@ class RunSummary(L.Callback):
         path = run_directory / "metrics.json"
         merged = {k: v if _finite(v) else None for k, v in sorted((_read_metrics(path) | self.values).items())}
         with atomic_write(path) as file:
-            file.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+            file.write(f"{json.dumps(merged, indent=2)}\n".encode())
         if not self.values:  # a prediction has said what it wrote
             return
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from app.files import atomic_write
+from datamodules.atomic import atomic_write
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -21,4 +21,4 @@ class SaveRunConfig(SaveConfigCallback):
         if path.exists():
             path = path.with_name(f"config-{len(list(path.parent.glob('config*.yaml')))}.yaml")
         with atomic_write(path) as file:
-            self.parser.save(self.config, file, skip_none=False, overwrite=False, multifile=False)
+            file.write(self.parser.dump(self.config, skip_none=False).encode())

@@ -7,17 +7,13 @@ timm one for `timm.create_model("local-dir:DIR", pretrained=True)`.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from safetensors import SafetensorError
 
 from app.arguments import read_yaml, saved_configuration
 from app.checkpoint_io import CheckpointError, read_checkpoint
@@ -25,6 +21,7 @@ from app.commands.model_card import write_card
 from app.commands.peft import write_peft
 from app.commands.timm_head import timm_model
 from app.run_directory import resolve_checkpoint, run_of_checkpoint
+from datamodules.atomic import WriteError, atomic_directory
 from modules.adapters import adapter_state, detach
 from modules.adapters.compact import save_compact
 from modules.adapters.rounding import Rounding, merge_rounding
@@ -86,11 +83,13 @@ def run(arguments: Namespace) -> None:
     dtype_name = str(dtype).removeprefix("torch.")
     notes = {f"Update, rounded to {dtype_name}": _in_words(rounding)} if rounding else {}
     write = {"peft": write_peft, "merged": write_merged, "compact": write_compact}[arguments.format]
-    with new_directory(output) as folder:
-        loader = write(module, dtype, folder)
-        saved = saved_configuration(read_checkpoint(checkpoint))
-        run_directory, load = run_of_checkpoint(checkpoint), loader.format(output.name)
-        write_card(folder, module, run_directory, saved, arguments.format, load, notes)
+    saved, run_directory = saved_configuration(read_checkpoint(checkpoint)), run_of_checkpoint(checkpoint)
+    try:
+        with atomic_directory(output) as folder:
+            loader = write(module, dtype, folder)
+            write_card(folder, module, run_directory, saved, arguments.format, loader.format(output.name), notes)
+    except WriteError as error:
+        raise ArgumentError(None, f"--output: {error}") from error
     files = sorted(output.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
     print(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {dtype_name}.")
@@ -158,30 +157,6 @@ def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-
-
-@contextmanager
-def new_directory(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its name at the end of the context, or is gone if anything goes wrong.
-
-    Raises:
-        ArgumentError: If it cannot be written.
-    """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():  # safetensors lets the owner alone read them
-            file.chmod(temporary.stat().st_mode & 0o666)
-        temporary.replace(output)
-    except Exception as error:  # the writer of tokenizers raises bare ones
-        if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
-            raise ArgumentError(
-                None, f"--output: {output} could not be written ({error}); nothing is left of it. Choose another place."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str:

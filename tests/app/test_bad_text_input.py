@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from modules.text_classification import TextClassifier
 from tests.app.test_bad_input import Malicious, refused
 from tests.backbones import save_backbone, save_classifier, word_tokenizer
 from tests.conftest import write_pairs, write_sentences
+from tests.support.disks import no_room_for
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -661,32 +660,12 @@ def test_loss_that_is_not_finite(
     assert language_cli.checkpoint()["global_step"] == 8
 
 
-def test_full_disk(text_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    saves = []
-    original = os.fsync
-
-    def fsync(handle: int) -> None:
-        saves.append(handle)
-        if len(saves) > 4:  # of the file and of its name: steps 2 and 4
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(handle)
-
-    monkeypatch.setattr("app.checkpoint_io.os.fsync", fsync)
-    code = text_cli("fit", "--trainer.max_epochs=1", "--checkpoint.last_every_n_steps=2")
+def test_full_disk(text_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    with no_room_for(".last.ckpt.", after=4):  # twice each: steps 2 and 4
+        code = text_cli("fit", "--trainer.max_epochs=1", "--checkpoint.last_every_n_steps=2")
     refused(capsys, code, "last.ckpt", "could not be written", "No space left on device", "--ckpt_path last")
     assert {p.name for p in (text_cli.run() / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert text_cli.checkpoint()["global_step"] == 4
-
-
-def test_no_room_for_the_tokens(
-    language_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: object, **keys: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(datasets.Dataset, "map", full)
-    parts = ["No space left on device", str(datasets.config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE"]
-    refused_without_a_run(language_cli, capsys, language_cli("fit"), *parts)
 
 
 def test_cache_that_cannot_be_written(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -29,12 +28,14 @@ from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
 from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, _problem, fault, read_checkpoint
 from app.cli import main
-from app.files import WriteError, reraise_disk_full
+from app.files import reraise_disk_full
 from app.run_directory import LOCK, locked, new_run_directory, read_wanted, resolve_checkpoint
+from datamodules.atomic import WriteError
 from tests.app.processes import DDP, run_on_two
 from tests.app.test_bad_input import Malicious, refused
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
 from tests.conftest import ROOT, png
+from tests.support.disks import no_file_larger_than
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -250,15 +251,15 @@ def test_what_was_read_is_handed_out_once(run: Path) -> None:
 
 
 def test_a_kill_between_the_two_names(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Path.replace
+    original = os.replace
 
-    def replace(self: Path, target: Path) -> Path:
-        if self.name == ".last.ckpt.tmp":
+    def replace(source: str, target: Path) -> None:
+        if Path(source).name.startswith(".last.ckpt."):
             raise KeyboardInterrupt
-        return original(self, target)
+        original(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
+        patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
             save(run, 3)
     assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 2}  # two names of one file
@@ -547,16 +548,6 @@ def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path) -> None:
         made = list(pool.map(lambda _: new_run_directory(root), range(64)))
     assert len(set(made)) == 64
     assert len({(path / ".run").read_text() for path in made}) == 64
-
-
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_checkpoint_that_finds_no_room(run: Path) -> None:
