@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from modules.adapters.spectrum import product_singular_values, singular_values, 
 from modules.base import AdaptedModule
 
 FILE = "spectrum.parquet"
+_log = logging.getLogger(__name__)
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
 Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
 QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
@@ -180,16 +182,21 @@ class AdapterSpectrum(L.Callback):
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path).to_pylist()
-
-
-def _save(rows: list[dict[str, Any]], file: BinaryIO) -> None:
+    """Read the rows of an earlier fit; a damaged file has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
+    try:
+        return pq.read_table(path, schema=_schema()).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        _log.warning(f"{path} is damaged ({error}). Its spectra of earlier steps are lost.")
+        return []
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
         {
             "step": pa.int64(),
             "projection": pa.string(),
@@ -199,7 +206,13 @@ def _save(rows: list[dict[str, Any]], file: BinaryIO) -> None:
             "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
         }
     )
-    pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
+
+
+def _save(rows: list[dict[str, Any]], file: BinaryIO) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows, _schema()), file, compression="zstd")
 
 
 def _adapted(module: L.LightningModule) -> bool:

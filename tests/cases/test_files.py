@@ -91,7 +91,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def outside(tmp_path: Path) -> Path:
     folder = tmp_path / "outside"
     folder.mkdir()
-    (folder / "mine").write_text("not the run's\n")
+    (folder / "mine").write_text("a: file of the user\n")
     return folder
 
 
