@@ -119,7 +119,6 @@ WRITTEN = (
         "checkpoints/.last.ckpt.tmp",
         "checkpoints/.previous.ckpt.tmp",
         "checkpoints/previous.ckpt",
-        "checkpoints/best.ckpt",
     ),
     *("checkpoints/.best.ckpt.tmp", f".metrics.json.{'0' * 16}.tmp"),
 )
