@@ -284,6 +284,7 @@ def digest(*folders: Path) -> dict[str, str]:
 
 
 _watching: list[set[Path]] = []
+LIBRARIES = {"__pycache__", "matplotlib"}  # folders of caches that belong to libraries
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -308,12 +309,12 @@ def watched() -> Iterator[set[Path]]:
         yield (found := _watching[-1])
     finally:
         _watching.remove(found)
-        found -= {path for path in found if path.parts[1] in ("dev", "proc") or "__pycache__" in path.parts}
+        found -= {path for path in found if path.parts[1] in ("dev", "proc") or LIBRARIES & set(path.parts)}
 
 
-def check_run(run: Path, finished: bool) -> None:
-    """What a run left can be used: nothing is half-written."""
-    files = [p for p in run.rglob("*") if p.is_file()]
+def check_run(run: Path, before: dict[str, str], finished: bool) -> None:
+    """What a run wrote can be used: nothing is half-written."""
+    files = [Path(name) for name, content in digest(run).items() if before.get(name) != content]
     assert not [p for p in files if p.suffix == ".tmp"]
     for path in files:
         if path.suffix == ".ckpt":
@@ -372,6 +373,7 @@ def run_case(cli: CommandLine, case: Case, capsys: pytest.CaptureFixture[str]) -
         (root / "overlay.yaml").write_text(content)
         words += [f"--config={root / 'overlay.yaml'}"] if case.in_file else []
         words += [f"--{key}={word(value)}" for key, value in case.in_words.items()]
+        runs_before = digest(runs)
         inputs = [data, *(Path(p) for p in cli.backbone[1:])]
         before = digest(*inputs)
         capsys.readouterr()
@@ -390,7 +392,7 @@ def run_case(cli: CommandLine, case: Case, capsys: pytest.CaptureFixture[str]) -
         assert code == 0 or lines[-1].startswith("error: "), err
         assert digest(*inputs) == before, "an input was changed"
         for run in runs.glob("version_*"):
-            check_run(run, code == 0 and case.command == "fit" and "fast_dev_run" not in str(case))
+            check_run(run, runs_before, code == 0 and case.command == "fit" and "fast_dev_run" not in str(case))
         return code
 
 
