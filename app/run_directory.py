@@ -23,7 +23,7 @@ from datamodules.atomic import WriteError, atomic_write, remove_stale
 _log = logging.getLogger(__name__)
 LOCK = ".lock"
 # files of a run that are read, and replaced by a rename, which does not follow a link
-READ = re.compile(r"(best|last|previous)\.ckpt|config(-\d+)?\.yaml|hparams\.yaml|metrics\.json|spectrum\.parquet|\.run")
+READ = re.compile(r"checkpoints/(best|last|previous)\.ckpt|config(-\d+)?\.yaml|metrics\.json|spectrum\.parquet|\.run")
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
@@ -97,7 +97,7 @@ def remove_links(run: Path) -> None:
                     f"{path} is a link to {target}, outside of the run directory, where the run would write. Replace "
                     "the link by a folder."
                 )
-            if not READ.fullmatch(path.name):
+            if not READ.fullmatch(path.relative_to(run).as_posix()):
                 path.unlink()
                 _log.warning(f"{path} was a link to {target}, outside of the run directory. The link is removed.")
 
