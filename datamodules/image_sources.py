@@ -18,7 +18,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.errors import DataError
 from datamodules.labels import Labels, read_labels
-from datamodules.tables import SPLITS, Table, open_table
+from datamodules.splits import SPLITS
+from datamodules.tables import Table, open_table
 
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets
