@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "val": ("validation", "val", "valid", "dev", "development", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-_WORDS = {split: "|".join(spellings) for split, spellings in SPLITS.items()}
 _FILLER = "(?:data|sets?|images?|imgs?|splits?|files|folder)*"  # train_set, images-val, TestData
-_PATTERNS = {split: re.compile(f"{_FILLER}(?:{words}){_FILLER}") for split, words in _WORDS.items()}
 HELPER_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found"}
 
 
@@ -27,8 +25,17 @@ def split_of(name: str) -> str | None:
 
     Case and separators do not matter: `Training`, `dev`, `test_set` and `Images-Val` mean a split.
     """
-    letters = re.sub(r"[\W_]+", "", name.casefold())
-    return next((split for split, pattern in _PATTERNS.items() if pattern.fullmatch(letters)), None)
+    return next((split for split, spellings in SPLITS.items() if is_spelling(name, spellings)), None)
+
+
+def is_spelling(name: str, spellings: Iterable[str]) -> bool:
+    """Return True if a name is one of some spellings, whatever its case, separators and words such as `data`."""
+    words = "|".join(_letters(spelling) for spelling in spellings)
+    return re.fullmatch(f"{_FILLER}(?:{words}){_FILLER}", _letters(name)) is not None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def is_helper(name: str) -> bool:
