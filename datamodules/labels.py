@@ -177,8 +177,8 @@ def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
         return _typed(cells), (f"{column} of {table.where} holds labels of several types",)
     cells = table.data.select_columns(column).with_format("arrow")[:][column].combine_chunks()
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-        blank = pc.equal(pc.utf8_trim_whitespace(cells), "")  # type: ignore[attr-defined]
-        cells = pc.if_else(blank, pa.scalar(None, cells.type), cells)  # type: ignore[attr-defined]
+        blank = pc.equal(pc.utf8_trim_whitespace(cells), "")
+        cells = pc.if_else(blank, pa.scalar(None, cells.type), cells)
         if column in table.as_written:
             cells = _typed(cells)
         elif (words := _booleans(cells)) is not None:
@@ -191,7 +191,7 @@ def _typed(cells: Any) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    trimmed = pc.utf8_trim_whitespace(cells)  # type: ignore[attr-defined]
+    trimmed = pc.utf8_trim_whitespace(cells)
     for kind in (pa.int64(), pa.float64()):
         try:
             numbers = trimmed.cast(kind)
@@ -207,7 +207,7 @@ def _booleans(cells: Any) -> Any:
     """Text that is true or false in each row, in any case, as booleans; None for other text."""
     import pyarrow.compute as pc
 
-    words = pc.utf8_lower(pc.utf8_trim_whitespace(cells))  # type: ignore[attr-defined]
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
     found = set(pc.unique(words).to_pylist()) - {None}
     return pc.equal(words, "true") if found and found <= {"true", "false"} else None
 

@@ -291,7 +291,8 @@ def check_texts(table: Table, key: str, column: str) -> Table:
     described = "values of several types" if isinstance(feature, datasets.Json) else kind
     note = f"{column} of {table.where} holds {described}, read as text"
     order = table.data.column_names
-    data = table.data.remove_columns(column).add_column(column, texts).select_columns(order)
+    data = table.data.add_column(f"{column} as text", texts).remove_columns(column)
+    data = data.rename_column(f"{column} as text", column).select_columns(order)
     return replace(table, data=data, notes=(*table.notes, note))
 
 
@@ -303,7 +304,7 @@ def blank_rows(table: Table, column: str) -> set[int]:
     first = 0
     for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
         cells = rows[column]
-        empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), ""), True)  # type: ignore[attr-defined]
+        empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), ""), True)
         blank.update(first + int(i) for i in empty.to_numpy().nonzero()[0])
         first += len(rows)
     return blank

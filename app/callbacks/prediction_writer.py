@@ -15,6 +15,7 @@ from rich import print as rich_print
 from rich.markup import escape
 
 from app.files import written_whole
+from datamodules.base import ResumableDataModule
 
 Row = dict[str, Any]
 
@@ -52,7 +53,10 @@ class PredictionWriter(BasePredictionWriter):
                 shares = [None] * trainer.world_size
                 torch.distributed.all_gather_object(shares, rows)
             if trainer.is_global_zero:
-                ordered = sorted((row for share in shares for row in share), key=lambda row: row["index"])
+                made = [row for share in shares for row in share]
+                if failed := data.failed_rows(number) if isinstance(data, ResumableDataModule) else []:
+                    made = [row | {"error": ""} for row in made] + failed
+                ordered = sorted(made, key=lambda row: row["index"])
                 path = Path(trainer.default_root_dir) / name
                 write_rows(path, [complete(row, number) for row in ordered])
                 rich_print(escape(f"{len(ordered)} predictions: {path}"))
@@ -70,7 +74,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
             return
         writer = csv.DictWriter(
             file,
-            fieldnames=list(rows[0]),
+            fieldnames=list(dict.fromkeys(name for row in rows for name in row)),
             dialect="excel-tab" if path.suffix == ".tsv" else "excel",
             lineterminator="\n",
         )
