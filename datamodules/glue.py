@@ -227,9 +227,7 @@ class GlueData(TextData):
                 raise DataError(f"data.skip_label: every row of {split} in {table.where} has it; choose another.")
         advice = "" if self.skip_label is not None else "; data.skip_label leaves out rows of a label"
         bad = {
-            row: BadRow(
-                "label_column", f"has a label that {why.rstrip(',')}{advice if why.startswith('is -1,') else ''}"
-            )
+            row: BadRow("label_column", f"has a label that {why}{advice if why.startswith('is -1,') else ''}")
             for row, why in labels.bad.items()
         }
         rows = self.without_bad(split, table, rows, self._bad_texts(table) | bad)

@@ -169,7 +169,7 @@ class TextData(ResumableDataModule):
                 self.findings.skip(SkippedRow(split, table.where, f"row {row}", reason), error)
         if len(found) == len(chosen):
             row, (key, reason) = next(iter(found.items()))
-            raise DataError(f"data.{key}: no row of {table.where} can be used; row {row} {reason}.")
+            raise DataError(f"data.{key}: row {row} of {table.where} {reason}, and no other can be used.")
         return rows[[row not in found for row in chosen]] if found else rows
 
     def check_columns(self, **keys: str | None) -> None:
