@@ -253,7 +253,7 @@ def check_column(table: Table, key: str, column: str) -> None:
     if len(names) == 1 and (mark := next((m for m in ";\t|," if m in names[0]), None)):
         marks = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
         advice = f" Its cells seem to be parted by {marks[mark]}: save it with commas as .csv, or with tabs as .tsv."
-    elif table.as_written:
+    elif kind_of(Path(table.where)) in (".csv", ".tsv"):
         advice = " The first line of the file must name its columns."
     raise DataError(f"data.{key}: {table.where} has no column {column}; it has {', '.join(names)}.{advice}")
 
@@ -373,6 +373,9 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
             for file in files:
                 _check_width(file, reading)
         data = READERS[kind](files, reading)
+        if READERS[kind] is _read_json:  # the library takes any bytes for text
+            for rows in data.with_format("arrow").iter(batch_size=10_000):
+                rows.validate(full=True)
         if kind == ".json" and len(data) == 1 and (field := _only_list(data[0])):
             import datasets
 

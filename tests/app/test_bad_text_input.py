@@ -388,7 +388,7 @@ def test_predict_needs_rows(language_cli: CommandLine, capsys: pytest.CaptureFix
     (folder / "rows.csv").write_text("words\nw1\n")
     refused(capsys, language_cli(*ask, f"--data.predict_path={folder / 'rows.csv'}"), "rows.csv", "no column", "words")
     (folder / "hole.csv").write_text("sentence,document\n,\n,\n")
-    refused(capsys, language_cli(*ask, f"--data.predict_path={folder / 'hole.csv'}"), "hole.csv", "is empty in every row")
+    refused(capsys, language_cli(*ask, f"--data.predict_path={folder / 'hole.csv'}"), "hole.csv", "empty in every row")
 
 
 def test_hidden_labels_cannot_be_tested_on(fitted_text_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
