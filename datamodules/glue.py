@@ -222,7 +222,9 @@ class GlueData(TextData):
         if labels.left_out:
             size = len(rows)
             rows = rows[[row not in labels.left_out for row in rows.tolist()]]
-            self.findings.add(f"{split}: {size - len(rows):,} rows have the label {self.skip_label} and are left out")
+            if size > len(rows):
+                count = size - len(rows)
+                self.findings.add(f"{split}: {count:,} rows have the label {self.skip_label} and are left out")
             if len(rows) == 0:
                 raise DataError(f"data.skip_label: every row of {split} in {table.where} has it; choose another.")
         advice = "" if self.skip_label is not None else "; data.skip_label leaves out rows of a label"

@@ -123,6 +123,8 @@ def parse_labels(
     if left_out:
         cells = pa.array(np.where(_mask(left_out, len(cells)), None, cells.to_numpy(zero_copy_only=False)), cells.type)
     null = {int(row) for row in cells.is_null().to_numpy(zero_copy_only=False).nonzero()[0]}
+    if len(left_out) == len(cells):
+        raise DataError(f"data.skip_label: every label of {table.where} is {skip_label}. Choose another, or none.")
     if len(null) == len(cells):
         raise DataError(f"data.label_column: {column} in {table.where} is empty in row 0 and in all others.")
     bad = dict.fromkeys(sorted(null - left_out), "is empty")
@@ -192,7 +194,9 @@ def _typed(cells: Any) -> Any:
     import pyarrow.compute as pc
 
     trimmed = pc.utf8_trim_whitespace(cells)
-    for kind in (pa.int64(), pa.float64()):
+    digits = pc.match_substring_regex(trimmed, r"^[+-]?\d+$").fill_null(True)
+    kinds = (pa.int64(),) if pc.all(digits).as_py() else (pa.float64(),)  # digits of more than 64 bits stay names
+    for kind in kinds:
         try:
             numbers = trimmed.cast(kind)
         except pa.ArrowInvalid:

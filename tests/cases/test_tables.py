@@ -101,7 +101,7 @@ def test_case_02_names_that_mean_a_split(tmp_path: Path, train: str, val: str, t
         ("train.jsonl.gz", gzip.compress(lines(labelled([0, 1])).encode())),
         ("train.ndjson", lines(labelled([0, 1])).encode()),
         ("train.json", json.dumps(labelled([0, 1])).encode()),
-        ("train.json", json.dumps({"data": labelled([0, 1])}).encode()),
+        ("train.json", json.dumps({"data": labelled([0, 1]), "version": 2}).encode()),
         ("train.csv", csv_of(labelled([0, 1])).replace("\n", "\r\n").encode()),
         ("train.csv", b"\xef\xbb\xbf" + csv_of(labelled([0, 1])).encode()),
     ],
@@ -137,6 +137,7 @@ def test_case_02_names_that_mean_no_split_are_listed(tmp_path: Path) -> None:
         ([10**15, -5, 2], ["-5", "2", str(10**15)]),
         ([1, -1], ["-1", "1"]),
         ([3, 1, 0], ["0", "1", "3"]),
+        (["1", "9" * 24], ["1", "9" * 24]),
     ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -393,6 +394,7 @@ def test_case_28_a_pad_token_by_key(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("train.csv", b"good film,1\nbad film,0\n", "The first line of the file must name its columns"),
         ("train.csv", b"text,label\na,1,x\nb,2,y\n", "more cells than its first line has names"),
         ("train.csv", b"text,label\na,1\nb,2,3\n", "line 3, saw 3"),
+        ("train.csv", b"text,text,label\na,b,1\n", "has 2 columns text"),
         ("train.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", lab\n', "line 2 of"),
         ("train.jsonl", b'{"text": "a", "label": 1}\n\xff\n', "line 2 of"),
     ],
