@@ -191,7 +191,7 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
     handle, name = tempfile.mkstemp(suffix=".yaml")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yaml.safe_dump(content, file)
+            yaml.safe_dump(content, file, sort_keys=False)  # the first key of a rank_pattern that matches decides
         yield name
     finally:
         os.unlink(name)

@@ -114,15 +114,22 @@ def _hit_list(module: AdaptedModule) -> Table:
         kinds.setdefault(re.sub(r"\b\d+\b", "*", projection.name), []).append(projection)
     factors = adapted_projections(module.backbone)
     config = module.adapter
-    title = (
-        f"Adapters: train {config.train}, A {config.init_a}, B {config.init_b}, rank {config.rank}, s {config.scale:g}"
-    )
-    table = Table("Projection", "Role", "Layers", "d_in → d_out", title=title, title_justify="left", show_edge=False)
+    title = f"Adapters: train {config.train}, A {config.init_a}, B {config.init_b}"
+    columns = ("Projection", "Role", "Layers", "d_in → d_out", "Rank", "s")
+    table = Table(*columns, title=title, title_justify="left", show_edge=False)
     for kind, projections in kinds.items():
         _, first = factors[projections[0].name]
         shape = f"{first.A.shape[1]} → {first.B.shape[0]}"
-        table.add_row(kind, projections[0].role, str(len(projections)), shape)
+        of_kind = [factors[p.name][1] for p in projections]
+        ranks, scales = _range([f.A.shape[0] for f in of_kind]), _range([f.scale for f in of_kind])
+        table.add_row(kind, projections[0].role, str(len(projections)), shape, ranks, scales)
     return table
+
+
+def _range(values: list[float]) -> str:
+    """The smallest and the largest of some numbers, or the one that they all are."""
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _readable(key: str, value: float) -> str:
