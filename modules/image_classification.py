@@ -31,8 +31,8 @@ class ImageClassifier(AdaptedModule):
     Args:
         backbone: timm's name, `vit_base_patch16_224.augreg_in21k`, or a model in timm's layout: `hf_hub:ORG/NAME` on
             the hub, `local-dir:PATH` in a directory.
-        weights: `pretrained` (those of that name, repository or directory), `none`, or a local .safetensors, .pth, .pt or
-            .bin file.
+        weights: `pretrained` (those of that name, repository or directory), `none`, or a local .safetensors, .pth,
+            .pt or .bin file.
         backbone_args: More arguments of the architecture for `timm.create_model`, such as `depth` or `drop_path_rate`.
         image_size: Side of the input in pixels; None takes the backbone's own. Position embeddings are resized.
         label_smoothing: Share of the target spread over all classes in training, in [0, 1).
