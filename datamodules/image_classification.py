@@ -21,7 +21,7 @@ from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw, seeded
 from datamodules.errors import DataError
 from datamodules.findings import Findings
-from datamodules.image_sources import UNLABELLED, ImageError, ImageTable, open_folder, open_split
+from datamodules.image_sources import ImageError, ImageTable, open_folder, open_split
 from datamodules.splits import check_splits, choose_rows
 
 Transform = Callable[[Tensor], Tensor]
@@ -278,10 +278,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: If they are more than may be skipped.
         """
-        labelled = self.table.labels[self.rows] != UNLABELLED
-        for row in self.rows[~labelled].tolist():
-            findings.skip(self.table.skipped(split, row, "it has no label"))
-        self.rows = self.rows[labelled]
+        if not self.table.unlabelled:
+            return
+        for row in self.rows.tolist():
+            if row in self.table.unlabelled:
+                findings.skip(self.table.skipped(split, row, self.table.unlabelled[row]))
+        self.rows = self.rows[[row not in self.table.unlabelled for row in self.rows.tolist()]]
 
     def keep_in_memory(self, limit_gb: float, split: str, findings: Findings) -> None:
         """Decode all images now if, judged by the first 64, they take at most `limit_gb` GiB.

@@ -16,8 +16,8 @@ from datamodules.splits import is_helper, split_of
 # Raster formats that Pillow decodes by itself. Pillow passes others on to external programs (PostScript).
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
-    *(".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".avif", ".avifs", ".jp2", ".j2k", ".jpx"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".bmp"),
+    *(".tif", ".tiff", ".webp", ".gif", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 )
 UNDECODABLE = (".heic", ".heif")  # photos that Pillow cannot decode
 MOST_NAMES = 10
@@ -43,15 +43,15 @@ class ImageFiles:
 
     def summary(self) -> str:
         """Return one line about the files and folders that are left out; empty if there are none."""
-        empty = (
-            f"no image in the folders {_listed([os.sep.join(parts) for parts in self.empty])}." if self.empty else ""
-        )
-        if not self.left_out:
-            return f"left out of {self.root}: {empty}" if empty else ""
         kinds = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
-        more = f" and {len(kinds) - MOST_NAMES} more kinds" if len(kinds) > MOST_NAMES else ""
-        hint = " Convert .heic files to JPEG or PNG to use them." if self.left_out.keys() & {*UNDECODABLE} else ""
-        return f"left out of {self.root}: {', '.join(kinds[:MOST_NAMES])}{more}.{hint} {empty}".rstrip()
+        more = [f"{len(kinds) - MOST_NAMES} more kinds"] if len(kinds) > MOST_NAMES else []
+        empty = _listed([os.sep.join(parts) for parts in self.empty])
+        folders = [f"{len(self.empty):,} folders without an image ({empty})"] if self.empty else []
+        if not kinds and not folders:
+            return ""
+        heic = any(kind.startswith(UNDECODABLE) for kind in self.left_out)
+        hint = " Convert .heic files to JPEG or PNG to use them." if heic else ""
+        return f"left out of {self.root}: {', '.join([*kinds[:MOST_NAMES], *more, *folders])}.{hint}"
 
     def contents(self) -> str:
         """Return the names of the files and folders at the top, for a message."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +18,15 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from datamodules.errors import DataError
 from datamodules.findings import Findings, SkippedRow
 from datamodules.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
-from datamodules.labels import Labels, read_labels
+from datamodules.labels import Labels, parse_labels
 from datamodules.splits import SPLITS
-from datamodules.tables import Table, open_table
+from datamodules.tables import Table, open_table, unread_files
 
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-UNLABELLED = -1
 WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # a value of TIFF, and the tag that has it
 
 
@@ -51,9 +50,10 @@ class ImageTable:
     Args:
         read: Gives the encoded bytes, the path or the pixels (height, width, 3) of the image in a row.
         names: Names of the images for messages and tables of predictions; one a row.
-        labels: (rows,) int64, `UNLABELLED` in rows without a label; empty when no row has one.
+        labels: (rows,) int64, -1 in rows without a label; empty when no row has one.
         class_names: Names by label; empty when there are no labels.
         where: Folder, file or data set that the images are from.
+        unlabelled: Reasons by row why a row has no label.
     """
 
     read: Callable[[int], bytes | Path | np.ndarray]
@@ -61,6 +61,7 @@ class ImageTable:
     labels: Tensor
     class_names: list[str]
     where: str = ""
+    unlabelled: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,8 +94,7 @@ class ImageTable:
         Raises:
             DataError: If a class of this table is not in the list.
         """
-        labels, labelled = self.labels.clone(), self.labels != UNLABELLED
-        labels[labelled] = Labels(labels[labelled], self.class_names, where).matched(class_names)
+        labels = Labels(self.labels, self.class_names, where).matched(class_names)
         return replace(self, labels=labels, class_names=class_names)
 
 
@@ -212,8 +212,8 @@ def open_split(
         split: `train`, `val` or `test`.
         image_column: Column of the images; None takes the first of img, image.
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
-        findings: Takes lines about what was assumed and left out. Rows without a label are kept as `UNLABELLED` if
-            rows may be skipped.
+        findings: Takes lines about what was assumed and left out. Rows without a label are kept if it lets rows be
+            skipped.
 
     Returns:
         The split; None when the data set has no such split.
@@ -233,7 +233,10 @@ def open_split(
     found = open_table(path, SPLITS[split])
     if found is None:
         return None
-    return _from_dataset(found.data, found.where, image_column, label_column, bool(findings.skip_bad_rows))
+    if unread := unread_files(path, [name for names in SPLITS.values() for name in names]):
+        more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
+        findings.add(f"not read, since no split is called so: {', '.join(unread[:3])}{more}")
+    return _from_table(found, image_column, label_column, findings)
 
 
 def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
@@ -262,11 +265,10 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
     return ImageTable(_FileReader(paths), names, torch.empty(0, dtype=torch.int64), [], path)
 
 
-def _from_dataset(
-    data: datasets.Dataset, where: str, image_column: str | None, label_column: str | None, keep_unlabelled: bool
-) -> ImageTable:
+def _from_table(table: Table, image_column: str | None, label_column: str | None, findings: Findings) -> ImageTable:
     from datasets import Image as ImageFeature
 
+    data, where = table.data, table.where
     image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where)
     label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
     try:
@@ -275,27 +277,20 @@ def _from_dataset(
         raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
     if len(data) == 0:
         raise DataError(f"data.path: {where} has no rows.")
-    labelled = _labelled(data, label)
-    skips = keep_unlabelled and labelled.any() and not labelled.all()
-    labels = read_labels(Table(data.select(np.flatnonzero(labelled)) if skips else data, where), label)
+    labels = parse_labels(table, label)
     if not labels.class_names:
         raise DataError(f"data.label_column: {label} in {where} must hold whole numbers or names, not decimal numbers.")
-    values = labels.values
-    if skips:
-        values = torch.full((len(data),), UNLABELLED)
-        values[torch.from_numpy(labelled)] = labels.values
-    return ImageTable(_ColumnReader(encoded, image), _RowNames(where, len(data)), values, labels.class_names, where)
-
-
-def _labelled(data: datasets.Dataset, column: str) -> np.ndarray:
-    """Return for each row whether it has a label: (rows,) bool. Named labels that are hidden are -1 on the hub."""
-    from datasets import ClassLabel
-
-    cells = data.select_columns(column).with_format("arrow")[:][column].combine_chunks()
-    labelled: np.ndarray = cells.is_valid().to_numpy(zero_copy_only=False)
-    if isinstance(data.features[column], ClassLabel):
-        labelled &= cells.fill_null(UNLABELLED).to_numpy() != UNLABELLED
-    return labelled
+    if labels.bad and not findings.skip_bad_rows:
+        row, reason = next(iter(labels.bad.items()))
+        raise DataError(
+            f"data.label_column: {label} in {where} {reason} in row {row}; {len(labels.bad):,} of {len(data):,} labels "
+            "cannot be used. Fix or drop those rows, or skip them with data.skip_bad_rows."
+        )
+    for note in (*table.notes, *labels.notes):
+        findings.add(note)
+    names, reader = _RowNames(where, len(data)), _ColumnReader(encoded, image)
+    bad = {row: f"{label} {reason.rstrip(',')}" for row, reason in labels.bad.items()}
+    return ImageTable(reader, names, labels.values, labels.class_names, where, bad)
 
 
 def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str) -> str:

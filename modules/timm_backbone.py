@@ -102,19 +102,18 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     """
     try:
         source, _ = parse_model_name(name)
-        if source is None and not timm.is_model(name):
-            close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-            hint = f" Near it: {', '.join(close)}." if close else ""
-            raise ModelError(f"model.backbone: timm has no architecture {name!r}.{hint} timm.list_models() lists all.")
-        resolved = resolve_model_input_args(name)
-    except ModelError:
-        raise
     except ValueError as error:  # a path or a repository without a prefix, or another prefix
         raise ModelError(f"model.backbone: {error}") from error
+    if source is None and not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f" Near it: {', '.join(close)}." if close else ""
+        raise ModelError(f"model.backbone: timm has no architecture {name!r}.{hint} timm.list_models() lists all.")
+    try:
+        resolved = resolve_model_input_args(name)
     except Exception as error:  # no connection, no such directory, no config.json, or one that is damaged
-        hint = "Give config.json and model.safetensors, as timm.models.save_for_hf writes them."
-        wanted = "timm.list_models(pretrained=True) lists all." if source is None else hint
-        raise ModelError(f"model.backbone: {name} cannot be read ({_first_line(error)}). {wanted}") from error
+        wanted = "Give config.json and model.safetensors, as timm.models.save_for_hf writes them."
+        advice = "timm.list_models(pretrained=True) lists all." if source is None else wanted
+        raise ModelError(f"model.backbone: {name} cannot be read ({_first_line(error)}). {advice}") from error
     config: dict[str, Any] = resolved["pretrained_cfg"]
     channels = (config.get("input_size") or (3,))[0]
     if channels != 3:
@@ -130,16 +129,20 @@ def _download(name: str, args: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights that belong to a name, at the size that they were trained at; code in them is never run."""
     try:
         source = timm.create_model(name, pretrained=True, num_classes=0, **args)
-    except RuntimeError as error:
-        raise ModelError(f"model.weights: {name} has no pretrained weights in timm ({error}).") from error
     except Exception as error:  # whatever a network, a file or its tensors can raise
-        reason = _first_line(error)
-        if parse_model_name(name)[0] == "local-dir":
-            raise ModelError(f"model.weights: the weights in {name} cannot be loaded ({reason}).") from error
-        raise ModelError(
-            f"model.weights: the weights of {name} could not be fetched from the hub ({reason}). Without a connection "
-            "two keys take local paths: --model.weights FILE.safetensors and --data.path DIRECTORY."
-        ) from error
+        reason, place = _first_line(error), parse_model_name(name)[0]
+        if place == "local-dir":
+            message = (
+                f"model.weights: the weights in {name} are damaged, missing or hold code ({reason.split('. ')[0]})."
+            )
+        elif place is None and isinstance(error, RuntimeError):
+            message = f"model.weights: {name} has no pretrained weights in timm ({reason})."
+        else:
+            message = (
+                f"model.weights: the weights of {name} could not be fetched from the hub ({reason}). Without a "
+                "connection two keys take local paths: --model.weights FILE.safetensors and --data.path DIRECTORY."
+            )
+        raise ModelError(message) from error
     state: dict[str, Tensor] = source.state_dict()
     return state
 
