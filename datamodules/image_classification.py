@@ -58,6 +58,8 @@ class ImageClassificationData(ResumableDataModule):
         predict_path: Folder of images for `predict`. Images that cannot be decoded get a row with their error.
         skip_bad_rows: Images of each split that are skipped, at most, since they have no label or cannot be decoded.
             Images that do not fit in memory are then decoded once more before training.
+        skip_label: Label of the rows of a table that are left out, by name or number: -1 where it marks hidden labels.
+            For folders, move the folder of a class elsewhere.
     """
 
     kind = "images"
@@ -80,6 +82,7 @@ class ImageClassificationData(ResumableDataModule):
         label_column: str | None = None,
         predict_path: str | None = None,
         skip_bad_rows: int = 0,
+        skip_label: str | int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, skip_bad_rows)
         self.save_hyperparameters()
@@ -98,7 +101,7 @@ class ImageClassificationData(ResumableDataModule):
         self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
         self.memory_limit_gb = memory_limit_gb
         self.limits = limits
-        self.columns = (image_column, label_column)
+        self.columns, self.skip_label = (image_column, label_column), skip_label
         self.class_names: list[str] | None = None
         self.splits: dict[str, ImageDataset] = {}
         self._tables: dict[str, ImageTable | None] = {}
@@ -154,7 +157,7 @@ class ImageClassificationData(ResumableDataModule):
             errors = [(i, error) for i, error in enumerate(error for batch in checks for error in batch) if error]
             dataset.skip_undecodable(errors, name, self.findings)
         if len(dataset) == 0:
-            raise DataError(f"data.skip_bad_rows: no image of the {name} split of {self.path} is left.")
+            raise DataError(f"data.path: no image of the {name} split of {self.path} can be used.")
         self.findings.add_split(name, len(dataset), source)
         if name == "train" or "train" not in self.splits:
             counts = table.labels[dataset.rows].bincount(minlength=len(self.class_names))
@@ -164,7 +167,7 @@ class ImageClassificationData(ResumableDataModule):
     def _table(self, name: str) -> ImageTable | None:
         """A split as it is stored, opened once."""
         if name not in self._tables:
-            self._tables[name] = open_split(self.path, name, *self.columns, self.findings)
+            self._tables[name] = open_split(self.path, name, *self.columns, self.findings, self.skip_label)
         return self._tables[name]
 
     def _require(self, name: str) -> ImageTable:
@@ -278,12 +281,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: If they are more than may be skipped.
         """
-        if not self.table.unlabelled:
+        table, rows = self.table, self.rows.tolist()
+        if not table.unlabelled and not table.left_out:
             return
-        for row in self.rows.tolist():
-            if row in self.table.unlabelled:
-                findings.skip(self.table.skipped(split, row, self.table.unlabelled[row]))
-        self.rows = self.rows[[row not in self.table.unlabelled for row in self.rows.tolist()]]
+        for row in rows:
+            if row in table.unlabelled:
+                findings.skip(table.skipped(split, row, table.unlabelled[row]))
+        self.rows = self.rows[[row not in table.unlabelled and row not in table.left_out for row in rows]]
+        if left_out := table.left_out.intersection(rows):
+            findings.add(f"{split}: {len(left_out):,} rows have the label of data.skip_label and are left out")
 
     def keep_in_memory(self, limit_gb: float, split: str, findings: Findings) -> None:
         """Decode all images now if, judged by the first 64, they take at most `limit_gb` GiB.

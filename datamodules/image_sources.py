@@ -54,6 +54,7 @@ class ImageTable:
         class_names: Names by label; empty when there are no labels.
         where: Folder, file or data set that the images are from.
         unlabelled: Reasons by row why a row has no label.
+        left_out: Rows that have the label to skip.
     """
 
     read: Callable[[int], bytes | Path | np.ndarray]
@@ -62,6 +63,7 @@ class ImageTable:
     class_names: list[str]
     where: str = ""
     unlabelled: Mapping[int, str] = field(default_factory=dict)
+    left_out: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -203,7 +205,12 @@ class _RowNames(Sequence[str]):
 
 
 def open_split(
-    path: str, split: str, image_column: str | None, label_column: str | None, findings: Findings | None = None
+    path: str,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    findings: Findings | None = None,
+    skip_label: str | int | None = None,
 ) -> ImageTable | None:
     """Open one split of a labelled data set.
 
@@ -214,6 +221,7 @@ def open_split(
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
         findings: Takes lines about what was assumed and left out. Rows without a label are kept if it lets rows be
             skipped.
+        skip_label: Label of rows of a table to leave out.
 
     Returns:
         The split; None when the data set has no such split.
@@ -236,7 +244,7 @@ def open_split(
     if unread := unread_files(path, [name for names in SPLITS.values() for name in names]):
         more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
         findings.add(f"not read, since no split is called so: {', '.join(unread[:3])}{more}")
-    return _from_table(found, image_column, label_column, findings)
+    return _from_table(found, image_column, label_column, findings, skip_label)
 
 
 def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
@@ -265,7 +273,9 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
     return ImageTable(_FileReader(paths), names, torch.empty(0, dtype=torch.int64), [], path)
 
 
-def _from_table(table: Table, image_column: str | None, label_column: str | None, findings: Findings) -> ImageTable:
+def _from_table(
+    table: Table, image_column: str | None, label_column: str | None, findings: Findings, skip_label: str | int | None
+) -> ImageTable:
     from datasets import Image as ImageFeature
 
     data, where = table.data, table.where
@@ -277,20 +287,20 @@ def _from_table(table: Table, image_column: str | None, label_column: str | None
         raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
     if len(data) == 0:
         raise DataError(f"data.path: {where} has no rows.")
-    labels = parse_labels(table, label)
+    labels = parse_labels(table, label, skip_label=skip_label)
     if not labels.class_names:
         raise DataError(f"data.label_column: {label} in {where} must hold whole numbers or names, not decimal numbers.")
     if labels.bad and not findings.skip_bad_rows:
         row, reason = next(iter(labels.bad.items()))
         raise DataError(
             f"data.label_column: {label} in {where} {reason} in row {row}; {len(labels.bad):,} of {len(data):,} labels "
-            "cannot be used. Fix or drop those rows, or skip them with data.skip_bad_rows."
+            "cannot be used. Fix or drop those rows, or leave them out with data.skip_label or data.skip_bad_rows."
         )
     for note in (*table.notes, *labels.notes):
         findings.add(note)
     names, reader = _RowNames(where, len(data)), _ColumnReader(encoded, image)
     bad = {row: f"{label} {reason.rstrip(',')}" for row, reason in labels.bad.items()}
-    return ImageTable(reader, names, labels.values, labels.class_names, where, bad)
+    return ImageTable(reader, names, labels.values, labels.class_names, where, bad, labels.left_out)
 
 
 def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str) -> str:

@@ -85,7 +85,11 @@ def _without_index(row: Row, file: int) -> Row:
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Write rows as the suffix says: .csv, .tsv or .jsonl; all of them, or none."""
-    with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    # names of files need not be UTF-8
+    with (
+        written_whole(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return

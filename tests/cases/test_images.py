@@ -563,6 +563,20 @@ def test_case_22_rows_without_a_label(tmp_path: Path, named: bool, capsys: pytes
     assert rows[0]["reason"] == "label is empty"
 
 
+def test_case_28_rows_of_a_label_to_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    labels = [i % 3 - 1 for i in range(18)]  # -1, 0, 1
+    rows = {"img": [{"bytes": png(colour_image(i % 3, rng)), "path": None} for i in range(18)], "label": labels}
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "data/train.parquet"))
+    assert run(tmp_path / "runs", tmp_path / "data", "fit", "--data.skip_label", "-1") == 0
+    lines = capsys.readouterr().err.splitlines()
+    left = [int(line.split()[1]) for line in lines if "rows have the label of data.skip_label" in line]
+    assert sum(left) == 6
+    assert any(line.startswith("labels: 2 classes: 0 ") for line in lines)
+
+
 def split_rows(path: Path, **keys: Any) -> dict[str, list[str]]:
     from tests.datamodules.test_image_classification import module
 
