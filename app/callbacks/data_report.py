@@ -35,7 +35,10 @@ class DataReport(L.Callback):
             _log.warning(f"{len(skipped):,} bad rows are skipped; {path} lists them.")
             splits = {row.split for row in skipped}
             kept = [row for row in _read(path) if row.split not in splits]
-            with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            with (
+                written_whole(path) as temporary,
+                temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+            ):
                 csv.writer(file, lineterminator="\n").writerows([SkippedRow._fields, *kept, *skipped])
 
 

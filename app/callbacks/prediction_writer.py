@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from rich.markup import escape
 
 from app.files import written_whole
 from datamodules.base import ResumableDataModule
+from datamodules.errors import DataError
 
 Row = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -52,14 +55,28 @@ class PredictionWriter(BasePredictionWriter):
             if trainer.world_size > 1:
                 shares = [None] * trainer.world_size
                 torch.distributed.all_gather_object(shares, rows)
+            failed = data.failed_rows(number) if isinstance(data, ResumableDataModule) else []
+            ordered = sorted([*(row for share in shares for row in share), *failed], key=lambda row: row["index"])
+            _check_errors(ordered)
             if trainer.is_global_zero:
-                made = [row for share in shares for row in share]
-                if failed := data.failed_rows(number) if isinstance(data, ResumableDataModule) else []:
-                    made = [row | {"error": ""} for row in made] + failed
-                ordered = sorted(made, key=lambda row: row["index"])
                 path = Path(trainer.default_root_dir) / name
                 write_rows(path, [complete(row, number) for row in ordered])
                 rich_print(escape(f"{len(ordered)} predictions: {path}"))
+
+
+def _check_errors(rows: list[Row]) -> None:
+    """Warn of rows whose input could not be used, and give all rows a column `error` if there are any.
+
+    Raises:
+        DataError: If no row has a prediction.
+    """
+    errors = [row["error"] for row in rows if row.get("error")]
+    if errors and len(errors) == len(rows):
+        raise DataError(f"data.predict_path: none of {len(rows):,} inputs can be used; the first: {errors[0]}.")
+    if errors:
+        _log.warning(f"{len(errors):,} of {len(rows):,} inputs could not be used; the column `error` says why.")
+        for row in rows:
+            row.setdefault("error", "")
 
 
 def _without_index(row: Row, file: int) -> Row:
@@ -68,13 +85,17 @@ def _without_index(row: Row, file: int) -> Row:
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Write rows as the suffix says: .csv, .tsv or .jsonl; all of them, or none."""
-    with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    # names of files need not be UTF-8
+    with (
+        written_whole(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return
         writer = csv.DictWriter(
             file,
-            fieldnames=list(dict.fromkeys(name for row in rows for name in row)),
+            fieldnames=sorted(dict.fromkeys(name for row in rows for name in row), key="error".__eq__),  # error last
             dialect="excel-tab" if path.suffix == ".tsv" else "excel",
             lineterminator="\n",
         )

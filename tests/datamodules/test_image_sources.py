@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from datamodules.errors import DataError
+from datamodules.findings import Findings
 from datamodules.image_sources import ImageTable, open_folder, open_split
 from tests.conftest import CLASSES, colour_image, png
 
@@ -380,8 +381,11 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
 def test_a_class_without_images(tmp_path: Path) -> None:
     save_image(tmp_path / "train/ant/1.png", pictures(1)[0])
     (tmp_path / "train/bee").mkdir()
-    with refuses("data.path", str(tmp_path / "train"), "bee"):
-        opened(tmp_path)
+    findings = Findings()
+    table = open_split(str(tmp_path), "train", None, None, findings)
+    assert table is not None
+    assert table.class_names == ["ant"]
+    assert findings.take_lines() == [f"left out of {tmp_path}: 1 folders without an image (train/bee)."]
 
 
 def test_parquet_without_a_training_split(tmp_path: Path) -> None:
