@@ -358,7 +358,9 @@ def test_case_28_rows_of_a_label_are_left_out(tmp_path: Path, labels: list[Any],
         put(tmp_path / f"{split}.csv", csv_of(labelled(labels * 5)))
     data = prepared(tmp_path, skip_label=skip)
     assert labels_of(data) == [str(label) for label in labels if label != skip] * 5
-    assert f"train: 5 rows have the label {skip} and are left out" in data.findings.take_lines()
+    where = tmp_path / "train.csv"
+    said = f"5 rows of {where} have the label {skip} (data.skip_label) and are left out"
+    assert said in data.findings.take_lines()
     assert data.findings.skipped == []
 
 
