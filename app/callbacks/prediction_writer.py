@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import print as rich_print
 from rich.markup import escape
 
+from app.console import escape_controls
 from app.files import written_whole
 
 Row = dict[str, Any]
@@ -55,7 +56,7 @@ class PredictionWriter(BasePredictionWriter):
                 ordered = sorted((row for share in shares for row in share), key=lambda row: row["index"])
                 path = Path(trainer.default_root_dir) / name
                 write_rows(path, [complete(row, number) for row in ordered])
-                rich_print(escape(f"{len(ordered)} predictions: {path}"))
+                rich_print(escape(escape_controls(f"{len(ordered)} predictions: {path}")))
 
 
 def _without_index(row: Row, file: int) -> Row:

@@ -337,7 +337,8 @@ def test_case_31_functions_as_hooks(cli: CommandLine, capsys: Capture, tmp_path:
     torch.save({"state_dict": Malicious(tmp_path / "canary")}, tmp_path / "evil.ckpt")
     hooks = {"ddp_comm_hook": path, "ddp_comm_wrapper": path, "ddp_comm_state": str(tmp_path / "evil.ckpt")}
     strategy = json.dumps({"trainer": {"strategy": {"class_path": "DDPStrategy", "init_args": hooks}}})
-    refused(capsys, cli("fit", overlay(tmp_path, strategy)), f"{path} is not imported" if "." in path else f"no class {path!r}")
+    expected = f"{path} is not imported" if "." in path else f"no class {path!r}"
+    refused(capsys, cli("fit", overlay(tmp_path, strategy)), expected)
     assert not (tmp_path / "canary").exists()
 
 
