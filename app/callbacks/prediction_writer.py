@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import print as rich_print
 from rich.markup import escape
 
+from app.console import escape_controls
 from datamodules.atomic import atomic_write_text
+from datamodules.base import ResumableDataModule
+from datamodules.errors import DataError
 
 Row = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -51,11 +56,28 @@ class PredictionWriter(BasePredictionWriter):
             if trainer.world_size > 1:
                 shares = [None] * trainer.world_size
                 torch.distributed.all_gather_object(shares, rows)
+            failed = data.failed_rows(number) if isinstance(data, ResumableDataModule) else []
+            ordered = sorted([*(row for share in shares for row in share), *failed], key=lambda row: row["index"])
+            _check_errors(ordered)
             if trainer.is_global_zero:
-                ordered = sorted((row for share in shares for row in share), key=lambda row: row["index"])
                 path = Path(trainer.default_root_dir) / name
                 write_rows(path, [complete(row, number) for row in ordered])
-                rich_print(escape(f"{len(ordered)} predictions: {path}"))
+                rich_print(escape(escape_controls(f"{len(ordered)} predictions: {path}")))
+
+
+def _check_errors(rows: list[Row]) -> None:
+    """Warn of rows whose input could not be used, and give all rows a column `error` if there are any.
+
+    Raises:
+        DataError: If no row has a prediction.
+    """
+    errors = [row["error"] for row in rows if row.get("error")]
+    if errors and len(errors) == len(rows):
+        raise DataError(f"data.predict_path: none of {len(rows):,} inputs can be used; the first: {errors[0]}.")
+    if errors:
+        _log.warning(f"{len(errors):,} of {len(rows):,} inputs could not be used; the column `error` says why.")
+        for row in rows:
+            row.setdefault("error", "")
 
 
 def _without_index(row: Row, file: int) -> Row:
@@ -70,7 +92,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
             return
         writer = csv.DictWriter(
             file,
-            fieldnames=list(rows[0]),
+            fieldnames=sorted(dict.fromkeys(name for row in rows for name in row), key="error".__eq__),  # error last
             dialect="excel-tab" if path.suffix == ".tsv" else "excel",
             lineterminator="\n",
         )

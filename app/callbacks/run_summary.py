@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.console import escape_controls
 from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
@@ -88,10 +89,11 @@ class RunSummary(L.Callback):
             return
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
-            table.add_row(key, _readable(key, value))
+            table.add_row(escape_controls(key), _readable(key, value))
         console = Console()
         console.print(table)
-        console.print(f"Look inside: tensorboard --logdir {run_directory}", soft_wrap=True, markup=False)
+        where = escape_controls(str(run_directory))
+        console.print(f"Look inside: tensorboard --logdir {where}", soft_wrap=True, markup=False)
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def _hit_list(module: AdaptedModule) -> Table:
         shape = f"{first.A.shape[1]} → {first.B.shape[0]}"
         of_kind = [factors[p.name][1] for p in projections]
         ranks, scales = _range([f.A.shape[0] for f in of_kind]), _range([f.scale for f in of_kind])
-        table.add_row(kind, projections[0].role, str(len(projections)), shape, ranks, scales)
+        table.add_row(escape_controls(kind), projections[0].role, str(len(projections)), shape, ranks, scales)
     return table
 
 

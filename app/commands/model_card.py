@@ -23,6 +23,7 @@ TASKS = {
 }
 SPLITS = {"test": "test", "val": "validation"}
 MOST_LABELS = 30  # that a card lists
+LOCAL = "local-dir:"  # timm's prefix of a directory
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:/+% -]{1,200}")
 _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 
@@ -53,8 +54,8 @@ def write_card(
     library = "timm" if hasattr(module.backbone, "pretrained_cfg") else "transformers"
     dataset = str(data.get("task") or _short(data.get("path") or "unknown"))
     facts = {
-        "Base model": model["backbone"],
-        "Its weights": model.get("weights", "pretrained"),
+        "Base model": _short(model["backbone"]),
+        "Its weights": _short(model.get("weights", "pretrained")),
         "Data": dataset,
         "Tuning": module.tuning,
         **(_variant(module) if module.tuning == "adapter" else {}),
@@ -152,15 +153,22 @@ def _read_metrics(run: Path | None) -> dict[str, float]:
 def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
     """The base model's name on the hub; None for what lies in a directory or begins at random."""
     name = str(model["backbone"])
-    if model.get("weights", "pretrained") != "pretrained" or Path(name).exists():
+    if model.get("weights", "pretrained") != "pretrained" or Path(name).exists() or name.startswith(LOCAL):
         return None
-    name = f"timm/{name}" if library == "timm" else "/".join(name.split("/")[:2])
+    if ":" in name:  # timm's hf_hub:NAME@REVISION
+        name = name.partition(":")[2].partition("@")[0]
+    elif library == "timm":
+        name = f"timm/{name}"
+    else:
+        name = "/".join(name.split("/")[:2])
     return name if re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name) else None
 
 
 def _short(path: Any) -> str:
     """A path without the folders of whoever trained it; anything else as it is."""
-    return Path(str(path)).name if str(path).startswith("/") else str(path)
+    text = str(path)
+    prefix = LOCAL if text.startswith(LOCAL) else ""
+    return prefix + Path(text).name if text.removeprefix(prefix).startswith("/") else text
 
 
 def _plain(value: Any) -> Any:
