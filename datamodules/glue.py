@@ -206,6 +206,17 @@ class GlueData(TextData):
         regression = getattr(self.trainer.lightning_module, "class_names", None) == []
         return parse_labels(table, self.label_column, () if regression and known is None else known, self.skip_label)
 
+    def eligible_rows(self, table: Table) -> Tensor:
+        """All rows but those with the label to skip."""
+        rows = super().eligible_rows(table)
+        if self.skip_label is None:
+            return rows
+        left_out = self._labels(table).left_out
+        if left_out:
+            count = f"{len(left_out):,} rows of {table.where}"
+            self.findings.add(f"{count} have the label {self.skip_label} (data.skip_label) and are left out")
+        return rows[[row not in left_out for row in rows.tolist()]]
+
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
         """Tokens of some rows of a table with their labels; without labels for prediction."""
         for column in self.columns:
@@ -219,17 +230,9 @@ class GlueData(TextData):
         assert self.class_names is not None
         labels = self._labels(table)
         values = labels.matched(self.class_names)
-        if labels.left_out:
-            size = len(rows)
-            rows = rows[[row not in labels.left_out for row in rows.tolist()]]
-            self.findings.add(f"{split}: {size - len(rows):,} rows have the label {self.skip_label} and are left out")
-            if len(rows) == 0:
-                raise DataError(f"data.skip_label: every row of {split} in {table.where} has it; choose another.")
         advice = "" if self.skip_label is not None else "; data.skip_label leaves out rows of a label"
         bad = {
-            row: BadRow(
-                "label_column", f"has a label that {why.rstrip(',')}{advice if why.startswith('is -1,') else ''}"
-            )
+            row: BadRow("label_column", f"has a label that {why}{advice if why.startswith('is -1,') else ''}")
             for row, why in labels.bad.items()
         }
         rows = self.without_bad(split, table, rows, self._bad_texts(table) | bad)

@@ -88,8 +88,9 @@ def missing_label(labels: Labels, column: str, row: int) -> DataError:
     """Return the error of a row that has no label."""
     count = f"{len(labels.bad):,} of {len(labels.values):,} labels cannot be used"
     skip = ", or leave them out with data.skip_label: -1" if labels.bad[row].startswith("is -1,") else ""
+    value, comma, limits = labels.bad[row].partition(",")
     return DataError(
-        f"data.label_column: {column} in {labels.where} {labels.bad[row]} in row {row}; {count}. "
+        f"data.label_column: {column} in {labels.where} {value} in row {row}{comma}{limits}; {count}. "
         f"Fix or drop those rows{skip}."
     )
 
@@ -122,10 +123,10 @@ def parse_labels(
     if left_out:
         cells = pa.array(np.where(_mask(left_out, len(cells)), None, cells.to_numpy(zero_copy_only=False)), cells.type)
     null = {int(row) for row in cells.is_null().to_numpy(zero_copy_only=False).nonzero()[0]}
+    if len(left_out) == len(cells):
+        raise DataError(f"data.skip_label: every label of {table.where} is {skip_label}. Choose another, or none.")
     if len(null) == len(cells):
-        raise DataError(
-            f"data.label_column: {column} in {table.where} is empty in row 0 and in all others; it has no label."
-        )
+        raise DataError(f"data.label_column: {column} in {table.where} is empty in row 0 and in all others.")
     bad = dict.fromkeys(sorted(null - left_out), "is empty")
     kind = cells.type
     if pa.types.is_boolean(kind):
@@ -142,7 +143,8 @@ def parse_labels(
     if pa.types.is_integer(kind):
         given = stored or class_names
         if set(cells.unique().to_pylist()) <= {-1, None}:
-            raise DataError(f"data.label_column: {column} in {table.where} is -1 throughout.{HIDDEN}")
+            rows = f"is -1 in row 0 and in all others; {len(cells):,} of {len(cells):,} labels cannot be used"
+            raise DataError(f"data.label_column: {column} in {table.where} {rows}.{HIDDEN}")
         values, names, wrong = _from_numbers(cells, given) if given else _from_digits(cells)
         if not given:
             notes += _doubts(column, table.where, names, len(cells))
@@ -192,7 +194,9 @@ def _typed(cells: Any) -> Any:
     import pyarrow.compute as pc
 
     trimmed = pc.utf8_trim_whitespace(cells)
-    for kind in (pa.int64(), pa.float64()):
+    digits = pc.match_substring_regex(trimmed, r"^[+-]?\d+$").fill_null(True)
+    kinds = (pa.int64(),) if pc.all(digits).as_py() else (pa.float64(),)  # digits of more than 64 bits stay names
+    for kind in kinds:
         try:
             numbers = trimmed.cast(kind)
         except pa.ArrowInvalid:
@@ -262,7 +266,7 @@ def _from_numbers(cells: Any, names: Sequence[str]) -> tuple[Tensor, list[str], 
     values = _placed(coded, places)
     present = cells.is_valid().to_numpy(zero_copy_only=False)
     wrong = ((values == UNKNOWN).numpy() & present).nonzero()[0].tolist()
-    reasons = {row: f"is {cells[row].as_py()}, outside 0 to {len(names) - 1}," for row in wrong}
+    reasons = {row: f"is {cells[row].as_py()}, outside 0 to {len(names) - 1}" for row in wrong}
     return values, list(names), reasons
 
 

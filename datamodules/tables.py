@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import glob
 import gzip
+import io
 import json
 import re
 import zlib
@@ -22,6 +24,7 @@ from datamodules.splits import is_helper, is_spelling, split_of
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets
 
+ROWS = ("data", "rows", "examples", "records")  # keys of a JSON object that holds a list of rows
 LISTED = 10  # files that a message names
 OVERFLOW = "__index_level_0__"  # where pandas puts the first cell of rows that are longer than the header
 
@@ -253,7 +256,7 @@ def check_column(table: Table, key: str, column: str) -> None:
     if len(names) == 1 and (mark := next((m for m in ";\t|," if m in names[0]), None)):
         marks = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
         advice = f" Its cells seem to be parted by {marks[mark]}: save it with commas as .csv, or with tabs as .tsv."
-    elif table.as_written:
+    elif kind_of(Path(table.where)) in (".csv", ".tsv"):
         advice = " The first line of the file must name its columns."
     raise DataError(f"data.{key}: {table.where} has no column {column}; it has {', '.join(names)}.{advice}")
 
@@ -367,15 +370,19 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         raise DataError(f"data.{key}: {gone[0]} is no file, or a link to one that is not there.")
     if empty := [f for f in files if f.stat().st_size == 0]:
         raise DataError(f"data.{key}: {empty[0]} is an empty file.")
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log of an error, the error says
     notes: list[str] = []
     try:
         if kind in PACKED:
             for file in files:
                 _check_width(file, reading)
         data = READERS[kind](files, reading)
+        if READERS[kind] is _read_json:  # the library takes any bytes for text
+            for rows in data.with_format("arrow").iter(batch_size=10_000):
+                rows.validate(full=True)
         if kind == ".json" and len(data) == 1 and (field := _only_list(data[0])):
-            import datasets
-
             data = datasets.Dataset.from_json(_patterns(files), field=field, encoding=reading.encoding)
             notes.append(f"the rows of {names[0]} are those of its key {field}")
     except DataError:
@@ -385,8 +392,6 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
             raise DataError(f"data.{key}: {names[0]} has no rows.") from error
         cause: BaseException = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
-            import datasets
-
             raise DataError(
                 f"data.{key}: {names[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} "
                 f"({cause}); free some space, or set HF_DATASETS_CACHE to another folder."
@@ -399,6 +404,8 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
             f"data.{key}: {', '.join(names)} cannot be read as {kind[1:]} ({reason[0] if reason else repr(cause)}). "
             "It may be damaged, or a column may hold values of several types."
         ) from error
+    if kind in (".csv", ".tsv"):
+        _check_header(files[0], kind, reading, key)
     if OVERFLOW in data.column_names:
         raise DataError(
             f"data.{key}: rows of {names[0]} have more cells than its first line has names. Name each column "
@@ -414,10 +421,24 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
     return Table(data, names[0], source, tuple(notes), as_written)
 
 
+def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
+    """Check that no column that is read stands twice in the first line: the library would rename the second.
+
+    Raises:
+        DataError: With the column.
+    """
+    with _open(file) as stream, io.TextIOWrapper(stream, reading.encoding, newline="") as text:
+        header = next(csv.reader(text, delimiter="\t" if kind == ".tsv" else ","), [])
+    if twice := [name for name in reading.as_written if header.count(name) > 1]:
+        raise DataError(
+            f"data.{key}: {file} has {header.count(twice[0])} columns {twice[0]}. Rename or drop all but one."
+        )
+
+
 def _only_list(row: dict[str, Any]) -> str | None:
-    """The key of a JSON object that holds nothing but one list of rows."""
+    """The key of a JSON object that holds the list of all rows."""
     lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return lists[0] if len(lists) == 1 and len(row) == 1 else None
+    return next((key for key in lists if key in ROWS), None)
 
 
 def _check_text_file(file: Path, kind: str, reading: Reading, key: str) -> None:

@@ -169,7 +169,7 @@ class TextData(ResumableDataModule):
                 self.findings.skip(SkippedRow(split, table.where, f"row {row}", reason), error)
         if len(found) == len(chosen):
             row, (key, reason) = next(iter(found.items()))
-            raise DataError(f"data.{key}: no row of {table.where} can be used; row {row} {reason}.")
+            raise DataError(f"data.{key}: row {row} of {table.where} {reason}, and no other can be used.")
         return rows[[row not in found for row in chosen]] if found else rows
 
     def check_columns(self, **keys: str | None) -> None:
@@ -256,9 +256,9 @@ class TextData(ResumableDataModule):
 
     def _chosen(self, split: str, name: str, table: Table, held_out: bool) -> TokenDataset:
         limit = self.limits[split]
-        made = self.build(
-            split, table, choose_rows(len(table), split, held_out, self.val_fraction, self.val_seed, limit)
-        )
+        rows = self.eligible_rows(table)
+        chosen = choose_rows(len(rows), split, held_out, self.val_fraction, self.val_seed, limit)
+        made = self.build(split, table, rows[chosen])
         source = table.source or table.where
         if held_out:
             left = "" if split == "val" else "without "
@@ -268,6 +268,10 @@ class TextData(ResumableDataModule):
         self.findings.add_split(f"{split} {name}".strip(), len(made), source)
         self.add_notes(table)
         return made
+
+    def eligible_rows(self, table: Table) -> Tensor:
+        """The rows of a table that a split is chosen from, (rows,) int64."""
+        return torch.arange(len(table))
 
     def _to_predict(self, table: Table) -> TokenDataset:
         rows = torch.arange(len(table))

@@ -67,11 +67,17 @@ def read_adapter(
             )
         config = compact.adapter
         # the SVD of every W would take long, and what it gives is in the file
-        if config.train != own.train or "svd" in (config.init_a, config.init_b):
+        if config.train != own.train or {"svd", "svd_minor"} & {config.init_a, config.init_b}:
             config = replace(config, train=own.train, init_a="given", init_b="given")
         return Given(config, compact.factors, compact.heads)
     names = [name for of_head in homes.values() for name in of_head]
-    config, factors, wholes = from_peft(backbone, *_read_peft(folder), own, exclude, names)
+    content, tensors = _read_peft(folder)
+    config, factors, wholes = from_peft(backbone, content, tensors, own, exclude, names)
+    if str(content.get("init_lora_weights")).lower() == "mica" and own.train != "A":
+        rank_zero_warn(
+            f"{WHERE}: {source} is a MiCA adapter, of which PEFT freezes B and trains A, and model.adapter.train is "
+            f"{own.train}. Set it to A to train what PEFT trains."
+        )
     return Given(config, factors, _at_home(wholes, homes))
 
 

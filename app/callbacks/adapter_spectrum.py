@@ -112,7 +112,7 @@ class AdapterSpectrum(L.Callback):
         for name, (layer, factors) in adapted_projections(module.backbone).items():
             r_a, r_b = (self._triangular(name, factor, factors, fresh) for factor in ("A", "B"))
             spectra = {"A": singular_values(r_a), "B": singular_values(r_b), "BA": product_singular_values(r_b, r_a.T)}
-            ratio = layer.scale * float(spectra["BA"].norm()) / self._weight_norm(name, layer, factors)
+            ratio = factors.scale * float(spectra["BA"].norm()) / self._weight_norm(name, layer, factors)
             for factor, sigma in spectra.items():
                 row = {"step": step, "projection": name, "role": factors.projection.role, "factor": factor}
                 rows.append(
@@ -157,12 +157,15 @@ class AdapterSpectrum(L.Callback):
             chosen = sorted((r for r in rows if r["factor"] == factor), key=lambda r: ROLE_ORDER.get(r["role"], 99))
             for row in chosen:
                 # without the last digits' noise, which would fill the histogram of an orthonormal factor
-                values = torch.tensor(row["singular_values"]).round(decimals=4)
-                board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", values, step, bins="auto")
+                rounded = torch.tensor(row["singular_values"]).round(decimals=4)
+                board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", rounded, step, bins="auto")
             if factor not in self._maps:
                 self._maps[factor] = HeatMap([row["projection"] for row in chosen])
             title = f"Singular values of {factor}, step {step}"
-            image = self._maps[factor].render([row["singular_values"] for row in chosen], title)
+            longest = max(len(row["singular_values"]) for row in chosen)
+            # zeros pad the rows of projections of a lower rank, since the picture is a rectangle
+            values = [row["singular_values"] + [0.0] * (longest - len(row["singular_values"])) for row in chosen]
+            image = self._maps[factor].render(values, title)
             board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")
 
     def _write(self, trainer: L.Trainer) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import print as rich_print
 from rich.markup import escape
 
+from app.console import escape_controls
 from app.files import written_whole
 from datamodules.base import ResumableDataModule
 from datamodules.errors import DataError
@@ -61,7 +62,7 @@ class PredictionWriter(BasePredictionWriter):
             if trainer.is_global_zero:
                 path = Path(trainer.default_root_dir) / name
                 write_rows(path, [complete(row, number) for row in ordered])
-                rich_print(escape(f"{len(ordered)} predictions: {path}"))
+                rich_print(escape(escape_controls(f"{len(ordered)} predictions: {path}")))
 
 
 def _check_errors(rows: list[Row]) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.console import escape_controls
 from app.files import written_whole
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
@@ -88,10 +89,11 @@ class RunSummary(L.Callback):
             return
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
-            table.add_row(key, _readable(key, value))
+            table.add_row(escape_controls(key), _readable(key, value))
         console = Console()
         console.print(table)
-        console.print(f"Look inside: tensorboard --logdir {run_directory}", soft_wrap=True, markup=False)
+        where = escape_controls(str(run_directory))
+        console.print(f"Look inside: tensorboard --logdir {where}", soft_wrap=True, markup=False)
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -114,15 +116,22 @@ def _hit_list(module: AdaptedModule) -> Table:
         kinds.setdefault(re.sub(r"\b\d+\b", "*", projection.name), []).append(projection)
     factors = adapted_projections(module.backbone)
     config = module.adapter
-    title = (
-        f"Adapters: train {config.train}, A {config.init_a}, B {config.init_b}, rank {config.rank}, s {config.scale:g}"
-    )
-    table = Table("Projection", "Role", "Layers", "d_in → d_out", title=title, title_justify="left", show_edge=False)
+    title = f"Adapters: train {config.train}, A {config.init_a}, B {config.init_b}"
+    columns = ("Projection", "Role", "Layers", "d_in → d_out", "Rank", "s")
+    table = Table(*columns, title=title, title_justify="left", show_edge=False)
     for kind, projections in kinds.items():
         _, first = factors[projections[0].name]
         shape = f"{first.A.shape[1]} → {first.B.shape[0]}"
-        table.add_row(kind, projections[0].role, str(len(projections)), shape)
+        of_kind = [factors[p.name][1] for p in projections]
+        ranks, scales = _range([f.A.shape[0] for f in of_kind]), _range([f.scale for f in of_kind])
+        table.add_row(escape_controls(kind), projections[0].role, str(len(projections)), shape, ranks, scales)
     return table
+
+
+def _range(values: list[float]) -> str:
+    """The smallest and the largest of some numbers, or the one that they all are."""
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _readable(key: str, value: float) -> str:

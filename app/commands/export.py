@@ -24,6 +24,7 @@ from app.checkpoint_io import CheckpointError, read_checkpoint
 from app.commands.model_card import write_card
 from app.commands.peft import write_peft
 from app.commands.timm_head import timm_model
+from app.console import escape_controls
 from app.run_directory import resolve_checkpoint, run_of_checkpoint
 from modules.adapters import adapter_state, detach
 from modules.adapters.compact import save_compact
@@ -93,15 +94,15 @@ def run(arguments: Namespace) -> None:
         write_card(folder, module, run_directory, saved, arguments.format, load, notes)
     files = sorted(output.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
-    print(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {dtype_name}.")
-    print(f"Load it with {loader.format(output)}")
+    print(escape_controls(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {dtype_name}."))
+    print(escape_controls(f"Load it with {loader.format(output)}"))
     if rounding and rounding.whole > ROUNDING_UNSAID:
         print(
             f"Warning: rounded to {dtype_name}, the merged update is {_in_words(rounding)}. With --dtype float32 it is "
             "what was trained; --format peft keeps it beside weights of any dtype.",
             file=sys.stderr,
         )
-    print(f"Exported: {output}", flush=True)
+    print(escape_controls(f"Exported: {output}"), flush=True)
 
 
 def _in_words(rounding: Rounding) -> str:

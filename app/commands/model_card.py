@@ -119,14 +119,21 @@ def _front_matter(
 
 def _variant(module: AdaptedModule) -> dict[str, Any]:
     config = module.adapter
+    scale = "by name" if config.rank_pattern or config.alpha_pattern else f"{config.scale:g}"
     return {
         "Trained side": config.train,
         "A, B at the start": f"{config.init_a}, {config.init_b}",
-        "Rank": config.rank,
-        "Alpha, scale": f"{config.alpha:g}, {config.scale:g}",
+        "Rank": _with_patterns(config.rank, config.rank_pattern),
+        "Alpha, scale": f"{_with_patterns(config.alpha, config.alpha_pattern)}, {scale}",
         "Targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
         "Layers": "all" if config.layers is None else f"the last {config.layers}",
     }
+
+
+def _with_patterns(value: float, patterns: Mapping[str, float]) -> str:
+    """A rank or an alpha; how far those by name reach, where there are such."""
+    others = f" ({min(patterns.values()):g} to {max(patterns.values()):g} by name)" if patterns else ""
+    return f"{value:g}{others}"
 
 
 def _read_metrics(run: Path | None) -> dict[str, float]:

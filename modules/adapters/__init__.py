@@ -1,8 +1,9 @@
 """Asymmetric low-rank adapters, W + s·B·A with one factor frozen, in pure torch.
 
-Read in this order: `config` (what can be chosen), `init` (how a factor starts), `linear` (the equation), `roles` (which
-layers), `attach` (putting them there and taking them away), `state` (saving), `spectrum` (looking inside), `rounding`
-(what merging may cost), `peft_format` and `peft_reading` (PEFT's files), `compact` (files without the frozen factor).
+Read in this order: `config` (what can be chosen), `patterns` (ranks by name), `init` (how a factor starts), `linear`
+(the equation), `roles` (which layers), `attach` (putting them there and taking them away), `state` (saving), `spectrum`
+(looking inside), `rounding` (what merging may cost), `peft_format` and `peft_reading` (PEFT's files), `compact` (files
+without the frozen factor).
 """
 
 from modules.adapters.attach import adapters_disabled, attach, detach, merge, set_enabled, unmerge

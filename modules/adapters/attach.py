@@ -11,7 +11,7 @@ from torch import nn
 
 from modules.adapters.config import AdapterConfig, AdapterError
 from modules.adapters.linear import AdaptedLinear, check_rank
-from modules.adapters.roles import Projection, find_projections, select
+from modules.adapters.roles import Projection, check_patterns, find_projections, select
 from modules.adapters.state import adapted_layers
 
 
@@ -30,8 +30,9 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
         The adapted projections, in the order of the model's modules.
 
     Raises:
-        AdapterError: If a target or an excluded name matches nothing, the rank does not fit, or the model has adapters
-            already; the model is then unchanged. Or if `svd` meets a weight that is not finite; some are then frozen.
+        AdapterError: If a target, an excluded name or a key of a pattern matches nothing, a rank does not fit, or the
+            model has adapters already; the model is then unchanged. Or if `svd` or `svd_minor` meets a weight that is
+            not finite; some are then frozen.
     """
     if adapted_layers(model):
         raise AdapterError("This model has adapters already; detach them first.")
@@ -39,8 +40,10 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
     if unknown := [name for name in exclude if name not in modules]:
         raise AdapterError(f"There is no module {', '.join(unknown)} to exclude from the adapters.")
     projections = select(find_projections(model, exclude), config.targets, config.layers)
-    for p in projections:  # before anything is touched
-        check_rank(config.rank, p, cast(nn.Linear, modules[p.layer]).in_features)
+    for key in ("rank_pattern", "alpha_pattern"):  # before anything is touched
+        check_patterns(key, getattr(config, key), projections)
+    for p in projections:
+        check_rank(config, p, cast(nn.Linear, modules[p.layer]).in_features)
     adapted = {
         layer: AdaptedLinear(cast(nn.Linear, modules[layer]), config, list(slices))
         for layer, slices in groupby(projections, key=lambda p: p.layer)

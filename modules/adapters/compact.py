@@ -8,7 +8,8 @@ A compact directory holds `adapter_compact.safetensors`, complete in itself. Its
 and its metadata has, under `recipe`, a JSON object:
 
 - `version`: 1,
-- `adapter`: the keys of `AdapterConfig`,
+- `adapter`: the keys of `AdapterConfig`, of `rank_pattern` and `alpha_pattern` those that are not empty, with one key
+  for each projection (`modules.adapters.patterns.exact_key`),
 - `redrawn`: for each projection whose frozen factor is not stored `{"shape": [rows, columns], "sha256": …}`, the digest
   being that of its float32 bytes, little-endian, row by row,
 - `frozen_fingerprint`: that of the backbone (`modules.adapters.state`); may be missing.
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from modules.adapters.config import AdapterConfig, AdapterError
 from modules.adapters.init import Factor, sign_factor
 from modules.adapters.linear import check_rank
+from modules.adapters.patterns import exact_key, exact_patterns
 from modules.adapters.peft_format import WHERE
 from modules.adapters.roles import ROLES, Projection, find_projections, fused_layers, select
 from modules.adapters.state import adapted_projections, frozen_fingerprint
@@ -111,13 +113,28 @@ def save_compact(
             else:
                 tensors[f"adapter.{name}.{factor}"] = parameter
     fingerprint = frozen_fingerprint(model)
-    recipe = {"version": VERSION, "adapter": asdict(config), "redrawn": redrawn, "frozen_fingerprint": fingerprint}
+    parts = [factors.projection for _, factors in projections.values()]
+    recipe = {
+        "version": VERSION,
+        "adapter": _recipe_keys(config, parts),
+        "redrawn": redrawn,
+        "frozen_fingerprint": fingerprint,
+    }
     stored = {  # copies: safetensors takes no tensors that share memory
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for name, tensor in tensors.items()
     }
     save_file(stored, folder / FILE_NAME, metadata={"recipe": json.dumps(recipe, separators=(",", ":"))})
     return list(redrawn)
+
+
+def _recipe_keys(config: AdapterConfig, projections: list[Projection]) -> dict[str, Any]:
+    """The configuration; without patterns where they are empty, so that older programs read the file."""
+    patterns = {
+        "rank_pattern": exact_patterns({p.name: config.rank_of(p) for p in projections}, config.rank),
+        "alpha_pattern": exact_patterns({p.name: config.alpha_of(p) for p in projections}, config.alpha),
+    }
+    return {key: value for key, value in (asdict(config) | patterns).items() if key not in patterns or value}
 
 
 def _init(config: AdapterConfig, factor: str) -> str:
@@ -194,7 +211,8 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], s
             and [type(size) for size in entry["shape"]] == [int, int]
             for entry in redrawn.values()
         ]
-        named = known - {"layers"} <= set(keys) <= known  # a file without this key is of all layers
+        # an older file is of all layers and has no patterns
+        named = known - {"layers", "rank_pattern", "alpha_pattern"} <= set(keys) <= known
         fits = named and type(keys["seed"]) is int and isinstance(keys["targets"], list)
         if not (fits and isinstance(fingerprint, str | None) and all(numbers + targets + entries)):
             raise TypeError("its recipe has other keys or values")
@@ -231,11 +249,15 @@ def _check_factors(
         for p in [*projections, *fused_layers(projections)]
         if any(f"adapter.{p.name}.{factor}" in given for factor in "AB")
     }
+    exact = {exact_key(name) for name in layers}
+    if others := [key for key in {**config.rank_pattern, **config.alpha_pattern} if key not in exact]:
+        # a stranger's regular expression could take for ever to match
+        raise AdapterError(f"{file}: a pattern names no projection of the file ({_listed(others)}). {_AGAIN}")
     expected: dict[str, tuple[int, ...]] = {}
     for name, p in layers.items():
         d_in = cast(nn.Linear, backbone.get_submodule(p.layer)).in_features
-        check_rank(config.rank, p, d_in)
-        expected |= {f"adapter.{name}.A": (config.rank, d_in), f"adapter.{name}.B": (p.stop - p.start, config.rank)}
+        rank = check_rank(config, p, d_in)
+        expected |= {f"adapter.{name}.A": (rank, d_in), f"adapter.{name}.B": (p.stop - p.start, rank)}
     kinds = {
         "unexpected": [name for name in given if name not in expected],
         "missing": [name for name in expected if name not in given],

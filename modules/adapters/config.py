@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from modules.adapters.patterns import pattern_problem, value_of
+
+if TYPE_CHECKING:
+    from modules.adapters.roles import Projection
 
 Train = Literal["B", "A", "both"]
 Scaling = Literal["standard", "rslora"]
-Init = Literal["orthogonal", "signs", "gaussian", "uniform", "kaiming", "svd", "zero"]
+Init = Literal["orthogonal", "signs", "gaussian", "uniform", "kaiming", "svd", "svd_minor", "zero"]
 Start = Literal[Init, "given"]
 
 
@@ -39,6 +46,11 @@ class AdapterConfig:
             an encoder-decoder those of either side. What lies below the lowest is not differentiated, except that the
             gradient to an adapted encoder passes through all of its decoder.
         seed: Seed of the random factors. A factor depends on it, on the name of its projection and on its shape alone.
+        rank_pattern: Ranks other than `rank`, for some projections: `{query: 16, "blocks.0.mlp.fc1": 4}`. A key is a
+            role, or the end of a projection's name, or a regular expression for that end, as in PEFT's `rank_pattern`.
+            The first key that matches decides. Every key must match a targeted projection. vLLM ignores ranks by name.
+        alpha_pattern: Alphas other than `alpha`, with the same keys. The scale s of a projection comes from its own
+            alpha and its own rank.
 
     Raises:
         AdapterError: For a value out of range or a combination that could not learn or would not start at W.
@@ -54,6 +66,8 @@ class AdapterConfig:
     targets: list[str] | str = field(default_factory=lambda: ["query", "value"])
     layers: int | None = None
     seed: int = 0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key, choices in (("train", Train), ("scaling", Scaling), ("init_a", Start), ("init_b", Start)):
@@ -75,6 +89,8 @@ class AdapterConfig:
             object.__setattr__(self, "targets", [self.targets])
         if not self.targets:
             raise AdapterError("adapter.targets: the list is empty; name at least one role, `all` or `regex:…`.")
+        _check_pattern("rank_pattern", self.rank_pattern, (int,), 1, "a whole number, 1 or more")
+        _check_pattern("alpha_pattern", self.alpha_pattern, (int, float), sys.float_info.min, "a finite number above 0")
         self._check_starts()
 
     def _check_starts(self) -> None:
@@ -90,7 +106,7 @@ class AdapterConfig:
         if zeros == 2:
             raise AdapterError(
                 "adapter.init_a and adapter.init_b: both are zero, a saddle where neither factor has a gradient; "
-                "start one of them from orthogonal, signs, gaussian, uniform, kaiming or svd."
+                "start one of them from orthogonal, signs, gaussian, uniform, kaiming, svd or svd_minor."
             )
         if zeros == 0:
             raise AdapterError(
@@ -107,8 +123,20 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """The scale s of the update s·B·A."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        """The scale s of the update s·B·A of every projection that no pattern names."""
+        return scale_of(self.alpha, self.rank, self.scaling)
+
+    def rank_of(self, projection: Projection) -> int:
+        """Return the rank of a projection."""
+        return value_of(self.rank_pattern, projection.name, self.rank, projection.role)
+
+    def alpha_of(self, projection: Projection) -> float:
+        """Return the alpha of a projection."""
+        return value_of(self.alpha_pattern, projection.name, self.alpha, projection.role)
+
+    def scale_of(self, projection: Projection) -> float:
+        """Return the scale s of the update s·B·A of a projection."""
+        return scale_of(self.alpha_of(projection), self.rank_of(projection), self.scaling)
 
     @property
     def trains_a(self) -> bool:
@@ -119,3 +147,23 @@ class AdapterConfig:
     def trains_b(self) -> bool:
         """Whether B is trained."""
         return self.train in ("B", "both")
+
+
+def scale_of(alpha: float, rank: int, scaling: Scaling) -> float:
+    """Return the scale s: alpha / rank (Hu et al. 2022), or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+
+
+def _check_pattern(key: str, patterns: Any, types: tuple[type, ...], least: float, wanted: str) -> None:
+    """Refuse a pattern whose keys or values cannot be used.
+
+    Raises:
+        AdapterError: With the key and the value.
+    """
+    if not isinstance(patterns, Mapping) or not all(isinstance(name, str) for name in patterns):
+        raise AdapterError(f"adapter.{key}: {patterns!r:.200} must give names a value each, as in {{query: 4}}.")
+    for name, value in patterns.items():
+        if problem := pattern_problem(name):
+            raise AdapterError(f"adapter.{key}: {name!r:.120} is {problem}.")
+        if type(value) not in types or not least <= value <= sys.float_info.max:
+            raise AdapterError(f"adapter.{key}: {value!r:.80} of {name!r:.120} must be {wanted}.")

@@ -72,7 +72,7 @@ def fused(
         scale: s.
         rows: First row of each of the k adapted slices of the output and the one behind its last, in order.
         a: A of the slices one below the other, (k·r, d_in): one product reads x for all of them.
-        bs: B of each slice, (rows, r).
+        bs: B of each slice, (rows, r). Slices may differ in r; k·r then stands for the sum of the ranks.
         dropped: (n, d_in), the adapter's input if it is not x itself, in x's dtype.
 
     Returns:
@@ -101,12 +101,14 @@ class _LowRankLinear(torch.autograd.Function):
         out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))  # (n, d_out)
         read = x if dropped is None else dropped
         h = F.linear(read, a.to(dtype))  # (n, k·r)
-        for part, part_h, b in zip(_slices(out, rows), _ranks(h, rows), bs, strict=True):
+        ranks = [b.shape[1] for b in bs]
+        for part, part_h, b in zip(_slices(out, rows), _ranks(h, ranks), bs, strict=True):
             part.addmm_(part_h, b.to(dtype).T, alpha=scale)
         needs_x, needs_dropped, *_, needs_a = ctx.needs_input_grad[:7]
         needs_b = any(ctx.needs_input_grad[7:])
         passes = needs_x if dropped is None else needs_dropped  # a gradient goes on through A
-        ctx.scale, ctx.rows, ctx.dtypes, ctx.drops = scale, rows, (a.dtype, *(b.dtype for b in bs)), dropped is not None
+        ctx.scale, ctx.rows, ctx.ranks = scale, rows, ranks
+        ctx.dtypes, ctx.drops = (a.dtype, *(b.dtype for b in bs)), dropped is not None
         kept = (read if needs_a else None, h if needs_b else None, weight if needs_x else None, a if passes else None)
         ctx.save_for_backward(*kept, *(b if passes or needs_a else None for b in bs))
         return out
@@ -138,7 +140,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             ga = (gh.T @ read).to(ctx.dtypes[0]).mul_(scale)
     gbs: list[Tensor | None] = [None] * len(bs)
     if h is not None:
-        operands = zip(_ranks(h, rows), parts, ctx.dtypes[1:], ctx.needs_input_grad[7:], strict=True)
+        operands = zip(_ranks(h, ctx.ranks), parts, ctx.dtypes[1:], ctx.needs_input_grad[7:], strict=True)
         gbs = [_gradient_of_b(part_h, part, kind, scale) if needed else None for part_h, part, kind, needed in operands]
     return gx, gd, None, None, None, None, ga, *gbs
 
@@ -155,6 +157,6 @@ def _slices(output: Tensor, rows: tuple[Rows, ...]) -> Sequence[Tensor]:
     return [output[:, start:stop] for start, stop in rows]
 
 
-def _ranks(h: Tensor, rows: tuple[Rows, ...]) -> Sequence[Tensor]:
+def _ranks(h: Tensor, ranks: list[int]) -> Sequence[Tensor]:
     """Views (n, r) of h, one for each slice."""
-    return (h,) if len(rows) == 1 else h.chunk(len(rows), dim=1)
+    return (h,) if len(ranks) == 1 else h.split(ranks, dim=1)

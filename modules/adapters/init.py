@@ -13,11 +13,15 @@ With n the long side (d_in for A, d_out for B) and r the rank, the r vectors of 
 | uniform    | U(-√(3/n), √(3/n))                        | 1 in the mean square                 |
 | kaiming    | LoRA's kaiming_uniform_(a=√5): U(-1/√fan_in, 1/√fan_in) | A: 1/√3, B: √(d_out/3r) |
 | svd        | top singular vectors of W, right for A, left for B | 1 (seconds a layer from 2048² on) |
+| svd_minor  | minor singular vectors of W, right for A, left for B | 1 (seconds a layer from 2048² on) |
 | zero       | 0                                         | 0                                    |
 | given      | 0 until a file or a checkpoint gives it   |                                      |
 
-so the first four and svd are matched in scale, and kaiming is as published: a frozen kaiming B is √(d_out/3r) times an
+so all but kaiming are matched in scale, and kaiming is as published: a frozen kaiming B is √(d_out/3r) times an
 orthogonal one, 5.7 at r = 8 and d_out = 768, which is what makes it collapse in the paper (appendix, B_km Â₀).
+
+Of the min(d_out, d_in) singular vectors of a side, svd takes the r of the largest singular values, and svd_minor the r
+of the smallest. svd_minor for a frozen B with A trained from zero is MiCA (arXiv 2604.01694), PEFT's `mica`.
 
 `signs` alone is the same to the bit on every machine and with every version of every library, so that it need not be
 saved (`modules.adapters.compact`): its bits are SHAKE-256's (FIPS 202, published test vectors, part of every Python),
@@ -65,8 +69,8 @@ def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: in
     shape = (rank, d_in) if factor == "A" else (d_out, rank)
     if init in ("zero", "given"):
         return torch.zeros(shape)
-    if init == "svd":
-        return _singular_vectors(weight, factor, rank, name)
+    if init in ("svd", "svd_minor"):
+        return _singular_vectors(weight, factor, rank, name, minor=init == "svd_minor")
     long_side = d_in if factor == "A" else d_out
     if init == "signs":
         return sign_factor(factor, long_side, rank, seed, name)
@@ -103,12 +107,20 @@ def _orthonormal_columns(n: int, rank: int, generator: torch.Generator) -> Tenso
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
 
-def _singular_vectors(weight: Tensor, factor: Factor, rank: int, name: str) -> Tensor:
-    """Top singular vectors of W = UΣVᵀ: rows of Vᵀ for A, columns of U for B; largest entry of each positive."""
+def _singular_vectors(weight: Tensor, factor: Factor, rank: int, name: str, minor: bool) -> Tensor:
+    """Top or minor singular vectors of W = UΣVᵀ: rows of Vᵀ for A, columns of U for B; largest entry of each positive.
+
+    They come in the order of falling singular values. Of a W without a gap between singular values, as one of zeros,
+    they are orthonormal vectors that LAPACK chooses.
+    """
     if not weight.isfinite().all():
-        raise AdapterError(f"adapter.init_{factor.lower()}: svd needs finite weights, and {name}'s are not.")
+        raise AdapterError(
+            f"adapter.init_{factor.lower()}: the weights of {name} are not finite, so they have no singular vectors. "
+            "Use weights without NaN and infinity, or another initialiser."
+        )
     u, _, vh = torch.linalg.svd(weight.detach().float().cpu(), full_matrices=False)
-    vectors = vh[:rank] if factor == "A" else u[:, :rank].T  # (r, n)
+    vectors = vh if factor == "A" else u.T  # (min(d_out, d_in), n)
+    vectors = vectors[-rank:] if minor else vectors[:rank]  # (r, n)
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     vectors = vectors * largest.sign()  # a singular vector's sign is arbitrary; fix it
     return (vectors if factor == "A" else vectors.T).contiguous()

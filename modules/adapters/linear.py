@@ -14,18 +14,20 @@ from modules.adapters.init import init_factor
 from modules.adapters.roles import Projection
 
 
-def check_rank(rank: int, projection: Projection, d_in: int) -> None:
-    """Refuse a rank above min(d_in, d_out).
+def check_rank(config: AdapterConfig, projection: Projection, d_in: int) -> int:
+    """Return the rank of a projection, and refuse one above min(d_in, d_out).
 
     Raises:
         AdapterError: With the projection and its shape.
     """
-    d_out = projection.stop - projection.start
+    rank, d_out = config.rank_of(projection), projection.stop - projection.start
     if rank > min(d_out, d_in):
+        key = "rank" if rank == config.rank else "rank_pattern"
         raise AdapterError(
-            f"adapter.rank: {rank} exceeds what {projection.name} can hold, a weight of {d_out} × {d_in}; choose "
+            f"adapter.{key}: {rank} exceeds what {projection.name} can hold, a weight of {d_out} × {d_in}; choose "
             f"{min(d_out, d_in)} or less, or other targets."
         )
+    return rank
 
 
 class LowRankFactors(nn.Module):
@@ -37,13 +39,13 @@ class LowRankFactors(nn.Module):
 
     def __init__(self, weight: Tensor, config: AdapterConfig, projection: Projection) -> None:
         super().__init__()
-        rank, name = config.rank, projection.name
-        check_rank(rank, projection, weight.shape[1])
+        rank, name = check_rank(config, projection, weight.shape[1]), projection.name
         a = init_factor(config.init_a, "A", weight, rank, config.seed, name)
         b = init_factor(config.init_b, "B", weight, rank, config.seed, name)
         self.A = nn.Parameter(a.to(weight.device), requires_grad=config.trains_a)
         self.B = nn.Parameter(b.to(weight.device), requires_grad=config.trains_b)
         self.trains_a, self.trains_b = config.trains_a, config.trains_b
+        self.scale = config.scale_of(projection)
         self.projection = projection
 
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -74,11 +76,11 @@ class AdaptedLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.scale = config.scale
         self.dropout = nn.Dropout(config.dropout)
         self.adapters = nn.ModuleDict(
             {p.role: LowRankFactors(base.weight[p.rows], config, p) for p in projections}  # W of the slice
         )
+        self.scale = self.factors()[0].scale
         self._rows = tuple((p.start, p.stop) for p in projections)
         self.enabled = True
         self.merged = False
@@ -87,6 +89,14 @@ class AdaptedLinear(nn.Linear):
     def factors(self) -> list[LowRankFactors]:
         """The factors of each slice, in the order of their rows."""
         return [cast(LowRankFactors, f) for f in self.adapters.values()]
+
+    def operands(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each slice as they enter a product with the layer's one scale, which is the first slice's.
+
+        B of a slice of another scale is multiplied by the quotient of the two.
+        """
+        pairs = [(*f.operands(), f.scale / self.scale) for f in self.factors()]
+        return [(a, b if ratio == 1 else ratio * b) for a, b, ratio in pairs]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply (W + s·B·A)·x + b (Zhu et al. 2024, section 3; Hu et al. 2022, equation 3).
@@ -109,7 +119,7 @@ class AdaptedLinear(nn.Linear):
         if self._takes_plain(x):
             out = plain(flat, self.weight, self.bias, self.scale, *self._stacked_factors(), dropped)
         else:
-            a, bs = zip(*(f.operands() for f in self.factors()), strict=True)
+            a, bs = zip(*self.operands(), strict=True)
             stacked = a[0] if len(a) == 1 else torch.cat(a)  # (k·r, d_in)
             out = fused(flat, self.weight, self.bias, self.scale, self._rows, stacked, bs, dropped)
         return out.view(*x.shape[:-1], self.out_features)
@@ -125,8 +135,7 @@ class AdaptedLinear(nn.Linear):
 
     def _stacked_factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole layer; see `stack`."""
-        operands = [f.operands() for f in self.factors()]
-        return stack([f.projection for f in self.factors()], operands, self.out_features)
+        return stack([f.projection for f in self.factors()], self.operands(), self.out_features)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -176,11 +185,11 @@ def stack(projections: list[Projection], operands: list[tuple[Tensor, Tensor]], 
 
     Args:
         projections: The k slices, in the order of their rows.
-        operands: A (r, d_in) and B (rows of the slice, r) of each.
+        operands: A (r, d_in) and B (rows of the slice, r) of each; slices may differ in r.
         rows: Rows of the whole layer, d_out.
 
     Returns:
-        (k·r, d_in) and (d_out, k·r).
+        (R, d_in) and (d_out, R), with R the sum of the ranks.
     """
     if len(operands) == 1 and operands[0][1].shape[0] == rows:
         return operands[0]  # not fused: nothing to stack

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.config import AdapterConfig, AdapterError
-from modules.adapters.peft_format import PREFIX, WHERE, Heads, check_supported
+from modules.adapters.config import AdapterConfig, AdapterError, Scaling
+from modules.adapters.patterns import pattern_problem, short_patterns, value_of
+from modules.adapters.peft_format import PREFIX, WHERE, Heads, alpha_at, check_supported
 from modules.adapters.roles import ROLES, Projection, find_projections, fused_layers, select
 from modules.adapters.state import state_problems
+
+Number = TypeVar("Number", int, float)
 
 
 class PeftAdapter(NamedTuple):
@@ -57,34 +60,28 @@ def from_peft(
     factors, wholes, unexpected = _sorted_out(tensors, heads)
     projections = find_projections(model, exclude)
     _check_layers(model, factors, projections, unexpected)
-    ranks = {layer: pair["A"].shape[0] for layer, pair in factors.items()}
-    scale = _common_scale(content, ranks)
-    parts = {layer: [p for p in projections if p.layer == layer] for layer in factors}
-    rank, chosen = _common_rank(parts, {layer: pair["B"] for layer, pair in factors.items()})
-    rslora = bool(content.get("use_rslora"))
-    same = set(ranks.values()) == {rank} and not content.get("alpha_pattern")
-    alpha = content["lora_alpha"] if same else float(f"{scale * (math.sqrt(rank) if rslora else rank):.12g}")
+    _check_patterns(content)
+    parts = _parts(factors, projections)
+    scaling: Scaling = "rslora" if content.get("use_rslora") else "standard"
+    sizes = _sizes(content, factors, parts, scaling)
     try:
         config = replace(
             own,
-            rank=rank,
-            alpha=float(alpha),
-            scaling="rslora" if rslora else "standard",
+            scaling=scaling,
             dropout=float(content.get("lora_dropout") or 0.0),
             init_a="given",
             init_b="given",
-            targets=_targets([p for layer in chosen.values() for p in layer], projections),
+            targets=_targets([part.projection for part in parts], projections),
             layers=None,
+            **sizes,
         )
     except AdapterError as error:
         raise AdapterError(f"{WHERE}: adapter_config.json has a value out of range ({error}).") from error
     state: dict[str, Tensor] = {}
-    for layer, layer_parts in chosen.items():
-        a, b = factors[layer]["A"].float(), factors[layer]["B"].float()
-        for i, p in enumerate(layer_parts):
-            columns = slice(i * rank, (i + 1) * rank)
-            state[f"{layer}.adapters.{p.role}.A"] = a[columns].contiguous()
-            state[f"{layer}.adapters.{p.role}.B"] = b[p.rows, columns].contiguous()
+    for p, columns in parts:
+        a, b = (factors[p.layer][factor].float() for factor in "AB")
+        state[f"{p.layer}.adapters.{p.role}.A"] = a[columns].contiguous()
+        state[f"{p.layer}.adapters.{p.role}.B"] = b[p.rows, columns].contiguous()
     return PeftAdapter(config, state, wholes)
 
 
@@ -145,75 +142,95 @@ def _check_layers(
         raise AdapterError(f"{WHERE}: the file has no LoRA of any layer.")
 
 
-def _common_scale(content: Mapping[str, Any], ranks: dict[str, int]) -> float:
-    """The scale that all layers share.
+def _check_patterns(content: Mapping[str, Any]) -> None:
+    """Refuse keys of the patterns that are no regular expressions, or that could be matched for ever."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in content.get(key) or {}:
+            if problem := pattern_problem(pattern):
+                raise AdapterError(f"{WHERE}: {key} has {pattern!r:.120}, {problem}.")
+
+
+class _Part(NamedTuple):
+    """What some columns of a LoRA's B adapt: a layer, or a part of a fused one."""
+
+    projection: Projection
+    columns: slice
+
+    @property
+    def rank(self) -> int:
+        return self.columns.stop - self.columns.start
+
+
+def _parts(factors: Mapping[str, Mapping[str, Tensor]], projections: list[Projection]) -> list[_Part]:
+    """What each LoRA adapts. If any LoRA of a fused layer is no block diagonal, they all adapt whole layers."""
+    of_layer = {layer: [p for p in projections if p.layer == layer] for layer in factors}
+    blocks = {layer: _blocks(factors[layer]["B"], parts) for layer, parts in of_layer.items() if len(parts) > 1}
+    if not all(blocks.values()):
+        blocks = {}
+    found: list[_Part] = []
+    for layer, parts in of_layer.items():
+        whole = fused_layers(parts) if len(parts) > 1 else parts
+        found += blocks.get(layer) or [_Part(whole[0], slice(0, factors[layer]["A"].shape[0]))]
+    return found
+
+
+def _blocks(b: Tensor, parts: list[Projection]) -> list[_Part]:
+    """The parts of a fused layer that B (d_out, R) adapts, by its zeros; an empty list if it is no block diagonal.
+
+    A column of zeros does not tell its part. Blocks of equal width are preferred, and otherwise the part of the column
+    before it has it.
+    """
+    hits = torch.stack([b[p.rows].any(dim=0) for p in parts])  # (parts, R)
+    known = hits.any(dim=0)
+    owners = hits.int().argmax(dim=0)  # (R,), where the owner is known
+    present = owners[known].unique_consecutive()
+    if (hits.sum(dim=0) > 1).any() or not len(present) or (present.diff() <= 0).any():
+        return []
+    equal = present.repeat_interleave(b.shape[1] // len(present))
+    if len(equal) != len(owners) or (equal != owners)[known].any():
+        last = known.cumsum(0).sub(1).clamp(min=0)  # index of the last known column among the known ones
+        equal = owners[known][last]
+    widths = [int((equal == owner).sum()) for owner in present]
+    stops = torch.tensor(widths).cumsum(0).tolist()
+    return [
+        _Part(parts[owner], slice(stop - width, stop))
+        for owner, width, stop in zip(present.tolist(), widths, stops, strict=True)
+    ]
+
+
+def _sizes(
+    content: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]], parts: list[_Part], scaling: Scaling
+) -> dict[str, Any]:
+    """Ranks and alphas as keys of `AdapterConfig`, the commonest as `rank` and `alpha`.
 
     Raises:
-        AdapterError: If there is none, or the tensors have other ranks than the configuration says.
+        AdapterError: If the tensors have other ranks than the configuration says.
     """
-    scales: dict[str, float] = {}
-    for layer, rank in ranks.items():
-        said = _patterned(content, "rank_pattern", layer, content["r"])
-        if said != rank:
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for part in parts:
+        layer, name = part.projection.layer, part.projection.name
+        rank = factors[layer]["A"].shape[0]
+        configured = value_of(content.get("rank_pattern") or {}, layer, content["r"])
+        if configured != rank:
             raise AdapterError(
-                f"{WHERE}: {layer!r:.120} has rank {rank} in the file, and {said} by r and rank_pattern of "
+                f"{WHERE}: {layer!r:.120} has rank {rank} in the file, and {configured} by r and rank_pattern of "
                 "adapter_config.json; the two do not belong together."
             )
-        alpha = _patterned(content, "alpha_pattern", layer, content["lora_alpha"])
-        scales[layer] = alpha / (math.sqrt(rank) if content.get("use_rslora") else rank)
-    low, high = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
-    if not math.isclose(scales[low], scales[high], rel_tol=1e-9):
-        raise AdapterError(
-            f"{WHERE}: alpha_pattern and rank_pattern give {low!r:.120} the scale {scales[low]:g} and {high!r:.120} "
-            f"{scales[high]:g}, and here all adapters share one; merge the adapter with PEFT and give the result as "
-            "model.backbone."
-        )
-    return scales[low]
+        alpha = float(value_of(content.get("alpha_pattern") or {}, layer, content["lora_alpha"]))
+        ranks[name] = part.rank
+        alphas[name] = float(f"{alpha_at(scaling, alpha, part.rank / rank):.12g}") if part.rank != rank else alpha
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "rank_pattern": short_patterns(ranks, rank, reserved=ROLES),
+        "alpha_pattern": short_patterns(alphas, alpha, reserved=ROLES),
+    }
 
 
-def _patterned(content: Mapping[str, Any], key: str, layer: str, default: float) -> float:
-    """The value that PEFT gives a layer: that of the first pattern its name ends with."""
-    for pattern, value in (content.get(key) or {}).items():
-        if len(re.findall(r"[*+?{]", pattern)) > 4 or re.search(r"\)[*+{]", pattern):  # could take for ever
-            raise AdapterError(f"{WHERE}: {key} has {pattern!r:.120}, a pattern too involved; write out the layers.")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", layer):
-                return value
-        except re.error as error:
-            raise AdapterError(f"{WHERE}: {key} has {pattern!r:.120}, no regular expression ({error}).") from error
-    return default
-
-
-def _common_rank(parts: dict[str, list[Projection]], b: dict[str, Tensor]) -> tuple[int, dict[str, list[Projection]]]:
-    """The rank that all adapters share, and what each layer's LoRA adapts: the layer, or parts of a fused one.
-
-    Raises:
-        AdapterError: If there is no such rank.
-    """
-    ranks = {layer: tensor.shape[1] for layer, tensor in b.items()}
-    least = min(ranks.values())
-    for k in range(max(len(of_layer) for of_layer in parts.values()), 0, -1):
-        rank = least // k
-        if least % k or any(r % rank for r in ranks.values()):
-            continue
-        chosen = {layer: _parts(b[layer], rank, of_layer) for layer, of_layer in parts.items()}
-        if all(chosen.values()):
-            return rank, chosen
-    raise AdapterError(
-        f"{WHERE}: rank_pattern gives ranks from {least} to {max(ranks.values())}, and here all adapters share one; "
-        "merge the adapter with PEFT and give the result as model.backbone."
-    )
-
-
-def _parts(b: Tensor, rank: int, parts: list[Projection]) -> list[Projection]:
-    """What a B (d_out, k·rank) adapts: k parts of its layer, the layer as a whole, or neither."""
-    if len(parts) > 1:
-        blocks = [[p for p in parts if block[p.rows].any()] for block in b.split(rank, dim=1)]
-        starts = [hit[0].start for hit in blocks if len(hit) == 1]
-        if len(starts) == len(blocks) and starts == sorted(set(starts)):
-            return [hit[0] for hit in blocks]
-        parts = fused_layers(parts)
-    return parts if b.shape[1] == rank else []
+def _commonest(values: Iterable[Number]) -> Number:
+    return Counter(values).most_common(1)[0][0]
 
 
 def _targets(chosen: list[Projection], projections: list[Projection]) -> list[str]:

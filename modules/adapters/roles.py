@@ -16,6 +16,7 @@ from typing import TypeGuard
 from torch import nn
 
 from modules.adapters.config import AdapterError
+from modules.adapters.patterns import matches
 
 ATTENTION = ("query", "key", "value", "output")
 ROLES = (*ATTENTION, "mlp_in", "mlp_gate", "mlp_out")
@@ -230,11 +231,29 @@ def _matches(projection: Projection, target: str) -> bool:
     return projection.role in groups[target]
 
 
+def check_patterns(option: str, keys: Collection[str], projections: list[Projection]) -> None:
+    """Refuse a key of a pattern that matches none of the adapted projections, such as a misspelt one.
+
+    Raises:
+        AdapterError: With the key and the projections.
+    """
+    for key in keys:
+        if not any(matches(key, p.name, p.role) for p in projections):
+            raise AdapterError(
+                f"adapter.{option}: {key!r:.120} matches none of the adapted projections, which are "
+                f"{', '.join(f'{kind} ({role})' for kind, role in _kinds(projections).items())}. Correct the key, or "
+                "take it out."
+            )
+
+
+def _kinds(projections: list[Projection]) -> dict[str, str]:
+    """The role of each kind of projection, by a name whose block numbers are folded."""
+    return {re.sub(r"\b\d+\b", "*", p.name): p.role for p in projections}
+
+
 def _inventory(projections: list[Projection]) -> str:
     """What a model has to offer, with the numbers of its blocks folded."""
-    kinds: dict[str, str] = {}
-    for p in projections:
-        kinds.setdefault(re.sub(r"\b\d+\b", "*", p.name), p.role)
+    kinds = _kinds(projections)
     if not kinds:
         return "which has no linear layer to adapt."
     return "whose linear layers are " + ", ".join(f"{kind} ({role})" for kind, role in kinds.items()) + "."

@@ -435,7 +435,7 @@ def test_a_chat_without_a_response(tmp_path: Path, chat: list[Row]) -> None:
 @pytest.mark.parametrize("chat", [*CHATS_WITHOUT[:2], [{"role": "assistant", "content": "Hi"}]])
 def test_a_chat_that_asks_nothing(folder: Path, tmp_path: Path, chat: list[Row]) -> None:
     path = write(tmp_path / "new.jsonl", [{"messages": chat}])
-    with refuses("data.messages_column: no row of", "row 0 has no message of a user to respond to"):
+    with refuses("data.messages_column: row 0 of", "has no message of a user to respond to, and no other"):
         prepared(folder, "predict", predict_path=str(path))
     path = write(tmp_path / "more.jsonl", [{"messages": chat}, {"messages": chat_of(row_of("test", 1))}])
     data = prepared(folder, "predict", predict_path=str(path))

@@ -157,8 +157,8 @@ def test_targets_that_are_not_finite_name_their_row(kind: str, wrong: float, sai
 @pytest.mark.parametrize(
     ("feature", "labels", "given", "parts"),
     [
-        (datasets.Value("int64"), [0, 1, 2, 2], ("a", "b"), ("is 2, outside 0 to 1, in row 2; 2 of 4 labels",)),
-        (NAMED, [0, 1, 3], None, ("is 3, outside 0 to 2, in row 2; 1 of 3 labels",)),
+        (datasets.Value("int64"), [0, 1, 2, 2], ("a", "b"), ("is 2 in row 2, outside 0 to 1; 2 of 4 labels",)),
+        (NAMED, [0, 1, 3], None, ("is 3 in row 2, outside 0 to 2; 1 of 3 labels",)),
     ],
 )
 def test_labels_out_of_range(
@@ -175,7 +175,7 @@ def test_labels_out_of_range(
     ("feature", "given"), [(NAMED, None), (datasets.Value("int64"), ("a", "b")), (datasets.Value("int64"), None)]
 )
 def test_labels_of_minus_one_are_called_hidden(feature: Any, given: tuple[str, ...] | None) -> None:
-    with refuses("label in here is -1 throughout", "hidden", "predict", "data.test_on_validation: true"):
+    with refuses("is -1 in row 0", "3 of 3 labels", "hidden", "predict", "data.test_on_validation: true"):
         read([-1, -1, -1], feature, given)
 
 
@@ -187,7 +187,7 @@ def test_targets_of_minus_one_are_called_hidden(feature: Any) -> None:
 
 @pytest.mark.parametrize(("feature", "given"), [(NAMED, None), (datasets.Value("int64"), ("a", "b"))])
 def test_one_label_of_minus_one_is_not_called_hidden(feature: Any, given: tuple[str, ...] | None) -> None:
-    with refuses("is -1, outside 0 to ", "in row 1; 1 of 4 labels", "data.skip_label: -1.") as told:
+    with refuses("is -1 in row 1, outside 0 to ", "; 1 of 4 labels", "data.skip_label: -1.") as told:
         read([0, -1, 1, 0], feature, given)
     assert "hidden" not in str(told.value)
     assert "test_on_validation" not in str(told.value)

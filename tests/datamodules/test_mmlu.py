@@ -322,9 +322,8 @@ def test_a_subject_takes_as_many_shots_as_fit_all_its_questions(
             shots = {text.count("dev") // 2 for text in prompts_of([batch]).values()}
             assert shots == {1 if batch["subject"] == longer else 2}
         lines = [line for line in capsys.readouterr().err.splitlines() if "shots" in line]
-        expected = (
-            f"warning: 1 of 3 subjects of {folder / 'test.parquet'} take fewer than 2 shots to fit {limit} tokens: "
-        )
+        where = folder / "test.parquet"
+        expected = f"warning: 1 of 3 subjects of {where} take fewer than 2 shots to fit {limit} tokens: "
         assert lines == [f"{expected}{longer} 1."]
     assert one[longer] <= limit
     batches_of(folder, max_length=max(two.values()))

@@ -98,7 +98,7 @@ def test_bfloat16_rounds_what_is_stored_and_nothing_else(backbone: Backbone, tmp
     [
         {},  # orthogonal
         SIGNS["both"],
-        *({"init_a": init} for init in ("gaussian", "uniform", "kaiming", "svd")),
+        *({"init_a": init} for init in ("gaussian", "uniform", "kaiming", "svd", "svd_minor")),
         {"train": "A", "init_a": "zero", "init_b": "orthogonal"},
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from modules.adapters.config import AdapterConfig, AdapterError, Init
+from modules.adapters.roles import Projection
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,43 @@ def test_factors_are_given_both_or_not_at_all(train: Any) -> None:
             AdapterConfig(train=train, init_a="given", init_b=other)
         with pytest.raises(AdapterError, match="both or not at all"):
             AdapterConfig(train=train, init_a=other, init_b="given")
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["query"], "must give names a value each"),
+        (None, "must give names a value each"),
+        ({1: 4}, "must give names a value each"),
+        ({"query": 0}, "0 of 'query' must be"),
+        ({"query": "4"}, "'4' of 'query' must be"),
+        ({"query": True}, "True of 'query' must be"),
+        ({"query": math.inf}, "inf of 'query' must be"),
+        ({"query": math.nan}, "nan of 'query' must be"),
+        ({"query": 10**400}, "of 'query' must be"),
+        ({"(": 4}, "no regular expression"),
+        ({"(a+)+b": 4}, "too involved"),
+    ],
+)
+def test_a_pattern_that_cannot_be_used_names_its_key(key: str, value: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=rf"adapter\.{key}: .*{message}"):
+        AdapterConfig(**{key: value})
+
+
+def test_rank_alpha_and_scale_by_name() -> None:
+    """As in PEFT the first key that matches decides; a role is a key too."""
+    config = AdapterConfig(
+        rank=8, alpha=16.0, rank_pattern={r"layers\.1\..*": 2, "mlp_in": 4, "q_proj": 16}, alpha_pattern={"q_proj": 4.0}
+    )
+    names = {
+        "layers.0.q_proj": ("query", 16, 4.0),
+        "layers.1.q_proj": ("query", 2, 4.0),
+        "layers.0.up_proj": ("mlp_in", 4, 16.0),
+        "layers.1.up_proj": ("mlp_in", 2, 16.0),
+        "layers.0.not_q_proj": ("other", 8, 16.0),
+    }
+    for name, (role, rank, alpha) in names.items():
+        projection = Projection(name, role, 0, 9)
+        assert (config.rank_of(projection), config.alpha_of(projection)) == (rank, alpha)
+        assert config.scale_of(projection) == alpha / rank

@@ -18,6 +18,7 @@ LAYOUTS: dict[str, tuple[int, list[Rows]]] = {
     "whole": (12, [(0, 12)]),
     "two of three": (24, [(0, 8), (16, 24)]),
     "unequal": (20, [(1, 6), (7, 18)]),
+    "unequal ranks": (20, [(1, 6), (7, 18)]),
 }
 TRAINED: list[tuple[str, ...]] = [("b",), ("a",), ("a", "b"), ("x",), ("x", "b"), ("x", "a"), ("x", "a", "b")]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -45,8 +46,12 @@ class Case:
         self.x = draw(N, D_IN, of=dtype, name="x")
         self.weight = draw(d_out, D_IN, of=dtype)
         self.bias = draw(d_out, of=dtype) if bias else None
-        self.a = [draw(RANK, D_IN, of=factors, name="a") for _ in self.rows]
-        self.b = [draw(stop - start, RANK, of=factors, name="b") for start, stop in self.rows]
+        self.ranks = [RANK + 2 * i if layout == "unequal ranks" else RANK for i in range(len(self.rows))]
+        self.a = [draw(rank, D_IN, of=factors, name="a") for rank in self.ranks]
+        self.b = [
+            draw(stop - start, rank, of=factors, name="b")
+            for (start, stop), rank in zip(self.rows, self.ranks, strict=True)
+        ]
         self.cotangent = draw(N, d_out, of=dtype)
         self.mask = (torch.rand(N, D_IN, generator=generator) < 0.6).to(dtype) / 0.6 if drops else None
 
@@ -112,9 +117,8 @@ def test_gradcheck(layout: str, trained: tuple[str, ...], bias: bool, drops: boo
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_keeps_what_its_gradients_need(layout: str, trained: tuple[str, ...]) -> None:
     case = Case(layout, trained, torch.float32, torch.float32)
-    k = len(case.rows)
     shapes = {tuple(t.shape) for t in kept(case.fused) if t.shape[0] == N}
-    wanted = {(N, k * RANK)} if "b" in trained else set()
+    wanted = {(N, sum(case.ranks))} if "b" in trained else set()
     assert shapes == wanted | ({(N, D_IN)} if "a" in trained else set())
     weights = [t for t in kept(case.fused) if t.shape == case.weight.shape]
     assert len(weights) == ("x" in trained)  # W serves the gradient to x alone

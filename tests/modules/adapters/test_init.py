@@ -60,7 +60,7 @@ def test_contiguous(init: Init, factor: Factor) -> None:
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-@pytest.mark.parametrize("init", ["orthogonal", "svd"])
+@pytest.mark.parametrize("init", ["orthogonal", "svd", "svd_minor"])
 @pytest.mark.parametrize("rank", [1, 5, 20])
 def test_vectors_are_orthonormal(init: Init, factor: Factor, rank: int) -> None:
     v = vectors(draw(init, factor, rank=rank), factor).double()
@@ -202,6 +202,27 @@ def test_svd_equals_scipy_up_to_sign(factor: Factor) -> None:
     actual = vectors(init_factor("svd", factor, weight, RANK, 0, "layer"), factor)
     cosines = np.abs(np.sum(expected * actual.numpy(), axis=1))
     np.testing.assert_allclose(cosines, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("shape", [(20, 28), (28, 20), (20, 20)])
+def test_svd_minor_has_the_smallest_singular_values(factor: Factor, shape: tuple[int, int]) -> None:
+    """Of the min(d_out, d_in) vectors of a side the last, in the order of falling singular values."""
+    weight = torch.randn(shape)
+    u, s, vh = scipy.linalg.svd(weight.double().numpy(), full_matrices=False)
+    expected = vh[-RANK:] if factor == "A" else u[:, -RANK:].T
+    tensor = init_factor("svd_minor", factor, weight, RANK, 0, "layer")
+    cosines = np.abs(np.sum(expected * vectors(tensor, factor).numpy(), axis=1))
+    np.testing.assert_allclose(cosines, 1, atol=1e-4)
+    images = weight @ tensor.T if factor == "A" else weight.T @ tensor  # of length σ each
+    np.testing.assert_allclose(images.norm(dim=0), s[-RANK:], atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("init", ["svd", "svd_minor"])
+def test_singular_vectors_of_a_weight_of_zeros_are_orthonormal(init: Init, factor: Factor) -> None:
+    v = vectors(init_factor(init, factor, torch.zeros(D_OUT, D_IN), RANK, 0, "layer"), factor)
+    torch.testing.assert_close(v @ v.T, torch.eye(RANK))
 
 
 @pytest.mark.parametrize("factor", FACTORS)

@@ -45,7 +45,7 @@ def dense_weight(layer: AdaptedLinear) -> Tensor:
     """W + s·B·A written out in float64, row block by row block."""
     weight = layer.weight.detach().double().clone()
     for f in layer.factors():
-        weight[f.projection.start : f.projection.stop] += layer.scale * f.B.detach().double() @ f.A.detach().double()
+        weight[f.projection.start : f.projection.stop] += f.scale * f.B.detach().double() @ f.A.detach().double()
     return weight
 
 
@@ -78,6 +78,36 @@ def test_slices_of_unequal_height_and_a_gap() -> None:
     x = torch.randn(N, D_IN)
     torch.testing.assert_close(layer(x).double(), explicit(layer, x), atol=1e-5, rtol=1e-5)
     assert layer.delta().any(dim=1).tolist() == [1 <= i < 6 or 7 <= i < 11 for i in range(12)]
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+@pytest.mark.parametrize("train", TRAINS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_slices_of_unequal_rank_and_scale(train: Any, scaling: Any, dropout: float) -> None:
+    """Output and gradients are those of the formula in autograd's own operations; merging agrees."""
+    patterns: dict[str, Any] = {"rank_pattern": {"query": 2, "value": 5}, "alpha_pattern": {"key": 7.0}}
+    layer = make_layer(QKV, train=train, scaling=scaling, dropout=dropout, **patterns).double().train()
+    power = 0.5 if scaling == "rslora" else 1
+    expected_scales = [2 / 2**power, 7 / RANK**power, 2 / 5**power]
+    assert [f.scale for f in layer.factors()] == pytest.approx(expected_scales, rel=1e-12)
+    x = torch.randn(N, D_IN, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(5)
+    actual = layer(x)
+    torch.manual_seed(5)
+    dropped = F.dropout(x, dropout)
+    slices = [s * dropped @ f.A.T @ f.B.T for s, f in zip(expected_scales, layer.factors(), strict=True)]
+    expected = F.linear(x, layer.weight, layer.bias) + torch.cat(slices, dim=1)
+    torch.testing.assert_close(actual, expected)
+    leaves = [x, *(p for f in layer.factors() for p in f.named_factors(trained=True).values())]
+    cotangent = torch.randn_like(actual)
+    for gradient, wanted in zip(
+        torch.autograd.grad(actual, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted)
+    layer.eval()
+    wanted = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)  # the update is formed in float32
 
 
 @pytest.mark.parametrize("rslora", [False, True])

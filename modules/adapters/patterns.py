@@ -1,0 +1,83 @@
+"""Values by name, as PEFT's `rank_pattern` and `alpha_pattern` give them.
+
+A key of such a dictionary is the end of a name (`q_proj`, `layers.0.self_attn.q_proj`) or a regular expression for it.
+The first key that matches a name decides; a name that no key matches has the default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
+from typing import TypeVar
+
+Value = TypeVar("Value", int, float)
+
+
+def pattern_problem(key: str) -> str | None:
+    """Return why a key cannot be used, or None. Patterns that could backtrack without end are refused."""
+    try:
+        re.compile(key)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"no regular expression ({error})"
+    repeats = re.findall(r"[*+?{]", re.sub(r"\\.", "", key))
+    if len(repeats) > 4 or re.search(r"\)[*+{]", key):
+        return "a pattern too involved; write out the names"
+    return None
+
+
+@lru_cache(maxsize=4096)  # re itself keeps 512, and an adapter of EVA has a key for each layer
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def matches(key: str, name: str, role: str | None = None) -> bool:
+    """Return True if a key is the role, or matches the name by the expression that PEFT uses."""
+    return key == role or _compiled(key).match(name) is not None
+
+
+def value_of(patterns: Mapping[str, Value], name: str, default: Value, role: str | None = None) -> Value:
+    """Return the value of the first key that matches a name or is its role."""
+    return next((value for key, value in patterns.items() if matches(key, name, role)), default)
+
+
+def exact_key(name: str) -> str:
+    """Return the key that matches one name alone."""
+    return f"^{re.escape(name)}"
+
+
+def exact_patterns(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """Return patterns with one exact key for each name whose value is not the default."""
+    return {exact_key(name): value for name, value in values.items() if value != default}
+
+
+def short_patterns(values: Mapping[str, Value], default: Value, reserved: Collection[str] = ()) -> dict[str, Value]:
+    """Return patterns with as few and as short keys as possible.
+
+    Args:
+        values: The value of every name.
+        default: The value of names that get no key.
+        reserved: Keys that must not be used.
+
+    Returns:
+        Patterns that give every name its value, in whatever order their keys are read.
+    """
+    patterns: dict[str, Value] = {}
+    for value in sorted(set(values.values()) - {default}):
+        chosen = [name for name, own in values.items() if own == value]
+        keys = name_endings(chosen, values, reserved) or [exact_key(name) for name in chosen]
+        patterns |= dict.fromkeys(keys, value)
+    hits = {name: {value for key, value in patterns.items() if matches(key, name)} for name in values}
+    right = all(hits[name] == ({value} - {default}) for name, value in values.items())  # a dot matches any character
+    return patterns if right else exact_patterns(values, default)
+
+
+def name_endings(chosen: Collection[str], names: Iterable[str], reserved: Collection[str] = ()) -> list[str]:
+    """Return the shortest endings that the chosen names have and no other name has; an empty list if there are none."""
+    names = list(names)
+    for length in (1, 2, 3):
+        endings = sorted({".".join(name.split(".")[-length:]) for name in chosen})
+        hits = {n for n in names if any(n == ending or n.endswith(f".{ending}") for ending in endings)}
+        if hits == set(chosen) and not set(endings) & set(reserved):
+            return endings
+    return []
