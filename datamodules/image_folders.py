@@ -59,11 +59,15 @@ class ImageFiles:
         return _listed(names) if names else "nothing"
 
 
-def find_images(root: Path) -> ImageFiles:
+def find_images(root: Path, key: str) -> ImageFiles:
     """Find all image files below a folder by their suffixes; files without a suffix by their first bytes.
 
     Links are followed, except those that lead back to a folder above. Helper files and folders (`is_helper`) are left
     out.
+
+    Args:
+        root: The folder.
+        key: Key of the data module that a message names.
 
     Raises:
         DataError: If a folder cannot be read.
@@ -79,7 +83,7 @@ def find_images(root: Path) -> ImageFiles:
             status = path.stat()
             entries = list(os.scandir(path))
         except OSError as error:
-            raise DataError(f"data: the folder {path} cannot be read ({error.strerror}).") from error
+            raise DataError(f"data.{key}: the folder {path} cannot be read ({error.strerror}).") from error
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             left_out["links to a folder above"] += 1
@@ -89,9 +93,9 @@ def find_images(root: Path) -> ImageFiles:
             suffix = os.path.splitext(entry.name)[1].lower()
             if is_helper(entry.name):
                 left_out["hidden or helper files and folders"] += 1
-            elif entry.is_dir():
+            elif os.path.isdir(entry):
                 waiting.append(((*folder, entry.name), above | {identity}))
-            elif not entry.is_file():
+            elif not os.path.isfile(entry):
                 left_out["broken links" if entry.is_symlink() else "special files"] += 1
             elif suffix in SUFFIXES or (not suffix and _is_image(entry.path)):
                 images.append((*folder, entry.name))
@@ -174,7 +178,7 @@ def read_layout(files: ImageFiles) -> Layout:
         _check_classes(here, folders, depth)
         named = [name for name in folders if split_of(name)]
         notes = [f"the folder {name} of {here} is read as a class, as are its neighbours" for name in named]
-        return Layout(files, {"train": (depth, images)}, {"train": str(Path(*base))}, notes)
+        return _layout(files, {"train": (depth, images)}, {"train": str(Path(*base))}, [], notes)
     by_split: dict[str, list[str]] = defaultdict(list)
     for name in sorted(folders):
         by_split[split_of(name) or ""].append(name)
@@ -188,9 +192,23 @@ def read_layout(files: ImageFiles) -> Layout:
             "the other folders elsewhere."
         )
     found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
-    count = sum(len(folders[name]) for name in others)
-    notes = [f"left out of {here}: {count:,} images in {_listed(others)}, beside the splits"] if others else []
-    return Layout(files, found, {s: str(Path(*base, names[0])) for s, names in by_split.items()}, notes)
+    aside = [parts for name in others for parts in folders[name]]
+    notes = [f"left out of {here}: {len(aside):,} images in {_listed(others)}, beside the splits"] if others else []
+    return _layout(files, found, {s: str(Path(*base, names[0])) for s, names in by_split.items()}, aside, notes)
+
+
+def _layout(
+    files: ImageFiles,
+    splits: dict[str, tuple[int, list[Parts]]],
+    names: dict[str, str],
+    aside: list[Parts],
+    notes: list[str],
+) -> Layout:
+    """Return a layout with a note about the images that lie in no class folder, but for those that are left aside."""
+    placed = {parts for depth, images in splits.values() for parts in images if len(parts) > depth + 1}.union(aside)
+    if stray := [os.sep.join(parts) for parts in files.images if parts not in placed]:
+        notes = [*notes, f"left out of {files.root}: {len(stray):,} images in no class folder ({_listed(stray)})"]
+    return Layout(files, splits, names, notes)
 
 
 def _folders(images: list[Parts], depth: int) -> dict[str, list[Parts]]:
@@ -241,8 +259,8 @@ def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> N
 
 
 def _resembled_split(name: str) -> str | None:
-    """Return the split that a word of a name means: `seg_train`, `test1`."""
-    words = [name, *re.findall("[a-z]+", name.casefold())]
+    """Return the split that a word of a name means: `seg_train`, `test1`, `trainA`."""
+    words = [name, *re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
     return next((split for word in words if (split := split_of(word))), None)
 
 

@@ -235,7 +235,7 @@ def open_split(
         raise DataError(f"data.path: {path} is not a directory; give a directory or a data set's name on the hub.")
     if (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
         return _from_cifar10(folder, split)
-    files = find_images(folder) if folder.exists() else None
+    files = find_images(folder, "path") if folder.exists() else None
     if files is not None and ".parquet files" not in files.left_out:
         return _from_image_folder(files, split, findings)
     found = open_table(path, SPLITS[split])
@@ -260,7 +260,7 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"data.predict_path: {path} is not a directory; give a folder of images.")
-    files = find_images(folder)
+    files = find_images(folder, "predict_path")
     if not files.images:
         raise DataError(
             f"data.predict_path: {path} holds no image. It holds {files.contents()}. {files.summary()} Images have "

@@ -22,6 +22,9 @@ class DataReport(L.Callback):
     The file keeps the rows of splits that an earlier command skipped.
     """
 
+    def __init__(self) -> None:
+        self._reported = 0
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Report once the data module is set up."""
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -30,7 +33,8 @@ class DataReport(L.Callback):
         for line in data.findings.take_lines():
             _log.info(line)
         skipped = data.findings.skipped
-        if skipped:
+        if len(skipped) > self._reported:  # the test after a fit may have found no more
+            self._reported = len(skipped)
             path = Path(trainer.default_root_dir) / FILE
             _log.warning(f"{len(skipped):,} bad rows are skipped; {path} lists them.")
             splits = {row.split for row in skipped}

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from datamodules.findings import Findings
 from datamodules.image_folders import FORMATS, SUFFIXES
 from datamodules.image_sources import decode_image, open_folder, open_split
 from modules.image_classification import ImageClassifier
+from tests.app.conftest import undrawn  # noqa: F401 - a fixture that each test here uses
+from tests.app.processes import run_on_two
 from tests.conftest import CLASSES, colour_image, png
 
 Pixels = np.ndarray
@@ -81,6 +84,21 @@ def run(root: Path, data: Path, command: str, *options: str) -> int:
 def predictions(run_directory: Path) -> list[dict[str, str]]:
     with (run_directory / "predictions.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run below runs/, and the data that it was trained on."""
+    root = tmp_path_factory.mktemp("fitted")
+    assert run(root / "runs", coloured(root / "data"), "fit", "--model.learning_rate", "0.05") == 0
+    return root
+
+
+@pytest.fixture
+def fitted(fitted_once: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run below the test's own folder."""
+    shutil.copytree(fitted_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 # -------------------------------------------------------------------------------------------------------------- row 2
@@ -148,6 +166,17 @@ def test_case_02_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
     assert findings.take_lines() == [f"left out of {tmp_path}: 2 images in extra, beside the splits"]
 
 
+def test_case_02_images_outside_the_classes_are_named(tmp_path: Path) -> None:
+    tree(tmp_path, "cover.png train/a/1.png train/b/deep/1.png train/x.png test/y.png")
+    findings = Findings()
+    table = open_split(str(tmp_path), "train", None, None, findings)
+    assert table is not None
+    assert len(table) == 2
+    assert findings.take_lines() == [
+        f"left out of {tmp_path}: 3 images in no class folder (cover.png, test/y.png, train/x.png)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("files", "parts"),
     [
@@ -158,6 +187,7 @@ def test_case_02_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
         ("seg_train/a/1.png seg_test/a/1.png seg_pred/1.png", ["look like splits", "seg_pred, seg_test, seg_train"]),
         ("train2017/a/1.png val2017/a/1.png", ["look like splits"]),
         ("train/1.jpg test1/1.jpg", ["look like splits"]),
+        ("trainA/1.png trainB/1.png testA/1.png testB/1.png", ["look like splits"]),
         ("ant/train/1.png ant/test/1.png bee/train/1.png bee/test/1.png", ["splits in ant", "<split>/<class>"]),
         ("test/a/1.png test/b/1.png val/a/1.png", ["none called train", "test/, val/"]),
         ("1.png 2.png", ["no images in one folder a class", "1.png, 2.png"]),
@@ -322,16 +352,15 @@ def test_case_03_other_modes_have_their_colours() -> None:
     assert (pixels_of(encoded(clear, "PNG")) == [10, 20, 30]).all()
 
 
-def test_case_03_three_photos_have_three_predictions(tmp_path: Path) -> None:
-    data = coloured(tmp_path / "data")
-    folder = tmp_path / "deep"
+def test_case_03_three_photos_have_three_predictions(fitted: Path) -> None:
+    folder = fitted / "deep"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(3):
         Image.fromarray(rng.integers(2000, 65536, (16, 16)).astype(np.uint16)).save(folder / f"{i}.png")
-    assert run(tmp_path / "runs", data, "fit", "--model.learning_rate", "0.05") == 0
-    assert run(tmp_path / "runs", data, "predict", "--ckpt_path", "last", "--data.predict_path", str(folder)) == 0
-    assert len({row["probability"] for row in predictions(tmp_path / "runs/version_0")}) == 3
+    options = ("predict", "--ckpt_path", "last", "--data.predict_path", str(folder))
+    assert run(fitted / "runs", fitted / "data", *options) == 0
+    assert len({row["probability"] for row in predictions(fitted / "runs/version_0")}) == 3
 
 
 # -------------------------------------------------------------------------------------------------------------- row 5
@@ -457,13 +486,14 @@ def test_case_06_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     os.symlink(data / "ant", data / "ant" / "again")
     os.symlink(elsewhere / "1.png", data / "ant" / "linked.png")
     os.symlink("/nowhere/x.png", data / "ant" / "broken.png")
+    os.symlink("itself.png", data / "ant" / "itself.png")
     findings = Findings()
     table = open_split(str(data), "train", None, None, findings)
     assert table is not None
     assert [Path(name).relative_to(data).parts for name in table.names] == [
         ("ant", "1.png"), ("ant", "linked.png"), ("bee", "1.png"), ("bee", "2.png"),
     ]  # fmt: skip
-    assert findings.take_lines() == [f"left out of {data}: 1 broken links, 2 links to a folder above."]
+    assert findings.take_lines() == [f"left out of {data}: 2 broken links, 2 links to a folder above."]
 
 
 # ------------------------------------------------------------------------------------------------------------- row 21
@@ -526,15 +556,14 @@ def test_case_22_one_more_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "blue/02.png cannot be decoded" in capsys.readouterr().err
 
 
-def test_case_22_bad_images_of_validation_and_test(tmp_path: Path) -> None:
-    data = coloured(tmp_path / "data", test=9)
-    assert run(tmp_path / "runs", data, "fit") == 0
+def test_case_22_bad_images_of_validation_and_test(fitted: Path) -> None:
+    data = fitted / "data"
     (data / "test/red/00.png").write_bytes(b"")
     (data / "train/red/00.png").write_bytes(b"")
     options = ("--ckpt_path", "last", "--data.skip_bad_rows", "1")
-    assert run(tmp_path / "runs", data, "validate", *options, "--data.val_fraction", "0.99") == 0
-    assert run(tmp_path / "runs", data, "test", *options) == 0
-    rows = list(csv.reader((tmp_path / "runs/version_0/skipped.csv").open(newline="")))
+    assert run(fitted / "runs", data, "validate", *options, "--data.val_fraction", "0.99") == 0
+    assert run(fitted / "runs", data, "test", *options) == 0
+    rows = list(csv.reader((fitted / "runs/version_0/skipped.csv").open(newline="")))
     assert [row[0] for row in rows] == ["split", "val", "test"]
 
 
@@ -613,24 +642,22 @@ def text(file: Path) -> None:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_case_23_good_photos_are_predicted_beside_bad_ones(
-    tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
+    fitted: Path, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = coloured(tmp_path / "data")
-    photos = tree(tmp_path / "photos", " ".join(f"{i}.png" for i in range(7)))
+    photos = tree(fitted / "photos", " ".join(f"{i}.png" for i in range(7)))
     (photos / "x.jpg").write_bytes((photos / "0.png").read_bytes())
     options = ("predict", "--ckpt_path", "last", "--data.predict_path", str(photos), "--data.num_workers", workers)
-    assert run(tmp_path / "runs", data, "fit") == 0
-    assert run(tmp_path / "runs", data, *options) == 0
-    good = {row["name"]: row for row in predictions(tmp_path / "runs/version_0")}
+    assert run(fitted / "runs", fitted / "data", *options) == 0
+    good = {row["name"]: row for row in predictions(fitted / "runs/version_0")}
     assert set(good["0.png"]) == {"name", "class", "probability"}
-    (tmp_path / "runs/version_0/predictions.csv").unlink()
+    (fitted / "runs/version_0/predictions.csv").unlink()
     capsys.readouterr()
     damages: dict[str, Callable[[Path], None]] = {"1.png": truncated, "3.png": empty, "x.jpg": text}
     for name, damage in damages.items():
         damage(photos / name)
-    assert run(tmp_path / "runs", data, *options) == 0
+    assert run(fitted / "runs", fitted / "data", *options) == 0
     assert "warning: 3 of 8 inputs could not be used; the column `error` says why." in capsys.readouterr().err
-    rows = predictions(tmp_path / "runs/version_0")
+    rows = predictions(fitted / "runs/version_0")
     assert [row["name"] for row in rows] == list(good)
     for row in rows:
         if row["name"] in damages:
@@ -641,13 +668,29 @@ def test_case_23_good_photos_are_predicted_beside_bad_ones(
             assert float(row["probability"]) == pytest.approx(float(good[row["name"]]["probability"]), abs=2e-6)
 
 
-def test_case_23_no_photo_is_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = coloured(tmp_path / "data")
-    photos = tree(tmp_path / "photos", "1.png 2.png")
-    assert run(tmp_path / "runs", data, "fit") == 0
+@pytest.mark.slow
+def test_case_23_several_processes(fitted: Path) -> None:
+    photos = tree(fitted / "photos", " ".join(f"{i}.png" for i in range(5)))
+    paths = ["--trainer.default_root_dir", str(fitted / "runs"), "--data.path", str(fitted / "data")]
+    words = ["predict", *FAST, *paths, "--ckpt_path", "last", "--data.predict_path", str(photos)]
+    empty(photos / "1.png")  # of the second process, all of whose batches but this are good
+    run_on_two(words, fitted)
+    rows = predictions(fitted / "runs/version_0")
+    assert [(row["name"], bool(row["class"]), row["error"]) for row in rows] == [
+        (f"{i}.png", i != 1, "it is empty" if i == 1 else "") for i in range(5)
+    ]
     for file in photos.iterdir():
         empty(file)
-    assert run(tmp_path / "runs", data, "predict", "--ckpt_path", "last", "--data.predict_path", str(photos)) == 2
+    run_on_two(words, fitted, code=2)
+
+
+def test_case_23_no_photo_is_good(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tree(fitted / "photos", "1.png 2.png")
+    for file in photos.iterdir():
+        empty(file)
+    assert (
+        run(fitted / "runs", fitted / "data", "predict", "--ckpt_path", "last", "--data.predict_path", str(photos)) == 2
+    )
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: data.predict_path: none of 2 inputs can be used; the first: it is empty."
 
