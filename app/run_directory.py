@@ -23,7 +23,9 @@ from datamodules.atomic import WriteError, atomic_write, remove_stale
 _log = logging.getLogger(__name__)
 LOCK = ".lock"
 # files of a run that are read, and replaced by a rename, which does not follow a link
-READ = re.compile(r"checkpoints/(best|last|previous)\.ckpt|config(-\d+)?\.yaml|metrics\.json|spectrum\.parquet|\.run")
+READ = re.compile(
+    r"checkpoints/(best|last|previous)\.ckpt|config(-\d+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet|\.run"
+)
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
