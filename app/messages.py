@@ -163,6 +163,7 @@ def _unknown_key(text: str, reason: _Reason, known: Sequence[str]) -> str | None
         r"Subcommand '\w+' does not accept option '(?P<key>[^']+)'",
         r"Option '(?P<key>[^']+)' is not accepted",
         r"[Uu]nrecognized arguments: --(?P<key>[^\s=+]+)",
+        r"ambiguous option: --(?P<key>[^\s=+]+)(?:=\S*)? could match (?P<close>.*)",
         r"No action for key \"(?P<key>[^\"]+)\"",
     )
     match = next((found for pattern in patterns if (found := re.search(pattern, text))), None)
@@ -178,6 +179,7 @@ def _unknown_key(text: str, reason: _Reason, known: Sequence[str]) -> str | None
     else:
         keys = list(known)
         beginning = f"There is no key {key}"
+        keys += [word.removeprefix("--") for word in (match.groupdict().get("close") or "").split(", ")]
         section = key.rpartition(".")[0]
         siblings = [k for k in keys if k.startswith(f"{section}.")] if section else [k.partition(".")[0] for k in keys]
         listed = f" There are {', '.join(dict.fromkeys(siblings))}." if siblings else ""
