@@ -41,8 +41,9 @@ from app.callbacks import (
     RunSummary,
     SaveRunConfig,
     Termination,
+    usable_callbacks,
 )
-from app.checkpoint_io import AtomicCheckpointIO, restore_identity
+from app.checkpoint_io import AtomicCheckpointIO, check_contents, first_new_step, restore_identity
 from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.console import console_logging
 from app.failures import bad_input
@@ -174,6 +175,7 @@ class AsymmetryCLI(LightningCLI):
         if command == ["fit"]:
             self._take(run)
         self.checkpoint, self.loaded = read_wanted(str(given), wanted)
+        check_contents(self.checkpoint, self.loaded, trains=command == ["fit"])
         if command == ["fit"]:
             self.termination.checkpoint = self.checkpoint
         saved = check_classes(saved_configuration(self.loaded), contents, trains=command == ["fit"])
@@ -229,19 +231,19 @@ class AsymmetryCLI(LightningCLI):
                 self._take(run)
         run = run or self.root  # until the first process tells the others
         self.run_directory = run
+        resumed = self.checkpoint is not None and self.subcommand == "fit"
         if self.subcommand == "predict":  # which logs nothing
             kwargs["logger"] = False
         elif config["logger"] in (None, True) and not config["fast_dev_run"]:
             # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
-            resumed = self.checkpoint is not None and self.subcommand == "fit"
-            purge = {"purge_step": self.loaded["global_step"] + 1} if resumed else {}
+            purge = {"purge_step": first_new_step(self.loaded)} if resumed else {}
             kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory
         callbacks = [
             self.summary,
             DataReport(),
-            *_as_list(config["callbacks"]),
+            *usable_callbacks(_as_list(config["callbacks"]), resumed),
             PredictionWriter(),
             AdapterWriter(),
             self.termination,
