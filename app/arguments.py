@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -17,6 +18,10 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
 _log = logging.getLogger(__name__)
+
+
+# callbacks have members of enumerations among their defaults, which a saved configuration has to hold
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def split_arguments(args: list[str]) -> tuple[list[str], list[str], list[str]]:

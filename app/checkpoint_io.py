@@ -151,6 +151,9 @@ def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None
             problem = problem or f"{key} must be {wanted}, and is {shortened(value)}"
     if problem is None:
         problem = _content_problem(checkpoint)
+    if problem is None and trains:
+        counts = {"epoch_progress": {"current": {"ready": 0, "processed": 0}}}
+        problem = structure_problem({"fit_loop": counts}, checkpoint["loops"], "loops")
     if problem is not None:
         raise CheckpointError(f"ckpt_path: {path} is no usable checkpoint: {problem}. Use another checkpoint.")
 

@@ -50,7 +50,7 @@ from app.failures import bad_input
 from app.files import full_disk_named
 from app.imports import HELP, restricted_imports, split_imports
 from app.messages import parser_message, quiet_libraries
-from app.processes import first_to_tell, lost_a_process, part
+from app.processes import is_peer_lost, is_worker_lost, leave_process_group, should_report
 from app.run_directory import (
     locked,
     new_run_directory,
@@ -88,19 +88,19 @@ def main(args: Sequence[str] | None = None) -> int:
                 return termination.report()
             return stop.code if isinstance(stop.code, int) else 2
         except Exception as error:
-            if termination.requested and lost_a_process(error):  # which was told to end too
+            if termination.requested and (is_peer_lost(error) or termination.has_caused(error)):
                 return termination.report()
             cause = bad_input(error)
             if cause is None:
                 raise
-            if first_to_tell():
+            if should_report():
                 print(f"error: {parser_message(cause)}", file=sys.stderr, flush=True)
             if termination.requested:
                 termination.report()
-            return 1 if lost_a_process(error) and termination.lost_one() else 2
+            return 1 if is_worker_lost(error) or (is_peer_lost(error) and termination.lost_one()) else 2
         finally:
-            part()
-    return 0
+            leave_process_group()
+        return termination.report() if termination.requested else 0  # something has swallowed what the signal raised
 
 
 class AsymmetryCLI(LightningCLI):
@@ -224,6 +224,8 @@ class AsymmetryCLI(LightningCLI):
         for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if config[key] is not None and config[key] < 1:
                 raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
+        resumed = self.checkpoint is not None and self.subcommand == "fit"
+        own_callbacks = usable_callbacks(_as_list(config["callbacks"]), resumed)
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
         if run is None and getattr(rank_zero_only, "rank", 0) == 0:
             run = self.made = new_run_directory(self.root)
@@ -231,7 +233,6 @@ class AsymmetryCLI(LightningCLI):
                 self._take(run)
         run = run or self.root  # until the first process tells the others
         self.run_directory = run
-        resumed = self.checkpoint is not None and self.subcommand == "fit"
         if self.subcommand == "predict":  # which logs nothing
             kwargs["logger"] = False
         elif config["logger"] in (None, True) and not config["fast_dev_run"]:
@@ -243,7 +244,7 @@ class AsymmetryCLI(LightningCLI):
         callbacks = [
             self.summary,
             DataReport(),
-            *usable_callbacks(_as_list(config["callbacks"]), resumed),
+            *own_callbacks,
             PredictionWriter(),
             AdapterWriter(),
             self.termination,

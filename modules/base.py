@@ -284,12 +284,14 @@ class AdaptedModule(CheckpointedModule):
         if not isinstance(schedulers, torch.optim.lr_scheduler.LambdaLR):
             optimizer = self.optimizers(use_pl_optimizer=False)
             assert isinstance(optimizer, torch.optim.Optimizer)
-            self._range_test = RangeTest(optimizer, [group["lr"] / self.learning_rate for group in configured])
+            self._range_test = RangeTest(optimizer, self.learning_rate, [group["lr"] for group in configured])
             return
         if self._range_test is not None:
+            found = self.learning_rate != self._range_test.base
+            how = "found by" if found else "as before, for there was no suggestion of"
+            _log.info(f"model.learning_rate: {self.learning_rate:g}, {how} LearningRateFinder.")
             self._range_test.end()
             self._range_test = None
-            _log.info(f"model.learning_rate: {self.learning_rate:g}, found by LearningRateFinder.")
         # what is left decides where in the schedule this is: batches or processes may be others than before
         total = self.trainer.global_step + steps_left(self.trainer)
         factor_of = schedule_factor(self.schedule, self.warmup_ratio, total)

@@ -172,7 +172,7 @@ def _like(values: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
     def kind(value: Any) -> type:
         return float if type(value) is int else type(value)
 
-    return all(kind(values[key]) is kind(value) or None in (value, values[key]) for key, value in template.items())
+    return all(value is None or kind(values[key]) is kind(value) for key, value in template.items())
 
 
 def _is_adam_state(state: Mapping[str, Any], parameter: Tensor) -> bool:

@@ -95,11 +95,13 @@ class RangeTest:
 
     Args:
         optimizer: The optimizer.
-        ratios: Learning rate of each group over the one that is tried.
+        base: Learning rate before the test.
+        rates: Learning rates of the groups before the test.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, ratios: list[float]) -> None:
-        self.groups, self.ratios = optimizer.param_groups, ratios
+    def __init__(self, optimizer: torch.optim.Optimizer, base: float, rates: list[float]) -> None:
+        self.groups, self.base = optimizer.param_groups, base
+        self.ratios = [rate / base for rate in rates]
         self._tried: list[float] = []
         self._hooks = (
             optimizer.register_step_pre_hook(self._multiply),
