@@ -140,13 +140,14 @@ def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None
     """
     if trains and (missing := [key for key in TRAINING if key not in checkpoint]):
         raise CheckpointError(
-            f"ckpt_path: {path} has weights alone ({', '.join(missing)} are missing), so no training can go on from it. "
-            "Start a new run from its adapter with --model.adapter_path, after `export --format peft`."
+            f"ckpt_path: {path} has weights alone ({', '.join(missing)} are missing), so no training can go on from "
+            "it. Start a new run from its adapter with --model.adapter_path, after `export --format peft`."
         )
     problem = next((f"{key} is missing" for key in REQUIRED if key not in checkpoint), None)
     for key, kind in TYPES.items():
-        value = checkpoint.get(key, kind())
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+        value: Any = checkpoint.get(key, kind())
+        negative = isinstance(value, int) and value < 0
+        if not isinstance(value, kind) or isinstance(value, bool) or negative:
             wanted = {int: "a number, 0 or more", str: "text", dict: "a group of keys", list: "a list"}[kind]
             problem = problem or f"{key} must be {wanted}, and is {shortened(value)}"
     if problem is None:

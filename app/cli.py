@@ -237,7 +237,7 @@ class AsymmetryCLI(LightningCLI):
             kwargs["logger"] = False
         elif config["logger"] in (None, True) and not config["fast_dev_run"]:
             # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
-            purge = {"purge_step": first_new_step(self.loaded)} if resumed else {}
+            purge: dict[str, Any] = {"purge_step": first_new_step(self.loaded)} if resumed else {}
             kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory

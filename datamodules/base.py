@@ -162,7 +162,7 @@ class ResumableDataModule(L.LightningDataModule):
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
         self._rows_digest = {"rows": dataset.rows_digest(), "size": size} if isinstance(dataset, DigestedRows) else {}
-        self._check_rows()
+        self._compare_rows()
         if size < self.batch_size * world:
             raise DataError(
                 f"data.batch_size: {size} training samples are fewer than one batch of {self.batch_size} × {world} "
@@ -233,7 +233,7 @@ class ResumableDataModule(L.LightningDataModule):
         self._resumed_at = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in training: epoch, samples of it that all processes have done, seed, digest of the rows."""
+        """Return the position in training: epoch, samples of it that are done, seed, digest of the rows."""
         trainer = self.trainer
         assert trainer is not None
         done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
@@ -258,7 +258,7 @@ class ResumableDataModule(L.LightningDataModule):
         self._position = {key: state_dict[key] for key in ("epoch", "samples")}
         self._digest_before = {key: known.get(key) for key in ("rows", "size")}
 
-    def _check_rows(self) -> None:
+    def _compare_rows(self) -> None:
         """Compare the training rows with those of the checkpoint that is resumed, once.
 
         Raises:

@@ -260,7 +260,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             if self.images is not None:
                 image = self.images[index]
                 digest.update(f"{tuple(image.shape)}".encode())
-                digest.update(image.contiguous().numpy())
+                digest.update(image.contiguous().numpy().data)
             elif isinstance(source := self.table.read(row), Path):
                 digest.update(f"{source.name} {source.stat().st_size}\n".encode())
             else:

@@ -22,7 +22,10 @@ AFTER_DIVERGENCE = (
 
 
 class CheckpointedModule(L.LightningModule):
-    """Save and restore all but the frozen backbone, of which a checkpoint has a digest; `AdaptedModule` sets the attributes."""
+    """Save and restore all but the frozen backbone, of which a checkpoint has a digest.
+
+    `AdaptedModule` sets the attributes.
+    """
 
     backbone: nn.Module
     tuning: str
@@ -161,8 +164,8 @@ def check_training_state(checkpoint: Mapping[str, Any], groups: Sequence[Mapping
     if not fits:
         raise ModelError(
             "ckpt_path: the states of optimizer and schedule in the checkpoint are not those of the parameters trained "
-            "now. Set model.tuning and model.adapter as they were, or use another checkpoint; a new run starts from the "
-            "adapter with --model.adapter_path RUN/adapter."
+            "now. Set model.tuning and model.adapter as they were, or use another checkpoint; a new run starts from "
+            "the adapter with --model.adapter_path RUN/adapter."
         )
 
 

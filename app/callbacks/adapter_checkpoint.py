@@ -117,7 +117,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._save_last(trainer)
         if _stops_here(trainer) and not _validates_within(trainer, batch_idx, batch_idx):
             # Lightning validates once more when a callback stops it; a run that was never stopped would not
-            self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0  # type: ignore[attr-defined]
+            self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         if termination is not None and interrupted:
             termination.stop(trainer)
 
@@ -132,7 +132,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Renew best.ckpt when it is due, and last.ckpt; Lightning calls this also when it stops in mid-epoch."""
         if self._limit_val_batches is not None:
-            trainer.limit_val_batches = self._limit_val_batches  # type: ignore[attr-defined]
+            trainer.limit_val_batches = self._limit_val_batches
             self._limit_val_batches = None
         if not _is_epoch_over(trainer):
             if trainer.global_step > self._last_saved_step and _is_step_end(trainer, trainer.fit_loop.batch_idx):
@@ -149,12 +149,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Log where a fit ended that did not come to its end, or had nothing to do."""
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        done = f"{trainer.fit_loop.epoch_progress.current.processed} epochs and {trainer.global_step} steps"
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        done = f"{epochs.processed} epochs and {trainer.global_step} steps"
         last = Path(str(self.dirpath)) / LAST
         if not self._has_trained:
             _log.info(
-                f"Nothing left to do: {done} are done, and trainer.max_epochs is {trainer.max_epochs}, trainer.max_steps "
-                f"{trainer.max_steps}. Raise them (and trainer.max_time, if it is set) to train on."
+                f"Nothing left to do: {done} are done, and trainer.max_epochs is {trainer.max_epochs}, "
+                f"trainer.max_steps {trainer.max_steps}. Raise them (and trainer.max_time, if it is set) to train on."
             )
             return
         if not _is_epoch_over(trainer) and last.is_file():
@@ -264,9 +265,9 @@ def _stops_here(trainer: L.Trainer) -> bool:
     """Return True if Lightning ends the fit behind this step: at max_steps, or because a callback has asked for it."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
-    epochs: int = trainer.fit_loop.epoch_progress.current.processed
-    may_stop = epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
-    return trainer.should_stop and may_stop
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    may_stop = epochs.processed >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return bool(trainer.should_stop and may_stop)
 
 
 def _validates_within(trainer: L.Trainer, first: int, last: int) -> bool:
@@ -312,7 +313,7 @@ def _repair_epoch_counts(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None
     """Have Lightning's counts of epochs agree with the position in the data, before they are restored.
 
     - A checkpoint at an epoch's end is written before that epoch counts as completed.
-    - Versions before 0.2 wrote a checkpoint in mid-epoch with the epoch counted, where max_steps or a callback stopped it.
+    - Earlier versions counted the epoch in the checkpoint of a run that max_steps or a callback stopped in mid-epoch.
     - A run with more epochs than trainer.max_epochs now has nothing left to do, which Lightning takes for an error.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]

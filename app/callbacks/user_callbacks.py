@@ -23,8 +23,8 @@ REFUSED: dict[type[L.Callback], str] = {
     "which averages what is trained.",
     StochasticWeightAveraging: "copies the frozen backbone and replaces the learning rate schedule. Use "
     "AdapterAveraging instead, which averages what is trained.",
-    GradientAccumulationScheduler: "changes the number of steps of an epoch, for which the learning rate schedule and a "
-    "resumed run have one number. Use trainer.accumulate_grad_batches instead.",
+    GradientAccumulationScheduler: "changes the number of steps of an epoch, for which the learning rate schedule "
+    "and a resumed run have one number. Use trainer.accumulate_grad_batches instead.",
 }
 
 

@@ -44,12 +44,6 @@ def assert_same_best(cli: CommandLine, whole: int, resumed: int) -> None:
     assert all(torch.equal(tensor, other["state_dict"][name]) for name, tensor in one["state_dict"].items())
 
 
-MAX_STEPS = [
-    "--model.schedule=constant",
-    "--model.warmup_ratio=0",
-]  # the others are planned for the steps that a run is told
-
-
 # the others are planned for the steps that a run is told
 CONSTANT = ["--model.schedule=constant", "--model.warmup_ratio=0"]
 VAL_4, VAL_3, ACCUMULATE = (
