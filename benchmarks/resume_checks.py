@@ -1,7 +1,7 @@
 """Measure what the digests that a resumed run is checked by add to the start of a run.
 
-Writes weights of a decoder's shapes as safetensors, reads them as `from_pretrained` does, and takes the digest of all of
-them; then the digest of as many rows of tokens. Bytes a second carry over to a 7B model (13.5 GB in bfloat16).
+Writes weights of a decoder's shapes as safetensors, reads them as `from_pretrained` does, and takes the digest of all
+of them; then the digest of as many rows of tokens. Bytes a second carry over to a 7B model (13.5 GB in bfloat16).
 
     OMP_NUM_THREADS=1 python -m benchmarks.resume_checks --gigabytes 2
 """
@@ -51,7 +51,7 @@ def main() -> None:
         loaded: dict[str, torch.Tensor] = {}
         reading = seconds(lambda: loaded.update({n: t.clone() for n, t in load_file(path).items()}))
         digest = seconds(lambda: digest_of(loaded))
-        del loaded
+        loaded.clear()
         rows = {"input_ids": list(np.ones((20_000, 100), np.int32)), "length": [100] * 20_000}
         table = datasets.Dataset.from_dict(
             rows,

@@ -15,6 +15,7 @@ from modules.adapters.state import refuse_merged, state_problems
 from modules.errors import ModelError
 from modules.frozen_digest import FrozenDigest
 
+POSITION = {"epoch", "samples", "seed"}  # keys of a position in the data
 AFTER_DIVERGENCE = (
     "Nothing of it was saved: resume from the last checkpoint with --ckpt_path last and a lower --model.learning_rate, "
     "a longer --model.warmup_ratio or --trainer.gradient_clip_val 1.0."
@@ -96,6 +97,11 @@ class CheckpointedModule(L.LightningModule):
             )
         if (trainer := self._trainer) is not None and trainer.state.fn == "fit":
             check_training_state(checkpoint, self.trained_groups())
+            # the position in the data lies under the class name of the data module, which may have been another
+            name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
+            positions = [v for v in checkpoint.values() if isinstance(v, Mapping) and v.keys() >= POSITION]
+            if positions:
+                checkpoint.setdefault(name, positions[0])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `saved_state` saves, and nothing else, whatever `strict` says.

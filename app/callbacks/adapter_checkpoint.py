@@ -16,10 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
 from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
 from app.checkpoint_io import BEST, LAST, CheckpointError, fault, saved_step, structure_problem
 from app.run_directory import CHECKPOINTS
+from datamodules.base import ResumableDataModule
 
 _log = logging.getLogger(__name__)
 
@@ -198,6 +200,12 @@ class AdapterCheckpoint(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING:
             _check_progress(trainer, checkpoint)
             _repair_epoch_counts(trainer, checkpoint)
+            averages = any(isinstance(c, AdapterAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            if TRAINED in checkpoint and not averages:
+                _log.warning(
+                    "ckpt_path: the weights of the checkpoint are averages of AdapterAveraging, which this run lacks. "
+                    "Training goes on from the averages."
+                )
         states = checkpoint.get("random_states", [])
         self._random_state = states[trainer.global_rank] if len(states) == trainer.world_size else None
         step = checkpoint.get("global_step", 0)
@@ -288,13 +296,15 @@ def _check_progress(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     Raises:
         CheckpointError: With the first part that cannot.
     """
-    saved = checkpoint["callbacks"]
+    saved, data = checkpoint["callbacks"], trainer.datamodule  # type: ignore[attr-defined]
     parts = {"loops": ({"fit_loop": trainer.fit_loop.state_dict()}, checkpoint["loops"])}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in saved:
             parts[f"callbacks.{type(callback).__name__}"] = (callback.state_dict(), saved[callback.state_key])
     problems = (structure_problem(expected, found, where) for where, (expected, found) in parts.items())
     problem = next((problem for problem in problems if problem is not None), None)
+    if isinstance(data, ResumableDataModule) and type(data).__qualname__ not in checkpoint:
+        problem = problem or f"{type(data).__qualname__}, the position in the data, is missing"
     now = _random_state()
     try:
         for state in checkpoint.get("random_states", []):

@@ -110,6 +110,16 @@ def test_case_01_the_schedule_ends_where_the_run_does(cli: CommandLine) -> None:
     assert rates == pytest.approx(expected, rel=1e-5)
 
 
+def test_case_01_the_position_is_found_under_an_earlier_name_of_the_data_module(cli: CommandLine) -> None:
+    assert cli("fit") == 0
+    assert cli("fit", *stop_at(3)) == 0
+    checkpoint = cli.checkpoint(1)
+    checkpoint["ImageData"] = checkpoint.pop("ImageClassificationData")
+    torch.save(checkpoint, cli.root / "old.ckpt")
+    assert cli("fit", f"--ckpt_path={cli.root / 'old.ckpt'}") == 0
+    assert_same_end_of_weights(cli, 0, 2)
+
+
 def test_case_01_a_checkpoint_that_an_older_version_wrote_in_mid_epoch_is_repaired(cli: CommandLine) -> None:
     """Its epoch counts as done, while the position in the data is in its middle; it has no digests."""
     assert cli("fit", *CONSTANT) == 0
@@ -497,6 +507,7 @@ MALFORMED: list[tuple[str, Any]] = [
     ("random_states", {}),
     ("random_states", [None]),
     ("random_states/0/torch", torch.zeros(3)),
+    ("ImageClassificationData", MISSING),
     ("ImageClassificationData", []),
     ("ImageClassificationData", {}),
     ("ImageClassificationData/samples", -1),
