@@ -105,6 +105,14 @@ class ResumableDataModule(L.LightningDataModule):
             if first:
                 wait()
 
+    def failed_rows(self, file: int) -> list[dict[str, Any]]:
+        """Rows of a file of predictions that cannot be predicted: `index`, and `error` with the reason.
+
+        Args:
+            file: Number of the loader that the file is of.
+        """
+        return []
+
     @property
     def caches(self) -> bool:
         """Whether this is a fit with `cache_prefix`; what reads each row once has nothing to gain.

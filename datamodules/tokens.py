@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from datamodules.batching import Draw
 from datamodules.errors import DataError
-from datamodules.tables import Table, check_column
+from datamodules.tables import Table
 
 FORMAT = 1  # of cached tokens; one more whenever a task's encoding changes
 Encode = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
@@ -142,30 +142,3 @@ def tokenizer_state(tokenizer: Any) -> str:
         {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_or_path", "local", "only"))},
     ]  # whatever it is but where it lies
     return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()
-
-
-def check_texts(table: Table, key: str, column: str, empty: bool = False) -> None:
-    """See that a column holds text in every row.
-
-    Args:
-        table: The rows.
-        key: What a message names.
-        column: The column.
-        empty: Whether rows may be without.
-
-    Raises:
-        DataError: Under the given key, if it is missing, of another type, or empty in some row.
-    """
-    check_column(table, key, column)
-    feature = table.data.features[column]
-    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string"):
-        kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-        raise DataError(f"data.{key}: {column} in {table.where} must hold text, and it holds {kind}.")
-    if empty:
-        return
-    first = 0
-    for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        if rows[column].null_count:
-            row = first + rows[column].is_null().to_pylist().index(True)
-            raise DataError(f"data.{key}: {column} in {table.where} is empty in row {row}; mend or drop such rows.")
-        first += len(rows)

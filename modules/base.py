@@ -22,6 +22,7 @@ from modules.errors import ModelError
 from modules.freezing import freeze
 from modules.frozen_digest import FrozenDigest
 from modules.optimization import RangeTest, Schedule, parameter_groups, schedule_factor, steps_left
+from modules.update_weights import EqualWeights
 
 if TYPE_CHECKING:
     from modules.frozen_prefix import FrozenPrefix
@@ -35,7 +36,7 @@ Tuning = Literal["adapter", "head", "full"]
 BackboneDtype = Literal["float32", "bfloat16"]
 
 
-class AdaptedModule(CheckpointedModule):
+class AdaptedModule(EqualWeights, CheckpointedModule):
     """A backbone with a head, tuned through adapters, through its head alone, or in full.
 
     A task's `__init__` calls `save_hyperparameters`, assigns `backbone` and ends with `configure_tuning`; besides, it

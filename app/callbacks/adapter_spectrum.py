@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -20,6 +22,7 @@ from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_proje
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule
 
+_log = logging.getLogger(__name__)
 FILE = "spectrum.parquet"
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
 Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
@@ -32,7 +35,10 @@ class AdapterSpectrum(L.Callback):
     TensorBoard gets the mean over layers of each quantity under `spectrum/<role>/<factor>/<quantity>` (any logger gets
     these), a histogram of each layer under `spectrum_layers/`, a heat map of layers × index for each factor under
     `spectrum_map/`, and a layout of custom scalars that opens grouped. All singular values go to `spectrum.parquet` in
-    the run directory. B·A is without the scale s; `relative_norm` is ‖sBA‖_F / ‖W‖_F. A frozen factor is measured once.
+    the run directory. B·A is without the scale s. A frozen factor is measured once.
+
+    `relative_norm` is ‖sBA‖_F / ‖W‖_F. It is 0 for B·A = 0, and infinite for any other update of W = 0. Means over
+    layers leave infinite ratios out.
 
     Args:
         every_n_epochs: Interval in epochs, at least 1; None measures at the start, by steps, and at the end only.
@@ -50,6 +56,7 @@ class AdapterSpectrum(L.Callback):
         self._weight_norms: dict[str, float] = {}
         self._maps: dict[str, HeatMap] = {}
         self._last_step = -1
+        self._warned_of_zero_weights = False
 
     # -------------------------------------------------------------------------------------------------- when
 
@@ -114,17 +121,18 @@ class AdapterSpectrum(L.Callback):
         assert isinstance(module, AdaptedModule)
         module.check_weights()
         fresh: set[str] = set()  # factors that were measured now, not taken from before
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, (layer, factors) in adapted_projections(module.backbone).items():
             r_a, r_b = (self._triangular(name, factor, factors, fresh) for factor in ("A", "B"))
             spectra = {"A": singular_values(r_a), "B": singular_values(r_b), "BA": product_singular_values(r_b, r_a.T)}
-            ratio = factors.scale * float(spectra["BA"].norm()) / self._weight_norm(name, layer, factors)
+            ratio = _ratio(factors.scale * float(spectra["BA"].norm()), self._weight_norm(name, layer, factors))
             for factor, sigma in spectra.items():
                 row = {"step": step, "projection": name, "role": factors.projection.role, "factor": factor}
                 rows.append(
                     row | {"singular_values": sigma.tolist(), "relative_norm": ratio if factor == "BA" else None}
                 )
         self._rows += rows
+        self._warn_of_zero_weights([row["projection"] for row in rows if row["relative_norm"] == math.inf])
         scalars = _scalars(rows)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
@@ -148,6 +156,16 @@ class AdapterSpectrum(L.Callback):
             self._frozen[name, factor] = r
         return r
 
+    def _warn_of_zero_weights(self, names: list[str]) -> None:
+        """Name the projections whose ratio is infinite, once."""
+        if names and not self._warned_of_zero_weights:
+            self._warned_of_zero_weights = True
+            listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            _log.warning(
+                f"The frozen weight of {len(names)} adapted projections is zero ({listed}). Their relative_norm is "
+                f"infinite in {FILE}; the logged means leave them out."
+            )
+
     @torch.no_grad()
     def _weight_norm(self, name: str, layer: AdaptedLinear, factors: LowRankFactors) -> float:
         if name not in self._weight_norms:
@@ -162,9 +180,10 @@ class AdapterSpectrum(L.Callback):
             # by role and then by depth, so that a role's change with depth shows as a band
             chosen = sorted((r for r in rows if r["factor"] == factor), key=lambda r: ROLE_ORDER.get(r["role"], 99))
             for row in chosen:
-                # without the last digits' noise, which would fill the histogram of an orthonormal factor
+                # without the last digits' noise, which would fill the histogram of an orthonormal factor; the number of
+                # bins depends on the adapter rank alone ("auto" makes millions for one large value among equal ones)
                 rounded = torch.tensor(row["singular_values"]).round(decimals=4)
-                board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", rounded, step, bins="auto")
+                board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", rounded, step, bins="sturges")
             if factor not in self._maps:
                 self._maps[factor] = HeatMap([row["projection"] for row in chosen])
             title = f"Singular values of {factor}, step {step}"
@@ -183,6 +202,13 @@ class AdapterSpectrum(L.Callback):
         with written_whole(path) as file:
             _save(self._rows, file)
         self.seconds += time.perf_counter() - start
+
+
+def _ratio(update: float, weight: float) -> float:
+    """Return ‖update‖ / ‖weight‖, also where the weight is zero."""
+    if weight == 0:
+        return math.inf if update > 0 else 0.0
+    return update / weight
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -223,7 +249,7 @@ def _scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
         tag = f"spectrum/{row['role']}/{row['factor']}"
         for quantity, value in dataclasses.asdict(summarize(torch.tensor(row["singular_values"]))).items():
             values[f"{tag}/{quantity}"].append(value)
-        if row["relative_norm"] is not None:
+        if row["relative_norm"] is not None and math.isfinite(row["relative_norm"]):
             values[f"{tag}/relative_norm"].append(row["relative_norm"])
     return {tag: sum(v) / len(v) for tag, v in values.items()}
 

@@ -163,10 +163,10 @@ def corrupt_image(folder: Path) -> str:
 
 def label_out_of_range(folder: Path) -> str:
     image = {"bytes": png(colour_image(0, np.random.default_rng(0))), "path": None}
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"img": [image] * 20, "label": [0, 1] * 9 + [1, -1]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
-    return "is -1 in row 19, outside 0 to 1"
+    return "is -1, outside 0 to 1, in row 19"
 
 
 def empty_folder(folder: Path) -> str:

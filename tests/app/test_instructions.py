@@ -59,12 +59,17 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, llama_path: Path) -> Tuned:
     return Tuned(cli, states)
 
 
+def newest(run: Path, suffix: str) -> Path:
+    """The file of the last prediction: each has a number of its own."""
+    return max(run.glob(f"predictions*{suffix}"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in newest(run, ".jsonl").read_text().splitlines()]
 
 
 def read_table(run: Path) -> list[dict[str, str]]:
-    with (run / "predictions.csv").open() as file:
+    with newest(run, ".csv").open() as file:
         return list(csv.DictReader(file))
 
 
