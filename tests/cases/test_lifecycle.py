@@ -56,11 +56,11 @@ BY_STEPS = ["--trainer.max_steps=20", "--trainer.max_epochs=-1"]
 STOPS = [
     (CONSTANT, ["--trainer.max_steps=3"], 3),
     ([VAL_4, ACCUMULATE], stop_at(4, "on_validation_end"), 1),
+]
+MORE_STOPS = [
     ([ACCUMULATE], stop_at(11), 4),
     ([VAL_4], stop_at(4), 4),
     (BY_STEPS, stop_at(8), 8),
-]
-MORE_STOPS = [
     (CONSTANT, ["--trainer.max_steps=11"], 11),
     (CONSTANT, ["--trainer.max_steps=8"], 8),
     ([], stop_at(3), 3),
@@ -217,6 +217,7 @@ def test_case_07_a_callback_that_rewrites_checkpoints_is_found_at_the_first_save
     assert not (cli.run() / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_case_20_the_learning_rate_finder_finds_the_base_rate(
     cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,7 +289,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [name if name in ("removed", "edited") else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES],
+)
 def test_case_11_other_rows_are_refused_in_mid_epoch_and_named_at_its_end(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, parquet_path: Path, change: str
 ) -> None:
@@ -396,11 +400,16 @@ class Sending:
     [
         ("test", "setup"),
         ("test", "on_test_batch_start"),
-        ("test", "on_test_epoch_end"),
-        ("test", "on_test_end"),
         ("test", "teardown"),
-        ("validate", "on_validation_batch_start"),
-        ("fit", "on_fit_end"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("test", "on_test_epoch_end"),
+                ("test", "on_test_end"),
+                ("validate", "on_validation_batch_start"),
+                ("fit", "on_fit_end"),
+            )
+        ),
     ],
 )
 def test_case_33_sigterm_in_a_destructor(
@@ -516,11 +525,12 @@ MALFORMED: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("cases", [MALFORMED[:5], pytest.param(MALFORMED[5:], marks=pytest.mark.slow)])
 def test_case_36_malformed_checkpoints_are_refused_in_one_message(
-    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, cases: list[tuple[str, Any]]
 ) -> None:
     whole = fitted_cli.checkpoint()
-    for key, value in MALFORMED:
+    for key, value in cases:
         content = copy.deepcopy(whole)
         if value is MISSING:
             del content[key]
