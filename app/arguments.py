@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -26,6 +27,10 @@ LARGEST_SEED = 2**32 - 1  # NumPy's
 LARGEST_NUMBER = 2**63 - 1  # torch's
 
 _log = logging.getLogger(__name__)
+
+
+# callbacks have members of enumerations among their defaults, which a saved configuration has to hold
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:

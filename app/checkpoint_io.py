@@ -14,11 +14,13 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from packaging.version import InvalidVersion, Version
 
 from datamodules.atomic import AtomicFile, WriteError, atomic_write, temporary_name
 
@@ -105,6 +107,118 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+# keys of a checkpoint, and what their values are
+TYPES: dict[str, type] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "pytorch-lightning_version": str,
+    "global_step": int,
+    "epoch": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "random_states": list,
+    "samples_a_step": int,
+    "frozen_digest": str,
+}
+REQUIRED = ("state_dict", "hyper_parameters", "pytorch-lightning_version", "global_step", "loops")
+TRAINING = ("callbacks", "optimizer_states", "lr_schedulers")  # what a checkpoint of weights alone lacks
+
+
+def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None:
+    """Check that a checkpoint has the keys that a command needs, with values of the right types.
+
+    What lies deeper is checked where it is restored, against what is there to take it: by `AdapterCheckpoint`,
+    `modules.checkpoints` and the data module.
+
+    Args:
+        path: Of the checkpoint.
+        checkpoint: As `read_checkpoint` gave it.
+        trains: Whether training goes on from it.
+
+    Raises:
+        CheckpointError: With the first key that is missing or of another type.
+    """
+    if trains and (missing := [key for key in TRAINING if key not in checkpoint]):
+        raise CheckpointError(
+            f"ckpt_path: {path} has weights alone ({', '.join(missing)} are missing), so no training can go on from "
+            "it. Start a new run from its adapter with --model.adapter_path, after `export --format peft`."
+        )
+    problem = next((f"{key} is missing" for key in REQUIRED if key not in checkpoint), None)
+    for key, kind in TYPES.items():
+        value: Any = checkpoint.get(key, kind())
+        negative = isinstance(value, int) and value < 0
+        if not isinstance(value, kind) or isinstance(value, bool) or negative:
+            wanted = {int: "a number, 0 or more", str: "text", dict: "a group of keys", list: "a list"}[kind]
+            problem = problem or f"{key} must be {wanted}, and is {shortened(value)}"
+    if problem is None:
+        problem = _content_problem(checkpoint)
+    if problem is None and trains:
+        counts = {"epoch_progress": {"current": {"ready": 0, "processed": 0}}}
+        problem = structure_problem({"fit_loop": counts}, checkpoint["loops"], "loops")
+    if problem is not None:
+        raise CheckpointError(f"ckpt_path: {path} is no usable checkpoint: {problem}. Use another checkpoint.")
+
+
+def _content_problem(checkpoint: dict[str, Any]) -> str | None:
+    """Return what is wrong with values whose keys and types are right."""
+    for name, tensor in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return f"state_dict.{name} must be a tensor, and is {shortened(tensor)}"
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if not _is_plain(checkpoint.get(key)):
+            return f"{key} must hold plain values alone"
+    try:
+        Version(checkpoint["pytorch-lightning_version"])
+    except InvalidVersion:
+        return f"pytorch-lightning_version is {shortened(checkpoint['pytorch-lightning_version'])}"
+    if trained := checkpoint.get("optimizer_states", [{}]):
+        return None if isinstance(trained[0], dict) else "optimizer_states must have a group of keys"
+    return "optimizer_states has no optimizer"
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Return True for what a YAML file can hold."""
+    if isinstance(value, dict):
+        return depth < 20 and all(isinstance(k, str | int) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def structure_problem(expected: Any, found: Any, where: str) -> str | None:
+    """Return where a saved state is of another structure than a fresh one; None if it can be loaded.
+
+    Args:
+        expected: The fresh state: mappings of the keys that must be there, down to values of the types that they have.
+            What is None, or an empty mapping, says nothing of a type.
+        found: The saved state. It may have more keys.
+        where: Name of the state.
+    """
+    if isinstance(expected, Mapping):
+        if not isinstance(found, Mapping):
+            return f"{where} must be a group of keys, and is {shortened(found)}"
+        if missing := [str(key) for key in expected if key not in found]:
+            return f"{where}.{missing[0]} is missing"
+        problems = (structure_problem(value, found[key], f"{where}.{key}") for key, value in expected.items())
+        return next((problem for problem in problems if problem is not None), None)
+    numbers = (int, float)
+    if expected is None or found is None or type(expected) is type(found):
+        is_count = type(found) is int and found < 0
+        return f"{where} must be 0 or more, and is {found}" if is_count else None
+    if isinstance(expected, numbers) and type(found) in numbers and type(expected) is not bool:
+        return None
+    return f"{where} must be {type(expected).__name__}, and is {shortened(found)}"
+
+
 def fault(path: Path) -> str | None:
     """Why a checkpoint is not used, by its digest; None if it is intact, or has no digest and needs none."""
     try:
@@ -122,6 +236,15 @@ def saved_step(path: Path) -> int | None:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception:  # torch raises half a dozen kinds for a damaged file
         return None
+
+
+def first_new_step(checkpoint: dict[str, Any]) -> int:
+    """Return the first step of the logs that a run which goes on from a checkpoint writes anew.
+
+    What is logged at the very step of the checkpoint stays at an epoch's end alone: in mid-epoch it is of a stop.
+    """
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return int(checkpoint["global_step"]) + (epochs["ready"] == epochs["processed"])
 
 
 def _problem(file: BinaryIO, identity: str | None) -> str | None:

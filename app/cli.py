@@ -46,8 +46,9 @@ from app.callbacks import (
     RunSummary,
     SaveRunConfig,
     Termination,
+    usable_callbacks,
 )
-from app.checkpoint_io import AtomicCheckpointIO, restore_identity
+from app.checkpoint_io import AtomicCheckpointIO, check_contents, first_new_step, restore_identity
 from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.console import (
     console_logging,
@@ -63,7 +64,7 @@ from app.files import reraise_disk_full
 from app.imports import HELP, restricted_imports, split_imports
 from app.lightning_compat import hyperparameter_instantiator
 from app.messages import parser_message, quiet_libraries
-from app.processes import first_to_tell, lost_a_process, part
+from app.processes import is_peer_lost, is_worker_lost, leave_process_group, should_report
 from app.run_directory import (
     locked,
     new_run_directory,
@@ -113,7 +114,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 return _lost_output(problem)
             return stop.code if isinstance(stop.code, int) else 2
         except Exception as error:
-            if termination.requested and lost_a_process(error):  # which was told to end too
+            if termination.requested and (is_peer_lost(error) or termination.has_caused(error)):
                 return termination.report()
             problem = output_problem()
             if problem is not None and is_caused_by(error, problem):
@@ -121,14 +122,14 @@ def main(args: Sequence[str] | None = None) -> int:
             cause = bad_input(error)
             if cause is None:
                 raise
-            if first_to_tell():
+            if should_report():
                 print_error(parser_message(cause))
             if termination.requested:
                 termination.report()
-            return 1 if lost_a_process(error) and termination.lost_one() else 2
+            return 1 if is_worker_lost(error) or (is_peer_lost(error) and termination.lost_one()) else 2
         finally:
-            part()
-    return 0
+            leave_process_group()
+        return termination.report() if termination.requested else 0  # something has swallowed what the signal raised
 
 
 def _lost_output(problem: OSError) -> int:
@@ -229,6 +230,7 @@ class AsymmetryCLI(LightningCLI):
         if trains:
             self._take(run)
         self.checkpoint, self.loaded = read_wanted(given, wanted)
+        check_contents(self.checkpoint, self.loaded, trains)
         if trains:
             self.termination.checkpoint = self.checkpoint
         saved = check_classes(saved_configuration(self.loaded), final, trains)
@@ -352,6 +354,8 @@ class AsymmetryCLI(LightningCLI):
         for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if config[key] is not None and config[key] < 1:
                 raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
+        resumed = self.checkpoint is not None and self.subcommand == "fit"
+        own_callbacks = usable_callbacks(_as_list(config["callbacks"]), resumed)
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
         if run is not None and getattr(rank_zero_only, "rank", 0) == 0:
             remove_links(run)
@@ -365,15 +369,14 @@ class AsymmetryCLI(LightningCLI):
             kwargs["logger"] = False
         elif config["logger"] in (None, True) and not config["fast_dev_run"]:
             # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
-            resumed = self.checkpoint is not None and self.subcommand == "fit"
-            purge = {"purge_step": self.loaded["global_step"] + 1} if resumed else {}
+            purge: dict[str, Any] = {"purge_step": first_new_step(self.loaded)} if resumed else {}
             kwargs["logger"] = RunLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory
         callbacks = [
             self.summary,
             DataReport(),
-            *_as_list(config["callbacks"]),
+            *own_callbacks,
             ConfusionPicture(),
             PredictionWriter(),
             AdapterWriter(),

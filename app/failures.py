@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from app.callbacks import CallbackError
 from app.checkpoint_io import CheckpointError
 from app.messages import compiler_message
-from app.processes import lost_a_process, together
+from app.processes import is_distributed, is_peer_lost, is_worker_lost
 from datamodules.errors import DataError
 from modules.adapters import AdapterError
 from modules.base import ModelError
@@ -38,7 +38,13 @@ def bad_input(error: Exception) -> Exception | None:
     """Return the error that a user can fix behind an error, through the parser's wrapping; None for a defect."""
     if isinstance(error, torch.OutOfMemoryError):
         return ArgumentError(None, "The accelerator's memory is full: choose a smaller --data.batch_size.")
-    if together() and lost_a_process(error):
+    if is_worker_lost(error) or is_worker_lost(error.__cause__ or error):
+        return ArgumentError(
+            None,
+            "A worker process of the data loader was killed, often because memory is full. Checkpoints are untouched: "
+            "resume with --ckpt_path last and a smaller --data.num_workers or --data.batch_size.",
+        )
+    if is_distributed() and is_peer_lost(error):
         return ArgumentError(None, "Another process of the run has ended or cannot be reached.")
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return ArgumentError(None, f"{error.object[:200]} has bytes that are no UTF-8. Rename the file or folder.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from rich.progress import track
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
@@ -334,6 +335,24 @@ class ImageDataset(Dataset[dict[str, Any]]):
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()
 
+    def rows_digest(self) -> str:
+        """Return a digest of the images and labels, in their order.
+
+        Images in memory count with every pixel. Of images that do not fit there, files count by name and size, and
+        images inside Parquet by their label alone: reading all of them would take longer than the start of a run.
+        """
+        digest = xxhash.xxh3_128(self.table.labels[self.rows].numpy().tobytes() if len(self.table.labels) else b"")
+        for index, row in enumerate(self.rows.tolist()):
+            if self.images is not None:
+                image = self.images[index]
+                digest.update(f"{tuple(image.shape)}".encode())
+                digest.update(image.contiguous().numpy().data)
+            elif isinstance(source := self.table.read(row), Path):
+                digest.update(f"{source.name} {source.stat().st_size}\n".encode())
+            else:
+                break
+        return digest.hexdigest()
+
     def decode(self, index: int) -> Tensor | ImageError:
         """Return the image of an index, (3, height, width) uint8, or the error if it cannot be decoded."""
         try:
@@ -390,10 +409,15 @@ class LabelDataset(Dataset[dict[str, int]]):
     """
 
     def __init__(self, images: ImageDataset) -> None:
+        self.images = images
         self.labels = images.table.labels[images.rows]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def rows_digest(self) -> str:
+        """Return the digest of the images."""
+        return self.images.rows_digest()
 
     def __getitem__(self, key: int | Draw) -> dict[str, int]:
         """`label` and `index` of an index or a draw."""

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import datasets
 import pyarrow as pa
 import torch
+import xxhash
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
@@ -61,6 +62,17 @@ class TokenDataset(Dataset[dict[str, Any]]):
         for rows in tokens.with_format("arrow").iter(batch_size=10_000):
             for batch in rows.combine_chunks().to_batches():
                 digest.update(batch.serialize())
+        return digest.hexdigest()
+
+    def rows_digest(self) -> str:
+        """Return a digest of the rows as the model gets them: tokens, targets and texts, in their order."""
+        digest = xxhash.xxh3_128()
+        for columns in (self.tokens, self.texts):
+            for rows in () if columns is None else columns.with_format("arrow").iter(batch_size=10_000):
+                for batch in rows.combine_chunks().to_batches():
+                    digest.update(batch.serialize())
+        for name, values in sorted(self.targets.items()):
+            digest.update(name.encode() + values.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One callback a file."""
 
+from app.callbacks.adapter_averaging import AdapterAveraging
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.callbacks.adapter_spectrum import AdapterSpectrum
 from app.callbacks.adapter_writer import AdapterWriter
@@ -10,8 +11,10 @@ from app.callbacks.prediction_writer import PredictionWriter
 from app.callbacks.run_summary import RunSummary
 from app.callbacks.save_run_config import SaveRunConfig
 from app.callbacks.termination import Termination
+from app.callbacks.user_callbacks import usable_callbacks
 
 __all__ = [
+    "AdapterAveraging",
     "AdapterCheckpoint",
     "AdapterSpectrum",
     "AdapterWriter",
@@ -22,4 +25,5 @@ __all__ = [
     "RunSummary",
     "SaveRunConfig",
     "Termination",
+    "usable_callbacks",
 ]

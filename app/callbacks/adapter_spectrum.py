@@ -75,8 +75,13 @@ class AdapterSpectrum(L.Callback):
             return
         path = Path(trainer.default_root_dir) / FILE
         if trainer.global_step > 0 and path.is_file():
-            self._rows = [row for row in _read(path) if row["step"] <= trainer.global_step]
+            epochs = trainer.fit_loop.epoch_progress.current
+            # in mid-epoch the last spectrum may be of a stop, which a run that was never stopped would not have
+            behind = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
+            self._rows = [row for row in _read(path) if row["step"] < behind]
             self._last_step = max((row["step"] for row in self._rows), default=-1)
+            if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+                self._measure(trainer, pl_module)
             return
         for board in _boards(trainer):
             board.add_custom_scalars(_layout(pl_module))
@@ -91,8 +96,9 @@ class AdapterSpectrum(L.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure by epochs."""
-        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        """Measure by epochs; Lightning calls this also when it stops in mid-epoch."""
+        over = trainer.is_last_batch
+        if over and self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._measure(trainer, pl_module)
         self._write(trainer)
 

@@ -47,6 +47,7 @@ class RunSummary(L.Callback):
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
         self._started = 0.0
+        self._has_trained = False
         self._first_step = 0
         self._outdated: set[str] = set()  # first parts of the names in metrics.json that this command replaces
         self._loaded: tuple[int, dict[str, Any]] | None = None  # step and configuration of the evaluated checkpoint
@@ -85,9 +86,15 @@ class RunSummary(L.Callback):
             f"are trained ({share:.2%})."
         )
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that there is something to train: not so in a run that is resumed at its end."""
+        self._has_trained = True
+
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the figures of training."""
+        """Keep the figures of training; without any, those of metrics.json stay."""
+        if not self._has_trained:
+            return
         assert isinstance(pl_module, AdaptedModule)
         self.values |= pl_module.parameter_counts()
         self.values["time/fit_seconds"] = round(time.monotonic() - self._started, 2)

@@ -28,6 +28,7 @@ from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
 from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, _problem, fault, read_checkpoint
 from app.cli import main
+from app.console import console_logging
 from app.files import reraise_disk_full
 from app.run_directory import LOCK, locked, new_run_directory, read_wanted, resolve_checkpoint
 from datamodules.atomic import WriteError
@@ -42,11 +43,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Iterator[Path]:
     """A run directory with checkpoints of steps 0, 1 and 2, of which last.ckpt and previous.ckpt are left."""
     directory = new_run_directory(tmp_path / "runs")
     save(directory, 0, 1, 2)
-    return directory
+    with console_logging():
+        yield directory
 
 
 def save(run: Path, *steps: int, name: str = "last.ckpt") -> None:
