@@ -63,7 +63,7 @@ LATE = ("--data.batch_size=51", "--checkpoint.monitor", "--data.packing")
     ("options", "parts"),
     [
         ("--model.bakbone=x", ["LanguageModel", "bakbone", "did you mean backbone"]),
-        ("--model.adapter.ran=3", ["adapter.ran", "did you mean rank"]),
+        ("--model.adapter.ran=3", ["adapter.ran", "did you mean adapter.rank"]),
         ("--model.generation.num_beams=3", ["generation.num_beams", "max_new_tokens", "top_p"]),
         ("--model.generation.max_new=3", ["generation.max_new", "did you mean max_new_tokens"]),
         ("--data.max_lenght=64", ["InstructionData", "max_lenght", "did you mean max_length"]),
