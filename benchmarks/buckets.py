@@ -1,0 +1,427 @@
+"""Accuracy and padding share of several ways to put texts of like length into a batch.
+
+Each strategy trains with the same five seeds. Intervals are Student's 95 % intervals of the mean over the seeds. The
+difference from "no buckets" is paired by seed. Four sections:
+
+- `four sources`: 560 rows of four public sources. Each source is a class, and the lengths differ by class.
+- `cola`: rows of CoLA, whose lengths say almost nothing about the label.
+- `mnli-sized`: 393,000 synthetic rows with lengths and labels like MNLI's. A bag of embeddings stands for the model,
+  because a real backbone would need days here. The padding share is exact for these lengths.
+- `mnli-sized, lengths by class`: the same rows, but each class has lengths of its own.
+
+The text sections adapt MiniLM with LoRA on query and value of the last blocks. The learning rate and the schedule are
+those of conf/roberta_glue.yaml for every strategy; nothing is tuned.
+
+    python -m benchmarks.buckets --backbone ../shared/backbones/minilm_roberta --data ../shared/data \
+        --output docs/results/buckets.json
+
+Without --data the two text sections are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning as L
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+from benchmarks.harness import load, measured, parse, parser, section, table
+from datamodules.batching import EpochSampler
+from datamodules.glue import GlueData
+from modules.adapters import AdapterConfig
+from modules.text_classification import TextClassifier
+
+BATCH = 32
+RATE = 1e-3  # of conf/roberta_glue.yaml
+NONE, BEFORE = "no buckets", "pool of 50"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to order an epoch.
+
+    Args:
+        pool: Most batches that are sorted together; 0 sorts nothing.
+        pools: Least pools in an epoch. A pool has a batch at least.
+        noise: Relative noise on the length that is sorted by (AllenNLP's `padding_noise`).
+        balanced: Sort by the rank of the length among rows of the same class.
+        least: Batches an epoch below which nothing is sorted.
+    """
+
+    pool: int = 50
+    pools: int = 1
+    noise: float = 0.0
+    balanced: bool = False
+    least: int = 0
+
+    def arrange(self, order: Tensor, lengths: Tensor, labels: Tensor, step: int, generator: torch.Generator) -> Tensor:
+        """Rearrange a shuffled order of whole batches, as `datamodules.batching.bucketed` does."""
+        count = len(order) // step
+        pool = min(self.pool, max(count // self.pools, 1))
+        if pool == 0 or count < self.least:
+            return order
+        key = lengths.double()
+        if self.balanced:
+            key = rank_in_class(lengths, labels)
+        if self.noise:
+            key = key * (1 + self.noise * (2 * torch.rand(len(key), generator=generator) - 1))
+        parts = order.split(pool * step)
+        batches = torch.cat([part[key[part].argsort(stable=True)] for part in parts]).view(-1, step)
+        return batches[torch.randperm(count, generator=generator)].flatten()
+
+
+STRATEGIES = {
+    NONE: Strategy(pool=0),
+    BEFORE: Strategy(),
+    "pool of 8": Strategy(pool=8),
+    "pool of 2": Strategy(pool=2),
+    "pool of 50, 8 pools or more": Strategy(pools=8),
+    "noise 10 %": Strategy(noise=0.1),
+    "noise 50 %": Strategy(noise=0.5),
+    "balanced": Strategy(balanced=True),
+    "balanced, 8 pools or more": Strategy(balanced=True, pools=8),
+    "none below 100 batches": Strategy(least=100),
+}
+
+
+def rank_in_class(lengths: Tensor, labels: Tensor) -> Tensor:
+    """Rank of each length among the rows of its class, in (0, 1), with random places for ties and within a rank."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.empty(len(lengths), dtype=torch.float64)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().squeeze(1)
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        places = torch.arange(len(rows)) + torch.rand(len(rows), generator=generator, dtype=torch.float64)
+        key[rows[lengths[rows].argsort(stable=True)]] = places / len(rows)
+    return key
+
+
+@contextmanager
+def applied(strategy: Strategy, labels: Tensor, lengths: Tensor) -> Iterator[None]:
+    """Let every `EpochSampler` that has lengths use the strategy."""
+
+    def bucketed(order: Tensor, _: Tensor, step: int, generator: torch.Generator) -> Tensor:
+        return strategy.arrange(order, lengths, labels, step, generator)
+
+    with patch("datamodules.batching.bucketed", bucketed):
+        yield
+
+
+def epoch_figures(strategy: Strategy, lengths: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
+    """Padding share of an epoch, and the mean share of a batch that its commonest class has."""
+    with applied(strategy, labels, lengths):
+        draws = list(EpochSampler(len(lengths), 1, 0, BATCH, seed, lengths))
+    batches = torch.tensor([index for index, _ in draws]).view(-1, BATCH)
+    tokens = lengths[batches].long()
+    commonest = F.one_hot(labels[batches]).sum(1).amax(1).double().mean() / BATCH
+    return {
+        "padding_share": 1 - float(tokens.sum() / (tokens.amax(1).sum() * BATCH)),
+        "largest_class_share": float(commonest),
+    }
+
+
+def mean_interval(values: list[float]) -> dict[str, float]:
+    """Mean with Student's 95 % interval."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return {"mean": mean, "low": mean, "high": mean}
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def quartiles(lengths: Tensor) -> list[float]:
+    """Quartiles of the lengths."""
+    return lengths.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+
+
+Score = Callable[[Strategy, int], float]
+
+
+def compare(
+    arguments: argparse.Namespace,
+    name: str,
+    strategies: Mapping[str, Strategy],
+    lengths: Tensor,
+    labels: Tensor,
+    score: Score,
+    about: Mapping[str, Any],
+) -> None:
+    """Train with each strategy and seed in turn; write one section and print its table.
+
+    Args:
+        arguments: From `parse`; a round is a seed.
+        name: Name of the section.
+        strategies: The strategies to compare, `NONE` among them.
+        lengths: Length of each training row, (rows,).
+        labels: Class of each training row, (rows,).
+        score: Trains once and returns the score on held-out rows.
+        about: What the section says of its data and model.
+    """
+    about = {**about, "strategies": {key: asdict(strategy) for key, strategy in strategies.items()}}
+    if measured(arguments, name, about):
+        return
+    with section(arguments, name) as record:
+        record |= about
+        scores: dict[str, list[float]] = {key: [] for key in strategies}
+        for seed in range(arguments.rounds):
+            done: dict[tuple[int, ...], float] = {}
+            for key, strategy in strategies.items():
+                with applied(strategy, labels, lengths):
+                    order = tuple(index for index, _ in EpochSampler(len(lengths), 1, 0, BATCH, seed, lengths))
+                    if order not in done:  # some rules come to the same order on small data
+                        start = time.perf_counter()
+                        done[order] = score(strategy, seed)
+                        seconds = time.perf_counter() - start
+                        print(f"{name}, seed {seed}, {key}: {done[order]:.4f} in {seconds:.1f} s", flush=True)
+                scores[key].append(done[order])
+        arms = {}
+        for key, strategy in strategies.items():
+            figures = [epoch_figures(strategy, lengths, labels, seed) for seed in range(arguments.rounds)]
+            differences = [a - b for a, b in zip(scores[key], scores[NONE], strict=True)]
+            arms[key] = {
+                "scores": scores[key],
+                "score": mean_interval(scores[key]),
+                "difference": mean_interval(differences),
+                **{k: statistics.mean(f[k] for f in figures) for k in figures[0]},
+            }
+        record["arms"] = arms
+    show(name, load(arguments.output)[name] if arguments.output else record)
+
+
+def show(name: str, record: Mapping[str, Any]) -> None:
+    """Print the table of a section."""
+
+    def percent(figures: Mapping[str, float], sign: str = "") -> str:
+        return (
+            f"{100 * figures['mean']:{sign}.1f} ({100 * figures['low']:{sign}.1f} to {100 * figures['high']:{sign}.1f})"
+        )
+
+    rows = [
+        [
+            key,
+            percent(arm["score"]),
+            percent(arm["difference"], "+"),
+            f"{100 * arm['padding_share']:.1f}",
+            f"{100 * arm['largest_class_share']:.0f}",
+        ]
+        for key, arm in record["arms"].items()
+    ]
+    columns = [
+        "strategy",
+        f"{record['metric']}, %",
+        "against no buckets",
+        "padding, %",
+        "commonest class in a batch, %",
+    ]
+    table(f"{name}: {record['rows']:,} rows", columns, rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def text_section(arguments: argparse.Namespace, name: str, path: Path, metric: str, **keys: Any) -> None:
+    """Adapt a real backbone to a folder of train and validation rows."""
+    epochs = keys.pop("epochs")
+    layers = 2
+    adapter = AdapterConfig(train="both", rank=8, alpha=16, init_a="kaiming", init_b="zero", layers=layers)
+
+    def fit(strategy: Strategy | None, seed: int) -> tuple[GlueData, dict[str, float]]:
+        L.seed_everything(seed, verbose=False)
+        data = GlueData(str(path), batch_size=BATCH, cache_prefix=True, bucket_by_length=True, **keys)
+        model = TextClassifier(
+            arguments.backbone, adapter=adapter, learning_rate=RATE, weight_decay=0.01, warmup_ratio=0.06
+        )
+        trainer = L.Trainer(
+            accelerator="cpu",
+            precision="bf16-mixed",
+            max_epochs=epochs if strategy else 1,
+            limit_train_batches=None if strategy else 0,
+            gradient_clip_val=1.0,
+            check_val_every_n_epoch=epochs if strategy else 1,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        with redirect_stderr(io.StringIO()):  # each fit would repeat the same notes
+            trainer.fit(model, datamodule=data)
+        return data, {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+    rows = fit(None, 0)[0].splits["train"][0]
+    about = {
+        "metric": metric,
+        "rows": len(rows),
+        "epochs": epochs,
+        "learning_rate": RATE,
+        "adapter": f"LoRA, rank 8, query and value of the last {layers} blocks",
+        "length_quartiles": quartiles(rows.lengths),
+    }
+    compare(
+        arguments,
+        name,
+        STRATEGIES,
+        rows.lengths,
+        rows.targets["label"].long(),
+        lambda strategy, seed: fit(strategy, seed)[1][f"val/{metric}"],
+        about,
+    )
+
+
+def four_sources(data: Path, folder: Path, train: int, validation: int) -> None:
+    """Write rows of four sources in equal shares; the class is the source, and the lengths differ by source.
+
+    Sources are CoLA's sentences, XSum's summaries, RTE's premises and instructions.
+    """
+    columns = {
+        "cola": ("glue/cola/train.parquet", "sentence"),
+        "summary": ("xsum/train.parquet", "summary"),
+        "premise": ("glue/rte/train.parquet", "sentence1"),
+        "instruction": ("instructions/train.parquet", "instruction"),
+    }
+    parts: dict[str, list[str]] = {"train": [], "validation": []}
+    for label, (file, column) in columns.items():
+        texts = sorted(set(pq.read_table(data / file)[column].to_pylist()))
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+        shares = {"train": order[: train // 4], "validation": order[train // 4 : (train + validation) // 4]}
+        for split, rows in shares.items():
+            parts[split] += [json.dumps({"text": texts[i], "label": label}) for i in rows]
+    for split, lines in parts.items():
+        (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+# -------------------------------------------------------------------------------------------------------- MNLI's size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Synthetic rows: tokens (rows, width) int16 with 0 as padding, lengths and labels (rows,)."""
+
+    tokens: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+
+WIDTH, VOCABULARY, SIGNALS = 96, 2000, 100  # tokens of a row at most; words; words of each class
+
+
+def mnli_like(size: int, seed: int, scales: tuple[float, float, float] = (1.0, 1.1, 1.0)) -> Rows:
+    """Draw rows of three classes whose lengths are distributed as a premise with a hypothesis.
+
+    Premises have 20 tokens and hypotheses 10 in the median, both log-normal, with four special tokens. Neutral
+    hypotheses are 10 % longer, as in MNLI (Gururangan et al. 2018). Three tokens in a hundred tell the class.
+
+    Args:
+        size: Number of rows.
+        seed: Seed of the rows.
+        scales: Factor on the hypothesis's length by class.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    labels = torch.randint(3, (size,), generator=generator)
+    hypothesis = 10 * torch.tensor(scales)[labels] * (0.4 * normal()).exp()
+    lengths = (20 * (0.7 * normal()).exp() + hypothesis + 4).round().clamp(7, WIDTH).int()
+    tokens = torch.randint(1, VOCABULARY, (size, WIDTH), generator=generator, dtype=torch.int16)
+    for first in range(0, size, 50_000):
+        part = slice(first, first + 50_000)
+        shape = tokens[part].shape
+        telling = torch.rand(shape, generator=generator) < 0.03
+        words = torch.randint(SIGNALS, shape, generator=generator) + 1 + SIGNALS * labels[part, None]
+        tokens[part] = torch.where(telling, words.short(), tokens[part])
+        tokens[part][torch.arange(WIDTH) >= lengths[part, None]] = 0
+    return Rows(tokens, lengths, labels)
+
+
+def bag_of_embeddings(train: Rows, held_out: Rows, seed: int) -> float:
+    """Train a mean of embeddings with a linear layer for one epoch; accuracy on the held-out rows."""
+    torch.manual_seed(seed)
+    embedding, linear = nn.EmbeddingBag(VOCABULARY, 16, mode="mean", padding_idx=0), nn.Linear(16, 3)
+    optimizer = torch.optim.AdamW([*embedding.parameters(), *linear.parameters()], lr=0.01, fused=True)
+    order = [index for index, _ in EpochSampler(len(train.lengths), 1, 0, BATCH, seed, train.lengths)]
+    batches = torch.tensor(order).view(-1, BATCH)
+    for step, rows in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (1 - step / len(batches))
+        tokens = train.tokens[rows].int()
+        loss = F.cross_entropy(linear(embedding(tokens)), train.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        hits = linear(embedding(held_out.tokens.int())).argmax(1) == held_out.labels
+    return float(hits.double().mean())
+
+
+def synthetic_section(arguments: argparse.Namespace, name: str, scales: tuple[float, float, float], size: int) -> None:
+    """Train a bag of embeddings on rows of MNLI's size."""
+    train, held_out = mnli_like(size, 1, scales), mnli_like(20_000, 2, scales)
+    about = {
+        "metric": "accuracy",
+        "rows": size,
+        "epochs": 1,
+        "learning_rate": 0.01,
+        "model": "mean of embeddings, 16 wide, drawn at random; synthetic tokens",
+        "hypothesis_length_by_class": [10 * scale for scale in scales],
+        "length_quartiles": quartiles(train.lengths),
+    }
+    compare(
+        arguments,
+        name,
+        STRATEGIES,
+        train.lengths,
+        train.labels,
+        lambda _, seed: bag_of_embeddings(train, held_out, seed),
+        about,
+    )
+
+
+def main() -> None:
+    """Measure and write."""
+    common = parser(__doc__, rounds=5, quick_rounds=2)
+    common.add_argument("--backbone", default="../shared/backbones/minilm_roberta", help="an encoder and its tokenizer")
+    common.add_argument("--data", type=Path, help="folder with glue/cola, glue/rte, xsum and instructions as Parquet")
+    common.add_argument("--sections", nargs="+", help="of the four; without it all")
+    arguments = parse(common)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quick = arguments.quick
+
+    def wanted(name: str) -> bool:
+        return not arguments.sections or name in arguments.sections
+
+    if arguments.data and wanted("four sources"):
+        with tempfile.TemporaryDirectory() as folder:
+            four_sources(arguments.data, Path(folder), 160 if quick else 560, 100 if quick else 600)
+            keys = {"text_columns": ["text"], "max_length": 64, "epochs": 1 if quick else 3}
+            text_section(arguments, "four sources", Path(folder), "accuracy", **keys)
+    if arguments.data and wanted("cola"):
+        keys = {"task": "cola", "max_length": 64, "epochs": 1 if quick else 2}
+        keys |= {"max_train_samples": 320 if quick else 4000, "max_val_samples": 100 if quick else None}
+        text_section(arguments, "cola", arguments.data / "glue", "matthews", **keys)
+    size = 20_000 if quick else 393_000
+    for name, scales in {"mnli-sized": (1.0, 1.1, 1.0), "mnli-sized, lengths by class": (0.5, 2.0, 5.0)}.items():
+        if wanted(name):
+            synthetic_section(arguments, name, scales, size)
+
+
+if __name__ == "__main__":
+    main()
