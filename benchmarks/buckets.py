@@ -233,68 +233,85 @@ def show(name: str, record: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------- texts
 
 
+def fit_text(
+    backbone: str, path: Path, adapter: AdapterConfig, epochs: int, seed: int, keys: Mapping[str, Any]
+) -> tuple[GlueData, dict[str, float]]:
+    """Adapt an encoder to a folder of train and validation rows.
+
+    Args:
+        backbone: An encoder with its tokenizer.
+        path: The folder.
+        adapter: What is trained. The blocks below its layers run once a row.
+        epochs: Number of epochs; validation follows the last one. 0 trains nothing.
+        seed: Seed of the run.
+        keys: What else `GlueData` takes.
+
+    Returns:
+        The data module and the metrics of the validation.
+    """
+    L.seed_everything(seed, verbose=False)
+    data = GlueData(str(path), batch_size=BATCH, cache_prefix=True, bucket_by_length=True, **keys)
+    model = TextClassifier(backbone, adapter=adapter, learning_rate=RATE, weight_decay=0.01, warmup_ratio=0.06)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_epochs=max(epochs, 1),
+        limit_train_batches=None if epochs else 0,
+        check_val_every_n_epoch=max(epochs, 1),
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    with redirect_stderr(io.StringIO()):  # each fit would repeat the same notes
+        trainer.fit(model, datamodule=data)
+    return data, {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
 def text_section(
     arguments: argparse.Namespace,
     name: str,
     strategies: Mapping[str, Strategy],
     path: Path,
     metric: str,
-    **keys: Any,
+    epochs: int,
+    keys: Mapping[str, Any],
 ) -> None:
-    """Adapt a real backbone to a folder of train and validation rows."""
-    epochs = keys.pop("epochs")
+    """Compare strategies on a folder of train and validation rows."""
     layers = 2
     adapter = AdapterConfig(train="both", rank=8, alpha=16, init_a="kaiming", init_b="zero", layers=layers)
-
-    def fit(strategy: Strategy | None, seed: int) -> tuple[GlueData, dict[str, float]]:
-        L.seed_everything(seed, verbose=False)
-        data = GlueData(str(path), batch_size=BATCH, cache_prefix=True, bucket_by_length=True, **keys)
-        model = TextClassifier(
-            arguments.backbone, adapter=adapter, learning_rate=RATE, weight_decay=0.01, warmup_ratio=0.06
-        )
-        trainer = L.Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed",
-            max_epochs=epochs if strategy else 1,
-            limit_train_batches=None if strategy else 0,
-            gradient_clip_val=1.0,
-            check_val_every_n_epoch=epochs if strategy else 1,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        with redirect_stderr(io.StringIO()):  # each fit would repeat the same notes
-            trainer.fit(model, datamodule=data)
-        return data, {key: float(value) for key, value in trainer.callback_metrics.items()}
-
-    rows = fit(None, 0)[0].splits["train"][0]
+    rows = fit_text(arguments.backbone, path, adapter, 0, 0, keys)[0].splits["train"][0]
+    lengths, labels = rows.lengths, rows.targets["label"].long()
     about = {
         "metric": metric,
         "rows": len(rows),
         "epochs": epochs,
         "learning_rate": RATE,
         "adapter": f"LoRA, rank 8, query and value of the last {layers} blocks",
-        "length_quartiles": quartiles(rows.lengths),
+        "length_quartiles": quartiles(lengths),
     }
-    lengths, labels = rows.lengths, rows.targets["label"].long()
 
     def score(chosen: list[Strategy], seed: int) -> dict[Strategy, float]:
         scores = {}
         for strategy in chosen:
             with applied(strategy, labels, lengths):
-                scores[strategy] = fit(strategy, seed)[1][f"val/{metric}"]
+                _, metrics = fit_text(arguments.backbone, path, adapter, epochs, seed, keys)
+                scores[strategy] = metrics[f"val/{metric}"]
         return scores
 
     compare(arguments, name, strategies, lengths, labels, score, about)
 
 
-def four_sources(data: Path, folder: Path, train: int, validation: int) -> None:
-    """Write rows of four sources in equal shares; the class is the source, and the lengths differ by source.
+def four_sources(data: Path, folder: Path, quick: bool) -> dict[str, Any]:
+    """Write 560 rows to learn and 600 to score by, in equal shares of four sources; the source is the class.
 
-    Sources are CoLA's sentences, XSum's summaries, RTE's premises and instructions.
+    Sources are CoLA's sentences, XSum's summaries, RTE's premises and instructions. Their lengths differ.
+
+    Returns:
+        What `GlueData` needs to read them.
     """
     columns = {
         "cola": ("glue/cola/train.parquet", "sentence"),
@@ -302,15 +319,22 @@ def four_sources(data: Path, folder: Path, train: int, validation: int) -> None:
         "premise": ("glue/rte/train.parquet", "sentence1"),
         "instruction": ("instructions/train.parquet", "instruction"),
     }
+    train, validation = (40, 25) if quick else (140, 150)  # of each source
     parts: dict[str, list[str]] = {"train": [], "validation": []}
     for label, (file, column) in columns.items():
         texts = sorted(set(pq.read_table(data / file)[column].to_pylist()))
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-        shares = {"train": order[: train // 4], "validation": order[train // 4 : (train + validation) // 4]}
-        for split, rows in shares.items():
+        for split, rows in {"train": order[:train], "validation": order[train : train + validation]}.items():
             parts[split] += [json.dumps({"text": texts[i], "label": label}) for i in rows]
     for split, lines in parts.items():
         (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return {"text_columns": ["text"], "max_length": 64}
+
+
+def cola(quick: bool) -> dict[str, Any]:
+    """Return what `GlueData` needs for 2,560 rows of CoLA and its whole validation split."""
+    limits = {"max_train_samples": 320 if quick else 2560, "max_val_samples": 100 if quick else None}
+    return {"task": "cola", "max_length": 64, **limits}
 
 
 # -------------------------------------------------------------------------------------------------------- MNLI's size
@@ -437,13 +461,11 @@ def main() -> None:
 
     if arguments.data and wanted("four sources"):
         with tempfile.TemporaryDirectory() as folder:
-            four_sources(arguments.data, Path(folder), 160 if quick else 560, 100 if quick else 600)
-            keys = {"text_columns": ["text"], "max_length": 64, "epochs": 1 if quick else 3}
-            text_section(arguments, "four sources", STRATEGIES, Path(folder), "accuracy", **keys)
+            keys = four_sources(arguments.data, Path(folder), quick)
+            text_section(arguments, "four sources", STRATEGIES, Path(folder), "accuracy", 1 if quick else 3, keys)
     if arguments.data and wanted("cola"):
-        keys = {"task": "cola", "max_length": 64, "epochs": 1 if quick else 2}
-        keys |= {"max_train_samples": 320 if quick else 2560, "max_val_samples": 100 if quick else None}
-        text_section(arguments, "cola", without("pool of 8", "pool of 2"), arguments.data / "glue", "matthews", **keys)
+        keys, strategies = cola(quick), without("pool of 8", "pool of 2")
+        text_section(arguments, "cola", strategies, arguments.data / "glue", "matthews", 1 if quick else 2, keys)
     size = 20_000 if quick else 393_000
     if wanted("mnli-sized"):
         synthetic_section(arguments, "mnli-sized", without("pool of 2"), (1.0, 1.1, 1.0), size)

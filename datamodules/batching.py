@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 Draw = tuple[int, int]  # (index of the sample, seed of the epoch's augmentation)
-POOL = 50  # most batches that are sorted together
-LEAST_POOLS = 8  # in an epoch
+POOL = 50  # batches that are sorted together
 DECILES = 10
 
 
@@ -80,8 +79,7 @@ class EpochSampler(Sampler[Draw]):
 def bucketed(order: Tensor, key: Tensor, step: int, generator: torch.Generator) -> Tensor:
     """Rearrange a shuffled order so that every `step` neighbours have like keys, in batches that come shuffled.
 
-    Samples are sorted within pools of at most 50 batches. An epoch has at least 8 pools, so that the batch mates of a
-    sample differ from epoch to epoch on small data too.
+    Samples are sorted within pools of 50 batches, which leaves the company that a sample is in to chance.
 
     Args:
         order: Whole batches, (batches · step,).
@@ -89,10 +87,9 @@ def bucketed(order: Tensor, key: Tensor, step: int, generator: torch.Generator) 
         step: Samples in a batch of all processes.
         generator: Source of the shuffling.
     """
-    count = len(order) // step
-    pools = order.split(min(POOL, max(count // LEAST_POOLS, 1)) * step)
+    pools = order.split(POOL * step)
     batches = torch.cat([pool[key[pool].argsort(stable=True)] for pool in pools]).view(-1, step)
-    return batches[torch.randperm(count, generator=generator)].flatten()
+    return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
 
 def rank_in_class(lengths: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
