@@ -22,7 +22,7 @@ from benchmarks.buckets import RATE, cola, fit_text, four_sources, mean_interval
 from benchmarks.harness import measured, parse, parser, section, table
 from modules.adapters import AdapterConfig
 
-LAYERS = 3
+LAYERS = 2
 ARMS: dict[str, dict[str, Any]] = {
     "B, orthogonal A": {"train": "B", "init_a": "orthogonal", "init_b": "zero"},
     "B, signs in A": {"train": "B", "init_a": "signs", "init_b": "zero"},

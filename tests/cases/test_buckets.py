@@ -114,6 +114,15 @@ def test_the_order_is_a_function_of_seed_and_epoch_for_any_number_of_processes(s
         assert torch.equal(torch.cat(shares, 1).sort(1).values, whole[5:].sort(1).values)
 
 
+def test_a_checkpoint_of_the_order_before_resumes_in_mid_epoch() -> None:
+    lengths, labels = separable(560, MIXES["equal"])
+    made = ResumableDataModule(8, 0)
+    made.trainer = stub_trainer()
+    made.load_state_dict({"epoch": 1, "samples": 400, "seed": 8})  # written before orders depended on labels
+    rows = [index for indices, _ in made.train_loader(Keys(560), lengths, labels=labels) for index in indices.tolist()]
+    assert rows == epoch(lengths, labels, 8, seed=8, number=1)[50:].flatten().tolist()
+
+
 def test_batch_mates_differ_from_epoch_to_epoch() -> None:
     lengths, labels = separable(560, MIXES["equal"])
     first, second = ([frozenset(row.tolist()) for row in epoch(lengths, labels, number=n)] for n in range(2))
