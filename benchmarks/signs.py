@@ -23,70 +23,70 @@ from benchmarks.harness import measured, parse, parser, section, table
 from modules.adapters import AdapterConfig
 
 LAYERS = 2
-ARMS: dict[str, dict[str, Any]] = {
-    "B, orthogonal A": {"train": "B", "init_a": "orthogonal", "init_b": "zero"},
-    "B, signs in A": {"train": "B", "init_a": "signs", "init_b": "zero"},
-    "A, orthogonal B": {"train": "A", "init_a": "zero", "init_b": "orthogonal"},
-    "A, signs in B": {"train": "A", "init_a": "zero", "init_b": "signs"},
+ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    "B": {
+        "orthogonal": {"train": "B", "init_a": "orthogonal", "init_b": "zero"},
+        "signs": {"train": "B", "init_a": "signs", "init_b": "zero"},
+    },
+    "A": {
+        "orthogonal": {"train": "A", "init_a": "zero", "init_b": "orthogonal"},
+        "signs": {"train": "A", "init_a": "zero", "init_b": "signs"},
+    },
 }
 
 
 def compare(
-    arguments: argparse.Namespace, name: str, path: Path, metric: str, epochs: int, keys: Mapping[str, Any]
+    arguments: argparse.Namespace,
+    task: str,
+    trained: str,
+    path: Path,
+    metric: str,
+    epochs: int,
+    keys: Mapping[str, Any],
 ) -> None:
-    """Train each arm from each seed; write one section and print its table."""
+    """Train both arms from each seed; write one section and print its table.
+
+    Args:
+        arguments: From `parse`; a round is a seed.
+        task: Name of the task.
+        trained: Factor that is trained, `A` or `B`.
+        path: Folder of its rows.
+        metric: Metric of the validation.
+        epochs: Number of epochs.
+        keys: What `GlueData` needs to read the rows.
+    """
+    name, arms = f"{task}, {trained} trained", ARMS[trained]
     about = {"metric": metric, "epochs": epochs, "learning_rate": RATE, "rank": 8, "last_blocks": LAYERS, **keys}
     if measured(arguments, name, about):
         return
     with section(arguments, name) as record:
         record |= about
-        scores: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        losses: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        runs: dict[str, dict[str, list[float]]] = {key: {arm: [] for arm in arms} for key in FACTORS}
         for seed in range(arguments.rounds):
-            for arm, choice in ARMS.items():
+            for arm, choice in arms.items():
                 adapter = AdapterConfig(rank=8, alpha=16, layers=LAYERS, seed=seed, **choice)
                 _, metrics = fit_text(arguments.backbone, path, adapter, epochs, seed, keys)
-                scores[arm].append(metrics[f"val/{metric}"])
-                losses[arm].append(metrics["val/loss"])
-            print(name, seed, {arm: round(values[-1], 4) for arm, values in scores.items()}, flush=True)
-        record["arms"] = {
-            arm: {
-                "scores": scores[arm],
-                "losses": losses[arm],
-                "score": mean_interval(scores[arm]),
-                "loss": mean_interval(losses[arm]),
-            }
-            for arm in ARMS
-        }
-        names = list(ARMS)
-        record["differences"] = {
-            signs: {
-                key: mean_interval([a - b for a, b in zip(values[signs], values[orthogonal], strict=True)])
-                for key, values in {"score": scores, "loss": losses}.items()
-            }
-            for orthogonal, signs in zip(names[::2], names[1::2], strict=True)
-        }
+                runs["score"][arm].append(metrics[f"val/{metric}"])
+                runs["loss"][arm].append(metrics["val/loss"])
+            print(name, seed, {arm: round(values[-1], 4) for arm, values in runs["score"].items()}, flush=True)
+        for key, values in runs.items():
+            record[key] = {arm: {"seeds": values[arm], **mean_interval(values[arm])} for arm in arms}
+            differences = [a - b for a, b in zip(values["signs"], values["orthogonal"], strict=True)]
+            record[key]["signs - orthogonal"] = mean_interval(differences)
     rows = [
-        [
-            arm,
-            f"{100 * record['arms'][arm]['score']['mean']:.2f}",
-            f"{record['arms'][arm]['loss']['mean']:.3f}",
-            *(interval_text(record["differences"].get(arm, {}).get(key), factor) for key, factor in FACTORS.items()),
-        ]
-        for arm in ARMS
+        [key, *(interval_text(record[key][column], factor) for column in (*arms, "signs - orthogonal"))]
+        for key, factor in FACTORS.items()
     ]
-    table(name, ["arm", f"{metric}, %", "loss", "signs - orthogonal, points", "the same of the loss"], rows)
+    table(f"{name}; the score is {metric} in %", ["", *arms, "signs - orthogonal"], rows)
 
 
 FACTORS = {"score": 100, "loss": 1}
 
 
-def interval_text(figures: Mapping[str, float] | None, factor: float) -> str:
-    """Return a difference with its interval, or nothing for an arm that is itself the reference."""
-    if figures is None:
-        return ""
+def interval_text(figures: Mapping[str, float], factor: float) -> str:
+    """Return a mean with its interval."""
     mean, low, high = (factor * figures[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.3g} ({low:+.3g} to {high:+.3g})"
+    return f"{mean:.3g} ({low:.3g} to {high:.3g})"
 
 
 def main() -> None:
@@ -94,13 +94,15 @@ def main() -> None:
     common = parser(__doc__, rounds=5, quick_rounds=2)
     common.add_argument("--backbone", default="../shared/backbones/minilm_roberta", help="an encoder and its tokenizer")
     common.add_argument("--data", type=Path, required=True, help="folder as of benchmarks.buckets")
+    common.add_argument("--trained", nargs="+", choices=list(ARMS), default=list(ARMS), help="factors to train")
     arguments = parse(common)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quick = arguments.quick
-    with tempfile.TemporaryDirectory() as folder:
-        keys = four_sources(arguments.data, Path(folder), quick)
-        compare(arguments, "four sources", Path(folder), "accuracy", 1 if quick else 4, keys)
-    compare(arguments, "cola", arguments.data / "glue", "matthews", 1 if quick else 3, cola(quick))
+    for trained in arguments.trained:
+        with tempfile.TemporaryDirectory() as folder:
+            keys = four_sources(arguments.data, Path(folder), quick)
+            compare(arguments, "four sources", trained, Path(folder), "accuracy", 1 if quick else 4, keys)
+        compare(arguments, "cola", trained, arguments.data / "glue", "matthews", 1 if quick else 2, cola(quick))
 
 
 if __name__ == "__main__":
