@@ -278,11 +278,13 @@ def text_section(
     path: Path,
     metric: str,
     epochs: int,
+    targets: list[str],
     keys: Mapping[str, Any],
 ) -> None:
     """Compare strategies on a folder of train and validation rows."""
     layers = 2
-    adapter = AdapterConfig(train="both", rank=8, alpha=16, init_a="kaiming", init_b="zero", layers=layers)
+    start = {"init_a": "kaiming", "init_b": "zero"}
+    adapter = AdapterConfig(train="both", rank=8, alpha=16, targets=targets, layers=layers, **start)  # type: ignore[arg-type]
     rows = fit_text(arguments.backbone, path, adapter, 0, 0, keys)[0].splits["train"][0]
     lengths, labels = rows.lengths, rows.targets["label"].long()
     about = {
@@ -290,7 +292,7 @@ def text_section(
         "rows": len(rows),
         "epochs": epochs,
         "learning_rate": RATE,
-        "adapter": f"LoRA, rank 8, query and value of the last {layers} blocks",
+        "adapter": f"LoRA, rank 8, {' and '.join(targets)} of the last {layers} blocks",
         "length_quartiles": quartiles(lengths),
     }
 
@@ -300,6 +302,7 @@ def text_section(
             with applied(strategy, labels, lengths):
                 _, metrics = fit_text(arguments.backbone, path, adapter, epochs, seed, keys)
                 scores[strategy] = metrics[f"val/{metric}"]
+                print(name, seed, {key: round(value, 4) for key, value in metrics.items()}, flush=True)
         return scores
 
     compare(arguments, name, strategies, lengths, labels, score, about)
@@ -332,8 +335,8 @@ def four_sources(data: Path, folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def cola(quick: bool) -> dict[str, Any]:
-    """Return what `GlueData` needs for 2,560 rows of CoLA and its whole validation split."""
-    limits = {"max_train_samples": 320 if quick else 2560, "max_val_samples": 100 if quick else None}
+    """Return what `GlueData` needs for 4,096 rows of CoLA and its whole validation split."""
+    limits = {"max_train_samples": 320 if quick else 4096, "max_val_samples": 100 if quick else None}
     return {"task": "cola", "max_length": 64, **limits}
 
 
@@ -462,10 +465,12 @@ def main() -> None:
     if arguments.data and wanted("four sources"):
         with tempfile.TemporaryDirectory() as folder:
             keys = four_sources(arguments.data, Path(folder), quick)
-            text_section(arguments, "four sources", STRATEGIES, Path(folder), "accuracy", 1 if quick else 3, keys)
+            roles, epochs = ["query", "value"], 1 if quick else 3
+            text_section(arguments, "four sources", STRATEGIES, Path(folder), "accuracy", epochs, roles, keys)
     if arguments.data and wanted("cola"):
-        keys, strategies = cola(quick), without("pool of 8", "pool of 2")
-        text_section(arguments, "cola", strategies, arguments.data / "glue", "matthews", 1 if quick else 2, keys)
+        keys, strategies = cola(quick), {key: STRATEGIES[key] for key in (NONE, BEFORE, "balanced")}
+        path, epochs = arguments.data / "glue", 1 if quick else 2
+        text_section(arguments, "cola", strategies, path, "matthews", epochs, ["all"], keys)
     size = 20_000 if quick else 393_000
     if wanted("mnli-sized"):
         synthetic_section(arguments, "mnli-sized", without("pool of 2"), (1.0, 1.1, 1.0), size)
