@@ -23,6 +23,7 @@ from benchmarks.harness import measured, parse, parser, section, table
 from modules.adapters import AdapterConfig
 
 LAYERS = 2
+TASKS = ["four sources", "cola"]
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "B": {
         "orthogonal": {"train": "B", "init_a": "orthogonal", "init_b": "zero"},
@@ -42,6 +43,7 @@ def compare(
     path: Path,
     metric: str,
     epochs: int,
+    targets: list[str],
     keys: Mapping[str, Any],
 ) -> None:
     """Train both arms from each seed; write one section and print its table.
@@ -53,10 +55,12 @@ def compare(
         path: Folder of its rows.
         metric: Metric of the validation.
         epochs: Number of epochs.
+        targets: Roles that are adapted.
         keys: What `GlueData` needs to read the rows.
     """
     name, arms = f"{task}, {trained} trained", ARMS[trained]
-    about = {"metric": metric, "epochs": epochs, "learning_rate": RATE, "rank": 8, "last_blocks": LAYERS, **keys}
+    about = {"metric": metric, "epochs": epochs, "learning_rate": RATE, "rank": 8, "last_blocks": LAYERS}
+    about |= {"targets": targets, **keys}
     if measured(arguments, name, about):
         return
     with section(arguments, name) as record:
@@ -64,7 +68,7 @@ def compare(
         runs: dict[str, dict[str, list[float]]] = {key: {arm: [] for arm in arms} for key in FACTORS}
         for seed in range(arguments.rounds):
             for arm, choice in arms.items():
-                adapter = AdapterConfig(rank=8, alpha=16, layers=LAYERS, seed=seed, **choice)
+                adapter = AdapterConfig(rank=8, alpha=16, targets=targets, layers=LAYERS, seed=seed, **choice)
                 _, metrics = fit_text(arguments.backbone, path, adapter, epochs, seed, keys)
                 runs["score"][arm].append(metrics[f"val/{metric}"])
                 runs["loss"][arm].append(metrics["val/loss"])
@@ -95,14 +99,19 @@ def main() -> None:
     common.add_argument("--backbone", default="../shared/backbones/minilm_roberta", help="an encoder and its tokenizer")
     common.add_argument("--data", type=Path, required=True, help="folder as of benchmarks.buckets")
     common.add_argument("--trained", nargs="+", choices=list(ARMS), default=list(ARMS), help="factors to train")
+    common.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     arguments = parse(common)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quick = arguments.quick
-    for trained in arguments.trained:
-        with tempfile.TemporaryDirectory() as folder:
-            keys = four_sources(arguments.data, Path(folder), quick)
-            compare(arguments, "four sources", trained, Path(folder), "accuracy", 1 if quick else 4, keys)
-        compare(arguments, "cola", trained, arguments.data / "glue", "matthews", 1 if quick else 2, cola(quick))
+    for task in arguments.tasks:
+        for trained in arguments.trained:
+            if task == "cola":
+                path, epochs = arguments.data / "glue", 1 if quick else 2
+                compare(arguments, task, trained, path, "matthews", epochs, ["all"], cola(quick))
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    keys, epochs = four_sources(arguments.data, Path(folder), quick), 1 if quick else 4
+                    compare(arguments, task, trained, Path(folder), "accuracy", epochs, ["query", "value"], keys)
 
 
 if __name__ == "__main__":
