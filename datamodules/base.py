@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
 from datamodules.findings import Findings
+from datamodules.length_effect import strong_effect
 from datamodules.prefix_cache import WithHidden, filling_order, hidden_states
 
 _log = logging.getLogger(__name__)
@@ -154,7 +155,11 @@ class ResumableDataModule(L.LightningDataModule):
         return WithHidden(collate, states)
 
     def train_loader(
-        self, dataset: Dataset[Any], lengths: Tensor | None = None, collate: Collate | None = None
+        self,
+        dataset: Dataset[Any],
+        lengths: Tensor | None = None,
+        collate: Collate | None = None,
+        labels: Tensor | None = None,
     ) -> DataLoader[Any]:
         """Shuffled by the run's seed, whole batches only, from the position of the checkpoint that is resumed.
 
@@ -162,6 +167,7 @@ class ResumableDataModule(L.LightningDataModule):
             dataset: The samples.
             lengths: Their lengths, if samples of like length are to share a batch.
             collate: Makes a batch of samples; None stacks them.
+            labels: Their classes or scores, if batches by length are to keep the label mix of the data.
 
         Raises:
             DataError: If there is not one whole batch for each process, or the rows are not those of the checkpoint,
@@ -179,7 +185,14 @@ class ResumableDataModule(L.LightningDataModule):
         if self._seed is None:
             assert self.trainer is not None
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed()))
-        sampler = EpochSampler(size, world, rank, self.batch_size, self._seed, lengths)
+        if lengths is not None and labels is not None and rank == 0 and (effect := strong_effect(lengths, labels)):
+            _log.warning(
+                "data.bucket_by_length: the length of a training text tells much about its label (%s). A model can "
+                "learn the length instead of the text, and length buckets save little padding here, because each batch "
+                "keeps the label mix. --data.bucket_by_length false draws batches regardless of length.",
+                effect,
+            )
+        sampler = EpochSampler(size, world, rank, self.batch_size, self._seed, lengths, labels)
         if self._position:
             # in samples, since another batch size or number of processes may go on from there
             batches = min(self._position["samples"] // (self.batch_size * world), sampler.batches - 1)

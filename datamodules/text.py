@@ -363,7 +363,7 @@ class TextData(ResumableDataModule):
         """Shuffled, in batches of like length."""
         data = self.splits["train"][0]
         lengths = data.lengths if self.bucket_by_length else None
-        return self.train_loader(data, lengths, self.collated("train", data))
+        return self.train_loader(data, lengths, self.collated("train", data), data.targets.get("label"))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each validation set."""
