@@ -84,6 +84,7 @@ class CheckpointedModule(L.LightningModule):
                 f"model.tuning: the checkpoint is of tuning {tuned}, and this model is set up for {self.tuning}; leave "
                 "the key as it was."
             )
+        self._check_names(checkpoint["state_dict"])
         if "frozen_digest" in checkpoint:
             same = checkpoint["frozen_digest"] == self.frozen_digest.hexdigest()
         else:
@@ -111,13 +112,16 @@ class CheckpointedModule(L.LightningModule):
             AdapterError: If the adapters are merged.
         """
         refuse_merged(self.backbone)
+        self._check_names(state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def _check_names(self, state_dict: Mapping[str, Any]) -> None:
         if problems := state_problems(self.saved_state(), state_dict):
             raise ModelError(
                 "The checkpoint is of another model than the one configured: "
                 + "; ".join(problems)
                 + ". Use the config.yaml of the checkpoint's run, or its backbone, tuning and adapter keys."
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def trained_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups."""

@@ -329,6 +329,7 @@ def test_questions_without_answers_are_predicted(tuned: Tuned, asked_cli: Comman
 
 
 def test_two_processes_evaluate_as_one(tuned: Tuned, asked_cli: CommandLine, tmp_path: Path) -> None:
+    assert tuned.cli("validate", tuned.run) == 0
     assert asked_cli("test", tuned.run) == 0
     before = tuned.cli.metrics()
     path = tuned.cli.run() / "metrics.json"

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from app.callbacks import RunSummary
 from app.cli import AsymmetryCLI, main
 from app.console import console_logging, traceback_hook
-from app.files import WriteError
 from app.imports import CLASSES, FUNCTIONS, PACKAGES, resolve
+from datamodules.atomic import WriteError
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import Malicious, refused
 from tests.conftest import CLASSES as COLOURS

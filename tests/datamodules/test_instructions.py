@@ -455,10 +455,10 @@ def test_a_chat_that_asks_nothing(folder: Path, tmp_path: Path, chat: list[Row])
         ([{"role": "user", "content": None}], "must have `role`"),
         ([{"role": "assistant", "content": 3}], "it is {'role': 'assistant', 'content': 3}"),
         ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "text as `content`"),
-        (["Hi", "Yo"], "it is Hi."),
-        ("Hi", "must be a list of messages; it is Hi."),
+        (["Hi", "Yo"], "it is Hi"),
+        ("Hi", "must be a list of messages; it is Hi"),
         ('[{"role": "user", "content": "Hi"}]', "must be a list of messages"),
-        (None, "must be a list of messages; it is None."),
+        (None, "must be a list of messages; it is None"),
         ({"role": "user", "content": "Hi"}, "must be a list of messages"),
     ],
 )
