@@ -1,14 +1,17 @@
-"""The words of the command line, the files and the checkpoint: their order, and what of one replaces another's."""
+"""Precedence of command line, configuration files and checkpoint; checks of what they say."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -16,63 +19,79 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
+from app.imports import same_class
+from app.yaml_files import read_yaml as read_yaml
+
+SECTIONS = ("model", "data")  # which name a class
+LARGEST_SEED = 2**32 - 1  # NumPy's
+LARGEST_NUMBER = 2**63 - 1  # torch's
+
 _log = logging.getLogger(__name__)
 
 
-def split_arguments(args: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Command, the `--config` pairs, and everything else, each in the order given."""
-    command = [args[0]] if args and not args[0].startswith("-") else []
-    rest, files, options = args[len(command) :], [], []
-    words = iter(rest)
-    for word in words:
-        if word in ("--config", "-c"):
-            files += ["--config", next(words, "")]
-        elif word.startswith("--config="):
-            files += ["--config", word.removeprefix("--config=")]
-        else:
-            options.append(word)
-    return command, files, options
+# callbacks have members of enumerations among their defaults, which a saved configuration has to hold
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
-def read_yaml(name: str) -> dict[str, Any]:
-    """A configuration file as it is written.
+def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Split the command line into the command, the names of the configuration files, and the options.
 
     Raises:
-        ArgumentError: By its name, which the parser's own message lacks, if it is missing or broken.
+        ArgumentError: For `--config` without a name.
     """
-    try:
-        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArgumentError(None, f"--config: there is no file {name!r}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError, IsADirectoryError) as error:
-        raise ArgumentError(None, f"--config: {name} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ArgumentError(None, f"--config: {name} has no keys.")
-    return content
+    command = [words[0]] if words and not words[0].startswith("-") else []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    known, options = parser.parse_known_args(words[len(command) :])
+    return command, known.config, options
 
 
-def last_value(key: str, options: list[str], contents: list[dict[str, Any]]) -> Any:
-    """The value of a key that the command line gives, or else the last file that has it; None if none does."""
-    for position, word in reversed(list(enumerate(options))):
-        if word.startswith(f"--{key}="):
-            return word.partition("=")[2]
-        if word == f"--{key}" and position + 1 < len(options):
-            return options[position + 1]
-    for content in reversed(contents):
-        flat = _flatten(content)
-        if key in flat:
-            return flat[key]
-    return None
+def without_sections(options: list[str]) -> list[str]:
+    """Return the options that are not about the model or the data."""
+    kept = []
+    rest = iter(options)
+    for word in rest:
+        key = word.removeprefix("--").partition("=")[0]
+        if not (word.startswith("--") and key.removesuffix("+").partition(".")[0] in SECTIONS):
+            kept.append(word)
+        elif "=" not in word:
+            next(rest, None)
+    return kept
 
 
-def default_root(files: list[str]) -> Path:
-    """Directory of a recipe's runs: runs/<recipe>; for the config.yaml of a run, where that run lies."""
-    first = Path(files[1]) if files else Path("default.yaml")
+def runs_root(given: str | None, files: list[str]) -> Path:
+    """Return the directory below which a recipe's runs lie.
+
+    Args:
+        given: `trainer.default_root_dir`.
+        files: Names of the configuration files. Without a given directory the first one decides: runs/<recipe>, or for
+            the config.yaml of a run the directory that the run lies in.
+
+    Raises:
+        ArgumentError: For an empty name, or the home of a user who does not exist.
+    """
+    if given is not None:
+        return expanded_path("trainer.default_root_dir", given)
+    first = Path(files[0]) if files else Path("default.yaml")
     return first.parent.parent if first.parent.name.startswith("version_") else Path("runs") / first.stem
 
 
+def expanded_path(key: str, given: str) -> Path:
+    """Return a path with `~` expanded.
+
+    Raises:
+        ArgumentError: With the key, for an empty name or the home of a user who does not exist.
+    """
+    if not given:
+        raise ArgumentError(None, f"{key}: the name is empty. Give a path, or leave the key out.")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise ArgumentError(None, f"{key}: {given} cannot be expanded ({error}).") from error
+
+
 def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The `model` and `data` sections that a checkpoint was trained with."""
+    """Return the `model` and `data` sections that a checkpoint was trained with."""
     sections = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
     saved: dict[str, Any] = {}
     for section, key in sections.items():
@@ -83,45 +102,64 @@ def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def check_classes(saved: dict[str, Any], contents: list[dict[str, Any]], trains: bool) -> dict[str, Any]:
-    """Refuse a checkpoint of another task than the files are for.
+def class_of(config: Namespace, section: str) -> str | None:
+    """Return the class path of a section; None if the section names no class."""
+    content = config.get(section)
+    return content.get("class_path") if isinstance(content, Namespace) else None
+
+
+def check_sections(config: Namespace) -> None:
+    """Check that a command has a model and data.
+
+    Raises:
+        ArgumentError: With the section that is missing.
+    """
+    for section in SECTIONS:
+        if class_of(config, section) is None:
+            raise ArgumentError(
+                None, f"{section}: no class is given. Add --config FILE with a recipe of conf/, or --{section} CLASS."
+            )
+
+
+def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dict[str, Any]:
+    """Check that a checkpoint is of the task that the configuration is for.
 
     Args:
-        saved: What the checkpoint was trained with.
-        contents: The files.
-        trains: Whether training goes on; to evaluate, data of another kind is as good, such as MMLU.
+        saved: The sections that the checkpoint was trained with.
+        config: Files and command line, parsed without the checkpoint.
+        trains: Whether training goes on. To evaluate, data of another kind is as good, such as MMLU.
 
     Returns:
-        The saved sections that count: those that the files do not replace.
+        The saved sections that count: those that the configuration does not replace.
 
     Raises:
         ArgumentError: With both classes.
     """
     kept = dict(saved)
     for section, content in saved.items():
-        wanted = last_value(f"{section}.class_path", [], contents)
-        if wanted is not None and wanted != content["class_path"]:
-            if section == "data" and not trains:
-                del kept["data"]
-                continue
-            raise ArgumentError(
-                None,
-                f"ckpt_path: the checkpoint was trained with {content['class_path']}, and the configuration file is "
-                f"for {wanted}; use the config.yaml of the checkpoint's run, or another checkpoint.",
-            )
+        wanted = class_of(config, section)
+        if wanted is None or same_class(wanted, content["class_path"]):
+            continue
+        if section == "data" and not trains:
+            del kept["data"]
+            continue
+        raise ArgumentError(
+            None,
+            f"ckpt_path: the checkpoint was trained with {content['class_path']}, and the configuration is for "
+            f"{wanted}. Use the config.yaml of the checkpoint's run, or another checkpoint.",
+        )
     return kept
 
 
 def check_keys(options: list[str], config: Namespace) -> None:
-    """Refuse a key inside a nested group that the parser took for an abbreviation: it guesses there, unasked.
+    """Check that no key inside a nested group is an abbreviation, which the parser completes there unasked.
 
     Raises:
-        ArgumentError: With the key and the ones there are.
+        ArgumentError: With the key and the keys that there are.
     """
-    final = config[config["subcommand"]] if config.get("subcommand") else config
     for word in options:
         section, *keys = word.removeprefix("--").partition("=")[0].removesuffix("+").split(".")
-        node = final.get(section) if section in ("model", "data") and len(keys) > 1 else None
+        node = config.get(section) if section in ("model", "data") and len(keys) > 1 else None
         node = node.get("init_args", node) if isinstance(node, Namespace) else None
         for depth, key in enumerate(k for k in keys if k != "init_args"):
             if not isinstance(node, Namespace):
@@ -135,7 +173,7 @@ def check_keys(options: list[str], config: Namespace) -> None:
 
 
 def check_values(key: str, hint: Any, value: Any) -> None:
-    """Refuse what the parser lets through: null where a class takes none, and anything else than keys for a group.
+    """Check what the parser lets through: null where a class takes none, and anything else than keys for a group.
 
     Args:
         key: The value's key.
@@ -146,17 +184,52 @@ def check_values(key: str, hint: Any, value: Any) -> None:
         ArgumentError: With the key.
     """
     if value is None and hint is not Any and type(None) not in get_args(hint):
-        raise ArgumentError(None, f"{key}: it cannot be null; leave it out to have its default.")
+        raise ArgumentError(None, f"{key}: the value cannot be null. Leave the key out to have its default.")
     if dataclasses.is_dataclass(hint) and value is not None:
         if not isinstance(value, Namespace):
-            raise ArgumentError(None, f"{key}: it must have keys of its own, and is {value!r}.")
+            names = ", ".join(field.name for field in dataclasses.fields(hint))
+            raise ArgumentError(None, f"{key}: {value!r} is a single value. Give keys: {names}.")
         hints = get_type_hints(hint)
         for name, part in value.items(branches=True, nested=False):
             check_values(f"{key}.{name}", hints[name], part)
 
 
+def check_plain_values(key: str, value: Any) -> None:
+    """Check all numbers and words of a configuration.
+
+    Refused are NaN, integers that no library holds, seeds that NumPy refuses, and names that are no UTF-8, since
+    neither YAML nor TensorBoard can write them.
+
+    Args:
+        key: The value's key.
+        value: A value, or nested mappings and lists of values.
+
+    Raises:
+        ArgumentError: With the key.
+    """
+    if isinstance(value, dict):
+        for name, part in value.items():
+            inner = name in ("init_args", "dict_kwargs")
+            check_plain_values(key if inner else f"{key}.{name}" if key else str(name), part)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            check_plain_values(key, part)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(None, f"{key}: {value} is no UTF-8. Rename the file or folder.") from error
+    elif isinstance(value, float) and math.isnan(value):
+        raise ArgumentError(None, f"{key}: nan is no number. Give a finite one.")
+    elif isinstance(value, int) and not isinstance(value, bool):
+        is_seed = key.rpartition(".")[2] in ("seed_everything", "seed") or key.endswith("_seed")
+        least, most = (0, LARGEST_SEED) if is_seed else (-LARGEST_NUMBER, LARGEST_NUMBER)
+        if not least <= value <= most:
+            raise ArgumentError(None, f"{key}: {value} lies outside {least} to {most}.")
+
+
 def check_strategy(strategy: Any) -> None:
-    """Refuse Lightning's strategies that shard or move what is trained, or that fork this process.
+    """Check that a strategy is not one of Lightning's that shard or move what is trained, or that fork this process.
 
     Args:
         strategy: A name, or a class with its arguments; what is not Lightning's own is let through.
@@ -187,51 +260,74 @@ def check_strategy(strategy: Any) -> None:
 
 @contextmanager
 def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
-    """A file with the content, gone at the end of the context."""
+    """Write `content` to a temporary YAML file; delete it on exit.
+
+    Raises:
+        ArgumentError: If the content, a checkpoint's, is no plain values.
+    """
     handle, name = tempfile.mkstemp(suffix=".yaml")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yaml.safe_dump(content, file, sort_keys=False)  # the first key of a rank_pattern that matches decides
+            try:
+                yaml.safe_dump(content, file, sort_keys=False)  # the first key of a rank_pattern that matches decides
+            except (yaml.YAMLError, RecursionError, ValueError) as error:
+                raise ArgumentError(
+                    None, "ckpt_path: the hyper-parameters in the checkpoint are no plain values. Use another one."
+                ) from error
         yield name
     finally:
         os.unlink(name)
 
 
-def leave_adapter_path(contents: list[dict[str, Any]], final: Namespace) -> None:
-    """Have no adapters read to start from where there is a checkpoint, which has its own, and say so.
+def ignore_adapter_path(from_files: Namespace, final: Namespace) -> None:
+    """Ignore `model.adapter_path` when a checkpoint is used, and log that.
 
     Args:
-        contents: The files.
+        from_files: What the files say.
         final: The values of the command, which are changed.
     """
     values = final["model"].init_args
-    given = last_value("model.init_args.adapter_path", [], contents) or values.get("adapter_path")
-    if given is not None:
+    if values.get("adapter_path") is not None or _flat_section(from_files, "model").get("adapter_path") is not None:
         values["adapter_path"] = None
         _log.info("model.adapter_path is not read: the checkpoint has the adapters.")
 
 
-def report_untrained(command: str) -> None:
-    """Say that a command has no checkpoint to go by."""
-    _log.info(f"{command} without --ckpt_path: this is the backbone as it is, and a head, if it needs one, at random.")
+def report_untrained(command: str, heads: list[str], adapter_path: str | None) -> None:
+    """Log what a command uses that has no checkpoint.
+
+    Args:
+        command: Its name.
+        heads: Names of the model's heads.
+        adapter_path: `model.adapter_path`.
+    """
+    if adapter_path is not None:
+        used = f"the backbone with the adapters of {adapter_path}, and with the heads that lie there"
+    elif heads:
+        used = (
+            f"the backbone without training. Its head ({', '.join(heads)}) has random weights, unless the backbone's "
+            "own files bring a head for the same classes"
+        )
+    else:
+        used = "the backbone without training"
+    _log.info(f"{command} without --ckpt_path uses {used}.")
 
 
-def report_differences(saved: dict[str, Any], contents: list[dict[str, Any]], final: Namespace) -> None:
-    """Say which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's."""
+def report_differences(saved: dict[str, Any], from_files: Namespace, final: Namespace) -> None:
+    """Log which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's."""
     for section, content in saved.items():
         ours = _flatten(final[section].init_args.as_dict())
+        theirs = _flat_section(from_files, section)
         for key, value in _flatten(content["init_args"]).items():
             if (section, key) in (("data", "predict_path"), ("model", "adapter_path")):  # new each time; never read
                 continue
-            from_file = last_value(f"{section}.init_args.{key}", [], contents)
             if key in ours and _plain(ours[key]) != _plain(value):
                 _log.info(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")
-            elif from_file is not None and _plain(from_file) != _plain(value):
-                _log.info(f"{section}.{key}: {value} from the checkpoint; the configuration file has {from_file}.")
+            elif theirs.get(key) is not None and _plain(theirs[key]) != _plain(value):
+                _log.info(f"{section}.{key}: {value} from the checkpoint; the configuration file has {theirs[key]}.")
 
 
 def report_changes(before: dict[str, Any], final: Namespace) -> None:
-    """Say which keys of the trainer a resumed run has otherwise than it began; these are not in a checkpoint."""
+    """Log which keys of the trainer a resumed run has otherwise than it began; these are not in a checkpoint."""
     own = {"default_root_dir", "logger", "callbacks"}
     ours = {k: v for k, v in final["trainer"].as_dict().items() if k not in own}
     now, began = (_flatten({"trainer": t}) for t in (ours, before.get("trainer", {})))
@@ -239,6 +335,13 @@ def report_changes(before: dict[str, Any], final: Namespace) -> None:
     for key, value in now.items():
         if key in began and _plain(began[key]) != _plain(value):
             _log.info(f"{key}: {value} now; the run began with {began[key]}.")
+
+
+def _flat_section(config: Namespace, section: str) -> dict[str, Any]:
+    """Return the arguments of a section's class by dotted key; none if the section is not there."""
+    content = config.get(section)
+    values = content.get("init_args") if isinstance(content, Namespace) else None
+    return _flatten(values.as_dict()) if isinstance(values, Namespace) else {}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,11 +14,15 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from packaging.version import InvalidVersion, Version
+
+from datamodules.atomic import AtomicFile, WriteError, atomic_write, temporary_name
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -63,7 +67,8 @@ def restore_identity(run: Path) -> None:
                 file.seek(-SEAL_BYTES, os.SEEK_END)
                 seal = SEAL.fullmatch(file.read())
             if seal is not None and seal[2].decode() != NO_RUN:
-                (run / IDENTITY).write_text(f"{seal[2].decode()}\n", encoding="ascii")
+                with atomic_write(run / IDENTITY) as identity:
+                    identity.write(seal[2] + b"\n")
                 return
 
 
@@ -102,6 +107,118 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+# keys of a checkpoint, and what their values are
+TYPES: dict[str, type] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "pytorch-lightning_version": str,
+    "global_step": int,
+    "epoch": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "random_states": list,
+    "samples_a_step": int,
+    "frozen_digest": str,
+}
+REQUIRED = ("state_dict", "hyper_parameters", "pytorch-lightning_version", "global_step", "loops")
+TRAINING = ("callbacks", "optimizer_states", "lr_schedulers")  # what a checkpoint of weights alone lacks
+
+
+def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None:
+    """Check that a checkpoint has the keys that a command needs, with values of the right types.
+
+    What lies deeper is checked where it is restored, against what is there to take it: by `AdapterCheckpoint`,
+    `modules.checkpoints` and the data module.
+
+    Args:
+        path: Of the checkpoint.
+        checkpoint: As `read_checkpoint` gave it.
+        trains: Whether training goes on from it.
+
+    Raises:
+        CheckpointError: With the first key that is missing or of another type.
+    """
+    if trains and (missing := [key for key in TRAINING if key not in checkpoint]):
+        raise CheckpointError(
+            f"ckpt_path: {path} has weights alone ({', '.join(missing)} are missing), so no training can go on from "
+            "it. Start a new run from its adapter with --model.adapter_path, after `export --format peft`."
+        )
+    problem = next((f"{key} is missing" for key in REQUIRED if key not in checkpoint), None)
+    for key, kind in TYPES.items():
+        value: Any = checkpoint.get(key, kind())
+        negative = isinstance(value, int) and value < 0
+        if not isinstance(value, kind) or isinstance(value, bool) or negative:
+            wanted = {int: "a number, 0 or more", str: "text", dict: "a group of keys", list: "a list"}[kind]
+            problem = problem or f"{key} must be {wanted}, and is {shortened(value)}"
+    if problem is None:
+        problem = _content_problem(checkpoint)
+    if problem is None and trains:
+        counts = {"epoch_progress": {"current": {"ready": 0, "processed": 0}}}
+        problem = structure_problem({"fit_loop": counts}, checkpoint["loops"], "loops")
+    if problem is not None:
+        raise CheckpointError(f"ckpt_path: {path} is no usable checkpoint: {problem}. Use another checkpoint.")
+
+
+def _content_problem(checkpoint: dict[str, Any]) -> str | None:
+    """Return what is wrong with values whose keys and types are right."""
+    for name, tensor in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return f"state_dict.{name} must be a tensor, and is {shortened(tensor)}"
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if not _is_plain(checkpoint.get(key)):
+            return f"{key} must hold plain values alone"
+    try:
+        Version(checkpoint["pytorch-lightning_version"])
+    except InvalidVersion:
+        return f"pytorch-lightning_version is {shortened(checkpoint['pytorch-lightning_version'])}"
+    if trained := checkpoint.get("optimizer_states", [{}]):
+        return None if isinstance(trained[0], dict) else "optimizer_states must have a group of keys"
+    return "optimizer_states has no optimizer"
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Return True for what a YAML file can hold."""
+    if isinstance(value, dict):
+        return depth < 20 and all(isinstance(k, str | int) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def structure_problem(expected: Any, found: Any, where: str) -> str | None:
+    """Return where a saved state is of another structure than a fresh one; None if it can be loaded.
+
+    Args:
+        expected: The fresh state: mappings of the keys that must be there, down to values of the types that they have.
+            What is None, or an empty mapping, says nothing of a type.
+        found: The saved state. It may have more keys.
+        where: Name of the state.
+    """
+    if isinstance(expected, Mapping):
+        if not isinstance(found, Mapping):
+            return f"{where} must be a group of keys, and is {shortened(found)}"
+        if missing := [str(key) for key in expected if key not in found]:
+            return f"{where}.{missing[0]} is missing"
+        problems = (structure_problem(value, found[key], f"{where}.{key}") for key, value in expected.items())
+        return next((problem for problem in problems if problem is not None), None)
+    numbers = (int, float)
+    if expected is None or found is None or type(expected) is type(found):
+        is_count = type(found) is int and found < 0
+        return f"{where} must be 0 or more, and is {found}" if is_count else None
+    if isinstance(expected, numbers) and type(found) in numbers and type(expected) is not bool:
+        return None
+    return f"{where} must be {type(expected).__name__}, and is {shortened(found)}"
+
+
 def fault(path: Path) -> str | None:
     """Why a checkpoint is not used, by its digest; None if it is intact, or has no digest and needs none."""
     try:
@@ -119,6 +236,15 @@ def saved_step(path: Path) -> int | None:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception:  # torch raises half a dozen kinds for a damaged file
         return None
+
+
+def first_new_step(checkpoint: dict[str, Any]) -> int:
+    """Return the first step of the logs that a run which goes on from a checkpoint writes anew.
+
+    What is logged at the very step of the checkpoint stays at an epoch's end alone: in mid-epoch it is of a stop.
+    """
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return int(checkpoint["global_step"]) + (epochs["ready"] == epochs["processed"])
 
 
 def _problem(file: BinaryIO, identity: str | None) -> str | None:
@@ -157,29 +283,16 @@ def _problem(file: BinaryIO, identity: str | None) -> str | None:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-class _Sealed:
-    """A file for torch.save that takes the digest of what it writes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self, identity: str) -> None:
-        """Write the line behind it all, and have the disk take it."""
-        self.digest.update(identity.encode())
-        self.file.write(f"\nonesided sha256={self.digest.hexdigest()} run={identity}\n".encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+def _seal(file: AtomicFile, identity: str) -> None:
+    """Write the line behind the content, and have all of it on disk before any other checkpoint is touched."""
+    assert file.digest is not None
+    file.digest.update(identity.encode())
+    file.write(f"\nonesided sha256={file.digest.hexdigest()} run={identity}\n".encode())
+    os.fsync(file.fileno())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write to a temporary name in the same folder and rename, so that a kill or a full disk leaves the old file.
+    """Write checkpoints atomically, so that a kill or a full disk leaves the old file.
 
     - The last.ckpt that a new one replaces stays as previous.ckpt, unless it is damaged.
     - Where a run goes on from an older checkpoint of its own, the newer ones are dropped once its first new one is
@@ -203,34 +316,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it cannot be written; what was there before still is.
         """
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")  # one name: a killed run's is written over
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                sealed = _Sealed(file)
-                torch.save(checkpoint, cast("IO[bytes]", sealed))
-                sealed.close(run_identity(target) or NO_RUN)
-            newer = self._left_behind(target.parent)
-            if target.name == LAST and target not in newer and self._is_intact(target):
-                _keep(target, target.with_name(PREVIOUS))
-            temporary.replace(target)
+            with atomic_write(target, hashlib.sha256()) as file:
+                torch.save(checkpoint, file)
+                _seal(file, run_identity(target) or NO_RUN)
+                newer = self._left_behind(target.parent)
+                if target.name == LAST and target not in newer and self._is_intact(target):
+                    _keep(target, target.with_name(PREVIOUS))
             self._intact.add(target)
             for other, step in newer.items():
                 if other != target:
                     other.unlink()
                     _log.warning(f"{other} of step {step} is dropped: the run went on from an older one.")
-            _sync_names(target.parent)
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):  # torch's zip writer raises a RuntimeError behind the disk's own
-                raise
+        except OSError as error:
+            reason = error.reason if isinstance(error, WriteError) else error
             raise CheckpointError(
-                f"The checkpoint {target} could not be written ({cause}). The one before is untouched: free some space "
-                "and resume with --ckpt_path last."
+                f"The checkpoint {target} could not be written ({reason}). The one before is untouched: free some "
+                "space and resume with --ckpt_path last."
             ) from error
-        finally:
-            if target.parent.is_dir():
-                temporary.unlink(missing_ok=True)
 
     def _is_intact(self, path: Path) -> bool:
         return path.is_file() and (path in self._intact or fault(path) is None)
@@ -251,8 +355,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _keep(target: Path, name: Path) -> None:
     """Give a file a second name, in the place of what had it; at no moment is either name without a whole file."""
-    spare = name.with_name(f".{name.name}.tmp")
-    spare.unlink(missing_ok=True)
+    spare = temporary_name(name)
     try:
         os.link(target, spare)
     except OSError:  # a file system without hard links: for a moment there is the second name alone
@@ -260,14 +363,3 @@ def _keep(target: Path, name: Path) -> None:
         return
     spare.replace(name)
     spare.unlink(missing_ok=True)  # it stays if both were names of one file already
-
-
-def _sync_names(folder: Path) -> None:
-    """Have the disk take the new names too, in case of a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems cannot
-        pass
-    finally:
-        os.close(handle)

@@ -1,64 +1,84 @@
-"""The command line: LightningCLI with this project's defaults, order of precedence, directories and messages."""
+"""Command line: LightningCLI with this project's defaults, precedence of values, run directories and messages."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
 import lightning as L
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from app.arguments import (
+    SECTIONS,
     check_classes,
     check_keys,
+    check_plain_values,
+    check_sections,
     check_strategy,
     check_values,
-    default_root,
-    last_value,
-    leave_adapter_path,
+    expanded_path,
+    ignore_adapter_path,
     read_yaml,
     report_changes,
     report_differences,
     report_untrained,
+    runs_root,
     saved_configuration,
     split_arguments,
     temporary_yaml,
+    without_sections,
 )
 from app.callbacks import (
     AdapterCheckpoint,
     AdapterSpectrum,
     AdapterWriter,
+    ConfusionPicture,
     DataReport,
     PredictionWriter,
     RunSummary,
     SaveRunConfig,
     Termination,
+    usable_callbacks,
 )
-from app.checkpoint_io import AtomicCheckpointIO, restore_identity
+from app.checkpoint_io import AtomicCheckpointIO, check_contents, first_new_step, restore_identity
 from app.commands import COMMANDS, command_help, command_parser, run_command
-from app.console import console_logging
-from app.failures import bad_input
-from app.files import full_disk_named
+from app.console import (
+    console_logging,
+    escape_controls,
+    output_problem,
+    print_error,
+    silence_output,
+    traceback_hook,
+    watched_output,
+)
+from app.failures import bad_input, construction_error, is_caused_by
+from app.files import reraise_disk_full
 from app.imports import HELP, restricted_imports, split_imports
+from app.lightning_compat import hyperparameter_instantiator
 from app.messages import parser_message, quiet_libraries
-from app.processes import first_to_tell, lost_a_process, part
+from app.processes import is_peer_lost, is_worker_lost, leave_process_group, should_report
 from app.run_directory import (
     locked,
     new_run_directory,
-    not_left_empty,
     read_wanted,
+    remove_if_empty,
+    remove_links,
     run_of_checkpoint,
     wanted_checkpoint,
 )
+from app.run_logger import RunLogger
+from app.yaml_files import check_file, checked_yaml
 from modules.base import AdaptedModule
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as with `| head -1`
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -72,54 +92,77 @@ def main(args: Sequence[str] | None = None) -> int:
         this one started was killed or shows a traceback; 143 when SIGTERM stopped it and 130 when Ctrl-C
         did, with a line on stderr that names the checkpoint.
     """
+    if args is None:
+        sys.excepthook = traceback_hook
     quiet_libraries()
     with Termination() as termination, ExitStack() as held:
+        held.enter_context(watched_output())
         held.enter_context(console_logging())
         try:
             allowed, words = split_imports(sys.argv[1:] if args is None else args)
             held.enter_context(restricted_imports(allowed))
+            held.enter_context(checked_yaml())
             if words and words[0] in COMMANDS:
                 run_command(words[0], words[1:])
             else:
                 AsymmetryCLI(words, termination, held)
+            sys.stdout.flush()
         except SystemExit as stop:  # --help
             if termination.requested:
                 return termination.report()
+            if (problem := output_problem()) is not None:  # after which rich exits
+                return _lost_output(problem)
             return stop.code if isinstance(stop.code, int) else 2
         except Exception as error:
-            if termination.requested and lost_a_process(error):  # which was told to end too
+            if termination.requested and (is_peer_lost(error) or termination.has_caused(error)):
                 return termination.report()
+            problem = output_problem()
+            if problem is not None and is_caused_by(error, problem):
+                return _lost_output(problem)
             cause = bad_input(error)
             if cause is None:
                 raise
-            if first_to_tell():
-                print(f"error: {parser_message(cause)}", file=sys.stderr, flush=True)
+            if should_report():
+                print_error(parser_message(cause))
             if termination.requested:
                 termination.report()
-            return 1 if lost_a_process(error) and termination.lost_one() else 2
+            return 1 if is_worker_lost(error) or (is_peer_lost(error) and termination.lost_one()) else 2
         finally:
-            part()
-    return 0
+            leave_process_group()
+        return termination.report() if termination.requested else 0  # something has swallowed what the signal raised
+
+
+def _lost_output(problem: OSError) -> int:
+    """Return the exit code for output that cannot be written, and report the reason if a reader is left."""
+    silence_output()
+    if isinstance(problem, BrokenPipeError):
+        return BROKEN_PIPE
+    print_error(
+        f"Standard output cannot be written ({problem.strerror or problem}). The run directory is not affected: send "
+        "the output elsewhere."
+    )
+    return 2
 
 
 class AsymmetryCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` for every task.
 
-    - The command line beats the checkpoint of `--ckpt_path`, which beats the files of `--config`, whatever their order;
-      what differs from the checkpoint is reported.
+    - The command line beats the checkpoint of `--ckpt_path`, which beats the files of `--config`, whatever their order.
+      What differs from the checkpoint is logged.
     - A run writes to runs/<recipe>/version_K, a new one each time; a command on a checkpoint writes to its run.
     - `spectrum`, `checkpoint` and `test_after_fit` are keys beside `model`, `data` and `trainer`.
 
     Args:
         args: Words of the command line.
-        termination: What takes SIGTERM and Ctrl-C.
-        held: Takes what is to be given back when the command has ended, in whatever way.
+        termination: Handler of SIGTERM and Ctrl-C.
+        held: Contexts to leave when the command has ended.
     """
 
     def __init__(self, args: list[str], termination: Termination, held: ExitStack) -> None:
         self.termination, self.held = termination, held
         self.checkpoint: Path | None = None
-        self.loaded: dict[str, Any] = {}  # what lies in it, until Lightning takes it
+        self.loaded: dict[str, Any] = {}  # the checkpoint's content, until Lightning takes it
+        self.failed: tuple[Exception, Exception] | None = None  # a constructor's error, and the one to report
         self.made: Path | None = None  # a new run directory
         self.run_directory = Path()
         commands = self.subcommands()
@@ -156,48 +199,122 @@ class AsymmetryCLI(LightningCLI):
             "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when fit has ended."
         )
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data; the latter two may come from a checkpoint."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        for section, kind in zip(SECTIONS, (AdaptedModule, L.LightningDataModule), strict=True):
+            parser.add_lightning_class_args(kind, section, subclass_mode=True, required=False)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse files first, then the checkpoint's values, then the command line's."""
-        command, files, options = split_arguments(args)
-        contents = [read_yaml(name) for name in files[1::2]]
-        root = last_value("trainer.default_root_dir", options, contents)
-        self.root = Path(root) if root else default_root(files)
-        given = last_value("ckpt_path", options, contents)
-        if given is None or not command:
-            self.config = parser.parse_args([*command, *files, *options])
-            if self.config["subcommand"] in COMMANDS:
-                raise ArgumentError(None, f"Nothing may stand before {self.config['subcommand']} on the command line.")
-            check_keys(options, self.config)
+        """Parse files and command line; if they name a checkpoint, parse again with its values in between."""
+        command, names, options = split_arguments(args)
+        for name in names:
+            check_file(name)
+        files = [word for name in names for word in ("--config", name)]
+        self.config = self._parse_without_checkpoint([*command, *files], options)
+        self.subcommand = self.config["subcommand"]
+        if self.subcommand in COMMANDS:
+            raise ArgumentError(None, f"Nothing may stand before {self.subcommand} on the command line.")
+        final = self.config[self.subcommand]
+        self.root = runs_root(final.trainer.default_root_dir, names)
+        if final.ckpt_path is None:
+            self._check(final, options)
             return
-        wanted = wanted_checkpoint(str(given), self.root, prefer_best=command != ["fit"])
+        if not command:
+            raise ArgumentError(None, f"Nothing may stand before {self.subcommand} on the command line.")
+        trains = self.subcommand == "fit"
+        given = str(expanded_path("ckpt_path", str(final.ckpt_path)))
+        wanted = wanted_checkpoint(given, self.root, prefer_best=not trains)
         run = run_of_checkpoint(wanted)
-        if command == ["fit"]:
+        if trains:
             self._take(run)
-        self.checkpoint, self.loaded = read_wanted(str(given), wanted)
-        if command == ["fit"]:
+        self.checkpoint, self.loaded = read_wanted(given, wanted)
+        check_contents(self.checkpoint, self.loaded, trains)
+        if trains:
             self.termination.checkpoint = self.checkpoint
-        saved = check_classes(saved_configuration(self.loaded), contents, trains=command == ["fit"])
+        saved = check_classes(saved_configuration(self.loaded), final, trains)
+        from_files = self._parse([*command, *files], defaults=False)[self.subcommand]
         with temporary_yaml(saved) as path:
-            self.config = parser.parse_args([*command, *files, "--config", path, *options])
-        check_keys(options, self.config)
-        final = self.config[self.config["subcommand"]]
+            self.config = self._parse([*command, *files, "--config", path, *options])
+        final = self.config[self.subcommand]
+        self._check(final, options)
         final["ckpt_path"] = str(self.checkpoint)
-        leave_adapter_path(contents, final)
-        report_differences(saved, contents, final)
-        if command == ["fit"] and run is not None and (run / "config.yaml").is_file():
+        ignore_adapter_path(from_files, final)
+        report_differences(saved, from_files, final)
+        if trains and run is not None and (run / "config.yaml").is_file():
             report_changes(read_yaml(str(run / "config.yaml")), final)
 
+    def _parse_without_checkpoint(self, words: list[str], options: list[str]) -> Namespace:
+        """Parse files and command line.
+
+        Options of a class that only the checkpoint names are left out, if the parser does not take them yet.
+        """
+        try:
+            return self._parse([*words, *options])
+        except ArgumentError:
+            others = without_sections(options)
+            if others == options:
+                raise
+            config = self._parse([*words, *others])
+            if config["subcommand"] in COMMANDS or config[config["subcommand"]].get("ckpt_path") is None:
+                raise
+            return config
+
+    def _parse(self, words: list[str], **keys: Any) -> Namespace:
+        """Parse words; whatever goes wrong is the fault of a value.
+
+        Raises:
+            ArgumentError: With the reason.
+        """
+        try:
+            return self.parser.parse_args(words, **keys)
+        except Exception as error:
+            cause = bad_input(error)
+            if cause is not None and not isinstance(cause, ArgumentError):
+                raise
+            parser = self._subcommand_parsers.get(words[0]) if words else None
+            known = list(parser.get_defaults().keys()) if parser is not None else []
+            raise ArgumentError(None, parser_message(cause or error, known)) from error
+
+    def _check(self, final: Namespace, options: list[str]) -> None:
+        """Check the values of a command, before any class is constructed."""
+        check_sections(final)
+        check_keys(options, final)
+        check_plain_values("", final.as_dict())
+
     def _take(self, run: Path | None) -> None:
-        """Let no other process train in a run directory; of this run's processes the first one does it."""
+        """Lock a run directory against other processes that would train there; of this run's, the first one does so."""
         if run is not None and run.is_dir() and getattr(rank_zero_only, "rank", 0) == 0:
             self.held.enter_context(locked(run))
             restore_identity(run)
 
     def _parse_ckpt_path(self) -> None:
-        """Done in `parse_arguments`: Lightning would let the checkpoint beat the command line."""
+        """Do nothing: `parse_arguments` did, while Lightning would let the checkpoint beat the command line."""
+
+    def _add_instantiators(self) -> None:
+        """Watch each construction of a class that the configuration names."""
+        for section, kind in zip(SECTIONS, (AdaptedModule, L.LightningDataModule), strict=True):
+            build = hyperparameter_instantiator(self, section)
+            self.parser.add_instantiator(partial(self._construct_section, build), kind)
+        self.parser.add_instantiator(self._construct, object)
+
+    def _construct_section(
+        self, build: Callable[..., Any], kind: type, applied_instantiation_links: dict[str, Any], **keys: Any
+    ) -> Any:
+        links = {"applied_instantiation_links": applied_instantiation_links}
+        return self._construct(kind, build=partial(build, kind, **links), **keys)
+
+    def _construct(self, kind: type, *args: Any, build: Callable[..., Any] | None = None, **keys: Any) -> Any:
+        """Construct a class, and remember the error if that fails: a parser of unions would hide the error."""
+        try:
+            return (build or kind)(*args, **keys)
+        except Exception as error:
+            self.failed = error, bad_input(error) or construction_error(self.config[self.subcommand], kind, error)
+            raise
 
     def before_instantiate_classes(self) -> None:
-        """Refuse data that are not for the model, before either is loaded; a file of adapters has both factors."""
+        """Check that the data are of a kind that the model takes; an adapter file brings both factors."""
         check_strategy(self._get(self.config, "trainer").strategy)
         values = self._get(self.config, "model").init_args
         if values.get("adapter_path") is not None and values.adapter is not None:
@@ -214,15 +331,34 @@ class AsymmetryCLI(LightningCLI):
                 None, f"data: {paths[1]} gives {kind}, and {paths[0]} takes {' or '.join(kinds)}; change one of them."
             )
 
+    def instantiate_classes(self) -> None:
+        """Construct what the configuration names; errors of the constructors are faults of its values.
+
+        Raises:
+            ArgumentError: With the class, for an error of a constructor.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if self.failed is not None and (error is self.failed[0] or bad_input(error) is None):
+                raise self.failed[1] from error
+            if bad_input(error) is None:
+                raise ArgumentError(None, parser_message(error)) from error
+            raise
+
     # -------------------------------------------------------------------------------------------------------- trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Settle the run directory, the logger in it, and the callbacks that every run has."""
+        """Choose the run directory, its logger, and the callbacks that every run has."""
         config = self._get(self.config_init, "trainer")
         for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if config[key] is not None and config[key] < 1:
                 raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
+        resumed = self.checkpoint is not None and self.subcommand == "fit"
+        own_callbacks = usable_callbacks(_as_list(config["callbacks"]), resumed)
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
+        if run is not None and getattr(rank_zero_only, "rank", 0) == 0:
+            remove_links(run)
         if run is None and getattr(rank_zero_only, "rank", 0) == 0:
             run = self.made = new_run_directory(self.root)
             if self.subcommand == "fit":
@@ -233,15 +369,15 @@ class AsymmetryCLI(LightningCLI):
             kwargs["logger"] = False
         elif config["logger"] in (None, True) and not config["fast_dev_run"]:
             # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
-            resumed = self.checkpoint is not None and self.subcommand == "fit"
-            purge = {"purge_step": self.loaded["global_step"] + 1} if resumed else {}
-            kwargs["logger"] = TensorBoardLogger(run, name="", version="", default_hp_metric=False, **purge)
+            purge: dict[str, Any] = {"purge_step": first_new_step(self.loaded)} if resumed else {}
+            kwargs["logger"] = RunLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         # RunSummary first: its setup tells the other processes the run directory
         callbacks = [
             self.summary,
             DataReport(),
-            *_as_list(config["callbacks"]),
+            *own_callbacks,
+            ConfusionPicture(),
             PredictionWriter(),
             AdapterWriter(),
             self.termination,
@@ -250,24 +386,26 @@ class AsymmetryCLI(LightningCLI):
             callbacks.append(LearningRateMonitor("step"))
         plugins = [*_as_list(config["plugins"]), AtomicCheckpointIO(self.checkpoint, self.loaded)]
         self.loaded = {}
-        with not_left_empty(self.made):
+        with remove_if_empty(self.made):
             try:
                 return super().instantiate_trainer(
                     default_root_dir=str(run), callbacks=callbacks, plugins=plugins, **kwargs
                 )
-            except (ValueError, TypeError) as error:
+            except Exception as error:
+                if bad_input(error) is not None and not isinstance(error, ValueError | TypeError):
+                    raise
                 raise ArgumentError(None, f"trainer: {error}") from error
 
     # ------------------------------------------------------------------------------------------------------- commands
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "fit" and self.checkpoint is None:
-            report_untrained(subcommand)
-        with not_left_empty(self.made), full_disk_named(self.run_directory):
+            report_untrained(subcommand, self.model.head_names, self.model.adapter_path)
+        with remove_if_empty(self.made), reraise_disk_full(self.run_directory):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """See before a long training that there is something to test on."""
+        """Check before a long training that there is a split to test on."""
         if self._get(self.config, "test_after_fit") and hasattr(self.datamodule, "check_test_split"):
             self.datamodule.check_test_split()
 
@@ -297,7 +435,7 @@ class AsymmetryCLI(LightningCLI):
     def _close(self) -> None:
         if self.trainer.is_global_zero:
             self.summary.report(self.run_directory)
-            print(f"Run directory: {self.run_directory}", flush=True)
+            print(f"Run directory: {escape_controls(str(self.run_directory))}", flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}

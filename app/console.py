@@ -1,13 +1,16 @@
-"""Lines for the terminal: one logging handler, one format of warnings, control characters escaped."""
+"""Lines for the terminal: one logging handler, one format of warnings, control characters escaped, broken output."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any, TextIO, cast
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -17,9 +20,22 @@ LOGGERS = ("app", "modules", "datamodules")  # the packages of this program, who
 def escape_controls(text: str) -> str:
     """Return a text in which escape sequences, control and direction characters are visible and have no effect.
 
-    Line breaks and tabs stay.
+    Line breaks and tabs stay. Bytes of a name that are no UTF-8 become visible too.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_error(text: str) -> None:
+    """Print an error message on stderr, if stderr can be written."""
+    try:
+        print(f"error: {escape_controls(text)}", file=sys.stderr, flush=True)
+    except OSError:  # nobody is left to read the message; the exit code remains
+        silence_output()
+
+
+def traceback_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of a defect with control characters escaped: its message may quote a file."""
+    sys.stderr.write(escape_controls("".join(traceback.format_exception(kind, error, trace))))
 
 
 class ConsoleHandler(logging.Handler):
@@ -29,22 +45,32 @@ class ConsoleHandler(logging.Handler):
         """Print one record."""
         if getattr(rank_zero_only, "rank", 0) == 0:
             prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            print(prefix + escape_controls(record.getMessage()), file=sys.stderr, flush=True)
+            print(prefix + record.getMessage(), file=sys.stderr, flush=True)
+
+
+class EscapedRecord(logging.LogRecord):
+    """Log record of this program or of any library, whose message has its control characters escaped."""
+
+    def getMessage(self) -> str:
+        """Return the message."""
+        return escape_controls(super().getMessage())
 
 
 @contextmanager
 def console_logging() -> Iterator[None]:
     """Show what this program logs, from INFO on, and format warnings alike; undone on exit."""
-    handler, format_before = ConsoleHandler(), warnings.formatwarning
+    handler, format_before, record_before = ConsoleHandler(), warnings.formatwarning, logging.getLogRecordFactory()
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
     warnings.formatwarning = _format_warning
+    logging.setLogRecordFactory(EscapedRecord)
     try:
         yield
     finally:
+        logging.setLogRecordFactory(record_before)
         warnings.formatwarning = format_before
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
@@ -53,3 +79,71 @@ def console_logging() -> Iterator[None]:
 
 def _format_warning(message: Any, *_: Any, **__: Any) -> str:
     return f"warning: {escape_controls(str(message))}\n"
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+class WatchedStream:
+    """Standard stream that remembers why it could not be written, since who catches the error may hide the reason."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.problem: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write to the stream."""
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.problem = error
+            raise
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.problem = error
+            raise
+
+
+@contextmanager
+def watched_output() -> Iterator[None]:
+    """Watch stdout and stderr for errors, and print `?` for characters that stdout's encoding lacks; undone on exit."""
+    streams = sys.stdout, sys.stderr
+    encoding_errors = getattr(sys.stdout, "errors", None)
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # not every stream that stands in for stdout has it
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+    sys.stdout, sys.stderr = (cast(TextIO, WatchedStream(stream)) for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        if reconfigure is not None:
+            with suppress(OSError, ValueError):  # the stream's own error was reported
+                reconfigure(errors=encoding_errors)
+
+
+def output_problem() -> OSError | None:
+    """Return why stdout or stderr could not be written; None if both could."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+        if isinstance(stream, WatchedStream) and stream.problem is not None:
+            return stream.problem
+    return None
+
+
+def silence_output() -> None:
+    """Send the rest for a broken stream to the null device, so that the interpreter can flush the stream at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, WatchedStream) and stream.problem is not None:
+            with suppress(OSError, ValueError):  # a stream that stands in for stdout has no file
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)

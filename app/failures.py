@@ -1,23 +1,27 @@
-"""Which errors are the user's to mend, and which are defects."""
+"""Errors that are the user's to fix, and defects."""
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from app.callbacks import CallbackError
 from app.checkpoint_io import CheckpointError
 from app.messages import compiler_message
-from app.processes import lost_a_process, together
+from app.processes import is_distributed, is_peer_lost, is_worker_lost
 from datamodules.errors import DataError
 from modules.adapters import AdapterError
 from modules.base import ModelError
 
-# What a user can mend. Anything else is a defect of this program and shows its traceback.
+_log = logging.getLogger(__name__)
+
+# Errors that a user can fix. Anything else is a defect of this program and shows its traceback.
 BAD_INPUT = (
     ArgumentError,
     AdapterError,
@@ -31,11 +35,19 @@ BAD_INPUT = (
 
 
 def bad_input(error: Exception) -> Exception | None:
-    """What the user can mend behind an error, looking through the parser's wrapping; None for a defect."""
+    """Return the error that a user can fix behind an error, through the parser's wrapping; None for a defect."""
     if isinstance(error, torch.OutOfMemoryError):
         return ArgumentError(None, "The accelerator's memory is full: choose a smaller --data.batch_size.")
-    if together() and lost_a_process(error):
+    if is_worker_lost(error) or is_worker_lost(error.__cause__ or error):
+        return ArgumentError(
+            None,
+            "A worker process of the data loader was killed, often because memory is full. Checkpoints are untouched: "
+            "resume with --ckpt_path last and a smaller --data.num_workers or --data.batch_size.",
+        )
+    if is_distributed() and is_peer_lost(error):
         return ArgumentError(None, "Another process of the run has ended or cannot be reached.")
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return ArgumentError(None, f"{error.object[:200]} has bytes that are no UTF-8. Rename the file or folder.")
     if (failed := compiler_message(error)) is not None:
         return ArgumentError(None, failed)
     link: BaseException | None = error
@@ -48,3 +60,44 @@ def bad_input(error: Exception) -> Exception | None:
     if isinstance(error, ValueError | RuntimeError) and f"{os.sep}lightning{os.sep}" in frames[-1].filename:
         return error  # Lightning's own check of what the trainer or a callback was told
     return None
+
+
+def construction_error(config: Namespace, kind: type, error: Exception) -> ArgumentError:
+    """Return the message for a class of the configuration whose constructor raised an error of its own.
+
+    Args:
+        config: The command's values.
+        kind: The class.
+        error: What the constructor raised.
+    """
+    _log.debug("%s cannot be created.", kind.__name__, exc_info=error)
+    key = _key_of(config.as_dict(), kind.__name__)
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    message = f"{f'{key}: ' if key else ''}{kind.__name__} cannot be created ({reason})."
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        message += f" Install the package: pip install {error.name.partition('.')[0]}."
+    return ArgumentError(None, message)
+
+
+def _key_of(tree: Any, class_name: str, prefix: str = "") -> str | None:
+    """Return the dotted key at which a tree of values names a class."""
+    if isinstance(tree, dict):
+        if str(tree.get("class_path")).rpartition(".")[2] == class_name:
+            return prefix
+        parts = {key: f"{prefix}.{key}".lstrip(".") if key != "init_args" else prefix for key in tree}
+        found = (_key_of(value, class_name, parts[key]) for key, value in tree.items())
+    elif isinstance(tree, list):
+        found = (_key_of(value, class_name, prefix) for value in tree)
+    else:
+        return None
+    return next((key for key in found if key), None)
+
+
+def is_caused_by(error: BaseException, problem: OSError) -> bool:
+    """Return whether an error, or one that it was raised from, is the operating system's with the same number."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno == problem.errno:
+            return True
+        link = link.__cause__ or link.__context__
+    return False

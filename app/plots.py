@@ -74,9 +74,9 @@ class HeatMap:
             (height, width, 3) uint8.
         """
         data = np.asarray(values, dtype=float)
-        columns, largest = data.shape[1], max(float(data.max()), 1e-12)
+        columns, largest = data.shape[1], float(data.max())
         picture = self.empty.copy()
-        cells = _coloured(data / largest).resize((WIDTH, self.height), Image.Resampling.NEAREST)
+        cells = _coloured(data / (largest or 1.0)).resize((WIDTH, self.height), Image.Resampling.NEAREST)
         picture.paste(cells, (self.left, TOP))
         draw = ImageDraw.Draw(picture)
         draw.text((self.left + WIDTH / 2, TOP / 2), title, INK, self.large, anchor="mm")

@@ -1,4 +1,4 @@
-"""The processes of one run: which of them says what went wrong, and how they part."""
+"""Processes of a run: which one reports an error, and how they leave their process group."""
 
 from __future__ import annotations
 
@@ -8,38 +8,48 @@ import sys
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+WORKER = "DataLoader worker"  # how torch's messages of a lost worker process begin
 
-def lost_a_process(error: Exception) -> bool:
-    """Whether an error is what is left of a worker or of another process of the run."""
-    lost = ("DataLoader worker", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, ConnectionError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
+
+def is_worker_lost(error: BaseException) -> bool:
+    """Return True if an error says that a worker process of a data loader has died."""
+    return isinstance(error, RuntimeError) and WORKER in str(error)
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Return True if an error is what is left of a worker or of another process of the run."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return (
+        isinstance(error, ConnectionError)
+        or is_worker_lost(error)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in lost))
     )
 
 
-def first_to_tell() -> bool:
-    """Whether this process is to report an error: the first that asks, of those that found each other.
+def should_report() -> bool:
+    """Return True on the first process that calls it: that one reports the error.
 
-    Before they have, the first of each node, since what is wrong with a command is so for all of them. When process 0,
-    which counts, is gone, nobody knows whether it has told, and the next one says that.
+    Before the processes of a run have found each other, the first of each node reports, since what is wrong with a
+    command is so for all of them. When process 0 is gone, which counts the calls, nobody knows whether it has reported;
+    process 1 prints that.
     """
-    if not together():
+    if not is_distributed():
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return int(_get_default_store().add("onesided/errors", 1)) == 1
     except RuntimeError:
         if dist.get_rank() == 1:
-            said = "Process 0 of the run ended before the others: if it has not said why, it was killed."
-            print(said, file=sys.stderr, flush=True)
+            text = "Process 0 of the run ended before the others: if it has not said why, it was killed."
+            print(text, file=sys.stderr, flush=True)
         return False
 
 
-def together() -> bool:
-    """Whether this process has found the others of the run."""
+def is_distributed() -> bool:
+    """Return True if this process has found the others of the run."""
     return dist.is_available() and dist.is_initialized()
 
 
-def part() -> None:
-    """Leave the group of processes: gloo's threads would abort one that ends in it. Of NCCL's Lightning takes care."""
-    if together() and dist.get_backend() == "gloo":
+def leave_process_group() -> None:
+    """Leave gloo's process group, whose threads would abort a process that ends in it. Lightning leaves NCCL's."""
+    if is_distributed() and dist.get_backend() == "gloo":
         dist.destroy_process_group()

@@ -7,21 +7,30 @@ import fcntl
 import logging
 import os
 import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from app.checkpoint_io import BEST, IDENTITY, LAST, PREVIOUS, CheckpointError, read_checkpoint
 from app.checkpoint_io import CHECKPOINTS as CHECKPOINTS
 from app.checkpoint_io import run_of_checkpoint as run_of_checkpoint
-from app.files import WriteError, written_whole
+from datamodules.atomic import WriteError, atomic_write, remove_stale
 
 _log = logging.getLogger(__name__)
 LOCK = ".lock"
+# files of a run that are read, and replaced by a rename, which does not follow a link
+READ = re.compile(
+    r"checkpoints/(best|last|previous)\.ckpt|config(-\d+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet|\.run"
+)
 TAKEN = (errno.EACCES, errno.EAGAIN)
+
+
+class RunDirectoryError(OSError):
+    """A run directory cannot be made or written; the message names the place and the remedy."""
 
 
 class RunTaken(CheckpointError):
@@ -38,7 +47,8 @@ def new_run_directory(root: Path) -> Path:
     """Create the next version directory below a root, with an identity; two runs that start at once get two.
 
     Raises:
-        WriteError: If none can be made there.
+        RunDirectoryError: If none can be made there.
+        WriteError: If nothing can be written to it.
     """
     existing = versions(root)
     number = int(existing[-1].name.removeprefix("version_")) + 1 if existing else 0
@@ -53,19 +63,49 @@ def new_run_directory(root: Path) -> Path:
         except OSError as error:
             raise _no_directory(root, error) from error
         else:
-            with written_whole(path / IDENTITY) as file:
-                file.write_text(f"{uuid.uuid4().hex}\n", encoding="ascii")
+            try:
+                with atomic_write(path / IDENTITY) as file:
+                    file.write(f"{uuid.uuid4().hex}\n".encode())
+            except WriteError:
+                path.rmdir()
+                raise
             return path
 
 
-def _no_directory(root: Path, error: OSError) -> WriteError:
-    return WriteError(
+def _no_directory(root: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(
         f"trainer.default_root_dir: no run directory can be made in {root} ({error.strerror}); choose another place."
     )
 
 
+def remove_links(run: Path) -> None:
+    """Remove the links in a run directory through which a command would write to files outside.
+
+    A run directory may come from a stranger. Links to files that are only read, or replaced atomically, stay (`READ`).
+
+    Raises:
+        RunDirectoryError: If the run directory or a folder in it is a link that leads elsewhere.
+    """
+    real = Path(os.path.realpath(run))
+    if run.is_symlink() and real.parent != Path(os.path.realpath(run.parent)):
+        raise RunDirectoryError(f"{run} is a link to {real}, outside of its folder. Give {real} itself.")
+    for folder, folders, files in os.walk(run):
+        for path in (Path(folder, name) for name in [*folders, *files]):
+            target = Path(os.path.realpath(path))
+            if not path.is_symlink() or target.is_relative_to(real):
+                continue
+            if path.is_dir():
+                raise RunDirectoryError(
+                    f"{path} is a link to {target}, outside of the run directory, where the run would write. Replace "
+                    "the link by a folder."
+                )
+            if not READ.fullmatch(path.relative_to(run).as_posix()):
+                path.unlink()
+                _log.warning(f"{path} was a link to {target}, outside of the run directory. The link is removed.")
+
+
 @contextmanager
-def not_left_empty(run: Path | None) -> Iterator[None]:
+def remove_if_empty(run: Path | None) -> Iterator[None]:
     """Remove a run directory that was made for a command which is refused before it wrote more than empty events."""
     try:
         yield
@@ -84,13 +124,14 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises:
         RunTaken: If another process holds it.
-        WriteError: If the directory cannot be written.
+        RunDirectoryError: If the directory cannot be written, or holds links that lead elsewhere.
     """
+    remove_links(run)
     try:
-        file = (run / LOCK).open("a+", encoding="utf-8")
+        handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise WriteError(f"{run} cannot be written ({error.strerror}); choose another place.") from error
-    with file:
+        raise RunDirectoryError(f"{run} cannot be written ({error.strerror}); choose another place.") from error
+    with open(handle, "r+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -104,7 +145,18 @@ def locked(run: Path) -> Iterator[None]:
         else:
             file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+            _remove_stale_files(run)
         yield
+
+
+def _remove_stale_files(run: Path) -> None:
+    """Remove what a killed fit has left in a run directory that this process has locked."""
+    for folder in (run, run / CHECKPOINTS):
+        remove_stale(folder)
+    for name in (LAST, PREVIOUS, BEST):  # temporary names of earlier versions
+        with suppress(OSError):
+            (run / CHECKPOINTS / f".{name}.tmp").unlink()
+    shutil.rmtree(run / ".adapter.old", ignore_errors=True)
 
 
 def wanted_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:

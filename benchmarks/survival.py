@@ -1,10 +1,12 @@
-"""What becomes of runs that are killed, and of checkpoints that are damaged.
+"""Kill, stop and damage runs; compare each resumed run with one that was left alone.
 
 25 runs of a tiny ViT are killed with SIGKILL, some at a random moment and some while a checkpoint is written, and
 resumed; each must end with the bits of a run that was left alone: weights, optimizer, schedule, random numbers, the
 best checkpoint, the loss of every step and every validation. Then the last checkpoint of a run that was killed in its
 middle is damaged in 20 ways, in some together with the best or the previous one; each must be named, none used, and
-training go on from the newest intact one to the same bits. Needs no hub and no data; two minutes on a core.
+training go on from the newest intact one to the same bits. Ten runs are stopped by max_steps, max_time and callbacks,
+in mid-epoch or within an accumulated step, and five each are killed while they tokenise, cache a frozen prefix and
+export. Needs no hub and no data; five minutes on a core.
 
     OMP_NUM_THREADS=1 python -m benchmarks.survival --output docs/results/survival.json
 """
@@ -21,19 +23,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import torch
 
-import modules.image_classification  # noqa: F401  # both are imported before the fork
+import modules.image_classification
+import modules.text_classification  # noqa: F401  # all are imported before the fork
 from app.callbacks import AdapterCheckpoint
 from app.checkpoint_io import read_checkpoint
 from app.cli import main as run_command
-from tests.conftest import ROOT, write_parquet
+from tests.backbones import save_backbone
+from tests.conftest import ROOT, write_parquet, write_sentences
 
 EPOCHS, STEPS_AN_EPOCH = 4, 8
 LOSSES = "losses.txt"
@@ -64,10 +69,9 @@ def record_losses(path: Path) -> None:
     AdapterCheckpoint.on_validation_end = on_validation_end  # type: ignore[method-assign]
 
 
-def start(root: Path, data: Path, *options: str) -> int:
-    """Fork a process that fits below a root, and says what it says in root/log.txt; its id."""
-    root.mkdir(exist_ok=True)
-    words = ["fit", "--config", str(ROOT / "tests/conf/image.yaml"), f"--trainer.default_root_dir={root}"]
+def start(root: Path, data: Path, *options: str, config: str = "image") -> int:
+    """Fork a process that fits below a root, with its output in root/log.txt; return its id."""
+    words = ["fit", "--config", str(ROOT / f"tests/conf/{config}.yaml"), f"--trainer.default_root_dir={root}"]
     words += [
         f"--data.path={data}",
         f"--trainer.max_epochs={EPOCHS}",
@@ -75,8 +79,15 @@ def start(root: Path, data: Path, *options: str) -> int:
         "--trainer.logger=false",
         *options,
     ]
+    return start_command(root, words)
+
+
+def start_command(root: Path, words: list[str]) -> int:
+    """Fork a process that runs a command, with output in root/log.txt and caches in root/cache; return its id."""
+    root.mkdir(exist_ok=True)
     process = os.fork()
     if process == 0:
+        datasets.config.HF_DATASETS_CACHE = root / "cache"
         handle = os.open(root / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
@@ -186,6 +197,103 @@ def killed_run(root: Path, data: Path, reference: Path, order: random.Random, wr
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------- stops
+
+CONSTANT = ["--model.schedule=constant", "--model.warmup_ratio=0"]  # max_steps plans the other schedules anew
+ACCUMULATE = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4"]
+
+
+def stops(order: random.Random) -> Iterator[tuple[str, str, list[str], list[str]]]:
+    """Yield ten stops: what stops, the reference, the options of both runs, and those of the stop."""
+    for i in range(3):
+        accumulated = ACCUMULATE if i == 2 else []
+        reference = "accumulated constant" if accumulated else "constant"
+        limit = order.randrange(1, EPOCHS * STEPS_AN_EPOCH // (3 if accumulated else 1) - 3)
+        yield "max_steps", reference, [*CONSTANT, *accumulated], [f"--trainer.max_steps={limit}"]
+    for i in range(3):
+        limit = f"--trainer.max_time={{milliseconds: {order.randrange(100, 500)}}}"
+        yield "max_time", "accumulated" if i == 2 else "whole", ACCUMULATE if i == 2 else [], [limit]
+    for hook in ("on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step", "on_validation_end"):
+        batch = order.randrange(1, EPOCHS * STEPS_AN_EPOCH) if hook != "on_validation_end" else 12
+        callback = ["--allow_imports", "tests.support", "--trainer.callbacks+=tests.support.stopping.StopAt"]
+        stop = [*callback, f"--trainer.callbacks.hook={hook}", f"--trainer.callbacks.batch={batch}"]
+        accumulated = ACCUMULATE if hook in ("on_train_batch_end", "on_validation_end") else []
+        yield f"callback, {hook}", "accumulated" if accumulated else "whole", accumulated, stop
+
+
+def stopped_run(root: Path, data: Path, reference: Path, kind: str, options: list[str], stop: list[str]) -> Any:
+    """Stop a run and resume it; what happened, as a row."""
+    code = finish(start(root, data, *options, *stop))
+    steps = read_checkpoint(root / "version_0/checkpoints/last.ckpt")["global_step"]
+    resumed = finish(start(root, data, *options, "--ckpt_path=last"))
+    return {
+        "stopped by": kind,
+        "options": stop,
+        "exit codes": [code, resumed],
+        "step of last.ckpt": steps,
+        "differs in": differences(root, reference),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ kills outside of fits
+
+
+def interrupted_cache(root: Path, data: Path, reference: Path, config: str, options: list[str], late: float) -> Any:
+    """Kill a run a little after its first file in the cache has come, and run it again; what happened, as a row."""
+    cache = root / "cache" / "onesided"
+
+    def moment() -> bool:
+        if not cache.is_dir() or not any(cache.iterdir()):
+            return False
+        time.sleep(late)
+        return True
+
+    ran = kill_at(start(root, data, *options, config=config), moment)
+    written = sorted(path.name for path in cache.iterdir())
+    shutil.rmtree(root / "version_0")
+    (root / LOSSES).unlink(missing_ok=True)
+    code = finish(start(root, data, *options, config=config))
+    return {
+        "killed": ran,
+        "seconds behind the first file": round(late, 4),
+        "in the cache": written,
+        "stale in the end": sorted(p.name for p in cache.iterdir() if p.name.startswith((".", "tmp"))),
+        "exit code": code,
+        "differs in": differences(root, reference),
+    }
+
+
+def interrupted_export(root: Path, run: Path, kind: str, reference: Path, order: random.Random) -> Any:
+    """Kill an export at a moment of it, and export again; what happened, as a row."""
+    words = ["export", str(run), "--format", kind, "--output", str(root / "exported")]
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    late = order.uniform(0.0, 0.02)
+    known = {"log.txt", "cache"}
+
+    def moment() -> bool:
+        if not root.is_dir() or all(path.name in known for path in root.iterdir()):
+            return False
+        time.sleep(late)
+        return True
+
+    ran = kill_at(start_command(root, words), moment)
+    left = sorted(path.name for path in root.iterdir() if path.name not in known)
+    whole = (root / "exported").exists()
+    code = 0 if whole else finish(start_command(root, words))
+    exported = {path.name: path.read_bytes() for path in (root / "exported").iterdir()}
+    expected = {path.name: path.read_bytes() for path in (reference / "exported").iterdir()}
+    weights = {name for name in expected if name.endswith((".safetensors", ".json"))}
+    changed = [str(path) for path, content in before.items() if path.read_bytes() != content]
+    return {
+        "format": kind,
+        "killed": ran,
+        "seconds behind the first file": round(late, 4),
+        "left by the kill": left,
+        "exit code": code,
+        "differs in": [name for name in sorted(weights) if exported.get(name) != expected[name]] + changed,
+    }
+
+
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
@@ -230,13 +338,47 @@ def damaged_run(
     }
 
 
+def kills_outside_of_a_fit(base: Path, data: Path, order: random.Random) -> list[Any]:
+    """Kill five runs while they tokenise, five while they cache a prefix, and five exports."""
+    texts = write_sentences(base / "texts", {"train": 20_000, "validation": 20})
+    text = [f"--model.backbone={save_backbone(base / 'roberta', 'roberta')}", "--checkpoint.monitor=val/loss"]
+    text += ["--checkpoint.mode=min", "--trainer.limit_train_batches=8"]
+    still = ["--data.crop_scale=[1,1]", "--data.horizontal_flip=false", "--data.cache_prefix=true"]
+    vit = "{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"
+    prefix = [f"--model.backbone_args={vit}", "--model.adapter.layers=1", *still]
+    images = write_parquet(base / "images", {"train": 3000})
+    prefix += ["--data.max_val_samples=12", "--trainer.limit_train_batches=8"]
+    rows = []
+    for kind, where, config, options in (
+        ("tokenising", texts, "text", text),
+        ("caching a prefix", images, "image", prefix),
+    ):
+        reference = base / f"{kind} alone"
+        assert finish(start(reference, where, *options, config=config)) == 0, (reference / "log.txt").read_text()
+        for i in range(5):
+            late = order.uniform(0, 0.3)
+            row = interrupted_cache(base / f"{kind} {i}", where, reference, config, options, late)
+            rows.append({"killed while": kind} | row)
+            print(f"{kind} {i}: {rows[-1]}", flush=True)
+    run = base / "whole/version_0"
+    for i, kind in enumerate(("merged", "peft", "compact", "merged", "peft")):
+        reference = base / f"export {kind}"
+        if not reference.exists():
+            words = ["export", str(run), "--format", kind, "--output", str(reference / "exported")]
+            assert finish(start_command(reference, words)) == 0, (reference / "log.txt").read_text()
+        row = interrupted_export(base / f"export{i}", run, kind, reference, order)
+        rows.append({"killed while": "exporting"} | row)
+        print(f"exporting {i}: {rows[-1]}", flush=True)
+    return rows
+
+
 def table(rows: list[Any], key: str, good: dict[str, Callable[[Any], bool]]) -> None:
     """Print how many rows of each kind are good in each way."""
-    print(f"{key:<12} {'runs':>5} " + " ".join(f"{name:>24}" for name in good))
+    print(f"{key:<35} {'runs':>5} " + " ".join(f"{name:>24}" for name in good))
     for kind in dict.fromkeys(row[key] for row in rows):
         chosen = [row for row in rows if row[key] == kind]
         counts = [sum(test(row) for row in chosen) for test in good.values()]
-        print(f"{kind:<12} {len(chosen):>5} " + " ".join(f"{count:>24}" for count in counts))
+        print(f"{kind:<35} {len(chosen):>5} " + " ".join(f"{count:>24}" for count in counts))
 
 
 def main() -> None:
@@ -263,6 +405,14 @@ def main() -> None:
         for i in range(arguments.kills):
             kills.append(killed_run(base / f"kill{i}", data, base / "whole", order, write=i % 5 > 1))
             print(f"kill {i}: {kills[-1]}", flush=True)
+        stopped, references = [], {"whole"}
+        for i, (kind, reference, options, stop) in enumerate(stops(order)):
+            if reference not in references:
+                references.add(reference)
+                assert finish(start(base / reference, data, *options)) == 0
+            stopped.append(stopped_run(base / f"stop{i}", data, base / reference, kind, options, stop))
+            print(f"stop {i}: {stopped[-1]}", flush=True)
+        others = kills_outside_of_a_fit(base, data, order)
         foreign = base / "foreign/version_0/checkpoints"
         choices = [["last.ckpt"]] * 3 + [["last.ckpt", "best.ckpt"], ["last.ckpt", "previous.ckpt"]]
         for kind in KINDS:
@@ -276,6 +426,8 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in ("torch", "lightning")},
         "kills": kills,
+        "stops": stopped,
+        "kills outside of a fit": others,
         "damage": damages,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -291,6 +443,8 @@ def main() -> None:
             "identical end": identical,
         },
     )
+    table(stopped, "stopped by", {"identical end": identical})
+    table(others, "killed while", {"killed": lambda row: row["killed"], "identical end": identical})
     table(
         damages,
         "damage",

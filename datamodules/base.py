@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -16,10 +17,21 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
 from datamodules.findings import Findings
+from datamodules.length_effect import strong_effect
 from datamodules.prefix_cache import WithHidden, filling_order, hidden_states
+
+_log = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
 BEAT = 20.0  # seconds; a process group gives up after 10 minutes or more
+
+
+@runtime_checkable
+class DigestedRows(Protocol):
+    """A data set that says whether its rows are those of an earlier run."""
+
+    def rows_digest(self) -> str:
+        """Return a digest of all rows, their order and their labels included."""
 
 
 class ResumableDataModule(L.LightningDataModule):
@@ -30,6 +42,10 @@ class ResumableDataModule(L.LightningDataModule):
     Resumed with another batch size or number of processes, an epoch goes on at the same place, rounded down to a whole
     batch, and with the last one if none is left; with length buckets, whose order depends on the batch, some samples of
     that one epoch then come twice and others not.
+
+    A checkpoint also has a digest of the training rows. If rows were removed, added, edited or put in another order
+    since, a checkpoint in mid-epoch is refused, for nobody knows which rows of that epoch are left. At an epoch's end
+    the change is logged, and training goes on with the new rows. Checkpoints of earlier versions have no digest.
 
     Args:
         batch_size: Samples a step and process, at least 1.
@@ -48,6 +64,8 @@ class ResumableDataModule(L.LightningDataModule):
         self.findings = Findings(skip_bad_rows)
         self._seed: int | None = None
         self._position: dict[str, int] = {}
+        self._rows_digest: dict[str, Any] = {}  # digest and number of the training rows
+        self._digest_before: dict[str, Any] = {}  # those of the checkpoint that is resumed
         self._resumed_at: float | None = None  # batches of the epoch that are done; infinite when it is over
 
     def world(self) -> tuple[int, int]:
@@ -87,6 +105,14 @@ class ResumableDataModule(L.LightningDataModule):
         finally:  # an error is every process's own
             if first:
                 wait()
+
+    def failed_rows(self, file: int) -> list[dict[str, Any]]:
+        """Rows of a file of predictions that cannot be predicted: `index`, and `error` with the reason.
+
+        Args:
+            file: Number of the loader that the file is of.
+        """
+        return []
 
     @property
     def caches(self) -> bool:
@@ -129,7 +155,11 @@ class ResumableDataModule(L.LightningDataModule):
         return WithHidden(collate, states)
 
     def train_loader(
-        self, dataset: Dataset[Any], lengths: Tensor | None = None, collate: Collate | None = None
+        self,
+        dataset: Dataset[Any],
+        lengths: Tensor | None = None,
+        collate: Collate | None = None,
+        labels: Tensor | None = None,
     ) -> DataLoader[Any]:
         """Shuffled by the run's seed, whole batches only, from the position of the checkpoint that is resumed.
 
@@ -137,12 +167,16 @@ class ResumableDataModule(L.LightningDataModule):
             dataset: The samples.
             lengths: Their lengths, if samples of like length are to share a batch.
             collate: Makes a batch of samples; None stacks them.
+            labels: Their classes or scores, if batches by length are to keep the label mix of the data.
 
         Raises:
-            DataError: If there is not one whole batch for each process.
+            DataError: If there is not one whole batch for each process, or the rows are not those of the checkpoint,
+                which lies in mid-epoch.
         """
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
+        self._rows_digest = {"rows": dataset.rows_digest(), "size": size} if isinstance(dataset, DigestedRows) else {}
+        self._compare_rows()
         if size < self.batch_size * world:
             raise DataError(
                 f"data.batch_size: {size} training samples are fewer than one batch of {self.batch_size} × {world} "
@@ -151,7 +185,14 @@ class ResumableDataModule(L.LightningDataModule):
         if self._seed is None:
             assert self.trainer is not None
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed()))
-        sampler = EpochSampler(size, world, rank, self.batch_size, self._seed, lengths)
+        if lengths is not None and labels is not None and rank == 0 and (effect := strong_effect(lengths, labels)):
+            _log.warning(
+                "data.bucket_by_length: the length of a training text tells much about its label (%s). A model can "
+                "learn the length instead of the text, and length buckets save little padding here, because each batch "
+                "keeps the label mix. --data.bucket_by_length false draws batches regardless of length.",
+                effect,
+            )
+        sampler = EpochSampler(size, world, rank, self.batch_size, self._seed, lengths, labels)
         if self._position:
             # in samples, since another batch size or number of processes may go on from there
             batches = min(self._position["samples"] // (self.batch_size * world), sampler.batches - 1)
@@ -213,15 +254,48 @@ class ResumableDataModule(L.LightningDataModule):
         self._resumed_at = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in training: the epoch, the samples of it that all processes have done, and the order's seed."""
+        """Return the position in training: epoch, samples of it that are done, seed, digest of the rows."""
         trainer = self.trainer
         assert trainer is not None
         done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         samples = done * self.batch_size * trainer.world_size
         at_end = done >= trainer.num_training_batches
-        return {"epoch": trainer.current_epoch + at_end, "samples": 0 if at_end else samples, "seed": self._seed}
+        position = {"epoch": trainer.current_epoch + at_end, "samples": 0 if at_end else samples, "seed": self._seed}
+        return position | self._rows_digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a position for the training loader that is to come."""
+        """Keep a position for the training loader that is to come.
+
+        Raises:
+            DataError: If it is no position.
+        """
+        known = state_dict if isinstance(state_dict, dict) else {}
+        numbers = [known.get(key) for key in ("epoch", "samples", "seed")]
+        if not all(type(n) is int for n in numbers) or min(numbers[:2]) < 0:  # type: ignore[type-var, operator]
+            raise DataError(
+                f"ckpt_path: the checkpoint's position in the data is damaged ({state_dict}). Use another checkpoint."
+            )
         self._seed = state_dict["seed"]
         self._position = {key: state_dict[key] for key in ("epoch", "samples")}
+        self._digest_before = {key: known.get(key) for key in ("rows", "size")}
+
+    def _compare_rows(self) -> None:
+        """Compare the training rows with those of the checkpoint that is resumed, once.
+
+        Raises:
+            DataError: If they differ, and the checkpoint lies in mid-epoch.
+        """
+        now, before, self._digest_before = self._rows_digest, self._digest_before, {}
+        if not now or before.get("rows") is None or now == before:
+            return
+        edited = f"still {now['size']}, but with other content or in another order"
+        change = edited if now["size"] == before["size"] else f"{before['size']} before, {now['size']} now"
+        if self._position.get("samples"):
+            raise DataError(
+                f"data: the training rows have changed since the checkpoint ({change}). The checkpoint lies in the "
+                "middle of an epoch, of which nobody knows now what rows are left. Restore the rows, resume a "
+                "checkpoint of an epoch's end, or start a new run from the adapter with --model.adapter_path."
+            )
+        _log.warning(
+            f"data: the training rows have changed since the checkpoint ({change}). Training goes on with them."
+        )

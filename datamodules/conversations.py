@@ -12,6 +12,7 @@ from datamodules.errors import DataError
 
 Message = dict[str, str]  # role, content, and of a user's perhaps Alpaca's input
 ROLES = ("system", "user", "assistant")
+SENDERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of roles
 
 # Alpaca's prompts (Taori et al. 2023) as a chat template, so that one code serves both and any tokenizer can carry it.
 _INTRODUCTION = (
@@ -65,9 +66,13 @@ class Columns:
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def conversation(self, row: dict[str, Any]) -> list[Message]:
-        """The messages of a row, responses among them or not; `check_messages` has seen those of a column."""
+        """The messages of a row, responses among them or not.
+
+        Raises:
+            DataError: If a cell of messages holds something else.
+        """
         if self.messages:
-            messages = [{"role": m["role"], "content": m["content"] or ""} for m in row[self.messages]]
+            messages = read_messages(row[self.messages])
         else:
             messages = [{"role": "user", **self._question(row)}]
             if self.response:
@@ -92,28 +97,32 @@ class Columns:
         return response
 
 
-def check_messages(messages: Any, where: str, column: str) -> None:
-    """See that a cell holds a list of messages; that of an assistant may be without content.
+def read_messages(cell: Any) -> list[Message]:
+    """Return the messages of a cell: of `role` and `content`, or of `from` and `value` as ShareGPT has them.
+
+    A message of an assistant may be without content.
 
     Args:
-        messages: The cell.
-        where: What to call its row.
-        column: Its column.
+        cell: Content of a column of conversations.
 
     Raises:
-        DataError: With the row.
+        DataError: If it is no list of such messages.
     """
-    if not isinstance(messages, list):
-        raise DataError(
-            f"data.messages_column: {column} of {where} must be a list of messages; it is {str(messages)[:80]}."
-        )
-    for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    if not isinstance(cell, list):
+        raise DataError(f"it must be a list of messages; it is {str(cell)[:80]}")
+    messages: list[Message] = []
+    for message in cell:
+        fields = message if isinstance(message, dict) else {}
+        sender = fields.get("from") if fields.get("role") is None else fields["role"]
+        role = SENDERS.get(sender, sender) if isinstance(sender, str) else None
+        content = fields.get("value") if fields.get("content") is None else fields["content"]
         if role not in ROLES or not (isinstance(content, str) or (role == "assistant" and content is None)):
             raise DataError(
-                f"data.messages_column: a message in {column} of {where} must have `role` ({', '.join(ROLES)}) and "
-                f"text as `content`; it is {str(message)[:80]}."
+                f"a message must have `role` ({', '.join(ROLES)}) and text as `content`, or ShareGPT's `from` and "
+                f"`value`; it is {str(message)[:80]}"
             )
+        messages.append({"role": role, "content": content or ""})
+    return messages
 
 
 def response_end(tokenizer: Any, template: str) -> int:

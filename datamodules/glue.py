@@ -11,10 +11,10 @@ from torch import Tensor
 
 from datamodules.base import Collate
 from datamodules.errors import DataError
-from datamodules.labels import Labels, read_labels
-from datamodules.tables import Table
-from datamodules.text import Padding, TextData
-from datamodules.tokens import TokenDataset, check_texts, tokenized, tokenizer_state
+from datamodules.labels import Labels, parse_labels
+from datamodules.tables import Table, blank_rows, check_column, check_texts, null_rows
+from datamodules.text import BadRow, Padding, TextData
+from datamodules.tokens import TokenDataset, tokenized, tokenizer_state
 
 Task = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
 
@@ -84,7 +84,8 @@ TASKS: dict[str, GlueTask] = {
 class GlueData(TextData):
     """One or two sentences with a label, tokenised once and batched by length.
 
-    Labels are whole numbers, names, or decimal numbers, which make a regression. Batches are dicts of what the
+    Labels are whole numbers, booleans, names, or decimal numbers, which make a regression. The classes are those that
+    occur in the training rows, unless the column or the task names them. Batches are dicts of what the
     backbone's tokenizer gives, (batch, tokens) int64, of `index` (batch,) and `label` (batch,).
 
     Args:
@@ -113,6 +114,9 @@ class GlueData(TextData):
         predict_path: File of rows for `predict`; None takes the test split.
         prediction_format: Of what `predict` writes: `tsv`, GLUE's submission with index and prediction, or `jsonl`,
             with the text and the probability too.
+        encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
+        skip_label: Label of rows that are left out, by name or number: -1 where a set marks rows without one so.
+        skip_bad_rows: Rows of each split that may be skipped because text or label is missing; one more is an error.
     """
 
     kind = "labelled texts"
@@ -140,7 +144,16 @@ class GlueData(TextData):
         max_test_samples: int | None = None,
         predict_path: str | None = None,
         prediction_format: Literal["tsv", "jsonl"] = "tsv",
+        encoding: str = "utf-8",
+        skip_label: int | str | None = None,
+        skip_bad_rows: int = 0,
     ) -> None:
+        self.task = TASKS[task] if task else None
+        columns = text_columns or (self.task.columns if self.task else ())
+        if not 1 <= len(columns) <= 2:
+            raise DataError("data.text_columns: name one or two columns of text, or a task of GLUE as data.task.")
+        if len(set(columns)) < len(columns):
+            raise DataError(f"data.text_columns: {columns[0]} is named twice; name two columns, or one.")
         super().__init__(
             path=path,
             config=config or task,
@@ -152,19 +165,20 @@ class GlueData(TextData):
             val_seed=val_seed,
             limits={"train": max_train_samples, "val": max_val_samples, "test": max_test_samples},
             predict_path=predict_path,
+            encoding=encoding,
+            skip_bad_rows=skip_bad_rows,
+            as_written=[*columns, label_column],
         )
         self.save_hyperparameters()
+        if label_column in columns:
+            raise DataError(f"data.label_column: {label_column} is one of data.text_columns; name another column.")
         if max_length < 2:
             raise DataError(f"data.max_length: {max_length} must be 2 or more.")
         self.cache_prefix = cache_prefix
-        self.task = TASKS[task] if task else None
-        columns = text_columns or (self.task.columns if self.task else ())
-        if not 1 <= len(columns) <= 2:
-            raise DataError("data.text_columns: name one or two columns of text, or a task of GLUE as data.task.")
         self.columns = list(columns)
         self.suffixes = (*self.task.sets, "") if self.task else ("",)
         self.test_on_validation = test_on_validation
-        self.label_column, self.id_column = label_column, id_column
+        self.label_column, self.id_column, self.skip_label = label_column, id_column, skip_label
         self.max_length, self.padding = max_length, padding
         self.prediction_format = prediction_format
         self.class_names: list[str] | None = None
@@ -186,30 +200,61 @@ class GlueData(TextData):
             return list(self.task.metrics)
         return ["accuracy", "f1"] if self.class_names else ["pearson", "spearman"]
 
-    def check_test_split(self) -> None:
-        """See before a long training that there is something to test on, with labels.
-
-        Raises:
-            DataError: If there is not.
-        """
-        for table, _ in self.sets("test").values():
-            self._labels(table)
-
     def _labels(self, table: Table) -> Labels:
         known = self.task.class_names if self.task else None
-        model = self.trainer and self.trainer.lightning_module  # not there yet when the test split is checked
-        regression = getattr(model, "class_names", None) == []
-        return read_labels(table, self.label_column, () if regression and known is None else known)
+        assert self.trainer is not None
+        regression = getattr(self.trainer.lightning_module, "class_names", None) == []
+        return parse_labels(table, self.label_column, () if regression and known is None else known, self.skip_label)
 
-    def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
-        """Tokens of some rows of a table with their labels; of all rows without, for prediction."""
+    def eligible_rows(self, table: Table) -> Tensor:
+        """All rows but those with the label to skip."""
+        rows = super().eligible_rows(table)
+        if self.skip_label is None:
+            return rows
+        left_out = self._labels(table).left_out
+        if left_out:
+            count = f"{len(left_out):,} rows of {table.where}"
+            self.findings.add(f"{count} have the label {self.skip_label} (data.skip_label) and are left out")
+        return rows[[row not in left_out for row in rows.tolist()]]
+
+    def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
+        """Tokens of some rows of a table with their labels; without labels for prediction."""
         for column in self.columns:
-            check_texts(table, "text_columns", column)
-        if rows is None:
-            return TokenDataset(self._tokenize(table))
+            table = check_texts(table, "text_columns", column)
+        self.add_notes(table)
+        if split == "predict":
+            if self.id_column != "idx":
+                check_column(table, "id_column", self.id_column)
+            kept = self.without_bad(split, table, rows, self._bad_texts(table))
+            return TokenDataset(self._tokenize(table.select(kept)))
         assert self.class_names is not None
-        labels = self._labels(table).matched(self.class_names)
-        return TokenDataset(self._tokenize(table.select(rows)), {"label": labels[rows]})
+        labels = self._labels(table)
+        values = labels.matched(self.class_names)
+        advice = "" if self.skip_label is not None else "; data.skip_label leaves out rows of a label"
+        bad = {
+            row: BadRow("label_column", f"has a label that {why}{advice if why.startswith('is -1,') else ''}")
+            for row, why in labels.bad.items()
+        }
+        rows = self.without_bad(split, table, rows, self._bad_texts(table) | bad)
+        values = values[rows]
+        if split == "train":
+            for note in labels.notes:
+                self.findings.add(note)
+            counts = values.bincount(minlength=len(self.class_names)).tolist() if self.class_names else []
+            self.findings.add_classes(self.class_names, counts)
+            self.findings.add(f"columns: text of {', '.join(self.columns)}; labels of {self.label_column}")
+        return TokenDataset(self._tokenize(table.select(rows)), {"label": values})
+
+    def _bad_texts(self, table: Table) -> dict[int, BadRow]:
+        """Rows without a text: with one column that is blank, or of two one without a value or both blank."""
+        bad = {
+            row: BadRow("text_columns", f"has no text in column {c}")
+            for c in self.columns
+            for row in null_rows(table, c)
+        }
+        blank = set.intersection(*(blank_rows(table, column) for column in self.columns))
+        reason = f"has no text in column {' and '.join(self.columns)}"
+        return {row: BadRow("text_columns", reason) for row in blank} | bad
 
     # ------------------------------------------------------------------------------------------------------ tokens
 
@@ -246,13 +291,23 @@ class GlueData(TextData):
         """A row of a submission (`index`, `prediction`), or in JSONL with text and probability."""
         source = self.predicted[file].data[row["index"]]
         index = source.get(self.id_column, row["index"])
+        error = {"error": row["error"]} if "error" in row else {}
+        if row.get("error"):
+            row = {"prediction": None}
         if self.prediction_format == "jsonl":
             texts = {column: source[column] for column in self.columns}
-            return {"index": index, **texts, **{k: v for k, v in row.items() if k not in ("index", "label")}}
+            return {
+                "index": index,
+                **texts,
+                **{k: v for k, v in row.items() if k not in ("index", "label", "error")},
+                **error,
+            }
         prediction = row["prediction"]
-        if self.task is not None and "label" in row and not self.task.by_name:
+        if prediction is None:
+            pass
+        elif self.task is not None and "label" in row and not self.task.by_name:
             prediction = row["label"]
         elif self.task is not None and self.task.limits:
             least, most = self.task.limits
             prediction = min(max(prediction, least), most)
-        return {"index": index, "prediction": prediction}
+        return {"index": index, "prediction": prediction, **error}

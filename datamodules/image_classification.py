@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from rich.progress import track
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
@@ -19,10 +21,12 @@ from torchvision.transforms import v2
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw, seeded
 from datamodules.errors import DataError
-from datamodules.image_sources import ImageTable, open_folder, open_split
+from datamodules.findings import Findings
+from datamodules.image_sources import ImageError, ImageTable, open_folder, open_split
 from datamodules.splits import check_splits, choose_rows
 
 Transform = Callable[[Tensor], Tensor]
+_log = logging.getLogger(__name__)
 
 
 class ImageClassificationData(ResumableDataModule):
@@ -30,7 +34,8 @@ class ImageClassificationData(ResumableDataModule):
 
     Images are decoded once to uint8 and kept in memory when they fit; augmentation runs on these tensors; the batch is
     normalised with the backbone's own mean and deviation. Batches are dicts of `image` (batch, 3, size, size) and
-    `label` (batch,) int64, in prediction of `image`, `index` and `name`.
+    `label` (batch,) int64, in prediction of `image`, `index`, `name` and `error`, empty for images that could be
+    decoded.
 
     Args:
         path: A data set's name on the hub, a directory of Parquet in the hub's columns, a directory with
@@ -51,7 +56,11 @@ class ImageClassificationData(ResumableDataModule):
         max_test_samples: The same for testing.
         image_column: Column of the images; None takes the first of img, image.
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
-        predict_path: Folder of images for `predict`.
+        predict_path: Folder of images for `predict`. Images that cannot be decoded get a row with their error.
+        skip_bad_rows: Images of each split that are skipped, at most, since they have no label or cannot be decoded.
+            Images that do not fit in memory are then decoded once more before training.
+        skip_label: Label of the rows of a table that are left out, by name or number: -1 where it marks hidden labels.
+            For folders, move the folder of a class elsewhere.
     """
 
     kind = "images"
@@ -73,8 +82,10 @@ class ImageClassificationData(ResumableDataModule):
         image_column: str | None = None,
         label_column: str | None = None,
         predict_path: str | None = None,
+        skip_bad_rows: int = 0,
+        skip_label: str | int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, skip_bad_rows)
         self.save_hyperparameters()
         limits = {"train": max_train_samples, "val": max_val_samples, "test": max_test_samples}
         check_splits(val_fraction, limits)
@@ -91,10 +102,11 @@ class ImageClassificationData(ResumableDataModule):
         self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
         self.memory_limit_gb = memory_limit_gb
         self.limits = limits
-        self.columns = (image_column, label_column)
+        self.columns, self.skip_label = (image_column, label_column), skip_label
         self.class_names: list[str] | None = None
         self.splits: dict[str, ImageDataset] = {}
         self._tables: dict[str, ImageTable | None] = {}
+        self._tests_after_fit = False
 
     # ----------------------------------------------------------------------------------------------------- splits
 
@@ -113,24 +125,50 @@ class ImageClassificationData(ResumableDataModule):
         if stage == "predict":
             if self.predict_path is None:
                 raise DataError("data.predict_path: name the folder of images to predict.")
-            self.splits["predict"] = ImageDataset(open_folder(self.predict_path), None, evaluation)
+            table = open_folder(self.predict_path, self.findings)
+            self.findings.add_split("predict", len(table), table.where)
+            self.splits["predict"] = ImageDataset(table, None, evaluation)
             return
         self.class_names = getattr(model, "class_names", None) or self._require("train").class_names
-        for name in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+        names = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
+        if stage == "fit" and self._tests_after_fit:  # what is wrong with its images and classes shows before training
+            names.append("test")
+        for name in names:
             transform = training if name == "train" else evaluation
             if name in self.splits:
                 self.splits[name].transform = transform
             else:
-                table, rows = self._rows(name)
-                table = table.with_classes(self.class_names, f"the {name} split of {self.path}")
-                self.splits[name] = ImageDataset(table, rows, transform)
-                if not self.caches:  # which looks at each image once at most
-                    self.splits[name].keep_in_memory(self.memory_limit_gb, name)
+                self.splits[name] = self._open(name, transform)
+
+    def _open(self, name: str, transform: Transform) -> ImageDataset:
+        """Read a split, and decode it if it fits in memory."""
+        assert self.class_names is not None
+        table, rows, source = self._rows(name)
+        table = table.with_classes(self.class_names, f"the {name} split of {self.path}")
+        dataset = ImageDataset(table, rows, transform)
+        dataset.skip_unlabelled(name, self.findings)
+        if name == "test" or not self.caches:  # the cache of a fit looks at each image once at most
+            dataset.keep_in_memory(self.memory_limit_gb, name, self.findings)
+        if dataset.images is None and self.findings.skip_bad_rows:
+            _log.info(
+                f"data.skip_bad_rows: all {len(dataset):,} images of {name} are decoded once to find the bad ones, by "
+                f"{max(1, self.num_workers)} process(es) (data.num_workers)."
+            )
+            checks = self._loader(DecodingErrors(dataset), range(len(dataset)), list)
+            errors = [(i, error) for i, error in enumerate(error for batch in checks for error in batch) if error]
+            dataset.skip_undecodable(errors, name, self.findings)
+        if len(dataset) == 0:
+            raise DataError(f"data.path: no image of the {name} split of {self.path} can be used.")
+        self.findings.add_split(name, len(dataset), source)
+        if name == "train" or "train" not in self.splits:
+            counts = table.labels[dataset.rows].bincount(minlength=len(self.class_names))
+            self.findings.add_classes(self.class_names, counts.tolist())
+        return dataset
 
     def _table(self, name: str) -> ImageTable | None:
         """A split as it is stored, opened once."""
         if name not in self._tables:
-            self._tables[name] = open_split(self.path, name, *self.columns)
+            self._tables[name] = open_split(self.path, name, *self.columns, self.findings, self.skip_label)
         return self._tables[name]
 
     def _require(self, name: str) -> ImageTable:
@@ -140,19 +178,27 @@ class ImageClassificationData(ResumableDataModule):
         return table
 
     def check_test_split(self) -> None:
-        """See before a long training that there is something to test on.
+        """Check before a long training that there is a test split, and have the next fit read it before training.
 
         Raises:
-            DataError: If there is not.
+            DataError: If there is none.
         """
         self._require("test")
+        self._tests_after_fit = True
 
-    def _rows(self, name: str) -> tuple[ImageTable, Tensor]:
-        """The table that a split is in, and the rows that are its own."""
+    def _rows(self, name: str) -> tuple[ImageTable, Tensor, str]:
+        """Return the table that a split is in, the rows that are its own, and where they are from, in words."""
         held_out = name in ("train", "val") and self._table("val") is None
         table = self._require("train" if held_out else name)
-        rows = choose_rows(len(table), name, held_out, self.val_fraction, self.val_seed, self.limits[name])
-        return table, rows
+        limit = self.limits[name]
+        rows = choose_rows(len(table), name, held_out, self.val_fraction, self.val_seed, limit)
+        source = table.where
+        if held_out:
+            share = "held out" if name == "val" else "not held out"
+            source += f", {share} (no split for validation; val_fraction {self.val_fraction}, val_seed {self.val_seed})"
+        if limit is not None and len(rows) == limit:
+            source += f", at most max_{name}_samples {limit}"
+        return table, rows, source
 
     def _transforms(self, config: dict[str, Any]) -> tuple[Transform, Transform]:
         """Evaluation and training transforms of uint8 images (3, height, width), as timm prepares them."""
@@ -230,14 +276,55 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def keep_in_memory(self, limit_gb: float, name: str) -> None:
-        """Decode all images now if, judged by the first 64, they take at most `limit_gb` GiB."""
-        sample = [self._decode(i) for i in range(min(64, len(self)))]
-        if sum(image.nbytes for image in sample) / len(sample) * len(self) > limit_gb * 2**30:
+    def skip_unlabelled(self, split: str, findings: Findings) -> None:
+        """Leave out the rows without a label.
+
+        Raises:
+            DataError: If they are more than may be skipped.
+        """
+        table, rows = self.table, self.rows.tolist()
+        if not table.unlabelled and not table.left_out:
             return
-        rest = range(len(sample), len(self))
-        shown = track(rest, f"Decoding {name}", transient=True, disable=len(rest) < 5000)
-        self.images = sample + [self._decode(i) for i in shown]
+        for row in rows:
+            if row in table.unlabelled:
+                findings.skip(table.skipped(split, row, table.unlabelled[row]))
+        self.rows = self.rows[[row not in table.unlabelled and row not in table.left_out for row in rows]]
+        if left_out := table.left_out.intersection(rows):
+            findings.add(f"{split}: {len(left_out):,} rows have the label of data.skip_label and are left out")
+
+    def keep_in_memory(self, limit_gb: float, split: str, findings: Findings) -> None:
+        """Decode all images now if, judged by the first 64, they take at most `limit_gb` GiB.
+
+        Raises:
+            DataError: If more cannot be decoded than may be skipped.
+        """
+        images: list[Tensor] = []
+        errors: list[tuple[int, ImageError]] = []
+        sample = min(64, len(self))
+        for i in track(range(len(self)), f"Decoding {split}", transient=True, disable=len(self) < 5000):
+            image = self.decode(i)
+            if isinstance(image, Tensor):
+                images.append(image)
+            else:
+                errors.append((i, image))
+                if len(errors) > findings.skip_bad_rows:
+                    break
+            if i + 1 == sample and sum(image.nbytes for image in images) / sample * len(self) > limit_gb * 2**30:
+                return
+        self.skip_undecodable(errors, split, findings)
+        self.images = images
+
+    def skip_undecodable(self, errors: Sequence[tuple[int, ImageError]], split: str, findings: Findings) -> None:
+        """Leave out images by index, each with the error of decoding it.
+
+        Raises:
+            DataError: If they are more than may be skipped.
+        """
+        good = torch.ones(len(self), dtype=torch.bool)
+        for index, error in errors:
+            findings.skip(self.table.skipped(split, int(self.rows[index]), error.reason), error)
+            good[index] = False
+        self.rows = self.rows[good]
 
     def digest(self) -> str:
         """Hash of the images as they are stored."""
@@ -248,20 +335,70 @@ class ImageDataset(Dataset[dict[str, Any]]):
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()
 
-    def _decode(self, index: int) -> Tensor:
-        return self.table.decode(int(self.rows[index]))
+    def rows_digest(self) -> str:
+        """Return a digest of the images and labels, in their order.
+
+        Images in memory count with every pixel. Of images that do not fit there, files count by name and size, and
+        images inside Parquet by their label alone: reading all of them would take longer than the start of a run.
+        """
+        digest = xxhash.xxh3_128(self.table.labels[self.rows].numpy().tobytes() if len(self.table.labels) else b"")
+        for index, row in enumerate(self.rows.tolist()):
+            if self.images is not None:
+                image = self.images[index]
+                digest.update(f"{tuple(image.shape)}".encode())
+                digest.update(image.contiguous().numpy().data)
+            elif isinstance(source := self.table.read(row), Path):
+                digest.update(f"{source.name} {source.stat().st_size}\n".encode())
+            else:
+                break
+        return digest.hexdigest()
+
+    def decode(self, index: int) -> Tensor | ImageError:
+        """Return the image of an index, (3, height, width) uint8, or the error if it cannot be decoded."""
+        try:
+            return self.table.decode(int(self.rows[index]))
+        except ImageError as error:
+            return error
 
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
-        """The image of an index; of a draw, with the augmentation that is a function of its seed and index."""
+        """Return the image of an index; of a draw, with the augmentation that is a function of its seed and index.
+
+        Raises:
+            ImageError: If a labelled image cannot be decoded. One without a label is black, and its `error` not empty.
+        """
         index, seed = key if isinstance(key, tuple) else (key, None)
-        image = self._decode(index) if self.images is None else self.images[index]
+        image = self.decode(index) if self.images is None else self.images[index]
         row = int(self.rows[index])
-        labelled = len(self.table.labels) > 0
-        item = {"label": int(self.table.labels[row])} if labelled else {"index": index, "name": self.table.names[row]}
+        if len(self.table.labels) == 0:
+            error = image.reason if isinstance(image, ImageError) else ""
+            pixels = torch.zeros(3, 1, 1, dtype=torch.uint8) if isinstance(image, ImageError) else image
+            return {"image": self.transform(pixels), "index": index, "name": self.table.names[row], "error": error}
+        if isinstance(image, ImageError):
+            raise image
+        item = {"label": int(self.table.labels[row])}
         if seed is None:
             return {"image": self.transform(image), **item}
         with seeded(seed, index):
             return {"image": self.transform(image), **item}
+
+
+class DecodingErrors(Dataset[ImageError | None]):
+    """Errors of decoding the images of a data set; None for good ones.
+
+    Args:
+        images: The images.
+    """
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> ImageError | None:
+        """Decode an image and keep the error alone."""
+        image = self.images.decode(index)
+        return image if isinstance(image, ImageError) else None
 
 
 class LabelDataset(Dataset[dict[str, int]]):
@@ -272,10 +409,15 @@ class LabelDataset(Dataset[dict[str, int]]):
     """
 
     def __init__(self, images: ImageDataset) -> None:
+        self.images = images
         self.labels = images.table.labels[images.rows]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def rows_digest(self) -> str:
+        """Return the digest of the images."""
+        return self.images.rows_digest()
 
     def __getitem__(self, key: int | Draw) -> dict[str, int]:
         """`label` and `index` of an index or a draw."""

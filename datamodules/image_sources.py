@@ -1,32 +1,46 @@
-"""Where images come from: the hub, Parquet, CIFAR-10's own folder, or a folder of image files, as one kind of table."""
+"""Sources of images (the hub, Parquet, CIFAR-10's own folder, folders of image files), as one kind of table."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.errors import DataError
-from datamodules.labels import Labels, read_labels
-from datamodules.tables import SPLITS, Table, open_table
+from datamodules.findings import Findings, SkippedRow
+from datamodules.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
+from datamodules.labels import Labels, parse_labels
+from datamodules.splits import SPLITS
+from datamodules.tables import Table, open_table, unread_files
 
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-# by what a file holds, not by its name; of all that PIL knows, it hands some to other programs, as PostScript
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # a value of TIFF, and the tag that has it
+
+
+class ImageError(DataError):
+    """An image that cannot be used.
+
+    Args:
+        message: The whole message.
+        reason: Why the image cannot be used, without its name.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -35,45 +49,114 @@ class ImageTable:
 
     Args:
         read: Gives the encoded bytes, the path or the pixels (height, width, 3) of the image in a row.
-        names: What to call each image in a message or a table of predictions; one a row.
-        labels: (rows,) int64; empty when there are none.
+        names: Names of the images for messages and tables of predictions; one a row.
+        labels: (rows,) int64, -1 in rows without a label; empty when no row has one.
         class_names: Names by label; empty when there are no labels.
+        where: Folder, file or data set that the images are from.
+        unlabelled: Reasons by row why a row has no label.
+        left_out: Rows that have the label to skip.
     """
 
     read: Callable[[int], bytes | Path | np.ndarray]
     names: Sequence[str]
     labels: Tensor
     class_names: list[str]
+    where: str = ""
+    unlabelled: Mapping[int, str] = field(default_factory=dict)
+    left_out: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def decode(self, row: int) -> Tensor:
-        """The image in a row as (3, height, width) uint8.
+        """Return the image in a row as (3, height, width) uint8.
 
         Raises:
-            DataError: If it cannot be decoded.
+            ImageError: If it cannot be decoded.
         """
         source = self.read(row)
         if isinstance(source, np.ndarray):
             return torch.from_numpy(source).permute(2, 0, 1).contiguous()
         try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                return pil_to_tensor(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "it is empty" if source == b"" else str(error)
-            raise DataError(
-                f"data.path: the image {self.names[row]} cannot be decoded ({reason}); remove or replace it."
+            return decode_image(source)
+        except Exception as error:  # decoders raise many kinds on damaged files
+            reason = _reason(source, error)
+            raise ImageError(
+                f"data.path: the image {self.names[row]} cannot be decoded ({reason}); remove or replace it.", reason
             ) from error
 
+    def skipped(self, split: str, row: int, reason: str) -> SkippedRow:
+        """Return the entry of a row that is left out of a split."""
+        name = self.names[row].removeprefix(self.where).lstrip("/ ")
+        return SkippedRow(split, self.where, name, reason)
+
     def with_classes(self, class_names: list[str], where: str) -> ImageTable:
-        """The same images with labels that count in another list of classes, matched by name.
+        """Return the same images with labels that count in another list of classes, matched by name.
 
         Raises:
             DataError: If a class of this table is not in the list.
         """
         labels = Labels(self.labels, self.class_names, where).matched(class_names)
         return replace(self, labels=labels, class_names=class_names)
+
+
+def decode_image(source: bytes | Path) -> Tensor:
+    """Decode an image file upright, as (3, height, width) uint8.
+
+    Transparency is dropped: transparent pixels have the colour that is stored for them. Of an animation, the first
+    frame is taken. Channels of 16 bits are scaled to 8.
+
+    Raises:
+        Exception: Any kind, if the file is damaged, of another format, or of a mode without a known range.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        image.load()
+        orientation = _orientation(image)
+        upright = _to_rgb(image)
+        if orientation != 1:
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = orientation
+            upright.info = {"exif": exif.tobytes()}  # without the file's other tags, which may be malformed
+            upright = ImageOps.exif_transpose(upright)
+        return pil_to_tensor(upright)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, of an image whose pixels are loaded; 1 if it is missing or malformed."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow parses whatever bytes a camera wrote
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB.
+
+    Raises:
+        ValueError: If the mode does not say which value is white.
+    """
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
+        pixels = (np.asarray(image).astype(np.uint32) + 128) // 257  # 0…65535 to 0…255, rounded
+        if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # type: ignore[attr-defined]
+            pixels = 255 - pixels  # Pillow inverts 8 bits by itself, and 16 bits not
+        image = Image.fromarray(pixels.astype(np.uint8))
+    elif mode in ("I", "F"):
+        kind = "32-bit whole numbers" if mode == "I" else "floating-point numbers"
+        raise ValueError(f"mode {mode}: {kind} do not say which value is white; save it with 8 or 16 bits a channel")
+    elif mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns of the direct way
+    return image.convert("RGB")
+
+
+def _reason(source: bytes | Path, error: Exception) -> str:
+    empty = source == b"" or (isinstance(source, Path) and source.is_file() and source.stat().st_size == 0)
+    if empty:
+        return "it is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return f"cannot identify it as one of {', '.join(FORMATS)}"
+    return str(error) or type(error).__name__
 
 
 # Readers are classes, not closures, so that worker processes that do not fork can have them.
@@ -121,14 +204,24 @@ class _RowNames(Sequence[str]):
         return f"{self.where} row {row}"
 
 
-def open_split(path: str, split: str, image_column: str | None, label_column: str | None) -> ImageTable | None:
-    """One split of a labelled data set.
+def open_split(
+    path: str,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    findings: Findings | None = None,
+    skip_label: str | int | None = None,
+) -> ImageTable | None:
+    """Open one split of a labelled data set.
 
     Args:
         path: A directory, or a name on the hub.
         split: `train`, `val` or `test`.
         image_column: Column of the images; None takes the first of img, image.
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
+        findings: Takes lines about what was assumed and left out. Rows without a label are kept if it lets rows be
+            skipped.
+        skip_label: Label of rows of a table to leave out.
 
     Returns:
         The split; None when the data set has no such split.
@@ -136,21 +229,30 @@ def open_split(path: str, split: str, image_column: str | None, label_column: st
     Raises:
         DataError: If nothing is there, a column is missing, or a label is out of range.
     """
+    findings = Findings() if findings is None else findings
     folder = Path(path)
     if folder.is_file():
         raise DataError(f"data.path: {path} is not a directory; give a directory or a data set's name on the hub.")
     if (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
-        table = _from_cifar10(folder, split)
-    elif not folder.exists() or any(folder.rglob("*.parquet")):
-        found = open_table(path, SPLITS[split])
-        table = None if found is None else _from_dataset(found.data, found.where, image_column, label_column)
-    else:
-        table = _from_image_folder(folder, split)
-    return table
+        return _from_cifar10(folder, split)
+    files = find_images(folder, "path") if folder.exists() else None
+    if files is not None and ".parquet files" not in files.left_out:
+        return _from_image_folder(files, split, findings)
+    found = open_table(path, SPLITS[split])
+    if found is None:
+        return None
+    if unread := unread_files(path, [name for names in SPLITS.values() for name in names]):
+        more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
+        findings.add(f"not read, since no split is called so: {', '.join(unread[:3])}{more}")
+    return _from_table(found, image_column, label_column, findings, skip_label)
 
 
-def open_folder(path: str) -> ImageTable:
-    """All image files below a folder, without labels, in the order of their names.
+def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
+    """Open all image files below a folder, without labels, in the order of their names.
+
+    Args:
+        path: The folder.
+        findings: Takes a line about the files that are left out.
 
     Raises:
         DataError: If the folder is not there or holds no image.
@@ -158,16 +260,25 @@ def open_folder(path: str) -> ImageTable:
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"data.predict_path: {path} is not a directory; give a folder of images.")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.is_file())
-    if not files:
-        raise DataError(f"data.predict_path: {path} holds no image ({', '.join(IMG_EXTENSIONS)}).")
-    names = [str(f.relative_to(folder)) for f in files]
-    return ImageTable(_FileReader(files), names, torch.empty(0, dtype=torch.int64), [])
+    files = find_images(folder, "predict_path")
+    if not files.images:
+        raise DataError(
+            f"data.predict_path: {path} holds no image. It holds {files.contents()}. {files.summary()} Images have "
+            f"one of the suffixes {', '.join(SUFFIXES)}."
+        )
+    if findings is not None and files.left_out:
+        findings.add(files.summary())
+    names = [str(Path(*parts)) for parts in files.images]
+    paths = [folder.joinpath(*parts) for parts in files.images]
+    return ImageTable(_FileReader(paths), names, torch.empty(0, dtype=torch.int64), [], path)
 
 
-def _from_dataset(data: datasets.Dataset, where: str, image_column: str | None, label_column: str | None) -> ImageTable:
+def _from_table(
+    table: Table, image_column: str | None, label_column: str | None, findings: Findings, skip_label: str | int | None
+) -> ImageTable:
     from datasets import Image as ImageFeature
 
+    data, where = table.data, table.where
     image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where)
     label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
     try:
@@ -176,10 +287,20 @@ def _from_dataset(data: datasets.Dataset, where: str, image_column: str | None, 
         raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
     if len(data) == 0:
         raise DataError(f"data.path: {where} has no rows.")
-    labels = read_labels(Table(data, where), label)
+    labels = parse_labels(table, label, skip_label=skip_label)
     if not labels.class_names:
         raise DataError(f"data.label_column: {label} in {where} must hold whole numbers or names, not decimal numbers.")
-    return ImageTable(_ColumnReader(encoded, image), _RowNames(where, len(data)), labels.values, labels.class_names)
+    if labels.bad and not findings.skip_bad_rows:
+        row, reason = next(iter(labels.bad.items()))
+        raise DataError(
+            f"data.label_column: {label} in {where} {reason} in row {row}; {len(labels.bad):,} of {len(data):,} labels "
+            "cannot be used. Fix or drop those rows, or leave them out with data.skip_label or data.skip_bad_rows."
+        )
+    for note in (*table.notes, *labels.notes):
+        findings.add(note)
+    names, reader = _RowNames(where, len(data)), _ColumnReader(encoded, image)
+    bad = {row: f"{label} {reason.rstrip(',')}" for row, reason in labels.bad.items()}
+    return ImageTable(reader, names, labels.values, labels.class_names, where, bad, labels.left_out)
 
 
 def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str) -> str:
@@ -202,25 +323,30 @@ def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
         raise DataError(
             f"data.path: {folder} is not the original CIFAR-10, or a file of it is damaged; fetch it again."
         ) from error
-    names = _RowNames(f"{folder} {split}", len(data.data))
-    return ImageTable(_ArrayReader(data.data), names, torch.tensor(data.targets), list(data.classes))
+    where = f"{folder} {split}"
+    labels = torch.tensor(data.targets)
+    return ImageTable(_ArrayReader(data.data), _RowNames(where, len(data.data)), labels, list(data.classes), where)
 
 
-def _from_image_folder(folder: Path, split: str) -> ImageTable | None:
-    """Image files in one folder a class, below one folder a split, or with no such folders all of them for training."""
-    found = next((folder / s for s in SPLITS[split] if (folder / s).is_dir()), None)
-    if found is None:
-        if split != "train":
-            return None
-        if any((folder / s).is_dir() for names in SPLITS.values() for s in names):
-            raise DataError(f"data.path: {folder} has folders for other splits, but none called train.")
-        found = folder
-    try:
-        data = ImageFolder(str(found))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"data.path: {found} holds no images in one folder a class, no Parquet, no cifar-10-batches-py ({error})."
-        ) from error
-    files = [Path(f) for f, _ in data.samples]
-    labels = torch.tensor([label for _, label in data.samples])
-    return ImageTable(_FileReader(files), [str(f) for f in files], labels, list(data.classes))
+def _from_image_folder(files: ImageFiles, split: str, findings: Findings) -> ImageTable | None:
+    """Open image files in one folder a class, below one folder a split; without splits all of them are for training.
+
+    Raises:
+        DataError: If the folders' names can be read in two ways, or if there is no split for training.
+    """
+    layout = read_layout(files)
+    for line in filter(None, (*layout.notes, files.summary())):
+        findings.add(line)
+    if split not in layout.splits:
+        if split == "train":
+            found = ", ".join(layout.names.values())
+            raise DataError(
+                f"data.path: {files.root} has folders for other splits ({found}), but none called train. It holds "
+                f"{files.contents()}."
+            )
+        return None
+    classes = layout.classes(split)
+    paths = [path for paths in classes.values() for path in paths]
+    labels = torch.tensor([label for label, paths in enumerate(classes.values()) for _ in paths])
+    where = str(files.root / layout.names[split])
+    return ImageTable(_FileReader(paths), [str(path) for path in paths], labels, list(classes), where)

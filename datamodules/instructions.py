@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import datasets
@@ -18,18 +18,19 @@ from datamodules.conversations import (
     Columns,
     ConversationEncoder,
     alpaca_template,
-    check_messages,
     question,
+    read_messages,
     response_end,
 )
 from datamodules.errors import DataError
 from datamodules.packing import IGNORED, PackedDataset, PadPacks, PadSequences
-from datamodules.tables import Table
-from datamodules.text import TextData
-from datamodules.tokens import TokenDataset, check_texts, tokenized, tokenizer_state
+from datamodules.tables import Table, check_texts
+from datamodules.text import BadRow, TextData
+from datamodules.tokens import TokenDataset, tokenized, tokenizer_state
 
 _log = logging.getLogger(__name__)
 Template = Literal["alpaca", "chat"]
+SHAREGPT = "conversations"  # column of messages that is taken where the usual ones are missing
 LEAST = 16  # tokens of a conversation that is worth learning from
 
 
@@ -47,7 +48,8 @@ class InstructionData(TextData):
         revision: Branch, tag or commit on the hub.
         template: How a prompt is written: `alpaca`, or `chat` for the tokenizer's own chat template.
         messages_column: Column of conversations, lists of messages with `role` (system, user, assistant) and
-            `content`; where a table has it, the next three do not count.
+            `content`, or `from` and `value` as ShareGPT has them; where a table has it, the next three do not count.
+            A table without it and without instructions may have `conversations` instead.
         instruction_column: Column of the instructions.
         input_column: Column of what they are about; a table may be without it.
         response_column: Column of the responses.
@@ -70,6 +72,9 @@ class InstructionData(TextData):
         max_val_samples: The same for validation.
         max_test_samples: The same for testing.
         predict_path: File of prompts for `predict`; None takes the test split.
+        encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
+        skip_bad_rows: Conversations of each split that may be skipped because they are empty, are no conversation, or
+            are refused by the template; one more is an error.
     """
 
     kind = "instructions"
@@ -100,6 +105,8 @@ class InstructionData(TextData):
         max_val_samples: int | None = None,
         max_test_samples: int | None = None,
         predict_path: str | None = None,
+        encoding: str = "utf-8",
+        skip_bad_rows: int = 0,
     ) -> None:
         super().__init__(
             path=path,
@@ -112,6 +119,9 @@ class InstructionData(TextData):
             val_seed=val_seed,
             limits={"train": max_train_samples, "val": max_val_samples, "test": max_test_samples},
             predict_path=predict_path,
+            encoding=encoding,
+            skip_bad_rows=skip_bad_rows,
+            as_written=[c for c in (instruction_column, input_column, response_column) if c is not None],
         )
         self.save_hyperparameters()
         if max_length < LEAST:
@@ -152,36 +162,52 @@ class InstructionData(TextData):
 
     # ------------------------------------------------------------------------------------------------------ tokens
 
-    def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
-        """Conversations of some rows of a table; prompts of all rows, for prediction."""
-        learnt = rows is not None
-        columns = self._columns(table, learnt)
+    def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
+        """Conversations of some rows of a table; their prompts, for prediction."""
+        learnt = split != "predict"
+        columns, table = self._columns(table, learnt)
         if not learnt:
             self._asked = columns
+        self.add_notes(table)
         encoder = ConversationEncoder(self.tokenizer, self.prompt_template, self.max_length, self.response_end)
-        chosen = table if rows is None else table.select(rows)
-        numbers = range(len(table)) if rows is None else rows.tolist()
-        kept = self._check_rows(chosen, numbers, columns, encoder, learnt)
-        return TokenDataset(self._tokenize(chosen.select(kept), columns, encoder, learnt))
+        rows = self._check_rows(split, table, rows, columns, encoder)
+        tokens = self._tokenize(table.select(rows), columns, encoder, learnt)
+        refused = self._refused(table, rows, tokens, columns, encoder, learnt)
+        if refused:
+            kept = self.without_bad(split, table, rows, refused)
+            tokens = tokens.select([i for i, row in enumerate(rows.tolist()) if row not in refused])
+            rows = kept
+        self.say_cut(tokens, table, "length", self.max_length)
+        if split == "train":
+            self.findings.add(f"columns: conversations of {', '.join(columns.names())}, template {self.template}")
+        return TokenDataset(tokens)
 
-    def _columns(self, table: Table, learnt: bool) -> Columns:
+    def _columns(self, table: Table, learnt: bool) -> tuple[Columns, Table]:
+        """The columns to read, and the table with text in them."""
         names = table.data.column_names
-        whole = self.messages_column in names
+        messages = self.messages_column if self.messages_column in names else None
         given = self.input_column
-        if not whole:
+        if messages is None and self.instruction_column not in names and SHAREGPT in names:
+            messages = SHAREGPT
+            self.findings.add(f"the column {SHAREGPT} of {table.where} is read as messages")
+        if messages is None:
             if self.instruction_column not in names:
                 raise DataError(
                     f"data.instruction_column: {table.where} has neither a column {self.messages_column} of messages "
                     f"nor a column {self.instruction_column}; it has {', '.join(names)}."
                 )
-            check_texts(table, "instruction_column", self.instruction_column)
             if given is not None and (_is_empty(table, given) if given in names else given == "input"):
                 given = None
-            for key, column in (("input_column", given), ("response_column", self.response_column if learnt else None)):
+            keys = {
+                "instruction_column": self.instruction_column,
+                "input_column": given,
+                "response_column": self.response_column if learnt else None,
+            }
+            for key, column in keys.items():
                 if column is not None:
-                    check_texts(table, key, column, empty=True)
-        return Columns(
-            messages=self.messages_column if whole else None,
+                    table = check_texts(table, key, column)
+        columns = Columns(
+            messages=messages,
             instruction=self.instruction_column,
             input=given,
             response=self.response_column if learnt else None,
@@ -189,56 +215,102 @@ class InstructionData(TextData):
             system=self.system_prompt,
             end_mark=self.end_mark,
         )
+        return columns, table
 
     def _check_rows(
-        self, table: Table, numbers: Sequence[int], columns: Columns, encoder: ConversationEncoder, learnt: bool
+        self, split: str, table: Table, rows: Tensor, columns: Columns, encoder: ConversationEncoder
     ) -> Tensor:
-        """The rows that can be used; `numbers` are what they have in the file.
+        """The rows that hold a conversation; those without a response are left out if they may be.
 
         Raises:
-            DataError: For the first row that is no conversation, asks nothing, or is without a response to learn.
+            DataError: If more rows than may be skipped are no conversation, ask nothing, or have no response to learn.
         """
-        kept, cleaned = [], 0
-        for i, row in enumerate(_rows(table, columns.names())):
-            where = f"row {numbers[i]} of {table.where}"
-            if columns.messages:
-                check_messages(row[columns.messages], where, columns.messages)
-            raw = columns.conversation(row)
-            messages = encoder.clean(raw)
-            responses = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-            if not learnt and all(m["role"] != "user" for m in question(messages)):
-                raise DataError(f"data.messages_column: {where} has no message of a user to respond to.")
-            if learnt and (not responses or not all(responses)):
-                if self.empty_responses == "error":
-                    key = "messages_column" if columns.messages else "response_column"
-                    raise DataError(
-                        f"data.{key}: {where} has no response to learn, or an empty one; mend or drop such rows, or "
-                        "leave them out with --data.empty_responses skip."
-                    )
+        bad: dict[int, BadRow] = {}
+        silent, cleaned = set(), 0
+        for number, row in zip(rows.tolist(), _rows(table.select(rows), columns.names()), strict=True):
+            if not columns.messages and row[columns.instruction] is None:
+                bad[number] = BadRow("instruction_column", f"has no text in column {columns.instruction}")
                 continue
-            kept.append(i)
+            try:
+                raw = columns.conversation(row)
+            except DataError as error:
+                bad[number] = BadRow("messages_column", f"holds no conversation in column {columns.messages}: {error}")
+                continue
+            messages = encoder.clean(raw)
+            if reason := self._reason(messages, columns, learnt=split != "predict"):
+                if reason.key == "empty_responses":
+                    silent.add(number)
+                else:
+                    bad[number] = reason
             cleaned += messages != raw
-        if not kept:
+        if silent:
+            _log.warning(f"{len(silent):,} of {len(rows):,} rows of {table.where} have no response and are left out.")
+            rows = rows[[row not in silent for row in rows.tolist()]]
+        if len(rows) == 0:
             raise DataError(f"data.path: {table.where} has no row with a response.")
-        skipped = len(table) - len(kept)
-        if skipped:
-            _log.warning(f"{skipped:,} of {len(table):,} rows of {table.where} have no response and are left out.")
         if cleaned:
             _log.warning(f"{cleaned:,} rows of {table.where} hold special tokens of the tokenizer, which are removed.")
-        return torch.tensor(kept)
+        return self.without_bad(split, table, rows, bad)
+
+    def _reason(self, messages: list[dict[str, str]], columns: Columns, learnt: bool) -> BadRow | None:
+        """Why a conversation cannot be used; None if it can."""
+        key = "messages_column" if columns.messages else "response_column"
+        asked = [m for m in (messages if learnt else question(messages)) if m["role"] == "user"]
+        if not learnt and not asked:
+            return BadRow("messages_column", "has no message of a user to respond to")
+        if any(not m["content"].strip() and not m.get("input") for m in asked):
+            return BadRow(
+                "messages_column" if columns.messages else "instruction_column", "has an empty message of a user"
+            )
+        responses = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+        if not learnt or (responses and all(responses)):
+            return None
+        if self.empty_responses == "skip":
+            return BadRow("empty_responses", "no response")
+        return BadRow(
+            key, "has no response to learn, or an empty one (leave such rows out with --data.empty_responses skip)"
+        )
+
+    def _refused(
+        self,
+        table: Table,
+        rows: Tensor,
+        tokens: datasets.Dataset,
+        columns: Columns,
+        encoder: ConversationEncoder,
+        learnt: bool,
+    ) -> dict[int, BadRow]:
+        """The rows that the template refused, which have no tokens, with its reason."""
+        empty = torch.tensor(tokens.with_format("numpy", columns=["length"])["length"][:]) == 0
+        if not empty.any():
+            return {}
+        refused = {}
+        numbers = rows[empty]
+        for number, row in zip(numbers.tolist(), _rows(table.select(numbers), columns.names()), strict=True):
+            try:
+                _encoded(encoder, columns, row, learnt)
+            except DataError as error:
+                key, _, reason = str(error).removeprefix("data.").partition(": ")
+                refused[number] = BadRow(key, f"cannot be encoded: {reason.rstrip('.')}")
+            else:
+                refused[number] = BadRow("template", "becomes no text in the template")
+        return refused
 
     def _tokenize(self, table: Table, columns: Columns, encoder: ConversationEncoder, learnt: bool) -> datasets.Dataset:
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            rows = [columns.conversation(row) for row in _by_row(batch)]
-            if not learnt:
-                prompts = [np.asarray(encoder.prompt(question(row)), np.int32) for row in rows]
-                return {"input_ids": prompts, "length": [len(prompt) for prompt in prompts]}
-            made = [tuple(np.asarray(part) for part in encoder.conversation(row)) for row in rows]
-            return {
-                "input_ids": [ids.astype(np.int32) for ids, _ in made],
-                "labels": [np.where(mask, ids, IGNORED).astype(np.int32) for ids, mask in made],
-                "length": [len(ids) for ids, _ in made],
+            made = []
+            for row in _by_row(batch):
+                try:
+                    made.append(_encoded(encoder, columns, row, learnt))
+                except DataError:  # `_refused` finds the rows without tokens, in the cache too
+                    made.append(([], []))
+            lists = [tuple(np.asarray(part) for part in parts) for parts in made]
+            encoded: dict[str, list[Any]] = {
+                "input_ids": [ids.astype(np.int32) for ids, _ in lists],
+                "labels": [np.where(mask, ids, IGNORED).astype(np.int32) for ids, mask in lists],
+                "length": [len(ids) for ids, _ in lists],
             }
+            return encoded if learnt else {name: encoded[name] for name in ("input_ids", "length")}
 
         key = {
             "task": "conversations" if learnt else "prompts of conversations",
@@ -247,9 +319,7 @@ class InstructionData(TextData):
             "columns": repr(columns),
             "length": self.max_length,
         }
-        tokens = tokenized(table, columns.names(), encode, key)
-        self.say_cut(tokens, table, "length", self.max_length)
-        return tokens
+        return tokenized(table, columns.names(), encode, key)
 
     # ----------------------------------------------------------------------------------------------------- batches
 
@@ -286,17 +356,32 @@ class InstructionData(TextData):
         """The prompt's columns as they were, and the response; what the file has for one becomes the reference."""
         source = dict(self.predicted[file].data[row["index"]])
         column = self._asked.messages
-        if column:
-            messages = source[column]
-            source[column] = question(messages)
+        if row.get("error"):
+            reference = None
+            source.pop(self.response_column, None)
+        elif column:
+            messages = read_messages(source[column])
+            source[column] = source[column][: len(question(messages))]
             reference = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
         else:
             reference = source.pop(self.response_column, None)
         if isinstance(reference, str):
             reference = self._asked.without_mark(reference)
-        made = {"response": row["response"], **({"reference": reference} if reference else {})}
+        made = {"response": row.get("response"), **({"reference": reference} if reference else {})}
+        made |= {"error": row["error"]} if "error" in row else {}
         plain: dict[str, Any] = json.loads(json.dumps(source, default=str))  # a date, say, as text
         return {"index": row["index"], **{k: v for k, v in plain.items() if k not in ("index", *made)}, **made}
+
+
+def _encoded(
+    encoder: ConversationEncoder, columns: Columns, row: dict[str, Any], learnt: bool
+) -> tuple[list[int], list[bool]]:
+    """Tokens of a row, and which are learnt; of its prompt, if it is to be predicted."""
+    messages = columns.conversation(row)
+    if learnt:
+        return encoder.conversation(messages)
+    prompt = encoder.prompt(question(messages))
+    return prompt, [False] * len(prompt)
 
 
 def _is_empty(table: Table, column: str) -> bool:

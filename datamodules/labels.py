@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from datamodules.errors import DataError
 from datamodules.tables import Table, check_column
 
 HIDDEN = " They are hidden: predict is for such a split; GLUE is tested with data.test_on_validation: true."
+BOOLEANS = ["False", "True"]
+UNKNOWN = -1  # value of a row without a label
 
 
 @dataclass(frozen=True)
@@ -20,106 +23,294 @@ class Labels:
     """Targets by row.
 
     Args:
-        values: (rows,) int64, or float32 in regression.
+        values: (rows,) int64, or float32 in regression; -1 or no number where a row has none.
         class_names: Names by label; empty in regression.
         where: What to call the table in a message.
+        bad: Why a row has no label, by row.
+        left_out: Rows that have the label to skip.
+        notes: Lines about what was assumed in reading them.
     """
 
     values: Tensor
     class_names: list[str]
     where: str
+    bad: Mapping[int, str] = field(default_factory=dict)
+    left_out: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def matched(self, class_names: list[str]) -> Tensor:
         """The labels counted in another list of classes, matched by name.
+
+        Booleans match `True` and `False` in any case, and the 0 and 1 that checkpoints of earlier versions call them.
 
         Raises:
             DataError: If a class that occurs is not in the list, or only one of the two is a regression.
         """
         if bool(class_names) != bool(self.class_names):
-            kinds = ("regression", f"classification into {', '.join(class_names or self.class_names)}")
+            kinds = ("regression", f"classification into {', '.join((class_names or self.class_names)[:10])}")
             model, data = kinds if not class_names else kinds[::-1]
             raise DataError(
                 f"data.label_column: the model is for {model}, and the labels of {self.where} are for {data}."
             )
         if class_names == self.class_names:
             return self.values
-        used = [self.class_names[i] for i in self.values.unique().tolist()]
-        if unknown := [name for name in used if name not in class_names]:
+        places = {name: place for place, name in enumerate(class_names)}
+        if self.class_names == BOOLEANS:
+            words = {name.lower(): place for place, name in enumerate(class_names)}
+            places = {b: words[w] for b, n in zip(BOOLEANS, "01", strict=True) for w in (n, b.lower()) if w in words}
+        used = [self.class_names[i] for i in self.values.unique().tolist() if i != UNKNOWN]
+        if unknown := [name for name in used if name not in places]:
             raise DataError(
                 f"data.path: {self.where} has classes that the model was not trained on ({', '.join(unknown[:5])}); it "
                 f"knows {len(class_names)}: {', '.join(class_names[:10])}{', …' if len(class_names) > 10 else ''}."
             )
-        numbers = torch.tensor([class_names.index(n) if n in class_names else -1 for n in self.class_names])
-        return numbers[self.values]
+        return torch.tensor([*(places.get(name, UNKNOWN) for name in self.class_names), UNKNOWN])[self.values]
 
 
 def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None = None) -> Labels:
-    """Labels of a column.
+    """Labels of a column that has one in each row.
 
     Args:
         table: The rows.
-        column: Whole numbers (of a ClassLabel, with its names), names, or decimal numbers for a regression.
-        class_names: Names by label, where the column has none of its own; None calls numbers by their digits and sorts
-            names; () is a regression.
+        column: As for `parse_labels`, as `class_names`.
+        class_names: Names by label.
 
     Raises:
-        DataError: If the column is missing, empty in some row, of another type, not finite, or a label has no name.
+        DataError: As `parse_labels` does, and for the first row without a label.
     """
-    import pyarrow as pa  # as datasets, for a table alone
+    labels = parse_labels(table, column, class_names)
+    for row in labels.bad:
+        raise missing_label(labels, column, row)
+    return labels
+
+
+def missing_label(labels: Labels, column: str, row: int) -> DataError:
+    """Return the error of a row that has no label."""
+    count = f"{len(labels.bad):,} of {len(labels.values):,} labels cannot be used"
+    skip = ", or leave them out with data.skip_label: -1" if labels.bad[row].startswith("is -1,") else ""
+    value, comma, limits = labels.bad[row].partition(",")
+    return DataError(
+        f"data.label_column: {column} in {labels.where} {value} in row {row}{comma}{limits}; {count}. "
+        f"Fix or drop those rows{skip}."
+    )
+
+
+def parse_labels(
+    table: Table,
+    column: str,
+    class_names: tuple[str, ...] | None = None,
+    skip_label: str | int | None = None,
+) -> Labels:
+    """Labels of a column, and the rows that have none.
+
+    Args:
+        table: The rows.
+        column: Whole numbers (of a ClassLabel, with its names), names, booleans, or decimal numbers for a regression.
+        class_names: Names by label, where the column has none of its own; None takes the classes that occur: whole
+            numbers in their order, called by their digits, booleans as False and True, names sorted; () is a
+            regression.
+        skip_label: Label of rows to leave out.
+
+    Raises:
+        DataError: If the column is missing, of another type, without any label, or has a name that is not given.
+    """
+    import pyarrow as pa
 
     check_column(table, "label_column", column)
-    cells = table.data.select_columns(column).with_format("arrow")[:][column].combine_chunks()
-    if cells.null_count:
-        row = cells.is_null().to_pylist().index(True)
-        raise DataError(f"data.label_column: {column} in {table.where} is empty in row {row}; mend or drop such rows.")
-    if pa.types.is_boolean(cells.type):
-        cells, class_names = cells.cast(pa.int64()), class_names or ("0", "1")
-    number = pa.types.is_floating(cells.type) or pa.types.is_integer(cells.type)
-    named = _stored_names(table, column) is not None
-    if (class_names == () and number and not named) or (not class_names and pa.types.is_floating(cells.type)):
-        return Labels(_finite(cells, column, table.where), [], table.where)
-    if class_names != () and (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
-        coded = cells.dictionary_encode()
-        names = list(class_names or sorted(coded.dictionary.to_pylist()))
-        if unknown := [name for name in coded.dictionary.to_pylist() if name not in names]:
-            raise DataError(
-                f"data.label_column: {column} in {table.where} has {', '.join(unknown[:5])}; the classes of this task "
-                f"are {', '.join(names)}."
+    cells, notes = _cells(table, column)
+    stored = _stored_names(table, column)
+    left_out = _equal_rows(cells, stored, skip_label)
+    if left_out:
+        cells = pa.array(np.where(_mask(left_out, len(cells)), None, cells.to_numpy(zero_copy_only=False)), cells.type)
+    null = {int(row) for row in cells.is_null().to_numpy(zero_copy_only=False).nonzero()[0]}
+    if len(left_out) == len(cells):
+        raise DataError(f"data.skip_label: every label of {table.where} is {skip_label}. Choose another, or none.")
+    if len(null) == len(cells):
+        raise DataError(f"data.label_column: {column} in {table.where} is empty in row 0 and in all others.")
+    bad = dict.fromkeys(sorted(null - left_out), "is empty")
+    kind = cells.type
+    if pa.types.is_boolean(kind):
+        cells, kind, class_names = cells.cast(pa.int64()), pa.int64(), class_names or tuple(BOOLEANS)
+    number = pa.types.is_floating(kind) or pa.types.is_integer(kind)
+    if (class_names == () and number and stored is None) or (not class_names and pa.types.is_floating(kind)):
+        values, wrong = _targets(cells, column, table.where, null)
+        if class_names is None and bool((values[values.isfinite()] % 1 == 0).all()):
+            notes += (
+                f"{column} of {table.where}: decimal numbers that are all whole, read as a regression; "
+                "write them without a point for classes",
             )
-        order = np.array([names.index(name) for name in coded.dictionary.to_pylist()], dtype=np.int64)
-        return Labels(torch.from_numpy(order[coded.indices.to_numpy()]), names, table.where)
-    if not pa.types.is_integer(cells.type):
+        return Labels(values, [], table.where, dict(sorted((bad | wrong).items())), frozenset(left_out), notes)
+    if pa.types.is_integer(kind):
+        given = stored or class_names
+        if set(cells.unique().to_pylist()) <= {-1, None}:
+            rows = f"is -1 in row 0 and in all others; {len(cells):,} of {len(cells):,} labels cannot be used"
+            raise DataError(f"data.label_column: {column} in {table.where} {rows}.{HIDDEN}")
+        values, names, wrong = _from_numbers(cells, given) if given else _from_digits(cells)
+        if not given:
+            notes += _doubts(column, table.where, names, len(cells))
+    elif class_names != () and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        values, names = _from_names(cells, column, table.where, class_names)
+        wrong = {}
+        notes += _alike(column, table.where, names)
+    else:
         wanted = "whole numbers or names" if class_names else "numbers" if class_names == () else "numbers or names"
-        raise DataError(f"data.label_column: {column} in {table.where} must hold {wanted}, and it holds {cells.type}.")
-    values = torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.int64))
-    return Labels(values, _names(table, column, values, class_names), table.where)
+        advice = " A row has one label: lists of labels are not supported." if pa.types.is_list(kind) else ""
+        raise DataError(
+            f"data.label_column: {column} in {table.where} must hold {wanted}, and it holds {kind}.{advice}"
+        )
+    return Labels(values, names, table.where, dict(sorted((bad | wrong).items())), frozenset(left_out), notes)
 
 
-def _finite(cells: Any, column: str, where: str) -> Tensor:
+def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
+    """The cells of a column as one arrow array of their own type, blank names as null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from datasets import Json
+
+    if isinstance(table.data.features[column], Json):  # values of several types, in JSON
+        values = table.data[column][:]
+        if any(isinstance(value, list | dict) for value in values):
+            row = next(i for i, value in enumerate(values) if isinstance(value, list | dict))
+            raise DataError(
+                f"data.label_column: {column} in {table.where} must hold numbers or names, and row {row} holds "
+                f"{values[row]!r:.80}. A row has one label."
+            )
+        cells = pa.array([None if value is None else str(value) for value in values], pa.string())
+        return _typed(cells), (f"{column} of {table.where} holds labels of several types",)
+    cells = table.data.select_columns(column).with_format("arrow")[:][column].combine_chunks()
+    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+        blank = pc.equal(pc.utf8_trim_whitespace(cells), "")
+        cells = pc.if_else(blank, pa.scalar(None, cells.type), cells)
+        if column in table.as_written:
+            cells = _typed(cells)
+        elif (words := _booleans(cells)) is not None:
+            cells = words
+    return cells, ()
+
+
+def _typed(cells: Any) -> Any:
+    """Text of a file without types as whole numbers, decimal numbers, booleans, or as it is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    trimmed = pc.utf8_trim_whitespace(cells)
+    digits = pc.match_substring_regex(trimmed, r"^[+-]?\d+$").fill_null(True)
+    kinds = (pa.int64(),) if pc.all(digits).as_py() else (pa.float64(),)  # digits of more than 64 bits stay names
+    for kind in kinds:
+        try:
+            numbers = trimmed.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+        if kind == pa.int64() or bool(np.isfinite(numbers.to_numpy(zero_copy_only=False).astype(float)).any()):
+            return numbers
+    found = _booleans(cells)
+    return cells if found is None else found
+
+
+def _booleans(cells: Any) -> Any:
+    """Text that is true or false in each row, in any case, as booleans; None for other text."""
+    import pyarrow.compute as pc
+
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
+    found = set(pc.unique(words).to_pylist()) - {None}
+    return pc.equal(words, "true") if found and found <= {"true", "false"} else None
+
+
+def _equal_rows(cells: Any, stored: Sequence[str] | None, label: str | int | None) -> set[int]:
+    """The rows that have a label, given by its name or its number."""
+    if label is None:
+        return set()
+    coded = cells.dictionary_encode()
+    wanted = str(label).strip()
+    same = [
+        value is not None
+        and (_name(value) == wanted or (stored is not None and 0 <= value < len(stored) and stored[value] == wanted))
+        for value in coded.dictionary.to_pylist()
+    ]
+    indices = coded.indices.fill_null(len(same)).to_numpy()
+    return {int(row) for row in np.array([*same, False])[indices].nonzero()[0]}
+
+
+def _name(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _mask(rows: set[int], size: int) -> Any:
+    mask = np.zeros(size, bool)
+    mask[sorted(rows)] = True
+    return mask
+
+
+def _targets(cells: Any, column: str, where: str, null: set[int]) -> tuple[Tensor, dict[int, str]]:
+    """Numbers of a regression, and the rows whose number is not finite."""
     values = torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.float32))
-    if len(values) and bool((values == -1).all()):
+    if not null and bool((values == -1).all()):
         raise DataError(f"data.label_column: {column} in {where} is -1 throughout.{HIDDEN}")
-    wrong = (~values.isfinite()).nonzero().flatten()
-    if len(wrong):
-        row = int(wrong[0])
-        raise DataError(
-            f"data.label_column: {column} in {where} is {values[row].item()} in row {row}; {len(wrong)} of "
-            f"{len(values)} targets are not finite. Mend or drop those rows."
-        )
-    return values
+    wrong = (~values.isfinite()).nonzero().flatten().tolist()
+    return values, {row: f"is {values[row].item()}" for row in wrong if row not in null}
 
 
-def _names(table: Table, column: str, values: Tensor, given: tuple[str, ...] | None) -> list[str]:
-    names = list(_stored_names(table, column) or given or [str(i) for i in range(int(values.max()) + 1)])
-    wrong = ((values < 0) | (values >= len(names))).nonzero().flatten()
-    if len(wrong):
-        row = int(wrong[0])
-        hidden = HIDDEN if bool((values == -1).all()) else " Mend or drop those rows."
+def _from_digits(cells: Any) -> tuple[Tensor, list[str], dict[int, str]]:
+    """Whole numbers as the classes that occur, in their order; memory grows with the rows, not with the numbers."""
+    coded = cells.dictionary_encode()
+    numbers = coded.dictionary.to_pylist()
+    order = sorted(numbers)
+    return _placed(coded, {number: place for place, number in enumerate(order)}), [str(n) for n in order], {}
+
+
+def _from_numbers(cells: Any, names: Sequence[str]) -> tuple[Tensor, list[str], dict[int, str]]:
+    """Whole numbers with given names, and the rows whose number has none."""
+    coded = cells.dictionary_encode()
+    numbers = coded.dictionary.to_pylist()
+    places = {number: number for number in numbers if 0 <= number < len(names)}
+    values = _placed(coded, places)
+    present = cells.is_valid().to_numpy(zero_copy_only=False)
+    wrong = ((values == UNKNOWN).numpy() & present).nonzero()[0].tolist()
+    reasons = {row: f"is {cells[row].as_py()}, outside 0 to {len(names) - 1}" for row in wrong}
+    return values, list(names), reasons
+
+
+def _from_names(cells: Any, column: str, where: str, given: Sequence[str] | None) -> tuple[Tensor, list[str]]:
+    coded = cells.dictionary_encode()
+    found = coded.dictionary.to_pylist()
+    names = list(given or sorted(found))
+    places = {name: place for place, name in enumerate(names)}
+    if unknown := [name for name in found if name not in places]:
         raise DataError(
-            f"data.label_column: {column} in {table.where} is {int(values[row])} in row {row}, outside 0 to "
-            f"{len(names) - 1}; {len(wrong)} of {len(values)} labels are.{hidden}"
+            f"data.label_column: {column} in {where} has {', '.join(unknown[:5])}; the classes of this task "
+            f"are {', '.join(names)}."
         )
-    return names
+    return _placed(coded, places), names
+
+
+def _placed(coded: Any, places: Mapping[Any, int]) -> Tensor:
+    """The place of each row's value, -1 for a value without one and for no value."""
+    order = np.array([*(places.get(value, UNKNOWN) for value in coded.dictionary.to_pylist()), UNKNOWN], np.int64)
+    return torch.from_numpy(order[coded.indices.fill_null(len(order) - 1).to_numpy()])
+
+
+def _doubts(column: str, where: str, names: list[str], rows: int) -> tuple[str, ...]:
+    """Lines about whole numbers that may be no classes."""
+    lines: tuple[str, ...] = ()
+    if len(names) > max(10, rows // 10):
+        lines += (
+            f"{column} of {where}: {len(names):,} different whole numbers in {rows:,} rows are read as classes; for a "
+            "regression write them with a point (3.0) or set model.class_names to []",
+        )
+    if names[0] == "-1" and names[1:] == [str(i) for i in range(len(names) - 1)]:
+        lines += (f"{column} of {where}: -1 is read as a class; data.skip_label: -1 leaves such rows out",)
+    return lines
+
+
+def _alike(column: str, where: str, names: list[str]) -> tuple[str, ...]:
+    """A line about names that differ in case or spaces alone."""
+    by_word: dict[str, list[str]] = {}
+    for name in names:
+        by_word.setdefault(" ".join(name.casefold().split()), []).append(name)
+    alike = next((group for group in by_word.values() if len(group) > 1), None)
+    if alike is None:
+        return ()
+    return (f"{column} of {where}: the classes {' and '.join(map(repr, alike))} differ in case or spaces alone",)
 
 
 def _stored_names(table: Table, column: str) -> list[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
@@ -24,10 +25,9 @@ from datamodules.questions import (
     header,
     shared_prompts,
 )
-from datamodules.splits import choose_rows
-from datamodules.tables import Table, check_column
-from datamodules.text import TextData
-from datamodules.tokens import check_texts
+from datamodules.splits import choose_rows, is_spelling
+from datamodules.tables import Table, blank_rows, check_column, check_texts
+from datamodules.text import BadRow, TextData
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +61,9 @@ class MMLUData(TextData):
         max_test_samples: The same for testing.
         subjects: Subjects to ask; None for all.
         predict_path: File of rows for `predict`, with answers or without; None takes the test split.
+        encoding: Encoding of JSONL files, such as `utf-8` or `utf-16`.
+        skip_bad_rows: Questions of each split that may be skipped because they have no text, choices or answer; one
+            more is an error.
     """
 
     kind = "questions"
@@ -83,6 +86,8 @@ class MMLUData(TextData):
         max_test_samples: int | None = None,
         subjects: list[str] | None = None,
         predict_path: str | None = None,
+        encoding: str = "utf-8",
+        skip_bad_rows: int = 0,
     ) -> None:
         super().__init__(
             path=path,
@@ -95,8 +100,17 @@ class MMLUData(TextData):
             val_seed=0,
             limits={"val": max_val_samples, "test": max_test_samples},
             predict_path=predict_path,
+            encoding=encoding,
+            skip_bad_rows=skip_bad_rows,
+            as_written=[question_column, *([] if subject_column is None else [subject_column])],
         )
         self.save_hyperparameters()
+        self.check_columns(
+            question_column=question_column,
+            choices_column=choices_column,
+            answer_column=answer_column,
+            subject_column=subject_column,
+        )
         if shots < 0:
             raise DataError(f"data.shots: {shots} must not be negative.")
         if max_length is not None and max_length < 1:
@@ -139,11 +153,30 @@ class MMLUData(TextData):
             raise DataError(f"data.path: {self.path} has no {name} split.")
         return {suffix: (table, False) for suffix, table in tables.items()}
 
-    def _chosen(self, split: str, table: Table, held_out: bool) -> QuestionDataset:
+    def split_names(self, split: str, suffix: str = "") -> tuple[str, ...]:
+        """The spellings of a split but for that of the shots: MMLU's `dev` is no validation split."""
+        usual, *others = super().split_names(split, suffix)
+        return (usual, *(name for name in others if not is_spelling(name, [self.shots_split])))
+
+    def _names_read(self) -> tuple[str, ...]:
+        return (*super()._names_read(), self.shots_split, "auxiliary_train")
+
+    def _chosen(self, split: str, name: str, table: Table, held_out: bool) -> QuestionDataset:
         rows = self._rows_of_subjects(table)
-        return self.build(
-            table, rows[choose_rows(len(rows), split, held_out, self.val_fraction, self.val_seed, self.limits[split])]
-        )
+        chosen = choose_rows(len(rows), split, held_out, self.val_fraction, self.val_seed, self.limits[split])
+        made = self.build(split, table, rows[chosen])
+        asked = "" if self.subjects is None else f" of {len(self.subjects):,} subjects"
+        self.findings.add_split(split, len(made), f"{table.source or table.where}{asked}, {self.shots} shots each")
+        self.add_notes(table)
+        return made
+
+    def _to_predict(self, table: Table) -> QuestionDataset:
+        made = self.build("predict", table, self._rows_of_subjects(table))
+        if failed := self.failed.get(table.where):
+            self.findings.add(f"{len(failed):,} rows of {table.where} cannot be predicted; their column error says why")
+        self.findings.add_split("predict", len(made), table.source or table.where)
+        self.add_notes(table)
+        return made
 
     def _rows_of_subjects(self, table: Table) -> Tensor:
         """Rows of the subjects that are asked, (rows,) int64."""
@@ -157,12 +190,13 @@ class MMLUData(TextData):
             )
         return torch.tensor([row for row, subject in enumerate(of_row) if subject in self.subjects])
 
-    def build(self, table: Table, rows: Tensor | None) -> QuestionDataset:
-        """The questions of some rows of a table; of all rows, with answers or without, for prediction."""
+    def build(self, split: str, table: Table, rows: Tensor) -> QuestionDataset:
+        """The questions of some rows of a table, with answers or, for prediction, perhaps without."""
         of_row = self._subjects_of(table)
-        asked = self._read(table, answered=rows is not None)
+        asked, bad = self._read(table, rows.tolist(), answered=split != "predict")
+        rows = self.without_bad(split, table, rows, bad)
         groups: dict[str, list[int]] = {}
-        for row in sorted((self._rows_of_subjects(table) if rows is None else rows).tolist()):
+        for row in sorted(rows.tolist()):
             groups.setdefault(of_row[row], []).append(row)
         shots = self._shots(table, list(groups))
         fitted: dict[str, tuple[SharedPrompts, int]] = {}
@@ -177,8 +211,8 @@ class MMLUData(TextData):
             names,
             [fitted[name][0] for name in names],
             [groups[name] for name in names],
-            {row: -1 if question.answer is None else question.answer for row, question in enumerate(asked)},
-            self._letters(prompt, len(asked[0].choices)),
+            {row: -1 if (answer := asked[row].answer) is None else answer for row in rows.tolist()},
+            self._letters(prompt, len(asked[groups[first][0]].choices)),
         )
 
     # --------------------------------------------------------------------------------------------------------- rows
@@ -187,37 +221,46 @@ class MMLUData(TextData):
         column = self.subject_column
         if column is None or (column == "subject" and column not in table.data.column_names):
             return [UNKNOWN] * len(table)
-        check_texts(table, "subject_column", column)
-        return list(table.data[column][:])
+        texts = check_texts(table, "subject_column", column)
+        return [UNKNOWN if subject is None else subject for subject in texts.data[column][:]]
 
-    def _read(self, table: Table, answered: bool) -> list[Question]:
-        """All rows of a table.
+    def _read(self, table: Table, rows: list[int], answered: bool) -> tuple[dict[int, Question], dict[int, BadRow]]:
+        """The questions of some rows by row, and the rows that hold no question with choices, or no answer.
 
-        Raises:
-            DataError: With the row, if it holds no question with choices, or no answer where there must be one.
+        The number of choices is that of most rows.
         """
-        check_texts(table, "question_column", self.question_column)
+        texts = check_texts(table, "question_column", self.question_column)
         check_column(table, "choices_column", self.choices_column)
         if answered:
             check_column(table, "answer_column", self.answer_column)
-        data = table.data
+        data = texts.data
         choices = data[self.choices_column][:]
         answers = data[self.answer_column][:] if self.answer_column in data.column_names else [None] * len(data)
-        size = len(choices[0]) if isinstance(choices[0], list) else 0
-        for row, (texts, answer) in enumerate(zip(choices, answers, strict=True)):
-            is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-            if not (is_list and len(texts) == size and 2 <= size <= len(LETTERS)):
-                raise DataError(
-                    f"data.choices_column: {self.choices_column} in {table.where} must hold lists of 2 to 26 texts, as "
-                    f"many in each row, and row {row} holds {_short(texts)}."
+        questions = data[self.question_column][:]
+        blank = blank_rows(texts, self.question_column)
+        sizes = Counter(len(choices[row]) for row in rows if _are_texts(choices[row]))
+        size = sizes.most_common(1)[0][0] if sizes else 0
+        read: dict[int, Question] = {}
+        bad: dict[int, BadRow] = {}
+        for row in rows:
+            answer = answer_index(answers[row], size)
+            if row in blank:
+                bad[row] = BadRow("question_column", f"has no text in column {self.question_column}")
+            elif not (_are_texts(choices[row]) and len(choices[row]) == size and 2 <= size <= len(LETTERS)):
+                bad[row] = BadRow(
+                    "choices_column",
+                    f"has {_short(choices[row])} in column {self.choices_column}, which must hold lists of 2 to 26 "
+                    "texts, as many in each row",
                 )
-            if answer_index(answer, size) is None and (answered or answer not in HIDDEN):
-                raise DataError(
-                    f"data.answer_column: {self.answer_column} in {table.where} must hold indices from 0 to {size - 1} "
-                    f"or letters from A to {LETTERS[size - 1]}, and row {row} holds {_short(answer)}."
+            elif answer is None and (answered or answers[row] not in HIDDEN):
+                bad[row] = BadRow(
+                    "answer_column",
+                    f"has {_short(answers[row])} in column {self.answer_column}, which must hold indices from 0 to "
+                    f"{size - 1} or letters from A to {LETTERS[size - 1]}",
                 )
-        rows = zip(data[self.question_column][:], choices, answers, strict=True)
-        return [Question(text, tuple(texts), answer_index(answer, size)) for text, texts, answer in rows]
+            else:
+                read[row] = Question(questions[row], tuple(choices[row]), answer)
+        return read, bad
 
     def _shots(self, asked: Table, subjects: list[str]) -> dict[str, list[str]]:
         """The examples of each subject.
@@ -234,9 +277,13 @@ class MMLUData(TextData):
         if table.where == asked.where:
             raise DataError(f"data.shots_split: the shots of {table.where} are among the questions to ask; {mend}.")
         examples: dict[str, list[str]] = {subject: [] for subject in subjects}
-        for subject, question in zip(self._subjects_of(table), self._read(table, answered=True), strict=True):
-            if subject in examples and len(examples[subject]) < self.shots:
-                examples[subject].append(question.shot())
+        of_row = self._subjects_of(table)
+        rows = torch.tensor([row for row, subject in enumerate(of_row) if subject in examples])
+        if len(rows):
+            read, bad = self._read(table, rows.tolist(), answered=True)
+            for row in self.without_bad(self.shots_split, table, rows, bad).tolist():
+                if len(examples[of_row[row]]) < self.shots:
+                    examples[of_row[row]].append(read[row].shot())
         for subject, texts in examples.items():
             if len(texts) < self.shots:
                 raise DataError(
@@ -323,6 +370,9 @@ class MMLUData(TextData):
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
         """The row's number and subject, the predicted letter, the answer's if known, and each log-probability."""
         source = self.predicted[file].data[row["index"]]
+        if row.get("error"):
+            subject = source.get(self.subject_column, UNKNOWN)
+            return {"index": row["index"], "subject": subject, "prediction": "", "error": row["error"]}
         scores = row["log_probabilities"]
         answer = answer_index(source.get(self.answer_column), len(scores))
         return {
@@ -331,7 +381,12 @@ class MMLUData(TextData):
             "prediction": LETTERS[scores.index(max(scores))],
             "answer": "" if answer is None else LETTERS[answer],
             **{f"log_probability_{letter}": score for letter, score in zip(LETTERS, scores, strict=False)},
+            **({"error": row["error"]} if "error" in row else {}),
         }
+
+
+def _are_texts(cell: Any) -> bool:
+    return isinstance(cell, list) and all(isinstance(text, str) for text in cell)
 
 
 def _short(value: Any) -> str:

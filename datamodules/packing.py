@@ -85,6 +85,10 @@ class PackedDataset(Dataset[list[Row]]):
     def __len__(self) -> int:
         return len(self.packs)
 
+    def rows_digest(self) -> str:
+        """Return a digest of the rows and of how many packs they make."""
+        return f"{self.rows.rows_digest()} {len(self)}"
+
     def __getitem__(self, key: int | Draw) -> list[Row]:
         """The rows of one pack."""
         return self.__getitems__([key])[0]

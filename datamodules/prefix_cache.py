@@ -5,8 +5,9 @@ it in eval mode); the data say which rows it gets. A batch then has `hidden` (ba
 input, zeros where there is padding, and all else as it was.
 
 A file holds one split: a .npy array (tokens of all rows, width), in the dtype that the prefix gives, bfloat16 as int16.
-It lies with the `datasets` library's cache (HF_DATASETS_CACHE), named by the hash of the prefix and of the rows, and
-takes its name when it is whole, so that a changed model or data set, or an interrupted run, never reads wrong rows.
+The file lies with the `datasets` library's cache (HF_DATASETS_CACHE), named by the hash of the prefix and of the rows,
+and is written and verified as `datamodules.cache_files` says: a changed model or data set, an interrupted run or a
+damaged file never gives wrong rows.
 """
 
 from __future__ import annotations
@@ -14,11 +15,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import platform
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +30,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules.atomic import WriteError
+from datamodules.cache_files import cache_folder, is_intact, write_cache
 from datamodules.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ FORMAT = 1  # of files; one more whenever their rows would be others
 GIB = 2**30
 INPUTS = ("image", "input_ids", "token_type_ids")  # what hidden states take the place of
 STORED = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<i2"}
-MEND = "free some space, set HF_DATASETS_CACHE to another folder, or data.cache_prefix to false"
+REMEDY = "free some space, set HF_DATASETS_CACHE to another folder, or data.cache_prefix to false"
 
 
 @dataclass(frozen=True)
@@ -146,19 +146,16 @@ def hidden_states(
     Raises:
         DataError: If the file cannot be written, or rows are padded at the left.
     """
-    import datasets  # for the place of its cache; a run on a folder of images imports it for nothing else
-
     prefix: Any = trainer.lightning_module.frozen_prefix()  # type: ignore[operator]
     digest = hashlib.sha256(f"{FORMAT} {prefix.key} {rows_key}".encode()).hexdigest()[:40]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "onesided"
-    path = folder / f"prefix-{digest}.npy"
+    path = cache_folder() / f"prefix-{digest}.npy"
     size = len(loader.dataset)  # type: ignore[arg-type]
-    if not (done := _is_whole(path)):
+    if not (done := is_intact(path, verify=trainer.local_rank == 0)):
         try:
-            with _written_whole(path) as file:
-                _fill(trainer, prefix, loader, lengths, file, f"{size:,} rows of {where}", folder, beat)
-        except OSError as error:
-            raise DataError(f"data.cache_prefix: {path} could not be written ({error}); {MEND}.") from error
+            with write_cache(path) as file:
+                _fill(trainer, prefix, loader, lengths, file, f"{size:,} rows of {where}", path.parent, beat)
+        except WriteError as error:
+            raise DataError(f"data.cache_prefix: {path} could not be written ({error.reason}); {REMEDY}.") from error
     with path.open("rb") as file:
         (tokens, _), _, dtype = _read_header(file)
     if done and trainer.is_global_zero:
@@ -221,7 +218,8 @@ def _begin(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, what: str
     _log.info(f"The frozen prefix's output for {what} is kept in {folder}: {size / GIB:.2f} GiB.")
     if (free := shutil.disk_usage(folder).free) < size:
         raise DataError(
-            f"data.cache_prefix: {folder} has {free / GIB:.2f} GiB left, and {what} take {size / GIB:.2f} GiB; {MEND}."
+            f"data.cache_prefix: {folder} has {free / GIB:.2f} GiB left, and {what} take {size / GIB:.2f} GiB; "
+            f"{REMEDY}."
         )
     header = {"descr": STORED[dtype], "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
@@ -230,42 +228,3 @@ def _begin(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, what: str
 def _read_header(file: BinaryIO) -> tuple[tuple[int, int], bool, np.dtype[Any]]:
     np.lib.format.read_magic(file)
     return np.lib.format.read_array_header_1_0(file)  # type: ignore[return-value]
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a file is there with all that its header says."""
-    try:
-        with path.open("rb") as file:
-            (tokens, width), _, dtype = _read_header(file)
-            return path.stat().st_size == file.tell() + tokens * width * dtype.itemsize
-    except (OSError, ValueError):
-        return False
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes its name at the end, or is gone if anything goes wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    start = f".{path.stem}.{platform.node()}."  # the folder may be shared with other machines
-    for other in path.parent.iterdir():
-        own = re.fullmatch(re.escape(start) + r"(\d+)\.npy", other.name)
-        if own and not _is_alive(int(own[1])):
-            other.unlink(missing_ok=True)  # of a process that was killed
-    unfinished = path.with_name(f"{start}{os.getpid()}.npy")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    """Whether this machine has a process of that number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True

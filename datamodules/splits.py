@@ -1,13 +1,46 @@
-"""Which rows of a table belong to which split: seeded, and apart from the run's seed so that runs compare."""
+"""Splits: the file and folder names that mean one, and the rows of a table that belong to each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from datamodules.errors import DataError
+
+# Spellings of each split, the usual one first, in lower case.
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("validation", "val", "valid", "dev", "development", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_FILLER = "(?:data|sets?|images?|imgs?|splits?|files|folder)*"  # train_set, images-val, TestData
+HELPER_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found"}
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that the name of a folder or the stem of a file means: `train`, `val`, `test` or None.
+
+    Case and separators do not matter: `Training`, `dev`, `test_set` and `Images-Val` mean a split.
+    """
+    return next((split for split, spellings in SPLITS.items() if is_spelling(name, spellings)), None)
+
+
+def is_spelling(name: str, spellings: Iterable[str]) -> bool:
+    """Return True if a name is one of some spellings, whatever its case, separators and words such as `data`."""
+    words = "|".join(_letters(spelling) for spelling in spellings)
+    return re.fullmatch(f"{_FILLER}(?:{words}){_FILLER}", _letters(name)) is not None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def is_helper(name: str) -> bool:
+    """Return True for files and folders that systems and editors leave beside data: dot-names, __MACOSX, Thumbs.db."""
+    return name.startswith(".") or name.casefold() in HELPER_NAMES
 
 
 def check_splits(val_fraction: float, limits: Mapping[str, int | None]) -> None:

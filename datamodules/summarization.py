@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.base import Collate
 from datamodules.errors import DataError
-from datamodules.tables import Table
-from datamodules.text import TextData
-from datamodules.tokens import TokenDataset, check_texts, tokenized, tokenizer_state
+from datamodules.tables import Table, blank_rows, check_column, check_texts
+from datamodules.text import BadRow, TextData
+from datamodules.tokens import TokenDataset, tokenized, tokenizer_state
 
 IGNORED = -100  # label of a position that is padding
 
@@ -66,6 +66,8 @@ class SummarizationData(TextData):
         max_val_samples: The same for validation, where beam search takes its time.
         max_test_samples: The same for testing.
         predict_path: File of rows for `predict`; None takes the test split.
+        encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
+        skip_bad_rows: Rows of each split that may be skipped because source or target is empty; one more is an error.
     """
 
     kind = "summaries"
@@ -90,6 +92,8 @@ class SummarizationData(TextData):
         max_val_samples: int | None = None,
         max_test_samples: int | None = None,
         predict_path: str | None = None,
+        encoding: str = "utf-8",
+        skip_bad_rows: int = 0,
     ) -> None:
         super().__init__(
             path=path,
@@ -102,8 +106,12 @@ class SummarizationData(TextData):
             val_seed=val_seed,
             limits={"train": max_train_samples, "val": max_val_samples, "test": max_test_samples},
             predict_path=predict_path,
+            encoding=encoding,
+            skip_bad_rows=skip_bad_rows,
+            as_written=[source_column, target_column],
         )
         self.save_hyperparameters()
+        self.check_columns(source_column=source_column, target_column=target_column)
         for key, length in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
             if length < 2:
                 raise DataError(f"data.{key}: {length} must be 2 or more.")
@@ -116,17 +124,28 @@ class SummarizationData(TextData):
         self.check_length("max_source_length", self.max_source_length)
         self.check_length("max_target_length", self.max_target_length)
 
-    def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
-        """Tokens of some rows of a table, with the targets' texts; of all rows without targets, for prediction."""
-        check_texts(table, "source_column", self.source_column)
-        if rows is None:
-            return TokenDataset(self._tokenize(table, [self.source_column]))
-        check_texts(table, "target_column", self.target_column)
-        chosen = table.select(rows)
+    def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
+        """Tokens of some rows of a table, with the targets' texts; without targets for prediction."""
+        columns = {"source_column": self.source_column, "target_column": self.target_column}
+        if split == "predict":
+            columns.pop("target_column")
+            if self.id_column != "id":
+                check_column(table, "id_column", self.id_column)
+        bad: dict[int, BadRow] = {}
+        for key, column in columns.items():
+            table = check_texts(table, key, column)
+            bad |= {row: BadRow(key, f"has no text in column {column}") for row in blank_rows(table, column)}
+        self.add_notes(table)
+        chosen = table.select(self.without_bad(split, table, rows, bad))
+        tokens = self._tokenize(chosen, list(columns.values()))
+        if split == "predict":
+            return TokenDataset(tokens)
+        if split == "train":
+            self.findings.add(f"columns: sources of {self.source_column}, targets of {self.target_column}")
         references = chosen.data.select_columns([self.target_column])
         if self.target_column != "reference":
             references = references.rename_column(self.target_column, "reference")
-        return TokenDataset(self._tokenize(chosen, [self.source_column, self.target_column]), texts=references)
+        return TokenDataset(tokens, texts=references)
 
     def _tokenize(self, table: Table, columns: list[str]) -> Any:
         tokenizer, prefix = self.tokenizer, self.source_prefix
@@ -162,4 +181,5 @@ class SummarizationData(TextData):
         """The document's id, its summary, and the reference, if there is one."""
         source = self.predicted[file].data[row["index"]]
         name = source.get(self.id_column, row["index"])
-        return {"id": name, "summary": row["summary"], "reference": source.get(self.target_column)}
+        error = {"error": row["error"]} if "error" in row else {}
+        return {"id": name, "summary": row.get("summary"), "reference": source.get(self.target_column), **error}

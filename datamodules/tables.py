@@ -1,10 +1,17 @@
-"""Tables by split from the hub or from Parquet, CSV and JSONL files, memory-mapped by the `datasets` library."""
+"""Tables by split from the hub or from Parquet, CSV, TSV and JSONL files, memory-mapped by the `datasets` library."""
 
 from __future__ import annotations
 
+import codecs
+import csv
 import glob
+import gzip
+import io
+import json
+import re
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,38 +19,110 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import DataError
+from datamodules.splits import is_helper, is_spelling, split_of
 
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets
 
-SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
+ROWS = ("data", "rows", "examples", "records")  # keys of a JSON object that holds a list of rows
+LISTED = 10  # files that a message names
+OVERFLOW = "__index_level_0__"  # where pandas puts the first cell of rows that are longer than the header
 
 
-def _read_parquet(files: list[str]) -> Any:
+@dataclass(frozen=True)
+class Reading:
+    """How the cells of files are read.
+
+    Args:
+        encoding: Encoding of CSV, TSV and JSONL, by its name in Python.
+        as_written: Columns of CSV and TSV whose cells stay text: `007` is not 7.
+    """
+
+    encoding: str = "utf-8"
+    as_written: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the encoding.
+
+        Raises:
+            DataError: If Python does not know it.
+        """
+        try:
+            codecs.lookup(self.encoding)
+        except (LookupError, ValueError) as error:
+            raise DataError(
+                f"data.encoding: {self.encoding!r} is no encoding that Python knows. Use utf-8, utf-16 or cp1252, say."
+            ) from error
+
+    @property
+    def is_utf8(self) -> bool:
+        """Return True for UTF-8 with or without a byte order mark."""
+        return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig")
+
+
+PLAIN = Reading()
+Reader = Callable[[list[Path], Reading], Any]
+
+
+def _as_written(cell: str) -> str | None:
+    return cell or None
+
+
+def _patterns(files: list[Path]) -> list[str]:
+    return [glob.escape(str(file)) for file in files]  # the library takes names for patterns
+
+
+def _read_parquet(files: list[Path], reading: Reading) -> Any:
     import datasets
 
-    return datasets.Dataset.from_parquet(files)
+    return datasets.Dataset.from_parquet(_patterns(files))
 
 
-def _read_csv(files: list[str]) -> Any:
+def _read_csv(files: list[Path], reading: Reading, separator: str = ",") -> Any:
     import datasets
 
     # empty cells alone are missing: "null" and "NA" are words
-    return datasets.Dataset.from_csv(files, keep_default_na=False, na_values=[""])
+    return datasets.Dataset.from_csv(
+        _patterns(files),
+        sep=separator,
+        keep_default_na=False,
+        na_values=[""],
+        encoding=reading.encoding,
+        converters=dict.fromkeys(reading.as_written, _as_written) or None,
+    )
 
 
-def _read_json(files: list[str]) -> Any:
+def _read_tsv(files: list[Path], reading: Reading) -> Any:
+    return _read_csv(files, reading, "\t")
+
+
+def _read_json(files: list[Path], reading: Reading) -> Any:
     import datasets
 
-    return datasets.Dataset.from_json(files)
+    if reading.is_utf8:
+        return datasets.Dataset.from_json(_patterns(files))  # the library takes a byte order mark off
+    whole = max(file.stat().st_size for file in files) + 1  # so that no character is parted in two
+    return datasets.Dataset.from_json(_patterns(files), encoding=reading.encoding, chunksize=whole)
 
 
-READERS: dict[str, Callable[[list[str]], Any]] = {
+READERS: dict[str, Reader] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".json": _read_json,
 }
+PACKED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # kinds that are read with .gz behind their suffix too
+
+
+def kind_of(file: Path) -> str | None:
+    """Return the suffix in lower case that decides how a file is read; None if it is no table."""
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        inner = Path(file.stem).suffix.lower()
+        return inner if inner in PACKED else None
+    return suffix if suffix in READERS else None
 
 
 @dataclass(frozen=True)
@@ -53,10 +132,16 @@ class Table:
     Args:
         data: The rows.
         where: What to call them in a message: a file, or a name on the hub with its split.
+        source: Where they are from, in full: all files, or the revision; empty is `where`.
+        notes: Lines about what was assumed in reading them.
+        as_written: Columns whose cells are text only because the file has no types.
     """
 
     data: datasets.Dataset
     where: str
+    source: str = ""
+    notes: tuple[str, ...] = ()
+    as_written: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -65,88 +150,209 @@ class Table:
         """Some rows, (rows,) int64, in their order; all in order are the table itself."""
         if torch.equal(rows, torch.arange(len(self))):
             return self
-        return Table(self.data.select(rows.tolist()), self.where)
+        return replace(self, data=self.data.select(rows.tolist()))
 
 
 def open_table(
-    path: str, splits: Sequence[str], config: str | None = None, revision: str | None = None
+    path: str, splits: Sequence[str], config: str | None = None, revision: str | None = None, reading: Reading = PLAIN
 ) -> Table | None:
     """Open the first of some splits that there is.
 
     Args:
-        path: A directory with files named `train.parquet`, `train-00000-of-00001.csv` or `train/0000.jsonl`, one file
-            of one of these kinds, which is its own and only training split, or a name on the hub.
-        splits: Names of the split, best first.
+        path: A directory with files named `train.parquet`, `Train.csv`, `train-00000-of-00001.csv` or
+            `training/0000.jsonl`, one file of one of these kinds, which is its own and only training split, or a name
+            on the hub.
+        splits: Spellings of the split, best first; case, separators and words such as `data` do not matter.
         config: The data set's configuration: on the hub, or a folder of that name in the directory.
         revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
+        reading: How cells are read.
 
     Returns:
         The table; None if there is no such split.
 
     Raises:
-        DataError: If the path cannot be had, holds nothing of this kind, or is damaged.
+        DataError: If the path cannot be had, holds nothing of this kind, holds the split under two spellings, or is
+            damaged.
     """
     folder = Path(path)
     if folder.is_file():
-        return _read([folder]) if "train" in splits else None
+        return _read([folder], reading) if "train" in splits else None
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise DataError(f"data.path: {path} is not here; give a directory, a file or a data set's name on the hub.")
         return _from_hub(path, splits, config, revision)
-    if config is not None:
-        folder = next((f for f in (folder / config, folder / "data" / config) if f.is_dir()), folder)
-    found = [
-        files
-        for suffix in READERS
-        for name in splits
-        if (files := [f for f in sorted(folder.rglob(f"*{suffix}")) if _is_of_split(f, name, folder)])
-    ]
-    if found:
-        _check_one_set([f for files in found for f in files], splits, folder, config)
-        return _read(found[0])
+    folder = _configured(folder, config)
+    every = tables_below(folder)
+    spelt = [(name, file) for file in every if (name := _split_name(file, folder, splits))]
+    if spelt:
+        _check_one_set([file for _, file in spelt], splits, folder, config)
+        if len(names := sorted({name for name, _ in spelt})) > 1:
+            raise DataError(
+                f"data.path: {folder} has rows of {splits[0]} under {len(names)} names, {' and '.join(names)}. "
+                "Keep one of them, or rename the other."
+            )
+        kinds = [[file for _, file in spelt if kind_of(file) == kind] for kind in READERS]
+        first, *others = [files for files in kinds if files]
+        table = _read(first, reading)
+        if others:
+            left = ", ".join(str(file.relative_to(folder)) for files in others for file in files[:1])
+            table = replace(table, notes=(*table.notes, f"{splits[0]}: {first[0].name} is read, and {left} is not"))
+        return table
     if "train" in splits:
+        shown = ", ".join(str(file.relative_to(folder)) for file in every[:LISTED]) or "no file of a table"
+        more = f" and {len(every) - LISTED:,} more" if len(every) > LISTED else ""
         raise DataError(
-            f"data.path: {folder} holds no file of training rows: train.parquet, train.csv, train.jsonl, or several as "
-            "train-*.parquet or train/*.parquet."
+            f"data.path: {folder} holds no file of training rows, such as train.parquet, train.csv, train.jsonl, "
+            f"train-*.parquet or train/*.parquet. It holds {shown}{more}. Rename the files, or give one as data.path."
         )
     return None
 
 
-def open_file(path: str, key: str) -> Table:
+def unread_files(path: str, splits: Sequence[str], config: str | None = None) -> list[str]:
+    """Return the files of a directory that are tables of none of some splits, for a line to the user.
+
+    Args:
+        path: As for `open_table`; anything but a directory has no such files.
+        splits: Spellings of all splits that are read.
+        config: As for `open_table`.
+    """
+    if not Path(path).is_dir():
+        return []
+    folder = _configured(Path(path), config)
+    files = tables_below(folder)
+    return [str(file.relative_to(folder)) for file in files if _split_name(file, folder, splits) is None]
+
+
+def tables_below(folder: Path) -> list[Path]:
+    """Return the files of a folder that are tables, sorted, without the copies that editors and systems keep."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if kind_of(file) and not any(is_helper(part) for part in file.relative_to(folder).parts) and not file.is_dir()
+    )
+
+
+def open_file(path: str, key: str, reading: Reading = PLAIN) -> Table:
     """Open one file, for prediction.
 
     Raises:
         DataError: Under the given key, if it is not there, of another kind, or damaged.
     """
-    if not Path(path).is_file() or Path(path).suffix not in READERS:
+    if not Path(path).is_file() or kind_of(Path(path)) is None:
         raise DataError(f"data.{key}: {path} is no file of {', '.join(READERS)} here.")
-    return _read([Path(path)], key)
+    return _read([Path(path)], reading, key)
 
 
 def check_column(table: Table, key: str, column: str) -> None:
-    """See that a column is there.
+    """Check that a column is there.
 
     Raises:
         DataError: Under the given key, with the columns there are.
     """
-    if column not in table.data.column_names:
+    names = table.data.column_names
+    if column in names:
+        return
+    advice = ""
+    if len(names) == 1 and (mark := next((m for m in ";\t|," if m in names[0]), None)):
+        marks = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
+        advice = f" Its cells seem to be parted by {marks[mark]}: save it with commas as .csv, or with tabs as .tsv."
+    elif kind_of(Path(table.where)) in (".csv", ".tsv"):
+        advice = " The first line of the file must name its columns."
+    raise DataError(f"data.{key}: {table.where} has no column {column}; it has {', '.join(names)}.{advice}")
+
+
+def check_texts(table: Table, key: str, column: str) -> Table:
+    """Return a table whose column holds text; numbers, booleans and dates become text.
+
+    Args:
+        table: The rows.
+        key: What a message names.
+        column: The column.
+
+    Raises:
+        DataError: Under the given key, if the column is missing, empty in every row or of another type.
+    """
+    import datasets
+    import pyarrow as pa
+
+    check_column(table, key, column)
+    feature = table.data.features[column]
+    kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+    if kind in ("string", "large_string"):
+        return table
+    if kind == "null":
+        raise DataError(f"data.{key}: {column} in {table.where} is empty in every row.")
+    if not isinstance(feature, datasets.Value | datasets.Json) or kind.startswith(("binary", "large_binary")):
+        raise DataError(f"data.{key}: {column} in {table.where} must hold text, and it holds {kind}.")
+    cells = table.data[column][:]
+    if isinstance(feature, datasets.Json) and any(isinstance(cell, dict | list) for cell in cells):
+        row = next(i for i, cell in enumerate(cells) if isinstance(cell, dict | list))
         raise DataError(
-            f"data.{key}: {table.where} has no column {column}; it has {', '.join(table.data.column_names)}."
+            f"data.{key}: {column} in {table.where} must hold text, and row {row} holds {cells[row]!r:.80}."
         )
+    texts = pa.array([None if cell is None else str(cell) for cell in cells], pa.large_string())
+    described = "values of several types" if isinstance(feature, datasets.Json) else kind
+    note = f"{column} of {table.where} holds {described}, read as text"
+    order = table.data.column_names
+    data = table.data.add_column(f"{column} as text", texts).remove_columns(column)
+    data = data.rename_column(f"{column} as text", column).select_columns(order)
+    return replace(table, data=data, notes=(*table.notes, note))
 
 
-def _is_of_split(file: Path, split: str, root: Path) -> bool:
-    if any(part.startswith(".") for part in file.relative_to(root).parts):  # copies that editors keep
-        return False
-    return (
-        file.stem == split or file.stem.startswith(f"{split}-") or (file.parent.name == split and file.parent != root)
-    )
+def blank_rows(table: Table, column: str) -> set[int]:
+    """Return the rows in which a column of text is empty, or holds spaces alone."""
+    import pyarrow.compute as pc
+
+    blank: set[int] = set()
+    first = 0
+    for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
+        cells = rows[column]
+        empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), ""), True)
+        blank.update(first + int(i) for i in empty.to_numpy().nonzero()[0])
+        first += len(rows)
+    return blank
+
+
+def null_rows(table: Table, column: str) -> set[int]:
+    """Return the rows in which a column has no value."""
+    null: set[int] = set()
+    first = 0
+    for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
+        if rows[column].null_count:
+            null.update(first + int(i) for i in rows[column].is_null().to_numpy().nonzero()[0])
+        first += len(rows)
+    return null
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def _configured(folder: Path, config: str | None) -> Path:
+    """The folder of a configuration, if there is one."""
+    if config is None:
+        return folder
+    return next((f for f in (folder / config, folder / "data" / config) if f.is_dir()), folder)
+
+
+def _split_name(file: Path, root: Path, splits: Sequence[str]) -> str | None:
+    """The part of a file's name, or of its folder's, that is one of some spellings; None if neither is."""
+    stem = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
+    unnumbered = re.sub(r"[-_. ]?\d+(?:[-_. ]?of[-_. ]?\d+)?(?:-\w+)?$", "", stem)  # of train-00000-of-00001, train_0
+    candidates = (unnumbered, stem.partition("-")[0])
+    for name in candidates:
+        if is_spelling(name, splits):
+            return name
+    meant = any(split_of(name) for name in candidates)  # by itself, whatever the folder is called
+    return file.parent.name if file.parent != root and not meant and is_spelling(file.parent.name, splits) else None
 
 
 def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config: str | None) -> None:
     """Refuse files of several data sets, or of another one than asked for."""
-    usual = {*splits, "data", "default"}
-    sets = {"/".join(p for p in f.relative_to(root).parts[:-1] if p not in usual) or "." for f in files}
+    sets = {
+        "/".join(p for p in f.relative_to(root).parts[:-1] if not (is_spelling(p, splits) or p in ("data", "default")))
+        or "."
+        for f in files
+    }
     if len(sets) > 1 or (config is not None and sets != {"."}):
         asked = f", and none of them is {config}" if config is not None else ""
         raise DataError(
@@ -155,34 +361,140 @@ def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config:
         )
 
 
-def _read(files: list[Path], key: str = "path") -> Table:
+def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
     names = [str(f) for f in files]
-    suffix = files[0].suffix
-    if suffix not in READERS:
+    kind = kind_of(files[0])
+    if kind is None:
         raise DataError(f"data.{key}: {files[0]} must be one of {', '.join(READERS)}.")
     if gone := [f for f in files if not f.is_file()]:
         raise DataError(f"data.{key}: {gone[0]} is no file, or a link to one that is not there.")
     if empty := [f for f in files if f.stat().st_size == 0]:
         raise DataError(f"data.{key}: {empty[0]} is an empty file.")
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log of an error, the error says
+    notes: list[str] = []
     try:
-        data = READERS[suffix]([glob.escape(name) for name in names])  # the library takes them for patterns
+        if kind in PACKED:
+            for file in files:
+                _check_width(file, reading)
+        data = READERS[kind](files, reading)
+        if READERS[kind] is _read_json:  # the library takes any bytes for text
+            for rows in data.with_format("arrow").iter(batch_size=10_000):
+                rows.validate(full=True)
+        if kind == ".json" and len(data) == 1 and (field := _only_list(data[0])):
+            data = datasets.Dataset.from_json(_patterns(files), field=field, encoding=reading.encoding)
+            notes.append(f"the rows of {names[0]} are those of its key {field}")
+    except DataError:
+        raise
     except Exception as error:  # truncated, another format, columns of mixed types; the library raises many kinds
         if "corresponds to no data" in str(error):
             raise DataError(f"data.{key}: {names[0]} has no rows.") from error
         cause: BaseException = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
-            import datasets
-
             raise DataError(
                 f"data.{key}: {names[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} "
                 f"({cause}); free some space, or set HF_DATASETS_CACHE to another folder."
             ) from error
+        if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # a damaged .gz
+            for file in files:
+                _check_text_file(file, kind, reading, key)
         reason = str(cause).strip().splitlines()
         raise DataError(
-            f"data.{key}: {', '.join(names)} cannot be read as {suffix[1:]} ({reason[0] if reason else repr(cause)}). "
+            f"data.{key}: {', '.join(names)} cannot be read as {kind[1:]} ({reason[0] if reason else repr(cause)}). "
             "It may be damaged, or a column may hold values of several types."
         ) from error
-    return Table(data, names[0])
+    if kind in (".csv", ".tsv"):
+        _check_header(files[0], kind, reading, key)
+    if OVERFLOW in data.column_names:
+        raise DataError(
+            f"data.{key}: rows of {names[0]} have more cells than its first line has names. Name each column "
+            "in the first line, and put cells that hold a comma in quotes."
+        )
+    if len(files) > 1:
+        source = f"{names[0]} and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}"
+    else:
+        source = names[0]
+    as_written = (
+        frozenset(reading.as_written) & frozenset(data.column_names) if kind in (".csv", ".tsv") else frozenset()
+    )
+    return Table(data, names[0], source, tuple(notes), as_written)
+
+
+def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
+    """Check that no column that is read stands twice in the first line: the library would rename the second.
+
+    Raises:
+        DataError: With the column.
+    """
+    with _open(file) as stream, io.TextIOWrapper(stream, reading.encoding, newline="") as text:
+        header = next(csv.reader(text, delimiter="\t" if kind == ".tsv" else ","), [])
+    if twice := [name for name in reading.as_written if header.count(name) > 1]:
+        raise DataError(
+            f"data.{key}: {file} has {header.count(twice[0])} columns {twice[0]}. Rename or drop all but one."
+        )
+
+
+def _only_list(row: dict[str, Any]) -> str | None:
+    """The key of a JSON object that holds the list of all rows."""
+    lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return next((key for key in lists if key in ROWS), None)
+
+
+def _check_text_file(file: Path, kind: str, reading: Reading, key: str) -> None:
+    """Find the first line of a file that is of another encoding or no JSON.
+
+    Raises:
+        DataError: With the line and what to do, if there is one.
+    """
+    if codecs.lookup(reading.encoding).name.startswith(("utf-16", "utf-32")):
+        return  # whose lines do not end in one byte
+    encoding, likely = ("utf-8-sig", "cp1252") if reading.is_utf8 else (reading.encoding, "utf-8")
+    with _open(file) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode(encoding)
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"data.encoding: line {number} of {file} is not {reading.encoding} (byte 0x{line[error.start]:02x})"
+                    f". It is likely {likely}: set the key to it, or save the file as utf-8."
+                ) from error
+            if kind in (".jsonl", ".ndjson") and text.strip():
+                try:
+                    json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    reason = str(error).partition(": line ")[0]
+                    raise DataError(
+                        f"data.{key}: line {number} of {file} cannot be read as {kind[1:]} ({reason}): "
+                        f"{text.strip()[:60]!r}. Fix or remove the line."
+                    ) from error
+
+
+def _check_width(file: Path, reading: Reading) -> None:
+    """Check that a file of text does not take two or four bytes for each character, unless the encoding does.
+
+    Raises:
+        DataError: With the likely encoding.
+    """
+    with _open(file) as stream:
+        likely = _likely_wide(stream.read(4096))
+    if likely and not codecs.lookup(reading.encoding).name.startswith(likely[:6]):
+        raise DataError(f"data.encoding: {file} is not {reading.encoding}. It is likely {likely}: set the key to it.")
+
+
+def _open(file: Path) -> Any:
+    return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")
+
+
+def _likely_wide(head: bytes) -> str | None:
+    """The encoding that the first bytes of a file speak for, if its characters take two or four bytes each."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if head[1::2].count(0) > len(head) // 4:
+        return "utf-16-le"
+    return "utf-16-be" if head[::2].count(0) > len(head) // 4 else None
 
 
 def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: str | None) -> Table | None:
@@ -190,10 +502,10 @@ def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: st
 
     try:
         available = datasets.get_dataset_split_names(name, config, revision=revision)
-        found = next((s for s in splits if s in available), None)
-        if found is None:
+        found = [s for wanted in splits for s in available if is_spelling(s, [wanted])]
+        if not found:
             return None
-        data = datasets.load_dataset(name, config, split=found, revision=revision)
+        data = datasets.load_dataset(name, config, split=found[0], revision=revision)
     except Exception as error:  # whatever a network or a repository can raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -201,4 +513,6 @@ def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: st
             "connection the data and the model each take a local path: --data.path DIRECTORY and --model.weights "
             "FILE.safetensors for images, --model.backbone DIRECTORY for text."
         ) from error
-    return Table(data, f"{name}/{config}/{found}" if config else f"{name}/{found}")
+    where = f"{name}/{config}/{found[0]}" if config else f"{name}/{found[0]}"
+    notes = [f"{found[0]} of {name} is read, and {', '.join(found[1:])} is not"] if len(found) > 1 else []
+    return Table(data, where, f"{where} at revision {revision}" if revision else where, tuple(notes))

@@ -3,26 +3,62 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import datasets
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.base import Collate, ResumableDataModule
+from datamodules.batching import Draw
 from datamodules.errors import DataError
-from datamodules.splits import check_splits, choose_rows
-from datamodules.tables import SPLITS, Table, open_file, open_table
+from datamodules.findings import SkippedRow
+from datamodules.splits import SPLITS, check_splits, choose_rows
+from datamodules.tables import Reading, Table, open_file, open_table, unread_files
 from datamodules.tokens import TokenDataset
 
 _log = logging.getLogger(__name__)
 Padding = Literal["longest", "max_length"]
 
 
+class BadRow(NamedTuple):
+    """A row that cannot be used.
+
+    Args:
+        key: Key of the data module that an error names.
+        reason: What is wrong, as the predicate of a sentence about the row.
+    """
+
+    key: str
+    reason: str
+
+
+class NumberedRows(TokenDataset):
+    """Rows of tokens whose `index` is their row in the table: that of rows to predict, some of which are left out.
+
+    Args:
+        rows: The rows of tokens.
+        numbers: Row of each in the table, (rows,) int64.
+    """
+
+    def __init__(self, rows: TokenDataset, numbers: Tensor) -> None:
+        super().__init__(rows.data, rows.targets, rows.texts)
+        self.numbers = numbers
+
+    def __getitems__(self, keys: Sequence[int | Draw]) -> list[dict[str, Any]]:
+        """The rows of a batch."""
+        return [row | {"index": int(self.numbers[row["index"]])} for row in super().__getitems__(keys)]
+
+
 class TextData(ResumableDataModule):
     """What data modules of texts share: splits of tables, limits of length, loaders over length buckets.
 
-    A task has `build`, which makes a data set of a table's rows, and `collate`.
+    A task has `build`, which makes a data set of a table's rows, `collate`, and `text_columns`.
+
+    Rows are chosen first, by `val_seed` and the limits, and bad ones among them are skipped then: which rows are held
+    out and in what order the good ones come does not depend on `skip_bad_rows`.
 
     Args:
         path: See `open_table`, as `config` and `revision`.
@@ -35,6 +71,9 @@ class TextData(ResumableDataModule):
         val_seed: Seed of that share.
         limits: Most rows of `train`, `val` and `test`.
         predict_path: File of rows for `predict`; None takes the test split.
+        encoding: Encoding of CSV, TSV and JSONL files.
+        skip_bad_rows: Rows of each split that may be skipped because they cannot be used, 0 or more.
+        as_written: Columns of CSV and TSV whose cells are text as it is written.
     """
 
     suffixes: tuple[str, ...] = ("",)  # of the validation and test splits that a data set has several of
@@ -52,15 +91,21 @@ class TextData(ResumableDataModule):
         val_seed: int,
         limits: dict[str, int | None],
         predict_path: str | None,
+        encoding: str,
+        skip_bad_rows: int,
+        as_written: Sequence[str],
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, skip_bad_rows)
         check_splits(val_fraction, limits)
         self.path, self.config, self.revision, self.predict_path = path, config, revision, predict_path
+        self.reading = Reading(encoding, tuple(as_written))
         self.bucket_by_length = bucket_by_length
         self.val_fraction, self.val_seed, self.limits = val_fraction, val_seed, limits
         self.splits: dict[str, list[TokenDataset]] = {}
         self.set_names: dict[str, list[str]] = {}
         self.predicted: list[Table] = []
+        self.failed: dict[str, dict[int, str]] = {}  # rows of each table that cannot be predicted, with the reason
+        self._tests_after_fit = False
         self._tables: dict[tuple[str, ...], Table | None] = {}
 
     # ------------------------------------------------------------------------------------------------------ splits
@@ -74,33 +119,96 @@ class TextData(ResumableDataModule):
             if stage == "predict":
                 tables = self._tables_to_predict()
                 self.predicted, self.set_names["predict"] = list(tables.values()), list(tables)
-                self.splits["predict"] = [self.build(table, None) for table in self.predicted]
+                self.splits["predict"] = [self._to_predict(table) for table in self.predicted]
                 return
-            for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+            names = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
+            if stage == "fit" and self._tests_after_fit:  # what is wrong with its rows shows before training
+                names.append("test")
+            for split in names:
                 if split not in self.splits:
                     sets = self.sets(split)
                     self.set_names[split] = list(sets)
-                    self.splits[split] = [self._chosen(split, *which) for which in sets.values()]
+                    self.splits[split] = [self._chosen(split, name, *which) for name, which in sets.items()]
+            if unread := unread_files(self.path, self._names_read(), self.config):
+                more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
+                self.findings.add(f"not read, since no split is called so: {', '.join(unread[:3])}{more}")
 
     def before_splits(self) -> None:
         """What a task checks and learns before its first split is read."""
 
-    def build(self, table: Table, rows: Tensor | None) -> TokenDataset:
-        """A data set of some rows of a table with their targets; of all rows without targets if `rows` is None."""
+    def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
+        """A data set of some rows of a table, with their targets unless they are to be predicted.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+            table: The table.
+            rows: Rows of it, (rows,) int64, of which `without_bad` takes out those that cannot be used.
+        """
         raise NotImplementedError
 
-    def check_test_split(self) -> None:
-        """See before a long training that there is something to test on.
+    def without_bad(self, split: str, table: Table, rows: Tensor, bad: Mapping[int, BadRow]) -> Tensor:
+        """Rows that can be used; others are skipped, or in prediction kept for the table with what is wrong.
+
+        Args:
+            split: As for `build`.
+            table: The table, for messages.
+            rows: Rows of the split, (rows,) int64.
+            bad: Rows that cannot be used, among others.
 
         Raises:
-            DataError: If there is not.
+            DataError: If more are bad than may be skipped, or all.
+        """
+        chosen = rows.tolist()
+        found = {row: bad[row] for row in sorted(chosen) if row in bad}
+        if split == "predict":
+            self.failed.setdefault(table.where, {}).update({row: reason for row, (_, reason) in found.items()})
+        else:
+            for row, (key, reason) in found.items():
+                advice = "Fix or drop such rows, or skip them with data.skip_bad_rows."
+                error = DataError(f"data.{key}: row {row} of {table.where} {reason}. {advice}")
+                self.findings.skip(SkippedRow(split, table.where, f"row {row}", reason), error)
+        if len(found) == len(chosen):
+            row, (key, reason) = next(iter(found.items()))
+            raise DataError(f"data.{key}: row {row} of {table.where} {reason}, and no other can be used.")
+        return rows[[row not in found for row in chosen]] if found else rows
+
+    def check_columns(self, **keys: str | None) -> None:
+        """Check that no column is named by two keys.
+
+        Raises:
+            DataError: With both.
+        """
+        known: dict[str, str] = {}
+        for key, column in keys.items():
+            if column is not None and known.setdefault(column, key) != key:
+                raise DataError(f"data.{key}: {column} is data.{known[column]} already; name another column.")
+
+    def add_notes(self, table: Table) -> None:
+        """Add what was assumed in reading a table to the findings."""
+        for note in table.notes:
+            self.findings.add(note)
+
+    def check_test_split(self) -> None:
+        """Check before a long training that there is a test split, and have the next fit read it before training.
+
+        Raises:
+            DataError: If there is none.
         """
         self.sets("test")
+        self._tests_after_fit = True
+
+    def split_names(self, split: str, suffix: str = "") -> tuple[str, ...]:
+        """The spellings of a split, with the suffix of one of its sets."""
+        return tuple(f"{name}_{suffix}" if suffix else name for name in SPLITS[split])
+
+    def _names_read(self) -> tuple[str, ...]:
+        sets = [("train", ""), *((split, suffix) for split in ("val", "test") for suffix in self.suffixes)]
+        return tuple(name for split, suffix in sets for name in self.split_names(split, suffix))
 
     def stored(self, split: str) -> dict[str, Table]:
         """The sets that a split is stored in, by suffix: MNLI's matched and mismatched, otherwise one without."""
         suffixes = ("",) if split == "train" else self.suffixes
-        found = {s: self._table(tuple(f"{base}_{s}" if s else base for base in SPLITS[split])) for s in suffixes}
+        found = {s: self._table(self.split_names(split, s)) for s in suffixes}
         return {s: table for s, table in found.items() if table is not None}
 
     def training_table(self) -> Table:
@@ -140,19 +248,50 @@ class TextData(ResumableDataModule):
             DataError: If it has no rows.
         """
         if names not in self._tables:
-            table = open_table(self.path, names, self.config, self.revision)
+            table = open_table(self.path, names, self.config, self.revision, self.reading)
             if table is not None and len(table) == 0:
                 raise DataError(f"data.path: {table.where} has no rows.")
             self._tables[names] = table
         return self._tables[names]
 
-    def _chosen(self, split: str, table: Table, held_out: bool) -> TokenDataset:
+    def _chosen(self, split: str, name: str, table: Table, held_out: bool) -> TokenDataset:
         limit = self.limits[split]
-        return self.build(table, choose_rows(len(table), split, held_out, self.val_fraction, self.val_seed, limit))
+        rows = self.eligible_rows(table)
+        chosen = choose_rows(len(rows), split, held_out, self.val_fraction, self.val_seed, limit)
+        made = self.build(split, table, rows[chosen])
+        source = table.source or table.where
+        if held_out:
+            left = "" if split == "val" else "without "
+            source += f", {left}the share of {self.val_fraction:g} held out with val_seed {self.val_seed}"
+        if limit is not None:
+            source += f", at most {limit:,} of them"
+        self.findings.add_split(f"{split} {name}".strip(), len(made), source)
+        self.add_notes(table)
+        return made
+
+    def eligible_rows(self, table: Table) -> Tensor:
+        """The rows of a table that a split is chosen from, (rows,) int64."""
+        return torch.arange(len(table))
+
+    def _to_predict(self, table: Table) -> TokenDataset:
+        rows = torch.arange(len(table))
+        made = self.build("predict", table, rows)
+        failed = self.failed.get(table.where)
+        if failed:
+            made = NumberedRows(made, rows[[row not in failed for row in rows.tolist()]])
+            self.findings.add(f"{len(failed):,} rows of {table.where} cannot be predicted; their column error says why")
+        self.findings.add_split("predict", len(made), table.source or table.where)
+        self.add_notes(table)
+        return made
+
+    def failed_rows(self, file: int) -> list[dict[str, Any]]:
+        """The rows of a table that cannot be predicted, with `index` and `error`, for the file of predictions."""
+        failed = self.failed.get(self.predicted[file].where, {})
+        return [{"index": row, "error": reason} for row, reason in failed.items()]
 
     def _tables_to_predict(self) -> dict[str, Table]:
         if self.predict_path is not None:
-            return {"": open_file(self.predict_path, "predict_path")}
+            return {"": open_file(self.predict_path, "predict_path", self.reading)}
         tables = self.stored("test")
         if not tables:
             raise DataError(f"data.predict_path: {self.path} has no test split; name a file of rows to predict.")
@@ -224,7 +363,7 @@ class TextData(ResumableDataModule):
         """Shuffled, in batches of like length."""
         data = self.splits["train"][0]
         lengths = data.lengths if self.bucket_by_length else None
-        return self.train_loader(data, lengths, self.collated("train", data))
+        return self.train_loader(data, lengths, self.collated("train", data), data.targets.get("label"))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each validation set."""

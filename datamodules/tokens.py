@@ -6,21 +6,26 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from itertools import chain
+from typing import Any, BinaryIO
 
 import datasets
+import pyarrow as pa
 import torch
+import xxhash
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.atomic import WriteError
 from datamodules.batching import Draw
+from datamodules.cache_files import cache_folder, is_intact, write_cache
 from datamodules.errors import DataError
-from datamodules.tables import Table, check_column
+from datamodules.tables import Table
 
 FORMAT = 1  # of cached tokens; one more whenever a task's encoding changes
+BATCH = 1000  # rows that are encoded at once
 Encode = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
 
@@ -59,6 +64,17 @@ class TokenDataset(Dataset[dict[str, Any]]):
                 digest.update(batch.serialize())
         return digest.hexdigest()
 
+    def rows_digest(self) -> str:
+        """Return a digest of the rows as the model gets them: tokens, targets and texts, in their order."""
+        digest = xxhash.xxh3_128()
+        for columns in (self.tokens, self.texts):
+            for rows in () if columns is None else columns.with_format("arrow").iter(batch_size=10_000):
+                for batch in rows.combine_chunks().to_batches():
+                    digest.update(batch.serialize())
+        for name, values in sorted(self.targets.items()):
+            digest.update(name.encode() + values.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
         """One row."""
         return self.__getitems__([key])[0]
@@ -79,8 +95,8 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
     """Rows of tokens, from the cache if the same texts were encoded in the same way before.
 
     The cache lies with the `datasets` library's own (HF_DATASETS_CACHE). A file is named by the hash of the texts and
-    of the key, so that a moved table is found again and a changed one is not taken for it. Rows are read and written in
-    batches: memory does not grow with their number.
+    of the key, so that a moved table is found again and a changed one is not taken for it. A damaged file is rebuilt
+    (`datamodules.cache_files`). Rows are read and written in batches: memory does not grow with their number.
 
     Args:
         table: Rows of text.
@@ -97,23 +113,29 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
     for rows in texts.with_format("arrow").iter(batch_size=10_000):
         for batch in rows.combine_chunks().to_batches():
             digest.update(batch.serialize())
-    name = digest.hexdigest()[:40]  # the library takes no longer fingerprints
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "onesided" / f"{name}.arrow"
-    with Console(stderr=True).status(escape(f"Tokenising {len(texts):,} rows of {table.where}")):
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            return texts.map(
-                encode,
-                batched=True,
-                remove_columns=texts.column_names,
-                cache_file_name=str(cache),
-                new_fingerprint=name,
-            )
-        except OSError as error:
-            raise DataError(
-                f"The tokens of {table.where} could not be written to {cache.parent} ({error}); free some space, or "
-                "set HF_DATASETS_CACHE to another folder."
-            ) from error
+    name = digest.hexdigest()[:40]
+    cache = cache_folder() / f"{name}.arrow"
+    if not is_intact(cache):
+        with Console(stderr=True).status(escape(f"Tokenising {len(texts):,} rows of {table.where}")):
+            try:
+                with write_cache(cache) as file:
+                    _write_tokens(texts, encode, file)
+            except WriteError as error:
+                raise DataError(
+                    f"The tokens of {table.where} could not be written to {cache.parent} ({error.reason}). Free some "
+                    "space, or set HF_DATASETS_CACHE to another folder."
+                ) from error
+    return datasets.Dataset.from_file(str(cache))
+
+
+def _write_tokens(texts: datasets.Dataset, encode: Encode, file: BinaryIO) -> None:
+    """Encode rows batch by batch and write them as an Arrow stream."""
+    batches = (encode(rows) for rows in texts.iter(batch_size=BATCH))
+    first = next(batches)
+    schema = pa.schema({name: pa.int32() if name == "length" else pa.list_(pa.int32()) for name in first})
+    with pa.ipc.new_stream(file, schema) as stream:
+        for columns in chain([first], batches):
+            stream.write_batch(pa.RecordBatch.from_pydict(columns, schema))
 
 
 def tokenizer_state(tokenizer: Any) -> str:
@@ -130,30 +152,3 @@ def tokenizer_state(tokenizer: Any) -> str:
         {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_or_path", "local", "only"))},
     ]  # whatever it is but where it lies
     return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()
-
-
-def check_texts(table: Table, key: str, column: str, empty: bool = False) -> None:
-    """See that a column holds text in every row.
-
-    Args:
-        table: The rows.
-        key: What a message names.
-        column: The column.
-        empty: Whether rows may be without.
-
-    Raises:
-        DataError: Under the given key, if it is missing, of another type, or empty in some row.
-    """
-    check_column(table, key, column)
-    feature = table.data.features[column]
-    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string"):
-        kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-        raise DataError(f"data.{key}: {column} in {table.where} must hold text, and it holds {kind}.")
-    if empty:
-        return
-    first = 0
-    for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        if rows[column].null_count:
-            row = first + rows[column].is_null().to_pylist().index(True)
-            raise DataError(f"data.{key}: {column} in {table.where} is empty in row {row}; mend or drop such rows.")
-        first += len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,11 +20,15 @@ from modules.blocks import layers_left_out
 from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
 from modules.errors import ModelError
 from modules.freezing import freeze
-from modules.optimization import Schedule, parameter_groups, schedule_factor, steps_left
+from modules.frozen_digest import FrozenDigest
+from modules.optimization import RangeTest, Schedule, parameter_groups, schedule_factor, steps_left
+from modules.update_weights import EqualWeights
 
 if TYPE_CHECKING:
     from modules.frozen_prefix import FrozenPrefix
     from modules.sharding import FrozenShards
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["AdaptedModule", "BackboneDtype", "ModelError", "Tuning"]
 
@@ -31,7 +36,7 @@ Tuning = Literal["adapter", "head", "full"]
 BackboneDtype = Literal["float32", "bfloat16"]
 
 
-class AdaptedModule(CheckpointedModule):
+class AdaptedModule(EqualWeights, CheckpointedModule):
     """A backbone with a head, tuned through adapters, through its head alone, or in full.
 
     A task's `__init__` calls `save_hyperparameters`, assigns `backbone` and ends with `configure_tuning`; besides, it
@@ -105,6 +110,7 @@ class AdaptedModule(CheckpointedModule):
         self.projections: list[Projection] = []
         self._given_heads: dict[str, Tensor] = {}
         self._gradients_seen = False
+        self._range_test: RangeTest | None = None
         self.prefix: FrozenPrefix | None = None
 
     def configure_tuning(self, heads: Sequence[str] = ()) -> None:
@@ -126,6 +132,7 @@ class AdaptedModule(CheckpointedModule):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         self.fingerprint = frozen_fingerprint(self.backbone)
+        self.frozen_digest = FrozenDigest(self.backbone)
 
     def _attach(self, heads: Sequence[str]) -> None:
         """Attach the adapters, those of `adapter_path` if there is one; a checkpoint then says what they are."""
@@ -236,9 +243,9 @@ class AdaptedModule(CheckpointedModule):
 
     # ---------------------------------------------------------------------------------------------------- optimizer
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over named groups, with a rate that is a function of the optimizer step."""
-        groups = parameter_groups(
+    def trained_groups(self) -> list[dict[str, Any]]:
+        """Return the named parameter groups of the optimizer, with the learning rate of each."""
+        return parameter_groups(
             self.backbone,
             {name: p for name, p in self.named_parameters() if self._in_head(name)},
             tuning=self.tuning,
@@ -247,17 +254,23 @@ class AdaptedModule(CheckpointedModule):
             lr_ratio_b=self.lr_ratio_b,
             lr_ratio_head=self.lr_ratio_head,
         )
-        optimizer = torch.optim.AdamW(groups)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW over named groups, with a learning rate that is a function of the optimizer step."""
+        optimizer = torch.optim.AdamW(self.trained_groups())
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ModelError("trainer.max_epochs: a run without an end has no schedule; set it or max_steps.")
         factor = schedule_factor(self.schedule, self.warmup_ratio, int(steps))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        self._configured_groups = [{k: g[k] for k in ("initial_lr", "weight_decay")} for g in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """On resume, let this run's rates and decay win over those that lie in the optimizer's saved state.
+        """Let this run's learning rates, weight decay and length win over those that the optimizer was set up with.
+
+        These differ on resume, when the optimizer has its saved state, and after a search of LearningRateFinder or
+        BatchSizeFinder. The range test of LearningRateFinder is a training of its own, in which this hook is called
+        too: the learning rate that it tries is then multiplied, at each step, by the ratio of each group.
 
         Raises:
             ModelError: If the factors were to be given, and nothing has.
@@ -268,18 +281,27 @@ class AdaptedModule(CheckpointedModule):
                 "model.adapter_path, or choose others (orthogonal and zero)."
             )
         schedulers = self.lr_schedulers()
-        assert isinstance(schedulers, torch.optim.lr_scheduler.LambdaLR)
-        if self.trainer.global_step:
-            # with other batches or processes than before, what is left decides where in the schedule this is
-            factor_of = schedule_factor(
-                self.schedule, self.warmup_ratio, self.trainer.global_step + steps_left(self.trainer)
-            )
-            schedulers.lr_lambdas = [factor_of for _ in schedulers.lr_lambdas]
-        schedulers.base_lrs = [group["initial_lr"] for group in self._configured_groups]
-        factors = [fn(schedulers.last_epoch) for fn in schedulers.lr_lambdas]
-        groups = schedulers.optimizer.param_groups
-        for group, configured, factor in zip(groups, self._configured_groups, factors, strict=True):
-            group.update(configured, lr=configured["initial_lr"] * factor)
+        configured = self.trained_groups()
+        if not isinstance(schedulers, torch.optim.lr_scheduler.LambdaLR):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            self._range_test = RangeTest(optimizer, self.learning_rate, [group["lr"] for group in configured])
+            return
+        if self._range_test is not None:
+            found = self.learning_rate != self._range_test.base
+            how = "found by" if found else "as before, for there was no suggestion of"
+            _log.info(f"model.learning_rate: {self.learning_rate:g}, {how} LearningRateFinder.")
+            self._range_test.end()
+            self._range_test = None
+        # what is left decides where in the schedule this is: batches or processes may be others than before
+        total = self.trainer.global_step + steps_left(self.trainer)
+        factor_of = schedule_factor(self.schedule, self.warmup_ratio, total)
+        schedulers.lr_lambdas = [factor_of for _ in schedulers.lr_lambdas]
+        schedulers.base_lrs = [group["initial_lr"] for group in configured]
+        factor = factor_of(schedulers.last_epoch)
+        for group, own in zip(schedulers.optimizer.param_groups, configured, strict=True):
+            keys = {key: own[key] for key in ("initial_lr", "weight_decay")}
+            group.update(keys, lr=own["initial_lr"] * factor)
 
     def check_loss(self, loss: Tensor) -> None:
         """Stop before a loss that is not finite reaches the weights.
@@ -287,7 +309,7 @@ class AdaptedModule(CheckpointedModule):
         Raises:
             ModelError: With the step and what to try; checkpoints on disk stay as they are.
         """
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss) and self._range_test is None:
             raise ModelError(
                 f"The training loss became {loss.item()} at step {self.trainer.global_step}. {AFTER_DIVERGENCE}"
             )

@@ -1,18 +1,21 @@
-"""What the checkpoints of every task hold: all but the frozen backbone, of which they have a fingerprint."""
+"""Checkpoint contents: what is saved of a tuned backbone with its heads, and how it is restored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 
 from modules.adapters import adapter_state
 from modules.adapters.state import refuse_merged, state_problems
 from modules.errors import ModelError
+from modules.frozen_digest import FrozenDigest
 
+POSITION = {"epoch", "samples", "seed"}  # keys of a position in the data
 AFTER_DIVERGENCE = (
     "Nothing of it was saved: resume from the last checkpoint with --ckpt_path last and a lower --model.learning_rate, "
     "a longer --model.warmup_ratio or --trainer.gradient_clip_val 1.0."
@@ -20,12 +23,16 @@ AFTER_DIVERGENCE = (
 
 
 class CheckpointedModule(L.LightningModule):
-    """What is saved of a tuned backbone with its heads, and how it comes back; `AdaptedModule` sets the attributes."""
+    """Save and restore all but the frozen backbone, of which a checkpoint has a digest.
+
+    `AdaptedModule` sets the attributes.
+    """
 
     backbone: nn.Module
     tuning: str
     head_names: list[str]
-    fingerprint: str  # of what is frozen
+    fingerprint: str  # of the first and last values of what is frozen
+    frozen_digest: FrozenDigest  # of all of it
 
     def saved_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: every trained parameter, both factors of each adapter, heads, live buffers."""
@@ -40,22 +47,36 @@ class CheckpointedModule(L.LightningModule):
         return any(name.startswith(f"{head}.") for head in self.head_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen backbone out, but for a fingerprint.
+        """Leave the frozen backbone out, but for its digests.
+
+        Callbacks are called before: what they made of the saved tensors, such as an average, is kept.
 
         Raises:
-            ModelError: If anything is not finite; what is on disk stays.
+            ModelError: If anything is not finite, or a callback changed which tensors are saved, or added more of the
+                backbone; what is on disk stays.
         """
         self.check_weights()
-        checkpoint["state_dict"] = self.saved_state()
-        checkpoint["frozen_fingerprint"] = self.fingerprint
+        saved, given, full = self.saved_state(), checkpoint["state_dict"], self.state_dict()
+        problems = state_problems({n: t for n, t in full.items() if n in saved or n in given}, given)
+        others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+        copied = has_keys(others, full.keys() - saved.keys())
+        if problems or copied:
+            found = "; ".join(problems) or "it adds the frozen backbone"
+            raise ModelError(
+                f"trainer.callbacks: a callback has changed the weights that a checkpoint holds ({found}); a run could "
+                "not be resumed from it. Remove the callback; for averaged weights use AdapterAveraging."
+            )
+        checkpoint["state_dict"] = {name: given[name] for name in saved}
+        checkpoint["frozen_digest"] = self.frozen_digest.hexdigest()
         keys = checkpoint["hyper_parameters"]  # plain dicts for dataclasses, or weights_only refuses them
         keys.update({n: asdict(v) for n, v in keys.items() if is_dataclass(v) and not isinstance(v, type)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See that the frozen weights are those that the checkpoint was trained over.
+        """Check that the frozen weights match the checkpoint's digest.
 
         Raises:
-            ModelError: If they are not.
+            ModelError: If the checkpoint is of another tuning, or was trained over other weights. Older checkpoints
+                have a fingerprint of the first and last values of each weight instead of the digest.
         """
         tuned = checkpoint["hyper_parameters"].get("tuning", self.tuning)
         if tuned != self.tuning:
@@ -63,12 +84,25 @@ class CheckpointedModule(L.LightningModule):
                 f"model.tuning: the checkpoint is of tuning {tuned}, and this model is set up for {self.tuning}; leave "
                 "the key as it was."
             )
-        if checkpoint.get("frozen_fingerprint", self.fingerprint) != self.fingerprint:
+        self._check_names(checkpoint["state_dict"])
+        if "frozen_digest" in checkpoint:
+            same = checkpoint["frozen_digest"] == self.frozen_digest.hexdigest()
+        else:
+            same = checkpoint.get("frozen_fingerprint", self.fingerprint) == self.fingerprint
+        if not same:
             raise ModelError(
-                "The checkpoint was trained over other frozen weights than this backbone's: set model.backbone, "
-                "model.weights, model.backbone_args, model.backbone_dtype (and model.image_size; with weights: none, "
-                "seed_everything) as they were; the run's config.yaml has them."
+                "ckpt_path: the checkpoint was trained over other frozen weights than this backbone's. Set "
+                "model.backbone, model.weights, model.backbone_args, model.backbone_dtype (and model.image_size; with "
+                "weights: none, seed_everything) as they were; the run's config.yaml has them. If the file of weights "
+                "itself has changed, start a new run from the adapter with --model.adapter_path RUN/adapter."
             )
+        if (trainer := self._trainer) is not None and trainer.state.fn == "fit":
+            check_training_state(checkpoint, self.trained_groups())
+            # the position in the data lies under the class name of the data module, which may have been another
+            name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
+            positions = [v for v in checkpoint.values() if isinstance(v, Mapping) and v.keys() >= POSITION]
+            if positions:
+                checkpoint.setdefault(name, positions[0])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `saved_state` saves, and nothing else, whatever `strict` says.
@@ -78,13 +112,20 @@ class CheckpointedModule(L.LightningModule):
             AdapterError: If the adapters are merged.
         """
         refuse_merged(self.backbone)
+        self._check_names(state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def _check_names(self, state_dict: Mapping[str, Any]) -> None:
         if problems := state_problems(self.saved_state(), state_dict):
             raise ModelError(
                 "The checkpoint is of another model than the one configured: "
                 + "; ".join(problems)
                 + ". Use the config.yaml of the checkpoint's run, or its backbone, tuning and adapter keys."
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def trained_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups."""
+        raise NotImplementedError
 
     def check_weights(self) -> None:
         """Stop before weights that are not finite are kept or looked at: a finite loss may have had such a gradient.
@@ -95,3 +136,61 @@ class CheckpointedModule(L.LightningModule):
         for name, tensor in self.saved_state().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ModelError(f"At step {self.trainer.global_step} {name} is no longer finite. {AFTER_DIVERGENCE}")
+
+
+def has_keys(tree: Any, names: Set[str]) -> bool:
+    """Return True if a tree of mappings has any of the names as a key of a tensor."""
+    if not isinstance(tree, Mapping):
+        return False
+    return any((isinstance(v, Tensor) and k in names) or has_keys(v, names) for k, v in tree.items())
+
+
+def check_training_state(checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the states of optimizer and schedule in a checkpoint are of the parameters that are trained.
+
+    Args:
+        checkpoint: With `optimizer_states` and `lr_schedulers`.
+        groups: Parameter groups of this run.
+
+    Raises:
+        ModelError: If they are of other groups or parameters, or damaged.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fresh = torch.optim.AdamW([dict(group) for group in groups])
+    schedule = torch.optim.lr_scheduler.LambdaLR(fresh, lambda _: 1.0).state_dict()
+    template = fresh.state_dict()["param_groups"]
+    try:
+        (optimizer,), (scheduler,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        fits = (
+            [group["params"] for group in optimizer["param_groups"]] == [group["params"] for group in template]
+            and all(_like(g, t) for g, t in zip(optimizer["param_groups"], template, strict=True))
+            and all(_is_adam_state(state, parameters[index]) for index, state in optimizer["state"].items())
+            and scheduler.keys() == schedule.keys()
+            and _like(scheduler, schedule)
+            and not any(scheduler["lr_lambdas"])
+        )
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+        fits = False
+    if not fits:
+        raise ModelError(
+            "ckpt_path: the states of optimizer and schedule in the checkpoint are not those of the parameters trained "
+            "now. Set model.tuning and model.adapter as they were, or use another checkpoint; a new run starts from "
+            "the adapter with --model.adapter_path RUN/adapter."
+        )
+
+
+def _like(values: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
+    """Return True if values have the types of a template's, numbers being of one type, and all its keys."""
+
+    def kind(value: Any) -> type:
+        return float if type(value) is int else type(value)
+
+    return all(value is None or kind(values[key]) is kind(value) for key, value in template.items())
+
+
+def _is_adam_state(state: Mapping[str, Any], parameter: Tensor) -> bool:
+    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return state.keys() == shapes.keys() and all(
+        isinstance(state[key], Tensor) and state[key].shape == shape and state[key].is_floating_point()
+        for key, shape in shapes.items()
+    )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -29,8 +27,10 @@ class ImageClassifier(AdaptedModule):
     Batches are dicts of `image` (batch, 3, height, width), normalised, and `label` (batch,) int64.
 
     Args:
-        backbone: timm's name, `vit_base_patch16_224.augreg_in21k`.
-        weights: `pretrained` (from the hub), `none`, or a local .safetensors, .pth, .pt or .bin file.
+        backbone: timm's name, `vit_base_patch16_224.augreg_in21k`, or a model in timm's layout: `hf_hub:ORG/NAME` on
+            the hub, `local-dir:PATH` in a directory.
+        weights: `pretrained` (those of that name, repository or directory), `none`, or a local .safetensors, .pth,
+            .pt or .bin file.
         backbone_args: More arguments of the architecture for `timm.create_model`, such as `depth` or `drop_path_rate`.
         image_size: Side of the input in pixels; None takes the backbone's own. Position embeddings are resized.
         label_smoothing: Share of the target spread over all classes in training, in [0, 1).
@@ -195,25 +195,21 @@ class ImageClassifier(AdaptedModule):
         self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:
-        """Draw the confusion matrix: in the run directory, and in TensorBoard."""
-        matrix = self.confusion.compute()  # on every rank: it gathers
-        if self.trainer.is_global_zero and matrix.sum() > 0:
-            from modules.confusion import draw_confusion  # a run without a test imports no matplotlib
-
-            figure = draw_confusion(matrix, self.class_names or ())
-            figure.savefig(Path(self.trainer.default_root_dir) / "confusion_matrix.png")
-            for logger in self.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure("test/confusion_matrix", figure, self.global_step)
+        """Forget the confusion matrix, which callbacks have read."""
         self.confusion.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
-        """Rows of a table: index and name of the image, class, and its probability in [0, 1]."""
+        """Return rows of a table: index and name of the image, class, and its probability in [0, 1].
+
+        If images of the batch could not be decoded, a column `error` says why; their class and probability are empty.
+        """
         assert self.class_names is not None
         probability, label = self.logits(batch).softmax(-1).max(-1)
-        return {
+        errors: list[str] = batch.get("error", [""] * len(label))
+        rows: dict[str, list[Any]] = {
             "index": batch["index"].tolist(),
             "name": batch["name"],
-            "class": [self.class_names[i] for i in label.tolist()],
-            "probability": [round(p, 6) for p in probability.tolist()],
+            "class": ["" if e else self.class_names[i] for i, e in zip(label.tolist(), errors, strict=True)],
+            "probability": ["" if e else round(p, 6) for p, e in zip(probability.tolist(), errors, strict=True)],
         }
+        return rows | {"error": errors} if any(errors) else rows

@@ -129,7 +129,6 @@ class LanguageModel(AdaptedModule):
         self.accuracies = nn.ModuleDict({stage: MeanMetric() for stage in stages})
         self.choices = nn.ModuleDict({stage: MultipleChoiceAccuracy() for stage in stages})
         self.prefix_cache = PrefixCache()
-        self._learnt_in_update = 0  # tokens
 
     def _configure_generation(self) -> None:
         ends = {self.tokenizer.eos_token_id, self.hparams["response_end"]} - {None}
@@ -191,22 +190,8 @@ class LanguageModel(AdaptedModule):
         loss = self.loss(batch)
         self.check_loss(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        self._learnt = int((batch["labels"][:, 1:] != IGNORED).sum())
+        self.items_in_batch = (batch["labels"][:, 1:] != IGNORED).sum()
         return loss
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Gradients of the sum over tokens, so that in an update of several batches each token weighs the same."""
-        self._learnt_in_update += self._learnt
-        super().backward(loss * self._learnt * self.trainer.accumulate_grad_batches, *args, **kwargs)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the gradients those of the mean over all tokens of the update, of all processes."""
-        learnt = torch.tensor(float(self._learnt_in_update), device=self.device)
-        learnt = self.trainer.strategy.reduce(learnt, reduce_op="mean")  # DDP has averaged the gradients
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= learnt
-        self._learnt_in_update = 0
 
     @torch.no_grad()
     def check_packing(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch import nn
 
 from modules.adapters import adapted_layers
@@ -87,6 +88,39 @@ def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -
         return 1 - progress if schedule == "linear" else 1.0
 
     return factor
+
+
+class RangeTest:
+    """Keep the ratios of the groups' learning rates while LearningRateFinder tries one learning rate for all of them.
+
+    Args:
+        optimizer: The optimizer.
+        base: Learning rate before the test.
+        rates: Learning rates of the groups before the test.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, base: float, rates: list[float]) -> None:
+        self.groups, self.base = optimizer.param_groups, base
+        self.ratios = [rate / base for rate in rates]
+        self._tried: list[float] = []
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._multiply),
+            optimizer.register_step_post_hook(self._restore),
+        )
+
+    def _multiply(self, *_: Any) -> None:
+        self._tried = [group["lr"] for group in self.groups]
+        for group, ratio in zip(self.groups, self.ratios, strict=True):
+            group["lr"] = group["lr"] * ratio
+
+    def _restore(self, *_: Any) -> None:
+        for group, rate in zip(self.groups, self._tried, strict=True):
+            group["lr"] = rate
+
+    def end(self) -> None:
+        """Leave the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def steps_left(trainer: L.Trainer) -> int:

@@ -166,6 +166,7 @@ class Summarizer(AdaptedModule):
         loss = self.loss(batch, self.label_smoothing)
         self.check_loss(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.items_in_batch = (batch["labels"] != IGNORED).sum()
         return loss
 
     # ------------------------------------------------------------------------------------------------------ evaluation

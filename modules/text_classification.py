@@ -39,7 +39,8 @@ class TextClassifier(AdaptedModule):
         class_names: Names of the classes by label, [] for regression; None takes the data's. A checkpoint remembers.
         metrics: Of `accuracy`, `f1`, `matthews`, `pearson`, `spearman`; None takes the data's. `val/score` is
             their mean.
-        tuning: See `AdaptedModule`, as all that follow.
+        tuning: See `AdaptedModule`, as all that follow up to `compile`.
+        pad_token: Token of the vocabulary to pad with, for tokenizers that have none; None takes the tokenizer's own.
     """
 
     kinds = ("labelled texts",)
@@ -64,6 +65,7 @@ class TextClassifier(AdaptedModule):
         lr_ratio_head: float = 1.0,
         shard_frozen: bool = False,
         compile: bool = False,
+        pad_token: str | None = None,
     ) -> None:
         super().__init__(
             tuning=tuning,
@@ -85,8 +87,10 @@ class TextClassifier(AdaptedModule):
         )
         self.model_config = built.model.config
         self.backbone = built.model
-        self.tokenizer = load_tokenizer(backbone, built.model)
-        if self.model_config.pad_token_id is None:  # decoders look for the last token before the padding
+        self.tokenizer = load_tokenizer(backbone, built.model, pad_token=pad_token)
+        if (
+            pad_token is not None or self.model_config.pad_token_id is None
+        ):  # decoders look for the last token before the padding
             self.model_config.pad_token_id = self.tokenizer.pad_token_id
         self.position_limit = position_limit(built.model)
         self._new = built.new

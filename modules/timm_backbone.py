@@ -1,4 +1,4 @@
-"""timm backbones without a head: by name, with weights from the hub, from a local file, or none."""
+"""timm backbones without a head: by name, hub repository or directory; weights from there, a local file, or none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
-from timm.models import load_state_dict
+from timm.models import load_state_dict, parse_model_name, resolve_model_input_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -36,8 +36,10 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
     """Build a backbone that maps images to pooled features.
 
     Args:
-        name: timm's name, `vit_base_patch16_224.augreg_in21k`.
-        weights: `pretrained` (from the hub), `none`, or a local .safetensors, .pth, .pt or .bin file.
+        name: timm's name, `vit_base_patch16_224.augreg_in21k`, or with timm's prefixes a repository on the hub,
+            `hf_hub:ORGANISATION/NAME`, or a directory, `local-dir:PATH`, as `timm.models.save_for_hf` writes them.
+        weights: `pretrained` (those that timm, the repository or the directory has), `none`, or a local .safetensors,
+            .pth, .pt or .bin file.
         image_size: Side of the input in pixels; None takes the backbone's own. Position embeddings are resized.
         args: More arguments of the architecture for `timm.create_model`.
 
@@ -52,16 +54,13 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
         raise ModelError(f"model.weights: there is no file {weights}; give a local file, `pretrained` or `none`.")
     if local and Path(weights).suffix not in SUFFIXES:
         raise ModelError(f"model.weights: {weights} must be one of {', '.join(SUFFIXES)}.")
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        hint = f" Near it: {', '.join(close)}." if close else ""
-        raise ModelError(f"model.backbone: timm has no architecture {name!r}.{hint} timm.list_models() lists all.")
+    architecture, source = _resolve(name)
     if reserved := {"img_size", "in_chans", "num_classes"} & args.keys():
         raise ModelError(f"model.backbone_args: {', '.join(reserved)} is not for here; the size is model.image_size.")
     if image_size is not None and image_size < 1:
         raise ModelError(f"model.image_size: {image_size} must be 1 or more.")
     try:
-        fixed = image_size is not None and _has_fixed_size(name)
+        fixed = image_size is not None and source.get("fixed_input_size", False)
         args = {**args, "img_size": image_size} if fixed else args
         model = timm.create_model(name, pretrained=False, num_classes=0, **args)
     except Exception as error:  # an architecture's constructor can raise anything
@@ -72,9 +71,10 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
     if image_size is not None and any(image_size % side for side in sides):
         raise ModelError(f"model.image_size: {image_size} is not a multiple of {name}'s patches of {sides[0]} pixels.")
     if local:
-        _load(model, name, _read(weights), weights)
+        _load(model, architecture, _read(weights), weights)
     elif weights == "pretrained":
-        _load(model, name, _download(name, {k: v for k, v in args.items() if k != "img_size"}), f"{name} from the hub")
+        state = _download(name, {k: v for k, v in args.items() if k != "img_size"})
+        _load(model, architecture, state, f"the weights of {name}")
     return model
 
 
@@ -94,24 +94,55 @@ def preprocessing(model: nn.Module, image_size: int | None) -> dict[str, Any]:
     return config
 
 
-def _has_fixed_size(name: str) -> bool:
-    """Whether the architecture is built for one input size, which `img_size` changes."""
-    config = timm.get_pretrained_cfg(name)
-    return config is not None and config.fixed_input_size
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the architecture that a backbone's name means, and timm's configuration of its weights.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        source, _ = parse_model_name(name)
+    except ValueError as error:  # a path or a repository without a prefix, or another prefix
+        raise ModelError(f"model.backbone: {error}") from error
+    if source is None and not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f" Near it: {', '.join(close)}." if close else ""
+        raise ModelError(f"model.backbone: timm has no architecture {name!r}.{hint} timm.list_models() lists all.")
+    try:
+        resolved = resolve_model_input_args(name)
+    except Exception as error:  # no connection, no such directory, no config.json, or one that is damaged
+        wanted = "Give config.json and model.safetensors, as timm.models.save_for_hf writes them."
+        advice = "timm.list_models(pretrained=True) lists all." if source is None else wanted
+        raise ModelError(f"model.backbone: {name} cannot be read ({_first_line(error)}). {advice}") from error
+    config: dict[str, Any] = resolved["pretrained_cfg"]
+    channels = (config.get("input_size") or (3,))[0]
+    if channels != 3:
+        raise ModelError(f"model.backbone: {name} is for images with {channels} channels. Choose one with 3.")
+    return resolved["model_name"], config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _download(name: str, args: dict[str, Any]) -> dict[str, Tensor]:
-    """The hub's weights, at the size they were trained at."""
+    """Return the weights that belong to a name, at the size that they were trained at; code in them is never run."""
     try:
         source = timm.create_model(name, pretrained=True, num_classes=0, **args)
-    except RuntimeError as error:
-        raise ModelError(f"model.weights: {name} has no pretrained weights in timm ({error}).") from error
-    except Exception as error:  # whatever a network can raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model.weights: the weights of {name} could not be fetched from the hub ({reason}). Without a connection "
-            "two keys take local paths: --model.weights FILE.safetensors and --data.path DIRECTORY."
-        ) from error
+    except Exception as error:  # whatever a network, a file or its tensors can raise
+        reason, place = _first_line(error), parse_model_name(name)[0]
+        if place == "local-dir":
+            message = (
+                f"model.weights: the weights in {name} are damaged, missing or hold code ({reason.split('. ')[0]})."
+            )
+        elif place is None and isinstance(error, RuntimeError):
+            message = f"model.weights: {name} has no pretrained weights in timm ({reason})."
+        else:
+            message = (
+                f"model.weights: the weights of {name} could not be fetched from the hub ({reason}). Without a "
+                "connection two keys take local paths: --model.weights FILE.safetensors and --data.path DIRECTORY."
+            )
+        raise ModelError(message) from error
     state: dict[str, Tensor] = source.state_dict()
     return state
 
@@ -121,7 +152,7 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = load_state_dict(path, device="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or a pickle with code in it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         kind = "safetensors" if isinstance(error, SafetensorError) else "weights-only PyTorch"
         raise ModelError(f"model.weights: {path} cannot be read as a {kind} file ({reason}).") from error
     return state

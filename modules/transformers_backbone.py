@@ -108,13 +108,16 @@ def build_transformers_model(
     return Built(model.to(torch.float32) if dtype == torch.float32 else model, heads, new)
 
 
-def load_tokenizer(name: str, model: PreTrainedModel, pads: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, model: PreTrainedModel, pads: bool = True, pad_token: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer beside a backbone.
 
     Args:
         name: As for `build_transformers_model`.
         model: The backbone.
         pads: Whether its padding token is seen by the model; decoders are often without one.
+        pad_token: Token of its vocabulary to pad with; None takes its own.
 
     Raises:
         ModelError: If there is none, it cannot pad, or it has more tokens than the model has embeddings.
@@ -137,10 +140,14 @@ def load_tokenizer(name: str, model: PreTrainedModel, pads: bool = True) -> PreT
         forget_invented_tokens(tokenizer)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up for want of files
         raise ModelError(f"model.backbone: the tokenizer of {name} has no vocabulary; {mend}.")
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ModelError(f"model.pad_token: {pad_token!r} is no token of {name}. Use {tokenizer.eos_token!r}, say.")
+        tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None and pads:
         raise ModelError(
-            f"model.backbone: the tokenizer of {name} has no padding token, and batches need one; name one that its "
-            "model knows as pad_token in tokenizer_config.json."
+            f"model.backbone: the tokenizer of {name} has no padding token, and batches need one. Set model.pad_token "
+            f"to one that its model knows, such as {tokenizer.eos_token!r}, or pad_token in tokenizer_config.json."
         )
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)

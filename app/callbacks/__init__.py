@@ -1,23 +1,29 @@
 """One callback a file."""
 
+from app.callbacks.adapter_averaging import AdapterAveraging
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.callbacks.adapter_spectrum import AdapterSpectrum
 from app.callbacks.adapter_writer import AdapterWriter
+from app.callbacks.confusion_picture import ConfusionPicture
 from app.callbacks.data_report import DataReport
 from app.callbacks.errors import CallbackError
 from app.callbacks.prediction_writer import PredictionWriter
 from app.callbacks.run_summary import RunSummary
 from app.callbacks.save_run_config import SaveRunConfig
 from app.callbacks.termination import Termination
+from app.callbacks.user_callbacks import usable_callbacks
 
 __all__ = [
+    "AdapterAveraging",
     "AdapterCheckpoint",
     "AdapterSpectrum",
     "AdapterWriter",
     "CallbackError",
+    "ConfusionPicture",
     "DataReport",
     "PredictionWriter",
     "RunSummary",
     "SaveRunConfig",
     "Termination",
+    "usable_callbacks",
 ]

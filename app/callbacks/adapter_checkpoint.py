@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
 from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
-from app.checkpoint_io import BEST, LAST, CheckpointError, fault, saved_step
+from app.checkpoint_io import BEST, LAST, CheckpointError, fault, saved_step, structure_problem
 from app.run_directory import CHECKPOINTS
+from datamodules.base import ResumableDataModule
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +58,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._best_problem: str | None = None
         self._last_saved_step = -1
         self._events_due = False
+        self._has_trained = False
+        self._stop_delayed = False  # until the end of the optimizer step
+        self._limit_val_batches: int | float | None = None  # the trainer's own, while there is no validation
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle in the run directory."""
@@ -87,29 +94,81 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Renew last.ckpt in mid-epoch; the epoch's last batch leaves it to the epoch's end."""
+        """Renew last.ckpt in mid-epoch, and finish the optimizer step before a requested stop.
+
+        Where a validation follows, `on_validation_end` or `on_train_epoch_end` saves: a resumed run would skip it.
+        """
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         termination = _termination(trainer)
-        stops = termination is not None and termination.agreed(trainer)
-        accumulated = trainer.accumulate_grad_batches
-        if (batch_idx + 1) % accumulated != 0 and not trainer.is_last_batch:
-            return  # between two steps
-        left = trainer.num_training_batches - (batch_idx + 1)
-        every = trainer.val_check_batch or float("inf")  # a validation, however long, is to lose one step at most
-        validates = (batch_idx + 1 + accumulated) // every > (batch_idx + 1) // every
-        due = trainer.global_step % self.last_every_n_steps == 0 or left <= accumulated or validates or stops
-        if due and trainer.global_step > self._last_saved_step and not trainer.is_last_batch:
-            self._save_last(trainer)
-        if termination is not None and stops:
+        interrupted = termination is not None and termination.agreed(trainer)
+        if not _is_step_end(trainer, batch_idx):
+            # Lightning would stop here and lose the gradients accumulated so far
+            self._stop_delayed |= trainer.should_stop
+            trainer.should_stop = False
+            return
+        trainer.should_stop |= self._stop_delayed
+        self._stop_delayed = False
+        stops = interrupted or _stops_here(trainer)
+        if not trainer.is_last_batch and not _validates_within(trainer, batch_idx, batch_idx):
+            accumulated = trainer.accumulate_grad_batches
+            left = trainer.num_training_batches - (batch_idx + 1)
+            due = trainer.global_step % self.last_every_n_steps == 0 or left <= accumulated or stops
+            # a validation, however long, is to lose one step at most
+            due = due or _validates_within(trainer, batch_idx + 1, batch_idx + accumulated)
+            if due and trainer.global_step > self._last_saved_step:
+                self._save_last(trainer)
+        if _stops_here(trainer) and not _validates_within(trainer, batch_idx, batch_idx):
+            # Lightning validates once more when a callback stops it; a run that was never stopped would not
+            self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+        if termination is not None and interrupted:
             termination.stop(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Renew best.ckpt when it is due, and last.ckpt after a validation in mid-epoch."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.is_last_batch:
+            return
+        if _is_step_end(trainer, trainer.fit_loop.batch_idx):
+            self._save_last(trainer)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Renew best.ckpt when it is due, and last.ckpt."""
+        """Renew best.ckpt when it is due, and last.ckpt; Lightning calls this also when it stops in mid-epoch."""
+        if self._limit_val_batches is not None:
+            trainer.limit_val_batches = self._limit_val_batches
+            self._limit_val_batches = None
+        if not _is_epoch_over(trainer):
+            if trainer.global_step > self._last_saved_step and _is_step_end(trainer, trainer.fit_loop.batch_idx):
+                with _epoch_not_counted(trainer):  # whatever stopped it did so behind `on_train_batch_end`
+                    self._save_last(trainer)
+            return
         super().on_train_epoch_end(trainer, pl_module)
         self._save_last(trainer)
         termination = _termination(trainer)
         if termination is not None and termination.agreed(trainer):
             termination.stop(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log where a fit ended that did not come to its end, or had nothing to do."""
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        done = f"{epochs.processed} epochs and {trainer.global_step} steps"
+        last = Path(str(self.dirpath)) / LAST
+        if not self._has_trained:
+            _log.info(
+                f"Nothing left to do: {done} are done, and trainer.max_epochs is {trainer.max_epochs}, "
+                f"trainer.max_steps {trainer.max_steps}. Raise them (and trainer.max_time, if it is set) to train on."
+            )
+            return
+        if not _is_epoch_over(trainer) and last.is_file():
+            _log.info(
+                f"Training stopped in mid-epoch, after {trainer.global_step} steps. --ckpt_path {last} resumes it."
+            )
+        if not self.best_model_path:
+            _log.warning(
+                f"No validation has run, so there is no {BEST}: the adapter is that of the last step. Validate with "
+                f"`validate --ckpt_path {last}`, or train for at least one whole epoch."
+            )
 
     def _save_last(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -136,8 +195,17 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Remember this process's state; with another number of processes there is none to continue from.
 
         Raises:
-            CheckpointError: If the processes have chosen different checkpoints.
+            CheckpointError: If the processes have chosen different checkpoints, or this one cannot be restored.
         """
+        if trainer.state.fn == TrainerFn.FITTING:
+            _check_progress(trainer, checkpoint)
+            _repair_epoch_counts(trainer, checkpoint)
+            averages = any(isinstance(c, AdapterAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            if TRAINED in checkpoint and not averages:
+                _log.warning(
+                    "ckpt_path: the weights of the checkpoint are averages of AdapterAveraging, which this run lacks. "
+                    "Training goes on from the averages."
+                )
         states = checkpoint.get("random_states", [])
         self._random_state = states[trainer.global_rank] if len(states) == trainer.world_size else None
         step = checkpoint.get("global_step", 0)
@@ -161,6 +229,11 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on at the place in the epoch, in batches of this run."""
         super().on_train_start(trainer, pl_module)
+        self._has_trained = True
+        epochs = trainer.fit_loop.epoch_progress.current
+        if epochs.ready == epochs.processed:  # type: ignore[attr-defined]
+            # with max_steps, Lightning would take the start of an epoch for the end of the one that is over
+            trainer.fit_loop.epoch_loop.restarting = False
         if (match := getattr(trainer.datamodule, "match_progress", None)) is not None:  # type: ignore[attr-defined]
             match()
 
@@ -183,6 +256,97 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+
+def _is_step_end(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Return True if an optimizer step was taken with a batch; otherwise gradients are being accumulated."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def _is_epoch_over(trainer: L.Trainer) -> bool:
+    """Return True if no batch of the epoch is left."""
+    ready: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return trainer.is_last_batch or ready >= trainer.num_training_batches
+
+
+def _stops_here(trainer: L.Trainer) -> bool:
+    """Return True if Lightning ends the fit behind this step: at max_steps, or because a callback has asked for it."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    may_stop = epochs.processed >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return bool(trainer.should_stop and may_stop)
+
+
+def _validates_within(trainer: L.Trainer, first: int, last: int) -> bool:
+    """Return True if Lightning's schedule has a validation behind any of the batches `first` to `last` of the epoch."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or every is None:  # None: by the clock
+        return False
+    if epochs is not None and (trainer.current_epoch + 1) % epochs != 0:
+        return False
+    # without check_val_every_n_epoch the batches of all epochs are counted together
+    before = trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx if epochs is None else 0
+    return (before + last + 1) // every > (before + first) // every
+
+
+def _check_progress(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Check that the counters, the callbacks' states and the random numbers of a checkpoint can be restored.
+
+    Raises:
+        CheckpointError: With the first part that cannot.
+    """
+    saved, data = checkpoint["callbacks"], trainer.datamodule  # type: ignore[attr-defined]
+    parts = {"loops": ({"fit_loop": trainer.fit_loop.state_dict()}, checkpoint["loops"])}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if callback.state_key in saved:
+            parts[f"callbacks.{type(callback).__name__}"] = (callback.state_dict(), saved[callback.state_key])
+    problems = (structure_problem(expected, found, where) for where, (expected, found) in parts.items())
+    problem = next((problem for problem in problems if problem is not None), None)
+    if isinstance(data, ResumableDataModule) and type(data).__qualname__ not in checkpoint:
+        problem = problem or f"{type(data).__qualname__}, the position in the data, is missing"
+    now = _random_state()
+    try:
+        for state in checkpoint.get("random_states", []):
+            _set_random_state(state)
+    except Exception:  # torch, NumPy and Python each raise their own kinds
+        problem = problem or "random_states are no states of random numbers"
+    finally:
+        _set_random_state(now)
+    if problem is not None:
+        raise CheckpointError(
+            f"ckpt_path: {trainer.ckpt_path} cannot be resumed: {problem}. Use another checkpoint of the run."
+        )
+
+
+def _repair_epoch_counts(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Have Lightning's counts of epochs agree with the position in the data, before they are restored.
+
+    - A checkpoint at an epoch's end is written before that epoch counts as completed.
+    - Earlier versions counted the epoch in the checkpoint of a run that max_steps or a callback stopped in mid-epoch.
+    - A run with more epochs than trainer.max_epochs now has nothing left to do, which Lightning takes for an error.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    position = checkpoint.get(type(trainer.datamodule).__qualname__, {})  # type: ignore[attr-defined]
+    for counts in (progress["total"], progress["current"]):
+        if counts["ready"] == counts["processed"]:
+            if position.get("samples"):
+                counts["processed"] -= 1
+            counts["completed"] = counts["processed"]
+    if (most := trainer.max_epochs) not in (None, -1):
+        progress["current"]["completed"] = min(progress["current"]["completed"], most)
+
+
+@contextmanager
+def _epoch_not_counted(trainer: L.Trainer) -> Iterator[None]:
+    """Take back, for a checkpoint, that Lightning has counted an epoch in whose middle it stops."""
+    progress = trainer.fit_loop.epoch_progress
+    for counts in (progress.total, progress.current):
+        counts.processed -= 1  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        progress.increment_processed()
 
 
 def _termination(trainer: L.Trainer) -> Termination | None:

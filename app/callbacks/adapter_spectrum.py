@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -14,13 +16,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from app.callbacks.errors import CallbackError
-from app.files import written_whole
 from app.plots import HeatMap
+from datamodules.atomic import atomic_write
 from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule
 
+_log = logging.getLogger(__name__)
 FILE = "spectrum.parquet"
+_log = logging.getLogger(__name__)
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
 Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
 QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
@@ -32,7 +36,10 @@ class AdapterSpectrum(L.Callback):
     TensorBoard gets the mean over layers of each quantity under `spectrum/<role>/<factor>/<quantity>` (any logger gets
     these), a histogram of each layer under `spectrum_layers/`, a heat map of layers × index for each factor under
     `spectrum_map/`, and a layout of custom scalars that opens grouped. All singular values go to `spectrum.parquet` in
-    the run directory. B·A is without the scale s; `relative_norm` is ‖sBA‖_F / ‖W‖_F. A frozen factor is measured once.
+    the run directory. B·A is without the scale s. A frozen factor is measured once.
+
+    `relative_norm` is ‖sBA‖_F / ‖W‖_F. It is 0 for B·A = 0, and infinite for any other update of W = 0. Means over
+    layers leave infinite ratios out.
 
     Args:
         every_n_epochs: Interval in epochs, at least 1; None measures at the start, by steps, and at the end only.
@@ -50,6 +57,7 @@ class AdapterSpectrum(L.Callback):
         self._weight_norms: dict[str, float] = {}
         self._maps: dict[str, HeatMap] = {}
         self._last_step = -1
+        self._warned_of_zero_weights = False
 
     # -------------------------------------------------------------------------------------------------- when
 
@@ -67,8 +75,13 @@ class AdapterSpectrum(L.Callback):
             return
         path = Path(trainer.default_root_dir) / FILE
         if trainer.global_step > 0 and path.is_file():
-            self._rows = [row for row in _read(path) if row["step"] <= trainer.global_step]
+            epochs = trainer.fit_loop.epoch_progress.current
+            # in mid-epoch the last spectrum may be of a stop, which a run that was never stopped would not have
+            behind = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
+            self._rows = [row for row in _read(path) if row["step"] < behind]
             self._last_step = max((row["step"] for row in self._rows), default=-1)
+            if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+                self._measure(trainer, pl_module)
             return
         for board in _boards(trainer):
             board.add_custom_scalars(_layout(pl_module))
@@ -83,8 +96,9 @@ class AdapterSpectrum(L.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure by epochs."""
-        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        """Measure by epochs; Lightning calls this also when it stops in mid-epoch."""
+        over = trainer.is_last_batch
+        if over and self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._measure(trainer, pl_module)
         self._write(trainer)
 
@@ -108,17 +122,18 @@ class AdapterSpectrum(L.Callback):
         assert isinstance(module, AdaptedModule)
         module.check_weights()
         fresh: set[str] = set()  # factors that were measured now, not taken from before
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, (layer, factors) in adapted_projections(module.backbone).items():
             r_a, r_b = (self._triangular(name, factor, factors, fresh) for factor in ("A", "B"))
             spectra = {"A": singular_values(r_a), "B": singular_values(r_b), "BA": product_singular_values(r_b, r_a.T)}
-            ratio = factors.scale * float(spectra["BA"].norm()) / self._weight_norm(name, layer, factors)
+            ratio = _ratio(factors.scale * float(spectra["BA"].norm()), self._weight_norm(name, layer, factors))
             for factor, sigma in spectra.items():
                 row = {"step": step, "projection": name, "role": factors.projection.role, "factor": factor}
                 rows.append(
                     row | {"singular_values": sigma.tolist(), "relative_norm": ratio if factor == "BA" else None}
                 )
         self._rows += rows
+        self._warn_of_zero_weights([row["projection"] for row in rows if row["relative_norm"] == math.inf])
         scalars = _scalars(rows)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
@@ -142,6 +157,16 @@ class AdapterSpectrum(L.Callback):
             self._frozen[name, factor] = r
         return r
 
+    def _warn_of_zero_weights(self, names: list[str]) -> None:
+        """Name the projections whose ratio is infinite, once."""
+        if names and not self._warned_of_zero_weights:
+            self._warned_of_zero_weights = True
+            listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            _log.warning(
+                f"The frozen weight of {len(names)} adapted projections is zero ({listed}). Their relative_norm is "
+                f"infinite in {FILE}; the logged means leave them out."
+            )
+
     @torch.no_grad()
     def _weight_norm(self, name: str, layer: AdaptedLinear, factors: LowRankFactors) -> float:
         if name not in self._weight_norms:
@@ -156,9 +181,10 @@ class AdapterSpectrum(L.Callback):
             # by role and then by depth, so that a role's change with depth shows as a band
             chosen = sorted((r for r in rows if r["factor"] == factor), key=lambda r: ROLE_ORDER.get(r["role"], 99))
             for row in chosen:
-                # without the last digits' noise, which would fill the histogram of an orthonormal factor
+                # without the last digits' noise, which would fill the histogram of an orthonormal factor; the number of
+                # bins depends on the adapter rank alone ("auto" makes millions for one large value among equal ones)
                 rounded = torch.tensor(row["singular_values"]).round(decimals=4)
-                board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", rounded, step, bins="auto")
+                board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", rounded, step, bins="sturges")
             if factor not in self._maps:
                 self._maps[factor] = HeatMap([row["projection"] for row in chosen])
             title = f"Singular values of {factor}, step {step}"
@@ -174,22 +200,34 @@ class AdapterSpectrum(L.Callback):
             return
         start = time.perf_counter()
         path = Path(trainer.default_root_dir) / FILE
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             _save(self._rows, file)
         self.seconds += time.perf_counter() - start
 
 
+def _ratio(update: float, weight: float) -> float:
+    """Return ‖update‖ / ‖weight‖, also where the weight is zero."""
+    if weight == 0:
+        return math.inf if update > 0 else 0.0
+    return update / weight
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path).to_pylist()
-
-
-def _save(rows: list[dict[str, Any]], path: Path) -> None:
+    """Read the rows of an earlier fit; a damaged file has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
+    try:
+        return pq.read_table(path, schema=_schema()).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        _log.warning(f"{path} is damaged ({error}). Its spectra of earlier steps are lost.")
+        return []
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
         {
             "step": pa.int64(),
             "projection": pa.string(),
@@ -199,7 +237,13 @@ def _save(rows: list[dict[str, Any]], path: Path) -> None:
             "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
         }
     )
-    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
+
+
+def _save(rows: list[dict[str, Any]], file: BinaryIO) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows, _schema()), file, compression="zstd")
 
 
 def _adapted(module: L.LightningModule) -> bool:
@@ -217,7 +261,7 @@ def _scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
         tag = f"spectrum/{row['role']}/{row['factor']}"
         for quantity, value in dataclasses.asdict(summarize(torch.tensor(row["singular_values"]))).items():
             values[f"{tag}/{quantity}"].append(value)
-        if row["relative_norm"] is not None:
+        if row["relative_norm"] is not None and math.isfinite(row["relative_norm"]):
             values[f"{tag}/relative_norm"].append(row["relative_norm"])
     return {tag: sum(v) / len(v) for tag, v in values.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 import lightning as L
@@ -13,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.checkpoint_io import CheckpointError, read_checkpoint
-from app.commands.export import new_directory
 from app.commands.peft import write_peft
+from datamodules.atomic import atomic_directory
 from modules.adapters import AdapterError
 from modules.base import AdaptedModule
 
@@ -37,14 +36,9 @@ class AdapterWriter(L.Callback):
         folder = Path(trainer.default_root_dir) / FOLDER
         callback = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
         best = Path(callback.best_model_path if callback else "")
-        old = folder.with_name(f".{FOLDER}.old")
         try:
             state = read_checkpoint(best)["state_dict"] if best.is_file() else pl_module.saved_state()
-            with new_directory(folder) as temporary:
+            with atomic_directory(folder, overwrite=True) as temporary:
                 write_peft(pl_module, torch.float32, temporary, state)
-                shutil.rmtree(old, ignore_errors=True)
-                if folder.exists():
-                    folder.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
         except (ArgumentError, AdapterError, CheckpointError, OSError, RuntimeError, KeyError) as error:
             _log.warning(f"{folder} was not written, and the checkpoints were: {error}")

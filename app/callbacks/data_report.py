@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning as L
 
-from app.files import written_whole
+from datamodules.atomic import atomic_write_text
 from datamodules.base import ResumableDataModule
 from datamodules.findings import SkippedRow
 
@@ -22,6 +22,9 @@ class DataReport(L.Callback):
     The file keeps the rows of splits that an earlier command skipped.
     """
 
+    def __init__(self) -> None:
+        self._reported = 0
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Report once the data module is set up."""
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -30,12 +33,13 @@ class DataReport(L.Callback):
         for line in data.findings.take_lines():
             _log.info(line)
         skipped = data.findings.skipped
-        if skipped:
+        if len(skipped) > self._reported:  # the test after a fit may have found no more
+            self._reported = len(skipped)
             path = Path(trainer.default_root_dir) / FILE
             _log.warning(f"{len(skipped):,} bad rows are skipped; {path} lists them.")
             splits = {row.split for row in skipped}
             kept = [row for row in _read(path) if row.split not in splits]
-            with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            with atomic_write_text(path) as file:
                 csv.writer(file, lineterminator="\n").writerows([SkippedRow._fields, *kept, *skipped])
 
 

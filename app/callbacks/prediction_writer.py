@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from rich import print as rich_print
-from rich.markup import escape
 
-from app.files import written_whole
+from datamodules.atomic import atomic_write_text
+from datamodules.base import ResumableDataModule
+from datamodules.errors import DataError
 
 Row = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -25,6 +29,8 @@ class PredictionWriter(BasePredictionWriter):
     A data module may say which files there are, one for each of its loaders (`prediction_files`; the suffix decides
     between CSV, TSV and JSONL), and complete the rows of each (`complete_prediction(row, file)`); otherwise everything
     but the index goes to `predictions.csv`.
+
+    Files of an earlier prediction stay: the next ones are called `predictions-1.csv`, `predictions-2.csv`, …
     """
 
     def __init__(self) -> None:
@@ -40,9 +46,10 @@ class PredictionWriter(BasePredictionWriter):
         """Gather the rows of all processes and write them on rank zero."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         files = getattr(data, "prediction_files", ["predictions.csv"])
+        paths = unused_paths(Path(trainer.default_root_dir), files)
         complete = getattr(data, "complete_prediction", _without_index)
-        for number, (name, batches) in enumerate(
-            zip(files, predictions if len(files) > 1 else [predictions], strict=True)
+        for number, (path, batches) in enumerate(
+            zip(paths, predictions if len(files) > 1 else [predictions], strict=True)
         ):
             rows = [
                 dict(zip(batch, cells, strict=True)) for batch in batches for cells in zip(*batch.values(), strict=True)
@@ -51,11 +58,38 @@ class PredictionWriter(BasePredictionWriter):
             if trainer.world_size > 1:
                 shares = [None] * trainer.world_size
                 torch.distributed.all_gather_object(shares, rows)
+            failed = data.failed_rows(number) if isinstance(data, ResumableDataModule) else []
+            ordered = sorted([*(row for share in shares for row in share), *failed], key=lambda row: row["index"])
+            _check_errors(ordered)
             if trainer.is_global_zero:
-                ordered = sorted((row for share in shares for row in share), key=lambda row: row["index"])
-                path = Path(trainer.default_root_dir) / name
                 write_rows(path, [complete(row, number) for row in ordered])
-                rich_print(escape(f"{len(ordered)} predictions: {path}"))
+                kept = "" if path.name == files[number] else f" ({files[number]} of an earlier prediction is kept)"
+                _log.info(f"{len(ordered):,} predictions: {path}{kept}")
+
+
+def _check_errors(rows: list[Row]) -> None:
+    """Warn of rows whose input could not be used, and give all rows a column `error` if there are any.
+
+    Raises:
+        DataError: If no row has a prediction.
+    """
+    errors = [row["error"] for row in rows if row.get("error")]
+    if errors and len(errors) == len(rows):
+        raise DataError(f"data.predict_path: none of {len(rows):,} inputs can be used; the first: {errors[0]}.")
+    if errors:
+        _log.warning(f"{len(errors):,} of {len(rows):,} inputs could not be used; the column `error` says why.")
+        for row in rows:
+            row.setdefault("error", "")
+
+
+def unused_paths(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return a path for each name, all with the same number behind their stems: the least that no file has yet."""
+
+    def numbered(number: int) -> list[Path]:
+        suffix = f"-{number}" if number else ""
+        return [folder / f"{Path(name).stem}{suffix}{Path(name).suffix}" for name in names]
+
+    return next(paths for paths in map(numbered, itertools.count()) if not any(map(os.path.lexists, paths)))
 
 
 def _without_index(row: Row, file: int) -> Row:
@@ -64,13 +98,13 @@ def _without_index(row: Row, file: int) -> Row:
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Write rows as the suffix says: .csv, .tsv or .jsonl; all of them, or none."""
-    with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write_text(path) as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return
         writer = csv.DictWriter(
             file,
-            fieldnames=list(rows[0]),
+            fieldnames=sorted(dict.fromkeys(name for row in rows for name in row), key="error".__eq__),  # error last
             dialect="excel-tab" if path.suffix == ".tsv" else "excel",
             lineterminator="\n",
         )

@@ -1,8 +1,10 @@
-"""What a run adapts, said at its start; what came out, said at its end and kept in metrics.json."""
+"""Print what a run adapts and its results; keep the results in metrics.json, with their provenance beside it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
 import re
 import resource
@@ -18,27 +20,61 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from app.arguments import saved_configuration
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.files import written_whole
+from app.console import escape_controls
+from app.evaluations import (
+    Evaluation,
+    add_evaluation,
+    compare_configurations,
+    drop_evaluations_after,
+    metrics_of_split,
+)
+from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
 
+_log = logging.getLogger(__name__)
+
 
 class RunSummary(L.Callback):
-    """The hit list of adapted projections at the start, the table of results at the end."""
+    """Print the adapted projections at the start and the results at the end.
+
+    metrics.json keeps the newest figures. Those of a split replace all earlier figures of the split, whatever data they
+    are of; further training removes all earlier ones. `app.evaluations` records what each evaluation belongs to.
+    """
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
         self._started = 0.0
+        self._has_trained = False
+        self._first_step = 0
+        self._outdated: set[str] = set()  # first parts of the names in metrics.json that this command replaces
+        self._loaded: tuple[int, dict[str, Any]] | None = None  # step and configuration of the evaluated checkpoint
+        self._validation: dict[str, Any] = {}  # the newest of a fit, which checkpoints keep
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have all processes agree on the run directory, which rank zero has made."""
         trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # type: ignore[attr-defined]
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember what the checkpoint to evaluate was trained with."""
+        self._loaded = int(checkpoint["global_step"]), saved_configuration(checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the newest validation, so that a checkpoint of the same step holds its own metrics."""
+        return self._validation
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the newest validation."""
+        self._validation = state_dict
+
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print what is adapted."""
         self._started = time.monotonic()
+        self._first_step = trainer.global_step
+        drop_evaluations_after(Path(trainer.default_root_dir), trainer.global_step)
         assert isinstance(pl_module, AdaptedModule)
         counts = pl_module.parameter_counts()
         console = Console()
@@ -50,9 +86,15 @@ class RunSummary(L.Callback):
             f"are trained ({share:.2%})."
         )
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that there is something to train: not so in a run that is resumed at its end."""
+        self._has_trained = True
+
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the figures of training."""
+        """Keep the figures of training; without any, those of metrics.json stay."""
+        if not self._has_trained:
+            return
         assert isinstance(pl_module, AdaptedModule)
         self.values |= pl_module.parameter_counts()
         self.values["time/fit_seconds"] = round(time.monotonic() - self._started, 2)
@@ -60,18 +102,48 @@ class RunSummary(L.Callback):
         callback = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
         if callback is not None and callback.monitor and callback.best_model_score is not None:
             self.values[f"best/{callback.monitor}"] = callback.best_model_score.item()
+        if trainer.global_step > self._first_step:
+            self._outdated |= {"train", "val", "test", "best"}
+        self._loaded = None
         self._keep_metrics(trainer)
 
-    @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the metrics of a validation on its own."""
+        """Keep the metrics of a validation on its own, and for checkpoints those of a validation in a fit."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._keep_metrics(trainer)
+            self._keep_evaluation(trainer, pl_module, "val")
+        elif not trainer.sanity_checking:
+            self._validation = dataclasses.asdict(self._evaluation(trainer, pl_module, "val"))
 
-    @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the test."""
+        self._keep_evaluation(trainer, pl_module, "test")
+
+    def _evaluation(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Evaluation:
+        """Return the metrics of the split that was just evaluated, with what they belong to."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        hparams = {"hyper_parameters": dict(module.hparams), "datamodule_hyper_parameters": dict(data.hparams)}
+        used = saved_configuration(hparams)
+        step, saved = self._loaded or (trainer.global_step, used)
+        if trainer.state.fn == TrainerFn.FITTING:  # of the weights at hand, whatever checkpoint they went on from
+            step, saved = trainer.global_step, used
+        limit = {"val": "limit_val_batches", "test": "limit_test_batches"}[split]
+        limited = [f"trainer.{key}" for key in (limit, "overfit_batches", "fast_dev_run") if _is_limited(trainer, key)]
+        values = {key: value.item() for key, value in trainer.callback_metrics.items()}
+        differences = (*compare_configurations(saved, used), *limited)
+        return Evaluation(split, step, differences, metrics_of_split(values, split))
+
+    @rank_zero_only
+    def _keep_evaluation(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> None:
+        """Record an evaluation, and warn if its metrics are not those of the checkpoint's own data and settings."""
+        self._outdated.add(split)
         self._keep_metrics(trainer)
+        evaluation = self._evaluation(trainer, module, split)
+        add_evaluation(Path(trainer.default_root_dir), evaluation)
+        if evaluation.differences:
+            _log.warning(
+                f"The {split} metrics were computed with other values of {', '.join(evaluation.differences)} than the "
+                "checkpoint's. metrics.json has them; the model card of an export leaves them out."
+            )
 
     def _keep_metrics(self, trainer: L.Trainer) -> None:
         metrics = trainer.callback_metrics.items()
@@ -79,19 +151,21 @@ class RunSummary(L.Callback):
 
     @rank_zero_only
     def report(self, run_directory: Path) -> None:
-        """Print the closing table and write metrics.json, whose figures of earlier commands stay."""
+        """Print the closing table and write metrics.json; figures of earlier commands stay unless they are outdated."""
         path = run_directory / "metrics.json"
-        merged = {k: v if _finite(v) else None for k, v in sorted((_read_metrics(path) | self.values).items())}
-        with written_whole(path) as file:
-            file.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+        earlier = {k: v for k, v in _read_metrics(path).items() if k.partition("/")[0] not in self._outdated}
+        merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
+        with atomic_write(path) as file:
+            file.write(f"{json.dumps(merged, indent=2)}\n".encode())
         if not self.values:  # a prediction has said what it wrote
             return
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
-            table.add_row(key, _readable(key, value))
+            table.add_row(escape_controls(key), _readable(key, value))
         console = Console()
         console.print(table)
-        console.print(f"Look inside: tensorboard --logdir {run_directory}", soft_wrap=True, markup=False)
+        where = escape_controls(str(run_directory))
+        console.print(f"Look inside: tensorboard --logdir {where}", soft_wrap=True, markup=False)
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -101,6 +175,13 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_limited(trainer: L.Trainer, key: str) -> bool:
+    """Return True if a key of the trainer cuts splits short."""
+    value = getattr(trainer, key)
+    whole = isinstance(value, float) and value == 1.0  # the int 1 is a batch
+    return bool(value) and not (whole and key.startswith("limit_"))
 
 
 def _finite(value: Any) -> bool:
@@ -122,7 +203,7 @@ def _hit_list(module: AdaptedModule) -> Table:
         shape = f"{first.A.shape[1]} → {first.B.shape[0]}"
         of_kind = [factors[p.name][1] for p in projections]
         ranks, scales = _range([f.A.shape[0] for f in of_kind]), _range([f.scale for f in of_kind])
-        table.add_row(kind, projections[0].role, str(len(projections)), shape, ranks, scales)
+        table.add_row(escape_controls(kind), projections[0].role, str(len(projections)), shape, ranks, scales)
     return table
 
 

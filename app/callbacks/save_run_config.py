@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from app.files import written_whole
+from datamodules.atomic import atomic_write
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -20,5 +20,5 @@ class SaveRunConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / "config.yaml"
         if path.exists():
             path = path.with_name(f"config-{len(list(path.parent.glob('config*.yaml')))}.yaml")
-        with written_whole(path) as file:
-            self.parser.save(self.config, file, skip_none=False, overwrite=False, multifile=False)
+        with atomic_write(path) as file:
+            file.write(self.parser.dump(self.config, skip_none=False).encode())

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -25,19 +26,23 @@ class Termination(L.Callback):
     - While steps of training run, it waits for the end of the optimizer step, where `AdapterCheckpoint` asks for it.
       All processes of a distributed run agree there, whichever of them got the signal. (Lightning's own handler enters
       a collective wherever the signal finds it, so this one takes its place.)
-    - At any other time (loading, validation, evaluation) it stops at once; in a distributed fit, validation is finished
-      first, since the other processes could wait for this one for ever.
+    - In an evaluation it waits for the end of the batch; in a distributed fit, for the end of the validation, since the
+      other processes could wait for this one for ever.
+    - At any other time, while something is loaded, it stops at once. A destructor swallows what is raised in it: the
+      signal is then taken again a little later, and `main` asks in the end whether there was one.
     - A second one ends the process as the system does by default.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.checkpoint: Path | None = None  # from which training goes on
-        self._deferred = self._stopping = False
+        self._deferred = self._stopping = self._swallowed = False
         self._process = os.getpid()
         self._signal = signal.SIGTERM
         self._before: dict[signal.Signals, Any] = {}
+        self._hook_before: Callable[[sys.UnraisableHookArgs], Any] = sys.unraisablehook
         self._trainer: L.Trainer | None = None
+        self._timer: threading.Timer | None = None
 
     # --------------------------------------------------------------------------------------------------------- signal
 
@@ -47,6 +52,7 @@ class Termination(L.Callback):
             # what is ignored stays so: Ctrl-C in a job that a script has started with `&`
             taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in taken}
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._take_again
         return self
 
     def __exit__(
@@ -55,19 +61,36 @@ class Termination(L.Callback):
         """Leave them as they were."""
         for number, before in self._before.items():
             signal.signal(number, before or signal.SIG_DFL)  # None if it was not set from Python
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+        if sys.unraisablehook == self._take_again:
+            sys.unraisablehook = self._hook_before
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and os.getpid() != self._process:
             return  # a terminal's Ctrl-C reaches the loader's workers too, which are needed to the end of the step
+        if self._swallowed:
+            self._swallowed = False
+            if not self._deferred:
+                raise SIGTERMException
+            return
         if self.requested or os.getpid() != self._process:  # a second one, or in a worker process that was forked
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.requested, self._signal = True, signal.Signals(number)
         if not self._deferred:
-            for process in self._launched():
-                process.terminate()
-            raise SIGTERMException
+            self._stop_if_requested()
+
+    def _take_again(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Send the signal again, once the destructor that has swallowed it has ended."""
+        if not isinstance(unraisable.exc_value, SIGTERMException):
+            self._hook_before(unraisable)
+            return
+        self._swallowed = True
+        self._timer = threading.Timer(0.01, os.kill, (os.getpid(), self._signal))
+        self._timer.start()
 
     def _launched(self) -> list[Any]:
         """The other processes, if this one started them."""
@@ -80,8 +103,15 @@ class Termination(L.Callback):
             time.sleep(0.5)  # its connections are closed a little before it has ended
         return any(process.poll() not in (None, 0, 2, *EXIT_CODES) for process in launched)
 
+    def has_caused(self, error: BaseException) -> bool:
+        """Return True if an error was raised while the signal was handled, or in the place of what it raises."""
+        link: BaseException | None = error
+        while link is not None and not isinstance(link, SIGTERMException):
+            link = link.__cause__ or link.__context__
+        return link is not None
+
     def report(self) -> int:
-        """Say that it came and where training goes on; the exit code."""
+        """Print that the signal came and where training goes on; return the exit code."""
         going_on = f"training goes on from {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
         if getattr(rank_zero_only, "rank", 0) == 0:
             print(f"{self._signal.name}: stopped; {going_on}.", file=sys.stderr, flush=True)
@@ -117,21 +147,43 @@ class Termination(L.Callback):
         self._settle(trainer, deferred=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing is to be finished; but the other processes of a fit are not to be left alone."""
+        """Finish a batch at most; but the other processes of a fit are not to be left alone."""
         self._settle(trainer, deferred=trainer.state.fn == "fit" and trainer.world_size > 1)
+        self._deferred = True
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Stop between two batches."""
+        if not (trainer.state.fn == "fit" and trainer.world_size > 1):
+            self._stop_if_requested()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The best checkpoint may be written next."""
-        self._deferred = trainer.state.fn == "fit" and not trainer.sanity_checking
+        """Finish what follows in a fit: the best checkpoint may be written next."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            self._deferred = False
+            self._stop_if_requested()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing is to be finished."""
+        """Finish a batch at most."""
+        self._settle(trainer, deferred=False)
+        self._deferred = True
+
+    def on_test_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Stop between two batches."""
+        self._stop_if_requested()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is left to finish."""
         self._settle(trainer, deferred=False)
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing is to be finished."""
-        self._settle(trainer, deferred=False)
+    on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training is over and saved."""
         self._settle(trainer, deferred=False)
+
+    def _stop_if_requested(self) -> None:
+        """End the processes that this one started, and leave whatever is running."""
+        if self.requested:
+            for process in self._launched():
+                process.terminate()
+            raise SIGTERMException

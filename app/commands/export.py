@@ -6,32 +6,39 @@ timm one for `timm.create_model("local-dir:DIR", pretrained=True)`.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
-import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from safetensors import SafetensorError
 
 from app.arguments import read_yaml, saved_configuration
 from app.checkpoint_io import CheckpointError, read_checkpoint
+from app.commands.loading import Loader, merged_timm_loader, merged_transformers_loader
 from app.commands.model_card import write_card
-from app.commands.peft import write_peft
+from app.commands.peft import peft_content, write_peft
 from app.commands.timm_head import timm_model
+from app.console import escape_controls
 from app.run_directory import resolve_checkpoint, run_of_checkpoint
+from datamodules.atomic import WriteError, atomic_directory
 from modules.adapters import adapter_state, detach
+from modules.adapters.compact import FILE_NAME as COMPACT
 from modules.adapters.compact import save_compact
 from modules.adapters.rounding import Rounding, merge_rounding
 from modules.base import AdaptedModule
 
 if TYPE_CHECKING:  # a run on text imports no timm, one on images no transformers
     from modules.image_classification import ImageClassifier
+
+_log = logging.getLogger(__name__)
+Writer = Callable[[AdaptedModule, torch.dtype, Path], Loader]
 
 # Share of an update's norm that rounding may cost unsaid. Autocast to bfloat16 rounds both factors in each forward pass
 # of training, by up to 2^-8 = 0.4 % of an entry: an error of that order is no reason to choose another dtype.
@@ -85,23 +92,24 @@ def run(arguments: Namespace) -> None:
     rounding = merge_rounding(module.backbone, dtype) if arguments.format == "merged" else None
     dtype_name = str(dtype).removeprefix("torch.")
     notes = {f"Update, rounded to {dtype_name}": _in_words(rounding)} if rounding else {}
-    write = {"peft": write_peft, "merged": write_merged, "compact": write_compact}[arguments.format]
-    with new_directory(output) as folder:
-        loader = write(module, dtype, folder)
-        saved = saved_configuration(read_checkpoint(checkpoint))
-        run_directory, load = run_of_checkpoint(checkpoint), loader.format(output.name)
-        write_card(folder, module, run_directory, saved, arguments.format, load, notes)
+    compact = partial(write_compact, run=run_of_checkpoint(checkpoint))
+    writers: dict[str, Writer] = {"peft": write_peft, "merged": write_merged, "compact": compact}
+    try:
+        with atomic_directory(output) as folder:
+            loader = writers[arguments.format](module, dtype, folder)
+            write_card(folder, module, checkpoint, arguments.format, loader(output.name), notes)
+    except WriteError as error:
+        raise ArgumentError(None, f"--output: {error}") from error
     files = sorted(output.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
-    print(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {dtype_name}.")
-    print(f"Load it with {loader.format(output)}")
+    print(escape_controls(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {dtype_name}."))
+    print(escape_controls(f"Load it with\n\n{loader(str(output))}\n"))
     if rounding and rounding.whole > ROUNDING_UNSAID:
-        print(
-            f"Warning: rounded to {dtype_name}, the merged update is {_in_words(rounding)}. With --dtype float32 it is "
-            "what was trained; --format peft keeps it beside weights of any dtype.",
-            file=sys.stderr,
+        _log.warning(
+            f"Rounded to {dtype_name}, the merged update is {_in_words(rounding)}. With --dtype float32 it is what was "
+            "trained; --format peft keeps it beside weights of any dtype."
         )
-    print(f"Exported: {output}", flush=True)
+    print(escape_controls(f"Exported: {output}"), flush=True)
 
 
 def _in_words(rounding: Rounding) -> str:
@@ -160,31 +168,7 @@ def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-@contextmanager
-def new_directory(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its name at the end of the context, or is gone if anything goes wrong.
-
-    Raises:
-        ArgumentError: If it cannot be written.
-    """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():  # safetensors lets the owner alone read them
-            file.chmod(temporary.stat().st_mode & 0o666)
-        temporary.replace(output)
-    except Exception as error:  # the writer of tokenizers raises bare ones
-        if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
-            raise ArgumentError(
-                None, f"--output: {output} could not be written ({error}); nothing is left of it. Choose another place."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str:
+def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Loader:
     """Merge the adapters and write the model in its own library's layout.
 
     Args:
@@ -193,7 +177,7 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str
         folder: An empty directory.
 
     Returns:
-        The call that loads it, with {} for the directory.
+        The code that loads it.
 
     Raises:
         ArgumentError: If the backbone is of another library, or takes no such head.
@@ -211,16 +195,17 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str
     raise ArgumentError(None, f"--format: a {type(backbone).__name__} has no form without this project.")
 
 
-def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str:
-    """Write the adapters and the heads as a compact file, and say what became of the frozen factors.
+def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: Path | None = None) -> Loader:
+    """Write the adapters and the heads as a compact file; print what it stores, and its size beside PEFT's.
 
     Args:
         module: A module as `load_module` gives it.
         dtype: Dtype of what is stored.
         folder: An empty directory.
+        run: The run directory, whose config.yaml the command names; None if there is none.
 
     Returns:
-        The option that loads it, with {} for the directory.
+        The command that loads it.
 
     Raises:
         ArgumentError: If the run has no adapters.
@@ -235,22 +220,56 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> st
     if stored := len(module.projections) - len(redrawn):
         reason = "both are trained" if module.adapter.train == "both" else "only those of init signs can be drawn again"
         print(f"Stored: both factors of {stored} projections, since {reason}.")
-    return "--model.adapter_path {}"
+        if module.adapter.train != "both":
+            frozen = "init_a" if module.adapter.train == "B" else "init_b"
+            print(f"A compact file leaves out the frozen factor of runs with --model.adapter.{frozen} signs.")
+    size = (folder / COMPACT).stat().st_size
+    peft = _peft_bytes(module, dtype)
+    print(f"Size: {size / 1e6:.3g} MB; as --format peft: {peft / 1e6:.3g} MB, heads included in both.")
+    config = "RUN/config.yaml" if run is None else str(run / "config.yaml")
+    return lambda output: shlex.join(["python", "main.py", "test", "--config", config, "--model.adapter_path", output])
 
 
-def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> str:
+def _peft_bytes(module: AdaptedModule, dtype: torch.dtype) -> int:
+    """Return the bytes of the tensors in PEFT's file of the same run."""
+    _, tensors = peft_content(module, module.saved_state())
+    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors.values())
+
+
+def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> Loader:
     tokenizer: Any = module.tokenizer
-    template = module.hparams.get("prompt_template")
-    if template is not None:  # what the model was trained on
-        tokenizer.chat_template = template
+    _complete_tokenizer(module, tokenizer)
+    config = backbone.config
+    config.task_specific_params = None  # pipelines would generate by these
+    classes: list[str] | None = getattr(module, "class_names", None)
+    if classes is not None:  # pipelines choose between softmax, sigmoid and the score itself by it
+        config.problem_type = "single_label_classification" if classes else "regression"
     if backbone.can_generate() and backbone.generation_config.num_beams == 1:  # keys for beams would be refused
         backbone.generation_config.update(early_stopping=None, length_penalty=None)
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return f'transformers.{type(backbone).__name__}.from_pretrained("{{}}")'
+    return merged_transformers_loader(type(backbone).__name__)
 
 
-def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> str:
+def _complete_tokenizer(module: AdaptedModule, tokenizer: Any) -> None:
+    """Give a tokenizer what its own files lack: the model's inputs and length, the prompts' template, padding.
+
+    `save_pretrained` keeps what stands in `init_kwargs`.
+    """
+    accepted = inspect.signature(cast(Any, module.backbone).forward).parameters
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or name in accepted]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    limit: int | None = getattr(module, "position_limit", None)
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    template = module.hparams.get("prompt_template")
+    if template is not None:  # what the model was trained on
+        tokenizer.chat_template = template
+    if module.peft_task == "CAUSAL_LM":  # a response follows the last token
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> Loader:
     from timm.models import save_for_hf
 
     assert module.class_names is not None  # a checkpoint has them
@@ -261,4 +280,4 @@ def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> st
         safe_serialization=True,
         data_config=module.preprocessing,
     )
-    return 'timm.create_model("local-dir:{}", pretrained=True)'
+    return merged_timm_loader()

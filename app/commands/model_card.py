@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
 import re
 import string
 from collections.abc import Mapping
@@ -13,6 +13,9 @@ from typing import Any
 
 import yaml
 
+from app.arguments import saved_configuration
+from app.checkpoint_io import read_checkpoint, run_of_checkpoint
+from app.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split
 from modules.base import AdaptedModule
 
 TASKS = {
@@ -21,8 +24,11 @@ TASKS = {
     "summaries": "summarization",
     "instructions": "text-generation",
 }
-SPLITS = {"test": "test", "val": "validation"}
+SPLITS = {"val": "validation", "test": "test"}
+COSTS = ("params", "adapter", "time", "memory")  # groups of metrics.json that do not depend on data or checkpoint
+_log = logging.getLogger(__name__)
 MOST_LABELS = 30  # that a card lists
+LOCAL = "local-dir:"  # timm's prefix of a directory
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:/+% -]{1,200}")
 _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 
@@ -30,8 +36,7 @@ _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 def write_card(
     folder: Path,
     module: AdaptedModule,
-    run: Path | None,
-    saved: Mapping[str, Any],
+    checkpoint: Path,
     form: str,
     load: str,
     notes: Mapping[str, Any],
@@ -41,20 +46,24 @@ def write_card(
     Args:
         folder: Directory of the export.
         module: The model, with or without its adapters.
-        run: The run directory, whose metrics.json is quoted; None if there is none.
-        saved: The `model` and `data` sections that it was trained with.
+        checkpoint: The checkpoint that was exported. The card quotes this checkpoint's evaluations on the data that it
+            was trained with, and what the fit of its run took.
         form: The format that was exported.
         load: What loads it.
         notes: What else is to be said of the export.
     """
+    content = read_checkpoint(checkpoint)
+    saved = saved_configuration(content)
+    run = run_of_checkpoint(checkpoint)
     model = saved["model"]["init_args"]
     data = saved.get("data", {}).get("init_args", {})
-    metrics = _read_metrics(run)
+    metrics = _published_metrics(evaluations_of_checkpoint(content, run))
+    limits = [f"data.{key} {n}" for split in SPLITS for key, n in _limits(data, split).items()]
     library = "timm" if hasattr(module.backbone, "pretrained_cfg") else "transformers"
     dataset = str(data.get("task") or _short(data.get("path") or "unknown"))
     facts = {
-        "Base model": model["backbone"],
-        "Its weights": model.get("weights", "pretrained"),
+        "Base model": _short(model["backbone"]),
+        "Its weights": _short(model.get("weights", "pretrained")),
         "Data": dataset,
         "Tuning": module.tuning,
         **(_variant(module) if module.tuning == "adapter" else {}),
@@ -68,21 +77,32 @@ def write_card(
         "Tuned with Onesided, after [Asymmetry in Low-Rank Adapters](https://arxiv.org/abs/2402.16842).",
         _table(("", ""), facts),
         "## Load it",
-        _block("python" if "(" in load else "", load),
+        _block("python" if load.startswith("import ") else "bash", load),
         "## Metrics",
-        _table(("Metric", "Value"), metrics) if metrics else "None were kept with the run.",
+        _table(("Metric", "Value"), metrics)
+        if metrics
+        else "The run has no evaluation of this checkpoint on the data that it was trained with.",
+        *([f"Rows that were evaluated at most: {', '.join(map(_quoted, limits))}."] if limits and metrics else []),
+        "## Training",
+        _table(("Figure", "Value"), costs) if (costs := _read_costs(run)) else "No figures were kept with the run.",
         "## Configuration",
         _block("yaml", yaml.safe_dump(_plain(dict(saved)), sort_keys=False)),
         "## Versions",
         _table(("Package", "Version"), versions),
     ]
-    front = _front_matter(module, model, form, library, dataset, metrics)
+    front = _front_matter(module, model, data, form, library, dataset, metrics)
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(body) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _front_matter(
-    module: AdaptedModule, model: Mapping[str, Any], form: str, library: str, dataset: str, metrics: Mapping[str, float]
+    module: AdaptedModule,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    form: str,
+    library: str,
+    dataset: str,
+    metrics: Mapping[str, float],
 ) -> dict[str, Any]:
     """What the hub reads; no license, since that is the base model's."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -94,6 +114,7 @@ def _front_matter(
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split=SPLITS[split],
+            dataset_args=_limits(data, split) or None,
             metric_type=name,
             metric_value=value,
         )
@@ -135,32 +156,53 @@ def _with_patterns(value: float, patterns: Mapping[str, float]) -> str:
     return f"{value:g}{others}"
 
 
-def _read_metrics(run: Path | None) -> dict[str, float]:
-    """Finite numbers of metrics.json by name; what is not of that form is left out."""
+def _published_metrics(evaluations: list[Evaluation]) -> dict[str, float]:
+    """Return the newest metrics of each split, computed on whole splits of the data that the checkpoint has seen."""
+    own = {evaluation.split: evaluation.metrics for evaluation in evaluations if not evaluation.differences}
+    for evaluation in evaluations:
+        if evaluation.differences:
+            _log.info(
+                f"The card leaves out {evaluation.split} metrics that were computed with other values of "
+                f"{', '.join(evaluation.differences)} than the checkpoint's."
+            )
+    return {key: value for split in SPLITS for key, value in own.get(split, {}).items()}
+
+
+def _limits(data: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """Return the key of `data` that limits the rows of a split, with its value; empty if all rows count."""
+    key = f"max_{split}_samples"
+    return {key: data[key]} if data.get(key) else {}
+
+
+def _read_costs(run: Path | None) -> dict[str, float]:
+    """Return parameter counts, bytes and seconds of a run's metrics.json; what is not of that form is left out."""
     try:
         content = json.loads((run / "metrics.json").read_text(encoding="utf-8")) if run is not None else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = {}
-    pairs = content.items() if isinstance(content, dict) else ()
-    return {
-        key: value
-        for key, value in pairs
-        if type(value) in (int, float) and math.isfinite(value) and re.fullmatch(r"[\w/.@-]{1,100}", key)
-    }
+    pairs = content if isinstance(content, dict) else {}
+    return {name: value for group in COSTS for name, value in metrics_of_split(pairs, group).items()}
 
 
 def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
     """The base model's name on the hub; None for what lies in a directory or begins at random."""
     name = str(model["backbone"])
-    if model.get("weights", "pretrained") != "pretrained" or Path(name).exists():
+    if model.get("weights", "pretrained") != "pretrained" or Path(name).exists() or name.startswith(LOCAL):
         return None
-    name = f"timm/{name}" if library == "timm" else "/".join(name.split("/")[:2])
+    if ":" in name:  # timm's hf_hub:NAME@REVISION
+        name = name.partition(":")[2].partition("@")[0]
+    elif library == "timm":
+        name = f"timm/{name}"
+    else:
+        name = "/".join(name.split("/")[:2])
     return name if re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name) else None
 
 
 def _short(path: Any) -> str:
     """A path without the folders of whoever trained it; anything else as it is."""
-    return Path(str(path)).name if str(path).startswith("/") else str(path)
+    text = str(path)
+    prefix = LOCAL if text.startswith(LOCAL) else ""
+    return prefix + Path(text).name if text.removeprefix(prefix).startswith("/") else text
 
 
 def _plain(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from app.cli import main
 from datamodules.image_classification import ImageClassificationData
 from modules.image_classification import ImageClassifier
 from tests.conftest import colour_image, png, write_parquet
+from tests.support.disks import no_room_for
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -163,10 +162,10 @@ def corrupt_image(folder: Path) -> str:
 
 def label_out_of_range(folder: Path) -> str:
     image = {"bytes": png(colour_image(0, np.random.default_rng(0))), "path": None}
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"img": [image] * 20, "label": [0, 1] * 9 + [1, -1]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
-    return "is -1 in row 19, outside 0 to 1"
+    return "is -1, outside 0 to 1 in row 19"
 
 
 def empty_folder(folder: Path) -> str:
@@ -301,18 +300,9 @@ def test_loss_that_is_not_finite(
     assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
 
 
-def test_full_disk(cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    saves = []
-    original = os.fsync
-
-    def fsync(handle: int) -> None:
-        saves.append(handle)
-        if len(saves) > 10:  # of the file and of its name: steps 2, 4, 6, 7, and the best
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(handle)
-
-    monkeypatch.setattr("app.checkpoint_io.os.fsync", fsync)
-    code = cli("fit", "--checkpoint.last_every_n_steps=2")
+def test_full_disk(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    with no_room_for(".last.ckpt.", after=10):  # twice each: five checkpoints
+        code = cli("fit", "--checkpoint.last_every_n_steps=2")
     refused(capsys, code, "could not be written", "No space left on device", "--ckpt_path last")
     names = {p.name for p in (cli.run() / "checkpoints").iterdir()}
     assert names == {"best.ckpt", "last.ckpt", "previous.ckpt"}

@@ -63,7 +63,7 @@ LATE = ("--data.batch_size=51", "--checkpoint.monitor", "--data.packing")
     ("options", "parts"),
     [
         ("--model.bakbone=x", ["LanguageModel", "bakbone", "did you mean backbone"]),
-        ("--model.adapter.ran=3", ["adapter.ran", "did you mean rank"]),
+        ("--model.adapter.ran=3", ["adapter.ran", "did you mean adapter.rank"]),
         ("--model.generation.num_beams=3", ["generation.num_beams", "max_new_tokens", "top_p"]),
         ("--model.generation.max_new=3", ["generation.max_new", "did you mean max_new_tokens"]),
         ("--data.max_lenght=64", ["InstructionData", "max_lenght", "did you mean max_length"]),
@@ -165,12 +165,12 @@ def nothing_but_empty_responses(folder: Path) -> list[str]:
 
 def empty_instruction(folder: Path) -> list[str]:
     write_rows(folder, "train", [*instructions(20), {"instruction": None, "input": "", "output": "w1"}])
-    return ["data.instruction_column", "train.jsonl", "empty in row 20", "mend or drop"]
+    return ["data.instruction_column", "row 20 of", "train.jsonl", "no text in column instruction"]
 
 
 def unknown_role(folder: Path) -> list[str]:
-    write_rows(folder, "train", [TALK] * 8 + [turns(("human", "Say w1."), ("assistant", "w1"))])
-    return ["data.messages_column", "row 8 of", "train.jsonl", "system, user, assistant", "human"]
+    write_rows(folder, "train", [TALK] * 8 + [turns(("tool", "Say w1."), ("assistant", "w1"))])
+    return ["data.messages_column", "row 8 of", "train.jsonl", "system, user, assistant", "tool"]
 
 
 def message_without_content(folder: Path) -> list[str]:
@@ -233,11 +233,11 @@ def test_empty_responses_are_all_there_is(
         ("rows.csv", "instruction\n", ["rows.csv", "no rows"]),
         ("rows.jsonl", "Say w1.\nSay w2.\n", ["rows.jsonl", "cannot be read", "json"]),
         ("rows.jsonl", '{"question": "w1"}\n', ["data.instruction_column", "rows.jsonl", "it has question"]),
-        ("rows.csv", "instruction,input\nw1,\n,w2\n", ["data.instruction_column", "rows.csv", "empty in row 1"]),
+        ("rows.csv", "instruction,input\n,w1\n,w2\n", ["data.instruction_column", "rows.csv", "is empty in every row"]),
         (
             "rows.jsonl",
-            json.dumps(TALK) + "\n" + json.dumps(turns(("tool", "w1"))) + "\n",
-            ["data.messages_column", "row 1 of", "rows.jsonl", "system, user, assistant", "tool"],
+            json.dumps(turns(("tool", "w1"))) + "\n",
+            ["data.messages_column", "row 0 of", "rows.jsonl", "system, user, assistant", "tool"],
         ),
         ("rows.jsonl", json.dumps(turns(("assistant", "w1"))) + "\n", ["row 0 of", "rows.jsonl", "user"]),
         ("rows.jsonl", json.dumps(turns(("system", "w1"))) + "\n", ["row 0 of", "rows.jsonl", "user"]),
@@ -452,17 +452,17 @@ def damaged_questions(folder: Path, **damage: Any) -> None:
 
 def answer_out_of_range(folder: Path) -> list[str]:
     damaged_questions(folder, answer=4)
-    return ["data.answer_column", "test.jsonl", "from 0 to 3", "row 4 holds 4"]
+    return ["data.answer_column", "test.jsonl", "from 0 to 3", "row 4 of", "has 4"]
 
 
 def hidden_answer(folder: Path) -> list[str]:
     damaged_questions(folder, answer=-1)
-    return ["data.answer_column", "test.jsonl", "from 0 to 3", "row 4 holds -1"]
+    return ["data.answer_column", "test.jsonl", "from 0 to 3", "row 4 of", "has -1"]
 
 
 def fewer_choices(folder: Path) -> list[str]:
     damaged_questions(folder, choices=["w", "x", "y"])
-    return ["data.choices_column", "test.jsonl", "as many in each row", "row 4 holds ['w', 'x', 'y']"]
+    return ["data.choices_column", "test.jsonl", "as many in each row", "row 4 of", "has ['w', 'x', 'y']"]
 
 
 def no_choices(folder: Path) -> list[str]:

@@ -187,6 +187,6 @@ def test_a_hub_name_and_a_directory_are_the_same_model(
     assert done.returncode == 0, done.stderr[-2000:]
     assert text_cli("fit") == 0
     one, other = text_cli.checkpoint(0), text_cli.checkpoint(1)
-    assert one["frozen_fingerprint"] == other["frozen_fingerprint"]
+    assert one["frozen_digest"] == other["frozen_digest"]
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, other["state_dict"][name]), name

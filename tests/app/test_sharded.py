@@ -48,7 +48,7 @@ def test_shares_compute_what_the_whole_does(name: str, request: pytest.FixtureRe
         assert all(n.startswith(tuple(stacks)) and ".adapters." not in n for n in names)
     one, two = cli.checkpoint(0), cli.checkpoint(1)
     assert one["state_dict"].keys() == two["state_dict"].keys()
-    assert one["frozen_fingerprint"] == two["frozen_fingerprint"]
+    assert one["frozen_digest"] == two["frozen_digest"]
     for key, tensor in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
     for metric in metrics:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -29,23 +28,27 @@ from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
 from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, _problem, fault, read_checkpoint
 from app.cli import main
-from app.files import WriteError, full_disk_named
+from app.console import console_logging
+from app.files import reraise_disk_full
 from app.run_directory import LOCK, locked, new_run_directory, read_wanted, resolve_checkpoint
+from datamodules.atomic import WriteError
 from tests.app.processes import DDP, run_on_two
 from tests.app.test_bad_input import Malicious, refused
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
 from tests.conftest import ROOT, png
+from tests.support.disks import no_file_larger_than
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Iterator[Path]:
     """A run directory with checkpoints of steps 0, 1 and 2, of which last.ckpt and previous.ckpt are left."""
     directory = new_run_directory(tmp_path / "runs")
     save(directory, 0, 1, 2)
-    return directory
+    with console_logging():
+        yield directory
 
 
 def save(run: Path, *steps: int, name: str = "last.ckpt") -> None:
@@ -250,15 +253,15 @@ def test_what_was_read_is_handed_out_once(run: Path) -> None:
 
 
 def test_a_kill_between_the_two_names(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Path.replace
+    original = os.replace
 
-    def replace(self: Path, target: Path) -> Path:
-        if self.name == ".last.ckpt.tmp":
+    def replace(source: str, target: Path) -> None:
+        if Path(source).name.startswith(".last.ckpt."):
             raise KeyboardInterrupt
-        return original(self, target)
+        original(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
+        patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
             save(run, 3)
     assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 2}  # two names of one file
@@ -549,16 +552,6 @@ def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path) -> None:
     assert len({(path / ".run").read_text() for path in made}) == 64
 
 
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_checkpoint_that_finds_no_room(run: Path) -> None:
     before = steps(run)
     with no_file_larger_than(3000), pytest.raises(CheckpointError, match=r"last\.ckpt could not be written"):
@@ -618,7 +611,7 @@ def test_a_writing_thread_that_finds_no_room_is_quiet(tmp_path: Path, monkeypatc
     def fail(error: Exception) -> None:
         raise error
 
-    with full_disk_named(tmp_path):
+    with reraise_disk_full(tmp_path):
         for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("a defect")):
             thread = threading.Thread(target=fail, args=(error,))
             thread.start()

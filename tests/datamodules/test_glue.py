@@ -322,16 +322,20 @@ def test_classes_with_names_are_no_targets_of_a_model_of_a_regression(hub: Files
         prepared(hub("cola") / "cola", text_columns=["sentence"], model=model)
 
 
-def test_the_test_split_is_checked_before_there_is_a_trainer(hub: Files) -> None:
-    GlueData(str(hub("rte", hidden=False)), task="rte").check_test_split()
-    with refuses("data.label_column", "hidden"):
-        GlueData(str(hub("rte")), task="rte").check_test_split()
+def test_the_test_split_is_read_with_the_others_if_it_is_tested_after_fit(hub: Files) -> None:
+    data = module(hub("rte", hidden=False), task="rte")
+    data.check_test_split()
+    data.setup("fit")
+    (test,) = data.splits["test"]
+    assert len(test) == SIZES["test"]
+    data.setup("test")
+    assert data.splits["test"] == [test]
 
 
 def test_booleans_are_two_classes(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", [f"w{i},{i % 3 == 0}" for i in range(20)])
     data = prepared(tmp_path, text_columns=["text"])
-    assert data.class_names == ["0", "1"]
+    assert data.class_names == ["False", "True"]
     (train,) = data.splits["train"]
     rows = [int(word_tokenizer().convert_ids_to_tokens(ids)[1][1:]) for ids in train.data["input_ids"]]
     assert train.targets["label"].tolist() == [int(row % 3 == 0) for row in rows]
@@ -385,8 +389,9 @@ def test_test_labels_that_are_there_are_tested_on(hub: Files) -> None:
 @pytest.mark.parametrize("task", HUB)
 def test_hidden_test_labels_are_told_before_training(hub: Files, task: str) -> None:
     data = module(hub(task), task=task)
+    data.check_test_split()
     with refuses("data.label_column", "test", "hidden", "data.test_on_validation: true"):
-        data.check_test_split()
+        data.setup("fit")
 
 
 @pytest.mark.parametrize("stage", ["check", "test"])
@@ -592,7 +597,7 @@ def test_scores_of_stsb_are_clipped_in_submissions_alone(
 
 
 @pytest.mark.parametrize("form", ["tsv", "jsonl"])
-@pytest.mark.parametrize(("column", "expected"), [("idx", 7), ("name", "b"), ("gone", 1)])
+@pytest.mark.parametrize(("column", "expected"), [("idx", 7), ("name", "b")])
 def test_rows_are_named_by_a_column(tmp_path: Path, column: str, expected: Any, form: str) -> None:
     folder = write_csv(tmp_path / "test.csv", ["w3,9,a", "w4,7,b"], header="sentence,idx,name")
     data = prepared(folder, "predict", task="sst2", id_column=column, prediction_format=form)
@@ -722,7 +727,7 @@ def test_a_split_without_rows(tmp_path: Path, split: str) -> None:
 def test_a_row_without_text(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", ["w0,0", "w1,1", ",0", "w3,1"])
     write_csv(tmp_path / "validation.csv", ["w0,0", "w1,1"])
-    with refuses("data.text_columns", "train.csv", "empty in row 2"):
+    with refuses("data.text_columns", "row 2 of", "train.csv has no text in column text", "data.skip_bad_rows"):
         prepared(tmp_path, text_columns=["text"])
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.errors import DataError
+from datamodules.findings import Findings
 from datamodules.image_classification import ImageClassificationData, ImageDataset
 from datamodules.image_sources import open_split
 from tests.conftest import CLASSES, colour_image, png, write_parquet
@@ -326,7 +327,7 @@ def test_memory_limit_is_of_all_images(tmp_path: Path, limit: int, kept: bool) -
     table = open_split(str(grey(tmp_path / "data", {"train": 100})), "train", None, None)
     assert table is not None
     dataset = ImageDataset(table, None, lambda image: image)
-    dataset.keep_in_memory(limit / 2**30, "train")
+    dataset.keep_in_memory(limit / 2**30, "train", Findings())
     assert (dataset.images is not None) is kept
     assert int(dataset[99]["image"][0, 0, 0]) == 99
 

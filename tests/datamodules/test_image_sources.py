@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from datamodules.errors import DataError
+from datamodules.findings import Findings
 from datamodules.image_sources import ImageTable, open_folder, open_split
 from tests.conftest import CLASSES, colour_image, png
 
@@ -135,8 +136,8 @@ def test_columns_by_key(tmp_path: Path) -> None:
 def test_labels_without_names_are_their_numbers(tmp_path: Path, kind: str) -> None:
     write_split(tmp_path / "train.parquet", pictures(3), [4, 0, 2], named=datasets.Value(kind))
     table = opened(tmp_path)
-    assert table.labels.tolist() == [4, 0, 2]
-    assert table.class_names == ["0", "1", "2", "3", "4"]
+    assert table.labels.tolist() == [2, 0, 1]
+    assert table.class_names == ["0", "2", "4"]
 
 
 def test_images_as_plain_bytes(tmp_path: Path) -> None:
@@ -380,8 +381,11 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
 def test_a_class_without_images(tmp_path: Path) -> None:
     save_image(tmp_path / "train/ant/1.png", pictures(1)[0])
     (tmp_path / "train/bee").mkdir()
-    with refuses("data.path", str(tmp_path / "train"), "bee"):
-        opened(tmp_path)
+    findings = Findings()
+    table = open_split(str(tmp_path), "train", None, None, findings)
+    assert table is not None
+    assert table.class_names == ["ant"]
+    assert findings.take_lines() == [f"left out of {tmp_path}: 1 folders without an image (train/bee)."]
 
 
 def test_parquet_without_a_training_split(tmp_path: Path) -> None:
@@ -426,9 +430,8 @@ def test_a_column_that_holds_no_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "labels", "parts"),
     [
-        (NAMED, [0, 1, 3], ("is 3 in row 2, outside 0 to 2", "1 of 3")),
-        (NAMED, [0, -1, -1], ("is -1 in row 1, outside 0 to 2", "2 of 3")),
-        (datasets.Value("int64"), [0, -1, 4], ("is -1 in row 1, outside 0 to 4", "1 of 3")),
+        (NAMED, [0, 1, 3], ("is 3, outside 0 to 2", "in row 2", "1 of 3")),
+        (NAMED, [0, -1, -1], ("is -1, outside 0 to 2", "in row 1", "2 of 3")),
         (datasets.Value("int64"), [-1, -1, -1], ("is -1 in row 0", "3 of 3", "hidden")),
     ],
 )

@@ -434,9 +434,13 @@ def test_a_chat_without_a_response(tmp_path: Path, chat: list[Row]) -> None:
 
 @pytest.mark.parametrize("chat", [*CHATS_WITHOUT[:2], [{"role": "assistant", "content": "Hi"}]])
 def test_a_chat_that_asks_nothing(folder: Path, tmp_path: Path, chat: list[Row]) -> None:
-    path = write(tmp_path / "new.jsonl", [{"messages": chat_of(row_of("test", 1))}, {"messages": chat}])
-    with refuses("data.messages_column: row 1 of", "new.jsonl has no message of a user to respond to"):
+    path = write(tmp_path / "new.jsonl", [{"messages": chat}])
+    with refuses("data.messages_column: row 0 of", "has no message of a user to respond to, and no other"):
         prepared(folder, "predict", predict_path=str(path))
+    path = write(tmp_path / "more.jsonl", [{"messages": chat}, {"messages": chat_of(row_of("test", 1))}])
+    data = prepared(folder, "predict", predict_path=str(path))
+    assert [batch["index"].tolist() for batch in data.predict_dataloader()[0]] == [[1]]
+    assert data.failed_rows(0) == [{"index": 0, "error": "has no message of a user to respond to"}]
 
 
 @pytest.mark.parametrize(
@@ -444,24 +448,24 @@ def test_a_chat_that_asks_nothing(folder: Path, tmp_path: Path, chat: list[Row])
     [
         (
             [{"content": "Hi"}],
-            "must have `role` (system, user, assistant) and text as `content`; it is {'content': 'Hi'",
+            "must have `role` (system, user, assistant) and text as `content`, or ShareGPT's `from`",
         ),
         ([{"role": "tool", "content": "Hi"}], "must have `role`"),
-        ([{"from": "human", "value": "Hi"}], "must have `role`"),
+        ([{"from": "observation", "value": "Hi"}], "must have `role`"),
         ([{"role": "user", "content": None}], "must have `role`"),
-        ([{"role": "assistant", "content": 3}], "text as `content`; it is {'role': 'assistant', 'content': 3}"),
+        ([{"role": "assistant", "content": 3}], "it is {'role': 'assistant', 'content': 3}"),
         ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "text as `content`"),
-        (["Hi", "Yo"], "it is Hi."),
-        ("Hi", "must be a list of messages; it is Hi."),
+        (["Hi", "Yo"], "it is Hi"),
+        ("Hi", "must be a list of messages; it is Hi"),
         ('[{"role": "user", "content": "Hi"}]', "must be a list of messages"),
-        (None, "must be a list of messages; it is None."),
+        (None, "must be a list of messages; it is None"),
         ({"role": "user", "content": "Hi"}, "must be a list of messages"),
     ],
 )
 @pytest.mark.parametrize("stage", ["test", "predict"])
 def test_messages_of_another_shape(tmp_path: Path, stage: str, cell: Any, reason: str) -> None:
     path = write(tmp_path / "rows/test.jsonl", [{"messages": cell}])
-    with refuses("data.messages_column:", "messages of row 0 of", "test.jsonl", reason):
+    with refuses("data.messages_column:", "row 0", "holds no conversation in column messages: ", reason):
         prepared(path.parent, stage)
 
 
@@ -499,14 +503,8 @@ def test_a_message_has_the_row_of_the_file(tmp_path: Path, shuffled: str) -> Non
             {"response_column": "answer"},
             ("data.response_column:", "has no column answer; it has"),
         ),
-        ({"instruction": None}, {}, ("data.instruction_column:", "must hold text")),
-        ({"instruction": 1}, {}, ("data.instruction_column: instruction in", "must hold text, and it holds int64")),
-        ({"instruction": "a", "input": 1}, {}, ("data.input_column: input in", "must hold text, and it holds int64")),
-        (
-            {"instruction": "a", "output": 1},
-            {},
-            ("data.response_column: output in", "must hold text, and it holds int64"),
-        ),
+        ({"instruction": None}, {}, ("data.instruction_column:", "is empty in every row")),
+        ({"instruction": ["a"]}, {}, ("data.instruction_column: instruction in", "must hold text, and it holds List")),
     ],
 )
 def test_columns_that_cannot_be_used(tmp_path: Path, rows: Row, keys: Row, parts: tuple[str, ...]) -> None:
@@ -516,7 +514,7 @@ def test_columns_that_cannot_be_used(tmp_path: Path, rows: Row, keys: Row, parts
 
 def test_an_empty_instruction(tmp_path: Path) -> None:
     rows = [*rows_of("test", 3), {"instruction": None, "input": "a", "output": "b"}]
-    with refuses("data.instruction_column: instruction in", "test.jsonl is empty in row 3;"):
+    with refuses("data.instruction_column: row 3 of", "test.jsonl has no text in column instruction"):
         dataset_of(tmp_path, rows)
 
 
@@ -524,7 +522,7 @@ def test_a_chat_template_that_refuses_a_row(tmp_path: Path) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
     model = text_model(byte_tokenizer(strict))
     assert len(dataset_of(tmp_path, rows_of("test"), model=model, template="chat")) == 5
-    with refuses("data.template: the chat template refuses the conversation that begins 'Do 0", "no system"):
+    with refuses("data.template: row 0 of", "refuses the conversation that begins 'Do 0", "no system"):
         dataset_of(tmp_path, rows_of("test"), model=model, template="chat", system_prompt="S")
 
 

@@ -404,7 +404,7 @@ def test_an_answer_that_is_none_is_refused(tmp_path: Path, answer: Any) -> None:
     def answers(row: Row) -> Any:
         return answer if "test 1:" in row["question"] else {str: "ABCD"[row["answer"]]}.get(made, made(row["answer"]))
 
-    with refuses("data.answer_column", "indices from 0 to 3 or letters from A to D, and row"):
+    with refuses("data.answer_column", "row ", "indices from 0 to 3 or letters from A to D"):
         batches_of(changed(tmp_path, answer=answers))
 
 
@@ -422,7 +422,7 @@ def test_an_answer_that_is_none_is_refused(tmp_path: Path, answer: Any) -> None:
     ids=["uneven", "one", "27", "an empty one", "an empty row", "text", "numbers"],
 )
 def test_choices_that_are_none_are_refused(tmp_path: Path, choices: Any) -> None:
-    with refuses("data.choices_column", "must hold lists of 2 to 26 texts, as many in each row, and row"):
+    with refuses("data.choices_column", "row ", "must hold lists of 2 to 26 texts, as many in each row"):
         batches_of(changed(tmp_path, choices=choices))
 
 
@@ -435,7 +435,7 @@ def test_splits_that_are_not_there(tmp_path: Path, folder: Path) -> None:
     with refuses("data.shots_split", "no few split for the shots", "data.shots"):
         batches_of(path, shots_split="few")
     with refuses("data.shots_split", "among the questions to ask"):
-        batches_of(folder, "validate", shots_split="validation")
+        batches_of(path, shots_split="test")
     with refuses("data.shots", "3 questions of", "for 4 shots"):
         batches_of(path, shots=4)
     with refuses("data.question_column", "no column text"):

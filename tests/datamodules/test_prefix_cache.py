@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import platform
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def filled(prefix: Prefix, rows_key: str = "rows", side: str = "right", beat: Any = lambda: None) -> HiddenStates:
     model = SimpleNamespace(frozen_prefix=lambda: prefix)
     strategy = SimpleNamespace(batch_to_device=lambda batch: batch)
-    trainer: Any = SimpleNamespace(lightning_module=model, strategy=strategy, is_global_zero=True)
+    trainer: Any = SimpleNamespace(lightning_module=model, strategy=strategy, is_global_zero=True, local_rank=0)
     order = filling_order(LENGTHS).tolist()
     loader = DataLoader(Rows(), 2, sampler=order, collate_fn=PadSequences(0, side))
     return hidden_states(trainer, loader, LENGTHS, rows_key, "train", beat)
@@ -130,7 +128,7 @@ def test_a_damaged_file_is_written_anew(folder: Path, content: bytes) -> None:
 def test_a_file_cut_short_under_a_run() -> None:
     states = filled(Prefix(torch.float32))
     with states.path.open("r+b") as file:
-        file.truncate(states.path.stat().st_size - 1)
+        file.truncate(states.path.stat().st_size // 2)
     with pytest.raises(DataError, match=r"data\.cache_prefix: .* has been cut short; remove it and run again"):
         states.batch([[row] for row in range(5)])
 
@@ -149,19 +147,6 @@ def test_padding_at_the_left() -> None:
     assert torch.equal(batches([Rows()[1], Rows()[3]])["hidden"], expected([[1], [3]], 5))  # without padding
     with pytest.raises(DataError, match=r"padding_side: right in tokenizer_config\.json"):
         batches([Rows()[0], Rows()[1]])
-
-
-def test_what_killed_processes_have_left_is_removed(folder: Path) -> None:
-    path = filled(Prefix(torch.float32)).path
-    with subprocess.Popen(["true"]) as ended:
-        pass
-    path.unlink()
-    here = f".{path.stem}.{platform.node()}"
-    kept = [f"{here}.1.npy", f"{here}.elsewhere.{ended.pid}.npy", f".prefix-other.{platform.node()}.{ended.pid}.npy"]
-    for name in [*kept, f"{here}.{ended.pid}.npy"]:  # of this machine's first process, which runs
-        (folder / name).touch()
-    filled(Prefix(torch.float32))
-    assert {file.name for file in folder.iterdir()} == {path.name, *kept}
 
 
 def test_each_batch_is_a_beat() -> None:

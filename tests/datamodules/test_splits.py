@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.splits import check_splits, choose_rows
+from datamodules.splits import check_splits, choose_rows, is_helper, split_of
 
 
 def rows(split: str, size: int = 50, **keys: Any) -> list[int]:
@@ -85,3 +85,21 @@ def test_a_limit_below_one_is_named(limit: int) -> None:
 
 def test_keys_that_will_do() -> None:
     check_splits(0.5, {"train": 1, "val": None, "test": 10**9})
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["train", "Training", "TRAIN_SET", "train-images", "trainset", "dataset_train"]),
+        ("val", ["val", "Valid", "validation", "dev", "Eval", "dev_set", "images val", "Evaluation"]),
+        ("test", ["test", "Testing", "TestData", "test_images"]),
+        (None, ["attest", "retrain", "devices", "data", "images", "latest", "value", "", "_"]),
+    ],
+)
+def test_names_that_mean_a_split(split: str | None, names: list[str]) -> None:
+    assert [split_of(name) for name in names] == [split] * len(names)
+
+
+def test_names_that_systems_leave() -> None:
+    assert all(is_helper(n) for n in (".ipynb_checkpoints", "__MACOSX", "._x.png", "Thumbs.db", "Desktop.ini"))
+    assert not any(is_helper(n) for n in ("ant", "thumbs", "__init__", "x.png"))

@@ -372,9 +372,11 @@ def test_a_file_without_targets_and_ids_is_predicted(folder: Path, tmp_path: Pat
 def test_a_prediction_has_the_id_of_the_chosen_column(folder: Path, tmp_path: Path) -> None:
     rows = [{"document": "good", "id": i, "name": f"n{i}"} for i in range(3)]
     path = str(write(tmp_path / "new.jsonl", rows))
-    for key, expected in (("id", [0, 1, 2]), ("name", ["n0", "n1", "n2"]), ("no_such", [0, 1, 2])):
+    for key, expected in (("id", [0, 1, 2]), ("name", ["n0", "n1", "n2"])):
         data = prepared(folder, stage="predict", predict_path=path, id_column=key)
         assert column(completed(data), "id") == expected
+    with refuses("data.id_column", "new.jsonl has no column no_such"):
+        prepared(folder, stage="predict", predict_path=path, id_column="no_such")
 
 
 @pytest.mark.parametrize("cells", [[None, None], [1, 2], ["good", None]])
@@ -393,11 +395,11 @@ def test_a_column_that_is_not_there(folder: Path, key: str) -> None:
         prepared(folder, **{key: "body"})
 
 
-@pytest.mark.parametrize(("key", "name"), [("source_column", "document"), ("target_column", "summary")])
-def test_a_column_of_numbers(tmp_path: Path, key: str, name: str) -> None:
-    path = write(tmp_path / "train.jsonl", [{**row, name: i} for i, row in enumerate(rows_of("train"))])
-    with refuses(f"data.{key}: {name} in", "train.jsonl must hold text, and it holds int64"):
-        prepared(path)
+def test_numbers_are_targets_as_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", [{**row, "summary": i} for i, row in enumerate(rows_of("train"))])
+    data = prepared(path, val_fraction=0.1)
+    texts = data.splits["train"][0].texts["reference"][:] + data.splits["val"][0].texts["reference"][:]
+    assert sorted(texts, key=int) == [str(i) for i in range(len(texts))]
 
 
 @pytest.mark.parametrize(("key", "name"), [("source_column", "document"), ("target_column", "summary")])
@@ -407,14 +409,17 @@ def test_an_empty_cell(tmp_path: Path, key: str, name: str) -> None:
         table = csv.DictWriter(file, ["document", "summary", "id"])
         table.writeheader()
         table.writerows([{**row, name: "" if i == 4 else row[name]} for i, row in enumerate(rows_of("train"))])
-    with refuses(f"data.{key}: {name} in", "train.csv is empty in row 4;"):
+    with refuses(f"data.{key}: row 4 of", f"train.csv has no text in column {name}"):
         prepared(path)
 
 
-def test_an_empty_source_to_predict(folder: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "new.jsonl", [{"document": "good"}, {"document": None}])
-    with refuses("data.source_column: document in", "new.jsonl is empty in row 1;"):
-        prepared(folder, stage="predict", predict_path=str(path))
+def test_an_empty_source_to_predict_is_a_row_with_an_error(folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "new.jsonl", [{"document": None}, {"document": "good"}, {"document": " "}])
+    data = prepared(folder, stage="predict", predict_path=str(path))
+    assert [batch["index"].tolist() for batch in data.predict_dataloader()[0]] == [[1]]
+    assert data.failed_rows(0) == [{"index": i, "error": "has no text in column document"} for i in (0, 2)]
+    row = data.complete_prediction(data.failed_rows(0)[0], 0)
+    assert row == {"id": 0, "summary": None, "reference": None, "error": "has no text in column document"}
 
 
 @pytest.mark.parametrize("key", ["max_source_length", "max_target_length"])

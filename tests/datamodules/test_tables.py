@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.tables import READERS, SPLITS, Table, check_column, open_file, open_table
+from datamodules.splits import SPLITS
+from datamodules.tables import READERS, Reading, Table, check_column, open_file, open_table
 
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 Rows = list[tuple[str, int]]
@@ -92,13 +93,14 @@ def test_one_file_is_training_rows(tmp_path: Path, suffix: str) -> None:
         assert open_table(str(file), splits) is None
 
 
-def test_the_first_of_several_names_is_taken(tmp_path: Path) -> None:
-    for i, name in enumerate(("valid", "val", "validation")):
-        write(tmp_path / f"{name}.csv", ROWS[i : i + 1])
-    assert SPLITS["val"] == ("validation", "val", "valid")
-    assert rows_of(opened(tmp_path, SPLITS["val"])) == ROWS[2:3]
-    assert rows_of(opened(tmp_path, SPLITS["val"][1:])) == ROWS[1:2]
-    assert rows_of(opened(tmp_path, SPLITS["val"][2:])) == ROWS[:1]
+def test_a_split_under_two_names_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "dev.csv", ROWS[:1])
+    assert rows_of(opened(tmp_path, SPLITS["val"])) == ROWS[:1]
+    write(tmp_path / "validation.csv", ROWS[1:2])
+    with refuses("data.path", "rows of validation under 2 names, dev and validation"):
+        open_table(str(tmp_path), SPLITS["val"])
+    others = [name for name in SPLITS["val"] if name != "dev"]
+    assert rows_of(opened(tmp_path, others)) == ROWS[1:2]  # as for the shots of MMLU
 
 
 def test_splits_may_be_of_different_kinds(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_splits_may_be_of_different_kinds(tmp_path: Path) -> None:
 
 def test_other_files_are_none_of_the_splits(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", ROWS[:1])
-    for name in ("training.csv", "train_matched.csv", "mytrain.csv", "train.txt", "train.csv.bak"):
+    for name in ("train_matched.csv", "mytrain.csv", "train.txt", "train.csv.bak"):
         put(tmp_path / name, "text,label\nno,9\n")
     assert rows_of(opened(tmp_path)) == ROWS[:1]
 
@@ -345,7 +347,7 @@ def test_files_that_are_cut_or_of_another_kind(tmp_path: Path, name: str, conten
 
 def test_a_csv_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00\x81,\xb5\n\xa0,1\n")
-    with refuses("data.path", "train.csv", "cannot be read as csv"):
+    with refuses("data.encoding", "train.csv", "is not utf-8", "likely utf-16"):
         open_table(str(tmp_path), ("train",))
 
 
@@ -358,7 +360,7 @@ def test_shards_of_other_columns_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["notes.txt", "train"])
 def test_a_file_of_an_unknown_kind(tmp_path: Path, name: str) -> None:
     file = put(tmp_path / name, "a")
-    with refuses("data.path", str(file), "must be one of .parquet, .csv, .jsonl"):
+    with refuses("data.path", str(file), "must be one of .parquet, .csv, .tsv, .jsonl"):
         open_table(str(file), ("train",))
 
 
@@ -368,7 +370,7 @@ def test_a_full_disk_is_not_taken_for_a_damaged_file(
 ) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
 
-    def read(files: list[str]) -> Any:
+    def read(files: list[Path], reading: Reading) -> Any:
         if wrapped:
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from full
         raise full
@@ -406,7 +408,7 @@ def test_a_file_for_prediction(tmp_path: Path, suffix: str) -> None:
 def test_no_file_for_prediction(tmp_path: Path) -> None:
     text = put(tmp_path / "new.txt", "a")
     for path in (text, tmp_path / "gone.csv", tmp_path):
-        with refuses(f"data.predict_path: {path} is no file of .parquet, .csv, .jsonl"):
+        with refuses(f"data.predict_path: {path} is no file of .parquet, .csv, .tsv, .jsonl"):
             open_file(str(path), "predict_path")
 
 

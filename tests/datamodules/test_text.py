@@ -18,9 +18,9 @@ import torch
 from transformers import AutoTokenizer
 
 from datamodules.errors import DataError
-from datamodules.tables import Table, open_table
+from datamodules.tables import Table, blank_rows, check_texts, null_rows, open_table
 from datamodules.text import TextData
-from datamodules.tokens import FORMAT, TokenDataset, check_texts, tokenized, tokenizer_state
+from datamodules.tokens import FORMAT, TokenDataset, tokenized, tokenizer_state
 from tests.backbones import word_tokenizer
 from tests.datamodules.stub import stub_trainer, text_model
 
@@ -264,39 +264,52 @@ def test_no_such_column() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cells", "feature", "kind"),
+    ("cells", "feature", "texts"),
     [
-        ([1, 2], datasets.Value("int64"), "int64"),
-        ([None, None], datasets.Value("null"), "null"),
-        ([0, 1], datasets.ClassLabel(names=["a", "b"]), ""),
-        ([["a"], ["b"]], datasets.List(datasets.Value("string")), "List"),
+        ([7, None], datasets.Value("int64"), ["7", None]),
+        ([0.5, 2.0], datasets.Value("float64"), ["0.5", "2.0"]),
+        ([True, False], datasets.Value("bool"), ["True", "False"]),
     ],
 )
-def test_a_column_that_holds_no_text(cells: list[Any], feature: Any, kind: str) -> None:
+def test_numbers_are_text_where_text_is_asked_for(cells: list[Any], feature: Any, texts: list[Any]) -> None:
+    data = datasets.Dataset.from_dict({"text": cells, "more": cells}).cast_column("text", feature)
+    read = check_texts(Table(data, "here"), "source_column", "text")
+    assert read.data["text"][:] == texts
+    assert read.data.column_names == ["text", "more"]
+    assert read.notes == (f"text of here holds {feature.dtype}, read as text",)
+
+
+@pytest.mark.parametrize(
+    ("cells", "feature", "said"),
+    [
+        ([None, None], datasets.Value("null"), "text in here is empty in every row"),
+        ([0, 1], datasets.ClassLabel(names=["a", "b"]), "must hold text, and it holds"),
+        ([["a"], ["b"]], datasets.List(datasets.Value("string")), "must hold text, and it holds List"),
+    ],
+)
+def test_a_column_that_holds_no_text(cells: list[Any], feature: Any, said: str) -> None:
     data = datasets.Dataset.from_dict({"text": cells}, features=datasets.Features({"text": feature}))
-    with refuses("data.source_column", "text in here must hold text, and it holds", kind):
+    with refuses("data.source_column", said):
         check_texts(Table(data, "here"), "source_column", "text")
 
 
 def test_texts_and_numbers_in_one_column_of_jsonl(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
-    with refuses("data.", "train.jsonl"):
-        opened = open_table(str(tmp_path), ("train",))
-        assert opened is not None
-        check_texts(opened, "text_columns", "text")
+    opened = open_table(str(tmp_path), ("train",))
+    assert opened is not None
+    assert check_texts(opened, "text_columns", "text").data["text"][:] == ["a", "3"]
 
 
 @pytest.mark.parametrize(("empty", "size"), [([0], 3), ([2, 4], 6), ([10_000, 10_001], 10_100)])
-def test_the_first_row_without_text_is_named(empty: list[int], size: int) -> None:
-    texts = [None if i in empty else "a" for i in range(size)]
-    with refuses("data.text_columns", f"text in here is empty in row {empty[0]};"):
-        check_texts(table(texts), "text_columns", "text")
+def test_rows_without_text_are_found(empty: list[int], size: int) -> None:
+    texts = [None if i in empty else " " if i == 1 else "a" for i in range(size)]
+    assert null_rows(table(texts), "text") == set(empty)
+    assert blank_rows(table(texts), "text") == {*empty, 1}
 
 
 def test_rows_are_counted_in_what_was_selected() -> None:
     data = table([None, "a", "b", None, "c"]).data.select([1, 4, 3])
-    with refuses("is empty in row 2;"):
-        check_texts(Table(data, "here"), "text_columns", "text")
+    assert null_rows(Table(data, "here"), "text") == {2}
 
 
 # ------------------------------------------------------------------------------------------------------------ data set
@@ -371,6 +384,9 @@ def text_data(**model: Any) -> TextData:
         val_seed=0,
         limits={},
         predict_path=None,
+        encoding="utf-8",
+        skip_bad_rows=0,
+        as_written=["text"],
     )
     data.trainer = stub_trainer(lightning_module=text_model(word_tokenizer(), **model))
     return data

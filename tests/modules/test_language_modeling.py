@@ -507,7 +507,7 @@ def test_a_checkpoint_and_its_hyper_parameters_build_the_same_model(llama: Path,
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    checkpoint: dict[str, Any] = {"hyper_parameters": dict(model.hparams)}
+    checkpoint: dict[str, Any] = {"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "some.ckpt")
     loaded = torch.load(tmp_path / "some.ckpt", weights_only=True)

@@ -251,7 +251,7 @@ def test_sharding_changes_no_checkpoint(folder: Path, found: list[dict[str, Any]
     assert shards["global_step"] == one["global_step"] == (2 if name == "fitted.ckpt" else 4)
     for one_more, other in ((copies, shards), (one, shards), (small_copies, small_shards)):
         assert one_more.keys() == other.keys()
-        assert one_more["frozen_fingerprint"] == other["frozen_fingerprint"]
+        assert one_more["frozen_digest"] == other["frozen_digest"]
         assert one_more["state_dict"].keys() == other["state_dict"].keys()
         for key, tensor in one_more["state_dict"].items():
             torch.testing.assert_close(other["state_dict"][key], tensor, rtol=1e-3, atol=1e-5, msg=key)

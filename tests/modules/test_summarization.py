@@ -517,7 +517,7 @@ def test_round_trip_into_a_module_of_another_seed(folders: dict[str, Path], kind
 @every_kind
 def test_a_full_checkpoint_does_not_ask_where_training_began(folders: dict[str, Path], kind: str) -> None:
     first, second = (summarizer(folders[kind], seed=seed, tuning="full", weights="none").eval() for seed in (0, 1))
-    checkpoint: dict[str, Any] = {"hyper_parameters": {}}
+    checkpoint: dict[str, Any] = {"hyper_parameters": {}, "state_dict": first.state_dict()}
     first.on_save_checkpoint(checkpoint)
     second.on_load_checkpoint(checkpoint)
     second.load_state_dict(checkpoint["state_dict"])
@@ -534,7 +534,7 @@ def test_a_checkpoints_hyper_parameters_build_the_same_model(
     search = Generation(num_beams=3, max_length=11, min_length=4, length_penalty=1.5, no_repeat_ngram_size=2)
     keys = {"adapter": AdapterConfig(rank=3, targets=["query", "mlp_in"]), "generation": search, "label_smoothing": 0.2}
     model = randomize(summarizer(folders[kind], tuning=tuning, **keys)).eval()
-    checkpoint: dict[str, Any] = {"hyper_parameters": dict(model.hparams)}
+    checkpoint: dict[str, Any] = {"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "some.ckpt")
     loaded = torch.load(tmp_path / "some.ckpt", weights_only=True)

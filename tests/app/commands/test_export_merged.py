@@ -185,7 +185,7 @@ def test_a_warning_says_how_much_of_the_update_is_rounded_away(
     """The quarter is lost and the steps are not: of ‖Δ‖² = 3 + 1/16 that is 1/16, and 1/7 of the norm."""
     assert run_export(uniform.run(), tmp_path / "model", "--dtype=bfloat16") == 0
     captured = capsys.readouterr()
-    (warning,) = [line for line in captured.err.splitlines() if "Warning" in line]
+    (warning,) = [line for line in captured.err.splitlines() if line.startswith("warning: ")]
     for part in ("bfloat16", f"off by 14.3 % of its norm, most in {QUARTER} with 100 %", "--dtype float32"):
         assert part in warning
     assert captured.out.splitlines()[-1] == f"Exported: {tmp_path / 'model'}"
@@ -198,7 +198,7 @@ def test_a_warning_says_how_much_of_the_update_is_rounded_away(
 
 def test_float32_rounds_nothing(uniform: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_export(uniform.run(), tmp_path / "model", "--dtype=float32") == 0
-    assert "Warning" not in capsys.readouterr().err
+    assert "warning:" not in capsys.readouterr().err
     assert "rounded" not in (tmp_path / "model" / "README.md").read_text()
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert set(weights[f"{QUARTER}.weight"].flatten().tolist()) == {1 + STEP / 4}
@@ -211,5 +211,5 @@ def test_no_warning_below_a_hundredth(uniform: CommandLine, tmp_path: Path, caps
         for name, layer in adapted_layers(module.backbone).items():
             layer.factors()[0].B.mul_(1 if name == QUARTER else 20)
     assert run_export(uniform.run(), tmp_path / "model", "--dtype=bfloat16") == 0
-    assert "Warning" not in capsys.readouterr().err
+    assert "warning:" not in capsys.readouterr().err
     assert "`off by 0.722 % of its norm" in (tmp_path / "model" / "README.md").read_text()

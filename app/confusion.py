@@ -24,7 +24,7 @@ def draw_confusion(matrix: Tensor, names: Sequence[str]) -> Figure:
     axes.imshow(matrix.cpu().numpy())
     axes.set_xlabel("Predicted class", fontsize=15)
     axes.set_ylabel("True class", fontsize=15)
-    if len(names) <= MOST_NAMES:
+    if 0 < len(names) <= MOST_NAMES:
         axes.set_xticks(range(len(names)), names, rotation=45, fontsize=10, parse_math=False)
         axes.set_yticks(range(len(names)), names, rotation=25, fontsize=10, parse_math=False)
         brightest, size = int(matrix.max()), min(15, 150 // len(names))  # of the type, in points

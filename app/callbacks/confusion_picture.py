@@ -1,0 +1,47 @@
+"""Picture of the confusion matrix of a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from torchmetrics import Metric
+
+from datamodules.atomic import atomic_write
+
+FILE = "confusion_matrix.png"
+
+
+@runtime_checkable
+class HasConfusion(Protocol):
+    """A module that counts a confusion matrix in a test.
+
+    Args:
+        confusion: Gives the matrix, (classes, classes), a row for each true class.
+        class_names: Names by label.
+    """
+
+    confusion: Metric
+    class_names: list[str] | None
+
+
+class ConfusionPicture(L.Callback):
+    """Draw the confusion matrix in the run directory and in TensorBoard."""
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw it when all batches are counted."""
+        if not isinstance(pl_module, HasConfusion):
+            return
+        matrix = pl_module.confusion.compute()  # on every rank: it gathers
+        if not trainer.is_global_zero or matrix.sum() == 0:
+            return
+        from app.confusion import draw_confusion  # a run without a test imports no matplotlib
+
+        figure = draw_confusion(matrix, pl_module.class_names or ())
+        with atomic_write(Path(trainer.default_root_dir) / FILE) as file:
+            figure.savefig(file, format="png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("test/confusion_matrix", figure, trainer.global_step)

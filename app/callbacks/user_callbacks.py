@@ -1,0 +1,51 @@
+"""Which of Lightning's callbacks work with adapters, and what to use instead of the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+from app.callbacks.errors import CallbackError
+
+_log = logging.getLogger(__name__)
+
+REFUSED: dict[type[L.Callback], str] = {
+    WeightAveraging: "copies the frozen backbone, and does so before the head exists. Use AdapterAveraging instead, "
+    "which averages what is trained.",
+    StochasticWeightAveraging: "copies the frozen backbone and replaces the learning rate schedule. Use "
+    "AdapterAveraging instead, which averages what is trained.",
+    GradientAccumulationScheduler: "changes the number of steps of an epoch, for which the learning rate schedule "
+    "and a resumed run have one number. Use trainer.accumulate_grad_batches instead.",
+}
+
+
+def usable_callbacks(callbacks: Sequence[L.Callback], resumes: bool) -> list[L.Callback]:
+    """Return the callbacks of a configuration that a run takes.
+
+    The finders of Lightning search at the start of a fit. A resumed run leaves them out, and logs that: its checkpoint
+    has what they found.
+
+    Args:
+        callbacks: As the configuration has them.
+        resumes: Whether training goes on from a checkpoint.
+
+    Raises:
+        CallbackError: For a callback that would leave wrong checkpoints or a wrong schedule.
+    """
+    for callback in callbacks:
+        for refused, reason in REFUSED.items():
+            if isinstance(callback, refused):
+                raise CallbackError(f"trainer.callbacks: {type(callback).__name__} {reason}")
+    finders = [c for c in callbacks if resumes and isinstance(c, LearningRateFinder | BatchSizeFinder)]
+    for finder in finders:
+        _log.info(f"trainer.callbacks: {type(finder).__name__} does not search again: the checkpoint has its result.")
+    return [callback for callback in callbacks if callback not in finders]

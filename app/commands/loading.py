@@ -1,0 +1,156 @@
+"""Code that loads an export without this program, complete enough to be run as it is printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from modules.base import AdaptedModule
+
+if TYPE_CHECKING:  # a run on text imports no timm
+    from modules.image_classification import ImageClassifier
+
+Loader = Callable[[str], str]  # the text that loads an export, given its directory
+
+AUTO_CLASSES = {  # by PEFT's name of the task
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+}
+
+
+def merged_transformers_loader(model_class: str) -> Loader:
+    """Return the loader of a directory that transformers reads."""
+    return lambda folder: _program(["transformers"], f"model = transformers.{model_class}.from_pretrained({folder!r})")
+
+
+def merged_timm_loader() -> Loader:
+    """Return the loader of a directory that timm reads."""
+    return lambda folder: _program(
+        ["timm"], f"model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True).eval()"
+    )
+
+
+def peft_loader(module: AdaptedModule) -> Loader:
+    """Return the loader of a PEFT directory: it builds the frozen backbone as the run had it, then adds the adapter.
+
+    A backbone with `weights: none` is drawn again from the run's seed, which must be the process's last.
+    """
+    is_timm = hasattr(module.backbone, "pretrained_cfg")
+    imports, lines = _timm_base(cast("ImageClassifier", module)) if is_timm else _transformers_base(module)
+    return lambda folder: _program(
+        ["peft", *imports], *lines, f"model = peft.PeftModel.from_pretrained(base, {folder!r})"
+    )
+
+
+def _program(imports: list[str], *lines: str) -> str:
+    return "\n".join([*(f"import {name}" for name in sorted(imports)), "", *lines])
+
+
+def _call(function: str, *positional: Any, **keys: Any) -> str:
+    words = [*(repr(value) for value in positional), *(f"{key}={value!r}" for key, value in keys.items())]
+    return f"{function}({', '.join(words)})"
+
+
+class _Expression(str):
+    """Code that stands in a call as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _absolute(name: str) -> str:
+    """Return a local path from the root, also behind timm's `local-dir:`, and any other name as it is."""
+    prefix, path = ("local-dir:", name.removeprefix("local-dir:")) if name.startswith("local-dir:") else ("", name)
+    return prefix + os.path.abspath(path) if os.path.exists(path) else name
+
+
+# ----------------------------------------------------------------------------------------------------------------- timm
+
+
+def _timm_base(module: ImageClassifier) -> tuple[list[str], list[str]]:
+    from timm.models import get_model_args
+
+    assert module.class_names is not None  # a checkpoint has them
+    name, weights, classes = _absolute(module.hparams["backbone"]), module.hparams["weights"], len(module.class_names)
+    arguments = {key: value for key, value in get_model_args(module.backbone).items() if key != "num_classes"}
+    imports, after = ["timm"], []
+    if weights == "none":  # without a head, whose draws would come in between
+        imports.append("torch")
+        lines = [f"torch.manual_seed({torch.initial_seed()})"]
+        lines.append(f"base = {_call('timm.create_model', name, pretrained=False, num_classes=0, **arguments)}")
+        after = [f"base.reset_classifier({classes})"]
+    else:
+        if weights != "pretrained":  # the file instead of timm's own, loaded and resized as timm does for the family
+            overlay = {"file": os.path.abspath(weights), "custom_load": False, "num_classes": 0, "source": "timm"}
+            arguments["pretrained_cfg_overlay"] = overlay
+        lines = [f"base = {_call('timm.create_model', name, pretrained=True, num_classes=classes, **arguments)}"]
+    if module.backbone_dtype == torch.bfloat16:
+        after.append("base = base.bfloat16().float()  # frozen weights rounded as in training")
+    return imports, [*lines, *after]
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+
+def _transformers_base(module: AdaptedModule) -> tuple[list[str], list[str]]:
+    from modules.gguf import located
+
+    backbone: Any = module.backbone
+    weights = module.hparams["weights"]
+    source, file = located(_absolute(module.hparams["backbone"]))
+    keys = _config_changes(module) | file
+    dtype = str(module.backbone_dtype).removeprefix("torch.")
+    library_class = f"transformers.{type(backbone).__name__}"
+    if weights == "none":
+        return _drawn_base(module, source, keys)
+    if weights != "pretrained":
+        config = _Expression(_call("transformers.AutoConfig.from_pretrained", source, **keys))
+        state = _Expression(_call("safetensors.torch.load_file", os.path.abspath(weights)))
+        options = {"config": config, "state_dict": state, "dtype": dtype, **_head_options(module)}
+        lines = [f"base = {_call(f'{library_class}.from_pretrained', None, **options)}"]
+        return ["safetensors.torch", "transformers"], lines
+    if file:
+        keys["quantization_config"] = _Expression("transformers.GgufConfig(dequantize=True)")
+    options = {**keys, "dtype": dtype, **_head_options(module)}
+    return ["transformers"], [f"base = {_call(f'{library_class}.from_pretrained', source, **options)}"]
+
+
+def _config_changes(module: AdaptedModule) -> dict[str, Any]:
+    """Return what the backbone's configuration has otherwise than its repository: given values, classes, padding."""
+    changes: dict[str, Any] = dict(module.hparams.get("backbone_args") or {})
+    classes: list[str] | None = getattr(module, "class_names", None)
+    if classes is not None:
+        changes["num_labels"] = len(classes) or 1
+        changes["pad_token_id"] = cast(Any, module.backbone).config.pad_token_id  # decoders classify the last token
+    return changes
+
+
+def _head_options(module: AdaptedModule) -> dict[str, bool]:
+    """Return what lets a loaded head of another number of classes be replaced."""
+    return {"ignore_mismatched_sizes": True} if getattr(module, "class_names", None) is not None else {}
+
+
+def _drawn_base(module: AdaptedModule, source: str, keys: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the code that draws a random backbone as the run did, before its head got the data's classes."""
+    config_keys = {key: value for key, value in keys.items() if key != "num_labels"}
+    config = _Expression(_call("transformers.AutoConfig.from_pretrained", source, **config_keys))
+    drawn_in = torch.float32 if module.head_names else module.backbone_dtype
+    auto_class = f"transformers.{AUTO_CLASSES[str(module.peft_task)]}"
+    lines = [
+        f"torch.manual_seed({torch.initial_seed()})",
+        f"base = {_call(f'{auto_class}.from_config', config, dtype=_Expression(str(drawn_in)))}",
+    ]
+    for head in (name.removeprefix("backbone.") for name in module.head_names):
+        for name, layer in module.backbone.get_submodule(head).named_modules(prefix=head):
+            if isinstance(layer, torch.nn.Linear):  # of the data's number of classes
+                sizes = _call("torch.nn.Linear", layer.in_features, layer.out_features, bias=layer.bias is not None)
+                lines.append(f"base.set_submodule({name!r}, {sizes})")
+    if drawn_in != module.backbone_dtype:
+        lines.append(f"base = base.to({module.backbone_dtype})")
+    return ["torch", "transformers"], lines

@@ -1,0 +1,161 @@
+"""Provenance of metrics: which checkpoint, data and settings each evaluation of a run belongs to.
+
+metrics.json has the newest figures by name and nothing else. RUN/evaluations.json lists every `validate` and `test` of
+the run: the checkpoint's step, the keys that differ from those of the checkpoint, and the metrics. A checkpoint itself
+holds the metrics of the validation at its step, in the state of `RunSummary`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from jsonargparse import Namespace
+
+from datamodules.atomic import atomic_write
+
+FILE = "evaluations.json"
+SPLITS = ("val", "test")
+STATE = "RunSummary"  # Lightning's key of the callback's state in a checkpoint
+# Keys of `model` and `data` that change no metric of an evaluation. A fingerprint in the checkpoint checks the weights.
+_WITHOUT_EFFECT = {
+    "model": {
+        *("backbone", "weights", "adapter_path", "learning_rate", "weight_decay", "schedule", "warmup_ratio"),
+        *("lr_ratio_b", "lr_ratio_head", "label_smoothing", "shard_frozen", "compile", "gradient_checkpointing"),
+    },
+    "data": {
+        *("batch_size", "num_workers", "predict_path", "prediction_format", "memory_limit_gb", "cache_prefix"),
+        *("crop_scale", "horizontal_flip", "packing"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one split, and what they were computed with.
+
+    Args:
+        split: `val` or `test`.
+        step: Optimizer steps of the checkpoint that was evaluated.
+        differences: Keys by which the evaluation differs from the checkpoint's own data and settings; () if none.
+        metrics: Finite values by full name, `test/acc1`.
+    """
+
+    split: str
+    step: int
+    differences: tuple[str, ...]
+    metrics: dict[str, float]
+
+
+def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
+    """Return the keys of `model` and `data` that can change a metric and are not as the checkpoint has them.
+
+    Args:
+        saved: The sections that a checkpoint was trained with, as `saved_configuration` gives them.
+        used: The same of the evaluation.
+    """
+    different: list[str] = []
+    for section, without_effect in _WITHOUT_EFFECT.items():
+        before, now = saved.get(section), used.get(section)
+        if before is None or now is None:
+            continue
+        if before["class_path"] != now["class_path"]:
+            different.append(section)
+            continue
+        first, second = before["init_args"], now["init_args"]
+        different += [
+            f"{section}.{key}"
+            for key in sorted({*first, *second} - without_effect)
+            if _canonical(first.get(key)) != _canonical(second.get(key))
+        ]
+    return different
+
+
+def _canonical(value: Any) -> str:
+    """Return one text for a value, whether a parser, a dataclass or a checkpoint holds it."""
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, Namespace):
+            return other.as_dict()
+        return asdict(other) if is_dataclass(other) and not isinstance(other, type) else str(other)
+
+    return json.dumps(value, sort_keys=True, default=plain)
+
+
+def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]:
+    """Return the finite metrics of a split; names of another form than this program's are left out."""
+    return {
+        key: value
+        for key, value in metrics.items()
+        if isinstance(key, str) and re.fullmatch(rf"{split}/[\w/.@-]{{1,100}}", key)
+        if type(value) in (int, float) and math.isfinite(value)
+    }
+
+
+def read_evaluations(run: Path) -> list[Evaluation]:
+    """Return the evaluations of a run, oldest first; entries of another form are left out."""
+    try:
+        content = json.loads((run / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [_parse(entry) for entry in content if _is_valid(entry)] if isinstance(content, list) else []
+
+
+def _is_valid(entry: Any) -> TypeGuard[dict[str, Any]]:
+    return (
+        isinstance(entry, dict)
+        and entry.get("split") in SPLITS
+        and type(entry.get("step")) is int
+        and isinstance(entry.get("metrics"), dict)
+        and isinstance(entry.get("differences"), list | tuple)
+    )
+
+
+def _parse(entry: dict[str, Any]) -> Evaluation:
+    differences = tuple(str(key) for key in entry["differences"])
+    return Evaluation(entry["split"], entry["step"], differences, metrics_of_split(entry["metrics"], entry["split"]))
+
+
+def write_evaluations(run: Path, evaluations: list[Evaluation]) -> None:
+    """Write the evaluations of a run."""
+    with atomic_write(run / FILE) as file:
+        content = json.dumps([asdict(evaluation) for evaluation in evaluations], indent=2)
+        file.write(f"{content}\n".encode())
+
+
+def add_evaluation(run: Path, new: Evaluation) -> None:
+    """Add an evaluation to those of a run; it replaces an earlier one of the same split, checkpoint and settings."""
+    others = [
+        old
+        for old in read_evaluations(run)
+        if (old.split, old.step, old.differences) != (new.split, new.step, new.differences)
+    ]
+    write_evaluations(run, [*others, new])
+
+
+def drop_evaluations_after(run: Path, step: int) -> None:
+    """Remove the evaluations of checkpoints ahead of a step, from which training goes on."""
+    before = read_evaluations(run)
+    kept = [evaluation for evaluation in before if evaluation.step <= step]
+    if len(kept) < len(before):
+        write_evaluations(run, kept)
+
+
+def evaluations_of_checkpoint(checkpoint: Mapping[str, Any], run: Path | None) -> list[Evaluation]:
+    """Return every evaluation of a checkpoint's weights, oldest first.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+        run: The run directory that the checkpoint lies in; None if it lies in none.
+    """
+    step = checkpoint.get("global_step")
+    callbacks = checkpoint.get("callbacks")
+    state = callbacks.get(STATE) if isinstance(callbacks, Mapping) else None
+    entries = [] if run is None else read_evaluations(run)
+    found = [_parse(state), *entries] if _is_valid(state) else entries
+    return [evaluation for evaluation in found if evaluation.step == step]

@@ -1,0 +1,124 @@
+"""Files of the caches: written atomically, verified when they are opened, rebuilt when they are damaged.
+
+A cache file is an Arrow stream or a .npy array with one line behind the content, which readers of both formats skip:
+
+    onesided cache=<version> bytes=<length of the content> xxh3=<its XXH3, 128 bits>
+
+`is_intact` reads the whole file and compares length and digest: any change of the content or of the line is found. The
+check is of the moment at which a command opens the file; what a disk does to the file later in the run is not noticed.
+XXH3 finds accidental damage. Like any digest in the file itself, the digest is no protection against somebody who wants
+to deceive: keep the cache folder writable for trusted users alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from datamodules.atomic import AtomicFile, WriteError, atomic_write, remove_stale
+
+if TYPE_CHECKING:
+    from datamodules.atomic import Digest
+
+VERSION = 1  # of the line
+SEAL = re.compile(rb"\nonesided cache=(\d{4}) bytes=(\d{20}) xxh3=([0-9a-f]{32})\n")
+SEAL_BYTES = len("\nonesided cache= bytes= xxh3=\n") + 4 + 20 + 32
+CHUNK = 1 << 22
+LEGACY = re.compile(r"tmp\w{8}|\.prefix-[0-9a-f]{40}\..+\.\d+\.npy")
+DAY = 24 * 60 * 60
+ANNOUNCED = 1 << 30  # bytes from which the verification is announced: it may take seconds
+
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Return the folder of this project's caches, below that of the `datasets` library (HF_DATASETS_CACHE)."""
+    import datasets  # here alone: a run on a folder of images without a cache does not import the library
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "onesided"
+
+
+@contextmanager
+def write_cache(path: Path) -> Iterator[AtomicFile]:
+    """Open a cache file for writing; it takes its name, sealed, at the end of the context, or is gone after any error.
+
+    Raises:
+        WriteError: If the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(path, error.strerror or str(error)) from error
+    digest = _new_digest()
+    with atomic_write(path, digest) as file:
+        yield file
+        seal = f"\nonesided cache={VERSION:04} bytes={file.tell():020} xxh3={digest.hexdigest()}\n"
+        file.write(seal.encode())
+
+
+def is_intact(path: Path, verify: bool = True) -> bool:
+    """Return True if a cache file can be used; log a warning if the file is there and cannot.
+
+    What killed processes have left in its folder is removed on the way.
+
+    Args:
+        path: The file.
+        verify: Compare the digest too, not the length alone: for the first process of a node.
+    """
+    remove_stale(path.parent)
+    _remove_legacy(path.parent)
+    try:
+        with path.open("rb", buffering=0) as file:
+            problem = _problem(path, file, verify)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or error})"
+    if problem is not None:
+        _log.warning(f"The cache file {path} {problem}. It is rebuilt.")
+    return problem is None
+
+
+def _problem(path: Path, file: BinaryIO, verify: bool) -> str | None:
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        return "is empty"
+    file.seek(max(0, size - SEAL_BYTES))
+    seal = SEAL.fullmatch(file.read(SEAL_BYTES))
+    if seal is None:
+        return "has no digest at its end: it is truncated or damaged, or an earlier version wrote it"
+    if int(seal[1]) != VERSION:
+        return f"is of version {int(seal[1])}, not {VERSION}"
+    left = size - SEAL_BYTES
+    if int(seal[2]) != left:
+        return f"is damaged: it holds {left:,} bytes and should hold {int(seal[2]):,}"
+    if not verify:
+        return None
+    if size >= ANNOUNCED:
+        _log.info(f"Verifying the cache file {path}: {size / 2**30:.1f} GiB.")
+    file.seek(0)
+    digest, buffer = _new_digest(), memoryview(bytearray(min(CHUNK, left)))
+    while left and (count := file.readinto(buffer[: min(len(buffer), left)])):  # type: ignore[attr-defined]
+        digest.update(buffer[:count])
+        left -= count
+    return None if digest.hexdigest() == seal[3].decode() else "is damaged: its content does not match its digest"
+
+
+def _remove_legacy(folder: Path) -> None:
+    """Remove temporary files of earlier versions, which held no lock, once nobody has written to them for a day."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if LEGACY.fullmatch(path.name) and time.time() - path.stat().st_mtime > DAY:
+                path.unlink()
+
+
+def _new_digest() -> Digest:
+    import xxhash  # which `datasets` brings
+
+    return xxhash.xxh3_128()

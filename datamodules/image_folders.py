@@ -1,0 +1,273 @@
+"""Folders of image files: the images in them, and the splits and classes that the folders' names mean."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from datamodules.errors import DataError
+from datamodules.splits import is_helper, split_of
+
+# Raster formats that Pillow decodes by itself. Pillow passes others on to external programs (PostScript).
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".bmp"),
+    *(".tif", ".tiff", ".webp", ".gif", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+)
+UNDECODABLE = (".heic", ".heif")  # photos that Pillow cannot decode
+MOST_NAMES = 10
+
+Parts = tuple[str, ...]  # a file's path below the folder: its folders, then its own name
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files below a folder.
+
+    Args:
+        root: The folder.
+        images: Image files.
+        left_out: Count of all other files, by suffix or by what they are.
+        empty: Folders without an image in them, the outermost alone.
+    """
+
+    root: Path
+    images: list[Parts]
+    left_out: Counter[str]
+    empty: list[Parts]
+
+    def summary(self) -> str:
+        """Return one line about the files and folders that are left out; empty if there are none."""
+        kinds = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
+        more = [f"{len(kinds) - MOST_NAMES} more kinds"] if len(kinds) > MOST_NAMES else []
+        empty = _listed([os.sep.join(parts) for parts in self.empty])
+        folders = [f"{len(self.empty):,} folders without an image ({empty})"] if self.empty else []
+        if not kinds and not folders:
+            return ""
+        heic = any(kind.startswith(UNDECODABLE) for kind in self.left_out)
+        hint = " Convert .heic files to JPEG or PNG to use them." if heic else ""
+        return f"left out of {self.root}: {', '.join([*kinds[:MOST_NAMES], *more, *folders])}.{hint}"
+
+    def contents(self) -> str:
+        """Return the names of the files and folders at the top, for a message."""
+        names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(self.root))
+        return _listed(names) if names else "nothing"
+
+
+def find_images(root: Path, key: str) -> ImageFiles:
+    """Find all image files below a folder by their suffixes; files without a suffix by their first bytes.
+
+    Links are followed, except those that lead back to a folder above. Helper files and folders (`is_helper`) are left
+    out.
+
+    Args:
+        root: The folder.
+        key: Key of the data module that a message names.
+
+    Raises:
+        DataError: If a folder cannot be read.
+    """
+    images: list[Parts] = []
+    left_out: Counter[str] = Counter()
+    folders: list[Parts] = []
+    waiting: list[tuple[Parts, frozenset[tuple[int, int]]]] = [((), frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        path = root.joinpath(*folder)
+        try:
+            status = path.stat()
+            entries = list(os.scandir(path))
+        except OSError as error:
+            raise DataError(f"data.{key}: the folder {path} cannot be read ({error.strerror}).") from error
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            left_out["links to a folder above"] += 1
+            continue
+        folders.append(folder)
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if is_helper(entry.name):
+                left_out["hidden or helper files and folders"] += 1
+            elif os.path.isdir(entry):
+                waiting.append(((*folder, entry.name), above | {identity}))
+            elif not os.path.isfile(entry):
+                left_out["broken links" if entry.is_symlink() else "special files"] += 1
+            elif suffix in SUFFIXES or (not suffix and _is_image(entry.path)):
+                images.append((*folder, entry.name))
+            else:
+                left_out[f"{suffix} files" if suffix else "files without a suffix that are no images"] += 1
+    filled = {parts[:depth] for parts in images for depth in range(len(parts))}
+    empty = sorted(folder for folder in folders if folder not in filled and folder[:-1] in filled)
+    return ImageFiles(root, sorted(images), left_out, empty)
+
+
+def _is_image(path: str) -> bool:
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except Exception:  # the decoders' headers raise many kinds
+        return False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Meaning of the folders of a data set.
+
+    Args:
+        files: All files.
+        splits: For each split the depth of its class folders and its images.
+        names: For each split its folder below the root; empty for the root.
+        notes: Lines about what was assumed.
+    """
+
+    files: ImageFiles
+    splits: dict[str, tuple[int, list[Parts]]]
+    names: dict[str, str]
+    notes: list[str]
+
+    def classes(self, split: str) -> dict[str, list[Path]]:
+        """Return the image files of a split by class, in torchvision's order.
+
+        Raises:
+            DataError: If the images are not in one folder a class.
+        """
+        depth, images = self.splits[split]
+        classes = _folders(images, depth)
+        if not classes:
+            where = self.files.root / self.names[split]
+            raise DataError(
+                f"data.path: {where} holds {len(images):,} images and no folder with images. Give one folder a class; "
+                "use predict for images without labels."
+            )
+        return {
+            name: [self.files.root.joinpath(*parts) for parts in sorted(files, key=_torchvision_order)]
+            for name, files in sorted(classes.items())
+        }
+
+
+def read_layout(files: ImageFiles) -> Layout:
+    """Find out which folders are splits and which are classes.
+
+    Splits are folders of class folders whose names mean a split (`split_of`). Single folders around all
+    images are looked through. Without splits all images are for training.
+
+    Raises:
+        DataError: If there is no image in a folder, or if the names can be read in two ways.
+    """
+    root, images, depth = files.root, files.images, 0
+    folders = _folders(images, depth)
+    if not folders:
+        raise DataError(
+            f"data.path: {root} holds no images in one folder a class, no Parquet, no cifar-10-batches-py. It holds "
+            f"{files.contents()}. {files.summary()}".rstrip()
+        )
+    while len(folders) == 1 and not (splits := _nested_splits(folders, depth)):
+        ((only, inside),) = folders.items()
+        if not (deeper := _folders(inside, depth + 1)) or split_of(only):
+            break
+        images, folders, depth = inside, deeper, depth + 1
+    base = images[0][:depth]
+    here = root.joinpath(*base)
+    splits = _nested_splits(folders, depth)
+    if not splits:
+        _check_classes(here, folders, depth)
+        named = [name for name in folders if split_of(name)]
+        notes = [f"the folder {name} of {here} is read as a class, as are its neighbours" for name in named]
+        return _layout(files, {"train": (depth, images)}, {"train": str(Path(*base))}, [], notes)
+    by_split: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(folders):
+        by_split[split_of(name) or ""].append(name)
+    others = by_split.pop("", [])
+    for split, names in by_split.items():
+        if len(names) > 1:
+            raise DataError(f"data.path: {here} has several {split} splits: {_listed(names)}. Leave one of them there.")
+    if others and len(by_split) == 1:
+        raise DataError(
+            f"data.path: in {here}, {splits[0]} may be a split or a class beside {_listed(others)}. Rename it, or move "
+            "the other folders elsewhere."
+        )
+    found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
+    aside = [parts for name in others for parts in folders[name]]
+    notes = [f"left out of {here}: {len(aside):,} images in {_listed(others)}, beside the splits"] if others else []
+    return _layout(files, found, {s: str(Path(*base, names[0])) for s, names in by_split.items()}, aside, notes)
+
+
+def _layout(
+    files: ImageFiles,
+    splits: dict[str, tuple[int, list[Parts]]],
+    names: dict[str, str],
+    aside: list[Parts],
+    notes: list[str],
+) -> Layout:
+    """Return a layout with a note about the images that lie in no class folder, but for those that are left aside."""
+    placed = {parts for depth, images in splits.values() for parts in images if len(parts) > depth + 1}.union(aside)
+    if stray := [os.sep.join(parts) for parts in files.images if parts not in placed]:
+        notes = [*notes, f"left out of {files.root}: {len(stray):,} images in no class folder ({_listed(stray)})"]
+    return Layout(files, splits, names, notes)
+
+
+def _folders(images: list[Parts], depth: int) -> dict[str, list[Parts]]:
+    """Group images by the folder at a depth; images that lie above it are left out."""
+    folders: dict[str, list[Parts]] = defaultdict(list)
+    for parts in images:
+        if len(parts) > depth + 1:
+            folders[parts[depth]].append(parts)
+    return dict(folders)
+
+
+def _nested_splits(folders: dict[str, list[Parts]], depth: int) -> list[str]:
+    """Return the folders whose name means a split and that hold folders of images."""
+    return sorted(name for name, images in folders.items() if split_of(name) and _folders(images, depth + 1))
+
+
+def _unwrapped(name: str, images: list[Parts], depth: int) -> tuple[int, list[Parts]]:
+    """Look through a split's folder that holds a folder of the same meaning alone, as train/train/<class>."""
+    classes = _folders(images, depth + 1)
+    if len(classes) == 1 and split_of(next(iter(classes))) == split_of(name):
+        return depth + 2, next(iter(classes.values()))
+    return depth + 1, images
+
+
+def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> None:
+    """Check that folders without splits among them are classes.
+
+    Raises:
+        DataError: If their names look like splits, or splits lie in them.
+    """
+    resembling = {name: split for name in sorted(folders) if (split := _resembled_split(name))}
+    several = len(set(resembling.values())) > 1 and 2 * len(resembling) >= len(folders)
+    if several or len(resembling) == len(folders):
+        flat = [name for name in resembling if split_of(name)]
+        reason = f" {_listed(flat)} hold images and no class folders." if flat else ""
+        raise DataError(
+            f"data.path: the folders of {here} look like splits: {_listed(sorted(folders))}.{reason} Name them train, "
+            "val and test, with one folder a class in each."
+        )
+    for name, images in sorted(folders.items()):
+        inside = _folders(images, depth + 1)
+        means = [split_of(folder) for folder in inside]
+        if inside and (None not in means or len({*means} - {None}) > 1):
+            raise DataError(
+                f"data.path: {here} has splits in {name}: {_listed(sorted(inside))}. Splits must be the outer folders, "
+                f"<split>/<class>; or give one data set, as {here / name}."
+            )
+
+
+def _resembled_split(name: str) -> str | None:
+    """Return the split that a word of a name means: `seg_train`, `test1`, `trainA`."""
+    words = [name, *re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+    return next((split for word in words if (split := split_of(word))), None)
+
+
+def _torchvision_order(parts: Parts) -> tuple[str, str]:
+    return os.sep.join(parts[:-1]), parts[-1]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more

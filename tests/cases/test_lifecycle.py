@@ -1,0 +1,554 @@
+"""Runs that stop, resume, are killed or get checkpoints and callbacks that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.callbacks import AdapterCheckpoint
+from modules.base import AdaptedModule
+from modules.frozen_digest import digest_of
+from modules.optimization import RangeTest
+from tests.app.conftest import *  # noqa: F403
+from tests.app.test_bad_input import refused
+from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
+
+if TYPE_CHECKING:
+    from tests.app.conftest import CommandLine
+
+STOPPING = "tests.support.stopping.StopAt"
+
+
+def stop_at(batch: int, hook: str = "on_train_batch_end") -> list[str]:
+    callback = [f"--trainer.callbacks+={STOPPING}", f"--trainer.callbacks.hook={hook}"]
+    return ["--allow_imports", "tests.support", *callback, f"--trainer.callbacks.batch={batch}"]
+
+
+def assert_same_best(cli: CommandLine, whole: int, resumed: int) -> None:
+    one, other = cli.checkpoint(whole, "best"), cli.checkpoint(resumed, "best")
+    assert one["global_step"] == other["global_step"]
+    assert all(torch.equal(tensor, other["state_dict"][name]) for name, tensor in one["state_dict"].items())
+
+
+# the others are planned for the steps that a run is told
+CONSTANT = ["--model.schedule=constant", "--model.warmup_ratio=0"]
+VAL_4, VAL_3, ACCUMULATE = (
+    "--trainer.val_check_interval=4",
+    "--trainer.val_check_interval=3",
+    "--trainer.accumulate_grad_batches=3",
+)
+BY_STEPS = ["--trainer.max_steps=20", "--trainer.max_epochs=-1"]
+# options of both runs, what stops one of them, and the step that it then has
+STOPS = [
+    (CONSTANT, ["--trainer.max_steps=3"], 3),
+    ([VAL_4, ACCUMULATE], stop_at(4, "on_validation_end"), 1),
+]
+MORE_STOPS = [
+    ([ACCUMULATE], stop_at(11), 4),
+    ([VAL_4], stop_at(4), 4),
+    (BY_STEPS, stop_at(8), 8),
+    (CONSTANT, ["--trainer.max_steps=11"], 11),
+    (CONSTANT, ["--trainer.max_steps=8"], 8),
+    ([], stop_at(3), 3),
+    ([], stop_at(8), 8),
+    ([], stop_at(12, "on_train_batch_start"), 12),
+    ([], stop_at(12, "on_before_zero_grad"), 12),
+    ([ACCUMULATE], stop_at(4), 2),
+    ([*CONSTANT, ACCUMULATE], ["--trainer.max_steps=2"], 2),
+    ([VAL_4], stop_at(3), 3),
+    ([VAL_3], stop_at(8), 8),
+    ([VAL_4], stop_at(4, "on_validation_end"), 4),
+    ([*CONSTANT, VAL_4], ["--trainer.max_steps=4"], 4),
+    ([*CONSTANT, "--trainer.val_check_interval=0.5"], ["--trainer.max_steps=13"], 13),
+    (["--trainer.val_check_interval=5", "--trainer.check_val_every_n_epoch=null"], stop_at(10), 10),
+    (["--trainer.check_val_every_n_epoch=2"], stop_at(8), 8),
+    (["--trainer.limit_train_batches=5"], stop_at(7), 7),
+    (["--trainer.limit_train_batches=5", "--trainer.limit_val_batches=1"], stop_at(5), 5),
+    (BY_STEPS, stop_at(11), 11),
+    (["--data.num_workers=1"], stop_at(5), 5),
+    (["--trainer.callbacks+=AdapterAveraging"], stop_at(5), 5),
+    (["--trainer.callbacks+=AdapterAveraging", VAL_3], stop_at(6), 6),
+    (["--spectrum.every_n_steps=1"], stop_at(5), 5),
+    (["--model.tuning=full"], stop_at(5), 5),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "stop", "saved"), [*STOPS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_STOPS)]
+)
+def test_case_01_a_stop_without_a_signal_is_a_pause(
+    cli: CommandLine, options: list[str], stop: list[str], saved: int
+) -> None:
+    assert cli("fit", *options) == 0
+    assert cli("fit", *options, *stop) == 0
+    assert cli.checkpoint(1)["global_step"] == saved
+    assert cli("fit", *options, "--ckpt_path=last") == 0
+    assert_same_end(cli, whole=0, resumed=1)
+    assert_same_best(cli, whole=0, resumed=1)
+
+
+def test_case_01_the_schedule_ends_where_the_run_does(cli: CommandLine) -> None:
+    """A run that was stopped at 3 steps is planned anew for the 13 that are left of two epochs."""
+    assert cli("fit", "--trainer.max_steps=3", "--model.warmup_ratio=0") == 0
+    assert cli("fit", "--model.warmup_ratio=0", "--ckpt_path=last") == 0
+    rates = cli.scalars("lr-AdamW/B")
+    expected = {step: 0.01 * 0.5 * (1 + math.cos(math.pi * step / (3 if step < 3 else 16))) for step in range(16)}
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_case_01_the_position_is_found_under_an_earlier_name_of_the_data_module(cli: CommandLine) -> None:
+    assert cli("fit") == 0
+    assert cli("fit", *stop_at(3)) == 0
+    checkpoint = cli.checkpoint(1)
+    checkpoint["ImageData"] = checkpoint.pop("ImageClassificationData")
+    torch.save(checkpoint, cli.root / "old.ckpt")
+    assert cli("fit", f"--ckpt_path={cli.root / 'old.ckpt'}") == 0
+    assert_same_end_of_weights(cli, 0, 2)
+
+
+def test_case_01_a_checkpoint_that_an_older_version_wrote_in_mid_epoch_is_repaired(cli: CommandLine) -> None:
+    """Its epoch counts as done, while the position in the data is in its middle; it has no digests."""
+    assert cli("fit", *CONSTANT) == 0
+    assert cli("fit", *CONSTANT, "--trainer.max_steps=3") == 0
+    checkpoint = cli.checkpoint(1)
+    for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        counts["processed"] += 1
+    del checkpoint["frozen_digest"], checkpoint["ImageClassificationData"]["rows"]
+    torch.save(checkpoint, cli.root / "old.ckpt")
+    assert cli("fit", *CONSTANT, f"--ckpt_path={cli.root / 'old.ckpt'}") == 0
+    assert_same_end_of_weights(cli, 0, 2)
+
+
+def assert_same_end_of_weights(cli: CommandLine, one: int, other: int) -> None:
+    first, second = cli.checkpoint(one), cli.checkpoint(other)
+    assert first["global_step"] == second["global_step"]
+    assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
+
+
+# --------------------------------------------------------------------------------------------------------- callbacks
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "instead"),
+    [
+        ("EMAWeightAveraging", [], "AdapterAveraging"),
+        ("WeightAveraging", [], "AdapterAveraging"),
+        ("StochasticWeightAveraging", ["--trainer.callbacks.swa_lrs=0.1"], "AdapterAveraging"),
+        ("GradientAccumulationScheduler", ["--trainer.callbacks.scheduling={0: 2}"], "accumulate_grad_batches"),
+    ],
+)
+def test_case_07_and_20_callbacks_that_do_not_fit_are_refused_by_name(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], callback: str, options: list[str], instead: str
+) -> None:
+    code = cli("fit", f"--trainer.callbacks+={callback}", *options)
+    refused(capsys, code, f"trainer.callbacks: {callback} ", instead)
+    assert not list(cli.root.glob("version_*"))
+
+
+def test_case_07_averaged_weights_are_in_every_file(cli: CommandLine) -> None:
+    """The average of AdapterAveraging against its closed form, of the weights that a run without it has."""
+    weights: list[dict[str, torch.Tensor]] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def record(self: AdapterCheckpoint, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+            weights.append({n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad})
+
+        patch.setattr(AdapterCheckpoint, "on_train_batch_start", record)
+        assert cli("fit", "--trainer.max_epochs=1", "--checkpoint.monitor=null") == 0
+    weights.append({name: cli.checkpoint()["state_dict"][name] for name in weights[0]})
+    expected = dict(weights[0])
+    for n, step in enumerate(weights[1:], start=1):
+        decay = min(0.7, (1 + n) / (10 + n))
+        expected = {name: decay * expected[name] + (1 - decay) * tensor for name, tensor in step.items()}
+    averaging = ["--trainer.callbacks+=AdapterAveraging", "--trainer.callbacks.decay=0.7", "--checkpoint.monitor=null"]
+    assert cli("fit", "--trainer.max_epochs=1", *averaging) == 0
+    for name in ("best", "last"):
+        saved = cli.checkpoint(1, name)["state_dict"]
+        assert saved.keys() == cli.checkpoint(0, name)["state_dict"].keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(saved[key], tensor, rtol=1e-5, atol=1e-7)
+    written = load_file(cli.run(1) / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(written["base_model.model.head.weight"], saved["head.weight"])
+    assert cli("test", f"--ckpt_path={cli.run(1)}") == 0
+
+
+class Rewriting(L.Callback):
+    """Changes what a checkpoint holds.
+
+    Args:
+        how: In which way.
+    """
+
+    def __init__(self, how: str = "rename") -> None:
+        self.how = how
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Change it."""
+        state = checkpoint["state_dict"]
+        if self.how == "rename":
+            checkpoint["state_dict"] = {f"ema.{name}": tensor for name, tensor in state.items()}
+        elif self.how == "drop":
+            state.pop("head.weight")
+        else:
+            checkpoint["callbacks"]["copy"] = {"model": state}
+
+
+@pytest.mark.parametrize("how", ["rename", "drop", "copy"])
+def test_case_07_a_callback_that_rewrites_checkpoints_is_found_at_the_first_save(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    callback = ["--allow_imports", "tests.cases", "--trainer.callbacks+=tests.cases.test_lifecycle.Rewriting"]
+    code = cli("fit", *callback, f"--trainer.callbacks.how={how}", "--checkpoint.last_every_n_steps=1")
+    refused(capsys, code, "trainer.callbacks: a callback has changed")
+    assert not (cli.run() / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_case_20_the_learning_rate_finder_finds_the_base_rate(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is then the one that is told this learning rate, and the ratios of the groups hold."""
+    finder = ["--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=30"]
+    options = ["--model.lr_ratio_b=4", "--model.lr_ratio_head=2", "--trainer.max_epochs=4"]
+    assert cli("fit", *options, *finder) == 0
+    assert "found by LearningRateFinder" in capsys.readouterr().err
+    found = cli.checkpoint()["hyper_parameters"]["learning_rate"]
+    assert found != 0.01
+    groups = {group["name"]: group["initial_lr"] for group in cli.checkpoint()["optimizer_states"][0]["param_groups"]}
+    assert groups["B"] == pytest.approx(4 * found) and groups["head"] == pytest.approx(2 * found)
+    assert cli("fit", *options, f"--model.learning_rate={found!r}") == 0
+    assert_same_end_of_weights(cli, 0, 1)
+    # a resumed run has what was found
+    assert cli("fit", *options, *finder, "--trainer.max_epochs=5", f"--ckpt_path={cli.run()}") == 0
+    assert "LearningRateFinder does not search again" in capsys.readouterr().err
+    assert cli.checkpoint()["global_step"] == 5 * STEPS_AN_EPOCH
+    assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == found
+
+
+def test_case_20_a_range_test_multiplies_the_rate_by_the_ratio_of_each_group() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [w], "lr": 0.1} for w in weights])
+    test = RangeTest(optimizer, 0.3, [0.3, 1.2])
+    for ends in (False, True):
+        for w in weights:
+            w.grad = torch.ones(())
+        optimizer.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+        if not ends:
+            assert [float(w) for w in weights] == pytest.approx([-0.1, -0.4])
+            test.end()
+    assert [float(w) for w in weights] == pytest.approx([-0.2, -0.5])
+
+
+def test_case_20_a_timer_with_its_defaults(cli: CommandLine) -> None:
+    assert cli("fit", "--trainer.callbacks+=Timer", "--trainer.max_epochs=1") == 0
+    config = cli.run() / "config.yaml"
+    assert cli("fit", f"--config={config}", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    assert cli.checkpoint()["global_step"] == 2 * STEPS_AN_EPOCH
+
+
+def test_case_20_a_checkpoint_of_weights_alone(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true"]
+    assert cli("fit", *own, f"--trainer.callbacks.dirpath={cli.root}", "--trainer.callbacks.filename=own") == 0
+    refused(capsys, cli("fit", f"--ckpt_path={cli.root / 'own.ckpt'}"), "weights alone", "--model.adapter_path")
+    assert cli("validate", f"--ckpt_path={cli.root / 'own.ckpt'}") == 0
+
+
+# -------------------------------------------------------------------------------------------------- inputs of a resume
+
+
+def paused(cli: CommandLine, data: Path) -> None:
+    assert cli("fit", f"--data.path={data}", *stop_at(3)) == 0
+
+
+def rewrite(data: Path, change: Callable[[Any], Any]) -> None:
+    """Change the rows of the training split."""
+    file = data / "train.parquet"
+    change(datasets.Dataset.from_parquet(str(file), cache_dir=str(data / "cache"))).to_parquet(str(file))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "removed": lambda rows: rows.select(range(len(rows) - 1)),
+    "added": lambda rows: datasets.concatenate_datasets([rows, rows.select([0])]),
+    "shuffled": lambda rows: rows.shuffle(seed=1),
+    "edited": lambda rows: datasets.concatenate_datasets([rows.select(range(59)), rows.select([0])]),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [name if name in ("removed", "edited") else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES],
+)
+def test_case_11_other_rows_are_refused_in_mid_epoch_and_named_at_its_end(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, parquet_path: Path, change: str
+) -> None:
+    data = Path(shutil.copytree(parquet_path, tmp_path / "data"))
+    paused(cli, data)
+    rewrite(data, CHANGES[change])
+    code = cli("fit", f"--data.path={data}", "--ckpt_path=last")
+    refused(capsys, code, "the training rows have changed since the checkpoint", "middle of an epoch")
+    if change == "edited":
+        assert cli("fit", f"--data.path={parquet_path}", "--ckpt_path=last", "--trainer.max_epochs=1") == 0
+        capsys.readouterr()
+        assert cli("fit", f"--data.path={data}", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
+        assert "the training rows have changed since the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_case_11_other_texts_are_refused_in_mid_epoch(
+    text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, cola_path: Path, same_size: bool
+) -> None:
+    data = Path(shutil.copytree(cola_path, tmp_path / "data"))
+    paused(text_cli, data)
+    rewrite(data, CHANGES["shuffled" if same_size else "removed"])
+    code = text_cli("fit", f"--data.path={data}", "--ckpt_path=last")
+    refused(capsys, code, "the training rows have changed since the checkpoint")
+
+
+def test_case_11_a_frozen_matrix_that_changed_in_its_middle_is_refused(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attach_to_others(self: AdaptedModule, heads: Any) -> None:
+        with torch.no_grad():
+            self.backbone.get_parameter("blocks.1.mlp.fc1.weight")[60, 16] += 1e-6
+        attach(self, heads)
+
+    attach = AdaptedModule._attach
+    monkeypatch.setattr(AdaptedModule, "_attach", attach_to_others)
+    for command in ("fit", "test"):
+        refused(capsys, fitted_cli(command, "--ckpt_path=last"), "other frozen weights than this backbone's")
+
+
+def flip_a_bit(tensor: torch.Tensor) -> None:
+    tensor.view(torch.uint8).flatten()[tensor.numel() * tensor.element_size() // 2] ^= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_case_11_a_digest_sees_each_bit_and_each_place(dtype: torch.dtype) -> None:
+    weights = {"one": torch.randn(300, 200).to(dtype), "two": torch.randn(7).to(dtype)}
+    digest = digest_of(weights)
+    assert digest_of({name: tensor.clone() for name, tensor in weights.items()}) == digest
+    changed = {name: tensor.clone() for name, tensor in weights.items()}
+    flip_a_bit(changed["one"])
+    swapped = {**weights, "one": weights["one"].flip(0)}
+    others = [
+        changed,
+        swapped,
+        {"two": weights["two"], "one": weights["one"]},
+        {**weights, "two": weights["two"][None]},
+    ]
+    assert digest not in [digest_of(other) for other in others]
+
+
+# -------------------------------------------------------------------------------------------------------- ends of a fit
+
+
+def test_case_25_a_fit_without_a_validation_is_named(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("fit", "--trainer.max_steps=3") == 0
+    said = capsys.readouterr().err
+    assert "No validation has run, so there is no best.ckpt" in said
+    assert "Training stopped in mid-epoch, after 3 steps" in said
+    assert cli("fit", "--trainer.max_epochs=1") == 0
+    assert "No validation" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--trainer.max_epochs=2"], ["--trainer.max_epochs=1"], ["--trainer.max_epochs=-1", "--trainer.max_steps=16"]],
+)
+def test_case_26_nothing_is_left_to_do(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert cli("fit") == 0
+    before = (cli.run() / "metrics.json").read_bytes()
+    checkpoint = (cli.run() / "checkpoints" / "last.ckpt").read_bytes()
+    capsys.readouterr()
+    assert cli("fit", *options, "--ckpt_path=last") == 0
+    assert "Nothing left to do: 2 epochs and 16 steps are done" in capsys.readouterr().err
+    assert (cli.run() / "metrics.json").read_bytes() == before
+    assert (cli.run() / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
+
+
+# ------------------------------------------------------------------------------------------------- signals and workers
+
+
+class Sending:
+    """Sends SIGTERM to its process when it is destroyed."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):  # the handler runs here
+            pass
+
+
+@pytest.mark.parametrize(
+    ("command", "hook"),
+    [
+        ("test", "setup"),
+        ("test", "on_test_batch_start"),
+        ("test", "teardown"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("test", "on_test_epoch_end"),
+                ("test", "on_test_end"),
+                ("validate", "on_validation_batch_start"),
+                ("fit", "on_fit_end"),
+            )
+        ),
+    ],
+)
+def test_case_33_sigterm_in_a_destructor(
+    fitted_cli: CommandLine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    hook: str,
+) -> None:
+    def send(*_: object, **__: object) -> None:
+        if not sent:
+            sent.append(Sending())
+            sent[0] = None
+
+    sent: list[Any] = []
+    monkeypatch.setattr(AdapterCheckpoint, hook, send)
+    assert fitted_cli(command, "--ckpt_path=last", "--trainer.max_epochs=1") == 143
+    said = capsys.readouterr().err
+    assert said.count("SIGTERM: stopped") == 1
+    assert "Traceback" not in said and "Exception ignored" not in said
+    assert sys.unraisablehook is not None
+
+
+def test_case_33_what_a_stop_causes_is_no_error(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Lightning tears down loaders whose workers are gone."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Please call `iter(combined_loader)` first.")
+
+    def send(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(AdapterCheckpoint, "on_test_end", send)
+    monkeypatch.setattr(AdapterCheckpoint, "on_exception", fail)
+    assert fitted_cli("test", "--ckpt_path=last") == 143
+    said = capsys.readouterr().err
+    assert said.count("SIGTERM: stopped") == 1 and "error:" not in said
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_case_34_a_worker_that_is_killed(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def kill(*_: object) -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+
+    monkeypatch.setattr(AdapterCheckpoint, f"on_{'train' if command == 'fit' else command}_batch_start", kill)
+    code = fitted_cli(command, "--ckpt_path=last", "--data.num_workers=1", "--trainer.max_epochs=2")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert code == 1
+    assert len(said) == 1 and "A worker process of the data loader was killed" in said[0]
+    monkeypatch.undo()
+    assert fitted_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
+    assert fitted_cli.checkpoint()["global_step"] == 2 * STEPS_AN_EPOCH
+
+
+# --------------------------------------------------------------------------------------------------- malformed content
+
+
+def set_at(tree: Any, path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for key in parents:
+        tree = tree[int(key) if isinstance(tree, list) else key]
+    tree[int(last) if isinstance(tree, list) else last] = value
+
+
+MISSING = object()
+COUNTS = "loops/fit_loop/epoch_progress"
+MALFORMED: list[tuple[str, Any]] = [
+    ("optimizer_states", MISSING),
+    ("loops", []),
+    ("hyper_parameters", None),
+    ("pytorch-lightning_version", "abc"),
+    ("pytorch-lightning_version", MISSING),
+    ("hyper_parameters", MISSING),
+    ("hyper_parameters/learning_rate", torch.ones(2)),
+    ("hyper_parameters/adapter", [1, 2]),
+    ("datamodule_hyper_parameters", [1]),
+    ("global_step", "3"),
+    ("global_step", MISSING),
+    ("state_dict", []),
+    ("state_dict/head.weight", 5),
+    ("state_dict/head.weight", torch.ones(3)),
+    ("loops/fit_loop", {}),
+    ("loops", {}),
+    (COUNTS, None),
+    (f"{COUNTS}/current", {"ready": 1}),
+    (f"{COUNTS}/current/processed", "one"),
+    (f"{COUNTS}/total", [1, 2]),
+    ("optimizer_states", []),
+    ("optimizer_states/0/param_groups", []),
+    ("optimizer_states/0/param_groups/0/betas", "x"),
+    ("optimizer_states/0/state", None),
+    ("optimizer_states/0/state/0", {"exp_avg": 1}),
+    ("optimizer_states/0", None),
+    ("lr_schedulers", [{}]),
+    ("lr_schedulers", {}),
+    ("lr_schedulers/0/last_epoch", None),
+    ("callbacks", None),
+    ("random_states", {}),
+    ("random_states", [None]),
+    ("random_states/0/torch", torch.zeros(3)),
+    ("ImageClassificationData", MISSING),
+    ("ImageClassificationData", []),
+    ("ImageClassificationData", {}),
+    ("ImageClassificationData/samples", -1),
+    ("samples_a_step", "x"),
+    ("frozen_digest", 3),
+]
+
+
+@pytest.mark.parametrize("cases", [MALFORMED[:5], pytest.param(MALFORMED[5:], marks=pytest.mark.slow)])
+def test_case_36_malformed_checkpoints_are_refused_in_one_message(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, cases: list[tuple[str, Any]]
+) -> None:
+    whole = fitted_cli.checkpoint()
+    for key, value in cases:
+        content = copy.deepcopy(whole)
+        if value is MISSING:
+            del content[key]
+        else:
+            set_at(content, key, value)
+        torch.save(content, tmp_path / "some.ckpt")
+        code = fitted_cli("fit", f"--ckpt_path={tmp_path / 'some.ckpt'}", "--trainer.max_epochs=2")
+        said = capsys.readouterr().err
+        lines = [line for line in said.splitlines() if line.startswith("error:")]
+        assert (code, len(lines), "Traceback" in said) == (2, 1, False), (key, value, said)
+
+
+@pytest.mark.parametrize("state", [None, "some", 5, {"best_model_path": 3}])
+def test_case_36_malformed_states_of_callbacks(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, state: Any
+) -> None:
+    content = fitted_cli.checkpoint()
+    content["callbacks"] = dict.fromkeys(content["callbacks"], state)
+    torch.save(content, tmp_path / "some.ckpt")
+    code = fitted_cli("fit", f"--ckpt_path={tmp_path / 'some.ckpt'}", "--trainer.max_epochs=2")
+    refused(capsys, code, "callbacks.")

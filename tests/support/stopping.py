@@ -1,0 +1,23 @@
+"""A callback that asks the trainer to stop, as early stopping, timers and schedulers' hooks do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+
+class StopAt(L.Callback):
+    """Set `trainer.should_stop` in a hook, once.
+
+    Args:
+        hook: Name of the hook.
+        batch: Batches of all epochs that have begun when it is set, at least 1.
+    """
+
+    def __init__(self, hook: str = "on_train_batch_end", batch: int = 1) -> None:
+        def stop(trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+            if trainer.fit_loop.total_batch_idx + 1 == batch and not trainer.sanity_checking:
+                trainer.should_stop = True
+
+        setattr(self, hook, stop)
