@@ -328,6 +328,8 @@ def main(words: Sequence[str] | None = None) -> None:
                         if check.family not in references:
                             plain = Check(check.family, "32-true")
                             references[check.family] = Fit(fixtures, plain, "cpu", folder / check.family / "cpu")
+                            if references[check.family].fit_code:
+                                sys.exit(f"The CPU's fit failed:\n{references[check.family].log.read_text()[-3000:]}")
                         found = compare(fixtures, check, references[check.family], arguments.device, here)
                         record["checks"] = found
                     record["section_seconds"] = time.monotonic() - started
