@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 import lightning as L
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -310,7 +311,7 @@ class AsymmetryCLI(LightningCLI):
         try:
             return (build or kind)(*args, **keys)
         except Exception as error:
-            self.failed = error, bad_input(error) or construction_error(self.config[self.subcommand], kind, error)
+            self.failed = error, construction_error(self.config[self.subcommand], kind, error)
             raise
 
     def before_instantiate_classes(self) -> None:
@@ -340,7 +341,7 @@ class AsymmetryCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            if self.failed is not None and (error is self.failed[0] or bad_input(error) is None):
+            if self.failed is not None and (self.failed[0] in (error, bad_input(error)) or bad_input(error) is None):
                 raise self.failed[1] from error
             if bad_input(error) is None:
                 raise ArgumentError(None, parser_message(error)) from error
@@ -392,7 +393,8 @@ class AsymmetryCLI(LightningCLI):
                     default_root_dir=str(run), callbacks=callbacks, plugins=plugins, **kwargs
                 )
             except Exception as error:
-                if bad_input(error) is not None and not isinstance(error, ValueError | TypeError):
+                lightnings = isinstance(error, ValueError | TypeError | MisconfigurationException)
+                if bad_input(error) is not None and not lightnings:
                     raise
                 raise ArgumentError(None, f"trainer: {error}") from error
 

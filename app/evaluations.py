@@ -7,16 +7,19 @@ holds the metrics of the validation at its step, in the state of `RunSummary`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypeGuard
 
 from jsonargparse import Namespace
 
+from app.imports import same_class
 from datamodules.atomic import atomic_write
 
 FILE = "evaluations.json"
@@ -57,23 +60,35 @@ def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) ->
 
     Args:
         saved: The sections that a checkpoint was trained with, as `saved_configuration` gives them.
-        used: The same of the evaluation.
+        used: The same of the evaluation, whose classes are imported.
     """
     different: list[str] = []
     for section, without_effect in _WITHOUT_EFFECT.items():
         before, now = saved.get(section), used.get(section)
         if before is None or now is None:
             continue
-        if before["class_path"] != now["class_path"]:
+        if not same_class(before["class_path"], now["class_path"]):
             different.append(section)
             continue
-        first, second = before["init_args"], now["init_args"]
+        # an earlier version's checkpoint lacks the keys that came later
+        first, second = (_with_defaults(now["class_path"], values["init_args"]) for values in (before, now))
         different += [
             f"{section}.{key}"
             for key in sorted({*first, *second} - without_effect)
             if _canonical(first.get(key)) != _canonical(second.get(key))
         ]
     return different
+
+
+def _with_defaults(class_path: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a class, with the defaults of those that are missing, in groups of keys too."""
+    complete: dict[str, Any] = dict(values)
+    for name, parameter in inspect.signature(resolve_name(class_path)).parameters.items():
+        default = None if parameter.default is parameter.empty else parameter.default
+        given = complete.setdefault(name, default)
+        if isinstance(given, Mapping) and is_dataclass(default) and not isinstance(default, type):
+            complete[name] = asdict(default) | dict(given)
+    return complete
 
 
 def _canonical(value: Any) -> str:

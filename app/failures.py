@@ -62,17 +62,24 @@ def bad_input(error: Exception) -> Exception | None:
     return None
 
 
-def construction_error(config: Namespace, kind: type, error: Exception) -> ArgumentError:
-    """Return the message for a class of the configuration whose constructor raised an error of its own.
+def construction_error(config: Namespace, kind: type, error: Exception) -> Exception:
+    """Return the error to report where the constructor of a class of the configuration raised one.
+
+    Errors of this program name a key already. Those of Lightning and of other packages get the key and the class.
 
     Args:
         config: The command's values.
         kind: The class.
         error: What the constructor raised.
     """
+    known = bad_input(error)
+    if isinstance(known, BAD_INPUT) and not isinstance(known, MisconfigurationException):
+        return known
     _log.debug("%s cannot be created.", kind.__name__, exc_info=error)
     key = _key_of(config.as_dict(), kind.__name__)
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if known is not None:  # Lightning's check of an argument
+        reason = str(known)
     message = f"{f'{key}: ' if key else ''}{kind.__name__} cannot be created ({reason})."
     if isinstance(error, ModuleNotFoundError) and error.name:
         message += f" Install the package: pip install {error.name.partition('.')[0]}."

@@ -135,6 +135,10 @@ def _module(name: str, may_import: bool) -> ModuleType | None:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            package, _, missing = error.name.rpartition(".")
+            holder = sys.modules.get(package)
+            if hasattr(holder, "__path__") and missing not in vars(holder):  # a misspelt module, and no attribute
+                raise ImportError(f"There is no module {error.name}.") from error
             return None
         raise ImportError(f"{name} cannot be imported: {error}. Install it: pip install {error.name}.") from error
     except Exception as error:

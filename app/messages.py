@@ -179,11 +179,11 @@ def _unknown_key(text: str, reason: _Reason, known: Sequence[str]) -> str | None
     else:
         keys = list(known)
         beginning = f"There is no key {key}"
-        keys += [word.removeprefix("--") for word in (match.groupdict().get("close") or "").split(", ")]
+        keys += [word.removeprefix("--") for word in (match.groupdict().get("close") or "").split(", ") if word]
         section = key.rpartition(".")[0]
         siblings = [k for k in keys if k.startswith(f"{section}.")] if section else [k.partition(".")[0] for k in keys]
         listed = f" There are {', '.join(dict.fromkeys(siblings))}." if siblings else ""
-    close = difflib.get_close_matches(key, keys, n=1)
+    close = [name for name in keys if name.startswith(key)] or difflib.get_close_matches(key, keys, n=1)
     return f"{beginning}{f'; did you mean {close[0]}?' if close else '.'}{listed}"
 
 
@@ -199,7 +199,9 @@ def _class_keys(path: str, key: str) -> tuple[list[str], str]:
         group = type(parameters[section].default)
         if dataclasses.is_dataclass(group):
             return [f"{section}.{f.name}" for f in dataclasses.fields(group)], name
-    return list(parameters), name
+    named_keys = [key for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_others = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return [*named_keys, *(["dict_kwargs"] if takes_others else [])], name
 
 
 def compiler_message(error: Exception) -> str | None:
@@ -226,5 +228,6 @@ def quiet_libraries() -> None:
         r".*your dataloader is not resumable.*",  # the data module's state has the position
         r".*callbacks used to create the checkpoint need to be provided.*",  # of an evaluation on other data
         r".*isinstance\(treespec, LeafSpec\).*",  # lightning on a newer torch
+        r".*Detected pickle protocol .* in the checkpoint.*",  # of a file that is refused
     ):
         warnings.filterwarnings("ignore", message)

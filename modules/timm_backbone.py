@@ -153,6 +153,8 @@ def _read(path: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = load_state_dict(path, device="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or a pickle with code in it
         reason = _first_line(error)
+        if "weights_only" in reason:  # timm advises to load the file with its code
+            reason = "it holds Python objects that are not tensors or plain values, and loading them could run code"
         kind = "safetensors" if isinstance(error, SafetensorError) else "weights-only PyTorch"
         raise ModelError(f"model.weights: {path} cannot be read as a {kind} file ({reason}).") from error
     return state

@@ -167,7 +167,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         if not self.best_model_path:
             _log.warning(
                 f"No validation has run, so there is no {BEST}: the adapter is that of the last step. Validate with "
-                f"`validate --ckpt_path {last}`, or train for at least one whole epoch."
+                f"`validate --ckpt_path {last}`, or train on until the trainer's settings have a validation run."
             )
 
     def _save_last(self, trainer: L.Trainer) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import lightning as L
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -25,6 +27,9 @@ REFUSED: dict[type[L.Callback], str] = {
     "AdapterAveraging instead, which averages what is trained.",
     GradientAccumulationScheduler: "changes the number of steps of an epoch, for which the learning rate schedule "
     "and a resumed run have one number. Use trainer.accumulate_grad_batches instead.",
+    BackboneFinetuning: "freezes the backbone together with its adapters. Use model.tuning instead: adapter, head or "
+    "full.",
+    ModelPruning: "replaces the weights by masked copies, which no checkpoint and no export holds. Remove the callback.",
 }
 
 

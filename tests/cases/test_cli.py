@@ -64,6 +64,10 @@ def overlay(folder: Path, text: str) -> str:
         (["strategy=DDPStrategy", "strategy.timeot=3"], ["no key timeot", "did you mean timeout"]),
         (["strategy=DDPStrategi"], ["invalid strategy", "ddpstrategi"]),
         (["profiler=SimpleProfiler", "profiler.extendet=true"], ["no key extendet", "did you mean extended"]),
+        (["strategy=DDPStrategy", "strategy.find_unused=true"], ["no key find_unused.", "dict_kwargs."]),
+        (["callbacks+=ModelCheckpoint", "callbacks.every=3"], ["no key every;", "did you mean every_n_train_steps?"]),
+        (["callbacks+=EarlyStopping", "callbacks.monitor=a", "callbacks.mode=b"], ["trainer.callbacks: EarlyStopping"]),
+        (["callbacks+=app.callbacks.nothing.X"], ["trainer.callbacks", "There is no module app.callbacks.nothing."]),
     ],
 )
 def test_case_16_wrong_key_in_a_class(cli: CommandLine, capsys: Capture, options: list[str], parts: list[str]) -> None:

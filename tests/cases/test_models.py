@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ from app.callbacks.run_summary import _is_limited
 from app.cli import main
 from app.commands.export import find_checkpoint, load_module, write_merged
 from app.commands.peft import write_peft
-from app.evaluations import FILE, Evaluation, add_evaluation, evaluations_of_checkpoint, read_evaluations
+from app.evaluations import (
+    FILE,
+    Evaluation,
+    add_evaluation,
+    compare_configurations,
+    evaluations_of_checkpoint,
+    read_evaluations,
+)
 from app.plots import HeatMap
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, adapters_disabled
 from modules.decoding import Decoding
@@ -234,6 +242,22 @@ def published(front: dict[str, Any]) -> dict[str, float]:
         for result in results
         for metric in result["metrics"]
     }
+
+
+def test_case_10_keys_that_an_earlier_version_lacked_are_no_differences() -> None:
+    values = {"path": "digits", "max_test_samples": None}
+    model = {"class_path": "modules.image_classification.ImageClassifier", "init_args": {"adapter": {"rank": 2}}}
+    saved = {"model": model, "data": {"class_path": "datamodules.glue.GlueData", "init_args": values}}
+    adapter = asdict(AdapterConfig(rank=2))
+    now = "datamodules.glue.GlueData"
+    used = {
+        "model": {**model, "init_args": {"adapter": adapter}},
+        "data": {"class_path": now, "init_args": {**values, "skip_bad_rows": 0}},
+    }
+    assert compare_configurations(saved, used) == []
+    used["data"] = {"class_path": now, "init_args": {**values, "skip_bad_rows": 3, "max_test_samples": 5}}
+    adapter["rank_pattern"] = {"fc1": 4}
+    assert compare_configurations(saved, used) == ["model.adapter", "data.max_test_samples", "data.skip_bad_rows"]
 
 
 def test_case_10_only_the_checkpoints_own_data_are_published(
