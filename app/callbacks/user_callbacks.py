@@ -29,7 +29,7 @@ REFUSED: dict[type[L.Callback], str] = {
     "and a resumed run have one number. Use trainer.accumulate_grad_batches instead.",
     BackboneFinetuning: "freezes the backbone together with its adapters. Use model.tuning instead: adapter, head or "
     "full.",
-    ModelPruning: "replaces the weights by masked copies, which no checkpoint and no export holds. Remove the callback.",
+    ModelPruning: "replaces the weights by masked copies, which no checkpoint or export holds. Remove the callback.",
 }
 
 

@@ -150,7 +150,7 @@ def assert_same_end_of_weights(cli: CommandLine, one: int, other: int) -> None:
         ("StochasticWeightAveraging", ["--trainer.callbacks.swa_lrs=0.1"], "AdapterAveraging"),
         ("GradientAccumulationScheduler", ["--trainer.callbacks.scheduling={0: 2}"], "accumulate_grad_batches"),
         ("BackboneFinetuning", [], "model.tuning"),
-        ("ModelPruning", ["--trainer.callbacks.pruning_fn=l1_unstructured"], "no checkpoint"),
+        ("ModelPruning", ["--trainer.callbacks.pruning_fn=l1_unstructured"], "masked copies"),
     ],
 )
 def test_case_07_and_20_callbacks_that_do_not_fit_are_refused_by_name(
