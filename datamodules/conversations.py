@@ -12,7 +12,7 @@ from datamodules.errors import DataError
 
 Message = dict[str, str]  # role, content, and of a user's perhaps Alpaca's input
 ROLES = ("system", "user", "assistant")
-SENDERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of roles
+SENDERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")}  # ShareGPT's roles
 
 # Alpaca's prompts (Taori et al. 2023) as a chat template, so that one code serves both and any tokenizer can carry it.
 _INTRODUCTION = (
@@ -199,10 +199,14 @@ class ConversationEncoder:
         `prompt`: text is parted there.
 
         Raises:
-            DataError: If the template refuses it, rewrites earlier turns in view of later ones, or leaves all responses
-                out.
+            DataError: If it begins with the assistant; or if the template refuses it, rewrites earlier turns in view of
+                later ones, or leaves all responses out.
         """
         messages = self.clean(messages)
+        if messages and messages[0]["role"] == "assistant":
+            raise DataError(
+                "data.messages_column: the conversation begins with the assistant, who has nothing to answer."
+            )
         tokens: list[int] = []
         learnt: list[bool] = []
         done = ""

@@ -43,10 +43,11 @@ class Findings:
         self.skip_bad_rows = skip_bad_rows
         self.skipped: list[SkippedRow] = []
         self._lines: list[str] = []
+        self._taken: set[str] = set()
 
     def add(self, line: str) -> None:
-        """Add a line; the same line is kept once."""
-        if line not in self._lines:
+        """Add a line; a line that was printed before, in an earlier stage too, is left out."""
+        if line not in self._lines and line not in self._taken:
             self._lines.append(line)
 
     def add_split(self, split: str, rows: int, source: str) -> None:
@@ -84,6 +85,7 @@ class Findings:
     def take_lines(self) -> list[str]:
         """Return the lines found since the last call, at most ten, the last of which counts what is left out."""
         lines, self._lines = self._lines, []
+        self._taken.update(lines)
         if len(lines) > MOST_LINES:
             lines = [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more lines about the data"]
         return lines

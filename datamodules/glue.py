@@ -203,7 +203,8 @@ class GlueData(TextData):
     def _labels(self, table: Table) -> Labels:
         known = self.task.class_names if self.task else None
         assert self.trainer is not None
-        regression = getattr(self.trainer.lightning_module, "class_names", None) == []
+        # the training rows decide: a validation split of 1, 2 and 3 belongs to the same regression
+        regression = [] in (getattr(self.trainer.lightning_module, "class_names", None), self.class_names)
         return parse_labels(table, self.label_column, () if regression and known is None else known, self.skip_label)
 
     def eligible_rows(self, table: Table) -> Tensor:
@@ -212,9 +213,8 @@ class GlueData(TextData):
         if self.skip_label is None:
             return rows
         left_out = self._labels(table).left_out
-        if left_out:
-            count = f"{len(left_out):,} rows of {table.where}"
-            self.findings.add(f"{count} have the label {self.skip_label} (data.skip_label) and are left out")
+        count = f"{len(left_out):,} rows of {table.where}"
+        self.findings.add(f"{count} have the label {self.skip_label} (data.skip_label) and are left out")
         return rows[[row not in left_out for row in rows.tolist()]]
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:

@@ -204,7 +204,11 @@ def _layout(
     aside: list[Parts],
     notes: list[str],
 ) -> Layout:
-    """Return a layout with a note about the images that lie in no class folder, but for those that are left aside."""
+    """Return a layout with notes about images in no class folder, unless left aside, and in folders below a class."""
+    inner = sorted({os.sep.join(p[depth:-1]) for depth, kept in splits.values() for p in kept if len(p) > depth + 2})
+    if inner:
+        more = f" and {len(inner) - 3:,} more" if len(inner) > 3 else ""
+        notes = [*notes, f"images of {', '.join(inner[:3])}{more} are of the class that the outer folder names"]
     placed = {parts for depth, images in splits.values() for parts in images if len(parts) > depth + 1}.union(aside)
     if stray := [os.sep.join(parts) for parts in files.images if parts not in placed]:
         notes = [*notes, f"left out of {files.root}: {len(stray):,} images in no class folder ({_listed(stray)})"]

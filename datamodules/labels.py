@@ -41,7 +41,7 @@ class Labels:
     def matched(self, class_names: list[str]) -> Tensor:
         """The labels counted in another list of classes, matched by name.
 
-        Booleans match `True` and `False` in any case, and the 0 and 1 that checkpoints of earlier versions call them.
+        Booleans match `True` and `False` in any case, and 0 and 1.
 
         Raises:
             DataError: If a class that occurs is not in the list, or only one of the two is a regression.
@@ -58,6 +58,8 @@ class Labels:
         if self.class_names == BOOLEANS:
             words = {name.lower(): place for place, name in enumerate(class_names)}
             places = {b: words[w] for b, n in zip(BOOLEANS, "01", strict=True) for w in (n, b.lower()) if w in words}
+        elif class_names == BOOLEANS:
+            places |= {"0": 0, "1": 1}
         used = [self.class_names[i] for i in self.values.unique().tolist() if i != UNKNOWN]
         if unknown := [name for name in used if name not in places]:
             raise DataError(
@@ -156,7 +158,7 @@ def parse_labels(
         wanted = "whole numbers or names" if class_names else "numbers" if class_names == () else "numbers or names"
         advice = " A row has one label: lists of labels are not supported." if pa.types.is_list(kind) else ""
         raise DataError(
-            f"data.label_column: {column} in {table.where} must hold {wanted}, and it holds {kind}.{advice}"
+            f"data.label_column: {column} in {table.where} must hold {wanted}, and it holds {str(kind)[:80]}.{advice}"
         )
     return Labels(values, names, table.where, dict(sorted((bad | wrong).items())), frozenset(left_out), notes)
 

@@ -194,7 +194,7 @@ class MMLUData(TextData):
         """The questions of some rows of a table, with answers or, for prediction, perhaps without."""
         of_row = self._subjects_of(table)
         asked, bad = self._read(table, rows.tolist(), answered=split != "predict")
-        rows = self.without_bad(split, table, rows, bad)
+        rows = self.without_bad(split, table, rows, bad | self._too_long(asked, of_row))
         groups: dict[str, list[int]] = {}
         for row in sorted(rows.tolist()):
             groups.setdefault(of_row[row], []).append(row)
@@ -300,21 +300,30 @@ class MMLUData(TextData):
         return limit if self.max_length is None else self.max_length
 
     def _fitted(self, subject: str, questions: list[str], shots: list[str]) -> tuple[SharedPrompts, int]:
-        """Prompts of a subject with as many shots as fit before all of them, and that number.
-
-        Raises:
-            DataError: If a question does not fit without any.
-        """
+        """Prompts of a subject with as many shots as fit before all of them, and that number."""
         for count in range(len(shots), -1, -1):
             start = header(subject) + "".join(shots[:count])
             prompts = shared_prompts([start + question for question in questions], self.tokenizer)
             if self._limit is None or prompts.longest <= self._limit:
-                return prompts, count
+                break
+        return prompts, count
+
+    def _too_long(self, asked: dict[int, Question], subjects: list[str]) -> dict[int, BadRow]:
+        """The questions that do not fit without a shot, by row."""
+        if self._limit is None or not asked:
+            return {}
         limit = "positions of the backbone" if self.max_length is None else "that data.max_length allows"
-        raise DataError(
-            f"data.max_length: a question of {subject} takes {prompts.longest} tokens without a shot, more than the "
-            f"{self._limit} {limit}; leave the subject out with data.subjects."
-        )
+        prompts = [header(subjects[row]) + question.prompt() for row, question in asked.items()]
+        lengths = [len(ids) for ids in self.tokenizer(prompts, **PLAIN)["input_ids"]]
+        return {
+            row: BadRow(
+                "max_length",
+                f"takes {length} tokens without a shot, more than the {self._limit} {limit} (subject {subjects[row]}, "
+                "which data.subjects can leave out)",
+            )
+            for row, length in zip(asked, lengths, strict=True)
+            if length > self._limit
+        }
 
     def _say_fewer_shots(self, table: Table, counts: dict[str, int]) -> None:
         fewer = [f"{subject} {count}" for subject, count in sorted(counts.items()) if count < self.shots]

@@ -48,7 +48,7 @@ class Reading:
             DataError: If Python does not know it.
         """
         try:
-            codecs.lookup(self.encoding)
+            "".encode(self.encoding)  # `codecs.lookup` knows rot13 and base64 too, which are not of text
         except (LookupError, ValueError) as error:
             raise DataError(
                 f"data.encoding: {self.encoding!r} is no encoding that Python knows. Use utf-8, utf-16 or cp1252, say."
@@ -256,6 +256,8 @@ def check_column(table: Table, key: str, column: str) -> None:
     if len(names) == 1 and (mark := next((m for m in ";\t|," if m in names[0]), None)):
         marks = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
         advice = f" Its cells seem to be parted by {marks[mark]}: save it with commas as .csv, or with tabs as .tsv."
+    elif padded := next((name for name in names if name.strip() == column), None):
+        advice = f" Remove the spaces around {padded!r} in the first line."
     elif kind_of(Path(table.where)) in (".csv", ".tsv"):
         advice = " The first line of the file must name its columns."
     raise DataError(f"data.{key}: {table.where} has no column {column}; it has {', '.join(names)}.{advice}")
@@ -400,9 +402,10 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
             for file in files:
                 _check_text_file(file, kind, reading, key)
         reason = str(cause).strip().splitlines()
+        advice = _quoting_advice(str(cause)) or "It may be damaged, or a column may hold values of several types."
         raise DataError(
             f"data.{key}: {', '.join(names)} cannot be read as {kind[1:]} ({reason[0] if reason else repr(cause)}). "
-            "It may be damaged, or a column may hold values of several types."
+            f"{advice}"
         ) from error
     if kind in (".csv", ".tsv"):
         _check_header(files[0], kind, reading, key)
@@ -411,6 +414,8 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
             f"data.{key}: rows of {names[0]} have more cells than its first line has names. Name each column "
             "in the first line, and put cells that hold a comma in quotes."
         )
+    if kind == ".tsv":
+        notes += _joined_rows(data, reading.as_written, names[0])
     if len(files) > 1:
         source = f"{names[0]} and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}"
     else:
@@ -433,6 +438,39 @@ def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
         raise DataError(
             f"data.{key}: {file} has {header.count(twice[0])} columns {twice[0]}. Rename or drop all but one."
         )
+
+
+def _quoting_advice(reason: str) -> str | None:
+    """Return what to do about quotation marks and separators; None if pandas complains about something else."""
+    if opened := re.search(r"EOF inside string starting at row (\d+)", reason):
+        return (
+            f"A quotation mark that opens a cell, near line {int(opened[1]) + 1}, is never closed. Put the cell in "
+            'quotation marks and double those inside ("").'
+        )
+    if longer := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", reason):
+        return (
+            f"Line {longer[2]} has {longer[3]} cells, and the first line names {longer[1]}. Put cells that hold the "
+            "separator in quotation marks."
+        )
+    return None
+
+
+def _joined_rows(data: Any, columns: Sequence[str], name: str) -> list[str]:
+    """Return a line for each column with cells that a stray quotation mark seems to have joined of several rows."""
+    import pyarrow.compute as pc
+
+    lines = []
+    for column in columns:
+        if column not in data.column_names:
+            continue
+        cells = data.select_columns(column).with_format("arrow")[:][column]
+        tabs, breaks = pc.match_substring(cells, "\t"), pc.match_substring_regex(cells, r"[\r\n]")
+        if count := pc.sum(pc.and_(tabs, breaks)).as_py():
+            lines.append(
+                f"{column} of {name}: {count:,} cells hold tabs and line breaks; a quotation mark at the beginning of "
+                'a cell may have joined rows. Put such cells in quotation marks and double those inside ("")'
+            )
+    return lines
 
 
 def _only_list(row: dict[str, Any]) -> str | None:

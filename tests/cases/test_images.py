@@ -173,7 +173,8 @@ def test_case_02_images_outside_the_classes_are_named(tmp_path: Path) -> None:
     assert table is not None
     assert len(table) == 2
     assert findings.take_lines() == [
-        f"left out of {tmp_path}: 3 images in no class folder (cover.png, test/y.png, train/x.png)"
+        "images of b/deep are of the class that the outer folder names",
+        f"left out of {tmp_path}: 3 images in no class folder (cover.png, test/y.png, train/x.png)",
     ]
 
 

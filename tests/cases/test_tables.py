@@ -189,6 +189,25 @@ def test_case_15_booleans_have_one_naming(tmp_path: Path, written: bytes) -> Non
         assert test.splits["test"][0].targets["label"].tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [
+        ([0.5, 1.5], [1, 3], [1.0, 3.0]),  # whole numbers alone, of a regression
+        ([True, False], [1, 0, 1], [1, 0, 1]),
+        ([1, 0], [True, False], [1, 0]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_case_15_other_splits_are_read_as_the_training_rows(
+    tmp_path: Path, suffix: str, train: list[Any], test: list[Any], expected: list[Any]
+) -> None:
+    write = csv_of if suffix == "csv" else lines
+    put(tmp_path / f"train.{suffix}", write(labelled(train * 10)))
+    put(tmp_path / f"validation.{suffix}", write(labelled(test)))
+    data = prepared(tmp_path)
+    assert data.splits["val"][0].targets["label"].tolist() == expected
+
+
 def test_case_15_labels_that_leave_a_doubt_are_told(tmp_path: Path) -> None:
     def read(rows: list[Row]) -> Any:
         table = open_table(str(put(tmp_path / "train.jsonl", lines(rows))), ["train"])
@@ -285,6 +304,7 @@ def test_case_22_conversations_that_cannot_be_used(tmp_path: Path, kind: str) ->
     with pytest.raises(DataError, match=r"row 1 of .*train\.jsonl"):
         prepared(tmp_path, **keys)
     data = prepared(tmp_path, skip_bad_rows=1, **keys)
+    assert "empty conversation" not in data.findings.skipped[0].reason
     assert [(row.split, row.row) for row in data.findings.skipped] == [("train", "row 1"), ("val", "row 1")]
     assert len(data.splits["train"][0]) == 3
     again = prepared(tmp_path, skip_bad_rows=1, **keys)  # from the cache of tokens
@@ -370,10 +390,12 @@ def test_case_28_sharegpt(tmp_path: Path) -> None:
     usual = [({"human": "user", "gpt": "assistant"}.get(role, role), text) for role, text in turns]
     put(tmp_path / "b/train.jsonl", lines([{"messages": chat(*usual)}] * 4))
     put(tmp_path / "c/train.jsonl", lines([{"conversations": chat(*usual)}] * 4))
+    others = [({"gpt": "chatgpt"}.get(role, role), text) for role, text in turns]
+    put(tmp_path / "d/train.jsonl", lines([{"conversations": chat(*others, names=("from", "value"))}] * 4))
     keys = {"kind": InstructionData, "model": text_model(byte_tokenizer()), "template": "chat", "max_length": 256}
-    made = [prepared(tmp_path / name, val_fraction=0.3, **keys) for name in "abc"]
-    first, second, third = (data.splits["train"][0].data[:] for data in made)
-    assert first == second == third
+    made = [prepared(tmp_path / name, val_fraction=0.3, **keys) for name in "abcd"]
+    first, *others = (data.splits["train"][0].data[:] for data in made)
+    assert others == [first] * 3
     assert any("the column conversations of" in line for line in made[0].findings.take_lines())
 
 
@@ -395,7 +417,14 @@ def test_case_28_a_pad_token_by_key(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("train.csv", b"text;label\na;1\n", "parted by semicolons"),
         ("train.csv", b"good film,1\nbad film,0\n", "The first line of the file must name its columns"),
         ("train.csv", b"text,label\na,1,x\nb,2,y\n", "more cells than its first line has names"),
-        ("train.csv", b"text,label\na,1\nb,2,3\n", "line 3, saw 3"),
+        ("train.csv", b"text,label\na,1\nb,2,3\n", "Line 3 has 3 cells, and the first line names 2"),
+        ("train.csv", b'text,label\na,1\n"b,2\nc,1\n', "near line 3, is never closed"),
+        ("train.csv", b"text, label\na, 1\n", "Remove the spaces around ' label'"),
+        (
+            "train.json",
+            json.dumps({"text": {i: "a" for i in range(99)}, "label": {i: 1 for i in range(99)}}).encode(),
+            "must hold numbers or names, and it holds struct<.{,80}$",
+        ),
         ("train.csv", b"text,text,label\na,b,1\n", "has 2 columns text"),
         ("train.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", lab\n', "line 2 of"),
         ("train.jsonl", b'{"text": "a", "label": 1}\n\xff\n', "line 2 of"),
@@ -405,6 +434,24 @@ def test_case_28_files_that_are_broken_name_the_place(tmp_path: Path, name: str,
     put(tmp_path / name, content)
     with pytest.raises(DataError, match=said):
         prepared(tmp_path)
+
+
+def test_case_28_rows_of_a_tsv_that_a_stray_quotation_mark_joins_are_told(tmp_path: Path) -> None:
+    put(tmp_path / "train.tsv", 'text\tlabel\na\t0\n"b\t1\nc\t0\n"d\t1\ne\t0\n')
+    found = prepared(tmp_path).findings.take_lines()
+    assert any("text of" in line and "1 cells hold tabs and line breaks" in line for line in found)
+
+
+@pytest.mark.parametrize("encoding", ["rot13", "base64", "hex", "nonsense"])
+def test_case_28_encodings_that_are_not_of_text(encoding: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.encoding: '{encoding}' is no encoding"):
+        Reading(encoding)
+
+
+def test_case_28_files_of_the_datasets_library_are_no_tables(tmp_path: Path) -> None:
+    put(tmp_path / "data/train-00000-of-00001.csv", csv_of(labelled([0, 1] * 10)))
+    put(tmp_path / "dataset_infos.json", "{}")
+    assert not any("not read" in line for line in prepared(tmp_path).findings.take_lines())
 
 
 # ------------------------------------------------------------------------------------------------------------- columns

@@ -14,6 +14,7 @@ def test_lines_are_at_most_ten_and_each_is_given_once() -> None:
     lines = findings.take_lines()
     assert lines[:9] == [f"line {i}" for i in range(9)]
     assert lines[9:] == ["and 4 more lines about the data"]
+    findings.add("line 12")  # in a later stage
     assert findings.take_lines() == []
 
 

@@ -338,6 +338,10 @@ def test_a_question_that_fits_nowhere_is_refused(folder: Path) -> None:
     assert any("dev" not in prompt for prompt in prompts.values())
     with refuses("data.max_length", f"takes {longest} tokens without a shot, more than the {longest - 1}", "subjects"):
         batches_of(folder, max_length=longest - 1)
+    skipping = prepared(folder, "test", max_length=longest - 1, skip_bad_rows=1)
+    assert [row.reason.split(",")[0] for row in skipping.findings.skipped] == [f"takes {longest} tokens without a shot"]
+    predicting = prepared(folder, "predict", max_length=longest - 1)
+    assert [row["index"] for row in predicting.failed_rows(0)] == [int(skipping.findings.skipped[0].row.split()[1])]
     with refuses("data.max_length", "600 tokens are more than the 500"):
         batches_of(folder, max_length=600, limit=500)
 
