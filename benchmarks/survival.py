@@ -169,18 +169,20 @@ def killed_run(root: Path, data: Path, reference: Path, order: random.Random, wr
     """
     step, late = order.randrange(EPOCHS * STEPS_AN_EPOCH), order.uniform(0, 0.004 if write else 0.1)
     folder, recorded = root / "version_0/checkpoints", root / LOSSES
-    temporary = [folder / f".{name}.ckpt.tmp" for name in ("last", "best")]
+
+    def half_written() -> list[str]:
+        return sorted(path.name for path in folder.glob(".*.ckpt.*.tmp"))
 
     def moment() -> bool:
         begun = step == 0 or (recorded.is_file() and f"train {step} " in recorded.read_text())
-        if not begun or (write and not any(path.exists() for path in temporary)):
+        if not begun or (write and not half_written()):
             return False
         time.sleep(late)
         return True
 
     process = start(root, data)
     ran = kill_at(process, moment)
-    torn = [path.name for path in temporary if path.exists()]
+    torn = half_written()
     saved = read_checkpoint(folder / "last.ckpt")["global_step"] if (folder / "last.ckpt").is_file() else None
     if ran and saved is None:  # nothing to go on from
         shutil.rmtree(root)
