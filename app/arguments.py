@@ -20,7 +20,6 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
 from app.imports import same_class
-from app.yaml_files import read_yaml as read_yaml
 
 SECTIONS = ("model", "data")  # which name a class
 LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -159,7 +158,7 @@ def check_keys(options: list[str], config: Namespace) -> None:
     """
     for word in options:
         section, *keys = word.removeprefix("--").partition("=")[0].removesuffix("+").split(".")
-        node = config.get(section) if section in ("model", "data") and len(keys) > 1 else None
+        node = config.get(section) if section in SECTIONS and len(keys) > 1 else None
         node = node.get("init_args", node) if isinstance(node, Namespace) else None
         for depth, key in enumerate(k for k in keys if k != "init_args"):
             if not isinstance(node, Namespace):

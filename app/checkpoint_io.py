@@ -35,7 +35,7 @@ CHUNK = 1 << 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, read or written; the message says how to mend it."""
+    """A checkpoint that cannot be found, read or written; the message says how to fix it."""
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path | None:

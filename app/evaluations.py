@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 
 from datamodules.atomic import atomic_write
 
-FILE = "evaluations.json"
+FILE, METRICS = "evaluations.json", "metrics.json"
 SPLITS = ("val", "test")
 STATE = "RunSummary"  # Lightning's key of the callback's state in a checkpoint
 # Keys of `model` and `data` that change no metric of an evaluation. A fingerprint in the checkpoint checks the weights.
@@ -97,12 +97,22 @@ def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]
     }
 
 
+def read_metrics(run: Path) -> dict[str, Any]:
+    """Return the content of a run's metrics.json; nothing if the file is not there or damaged."""
+    content = _read_json(run / METRICS)
+    return content if isinstance(content, dict) else {}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def read_evaluations(run: Path) -> list[Evaluation]:
     """Return the evaluations of a run, oldest first; entries of another form are left out."""
-    try:
-        content = json.loads((run / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return []
+    content = _read_json(run / FILE)
     return [_parse(entry) for entry in content if _is_valid(entry)] if isinstance(content, list) else []
 
 

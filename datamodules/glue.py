@@ -270,7 +270,7 @@ class GlueData(TextData):
 
         key = {"tokenizer": tokenizer_state(tokenizer), "max_length": limit}
         tokens = tokenized(table, self.columns, encode, key)
-        self.say_cut(tokens, table, "length", limit)
+        self.warn_of_cut_rows(tokens, table, limit)
         return tokens
 
     def collate(self) -> Collate:

@@ -203,7 +203,7 @@ class MMLUData(TextData):
         with Console(stderr=True).status(escape(f"Tokenising the prompts of {table.where}")):
             for subject, members in groups.items():
                 fitted[subject] = self._fitted(subject, [asked[row].prompt() for row in members], shots[subject])
-        self._say_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})
+        self._warn_of_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})
         names = sorted(groups, key=lambda subject: -fitted[subject][0].longest)  # shows at once whether it fits
         first = names[0]
         prompt = header(first) + "".join(shots[first][: fitted[first][1]]) + asked[groups[first][0]].prompt()
@@ -270,12 +270,12 @@ class MMLUData(TextData):
         """
         if self.shots == 0:
             return {subject: [] for subject in subjects}
-        mend = "name another split, or ask for fewer with data.shots"
+        advice = "name another split, or ask for fewer with data.shots"
         table = self._table((self.shots_split,))
         if table is None:
-            raise DataError(f"data.shots_split: {self.path} has no {self.shots_split} split for the shots; {mend}.")
+            raise DataError(f"data.shots_split: {self.path} has no {self.shots_split} split for the shots; {advice}.")
         if table.where == asked.where:
-            raise DataError(f"data.shots_split: the shots of {table.where} are among the questions to ask; {mend}.")
+            raise DataError(f"data.shots_split: the shots of {table.where} are among the questions to ask; {advice}.")
         examples: dict[str, list[str]] = {subject: [] for subject in subjects}
         of_row = self._subjects_of(table)
         rows = torch.tensor([row for row, subject in enumerate(of_row) if subject in examples])
@@ -287,7 +287,8 @@ class MMLUData(TextData):
         for subject, texts in examples.items():
             if len(texts) < self.shots:
                 raise DataError(
-                    f"data.shots: {table.where} has {len(texts)} questions of {subject} for {self.shots} shots; {mend}."
+                    f"data.shots: {table.where} has {len(texts)} questions of {subject} for {self.shots} shots; "
+                    f"{advice}."
                 )
         return examples
 
@@ -316,15 +317,13 @@ class MMLUData(TextData):
             f"{self._limit} {limit}; leave the subject out with data.subjects."
         )
 
-    def _say_fewer_shots(self, table: Table, counts: dict[str, int]) -> None:
+    def _warn_of_fewer_shots(self, table: Table, counts: dict[str, int]) -> None:
         fewer = [f"{subject} {count}" for subject, count in sorted(counts.items()) if count < self.shots]
-        assert self.trainer is not None
-        if fewer and self.trainer.is_global_zero:
-            text = (
+        if fewer:
+            _log.warning(
                 f"{len(fewer)} of {len(counts)} subjects of {table.where} take fewer than {self.shots} shots to fit "
                 f"{self._limit} tokens: {', '.join(fewer)}."
             )
-            _log.warning(text)
 
     def _letters(self, prompt: str, size: int) -> Tensor:
         """Tokens of the letters behind a prompt, (size,) int64.

@@ -158,7 +158,7 @@ def hidden_states(
             raise DataError(f"data.cache_prefix: {path} could not be written ({error.reason}); {REMEDY}.") from error
     with path.open("rb") as file:
         (tokens, _), _, dtype = _read_header(file)
-    if done and trainer.is_global_zero:
+    if done:
         _log.info(f"The frozen prefix's output for {size:,} rows of {where} is read from {path}.")
     if lengths is None:
         lengths = torch.full((size,), tokens // size)

@@ -166,7 +166,7 @@ class SummarizationData(TextData):
 
         key = {"tokenizer": tokenizer_state(tokenizer), "prefix": prefix, "lengths": [most_source, most_target]}
         tokens = tokenized(table, columns, encode, key)
-        self.say_cut(tokens, table, "length", most_source)
+        self.warn_of_cut_rows(tokens, table, most_source)
         return tokens
 
     def collate(self) -> Collate:

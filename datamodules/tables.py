@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, first_line
+from datamodules.findings import listed
 from datamodules.splits import is_helper, is_spelling, split_of
 
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets
 
 ROWS = ("data", "rows", "examples", "records")  # keys of a JSON object that holds a list of rows
-LISTED = 10  # files that a message names
 OVERFLOW = "__index_level_0__"  # where pandas puts the first cell of rows that are longer than the header
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the cells of files are read.
+    """Options for reading the cells of files.
 
     Args:
         encoding: Encoding of CSV, TSV and JSONL, by its name in Python.
@@ -199,11 +199,10 @@ def open_table(
             table = replace(table, notes=(*table.notes, f"{splits[0]}: {first[0].name} is read, and {left} is not"))
         return table
     if "train" in splits:
-        shown = ", ".join(str(file.relative_to(folder)) for file in every[:LISTED]) or "no file of a table"
-        more = f" and {len(every) - LISTED:,} more" if len(every) > LISTED else ""
+        shown = listed([str(file.relative_to(folder)) for file in every]) or "no file of a table"
         raise DataError(
             f"data.path: {folder} holds no file of training rows, such as train.parquet, train.csv, train.jsonl, "
-            f"train-*.parquet or train/*.parquet. It holds {shown}{more}. Rename the files, or give one as data.path."
+            f"train-*.parquet or train/*.parquet. It holds {shown}. Rename the files, or give one as data.path."
         )
     return None
 
@@ -303,25 +302,22 @@ def blank_rows(table: Table, column: str) -> set[int]:
     """Return the rows in which a column of text is empty, or holds spaces alone."""
     import pyarrow.compute as pc
 
-    blank: set[int] = set()
-    first = 0
-    for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        cells = rows[column]
-        empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), ""), True)
-        blank.update(first + int(i) for i in empty.to_numpy().nonzero()[0])
-        first += len(rows)
-    return blank
+    return _rows_where(table, column, lambda cells: pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), ""), True))
 
 
 def null_rows(table: Table, column: str) -> set[int]:
     """Return the rows in which a column has no value."""
-    null: set[int] = set()
+    return _rows_where(table, column, lambda cells: cells.is_null())
+
+
+def _rows_where(table: Table, column: str, test: Callable[[Any], Any]) -> set[int]:
+    """Return the rows whose cells pass a test of an arrow array, which gives booleans."""
+    found: set[int] = set()
     first = 0
     for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        if rows[column].null_count:
-            null.update(first + int(i) for i in rows[column].is_null().to_numpy().nonzero()[0])
+        found.update(first + int(i) for i in test(rows[column]).to_numpy().nonzero()[0])
         first += len(rows)
-    return null
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -399,9 +395,8 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # a damaged .gz
             for file in files:
                 _check_text_file(file, kind, reading, key)
-        reason = str(cause).strip().splitlines()
         raise DataError(
-            f"data.{key}: {', '.join(names)} cannot be read as {kind[1:]} ({reason[0] if reason else repr(cause)}). "
+            f"data.{key}: {', '.join(names)} cannot be read as {kind[1:]} ({first_line(cause)}). "
             "It may be damaged, or a column may hold values of several types."
         ) from error
     if kind in (".csv", ".tsv"):
@@ -507,11 +502,10 @@ def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: st
             return None
         data = datasets.load_dataset(name, config, split=found[0], revision=revision)
     except Exception as error:  # whatever a network or a repository can raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"data.path: {name} is no directory here, and from the hub it could not be had ({reason}). Without a "
-            "connection the data and the model each take a local path: --data.path DIRECTORY and --model.weights "
-            "FILE.safetensors for images, --model.backbone DIRECTORY for text."
+            f"data.path: {name} is no directory here, and from the hub it could not be had ({first_line(error)}). "
+            "Without a connection the data and the model each take a local path: --data.path DIRECTORY and "
+            "--model.weights FILE.safetensors for images, --model.backbone DIRECTORY for text."
         ) from error
     where = f"{name}/{config}/{found[0]}" if config else f"{name}/{found[0]}"
     notes = [f"{found[0]} of {name} is read, and {', '.join(found[1:])} is not"] if len(found) > 1 else []

@@ -1,4 +1,4 @@
-"""What every task shares: how a backbone is tuned, and which rates its parameters get; `checkpoints` has the rest."""
+"""Tuning of a backbone, and the learning rates of its parameters, for every task; `checkpoints` has the rest."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from modules.adapter_files import load_heads, read_adapter
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
 from modules.adapters.state import frozen_fingerprint
-from modules.blocks import layers_left_out
+from modules.blocks import layerdrop_rates
 from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
 from modules.errors import ModelError
 from modules.freezing import freeze
@@ -52,12 +51,13 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         adapter_path: Adapters to start from, and the head that lies with them: a directory as PEFT or `export` writes
             it, or a name on the hub. Of `adapter` then only `train` counts. A checkpoint holds what was loaded.
         backbone_dtype: Dtype of the frozen weights; factors and head stay float32. `full` needs float32.
-        learning_rate: Peak rate of A and, unless the ratios say otherwise, of everything else; above 0.
+        learning_rate: Peak learning rate of A and, unless the ratios say otherwise, of everything else; above 0.
         weight_decay: AdamW's decay of matrices; biases and norms have none.
-        schedule: Shape of the rate after the warm-up, by optimizer steps: `cosine` or `linear` to zero, or `constant`.
-        warmup_ratio: Share of all steps in which the rate climbs from zero, in [0, 1).
-        lr_ratio_b: Rate of B over `learning_rate` (LoRA+, Hayou et al. 2024).
-        lr_ratio_head: Rate of the head over `learning_rate`.
+        schedule: Shape of the learning rate after the warm-up, by optimizer steps: `cosine` or `linear` to zero, or
+            `constant`.
+        warmup_ratio: Share of all steps in which the learning rate climbs from zero, in [0, 1).
+        lr_ratio_b: Learning rate of B over `learning_rate` (LoRA+, Hayou et al. 2024).
+        lr_ratio_head: Learning rate of the head over `learning_rate`.
         shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the blocks' frozen weights
             instead of all; see `modules.sharding`.
         compile: Whether the backbone's blocks are compiled for training; see `modules.compilation`.
@@ -139,15 +139,16 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         if self.adapter_path is None:
             self.projections = attach(self.backbone, self.adapter, exclude=heads)
             return
-        given = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, self.head_homes())
+        names = self.peft_head_names()
+        given = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, names)
         self.adapter, self._given_heads = given.config, given.heads
         self.projections = attach(self.backbone, self.adapter, exclude=heads)
         load_adapter_state(self.backbone, given.factors)
         self.hparams.update(adapter=self.adapter, adapter_path=None)
-        if missing := [head for head in self.head_homes() if not any(n.startswith(f"{head}.") for n in given.heads)]:
-            rank_zero_warn(f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}, which starts anew.")
+        if missing := [head for head in names if not any(n.startswith(f"{head}.") for n in given.heads)]:
+            _log.warning(f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}, which starts anew.")
 
-    def head_homes(self) -> dict[str, tuple[str, ...]]:
+    def peft_head_names(self) -> dict[str, tuple[str, ...]]:
         """For each head its names in a complete model of the backbone's own library, which is what PEFT wraps."""
         return {name: (name.removeprefix("backbone."),) for name in self.head_names}
 
@@ -319,7 +320,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         if self._gradients_seen:
             return
         self._gradients_seen = True
-        if layers_left_out(self.backbone):  # a step says nothing of blocks that it left out
+        if layerdrop_rates(self.backbone):  # a step says nothing of blocks that it left out
             return
         idle = [
             f.projection.name

@@ -19,8 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
 from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
-from app.checkpoint_io import BEST, LAST, CheckpointError, fault, saved_step, structure_problem
-from app.run_directory import CHECKPOINTS
+from app.checkpoint_io import BEST, CHECKPOINTS, LAST, CheckpointError, fault, saved_step, structure_problem
 from datamodules.base import ResumableDataModule
 
 _log = logging.getLogger(__name__)
@@ -222,7 +221,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         before, now = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)
         if trainer.state.fn == TrainerFn.FITTING and before and now and before != now:
             others = trainer.world_size * trainer.accumulate_grad_batches
-            keeps = f": with the rates as they are, --data.batch_size {before // others} trains as before"
+            keeps = f": with the learning rates as they are, --data.batch_size {before // others} trains as before"
             known = "" if before % others else keeps
             _log.warning(f"The batch of a step is {now} samples now and was {before}{known}.")
 
@@ -320,7 +319,7 @@ def _check_progress(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _repair_epoch_counts(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Have Lightning's counts of epochs agree with the position in the data, before they are restored.
+    """Correct Lightning's counts of epochs by the position in the data, before they are restored.
 
     - A checkpoint at an epoch's end is written before that epoch counts as completed.
     - Earlier versions counted the epoch in the checkpoint of a run that max_steps or a callback stopped in mid-epoch.

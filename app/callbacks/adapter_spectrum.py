@@ -24,7 +24,6 @@ from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
 FILE = "spectrum.parquet"
-_log = logging.getLogger(__name__)
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
 Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
 QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
@@ -195,7 +194,7 @@ class AdapterSpectrum(L.Callback):
             board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")
 
     def _write(self, trainer: L.Trainer) -> None:
-        """Renew the file; written to a temporary name and renamed."""
+        """Renew the file."""
         if not trainer.is_global_zero or not self._rows:
             return
         start = time.perf_counter()

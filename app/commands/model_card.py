@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import string
@@ -15,7 +14,8 @@ import yaml
 
 from app.arguments import saved_configuration
 from app.checkpoint_io import read_checkpoint, run_of_checkpoint
-from app.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split
+from app.commands.loading import LOCAL, is_timm
+from app.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split, read_metrics
 from modules.base import AdaptedModule
 
 TASKS = {
@@ -28,7 +28,6 @@ SPLITS = {"val": "validation", "test": "test"}
 COSTS = ("params", "adapter", "time", "memory")  # groups of metrics.json that do not depend on data or checkpoint
 _log = logging.getLogger(__name__)
 MOST_LABELS = 30  # that a card lists
-LOCAL = "local-dir:"  # timm's prefix of a directory
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:/+% -]{1,200}")
 _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 
@@ -59,7 +58,7 @@ def write_card(
     data = saved.get("data", {}).get("init_args", {})
     metrics = _published_metrics(evaluations_of_checkpoint(content, run))
     limits = [f"data.{key} {n}" for split in SPLITS for key, n in _limits(data, split).items()]
-    library = "timm" if hasattr(module.backbone, "pretrained_cfg") else "transformers"
+    library = "timm" if is_timm(module) else "transformers"
     dataset = str(data.get("task") or _short(data.get("path") or "unknown"))
     facts = {
         "Base model": _short(model["backbone"]),
@@ -176,12 +175,8 @@ def _limits(data: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 def _read_costs(run: Path | None) -> dict[str, float]:
     """Return parameter counts, bytes and seconds of a run's metrics.json; what is not of that form is left out."""
-    try:
-        content = json.loads((run / "metrics.json").read_text(encoding="utf-8")) if run is not None else {}
-    except (OSError, ValueError, RecursionError):
-        content = {}
-    pairs = content if isinstance(content, dict) else {}
-    return {name: value for group in COSTS for name, value in metrics_of_split(pairs, group).items()}
+    metrics = read_metrics(run) if run is not None else {}
+    return {name: value for group in COSTS for name, value in metrics_of_split(metrics, group).items()}
 
 
 def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
