@@ -1,4 +1,4 @@
-"""Precedence of command line, configuration files and checkpoint; checks of what they say."""
+"""Precedence of command line, configuration files and checkpoint; checks of their values."""
 
 from __future__ import annotations
 
@@ -245,9 +245,9 @@ def check_strategy(strategy: Any) -> None:
             None,
             f"trainer.strategy: {started} starts its processes from within this one; use ddp, which starts them anew.",
         )
-    known = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
-    own = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
-    if known or not own:  # Lightning says what there is no strategy of
+    replicates = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
+    is_lightnings = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
+    if replicates or not is_lightnings:  # Lightning reports a strategy that does not exist
         return
     raise ArgumentError(
         None,
@@ -327,8 +327,8 @@ def report_differences(saved: dict[str, Any], from_files: Namespace, final: Name
 
 def report_changes(before: dict[str, Any], final: Namespace) -> None:
     """Log which keys of the trainer a resumed run has otherwise than it began; these are not in a checkpoint."""
-    own = {"default_root_dir", "logger", "callbacks"}
-    ours = {k: v for k, v in final["trainer"].as_dict().items() if k not in own}
+    unlike = {"default_root_dir", "logger", "callbacks"}  # they differ whenever a run is resumed
+    ours = {k: v for k, v in final["trainer"].as_dict().items() if k not in unlike}
     now, began = (_flatten({"trainer": t}) for t in (ours, before.get("trainer", {})))
     now["seed_everything"], began["seed_everything"] = final.get("seed_everything"), before.get("seed_everything")
     for key, value in now.items():

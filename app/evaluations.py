@@ -167,5 +167,5 @@ def evaluations_of_checkpoint(checkpoint: Mapping[str, Any], run: Path | None) -
     callbacks = checkpoint.get("callbacks")
     state = callbacks.get(STATE) if isinstance(callbacks, Mapping) else None
     entries = [] if run is None else read_evaluations(run)
-    found = [_parse(state), *entries] if _is_valid(state) else entries
-    return [evaluation for evaluation in found if evaluation.step == step]
+    evaluations = [_parse(state), *entries] if _is_valid(state) else entries
+    return [evaluation for evaluation in evaluations if evaluation.step == step]

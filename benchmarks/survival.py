@@ -52,17 +52,17 @@ def record_losses(path: Path) -> None:
     """Have this process write the loss of each step, and each validation's, as exact numbers, at once."""
     train_end, validation_end = AdapterCheckpoint.on_train_batch_end, AdapterCheckpoint.on_validation_end
 
-    def say(kind: str, trainer: L.Trainer, value: torch.Tensor) -> None:
+    def record(kind: str, trainer: L.Trainer, value: torch.Tensor) -> None:
         with path.open("a") as file:
             file.write(f"{kind} {trainer.global_step} {float(value).hex()}\n")
 
     def on_train_batch_end(self: AdapterCheckpoint, trainer: L.Trainer, module: Any, outputs: Any, *rest: Any) -> None:
-        say("train", trainer, outputs["loss"])
+        record("train", trainer, outputs["loss"])
         train_end(self, trainer, module, outputs, *rest)
 
     def on_validation_end(self: AdapterCheckpoint, trainer: L.Trainer, module: Any) -> None:
         if not trainer.sanity_checking:
-            say("val", trainer, trainer.callback_metrics["val/loss"])
+            record("val", trainer, trainer.callback_metrics["val/loss"])
         validation_end(self, trainer, module)
 
     AdapterCheckpoint.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign, assignment]
@@ -325,14 +325,14 @@ def damaged_run(
         damage(folder / name, kind, foreign, order)
     before = len((root / LOSSES).read_text().splitlines())
     code = finish(start(root, data, "--ckpt_path=last"))
-    said = (root / "log.txt").read_text()
+    log = (root / "log.txt").read_text()
     first = (root / LOSSES).read_text().splitlines()[before].split()
     newest = max(step for name, step in steps.items() if name not in names)
-    begun = int(first[1]) - (first[0] == "train")  # the loss of a step is said when it is done
+    begun = int(first[1]) - (first[0] == "train")  # the loss of a step is recorded when the step is done
     return {
         "damage": kind,
         "of": names,
-        "named": all(f"{folder / name} is " in said for name in names),
+        "named": all(f"{folder / name} is " in log for name in names),
         "newest intact step": newest,
         "went on from step": begun,
         "exit code": code,

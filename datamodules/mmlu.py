@@ -200,7 +200,7 @@ class MMLUData(TextData):
             groups.setdefault(of_row[row], []).append(row)
         shots = self._shots(table, list(groups))
         fitted: dict[str, tuple[SharedPrompts, int]] = {}
-        with Console(stderr=True).status(escape(f"Tokenising the prompts of {table.where}")):
+        with Console(stderr=True).status(escape(f"Tokenising the prompts of {table.where!r}")):
             for subject, members in groups.items():
                 fitted[subject] = self._fitted(subject, [asked[row].prompt() for row in members], shots[subject])
         self._warn_of_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})

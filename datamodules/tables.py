@@ -181,7 +181,11 @@ def open_table(
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise DataError(f"data.path: {path} is not here; give a directory, a file or a data set's name on the hub.")
         return _from_hub(path, splits, config, revision)
-    folder = _configured(folder, config)
+    return _from_folder(_configured(folder, config), splits, config, reading)
+
+
+def _from_folder(folder: Path, splits: Sequence[str], config: str | None, reading: Reading) -> Table | None:
+    """Open the files of a folder whose names, or whose folders' names, are spellings of a split."""
     every = tables_below(folder)
     spelt = [(name, file) for file in every if (name := _split_name(file, folder, splits))]
     if spelt:
@@ -358,10 +362,10 @@ def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config:
 
 
 def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
-    names = [str(f) for f in files]
+    first = str(files[0])
     kind = kind_of(files[0])
     if kind is None:
-        raise DataError(f"data.{key}: {files[0]} must be one of {', '.join(READERS)}.")
+        raise DataError(f"data.{key}: {first} must be one of {', '.join(READERS)}.")
     if gone := [f for f in files if not f.is_file()]:
         raise DataError(f"data.{key}: {gone[0]} is no file, or a link to one that is not there.")
     if empty := [f for f in files if f.stat().st_size == 0]:
@@ -380,40 +384,51 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
                 rows.validate(full=True)
         if kind == ".json" and len(data) == 1 and (field := _only_list(data[0])):
             data = datasets.Dataset.from_json(_patterns(files), field=field, encoding=reading.encoding)
-            notes.append(f"the rows of {names[0]} are those of its key {field}")
+            notes.append(f"the rows of {first} are those of its key {field}")
     except DataError:
         raise
     except Exception as error:  # truncated, another format, columns of mixed types; the library raises many kinds
-        if "corresponds to no data" in str(error):
-            raise DataError(f"data.{key}: {names[0]} has no rows.") from error
-        cause: BaseException = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
-            raise DataError(
-                f"data.{key}: {names[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} "
-                f"({cause}); free some space, or set HF_DATASETS_CACHE to another folder."
-            ) from error
-        if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # a damaged .gz
-            for file in files:
-                _check_text_file(file, kind, reading, key)
-        raise DataError(
-            f"data.{key}: {', '.join(names)} cannot be read as {kind[1:]} ({first_line(cause)}). "
-            "It may be damaged, or a column may hold values of several types."
-        ) from error
+        raise _reading_error(error, files, kind, reading, key) from error
     if kind in (".csv", ".tsv"):
         _check_header(files[0], kind, reading, key)
     if OVERFLOW in data.column_names:
         raise DataError(
-            f"data.{key}: rows of {names[0]} have more cells than its first line has names. Name each column "
+            f"data.{key}: rows of {first} have more cells than its first line has names. Name each column "
             "in the first line, and put cells that hold a comma in quotes."
         )
     if len(files) > 1:
-        source = f"{names[0]} and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}"
+        source = f"{first} and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}"
     else:
-        source = names[0]
+        source = first
     as_written = (
         frozenset(reading.as_written) & frozenset(data.column_names) if kind in (".csv", ".tsv") else frozenset()
     )
-    return Table(data, names[0], source, tuple(notes), as_written)
+    return Table(data, first, source, tuple(notes), as_written)
+
+
+def _reading_error(error: Exception, files: list[Path], kind: str, reading: Reading, key: str) -> DataError:
+    """Return the error for files that the library cannot read.
+
+    Raises:
+        DataError: With the line, if one of another encoding, or one that is no JSON, is found.
+    """
+    import datasets
+
+    if "corresponds to no data" in str(error):
+        return DataError(f"data.{key}: {files[0]} has no rows.")
+    cause: BaseException = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
+        return DataError(
+            f"data.{key}: {files[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} ({cause}); "
+            "free some space, or set HF_DATASETS_CACHE to another folder."
+        )
+    if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # a damaged .gz
+        for file in files:
+            _check_text_file(file, kind, reading, key)
+    return DataError(
+        f"data.{key}: {', '.join(map(str, files))} cannot be read as {kind[1:]} ({first_line(cause)}). It may be "
+        "damaged, or a column may hold values of several types."
+    )
 
 
 def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:

@@ -109,7 +109,7 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
     name = digest.hexdigest()[:40]
     cache = cache_folder() / f"{name}.arrow"
     if not is_intact(cache):
-        with Console(stderr=True).status(escape(f"Tokenising {len(texts):,} rows of {table.where}")):
+        with Console(stderr=True).status(escape(f"Tokenising {len(texts):,} rows of {table.where!r}")):
             try:
                 with write_cache(cache) as file:
                     _write_tokens(texts, encode, file)

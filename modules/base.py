@@ -289,9 +289,9 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             self._range_test = RangeTest(optimizer, self.learning_rate, [group["lr"] for group in configured])
             return
         if self._range_test is not None:
-            found = self.learning_rate != self._range_test.base
-            how = "found by" if found else "as before, for there was no suggestion of"
-            _log.info(f"model.learning_rate: {self.learning_rate:g}, {how} LearningRateFinder.")
+            changed = self.learning_rate != self._range_test.base
+            origin = "found by" if changed else "as before, for there was no suggestion of"
+            _log.info(f"model.learning_rate: {self.learning_rate:g}, {origin} LearningRateFinder.")
             self._range_test.end()
             self._range_test = None
         # what is left decides where in the schedule this is: batches or processes may be others than before
@@ -316,7 +316,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             )
 
     def on_after_backward(self) -> None:
-        """At a run's first step, see that every trained factor lies on the way of the forward pass."""
+        """At a run's first step, check that every trained factor takes part in the forward pass."""
         if self._gradients_seen:
             return
         self._gradients_seen = True

@@ -61,10 +61,10 @@ class CheckpointedModule(L.LightningModule):
         others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         copied = has_keys(others, full.keys() - saved.keys())
         if problems or copied:
-            found = "; ".join(problems) or "it adds the frozen backbone"
+            change = "; ".join(problems) or "it adds the frozen backbone"
             raise ModelError(
-                f"trainer.callbacks: a callback has changed the weights that a checkpoint holds ({found}); a run could "
-                "not be resumed from it. Remove the callback; for averaged weights use AdapterAveraging."
+                f"trainer.callbacks: a callback has changed the weights that a checkpoint holds ({change}); a run "
+                "could not be resumed from it. Remove the callback; for averaged weights use AdapterAveraging."
             )
         checkpoint["state_dict"] = {name: given[name] for name in saved}
         checkpoint["frozen_digest"] = self.frozen_digest.hexdigest()

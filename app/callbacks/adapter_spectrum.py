@@ -76,8 +76,8 @@ class AdapterSpectrum(L.Callback):
         if trainer.global_step > 0 and path.is_file():
             epochs = trainer.fit_loop.epoch_progress.current
             # in mid-epoch the last spectrum may be of a stop, which a run that was never stopped would not have
-            behind = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
-            self._rows = [row for row in _read(path) if row["step"] < behind]
+            first_new = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
+            self._rows = [row for row in _read(path) if row["step"] < first_new]
             self._last_step = max((row["step"] for row in self._rows), default=-1)
             if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
                 self._measure(trainer, pl_module)

@@ -157,14 +157,14 @@ def _with_patterns(value: float, patterns: Mapping[str, float]) -> str:
 
 def _published_metrics(evaluations: list[Evaluation]) -> dict[str, float]:
     """Return the newest metrics of each split, computed on whole splits of the data that the checkpoint has seen."""
-    own = {evaluation.split: evaluation.metrics for evaluation in evaluations if not evaluation.differences}
+    published = {evaluation.split: evaluation.metrics for evaluation in evaluations if not evaluation.differences}
     for evaluation in evaluations:
         if evaluation.differences:
             _log.info(
                 f"The card leaves out {evaluation.split} metrics that were computed with other values of "
                 f"{', '.join(evaluation.differences)} than the checkpoint's."
             )
-    return {key: value for split in SPLITS for key, value in own.get(split, {}).items()}
+    return {key: value for split in SPLITS for key, value in published.get(split, {}).items()}
 
 
 def _limits(data: Mapping[str, Any], split: str) -> dict[str, Any]:
