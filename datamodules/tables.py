@@ -396,14 +396,11 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
             f"data.{key}: rows of {first} have more cells than its first line has names. Name each column "
             "in the first line, and put cells that hold a comma in quotes."
         )
-    if len(files) > 1:
-        source = f"{first} and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}"
-    else:
-        source = first
+    others = f" and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}" if len(files) > 1 else ""
     as_written = (
         frozenset(reading.as_written) & frozenset(data.column_names) if kind in (".csv", ".tsv") else frozenset()
     )
-    return Table(data, first, source, tuple(notes), as_written)
+    return Table(data, first, f"{first}{others}", tuple(notes), as_written)
 
 
 def _reading_error(error: Exception, files: list[Path], kind: str, reading: Reading, key: str) -> DataError:
