@@ -282,7 +282,7 @@ def ignore_adapter_path(from_files: Namespace, final: Namespace) -> None:
     """Ignore `model.adapter_path` when a checkpoint is used, and log that.
 
     Args:
-        from_files: What the files say.
+        from_files: The values of the files.
         final: The values of the command, which are changed.
     """
     values = final["model"].init_args

@@ -229,7 +229,7 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """What lies in a checkpoint; None if it cannot be used, and why is added to the problems."""
+    """Return the content of a checkpoint; None if it cannot be used, with the reason added to `problems`."""
     try:
         return read_checkpoint(path)
     except CheckpointError as error:

@@ -195,7 +195,7 @@ class GlueData(TextData):
 
     @property
     def metrics(self) -> list[str]:
-        """What the task is scored by, unless the model says otherwise."""
+        """Return the names of the task's metrics, unless the model has others."""
         if self.task:
             return list(self.task.metrics)
         return ["accuracy", "f1"] if self.class_names else ["pearson", "spearman"]

@@ -133,7 +133,7 @@ class InstructionData(TextData):
         self.system_prompt, self.end_mark, self.empty_responses = system_prompt, end_mark, empty_responses
 
     def before_splits(self) -> None:
-        """See that the model has positions for the length."""
+        """Check that the model has positions for the length."""
         self.check_length("max_length", self.max_length)
 
     @property
@@ -384,7 +384,7 @@ def _encoded(
 
 
 def _is_empty(table: Table, column: str) -> bool:
-    """Whether no row has a value; the libraries that read text then take the column for one of another type."""
+    """Return True if no row has a value; the libraries that read text then take the column for one of another type."""
     rows = table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000)
     return all(batch[column].null_count == len(batch) for batch in rows)
 

@@ -137,7 +137,7 @@ class MMLUData(TextData):
         super().setup(stage)
 
     def before_splits(self) -> None:
-        """See that the model has positions for the longest prompts."""
+        """Check that the model has positions for the longest prompts."""
         if self.max_length is not None:
             self.check_length("max_length", self.max_length)
 
@@ -249,13 +249,13 @@ class MMLUData(TextData):
             elif not (_are_texts(choices[row]) and len(choices[row]) == size and 2 <= size <= len(LETTERS)):
                 bad[row] = BadRow(
                     "choices_column",
-                    f"has {_short(choices[row])} in column {self.choices_column}, which must hold lists of 2 to 26 "
+                    f"has {choices[row]!r:.80} in column {self.choices_column}, which must hold lists of 2 to 26 "
                     "texts, as many in each row",
                 )
             elif answer is None and (answered or answers[row] not in HIDDEN):
                 bad[row] = BadRow(
                     "answer_column",
-                    f"has {_short(answers[row])} in column {self.answer_column}, which must hold indices from 0 to "
+                    f"has {answers[row]!r:.80} in column {self.answer_column}, which must hold indices from 0 to "
                     f"{size - 1} or letters from A to {LETTERS[size - 1]}",
                 )
             else:
@@ -386,8 +386,3 @@ class MMLUData(TextData):
 
 def _are_texts(cell: Any) -> bool:
     return isinstance(cell, list) and all(isinstance(text, str) for text in cell)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -203,7 +203,7 @@ def _fill(
 
 
 def _check_padding(batch: dict[str, Any]) -> None:
-    """See that padding, if there is any, is behind the tokens: rows are kept, and put in, from the first on."""
+    """Check that padding is behind the tokens: rows are kept, and put in, from the first token on."""
     mask = batch.get("attention_mask")
     if mask is not None and not (mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
         raise DataError(

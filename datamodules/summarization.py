@@ -120,7 +120,7 @@ class SummarizationData(TextData):
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 
     def before_splits(self) -> None:
-        """See that the model has positions for the lengths."""
+        """Check that the model has positions for the lengths."""
         self.check_length("max_source_length", self.max_source_length)
         self.check_length("max_target_length", self.max_target_length)
 

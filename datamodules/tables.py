@@ -51,7 +51,7 @@ class Reading:
             codecs.lookup(self.encoding)
         except (LookupError, ValueError) as error:
             raise DataError(
-                f"data.encoding: {self.encoding!r} is no encoding that Python knows. Use utf-8, utf-16 or cp1252, say."
+                f"data.encoding: {self.encoding!r} is no encoding of Python. Use utf-8, utf-16 or cp1252, for example."
             ) from error
 
     @property
@@ -372,7 +372,7 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         raise DataError(f"data.{key}: {empty[0]} is an empty file.")
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log of an error, the error says
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error has the text that it would log
     notes: list[str] = []
     try:
         if kind in PACKED:

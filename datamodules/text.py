@@ -1,4 +1,4 @@
-"""What data modules of texts share: splits of tables, limits of length, loaders over length buckets."""
+"""Parts that data modules of texts share: splits of tables, limits of length, loaders over length buckets."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class NumberedRows(TokenDataset):
 
 
 class TextData(ResumableDataModule):
-    """What data modules of texts share: splits of tables, limits of length, loaders over length buckets.
+    """Parts that data modules of texts share: splits of tables, limits of length, loaders over length buckets.
 
     A task has `build`, which makes a data set of a table's rows, `collate`, and `text_columns`.
 
@@ -132,7 +132,7 @@ class TextData(ResumableDataModule):
             self.findings.add_unread(unread_files(self.path, self._names_read(), self.config))
 
     def before_splits(self) -> None:
-        """What a task checks and learns before its first split is read."""
+        """Check keys and learn classes before the first split is read; a task overrides this."""
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
         """A data set of some rows of a table, with their targets unless they are to be predicted.
@@ -329,7 +329,7 @@ class TextData(ResumableDataModule):
             )
 
     def collate(self) -> Collate:
-        """What makes a padded batch of rows; it must do without the trainer, for workers that do not fork."""
+        """Return the function that makes a padded batch; it works without the trainer, for workers that do not fork."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------- loaders
@@ -341,7 +341,7 @@ class TextData(ResumableDataModule):
         ]
 
     def collated(self, name: str, rows: TokenDataset, collate: Collate | None = None) -> Collate:
-        """What makes a batch of rows, with the kept output of the frozen prefix if there is to be one.
+        """Return the function that makes a batch, with the kept output of the frozen prefix if there is to be one.
 
         Args:
             name: Of the split, for messages.

@@ -193,7 +193,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             self._compiled = True
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What keeps evaluation as it is written, if training is compiled."""
+        """Return the callback that evaluates without compilation, if training is compiled."""
         if not self.compiles:
             return []
         from modules.compilation import UncompiledEvaluation
@@ -208,7 +208,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def take_from_data(self, key: str) -> Any:
-        """What the data says of the task (`class_names`, `metrics`), unless the model knows it; a checkpoint keeps it.
+        """Return a property of the task (`class_names`, `metrics`) from the data, unless the model has it already.
 
         Raises:
             ModelError: If neither knows.

@@ -35,7 +35,7 @@ class CheckpointedModule(L.LightningModule):
     frozen_digest: FrozenDigest  # of all of it
 
     def saved_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: every trained parameter, both factors of each adapter, heads, live buffers."""
+        """Return the tensors to save: every trained parameter, both factors of each adapter, heads, live buffers."""
         full = self.state_dict()
         keep = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         keep |= {f"backbone.{name}" for name in adapter_state(self.backbone)}

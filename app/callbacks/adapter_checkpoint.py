@@ -359,7 +359,7 @@ def _samples_a_step(trainer: L.Trainer) -> int:
 
 
 def _write_events(trainer: L.Trainer) -> None:
-    """Have TensorBoard write what it keeps for up to two minutes, or a killed run would be resumed with a gap."""
+    """Flush TensorBoard, which keeps events for up to two minutes, or a killed run would be resumed with a gap."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()

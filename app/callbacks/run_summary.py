@@ -56,7 +56,7 @@ class RunSummary(L.Callback):
         self._validation: dict[str, Any] = {}  # the newest of a fit, which checkpoints keep
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have all processes agree on the run directory, which rank zero has made."""
+        """Broadcast the run directory, which rank zero has made."""
         trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

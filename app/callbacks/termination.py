@@ -120,11 +120,11 @@ class Termination(L.Callback):
         return 128 + self._signal
 
     def agreed(self, trainer: L.Trainer) -> bool:
-        """Whether any process was asked to stop; all of them must call it together."""
+        """Return True if any process was asked to stop; all of them must call it together."""
         return trainer.strategy.reduce_boolean_decision(self.requested, all=False)
 
     def stop(self, trainer: L.Trainer) -> None:
-        """Have Lightning leave the loop when it has logged the step: where it would for a signal of its own."""
+        """Make Lightning leave its loop when the step is logged, as after a signal to its own handler."""
         self.requested = self._stopping = True
         # only one process may have got it, and all are to say the same
         if trainer.strategy.reduce_boolean_decision(self._signal == signal.SIGINT, all=False):

@@ -103,7 +103,7 @@ def _front_matter(
     dataset: str,
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What the hub reads; no license, since that is the base model's."""
+    """Return the front matter for the hub, without a license: that is the base model's."""
     from huggingface_hub import EvalResult, ModelCardData
 
     task = TASKS[module.kinds[0]]
