@@ -185,7 +185,7 @@ class ResumableDataModule(L.LightningDataModule):
         if self._seed is None:
             assert self.trainer is not None
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed()))
-        if lengths is not None and labels is not None and (effect := strong_effect(lengths, labels)):
+        if lengths is not None and labels is not None and rank == 0 and (effect := strong_effect(lengths, labels)):
             _log.warning(
                 "data.bucket_by_length: the length of a training text tells much about its label (%s). A model can "
                 "learn the length instead of the text, and length buckets save little padding here, because each batch "
