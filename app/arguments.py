@@ -1,4 +1,4 @@
-"""Precedence of command line, configuration files and checkpoint; checks of what they say."""
+"""Precedence of command line, configuration files and checkpoint; checks of their values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
 from app.imports import same_class
-from app.yaml_files import read_yaml as read_yaml
 
 SECTIONS = ("model", "data")  # which name a class
 LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -159,7 +158,7 @@ def check_keys(options: list[str], config: Namespace) -> None:
     """
     for word in options:
         section, *keys = word.removeprefix("--").partition("=")[0].removesuffix("+").split(".")
-        node = config.get(section) if section in ("model", "data") and len(keys) > 1 else None
+        node = config.get(section) if section in SECTIONS and len(keys) > 1 else None
         node = node.get("init_args", node) if isinstance(node, Namespace) else None
         for depth, key in enumerate(k for k in keys if k != "init_args"):
             if not isinstance(node, Namespace):
@@ -246,9 +245,9 @@ def check_strategy(strategy: Any) -> None:
             None,
             f"trainer.strategy: {started} starts its processes from within this one; use ddp, which starts them anew.",
         )
-    known = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
-    own = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
-    if known or not own:  # Lightning says what there is no strategy of
+    replicates = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
+    is_lightnings = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
+    if replicates or not is_lightnings:  # Lightning reports a strategy that does not exist
         return
     raise ArgumentError(
         None,
@@ -283,7 +282,7 @@ def ignore_adapter_path(from_files: Namespace, final: Namespace) -> None:
     """Ignore `model.adapter_path` when a checkpoint is used, and log that.
 
     Args:
-        from_files: What the files say.
+        from_files: The values of the files.
         final: The values of the command, which are changed.
     """
     values = final["model"].init_args
@@ -328,8 +327,8 @@ def report_differences(saved: dict[str, Any], from_files: Namespace, final: Name
 
 def report_changes(before: dict[str, Any], final: Namespace) -> None:
     """Log which keys of the trainer a resumed run has otherwise than it began; these are not in a checkpoint."""
-    own = {"default_root_dir", "logger", "callbacks"}
-    ours = {k: v for k, v in final["trainer"].as_dict().items() if k not in own}
+    unlike = {"default_root_dir", "logger", "callbacks"}  # they differ whenever a run is resumed
+    ours = {k: v for k, v in final["trainer"].as_dict().items() if k not in unlike}
     now, began = (_flatten({"trainer": t}) for t in (ours, before.get("trainer", {})))
     now["seed_everything"], began["seed_everything"] = final.get("seed_everything"), before.get("seed_everything")
     for key, value in now.items():

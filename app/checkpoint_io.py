@@ -35,7 +35,7 @@ CHUNK = 1 << 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, read or written; the message says how to mend it."""
+    """A checkpoint that cannot be found, read or written; the message says how to fix it."""
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path | None:
@@ -44,7 +44,7 @@ def run_of_checkpoint(checkpoint: Path) -> Path | None:
 
 
 def run_identity(checkpoint: Path) -> str | None:
-    """What names the run that a checkpoint lies in, 32 hexadecimal digits; None outside, or if an older version ran."""
+    """Return the identity of a checkpoint's run, 32 hexadecimal digits; None outside of a run or in an older one."""
     run = run_of_checkpoint(checkpoint.absolute())
     try:
         found = (run / IDENTITY).read_text(encoding="ascii").strip() if run else ""
@@ -54,9 +54,9 @@ def run_identity(checkpoint: Path) -> str | None:
 
 
 def restore_identity(run: Path) -> None:
-    """Name a run again that was copied without what names it (a hidden file), by what its checkpoints say.
+    """Write the identity of a run that was copied without its hidden file, from the lines of its checkpoints.
 
-    Without, what is written from here on would be taken for another run's when it is copied back.
+    Without the identity, what is written from here on would be taken for another run's when it is copied back.
     """
     if (run / IDENTITY).exists():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,6 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from app.arguments import (
     SECTIONS,
@@ -27,7 +27,6 @@ from app.arguments import (
     check_values,
     expanded_path,
     ignore_adapter_path,
-    read_yaml,
     report_changes,
     report_differences,
     report_untrained,
@@ -49,7 +48,7 @@ from app.callbacks import (
     Termination,
     usable_callbacks,
 )
-from app.checkpoint_io import AtomicCheckpointIO, check_contents, first_new_step, restore_identity
+from app.checkpoint_io import AtomicCheckpointIO, check_contents, first_new_step, restore_identity, run_of_checkpoint
 from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.console import (
     console_logging,
@@ -63,22 +62,22 @@ from app.console import (
 from app.failures import bad_input, construction_error, is_caused_by
 from app.files import reraise_disk_full
 from app.imports import HELP, restricted_imports, split_imports
-from app.lightning_compat import hyperparameter_instantiator
+from app.lightning_compat import hyperparameter_instantiator, subcommand_keys
 from app.messages import parser_message, quiet_libraries
-from app.processes import is_peer_lost, is_worker_lost, leave_process_group, should_report
+from app.processes import is_first_rank, is_peer_lost, is_worker_lost, leave_process_group, should_report
 from app.run_directory import (
+    load_checkpoint,
+    locate_checkpoint,
     locked,
     new_run_directory,
-    read_wanted,
     remove_if_empty,
     remove_links,
-    run_of_checkpoint,
-    wanted_checkpoint,
 )
 from app.run_logger import RunLogger
-from app.yaml_files import check_file, checked_yaml
+from app.yaml_files import check_file, checked_yaml, read_yaml
 from modules.base import AdaptedModule
 
+_log = logging.getLogger(__name__)
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as with `| head -1`
 
 
@@ -226,11 +225,11 @@ class AsymmetryCLI(LightningCLI):
             raise ArgumentError(None, f"Nothing may stand before {self.subcommand} on the command line.")
         trains = self.subcommand == "fit"
         given = str(expanded_path("ckpt_path", str(final.ckpt_path)))
-        wanted = wanted_checkpoint(given, self.root, prefer_best=not trains)
+        wanted = locate_checkpoint(given, self.root, prefer_best=not trains)
         run = run_of_checkpoint(wanted)
         if trains:
             self._take(run)
-        self.checkpoint, self.loaded = read_wanted(given, wanted)
+        self.checkpoint, self.loaded = load_checkpoint(given, wanted)
         check_contents(self.checkpoint, self.loaded, trains)
         if trains:
             self.termination.checkpoint = self.checkpoint
@@ -274,8 +273,7 @@ class AsymmetryCLI(LightningCLI):
             cause = bad_input(error)
             if cause is not None and not isinstance(cause, ArgumentError):
                 raise
-            parser = self._subcommand_parsers.get(words[0]) if words else None
-            known = list(parser.get_defaults().keys()) if parser is not None else []
+            known = subcommand_keys(self, words[0]) if words else []
             raise ArgumentError(None, parser_message(cause or error, known)) from error
 
     def _check(self, final: Namespace, options: list[str]) -> None:
@@ -286,7 +284,7 @@ class AsymmetryCLI(LightningCLI):
 
     def _take(self, run: Path | None) -> None:
         """Lock a run directory against other processes that would train there; of this run's, the first one does so."""
-        if run is not None and run.is_dir() and getattr(rank_zero_only, "rank", 0) == 0:
+        if run is not None and run.is_dir() and is_first_rank():
             self.held.enter_context(locked(run))
             restore_identity(run)
 
@@ -320,9 +318,9 @@ class AsymmetryCLI(LightningCLI):
         values = self._get(self.config, "model").init_args
         if values.get("adapter_path") is not None and values.adapter is not None:
             values.adapter.init_a = values.adapter.init_b = "given"
-        paths = [self._get(self.config, section).class_path for section in ("model", "data")]
+        paths = [self._get(self.config, section).class_path for section in SECTIONS]
         model, data = classes = [resolve_name(path) for path in paths]
-        for section, owner in zip(("model", "data"), classes, strict=True):
+        for section, owner in zip(SECTIONS, classes, strict=True):
             hints = get_type_hints(owner.__init__)
             for name, value in self._get(self.config, section).init_args.items(branches=True, nested=False):
                 check_values(f"{section}.{name}", hints.get(name, Any), value)
@@ -358,9 +356,9 @@ class AsymmetryCLI(LightningCLI):
         resumed = self.checkpoint is not None and self.subcommand == "fit"
         own_callbacks = usable_callbacks(_as_list(config["callbacks"]), resumed)
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
-        if run is not None and getattr(rank_zero_only, "rank", 0) == 0:
+        if run is not None and is_first_rank():
             remove_links(run)
-        if run is None and getattr(rank_zero_only, "rank", 0) == 0:
+        if run is None and is_first_rank():
             run = self.made = new_run_directory(self.root)
             if self.subcommand == "fit":
                 self._take(run)
@@ -416,7 +414,7 @@ class AsymmetryCLI(LightningCLI):
         if self._get(self.config, "test_after_fit") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             best = next(c.best_model_path for c in self.trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
             if not best:
-                rank_zero_warn("There is no best checkpoint, since nothing was validated: the last weights are tested.")
+                _log.warning("There is no best checkpoint, since nothing was validated: the last weights are tested.")
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
             )

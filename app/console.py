@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TextIO, cast
 
-from lightning.pytorch.utilities import rank_zero_only
+from app.processes import is_first_rank
 
 LOGGERS = ("app", "modules", "datamodules")  # the packages of this program, whose modules log under their own names
 
@@ -43,7 +43,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if is_first_rank():
             prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
             print(prefix + record.getMessage(), file=sys.stderr, flush=True)
 

@@ -22,7 +22,7 @@ from jsonargparse import Namespace
 from app.imports import same_class
 from datamodules.atomic import atomic_write
 
-FILE = "evaluations.json"
+FILE, METRICS = "evaluations.json", "metrics.json"
 SPLITS = ("val", "test")
 STATE = "RunSummary"  # Lightning's key of the callback's state in a checkpoint
 # Keys of `model` and `data` that change no metric of an evaluation. A fingerprint in the checkpoint checks the weights.
@@ -112,12 +112,22 @@ def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]
     }
 
 
+def read_metrics(run: Path) -> dict[str, Any]:
+    """Return the content of a run's metrics.json; nothing if the file is not there or damaged."""
+    content = _read_json(run / METRICS)
+    return content if isinstance(content, dict) else {}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def read_evaluations(run: Path) -> list[Evaluation]:
     """Return the evaluations of a run, oldest first; entries of another form are left out."""
-    try:
-        content = json.loads((run / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return []
+    content = _read_json(run / FILE)
     return [_parse(entry) for entry in content if _is_valid(entry)] if isinstance(content, list) else []
 
 
@@ -172,5 +182,5 @@ def evaluations_of_checkpoint(checkpoint: Mapping[str, Any], run: Path | None) -
     callbacks = checkpoint.get("callbacks")
     state = callbacks.get(STATE) if isinstance(callbacks, Mapping) else None
     entries = [] if run is None else read_evaluations(run)
-    found = [_parse(state), *entries] if _is_valid(state) else entries
-    return [evaluation for evaluation in found if evaluation.step == step]
+    evaluations = [_parse(state), *entries] if _is_valid(state) else entries
+    return [evaluation for evaluation in evaluations if evaluation.step == step]

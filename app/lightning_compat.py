@@ -87,3 +87,9 @@ def yaml_loading(check: Callable[[str], None]) -> Iterator[None]:
 def hyperparameter_instantiator(cli: LightningCLI, key: str) -> Callable[..., Any]:
     """Return Lightning's own way to construct a section's class, which keeps its hyper-parameters for checkpoints."""
     return _InstantiatorFn(cli=cli, key=key)
+
+
+def subcommand_keys(cli: LightningCLI, name: str) -> list[str]:
+    """Return the keys that a command takes, by dotted name; an empty list if there is no such command."""
+    parser = cli._subcommand_parsers.get(name)
+    return [] if parser is None else list(parser.get_defaults().keys())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from app.console import escape_controls
 from app.imports import denied_message, similar_class
+from datamodules.errors import first_line
 
 LONGEST = 2000  # characters of a message
 
@@ -205,12 +206,11 @@ def _class_keys(path: str, key: str) -> tuple[list[str], str]:
 
 
 def compiler_message(error: Exception) -> str | None:
-    """Return what to say if torch.compile has failed; None for any other error."""
+    """Return the message for a failure of torch.compile; None for any other error."""
     compiler = sys.modules.get("torch._dynamo.exc")
     if compiler is None or not isinstance(error, compiler.TorchDynamoException):
         return None
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"model.compile: torch.compile fails on this backbone ({reason}). Set it to false."
+    return f"model.compile: torch.compile fails on this backbone ({first_line(error)}). Set it to false."
 
 
 def quiet_libraries() -> None:

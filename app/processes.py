@@ -6,9 +6,16 @@ import os
 import sys
 
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
 
 WORKER = "DataLoader worker"  # how torch's messages of a lost worker process begin
+
+
+def is_first_rank() -> bool:
+    """Return True on the process that prints and writes for all processes of a run."""
+    first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets the rank when it is imported
+    return first
 
 
 def is_worker_lost(error: BaseException) -> bool:

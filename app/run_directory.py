@@ -15,9 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from app.checkpoint_io import BEST, IDENTITY, LAST, PREVIOUS, CheckpointError, read_checkpoint
-from app.checkpoint_io import CHECKPOINTS as CHECKPOINTS
-from app.checkpoint_io import run_of_checkpoint as run_of_checkpoint
+from app.checkpoint_io import BEST, CHECKPOINTS, IDENTITY, LAST, PREVIOUS, CheckpointError, read_checkpoint
 from datamodules.atomic import WriteError, atomic_write, remove_stale
 
 _log = logging.getLogger(__name__)
@@ -159,8 +157,8 @@ def _remove_stale_files(run: Path) -> None:
     shutil.rmtree(run / ".adapter.old", ignore_errors=True)
 
 
-def wanted_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
-    """The file that a `--ckpt_path` means, as far as names tell.
+def locate_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
+    """Return the file that a `--ckpt_path` means, as far as names tell.
 
     Args:
         ckpt_path: A checkpoint file, a run directory, or `last`, the newest run below the root that has a checkpoint.
@@ -182,13 +180,13 @@ def wanted_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
     return path
 
 
-def read_wanted(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint to be used, and what lies in it.
+def load_checkpoint(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint to be used, and its content.
 
     Args:
         ckpt_path: As it was given. A file that is named itself is used or is an error.
-        wanted: The file that it means. If that is damaged or not there, the newest intact one of its run is used, and
-            stderr says so.
+        wanted: The file that it means. If that is damaged or not there, the newest intact one of its run is used, with
+            a warning.
 
     Raises:
         CheckpointError: If it cannot be used, and no other either.
@@ -215,14 +213,14 @@ def read_wanted(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
-    """The checkpoint to be used, or, if there is none, where it would lie; arguments as for `wanted_checkpoint`.
+    """The checkpoint to be used, or, if there is none, where it would lie; arguments as for `locate_checkpoint`.
 
     Raises:
         CheckpointError: If there is none below the root, or none that is intact.
     """
-    wanted = wanted_checkpoint(ckpt_path, root, prefer_best)
+    wanted = locate_checkpoint(ckpt_path, root, prefer_best)
     named = wanted == Path(ckpt_path) or not _checkpoints(wanted.parent.parent)
-    return wanted if named else read_wanted(ckpt_path, wanted)[0]
+    return wanted if named else load_checkpoint(ckpt_path, wanted)[0]
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -231,7 +229,7 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """What lies in a checkpoint; None if it cannot be used, and why is added to the problems."""
+    """Return the content of a checkpoint; None if it cannot be used, with the reason added to `problems`."""
     try:
         return read_checkpoint(path)
     except CheckpointError as error:

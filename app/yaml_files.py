@@ -22,7 +22,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @contextmanager
 def checked_yaml() -> Iterator[None]:
-    """Have every parser of the process check YAML by `check_yaml`; undone on exit."""
+    """Check all YAML that a parser of this process reads by `check_yaml`; undone on exit."""
     with yaml_loading(check_yaml):
         yield
 

@@ -52,17 +52,17 @@ def record_losses(path: Path) -> None:
     """Have this process write the loss of each step, and each validation's, as exact numbers, at once."""
     train_end, validation_end = AdapterCheckpoint.on_train_batch_end, AdapterCheckpoint.on_validation_end
 
-    def say(kind: str, trainer: L.Trainer, value: torch.Tensor) -> None:
+    def record(kind: str, trainer: L.Trainer, value: torch.Tensor) -> None:
         with path.open("a") as file:
             file.write(f"{kind} {trainer.global_step} {float(value).hex()}\n")
 
     def on_train_batch_end(self: AdapterCheckpoint, trainer: L.Trainer, module: Any, outputs: Any, *rest: Any) -> None:
-        say("train", trainer, outputs["loss"])
+        record("train", trainer, outputs["loss"])
         train_end(self, trainer, module, outputs, *rest)
 
     def on_validation_end(self: AdapterCheckpoint, trainer: L.Trainer, module: Any) -> None:
         if not trainer.sanity_checking:
-            say("val", trainer, trainer.callback_metrics["val/loss"])
+            record("val", trainer, trainer.callback_metrics["val/loss"])
         validation_end(self, trainer, module)
 
     AdapterCheckpoint.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign, assignment]
@@ -169,18 +169,20 @@ def killed_run(root: Path, data: Path, reference: Path, order: random.Random, wr
     """
     step, late = order.randrange(EPOCHS * STEPS_AN_EPOCH), order.uniform(0, 0.004 if write else 0.1)
     folder, recorded = root / "version_0/checkpoints", root / LOSSES
-    temporary = [folder / f".{name}.ckpt.tmp" for name in ("last", "best")]
+
+    def half_written() -> list[str]:
+        return sorted(path.name for path in folder.glob(".*.ckpt.*.tmp"))
 
     def moment() -> bool:
         begun = step == 0 or (recorded.is_file() and f"train {step} " in recorded.read_text())
-        if not begun or (write and not any(path.exists() for path in temporary)):
+        if not begun or (write and not half_written()):
             return False
         time.sleep(late)
         return True
 
     process = start(root, data)
     ran = kill_at(process, moment)
-    torn = [path.name for path in temporary if path.exists()]
+    torn = half_written()
     saved = read_checkpoint(folder / "last.ckpt")["global_step"] if (folder / "last.ckpt").is_file() else None
     if ran and saved is None:  # nothing to go on from
         shutil.rmtree(root)
@@ -323,14 +325,14 @@ def damaged_run(
         damage(folder / name, kind, foreign, order)
     before = len((root / LOSSES).read_text().splitlines())
     code = finish(start(root, data, "--ckpt_path=last"))
-    said = (root / "log.txt").read_text()
+    log = (root / "log.txt").read_text()
     first = (root / LOSSES).read_text().splitlines()[before].split()
     newest = max(step for name, step in steps.items() if name not in names)
-    begun = int(first[1]) - (first[0] == "train")  # the loss of a step is said when it is done
+    begun = int(first[1]) - (first[0] == "train")  # the loss of a step is recorded when the step is done
     return {
         "damage": kind,
         "of": names,
-        "named": all(f"{folder / name} is " in said for name in names),
+        "named": all(f"{folder / name} is " in log for name in names),
         "newest intact step": newest,
         "went on from step": begun,
         "exit code": code,

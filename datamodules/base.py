@@ -1,4 +1,4 @@
-"""What every data module shares: loaders that split among processes and continue where a checkpoint left them."""
+"""Loaders of every data module: they split among processes and continue where a checkpoint left them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BEAT = 20.0  # seconds; a process group gives up after 10 minutes or more
 
 @runtime_checkable
 class DigestedRows(Protocol):
-    """A data set that says whether its rows are those of an earlier run."""
+    """A data set whose rows can be compared with those of an earlier run."""
 
     def rows_digest(self) -> str:
         """Return a digest of all rows, their order and their labels included."""
@@ -78,7 +78,7 @@ class ResumableDataModule(L.LightningDataModule):
 
     @contextmanager
     def first_process_first(self) -> Iterator[Callable[[], None]]:
-        """Have a node's first process fill the caches (downloads, tokenised texts) that the others then read.
+        """Let a node's first process fill the caches (downloads, tokenised texts) that the others then read.
 
         Gives a function to call now and then while they are filled: the others wait in a collective operation, which
         fails when it takes as long as the process group's timeout, and each `BEAT` seconds gets them into a new one.
@@ -116,7 +116,7 @@ class ResumableDataModule(L.LightningDataModule):
 
     @property
     def caches(self) -> bool:
-        """Whether this is a fit with `cache_prefix`; what reads each row once has nothing to gain.
+        """Return True in a fit with `cache_prefix`; what reads each row once has nothing to gain.
 
         Raises:
             DataError: If the model has no frozen prefix.

@@ -60,7 +60,7 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = epoch
 
     def seek(self, epoch: int, batches: int) -> None:
-        """Have the next iterator begin behind so many batches of an epoch; an epoch's end is the next one's start."""
+        """Begin the next iterator behind so many batches of an epoch; an epoch's end is the next one's start."""
         self.epoch, self._skip = epoch + batches // self.batches, batches % self.batches
 
     def __iter__(self) -> Iterator[Draw]:

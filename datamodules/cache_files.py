@@ -19,12 +19,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
+
+import xxhash
 
 from datamodules.atomic import AtomicFile, WriteError, atomic_write, remove_stale
-
-if TYPE_CHECKING:
-    from datamodules.atomic import Digest
 
 VERSION = 1  # of the line
 SEAL = re.compile(rb"\nonesided cache=(\d{4}) bytes=(\d{20}) xxh3=([0-9a-f]{32})\n")
@@ -55,7 +54,7 @@ def write_cache(path: Path) -> Iterator[AtomicFile]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(path, error.strerror or str(error)) from error
-    digest = _new_digest()
+    digest = xxhash.xxh3_128()
     with atomic_write(path, digest) as file:
         yield file
         seal = f"\nonesided cache={VERSION:04} bytes={file.tell():020} xxh3={digest.hexdigest()}\n"
@@ -103,7 +102,7 @@ def _problem(path: Path, file: BinaryIO, verify: bool) -> str | None:
     if size >= ANNOUNCED:
         _log.info(f"Verifying the cache file {path}: {size / 2**30:.1f} GiB.")
     file.seek(0)
-    digest, buffer = _new_digest(), memoryview(bytearray(min(CHUNK, left)))
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK, left)))
     while left and (count := file.readinto(buffer[: min(len(buffer), left)])):  # type: ignore[attr-defined]
         digest.update(buffer[:count])
         left -= count
@@ -116,9 +115,3 @@ def _remove_legacy(folder: Path) -> None:
         for path in folder.iterdir():
             if LEGACY.fullmatch(path.name) and time.time() - path.stat().st_mtime > DAY:
                 path.unlink()
-
-
-def _new_digest() -> Digest:
-    import xxhash  # which `datasets` brings
-
-    return xxhash.xxh3_128()

@@ -8,7 +8,12 @@ from typing import NamedTuple
 from datamodules.errors import DataError
 
 MOST_LINES = 10
-MOST_CLASSES = 10
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names, and the number of those that are left out."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class SkippedRow(NamedTuple):
@@ -59,9 +64,13 @@ class Findings:
         if not class_names:
             self.add("labels: numbers, read as a regression")
             return
-        shown = [f"{name} {count:,}" for name, count in zip(class_names, counts, strict=True)][:MOST_CLASSES]
-        more = f" and {len(class_names) - MOST_CLASSES:,} more" if len(class_names) > MOST_CLASSES else ""
-        self.add(f"labels: {len(class_names):,} classes: {', '.join(shown)}{more}")
+        counted = [f"{name} {count:,}" for name, count in zip(class_names, counts, strict=True)]
+        self.add(f"labels: {len(class_names):,} classes: {listed(counted)}")
+
+    def add_unread(self, files: Sequence[str]) -> None:
+        """Add the line of the files that belong to no split, if there are any."""
+        if files:
+            self.add(f"not read, since no split is called so: {listed(files, 3)}")
 
     def skip(self, row: SkippedRow, error: Exception | None = None) -> None:
         """Skip a row.

@@ -195,7 +195,7 @@ class GlueData(TextData):
 
     @property
     def metrics(self) -> list[str]:
-        """What the task is scored by, unless the model says otherwise."""
+        """Return the names of the task's metrics, unless the model has others."""
         if self.task:
             return list(self.task.metrics)
         return ["accuracy", "f1"] if self.class_names else ["pearson", "spearman"]
@@ -270,7 +270,7 @@ class GlueData(TextData):
 
         key = {"tokenizer": tokenizer_state(tokenizer), "max_length": limit}
         tokens = tokenized(table, self.columns, encode, key)
-        self.say_cut(tokens, table, "length", limit)
+        self.warn_of_cut_rows(tokens, table, limit)
         return tokens
 
     def collate(self) -> Collate:

@@ -219,7 +219,7 @@ class ImageClassificationData(ResumableDataModule):
     # ---------------------------------------------------------------------------------------------------- loaders
 
     def _batches(self, name: str) -> tuple[Dataset[Any], None, Collate | None]:
-        """What the loader of a split takes: its images, or the kept output of the frozen prefix for them."""
+        """Return what the loader of a split takes: its images, or the kept output of the frozen prefix for them."""
         data = self.splits[name]
         if not self.caches:
             return data, None, None
@@ -402,7 +402,7 @@ class DecodingErrors(Dataset[ImageError | None]):
 
 
 class LabelDataset(Dataset[dict[str, int]]):
-    """What a row of images has besides its image.
+    """Labels of images, without the images.
 
     Args:
         images: The images.

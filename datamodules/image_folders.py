@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from datamodules.errors import DataError
+from datamodules.findings import listed
 from datamodules.splits import is_helper, split_of
 
 # Raster formats that Pillow decodes by itself. Pillow passes others on to external programs (PostScript).
@@ -45,7 +46,7 @@ class ImageFiles:
         """Return one line about the files and folders that are left out; empty if there are none."""
         kinds = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
         more = [f"{len(kinds) - MOST_NAMES} more kinds"] if len(kinds) > MOST_NAMES else []
-        empty = _listed([os.sep.join(parts) for parts in self.empty])
+        empty = listed([os.sep.join(parts) for parts in self.empty])
         folders = [f"{len(self.empty):,} folders without an image ({empty})"] if self.empty else []
         if not kinds and not folders:
             return ""
@@ -56,7 +57,7 @@ class ImageFiles:
     def contents(self) -> str:
         """Return the names of the files and folders at the top, for a message."""
         names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(self.root))
-        return _listed(names) if names else "nothing"
+        return listed(names) if names else "nothing"
 
 
 def find_images(root: Path, key: str) -> ImageFiles:
@@ -185,15 +186,15 @@ def read_layout(files: ImageFiles) -> Layout:
     others = by_split.pop("", [])
     for split, names in by_split.items():
         if len(names) > 1:
-            raise DataError(f"data.path: {here} has several {split} splits: {_listed(names)}. Leave one of them there.")
+            raise DataError(f"data.path: {here} has several {split} splits: {listed(names)}. Leave one of them there.")
     if others and len(by_split) == 1:
         raise DataError(
-            f"data.path: in {here}, {splits[0]} may be a split or a class beside {_listed(others)}. Rename it, or move "
+            f"data.path: in {here}, {splits[0]} may be a split or a class beside {listed(others)}. Rename it, or move "
             "the other folders elsewhere."
         )
     found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
     aside = [parts for name in others for parts in folders[name]]
-    notes = [f"left out of {here}: {len(aside):,} images in {_listed(others)}, beside the splits"] if others else []
+    notes = [f"left out of {here}: {len(aside):,} images in {listed(others)}, beside the splits"] if others else []
     return _layout(files, found, {s: str(Path(*base, names[0])) for s, names in by_split.items()}, aside, notes)
 
 
@@ -211,7 +212,7 @@ def _layout(
         notes = [*notes, f"images of {', '.join(inner[:3])}{more} are of the class that the outer folder names"]
     placed = {parts for depth, images in splits.values() for parts in images if len(parts) > depth + 1}.union(aside)
     if stray := [os.sep.join(parts) for parts in files.images if parts not in placed]:
-        notes = [*notes, f"left out of {files.root}: {len(stray):,} images in no class folder ({_listed(stray)})"]
+        notes = [*notes, f"left out of {files.root}: {len(stray):,} images in no class folder ({listed(stray)})"]
     return Layout(files, splits, names, notes)
 
 
@@ -247,9 +248,9 @@ def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> N
     several = len(set(resembling.values())) > 1 and 2 * len(resembling) >= len(folders)
     if several or len(resembling) == len(folders):
         flat = [name for name in resembling if split_of(name)]
-        reason = f" {_listed(flat)} hold images and no class folders." if flat else ""
+        reason = f" {listed(flat)} hold images and no class folders." if flat else ""
         raise DataError(
-            f"data.path: the folders of {here} look like splits: {_listed(sorted(folders))}.{reason} Name them train, "
+            f"data.path: the folders of {here} look like splits: {listed(sorted(folders))}.{reason} Name them train, "
             "val and test, with one folder a class in each."
         )
     for name, images in sorted(folders.items()):
@@ -257,7 +258,7 @@ def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> N
         means = [split_of(folder) for folder in inside]
         if inside and (None not in means or len({*means} - {None}) > 1):
             raise DataError(
-                f"data.path: {here} has splits in {name}: {_listed(sorted(inside))}. Splits must be the outer folders, "
+                f"data.path: {here} has splits in {name}: {listed(sorted(inside))}. Splits must be the outer folders, "
                 f"<split>/<class>; or give one data set, as {here / name}."
             )
 
@@ -270,8 +271,3 @@ def _resembled_split(name: str) -> str | None:
 
 def _torchvision_order(parts: Parts) -> tuple[str, str]:
     return os.sep.join(parts[:-1]), parts[-1]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from datamodules.errors import DataError
 from datamodules.findings import Findings, SkippedRow
 from datamodules.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
-from datamodules.labels import Labels, parse_labels
+from datamodules.labels import Labels, missing_label, parse_labels
 from datamodules.splits import SPLITS
 from datamodules.tables import Table, open_table, unread_files
 
@@ -241,9 +241,7 @@ def open_split(
     found = open_table(path, SPLITS[split])
     if found is None:
         return None
-    if unread := unread_files(path, [name for names in SPLITS.values() for name in names]):
-        more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
-        findings.add(f"not read, since no split is called so: {', '.join(unread[:3])}{more}")
+    findings.add_unread(unread_files(path, [name for names in SPLITS.values() for name in names]))
     return _from_table(found, image_column, label_column, findings, skip_label)
 
 
@@ -291,11 +289,7 @@ def _from_table(
     if not labels.class_names:
         raise DataError(f"data.label_column: {label} in {where} must hold whole numbers or names, not decimal numbers.")
     if labels.bad and not findings.skip_bad_rows:
-        row, reason = next(iter(labels.bad.items()))
-        raise DataError(
-            f"data.label_column: {label} in {where} {reason} in row {row}; {len(labels.bad):,} of {len(data):,} labels "
-            "cannot be used. Fix or drop those rows, or leave them out with data.skip_label or data.skip_bad_rows."
-        )
+        raise missing_label(labels, label)
     for note in (*table.notes, *labels.notes):
         findings.add(note)
     names, reader = _RowNames(where, len(data)), _ColumnReader(encoded, image)

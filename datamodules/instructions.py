@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -26,7 +25,7 @@ from datamodules.errors import DataError
 from datamodules.packing import IGNORED, PackedDataset, PadPacks, PadSequences
 from datamodules.tables import Table, check_texts
 from datamodules.text import BadRow, TextData
-from datamodules.tokens import TokenDataset, tokenized, tokenizer_state
+from datamodules.tokens import TokenDataset, lengths_of, tokenized, tokenizer_state
 
 _log = logging.getLogger(__name__)
 Template = Literal["alpaca", "chat"]
@@ -134,7 +133,7 @@ class InstructionData(TextData):
         self.system_prompt, self.end_mark, self.empty_responses = system_prompt, end_mark, empty_responses
 
     def before_splits(self) -> None:
-        """See that the model has positions for the length."""
+        """Check that the model has positions for the length."""
         self.check_length("max_length", self.max_length)
 
     @property
@@ -177,7 +176,7 @@ class InstructionData(TextData):
             kept = self.without_bad(split, table, rows, refused)
             tokens = tokens.select([i for i, row in enumerate(rows.tolist()) if row not in refused])
             rows = kept
-        self.say_cut(tokens, table, "length", self.max_length)
+        self.warn_of_cut_rows(tokens, table, self.max_length)
         if split == "train":
             self.findings.add(f"columns: conversations of {', '.join(columns.names())}, template {self.template}")
         return TokenDataset(tokens)
@@ -281,7 +280,7 @@ class InstructionData(TextData):
         learnt: bool,
     ) -> dict[int, BadRow]:
         """The rows that the template refused, which have no tokens, with its reason."""
-        empty = torch.tensor(tokens.with_format("numpy", columns=["length"])["length"][:]) == 0
+        empty = lengths_of(tokens) == 0
         if not empty.any():
             return {}
         refused = {}
@@ -385,7 +384,7 @@ def _encoded(
 
 
 def _is_empty(table: Table, column: str) -> bool:
-    """Whether no row has a value; the libraries that read text then take the column for one of another type."""
+    """Return True if no row has a value; the libraries that read text then take the column for one of another type."""
     rows = table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000)
     return all(batch[column].null_count == len(batch) for batch in rows)
 

@@ -69,31 +69,15 @@ class Labels:
         return torch.tensor([*(places.get(name, UNKNOWN) for name in self.class_names), UNKNOWN])[self.values]
 
 
-def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None = None) -> Labels:
-    """Labels of a column that has one in each row.
-
-    Args:
-        table: The rows.
-        column: As for `parse_labels`, as `class_names`.
-        class_names: Names by label.
-
-    Raises:
-        DataError: As `parse_labels` does, and for the first row without a label.
-    """
-    labels = parse_labels(table, column, class_names)
-    for row in labels.bad:
-        raise missing_label(labels, column, row)
-    return labels
-
-
-def missing_label(labels: Labels, column: str, row: int) -> DataError:
-    """Return the error of a row that has no label."""
+def missing_label(labels: Labels, column: str) -> DataError:
+    """Return the error of the first row that has no label."""
+    row, reason = next(iter(labels.bad.items()))
     count = f"{len(labels.bad):,} of {len(labels.values):,} labels cannot be used"
-    skip = ", or leave them out with data.skip_label: -1" if labels.bad[row].startswith("is -1,") else ""
-    value, comma, limits = labels.bad[row].partition(",")
+    skip = " or data.skip_label: -1" if reason.startswith("is -1,") else ""
+    value, comma, limits = reason.partition(",")
     return DataError(
         f"data.label_column: {column} in {labels.where} {value} in row {row}{comma}{limits}; {count}. "
-        f"Fix or drop those rows{skip}."
+        f"Fix or drop those rows, or leave them out with data.skip_bad_rows{skip}."
     )
 
 
@@ -197,16 +181,16 @@ def _typed(cells: Any) -> Any:
 
     trimmed = pc.utf8_trim_whitespace(cells)
     digits = pc.match_substring_regex(trimmed, r"^[+-]?\d+$").fill_null(True)
-    kinds = (pa.int64(),) if pc.all(digits).as_py() else (pa.float64(),)  # digits of more than 64 bits stay names
-    for kind in kinds:
-        try:
-            numbers = trimmed.cast(kind)
-        except pa.ArrowInvalid:
-            continue
+    kind = pa.int64() if pc.all(digits).as_py() else pa.float64()  # digits of more than 64 bits stay names
+    try:
+        numbers = trimmed.cast(kind)
+    except pa.ArrowInvalid:
+        pass
+    else:
         if kind == pa.int64() or bool(np.isfinite(numbers.to_numpy(zero_copy_only=False).astype(float)).any()):
             return numbers
-    found = _booleans(cells)
-    return cells if found is None else found
+    booleans = _booleans(cells)
+    return cells if booleans is None else booleans
 
 
 def _booleans(cells: Any) -> Any:

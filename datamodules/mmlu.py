@@ -137,7 +137,7 @@ class MMLUData(TextData):
         super().setup(stage)
 
     def before_splits(self) -> None:
-        """See that the model has positions for the longest prompts."""
+        """Check that the model has positions for the longest prompts."""
         if self.max_length is not None:
             self.check_length("max_length", self.max_length)
 
@@ -200,10 +200,10 @@ class MMLUData(TextData):
             groups.setdefault(of_row[row], []).append(row)
         shots = self._shots(table, list(groups))
         fitted: dict[str, tuple[SharedPrompts, int]] = {}
-        with Console(stderr=True).status(escape(f"Tokenising the prompts of {table.where}")):
+        with Console(stderr=True).status(escape(f"Tokenising the prompts of {table.where!r}")):
             for subject, members in groups.items():
                 fitted[subject] = self._fitted(subject, [asked[row].prompt() for row in members], shots[subject])
-        self._say_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})
+        self._warn_of_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})
         names = sorted(groups, key=lambda subject: -fitted[subject][0].longest)  # shows at once whether it fits
         first = names[0]
         prompt = header(first) + "".join(shots[first][: fitted[first][1]]) + asked[groups[first][0]].prompt()
@@ -249,13 +249,13 @@ class MMLUData(TextData):
             elif not (_are_texts(choices[row]) and len(choices[row]) == size and 2 <= size <= len(LETTERS)):
                 bad[row] = BadRow(
                     "choices_column",
-                    f"has {_short(choices[row])} in column {self.choices_column}, which must hold lists of 2 to 26 "
+                    f"has {choices[row]!r:.80} in column {self.choices_column}, which must hold lists of 2 to 26 "
                     "texts, as many in each row",
                 )
             elif answer is None and (answered or answers[row] not in HIDDEN):
                 bad[row] = BadRow(
                     "answer_column",
-                    f"has {_short(answers[row])} in column {self.answer_column}, which must hold indices from 0 to "
+                    f"has {answers[row]!r:.80} in column {self.answer_column}, which must hold indices from 0 to "
                     f"{size - 1} or letters from A to {LETTERS[size - 1]}",
                 )
             else:
@@ -270,12 +270,12 @@ class MMLUData(TextData):
         """
         if self.shots == 0:
             return {subject: [] for subject in subjects}
-        mend = "name another split, or ask for fewer with data.shots"
+        advice = "name another split, or ask for fewer with data.shots"
         table = self._table((self.shots_split,))
         if table is None:
-            raise DataError(f"data.shots_split: {self.path} has no {self.shots_split} split for the shots; {mend}.")
+            raise DataError(f"data.shots_split: {self.path} has no {self.shots_split} split for the shots; {advice}.")
         if table.where == asked.where:
-            raise DataError(f"data.shots_split: the shots of {table.where} are among the questions to ask; {mend}.")
+            raise DataError(f"data.shots_split: the shots of {table.where} are among the questions to ask; {advice}.")
         examples: dict[str, list[str]] = {subject: [] for subject in subjects}
         of_row = self._subjects_of(table)
         rows = torch.tensor([row for row, subject in enumerate(of_row) if subject in examples])
@@ -287,7 +287,8 @@ class MMLUData(TextData):
         for subject, texts in examples.items():
             if len(texts) < self.shots:
                 raise DataError(
-                    f"data.shots: {table.where} has {len(texts)} questions of {subject} for {self.shots} shots; {mend}."
+                    f"data.shots: {table.where} has {len(texts)} questions of {subject} for {self.shots} shots; "
+                    f"{advice}."
                 )
         return examples
 
@@ -325,15 +326,13 @@ class MMLUData(TextData):
             if length > self._limit
         }
 
-    def _say_fewer_shots(self, table: Table, counts: dict[str, int]) -> None:
+    def _warn_of_fewer_shots(self, table: Table, counts: dict[str, int]) -> None:
         fewer = [f"{subject} {count}" for subject, count in sorted(counts.items()) if count < self.shots]
-        assert self.trainer is not None
-        if fewer and self.trainer.is_global_zero:
-            text = (
+        if fewer:
+            _log.warning(
                 f"{len(fewer)} of {len(counts)} subjects of {table.where} take fewer than {self.shots} shots to fit "
                 f"{self._limit} tokens: {', '.join(fewer)}."
             )
-            _log.warning(text)
 
     def _letters(self, prompt: str, size: int) -> Tensor:
         """Tokens of the letters behind a prompt, (size,) int64.
@@ -396,8 +395,3 @@ class MMLUData(TextData):
 
 def _are_texts(cell: Any) -> bool:
     return isinstance(cell, list) and all(isinstance(text, str) for text in cell)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -158,7 +158,7 @@ def hidden_states(
             raise DataError(f"data.cache_prefix: {path} could not be written ({error.reason}); {REMEDY}.") from error
     with path.open("rb") as file:
         (tokens, _), _, dtype = _read_header(file)
-    if done and trainer.is_global_zero:
+    if done:
         _log.info(f"The frozen prefix's output for {size:,} rows of {where} is read from {path}.")
     if lengths is None:
         lengths = torch.full((size,), tokens // size)
@@ -203,7 +203,7 @@ def _fill(
 
 
 def _check_padding(batch: dict[str, Any]) -> None:
-    """See that padding, if there is any, is behind the tokens: rows are kept, and put in, from the first on."""
+    """Check that padding is behind the tokens: rows are kept, and put in, from the first token on."""
     mask = batch.get("attention_mask")
     if mask is not None and not (mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
         raise DataError(

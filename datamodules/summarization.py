@@ -120,7 +120,7 @@ class SummarizationData(TextData):
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 
     def before_splits(self) -> None:
-        """See that the model has positions for the lengths."""
+        """Check that the model has positions for the lengths."""
         self.check_length("max_source_length", self.max_source_length)
         self.check_length("max_target_length", self.max_target_length)
 
@@ -166,7 +166,7 @@ class SummarizationData(TextData):
 
         key = {"tokenizer": tokenizer_state(tokenizer), "prefix": prefix, "lengths": [most_source, most_target]}
         tokens = tokenized(table, columns, encode, key)
-        self.say_cut(tokens, table, "length", most_source)
+        self.warn_of_cut_rows(tokens, table, most_source)
         return tokens
 
     def collate(self) -> Collate:

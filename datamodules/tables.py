@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, first_line
+from datamodules.findings import listed
 from datamodules.splits import is_helper, is_spelling, split_of
 
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets
 
 ROWS = ("data", "rows", "examples", "records")  # keys of a JSON object that holds a list of rows
-LISTED = 10  # files that a message names
 OVERFLOW = "__index_level_0__"  # where pandas puts the first cell of rows that are longer than the header
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the cells of files are read.
+    """Options for reading the cells of files.
 
     Args:
         encoding: Encoding of CSV, TSV and JSONL, by its name in Python.
@@ -51,7 +51,7 @@ class Reading:
             "".encode(self.encoding)  # `codecs.lookup` knows rot13 and base64 too, which are not of text
         except (LookupError, ValueError) as error:
             raise DataError(
-                f"data.encoding: {self.encoding!r} is no encoding that Python knows. Use utf-8, utf-16 or cp1252, say."
+                f"data.encoding: {self.encoding!r} is no encoding of Python. Use utf-8, utf-16 or cp1252, for example."
             ) from error
 
     @property
@@ -181,7 +181,11 @@ def open_table(
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise DataError(f"data.path: {path} is not here; give a directory, a file or a data set's name on the hub.")
         return _from_hub(path, splits, config, revision)
-    folder = _configured(folder, config)
+    return _from_folder(_configured(folder, config), splits, config, reading)
+
+
+def _from_folder(folder: Path, splits: Sequence[str], config: str | None, reading: Reading) -> Table | None:
+    """Open the files of a folder whose names, or whose folders' names, are spellings of a split."""
     every = tables_below(folder)
     spelt = [(name, file) for file in every if (name := _split_name(file, folder, splits))]
     if spelt:
@@ -199,11 +203,10 @@ def open_table(
             table = replace(table, notes=(*table.notes, f"{splits[0]}: {first[0].name} is read, and {left} is not"))
         return table
     if "train" in splits:
-        shown = ", ".join(str(file.relative_to(folder)) for file in every[:LISTED]) or "no file of a table"
-        more = f" and {len(every) - LISTED:,} more" if len(every) > LISTED else ""
+        shown = listed([str(file.relative_to(folder)) for file in every]) or "no file of a table"
         raise DataError(
             f"data.path: {folder} holds no file of training rows, such as train.parquet, train.csv, train.jsonl, "
-            f"train-*.parquet or train/*.parquet. It holds {shown}{more}. Rename the files, or give one as data.path."
+            f"train-*.parquet or train/*.parquet. It holds {shown}. Rename the files, or give one as data.path."
         )
     return None
 
@@ -305,25 +308,22 @@ def blank_rows(table: Table, column: str) -> set[int]:
     """Return the rows in which a column of text is empty, or holds spaces alone."""
     import pyarrow.compute as pc
 
-    blank: set[int] = set()
-    first = 0
-    for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        cells = rows[column]
-        empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), ""), True)
-        blank.update(first + int(i) for i in empty.to_numpy().nonzero()[0])
-        first += len(rows)
-    return blank
+    return _rows_where(table, column, lambda cells: pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), ""), True))
 
 
 def null_rows(table: Table, column: str) -> set[int]:
     """Return the rows in which a column has no value."""
-    null: set[int] = set()
+    return _rows_where(table, column, lambda cells: cells.is_null())
+
+
+def _rows_where(table: Table, column: str, test: Callable[[Any], Any]) -> set[int]:
+    """Return the rows whose cells pass a test of an arrow array, which gives booleans."""
+    found: set[int] = set()
     first = 0
     for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        if rows[column].null_count:
-            null.update(first + int(i) for i in rows[column].is_null().to_numpy().nonzero()[0])
+        found.update(first + int(i) for i in test(rows[column]).to_numpy().nonzero()[0])
         first += len(rows)
-    return null
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -364,17 +364,17 @@ def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config:
 
 
 def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
-    names = [str(f) for f in files]
+    first = str(files[0])
     kind = kind_of(files[0])
     if kind is None:
-        raise DataError(f"data.{key}: {files[0]} must be one of {', '.join(READERS)}.")
+        raise DataError(f"data.{key}: {first} must be one of {', '.join(READERS)}.")
     if gone := [f for f in files if not f.is_file()]:
         raise DataError(f"data.{key}: {gone[0]} is no file, or a link to one that is not there.")
     if empty := [f for f in files if f.stat().st_size == 0]:
         raise DataError(f"data.{key}: {empty[0]} is an empty file.")
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log of an error, the error says
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error has the text that it would log
     notes: list[str] = []
     try:
         if kind in PACKED:
@@ -386,44 +386,50 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
                 rows.validate(full=True)
         if kind == ".json" and len(data) == 1 and (field := _only_list(data[0])):
             data = datasets.Dataset.from_json(_patterns(files), field=field, encoding=reading.encoding)
-            notes.append(f"the rows of {names[0]} are those of its key {field}")
+            notes.append(f"the rows of {first} are those of its key {field}")
     except DataError:
         raise
     except Exception as error:  # truncated, another format, columns of mixed types; the library raises many kinds
-        if "corresponds to no data" in str(error):
-            raise DataError(f"data.{key}: {names[0]} has no rows.") from error
-        cause: BaseException = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
-            raise DataError(
-                f"data.{key}: {names[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} "
-                f"({cause}); free some space, or set HF_DATASETS_CACHE to another folder."
-            ) from error
-        if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # a damaged .gz
-            for file in files:
-                _check_text_file(file, kind, reading, key)
-        reason = str(cause).strip().splitlines()
-        advice = _quoting_advice(str(cause)) or "It may be damaged, or a column may hold values of several types."
-        raise DataError(
-            f"data.{key}: {', '.join(names)} cannot be read as {kind[1:]} ({reason[0] if reason else repr(cause)}). "
-            f"{advice}"
-        ) from error
+        raise _reading_error(error, files, kind, reading, key) from error
     if kind in (".csv", ".tsv"):
         _check_header(files[0], kind, reading, key)
     if OVERFLOW in data.column_names:
         raise DataError(
-            f"data.{key}: rows of {names[0]} have more cells than its first line has names. Name each column "
+            f"data.{key}: rows of {first} have more cells than its first line has names. Name each column "
             "in the first line, and put cells that hold a comma in quotes."
         )
     if kind == ".tsv":
-        notes += _joined_rows(data, reading.as_written, names[0])
-    if len(files) > 1:
-        source = f"{names[0]} and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}"
-    else:
-        source = names[0]
+        notes += _joined_rows(data, reading.as_written, first)
+    others = f" and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}" if len(files) > 1 else ""
     as_written = (
         frozenset(reading.as_written) & frozenset(data.column_names) if kind in (".csv", ".tsv") else frozenset()
     )
-    return Table(data, names[0], source, tuple(notes), as_written)
+    return Table(data, first, f"{first}{others}", tuple(notes), as_written)
+
+
+def _reading_error(error: Exception, files: list[Path], kind: str, reading: Reading, key: str) -> DataError:
+    """Return the error for files that the library cannot read.
+
+    Raises:
+        DataError: With the line, if one of another encoding, or one that is no JSON, is found.
+    """
+    import datasets
+
+    if "corresponds to no data" in str(error):
+        return DataError(f"data.{key}: {files[0]} has no rows.")
+    cause: BaseException = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
+        return DataError(
+            f"data.{key}: {files[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} ({cause}); "
+            "free some space, or set HF_DATASETS_CACHE to another folder."
+        )
+    if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # a damaged .gz
+        for file in files:
+            _check_text_file(file, kind, reading, key)
+    advice = _quoting_advice(str(cause)) or "It may be damaged, or a column may hold values of several types."
+    return DataError(
+        f"data.{key}: {', '.join(map(str, files))} cannot be read as {kind[1:]} ({first_line(cause)}). {advice}"
+    )
 
 
 def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
@@ -545,11 +551,10 @@ def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: st
             return None
         data = datasets.load_dataset(name, config, split=found[0], revision=revision)
     except Exception as error:  # whatever a network or a repository can raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"data.path: {name} is no directory here, and from the hub it could not be had ({reason}). Without a "
-            "connection the data and the model each take a local path: --data.path DIRECTORY and --model.weights "
-            "FILE.safetensors for images, --model.backbone DIRECTORY for text."
+            f"data.path: {name} is no directory here, and from the hub it could not be had ({first_line(error)}). "
+            "Without a connection the data and the model each take a local path: --data.path DIRECTORY and "
+            "--model.weights FILE.safetensors for images, --model.backbone DIRECTORY for text."
         ) from error
     where = f"{name}/{config}/{found[0]}" if config else f"{name}/{found[0]}"
     notes = [f"{found[0]} of {name} is read, and {', '.join(found[1:])} is not"] if len(found) > 1 else []

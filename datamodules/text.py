@@ -1,4 +1,4 @@
-"""What data modules of texts share: splits of tables, limits of length, loaders over length buckets."""
+"""Parts that data modules of texts share: splits of tables, limits of length, loaders over length buckets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from datamodules.errors import DataError
 from datamodules.findings import SkippedRow
 from datamodules.splits import SPLITS, check_splits, choose_rows
 from datamodules.tables import Reading, Table, open_file, open_table, unread_files
-from datamodules.tokens import TokenDataset
+from datamodules.tokens import TokenDataset, lengths_of
 
 _log = logging.getLogger(__name__)
 Padding = Literal["longest", "max_length"]
@@ -53,7 +53,7 @@ class NumberedRows(TokenDataset):
 
 
 class TextData(ResumableDataModule):
-    """What data modules of texts share: splits of tables, limits of length, loaders over length buckets.
+    """Parts that data modules of texts share: splits of tables, limits of length, loaders over length buckets.
 
     A task has `build`, which makes a data set of a table's rows, `collate`, and `text_columns`.
 
@@ -129,12 +129,10 @@ class TextData(ResumableDataModule):
                     sets = self.sets(split)
                     self.set_names[split] = list(sets)
                     self.splits[split] = [self._chosen(split, name, *which) for name, which in sets.items()]
-            if unread := unread_files(self.path, self._names_read(), self.config):
-                more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
-                self.findings.add(f"not read, since no split is called so: {', '.join(unread[:3])}{more}")
+            self.findings.add_unread(unread_files(self.path, self._names_read(), self.config))
 
     def before_splits(self) -> None:
-        """What a task checks and learns before its first split is read."""
+        """Check keys and learn classes before the first split is read; a task overrides this."""
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
         """A data set of some rows of a table, with their targets unless they are to be predicted.
@@ -312,14 +310,10 @@ class TextData(ResumableDataModule):
             raise DataError(f"{type(self).__name__} needs a model that has a tokenizer, such as TextClassifier.")
         return tokenizer
 
-    def say_cut(self, tokens: datasets.Dataset, table: Table, column: str, limit: int) -> None:
-        """Say how many rows reach their limit of tokens."""
-        assert self.trainer is not None
-        lengths = tokens.with_format("numpy", columns=[column])[column][:]
-        cut = int((lengths >= limit).sum())
-        if cut and self.trainer.is_global_zero:
-            text = f"{cut:,} of {len(lengths):,} rows of {table.where} reach {limit} tokens and may be cut."
-            _log.warning(text)
+    def warn_of_cut_rows(self, tokens: datasets.Dataset, table: Table, limit: int) -> None:
+        """Warn if rows reach their limit of tokens."""
+        if cut := int((lengths_of(tokens) >= limit).sum()):
+            _log.warning(f"{cut:,} of {len(tokens):,} rows of {table.where} reach {limit} tokens and may be cut.")
 
     def check_length(self, key: str, length: int) -> None:
         """Refuse more tokens than the model has positions for.
@@ -335,7 +329,7 @@ class TextData(ResumableDataModule):
             )
 
     def collate(self) -> Collate:
-        """What makes a padded batch of rows; it must do without the trainer, for workers that do not fork."""
+        """Return the function that makes a padded batch; it works without the trainer, for workers that do not fork."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------- loaders
@@ -347,7 +341,7 @@ class TextData(ResumableDataModule):
         ]
 
     def collated(self, name: str, rows: TokenDataset, collate: Collate | None = None) -> Collate:
-        """What makes a batch of rows, with the kept output of the frozen prefix if there is to be one.
+        """Return the function that makes a batch, with the kept output of the frozen prefix if there is to be one.
 
         Args:
             name: Of the split, for messages.

@@ -18,7 +18,7 @@ from rich.markup import escape
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.atomic import WriteError
+from datamodules.atomic import Digest, WriteError
 from datamodules.batching import Draw
 from datamodules.cache_files import cache_folder, is_intact, write_cache
 from datamodules.errors import DataError
@@ -47,8 +47,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         self.data = data
         self.targets = dict(targets or {})
         self.texts = texts
-        # the one column that is read into memory: 4 bytes a row
-        self.lengths = torch.from_numpy(data.with_format("numpy", columns=["length"])["length"][:]).to(torch.int32)
+        self.lengths = lengths_of(data)
         self.columns = [name for name in data.column_names if name != "length"]
         self.tokens = data.select_columns(self.columns)
 
@@ -58,19 +57,15 @@ class TokenDataset(Dataset[dict[str, Any]]):
     def digest(self) -> str:
         """Hash of the tokens of all rows, without what is to be learnt of them."""
         digest = hashlib.sha256()
-        tokens = self.tokens.select_columns([name for name in self.columns if name != "labels"])
-        for rows in tokens.with_format("arrow").iter(batch_size=10_000):
-            for batch in rows.combine_chunks().to_batches():
-                digest.update(batch.serialize())
+        _add_rows(digest, self.tokens.select_columns([name for name in self.columns if name != "labels"]))
         return digest.hexdigest()
 
     def rows_digest(self) -> str:
         """Return a digest of the rows as the model gets them: tokens, targets and texts, in their order."""
         digest = xxhash.xxh3_128()
-        for columns in (self.tokens, self.texts):
-            for rows in () if columns is None else columns.with_format("arrow").iter(batch_size=10_000):
-                for batch in rows.combine_chunks().to_batches():
-                    digest.update(batch.serialize())
+        _add_rows(digest, self.tokens)
+        if self.texts is not None:
+            _add_rows(digest, self.texts)
         for name, values in sorted(self.targets.items()):
             digest.update(name.encode() + values.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -110,13 +105,11 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
     texts = table.data.select_columns(list(columns))
     made_by = [FORMAT, datasets.__version__, version("tokenizers"), version("transformers")]
     digest = hashlib.sha256(json.dumps([dict(key), list(columns), made_by], sort_keys=True).encode())
-    for rows in texts.with_format("arrow").iter(batch_size=10_000):
-        for batch in rows.combine_chunks().to_batches():
-            digest.update(batch.serialize())
+    _add_rows(digest, texts)
     name = digest.hexdigest()[:40]
     cache = cache_folder() / f"{name}.arrow"
     if not is_intact(cache):
-        with Console(stderr=True).status(escape(f"Tokenising {len(texts):,} rows of {table.where}")):
+        with Console(stderr=True).status(escape(f"Tokenising {len(texts):,} rows of {table.where!r}")):
             try:
                 with write_cache(cache) as file:
                     _write_tokens(texts, encode, file)
@@ -126,6 +119,18 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
                     "space, or set HF_DATASETS_CACHE to another folder."
                 ) from error
     return datasets.Dataset.from_file(str(cache))
+
+
+def _add_rows(digest: Digest, data: datasets.Dataset) -> None:
+    """Add all rows of a table to a digest, in their order."""
+    for rows in data.with_format("arrow").iter(batch_size=10_000):
+        for batch in rows.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+
+
+def lengths_of(data: datasets.Dataset) -> Tensor:
+    """Return the column `length` of rows of tokens, (rows,) int32: the one column that is read into memory."""
+    return torch.from_numpy(data.with_format("numpy", columns=["length"])["length"][:]).to(torch.int32)
 
 
 def _write_tokens(texts: datasets.Dataset, encode: Encode, file: BinaryIO) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from datamodules.errors import first_line
 from modules.adapters.compact import FILE_NAME as COMPACT
 from modules.adapters.compact import is_compact, load_compact
 from modules.adapters.config import AdapterConfig, AdapterError
@@ -21,10 +22,11 @@ from modules.adapters.peft_format import WHERE, Heads
 from modules.adapters.peft_reading import from_peft
 from modules.adapters.state import frozen_fingerprint, state_problems
 
+_log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
-class Given(NamedTuple):
+class LoadedAdapter(NamedTuple):
     """An adapter that was read for a module.
 
     Args:
@@ -44,7 +46,7 @@ def read_adapter(
     own: AdapterConfig,
     exclude: Collection[str],
     homes: Mapping[str, Collection[str]],
-) -> Given:
+) -> LoadedAdapter:
     """Read an adapter for a backbone that has none yet.
 
     Args:
@@ -61,7 +63,7 @@ def read_adapter(
     if is_compact(folder):
         compact = load_compact(folder, backbone, exclude)
         if compact.fingerprint not in (None, frozen_fingerprint(backbone)):
-            rank_zero_warn(
+            _log.warning(
                 f"{WHERE}: {source} was trained over other frozen weights than this backbone's, or over the same in "
                 "another dtype; only over its own does it compute what it did."
             )
@@ -69,16 +71,16 @@ def read_adapter(
         # the SVD of every W would take long, and what it gives is in the file
         if config.train != own.train or {"svd", "svd_minor"} & {config.init_a, config.init_b}:
             config = replace(config, train=own.train, init_a="given", init_b="given")
-        return Given(config, compact.factors, compact.heads)
+        return LoadedAdapter(config, compact.factors, compact.heads)
     names = [name for of_head in homes.values() for name in of_head]
     content, tensors = _read_peft(folder)
     config, factors, wholes = from_peft(backbone, content, tensors, own, exclude, names)
     if str(content.get("init_lora_weights")).lower() == "mica" and own.train != "A":
-        rank_zero_warn(
+        _log.warning(
             f"{WHERE}: {source} is a MiCA adapter, of which PEFT freezes B and trains A, and model.adapter.train is "
             f"{own.train}. Set it to A to train what PEFT trains."
         )
-    return Given(config, factors, _at_home(wholes, homes))
+    return LoadedAdapter(config, factors, _rename_heads(wholes, homes))
 
 
 def write_peft_files(
@@ -112,10 +114,9 @@ def _located(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, COMPACT]))
     except Exception as error:  # whatever a network or a name can raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterError(
-            f"{WHERE}: {source} is no directory here, and from the hub it could not be had ({reason}). Give a "
-            f"directory with {CONFIG} and {WEIGHTS}."
+            f"{WHERE}: {source} is no directory here, and from the hub it could not be had ({first_line(error)}). "
+            f"Give a directory with {CONFIG} and {WEIGHTS}."
         ) from error
 
 
@@ -144,7 +145,7 @@ def _read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
 
 
-def _at_home(wholes: Heads, homes: Mapping[str, Collection[str]]) -> dict[str, Tensor]:
+def _rename_heads(wholes: Heads, homes: Mapping[str, Collection[str]]) -> dict[str, Tensor]:
     """Tensors of heads under the module's names; a head that has several homes must be the same in all."""
     found: dict[str, Tensor] = {}
     for head, names in homes.items():

@@ -1,4 +1,4 @@
-"""What every task shares: how a backbone is tuned, and which rates its parameters get; `checkpoints` has the rest."""
+"""Tuning of a backbone, and the learning rates of its parameters, for every task; `checkpoints` has the rest."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from modules.adapter_files import load_heads, read_adapter
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
 from modules.adapters.state import frozen_fingerprint
-from modules.blocks import layers_left_out
+from modules.blocks import layerdrop_rates
 from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
 from modules.errors import ModelError
 from modules.freezing import freeze
@@ -52,12 +51,13 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         adapter_path: Adapters to start from, and the head that lies with them: a directory as PEFT or `export` writes
             it, or a name on the hub. Of `adapter` then only `train` counts. A checkpoint holds what was loaded.
         backbone_dtype: Dtype of the frozen weights; factors and head stay float32. `full` needs float32.
-        learning_rate: Peak rate of A and, unless the ratios say otherwise, of everything else; above 0.
+        learning_rate: Peak learning rate of A and, unless the ratios say otherwise, of everything else; above 0.
         weight_decay: AdamW's decay of matrices; biases and norms have none.
-        schedule: Shape of the rate after the warm-up, by optimizer steps: `cosine` or `linear` to zero, or `constant`.
-        warmup_ratio: Share of all steps in which the rate climbs from zero, in [0, 1).
-        lr_ratio_b: Rate of B over `learning_rate` (LoRA+, Hayou et al. 2024).
-        lr_ratio_head: Rate of the head over `learning_rate`.
+        schedule: Shape of the learning rate after the warm-up, by optimizer steps: `cosine` or `linear` to zero, or
+            `constant`.
+        warmup_ratio: Share of all steps in which the learning rate climbs from zero, in [0, 1).
+        lr_ratio_b: Learning rate of B over `learning_rate` (LoRA+, Hayou et al. 2024).
+        lr_ratio_head: Learning rate of the head over `learning_rate`.
         shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the blocks' frozen weights
             instead of all; see `modules.sharding`.
         compile: Whether the backbone's blocks are compiled for training; see `modules.compilation`.
@@ -139,15 +139,16 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         if self.adapter_path is None:
             self.projections = attach(self.backbone, self.adapter, exclude=heads)
             return
-        given = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, self.head_homes())
+        names = self.peft_head_names()
+        given = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, names)
         self.adapter, self._given_heads = given.config, given.heads
         self.projections = attach(self.backbone, self.adapter, exclude=heads)
         load_adapter_state(self.backbone, given.factors)
         self.hparams.update(adapter=self.adapter, adapter_path=None)
-        if missing := [head for head in self.head_homes() if not any(n.startswith(f"{head}.") for n in given.heads)]:
-            rank_zero_warn(f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}, which starts anew.")
+        if missing := [head for head in names if not any(n.startswith(f"{head}.") for n in given.heads)]:
+            _log.warning(f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}, which starts anew.")
 
-    def head_homes(self) -> dict[str, tuple[str, ...]]:
+    def peft_head_names(self) -> dict[str, tuple[str, ...]]:
         """For each head its names in a complete model of the backbone's own library, which is what PEFT wraps."""
         return {name: (name.removeprefix("backbone."),) for name in self.head_names}
 
@@ -192,7 +193,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             self._compiled = True
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What keeps evaluation as it is written, if training is compiled."""
+        """Return the callback that evaluates without compilation, if training is compiled."""
         if not self.compiles:
             return []
         from modules.compilation import UncompiledEvaluation
@@ -207,7 +208,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def take_from_data(self, key: str) -> Any:
-        """What the data says of the task (`class_names`, `metrics`), unless the model knows it; a checkpoint keeps it.
+        """Return a property of the task (`class_names`, `metrics`) from the data, unless the model has it already.
 
         Raises:
             ModelError: If neither knows.
@@ -288,9 +289,9 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             self._range_test = RangeTest(optimizer, self.learning_rate, [group["lr"] for group in configured])
             return
         if self._range_test is not None:
-            found = self.learning_rate != self._range_test.base
-            how = "found by" if found else "as before, for there was no suggestion of"
-            _log.info(f"model.learning_rate: {self.learning_rate:g}, {how} LearningRateFinder.")
+            changed = self.learning_rate != self._range_test.base
+            origin = "found by" if changed else "as before, for there was no suggestion of"
+            _log.info(f"model.learning_rate: {self.learning_rate:g}, {origin} LearningRateFinder.")
             self._range_test.end()
             self._range_test = None
         # what is left decides where in the schedule this is: batches or processes may be others than before
@@ -315,11 +316,11 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             )
 
     def on_after_backward(self) -> None:
-        """At a run's first step, see that every trained factor lies on the way of the forward pass."""
+        """At a run's first step, check that every trained factor takes part in the forward pass."""
         if self._gradients_seen:
             return
         self._gradients_seen = True
-        if layers_left_out(self.backbone):  # a step says nothing of blocks that it left out
+        if layerdrop_rates(self.backbone):  # a step says nothing of blocks that it left out
             return
         idle = [
             f.projection.name

@@ -22,7 +22,7 @@ class Stack:
     blocks: list[nn.Module]
 
 
-def layers_left_out(backbone: nn.Module) -> dict[str, float]:
+def layerdrop_rates(backbone: nn.Module) -> dict[str, float]:
     """Keys of a backbone's config.json by which it leaves out whole blocks at random in training, with their shares."""
     config = getattr(backbone, "config", None)
     shares = {key: getattr(config, key, 0.0) for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")}

@@ -35,7 +35,7 @@ class CheckpointedModule(L.LightningModule):
     frozen_digest: FrozenDigest  # of all of it
 
     def saved_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: every trained parameter, both factors of each adapter, heads, live buffers."""
+        """Return the tensors to save: every trained parameter, both factors of each adapter, heads, live buffers."""
         full = self.state_dict()
         keep = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         keep |= {f"backbone.{name}" for name in adapter_state(self.backbone)}
@@ -61,10 +61,10 @@ class CheckpointedModule(L.LightningModule):
         others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         copied = has_keys(others, full.keys() - saved.keys())
         if problems or copied:
-            found = "; ".join(problems) or "it adds the frozen backbone"
+            change = "; ".join(problems) or "it adds the frozen backbone"
             raise ModelError(
-                f"trainer.callbacks: a callback has changed the weights that a checkpoint holds ({found}); a run could "
-                "not be resumed from it. Remove the callback; for averaged weights use AdapterAveraging."
+                f"trainer.callbacks: a callback has changed the weights that a checkpoint holds ({change}); a run "
+                "could not be resumed from it. Remove the callback; for averaged weights use AdapterAveraging."
             )
         checkpoint["state_dict"] = {name: given[name] for name in saved}
         checkpoint["frozen_digest"] = self.frozen_digest.hexdigest()

@@ -2,4 +2,4 @@
 
 
 class ModelError(ValueError):
-    """A model that cannot be built, loaded or trained as asked; the message says how to mend it."""
+    """A model that cannot be built, loaded or trained as asked; the message says how to fix it."""

@@ -97,7 +97,7 @@ class ImageClassifier(AdaptedModule):
             self.head = self.build_head()
         self.load_given_heads()
 
-    def head_homes(self) -> dict[str, tuple[str, ...]]:
+    def peft_head_names(self) -> dict[str, tuple[str, ...]]:
         """Where timm has its classifier, or the two of a distilled model."""
         names = self.backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
         return {"head": (names,) if isinstance(names, str) else tuple(names)}

@@ -1,4 +1,4 @@
-"""Parameter groups and the schedule of their rates."""
+"""Parameter groups and the schedule of their learning rates."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def parameter_groups(
         backbone: With adapters or without.
         head: Parameters of the task's heads by name, which may lie inside the backbone.
         tuning: `adapter`, `head` or `full`.
-        learning_rate: Base rate.
+        learning_rate: Base learning rate.
         weight_decay: Decay of matrices; vectors, biases, position embeddings and class tokens have none.
-        lr_ratio_b: Rate of B over the base rate.
-        lr_ratio_head: Rate of the head over the base rate.
+        lr_ratio_b: Learning rate of B over the base one.
+        lr_ratio_head: Learning rate of the head over the base one.
 
     Returns:
         Groups with `name`, `params`, `lr`, `initial_lr` and `weight_decay`; empty ones are left out.
@@ -67,7 +67,7 @@ def parameter_groups(
 
 
 def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -> Callable[[int], float]:
-    """The rate at an optimizer step over its peak: a linear climb, then the chosen descent.
+    """Return the learning rate at an optimizer step over its peak: a linear climb, then the chosen descent.
 
     Args:
         schedule: Shape after the warm-up; cosine and linear end at zero.

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modules.adapters import adapted_layers
 from modules.base import AdaptedModule, ModelError
-from modules.blocks import Stack, block_stacks, layers_left_out
+from modules.blocks import Stack, block_stacks, layerdrop_rates
 
 
 def shard_frozen_weights(module: AdaptedModule) -> FrozenShards | None:
@@ -143,7 +143,7 @@ def sharded_stacks(backbone: nn.Module) -> list[Stack]:
     Raises:
         ModelError: If there are none, or blocks that are left out at random.
     """
-    for key, share in layers_left_out(backbone).items():
+    for key, share in layerdrop_rates(backbone).items():
         raise ModelError(
             f"model.shard_frozen: with model.backbone_args.{key}: {share} the processes would leave out different "
             "blocks and wait for one another; set it to 0."

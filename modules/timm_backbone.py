@@ -16,6 +16,7 @@ from timm.models import load_state_dict, parse_model_name, resolve_model_input_a
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from datamodules.errors import first_line
 from modules.adapters.state import state_problems
 from modules.base import ModelError
 
@@ -113,7 +114,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     except Exception as error:  # no connection, no such directory, no config.json, or one that is damaged
         wanted = "Give config.json and model.safetensors, as timm.models.save_for_hf writes them."
         advice = "timm.list_models(pretrained=True) lists all." if source is None else wanted
-        raise ModelError(f"model.backbone: {name} cannot be read ({_first_line(error)}). {advice}") from error
+        raise ModelError(f"model.backbone: {name} cannot be read ({first_line(error)}). {advice}") from error
     config: dict[str, Any] = resolved["pretrained_cfg"]
     channels = (config.get("input_size") or (3,))[0]
     if channels != 3:
@@ -121,16 +122,12 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     return resolved["model_name"], config
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _download(name: str, args: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights that belong to a name, at the size that they were trained at; code in them is never run."""
     try:
         source = timm.create_model(name, pretrained=True, num_classes=0, **args)
     except Exception as error:  # whatever a network, a file or its tensors can raise
-        reason, place = _first_line(error), parse_model_name(name)[0]
+        reason, place = first_line(error), parse_model_name(name)[0]
         if place == "local-dir":
             message = (
                 f"model.weights: the weights in {name} are damaged, missing or hold code ({reason.split('. ')[0]})."
@@ -152,7 +149,7 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = load_state_dict(path, device="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or a pickle with code in it
-        reason = _first_line(error)
+        reason = first_line(error)
         if "weights_only" in reason:  # timm advises to load the file with its code
             reason = "it holds Python objects that are not tensors or plain values, and loading them could run code"
         kind = "safetensors" if isinstance(error, SafetensorError) else "weights-only PyTorch"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from datamodules.errors import first_line
 from modules.base import ModelError
 from modules.gguf import (
     check_positions,
@@ -91,7 +92,7 @@ def build_transformers_model(
         model, absent = load(torch.float32 if trains_heads and weights == "none" else dtype)
     except Exception as error:  # whatever a network, a file or a constructor can raise
         raise ModelError(
-            f"model.weights: those of {name} could not be loaded ({_first_line(error)}). Without a connection "
+            f"model.weights: those of {name} could not be loaded ({first_line(error)}). Without a connection "
             "--model.backbone takes a local directory with config.json and model.safetensors."
         ) from error
     heads = [child for child, m in model.named_children() if child != model.base_model_prefix and _is_own(model, m)]
@@ -123,23 +124,23 @@ def load_tokenizer(
         ModelError: If there is none, it cannot pad, or it has more tokens than the model has embeddings.
     """
     folder, more = located(name)
-    mend = "put tokenizer.json and tokenizer_config.json beside config.json"
+    advice = "put tokenizer.json and tokenizer_config.json beside config.json"
     if is_gguf(name):
-        mend = "take a directory in the hub's layout instead"
+        advice = "take a directory in the hub's layout instead"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:  # whatever a network or a file can raise
         raise ModelError(
-            f"model.backbone: {name} has no tokenizer that could be loaded ({_first_line(error)}); {mend}."
+            f"model.backbone: {name} has no tokenizer that could be loaded ({first_line(error)}); {advice}."
         ) from error
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     # names of files in an export
     if odd := [template for template in templates if not re.fullmatch(r"[\w.-]+", str(template))]:
-        raise ModelError(f"model.backbone: the tokenizer of {name} names a chat template {odd[0]!r}; {mend}.")
+        raise ModelError(f"model.backbone: the tokenizer of {name} names a chat template {odd[0]!r}; {advice}.")
     if is_gguf(name):
         forget_invented_tokens(tokenizer)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # made up for want of files
-        raise ModelError(f"model.backbone: the tokenizer of {name} has no vocabulary; {mend}.")
+        raise ModelError(f"model.backbone: the tokenizer of {name} has no vocabulary; {advice}.")
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(f"model.pad_token: {pad_token!r} is no token of {name}. Use {tokenizer.eos_token!r}, say.")
@@ -226,12 +227,12 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
     except Exception as error:  # whatever a network or a file can raise
         if Path(name).is_file():
             raise ModelError(
-                f"model.backbone: {name} cannot be read as GGUF ({_first_line(error)}): it is damaged, or of an "
+                f"model.backbone: {name} cannot be read as GGUF ({first_line(error)}): it is damaged, or of an "
                 "architecture that transformers does not read from GGUF."
             ) from error
         raise ModelError(
             f"model.backbone: {name} is no directory here, or a damaged one, and from the hub it could not be had "
-            f"({_first_line(error)}). Without a connection give a local directory in the hub's layout."
+            f"({first_line(error)}). Without a connection give a local directory in the hub's layout."
         ) from error
     known = {*config.to_dict(), *config.attribute_map, "num_labels"}
     if unknown := [key for key in args if key not in known]:
@@ -243,7 +244,7 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
         try:
             setattr(config, key, value)
         except Exception as error:  # the library checks the types of its configurations
-            raise ModelError(f"model.backbone_args: {key} cannot be {value!r} ({_first_line(error)}).") from error
+            raise ModelError(f"model.backbone_args: {key} cannot be {value!r} ({first_line(error)}).") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"model.backbone: the weights of {name} are quantised, and adapters need them as numbers; give the "
@@ -326,7 +327,3 @@ def _read(path: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"model.weights: {path} cannot be read as safetensors ({error}).") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

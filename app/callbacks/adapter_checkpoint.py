@@ -19,8 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
 from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
-from app.checkpoint_io import BEST, LAST, CheckpointError, fault, saved_step, structure_problem
-from app.run_directory import CHECKPOINTS
+from app.checkpoint_io import BEST, CHECKPOINTS, LAST, CheckpointError, fault, saved_step, structure_problem
 from datamodules.base import ResumableDataModule
 
 _log = logging.getLogger(__name__)
@@ -209,20 +208,20 @@ class AdapterCheckpoint(ModelCheckpoint):
         states = checkpoint.get("random_states", [])
         self._random_state = states[trainer.global_rank] if len(states) == trainer.world_size else None
         step = checkpoint.get("global_step", 0)
-        own = f"{Path(str(trainer.ckpt_path)).name} of step {step}"
-        first = trainer.strategy.broadcast(own)
-        if not trainer.strategy.reduce_boolean_decision(own == first):
-            other = "another one something else" if own == first else f"process {trainer.global_rank} {own}"
+        chosen = f"{Path(str(trainer.ckpt_path)).name} of step {step}"
+        first = trainer.strategy.broadcast(chosen)
+        if not trainer.strategy.reduce_boolean_decision(chosen == first):
+            other = "another one something else" if chosen == first else f"process {trainer.global_rank} {chosen}"
             raise CheckpointError(
-                f"ckpt_path: the processes do not see the same checkpoints: the first one took {first}, {other}. See "
-                "that they share the run directory, or name a file."
+                f"ckpt_path: the processes do not see the same checkpoints: the first one took {first}, {other}. Let "
+                "them share the run directory, or name a file."
             )
         problem = self._problem_of_best(step) if trainer.state.fn == "fit" and trainer.is_global_zero else None
         self._best_problem = trainer.strategy.broadcast(problem)
         before, now = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)
         if trainer.state.fn == TrainerFn.FITTING and before and now and before != now:
             others = trainer.world_size * trainer.accumulate_grad_batches
-            keeps = f": with the rates as they are, --data.batch_size {before // others} trains as before"
+            keeps = f": with the learning rates as they are, --data.batch_size {before // others} trains as before"
             known = "" if before % others else keeps
             _log.warning(f"The batch of a step is {now} samples now and was {before}{known}.")
 
@@ -234,16 +233,16 @@ class AdapterCheckpoint(ModelCheckpoint):
         if epochs.ready == epochs.processed:  # type: ignore[attr-defined]
             # with max_steps, Lightning would take the start of an epoch for the end of the one that is over
             trainer.fit_loop.epoch_loop.restarting = False
-        if (match := getattr(trainer.datamodule, "match_progress", None)) is not None:  # type: ignore[attr-defined]
-            match()
+        if isinstance(data := trainer.datamodule, ResumableDataModule):  # type: ignore[attr-defined]
+            data.match_progress()
 
     def _problem_of_best(self, step: int) -> str | None:
         """Why the best checkpoint on disk is not that of a run that goes on from a step; None if it may be."""
         best = Path(str(self.dirpath)) / BEST
         problem = fault(best)
-        found = saved_step(best) if problem is None else None
-        if found is not None and found > step:
-            return f"is of step {found}, ahead of {step}, from which the run goes on"
+        step_of_best = saved_step(best) if problem is None else None
+        if step_of_best is not None and step_of_best > step:
+            return f"is of step {step_of_best}, ahead of {step}, from which the run goes on"
         return problem
 
     def on_train_batch_start(
@@ -320,7 +319,7 @@ def _check_progress(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _repair_epoch_counts(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Have Lightning's counts of epochs agree with the position in the data, before they are restored.
+    """Correct Lightning's counts of epochs by the position in the data, before they are restored.
 
     - A checkpoint at an epoch's end is written before that epoch counts as completed.
     - Earlier versions counted the epoch in the checkpoint of a run that max_steps or a callback stopped in mid-epoch.
@@ -360,7 +359,7 @@ def _samples_a_step(trainer: L.Trainer) -> int:
 
 
 def _write_events(trainer: L.Trainer) -> None:
-    """Have TensorBoard write what it keeps for up to two minutes, or a killed run would be resumed with a gap."""
+    """Flush TensorBoard, which keeps events for up to two minutes, or a killed run would be resumed with a gap."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()

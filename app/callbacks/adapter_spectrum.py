@@ -24,7 +24,6 @@ from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
 FILE = "spectrum.parquet"
-_log = logging.getLogger(__name__)
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
 Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
 QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
@@ -77,8 +76,8 @@ class AdapterSpectrum(L.Callback):
         if trainer.global_step > 0 and path.is_file():
             epochs = trainer.fit_loop.epoch_progress.current
             # in mid-epoch the last spectrum may be of a stop, which a run that was never stopped would not have
-            behind = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
-            self._rows = [row for row in _read(path) if row["step"] < behind]
+            first_new = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
+            self._rows = [row for row in _read(path) if row["step"] < first_new]
             self._last_step = max((row["step"] for row in self._rows), default=-1)
             if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
                 self._measure(trainer, pl_module)
@@ -195,7 +194,7 @@ class AdapterSpectrum(L.Callback):
             board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")
 
     def _write(self, trainer: L.Trainer) -> None:
-        """Renew the file; written to a temporary name and renamed."""
+        """Renew the file."""
         if not trainer.is_global_zero or not self._rows:
             return
         start = time.perf_counter()

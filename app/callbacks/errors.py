@@ -2,4 +2,4 @@
 
 
 class CallbackError(ValueError):
-    """A callback asked for what it cannot do; the message says how to mend it."""
+    """A callback asked for what it cannot do; the message says how to fix it."""

@@ -24,11 +24,13 @@ from app.arguments import saved_configuration
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.console import escape_controls
 from app.evaluations import (
+    METRICS,
     Evaluation,
     add_evaluation,
     compare_configurations,
     drop_evaluations_after,
     metrics_of_split,
+    read_metrics,
 )
 from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
@@ -54,7 +56,7 @@ class RunSummary(L.Callback):
         self._validation: dict[str, Any] = {}  # the newest of a fit, which checkpoints keep
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have all processes agree on the run directory, which rank zero has made."""
+        """Broadcast the run directory, which rank zero has made."""
         trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -152,10 +154,9 @@ class RunSummary(L.Callback):
     @rank_zero_only
     def report(self, run_directory: Path) -> None:
         """Print the closing table and write metrics.json; figures of earlier commands stay unless they are outdated."""
-        path = run_directory / "metrics.json"
-        earlier = {k: v for k, v in _read_metrics(path).items() if k.partition("/")[0] not in self._outdated}
+        earlier = {k: v for k, v in read_metrics(run_directory).items() if k.partition("/")[0] not in self._outdated}
         merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
-        with atomic_write(path) as file:
+        with atomic_write(run_directory / METRICS) as file:
             file.write(f"{json.dumps(merged, indent=2)}\n".encode())
         if not self.values:  # a prediction has said what it wrote
             return
@@ -166,15 +167,6 @@ class RunSummary(L.Callback):
         console.print(table)
         where = escape_controls(str(run_directory))
         console.print(f"Look inside: tensorboard --logdir {where}", soft_wrap=True, markup=False)
-
-
-def _read_metrics(path: Path) -> dict[str, Any]:
-    """The figures of earlier commands; none if the file is not there or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_limited(trainer: L.Trainer, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a run was told, in its directory."""
+"""Configuration of a run, in the run directory."""
 
 from __future__ import annotations
 

@@ -13,8 +13,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from app.console import escape_controls
+from app.processes import is_first_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)
@@ -98,7 +100,7 @@ class Termination(L.Callback):
         return getattr(launcher, "procs", [])
 
     def lost_one(self) -> bool:
-        """Whether a process that this one started was killed or ended by a defect, and not by what a user can mend."""
+        """Return True if a process that this one started was killed or ended by a defect."""
         if launched := self._launched():
             time.sleep(0.5)  # its connections are closed a little before it has ended
         return any(process.poll() not in (None, 0, 2, *EXIT_CODES) for process in launched)
@@ -113,16 +115,16 @@ class Termination(L.Callback):
     def report(self) -> int:
         """Print that the signal came and where training goes on; return the exit code."""
         going_on = f"training goes on from {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"{self._signal.name}: stopped; {going_on}.", file=sys.stderr, flush=True)
+        if is_first_rank():
+            print(escape_controls(f"{self._signal.name}: stopped; {going_on}."), file=sys.stderr, flush=True)
         return 128 + self._signal
 
     def agreed(self, trainer: L.Trainer) -> bool:
-        """Whether any process was asked to stop; all of them must call it together."""
+        """Return True if any process was asked to stop; all of them must call it together."""
         return trainer.strategy.reduce_boolean_decision(self.requested, all=False)
 
     def stop(self, trainer: L.Trainer) -> None:
-        """Have Lightning leave the loop when it has logged the step: where it would for a signal of its own."""
+        """Make Lightning leave its loop when the step is logged, as after a signal to its own handler."""
         self.requested = self._stopping = True
         # only one process may have got it, and all are to say the same
         if trainer.strategy.reduce_boolean_decision(self._signal == signal.SIGINT, all=False):

@@ -19,14 +19,15 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from app.arguments import read_yaml, saved_configuration
-from app.checkpoint_io import CheckpointError, read_checkpoint
-from app.commands.loading import Loader, merged_timm_loader, merged_transformers_loader
+from app.arguments import saved_configuration
+from app.checkpoint_io import CheckpointError, read_checkpoint, run_of_checkpoint
+from app.commands.loading import Loader, is_timm, merged_timm_loader, merged_transformers_loader
 from app.commands.model_card import write_card
 from app.commands.peft import peft_content, write_peft
 from app.commands.timm_head import timm_model
 from app.console import escape_controls
-from app.run_directory import resolve_checkpoint, run_of_checkpoint
+from app.run_directory import resolve_checkpoint
+from app.yaml_files import read_yaml
 from datamodules.atomic import WriteError, atomic_directory
 from modules.adapters import adapter_state, detach
 from modules.adapters.compact import FILE_NAME as COMPACT
@@ -188,7 +189,7 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Loa
             backbone.float()  # before the merge, or that would round
         detach(backbone, merge_first=True)
         return _write_transformers(module, backbone.to(dtype), folder)
-    if hasattr(backbone, "pretrained_cfg"):
+    if is_timm(module):
         backbone.float()
         detach(backbone, merge_first=True)
         return _write_timm(cast("ImageClassifier", module), dtype, folder)

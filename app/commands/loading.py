@@ -13,6 +13,7 @@ from modules.base import AdaptedModule
 if TYPE_CHECKING:  # a run on text imports no timm
     from modules.image_classification import ImageClassifier
 
+LOCAL = "local-dir:"  # timm's prefix of a directory
 Loader = Callable[[str], str]  # the text that loads an export, given its directory
 
 AUTO_CLASSES = {  # by PEFT's name of the task
@@ -20,6 +21,11 @@ AUTO_CLASSES = {  # by PEFT's name of the task
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
 }
+
+
+def is_timm(module: AdaptedModule) -> bool:
+    """Return True if a module's backbone is timm's, and False for one of transformers."""
+    return hasattr(module.backbone, "pretrained_cfg")
 
 
 def merged_transformers_loader(model_class: str) -> Loader:
@@ -30,7 +36,7 @@ def merged_transformers_loader(model_class: str) -> Loader:
 def merged_timm_loader() -> Loader:
     """Return the loader of a directory that timm reads."""
     return lambda folder: _program(
-        ["timm"], f"model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True).eval()"
+        ["timm"], f"model = timm.create_model({f'{LOCAL}{folder}'!r}, pretrained=True).eval()"
     )
 
 
@@ -39,8 +45,7 @@ def peft_loader(module: AdaptedModule) -> Loader:
 
     A backbone with `weights: none` is drawn again from the run's seed, which must be the process's last.
     """
-    is_timm = hasattr(module.backbone, "pretrained_cfg")
-    imports, lines = _timm_base(cast("ImageClassifier", module)) if is_timm else _transformers_base(module)
+    imports, lines = _timm_base(cast("ImageClassifier", module)) if is_timm(module) else _transformers_base(module)
     return lambda folder: _program(
         ["peft", *imports], *lines, f"model = peft.PeftModel.from_pretrained(base, {folder!r})"
     )
@@ -66,8 +71,8 @@ class _Expression(str):
 
 def _absolute(name: str) -> str:
     """Return a local path from the root, also behind timm's `local-dir:`, and any other name as it is."""
-    prefix, path = ("local-dir:", name.removeprefix("local-dir:")) if name.startswith("local-dir:") else ("", name)
-    return prefix + os.path.abspath(path) if os.path.exists(path) else name
+    path = name.removeprefix(LOCAL)
+    return name.removesuffix(path) + os.path.abspath(path) if os.path.exists(path) else name
 
 
 # ----------------------------------------------------------------------------------------------------------------- timm

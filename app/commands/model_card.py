@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import string
@@ -15,7 +14,8 @@ import yaml
 
 from app.arguments import saved_configuration
 from app.checkpoint_io import read_checkpoint, run_of_checkpoint
-from app.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split
+from app.commands.loading import LOCAL, is_timm
+from app.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split, read_metrics
 from modules.base import AdaptedModule
 
 TASKS = {
@@ -28,7 +28,6 @@ SPLITS = {"val": "validation", "test": "test"}
 COSTS = ("params", "adapter", "time", "memory")  # groups of metrics.json that do not depend on data or checkpoint
 _log = logging.getLogger(__name__)
 MOST_LABELS = 30  # that a card lists
-LOCAL = "local-dir:"  # timm's prefix of a directory
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:/+% -]{1,200}")
 _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 
@@ -59,7 +58,7 @@ def write_card(
     data = saved.get("data", {}).get("init_args", {})
     metrics = _published_metrics(evaluations_of_checkpoint(content, run))
     limits = [f"data.{key} {n}" for split in SPLITS for key, n in _limits(data, split).items()]
-    library = "timm" if hasattr(module.backbone, "pretrained_cfg") else "transformers"
+    library = "timm" if is_timm(module) else "transformers"
     dataset = str(data.get("task") or _short(data.get("path") or "unknown"))
     facts = {
         "Base model": _short(model["backbone"]),
@@ -104,7 +103,7 @@ def _front_matter(
     dataset: str,
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What the hub reads; no license, since that is the base model's."""
+    """Return the front matter for the hub, without a license: that is the base model's."""
     from huggingface_hub import EvalResult, ModelCardData
 
     task = TASKS[module.kinds[0]]
@@ -158,14 +157,14 @@ def _with_patterns(value: float, patterns: Mapping[str, float]) -> str:
 
 def _published_metrics(evaluations: list[Evaluation]) -> dict[str, float]:
     """Return the newest metrics of each split, computed on whole splits of the data that the checkpoint has seen."""
-    own = {evaluation.split: evaluation.metrics for evaluation in evaluations if not evaluation.differences}
+    published = {evaluation.split: evaluation.metrics for evaluation in evaluations if not evaluation.differences}
     for evaluation in evaluations:
         if evaluation.differences:
             _log.info(
                 f"The card leaves out {evaluation.split} metrics that were computed with other values of "
                 f"{', '.join(evaluation.differences)} than the checkpoint's."
             )
-    return {key: value for split in SPLITS for key, value in own.get(split, {}).items()}
+    return {key: value for split in SPLITS for key, value in published.get(split, {}).items()}
 
 
 def _limits(data: Mapping[str, Any], split: str) -> dict[str, Any]:
@@ -176,12 +175,8 @@ def _limits(data: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 def _read_costs(run: Path | None) -> dict[str, float]:
     """Return parameter counts, bytes and seconds of a run's metrics.json; what is not of that form is left out."""
-    try:
-        content = json.loads((run / "metrics.json").read_text(encoding="utf-8")) if run is not None else {}
-    except (OSError, ValueError, RecursionError):
-        content = {}
-    pairs = content if isinstance(content, dict) else {}
-    return {name: value for group in COSTS for name, value in metrics_of_split(pairs, group).items()}
+    metrics = read_metrics(run) if run is not None else {}
+    return {name: value for group in COSTS for name, value in metrics_of_split(metrics, group).items()}
 
 
 def _hub_name(model: Mapping[str, Any], library: str) -> str | None:

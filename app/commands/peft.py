@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentError
 from torch import Tensor
 
-from app.commands.loading import Loader, peft_loader
+from app.commands.loading import Loader, is_timm, peft_loader
 from app.commands.timm_head import timm_model
 from modules.adapter_files import write_peft_files
 from modules.adapters.peft_format import to_peft
@@ -41,7 +41,7 @@ def write_peft(
     """
     if module.tuning != "adapter":
         raise ArgumentError(None, f"--format: peft is for adapters, and this run has tuning: {module.tuning}.")
-    if hasattr(module.backbone, "pretrained_cfg"):
+    if is_timm(module):
         _check_timm_head(cast("ImageClassifier", module), compare=state is None)
     content, tensors = peft_content(module, module.saved_state() if state is None else state)
     write_peft_files(folder, content, tensors, dtype)
@@ -61,7 +61,7 @@ def peft_content(module: AdaptedModule, state: Mapping[str, Tensor]) -> tuple[di
     inside = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
     heads = {
         home: {name.removeprefix(f"{head}."): t for name, t in state.items() if name.startswith(f"{head}.")}
-        for head, homes in module.head_homes().items()
+        for head, homes in module.peft_head_names().items()
         for home in homes
     }
     source = module.hparams["backbone"]

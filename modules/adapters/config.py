@@ -20,7 +20,7 @@ Start = Literal[Init, "given"]
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be built, attached or loaded as asked; the message says how to mend it."""
+    """An adapter that cannot be built, attached or loaded as asked; the message says how to fix it."""
 
 
 @dataclass(frozen=True)

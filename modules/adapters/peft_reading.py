@@ -114,7 +114,7 @@ def _sorted_out(
 def _check_layers(
     model: nn.Module, factors: dict[str, dict[str, Tensor]], projections: list[Projection], unexpected: list[str]
 ) -> None:
-    """See that each LoRA is complete and of a linear layer with its shape."""
+    """Check that each LoRA is complete and of a linear layer with its shape."""
     modules = dict(model.named_modules())
     known = {p.layer for p in projections}
     expected: dict[str, Tensor] = {}
@@ -151,7 +151,7 @@ def _check_patterns(content: Mapping[str, Any]) -> None:
 
 
 class _Part(NamedTuple):
-    """What some columns of a LoRA's B adapt: a layer, or a part of a fused one."""
+    """Columns of a LoRA's B, and the projection that they adapt: a layer, or a part of a fused one."""
 
     projection: Projection
     columns: slice
@@ -162,7 +162,7 @@ class _Part(NamedTuple):
 
 
 def _parts(factors: Mapping[str, Mapping[str, Tensor]], projections: list[Projection]) -> list[_Part]:
-    """What each LoRA adapts. If any LoRA of a fused layer is no block diagonal, they all adapt whole layers."""
+    """Return what each LoRA adapts. If any LoRA of a fused layer is no block diagonal, they all adapt whole layers."""
     of_layer = {layer: [p for p in projections if p.layer == layer] for layer in factors}
     blocks = {layer: _blocks(factors[layer]["B"], parts) for layer, parts in of_layer.items() if len(parts) > 1}
     if not all(blocks.values()):

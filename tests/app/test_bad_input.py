@@ -165,7 +165,7 @@ def label_out_of_range(folder: Path) -> str:
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"img": [image] * 20, "label": [0, 1] * 9 + [1, -1]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
-    return "is -1, outside 0 to 1 in row 19"
+    return "is -1 in row 19, outside 0 to 1"
 
 
 def empty_folder(folder: Path) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from app.run_directory import read_wanted
+from app.run_directory import load_checkpoint
 from modules.base import AdaptedModule
 from tests.app.processes import DDP, run_on_two
 from tests.conftest import ROOT
@@ -83,9 +83,9 @@ def test_the_first_process_judges_checkpoints(
     assert best.read_bytes() == before  # at such a rate nothing improves on it
 
     def read(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
-        return read_wanted(ckpt_path, wanted.with_name("previous.ckpt") if rank_zero_only.rank else wanted)
+        return load_checkpoint(ckpt_path, wanted.with_name("previous.ckpt") if rank_zero_only.rank else wanted)
 
-    monkeypatch.setattr("app.cli.read_wanted", read)
+    monkeypatch.setattr("app.cli.load_checkpoint", read)
     run_on_two(fitted_cli.words("fit", *options), tmp_path, code=2)
     said = "".join((tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1))  # by one of them
     assert said.count("the first one took last.ckpt of step") == 1

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse import _common as jsonargparse_common
 from lightning.pytorch.cli import LightningCLI
 
-from app.lightning_compat import VERDICTS, hyperparameter_instantiator, import_policy, yaml_loading
+from app.lightning_compat import VERDICTS, hyperparameter_instantiator, import_policy, subcommand_keys, yaml_loading
 
 
 def test_jsonargparse_asks_the_policy_before_it_imports_anything(
@@ -69,3 +69,12 @@ def test_lightning_constructs_sections_by_a_callable_with_links() -> None:
     build = hyperparameter_instantiator(Mock(spec=LightningCLI), "model")
     assert list(inspect.signature(build).parameters) == ["class_type", "args", "applied_instantiation_links", "kwargs"]
     assert all(hasattr(LightningCLI, name) for name in ("_add_instantiators", "_parse_ckpt_path", "_run_subcommand"))
+
+
+def test_lightning_keeps_the_parser_of_each_command() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--trainer.max_epochs", type=int)
+    cli = Mock(spec=LightningCLI, _subcommand_parsers={"fit": parser})
+    assert subcommand_keys(cli, "fit") == ["trainer.max_epochs"]
+    assert subcommand_keys(cli, "fti") == []
+    assert "_subcommand_parsers" in inspect.getsource(LightningCLI)

@@ -30,7 +30,7 @@ from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, _
 from app.cli import main
 from app.console import console_logging
 from app.files import reraise_disk_full
-from app.run_directory import LOCK, locked, new_run_directory, read_wanted, resolve_checkpoint
+from app.run_directory import LOCK, load_checkpoint, locked, new_run_directory, resolve_checkpoint
 from datamodules.atomic import WriteError
 from tests.app.processes import DDP, run_on_two
 from tests.app.test_bad_input import Malicious, refused
@@ -191,7 +191,7 @@ def test_a_whole_file_that_is_not_of_the_run_is_not_called_damaged(run: Path, tm
 def test_steps_that_a_run_has_taken_back_are_never_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It goes on from step 0, has steps 1 and 2 lying there, and its own step 1 is damaged."""
     save(run, 0, name="best.ckpt")
-    best, content = read_wanted(str(run), run / "checkpoints" / "best.ckpt")
+    best, content = load_checkpoint(str(run), run / "checkpoints" / "best.ckpt")
     writer = AtomicCheckpointIO(best, content)
     state = {"state_dict": {"x": torch.ones(1000)}, "global_step": 1}
     writer.save_checkpoint(state, run.parent / "elsewhere" / "last.ckpt")  # a callback of the user's own
@@ -245,7 +245,7 @@ def test_a_resume_reads_its_checkpoint_once(fitted_cli: CommandLine, monkeypatch
 
 
 def test_what_was_read_is_handed_out_once(run: Path) -> None:
-    path, content = read_wanted(str(run), last(run))
+    path, content = load_checkpoint(str(run), last(run))
     reader = AtomicCheckpointIO(path, content)
     assert reader.load_checkpoint(str(path)) is content
     again = reader.load_checkpoint(str(path))

@@ -430,8 +430,8 @@ def test_a_column_that_holds_no_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "labels", "parts"),
     [
-        (NAMED, [0, 1, 3], ("is 3, outside 0 to 2", "in row 2", "1 of 3")),
-        (NAMED, [0, -1, -1], ("is -1, outside 0 to 2", "in row 1", "2 of 3")),
+        (NAMED, [0, 1, 3], ("is 3 in row 2, outside 0 to 2", "1 of 3")),
+        (NAMED, [0, -1, -1], ("is -1 in row 1, outside 0 to 2", "2 of 3")),
         (datasets.Value("int64"), [-1, -1, -1], ("is -1 in row 0", "3 of 3", "hidden")),
     ],
 )

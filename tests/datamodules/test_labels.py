@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.labels import Labels, read_labels
+from datamodules.labels import Labels, missing_label, parse_labels
 from datamodules.tables import Table, open_table
 
 NAMED = datasets.ClassLabel(names=["no", "maybe", "yes"])
@@ -23,6 +23,14 @@ def table(labels: list[Any], feature: Any = None) -> Table:
     """A table called `here` with a column `label`; None for the feature lets the library choose."""
     features = None if feature is None else datasets.Features({"label": feature})
     return Table(datasets.Dataset.from_dict({"label": labels}, features=features), "here")
+
+
+def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None = None) -> Labels:
+    """Labels of a column, where each row must have one."""
+    labels = parse_labels(table, column, class_names)
+    if labels.bad:
+        raise missing_label(labels, column)
+    return labels
 
 
 def read(labels: list[Any], feature: Any = None, class_names: tuple[str, ...] | None = None) -> Labels:

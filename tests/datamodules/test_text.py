@@ -15,6 +15,7 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoTokenizer
 
 from datamodules.errors import DataError
@@ -438,17 +439,19 @@ def test_rows_that_reach_the_limit_are_counted(
     capsys: pytest.CaptureFixture[str], lengths: list[int], said: str
 ) -> None:
     where = f"/a/folder/{'of-a-long-name/' * 9}[a]/train.csv"  # neither wrapped nor taken for markup
-    text_data().say_cut(of_lengths(lengths), table(TEXTS, where=where), "length", 6)
+    text_data().warn_of_cut_rows(of_lengths(lengths), table(TEXTS, where=where), 6)
     told = capsys.readouterr()
     assert told.err == f"warning: {said} rows of {where} reach 6 tokens and may be cut.\n"
     assert told.out == ""
 
 
-def test_nothing_is_said_of_rows_below_the_limit_nor_by_other_processes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_said_of_rows_below_the_limit_nor_by_other_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = text_data()
-    data.say_cut(of_lengths([3, 5]), table(TEXTS), "length", 6)
-    data.trainer = stub_trainer(2, 1)
-    data.say_cut(of_lengths([3, 6]), table(TEXTS), "length", 6)
+    data.warn_of_cut_rows(of_lengths([3, 5]), table(TEXTS), 6)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    data.warn_of_cut_rows(of_lengths([3, 6]), table(TEXTS), 6)
     assert capsys.readouterr() == ("", "")
 
 
