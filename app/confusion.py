@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -11,15 +12,18 @@ from torch import Tensor
 MOST_NAMES = 20  # of classes that are written out
 
 
-def draw_confusion(matrix: Tensor, names: Sequence[str]) -> Figure:
+def draw_confusion(matrix: Tensor, names: Sequence[str]) -> np.ndarray:
     """Draw a confusion matrix, of few classes with their names and counts.
 
     Args:
         matrix: (classes, classes), counts; a row for each true class.
         names: Names by label.
+
+    Returns:
+        (height, width, 3) uint8.
     """
     figure = Figure(figsize=(8, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.imshow(matrix.cpu().numpy())
     axes.set_xlabel("Predicted class", fontsize=15)
@@ -32,4 +36,5 @@ def draw_confusion(matrix: Tensor, names: Sequence[str]) -> Figure:
             for column, count in enumerate(counts):
                 colour = "black" if count > brightest / 2 else "white"
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=size, color=colour)
-    return figure
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -16,9 +16,9 @@ from timm.models import load_state_dict, parse_model_name, resolve_model_input_a
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from datamodules.errors import first_line
 from modules.adapters.state import state_problems
 from modules.base import ModelError
+from modules.errors import first_line
 
 # How weights are converted where it is not the default (positions resized bicubic, with antialiasing); the first family
 # that the name contains counts. All but the first are what timm's own factories bind.

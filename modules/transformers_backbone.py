@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.errors import first_line
 from modules.base import ModelError
+from modules.errors import first_line
 from modules.gguf import (
     check_positions,
     check_readable,

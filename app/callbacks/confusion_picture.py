@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from torchmetrics import Metric
 
 from datamodules.atomic import atomic_write
@@ -39,9 +40,9 @@ class ConfusionPicture(L.Callback):
             return
         from app.confusion import draw_confusion  # a run without a test imports no matplotlib
 
-        figure = draw_confusion(matrix, pl_module.class_names or ())
+        picture = draw_confusion(matrix, pl_module.class_names or ())
         with atomic_write(Path(trainer.default_root_dir) / FILE) as file:
-            figure.savefig(file, format="png")
+            Image.fromarray(picture).save(file, "PNG")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("test/confusion_matrix", figure, trainer.global_step)
+                logger.experiment.add_image("test/confusion_matrix", picture, trainer.global_step, dataformats="HWC")

@@ -55,11 +55,12 @@ class CommandLine:
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing heat maps takes a third of so small a fit: only tests marked `drawn` do it."""
+    """Drawing takes a third of so small a fit and its test: only tests marked `drawn` do it."""
     if request.node.get_closest_marker("drawn") is None:
         blank = np.zeros((1, 1, 3), np.uint8)
         monkeypatch.setattr(HeatMap, "__init__", lambda *_: None)
         monkeypatch.setattr(HeatMap, "render", lambda *_: blank)
+        monkeypatch.setattr("app.confusion.draw_confusion", lambda *_: blank)
 
 
 @pytest.fixture

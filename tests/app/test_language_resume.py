@@ -20,10 +20,12 @@ every_family = pytest.mark.parametrize("language_cli", ["text", "summary", "inst
     ("cut", "options", "resumed_from"),
     [
         (5, ["--checkpoint.last_every_n_steps=3"], 3),  # two steps behind the checkpoint
-        (7, ["--checkpoint.last_every_n_steps=1"], 7),  # right behind a checkpoint
+        # right behind a checkpoint
+        pytest.param(7, ["--checkpoint.last_every_n_steps=1"], 7, marks=pytest.mark.slow),
         # steps of two batches; the last but one of an epoch is saved in any case
         (3, ["--checkpoint.last_every_n_steps=2", "--trainer.accumulate_grad_batches=2"], 3),
-        (6, ["--checkpoint.last_every_n_steps=4", "--data.num_workers=1"], 4),  # a worker has loaded ahead
+        # a worker has loaded ahead
+        pytest.param(6, ["--checkpoint.last_every_n_steps=4", "--data.num_workers=1"], 4, marks=pytest.mark.slow),
     ],
 )
 def test_resume_equals_uninterrupted(

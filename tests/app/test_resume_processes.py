@@ -96,7 +96,7 @@ TWENTY, LIMIT, FOUR = "--data.batch_size=20", "--trainer.limit_train_batches=3",
     ("first", "then", "cut", "places", "said"),
     [
         # where nothing of the epoch is left, its last batch comes, and not all of it again
-        ([SIX], [TWENTY], 7, [(0, 1), (1, 0), (1, 1)], "20 samples now and was 6: with the rates"),
+        ([SIX], [TWENTY], 7, [(0, 1), (1, 0), (1, 1)], "20 samples now and was 6: with the learning rates"),
         ([SIX], [TWENTY], 8, [(1, 0), (1, 1)], "--data.batch_size 6 trains as before."),
         ([SIX], [SIX, LIMIT], 5, [(0, 2), (1, 0), (1, 1), (1, 2)], None),
         ([SIX], [SIX, LIMIT], 8, [(1, 0), (1, 1), (1, 2)], None),

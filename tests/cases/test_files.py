@@ -55,7 +55,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["text", "instructions", "image"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("instructions", marks=pytest.mark.slow), "image"])
 def test_case_12_a_damaged_cache_is_rebuilt(
     request: pytest.FixtureRequest, cache: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
@@ -251,6 +251,7 @@ tokenized(Table(datasets.Dataset.from_dict({"text": ["a"] * 1000 + ["b"] * 1000}
 """
 
 
+@pytest.mark.slow
 def test_case_40_a_kill_while_tokenising(text_cli: CommandLine, cache: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", TOKENISE],

@@ -209,7 +209,7 @@ class Rewriting(L.Callback):
             checkpoint["callbacks"]["copy"] = {"model": state}
 
 
-@pytest.mark.parametrize("how", ["rename", "drop", "copy"])
+@pytest.mark.parametrize("how", ["rename", "drop", pytest.param("copy", marks=pytest.mark.slow)])
 def test_case_07_a_callback_that_rewrites_checkpoints_is_found_at_the_first_save(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:

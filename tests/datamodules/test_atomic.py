@@ -32,8 +32,8 @@ import os, sys, time
 from pathlib import Path
 from datamodules.atomic import atomic_directory, atomic_write
 with atomic_write(Path(sys.argv[1]) / "file"), atomic_directory(Path(sys.argv[1]) / "folder"):
-    if worker := os.fork():
-        print(worker, flush=True)
+    if os.fork() == 0:  # whose handles are closed by now
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 

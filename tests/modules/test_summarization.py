@@ -286,7 +286,7 @@ def test_no_ngram_comes_twice(folders: dict[str, Path], kind: str, num_beams: in
     assert repeated(size) == 0
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["bart", "t5"])
 @beams
 def test_a_summary_does_not_depend_on_its_company(folders: dict[str, Path], kind: str, num_beams: int) -> None:
     search = Generation(num_beams=num_beams, max_length=16, no_repeat_ngram_size=2)

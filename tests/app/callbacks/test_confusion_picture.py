@@ -25,6 +25,7 @@ def drawn(folder: Path, classes: int, names: list[str] | None) -> Path:
     return folder / "confusion_matrix.png"
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(("classes", "names"), [(3, ["a", "b$^", "c"]), (30, [str(i) for i in range(30)]), (3, None)])
 def test_it_is_drawn(tmp_path: Path, classes: int, names: list[str] | None) -> None:
     with Image.open(drawn(tmp_path, classes, names)) as image:
