@@ -335,8 +335,8 @@ def four_sources(data: Path, folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def cola(quick: bool) -> dict[str, Any]:
-    """Return what `GlueData` needs for CoLA's training rows and its whole validation split."""
-    limits = {"max_train_samples": 320 if quick else None, "max_val_samples": 100 if quick else None}
+    """Return what `GlueData` needs for 4,096 rows of CoLA and its whole validation split."""
+    limits = {"max_train_samples": 320 if quick else 4096, "max_val_samples": 100 if quick else None}
     return {"task": "cola", "max_length": 64, **limits}
 
 
@@ -469,7 +469,7 @@ def main() -> None:
             text_section(arguments, "four sources", STRATEGIES, Path(folder), "accuracy", epochs, roles, keys)
     if arguments.data and wanted("cola"):
         keys, strategies = cola(quick), {key: STRATEGIES[key] for key in (NONE, BEFORE, "balanced")}
-        path, epochs = arguments.data / "glue", 1 if quick else 4
+        path, epochs = arguments.data / "glue", 1 if quick else 2
         text_section(arguments, "cola", strategies, path, "matthews", epochs, ["all"], keys)
     size = 20_000 if quick else 393_000
     if wanted("mnli-sized"):
