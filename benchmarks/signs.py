@@ -3,7 +3,7 @@
 `init_a: signs` and `init_b: signs` can be redrawn from the seed, so that a compact file leaves the frozen factor out.
 Both arms of a pair have the same rank and learning rate, which is the recipe's. The difference is signs minus
 orthogonal, with Student's 95 % interval of the mean over the seeds. The tasks are those of `benchmarks.buckets`; the
-digits of conf/quickstart.yaml are measured through `benchmarks.variants` (docs/results/signs_digits.json).
+digits of conf/quickstart.yaml are measured through `benchmarks.variants` (docs/results/signs.json).
 
     python -m benchmarks.signs --backbone ../shared/backbones/minilm_roberta --data ../shared/data \
         --output docs/results/signs_text.json
