@@ -83,7 +83,6 @@ MORE_STOPS = [
     (["--trainer.callbacks+=AdapterAveraging"], stop_at(5), 5),
     (["--trainer.callbacks+=AdapterAveraging", VAL_3], stop_at(6), 6),
     (["--spectrum.every_n_steps=1"], stop_at(5), 5),
-    (["--model.tuning=full"], stop_at(5), 5),
 ]
 
 
@@ -98,6 +97,16 @@ def test_case_01_a_stop_without_a_signal_is_a_pause(
     assert cli.checkpoint(1)["global_step"] == saved
     assert cli("fit", *options, "--ckpt_path=last") == 0
     assert_same_end(cli, whole=0, resumed=1)
+    assert_same_best(cli, whole=0, resumed=1)
+
+
+@pytest.mark.slow
+def test_case_01_a_stop_of_full_tuning_is_a_pause(cli: CommandLine) -> None:
+    full = "--model.tuning=full"
+    assert cli("fit", full) == 0
+    assert cli("fit", full, *stop_at(5)) == 0
+    assert cli("fit", full, "--ckpt_path=last") == 0
+    assert_same_end_of_weights(cli, 0, 1)
     assert_same_best(cli, whole=0, resumed=1)
 
 
