@@ -97,8 +97,8 @@ def test_case_02_names_that_mean_a_split(tmp_path: Path, train: str, val: str, t
     ("name", "content"),
     [
         ("Train.TSV", csv_of(labelled([0, 1]), "\t").encode()),
-        ("train.csv.gz", gzip.compress(csv_of(labelled([0, 1])).encode())),
-        ("train.jsonl.gz", gzip.compress(lines(labelled([0, 1])).encode())),
+        ("train.csv.gz", gzip.compress(csv_of(labelled([0, 1])).encode(), mtime=0)),
+        ("train.jsonl.gz", gzip.compress(lines(labelled([0, 1])).encode(), mtime=0)),
         ("train.ndjson", lines(labelled([0, 1])).encode()),
         ("train.json", json.dumps(labelled([0, 1])).encode()),
         ("train.json", json.dumps({"data": labelled([0, 1]), "version": 2}).encode()),
