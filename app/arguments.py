@@ -63,8 +63,8 @@ def runs_root(given: str | None, files: list[str]) -> Path:
 
     Args:
         given: `trainer.default_root_dir`.
-        files: Names of the configuration files. Without a given directory the first one decides: runs/<recipe>, or for
-            the config.yaml of a run the directory that the run lies in.
+        files: Names of the configuration files. Without a given directory the first file decides: runs/<recipe>, or
+            the parent of the run directory if the file is the config.yaml of a run.
 
     Raises:
         ArgumentError: For an empty name, or the home of a user who does not exist.

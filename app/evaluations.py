@@ -176,7 +176,7 @@ def evaluations_of_checkpoint(checkpoint: Mapping[str, Any], run: Path | None) -
 
     Args:
         checkpoint: Content of the checkpoint.
-        run: The run directory that the checkpoint lies in; None if it lies in none.
+        run: The checkpoint's run directory; None for a checkpoint outside of any run.
     """
     step = checkpoint.get("global_step")
     callbacks = checkpoint.get("callbacks")

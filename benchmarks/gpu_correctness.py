@@ -158,7 +158,7 @@ class Fixtures:
             Image.open(io.BytesIO(cell["bytes"])).save(self.pictures / f"{i:03}.png")
 
     def to_predict(self, family: str) -> list[str]:
-        """What `predict` is told besides; without it the test split is predicted."""
+        """Return the options that `predict` needs; without them the test split is predicted."""
         return [f"--data.predict_path={self.pictures}"] if family == "images" else []
 
 
@@ -201,7 +201,7 @@ class Fit:
         self.predict_code = run(predict, self.log)
 
     def weights(self) -> dict[str, Tensor]:
-        """What the last checkpoint holds of the model, on the CPU."""
+        """Return the tensors of the last checkpoint, on the CPU."""
         path = self.run_directory / "checkpoints" / "last.ckpt"
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         return state
@@ -211,7 +211,7 @@ class Fit:
         return float(json.loads((self.run_directory / "metrics.json").read_text())["val/loss"])
 
     def predictions(self) -> list[str]:
-        """What was predicted, row by row."""
+        """Return the predictions, one a row."""
         (path,) = [p for p in self.run_directory.iterdir() if p.stem == "predictions"]
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -170,8 +170,8 @@ class ResumableDataModule(L.LightningDataModule):
             labels: Their classes or scores, if batches by length are to keep the label mix of the data.
 
         Raises:
-            DataError: If there is not one whole batch for each process, or the rows are not those of the checkpoint,
-                which lies in mid-epoch.
+            DataError: If there is not one whole batch for each process, or if the rows have changed since a checkpoint
+                of mid-epoch.
         """
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
@@ -283,7 +283,7 @@ class ResumableDataModule(L.LightningDataModule):
         """Compare the training rows with those of the checkpoint that is resumed, once.
 
         Raises:
-            DataError: If they differ, and the checkpoint lies in mid-epoch.
+            DataError: If the rows differ and the checkpoint is from mid-epoch.
         """
         now, before, self._digest_before = self._rows_digest, self._digest_before, {}
         if not now or before.get("rows") is None or now == before:
@@ -292,9 +292,9 @@ class ResumableDataModule(L.LightningDataModule):
         change = edited if now["size"] == before["size"] else f"{before['size']} before, {now['size']} now"
         if self._position.get("samples"):
             raise DataError(
-                f"data: the training rows have changed since the checkpoint ({change}). The checkpoint lies in the "
-                "middle of an epoch, of which nobody knows now what rows are left. Restore the rows, resume a "
-                "checkpoint of an epoch's end, or start a new run from the adapter with --model.adapter_path."
+                f"data: the training rows have changed since the checkpoint ({change}). The checkpoint is from the "
+                "middle of an epoch, and the rows left in that epoch are unknown. Restore the rows, resume a checkpoint "
+                "of an epoch's end, or start a new run from the adapter with --model.adapter_path."
             )
         _log.warning(
             f"data: the training rows have changed since the checkpoint ({change}). Training goes on with them."

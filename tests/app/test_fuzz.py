@@ -313,7 +313,7 @@ def watched() -> Iterator[set[Path]]:
 
 
 def check_run(run: Path, before: dict[str, str], finished: bool) -> None:
-    """What a run wrote can be used: nothing is half-written."""
+    """Check that every file of a run can be read: none is half-written."""
     files = [Path(name) for name, content in digest(run).items() if before.get(name) != content]
     assert not [p for p in files if p.suffix == ".tmp"]
     for path in files:

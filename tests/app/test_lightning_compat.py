@@ -1,4 +1,4 @@
-"""What this program uses of the private parts of Lightning and jsonargparse is still there and does the same."""
+"""Private parts of Lightning and jsonargparse that this program uses: each still exists and behaves as before."""
 
 from __future__ import annotations
 

@@ -498,7 +498,7 @@ def test_case_13_printed_and_card(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the command prints runs anywhere, and what the card says where the export lies."""
+    """The printed program runs in any folder; the card's program runs in the folder of the export."""
     module = load_module(find_checkpoint(str(fitted_cli.run())), {})
     for form in ("peft", "merged"):
         words = ["export", str(fitted_cli.run()), "--format", form, "--output", str(tmp_path / form)]

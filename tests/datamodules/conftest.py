@@ -1,4 +1,4 @@
-"""What data modules log is printed, as by the command line."""
+"""Log records of data modules are printed, as by the command line."""
 
 from __future__ import annotations
 
