@@ -293,8 +293,8 @@ class ResumableDataModule(L.LightningDataModule):
         if self._position.get("samples"):
             raise DataError(
                 f"data: the training rows have changed since the checkpoint ({change}). The checkpoint is from the "
-                "middle of an epoch, and the rows left in that epoch are unknown. Restore the rows, resume a checkpoint "
-                "of an epoch's end, or start a new run from the adapter with --model.adapter_path."
+                "middle of an epoch, and the rows left in that epoch are unknown. Restore the rows, resume a "
+                "checkpoint of an epoch's end, or start a new run from the adapter with --model.adapter_path."
             )
         _log.warning(
             f"data: the training rows have changed since the checkpoint ({change}). Training goes on with them."
