@@ -24,7 +24,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BartConfig, BartModel, LlamaConfig, LlamaModel, PreTrainedModel, RobertaConfig, RobertaModel
+from transformers import PreTrainedModel
 
 from benchmarks.harness import (
     Deadline,
@@ -39,7 +39,7 @@ from benchmarks.harness import (
     take_turns,
 )
 from benchmarks.layer import PlainLayer
-from benchmarks.stacks import Arm, TextModel
+from benchmarks.stacks import Arm, bart, llama, roberta
 from modules.adapters import adapted_layers
 from modules.compilation import compile_blocks
 
@@ -73,32 +73,6 @@ class Vision(nn.Module):
         return cast(Tensor, self.model(x))
 
 
-def _roberta_large(depth: int = 24, width: int = 1024) -> nn.Module:
-    config = RobertaConfig(
-        vocab_size=8, hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64,
-        intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return TextModel(RobertaModel(config, add_pooling_layer=False))
-
-
-def _bart_large(depth: int = 12, width: int = 1024) -> nn.Module:
-    config = BartConfig(
-        vocab_size=8, d_model=width, dropout=0.0, encoder_layers=depth, decoder_layers=depth,
-        encoder_attention_heads=width // 64, decoder_attention_heads=width // 64, encoder_ffn_dim=4 * width,
-        decoder_ffn_dim=4 * width, bos_token_id=0, pad_token_id=0, eos_token_id=0, decoder_start_token_id=0,
-        forced_eos_token_id=0,
-    )  # fmt: skip
-    return TextModel(BartModel(config))
-
-
-def _llama(depth: int, width: int, mlp: int, heads: int, kv_heads: int) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=mlp, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return TextModel(LlamaModel(config))
-
-
 @dataclass(frozen=True)
 class Model:
     """A whole backbone.
@@ -118,15 +92,15 @@ class Model:
     checkpointing: bool = False
 
 
-_LLAMA_1B = partial(_llama, 16, 2048, 8192, 32, 8)  # LLaMA-3.2-1B's blocks
-_LLAMA_7B = partial(_llama, 32, 4096, 11008, 32, 32)  # LLaMA-2-7B's
+_LLAMA_1B = partial(llama, 2048, 16)  # LLaMA-3.2-1B's blocks
+_LLAMA_7B = partial(llama, 4096, 32, mlp=11008, head=128, kv_group=1)  # LLaMA-2-7B's
 _LITTLE = tuple(name for name in ARMS if name != "full")  # AdamW over 7 billion weights does not fit beside them
 MODELS = {
     "vit-b": Model(partial(Vision, "vit_base_patch16_224"), (64, 3, 224, 224), variants=True),
-    "roberta-large": Model(_roberta_large, (32, 128, 1024), variants=True),
+    "roberta-large": Model(partial(roberta, 1024, 24), (32, 128, 1024), variants=True),
     "llama-1b": Model(_LLAMA_1B, (8, 512, 2048), variants=True),
     "vit-l": Model(partial(Vision, "vit_large_patch16_224"), (64, 3, 224, 224)),
-    "bart-large": Model(_bart_large, (16, 256, 1024)),
+    "bart-large": Model(partial(bart, 1024, 24), (16, 256, 1024)),
     "llama-7b": Model(_LLAMA_7B, (4, 512, 4096), _LITTLE),
     "llama-7b, checkpointing": Model(_LLAMA_7B, (4, 512, 4096), _LITTLE, checkpointing=True),
     "llama-1b, checkpointing": Model(_LLAMA_1B, (8, 512, 2048), checkpointing=True),
@@ -136,9 +110,9 @@ QUICK = {
     "vit-b": Model(
         partial(Vision, "vit_base_patch16_224", embed_dim=128, depth=2, num_heads=2), (2, 3, 224, 224), variants=True
     ),
-    "roberta-large": Model(partial(_roberta_large, 2, 128), (2, 32, 128)),
-    "bart-large": Model(partial(_bart_large, 2, 128), (2, 32, 128)),
-    "llama-1b, checkpointing": Model(partial(_llama, 2, 128, 256, 2, 1), (2, 32, 128), checkpointing=True),
+    "roberta-large": Model(partial(roberta, 128, 2), (2, 32, 128)),
+    "bart-large": Model(partial(bart, 128, 4), (2, 32, 128)),
+    "llama-1b, checkpointing": Model(partial(llama, 128, 2, mlp=256, kv_group=2), (2, 32, 128), checkpointing=True),
 }
 
 

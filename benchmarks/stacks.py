@@ -82,7 +82,8 @@ class TextModel(nn.Module):
         return hidden
 
 
-def _roberta(width: int, depth: int) -> nn.Module:
+def roberta(width: int, depth: int) -> nn.Module:
+    """Build RoBERTa's encoder behind its embedding."""
     config = RobertaConfig(
         vocab_size=8,
         hidden_size=width,
@@ -95,7 +96,8 @@ def _roberta(width: int, depth: int) -> nn.Module:
     return TextModel(RobertaModel(config, add_pooling_layer=False))
 
 
-def _bart(width: int, depth: int) -> nn.Module:
+def bart(width: int, depth: int) -> nn.Module:
+    """Build BART behind its embedding; half of the blocks are the encoder's."""
     config = BartConfig(
         vocab_size=8,
         d_model=width,
@@ -115,14 +117,23 @@ def _bart(width: int, depth: int) -> nn.Module:
     return TextModel(BartModel(config))
 
 
-def _llama(width: int, depth: int) -> nn.Module:
+def llama(width: int, depth: int, mlp: int | None = None, head: int = 64, kv_group: int = 4) -> nn.Module:
+    """Build LLaMA's decoder behind its embedding.
+
+    Args:
+        width: Of the hidden states.
+        depth: Blocks.
+        mlp: Width of the MLP; None takes four times the width.
+        head: Width of a query head.
+        kv_group: Query heads that share a head of keys and values.
+    """
     config = LlamaConfig(
         vocab_size=8,
         hidden_size=width,
         num_hidden_layers=depth,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 256,
-        intermediate_size=4 * width,
+        num_attention_heads=width // head,
+        num_key_value_heads=width // head // kv_group,
+        intermediate_size=mlp or 4 * width,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -154,10 +165,10 @@ class Family:
 
 FAMILIES = {
     "vit": Family(VisionBlocks, 768, 2, (8, 197)),  # ViT-B/16: 196 patches and the class token
-    "roberta": Family(_roberta, 768, 2, (8, 64), 128),  # RoBERTa-base
-    "bart": Family(_bart, 768, 2, (8, 64), 128),  # BART-base
+    "roberta": Family(roberta, 768, 2, (8, 64), 128),  # RoBERTa-base
+    "bart": Family(bart, 768, 2, (8, 64), 128),  # BART-base
     "llama": Family(
-        _llama, 2048, 1, (2, 128), 128
+        llama, 2048, 1, (2, 128), 128
     ),  # LLaMA-3.2-1B: 32 heads of 64, 8 of keys and values, 8192 in the MLP
 }
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused
 from tests.backbones import save_backbone
 from tests.conftest import ROOT, write_sentences
+from tests.support.disks import no_file_larger_than
 
 SHORT = (
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"),
@@ -157,20 +155,9 @@ def test_output_is_never_written_over(
     assert (tmp_path / "note.txt").read_text() == "mine"
 
 
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Writing more than so many bytes to a file fails, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("size", [100, 4_000, 30_000])
 def test_full_disk(finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
-    with file_size_limit(size):
+    with no_file_larger_than(size):
         code = run_export(finished[0], tmp_path / "model")
     refused(capsys, code, "--output", str(tmp_path / "model"), "too large")
     assert_only(tmp_path)
