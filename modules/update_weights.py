@@ -8,6 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+UNIT = 1024  # tokens; a power of two, so that the unit rounds nothing
+
 
 class EqualWeights(L.LightningModule):
     """Make the gradient of an update the mean over all its items.
@@ -29,8 +31,11 @@ class EqualWeights(L.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add the gradient of the sum over the batch's items."""
-        self._items_in_update = self._items_in_update + self.items_in_batch
-        super().backward(loss * self.items_in_batch * self.trainer.accumulate_grad_batches, *args, **kwargs)
+        items = self.items_in_batch
+        if isinstance(items, Tensor):
+            items = items / UNIT  # the sum over thousands of tokens would overflow in float16
+        self._items_in_update = self._items_in_update + items
+        super().backward(loss * items * self.trainer.accumulate_grad_batches, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the number of items in the update."""

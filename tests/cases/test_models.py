@@ -50,6 +50,7 @@ from modules.language_modeling import LanguageModel
 from modules.rouge import KINDS, Rouge, ScriptTokenizer
 from modules.summarization import Generation, Summarizer
 from modules.text_classification import TextClassifier
+from modules.update_weights import EqualWeights
 from tests.app.conftest import (  # noqa: F401 - fixtures
     CommandLine,
     cli,
@@ -136,6 +137,17 @@ def test_case_08_each_token_weighs_the_same(tmp_path: Path, smoothing: float, ac
     assert found.keys() == expected.keys()
     error = math.sqrt(sum(float((found[name] - gradient).square().sum()) for name, gradient in expected.items()))
     assert error < 1e-5 * math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
+
+
+def test_case_08_the_sum_over_tokens_stays_in_the_range_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient scaler multiplies the loss by 2¹⁶ besides."""
+    losses: list[Tensor] = []
+    monkeypatch.setattr(L.LightningModule, "backward", lambda self, loss: losses.append(loss))
+    module = EqualWeights()
+    module.trainer = L.Trainer(accumulate_grad_batches=1, accelerator="cpu", logger=False)
+    module.items_in_batch = torch.tensor(4096)
+    module.backward(torch.tensor(2.0))
+    assert float(losses[0]) == 8.0
 
 
 @pytest.mark.slow
