@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import traceback
 from typing import Any
 
@@ -56,10 +55,16 @@ def bad_input(error: Exception) -> Exception | None:
             return link
         wrapped = isinstance(link, ValueError) and "Does not validate" in str(link)
         link = link.__cause__ or (link.__context__ if wrapped else None)
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, ValueError | RuntimeError) and f"{os.sep}lightning{os.sep}" in frames[-1].filename:
+    if isinstance(error, ValueError | RuntimeError) and _raising_module(error).startswith("lightning."):
         return error  # Lightning's own check of what the trainer or a callback was told
     return None
+
+
+def _raising_module(error: Exception) -> str:
+    """Return the name of the module whose code raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name: str = frame.f_globals.get("__name__", "")
+    return name
 
 
 def construction_error(config: Namespace, kind: type, error: Exception) -> Exception:
