@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,7 +38,7 @@ from benchmarks.harness import (
     take_turns,
 )
 from benchmarks.layer import PlainLayer
-from benchmarks.stacks import Arm, bart, llama, roberta
+from benchmarks.stacks import Arm, Vision, bart, llama, roberta
 from modules.adapters import adapted_layers
 from modules.compilation import compile_blocks
 
@@ -59,18 +58,6 @@ ARMS = (
 )
 COMPILED = ("floor", "PEFT", "ours B")  # also compiled, where a model says so
 GOALS = {"ours B over the floor": "≤ 1.05", "PEFT over ours B": "≥ 1.3", "memory of ours B over PEFT's": "≤ 0.75"}
-
-
-class Vision(nn.Module):
-    """A ViT of timm: (batch, 3, size, size) to (batch, tokens, width)."""
-
-    def __init__(self, name: str, **keys: Any) -> None:
-        super().__init__()
-        self.model = timm.create_model(name, num_classes=0, global_pool="", **keys)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The last hidden states."""
-        return cast(Tensor, self.model(x))
 
 
 @dataclass(frozen=True)

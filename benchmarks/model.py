@@ -1,4 +1,4 @@
-"""A training step through a stack of blocks: ours, PEFT and full tuning against the floor (see `benchmarks.stacks`).
+"""A training step of whole backbones and of blocks: ours, PEFT and full tuning against the floor (`benchmarks.stacks`).
 
 A step is forward, backward and the optimizer, fused AdamW over what is trained, save where an arm brings its own or
 trains nothing (floor, forward only). All arms take the same inputs and gradients of the output; there is no dropout.
@@ -38,7 +38,18 @@ from benchmarks.harness import (
     table,
     take_turns,
 )
-from benchmarks.stacks import ARMS, FAMILIES, Arm, Batches, Family, arms_for, layers_of, random_batches, random_stack
+from benchmarks.stacks import (
+    ARMS,
+    FAMILIES,
+    WHOLE,
+    Arm,
+    Batches,
+    Family,
+    arms_for,
+    layers_of,
+    random_batches,
+    random_stack,
+)
 
 
 class Setting(NamedTuple):
@@ -80,7 +91,7 @@ def measure(family: Family, setting: Setting, arguments: argparse.Namespace) -> 
         "width": family.width,
         "depth": family.depth,
         "layers": layers_of(stack, targets),
-        **compare(arms, random_batches(shapes, family.width, dtype), arguments),
+        **compare(arms, random_batches(shapes, family.width, dtype, image=family.image), arguments),
     }
 
 
@@ -141,10 +152,12 @@ def show(name: str, figures: Mapping[str, Any], goals: Mapping[str, str]) -> Non
         table(f"ours B: {name}", ["against", "median (interval)", "goal"], rows)
 
 
-def settings_of(arguments: argparse.Namespace) -> list[Setting]:
-    """What to measure of each family."""
+def settings_of(arguments: argparse.Namespace, whole: bool) -> list[Setting]:
+    """Return what to measure of a family: of whole backbones the first two settings of the plan."""
     given = (arguments.dtype, arguments.targets, arguments.rank, arguments.batches, arguments.attention)
     if not any(given):
+        if whole:
+            return list(PLAN[: 1 if arguments.quick else 2])
         return [PLAN[0], PLAN[3]] if arguments.quick else list(PLAN)
     choices = [values or [default] for values, default in zip(given, Setting(), strict=True)]
     return [Setting(*values) for values in itertools.product(*choices)]
@@ -153,7 +166,7 @@ def settings_of(arguments: argparse.Namespace) -> list[Setting]:
 def main(words: list[str] | None = None) -> None:
     """Measure, print, write."""
     common = parser(__doc__, rounds=5, quick_rounds=2, processor=True)
-    common.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    common.add_argument("--family", nargs="+", choices=[*WHOLE, *FAMILIES], default=[*WHOLE, *FAMILIES])
     common.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"])
     common.add_argument("--targets", nargs="+", help="roles with commas between: all query,value")
     common.add_argument("--rank", nargs="+", type=int)
@@ -162,8 +175,9 @@ def main(words: list[str] | None = None) -> None:
     common.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="the floor is always among them")
     arguments = parse(common, words)
     arguments.arms = [name for name in ARMS if name in {*arguments.arms, "floor"}]
-    for family_name, setting in itertools.product(arguments.family, settings_of(arguments)):
-        family = FAMILIES[family_name]
+    named = [(name, setting) for name in arguments.family for setting in settings_of(arguments, name in WHOLE)]
+    for family_name, setting in named:
+        family = WHOLE[family_name] if family_name in WHOLE else FAMILIES[family_name]
         if setting.batches == "buckets" and not family.bucket:
             continue
         if arguments.quick:

@@ -1,8 +1,8 @@
-"""Stacks of backbone blocks with random weights, and the ways to tune them that the benchmarks compare.
+"""Backbones with random weights, whole or a few blocks of them, and the ways to tune them that the benchmarks compare.
 
-A stack is a few blocks of the named size, not a whole backbone: time and memory of a step grow with depth alike in all
-arms (`benchmarks.scaling`). Its input requires a gradient in every arm, as if more adapted blocks lay below; so the
-floor, forward and the gradient to the input through frozen weights, is what every other arm must do too.
+Time and memory of a step grow with depth alike in all arms (`benchmarks.scaling`). The input requires a gradient in
+every arm, as if more adapted blocks lay below. So the floor, forward and the gradient to the input through frozen
+weights, is what every other arm must do too.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import timm
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
@@ -43,7 +44,6 @@ VARIANTS = {
 ARMS = {
     "forward only": "no graph",
     "floor": "gradient to the input, no adapter",
-    "head": "a linear layer behind the stack, which gets no gradient",
     "full": "all weights trained",
     "PEFT": "LoRA as it comes: frozen weights in the dtype of the run, float32 factors, no autocast",
     "PEFT autocast": "the same under bfloat16 autocast",
@@ -65,6 +65,23 @@ class VisionBlocks(nn.Sequential):
     def __init__(self, width: int, depth: int) -> None:
         blocks = [Block(width, width // 64, qkv_bias=True) for _ in range(depth)]
         super().__init__(*blocks)
+
+
+class Vision(nn.Module):
+    """A whole ViT of timm without its classifier: (batch, 3, size, size) to (batch, tokens, width)."""
+
+    def __init__(self, name: str, **keys: Any) -> None:
+        super().__init__()
+        self.model = timm.create_model(name, num_classes=0, global_pool="", **keys)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last hidden states."""
+        return cast(Tensor, self.model(x))
+
+
+def vision(width: int, depth: int) -> nn.Module:
+    """Build ViT/16 for 224 pixels."""
+    return Vision("vit_base_patch16_224", embed_dim=width, depth=depth, num_heads=width // 64)
 
 
 class TextModel(nn.Module):
@@ -150,6 +167,7 @@ class Family:
         depth: Blocks; for BART half of them are the encoder's.
         shape: Batch and tokens.
         bucket: Tokens of each batch where batches have several lengths; 0 for images, which have one.
+        image: Pixels a side of the images that are the input; 0 where hidden states are.
     """
 
     build: Callable[[int, int], nn.Module]
@@ -157,6 +175,7 @@ class Family:
     depth: int
     shape: tuple[int, int]
     bucket: int = 0
+    image: int = 0
 
     def batches(self, bucketed: bool) -> list[tuple[int, int]]:
         """(batch, tokens) of the batches of a step; with buckets, one of 16, 32, 64 and 128 tokens a sequence."""
@@ -170,6 +189,12 @@ FAMILIES = {
     "llama": Family(
         llama, 2048, 1, (2, 128), 128
     ),  # LLaMA-3.2-1B: 32 heads of 64, 8 of keys and values, 8192 in the MLP
+}
+WHOLE = {  # all blocks, with ViT's patches; of text models without word embeddings
+    "vit-b": Family(vision, 768, 12, (4, 197), image=224),
+    "roberta-base": Family(roberta, 768, 12, (8, 64), 128),
+    "bart-base": Family(bart, 768, 12, (8, 64), 128),
+    "llama-1b": Family(llama, 2048, 16, (1, 128), 128),
 }
 
 
@@ -272,16 +297,17 @@ def random_stack(family: Family, dtype: torch.dtype, attention: str = "sdpa", se
 
 
 def random_batches(
-    shapes: Sequence[tuple[int, int]], width: int, dtype: torch.dtype, seed: int = 0
+    shapes: Sequence[tuple[int, int]], width: int, dtype: torch.dtype, seed: int = 0, image: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and gradients of outputs, both (batch, tokens, width)."""
+    """Draw inputs and gradients of outputs, (batch, tokens, width); with `image`, inputs (batch, 3, image, image)."""
     generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(dtype)
+
     return [
-        (
-            torch.randn(*shape, width, generator=generator).to(dtype),
-            torch.randn(*shape, width, generator=generator).to(dtype),
-        )
-        for shape in shapes
+        (draw(batch, 3, image, image) if image else draw(batch, tokens, width), draw(batch, tokens, width))
+        for batch, tokens in shapes
     ]
 
 

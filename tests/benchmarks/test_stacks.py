@@ -47,6 +47,17 @@ def test_b_saves_what_the_floor_saves_and_the_small_products() -> None:
     assert saved["PEFT autocast"] > 1.5 * saved["floor"] and saved["PEFT"] > saved["PEFT autocast"]
 
 
+def test_a_whole_vit_takes_images() -> None:
+    family = replace(stacks.WHOLE["vit-b"], width=128, depth=2, shape=(1, 197))
+    stack = stacks.random_stack(family, torch.bfloat16)
+    ((x, gradient),) = stacks.random_batches([family.shape], family.width, torch.bfloat16, image=family.image)
+    assert x.shape == (1, 3, 224, 224)
+    arms = stacks.arms_for(["floor", "ours B"], stack, ["all"], rank=4)
+    assert arms["ours B"].forward(x).shape == gradient.shape
+    for arm in arms.values():
+        arm.step([(x, gradient)])
+
+
 def test_a_share_of_the_gap() -> None:
     seconds = {"floor": [1.0, 2.0, 1.0], "PEFT": [2.0, 4.0, 2.0], "ours B": [1.25, 2.5, 1.25]}
     figures = model.derive("ours B", seconds, {"floor": 100, "ours B": 101})
