@@ -164,6 +164,7 @@ def test_submission_of_cola(fitted_text_cli: CommandLine) -> None:
     assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
 
 
+@pytest.mark.slow
 def test_a_hub_name_and_a_directory_are_the_same_model(
     text_cli: CommandLine, roberta_path: Path, tmp_path: Path
 ) -> None:

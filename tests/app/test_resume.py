@@ -78,8 +78,8 @@ def interrupt_and_resume(cli: CommandLine, options: list[str], cut: int) -> int:
         (5, 3, 6, 0),  # in the first epoch, two steps behind the checkpoint
         (8, 3, 6, 0),  # at the start of the second: the checkpoint is that of the first epoch's end
         (13, 4, 6, 0),  # in the second epoch, checkpoint in its middle
-        (21, 1, 6, 0),  # in the third, right behind a checkpoint
-        (13, 4, 6, 2),  # with worker processes that load ahead
+        pytest.param(21, 1, 6, 0, marks=pytest.mark.slow),  # in the third, right behind a checkpoint
+        pytest.param(13, 4, 6, 2, marks=pytest.mark.slow),  # with worker processes that load ahead
         (6, 5, 7, 0),  # an epoch's end with images left over
         (6, 5, 7, 2),  # the same with workers
     ],

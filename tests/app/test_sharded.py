@@ -27,7 +27,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["cli", "summary_cli", pytest.param("text_cli", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["cli", *(pytest.param(name, marks=pytest.mark.slow) for name in ("summary_cli", "text_cli"))]
+)
 def test_shares_compute_what_the_whole_does(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     options, stacks, metrics = CASES[name]
     options = [*options, "--model.adapter.dropout=0", "--model.adapter.targets=all", "--trainer.max_epochs=1"]
