@@ -1,0 +1,164 @@
+"""Reports: one HTML file with its pictures inside, which opens without network access."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from jinja2 import Environment, StrictUndefined
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from datamodules.atomic import atomic_write
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILE = "report.html"
+RC: Any = {  # of matplotlib, whose type of keys is a list of all names
+    "text.parse_math": False,  # names of files and classes may hold dollar signs
+    "svg.hashsalt": "onesided",  # the same figure gives the same file
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "figure.constrained_layout.use": True,
+}
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.7rem; line-height: 1.2 } h2 { font-size: 1.25rem; margin-top: 2.5rem }
+figure { margin: 1.5rem 0 } figure img { max-width: 100%; height: auto }
+figcaption b { display: block } figcaption { max-width: 46rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
+caption { text-align: left; font-weight: 600; padding: .4rem 0 }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
+pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: .85rem }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for part in parts -%}
+{% if part.kind == "heading" %}<h2>{{ part.text }}</h2>
+{% elif part.kind == "paragraph" %}<p>{{ part.text }}</p>
+{% elif part.kind == "code" %}<pre>{{ part.text }}</pre>
+{% elif part.kind == "table" %}<div class="scroll"><table>
+<caption>{{ part.text }}</caption>
+<thead><tr>{% for name in part.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in part.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>
+{% else %}<figure><img src="{{ part.source }}" alt="{{ part.text }}">
+<figcaption><b>{{ part.text }}</b>{{ part.reading }}</figcaption></figure>
+{% endif %}
+{%- endfor %}
+</body>
+</html>
+"""
+
+
+@dataclass
+class _Part:
+    kind: str
+    text: str
+    reading: str = ""
+    source: str = ""
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+
+
+class Report:
+    """A page that is filled from top to bottom and then written.
+
+    All text is escaped: it may come from a configuration, a data set or an error message.
+
+    Args:
+        title: Shown above the page and in the browser's tab.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._parts: list[_Part] = []
+        self._pictures: dict[str, Figure] = {}
+
+    def add_heading(self, text: str) -> None:
+        """Begin a section."""
+        self._parts.append(_Part("heading", text))
+
+    def add_paragraph(self, text: str) -> None:
+        """Add a paragraph of plain text."""
+        self._parts.append(_Part("paragraph", text))
+
+    def add_code(self, text: str) -> None:
+        """Add a command or a piece of a file, set in a fixed width."""
+        self._parts.append(_Part("code", text))
+
+    def add_table(self, caption: str, frame: pd.DataFrame) -> None:
+        """Add a table: the frame's columns without its index, each cell as `str` gives it, a missing one empty."""
+        cells = frame.astype(object).where(frame.notna(), "")
+        rows = [[str(cell) for cell in row] for row in cells.itertuples(index=False)]
+        self._parts.append(_Part("table", caption, columns=[str(name) for name in frame.columns], rows=rows))
+
+    def add_figure(self, name: str, figure: Figure, title: str, reading: str) -> None:
+        """Add a picture.
+
+        Args:
+            name: Stem of its PNG; unique in the report.
+            figure: What to draw; make it with `new_figure`.
+            title: What it shows, as a whole phrase.
+            reading: How to read it and what to look for, in two sentences.
+        """
+        picture = io.BytesIO()
+        with mpl.rc_context(RC):
+            FigureCanvasSVG(figure).print_svg(picture, metadata={"Date": None})
+        source = "data:image/svg+xml;base64," + b64encode(picture.getvalue()).decode()
+        self._parts.append(_Part("figure", title, reading, source))
+        self._pictures[name] = figure
+
+    def write(self, folder: Path, pictures: bool = True) -> Path:
+        """Write the page and, beside it, each picture as `<name>.png`.
+
+        Args:
+            folder: Directory; made if missing. Files of an earlier report in it are overwritten.
+            pictures: Whether to write the PNG files too.
+
+        Returns:
+            Path of the page, `report.html`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if pictures:
+            for name, figure in self._pictures.items():
+                with mpl.rc_context(RC), atomic_write(folder / f"{name}.png") as file:
+                    figure.set_dpi(150)  # which drawing SVG has set to 72
+                    FigureCanvasAgg(figure).print_png(file)
+        page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+        with atomic_write(folder / FILE) as file:
+            file.write(page.render(title=self.title, parts=self._parts).encode())
+        return folder / FILE
+
+
+def new_figure(width: float = 9.0, height: float = 4.0) -> Figure:
+    """Return an empty figure in the reports' style, sizes in inches; add axes within `figure_style`."""
+    with mpl.rc_context(RC):
+        return Figure(figsize=(width, height), dpi=150)
+
+
+def figure_style() -> AbstractContextManager[None]:
+    """Return a context to create axes in, so that they take the style of reports."""
+    return mpl.rc_context(RC)
