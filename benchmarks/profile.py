@@ -1,9 +1,10 @@
-"""Where a step through a stack of blocks spends its time: self time of the operators by kind, for some arms.
+"""Self time of the operators of a training step by kind, for a backbone or blocks of one, and some arms.
 
 The profiler itself costs time, most where operators are small. What is shown of each arm is, operator by operator, the
 lower quartile over its steps.
 
     python -m benchmarks.profile --family vit --output docs/results/benchmark_profile.json
+    python -m benchmarks.profile --family vit-b --threads 2 --output docs/results/benchmark_profile.json
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import parse, parser, section, table
-from benchmarks.stacks import FAMILIES, Arm, Batches, arms_for, random_batches, random_stack
+from benchmarks.stacks import FAMILIES, WHOLE, Arm, Batches, arms_for, random_batches, random_stack
 
 ARMS = ("floor", "PEFT", "PEFT autocast", "PEFT bf16 factors", "ours B", "ours both")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
@@ -78,18 +79,20 @@ def measure(arms: dict[str, Arm], batches: Batches, rank: int, rounds: int) -> d
 def main(words: list[str] | None = None) -> None:
     """Measure, print, write."""
     common = parser(__doc__, rounds=24)
-    common.add_argument("--family", choices=FAMILIES, default="vit")
+    common.add_argument("--family", choices=[*WHOLE, *FAMILIES], default="vit")
     common.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     common.add_argument("--targets", default="all")
     common.add_argument("--rank", type=int, default=8)
     arguments = parse(common, words)
-    family, dtype = FAMILIES[arguments.family], getattr(torch, arguments.dtype)
+    family, dtype = (WHOLE | FAMILIES)[arguments.family], getattr(torch, arguments.dtype)
     name = f"{arguments.family}, {arguments.dtype}, {arguments.targets}, rank {arguments.rank}"
+    if arguments.family in WHOLE:
+        name += f", threads {arguments.threads}"
     with section(arguments, name) as record:
         stack = random_stack(family, dtype)
         arms = arms_for(ARMS, stack, arguments.targets.split(","), arguments.rank)
         shapes = [(1, family.shape[1])] if arguments.quick else family.batches(bucketed=False)
-        batches = random_batches(shapes, family.width, dtype)
+        batches = random_batches(shapes, family.width, dtype, image=family.image)
         record["ms"] = found = measure(arms, batches, arguments.rank, arguments.rounds)
     rows = [[of_kind, *(f"{found[arm][of_kind]:.1f}" for arm in found)] for of_kind in KINDS]
     rows.append(["all", *(f"{sum(found[arm].values()):.1f}" for arm in found)])
