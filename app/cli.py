@@ -113,7 +113,7 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except SystemExit as stop:  # --help
             if termination.requested:
-                return termination.report()
+                return termination.report(stop.code if isinstance(stop.code, str) else "")
             if (problem := output_problem()) is not None:  # after which rich exits
                 return _lost_output(problem)
             return stop.code if isinstance(stop.code, int) else 2

@@ -7,6 +7,7 @@ from app.callbacks.adapter_writer import AdapterWriter
 from app.callbacks.confusion_picture import ConfusionPicture
 from app.callbacks.data_report import DataReport
 from app.callbacks.errors import CallbackError
+from app.callbacks.metric_recorder import MetricRecorder
 from app.callbacks.prediction_writer import PredictionWriter
 from app.callbacks.run_summary import RunSummary
 from app.callbacks.save_run_config import SaveRunConfig
@@ -21,6 +22,7 @@ __all__ = [
     "CallbackError",
     "ConfusionPicture",
     "DataReport",
+    "MetricRecorder",
     "PredictionWriter",
     "RunSummary",
     "SaveRunConfig",

@@ -112,9 +112,10 @@ class Termination(L.Callback):
             link = link.__cause__ or link.__context__
         return link is not None
 
-    def report(self) -> int:
-        """Print that the signal came and where training goes on; return the exit code."""
-        going_on = f"training goes on from {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
+    def report(self, going_on: str = "") -> int:
+        """Print that the signal came and where training goes on, or a command's own words; return the exit code."""
+        if not going_on:
+            going_on = f"training goes on from {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
         if is_first_rank():
             print(escape_controls(f"{self._signal.name}: stopped; {going_on}."), file=sys.stderr, flush=True)
         return 128 + self._signal

@@ -1,0 +1,86 @@
+"""The validations of a trial, for the sweep that has started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.callbacks.errors import CallbackError
+
+OWNER = "ONESIDED_SWEEP_PID"  # environment variable with the number of the process that has started a trial
+
+
+class MetricRecorder(L.Callback):
+    """Append a metric of each validation to a file of JSON lines, and stop the run when its sweep has died.
+
+    The first line of each attempt has `started`, the step from which it goes on, `steps`, the number at which it ends,
+    and the metric and mode by which the best checkpoint is kept. Each validation adds `step`, `value` of the metric and
+    `monitor`, that of the metric by which checkpoints are kept. Values that are not finite are null.
+
+    Args:
+        path: The file.
+        metric: Name of the metric, such as `val/score`.
+        check_test: Whether a data set without a test split is refused, as a later run is to be tested.
+    """
+
+    def __init__(self, path: str, metric: str, check_test: bool = False) -> None:
+        self.path, self.metric, self.check_test = Path(path), metric, check_test
+        self._owner = int(os.environ.get(OWNER, 0))
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that what is to be tested later can be."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and self.check_test and hasattr(data, "check_test_split"):
+            data.check_test_split()
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record that training begins."""
+        keeper = _keeper(trainer)
+        steps = trainer.estimated_stepping_batches
+        line = {"started": trainer.global_step, "steps": int(steps) if steps < float("inf") else None}
+        self._append(line | {"monitor": keeper.monitor, "mode": keeper.mode})
+
+    @rank_zero_only
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop like a preempted run if nobody waits for this one any more."""
+        if self._owner and os.getppid() != self._owner:
+            self._owner = 0
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the metric.
+
+        Raises:
+            CallbackError: If the model does not log the metric, already in the check before training.
+        """
+        if trainer.state.fn != "fit":
+            return
+        logged = trainer.callback_metrics
+        if self.metric not in logged:
+            names = ", ".join(sorted(name for name in logged if name.startswith("val/"))) or "none"
+            raise CallbackError(f"select.metric: {self.metric} is not logged at validation. Choose one of {names}.")
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            keeper = _keeper(trainer)
+            values = {"value": self.metric, "monitor": keeper.monitor}
+            line = {key: _finite(logged.get(str(name))) for key, name in values.items()}
+            self._append({"step": trainer.global_step, **line})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _keeper(trainer: L.Trainer) -> AdapterCheckpoint:
+    return next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and value.isfinite() else None

@@ -1,0 +1,70 @@
+"""Differences between the plan of a started sweep and its file now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from app.sweep.plan import Plan
+from app.sweep.schedule import Job
+from app.yaml_files import read_yaml
+
+
+def plan_content(plan: Plan) -> dict[str, Any]:
+    """Return all that decides about the trials of a plan as plain values, the content of its recipes too."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(plan), default=str))
+    content["variants"] = {variant["name"]: variant for variant in content["variants"]}
+    content["recipes"] = {file: json.loads(json.dumps(read_yaml(file), default=str)) for file in plan.base}
+    return content
+
+
+def plan_differences(before: Mapping[str, Any], plan: Plan, tried: Iterable[Job]) -> list[str]:
+    """Return the changes that a sweep with trials cannot take, each in a few words; additions are none.
+
+    Args:
+        before: `plan_content` of the plan that the sweep began with.
+        plan: The plan now.
+        tried: Jobs that have been started.
+    """
+    tried, now = list(tried), plan_content(plan)
+    if not tried:
+        return []
+    differences: list[str] = []
+    for key in ("base", "recipes", "set", "metric", "mode", "prune"):
+        differences += _differences(key if key not in ("metric", "mode") else f"select.{key}", before[key], now[key])
+    for name in dict.fromkeys(job.variant for job in tried):
+        old, new = before["variants"][name], now["variants"].get(name)
+        if new is None:
+            differences.append(f"variants.{name}: removed")
+            continue
+        differences += _differences(f"variants.{name}", old["keys"], new["keys"])
+        points = [json.loads(job.point) for job in tried if job.variant == name]
+        for key in [*old["search"], *(key for key in new["search"] if key not in old["search"])]:
+            differences += _search_differences(key, old["search"].get(key), new["search"].get(key), points)
+    for phase in ("select", "confirm"):
+        seeds = {job.seed for job in tried if job.phase == phase}
+        lost = [seed for seed in before[f"{phase}_seeds"] if seed in seeds and seed not in now[f"{phase}_seeds"]]
+        differences += [f"{phase}.seeds: {seed} removed" for seed in lost]
+    if plan.is_sampled and (before["trials_per_variant"] or 0) > (plan.trials_per_variant or 0):
+        differences.append(f"trials_per_variant: {before['trials_per_variant']} → {plan.trials_per_variant}")
+    return list(dict.fromkeys(differences))
+
+
+def _search_differences(key: str, old: Any, new: Any, points: list[dict[str, Any]]) -> list[str]:
+    if isinstance(old, list) and isinstance(new, list):
+        tried = [point.get(key) for point in points]
+        return [f"search.{key}: {value} removed" for value in old if value not in new and value in tried]
+    return _differences(f"search.{key}", old, new)
+
+
+def _differences(prefix: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [text for key in keys for text in _differences(f"{prefix}.{key}", old.get(key), new.get(key))]
+    return [] if old == new else [f"{prefix}: {_shown(old)} → {_shown(new)}"]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)[:80]

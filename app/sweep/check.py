@@ -1,0 +1,109 @@
+"""Refuse a sweep before its first trial if a trial could not run: each variant is parsed as `fit` would parse it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from app.callbacks import Termination
+from app.cli import AsymmetryCLI
+from app.sweep.plan import Plan, Point, Range, SweepError, Variant, grid_points
+from app.sweep.schedule import readable_point
+from app.variants import option_words
+
+
+def fit_words(plan: Plan, variant: Variant, point: Point, seed: int) -> list[str]:
+    """Return the words of `main.py` for a fit of a sweep, without those that say where it writes."""
+    keys = {**plan.set, **variant.keys, **point, "seed_everything": seed, "model.adapter.seed": seed}
+    files = [word for file in plan.base for word in ("--config", file)]
+    return ["fit", *files, *option_words(keys)]
+
+
+def check_plan(plan: Plan) -> None:
+    """Check the configuration of each variant at each of its points, and the metrics that the sweep asks for.
+
+    Raises:
+        SweepError: With the variant and what is wrong.
+    """
+    for variant in plan.variants:
+        for point in [_corner(variant)] if plan.is_sampled else grid_points(variant):
+            try:
+                config = parsed_fit(fit_words(plan, variant, point, plan.select_seeds[0]))
+            except ArgumentError as error:
+                where = f"variants.{variant.name}" + (f" at {readable_point(point)}" if point else "")
+                raise SweepError(f"{where}: {error}") from error
+        _check_metrics(plan, config)
+
+
+def _corner(variant: Variant) -> Point:
+    return {k: values.low if isinstance(values, Range) else values[0] for k, values in variant.search.items()}
+
+
+class _Parsed(Exception):
+    """Carries the configuration of a command out of the constructor of its command line."""
+
+
+class _ParsedCLI(AsymmetryCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self.before_instantiate_classes()
+        raise _Parsed(self.config["fit"])
+
+
+def parsed_fit(words: Sequence[str]) -> Namespace:
+    """Return the configuration of a fit, parsed and validated, without constructing anything.
+
+    Raises:
+        ArgumentError: If `main.py` would refuse the words.
+    """
+    try:
+        with ExitStack() as held:
+            _ParsedCLI(list(words), Termination(), held)
+    except _Parsed as parsed:
+        config: Namespace = parsed.args[0]
+        return config
+    raise AssertionError("The command line was not parsed.")
+
+
+def _check_metrics(plan: Plan, config: Namespace) -> None:
+    known = logged_metrics(config)
+    if known is None:  # a model of another package: the first trial tells, before its first step
+        return
+    for key, split, names in (("select.metric", "val", [plan.metric]), ("confirm.report", "test", plan.report)):
+        for name in names:
+            section, _, metric = name.partition("/")
+            if section == split and metric not in known:
+                close = difflib.get_close_matches(metric, known, n=1)
+                hint = f"; did you mean {split}/{close[0]}?" if close else "."
+                listed = ", ".join(f"{split}/{metric}" for metric in known)
+                raise SweepError(f"{key}: no trial would log {name}{hint} This model and data log {listed}.")
+
+
+def logged_metrics(config: Namespace) -> list[str] | None:
+    """Return what a model logs of each evaluation, without the name of the split; None for other packages' models."""
+    model, data = config["model"], config["data"]
+    name: str = model.class_path.rpartition(".")[2] if model.class_path.startswith("modules.") else ""
+    if name == "ImageClassifier":
+        return ["loss", "acc1", "acc5"]
+    if name == "Summarizer":
+        from modules.rouge import KINDS
+
+        return ["loss", *KINDS]
+    if name == "LanguageModel":
+        return ["loss", "perplexity", "token_acc"]
+    return _text_metrics(model.init_args, data.init_args) if name == "TextClassifier" else None
+
+
+def _text_metrics(model: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+    from datamodules.glue import TASKS
+    from modules.text_metrics import CLASSIFICATION, REGRESSION
+
+    task = TASKS.get(data.get("task") or "")
+    names = model.get("metrics") or (task.metrics if task else [*CLASSIFICATION, *REGRESSION])
+    sets = task.sets if task else ("",)
+    return ["score", "loss", *(f"{name}_{part}" if part else name for name in names for part in sets)]

@@ -1,0 +1,333 @@
+"""The file of a sweep: what is compared, searched, chosen by and confirmed with, validated before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+
+from app.variants import VARIANTS, VariantError, variant_keys
+from app.yaml_files import read_yaml
+
+Point = dict[str, Any]  # the searched keys with their values
+PRUNERS = ("none", "median", "hyperband")
+MODES = ("max", "min")
+KEYS = ("base", "set", "variants", "search", "select", "confirm", "trials_per_variant", "prune")
+# keys that the sweep itself sets in each trial
+RESERVED = ("seed_everything", "model.adapter.seed", "test_after_fit", "ckpt_path", "trainer.default_root_dir")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # of a variant, which names a folder too
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # which YAML 1.1 takes for text if it lacks a dot or a sign
+
+
+class SweepError(ArgumentError):
+    """A sweep that cannot run as its file describes it; the message names the key."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(None, message)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers to sample from.
+
+    Args:
+        low: Smallest value.
+        high: Largest value; the values are whole numbers if both ends are.
+        log: Whether the logarithm is sampled uniformly.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Space = Mapping[str, "tuple[Any, ...] | Range"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One arm of the comparison.
+
+    Args:
+        name: Name in the table.
+        keys: Keys that make the variant, those of a built-in one included.
+        search: Values of the searched keys: the sweep's, unless the variant has its own.
+    """
+
+    name: str
+    keys: Mapping[str, Any]
+    search: Space
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole sweep.
+
+    Args:
+        name: Name of the file without its suffix.
+        base: Recipes and overlays under every trial.
+        set: Keys that every trial sets.
+        variants: The arms, in the order of the table.
+        search: Values or ranges of the searched keys, where a variant has none of its own.
+        metric: Validation metric that chooses a variant's point.
+        mode: Direction in which the metric is better: `max` or `min`.
+        select_seeds: Seeds of the trials that choose.
+        confirm_seeds: Seeds of the trials at the chosen point, which are tested.
+        report: Metrics of the table.
+        trials_per_variant: Points that each variant tries; None for a grid, which brings its own number.
+        prune: Rule that stops poor trials early: one of `PRUNERS`.
+    """
+
+    name: str
+    base: tuple[str, ...]
+    set: Mapping[str, Any]
+    variants: tuple[Variant, ...]
+    search: Space
+    metric: str
+    mode: str
+    select_seeds: tuple[int, ...]
+    confirm_seeds: tuple[int, ...]
+    report: tuple[str, ...]
+    trials_per_variant: int | None
+    prune: str
+
+    @property
+    def is_sampled(self) -> bool:
+        """Return True if a searched key has a range, so that points are sampled instead of listed."""
+        return any(isinstance(values, Range) for variant in self.variants for values in variant.search.values())
+
+    @property
+    def search_keys(self) -> list[str]:
+        """Return the searched keys, in the order of the file."""
+        return list(self.search)
+
+    def better(self, first: float, second: float) -> bool:
+        """Return True if the first value of the metric is better than the second."""
+        return first > second if self.mode == "max" else first < second
+
+
+def point_id(point: Point) -> str:
+    """Return the canonical JSON of a point, which identifies the point everywhere."""
+    return json.dumps(point, sort_keys=True)
+
+
+def grid_points(variant: Variant) -> list[Point]:
+    """Return all combinations of a variant's listed values, the first key's values changing slowest."""
+    lists = [values for values in variant.search.values() if not isinstance(values, Range)]
+    return [dict(zip(variant.search, values, strict=True)) for values in product(*lists)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def read_plan(path: str) -> Plan:
+    """Read the file of a sweep.
+
+    Raises:
+        ArgumentError: If the file is missing or broken, or with the key that is wrong.
+    """
+    return parse_plan(read_yaml(path), Path(path).stem)
+
+
+def parse_plan(content: Mapping[str, Any], name: str) -> Plan:
+    """Validate the content of a sweep's file.
+
+    Raises:
+        SweepError: With the key that is wrong.
+    """
+    _check_keys("", content, KEYS, required=("base", "variants", "select"))
+    if not NAME.fullmatch(name):
+        raise SweepError(
+            f"--config: {name!r} cannot name a sweep. Use letters, digits, _, +, - and . in the file's name."
+        )
+    keys = _flat_keys("set", content.get("set", {}))
+    search = _space("search", content.get("search", {}))
+    select = _mapping("select", content["select"])
+    _check_keys("select", select, ("metric", "mode", "seeds"), required=("metric",))
+    metric = _select_metric(select["metric"])
+    confirm = _mapping("confirm", content.get("confirm", {}))
+    _check_keys("confirm", confirm, ("seeds", "report"))
+    select_seeds = _seeds("select.seeds", select.get("seeds", [0]), least=1)
+    confirm_seeds = _seeds("confirm.seeds", confirm.get("seeds", []), least=0)
+    if shared := sorted({*select_seeds} & {*confirm_seeds}):
+        raise SweepError(
+            f"confirm.seeds: {shared[0]} is in select.seeds too. Confirm with other seeds than those that chose the "
+            "point, or the table favours what was lucky."
+        )
+    plan = Plan(
+        name=name,
+        base=tuple(_words("base", content["base"], least=1)),
+        set=keys,
+        variants=_variants(content["variants"], keys, search),
+        search=search,
+        metric=metric,
+        mode=_choice("select.mode", select.get("mode", "max"), MODES),
+        select_seeds=select_seeds,
+        confirm_seeds=confirm_seeds,
+        report=tuple(_words("confirm.report", confirm.get("report", []), least=0)),
+        trials_per_variant=_count("trials_per_variant", content.get("trials_per_variant")),
+        prune=_choice("prune", content.get("prune", "none"), PRUNERS),
+    )
+    _check_numbers_of_points(plan)
+    return plan
+
+
+def _check_keys(section: str, content: Mapping[str, Any], known: Sequence[str], required: Sequence[str] = ()) -> None:
+    prefix = f"{section}." if section else ""
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else "."
+            raise SweepError(f"There is no key {prefix}{key} in a sweep{hint} There are {', '.join(known)}.")
+    for key in required:
+        if key not in content:
+            raise SweepError(f"{prefix}{key}: the key is missing in the sweep's file.")
+
+
+def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise SweepError(f"{key}: {value!r:.80} is no group of keys.")
+    return value
+
+
+def _words(key: str, value: Any, least: int) -> list[str]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or len(words) < least or not all(isinstance(word, str) and word for word in words):
+        raise SweepError(f"{key}: {value!r:.80} is no list of names.")
+    return words
+
+
+def _choice(key: str, value: Any, choices: Sequence[str]) -> str:
+    if value is None and "none" in choices:
+        return "none"
+    if not isinstance(value, str) or value not in choices:
+        raise SweepError(f"{key}: {value!r:.80} is not known. Choose one of {', '.join(choices)}.")
+    return value
+
+
+def _count(key: str, value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise SweepError(f"{key}: {value!r:.80} is no number of trials. Give a whole number from 1 on.")
+    return value
+
+
+def _seeds(key: str, value: Any, least: int) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) < least or not all(type(s) is int and 0 <= s < 2**32 for s in value):
+        raise SweepError(f"{key}: {value!r:.80} is no list of seeds. Give whole numbers from 0 on, such as [0, 1].")
+    if len({*value}) < len(value):
+        raise SweepError(f"{key}: {value!r:.80} has a seed twice.")
+    return tuple(value)
+
+
+def _select_metric(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise SweepError(f"select.metric: {value!r:.80} is no metric. Name one of validation, such as val/loss.")
+    if not value.startswith("val/"):
+        reason = "a metric of the test split cannot choose" if value.startswith("test/") else "only validation chooses"
+        raise SweepError(f"select.metric: {value}: {reason}. Name a metric of validation, such as val/loss.")
+    return value
+
+
+def _flat_keys(section: str, content: Any) -> dict[str, Any]:
+    """Return keys by dotted name, without the `init_args` that they may be written with."""
+    keys: dict[str, Any] = {}
+    for written, value in _mapping(section, content).items():
+        key = written.replace(".init_args", "")
+        if "." not in key and key not in RESERVED:
+            raise SweepError(f"{section}.{written}: write the key with dots, as on the command line: data.task.")
+        if key in RESERVED:
+            raise SweepError(f"{section}.{written}: the sweep sets this key in each trial. Remove it here.")
+        keys[key] = _number_or_value(value)
+    return keys
+
+
+def _space(section: str, content: Any) -> dict[str, tuple[Any, ...] | Range]:
+    space: dict[str, tuple[Any, ...] | Range] = {}
+    for key, values in _mapping(section, content).items():
+        where = f"{section}.{key}"
+        if key in RESERVED:
+            raise SweepError(f"{where}: the sweep sets this key in each trial. Search another one.")
+        if isinstance(values, Mapping):
+            space[key] = _range(where, values)
+        elif isinstance(values, list) and values:
+            listed = tuple(_number_or_value(value) for value in values)
+            if len({json.dumps(value) for value in listed}) < len(listed):
+                raise SweepError(f"{where}: {values!r:.80} has a value twice.")
+            numeric = all(_is_number(value) for value in listed)
+            space[key] = tuple(sorted(listed)) if numeric else listed
+        else:
+            raise SweepError(f"{where}: {values!r:.80} is neither a list of values nor {{low: …, high: …, log: true}}.")
+    return space
+
+
+def _range(where: str, content: Mapping[str, Any]) -> Range:
+    _check_keys(where, content, ("low", "high", "log"), required=("low", "high"))
+    low, high, log = (_number_or_value(content.get(name, False)) for name in ("low", "high", "log"))
+    if not (_is_number(low) and _is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
+        raise SweepError(f"{where}: low {low!r} and high {high!r} are no range of numbers. Give low below high.")
+    if not isinstance(log, bool):
+        raise SweepError(f"{where}.log: {log!r:.80} is neither true nor false.")
+    if log and low <= 0:
+        raise SweepError(f"{where}.low: {low} has no logarithm. Give a number above 0, or log: false.")
+    return Range(low, high, log)
+
+
+def _number_or_value(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _variants(content: Any, common: Mapping[str, Any], search: Space) -> tuple[Variant, ...]:
+    if isinstance(content, list):  # names alone
+        content = {name: {} for name in content if isinstance(name, str)}
+    variants = []
+    for name, value in _mapping("variants", content).items():
+        where = f"variants.{name}"
+        if not NAME.fullmatch(name):
+            raise SweepError(f"{where}: {name!r} cannot name a variant. Use letters, digits, _, +, - and .")
+        given = dict(_mapping(where, value or {}))
+        built_in = given.pop("variant", name if name in VARIANTS or not given else None)
+        own_search = _space(f"{where}.search", given.pop("search", {}))
+        try:
+            keys = variant_keys(str(built_in)) if built_in is not None else {}
+        except VariantError as error:
+            raise SweepError(f"variants.{name}: {str(error).removeprefix('variant: ')}") from error
+        keys |= _flat_keys(where, given)
+        if unsearched := [key for key in own_search if key not in search]:
+            raise SweepError(f"{where}.search.{unsearched[0]}: search does not have this key. Add the key there too.")
+        for key in search:
+            if key in keys or key in common:
+                place = where if key in keys else "set"
+                raise SweepError(f"{place}.{key}: search has this key too. Remove one of the two.")
+        variants.append(Variant(name, keys, {key: own_search.get(key, values) for key, values in search.items()}))
+    if not variants:
+        raise SweepError("variants: there are none. Name at least one, such as B: {}.")
+    return tuple(variants)
+
+
+def _check_numbers_of_points(plan: Plan) -> None:
+    if plan.is_sampled:
+        if plan.trials_per_variant is None:
+            raise SweepError("trials_per_variant: search has a range. Give the number of points for each variant.")
+        return
+    sizes = {variant.name: len(grid_points(variant)) for variant in plan.variants}
+    if len({*sizes.values()}) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise SweepError(f"search: the variants try different numbers of points ({listed}). Give all the same number.")
+    size = next(iter(sizes.values()))
+    if plan.trials_per_variant is not None and size > plan.trials_per_variant:
+        raise SweepError(
+            f"trials_per_variant: {plan.trials_per_variant} is less than the {size} points of search. Raise it, or "
+            "leave values out."
+        )

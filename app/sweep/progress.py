@@ -1,0 +1,88 @@
+"""Progress of a sweep: a line for each worker on a terminal, a line for each finished trial elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from app.console import escape_controls
+from app.sweep.schedule import Job
+from app.sweep.storage import describe
+from app.sweep.trial import Curve
+
+_log = logging.getLogger(__name__)
+
+
+class SweepProgress:
+    """Show what each worker does, how many trials are done and how long the rest will take.
+
+    Args:
+        workers: Number of trials that run at once.
+        metric: Metric that is shown of each.
+    """
+
+    def __init__(self, workers: int, metric: str) -> None:
+        self.metric, self.workers = metric, workers
+        self.done = self.expected = 0
+        self._seconds: list[float] = []
+        console = Console()
+        self._bars: Progress | None = None
+        if console.is_terminal:
+            text, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+            self._bars = Progress(text, BarColumn(20), MofNCompleteColumn(), note, console=console)
+            self._all = self._bars.add_task("Trials", total=None, note="")
+            self._lines: list[TaskID] = [self._bars.add_task("", note="", visible=False) for _ in range(workers)]
+
+    def __enter__(self) -> SweepProgress:
+        """Begin to draw."""
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last state."""
+        if self._bars is not None:
+            self._bars.stop()
+
+    def count(self, done: int, expected: int) -> None:
+        """Show how many trials of all are done."""
+        self.done, self.expected = done, expected
+        if self._bars is not None:
+            self._bars.update(self._all, completed=done, total=expected, note=self._time_left())
+
+    def begin(self, worker: int, job: Job) -> None:
+        """Show that a worker runs a trial."""
+        if self._bars is not None:
+            text = escape_controls(describe(job))
+            self._bars.reset(self._lines[worker], description=text, total=None, note=job.phase, visible=True)
+
+    def advance(self, worker: int, curve: Curve) -> None:
+        """Show the newest validation of a worker's trial."""
+        if self._bars is not None and curve.points:
+            step = max(curve.points)
+            value = curve.points[step][0]
+            note = f"{self.metric} {'not finite' if value is None else format(value, '.4g')}"
+            self._bars.update(self._lines[worker], completed=step, total=curve.steps, note=note)
+
+    def finish(self, worker: int, job: Job, result: str, seconds: float) -> None:
+        """Show how a trial has ended."""
+        self._seconds.append(seconds)
+        self.done += 1
+        if self._bars is not None:
+            self._bars.update(self._lines[worker], visible=False)
+        left = self._time_left()
+        of = f"{self.done} of {max(self.expected, self.done)}"
+        _log.info(f"{of}: {describe(job)} ({job.phase}): {result}, {seconds:.0f} s{f'; {left}' if left else ''}.")
+
+    def _time_left(self) -> str:
+        left = self.expected - self.done
+        if not self._seconds or left <= 0:
+            return ""
+        seconds = sum(self._seconds) / len(self._seconds) * left / self.workers
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"about {hours} h {minutes} min left" if hours else f"about {minutes} min left"

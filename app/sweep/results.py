@@ -1,0 +1,97 @@
+"""Results of a sweep: one tidy row a trial, and the facts that its report states."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from optuna.trial import FrozenTrial
+
+from app.sweep.facts import PlanFacts
+from app.sweep.plan import Plan, Range
+from app.sweep.schedule import Job, Outline
+from app.sweep.storage import STATES
+from datamodules.atomic import atomic_write
+
+RESULTS = "results.parquet"
+COLUMNS = ("variant", "phase", "point", "seed", "state", "error", "run", "chosen", "seconds")
+
+
+def results_frame(plan: Plan, trials: Mapping[Job, FrozenTrial], left: Outline) -> pd.DataFrame:
+    """Return one row a trial, in the order of the variants, phases, points and seeds.
+
+    The columns are those of `COLUMNS`, `search/<key>` for each searched key, `curve_steps` and `curve_values`, and each
+    metric under its own name. The metric of the choice has its value at the checkpoint that was kept as the best.
+    """
+    order = {variant.name: i for i, variant in enumerate(plan.variants)}
+    points = {job.point: json.loads(job.point) for job in trials}
+
+    def place(job: Job) -> tuple[Any, ...]:
+        values = [points[job.point].get(key) for key in plan.search_keys]
+        return order[job.variant], job.phase == "confirm", [(str(type(v)), v) for v in values], job.seed
+
+    rows = [_row(plan, job, trials[job], points[job.point], left) for job in sorted(trials, key=place)]
+    searched = [f"search/{key}" for key in plan.search_keys]
+    fixed = [*COLUMNS, *searched, "curve_steps", "curve_values"]
+    metrics = sorted({name for row in rows for name in row} - {*fixed})
+    return pd.DataFrame(rows, columns=[*fixed, *metrics])
+
+
+def _row(plan: Plan, job: Job, trial: FrozenTrial, point: Mapping[str, Any], left: Outline) -> dict[str, Any]:
+    facts = trial.user_attrs
+    return {
+        "variant": job.variant,
+        "phase": job.phase,
+        "point": job.point,
+        "seed": job.seed,
+        "state": STATES[trial.state],
+        "error": facts.get("error"),
+        "run": facts.get("run"),
+        "chosen": left.chosen.get(job.variant) == job.point,
+        "seconds": facts.get("seconds"),
+        **{f"search/{key}": point.get(key) for key in plan.search_keys},
+        "curve_steps": facts.get("curve_steps", []),
+        "curve_values": facts.get("curve_values", []),
+        **facts.get("metrics", {}),
+    }
+
+
+def write_results(frame: pd.DataFrame, output: Path) -> None:
+    """Write the table of all trials."""
+    with atomic_write(output / RESULTS) as file:
+        frame.to_parquet(file, index=False)
+
+
+def plan_facts(plan: Plan, left: Outline, notes: Sequence[str] = ()) -> PlanFacts:
+    """Return what the report says about the plan."""
+    own = [
+        f"{variant.name}: {key} was searched over values of its own: {_listed(values)}."
+        for variant in plan.variants
+        for key, values in variant.search.items()
+        if values != plan.search[key]
+    ]
+    return PlanFacts(
+        name=plan.name,
+        metric=plan.metric,
+        mode=plan.mode,
+        select_seeds=list(plan.select_seeds),
+        confirm_seeds=list(plan.confirm_seeds),
+        report=list(plan.report),
+        base=list(plan.base),
+        set=dict(plan.set),
+        variants={variant.name: dict(variant.keys) for variant in plan.variants},
+        search={key: _plain(values) for key, values in plan.search.items()},
+        notes=[*own, *left.notes, *notes],
+        finished=left.is_finished,
+    )
+
+
+def _plain(values: tuple[Any, ...] | Range) -> Any:
+    return {"low": values.low, "high": values.high, "log": values.log} if isinstance(values, Range) else list(values)
+
+
+def _listed(values: tuple[Any, ...] | Range) -> str:
+    return f"{values.low} to {values.high}" if isinstance(values, Range) else ", ".join(str(value) for value in values)

@@ -1,0 +1,277 @@
+"""Run a sweep: workers that take trials from the study, report, prune, and leave nothing half done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.table import Table
+
+from app.evaluations import read_metrics
+from app.sweep.check import fit_words
+from app.sweep.folders import job_folder
+from app.sweep.plan import Plan, SweepError
+from app.sweep.progress import SweepProgress
+from app.sweep.report import rich_table, write_report
+from app.sweep.results import plan_facts, results_frame, write_results
+from app.sweep.schedule import FINISHED
+from app.sweep.storage import HEARTBEAT, STATES, Claim, Ledger, describe
+from app.sweep.trial import Curve, End, TrialProcess
+
+POLL = 0.2  # seconds between two looks at the trials of this process
+LOOK = 2.0  # seconds between two looks at the study while there is nothing to take
+REPORT = 30.0  # seconds between two reports while the sweep runs
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Worker:
+    """A place for one trial at a time.
+
+    Args:
+        number: Its number, from 0.
+        environment: Variables of its trials: threads, GPU.
+    """
+
+    number: int
+    environment: dict[str, str]
+    claim: Claim | None = None
+    trial: TrialProcess | None = None
+    reported: set[int] = field(default_factory=set)
+    is_pruned: bool = False
+
+
+class Sweep:
+    """All that this process does for a sweep.
+
+    Args:
+        plan: The sweep.
+        ledger: Its trials.
+        output: Directory of the results.
+        workers: Number of trials at once.
+        again: Command that continues the sweep.
+    """
+
+    def __init__(self, plan: Plan, ledger: Ledger, output: Path, workers: int, again: str) -> None:
+        self.plan, self.ledger, self.output, self.again = plan, ledger, output, again
+        self.workers = [Worker(i, environment) for i, environment in enumerate(environments(workers))]
+        self.progress = SweepProgress(workers, plan.metric)
+        self._kills: dict[Any, int] = {}
+        self._next_look = self._next_beat = 0.0
+        self._next_report = time.monotonic() + REPORT
+        self._is_waiting = False
+
+    def run(self) -> Table:
+        """Run trials until none is left anywhere; return the table.
+
+        Raises:
+            SweepError: If a trial shows that the sweep's file is wrong, or the disk is full.
+            SIGTERMException: After a signal, with the command that continues.
+        """
+        try:
+            with self.progress:
+                try:
+                    while self._step():
+                        time.sleep(POLL)
+                finally:
+                    self._stop()
+        except SIGTERMException as stop:
+            self._report()
+            raise SIGTERMException(f"the trials are saved; the same command continues: {self.again}") from stop
+        return self._report()
+
+    def _step(self) -> bool:
+        """Look after the trials and start new ones; return False when nothing is left."""
+        now = time.monotonic()
+        busy = [worker for worker in self.workers if worker.claim is not None]
+        for worker in busy:
+            self._look_after(worker)
+        if now >= self._next_beat:
+            self._next_beat = now + HEARTBEAT
+            for worker in busy:
+                if worker.claim is not None:
+                    self.ledger.beat(worker.claim)
+        for worker in self.workers:
+            if worker.claim is None and now >= self._next_look and not self._take(worker):
+                self._next_look = now + LOOK
+        if now >= self._next_report:
+            self._report()
+            self._next_report = time.monotonic() + REPORT
+        return any(worker.claim is not None for worker in self.workers) or not self._is_finished()
+
+    def _is_finished(self) -> bool:
+        trials = self.ledger.trials()
+        left = self.ledger.outline(trials)
+        if not left.is_finished and not self._is_waiting:
+            running = sum(STATES[trials[job].state] == "running" for job in left.needed if job in trials)
+            _log.info(f"Other processes run the last {running} trials that can run now. This one waits for them.")
+            self._is_waiting = True
+        return left.is_finished
+
+    def _take(self, worker: Worker) -> bool:
+        claim = self.ledger.claim()
+        trials = self.ledger.trials()
+        done = sum(STATES[trial.state] in FINISHED for trial in trials.values())
+        self.progress.count(done, max(self.ledger.outline(trials).expected, done))
+        if claim is None:
+            return False
+        self._is_waiting = False
+        variant = next(variant for variant in self.plan.variants if variant.name == claim.job.variant)
+        worker.claim, worker.reported, worker.is_pruned = claim, set(), False
+        worker.trial = TrialProcess(
+            fit_words(self.plan, variant, json.loads(claim.job.point), claim.job.seed),
+            self.output / job_folder(claim.job),
+            {"metric": self.plan.metric, "check_test": bool(self.plan.confirm_seeds) and claim.job.phase == "select"},
+            tests=claim.job.phase == "confirm",
+            environment=worker.environment,
+            lock=claim.lock,
+        )
+        self.progress.begin(worker.number, claim.job)
+        return True
+
+    # ---------------------------------------------------------------------------------------------------------- trials
+
+    def _look_after(self, worker: Worker) -> None:
+        assert worker.trial is not None
+        assert worker.claim is not None
+        end = worker.trial.end()
+        curve = worker.trial.curve()
+        new = [(i, step) for i, step in enumerate(sorted(curve.points), start=1) if step not in worker.reported]
+        for i, step in new:
+            worker.reported.add(step)
+            value = curve.points[step][0]
+            worker.claim.trial.report(float("nan") if value is None else value, i)
+        if new:
+            self.progress.advance(worker.number, curve)
+        if end is not None:
+            self._close(worker, end, curve)
+        elif new and worker.claim.job.phase == "select" and not worker.is_pruned and worker.claim.trial.should_prune():
+            worker.is_pruned = True
+            worker.trial.stop()
+
+    def _close(self, worker: Worker, end: End, curve: Curve) -> None:
+        trial, claim = worker.trial, worker.claim
+        assert trial is not None
+        assert claim is not None
+        job = claim.job
+        if end == "killed":
+            self._kills[job] = self._kills.get(job, 0) + 1
+            if self._kills[job] < 2:
+                _log.warning(f"{describe(job)}: killed ({trial.signal}). It resumes from its last checkpoint, once.")
+                trial.start()
+                return
+            self._finish(worker, "failed", curve, f"killed twice ({trial.signal}), often because memory is full")
+        elif end == "refused" and trial.resumes:
+            _log.warning(f"{describe(job)}: cannot be resumed ({trial.error()}). It starts anew.")
+            trial.clear()
+            trial.start()
+        elif end == "refused" and self._is_extra(claim):
+            self._finish(worker, "failed", curve, trial.error())
+        elif end in ("refused", "disk full"):
+            self._free(worker)
+            problem = "refused before its first step" if end == "refused" else "stopped, since the disk is full"
+            raise SweepError(
+                f"{describe(job)}: {problem} ({trial.error().rstrip('.')}). Nothing is lost: put that right, and the "
+                f"same command continues. The trial's log is {trial.folder / 'log.txt'}."
+            )
+        elif end == "stopped" and worker.is_pruned:
+            self._finish(worker, "pruned", curve)
+        elif end == "stopped":
+            self._free(worker)
+        elif end == "failed":
+            self._finish(worker, "failed", curve, trial.error())
+        elif "time/fit_seconds" not in read_metrics(trial.run or trial.folder):
+            trial.start()  # it was resumed at its very end, and has no figures of its training
+        elif curve.kept() is None:
+            self._finish(worker, "failed", curve, f"{self.plan.metric} is not finite at the best checkpoint")
+        else:
+            self._finish(worker, "complete", curve)
+
+    def _is_extra(self, claim: Claim) -> bool:
+        """Return True for a point that was chosen by rule, and not by who wrote the file."""
+        left = self.ledger.outline(self.ledger.trials())
+        return self.plan.is_sampled or left.extra.get(claim.job.variant) == claim.job.point
+
+    def _finish(self, worker: Worker, state: Any, curve: Curve, error: str | None = None) -> None:
+        trial, claim = worker.trial, worker.claim
+        assert trial is not None
+        assert claim is not None
+        run, value = trial.run, curve.kept()
+        steps = sorted(curve.points)
+        metrics = dict(read_metrics(run)) if run is not None else {}
+        if steps:
+            metrics[self.plan.metric] = value
+        facts = {
+            "metrics": metrics,
+            "curve_steps": steps,
+            "curve_values": [curve.points[step][0] for step in steps],
+            "run": str(run.relative_to(self.output)) if run is not None else None,
+            "seconds": trial.seconds(),
+            **({"error": error} if error is not None else {}),
+        }
+        self.ledger.finish(claim, state, value, facts)
+        shown = f"{self.plan.metric} {value:.4g}" if value is not None else "no value"
+        result = {"failed": f"failed ({error})", "pruned": f"stopped early at {shown}"}.get(state, shown)
+        worker.claim = worker.trial = None
+        self._next_look = 0.0
+        self.progress.finish(worker.number, claim.job, result, trial.seconds())
+
+    def _free(self, worker: Worker) -> None:
+        assert worker.claim is not None
+        self.ledger.release(worker.claim)
+        worker.claim = worker.trial = None
+
+    def _stop(self) -> None:
+        """Let the trials save and stop, and queue them again."""
+        busy = [worker for worker in self.workers if worker.trial is not None]
+        for worker in busy:
+            assert worker.trial is not None
+            worker.trial.stop()
+        if busy:
+            _log.info(f"Stopping {len(busy)} trials after their current step.")
+        for worker in busy:
+            assert worker.trial is not None
+            while (end := worker.trial.end()) is None:
+                time.sleep(POLL)
+            if end == "complete":
+                self._close(worker, end, worker.trial.curve())
+            else:
+                self._free(worker)
+
+    # ---------------------------------------------------------------------------------------------------------- report
+
+    def _report(self) -> Table:
+        return report(self.plan, self.ledger, self.output)
+
+
+def report(plan: Plan, ledger: Ledger, output: Path) -> Table:
+    """Write the results and the report of a sweep, also of one that runs; return its table."""
+    trials = ledger.trials()
+    left = ledger.outline(trials)
+    frame = results_frame(plan, trials, left)
+    facts = plan_facts(plan, left)
+    write_results(frame, output)
+    write_report(facts, frame, output)
+    return rich_table(facts, frame)
+
+
+def environments(workers: int) -> list[dict[str, str]]:
+    """Return the environment variables of each worker's trials: its share of the threads, and a GPU in turn.
+
+    A variable that is set already stays, and a single worker has all GPUs.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible is not None else [str(i) for i in range(torch.cuda.device_count())]
+    gpus = [gpu for gpu in gpus if gpu]
+    chosen = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus and workers > 1 else {} for i in range(workers)]
+    return [{"OMP_NUM_THREADS": threads, **gpu} for gpu in chosen]

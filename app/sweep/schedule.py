@@ -1,0 +1,260 @@
+"""Which trials a sweep needs next: a function of its plan and of the trials so far, the same in every process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, Literal
+
+from app.sweep.plan import Plan, Point, Range, Variant, grid_points, point_id
+
+Phase = Literal["select", "confirm"]
+State = Literal["waiting", "running", "complete", "pruned", "failed"]
+FINISHED = ("complete", "pruned", "failed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fit of a sweep; no two trials have the same job.
+
+    Args:
+        variant: Name of the variant.
+        phase: `select` or `confirm`.
+        point: Canonical JSON of the searched keys.
+        seed: Seed of everything, the frozen factor included.
+    """
+
+    variant: str
+    phase: Phase
+    point: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a job.
+
+    Args:
+        job: The job.
+        state: Its state.
+        value: The metric of the choice, finite; None unless the trial is complete.
+    """
+
+    job: Job
+    state: State
+    value: float | None = None
+
+
+@dataclass
+class Outline:
+    """What is left to do.
+
+    Args:
+        needed: Jobs that must be finished before more is known, in the order to run them.
+        sampling: Variants that need another sampled point.
+        chosen: Each variant's point, once all have been tried.
+        extra: Points beside the grid, by variant.
+        notes: Whole sentences about the search.
+        expected: Number of jobs of the whole sweep, as far as known.
+    """
+
+    needed: list[Job] = field(default_factory=list)
+    sampling: list[str] = field(default_factory=list)
+    chosen: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    expected: int = 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Return True if nothing is left to do."""
+        return not self.needed and not self.sampling
+
+
+def outline(plan: Plan, records: Iterable[Record], sampled: Mapping[str, list[str]]) -> Outline:
+    """Return what a sweep needs next.
+
+    A variant's point is chosen by the mean of the metric over the seeds of the choice. A point with a trial that failed
+    or was pruned ranks behind all others, in the order of the grid.
+
+    If any variant's best value lies at the end of its grid, the grid of that variant gets one more value there; each of
+    the other variants gets a value between its best one and the better neighbour. All have tried the same number then.
+
+    Args:
+        plan: The sweep.
+        records: Its trials so far.
+        sampled: Points of each variant, if the plan samples them.
+    """
+    known = {record.job: record for record in records}
+    result = Outline()
+    if plan.is_sampled:
+        tried = {variant.name: sampled[variant.name] for variant in plan.variants}
+    else:
+        tried = {variant.name: [point_id(point) for point in grid_points(variant)] for variant in plan.variants}
+    with_choice = [name for name, points in tried.items() if plan.is_sampled or len(points) > 1]
+    _need(result, known, _select_jobs(plan, {name: tried[name] for name in with_choice}))
+    if plan.is_sampled:
+        missing = {name: plan.trials_per_variant - len(points) for name, points in tried.items()}  # type: ignore[operator]
+        result.sampling = sorted((name for name in missing if missing[name] > 0), key=lambda name: -missing[name])
+        result.expected += len(plan.select_seeds) * sum(n for n in missing.values() if n > 0)
+    result.expected += len(plan.variants) * len(plan.confirm_seeds)
+    if not result.is_finished:
+        return result
+    if with_choice and not plan.is_sampled:
+        result.extra, result.notes = _extra_points(plan, known, tried)
+        _need(result, known, _select_jobs(plan, {name: [point] for name, point in result.extra.items()}))
+        if not result.is_finished:
+            return result
+    for variant in plan.variants:
+        points = [*tried[variant.name], *([result.extra[variant.name]] if variant.name in result.extra else [])]
+        chosen = points[0] if variant.name not in with_choice else _best(plan, variant.name, points, known)
+        if chosen is None:
+            result.notes.append(f"{variant.name}: no point has finished with all seeds, so none is chosen.")
+            result.expected -= len(plan.confirm_seeds)
+        else:
+            result.chosen[variant.name] = chosen
+    jobs = [Job(name, "confirm", point, seed) for seed in plan.confirm_seeds for name, point in result.chosen.items()]
+    result.needed = [job for job in jobs if job not in known or known[job].state not in FINISHED]
+    return result
+
+
+def _need(result: Outline, known: Mapping[Job, Record], jobs: list[Job]) -> None:
+    result.expected += len(jobs)
+    result.needed += [job for job in jobs if job not in known or known[job].state not in FINISHED]
+
+
+def _select_jobs(plan: Plan, points: Mapping[str, list[str]]) -> list[Job]:
+    """Return jobs point by point rather than variant by variant, so that a slow spell of the machine hits all alike."""
+    longest = max((len(listed) for listed in points.values()), default=0)
+    return [
+        Job(name, "select", listed[i], seed)
+        for seed in plan.select_seeds
+        for i in range(longest)
+        for name, listed in points.items()
+        if i < len(listed)
+    ]
+
+
+def score(plan: Plan, variant: str, point: str, known: Mapping[Job, Record]) -> float | None:
+    """Return the mean of the metric over the seeds of the choice; None unless all of them have finished well."""
+    records = [known.get(Job(variant, "select", point, seed)) for seed in plan.select_seeds]
+    values = [record.value for record in records if record is not None and record.state == "complete"]
+    finite = [value for value in values if value is not None]
+    return fmean(finite) if len(finite) == len(plan.select_seeds) else None
+
+
+def _best(plan: Plan, variant: str, points: Iterable[str], known: Mapping[Job, Record]) -> str | None:
+    best: tuple[str, float] | None = None
+    for point in points:
+        value = score(plan, variant, point, known)
+        if value is not None and (best is None or plan.better(value, best[1])):
+            best = point, value
+    return best[0] if best else None
+
+
+# ------------------------------------------------------------------------------------------------------------ extension
+
+
+def _extra_points(
+    plan: Plan, known: Mapping[Job, Record], tried: Mapping[str, list[str]]
+) -> tuple[dict[str, str], list[str]]:
+    """Return one more point for each variant, and why, if the best value of any lies at the end of a grid."""
+    points: dict[str, Point] = {}
+    notes: dict[str, str] = {}
+    for variant in plan.variants:
+        best = _best_point(plan, variant, known)
+        if best is None:
+            continue
+        for key, values in _numeric_keys(variant):
+            at_end = best[key] in (values[0], values[-1])
+            value = _next_value(values, above=best[key] == values[-1]) if at_end else None
+            if value is not None:
+                points[variant.name] = {**best, key: value}
+                notes[variant.name] = (
+                    f"{variant.name}: the best {key} of the grid, {best[key]:g}, lies at its end, so the grid was "
+                    f"extended to {value:g}."
+                )
+                break
+    if not points:
+        return {}, []
+    for variant in plan.variants:
+        if variant.name in points or (best := _best_point(plan, variant, known)) is None:
+            continue
+        for key, values in _numeric_keys(variant):
+            value = _value_between(plan, variant, known, best, key, values)
+            if value is not None:
+                points[variant.name] = {**best, key: value}
+                notes[variant.name] = (
+                    f"{variant.name}: {key} {value:g}, beside the best one of the grid, was tried too, so that all "
+                    "variants have tried the same number of points."
+                )
+                break
+    in_order = [variant.name for variant in plan.variants if variant.name in points]
+    extra = {name: point_id(points[name]) for name in in_order if point_id(points[name]) not in tried[name]}
+    return extra, [notes[name] for name in extra]
+
+
+def _best_point(plan: Plan, variant: Variant, known: Mapping[Job, Record]) -> Point | None:
+    points = {point_id(point): point for point in grid_points(variant)}
+    best = _best(plan, variant.name, points, known)
+    return None if best is None else points[best]
+
+
+def _numeric_keys(variant: Variant) -> list[tuple[str, tuple[float, ...]]]:
+    """Return the searched keys that have several values, all numbers and in ascending order."""
+    return [
+        (key, values)
+        for key, values in variant.search.items()
+        if not isinstance(values, Range) and len(values) > 1
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    ]
+
+
+def _is_geometric(values: tuple[float, ...]) -> bool:
+    """Return True if a list of ascending numbers grows by factors rather than by steps."""
+    if values[0] <= 0:
+        return False
+    steps = [b - a for a, b in pairwise(values)]
+    return len(values) == 2 or not math.isclose(min(steps), max(steps), rel_tol=0.01)
+
+
+def _next_value(values: tuple[float, ...], above: bool) -> float | None:
+    """Return the value that continues a grid above its last or below its first value; None if there is none.
+
+    A grid of numbers that are not negative is not continued below zero.
+    """
+    end, before = (values[-1], values[-2]) if above else (values[0], values[1])
+    value = _rounded(end * end / before if _is_geometric(values) else 2 * end - before, values)
+    if value in values or (value < 0 <= values[0]):
+        return None
+    return value
+
+
+def _value_between(
+    plan: Plan, variant: Variant, known: Mapping[Job, Record], best: Point, key: str, values: tuple[float, ...]
+) -> float | None:
+    """Return a value between a point's and the better one of its neighbours; None if there is no such number."""
+    i = values.index(best[key])
+    neighbours = [values[j] for j in (i - 1, i + 1) if 0 <= j < len(values)]
+    scores = {v: score(plan, variant.name, point_id({**best, key: v}), known) for v in neighbours}
+    finished = [v for v in neighbours if scores[v] is not None]
+    neighbour = finished[0] if finished else neighbours[0]
+    for other in finished[1:]:
+        if plan.better(scores[other], scores[neighbour]):  # type: ignore[arg-type]
+            neighbour = other
+    a, b = best[key], neighbour
+    value = _rounded(math.sqrt(a * b) if _is_geometric(values) else (a + b) / 2, values)
+    return None if value in values else value
+
+
+def _rounded(value: float, values: tuple[float, ...]) -> float:
+    """Return a number as people write it in a grid: whole if the grid is, otherwise of two significant digits."""
+    return round(value) if all(isinstance(v, int) for v in values) else float(f"{value:.2g}")
+
+
+def readable_point(point: Mapping[str, Any]) -> str:
+    """Return a point in few words, such as `learning_rate 0.001`."""
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in point.items())

@@ -1,0 +1,54 @@
+"""Open the study of a sweep, new or begun before, and refuse a plan that does not fit its trials."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from optuna.trial import TrialState
+
+from app.sweep.changes import plan_content, plan_differences
+from app.sweep.plan import Plan, SweepError
+from app.sweep.storage import JOURNAL, Ledger, open_storage
+
+PLAN = "plan"  # attribute of the study that has the plan
+
+_log = logging.getLogger(__name__)
+
+
+def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = False) -> Ledger:
+    """Return the trials of a sweep.
+
+    Args:
+        plan: The sweep, as its file has it now.
+        url: URL of a database; None takes the journal in the output directory.
+        output: Directory of the results, made if missing.
+        must_exist: Whether a sweep without trials is an error.
+
+    Raises:
+        SweepError: If the sweep was started with a plan that differs by more than additions, or cannot be opened.
+    """
+    if must_exist and not (output.is_dir() if url else (output / JOURNAL).is_file()):
+        raise SweepError(f"--report: there is no sweep in {output}. Give its directory with --output, or run it first.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"--output: {output} cannot be made ({error.strerror}). Choose another place.") from error
+    ledger = Ledger(plan, open_storage(url, output), output)
+    saved = ledger.head.user_attrs.get(PLAN)
+    trials = ledger.trials()
+    tried = [job for job, trial in trials.items() if trial.state != TrialState.WAITING]
+    if saved is not None and (differences := plan_differences(saved, plan, tried)):
+        place = "storage under this name" if url else str(output)
+        other = "under another file name" if url else "with another --output"
+        raise SweepError(
+            f"--config: the sweep in {place} has trials that do not fit the file as it is now: "
+            f"{'; '.join(differences)}. Undo the change, or start a new sweep {other}. Variants, values and seeds may "
+            "be added."
+        )
+    if not must_exist:
+        ledger.head.set_user_attr(PLAN, plan_content(plan))
+    done = sum(trial.state.is_finished() for trial in trials.values())
+    if done:
+        _log.info(f"{done} trials are finished already; {output} goes on.")
+    return ledger

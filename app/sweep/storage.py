@@ -1,0 +1,359 @@
+"""The study of a sweep in Optuna's storage, which several processes and machines share.
+
+Each variant has a study of its own, so that its sampler and its pruner learn from its trials alone. A trial's job is in
+its user attributes. A trial that failed without an `error` counts for nothing: its owner was stopped or killed, or the
+trial was a duplicate. The trial of a job is the one with the lowest number among those that count, so that all
+processes agree on it without a lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from app.sweep.folders import OWNER, is_locked, job_folder, place_of, try_lock
+from app.sweep.plan import Plan, Range, SweepError, Variant, point_id
+from app.sweep.schedule import Job, Outline, Record, State, outline, readable_point
+from datamodules.errors import first_line
+
+JOURNAL, CLAIMS = "study.journal", ".claims"
+SURPLUS = "surplus"  # attribute of a sampled trial beyond the number of the plan
+HEARTBEAT = 20  # seconds between two heartbeats of a trial in a database
+GRACE = 120  # seconds without a heartbeat after which the trial of another machine is stale
+STATES: dict[TrialState, State] = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+_log = logging.getLogger(__name__)
+
+
+class JournalLock:
+    """Lock of a journal that the kernel releases when its holder dies; Optuna's own block others for 30 seconds then.
+
+    A line that a full disk has torn is removed before the next line is written.
+
+    Args:
+        journal: Path of the journal.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self._handle = -1
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        self._handle = os.open(self.journal.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError), self.journal.open("rb+") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Release the lock."""
+        os.close(self._handle)
+
+
+def open_storage(url: str | None, output: Path) -> BaseStorage:
+    """Return the storage of a sweep: the database of a URL, or a journal in the output directory.
+
+    Raises:
+        SweepError: If the database cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url is None:
+        journal = output / JOURNAL
+        return JournalStorage(JournalFileBackend(str(journal), JournalLock(journal)))  # type: ignore[arg-type]
+    problem: Exception | None = None
+    for _ in range(3):  # two machines that make the tables at the same time get in each other's way
+        try:
+            return RDBStorage(
+                url, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+            )
+        except Exception as error:  # of SQLAlchemy and of the database's driver
+            problem = error
+            time.sleep(1)
+    assert problem is not None
+    raise SweepError(
+        f"--storage: the database cannot be used ({first_line(problem)}). Give a URL such as "
+        "postgresql+psycopg://USER@HOST/DATABASE, and install its driver."
+    ) from problem
+
+
+@dataclass
+class Claim:
+    """A trial that this process runs.
+
+    Args:
+        job: Its job.
+        trial: Optuna's trial.
+        lock: Handle that locks the trial's folder.
+    """
+
+    job: Job
+    trial: Trial
+    lock: int
+
+
+class Ledger:
+    """The trials of a sweep, as all its processes see them.
+
+    Args:
+        plan: The sweep.
+        storage: Where the trials are recorded.
+        output: Directory of the trials' folders.
+    """
+
+    def __init__(self, plan: Plan, storage: BaseStorage, output: Path) -> None:
+        self.plan, self.storage, self.output = plan, storage, output
+        self.place = place_of(output)
+        self.head = optuna.create_study(study_name=plan.name, storage=storage, load_if_exists=True)
+        direction = StudyDirection.MAXIMIZE if plan.mode == "max" else StudyDirection.MINIMIZE
+        self.studies = {
+            variant.name: optuna.create_study(
+                study_name=f"{plan.name}/{variant.name}",
+                storage=storage,
+                direction=direction,
+                pruner=_pruner(plan),
+                load_if_exists=True,
+            )
+            for variant in plan.variants
+        }
+        self._seen_without_place: dict[tuple[str, int], float] = {}
+
+    # ------------------------------------------------------------------------------------------------------------ read
+
+    def trials(self) -> dict[Job, FrozenTrial]:
+        """Return the trial of each job."""
+        found: dict[Job, FrozenTrial] = {}
+        for study in self.studies.values():
+            for trial in study.get_trials(deepcopy=False):
+                job = job_of(trial)
+                if job is not None and not is_void(trial):
+                    found.setdefault(job, trial)
+        return found
+
+    def outline(self, trials: Mapping[Job, FrozenTrial]) -> Outline:
+        """Return what is left to do."""
+        return outline(self.plan, (record_of(job, trial) for job, trial in trials.items()), self._sampled_points())
+
+    def _sampled_points(self) -> dict[str, list[str]]:
+        """Return the points that were sampled, those of interrupted trials too; no more than the plan has."""
+        points: dict[str, dict[str, None]] = {name: {} for name in self.studies}
+        for name, study in self.studies.items() if self.plan.is_sampled else ():
+            for trial in study.get_trials(deepcopy=False):
+                job = job_of(trial)
+                if job is not None and job.phase == "select" and SURPLUS not in trial.user_attrs:
+                    points[name][job.point] = None
+        return {name: list(found)[: self.plan.trials_per_variant] for name, found in points.items()}
+
+    # ----------------------------------------------------------------------------------------------------------- claim
+
+    def claim(self) -> Claim | None:
+        """Return a trial to run, recorded as this process's own; None if there is nothing to do now.
+
+        Trials of processes that have died are queued again first.
+        """
+        with self._claiming():
+            self._release_stale()
+            while True:
+                trials = self.trials()
+                left = self.outline(trials)
+                new = [job for job in left.needed if job not in trials]
+                for job in new:
+                    self._enqueue(job)
+                trials = self.trials() if new else trials
+                waiting = [job for job in left.needed if trials[job].state == TrialState.WAITING]
+                name = next((job.variant for job in waiting if self._is_free(job.variant, trials)), None)
+                if name is not None:
+                    trial = self._ask(name)
+                elif left.sampling:
+                    name = left.sampling[0]
+                    trial = self._sample(name)
+                else:
+                    return None
+                if (claim := self._accept(name, trial, set(left.needed))) is not None:
+                    return claim
+
+    def _accept(self, name: str, trial: Trial, needed: set[Job]) -> Claim | None:
+        """Return the claim on a trial, or void the trial if another process was faster or nobody needs it now."""
+        study = self.studies[name]
+        job = job_of(study.get_trials(deepcopy=False)[trial.number])
+        mine = job is not None and self.trials()[job].number == trial.number
+        wanted = job in needed
+        if job is not None and self.plan.is_sampled and job.phase == "select":
+            wanted = job.point in self._sampled_points()[name]
+            if not wanted:  # machines that sample at the same time
+                trial.set_user_attr(SURPLUS, True)
+        if job is None or not mine or not wanted or (lock := try_lock(self._lock_file(job))) is None:
+            study.tell(trial, state=TrialState.FAIL)
+            return None
+        trial.set_user_attr("place", self.place)
+        claim = Claim(job, trial, lock)
+        self.beat(claim)
+        return claim
+
+    def _is_free(self, name: str, trials: Mapping[Job, FrozenTrial]) -> bool:
+        """Return True unless the next trial of a variant has a run that outlives its sweep."""
+        waiting = {job: t for job, t in trials.items() if job.variant == name and t.state == TrialState.WAITING}
+        following = min(waiting, key=lambda job: waiting[job].number)
+        return not is_locked(self._lock_file(following))
+
+    def _enqueue(self, job: Job) -> None:
+        params, distributions = {}, {}
+        if self.plan.is_sampled and job.phase == "select":
+            params, distributions = json.loads(job.point), _distributions(self._variant(job.variant))
+        self.studies[job.variant].add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING,
+                params=params,
+                distributions=distributions,
+                user_attrs={"job": asdict(job)},
+            )
+        )
+
+    def _ask(self, name: str) -> Trial:
+        with warnings.catch_warnings():  # heartbeats outside of Study.optimize, which `beat` records
+            warnings.simplefilter("ignore")
+            return self.studies[name].ask()
+
+    def _sample(self, name: str) -> Trial:
+        """Return a trial at a new point; another process may have queued one meanwhile, which is returned then."""
+        study, variant = self.studies[name], self._variant(name)
+        assert self.plan.trials_per_variant is not None
+        first = len(self.plan.select_seeds) * max(3, self.plan.trials_per_variant // 3)
+        seed = zlib.crc32(f"{name} {len(study.get_trials(deepcopy=False))}".encode())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            study.sampler = optuna.samplers.TPESampler(n_startup_trials=first, constant_liar=True, seed=seed)
+            trial = study.ask(_distributions(variant))
+        if "job" not in trial.user_attrs:
+            job = Job(name, "select", point_id(trial.params), self.plan.select_seeds[0])
+            trial.set_user_attr("job", asdict(job))
+        return trial
+
+    # ---------------------------------------------------------------------------------------------------------- finish
+
+    def finish(self, claim: Claim, state: State, value: float | None, facts: Mapping[str, Any]) -> None:
+        """Record the end of a trial, with facts for the table; a failed one needs an `error` among them."""
+        study = self.studies[claim.job.variant]
+        try:
+            for key, fact in facts.items():
+                claim.trial.set_user_attr(key, fact)
+            if state == "complete":
+                study.tell(claim.trial, value)
+            else:
+                study.tell(claim.trial, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            _log.warning(f"{describe(claim.job)}: another process took this one for dead. The trial runs there.")
+        os.close(claim.lock)
+
+    def release(self, claim: Claim) -> None:
+        """Queue a trial again that this process does not finish."""
+        with suppress(UpdateFinishedTrialError):
+            self.studies[claim.job.variant].tell(claim.trial, state=TrialState.FAIL)
+        os.close(claim.lock)
+
+    def beat(self, claim: Claim) -> None:
+        """Tell the processes on other machines that this one is alive."""
+        if isinstance(self.storage, RDBStorage):
+            study_id = self.storage.get_study_id_from_name(f"{self.plan.name}/{claim.job.variant}")
+            trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, claim.trial.number)
+            self.storage.record_heartbeat(trial_id)
+
+    def _release_stale(self) -> None:
+        """Void the running trials whose owner has died: its lock is free here, or its heartbeats have stopped."""
+        for name, study in self.studies.items():
+            if isinstance(self.storage, RDBStorage):
+                with warnings.catch_warnings():  # "experimental"
+                    warnings.simplefilter("ignore")
+                    optuna.storages.fail_stale_trials(study)
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                job, place = job_of(trial), trial.user_attrs.get("place")
+                if place is None and isinstance(self.storage, RDBStorage):  # claimed a moment ago, or never to be run
+                    seen = self._seen_without_place.setdefault((name, trial.number), time.monotonic())
+                    is_stale = time.monotonic() - seen > GRACE
+                else:
+                    here = place in (self.place, None)
+                    is_stale = here and (job is None or not is_locked(self._lock_file(job)))
+                if is_stale:
+                    with suppress(UpdateFinishedTrialError, ValueError):  # another process was faster
+                        study.tell(trial.number, state=TrialState.FAIL)
+                    _log.info(f"{describe(job) if job else 'A trial'}: its owner has died. It is queued again.")
+
+    # --------------------------------------------------------------------------------------------------------- helpers
+
+    @contextmanager
+    def _claiming(self) -> Iterator[None]:
+        """Let no other process claim in this output directory meanwhile."""
+        with (self.output / CLAIMS).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _lock_file(self, job: Job) -> Path:
+        return self.output / job_folder(job) / OWNER
+
+    def _variant(self, name: str) -> Variant:
+        return next(variant for variant in self.plan.variants if variant.name == name)
+
+
+def is_void(trial: FrozenTrial) -> bool:
+    """Return True for a trial that counts for nothing."""
+    return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+
+
+def job_of(trial: FrozenTrial) -> Job | None:
+    """Return the job of a trial; None for one that another process has just asked for."""
+    job = trial.user_attrs.get("job")
+    return None if job is None else Job(**job)
+
+
+def record_of(job: Job, trial: FrozenTrial) -> Record:
+    """Return what decides about the rest of the sweep."""
+    return Record(job, STATES[trial.state], trial.value if trial.state == TrialState.COMPLETE else None)
+
+
+def describe(job: Job) -> str:
+    """Return a job in words, such as `B learning_rate 0.001 seed 0`."""
+    return " ".join(word for word in (job.variant, readable_point(json.loads(job.point)), f"seed {job.seed}") if word)
+
+
+def _pruner(plan: Plan) -> optuna.pruners.BasePruner:
+    if plan.prune == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1)
+    return optuna.pruners.HyperbandPruner() if plan.prune == "hyperband" else optuna.pruners.NopPruner()
+
+
+def _distributions(variant: Variant) -> dict[str, BaseDistribution]:
+    return {key: _distribution(values) for key, values in variant.search.items()}
+
+
+def _distribution(values: tuple[Any, ...] | Range) -> BaseDistribution:
+    if not isinstance(values, Range):
+        return CategoricalDistribution(values)
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        return IntDistribution(values.low, values.high, log=values.log)
+    return FloatDistribution(values.low, values.high, log=values.log)
