@@ -10,9 +10,9 @@ from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
-from app.commands import export
+from app.commands import export, similarity, spectrum
 
-COMMANDS: dict[str, ModuleType] = {"export": export}
+COMMANDS: dict[str, ModuleType] = {"export": export, "similarity": similarity, "spectrum": spectrum}
 
 
 def command_help(name: str) -> str:
