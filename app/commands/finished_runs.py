@@ -515,8 +515,9 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
 
 
 def shown_runs(runs: Sequence[FinishedRun], table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of runs as a page shows it: the path shortened, and last, since it is widest."""
-    return table.drop(columns="path").assign(path=[_short_path(run) for run in runs])
+    """Return a table of runs as a page shows it: the path shortened and last, and no empty columns."""
+    shown = table.drop(columns=["path", "step"]).replace("", None).dropna(axis="columns", how="all")
+    return shown.assign(path=[_short_path(run) for run in runs])
 
 
 def block_names(names: Sequence[str]) -> dict[str, str]:

@@ -33,7 +33,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MOST_GROUPS = 8
 MOST_ANNOTATED = 12  # runs in a heat map with numbers in its cells
 LEVEL = 0.95
-FACTS = ("state", "start", "data", "variant", "seed")  # by which pairs of runs are grouped
+ALMOST = 0.05  # share of the similarity above chance
+FACTS = ("state", "start", "data", "variant")  # by which pairs of runs are grouped
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -241,8 +242,8 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
         "pairs",
         _pairs_figure(runs, pairs),
         "Similarity of every two runs, mean over projections",
-        "A cell compares the runs of its row and its column, “f” marks factors that are frozen in both, and the title "
-        "of each panel has the similarity that chance gives. Look for blocks of bright cells, and read in the names of "
+        "A cell compares the runs of its row and its column, and the title of each panel has the similarity that "
+        "chance gives. Look for blocks of bright cells, and read in the names of "
         "the runs what they share.",
     )
     report.add_figure(
@@ -263,44 +264,56 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
 
 
 def answers(pairs: pd.DataFrame, rows: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
-    """Return sentences that answer the paper's question from the numbers."""
+    """Return sentences that answer the paper's questions from the numbers."""
     trained = pairs[(pairs["factor"] == "A") & (pairs["state"] == "trained")]
-    by_start = {start: trained[trained["start"] == start] for start in ("same start", "other start")}
-    found = [_verdict(by_start["other start"], by_start["same start"], rows)]
+    other, same = (trained[trained["start"] == start] for start in ("other start", "same start"))
+    found = [_verdict(other, same, rows)]
+    if other["data"].nunique() > 1:
+        found.append(f"From different starts, A has {_by_data(other, rows)}.")
     own = runs["A to its start"].dropna()
     if len(own):
+        counted = f"{len(own)} run{'s' * (len(own) > 1)}"
         found.append(
-            f"At the end of training, A is {own.mean():.2f} similar to its own start "
-            f"(mean over {len(own)} run{'s' * (len(own) > 1)} that train{'s' * (len(own) == 1)} a random A)."
+            f"At the end of training, A has a mean similarity of {own.mean():.3f} to its own random start ({counted})."
         )
     learnt = pairs[(pairs["factor"] == "B") & (pairs["state"] == "trained") & (pairs["start"] == "both from zero")]
-    of_data = [
-        f"{_in_words(learnt[learnt['data'] == data], rows)} for {data.replace('other', 'different')}"
-        for data in ("same data", "other data")
-        if (learnt["data"] == data).any()
-    ]
-    if of_data:
-        found.append(f"B, trained from zero in both runs, has a mean similarity of {' and '.join(of_data)}.")
+    if len(learnt):
+        found.append(f"B, trained from zero in both runs, has {_by_data(learnt, rows)}.")
     return found
 
 
+def _by_data(pairs: pd.DataFrame, rows: pd.DataFrame) -> str:
+    groups = {"same data": "the same data", "other data": "different data"}
+    words = [
+        f"{_in_words(group, rows)} for {words}"
+        for data, words in groups.items()
+        if len(group := pairs[pairs["data"] == data])
+    ]
+    return f"a mean similarity of {' and '.join(words)}"
+
+
 def _verdict(other: pd.DataFrame, same: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Answer whether the similarity of A vanishes, from pairs of runs that train A from other starts and the same."""
     beside = f" From the same start it is {_in_words(same, rows)}." if len(same) else ""
     if other.empty:
         return (
             "These runs cannot tell: no two of them train A from different random starts. Give runs with "
             "model.adapter.train both and several values of model.adapter.seed." + beside
         )
-    summary = _summary(other, rows)
-    limits = f"{summary['chance_low']:.3f} to {summary['chance_high']:.3f}"
-    text = f"trained from different starts, A has a mean similarity of {_in_words(other, rows)}"
-    if summary["similarity"] <= summary["chance_high"]:
-        return f"Yes: {text}, no more than random subspaces have ({limits}).{beside}"
-    text = f"Not entirely: {text}, above that of random subspaces ({limits})."
-    if len(same):
-        left = (summary["similarity"] - summary["chance"]) / (same["similarity"].mean() - summary["chance"])
-        text += f"{beside} Of the similarity above chance, {left:.0%} is left."
-    return text
+    found = _summary(other, rows)
+    chance = f"{found['chance']:.3f} (95 % interval {found['chance_low']:.3f} to {found['chance_high']:.3f})"
+    text = f"trained from different starts, A has a mean similarity of {_in_words(other, rows)}. Chance is {chance}."
+    if found["similarity"] <= found["chance_high"]:
+        return f"Yes: {text}{beside}"
+    if found["low"] <= found["chance_high"]:
+        return f"Yes, as far as these runs can tell: {text} The two intervals overlap.{beside}"
+    if math.isnan(found["low"]):
+        text += " These runs are too few for an interval over runs."
+    if same.empty:
+        return f"Not entirely: {text}"
+    left = (found["similarity"] - found["chance"]) / (same["similarity"].mean() - found["chance"])
+    beside += f" Of the similarity above chance, different starts leave {left:.0%}."
+    return f"{'Almost' if left < ALMOST else 'Not entirely'}: {text}{beside}"
 
 
 def _in_words(pairs: pd.DataFrame, rows: pd.DataFrame) -> str:
@@ -346,19 +359,17 @@ def _groups_table(groups: pd.DataFrame) -> pd.DataFrame:
 def _chance_title(factor: str, pairs: pd.DataFrame) -> str:
     """Name a panel by its factor, and by the range that the chance intervals of its pairs span."""
     own = pairs[pairs["factor"] == factor]
-    low, high = own["chance_low"].min(), own["chance_high"].max()
     means = sorted({f"{chance:.3f}" for chance in own["chance"]})
-    mean = means[0] if len(means) == 1 else f"{means[0]}–{means[-1]}"
-    return f"{factor}: chance {mean}, 95 % in {low:.3f}–{high:.3f}"
+    mean = means[0] if len(means) == 1 else f"{means[0]} to {means[-1]}"
+    return f"{factor}: chance {mean} (95 %: {own['chance_low'].min():.3f} to {own['chance_high'].max():.3f})"
 
 
 def _shown_groups(groups: pd.DataFrame, factor: str) -> pd.DataFrame:
-    """Return the groups of a factor with the most pairs, as many as a figure can hold."""
-    return (
-        groups[groups["factor"] == factor]
-        .nlargest(MOST_GROUPS, "pairs", keep="first")
-        .sort_values("similarity", ascending=False)
-    )
+    """Return the groups of a factor that a figure shows: those with the most pairs, and none of one trained factor."""
+    own = groups[(groups["factor"] == factor) & (groups["state"] != "one trained")]
+    if own.empty:
+        own = groups[groups["factor"] == factor]
+    return own.nlargest(MOST_GROUPS, "pairs", keep="first").sort_values("similarity", ascending=False)
 
 
 def _members(pairs: pd.DataFrame, group: Any) -> pd.DataFrame:
@@ -378,9 +389,8 @@ def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
         panels = figure.subplots(2, 1, sharex=True, height_ratios=sizes)
     for axes, (factor, of_factor) in zip(panels, shown.items(), strict=True):
         for row, group in enumerate(of_factor.itertuples()):
-            axes.barh(
-                row, group.chance_high - group.chance_low, left=group.chance_low, height=0.7, color="#888888", alpha=0.6
-            )
+            width = group.chance_high - group.chance_low
+            axes.barh(row, width, left=group.chance_low, height=0.8, color="#888888", edgecolor="#888888", linewidth=2)
             values = _members(pairs, group)["similarity"]
             axes.plot(values, [row] * len(values), "o", color=COLOURS[0], alpha=0.35, markersize=4)
             limits = [[group.similarity - group.low], [group.high - group.similarity]]
@@ -388,7 +398,7 @@ def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
             axes.errorbar(group.similarity, row, xerr=reach, fmt="o", color=COLOURS[1], markersize=7, capsize=4)
         axes.set_yticks(range(len(of_factor)), of_factor["group"])
         axes.set_ylim(len(of_factor) - 0.4, -0.6)
-        axes.set_title(_chance_title(factor, pairs), fontsize=10)
+        axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
         axes.set_xlim(-0.02, 1.02)
     panels[-1].set_xlabel("similarity")
     return figure
@@ -397,9 +407,9 @@ def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
 def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
     labels = [run.label for run in runs]
     numbers = [label.partition(":")[0] for label in labels]
-    figure = new_figure(height=1.6 + max(2.4, 0.36 * len(labels)))
+    figure = new_figure(height=1.6 + 2 * max(1.4, 0.36 * len(labels)))
     with figure_style():
-        panels = figure.subplots(1, 2, sharey=True)
+        panels = figure.subplots(2, 1, sharex=True)
     image = None
     for axes, factor in zip(panels, FACTORS, strict=True):
         grid = np.eye(len(labels))
@@ -412,18 +422,18 @@ def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
             if pair in known.index:
                 grid[i, j] = grid[j, i] = known.loc[pair, "similarity"]
                 frozen[i, j] = frozen[j, i] = known.loc[pair, "state"] == "frozen"
-        image = axes.imshow(np.where(missing, np.nan, grid), cmap="viridis", vmin=0, vmax=1)
+        image = axes.imshow(np.where(missing, np.nan, grid), cmap="viridis", vmin=0, vmax=1, aspect="auto")
         if len(labels) <= MOST_ANNOTATED:
             for i, j in np.ndindex(grid.shape):
                 if i != j and not missing[i, j]:
-                    text = f"{grid[i, j]:.2f}{' f' * int(frozen[i, j])}"
+                    text = f"{grid[i, j]:.2f}{chr(10) + 'frozen' if frozen[i, j] else ''}"
                     colour = "black" if grid[i, j] > 0.6 else "white"
-                    axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=7)
+                    axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
         axes.set_xticks(range(len(labels)), numbers)
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_xlabel("run")
-        axes.set_title(_chance_title(factor, pairs), fontsize=9)
+        axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
         axes.grid(False)
+    panels[-1].set_xlabel("run")
     assert image is not None
     with figure_style():
         figure.colorbar(image, ax=list(panels), label="similarity", shrink=0.8)
@@ -432,7 +442,7 @@ def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
 
 def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     blocks = list(dict.fromkeys(rows["block"]))
-    figure = new_figure(height=7.5)
+    figure = new_figure(height=6.5)
     with figure_style():
         panels = figure.subplots(2, 1, sharex=True)
     for axes, factor in zip(panels, FACTORS, strict=True):
@@ -452,11 +462,11 @@ def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame
                 markersize=4,
                 label=group.group,
             )
-        axes.set_title(_chance_title(factor, pairs), fontsize=10)
+        axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
         axes.set_ylabel("similarity")
         axes.set_ylim(-0.02, 1.02)
         with figure_style():
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     panels[-1].set_xticks(range(len(blocks)), blocks, rotation=90 if max(map(len, blocks)) > 3 else 0)
     panels[-1].set_xlabel("block")
     return figure

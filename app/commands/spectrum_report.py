@@ -330,7 +330,7 @@ def _singular_values_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figur
             marker = "o" if len(mean) == 1 else None
             axes.plot(mean.index, mean["root_mean_square"], label=label, marker=marker, **_style(index))
             _band(axes, index, len(labels), mean.index, mean["smallest"], mean["largest"])
-        axes.set_title(factor)
+        axes.set_title(factor, loc="left")
         axes.set_xlabel("optimizer step")
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("singular value")
@@ -357,7 +357,7 @@ def _ranks_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figure:
             _band(axes, index, len(labels), mean.index, grouped.quantile(0.25), grouped.quantile(0.75))
         for rank in sorted(set(ranks["adapter_rank"])):
             axes.axhline(rank, color="#444444", linestyle=":", linewidth=1)
-        axes.set_title(quantity.replace("_", " "))
+        axes.set_title(quantity.replace("_", " "), loc="left")
         axes.set_xlabel("optimizer step")
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("rank")
@@ -418,7 +418,7 @@ def _norms_figure(labels: Sequence[str], norms: pd.DataFrame) -> Figure:
         own = norms[norms["run"] == label]
         grid = own.pivot_table(index="role", columns="block", values="relative_norm").reindex(roles, columns=blocks)
         image = axes.imshow(grid.to_numpy(), cmap="viridis", vmin=0, vmax=largest, aspect="auto")
-        axes.set_title(label, fontsize=9)
+        axes.set_title(label, fontsize=9, loc="left")
         axes.set_yticks(range(len(roles)), roles)
         axes.set_xticks(range(len(blocks)), blocks, rotation=90 if max(map(len, blocks)) > 2 else 0)
         axes.grid(False)

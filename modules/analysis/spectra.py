@@ -45,7 +45,7 @@ def intruder_cosines(left: Tensor, weight: Tensor, update: Tensor, top: int = 10
     """Return how well W knows each leading left singular vector of W + ΔW.
 
     An intruder dimension is one of the `top` leading left singular vectors of W + ΔW whose largest |cos| to all left
-    singular vectors of W is below a threshold ε (Shuttleworth et al. 2024, arXiv 2410.21228, algorithm 1). The paper
+    singular vectors of W is below a threshold ε (Shuttleworth et al. 2024, arXiv 2410.21228). The paper
     takes top = 10 and looks at a range of ε. W itself has no intruders unless singular values of W coincide, in which
     case their vectors are arbitrary.
 

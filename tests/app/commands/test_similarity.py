@@ -13,6 +13,7 @@ from scipy.linalg import subspace_angles
 from scipy.stats import t
 
 from app.cli import main
+from app.commands.similarity_report import answers
 from tests.app.commands.conftest import assert_page_has_pictures
 from tests.app.test_bad_input import refused
 
@@ -144,3 +145,30 @@ def test_too_few_runs_are_refused(
     broken = Path(shutil.copytree(run / "adapter", tmp_path / "broken"))
     (broken / "adapter_config.json").write_text("{")
     refused(capsys, similarity(tmp_path / "out", run, broken), "RUN: ", "cannot be read as JSON")
+
+
+VERDICTS = [
+    # similarity of the three pairs from other starts, of a pair from the same start, beginning of the answer
+    ((0.12, 0.12, 0.12), 0.9, "Yes: "),
+    ((0.20, 0.12, 0.12), 0.9, "Yes, as far as these runs can tell: "),
+    ((0.15, 0.15, 0.15), 0.9, "Almost: "),
+    ((0.50, 0.50, 0.50), 0.9, "Not entirely: "),
+    ((0.50, 0.50, 0.50), None, "Not entirely: "),
+    ((), 0.9, "These runs cannot tell: "),
+]
+
+
+@pytest.mark.parametrize(("other", "same", "beginning"), VERDICTS)
+def test_the_answer_follows_from_the_intervals(other: tuple[float, ...], same: float | None, beginning: str) -> None:
+    """Chance is 8 of 64 dimensions, and its interval for 36 projections is 0.118 to 0.132 at most."""
+    of_start = [*((pair, "other start", v) for pair, v in zip(("12", "13", "23"), other, strict=False))]
+    of_start += [] if same is None else [("14", "same start", same)]
+    facts = {"factor": "A", "state": "trained", "data": "same data"}
+    pairs = pd.DataFrame(
+        [{"first": p[0], "second": p[1], "start": start, "similarity": v, **facts} for p, start, v in of_start]
+    )
+    sizes = {"factor": "A", "dimension": 64, "rank_first": 8, "rank_second": 8}
+    rows = pd.DataFrame([{"first": p[0], "second": p[1], **sizes} for p, *_ in of_start for _ in range(12)])
+    answer, *others = answers(pairs, rows, pd.DataFrame({"A to its start": [0.5]}))
+    assert answer.startswith(beginning)
+    assert "0.500 to its own random start (1 run)" in others[0]

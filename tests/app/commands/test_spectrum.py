@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from app.cli import main
 from app.commands.export import load_module
@@ -18,7 +20,6 @@ from modules.adapters import adapted_projections
 from tests.app.commands.conftest import QUICK, assert_page_has_pictures
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused
-from tests.backbones import save_backbone
 
 ALWAYS = ("kept_shares", "ranks", "singular_values")
 
@@ -91,22 +92,24 @@ def test_an_earlier_report_is_overwritten_and_other_files_stay(
 
 
 def test_without_its_backbone_a_run_has_all_but_intruders(
-    tmp_path: Path, cola_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, parquet_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    backbone = save_backbone(tmp_path / "backbone", "roberta")
-    cli = CommandLine(tmp_path / "runs", cola_path, "text", backbone)
-    assert cli("fit", *QUICK) == 0
-    assert spectrum(tmp_path / "with", cli.run()) == 0
-    backbone.rename(tmp_path / "gone")
+    weights = tmp_path / "weights.safetensors"
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}  # tests/conf/image.yaml
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), weights)
+    cli = CommandLine(tmp_path / "runs", parquet_path)
+    assert cli("fit", *QUICK, f"--model.weights={weights}") == 0
+    assert spectrum(tmp_path / "with", cli.run(), options=("--top=1",)) == 0
+    weights.unlink()
     capsys.readouterr()
     assert spectrum(tmp_path / "without", cli.run()) == 0
     error = capsys.readouterr().err
     assert "intruder dimensions are left out: " in error
-    assert str(backbone) in error
+    assert str(weights) in error
     page = assert_page_has_pictures(tmp_path / "without", *ALWAYS, "relative_norms")
     assert "Frozen weights not at hand: run 1: B." in page
-    with_backbone, without = (pd.read_parquet(tmp_path / name / "ranks.parquet") for name in ("with", "without"))
-    assert without["relative_norm"].tolist() == pytest.approx(with_backbone["relative_norm"].tolist(), nan_ok=True)
+    before, after = (pd.read_parquet(tmp_path / name / "ranks.parquet") for name in ("with", "without"))
+    assert after["relative_norm"].tolist() == pytest.approx(before["relative_norm"].tolist(), nan_ok=True)
 
 
 def damage(path: Path) -> None:

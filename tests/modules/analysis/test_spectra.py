@@ -74,7 +74,14 @@ def test_directions_outside_of_a_weight_without_rank_are_unknown() -> None:
 
 def test_counts_rise_with_the_threshold() -> None:
     cosines = torch.tensor([0.9, 0.1, 0.5], dtype=torch.float64)
-    assert intruder_counts(cosines, torch.tensor([0.0, 0.1, 0.2, 0.5, 0.6, 1.0])).tolist() == [0, 0, 1, 1, 2, 3]
+    assert intruder_counts(cosines, torch.tensor([0.0, 0.1, 0.2, 0.5, 0.6, 1.0], dtype=torch.float64)).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_kept_shares_of_known_spectra() -> None:
