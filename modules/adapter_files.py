@@ -73,7 +73,7 @@ def read_adapter(
             config = replace(config, train=own.train, init_a="given", init_b="given")
         return LoadedAdapter(config, compact.factors, compact.heads)
     names = [name for of_head in homes.values() for name in of_head]
-    content, tensors = _read_peft(folder)
+    content, tensors = read_peft_files(folder)
     config, factors, wholes = from_peft(backbone, content, tensors, own, exclude, names)
     if str(content.get("init_lora_weights")).lower() == "mica" and own.train != "A":
         _log.warning(
@@ -120,8 +120,12 @@ def _located(source: str) -> Path:
         ) from error
 
 
-def _read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The two files of a PEFT directory."""
+def read_peft_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read adapter_config.json and adapter_model.safetensors of a directory.
+
+    Raises:
+        AdapterError: If either is missing or damaged.
+    """
     config, weights = folder / CONFIG, folder / WEIGHTS
     if not config.is_file():
         raise AdapterError(f"{WHERE}: {folder} has no {CONFIG}; give a directory as PEFT's save_pretrained writes it.")

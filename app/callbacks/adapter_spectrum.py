@@ -217,13 +217,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, schema=_schema()).to_pylist()
+        return pq.read_table(path, schema=spectrum_schema()).to_pylist()
     except (pa.ArrowException, OSError) as error:
         _log.warning(f"{path} is damaged ({error}). Its spectra of earlier steps are lost.")
         return []
 
 
-def _schema() -> Any:
+def spectrum_schema() -> Any:
+    """Return the schema of spectrum.parquet."""
     import pyarrow as pa
 
     return pa.schema(
@@ -242,7 +243,7 @@ def _save(rows: list[dict[str, Any]], file: BinaryIO) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.Table.from_pylist(rows, _schema()), file, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, spectrum_schema()), file, compression="zstd")
 
 
 def _adapted(module: L.LightningModule) -> bool:

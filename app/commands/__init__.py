@@ -10,9 +10,9 @@ from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
-from app.commands import export, sweep
+from app.commands import export, similarity, spectrum, sweep
 
-COMMANDS: dict[str, ModuleType] = {"export": export, "sweep": sweep}
+COMMANDS: dict[str, ModuleType] = {"export": export, "similarity": similarity, "spectrum": spectrum, "sweep": sweep}
 
 
 def command_help(name: str) -> str:

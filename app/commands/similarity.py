@@ -1,0 +1,46 @@
+"""Compare the subspaces that A and B of several runs have learnt, beside the similarity that chance gives."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser, Namespace
+
+from app.console import escape_controls
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=str,
+        help="Two or more run directories (their best checkpoints), checkpoints, or adapters in PEFT's format, over "
+        "one backbone. Adapter ranks may differ.",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=str,
+        required=True,
+        help="Directory for report.html, its pictures as PNG, and all numbers as Parquet. An earlier report in it is "
+        "overwritten.",
+    )
+
+
+def run(arguments: Namespace) -> None:
+    """Write the report.
+
+    Raises:
+        ArgumentError: If fewer than two runs have adapters, their backbones differ, or the output cannot be used.
+        CheckpointError: If a run cannot be read.
+    """
+    # here, since app.callbacks imports this package, and pandas and matplotlib take a second
+    from app.commands.finished_runs import check_output, check_same_backbone, read_runs, write_results
+    from app.commands.similarity_report import OWN_FILES, build_report, build_tables
+
+    output = check_output(arguments.output)
+    runs = read_runs(arguments.runs, least=2)
+    check_same_backbone(runs)
+    tables = build_tables(runs)
+    page = write_results(output, build_report(runs, tables), tables, OWN_FILES)
+    print(escape_controls(f"Report: {page}"), flush=True)

@@ -1,0 +1,59 @@
+"""Report how the singular values of finished runs' adapters grew, and what their updates do to the frozen weights."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from app.console import escape_controls
+
+MOST_RUNS = 8  # colours that can be told apart
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=str,
+        help=f"Run directories (their best checkpoints) or checkpoints, up to {MOST_RUNS}; several are shown side by "
+        "side.",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=str,
+        required=True,
+        help="Directory for report.html, its pictures as PNG, and all numbers as Parquet. An earlier report in it is "
+        "overwritten.",
+    )
+    parser.add_argument(
+        "--top",
+        metavar="K",
+        type=int,
+        default=10,
+        help="Number of leading singular vectors of W + s·B·A that may be intruder dimensions. 0 leaves intruder "
+        "dimensions out: they take two singular value decompositions of each adapted weight.",
+    )
+
+
+def run(arguments: Namespace) -> None:
+    """Write the report.
+
+    Raises:
+        ArgumentError: If no run has adapters, or the output cannot be used.
+        CheckpointError: If a run cannot be read.
+    """
+    # here, since app.callbacks imports this package, and pandas and matplotlib take a second
+    from app.commands.finished_runs import check_output, read_runs, read_spectra, write_results
+    from app.commands.spectrum_report import OWN_FILES, build_report, build_tables, measure_weights
+
+    output = check_output(arguments.output)
+    if arguments.top < 0:
+        raise ArgumentError(None, f"--top: {arguments.top} is negative. Give 0 or more.")
+    runs = read_runs(arguments.runs, least=1, most=MOST_RUNS)
+    spectra = [read_spectra(run) for run in runs]
+    weights = measure_weights(runs, arguments.top)
+    tables = build_tables(runs, spectra, weights)
+    page = write_results(output, build_report(runs, tables, arguments.top, weights.missing), tables, OWN_FILES)
+    print(escape_controls(f"Report: {page}"), flush=True)

@@ -1,0 +1,57 @@
+"""Finished runs for the commands that analyse them."""
+
+from __future__ import annotations
+
+import base64
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.app.conftest import CommandLine
+from tests.conftest import ROOT
+
+QUICK = ("--trainer.max_epochs=1", "--trainer.logger=false", "--model.learning_rate=0.02")
+VARIANTS = {
+    "both": ("--model.adapter.train=both",),
+    "both_other_seed": ("--model.adapter.train=both", "--model.adapter.seed=1"),
+    "b": (),
+    "b_other_rate": ("--model.learning_rate=0.01",),
+    "b_other_rank": ("--model.adapter.rank=2", "--model.adapter.alpha=4"),
+    "head": ("--model.tuning=head",),
+    "other_backbone": ("--seed_everything=1",),
+}
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory, parquet_path: Path) -> dict[str, Path]:
+    """One run of each variant over one random ViT; tests copy a run before they change it."""
+    root = tmp_path_factory.mktemp("finished_runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name, options in VARIANTS.items():
+            cli = CommandLine(root / name, parquet_path)
+            assert cli("fit", *QUICK, *options) == 0
+    return {name: root / name / "version_0" for name in VARIANTS}
+
+
+def assert_page_has_pictures(folder: Path, *names: str) -> str:
+    """Check that a report is one file, whose pictures are SVG and lie beside it as PNG; return its text."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(source.startswith("data:") for source in sources)
+    assert "url(" not in page
+    pictures = [source for source in sources if source.startswith("data:image/svg+xml;base64,")]
+    for picture in pictures:
+        assert ET.fromstring(base64.b64decode(picture.partition(",")[2])).tag == "{http://www.w3.org/2000/svg}svg"
+    assert sorted(path.stem for path in folder.glob("*.png")) == sorted(names)
+    assert len(pictures) == len(names)
+    for name in names:
+        Image.open(folder / f"{name}.png").verify()
+    captions = re.findall(r"<figcaption><b>(.+?)</b>(.+?)</figcaption>", page, flags=re.DOTALL)
+    assert len(captions) == len(names)
+    for _, reading in captions:
+        assert len(re.findall(r"\.(?=\s|$)", re.sub(r"et al\.", "", reading))) == 2  # how to read it, what to look for
+    return page

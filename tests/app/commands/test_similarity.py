@@ -1,0 +1,174 @@
+"""The command `similarity`: numbers against the factors, groups of runs, answers, and bad input."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+from scipy.stats import t
+
+from app.cli import main
+from app.commands.similarity_report import answers
+from tests.app.commands.conftest import assert_page_has_pictures
+from tests.app.test_bad_input import refused
+
+PICTURES = ("groups", "layers", "pairs")
+GIVEN = ("both", "both_other_seed", "b", "b_other_rate", "b_other_rank")
+
+
+def similarity(output: Path, *runs: Path) -> int:
+    return main(["similarity", *map(str, runs), "--output", str(output)])
+
+
+@pytest.fixture(scope="module")
+def output(finished_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("similarity") / "new"
+    assert similarity(folder, *(finished_runs[name] for name in GIVEN)) == 0
+    return folder
+
+
+def pair(frame: pd.DataFrame, first: int, second: int, factor: str) -> pd.DataFrame:
+    """The rows of two runs by their numbers."""
+    numbers = [frame[side].str.partition(":")[0].astype(int) for side in ("first", "second")]
+    return frame[(numbers[0] == first) & (numbers[1] == second) & (frame["factor"] == factor)]
+
+
+def test_the_page_is_one_file_with_all_figures(output: Path) -> None:
+    page = assert_page_has_pictures(output, *PICTURES)
+    assert "Does A&#39;s similarity vanish when A starts from different seeds?" in page
+
+
+@pytest.mark.parametrize("second", [2, 5])
+def test_the_numbers_are_those_of_scipys_principal_angles(
+    output: Path, finished_runs: dict[str, Path], second: int
+) -> None:
+    states = [
+        torch.load(finished_runs[GIVEN[i - 1]] / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+        for i in (1, second)
+    ]
+    frame = pd.read_parquet(output / "similarity.parquet")
+    for factor in "AB":
+        rows = pair(frame, 1, second, factor)
+        assert len(rows) == 4  # query and value in two blocks
+        for row in rows.itertuples():
+            layer = row.projection.removesuffix(f".{row.role}")
+            x, y = (state[f"backbone.{layer}.adapters.{row.role}.{factor}"].double().numpy() for state in states)
+            x, y = (x.T, y.T) if factor == "A" else (x, y)
+            assert row.similarity == pytest.approx(np.mean(np.cos(subspace_angles(x, y)) ** 2), abs=1e-9)
+            assert row.chance == 4 / 32
+        mean = pair(pd.read_parquet(output / "pairs.parquet"), 1, second, factor).iloc[0]
+        values = rows["similarity"].to_numpy()
+        reach = t.ppf(0.975, 3) * values.std(ddof=1) / 2
+        assert mean["similarity"] == pytest.approx(values.mean())
+        assert mean["high"] == pytest.approx(min(values.mean() + reach, 1))
+        assert mean["chance_low"] < 4 / 32 < mean["chance_high"]
+
+
+def test_equal_frozen_factors_are_one_and_named_so(output: Path) -> None:
+    row = pair(pd.read_parquet(output / "pairs.parquet"), 3, 4, "A").iloc[0]
+    assert row["similarity"] == pytest.approx(1, abs=1e-9)
+    assert (row["state"], row["start"]) == ("frozen", "same start")
+    groups = pd.read_parquet(output / "groups.parquet").query("factor == 'A'")
+    assert groups.iloc[0]["group"].startswith("frozen, same start")
+    assert groups.iloc[0]["group"].endswith("(equal by construction)")
+
+
+def test_pairs_are_grouped_by_what_the_runs_share(output: Path) -> None:
+    pairs = pd.read_parquet(output / "pairs.parquet")
+    facts = {
+        (1, 2, "A"): ("trained", "other start", "same data", "same variant"),
+        (1, 3, "A"): ("one trained", "same start", "same data", "other variant"),
+        (3, 5, "A"): ("frozen", "other start", "same data", "same variant"),  # another rank is another draw
+        (1, 3, "B"): ("trained", "both from zero", "same data", "other variant"),
+    }
+    for (first, second, factor), expected in facts.items():
+        row = pair(pairs, first, second, factor).iloc[0]
+        assert (row["state"], row["start"], row["data"], row["variant"]) == expected
+    groups = pd.read_parquet(output / "groups.parquet")
+    assert groups.groupby("factor")["pairs"].sum().tolist() == [10, 10]
+    trained = groups.query("factor == 'B'").iloc[0]
+    members = pairs.query("factor == 'B' and variant == @trained.variant")
+    assert trained["similarity"] == pytest.approx(members["similarity"].mean())
+
+
+def test_a_trained_factor_is_compared_with_its_own_start(output: Path) -> None:
+    runs = pd.read_parquet(output / "runs.parquet")
+    own = runs["A to its start"]
+    assert own[:2].between(0.2, 1 - 1e-6).all()
+    assert own[2:].isna().all()  # frozen
+    assert runs["B to its start"].isna().all()  # from zero
+
+
+def test_without_two_seeds_of_a_the_page_cannot_tell(finished_runs: dict[str, Path], tmp_path: Path) -> None:
+    assert similarity(tmp_path, finished_runs["both"], finished_runs["b"]) == 0
+    assert "These runs cannot tell" in assert_page_has_pictures(tmp_path, *PICTURES)
+
+
+def test_peft_files_give_the_factors_of_the_checkpoint(
+    finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also without checkpoints, and outside of a run, where nothing says which factor was frozen."""
+    run = finished_runs["b"]
+    copied = Path(shutil.copytree(run, tmp_path / "version_0", ignore=shutil.ignore_patterns("checkpoints")))
+    alone = Path(shutil.copytree(run / "adapter", tmp_path / "exported"))
+    assert similarity(tmp_path / "out", run, copied, alone) == 0
+    error = capsys.readouterr().err
+    assert "adapter/ is used instead" in error
+    assert "exported does not say which factor was frozen" in error
+    assert "no digest of the frozen weights" in error
+    pairs = pd.read_parquet(tmp_path / "out" / "pairs.parquet")
+    assert pairs["similarity"].tolist() == pytest.approx([1] * 6, abs=1e-6)
+    assert pair(pairs, 1, 2, "A").iloc[0]["state"] == "frozen"
+
+
+def test_other_backbones_are_refused_with_what_differs(
+    finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = similarity(tmp_path / "out", finished_runs["b"], finished_runs["other_backbone"])
+    refused(capsys, code, "different backbones", "seed_everything, which draws the weights, is 0 and 1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_runs_are_refused(
+    finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_runs["b"]
+    refused(capsys, similarity(tmp_path / "out", run), "1 of the 1 given", "2 or more")
+    assert similarity(tmp_path / "out", run, run / "checkpoints" / "best.ckpt") == 2
+    assert "is given twice" in capsys.readouterr().err
+    refused(capsys, similarity(tmp_path / "out", run, finished_runs["head"]), "1 of the 2 given", "2 or more")
+    broken = Path(shutil.copytree(run / "adapter", tmp_path / "broken"))
+    (broken / "adapter_config.json").write_text("{")
+    refused(capsys, similarity(tmp_path / "out", run, broken), "RUN: ", "cannot be read as JSON")
+
+
+VERDICTS = [
+    # similarity of the three pairs from other starts, of a pair from the same start, beginning of the answer
+    ((0.12, 0.12, 0.12), 0.9, "Yes: "),
+    ((0.20, 0.12, 0.12), 0.9, "Yes, as far as these runs can tell: "),
+    ((0.15, 0.15, 0.15), 0.9, "Almost: "),
+    ((0.50, 0.50, 0.50), 0.9, "Not entirely: "),
+    ((0.50, 0.50, 0.50), None, "Not entirely: "),
+    ((), 0.9, "These runs cannot tell: "),
+]
+
+
+@pytest.mark.parametrize(("other", "same", "beginning"), VERDICTS)
+def test_the_answer_follows_from_the_intervals(other: tuple[float, ...], same: float | None, beginning: str) -> None:
+    """Chance is 8 of 64 dimensions, and its interval for 36 projections is 0.118 to 0.132 at most."""
+    of_start = [*((pair, "other start", v) for pair, v in zip(("12", "13", "23"), other, strict=False))]
+    of_start += [] if same is None else [("14", "same start", same)]
+    facts = {"factor": "A", "state": "trained", "data": "same data"}
+    pairs = pd.DataFrame(
+        [{"first": p[0], "second": p[1], "start": start, "similarity": v, **facts} for p, start, v in of_start]
+    )
+    sizes = {"factor": "A", "dimension": 64, "rank_first": 8, "rank_second": 8}
+    rows = pd.DataFrame([{"first": p[0], "second": p[1], **sizes} for p, *_ in of_start for _ in range(12)])
+    answer, *others = answers(pairs, rows, pd.DataFrame({"A to its start": [0.5]}))
+    assert answer.startswith(beginning)
+    assert "0.500 to its own random start (1 run)" in others[0]
