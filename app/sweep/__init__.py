@@ -1,0 +1,1 @@
+"""Sweeps: a study of variants, its trials as processes, and its report."""
