@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ figcaption b { display: block } figcaption { max-width: 46rem }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
 caption { text-align: left; font-weight: 600; padding: .4rem 0 }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
+th:first-child, td:first-child, .text { text-align: left } thead th { border-bottom: 2px solid #888 }
 pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: .85rem }
 </style>
 </head>
@@ -60,9 +61,12 @@ pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: .85rem }
 {% elif part.kind == "code" %}<pre>{{ part.text }}</pre>
 {% elif part.kind == "table" %}<div class="scroll"><table>
 <caption>{{ part.text }}</caption>
-<thead><tr>{% for name in part.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name in part.columns %}
+<th{% if name in part.text_columns %} class="text"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in part.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+<tr>{% for cell in row %}
+<td{% if part.columns[loop.index0] in part.text_columns %} class="text"{% endif %}>{{ cell }}</td>{% endfor %}
+</tr>{% endfor %}
 </tbody></table></div>
 {% else %}<figure><img src="{{ part.source }}" alt="{{ part.text }}">
 <figcaption><b>{{ part.text }}</b>{{ part.reading }}</figcaption></figure>
@@ -81,6 +85,7 @@ class _Part:
     source: str = ""
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
+    text_columns: Collection[str] = ()
 
 
 class Report:
@@ -109,11 +114,18 @@ class Report:
         """Add a command or a piece of a file, set in a fixed width."""
         self._parts.append(_Part("code", text))
 
-    def add_table(self, caption: str, frame: pd.DataFrame) -> None:
-        """Add a table: the frame's columns without its index, each cell as `str` gives it, a missing one empty."""
+    def add_table(self, caption: str, frame: pd.DataFrame, text_columns: Collection[str] = ()) -> None:
+        """Add a table: the frame's columns without its index, each cell as `str` gives it, a missing one empty.
+
+        Args:
+            caption: Title above the table.
+            frame: Its cells.
+            text_columns: Columns that are aligned to the left, as the first one always is; numbers go to the right.
+        """
         cells = frame.astype(object).where(frame.notna(), "")
         rows = [[str(cell) for cell in row] for row in cells.itertuples(index=False)]
-        self._parts.append(_Part("table", caption, columns=[str(name) for name in frame.columns], rows=rows))
+        names = [str(name) for name in frame.columns]
+        self._parts.append(_Part("table", caption, columns=names, rows=rows, text_columns=text_columns))
 
     def add_figure(self, name: str, figure: Figure, title: str, reading: str) -> None:
         """Add a picture.

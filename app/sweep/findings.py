@@ -1,0 +1,252 @@
+"""Findings of a sweep in words, none stronger than its intervals allow."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from app.sweep.facts import PlanFacts
+from app.sweep.outcome import COSTS, Outcome, count_text, join_words, plural
+from app.sweep.statistics import STUDENT_SEEDS, PairedDifference
+
+
+def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
+    """Return what was compared, on what, and what was chosen on which seeds."""
+    outcome = Outcome(facts, results)
+    settings = ", ".join(f"{key} = {value}" for key, value in facts.set.items())
+    searched = join_words([outcome.short(key) for key in outcome.keys]) if outcome.keys else "nothing"
+    extreme = "highest" if facts.mode == "max" else "lowest"
+    sentences = [
+        f"This sweep compares {plural(len(facts.variants), 'variant')} ({join_words(outcome.variants)}) on "
+        f"{join_words(facts.base)}{f' with {settings}' if settings else ''}.",
+        f"For each variant, {_seeds(facts.select_seeds)} chose {searched} by the {extreme} mean {facts.metric}.",
+    ]
+    if facts.confirm_seeds:
+        sentences.append(f"The rows of the table come from other seeds: {_numbers(facts.confirm_seeds)}.")
+    else:
+        sentences.append(
+            "No other seeds confirm the choice. The rows of the table are the trials that made the choice, so they "
+            "flatter every variant."
+        )
+    if any(metric.startswith("val/") for metric in outcome.report):
+        sentences.append("The table reports validation data, which made the choice too.")
+    scaled = [metric for metric in outcome.report if outcome.scale(metric).hundredfold]
+    if scaled and not outcome.complete.empty:
+        sentences.append(f"Values of {join_words(scaled)} are shown times 100, and their differences are in points.")
+    return " ".join(sentences)
+
+
+def findings(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
+    """Return what the sweep found and how certain the findings are, one paragraph each."""
+    outcome = Outcome(facts, results)
+    found = _progress(outcome)
+    if outcome.ranked:
+        found += [*_order(outcome), *_one_side(outcome), *_head(outcome), *_cheapest(outcome), *_chance(outcome)]
+    return [*found, *_gaps(outcome)]
+
+
+def _progress(outcome: Outcome) -> list[str]:
+    """Say what is still to come, and that there is nothing to compare if so."""
+    sentences = []
+    failed, left = outcome.state("failed"), outcome.state("running", "waiting")
+    if not outcome.facts.finished:
+        count = f"{plural(len(left), 'trial')} of {len(outcome.trials)} " if len(left) else "some trials "
+        verb = "is" if len(left) == 1 else "are"
+        sentences.append(f"The sweep has not finished: {count}{verb} still to run. All numbers may change.")
+    if outcome.complete.empty:
+        if len(failed) and outcome.facts.finished:
+            error = failed["error"].dropna().mode()
+            reason = f" The most frequent error: {error[0]}" if len(error) else ""
+            sentences.append(f"No trial succeeded, so nothing can be compared. {len(failed)} failed.{reason}")
+        else:
+            sentences.append("No trial is complete yet, so nothing can be compared.")
+    elif not outcome.ranked:
+        sentences.append(
+            f"No trial has confirmed a choice with {outcome.metric} yet. The trials that made the choice are no fair "
+            "comparison, since each variant shows the luckiest of its points."
+        )
+    return sentences
+
+
+def _order(outcome: Outcome) -> list[str]:
+    """Name the best mean, what is clearly worse and what cannot be told apart."""
+    scale, best, others = outcome.scale(outcome.metric), outcome.ranked[0], outcome.ranked[1:]
+    mean = outcome.mean(best, outcome.metric)
+    of = "mean ± standard error, " if mean.error is not None else ""
+    value = f"{scale.mean(mean)} ({of}{plural(mean.seeds, 'seed')})"
+    if not others:
+        missing = "" if len(outcome.variants) == 1 else " No other variant has confirmed results yet."
+        only = f"{best} reaches {outcome.metric} {value}, {scale.direction}."
+        return [f"{only}{missing} There is no second variant to compare {best} with."]
+    sentences = [f"{best} has the best mean of {outcome.metric}: {value}; {scale.direction}."]
+    pairs = [outcome.difference(best, other) for other in others]
+    unknown = [pair for pair in pairs if pair.student is None]
+    worse = [pair for pair in pairs if pair.student and outcome.verdict(pair) > 0]
+    equal = [pair for pair in pairs if pair.student and outcome.verdict(pair) == 0]
+    if len(worse) == len(others):
+        every = f"each of the other {count_text(len(others))} variants" if len(others) > 1 else others[0]
+        sentences.append(f"{best} is clearly better than {every}: {_listed(outcome, worse)}.")
+    elif worse:
+        sentences.append(f"{best} is clearly better than {_listed(outcome, worse)}.")
+    if equal:
+        sentences.append(f"This sweep cannot tell {best} from {_listed(outcome, equal)}.")
+    if worse or equal:
+        unit = f" in{scale.unit}" if scale.unit else ""
+        sentences.append(f"Brackets hold the mean difference{unit}, {best} minus the other, and its 95 % interval.")
+    if unknown:
+        names = join_words([pair.second for pair in unknown])
+        fewest = min(pair.seeds for pair in unknown)
+        sentences.append(
+            f"No interval is given for {best} against {names}: they share fewer than {count_text(STUDENT_SEEDS)} "
+            f"confirmed seeds ({fewest}). The order of their means can be chance. Confirm with more seeds."
+        )
+    return [" ".join(sentences)]
+
+
+def _one_side(outcome: Outcome) -> list[str]:
+    """Compare each variant that trains one factor with LoRA, in quality and in cost."""
+    lora = outcome.lora
+    sides = [variant for variant in outcome.ranked if outcome.kind(variant) == "one side"]
+    return [_compared(outcome, side, lora) for side in sides] if lora else []
+
+
+def _head(outcome: Outcome) -> list[str]:
+    """Compare the head alone with the best adapter."""
+    head = next((variant for variant in outcome.ranked if outcome.kind(variant) == "head"), None)
+    adapter = next((v for v in outcome.ranked if outcome.kind(v) not in ("head", "full")), None)
+    if head is None or adapter is None:
+        return []
+    pair, scale = outcome.difference(head, adapter), outcome.scale(outcome.metric)
+    if pair.student is None:
+        return []
+    numbers = f"{adapter}, the best adapter ({_numbers_of(outcome, pair)})"
+    alone = "The head alone" + ("" if head == "head" else f" ({head})")
+    verdict = outcome.verdict(pair)
+    if verdict > 0:
+        return [f"{alone} is clearly better than {numbers}: adapters do not pay here."]
+    if verdict < 0:
+        return [f"{alone} is clearly worse than {numbers}: adapters pay here."]
+    gain = max(0.0, -pair.student[0] if scale.higher_is_better else pair.student[1])
+    return [
+        f"{alone} cannot be told from {numbers}. By this sweep, adapters do not pay here. A gain of up to "
+        f"{scale.text(gain)}{scale.unit} is not excluded."
+    ]
+
+
+def _cheapest(outcome: Outcome) -> list[str]:
+    """Name the variant with the fewest parameters of those that cannot be told from the best."""
+    best = outcome.ranked[0]
+    parameters = {variant: outcome.cost(variant, "params/trainable") for variant in outcome.ranked}
+    pairs = [outcome.difference(other, best) for other in outcome.ranked[1:]]
+    cheaper = [
+        (count, pair)
+        for pair in pairs
+        if (count := parameters[pair.first]) is not None
+        and (of_best := parameters[best]) is not None
+        and count < of_best
+        and pair.student
+        and outcome.verdict(pair) == 0
+    ]
+    if not cheaper:
+        return []
+    count, pair = min(cheaper, key=lambda item: item[0])
+    scale = outcome.scale(outcome.metric)
+    assert pair.student is not None
+    loss = max(0.0, -pair.student[0] if scale.higher_is_better else pair.student[1])
+    return [
+        f"Of the variants that this sweep cannot tell from {best}, {pair.first} trains the fewest parameters "
+        f"({count:,.0f}, {_share(count, parameters[best])} of {best}). By the interval, {pair.first} may be up to "
+        f"{scale.text(loss)}{scale.unit} worse."
+    ]
+
+
+def _chance(outcome: Outcome) -> list[str]:
+    """Say how many pairs were compared, and what that means."""
+    pairs = sum(pair.student is not None for pair in outcome.differences)
+    if pairs < 2:
+        return []
+    return [
+        f"{pairs} pairs of variants were compared, and no interval is corrected for that. If no variants differed, "
+        f"about {pairs * 0.05:.2g} of the {pairs} intervals would still exclude zero by chance."
+    ]
+
+
+def _gaps(outcome: Outcome) -> list[str]:
+    """Name the variants whose confirmed trials are incomplete."""
+    sentences = []
+    for variant in outcome.variants:
+        trials = outcome.at_choice(variant, outcome.phase)
+        failed = int((trials["state"] == "failed").sum())
+        if variant not in outcome.ranked and not outcome.complete.empty:
+            own = outcome.trials[outcome.trials["variant"] == variant]
+            lost = int((own["state"] == "failed").sum())
+            reason = f": {lost} of its {len(own)} trials failed" if lost else ""
+            sentences.append(f"{variant} is missing from the comparison, without a confirmed result{reason}.")
+        elif failed:
+            sentences.append(
+                f"{failed} of {len(trials)} confirming trials of {variant} failed and are left out of its means."
+            )
+    return sentences
+
+
+def _compared(outcome: Outcome, first: str, second: str) -> str:
+    """Compare a variant with another one in quality and in cost."""
+    pair, scale = outcome.difference(first, second), outcome.scale(outcome.metric)
+    costs = _costs(outcome, first, second)
+    numbers = _numbers_of(outcome, pair)
+    if pair.student is None:
+        return f"{first} against {second}: {numbers}.{costs}"
+    verdict = outcome.verdict(pair)
+    if verdict:
+        return f"{first} is clearly {'better' if verdict > 0 else 'worse'} than {second} ({numbers}).{costs}"
+    reach = scale.text(max(abs(bound) for bound in pair.student))
+    return f"{first} is within {reach}{scale.unit} of {second} ({numbers}): this sweep cannot tell them apart.{costs}"
+
+
+def _costs(outcome: Outcome, first: str, second: str) -> str:
+    """Return a sentence about the costs of a variant in per cent of another's, or nothing where none is known."""
+    shares = []
+    for metric, words in COSTS.items():
+        cost, other = outcome.cost(first, metric), outcome.cost(second, metric)
+        if cost and other:
+            shares.append(f"{words} {_share(cost, other)}")
+    return f" Costs of {first} in per cent of {second}'s: {', '.join(shares)}." if shares else ""
+
+
+def _numbers_of(outcome: Outcome, pair: PairedDifference) -> str:
+    """Return a paired difference with its interval and its number of seeds."""
+    scale = outcome.scale(outcome.metric)
+    if not pair.seeds:
+        return "no shared confirmed seed"
+    difference = f"difference {scale.signed(pair.mean)}{scale.unit}"
+    if pair.student is None:
+        return f"{difference}, {plural(pair.seeds, 'seed')}, no interval"
+    return f"{difference}, 95 % interval {_interval(outcome, pair)}, {plural(pair.seeds, 'seed')}"
+
+
+def _listed(outcome: Outcome, pairs: list[PairedDifference]) -> str:
+    """Return the second variants of pairs, each with difference and interval."""
+    scale = outcome.scale(outcome.metric)
+    return join_words([f"{pair.second} ({scale.signed(pair.mean)}; {_interval(outcome, pair)})" for pair in pairs])
+
+
+def _interval(outcome: Outcome, pair: PairedDifference) -> str:
+    """Return the Student interval of a pair as text."""
+    assert pair.student is not None
+    scale = outcome.scale(outcome.metric)
+    return f"{scale.signed(pair.student[0])} to {scale.signed(pair.student[1])}"
+
+
+def _share(value: float, whole: float | None) -> str:
+    """Return a value in per cent of another."""
+    share = 100 * value / whole if whole else float("nan")
+    return f"{share:.0f} %" if share >= 1 else f"{share:.2g} %"
+
+
+def _seeds(seeds: list[int]) -> str:
+    """Return seeds as a phrase."""
+    return f"seed {_numbers(seeds)}" if len(seeds) == 1 else f"seeds {_numbers(seeds)}"
+
+
+def _numbers(seeds: list[int]) -> str:
+    """Return seeds as text."""
+    return join_words([str(seed) for seed in seeds])

@@ -1,0 +1,256 @@
+"""Outcome of a sweep: its table of trials, read as chosen points and confirmed values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from app.sweep.facts import PlanFacts
+from app.sweep.statistics import Mean, PairedDifference, mean_over_seeds, paired_difference
+
+Kind = Literal["one side", "both", "head", "full", "other"]
+TRIAL = ("variant", "phase", "point", "seed", "state", "error", "run", "chosen", "curve_steps", "curve_values")
+COSTS = {  # column: its words
+    "params/trainable": "trained parameters",
+    "adapter/bytes": "adapter file size",
+    "time/fit_seconds": "fit time",
+    "memory/peak_bytes": "peak memory",
+}
+LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae")  # parts of a metric's name
+NO_SCORE = ("time/", "memory/", "params/", "adapter/")  # beginnings of a metric's name
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Direction, unit and digits of a metric.
+
+    Args:
+        metric: Full name, such as `test/score`.
+        hundredfold: True for scores that are shown times 100, so that differences are in points.
+        higher_is_better: Direction.
+        digits: Decimal places.
+    """
+
+    metric: str
+    hundredfold: bool
+    higher_is_better: bool
+    digits: int
+
+    @property
+    def factor(self) -> float:
+        """Return what a value is multiplied by before it is shown."""
+        return 100.0 if self.hundredfold else 1.0
+
+    @property
+    def unit(self) -> str:
+        """Return the unit of a difference, with a space before it."""
+        return " points" if self.hundredfold else ""
+
+    @property
+    def name(self) -> str:
+        """Return the metric's name with its factor, for a column or an axis."""
+        return f"{self.metric} × 100" if self.hundredfold else self.metric
+
+    @property
+    def direction(self) -> str:
+        """Return the direction in words."""
+        return "higher is better" if self.higher_is_better else "lower is better"
+
+    def text(self, value: float) -> str:
+        """Return a value as text."""
+        return f"{value * self.factor:.{self.digits}f}".replace("-", "−")
+
+    def signed(self, value: float) -> str:
+        """Return a difference as text, with its sign."""
+        return f"{value * self.factor:+.{self.digits}f}".replace("-", "−")
+
+    def mean(self, mean: Mean) -> str:
+        """Return a mean ± its standard error, the mean alone of one seed, or a dash."""
+        if not mean.seeds:
+            return "–"
+        return self.text(mean.value) + ("" if mean.error is None else f" ± {self.text(mean.error)}")
+
+
+class Outcome:
+    """A sweep's trials, read as its report needs them.
+
+    Args:
+        facts: The plan.
+        results: One row a trial. A column may be missing.
+    """
+
+    def __init__(self, facts: PlanFacts, results: pd.DataFrame) -> None:
+        self.facts = facts
+        self.keys = list(facts.search)
+        numbers = list(dict.fromkeys([facts.metric, *facts.report, *COSTS]))
+        columns = [*TRIAL, *self.search_columns, *numbers]
+        self.trials = results.reindex(columns=list(dict.fromkeys([*results.columns, *columns])))
+        for name in numbers:
+            self.trials[name] = pd.to_numeric(self.trials[name], errors="coerce").astype(float)
+        self.trials[numbers] = self.trials[numbers].replace([np.inf, -np.inf], np.nan)
+        self.trials["chosen"] = self.trials["chosen"].eq(True)
+        self.variants = list(facts.variants)
+
+    @property
+    def search_columns(self) -> list[str]:
+        """Return the columns of the searched keys."""
+        return [f"search/{key}" for key in self.keys]
+
+    def state(self, *states: str) -> pd.DataFrame:
+        """Return the trials in these states."""
+        return self.trials[self.trials["state"].isin(states)]
+
+    @cached_property
+    def complete(self) -> pd.DataFrame:
+        """Return the complete trials."""
+        return self.state("complete")
+
+    def chosen(self, variant: str) -> pd.Series[Any] | None:
+        """Return a trial at the variant's chosen point, or None before the choice."""
+        rows = self.trials[(self.trials["variant"] == variant) & self.trials["chosen"]]
+        return None if rows.empty else rows.iloc[0]
+
+    def at_choice(self, variant: str, phase: str) -> pd.DataFrame:
+        """Return the variant's trials of a phase at its chosen point.
+
+        A point that was confirmed and then lost the choice, since values were added to the search, is left out.
+        """
+        chosen = self.chosen(variant)
+        point = None if chosen is None else chosen["point"]
+        trials = self.trials
+        return trials[(trials["variant"] == variant) & (trials["phase"] == phase) & (trials["point"] == point)]
+
+    def confirmed(self, variant: str, metric: str) -> pd.Series[float]:
+        """Return a metric's values by seed, for the table."""
+        rows = self.at_choice(variant, self.phase)
+        rows = rows[(rows["state"] == "complete") & rows[metric].notna()]
+        return pd.Series(rows[metric].to_numpy(float), index=rows["seed"].to_numpy())
+
+    def mean(self, variant: str, metric: str) -> Mean:
+        """Return a metric's mean over the confirmed seeds."""
+        return mean_over_seeds(self.confirmed(variant, metric))
+
+    def cost(self, variant: str, metric: str) -> float | None:
+        """Return the median of a cost over the confirmed seeds, or None if no trial logged the cost."""
+        values = self.confirmed(variant, metric)
+        return None if values.empty else float(values.median())
+
+    @cached_property
+    def ranked(self) -> list[str]:
+        """Return the variants that have a confirmed value of the first metric, best mean first."""
+        means = {variant: self.mean(variant, self.metric) for variant in self.variants}
+        sign = -1 if self.scale(self.metric).higher_is_better else 1
+        return sorted((v for v in self.variants if means[v].seeds), key=lambda v: sign * means[v].value)
+
+    @property
+    def metric(self) -> str:
+        """Return the metric that decides the comparison: the first of the table."""
+        return self.report[0]
+
+    @property
+    def report(self) -> list[str]:
+        """Return the metrics of the table, the selecting one if the plan names none."""
+        return self.facts.report or [self.facts.metric]
+
+    @property
+    def phase(self) -> Literal["select", "confirm"]:
+        """Return the phase that fills the table; without confirming seeds, the trials that made the choice do."""
+        return "confirm" if self.facts.confirm_seeds else "select"
+
+    @cached_property
+    def differences(self) -> list[PairedDifference]:
+        """Return the paired differences of all pairs, each the better mean minus the worse one."""
+        return [self.difference(first, second) for first, second in combinations(self.ranked, 2)]
+
+    def difference(self, first: str, second: str) -> PairedDifference:
+        """Compare two variants by the first metric over the seeds that both have."""
+        values, others = self.confirmed(first, self.metric), self.confirmed(second, self.metric)
+        return paired_difference(first, values, second, others)
+
+    def verdict(self, difference: PairedDifference) -> int:
+        """Return 1 if the first variant is clearly better, -1 if it is clearly worse, 0 if the interval holds zero."""
+        return difference.sign if self.scale(self.metric).higher_is_better else -difference.sign
+
+    def kind(self, variant: str) -> Kind:
+        """Return what a variant trains, by its keys."""
+        keys = self.facts.set | self.facts.variants[variant]
+        tuning, train = keys.get("model.tuning", "adapter"), keys.get("model.adapter.train")
+        if tuning in ("head", "full"):
+            return "head" if tuning == "head" else "full"
+        if train in ("A", "B"):
+            return "one side"
+        return "both" if train == "both" else "other"
+
+    @cached_property
+    def lora(self) -> str | None:
+        """Return the confirmed variant that stands for LoRA: the one of that name, or the first that trains both."""
+        both = [variant for variant in self.variants if self.kind(variant) == "both" and variant in self.ranked]
+        return "lora" if "lora" in both else next(iter(both), None)
+
+    def scale(self, metric: str) -> Scale:
+        """Return a metric's scale. Scores between -1 and 1 are shown times 100; losses and costs are not."""
+        name = metric.rpartition("/")[2]
+        values = self.trials[metric].abs()
+        lower = any(part in name for part in LOWER_IS_BETTER) or metric.startswith(NO_SCORE)
+        hundredfold = not lower and bool((values.dropna() <= 1).all())
+        if name == self.facts.metric.rpartition("/")[2]:
+            lower = self.facts.mode == "min"
+        largest = 0.0 if values.isna().all() else float(values.median())
+        digits = 2 if hundredfold else next((d for bound, d in ((100, 1), (10, 2)) if largest >= bound), 4)
+        return Scale(metric, hundredfold, not lower, digits)
+
+    def short(self, key: str) -> str:
+        """Return the last part of a searched key, or the whole key if two share the last part."""
+        last = key.rpartition(".")[2]
+        return last if sum(other.rpartition(".")[2] == last for other in self.keys) == 1 else key
+
+    def point(self, trial: pd.Series[Any]) -> str:
+        """Return a trial's searched values as text, `learning_rate 0.002`."""
+        values = [(self.short(key), trial[f"search/{key}"]) for key in self.keys]
+        return ", ".join(f"{key} {value_text(value)}" for key, value in values if is_value(value)) or "no searched key"
+
+
+def is_value(value: Any) -> bool:
+    """Return False for what a table holds where nothing was set."""
+    return isinstance(value, list | tuple | dict) or not pd.isna(value)
+
+
+def value_text(value: Any) -> str:
+    """Return a searched value as text."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def size_text(count: float) -> str:
+    """Return bytes in the largest unit that they fill."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.{2 if count < 10 * size else 0}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def count_text(count: int) -> str:
+    """Return a small number as a word."""
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    return words[count] if count < len(words) else str(count)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun: `five seeds`, `one seed`."""
+    return f"{count_text(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def join_words(words: list[str]) -> str:
+    """Return `a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
