@@ -243,7 +243,7 @@ def _plain_ticks(axes: Axes, values: Sequence[float], text: Any) -> None:
         distance = reach
         if ticks:
             distance = np.log(value / ticks[-1]) if axes.get_xscale() == "log" else value - ticks[-1]
-        if not ticks or distance > 0.07 * reach:
+        if not ticks or distance > 0.09 * reach:
             ticks.append(value)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())

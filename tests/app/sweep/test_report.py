@@ -440,6 +440,15 @@ def test_diverged_loss_is_marked_at_the_edge_and_does_not_squeeze_the_axis() -> 
     assert axes.collections[1].get_offsets().tolist() == [pytest.approx([0.004, 0.97])]
 
 
+def test_equal_scores_push_no_other_score_off_the_axis() -> None:
+    scores = {0.001: 0.7, 0.002: 0.7, 0.004: 0.6}
+    results = pd.DataFrame([trial("B", "select", 0, rate, **{"val/score": score}) for rate, score in scores.items()])
+    figure = figures.response(Outcome(facts_of(results), results), "model.learning_rate")
+    assert figure is not None
+    trials, crosses = figure.axes[0].collections
+    assert (len(trials.get_offsets()), len(crosses.get_offsets())) == (3, 0)
+
+
 def test_curves_show_the_mean_of_confirmed_seeds_with_their_range() -> None:
     rows = [trial("B", "confirm", s, curve_steps=[5, 9], curve_values=[s / 10, s / 5]) for s in (2, 3, 4)]
     results = pd.DataFrame([*rows, trial("B", "select", 0)])
