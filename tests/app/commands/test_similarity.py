@@ -104,11 +104,6 @@ def test_a_trained_factor_is_compared_with_its_own_start(output: Path) -> None:
     assert runs["B to its start"].isna().all()  # from zero
 
 
-def test_without_two_seeds_of_a_the_page_cannot_tell(finished_runs: dict[str, Path], tmp_path: Path) -> None:
-    assert similarity(tmp_path, finished_runs["both"], finished_runs["b"]) == 0
-    assert "These runs cannot tell" in assert_page_has_pictures(tmp_path, *PICTURES)
-
-
 def test_peft_files_give_the_factors_of_the_checkpoint(
     finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +116,7 @@ def test_peft_files_give_the_factors_of_the_checkpoint(
     assert "adapter/ is used instead" in error
     assert "exported does not say which factor was frozen" in error
     assert "no digest of the frozen weights" in error
+    assert "These runs cannot tell" in assert_page_has_pictures(tmp_path / "out", *PICTURES)
     pairs = pd.read_parquet(tmp_path / "out" / "pairs.parquet")
     assert pairs["similarity"].tolist() == pytest.approx([1] * 6, abs=1e-6)
     assert pair(pairs, 1, 2, "A").iloc[0]["state"] == "frozen"

@@ -81,12 +81,11 @@ def test_spectra_over_training_have_the_scale(output: Path, finished_runs: dict[
 def test_an_earlier_report_is_overwritten_and_other_files_stay(
     finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert spectrum(tmp_path, finished_runs["b"], options=("--top=1",)) == 0
-    (tmp_path / "notes.txt").write_text("mine")
-    capsys.readouterr()
+    for name in ("report.html", "intruders.png", "notes.txt"):
+        (tmp_path / name).write_text("earlier")
     assert spectrum(tmp_path, finished_runs["b"], options=("--top=0",)) == 0
-    assert "overwritten: report.html" in capsys.readouterr().err
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "overwritten: report.html, intruders.png." in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "earlier"
     page = assert_page_has_pictures(tmp_path, *ALWAYS, "relative_norms")  # no stale intruders.png
     assert "left out by --top 0" in page
 
@@ -99,17 +98,17 @@ def test_without_its_backbone_a_run_has_all_but_intruders(
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), weights)
     cli = CommandLine(tmp_path / "runs", parquet_path)
     assert cli("fit", *QUICK, f"--model.weights={weights}") == 0
-    assert spectrum(tmp_path / "with", cli.run(), options=("--top=1",)) == 0
     weights.unlink()
-    capsys.readouterr()
     assert spectrum(tmp_path / "without", cli.run()) == 0
     error = capsys.readouterr().err
     assert "intruder dimensions are left out: " in error
     assert str(weights) in error
     page = assert_page_has_pictures(tmp_path / "without", *ALWAYS, "relative_norms")
     assert "Frozen weights not at hand: run 1: B." in page
-    before, after = (pd.read_parquet(tmp_path / name / "ranks.parquet") for name in ("with", "without"))
-    assert after["relative_norm"].tolist() == pytest.approx(before["relative_norm"].tolist(), nan_ok=True)
+    rows = pq.read_table(cli.run() / "spectrum.parquet").to_pylist()
+    last = [row["relative_norm"] for row in rows if row["factor"] == "BA" and row["step"] == rows[-1]["step"]]
+    ranks = pd.read_parquet(tmp_path / "without" / "ranks.parquet").query("at_checkpoint and factor == 's·BA'")
+    assert ranks["relative_norm"].tolist() == pytest.approx(last, rel=1e-5)  # the checkpoint is of the last step
 
 
 def damage(path: Path) -> None:
@@ -152,17 +151,17 @@ def test_a_spectrum_file_that_cannot_be_used(
     assert message in caplog.text
 
 
-def test_without_spectra_over_training_the_checkpoint_is_shown(finished_runs: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint = shutil.copy(finished_runs["b"] / "checkpoints" / "best.ckpt", tmp_path / "moved.ckpt")
-    assert spectrum(tmp_path / "out", Path(checkpoint), options=("--top=0",)) == 0
-    assert "No usable spectrum.parquet: run 1: B." in assert_page_has_pictures(tmp_path / "out", *ALWAYS)
-
-
-def test_a_run_without_adapters_is_skipped_or_refused(
+def test_runs_without_spectra_and_without_adapters(
     finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert spectrum(tmp_path / "out", finished_runs["head"], finished_runs["b"], options=("--top=0",)) == 0
-    assert "model.tuning: head, so it has no adapters. It is skipped." in capsys.readouterr().err
+    """The first is shown by its checkpoint alone; the second is skipped, or refused if no other is left."""
+    checkpoint = Path(shutil.copy(finished_runs["b"] / "checkpoints" / "best.ckpt", tmp_path / "moved.ckpt"))
+    assert spectrum(tmp_path / "out", finished_runs["head"], checkpoint, options=("--top=0",)) == 0
+    error = capsys.readouterr().err
+    assert "model.tuning: head, so it has no adapters. It is skipped." in error
+    assert "moved.ckpt lies in no run directory" in error
+    page = assert_page_has_pictures(tmp_path / "out", *ALWAYS)
+    assert "No usable spectrum.parquet: run 1: B." in page
     refused(capsys, spectrum(tmp_path / "none", finished_runs["head"]), "RUN", "0 of the 1 given", "model.tuning")
     assert not (tmp_path / "none").exists()
 
