@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
@@ -221,6 +221,27 @@ class ResumableDataModule(L.LightningDataModule):
         shuffled = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).tolist()
         own = [batches[rank::world] for batches in (first, *(others[i] for i in shuffled), *rest)]
         return self._loader(dataset, torch.cat(own).tolist(), collate)
+
+    def evaluated_training_rows(self) -> tuple[Dataset[Any], Tensor | None, Collate | None]:
+        """Return the training rows as they are evaluated, with the lengths and the collation of `evaluation_loader`.
+
+        A task implements this method. The rows are neither augmented nor packed.
+        """
+        raise NotImplementedError
+
+    def training_sample(self, size: int) -> DataLoader[Any]:
+        """Return a loader that evaluates a fixed sample of the training rows.
+
+        The sample depends on the number of training rows and on `size` alone, not on the seed of the run.
+
+        Args:
+            size: Most rows, at least the number of processes.
+        """
+        dataset, lengths, collate = self.evaluated_training_rows()
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        rows = order[:size].sort().values
+        sample = Subset(dataset, rows.tolist())
+        return self.evaluation_loader(sample, None if lengths is None else lengths[rows], collate)
 
     def _loader(
         self, dataset: Dataset[Any], sampler: EpochSampler | range | list[int], collate: Collate | None

@@ -353,6 +353,11 @@ class TextData(ResumableDataModule):
             return collate
         return self.cached(name.strip(), rows, rows.digest(), rows.lengths, self.collate(), collate)
 
+    def evaluated_training_rows(self) -> tuple[TokenDataset, Tensor | None, Collate]:
+        """Return the training rows with what their evaluation takes."""
+        data = self.splits["train"][0]
+        return data, data.lengths if self.bucket_by_length else None, self.collate()
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, in batches of like length."""
         data = self.splits["train"][0]
