@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,14 @@ def test_each_environment_is_logged_beside_the_in_domain_test(
     assert metrics["gap/ood"] > 0.1  # a third of `all blue` looks blue
     best = str(domain_cli.run() / "checkpoints" / "best.ckpt")
     # by the class of each image alone
-    for name in ("dark", "all blue"):
+    for number, name in enumerate(("dark", "all blue")):
         logged = metrics[f"test/{name.replace(' ', '_')}/acc1"]
         folder = domains_path / name
         assert domain_cli("predict", f"--ckpt_path={best}", f"--data.predict_path={folder}") == 0
-        rows = [line.split(",") for line in (domain_cli.run() / "predictions.csv").read_text().splitlines()[1:]]
-        assert len(rows) == SIZES[name]
-        assert np.mean([row[2] == Path(row[1]).parent.name for row in rows]) == pytest.approx(logged)
+        with (domain_cli.run() / f"predictions{f'-{number}' if number else ''}.csv").open() as file:
+            hits = [row["class"] == Path(row["name"]).parent.name for row in csv.DictReader(file)]
+        assert len(hits) == SIZES[name]
+        assert np.mean(hits) == pytest.approx(logged)
     (evaluation,) = [e for e in read_evaluations(domain_cli.run()) if e.split == "test"]
     assert evaluation.metrics["test/all_blue/acc1"] == metrics["test/all_blue/acc1"]
     assert "12 rows of" in capsys.readouterr().err
