@@ -18,7 +18,7 @@ from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
 from datamodules.findings import Findings
 from datamodules.length_effect import strong_effect
-from datamodules.prefix_cache import WithHidden, filling_order, hidden_states
+from datamodules.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class ResumableDataModule(L.LightningDataModule):
             raise DataError("data.batch_size must be 1 or more, and data.num_workers 0 or more.")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.findings = Findings(skip_bad_rows)
+        self.kept_states: dict[str, HiddenStates] = {}  # output of the model's frozen prefix, by split
         self._seed: int | None = None
         self._position: dict[str, int] = {}
         self._rows_digest: dict[str, Any] = {}  # digest and number of the training rows
@@ -151,8 +152,8 @@ class ResumableDataModule(L.LightningDataModule):
         rows = range(len(dataset)) if lengths is None else filling_order(lengths).tolist()  # type: ignore[arg-type]
         loader = self._loader(dataset, rows, filling)
         with self.first_process_first() as beat:
-            states = hidden_states(self.trainer, loader, lengths, rows_key, name, beat)
-        return WithHidden(collate, states)
+            self.kept_states[name] = hidden_states(self.trainer, loader, lengths, rows_key, name, beat)
+        return WithHidden(collate, self.kept_states[name])
 
     def train_loader(
         self,
@@ -225,7 +226,8 @@ class ResumableDataModule(L.LightningDataModule):
     def evaluated_training_rows(self) -> tuple[Dataset[Any], Tensor | None, Collate | None]:
         """Return the training rows as they are evaluated, with the lengths and the collation of `evaluation_loader`.
 
-        A task implements this method. The rows are neither augmented nor packed.
+        A task implements this method. The rows are neither augmented nor packed. If the fit has kept the output of the
+        frozen prefix for them, the batches hold this output.
         """
         raise NotImplementedError
 

@@ -24,6 +24,7 @@ from datamodules.batching import Draw, seeded
 from datamodules.errors import DataError
 from datamodules.findings import Findings
 from datamodules.image_sources import ImageError, ImageTable, open_folder, open_split
+from datamodules.prefix_cache import WithHidden
 from datamodules.splits import check_splits, choose_rows
 
 Transform = Callable[[Tensor], Tensor]
@@ -223,8 +224,10 @@ class ImageClassificationData(ResumableDataModule):
         key = f"{data.digest()} {version('timm')} {sorted(self.config.items())}"
         return LabelDataset(data), None, self.cached(name, data, key, None, None, default_collate)
 
-    def evaluated_training_rows(self) -> tuple[Dataset[Any], None, None]:
-        """Return the training images in the transforms of evaluation."""
+    def evaluated_training_rows(self) -> tuple[Dataset[Any], None, Collate | None]:
+        """Return the training images in the transforms of evaluation, or the kept output of the frozen prefix."""
+        if "train" in self.kept_states:
+            return LabelDataset(self.splits["train"]), None, WithHidden(default_collate, self.kept_states["train"])
         data = copy.copy(self.splits["train"])
         data.transform = self.evaluation
         return data, None, None

@@ -156,8 +156,8 @@ class RunSummary(L.Callback):
         """Print the closing table and write metrics.json; figures of earlier commands stay unless they are outdated."""
         known = read_metrics(run_directory)
         compared = "test" if any(key.startswith("test/") for key in known) else "val"
-        if compared in self._outdated:  # the gap was to the earlier figures
-            self._outdated.add("gap")
+        if compared in self._outdated and metrics_of_split(known, compared) != metrics_of_split(self.values, compared):
+            self._outdated.add("gap")  # which is to the earlier figures
         earlier = {k: v for k, v in known.items() if k.partition("/")[0] not in self._outdated}
         merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
         with atomic_write(run_directory / METRICS) as file:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from app.forgetting_probes import open_probe
 from modules.image_classification import ImageClassifier
 from modules.language_modeling import LanguageModel
 from tests.app.conftest import CommandLine
@@ -35,8 +37,11 @@ def scores(cli: CommandLine, name: str, version: int = 0) -> tuple[float, float,
     return lost, before, after
 
 
-@pytest.mark.parametrize("options", [(), A_TRAINED, ("--model.tuning=full",)], ids=["B", "A", "full"])
-@pytest.mark.parametrize("tested", [True, False])
+@pytest.mark.parametrize(
+    ("options", "tested"),
+    [((), True), (A_TRAINED, False), (("--model.tuning=full",), True)],
+    ids=["B", "A", "full"],
+)
 def test_before_is_the_untouched_backbone(
     cli: CommandLine, second_images: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], tested: bool
 ) -> None:
@@ -54,7 +59,7 @@ def test_before_is_the_untouched_backbone(
         return {"knn_acc": 0.75 if len(features) == 1 else 0.5}
 
     monkeypatch.setattr(ImageClassifier, "configure_tuning", hook)
-    monkeypatch.setattr("app.callbacks.forgetting.image_scores", seen)
+    monkeypatch.setattr("app.forgetting_probes.image_scores", seen)
     fast = ["--model.learning_rate=0.1", f"--test_after_fit={tested}", "--checkpoint.monitor=null"]
     assert cli("fit", *options, *fast, f"--forgetting.path={second_images}") == 0
     assert scores(cli, "knn_acc") == (0.25, 0.75, 0.5)
@@ -71,11 +76,9 @@ def test_before_is_the_untouched_backbone(
     # the same images in the same order: features of the model as it was built, and others after the fit
     again: list[torch.Tensor] = []
     monkeypatch.setattr(
-        "app.callbacks.forgetting.image_scores", lambda model, batches, labels: again.extend(batches) or {}
+        "app.forgetting_probes.image_scores", lambda model, batches, labels: again.extend(batches) or {}
     )
-    from app.callbacks.forgetting import _open_images
-
-    _open_images(untouched, str(second_images), 1000)(untouched)
+    open_probe(untouched, str(second_images), 1000, "text")(untouched)
     with torch.no_grad():
         expected = untouched.backbone.eval()(torch.cat(again))
     assert torch.allclose(features[0], expected, atol=1e-5)
@@ -101,19 +104,17 @@ def test_a_tuned_head_forgets_nothing(cli: CommandLine, second_images: Path) -> 
     assert before == after > 1 / 3
 
 
-@pytest.mark.parametrize("options", [(), ("--model.tuning=full",)], ids=["B", "full"])
-def test_the_fit_is_the_same_without_it(cli: CommandLine, second_images: Path, options: tuple[str, ...]) -> None:
-    assert cli("fit", *options, f"--forgetting.path={second_images}") == 0
-    assert cli("fit", *options) == 0
+def test_the_fit_is_the_same_without_it(cli: CommandLine, second_images: Path) -> None:
+    assert cli("fit", f"--forgetting.path={second_images}") == 0
+    assert cli("fit") == 0
     one, other = cli.checkpoint(0)["state_dict"], cli.checkpoint(1)["state_dict"]
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert cli.scalars("train/loss", 0) == cli.scalars("train/loss", 1)
     assert not any(key.startswith("forgetting") for key in cli.metrics(1))
 
 
-@pytest.mark.parametrize("tuning", ["adapter", "full"])
-def test_a_resumed_fit_has_the_same_scores(cli: CommandLine, second_images: Path, tuning: str) -> None:
-    options = [f"--model.tuning={tuning}", f"--forgetting.path={second_images}", "--forgetting.rows=50"]
+def test_a_resumed_fit_has_the_same_scores(cli: CommandLine, second_images: Path) -> None:
+    options = ["--model.tuning=full", f"--forgetting.path={second_images}", "--forgetting.rows=50"]
     assert cli("fit", *options, "--trainer.max_epochs=2") == 0
     stop = ["--trainer.max_epochs=2", "--trainer.max_steps=5"]
     assert cli("fit", *options, *stop) == 0
@@ -195,8 +196,6 @@ def test_refused_before_training(
 def test_a_damaged_image_is_named_by_the_key(
     cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
     for i in range(30):
         file = tmp_path / "set" / "ab"[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
