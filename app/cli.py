@@ -43,6 +43,8 @@ from app.callbacks import (
     AdapterWriter,
     ConfusionPicture,
     DataReport,
+    Forgetting,
+    GeneralizationGap,
     PredictionWriter,
     RunSummary,
     SaveRunConfig,
@@ -155,7 +157,8 @@ class AsymmetryCLI(LightningCLI):
       What differs from the checkpoint is logged.
     - `--variant` of a new fit stands between the files and the other options; on resume it must fit the checkpoint.
     - A run writes to runs/<recipe>/version_K, a new one each time; a command on a checkpoint writes to its run.
-    - `spectrum`, `checkpoint` and `test_after_fit` are keys beside `model`, `data` and `trainer`.
+    - `spectrum`, `checkpoint`, `generalization`, `forgetting` and `test_after_fit` are keys beside `model`, `data` and
+      `trainer`.
 
     Args:
         args: Words of the command line.
@@ -203,6 +206,8 @@ class AsymmetryCLI(LightningCLI):
         """Add the keys beside Lightning's own."""
         parser.add_lightning_class_args(AdapterSpectrum, "spectrum")
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(GeneralizationGap, "generalization")
+        parser.add_lightning_class_args(Forgetting, "forgetting")
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when fit has ended."
         )
@@ -420,11 +425,13 @@ class AsymmetryCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check before a long training that there is a split to test on."""
-        if self._get(self.config, "test_after_fit") and hasattr(self.datamodule, "check_test_split"):
+        tests = bool(self._get(self.config, "test_after_fit"))
+        next(c for c in self.trainer.callbacks if isinstance(c, Forgetting)).waits_for_test = tests  # type: ignore[attr-defined]
+        if tests and hasattr(self.datamodule, "check_test_split"):
             self.datamodule.check_test_split()
 
     def after_fit(self) -> None:
-        """Test the best checkpoint if the recipe says so, and sum up."""
+        """Test the best checkpoint if the recipe says so, compare with training rows, and sum up."""
         if self._get(self.config, "test_after_fit") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             best = next(c.best_model_path for c in self.trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
             if not best:
@@ -432,6 +439,8 @@ class AsymmetryCLI(LightningCLI):
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
             )
+        gap = next(c for c in self.trainer.callbacks if isinstance(c, GeneralizationGap))  # type: ignore[attr-defined]
+        self.summary.values |= gap.measure(self.trainer, self.model)
         self._close()
 
     def after_validate(self) -> None:

@@ -12,13 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.batching import EpochSampler
 from datamodules.errors import DataError
 from datamodules.findings import Findings
 from datamodules.length_effect import strong_effect
-from datamodules.prefix_cache import WithHidden, filling_order, hidden_states
+from datamodules.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class ResumableDataModule(L.LightningDataModule):
             raise DataError("data.batch_size must be 1 or more, and data.num_workers 0 or more.")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.findings = Findings(skip_bad_rows)
+        self.kept_states: dict[str, HiddenStates] = {}  # output of the model's frozen prefix, by split
         self._seed: int | None = None
         self._position: dict[str, int] = {}
         self._rows_digest: dict[str, Any] = {}  # digest and number of the training rows
@@ -151,8 +152,8 @@ class ResumableDataModule(L.LightningDataModule):
         rows = range(len(dataset)) if lengths is None else filling_order(lengths).tolist()  # type: ignore[arg-type]
         loader = self._loader(dataset, rows, filling)
         with self.first_process_first() as beat:
-            states = hidden_states(self.trainer, loader, lengths, rows_key, name, beat)
-        return WithHidden(collate, states)
+            self.kept_states[name] = hidden_states(self.trainer, loader, lengths, rows_key, name, beat)
+        return WithHidden(collate, self.kept_states[name])
 
     def train_loader(
         self,
@@ -221,6 +222,28 @@ class ResumableDataModule(L.LightningDataModule):
         shuffled = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).tolist()
         own = [batches[rank::world] for batches in (first, *(others[i] for i in shuffled), *rest)]
         return self._loader(dataset, torch.cat(own).tolist(), collate)
+
+    def evaluated_training_rows(self) -> tuple[Dataset[Any], Tensor | None, Collate | None]:
+        """Return the training rows as they are evaluated, with the lengths and the collation of `evaluation_loader`.
+
+        A task implements this method. The rows are neither augmented nor packed. If the fit has kept the output of the
+        frozen prefix for them, the batches hold this output.
+        """
+        raise NotImplementedError
+
+    def training_sample(self, size: int) -> DataLoader[Any]:
+        """Return a loader that evaluates a fixed sample of the training rows.
+
+        The sample depends on the number of training rows and on `size` alone, not on the seed of the run.
+
+        Args:
+            size: Most rows, at least the number of processes.
+        """
+        dataset, lengths, collate = self.evaluated_training_rows()
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        rows = order[:size].sort().values
+        sample = Subset(dataset, rows.tolist())
+        return self.evaluation_loader(sample, None if lengths is None else lengths[rows], collate)
 
     def _loader(
         self, dataset: Dataset[Any], sampler: EpochSampler | range | list[int], collate: Collate | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from datamodules.batching import Draw, seeded
 from datamodules.errors import DataError
 from datamodules.findings import Findings
 from datamodules.image_sources import ImageError, ImageTable, open_folder, open_split
+from datamodules.prefix_cache import WithHidden
 from datamodules.splits import check_splits, choose_rows
 
 Transform = Callable[[Tensor], Tensor]
@@ -64,6 +66,7 @@ class ImageClassificationData(ResumableDataModule):
     """
 
     kind = "images"
+    test_sets: Sequence[str] = ("test",)  # names of the splits that are tested
 
     def __init__(
         self,
@@ -121,20 +124,20 @@ class ImageClassificationData(ResumableDataModule):
             model.frozen_prefix()  # type: ignore[operator]
         self.config = config
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-        evaluation, training = self._transforms(config)
+        self.evaluation, training = self._transforms(config)
         if stage == "predict":
             if self.predict_path is None:
                 raise DataError("data.predict_path: name the folder of images to predict.")
             table = open_folder(self.predict_path, self.findings)
             self.findings.add_split("predict", len(table), table.where)
-            self.splits["predict"] = ImageDataset(table, None, evaluation)
+            self.splits["predict"] = ImageDataset(table, None, self.evaluation)
             return
         self.class_names = getattr(model, "class_names", None) or self._require("train").class_names
-        names = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
+        names = {"fit": ["train", "val"], "validate": ["val"], "test": self.test_sets}[stage]
         if stage == "fit" and self._tests_after_fit:  # what is wrong with its images and classes shows before training
-            names.append("test")
+            names = [*names, *self.test_sets]
         for name in names:
-            transform = training if name == "train" else evaluation
+            transform = training if name == "train" else self.evaluation
             if name in self.splits:
                 self.splits[name].transform = transform
             else:
@@ -147,7 +150,7 @@ class ImageClassificationData(ResumableDataModule):
         table = table.with_classes(self.class_names, f"the {name} split of {self.path}")
         dataset = ImageDataset(table, rows, transform)
         dataset.skip_unlabelled(name, self.findings)
-        if name == "test" or not self.caches:  # the cache of a fit looks at each image once at most
+        if name in self.test_sets or not self.caches:  # the cache of a fit looks at each image once at most
             dataset.keep_in_memory(self.memory_limit_gb, name, self.findings)
         if dataset.images is None and self.findings.skip_bad_rows:
             _log.info(
@@ -204,12 +207,7 @@ class ImageClassificationData(ResumableDataModule):
         """Evaluation and training transforms of uint8 images (3, height, width), as timm prepares them."""
         size = tuple(config["input_size"][1:])
         kind = config["interpolation"]
-        steps = transforms_imagenet_eval(
-            size, config["crop_pct"], config.get("crop_mode"), None, kind, config["mean"], use_prefetcher=True
-        ).transforms[:-1]  # the last makes an array of a PIL image
-        if config.get("crop_mode") == "border":
-            fill = [round(255 * m) for m in config["mean"]]  # timm's own step cannot fill a tensor with a colour
-            steps = [steps[0], partial(pad_to, size=size, fill=fill), v2.CenterCrop(size)]
+        steps = evaluation_steps(config)
         evaluation = v2.Compose(steps)
         if tuple(self.crop_scale) != (1.0, 1.0):
             steps = [v2.RandomResizedCrop(size, scale=self.crop_scale, interpolation=v2.InterpolationMode(kind))]
@@ -225,6 +223,14 @@ class ImageClassificationData(ResumableDataModule):
             return data, None, None
         key = f"{data.digest()} {version('timm')} {sorted(self.config.items())}"
         return LabelDataset(data), None, self.cached(name, data, key, None, None, default_collate)
+
+    def evaluated_training_rows(self) -> tuple[Dataset[Any], None, Collate | None]:
+        """Return the training images in the transforms of evaluation, or the kept output of the frozen prefix."""
+        if "train" in self.kept_states:
+            return LabelDataset(self.splits["train"]), None, WithHidden(default_collate, self.kept_states["train"])
+        data = copy.copy(self.splits["train"])
+        data.transform = self.evaluation
+        return data, None, None
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented."""
@@ -246,9 +252,35 @@ class ImageClassificationData(ResumableDataModule):
         """Normalise a batch on its device: uint8 in, float32 out."""
         if "image" not in batch:
             return batch
-        image = batch["image"].float().div_(255)  # (batch, 3, height, width), in [0, 1]
-        mean, std = self.mean.to(image.device), self.std.to(image.device)
-        return {**batch, "image": image.sub_(mean[:, None, None]).div_(std[:, None, None])}
+        return {**batch, "image": normalise(batch["image"], self.mean, self.std)}
+
+
+def evaluation_steps(config: dict[str, Any]) -> list[Transform]:
+    """Return timm's evaluation transforms of uint8 images (3, height, width), without the normalisation.
+
+    Args:
+        config: timm's `input_size`, `interpolation`, `crop_pct`, `crop_mode` and `mean` of a backbone.
+    """
+    size = tuple(config["input_size"][1:])
+    steps = transforms_imagenet_eval(
+        size,
+        config["crop_pct"],
+        config.get("crop_mode"),
+        None,
+        config["interpolation"],
+        config["mean"],
+        use_prefetcher=True,
+    ).transforms[:-1]  # the last makes an array of a PIL image
+    if config.get("crop_mode") == "border":
+        fill = [round(255 * m) for m in config["mean"]]  # timm's own step cannot fill a tensor with a colour
+        steps = [steps[0], partial(pad_to, size=size, fill=fill), v2.CenterCrop(size)]
+    return list(steps)
+
+
+def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return uint8 images (batch, 3, height, width) as float32 with a backbone's mean and deviation, both (3,)."""
+    scaled = image.float().div_(255)  # in [0, 1]
+    return scaled.sub_(mean.to(image.device)[:, None, None]).div_(std.to(image.device)[:, None, None])
 
 
 def pad_to(image: Tensor, size: tuple[int, int], fill: list[int]) -> Tensor:

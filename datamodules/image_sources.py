@@ -237,7 +237,7 @@ def open_split(
         return _from_cifar10(folder, split)
     files = find_images(folder, "path") if folder.exists() else None
     if files is not None and ".parquet files" not in files.left_out:
-        return _from_image_folder(files, split, findings)
+        return from_image_folder(files, split, findings)
     found = open_table(path, SPLITS[split])
     if found is None:
         return None
@@ -322,7 +322,7 @@ def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
     return ImageTable(_ArrayReader(data.data), _RowNames(where, len(data.data)), labels, list(data.classes), where)
 
 
-def _from_image_folder(files: ImageFiles, split: str, findings: Findings) -> ImageTable | None:
+def from_image_folder(files: ImageFiles, split: str, findings: Findings) -> ImageTable | None:
     """Open image files in one folder a class, below one folder a split; without splits all of them are for training.
 
     Raises:

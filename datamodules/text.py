@@ -15,6 +15,7 @@ from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw
 from datamodules.errors import DataError
 from datamodules.findings import SkippedRow
+from datamodules.prefix_cache import WithHidden
 from datamodules.splits import SPLITS, check_splits, choose_rows
 from datamodules.tables import Reading, Table, open_file, open_table, unread_files
 from datamodules.tokens import TokenDataset, lengths_of
@@ -352,6 +353,14 @@ class TextData(ResumableDataModule):
         if not self.caches:
             return collate
         return self.cached(name.strip(), rows, rows.digest(), rows.lengths, self.collate(), collate)
+
+    def evaluated_training_rows(self) -> tuple[TokenDataset, Tensor | None, Collate]:
+        """Return the training rows with what their evaluation takes."""
+        data = self.splits["train"][0]
+        collate = self.collate()
+        if "train" in self.kept_states:
+            collate = WithHidden(collate, self.kept_states["train"])
+        return data, data.lengths if self.bucket_by_length else None, collate
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, in batches of like length."""

@@ -88,7 +88,7 @@ class FrozenPrefix:
         Raises:
             ModelError: If the backbone cannot go on from there.
         """
-        with _evaluating(self.backbone), self._context():
+        with evaluating(self.backbone), self._context():
             hidden = self._run(batch)
             if not self._checked:
                 self._check(self._padded(batch))
@@ -252,7 +252,7 @@ def _digest(backbone: nn.Module, skipped: tuple[str, ...], identity: Mapping[str
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode; at the end every module has the mode it had."""
     modes = {part: part.training for part in module.modules()}
     module.eval()

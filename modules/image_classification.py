@@ -96,6 +96,10 @@ class ImageClassifier(AdaptedModule):
         if self.head is None:
             self.head = self.build_head()
         self.load_given_heads()
+        domains = getattr(self.trainer.datamodule, "domain_names", [])  # type: ignore[attr-defined]
+        self.domain_names: list[str] = domains if stage == "test" else []
+        metrics = [MulticlassAccuracy(len(self.class_names or ()), average="micro") for _ in self.domain_names]
+        self.domains = nn.ModuleList(metrics)
 
     def peft_head_names(self) -> dict[str, tuple[str, ...]]:
         """Where timm has its classifier, or the two of a distilled model."""
@@ -176,27 +180,50 @@ class ImageClassifier(AdaptedModule):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         logits, label = self.logits(batch), batch["label"]
+        self.losses[stage].update(F.cross_entropy(logits, label, reduction="none"))  # type: ignore[operator]
+        self.metrics[stage].update(logits, label)  # type: ignore[operator]
+        if stage == "test":
+            self.confusion.update(logits, label)
+
+    def _report(self, stage: str) -> dict[str, Tensor]:
+        """Log the metrics of a stage, and return them."""
         loss, metrics = self.losses[stage], self.metrics[stage]
         assert isinstance(loss, MeanMetric)
         assert isinstance(metrics, MetricCollection)
-        loss.update(F.cross_entropy(logits, label, reduction="none"))
-        metrics.update(logits, label)
-        self.log(f"{stage}/loss", loss, prog_bar=True, on_epoch=True, on_step=False)
-        self.log_dict(metrics, on_epoch=True, on_step=False, prog_bar=True)
-        if stage == "test":
-            self.confusion.update(logits, label)
+        values = {f"{stage}/loss": loss.compute(), **metrics.compute()}
+        self.log_dict(values, prog_bar=True)
+        loss.reset()
+        metrics.reset()
+        return values
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update `val/loss`, `val/acc1` and, of more than five classes, `val/acc5`."""
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As in validation, under `test/`, and the confusion matrix."""
-        self._evaluate("test", batch)
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._report("val")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As in validation, under `test/`, and the confusion matrix; of other domains, top-1 accuracy alone."""
+        if dataloader_idx == 0:
+            self._evaluate("test", batch)
+        else:
+            self.domains[dataloader_idx - 1].update(self.logits(batch), batch["label"])  # type: ignore[operator]
 
     def on_test_epoch_end(self) -> None:
-        """Forget the confusion matrix, which callbacks have read."""
+        """Log the metrics, and forget the confusion matrix, which callbacks have read.
+
+        `test/<domain>/acc1` is the accuracy of a domain, `test/ood/acc1` their unweighted mean, and `gap/ood` the
+        in-domain accuracy less that mean.
+        """
+        values = self._report("test")
         self.confusion.reset()
+        if self.domain_names:
+            accuracies = [metric.compute() for metric in self.domains]  # type: ignore[operator]
+            mean = torch.stack(accuracies).mean()
+            self.log_dict({f"test/{name}/acc1": a for name, a in zip(self.domain_names, accuracies, strict=True)})
+            self.log_dict({"test/ood/acc1": mean, "gap/ood": values["test/acc1"] - mean})
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
         """Return rows of a table: index and name of the image, class, and its probability in [0, 1].

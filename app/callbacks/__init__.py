@@ -7,6 +7,8 @@ from app.callbacks.adapter_writer import AdapterWriter
 from app.callbacks.confusion_picture import ConfusionPicture
 from app.callbacks.data_report import DataReport
 from app.callbacks.errors import CallbackError
+from app.callbacks.forgetting import Forgetting
+from app.callbacks.generalization_gap import GeneralizationGap
 from app.callbacks.metric_recorder import MetricRecorder
 from app.callbacks.prediction_writer import PredictionWriter
 from app.callbacks.run_summary import RunSummary
@@ -22,6 +24,8 @@ __all__ = [
     "CallbackError",
     "ConfusionPicture",
     "DataReport",
+    "Forgetting",
+    "GeneralizationGap",
     "MetricRecorder",
     "PredictionWriter",
     "RunSummary",

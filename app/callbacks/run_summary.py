@@ -105,7 +105,7 @@ class RunSummary(L.Callback):
         if callback is not None and callback.monitor and callback.best_model_score is not None:
             self.values[f"best/{callback.monitor}"] = callback.best_model_score.item()
         if trainer.global_step > self._first_step:
-            self._outdated |= {"train", "val", "test", "best"}
+            self._outdated |= {"train", "val", "test", "best", "train_eval", "gap", "forgetting"}
         self._loaded = None
         self._keep_metrics(trainer)
 
@@ -154,7 +154,11 @@ class RunSummary(L.Callback):
     @rank_zero_only
     def report(self, run_directory: Path) -> None:
         """Print the closing table and write metrics.json; figures of earlier commands stay unless they are outdated."""
-        earlier = {k: v for k, v in read_metrics(run_directory).items() if k.partition("/")[0] not in self._outdated}
+        known = read_metrics(run_directory)
+        compared = "test" if any(key.startswith("test/") for key in known) else "val"
+        if compared in self._outdated and metrics_of_split(known, compared) != metrics_of_split(self.values, compared):
+            self._outdated.add("gap")  # which is to the earlier figures
+        earlier = {k: v for k, v in known.items() if k.partition("/")[0] not in self._outdated}
         merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
         with atomic_write(run_directory / METRICS) as file:
             file.write(f"{json.dumps(merged, indent=2)}\n".encode())

@@ -1,0 +1,168 @@
+"""Abilities of the pretrained backbone before and after a fit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from app.callbacks.errors import CallbackError
+from datamodules.errors import DataError
+from modules.adapters import adapters_disabled
+from modules.base import AdaptedModule
+from modules.frozen_prefix import evaluating
+
+_log = logging.getLogger(__name__)
+HIGHER_IS_BETTER = {"knn_acc"}
+
+
+class Forgetting(L.Callback):
+    """Score what the pretrained backbone can do, before and after the fit, on data of another task.
+
+    - Image classification: `knn_acc`, the accuracy of the 20 nearest neighbours of the backbone's features, by cosine,
+      on a second labelled set of images. Each image is left out of its own neighbours.
+    - Instruction tuning: `loss` (nats a token) and `perplexity` on plain text, of all tokens behind the first of each
+      row, which is cut at 512 tokens.
+
+    `forgetting/before/<score>` is of the untouched backbone: with the adapters switched off. With tuning `full` it is
+    measured before the first step, and a checkpoint keeps it. `forgetting/after/<score>` is of the weights that are
+    tested, the best checkpoint with `test_after_fit`, else of the last ones. `forgetting/<score>` is the ability that
+    was lost: before less after for `knn_acc`, after less before for `loss` and `perplexity`. It is 0 with tuning
+    `head`.
+
+    The scores draw no random numbers and change nothing of the fit. In a distributed run every process scores all rows.
+
+    Args:
+        path: Data to score on; None scores nothing. Images: whatever `ImageClassificationData` reads, its training
+            split. Text: a file or directory of tables, or a name on the hub; its test split, or else the first of
+            validation and training.
+        rows: Most rows, a seeded sample; more than 20 for images.
+        text_column: Column of the text in a table.
+    """
+
+    def __init__(self, path: str | None = None, rows: int = 1000, text_column: str = "text") -> None:
+        if rows < 1:
+            raise CallbackError(f"forgetting.rows: {rows} must be 1 or more.")
+        self.path, self.rows, self.text_column = path, rows, text_column
+        self.waits_for_test = False  # whether the best checkpoint is tested behind the fit
+        self._probe: Callable[[AdaptedModule], dict[str, float]] | None = None
+        self._keeps_before = False  # whether the scores from before cannot be measured again
+        self._before: dict[str, float] = {}
+        self._saved: dict[str, Any] = {}  # state from a checkpoint
+        self._seconds = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Read the data before training.
+
+        Raises:
+            CallbackError: If the task has no such score, or the data cannot be used.
+        """
+        if self.path is None or stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        assert isinstance(pl_module, AdaptedModule)
+        self._keeps_before = pl_module.tuning == "full"
+        from app.forgetting_probes import open_probe  # imports what reads images, which other runs do not need
+
+        with _own_keys():
+            self._probe = open_probe(pl_module, self.path, self.rows, self.text_column)
+
+    # --------------------------------------------------------------------------------------------------- measurement
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the untouched backbone."""
+        if self._probe is None:
+            return
+        assert isinstance(pl_module, AdaptedModule)
+        if self._keeps_before and trainer.ckpt_path is not None:
+            self._before = self._scores_of_checkpoint()
+            if not self._before:
+                _log.warning(
+                    "forgetting.path: the checkpoint has no scores of the backbone before the fit on these rows, and "
+                    "full tuning has changed the backbone. Nothing is scored."
+                )
+                self._probe = None
+            return
+        with adapters_disabled(pl_module.backbone):
+            self._before = self._score(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the last weights, unless a test follows."""
+        if not self.waits_for_test:
+            self._finish(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the tested weights; before `on_test_end`, in which `RunSummary` collects the figures."""
+        if trainer.state.fn == TrainerFn.TESTING:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Score the backbone as it is now, and log all figures."""
+        if not self._before or self._probe is None:
+            return
+        assert isinstance(module, AdaptedModule)
+        after = self._score(trainer, module)
+        values: dict[str, float] = {}
+        for name, before in self._before.items():
+            sign = 1 if name in HIGHER_IS_BETTER else -1
+            values |= {f"forgetting/before/{name}": before, f"forgetting/after/{name}": after[name]}
+            values[f"forgetting/{name}"] = sign * (before - after[name])
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        values["time/forgetting_seconds"] = round(self._seconds, 2)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        self._probe = None  # once
+
+    def _score(self, trainer: L.Trainer, module: AdaptedModule) -> dict[str, float]:
+        assert self._probe is not None
+        start = time.perf_counter()
+        with _own_keys(), evaluating(module), _uncompiled(module), trainer.precision_plugin.forward_context():
+            scores = self._probe(module)
+        self._seconds += time.perf_counter() - start
+        return scores
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def _source(self) -> list[Any]:
+        return [self.path, self.rows, self.text_column]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scores from before, where they cannot be measured again."""
+        return {"before": self._before, "source": self._source()} if self._keeps_before and self._before else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of a checkpoint until the fit starts."""
+        self._saved = state_dict
+
+    def _scores_of_checkpoint(self) -> dict[str, float]:
+        """Return the scores from before in the checkpoint that is resumed; none if they are of other rows."""
+        before = self._saved.get("before")
+        if self._saved.get("source") != self._source() or not isinstance(before, dict):
+            return {}
+        return {str(name): float(value) for name, value in before.items() if isinstance(value, float)}
+
+
+@contextmanager
+def _own_keys() -> Iterator[None]:
+    """Name the keys of this callback in the errors of what reads data, which name those of data modules.
+
+    Raises:
+        CallbackError: In the place of a DataError.
+    """
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        for key in ("path", "text_column"):
+            message = message.replace(f"data.{key}", f"forgetting.{key}")
+        raise CallbackError(message) from error
+
+
+def _uncompiled(module: AdaptedModule) -> AbstractContextManager[Any]:
+    """Return the context in which a compiled backbone runs as it is written."""
+    return torch.compiler.set_stance("force_eager") if module.compiles else nullcontext()

@@ -1,0 +1,136 @@
+"""Difference between the metrics on training rows and on held-out rows, at the end of a fit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from app.callbacks.errors import CallbackError
+from app.callbacks.termination import Termination
+from datamodules.base import ResumableDataModule
+
+_log = logging.getLogger(__name__)
+
+
+class GeneralizationGap(L.Callback):
+    """Measure the generalization gap: how much better the metrics are on training rows than on held-out rows.
+
+    A sample of the training rows is evaluated as the held-out rows are: in eval mode, without augmentation, dropout or
+    packing, by the same metrics. `train_eval/<metric>` is the metric on the sample. `gap/<metric>` is
+    `train_eval/<metric>` less `test/<metric>` after a fit with `test_after_fit`, and less `val/<metric>` after any
+    other fit. The gap of an accuracy is positive, and that of a loss negative, if the model overfits.
+
+    The weights are those that the held-out metric belongs to: the best checkpoint with `test_after_fit`, else the last
+    weights. If the last validation was of earlier weights, there is no gap. The sample depends on the rows and on its
+    size alone, so that runs with other seeds are measured on the same rows.
+
+    The measurement begins when everything else of the fit is saved, and changes nothing of the fit. It takes about as
+    long as one validation.
+
+    Args:
+        rows: Most training rows, 0 or more, and never more than a validation has; 0 measures nothing.
+    """
+
+    def __init__(self, rows: int = 1000) -> None:
+        if rows < 0:
+            raise CallbackError(f"generalization.rows: {rows} must be 0 or more.")
+        self.rows = rows
+        self._split = "val"  # that the sample is compared with
+        self._step = -1  # of the weights that `_held_out` belongs to
+        self._held_out: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the metrics of the newest validation of a fit."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._remember(trainer, "val")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the metrics of the test behind a fit."""
+        self._remember(trainer, "test")
+
+    def _remember(self, trainer: L.Trainer, split: str) -> None:
+        self._split, self._step = split, trainer.global_step
+        metrics = trainer.callback_metrics.items()
+        self._held_out = {key: value.item() for key, value in metrics if key.startswith(f"{split}/")}
+
+    def measure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
+        """Evaluate the sample behind a fit and its test, and log the metrics.
+
+        Returns:
+            `train_eval/<metric>`, `gap/<metric>` and `time/generalization_seconds`; nothing if `rows` is 0.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not self.rows or trainer.fast_dev_run or not isinstance(data, ResumableDataModule):  # type: ignore[attr-defined]
+            return {}
+        start = time.perf_counter()
+        step, split = trainer.global_step, self._split
+        validated = sum(int(batches) for batches in trainer.num_val_batches) * data.batch_size * trainer.world_size
+        rows = min(self.rows, validated or self.rows)
+        if rows < trainer.world_size:
+            _log.info(f"generalization.rows: {rows} rows are fewer than the processes. No gap is measured.")
+            return {}
+        metrics = _evaluate(trainer, module, TrainingSample(data, rows), split)
+        if not metrics:
+            _log.info(
+                f"generalization.rows: trainer.limit_{split}_batches lets nothing be evaluated; no gap is measured."
+            )
+            return {}
+        values = {f"train_eval/{name}": value for name, value in metrics.items()}
+        if step == self._step:
+            held_out = {key.removeprefix(f"{split}/"): value for key, value in self._held_out.items()}
+            values |= {f"gap/{name}": metrics[name] - held_out[name] for name in metrics if name in held_out}
+        elif self._step >= 0:
+            _log.info(
+                f"generalization.rows: the last validation was of step {self._step}, and the fit has ended at step "
+                f"{step}. The metrics on training rows are logged without a gap."
+            )
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+            logger.finalize("success")
+        return values | {"time/generalization_seconds": round(time.perf_counter() - start, 2)}
+
+
+class TrainingSample(L.LightningDataModule):
+    """A fixed sample of another data module's training rows, in the place of its validation and test rows.
+
+    Args:
+        data: The data module, set up for `fit`.
+        rows: Most rows.
+    """
+
+    def __init__(self, data: ResumableDataModule, rows: int) -> None:
+        super().__init__()
+        self.data, self.rows = data, rows
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the sample."""
+        return self.data.training_sample(self.rows)
+
+    test_dataloader = val_dataloader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Prepare a batch as the data module does."""
+        return self.data.on_after_batch_transfer(batch, dataloader_idx)
+
+
+def _evaluate(trainer: L.Trainer, module: L.LightningModule, sample: TrainingSample, split: str) -> dict[str, float]:
+    """Return the metrics of the weights at hand by name, without their split.
+
+    Callbacks and loggers would take the metrics for those of the split, so that none but the one for signals is called.
+    """
+    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    trainer.callbacks = [callback for callback in callbacks if isinstance(callback, Termination)]  # type: ignore[attr-defined]
+    trainer.loggers = []
+    try:
+        evaluate = trainer.test if split == "test" else trainer.validate
+        results = evaluate(module, datamodule=sample, verbose=False)
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+    values = {key.removeprefix(f"{split}/"): value for result in results for key, value in result.items()}
+    return {name: float(torch.as_tensor(value)) for name, value in values.items()}

@@ -1,0 +1,147 @@
+"""Rows that the abilities of a pretrained backbone are scored on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from app.callbacks.errors import CallbackError
+from datamodules.findings import Findings
+from datamodules.splits import SPLITS
+from modules.base import AdaptedModule
+from modules.forgetting import NEIGHBOURS, image_scores, text_scores
+
+if TYPE_CHECKING:  # a run on text imports no timm, and a run on images no transformers
+    from datamodules.image_classification import ImageDataset
+    from modules.image_classification import ImageClassifier
+    from modules.language_modeling import LanguageModel
+
+_log = logging.getLogger(__name__)
+MOST_TOKENS = 512
+IMAGES_A_BATCH = 64
+Probe = Callable[[AdaptedModule], dict[str, float]]  # returns the scores of a module's backbone by name
+
+
+def open_probe(module: AdaptedModule, path: str, rows: int, text_column: str) -> Probe:
+    """Read the rows that a task's backbone is scored on.
+
+    Args:
+        module: The task.
+        path: Images or a table of text.
+        rows: Most rows.
+        text_column: Column of the text in a table.
+
+    Raises:
+        CallbackError: If the task has no score, or there are too few rows.
+        DataError: If the data cannot be read.
+    """
+    if "images" in module.kinds:
+        return _open_images(cast("ImageClassifier", module), path, rows)
+    if "instructions" in module.kinds:
+        return _open_texts(cast("LanguageModel", module), path, rows, text_column)
+    raise CallbackError(
+        f"forgetting.path: {type(module).__name__} has no score of forgetting. ImageClassifier and LanguageModel have "
+        "one. Leave the key out."
+    )
+
+
+def _sample(size: int, rows: int) -> Tensor:
+    """Return a seeded sample of row numbers, in order, (at most rows,) int64."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:rows].sort().values
+
+
+def _report(findings: Findings, rows: int, where: str) -> None:
+    for line in findings.take_lines():
+        _log.info(f"forgetting.path: {line}")
+    _log.info(f"forgetting.path: the backbone is scored on {rows:,} rows of {where} before and after the fit.")
+
+
+class ImageProbe:
+    """Labelled images.
+
+    Args:
+        images: The images in the transforms of evaluation.
+        mean: The backbone's, (3,).
+        std: The backbone's, (3,).
+    """
+
+    def __init__(self, images: ImageDataset, mean: Tensor, std: Tensor) -> None:
+        self.images, self.mean, self.std = images, mean, std
+
+    def __call__(self, module: AdaptedModule) -> dict[str, float]:
+        """Return `knn_acc`."""
+        return image_scores(module.backbone, self._batches(module), self.images.table.labels[self.images.rows])
+
+    def _batches(self, module: AdaptedModule) -> Iterator[Tensor]:
+        from datamodules.image_classification import normalise
+
+        for numbers in torch.arange(len(self.images)).split(IMAGES_A_BATCH):
+            images = torch.stack([self.images[i]["image"] for i in numbers.tolist()]).to(module.device)
+            yield normalise(images, self.mean, self.std).to(module.backbone_dtype)
+
+
+def _open_images(module: ImageClassifier, path: str, rows: int) -> ImageProbe:
+    from torchvision.transforms import v2
+
+    from datamodules.image_classification import ImageDataset, evaluation_steps
+    from datamodules.image_sources import open_split
+
+    findings = Findings()
+    table = open_split(path, "train", None, None, findings)
+    assert table is not None  # there is a training split, or an error
+    chosen = _sample(len(table), rows)
+    if len(chosen) <= NEIGHBOURS:
+        raise CallbackError(
+            f"forgetting.path: {len(chosen)} images of {table.where} are too few for {NEIGHBOURS} neighbours. Give "
+            "more images, or raise forgetting.rows."
+        )
+    _report(findings, len(chosen), table.where)
+    config = module.preprocessing
+    images = ImageDataset(table, chosen, v2.Compose(evaluation_steps(config)))
+    return ImageProbe(images, torch.tensor(config["mean"]), torch.tensor(config["std"]))
+
+
+class TextProbe:
+    """Tokens of texts.
+
+    Args:
+        sequences: Tokens of each text, (tokens,) int64.
+    """
+
+    def __init__(self, sequences: Sequence[Tensor]) -> None:
+        self.sequences = sequences
+
+    def __call__(self, module: AdaptedModule) -> dict[str, float]:
+        """Return `loss` and `perplexity`."""
+        return text_scores(module, self.sequences, module.device)
+
+
+def _open_texts(module: LanguageModel, path: str, rows: int, column: str) -> TextProbe:
+    from datamodules.tables import check_texts, open_table
+
+    found = (open_table(path, SPLITS[split]) for split in ("test", "val", "train"))
+    table = next((table for table in found if table is not None), None)
+    if table is None:
+        raise CallbackError(f"forgetting.path: {path} has no split of text. Give a file or a directory of tables.")
+    table = check_texts(table, "text_column", column)
+    findings = Findings()
+    for note in table.notes:
+        findings.add(note)
+    most = min(MOST_TOKENS, module.position_limit or MOST_TOKENS)
+    texts = table.select(_sample(len(table), rows)).data[column]
+    encoded = [
+        module.tokenizer(text or "", truncation=True, max_length=most, verbose=False)["input_ids"] for text in texts
+    ]
+    sequences = [torch.tensor(ids) for ids in encoded if len(ids) > 1]
+    if not sequences:
+        raise CallbackError(f"forgetting.path: no row of {table.where} has two tokens of text in column {column}.")
+    if short := len(encoded) - len(sequences):
+        findings.add(f"{short:,} rows of {table.where} have fewer than two tokens and are left out")
+    if cut := sum(len(ids) == most for ids in encoded):
+        findings.add(f"{cut:,} rows of {table.where} reach {most} tokens and may be cut")
+    _report(findings, len(sequences), table.source or table.where)
+    return TextProbe(sequences)

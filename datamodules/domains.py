@@ -1,0 +1,214 @@
+"""DomainBed's data sets: train on one environment, test on a held-out share of it and on every other environment."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.errors import DataError
+from datamodules.findings import listed
+from datamodules.image_classification import ImageClassificationData, ImageDataset, Transform
+from datamodules.image_folders import ImageFiles, find_images, read_layout
+from datamodules.image_sources import ImageTable, from_image_folder
+from datamodules.splits import choose_rows, split_of
+
+LAYOUT = "DomainBed's layout is ROOT/environment/class/image.jpg."
+
+
+class DomainData(ImageClassificationData):
+    """One environment of VLCS, PACS, OfficeHome, TerraIncognita or any other data set in DomainBed's layout.
+
+    A share of the training environment is held out for the in-domain test. `val_fraction` of the rest is held out to
+    choose the checkpoint, so that no tested image chooses anything. Every image of the other environments is tested
+    (Gulrajani and Lopez-Paz 2021). Batches are those of `ImageClassificationData`.
+
+    Classes are those of the training environment, matched by the names of their folders. Another environment may lack
+    classes, which is logged. A class that the training environment lacks is an error.
+
+    Args:
+        path: Directory of one folder an environment, with one folder a class in each.
+        environment: Environment to train on, the name of its folder.
+        test_fraction: Share of its images held out for the in-domain test, in (0, 1).
+        batch_size: Images a step and process, at least 1.
+        num_workers: Processes that load, each; 0 loads in the training process.
+        val_fraction: Share of its other images held out for validation, in (0, 1).
+        val_seed: Seed of both splits, apart from the run's seed so that runs compare on the same images.
+        crop_scale: Share of the area that a training crop covers, [least, most]; [1, 1] crops nothing.
+        horizontal_flip: Whether training images are mirrored half of the time.
+        cache_prefix: Whether a fit computes the output of the model's frozen prefix once an image; see
+            `ImageClassificationData`.
+        memory_limit_gb: Decoded images are kept in memory up to this many GiB for each split, environment and process,
+            and decoded anew beyond.
+        max_train_samples: Seeded sample of the training images, for trying out; None takes all.
+        max_val_samples: The same for validation.
+        max_test_samples: The same for the in-domain test and for each other environment.
+        predict_path: Folder of images for `predict`.
+        skip_bad_rows: Images of each split and environment that are skipped, at most, since they cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        environment: str,
+        test_fraction: float = 0.2,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        val_fraction: float = 0.1,
+        val_seed: int = 0,
+        crop_scale: tuple[float, float] = (0.6, 1.0),
+        horizontal_flip: bool = True,
+        cache_prefix: bool = False,
+        memory_limit_gb: float = 4.0,
+        max_train_samples: int | None = None,
+        max_val_samples: int | None = None,
+        max_test_samples: int | None = None,
+        predict_path: str | None = None,
+        skip_bad_rows: int = 0,
+    ) -> None:
+        super().__init__(
+            path=path,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            val_fraction=val_fraction,
+            val_seed=val_seed,
+            crop_scale=crop_scale,
+            horizontal_flip=horizontal_flip,
+            cache_prefix=cache_prefix,
+            memory_limit_gb=memory_limit_gb,
+            max_train_samples=max_train_samples,
+            max_val_samples=max_val_samples,
+            max_test_samples=max_test_samples,
+            predict_path=predict_path,
+            skip_bad_rows=skip_bad_rows,
+        )
+        self.save_hyperparameters()
+        if not 0 < test_fraction < 1:
+            raise DataError(f"data.test_fraction: {test_fraction} must lie in (0, 1).")
+        self.environment, self.test_fraction = environment, test_fraction
+        self._environments: list[str] | None = None
+
+    # ----------------------------------------------------------------------------------------------- environments
+
+    @property
+    def environments(self) -> list[str]:
+        """Return the names of all environments, sorted.
+
+        Raises:
+            DataError: If there are fewer than two, if they are splits, or if the training one is not among them.
+        """
+        if self._environments is None:
+            self._environments = self._find_environments()
+        return self._environments
+
+    def _find_environments(self) -> list[str]:
+        root = Path(self.path)
+        if not root.is_dir():
+            raise DataError(f"data.path: {self.path} is not a directory. {LAYOUT}")
+        files = find_images(root, "path")
+        found = sorted({parts[0] for parts in files.images if len(parts) > 2})
+        if splits := [name for name in found if split_of(name)]:
+            raise DataError(
+                f"data.path: {root} has splits ({listed(splits)}) where environments are expected. {LAYOUT} For one "
+                "data set with splits use datamodules.image_classification.ImageClassificationData."
+            )
+        if len(found) < 2:
+            raise DataError(
+                f"data.path: {root} holds {len(found)} environments, and two or more are needed. {LAYOUT} It holds "
+                f"{files.contents()}."
+            )
+        if self.environment not in found:
+            raise DataError(
+                f"data.environment: {root} has no environment {self.environment!r}. Choose one of {listed(found)}."
+            )
+        logged = [logged_name(name) for name in found]
+        if taken := [
+            name for name, short in zip(found, logged, strict=True) if short == "ood" or logged.count(short) > 1
+        ]:
+            raise DataError(
+                f"data.path: the metrics of {listed(taken)} would be logged under one name, or as `ood`. Rename these "
+                f"folders of {root}."
+            )
+        if stray := sum(len(parts) < 3 for parts in files.images):
+            self.findings.add(f"left out of {root}: {stray:,} images in no class folder of an environment")
+        return found
+
+    @property
+    def others(self) -> list[str]:
+        """Return the names of the environments that are only tested."""
+        return [name for name in self.environments if name != self.environment]
+
+    @property
+    def test_sets(self) -> list[str]:  # type: ignore[override]  # the names are known once the folder is read
+        """Return the names of the splits that are tested: the in-domain test, then each other environment."""
+        return ["test", *self.others]
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Return what each tested set but the first is called in metrics."""
+        return [logged_name(name) for name in self.others]
+
+    # ----------------------------------------------------------------------------------------------------- splits
+
+    def _table(self, name: str) -> ImageTable | None:
+        """Return the images of an environment; splits of the training environment share its images."""
+        environment = self.environment if name in ("train", "val", "test") else name
+        if environment not in self._tables:
+            folders = {known: Path(self.path, known) for known in self.environments}
+            files = find_images(folders[environment], "path")
+            self._check_layout(files)
+            self._tables[environment] = from_image_folder(files, "train", self.findings)
+        return self._tables[environment]
+
+    def _check_layout(self, files: ImageFiles) -> None:
+        """Check that an environment holds classes and no splits.
+
+        Raises:
+            DataError: With the splits.
+        """
+        layout = read_layout(files)
+        if list(layout.splits) != ["train"] or layout.names["train"] != ".":
+            names = listed(sorted(name for name in layout.names.values() if name != "."))
+            raise DataError(f"data.path: {files.root} has {names} above the folders of its classes. {LAYOUT}")
+
+    def _rows(self, name: str) -> tuple[ImageTable, Tensor, str]:
+        """Return the table that a split is in, the rows that are its own, and where they are from, in words."""
+        table = self._require(name)
+        size, limit, source = len(table), self.limits.get(name, self.limits["test"]), table.where
+        if name not in ("train", "val", "test"):
+            rows = choose_rows(size, name, False, self.val_fraction, self.val_seed, limit)
+            source += ", another environment than the one trained on"
+        elif name == "test":
+            rows = choose_rows(size, "val", True, self.test_fraction, self.val_seed, limit)
+            source += f", held out (test_fraction {self.test_fraction}, val_seed {self.val_seed})"
+        else:
+            kept = choose_rows(size, "train", True, self.test_fraction, self.val_seed, None)
+            rows = kept[choose_rows(len(kept), name, True, self.val_fraction, self.val_seed, limit)]
+            share = "held out" if name == "val" else "not held out"
+            source += f", {share} (test_fraction {self.test_fraction}, then val_fraction {self.val_fraction})"
+        if limit is not None and len(rows) == limit:
+            source += f", at most {limit}"
+        return table, rows, source
+
+    def _open(self, name: str, transform: Transform) -> ImageDataset:
+        """Read a split or an environment, and log the classes that an environment lacks."""
+        dataset = super()._open(name, transform)
+        if name in self.others:
+            known = self.class_names or []
+            present = set(dataset.table.labels.unique().tolist())
+            missing = [class_name for label, class_name in enumerate(known) if label not in present]
+            if missing:
+                self.findings.add(f"{name} has no images of {len(missing)} classes: {listed(missing)}")
+        return dataset
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:  # type: ignore[override]
+        """Return a loader for the in-domain test, then one for each other environment; each in order."""
+        return [self.evaluation_loader(self.splits[name]) for name in self.test_sets]
+
+
+def logged_name(environment: str) -> str:
+    """Return an environment's name as a part of a metric's name: `Real World` is `Real_World`."""
+    return re.sub(r"[^\w.-]+", "_", environment)

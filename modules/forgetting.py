@@ -1,0 +1,88 @@
+"""Abilities of a pretrained backbone that fine-tuning may destroy: neighbours of images, perplexity of text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NEIGHBOURS = 20
+TOKENS_A_BATCH = 2048  # logits of a vocabulary of 32,000 then take 250 MiB
+
+
+@torch.no_grad()
+def image_scores(model: nn.Module, batches: Iterable[Tensor], labels: Tensor) -> dict[str, float]:
+    """Return the accuracy of the nearest neighbours of a backbone's features.
+
+    Args:
+        model: Maps a batch (batch, 3, height, width) to features (batch, features).
+        batches: Normalised images, on the model's device and in its dtype.
+        labels: Class of each image, (images,) int64.
+
+    Returns:
+        `knn_acc`, in [0, 1].
+    """
+    features = torch.cat([model(batch).float().cpu() for batch in batches])  # (images, features)
+    return {"knn_acc": knn_accuracy(features, labels)}
+
+
+def knn_accuracy(features: Tensor, labels: Tensor, neighbours: int = NEIGHBOURS) -> float:
+    """Return the share of rows whose class is the commonest among their nearest other rows, by cosine similarity.
+
+    Each row is left out of its own neighbours. Of classes that are equally common, the smallest label is taken, as in
+    scikit-learn.
+
+    Args:
+        features: (rows, features).
+        labels: Class of each row, (rows,) int64, 0 or more.
+        neighbours: Number of nearest rows, at least 1 and fewer than the rows.
+    """
+    unit = F.normalize(features, dim=1)
+    classes = int(labels.max()) + 1
+    chosen: list[Tensor] = []
+    for first in range(0, len(unit), 1024):  # so that memory grows with the rows, not with their square
+        similarity = unit[first : first + 1024] @ unit.T  # (rows of the part, rows)
+        similarity.diagonal(first).fill_(-torch.inf)
+        nearest = similarity.topk(neighbours).indices  # (rows of the part, neighbours)
+        votes = F.one_hot(labels[nearest], classes).sum(1)  # (rows of the part, classes)
+        chosen.append(votes.argmax(1))
+    return float((torch.cat(chosen) == labels).double().mean())
+
+
+@torch.no_grad()
+def text_scores(model: nn.Module, sequences: Sequence[Tensor], device: torch.device) -> dict[str, float]:
+    """Return the loss and the perplexity of a decoder on texts, every predicted token weighted equally.
+
+    Texts of one length share a batch, so that no batch has padding.
+
+    Args:
+        model: Maps a batch with `input_ids`, `attention_mask` and `labels` to the logits of the tokens behind the first
+            (learnt tokens, vocabulary) and these tokens (learnt tokens,), as `LanguageModel` does.
+        sequences: Tokens of each text, (tokens,) int64, at least two.
+        device: Device of the model.
+
+    Returns:
+        `loss`, in nats a token, and `perplexity`, its exponential.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in _equal_lengths(sequences):
+        ids = batch.to(device)  # (batch, tokens)
+        given: dict[str, Any] = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        logits, targets = model(given)
+        total += F.cross_entropy(logits, targets, reduction="sum").double().cpu()
+        count += len(targets)
+    loss = total / count
+    return {"loss": float(loss), "perplexity": float(loss.exp())}
+
+
+def _equal_lengths(sequences: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Give the sequences in batches (batch, tokens) of one length, the shortest first."""
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for sequence in sequences:
+        by_length[len(sequence)].append(sequence)
+    for length, group in sorted(by_length.items()):
+        yield from torch.stack(group).split(max(1, TOKENS_A_BATCH // length))

@@ -1,0 +1,205 @@
+"""Scores of the backbone before and after a fit: what they are of, and that the fit does not notice them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from app.forgetting_probes import open_probe
+from modules.image_classification import ImageClassifier
+from modules.language_modeling import LanguageModel
+from tests.app.conftest import CommandLine
+from tests.conftest import sentences, write_parquet
+
+A_TRAINED = ("--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal")
+
+
+@pytest.fixture(scope="module")
+def second_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parquet(tmp_path_factory.mktemp("second"), {"train": 60}, seed=5)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [{"text": text} for text in [*sentences(30, seed=8), "", "good"]]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def scores(cli: CommandLine, name: str, version: int = 0) -> tuple[float, float, float]:
+    metrics = cli.metrics(version)
+    lost, before, after = (metrics[f"forgetting/{part}{name}"] for part in ("", "before/", "after/"))
+    return lost, before, after
+
+
+@pytest.mark.parametrize(
+    ("options", "tested"),
+    [((), True), (A_TRAINED, False), (("--model.tuning=full",), True)],
+    ids=["B", "A", "full"],
+)
+def test_before_is_the_untouched_backbone(
+    cli: CommandLine, second_images: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], tested: bool
+) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+    features: list[torch.Tensor] = []
+    original = ImageClassifier.configure_tuning
+
+    def hook(self: ImageClassifier, heads: tuple[str, ...] = ()) -> None:
+        states.append({name: tensor.clone() for name, tensor in self.backbone.state_dict().items()})
+        original(self, heads)
+
+    def seen(model: torch.nn.Module, batches: object, labels: torch.Tensor) -> dict[str, float]:
+        with torch.no_grad():
+            features.append(torch.cat([model(batch) for batch in batches]))  # type: ignore[attr-defined]
+        return {"knn_acc": 0.75 if len(features) == 1 else 0.5}
+
+    monkeypatch.setattr(ImageClassifier, "configure_tuning", hook)
+    monkeypatch.setattr("app.forgetting_probes.image_scores", seen)
+    fast = ["--model.learning_rate=0.1", f"--test_after_fit={tested}", "--checkpoint.monitor=null"]
+    assert cli("fit", *options, *fast, f"--forgetting.path={second_images}") == 0
+    assert scores(cli, "knn_acc") == (0.25, 0.75, 0.5)
+    untouched = ImageClassifier(
+        "vit_tiny_patch16_224",
+        "none",
+        backbone_args={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "pos_drop_rate": 0.1},
+        image_size=16,
+        tuning="head",
+    )
+    untouched.backbone.load_state_dict(states[0])
+    assert len(features) == 2
+    assert len(features[0]) == 60
+    # the same images in the same order: features of the model as it was built, and others after the fit
+    again: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        "app.forgetting_probes.image_scores", lambda model, batches, labels: again.extend(batches) or {}
+    )
+    open_probe(untouched, str(second_images), 1000, "text")(untouched)
+    with torch.no_grad():
+        expected = untouched.backbone.eval()(torch.cat(again))
+    assert torch.allclose(features[0], expected, atol=1e-5)
+    assert not torch.allclose(features[1], expected, atol=1e-2)
+
+
+def test_after_is_the_tested_checkpoint(cli: CommandLine, second_images: Path) -> None:
+    """With the first epoch as the best one, the tested backbone is that of a fit of one epoch's steps."""
+    options = ["--model.tuning=full", f"--forgetting.path={second_images}", "--model.schedule=constant"]
+    worst = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"]
+    assert (
+        cli("fit", *options, *worst, "--trainer.max_epochs=3", "--test_after_fit=true", "--model.warmup_ratio=0") == 0
+    )
+    assert cli("fit", *options, "--trainer.max_epochs=1", "--model.warmup_ratio=0") == 0
+    assert cli.checkpoint(0, "best")["global_step"] == 8
+    assert scores(cli, "knn_acc", 0) == scores(cli, "knn_acc", 1)
+
+
+def test_a_tuned_head_forgets_nothing(cli: CommandLine, second_images: Path) -> None:
+    assert cli("fit", "--model.tuning=head", f"--forgetting.path={second_images}", "--test_after_fit=true") == 0
+    lost, before, after = scores(cli, "knn_acc")
+    assert lost == 0.0
+    assert before == after > 1 / 3
+
+
+def test_the_fit_is_the_same_without_it(cli: CommandLine, second_images: Path) -> None:
+    assert cli("fit", f"--forgetting.path={second_images}") == 0
+    assert cli("fit") == 0
+    one, other = cli.checkpoint(0)["state_dict"], cli.checkpoint(1)["state_dict"]
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert cli.scalars("train/loss", 0) == cli.scalars("train/loss", 1)
+    assert not any(key.startswith("forgetting") for key in cli.metrics(1))
+
+
+def test_a_resumed_fit_has_the_same_scores(cli: CommandLine, second_images: Path) -> None:
+    options = ["--model.tuning=full", f"--forgetting.path={second_images}", "--forgetting.rows=50"]
+    assert cli("fit", *options, "--trainer.max_epochs=2") == 0
+    stop = ["--trainer.max_epochs=2", "--trainer.max_steps=5"]
+    assert cli("fit", *options, *stop) == 0
+    resumed = str(cli.run(1) / "checkpoints" / "last.ckpt")
+    assert cli("fit", *options, "--trainer.max_epochs=2", "--trainer.max_steps=-1", "--ckpt_path", resumed) == 0
+    assert scores(cli, "knn_acc", 0) == scores(cli, "knn_acc", 1)
+
+
+def test_full_tuning_that_is_resumed_on_other_rows_is_not_scored(
+    cli: CommandLine, second_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.tuning=full", f"--forgetting.path={second_images}"]
+    assert cli("fit", *options, "--trainer.max_epochs=1") == 0
+    words = ["--trainer.max_epochs=2", "--forgetting.rows=30", "--ckpt_path=last"]
+    assert cli("fit", *options, *words) == 0
+    assert "no scores of the backbone before the fit on these rows" in " ".join(capsys.readouterr().err.split())
+    assert not any(key.startswith("forgetting") for key in cli.metrics())
+
+
+def test_decoders_are_scored_by_perplexity(
+    instruction_cli: CommandLine, texts: Path, llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = ["--trainer.max_epochs=1", "--model.learning_rate=0.1"]
+    assert instruction_cli("fit", *fast, f"--forgetting.path={texts}") == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "have fewer than two tokens and are left out" in error
+    for name in ("loss", "perplexity"):
+        lost, before, after = scores(instruction_cli, name)
+        assert lost == pytest.approx(after - before)
+        assert before != after
+    untouched = LanguageModel(str(llama_path), backbone_dtype="float32", tuning="full").eval()
+    total, count = 0.0, 0
+    for line in (texts / "test.jsonl").read_text().splitlines():
+        ids = torch.tensor([untouched.tokenizer(json.loads(line)["text"])["input_ids"]])
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                total += float(untouched.backbone(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert instruction_cli.metrics()["forgetting/before/loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        (
+            "text_cli",
+            ["--forgetting.path=x"],
+            "TextClassifier has no score of forgetting. ImageClassifier and Language",
+        ),
+        ("summary_cli", ["--forgetting.path=x"], "Summarizer has no score of forgetting"),
+        ("cli", ["--forgetting.path=./nowhere"], "forgetting.path: ./nowhere is not here"),
+        ("cli", ["--forgetting.path={images}", "--forgetting.rows=20"], "20 images of"),
+        ("cli", ["--forgetting.rows=0"], "forgetting.rows: 0 must be 1 or more"),
+        (
+            "instruction_cli",
+            ["--forgetting.path={texts}", "--forgetting.text_column=words"],
+            "forgetting.text_column: ",
+        ),
+        ("instruction_cli", ["--forgetting.path=./nowhere"], "forgetting.path: ./nowhere is not here"),
+    ],
+)
+def test_refused_before_training(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    second_images: Path,
+    texts: Path,
+    family: str,
+    options: list[str],
+    message: str,
+) -> None:
+    cli: CommandLine = request.getfixturevalue(family)
+    assert cli("fit", *(option.format(images=second_images, texts=texts) for option in options)) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "data.path" not in error
+    assert not cli.root.exists() or not list(cli.root.iterdir())
+
+
+def test_a_damaged_image_is_named_by_the_key(
+    cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(30):
+        file = tmp_path / "set" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(file)
+    file.write_bytes(b"damaged")
+    assert cli("fit", f"--forgetting.path={tmp_path / 'set'}") == 2
+    assert f"forgetting.path: the image {file} cannot be decoded" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,106 @@
+"""The gap between training and held-out rows, in every family of tasks, against an evaluation by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.app.conftest import CommandLine
+from tests.conftest import write_parquet
+
+
+def gaps(cli: CommandLine, version: int = 0) -> dict[str, float]:
+    return {k: v for k, v in cli.metrics(version).items() if k.partition("/")[0] in ("train_eval", "gap")}
+
+
+@pytest.mark.parametrize(
+    ("family", "names", "tested"),
+    [
+        ("cli", {"loss", "acc1"}, True),
+        ("text_cli", {"loss", "matthews", "score"}, False),
+        ("summary_cli", {"loss", "rouge1", "rouge2", "rougeL", "rougeLsum"}, True),
+        ("instruction_cli", {"loss", "perplexity", "token_acc"}, False),
+    ],
+)
+def test_every_family_logs_its_metrics_on_training_rows(
+    request: pytest.FixtureRequest, family: str, names: set[str], tested: bool
+) -> None:
+    cli: CommandLine = request.getfixturevalue(family)
+    assert cli("fit", "--trainer.max_epochs=1", f"--test_after_fit={tested}") == 0
+    metrics, split = cli.metrics(), "test" if tested else "val"
+    assert set(gaps(cli)) == {f"{part}/{name}" for part in ("train_eval", "gap") for name in names}
+    for name in names:
+        expected = metrics[f"train_eval/{name}"] - metrics[f"{split}/{name}"]
+        assert metrics[f"gap/{name}"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["time/generalization_seconds"] > 0
+    assert cli.scalars("gap/loss") == {8: pytest.approx(metrics["gap/loss"])}
+
+
+def test_the_sample_is_evaluated_as_held_out_rows_are(cli: CommandLine, tmp_path: Path) -> None:
+    """All training rows and the same rows as a test split, with augmentation and dropout in training: no gap at all."""
+    rows = write_parquet(tmp_path / "same", {"train": 30, "validation": 60, "test": 30})
+    options = [f"--data.path={rows}", "--trainer.max_epochs=3", "--test_after_fit=true"]
+    assert cli("fit", *options) == 0
+    metrics = cli.metrics()
+    assert metrics["train_eval/loss"] != metrics["test/loss"]
+    (rows / "test.parquet").write_bytes((rows / "train.parquet").read_bytes())
+    assert cli("fit", *options) == 0
+    metrics = cli.metrics(1)
+    assert metrics["gap/loss"] == pytest.approx(0, abs=1e-6)
+    assert metrics["gap/acc1"] == 0
+    assert metrics["train_eval/acc1"] == metrics["test/acc1"]
+
+
+def test_the_tested_weights_are_those_of_the_best_checkpoint(cli: CommandLine) -> None:
+    options = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"]  # the worst validation is the first one
+    options += ["--model.schedule=constant", "--model.warmup_ratio=0"]
+    assert cli("fit", *options, "--trainer.max_epochs=3", "--test_after_fit=true") == 0
+    assert cli("fit", *options, "--trainer.max_epochs=3") == 0
+    assert cli("fit", *options, "--trainer.max_epochs=1") == 0  # ends where the best checkpoint of the first one is
+    assert cli.checkpoint(0, "best")["global_step"] == 8
+    tested, last, first = (cli.metrics(version)["train_eval/loss"] for version in range(3))
+    assert tested == first > last
+
+
+def test_the_fit_is_the_same_without_it(cli: CommandLine) -> None:
+    assert cli("fit", "--test_after_fit=true") == 0
+    assert cli("fit", "--test_after_fit=true", "--generalization.rows=0") == 0
+    assert gaps(cli, 1) == {}
+    for name in ("last", "best"):
+        one, other = cli.checkpoint(0, name)["state_dict"], cli.checkpoint(1, name)["state_dict"]
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    for key in ("test/loss", "val/loss", "train/loss", "best/val/acc1"):
+        assert cli.metrics(0)[key] == cli.metrics(1)[key]
+    assert cli.scalars("val/loss", 0) == cli.scalars("val/loss", 1)
+    assert (cli.run(0) / "evaluations.json").read_text() == (cli.run(1) / "evaluations.json").read_text()
+
+
+def test_a_validation_of_earlier_weights_gives_no_gap(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("fit", "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2") == 0
+    assert set(gaps(cli)) == {"train_eval/loss", "train_eval/acc1"}
+    assert "the last validation was of step 16, and the fit has ended at step 24" in capsys.readouterr().err
+
+
+def test_without_any_evaluation_nothing_is_measured(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("fit", "--trainer.max_epochs=1", "--trainer.limit_val_batches=0") == 0
+    assert gaps(cli) == {}
+    assert "trainer.limit_val_batches lets nothing be evaluated" in capsys.readouterr().err
+
+
+def test_a_later_test_removes_the_gap_to_the_earlier_one(cli: CommandLine) -> None:
+    assert cli("fit", "--trainer.max_epochs=1", "--test_after_fit=true") == 0
+    fitted = cli.metrics()
+    assert cli("validate", "--ckpt_path=last") == 0
+    assert cli("test", "--ckpt_path=last") == 0
+    assert cli.metrics() == fitted
+    assert cli("test", "--ckpt_path=last", "--data.max_test_samples=12") == 0
+    assert "gap/acc1" not in cli.metrics()
+    assert math.isfinite(cli.metrics()["train_eval/acc1"])
+
+
+def test_refused(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("fit", "--generalization.rows=-1") == 2
+    assert "generalization.rows: -1 must be 0 or more" in capsys.readouterr().err
