@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
 from app.imports import same_class
+from app.variants import OPTION, variant_keys
 
 SECTIONS = ("model", "data")  # which name a class
 LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -276,6 +277,37 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
         yield name
     finally:
         os.unlink(name)
+
+
+def check_variant(variant: str, from_words: Namespace, saved: dict[str, Any]) -> None:
+    """Check that a checkpoint is of the variant that a resumed fit names.
+
+    Keys that the command line sets beside the variant do not count, nor do factors that `model.adapter_path` gave.
+
+    Args:
+        variant: The variant's name.
+        from_words: Files, variant and command line, parsed without the checkpoint.
+        saved: The sections that the checkpoint was trained with.
+
+    Raises:
+        ArgumentError: With the keys that differ.
+    """
+    trained = _flatten({"model": saved["model"]["init_args"]}) if "model" in saved else {}
+    now = {f"model.{key}": value for key, value in _flat_section(from_words, "model").items()}
+    differing = [
+        f"{key}: {trained[key]} (the variant has {value})"
+        for key, value in variant_keys(variant).items()
+        if key in trained
+        and _plain(now.get(key, value)) == value
+        and _plain(trained[key]) != value
+        and not (trained[key] == "given" and key.startswith("model.adapter.init_"))
+    ]
+    if differing:
+        raise ArgumentError(
+            None,
+            f"{OPTION}: the checkpoint is not of the variant {variant}. It was trained with {', '.join(differing)}. "
+            f"Leave {OPTION} out to resume the checkpoint, or leave --ckpt_path out to start a new run.",
+        )
 
 
 def ignore_adapter_path(from_files: Namespace, final: Namespace) -> None:

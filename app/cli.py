@@ -25,6 +25,7 @@ from app.arguments import (
     check_sections,
     check_strategy,
     check_values,
+    check_variant,
     expanded_path,
     ignore_adapter_path,
     report_changes,
@@ -74,6 +75,9 @@ from app.run_directory import (
     remove_links,
 )
 from app.run_logger import RunLogger
+from app.variants import HELP as VARIANT_HELP
+from app.variants import OPTION as VARIANT
+from app.variants import option_words, split_variant, variant_keys
 from app.yaml_files import check_file, checked_yaml, read_yaml
 from modules.base import AdaptedModule
 
@@ -149,6 +153,7 @@ class AsymmetryCLI(LightningCLI):
 
     - The command line beats the checkpoint of `--ckpt_path`, which beats the files of `--config`, whatever their order.
       What differs from the checkpoint is logged.
+    - `--variant` of a new fit stands between the files and the other options; on resume it must fit the checkpoint.
     - A run writes to runs/<recipe>/version_K, a new one each time; a command on a checkpoint writes to its run.
     - `spectrum`, `checkpoint` and `test_after_fit` are keys beside `model`, `data` and `trainer`.
 
@@ -170,6 +175,9 @@ class AsymmetryCLI(LightningCLI):
             commands = {args[0]: commands[args[0]]}
             self.subcommands = lambda: commands  # type: ignore[method-assign]
         strict = {"exit_on_error": False, "allow_abbrev": False, "epilog": HELP}  # no guessing of --trainer.max_epoch
+        of_commands = {name: dict(strict) for name in commands}
+        if "fit" in commands:
+            of_commands["fit"]["epilog"] = f"{VARIANT_HELP} {HELP}"
         super().__init__(
             AdaptedModule,
             L.LightningDataModule,
@@ -180,7 +188,7 @@ class AsymmetryCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
-            parser_kwargs={name: strict for name in commands} | strict,
+            parser_kwargs=of_commands | strict,
             args=args,
         )
 
@@ -212,7 +220,9 @@ class AsymmetryCLI(LightningCLI):
         for name in names:
             check_file(name)
         files = [word for name in names for word in ("--config", name)]
-        self.config = self._parse_without_checkpoint([*command, *files], options)
+        variant, options = split_variant(command, options)
+        of_variant = [] if variant is None else option_words(variant_keys(variant))
+        self.config = self._parse_without_checkpoint([*command, *files], [*of_variant, *options])
         self.subcommand = self.config["subcommand"]
         if self.subcommand in COMMANDS:
             raise ArgumentError(None, f"Nothing may stand before {self.subcommand} on the command line.")
@@ -220,6 +230,8 @@ class AsymmetryCLI(LightningCLI):
         self.root = runs_root(final.trainer.default_root_dir, names)
         if final.ckpt_path is None:
             self._check(final, options)
+            if variant is not None:
+                _log.info(f"{VARIANT} {variant} sets {', '.join(of_variant).replace('--', '')}.")
             return
         if not command:
             raise ArgumentError(None, f"Nothing may stand before {self.subcommand} on the command line.")
@@ -234,6 +246,8 @@ class AsymmetryCLI(LightningCLI):
         if trains:
             self.termination.checkpoint = self.checkpoint
         saved = check_classes(saved_configuration(self.loaded), final, trains)
+        if variant is not None:
+            check_variant(variant, final, saved)
         from_files = self._parse([*command, *files], defaults=False)[self.subcommand]
         with temporary_yaml(saved) as path:
             self.config = self._parse([*command, *files, "--config", path, *options])

@@ -75,17 +75,21 @@ def option_words(keys: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
 
 
-def split_variant(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Split options into the variant that they name and the other options, in their order.
+def split_variant(command: Sequence[str], options: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split the options of a command into the variant that they name and the other options, in their order.
+
+    Args:
+        command: The command, or an empty list if something else stands first on the command line.
+        options: The words behind the command.
 
     Returns:
         The last `--variant`, or None; the other options.
 
     Raises:
-        ArgumentError: For the option without a name.
+        ArgumentError: For the option of another command than fit, without a name, or with an unknown one.
     """
     names, others = [], []
-    rest = iter(words)
+    rest = iter(options)
     for word in rest:
         if word == OPTION:
             names.append(next(rest, ""))
@@ -93,6 +97,16 @@ def split_variant(words: Sequence[str]) -> tuple[str | None, list[str]]:
             names.append(word.partition("=")[2])
         else:
             others.append(word)
+    if not names:
+        return None, others
+    if list(command) != ["fit"]:
+        raise ArgumentError(
+            None, f"{OPTION}: only fit takes a variant, and fit stands before it; a checkpoint has its own variant."
+        )
     if "" in names:
         raise ArgumentError(None, f"{OPTION}: a name is missing. Choose one of {', '.join(VARIANTS)}.")
-    return (names[-1] if names else None), others
+    try:
+        variant_keys(names[-1])
+    except VariantError as error:
+        raise ArgumentError(None, f"--{error}") from error
+    return names[-1], others
