@@ -45,9 +45,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "head": {"model.tuning": "head"},
         # what is trained is neither bfloat16 nor sharded
         "full": {"model.tuning": "full", "model.backbone_dtype": "float32", "model.shard_frozen": False},
-        "adalora": {"model.tuning": "adalora"},  # Zhang et al. 2023, arXiv 2303.10512
+        "adalora": {"model.tuning": "adalora", "model.shard_frozen": False},  # Zhang et al. 2023, arXiv 2303.10512
         # keys, values and the input of the feed-forward layer's second half: Liu et al. 2022, arXiv 2205.05638
-        "ia3": {"model.tuning": "ia3", "model.adapter.targets": ["key", "value", "mlp_out"]},
+        "ia3": {
+            "model.tuning": "ia3",
+            "model.adapter.targets": ["key", "value", "mlp_out"],
+            "model.shard_frozen": False,
+        },
     }
 )
 HELP = (

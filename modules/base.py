@@ -21,6 +21,7 @@ from modules.errors import ModelError
 from modules.freezing import freeze
 from modules.frozen_digest import FrozenDigest
 from modules.optimization import RangeTest, Schedule, parameter_groups, schedule_factor, steps_left
+from modules.peft_baselines import METHODS, PeftBaseline
 from modules.update_weights import EqualWeights
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 __all__ = ["AdaptedModule", "BackboneDtype", "ModelError", "Tuning"]
 
-Tuning = Literal["adapter", "head", "full"]
+Tuning = Literal["adapter", "head", "full", "adalora", "ia3"]
 BackboneDtype = Literal["float32", "bfloat16"]
 
 
@@ -46,8 +47,9 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
     `head_names` has their names, inside the backbone (`backbone.classifier`) or beside it (`head`).
 
     Args:
-        tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter).
-        adapter: The adapters; of no effect unless `tuning` is `adapter`.
+        tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter). For
+            comparison, `adalora` and `ia3` are PEFT's methods; see `modules.peft_baselines`.
+        adapter: The adapters; of no effect if `tuning` is `head` or `full`.
         adapter_path: Adapters to start from, and the head that lies with them: a directory as PEFT or `export` writes
             it, or a name on the hub. Of `adapter` then only `train` counts. A checkpoint holds what was loaded.
         backbone_dtype: Dtype of the frozen weights; factors and head stay float32. `full` needs float32.
@@ -96,6 +98,10 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             )
         if adapter_path is not None and tuning != "adapter":
             raise ModelError(f"model.adapter_path: with tuning {tuning} there are no adapters; set it to adapter.")
+        if shard_frozen and tuning in METHODS:
+            raise ModelError(
+                f"model.shard_frozen: tuning {tuning} has layers of PEFT, which stay whole. Set it to false."
+            )
         self.tuning: Tuning = tuning
         self.adapter_path = adapter_path
         self.adapter = adapter if isinstance(adapter, AdapterConfig) else AdapterConfig(**adapter)
@@ -112,6 +118,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self._gradients_seen = False
         self._range_test: RangeTest | None = None
         self.prefix: FrozenPrefix | None = None
+        self.baseline: PeftBaseline | None = None
 
     def configure_tuning(self, heads: Sequence[str] = ()) -> None:
         """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on.
@@ -126,6 +133,9 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self.head_names = [f"backbone.{name}" for name in heads]
         if self.tuning == "adapter":
             self._attach(heads)
+        elif self.tuning == "adalora" or self.tuning == "ia3":
+            self.baseline = PeftBaseline(self.tuning, self.backbone, self.adapter, heads)
+            self.projections = self.baseline.projections
         self.backbone.train()  # from_pretrained gives eval mode, and Lightning keeps the mode it finds
         if self.tuning != "full":
             for module in self.backbone.modules():
@@ -169,12 +179,17 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         """Check the trainer's precision; runs behind the data module's `setup`.
 
         Raises:
-            ModelError: For a precision that would take the factors out of float32.
+            ModelError: For a precision that would take the factors out of float32, or scale AdaLoRA's gradients.
         """
         if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
             raise ModelError(
                 f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
                 "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
+            )
+        if self.tuning == "adalora" and self.trainer.precision == "16-mixed":
+            raise ModelError(
+                "trainer.precision: 16-mixed scales the loss and skips steps, of which adalora would take a wrong "
+                "importance. Use bf16-mixed or 32-true."
             )
 
     def configure_model(self) -> None:
@@ -246,7 +261,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
     def trained_groups(self) -> list[dict[str, Any]]:
         """Return the named parameter groups of the optimizer, with the learning rate of each."""
-        return parameter_groups(
+        groups = parameter_groups(
             self.backbone,
             {name: p for name, p in self.named_parameters() if self._in_head(name)},
             tuning=self.tuning,
@@ -255,6 +270,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             lr_ratio_b=self.lr_ratio_b,
             lr_ratio_head=self.lr_ratio_head,
         )
+        return groups if self.baseline is None else groups + self.baseline.groups(self.learning_rate, self.weight_decay)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW over named groups, with a learning rate that is a function of the optimizer step."""
@@ -303,6 +319,8 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         for group, own in zip(schedulers.optimizer.param_groups, configured, strict=True):
             keys = {key: own[key] for key in ("initial_lr", "weight_decay")}
             group.update(keys, lr=own["initial_lr"] * factor)
+        if self.baseline is not None:
+            self.baseline.start(total)
 
     def check_loss(self, loss: Tensor) -> None:
         """Stop before a loss that is not finite reaches the weights.
@@ -314,6 +332,18 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             raise ModelError(
                 f"The training loss became {loss.item()} at step {self.trainer.global_step}. {AFTER_DIVERGENCE}"
             )
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add AdaLoRA's regularisation to what is differentiated; `train/loss` is without it, as of other tunings."""
+        if self.baseline is not None:
+            loss = loss + self.baseline.penalty() / self.trainer.accumulate_grad_batches
+        super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+        """Step, then let AdaLoRA prune."""
+        super().optimizer_step(epoch, batch_idx, *args, **kwargs)
+        if self.baseline is not None and self._range_test is None:
+            self.baseline.after_step(self.trainer.global_step + 1)
 
     def on_after_backward(self) -> None:
         """At a run's first step, check that every trained factor takes part in the forward pass."""
@@ -328,18 +358,35 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             for f in layer.factors()
             if any(p.grad is None for p in f.named_factors(trained=True).values())
         ]
+        if self.baseline is not None:
+            idle += [name for name, parameter in self.baseline.parameters().items() if parameter.grad is None]
         if idle:
             raise ModelError(
                 f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
                 f"({', '.join(idle[:3])}, …): it uses their weights without calling the layer. Choose other targets."
             )
 
+    # ---------------------------------------------------------------------------------------------------- checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of a method of PEFT."""
+        super().on_save_checkpoint(checkpoint)
+        if self.baseline is not None and (state := self.baseline.state()):
+            checkpoint[self.tuning] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the state of a method of PEFT, if training goes on."""
+        super().on_load_checkpoint(checkpoint)
+        if self.baseline is not None and self._trainer is not None and self._trainer.state.fn == "fit":
+            self.baseline.load_state(checkpoint.get(self.tuning))
+
     # -------------------------------------------------------------------------------------------------------- counts
 
     def parameter_counts(self) -> dict[str, int]:
         """Trainable and total parameters, and the bytes of what the adapters alone would take in a file."""
+        factors = adapter_state(self.backbone) if self.baseline is None else self.baseline.parameters()
         return {
             "params/trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "params/total": sum(p.numel() for p in self.parameters()),
-            "adapter/bytes": sum(t.numel() * t.element_size() for t in adapter_state(self.backbone).values()),
+            "adapter/bytes": sum(t.numel() * t.element_size() for t in factors.values()),
         }

@@ -49,7 +49,8 @@ class LanguageModel(AdaptedModule):
         prompt_template: Jinja template of the prompts that the model was trained with; the data says it, and a
             checkpoint keeps it.
         response_end: Token that this template ends a response with, likewise.
-        tuning: `adapter` or `full`; there is no new head. See `AdaptedModule`, as for all that follow.
+        tuning: `adapter`, `full`, `adalora` or `ia3`; there is no new head. See `AdaptedModule`, as for all that
+            follow.
     """
 
     kinds = ("instructions", "questions")
@@ -65,7 +66,7 @@ class LanguageModel(AdaptedModule):
         generation: Decoding = Decoding(),  # noqa: B008 - frozen, as is the adapter, and the CLI reads both from here
         prompt_template: str | None = None,
         response_end: int | None = None,
-        tuning: Literal["adapter", "full"] = "adapter",
+        tuning: Literal["adapter", "full", "adalora", "ia3"] = "adapter",
         adapter: AdapterConfig = AdapterConfig(rank=32, alpha=64.0),  # noqa: B008
         adapter_path: str | None = None,
         learning_rate: float = 1e-3,

@@ -74,7 +74,8 @@ class Summarizer(AdaptedModule):
         backbone_args: Values of the backbone's config.json to change, such as `dropout`.
         label_smoothing: Share of the target spread over the vocabulary in training, in [0, 1).
         generation: Beam search in validation, test and prediction.
-        tuning: `adapter` or `full`; there is no new head. See `AdaptedModule`, as for all that follow.
+        tuning: `adapter`, `full`, `adalora` or `ia3`; there is no new head. See `AdaptedModule`, as for all that
+            follow.
     """
 
     kinds = ("summaries",)
@@ -88,7 +89,7 @@ class Summarizer(AdaptedModule):
         backbone_args: dict[str, Any] | None = None,
         label_smoothing: float = 0.1,
         generation: Generation = Generation(),
-        tuning: Literal["adapter", "full"] = "adapter",
+        tuning: Literal["adapter", "full", "adalora", "ia3"] = "adapter",
         adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
         adapter_path: str | None = None,
         learning_rate: float = 5e-4,

@@ -246,7 +246,7 @@ def _save(rows: list[dict[str, Any]], file: BinaryIO) -> None:
 
 
 def _adapted(module: L.LightningModule) -> bool:
-    return isinstance(module, AdaptedModule) and bool(module.projections)
+    return isinstance(module, AdaptedModule) and module.tuning == "adapter"
 
 
 def _boards(trainer: L.Trainer) -> list[Board]:

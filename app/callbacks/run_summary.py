@@ -80,7 +80,7 @@ class RunSummary(L.Callback):
         assert isinstance(pl_module, AdaptedModule)
         counts = pl_module.parameter_counts()
         console = Console()
-        if pl_module.projections:
+        if pl_module.tuning == "adapter":
             console.print(_hit_list(pl_module))
         share = counts["params/trainable"] / counts["params/total"]
         console.print(

@@ -34,6 +34,7 @@ from modules.adapters.compact import FILE_NAME as COMPACT
 from modules.adapters.compact import save_compact
 from modules.adapters.rounding import Rounding, merge_rounding
 from modules.base import AdaptedModule
+from modules.peft_baselines import METHODS
 
 if TYPE_CHECKING:  # a run on text imports no timm, one on images no transformers
     from modules.image_classification import ImageClassifier
@@ -181,9 +182,13 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Loa
         The code that loads it.
 
     Raises:
-        ArgumentError: If the backbone is of another library, or takes no such head.
+        ArgumentError: If the backbone is of another library, takes no such head, or has layers of PEFT.
     """
     backbone: Any = module.backbone
+    if module.tuning in METHODS:
+        raise ArgumentError(
+            None, f"--format: merged is not supported for tuning: {module.tuning}, which is there to compare with."
+        )
     if hasattr(backbone, "save_pretrained"):
         if dtype == torch.float32:
             backbone.float()  # before the merge, or that would round

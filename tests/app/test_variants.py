@@ -15,6 +15,7 @@ from app.cli import main
 from app.variants import VARIANTS, VariantError, option_words, split_variant, variant_keys
 from modules.adapters import AdapterConfig
 from tests.app.conftest import CommandLine
+from tests.app.test_resume import PowerCut, cut_power
 
 # the recipe that is furthest from each variant
 OTHER_RECIPE = {
@@ -157,3 +158,57 @@ def test_help_names_the_variants(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--variant NAME" in text and all(name in text for name in VARIANTS)
     assert main(["test", "--help"]) == 0
     assert "--variant" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ PEFT's methods
+
+
+@pytest.mark.parametrize(
+    ("variant", "family"),
+    [
+        ("adalora", "cli"),
+        ("adalora", "text_cli"),
+        ("adalora", "summary_cli"),
+        ("adalora", "instruction_cli"),
+        ("ia3", "cli"),  # which has no state besides its vectors
+        pytest.param("ia3", "text_cli", marks=pytest.mark.slow),
+        pytest.param("ia3", "summary_cli", marks=pytest.mark.slow),
+        ("ia3", "instruction_cli"),
+    ],
+)
+def test_an_interrupted_run_of_pefts_methods_ends_as_a_whole_one(
+    request: pytest.FixtureRequest, family: str, variant: str
+) -> None:
+    cli: CommandLine = request.getfixturevalue(family)
+    words = (f"--variant={variant}", "--checkpoint.last_every_n_steps=3", "--trainer.limit_val_batches=1")
+    options = [*words, "--trainer.limit_train_batches=6", "--model.adapter.dropout=0"]
+    assert cli("fit", *options) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        cut_power(patch, 4)  # of 12, in the steps in which AdaLoRA prunes
+        with pytest.raises(PowerCut):
+            cli("fit", *options)
+    assert cli.checkpoint(1)["global_step"] == 3
+    assert cli("fit", *options, "--ckpt_path=last") == 0
+    whole, resumed = cli.checkpoint(0), cli.checkpoint(1)
+    assert whole["global_step"] == resumed["global_step"] == 12
+    assert whole["state_dict"].keys() == resumed["state_dict"].keys()
+    assert all(torch.equal(tensor, resumed["state_dict"][name]) for name, tensor in whole["state_dict"].items())
+    marks = {"adalora": ("lora_A", "lora_B", "lora_E"), "ia3": ("ia3_l",)}[variant]
+    assert all(any(mark in name for name in whole["state_dict"]) for mark in marks)
+    if variant == "adalora":
+        assert whole["adalora"]["rank_pattern"] == resumed["adalora"]["rank_pattern"] != {}
+    metrics = cli.metrics(1)
+    assert metrics["adapter/bytes"] > 0
+    assert {k: v for k, v in cli.metrics(0).items() if k.startswith("val/")}.items() <= metrics.items()
+    assert cli("validate", "--trainer.limit_val_batches=1", "--ckpt_path", str(cli.run(1))) == 0
+
+
+def test_export_of_pefts_methods_is_refused(
+    cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(cli, "--variant=ia3") == 0
+    for form in ("merged", "peft", "compact"):
+        capsys.readouterr()
+        assert main(["export", str(cli.run()), "--format", form, "--output", str(tmp_path / form)]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "tuning: ia3" in errors[0] and not (tmp_path / form).exists()

@@ -1,0 +1,234 @@
+"""AdaLoRA and IA3 through PEFT's own classes, to compare the adapters of this project with."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from modules.adapters import AdapterConfig, AdapterError, Projection
+from modules.adapters.linear import check_rank
+from modules.adapters.roles import find_projections, select
+from modules.blocks import layerdrop_rates
+from modules.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import AdaLoraConfig, AdaLoraModel, IA3Model
+
+Method = Literal["adalora", "ia3"]
+METHODS = get_args(Method)
+ADAPTER = "default"  # PEFT's name of the adapter
+
+_log = logging.getLogger(__name__)
+
+
+class PeftBaseline:
+    """A backbone whose targeted layers PEFT has wrapped, in place.
+
+    PEFT wraps whole layers. A layer that holds several projections, such as timm's `attn.qkv`, has one adapter.
+
+    AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) starts at 1.5 times `adapter.rank` and prunes to `adapter.rank` on
+    average. It prunes between the first tenth of the optimizer steps and the last half, as in the paper's experiments.
+    IA3 (Liu et al. 2022, arXiv 2205.05638) multiplies the outputs of the targeted layers, and of `mlp_out` the inputs.
+
+    Args:
+        method: `adalora` or `ia3`.
+        backbone: A frozen backbone without adapters.
+        config: Its `targets`, `layers` and `seed` count; for AdaLoRA also `rank`, `alpha` and `dropout`.
+        heads: Names of the backbone's modules that are trained whole.
+
+    Raises:
+        ModelError: If PEFT is not installed, or the method cannot be used with the backbone or the configuration.
+        AdapterError: If a target matches nothing, or a rank does not fit.
+    """
+
+    def __init__(self, method: Method, backbone: nn.Module, config: AdapterConfig, heads: Sequence[str]) -> None:
+        _check(method, backbone, config)
+        self.projections = select(find_projections(backbone, heads), config.targets, config.layers)
+        layers = dict.fromkeys(projection.layer for projection in self.projections)
+        if method == "adalora":
+            for projection in self.projections:
+                check_rank(config, projection, cast(nn.Linear, backbone.get_submodule(projection.layer)).in_features)
+        self._method, self._backbone = method, backbone
+        with torch.random.fork_rng(devices=[]):  # the head and the order of the data are those of other tunings
+            torch.manual_seed(config.seed)
+            self.tuner: Any = _inject(method, backbone, config, list(layers), self.projections)
+        self._names = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+        for parameter in self.parameters().values():  # PEFT gives them the dtype of the frozen weights
+            parameter.data = parameter.data.float()
+        for head in heads:  # which PEFT has frozen with the backbone
+            backbone.get_submodule(head).requires_grad_(True)
+        self._started = False
+        _log.info(f"model.tuning: {method} of PEFT wraps {len(layers)} layers: {', '.join(_kinds(list(layers)))}.")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters of PEFT's layers by their names in the backbone."""
+        parameters = dict(self._backbone.named_parameters())
+        return {name: parameters[name] for name in self._names}
+
+    def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the parameters as a group for AdamW; IA3's have no decay, since they start at one and not at zero."""
+        decay = 0.0 if self._method == "ia3" else weight_decay
+        rates = {"lr": learning_rate, "initial_lr": learning_rate, "weight_decay": decay}
+        return [{"name": self._method, "params": list(self.parameters().values()), **rates}]
+
+    # --------------------------------------------------------------------------------------------- AdaLoRA's training
+
+    def start(self, total_steps: int) -> None:
+        """Plan the pruning over a run, unless a checkpoint has planned it.
+
+        Args:
+            total_steps: Optimizer steps of the whole run.
+        """
+        if self._method != "adalora":
+            return
+        if not self._started:
+            self._plan(total_steps)
+        allocator, parameters = self._allocator, self.parameters()
+        for moments in (allocator.exp_avg_ipt, allocator.exp_avg_unc):
+            moments.update({name: tensor.to(parameters[name].device) for name, tensor in moments.items()})
+
+    def _plan(self, total_steps: int) -> None:
+        schedule = self._schedule
+        schedule.total_step = total_steps
+        schedule.tinit = total_steps // 10
+        schedule.tfinal = max(min(total_steps // 2, total_steps - 2), 0)  # importance needs a step before the last mask
+        schedule.deltaT = max(total_steps // 100, 1)
+        self._started = True
+
+    def penalty(self) -> Tensor | float:
+        """Return AdaLoRA's orthogonal regularisation (equation 4), weighted; 0 for IA3."""
+        if self._method != "adalora":
+            return 0.0
+        terms = []
+        for name, parameter in self.parameters().items():
+            if "lora_A" in name or "lora_B" in name:
+                gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+                terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
+        return self._schedule.orth_reg_weight * torch.stack(terms).mean()
+
+    def after_step(self, step: int) -> None:
+        """Let AdaLoRA prune, while the gradients of the step are still there.
+
+        Args:
+            step: Optimizer steps that are done, this one included.
+        """
+        if self._method == "adalora" and (self._schedule.total_step or 0) >= 2:
+            self.tuner.update_and_allocate(step)
+
+    # ----------------------------------------------------------------------------------------------------- checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """Return what AdaLoRA needs to go on besides its parameters: importance, ranks and plan; empty for IA3."""
+        if self._method != "adalora":
+            return {}
+        allocator = self._allocator
+        return {
+            "exp_avg_ipt": dict(allocator.exp_avg_ipt),
+            "exp_avg_unc": dict(allocator.exp_avg_unc),
+            "rank_pattern": self._schedule.rank_pattern or {},
+            "total_steps": self._schedule.total_step,
+        }
+
+    def load_state(self, state: Any) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ModelError: If the state is damaged or of other layers.
+        """
+        if self._method != "adalora":
+            return
+        parameters = self.parameters()
+        ranks = {name: len(parameter) for name, parameter in parameters.items() if "lora_E" in name}
+        if not _is_state(state, {name: parameter.shape for name, parameter in parameters.items()}, ranks):
+            raise ModelError(
+                "ckpt_path: the checkpoint has no state of AdaLoRA for these layers. Use another checkpoint, or start "
+                "a new run."
+            )
+        self._plan(state["total_steps"])
+        self._schedule.rank_pattern = state["rank_pattern"] or None
+        self._allocator.exp_avg_ipt = dict(state["exp_avg_ipt"])
+        self._allocator.exp_avg_unc = dict(state["exp_avg_unc"])
+        self._allocator.ipt = {
+            name: torch.zeros_like(t) for name, t in state["exp_avg_ipt"].items()
+        }  # PEFT asks for it
+
+    @property
+    def _allocator(self) -> Any:
+        return self.tuner.rankallocator
+
+    @property
+    def _schedule(self) -> AdaLoraConfig:
+        return cast("AdaLoraConfig", self.tuner.peft_config[ADAPTER])
+
+
+def _check(method: Method, backbone: nn.Module, config: AdapterConfig) -> None:
+    if patterns := [key for key in ("rank_pattern", "alpha_pattern") if asdict(config)[key]]:
+        raise AdapterError(f"adapter.{patterns[0]}: {method} has one rank and alpha for all layers. Leave the key out.")
+    if method == "adalora" and (rates := layerdrop_rates(backbone)):
+        key, share = next(iter(rates.items()))
+        raise ModelError(
+            f"model.backbone_args.{key}: {share} leaves out blocks at random, whose importance adalora cannot measure. "
+            "Set it to 0."
+        )
+
+
+def _inject(
+    method: Method,
+    backbone: nn.Module,
+    config: AdapterConfig,
+    layers: list[str],
+    projections: list[Projection],
+) -> AdaLoraModel | IA3Model:
+    """Have PEFT wrap layers of a backbone, in place; everything else is then frozen."""
+    try:
+        from peft import AdaLoraConfig, AdaLoraModel, IA3Config, IA3Model
+    except ImportError as error:
+        raise ModelError(
+            f"model.tuning: {method} is a method of PEFT, which is not installed. Install it with: pip install 'peft>=0.21.2'"
+        ) from error
+    if method == "ia3":
+        feedforward = list(dict.fromkeys(p.layer for p in projections if p.role == "mlp_out"))
+        return IA3Model(
+            backbone, IA3Config(target_modules=_exactly(layers), feedforward_modules=_exactly(feedforward)), ADAPTER
+        )
+    adalora = AdaLoraConfig(
+        target_modules=_exactly(layers),
+        target_r=config.rank,
+        init_r=math.ceil(1.5 * config.rank),
+        lora_alpha=cast(int, config.alpha),  # which PEFT divides by the rank, as a float
+        lora_dropout=config.dropout,
+        total_step=1,  # until the trainer knows
+    )
+    return AdaLoraModel(backbone, adalora, ADAPTER)  # type: ignore[no-untyped-call]
+
+
+def _exactly(names: list[str]) -> str:
+    """Return a regular expression for whole names; PEFT takes a list of names as ends of names."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def _kinds(layers: list[str]) -> list[str]:
+    """Return the layers' names with block numbers folded."""
+    return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in layers))
+
+
+def _is_state(state: Any, shapes: Mapping[str, torch.Size], ranks: Mapping[str, int]) -> bool:
+    """Return True if a checkpoint's value is a state of AdaLoRA for parameters of these shapes and initial ranks."""
+    if not isinstance(state, dict) or type(state.get("total_steps")) is not int or state["total_steps"] < 1:
+        return False
+    moments: list[Any] = [state.get("exp_avg_ipt"), state.get("exp_avg_unc")]
+    pattern: Any = state.get("rank_pattern")
+    return (
+        all(isinstance(m, dict) and (not m or m.keys() == shapes.keys()) for m in moments)
+        and all(isinstance(t, Tensor) and t.shape == shapes[name] for m in moments for name, t in m.items())
+        and isinstance(pattern, dict)
+        and (not pattern or pattern.keys() == ranks.keys())
+        and all(isinstance(kept, list) and len(kept) == ranks[name] for name, kept in pattern.items())
+    )
