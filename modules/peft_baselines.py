@@ -191,7 +191,8 @@ def _inject(
         from peft import AdaLoraConfig, AdaLoraModel, IA3Config, IA3Model
     except ImportError as error:
         raise ModelError(
-            f"model.tuning: {method} is a method of PEFT, which is not installed. Install it with: pip install 'peft>=0.21.2'"
+            f"model.tuning: {method} is a method of PEFT, which is not installed. Install it with: "
+            "pip install 'peft>=0.21.2'"
         ) from error
     if method == "ia3":
         feedforward = list(dict.fromkeys(p.layer for p in projections if p.role == "mlp_out"))
