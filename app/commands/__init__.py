@@ -6,13 +6,15 @@ A command is a module with `add_arguments(parser)` and `run(arguments)`; the fir
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
-from app.commands import export
+from app.commands import export, theory
 
-COMMANDS: dict[str, ModuleType] = {"export": export}
+COMMANDS: dict[str, ModuleType] = {"export": export, "theory": theory}
+WITH_FIT_KEYS = ("theory",)  # commands that hand every option that is not their own to fit's parser
 
 
 def command_help(name: str) -> str:
@@ -36,4 +38,22 @@ def run_command(name: str, words: Sequence[str]) -> None:
         name: One of `COMMANDS`.
         words: What stands behind it on the command line.
     """
-    COMMANDS[name].run(command_parser(name).parse_args(list(words)))
+    parser = command_parser(name)
+    given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
+    COMMANDS[name].run(parser.parse_args(given))
+
+
+def _fit_keys_last(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Put all words that are no options of a parser behind `--`, which makes them positional arguments."""
+    own: list[str] = []
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        option = word.partition("=")[0]
+        if option in ("-h", "--help"):
+            own.append(word)
+        elif option.startswith("--") and option.removeprefix("--") in parser.get_defaults():
+            own += [word] if "=" in word else [word, *islice(rest, 1)]
+        else:
+            others.append(word)
+    return [*own, "--", *others]

@@ -1,0 +1,55 @@
+"""Measure what the closed forms of linear regression say of a recipe's frozen backbone, before any training.
+
+Data and model are built as `fit` builds them. A few training batches give, at every projection that the recipe adapts,
+the second moment of its inputs, the gradient to its weight, and the second moment of the gradients to its outputs.
+docs/theory.md tells what follows from them for a network, and what does not.
+"""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from app.console import escape_controls
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.add_argument(
+        "--output", metavar="DIR", type=str, required=True, help="Directory of the report; files in it are replaced."
+    )
+    parser.add_argument("--batches", type=int, default=8, help="Training batches to measure, 1 or more.")
+    parser.add_argument(
+        "--head_steps",
+        type=int,
+        default=32,
+        help="Optimizer steps in which a new head is trained alone before the measurement. With 0 the gradients are "
+        "those of a random head.",
+    )
+    parser.add_argument(
+        "fit_words",
+        metavar="KEYS",
+        nargs="*",
+        type=str,
+        help="--config RECIPE and every other key of fit, anywhere on the command line.",
+    )
+
+
+def run(arguments: Namespace) -> None:
+    """Measure a recipe and write its report.
+
+    Raises:
+        ArgumentError: For a wrong value, or keys with which there is nothing to measure.
+    """
+    from app.arguments import expanded_path
+    from app.moments import measure  # the command line imports this module
+    from app.theory_report import analyse, write_report  # pandas and matplotlib
+
+    for name, least in (("batches", 1), ("head_steps", 0)):
+        if arguments[name] < least:
+            raise ArgumentError(None, f"--{name}: {arguments[name]} is too small. Give {least} or more.")
+    output = expanded_path("--output", arguments.output).resolve()
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
+    analysis = analyse(measure(arguments.fit_words, arguments.batches, arguments.head_steps))
+    page = write_report(analysis, output)
+    print(escape_controls(f"Report: {page}"), flush=True)

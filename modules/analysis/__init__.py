@@ -1,0 +1,1 @@
+"""Analyses of trained adapters, in pure torch and float64: `spectra`, `similarity` and `theory`."""

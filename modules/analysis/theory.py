@@ -1,0 +1,355 @@
+"""Closed forms of one-sided adapters in linear regression (Zhu et al. 2024, arXiv 2402.16842, section 4).
+
+The regression has inputs x with second moment Σ (d_in, d_in), a pretrained weight W, and the target (W + Δ)·x plus
+noise of variance σ² in each of the d_out outputs. An update ΔW of W has the loss
+
+    d_out·σ² + Tr[(ΔW − Δ)·Σ·(ΔW − Δ)ᵀ].
+
+Without an update the loss is d_out·σ² + Tr[ΔΣΔᵀ]. The second term is the *removable loss*. The best update of rank r
+with one factor frozen removes a *share* of the removable loss. In whitened coordinates, T = Δ·Σ^½, a frozen A projects
+the rows of T on the span of A·Σ^½, and a frozen B projects the columns of T on the span of B. The removed loss is the
+squared norm of the projection, and equals ‖ΔW·Σ^½‖² of the best update.
+
+A network is no regression. `Moments` collects what stands for Σ and Δ there; docs/theory.md gives the derivation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modules.adapters.spectrum import summarize
+
+Trained = Literal["B", "A", "both"]
+Target = Literal["least squares", "gradient step"]
+Outputs = Literal["equal", "gradients"]
+
+DRAWS = 32  # of a random factor
+STUDENT = 2.0395  # 97.5 % quantile of Student's distribution with DRAWS - 1 degrees of freedom
+
+
+# --------------------------------------------------------------------------------------------------------- closed forms
+
+
+def regression_loss(update: Tensor, delta: Tensor, sigma: Tensor, noise: float = 0.0) -> Tensor:
+    """Return the loss of an update ΔW.
+
+    Args:
+        update: ΔW (d_out, d_in).
+        delta: Δ (d_out, d_in).
+        sigma: Σ (d_in, d_in), symmetric and positive semidefinite.
+        noise: Variance σ² of the noise in each output.
+    """
+    residual = update - delta
+    return delta.shape[0] * noise + torch.trace(residual @ sigma @ residual.T)
+
+
+def optimal_b(delta: Tensor, sigma: Tensor, a: Tensor) -> Tensor:
+    """Return the B that minimises the loss of B·A over a frozen A: B* = ΔΣAᵀ(AΣAᵀ)⁻¹.
+
+    Args:
+        delta: Δ (d_out, d_in).
+        sigma: Σ (d_in, d_in).
+        a: A (r, d_in). If AΣAᵀ is singular, B* is the solution of least norm.
+
+    Returns:
+        (d_out, r).
+    """
+    return delta @ sigma @ a.T @ torch.linalg.pinv(a @ sigma @ a.T, hermitian=True)
+
+
+def optimal_a(delta: Tensor, b: Tensor) -> Tensor:
+    """Return the A that minimises the loss of B·A over a frozen B: A* = BᵀΔ, for any Σ.
+
+    Args:
+        delta: Δ (d_out, d_in).
+        b: B (d_out, r), with orthonormal columns.
+
+    Returns:
+        (r, d_in).
+    """
+    return b.T @ delta
+
+
+def loss_over_a(delta: Tensor, sigma: Tensor, a: Tensor, noise: float = 0.0) -> Tensor:
+    """Return the least loss over a frozen A: d_out·σ² + Tr[ΔΣΔᵀ] − Tr[AΣΔᵀΔΣAᵀ(AΣAᵀ)⁻¹]; arguments as above."""
+    cross = delta @ sigma @ a.T  # (d_out, r)
+    removed = torch.trace(cross.T @ cross @ torch.linalg.pinv(a @ sigma @ a.T, hermitian=True))
+    return delta.shape[0] * noise + torch.trace(delta @ sigma @ delta.T) - removed
+
+
+def loss_over_b(delta: Tensor, sigma: Tensor, b: Tensor, noise: float = 0.0) -> Tensor:
+    """Return the least loss over a frozen B: d_out·σ² + Tr[ΔΣΔᵀ] − Tr[BᵀΔΣΔᵀB]; arguments as above."""
+    whole = delta @ sigma @ delta.T  # (d_out, d_out)
+    return delta.shape[0] * noise + torch.trace(whole) - torch.trace(b.T @ whole @ b)
+
+
+# ------------------------------------------------------------------------------------------------ random frozen factors
+
+
+@dataclass(frozen=True)
+class Share:
+    """Share of the removable loss that is removed at each rank 1, 2, …; each field is (ranks,) float64 in [0, 1].
+
+    Args:
+        mean: Mean over random factors.
+        low: Lower end of the 95 % interval of that mean.
+        high: Upper end.
+    """
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Root:
+    """Eigenvalues λ of a second moment above rounding, and their eigenvectors: R = diag(√λ)·Vᵀ has RᵀR = Σ.
+
+    Args:
+        values: λ (k,), descending, above 0.
+        vectors: V (d, k), orthonormal columns.
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+    def directions(self, factor: Tensor) -> Tensor:
+        """Return R·X, (…, k, r), for X (…, d, r)."""
+        return self.values.sqrt()[:, None] * (self.vectors.T @ factor)
+
+
+def root_of(moment: Tensor) -> Root:
+    """Return the root of a second moment; eigenvalues that rounding in float64 may have made are left out.
+
+    Args:
+        moment: (d, d), symmetric and positive semidefinite.
+    """
+    values, vectors = torch.linalg.eigh(moment.double())
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp(min=0)
+    return Root(values[kept].flip(0), vectors[:, kept].flip(1))
+
+
+def identity_root(size: int) -> Root:
+    """Return the root of the identity: every direction counts the same."""
+    return Root(torch.ones(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64))
+
+
+def removed_shares(whitened: Tensor, directions: Tensor) -> Tensor:
+    """Return the share that a frozen factor removes at each of its leading ranks.
+
+    Args:
+        whitened: T with the frozen factor's side first: Tᵀ = R·Δᵀ (k, d_out) for a frozen A, T (k, d_in) for a frozen
+            B.
+        directions: R·Aᵀ or R·B, (…, k, r).
+
+    Returns:
+        (…, r): of the first factor vector alone, of the first two, and so on.
+    """
+    basis = torch.linalg.qr(directions).Q  # (…, k, min(k, r)); its leading columns span those of `directions`
+    shares = (basis.mT @ whitened).square().sum(-1).cumsum(-1) / whitened.square().sum()
+    missing = directions.shape[-1] - shares.shape[-1]  # k vectors reach everything
+    return torch.cat([shares, shares[..., -1:].expand(*shares.shape[:-1], missing)], -1)
+
+
+def random_factors(size: int, rank: int, seed: int) -> Tensor:
+    """Return random orthonormal columns, (DRAWS, size, rank) float64; the leading ones are as random."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(DRAWS, size, rank, generator=generator, dtype=torch.float64)).Q
+
+
+def expected_share(whitened: Tensor, root: Root, rank: int, seed: int = 0) -> Share:
+    """Return the expected share over random orthonormal factors, at each rank up to the given one.
+
+    Args:
+        whitened: As for `removed_shares`.
+        root: Root of the second moment on the frozen factor's side; `identity_root` for B in the paper's regression.
+        rank: Largest rank, at most d of the frozen side.
+        seed: Of the factors that are sampled.
+    """
+    draws = removed_shares(whitened, root.directions(random_factors(root.vectors.shape[0], rank, seed)))
+    mean, half = draws.mean(0), STUDENT * draws.std(0) / math.sqrt(DRAWS)
+    return Share(mean, mean - half, mean + half)
+
+
+def share_over_b(size: int, rank: int) -> Share:
+    """Return the expected share over a random orthonormal B at ranks 1 to `rank`: exactly r / d_out, for any Δ and Σ.
+
+    Args:
+        size: d_out.
+        rank: Largest rank.
+    """
+    exact = torch.arange(1, rank + 1, dtype=torch.float64) / size
+    return Share(exact, exact, exact)
+
+
+# ----------------------------------------------------------------------------------------------------------- simulation
+
+SPECTRA = ("isotropic", "1/i", "rank r")
+
+
+def simulate(spectrum: str, size: int = 512, rank: int = 4, seed: int = 0) -> dict[str, Share]:
+    """Return the shares that B and A remove in a regression with a Gaussian target.
+
+    Σ is diagonal without loss of generality, since the frozen factors have no preferred direction.
+
+    Args:
+        spectrum: Eigenvalues of Σ: `isotropic` all 1, `1/i` the i-th 1/i, `rank r` 1 for the first `rank` and then 0.
+        size: d_in and d_out.
+        rank: r.
+        seed: Of target and factors.
+
+    Returns:
+        By the trained factor, `B` (over a random A) and `A` (over a random B), at ranks 1 to r.
+    """
+    index = torch.arange(1, size + 1, dtype=torch.float64)
+    values = {"isotropic": torch.ones_like(index), "1/i": 1 / index, "rank r": (index <= rank).double()}[spectrum]
+    delta = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    root = root_of(values.diag())
+    whitened = root.directions(delta.T)  # (k, d_out)
+    return {
+        "B": expected_share(whitened, root, rank, seed + 1),
+        "A": expected_share(whitened.T, identity_root(size), rank, seed + 2),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- in a network
+
+
+class Moments:
+    """Sums over tokens at one projection: of x·xᵀ, g·xᵀ and g·gᵀ, with x its input and g the gradient to its output.
+
+    A token whose gradient is zero everywhere cannot change the loss, such as padding. It is counted, not summed.
+
+    Args:
+        d_in: Width of the input.
+        d_out: Width of the output.
+        device: Where the sums are kept, in float64: 8·(d_in² + d_in·d_out + d_out²) bytes.
+    """
+
+    def __init__(self, d_in: int, d_out: int, device: torch.device | str = "cpu") -> None:
+        self.inputs = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+        self.gradient = torch.zeros(d_out, d_in, dtype=torch.float64, device=device)
+        self.outputs = torch.zeros(d_out, d_out, dtype=torch.float64, device=device)
+        self.tokens = 0
+        self.idle = 0
+
+    @torch.no_grad()
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """Add the tokens of a batch.
+
+        Args:
+            x: (n, d_in), any floating dtype.
+            gradient: (n, d_out), of the loss with respect to the projection's output.
+        """
+        reached = gradient.ne(0).any(1)
+        x = x[reached].to(self.inputs.device).double()  # (m, d_in)
+        g = gradient[reached].to(self.inputs.device).double()  # (m, d_out)
+        self.inputs.addmm_(x.T, x)
+        self.gradient.addmm_(g.T, x)
+        self.outputs.addmm_(g.T, g)
+        self.tokens += len(x)
+        self.idle += len(gradient) - len(x)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Shares of one projection for one reading of Δ.
+
+    Args:
+        trained: Factor that is trained; the other one is random and frozen.
+        target: `least squares`: Δ = −G·Σ⁻¹. `gradient step`: Δ ∝ −G.
+        outputs: `equal`: every output weighs the same, as in the paper. `gradients`: outputs weigh by F.
+        removable: Tr[ΔΣΔᵀ] up to a factor that all projections of a network share for the same target and outputs.
+        share: Expected share at each rank.
+    """
+
+    trained: Trained
+    target: Target
+    outputs: Outputs
+    removable: float
+    share: Share
+
+
+@dataclass(frozen=True)
+class ProjectionTheory:
+    """What the closed forms give for one projection.
+
+    Args:
+        eigenvalues: Of Σ, the mean of x·xᵀ over tokens, (d_in,), descending; 0 where rounding leaves nothing.
+        input_rank: Effective rank of Σ: exp of the entropy of its normalised eigenvalues, in [1, d_in].
+        gradient_rank: Effective rank of F, the mean of g·gᵀ.
+        explained: Tr[GΣ⁻¹Gᵀ] / Tr[F] in [0, 1]: share of the tokens' gradients that is linear in their inputs.
+        explained_by_chance: The same for gradients that are independent of the inputs: rank(Σ) / tokens.
+        forecasts: The shares.
+    """
+
+    eigenvalues: Tensor
+    input_rank: float
+    gradient_rank: float
+    explained: float
+    explained_by_chance: float
+    forecasts: list[Forecast]
+
+
+def theory_of(moments: Moments, rank: int, seed: int = 0) -> ProjectionTheory:
+    """Return the closed forms for what was measured at a projection.
+
+    Args:
+        moments: Of at least one token.
+        rank: Largest rank of the shares, at most min(d_in, d_out).
+        seed: Of the random factors.
+    """
+    d_out, d_in = moments.gradient.shape
+    inputs, gradients = root_of(moments.inputs.cpu()), root_of(moments.outputs.cpu())
+    turned = inputs.vectors.T @ moments.gradient.cpu().T  # Vᵀ·Gᵀ (k, d_out)
+    weights: dict[Outputs, Root] = {"equal": identity_root(d_out), "gradients": gradients}
+    targets: tuple[Target, ...] = ("least squares", "gradient step")
+    forecasts = []
+    for (name, outputs), target in itertools.product(weights.items(), targets):
+        power = -0.5 if target == "least squares" else 0.5
+        whitened = inputs.values.pow(power)[:, None] * (turned @ outputs.vectors) * outputs.values.pow(power)
+        removable = float(whitened.square().sum())
+        over_a = expected_share(whitened, inputs, rank, seed)
+        over_b = share_over_b(d_out, rank) if name == "equal" else expected_share(whitened.T, outputs, rank, seed)
+        forecasts.append(Forecast("B", target, name, removable, over_a))
+        forecasts.append(Forecast("A", target, name, removable, over_b))
+    eigenvalues = torch.zeros(d_in, dtype=torch.float64)
+    eigenvalues[: len(inputs.values)] = inputs.values / moments.tokens
+    linear = float((turned / inputs.values.sqrt()[:, None]).square().sum())
+    return ProjectionTheory(
+        eigenvalues=eigenvalues,
+        input_rank=summarize(inputs.values).effective_rank,
+        gradient_rank=summarize(gradients.values).effective_rank,
+        explained=linear / float(gradients.values.sum()),
+        explained_by_chance=len(inputs.values) / moments.tokens,
+        forecasts=forecasts,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- generalisation
+
+
+def generalisation_bound(
+    shapes: Sequence[tuple[int, int, int]], trained: Trained, samples: int, bits: int = 32, sigma: float = 0.5
+) -> float:
+    """Return the bound on |expected loss − training loss|: sqrt((2·q·σ²·ln 2 / n)·Σ r·D).
+
+    D is d_out if B is trained, d_in if A is, and their sum if both are (Zhu et al. 2024, section 4, from Xu and
+    Raginsky 2017).
+
+    Args:
+        shapes: Rank, d_in and d_out of each adapted projection.
+        trained: Factor that is trained.
+        samples: Number n of training samples.
+        bits: Bits q of a parameter.
+        sigma: σ of a σ-sub-Gaussian loss; 0.5 for every loss in [0, 1], such as the share of errors.
+    """
+    numbers = sum(rank * (d_in * (trained != "B") + d_out * (trained != "A")) for rank, d_in, d_out in shapes)
+    return math.sqrt(2 * bits * sigma**2 * math.log(2) / samples * numbers)

@@ -1,0 +1,208 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.analysis.theory import (
+    SPECTRA,
+    Moments,
+    expected_share,
+    generalisation_bound,
+    identity_root,
+    loss_over_a,
+    loss_over_b,
+    optimal_a,
+    optimal_b,
+    regression_loss,
+    removed_shares,
+    root_of,
+    share_over_b,
+    simulate,
+    theory_of,
+)
+
+D_OUT, D_IN, RANK, NOISE = 6, 9, 3, 0.3
+
+
+def draw(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Δ, Σ, an orthonormal A and an orthonormal B."""
+    sigma = torch.diag(1.0 / torch.arange(1, D_IN + 1, dtype=torch.float64))
+    turn = torch.linalg.qr(draw(D_IN, D_IN, seed=1)).Q
+    a = torch.linalg.qr(draw(D_IN, RANK, seed=2)).Q.T
+    b = torch.linalg.qr(draw(D_OUT, RANK, seed=3)).Q
+    return draw(D_OUT, D_IN), turn @ sigma @ turn.T, a, b
+
+
+def descend(delta: Tensor, sigma: Tensor, a: Tensor, b: Tensor, trained: str) -> tuple[Tensor, float]:
+    """Plain gradient descent on one factor; returns the update and its loss."""
+    factors = {"A": a.clone(), "B": b.clone()}
+    factor = factors[trained].zero_().requires_grad_()
+    curvature = a @ sigma @ a.T if trained == "B" else sigma
+    rate = 0.5 / float(torch.linalg.eigvalsh(curvature)[-1])
+    for _ in range(4000):
+        loss = regression_loss(factors["B"] @ factors["A"], delta, sigma, NOISE)
+        (gradient,) = torch.autograd.grad(loss, factor)
+        with torch.no_grad():
+            factor -= rate * gradient
+    update = (factors["B"] @ factors["A"]).detach()
+    return update, float(regression_loss(update, delta, sigma, NOISE))
+
+
+@pytest.mark.parametrize("trained", ["A", "B"])
+def test_gradient_descent_ends_at_the_closed_form(trained: str) -> None:
+    delta, sigma, a, b = problem()
+    update, loss = descend(delta, sigma, a, b, trained)
+    if trained == "B":
+        expected, least = optimal_b(delta, sigma, a) @ a, loss_over_a(delta, sigma, a, NOISE)
+    else:
+        expected, least = b @ optimal_a(delta, b), loss_over_b(delta, sigma, b, NOISE)
+    assert (update - expected).abs().max() <= 1e-6
+    assert abs(loss - float(least)) <= 1e-6
+    assert abs(float(regression_loss(expected, delta, sigma, NOISE) - least)) <= 1e-12
+
+
+def test_solutions_are_those_of_least_squares_on_samples() -> None:
+    delta, _, a, b = problem()
+    x = draw(50, D_IN, seed=4)
+    y = x @ delta.T  # (n, d_out)
+    sigma = x.T @ x / len(x)
+    fitted_b = torch.linalg.lstsq(x @ a.T, y).solution.T
+    # A of x Aᵀ Bᵀ = y: least squares over vec(A)
+    design = torch.einsum("ni,or->nori", x, b).reshape(len(x) * D_OUT, RANK * D_IN)
+    fitted_a = torch.linalg.lstsq(design, y.reshape(-1)).solution.reshape(RANK, D_IN)
+    torch.testing.assert_close(optimal_b(delta, sigma, a), fitted_b)
+    torch.testing.assert_close(optimal_a(delta, b), fitted_a)
+
+
+def test_shares_are_those_of_the_closed_forms_at_every_rank() -> None:
+    delta, sigma, a, b = problem()
+    root = root_of(sigma)
+    whitened = root.directions(delta.T)
+    removable = torch.trace(delta @ sigma @ delta.T)
+    over_a = removed_shares(whitened, root.directions(a.T))
+    over_b = removed_shares(whitened.T, b)
+    for r in range(1, RANK + 1):
+        torch.testing.assert_close(over_a[r - 1], 1 - loss_over_a(delta, sigma, a[:r]) / removable)
+        torch.testing.assert_close(over_b[r - 1], 1 - loss_over_b(delta, sigma, b[:, :r]) / removable)
+
+
+def test_the_removed_loss_is_the_squared_whitened_norm_of_the_update() -> None:
+    delta, sigma, a, _ = problem()
+    update = optimal_b(delta, sigma, a) @ a
+    removed = torch.trace(delta @ sigma @ delta.T) - loss_over_a(delta, sigma, a)
+    torch.testing.assert_close(torch.trace(update @ sigma @ update.T), removed)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "b", "a", "tolerance"),
+    [("isotropic", 0.0078, 0.0078, 2e-4), ("1/i", 0.108, 0.0078, 0.015), ("rank r", 1.0, 0.0078, 2e-3)],
+)
+def test_simulation_gives_the_papers_asymmetry(spectrum: str, b: float, a: float, tolerance: float) -> None:
+    """Figures of ../shared/PAPER.md: d = 512, r = 4."""
+    shares = simulate(spectrum)
+    assert float(shares["B"].mean[-1]) == pytest.approx(b, abs=tolerance)
+    assert float(shares["A"].mean[-1]) == pytest.approx(a, abs=2e-3)
+    assert shares["B"].low[-1] <= shares["B"].mean[-1] <= shares["B"].high[-1]
+    assert spectrum in SPECTRA
+
+
+def test_the_expected_share_over_a_random_b_is_rank_over_width() -> None:
+    whitened = draw(40, 30)
+    share = expected_share(whitened, identity_root(40), 20)
+    exact = share_over_b(40, 20).mean
+    assert float(exact[9]) == 0.25
+    assert ((share.low - exact < 0.01) & (exact - share.high < 0.01)).all()
+    assert (share.mean - exact).abs().max() < 0.02
+
+
+def test_a_rank_above_that_of_the_inputs_removes_everything() -> None:
+    x = draw(4, 12)
+    root = root_of(x.T @ x)
+    share = expected_share(root.directions(draw(12, 5)), root, 8)
+    assert len(root.values) == 4
+    assert share.mean[2] < 1
+    torch.testing.assert_close(share.mean[3:], torch.ones(5, dtype=torch.float64))
+
+
+def linear_network(tokens: int) -> tuple[Moments, Tensor, Tensor, Tensor]:
+    """Moments of y = 0·x under the mean squared error to Δ·x, fed in two batches with padding."""
+    delta, sigma, _, _ = problem()
+    x = draw(tokens, D_IN, seed=5) @ torch.linalg.cholesky(sigma).T
+    weight = torch.zeros(D_OUT, D_IN, dtype=torch.float64, requires_grad=True)
+    output = x @ weight.T
+    output.retain_grad()
+    loss = (output - x @ delta.T).square().sum() / 2
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert output.grad is not None
+    assert weight.grad is not None
+    moments = Moments(D_IN, D_OUT)
+    padding = torch.ones(3, D_IN, dtype=torch.float64), torch.zeros(3, D_OUT, dtype=torch.float64)
+    for inputs, gradient in zip(x.split(tokens // 2), output.grad.split(tokens // 2), strict=True):
+        moments.add(torch.cat([inputs, padding[0]]), torch.cat([gradient, padding[1]]))
+    return moments, delta, x, weight.grad
+
+
+def test_moments_are_sums_over_tokens_that_reach_the_loss() -> None:
+    moments, delta, x, weight_gradient = linear_network(40)
+    torch.testing.assert_close(moments.inputs, x.T @ x)
+    torch.testing.assert_close(moments.gradient, weight_gradient)
+    torch.testing.assert_close(moments.outputs, delta @ x.T @ x @ delta.T)
+    assert (moments.tokens, moments.idle) == (40, 6)
+
+
+def test_in_a_linear_network_least_squares_finds_delta() -> None:
+    moments, delta, _, _ = linear_network(40)
+    theory = theory_of(moments, RANK)
+    forecasts = {(f.trained, f.target, f.outputs): f for f in theory.forecasts}
+    assert len(forecasts) == 8
+    sigma = moments.inputs
+    removable = float(torch.trace(delta @ sigma @ delta.T))
+    found = forecasts["B", "least squares", "equal"]
+    assert found.removable == pytest.approx(removable)
+    root = root_of(sigma)
+    torch.testing.assert_close(found.share.mean, expected_share(root.directions(delta.T), root, RANK).mean)
+    step = delta @ sigma  # -G
+    assert forecasts["A", "gradient step", "equal"].removable == pytest.approx(
+        float(torch.trace(step @ sigma @ step.T))
+    )
+    assert theory.explained == pytest.approx(1.0)
+    assert theory.explained_by_chance == pytest.approx(D_IN / 40)
+    torch.testing.assert_close(theory.eigenvalues.sum(), torch.trace(sigma) / 40)
+
+
+def test_weights_of_outputs_treat_both_factors_alike() -> None:
+    """Swapping x and g swaps A and B when outputs weigh by their gradients."""
+    x, g = draw(60, 8), draw(60, 8, seed=1) * torch.arange(1, 9)
+    moments, swapped = Moments(8, 8), Moments(8, 8)
+    moments.add(x, g)
+    swapped.add(g, x)
+    one, other = theory_of(moments, 4), theory_of(swapped, 4)
+    for f in one.forecasts:
+        if f.outputs == "gradients":
+            mirrored = next(
+                m
+                for m in other.forecasts
+                if m.outputs == "gradients" and m.target == f.target and m.trained != f.trained
+            )
+            torch.testing.assert_close(f.share.mean, mirrored.share.mean)
+            assert f.removable == pytest.approx(mirrored.removable)
+
+
+def test_gradients_without_relation_to_the_inputs_are_explained_by_chance() -> None:
+    moments = Moments(20, 5)
+    moments.add(draw(2000, 20), draw(2000, 5, seed=1))
+    theory = theory_of(moments, 4)
+    assert theory.explained == pytest.approx(theory.explained_by_chance, rel=0.3)
+    assert theory.explained_by_chance == 0.01
+    assert theory.input_rank == pytest.approx(20, abs=0.3)
+
+
+@pytest.mark.parametrize(("trained", "width"), [("B", 200), ("A", 100), ("both", 300)])
+def test_the_bound_counts_what_is_trained(trained: str, width: int) -> None:
+    bound = generalisation_bound([(4, 100, 200), (4, 100, 200)], trained, samples=1000, bits=16, sigma=0.5)  # type: ignore[arg-type]
+    assert bound == pytest.approx(math.sqrt(2 * 4 * 16 * 0.25 * math.log(2) / 1000 * 2 * width))
