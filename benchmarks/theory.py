@@ -7,7 +7,8 @@ frozen factor must be `orthogonal`. Every setting that has runs of B and of A is
 - over its projections, Spearman's correlation of ‖ΔW·Σ^½‖_F after training (mean over seeds) with the share of the
   removable loss, with the removed loss that the closed forms forecast for that norm, and with Tr[Σ] alone;
 - the forecast gap, the difference of the network's shares of B and of A, and the measured one, the difference of a
-  metric (mean over seeds). Over the settings, Spearman's correlation of the two.
+  metric (mean over seeds). Over the settings, Spearman's correlation of the two, and of the measured gap with the
+  logarithm of how many numbers B trains for each of A's, which needs no data.
 
 Intervals of correlations are bootstrapped, over projections or over settings; those of gaps are Student's, over seeds.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import warnings
 from collections import defaultdict
@@ -227,14 +229,17 @@ def measure_setting(arguments: argparse.Namespace, runs: Mapping[str, list[Run]]
         f"{row.target}, {row.outputs} outputs": {"B": row.B, "A": row.A, "gap": row.B - row.A}
         for row in shares.itertuples()
     }
-    explained = analysis.projections[["explained", "explained_by_chance"]].mean()
+    table_of = analysis.projections
+    trained = {side: int((table_of["adapter_rank"] * table_of[d]).sum()) for side, d in (("B", "d_out"), ("A", "d_in"))}
+    forecast["trained numbers"] = {**trained, "gap": math.log(trained["B"] / trained["A"])}  # knows no data
+    explained = table_of[["explained", "explained_by_chance"]].mean()
     return {
         "projections": over_projections(runs, analysis),
         "measured": gap(runs, arguments.metrics),
         "forecast": forecast,
         "explained": float(explained["explained"]),
         "explained_by_chance": float(explained["explained_by_chance"]),
-        "input_rank": float(analysis.projections["input_rank"].mean()),
+        "input_rank": float(table_of["input_rank"].mean()),
     }
 
 
