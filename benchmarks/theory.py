@@ -162,8 +162,11 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | No
 
 
 def text(value: Mapping[str, float] | None, key: str = "rho") -> str:
-    """Return a figure with its interval."""
-    return "—" if value is None else f"{value[key]:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+    """Return a figure with its interval; without one if a single seed gives none."""
+    if value is None:
+        return "—"
+    interval = f" ({value['low']:.2f} to {value['high']:.2f})" if value["low"] < value["high"] else ""
+    return f"{value[key]:.2f}{interval}"
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
