@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from app.commands import export, sweep
 
@@ -29,11 +29,13 @@ def command_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def run_command(name: str, words: Sequence[str]) -> None:
+def run_command(name: str, words: Sequence[str], allowed_imports: Sequence[str] = ()) -> None:
     """Run a command.
 
     Args:
         name: One of `COMMANDS`.
         words: What stands behind it on the command line.
+        allowed_imports: Prefixes of --allow_imports, for a command that starts others.
     """
-    COMMANDS[name].run(command_parser(name).parse_args(list(words)))
+    arguments = command_parser(name).parse_args(list(words))
+    COMMANDS[name].run(Namespace(**arguments.as_dict(), allowed_imports=list(allowed_imports)))
