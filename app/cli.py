@@ -109,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> int:
             held.enter_context(restricted_imports(allowed))
             held.enter_context(checked_yaml())
             if words and words[0] in COMMANDS:
-                run_command(words[0], words[1:])
+                run_command(words[0], words[1:], allowed)
             else:
                 AsymmetryCLI(words, termination, held)
             sys.stdout.flush()

@@ -108,6 +108,8 @@ class RunSummary(L.Callback):
             self._outdated |= {"train", "val", "test", "best", "train_eval", "gap", "forgetting"}
         self._loaded = None
         self._keep_metrics(trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write(Path(trainer.default_root_dir))  # a run that is killed in its test keeps them
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of a validation on its own, and for checkpoints those of a validation in a fit."""
@@ -154,14 +156,7 @@ class RunSummary(L.Callback):
     @rank_zero_only
     def report(self, run_directory: Path) -> None:
         """Print the closing table and write metrics.json; figures of earlier commands stay unless they are outdated."""
-        known = read_metrics(run_directory)
-        compared = "test" if any(key.startswith("test/") for key in known) else "val"
-        if compared in self._outdated and metrics_of_split(known, compared) != metrics_of_split(self.values, compared):
-            self._outdated.add("gap")  # which is to the earlier figures
-        earlier = {k: v for k, v in known.items() if k.partition("/")[0] not in self._outdated}
-        merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
-        with atomic_write(run_directory / METRICS) as file:
-            file.write(f"{json.dumps(merged, indent=2)}\n".encode())
+        self._write(run_directory)
         if not self.values:  # a prediction has said what it wrote
             return
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
@@ -171,6 +166,16 @@ class RunSummary(L.Callback):
         console.print(table)
         where = escape_controls(str(run_directory))
         console.print(f"Look inside: tensorboard --logdir {where}", soft_wrap=True, markup=False)
+
+    def _write(self, run_directory: Path) -> None:
+        known = read_metrics(run_directory)
+        compared = "test" if any(key.startswith("test/") for key in known) else "val"
+        if compared in self._outdated and metrics_of_split(known, compared) != metrics_of_split(self.values, compared):
+            self._outdated.add("gap")  # which is to the earlier figures
+        earlier = {k: v for k, v in known.items() if k.partition("/")[0] not in self._outdated}
+        merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
+        with atomic_write(run_directory / METRICS) as file:
+            file.write(f"{json.dumps(merged, indent=2)}\n".encode())
 
 
 def _is_limited(trainer: L.Trainer, key: str) -> bool:

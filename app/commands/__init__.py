@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import islice
 from types import ModuleType
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from app.commands import export, similarity, spectrum, sweep, theory
 
@@ -37,16 +37,18 @@ def command_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def run_command(name: str, words: Sequence[str]) -> None:
+def run_command(name: str, words: Sequence[str], allowed_imports: Sequence[str] = ()) -> None:
     """Run a command.
 
     Args:
         name: One of `COMMANDS`.
         words: What stands behind it on the command line.
+        allowed_imports: Prefixes of --allow_imports, for a command that starts others.
     """
     parser = command_parser(name)
     given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
-    COMMANDS[name].run(parser.parse_args(given))
+    arguments = parser.parse_args(given)
+    COMMANDS[name].run(Namespace(**arguments.as_dict(), allowed_imports=list(allowed_imports)))
 
 
 def _fit_keys_last(parser: ArgumentParser, words: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from app.console import escape_controls
+from app.imports import OPTION
 
 _log = logging.getLogger(__name__)
 
@@ -50,15 +51,20 @@ def run(arguments: Namespace) -> None:
     else:
         check_plan(plan)
         ledger = open_ledger(plan, arguments.storage, output)
-        table = Sweep(plan, ledger, output, arguments.workers, _command(arguments)).run()
+        imports = [word for prefix in arguments.allowed_imports for word in (OPTION, prefix)]
+        table = Sweep(plan, ledger, output, arguments.workers, imports, _command(arguments, imports)).run()
     Console().print(table)
     print(f"Results: {escape_controls(str(output))}", flush=True)
 
 
-def _command(arguments: Namespace) -> str:
-    words = ["python", "main.py", "sweep"]
+def _command(arguments: Namespace, imports: list[str]) -> str:
+    from sqlalchemy import make_url
+
+    words = ["python", "main.py", *imports, "sweep"]
     for key in ("config", "workers", "storage", "output"):
         value = arguments[key]
+        if key == "storage" and value is not None:
+            value = make_url(value).render_as_string(hide_password=True)
         if value is not None:
             words += [f"--{key}", str(value)]
     return shlex.join(words)

@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentError
 
 from app.variants import VARIANTS, VariantError, variant_keys
-from app.yaml_files import read_yaml
+from app.yaml_files import check_file, read_yaml
 
 Point = dict[str, Any]  # the searched keys with their values
 PRUNERS = ("none", "median", "hyperband")
@@ -164,7 +164,7 @@ def parse_plan(content: Mapping[str, Any], name: str) -> Plan:
         )
     plan = Plan(
         name=name,
-        base=tuple(_words("base", content["base"], least=1)),
+        base=_recipes(content["base"]),
         set=keys,
         variants=_variants(content["variants"], keys, search),
         search=search,
@@ -203,6 +203,16 @@ def _words(key: str, value: Any, least: int) -> list[str]:
     if not isinstance(words, list) or len(words) < least or not all(isinstance(word, str) and word for word in words):
         raise SweepError(f"{key}: {value!r:.80} is no list of names.")
     return words
+
+
+def _recipes(value: Any) -> tuple[str, ...]:
+    files = _words("base", value, least=1)
+    for file in files:
+        try:
+            check_file(file)
+        except ArgumentError as error:
+            raise SweepError(f"base: {str(error).removeprefix('--config: ')}") from error
+    return tuple(files)
 
 
 def _choice(key: str, value: Any, choices: Sequence[str]) -> str:

@@ -30,8 +30,8 @@ def results_frame(plan: Plan, trials: Mapping[Job, FrozenTrial], left: Outline) 
     points = {job.point: json.loads(job.point) for job in trials}
 
     def place(job: Job) -> tuple[Any, ...]:
-        values = [points[job.point].get(key) for key in plan.search_keys]
-        return order[job.variant], job.phase == "confirm", [(str(type(v)), v) for v in values], job.seed
+        values = [_cell(points[job.point].get(key)) for key in plan.search_keys]
+        return order[job.variant], job.phase == "confirm", [(isinstance(v, str), v) for v in values], job.seed
 
     rows = [_row(plan, job, trials[job], points[job.point], left) for job in sorted(trials, key=place)]
     searched = [f"search/{key}" for key in plan.search_keys]
@@ -52,11 +52,18 @@ def _row(plan: Plan, job: Job, trial: FrozenTrial, point: Mapping[str, Any], lef
         "run": facts.get("run"),
         "chosen": left.chosen.get(job.variant) == job.point,
         "seconds": facts.get("seconds"),
-        **{f"search/{key}": point.get(key) for key in plan.search_keys},
+        **{f"search/{key}": _cell(point.get(key)) for key in plan.search_keys},
         "curve_steps": facts.get("curve_steps", []),
         "curve_values": facts.get("curve_values", []),
         **facts.get("metrics", {}),
     }
+
+
+def _cell(value: Any) -> float | str:
+    """Return a searched value as a number or as text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def write_results(frame: pd.DataFrame, output: Path) -> None:

@@ -22,7 +22,7 @@ from app.sweep.progress import SweepProgress
 from app.sweep.report import rich_table, write_report
 from app.sweep.results import plan_facts, results_frame, write_results
 from app.sweep.schedule import FINISHED
-from app.sweep.storage import HEARTBEAT, STATES, Claim, Ledger, describe
+from app.sweep.storage import HEARTBEAT, STATES, Claim, Ledger, describe, storage_problem
 from app.sweep.trial import Curve, End, TrialProcess
 
 POLL = 0.2  # seconds between two looks at the trials of this process
@@ -57,11 +57,12 @@ class Sweep:
         ledger: Its trials.
         output: Directory of the results.
         workers: Number of trials at once.
+        imports: Words of the command line that allow imports, for the trials.
         again: Command that continues the sweep.
     """
 
-    def __init__(self, plan: Plan, ledger: Ledger, output: Path, workers: int, again: str) -> None:
-        self.plan, self.ledger, self.output, self.again = plan, ledger, output, again
+    def __init__(self, plan: Plan, ledger: Ledger, output: Path, workers: int, imports: list[str], again: str) -> None:
+        self.plan, self.ledger, self.output, self.imports, self.again = plan, ledger, output, imports, again
         self.workers = [Worker(i, environment) for i, environment in enumerate(environments(workers))]
         self.progress = SweepProgress(workers, plan.metric)
         self._kills: dict[Any, int] = {}
@@ -86,6 +87,13 @@ class Sweep:
         except SIGTERMException as stop:
             self._report()
             raise SIGTERMException(f"the trials are saved; the same command continues: {self.again}") from stop
+        except Exception as error:
+            if (problem := storage_problem(error)) is None:
+                raise
+            raise SweepError(
+                f"{problem}. The finished trials are kept, and the others are saved: when that is put right, the same "
+                f"command continues: {self.again}"
+            ) from error
         return self._report()
 
     def _step(self) -> bool:
@@ -94,11 +102,7 @@ class Sweep:
         busy = [worker for worker in self.workers if worker.claim is not None]
         for worker in busy:
             self._look_after(worker)
-        if now >= self._next_beat:
-            self._next_beat = now + HEARTBEAT
-            for worker in busy:
-                if worker.claim is not None:
-                    self.ledger.beat(worker.claim)
+        self._beat()
         for worker in self.workers:
             if worker.claim is None and now >= self._next_look and not self._take(worker):
                 self._next_look = now + LOOK
@@ -107,12 +111,20 @@ class Sweep:
             self._next_report = time.monotonic() + REPORT
         return any(worker.claim is not None for worker in self.workers) or not self._is_finished()
 
+    def _beat(self) -> None:
+        """Tell other machines now and then that this one is alive."""
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + HEARTBEAT
+            for worker in self.workers:
+                if worker.claim is not None:
+                    self.ledger.beat(worker.claim)
+
     def _is_finished(self) -> bool:
         trials = self.ledger.trials()
         left = self.ledger.outline(trials)
         if not left.is_finished and not self._is_waiting:
             running = sum(STATES[trials[job].state] == "running" for job in left.needed if job in trials)
-            _log.info(f"Other processes run the last {running} trials that can run now. This one waits for them.")
+            _log.info(f"This process waits for trials of other processes: {running} are running.")
             self._is_waiting = True
         return left.is_finished
 
@@ -127,7 +139,7 @@ class Sweep:
         variant = next(variant for variant in self.plan.variants if variant.name == claim.job.variant)
         worker.claim, worker.reported, worker.is_pruned = claim, set(), False
         worker.trial = TrialProcess(
-            fit_words(self.plan, variant, json.loads(claim.job.point), claim.job.seed),
+            [*self.imports, *fit_words(self.plan, variant, json.loads(claim.job.point), claim.job.seed)],
             self.output / job_folder(claim.job),
             {"metric": self.plan.metric, "check_test": bool(self.plan.confirm_seeds) and claim.job.phase == "select"},
             tests=claim.job.phase == "confirm",
@@ -148,7 +160,9 @@ class Sweep:
         for i, step in new:
             worker.reported.add(step)
             value = curve.points[step][0]
-            worker.claim.trial.report(float("nan") if value is None else value, i)
+            if not self.ledger.report(worker.claim, float("nan") if value is None else value, i) and end is None:
+                _log.warning(f"{describe(worker.claim.job)}: another process has taken the trial over.")
+                worker.trial.stop()
         if new:
             self.progress.advance(worker.number, curve)
         if end is not None:
@@ -188,8 +202,9 @@ class Sweep:
             self._free(worker)
         elif end == "failed":
             self._finish(worker, "failed", curve, trial.error())
-        elif "time/fit_seconds" not in read_metrics(trial.run or trial.folder):
-            trial.start()  # it was resumed at its very end, and has no figures of its training
+        elif trial.resumes and not (trial.run is not None and trial.has_finished(trial.run)):
+            trial.clear()  # it was killed between its last checkpoint and its summary, and has no figures of training
+            trial.start()
         elif curve.kept() is None:
             self._finish(worker, "failed", curve, f"{self.plan.metric} is not finite at the best checkpoint")
         else:
@@ -241,10 +256,15 @@ class Sweep:
             assert worker.trial is not None
             while (end := worker.trial.end()) is None:
                 time.sleep(POLL)
-            if end == "complete":
-                self._close(worker, end, worker.trial.curve())
-            else:
-                self._free(worker)
+            try:
+                if end == "complete":
+                    self._close(worker, end, worker.trial.curve())
+                else:
+                    self._free(worker)
+            except Exception as error:
+                if storage_problem(error) is None:
+                    raise
+                worker.claim = worker.trial = None  # without an owner the trial is queued again
 
     # ---------------------------------------------------------------------------------------------------------- report
 

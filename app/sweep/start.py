@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import optuna
 from optuna.trial import TrialState
 
 from app.sweep.changes import plan_content, plan_differences
@@ -34,7 +35,10 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SweepError(f"--output: {output} cannot be made ({error.strerror}). Choose another place.") from error
-    ledger = Ledger(plan, open_storage(url, output), output)
+    storage = open_storage(url, output)
+    if must_exist and plan.name not in optuna.get_all_study_names(storage):
+        raise SweepError(f"--storage: there is no sweep named {plan.name} in it yet. Run it first.")
+    ledger = Ledger(plan, storage, output)
     saved = ledger.head.user_attrs.get(PLAN)
     trials = ledger.trials()
     tried = [job for job, trial in trials.items() if trial.state != TrialState.WAITING]

@@ -23,7 +23,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -64,6 +64,7 @@ class JournalLock:
 
     def acquire(self) -> bool:
         """Wait for the lock."""
+        self.release()  # of an append that a signal has interrupted
         self._handle = os.open(self.journal.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(self._handle, fcntl.LOCK_EX)
         with suppress(FileNotFoundError), self.journal.open("rb+") as file:
@@ -74,7 +75,9 @@ class JournalLock:
 
     def release(self) -> None:
         """Release the lock."""
-        os.close(self._handle)
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
 
 
 def open_storage(url: str | None, output: Path) -> BaseStorage:
@@ -103,6 +106,16 @@ def open_storage(url: str | None, output: Path) -> BaseStorage:
     ) from problem
 
 
+def storage_problem(error: Exception) -> str | None:
+    """Return what keeps a storage or the output directory from being written; None for any other error."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'The output directory'} cannot be written ({error.strerror or error})"
+    wrapped = isinstance(error, StorageInternalError)
+    if wrapped or type(error).__module__.startswith("sqlalchemy"):
+        return f"--storage: the database does not answer ({first_line(error)})"
+    return None
+
+
 @dataclass
 class Claim:
     """A trial that this process runs.
@@ -116,6 +129,12 @@ class Claim:
     job: Job
     trial: Trial
     lock: int
+
+    def unlock(self) -> None:
+        """Let other processes take the trial's folder."""
+        handle, self.lock = self.lock, -1
+        if handle >= 0:
+            os.close(handle)
 
 
 class Ledger:
@@ -209,7 +228,7 @@ class Ledger:
             if not wanted:  # machines that sample at the same time
                 trial.set_user_attr(SURPLUS, True)
         if job is None or not mine or not wanted or (lock := try_lock(self._lock_file(job))) is None:
-            study.tell(trial, state=TrialState.FAIL)
+            _void(study, trial.number)
             return None
         trial.set_user_attr("place", self.place)
         claim = Claim(job, trial, lock)
@@ -260,22 +279,28 @@ class Ledger:
     def finish(self, claim: Claim, state: State, value: float | None, facts: Mapping[str, Any]) -> None:
         """Record the end of a trial, with facts for the table; a failed one needs an `error` among them."""
         study = self.studies[claim.job.variant]
-        try:
+        with suppress(UpdateFinishedTrialError):  # a signal came between this and the next line of the caller
             for key, fact in facts.items():
                 claim.trial.set_user_attr(key, fact)
             if state == "complete":
-                study.tell(claim.trial, value)
+                study.tell(claim.trial, value, skip_if_finished=True)
             else:
-                study.tell(claim.trial, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
-        except UpdateFinishedTrialError:
-            _log.warning(f"{describe(claim.job)}: another process took this one for dead. The trial runs there.")
-        os.close(claim.lock)
+                ended = TrialState.PRUNED if state == "pruned" else TrialState.FAIL
+                study.tell(claim.trial, state=ended, skip_if_finished=True)
+        claim.unlock()
 
     def release(self, claim: Claim) -> None:
         """Queue a trial again that this process does not finish."""
-        with suppress(UpdateFinishedTrialError):
-            self.studies[claim.job.variant].tell(claim.trial, state=TrialState.FAIL)
-        os.close(claim.lock)
+        _void(self.studies[claim.job.variant], claim.trial.number)
+        claim.unlock()
+
+    def report(self, claim: Claim, value: float, validation: int) -> bool:
+        """Record a validation of a trial, counted from 1; return False if another process took this one for dead."""
+        try:
+            claim.trial.report(value, validation)
+        except UpdateFinishedTrialError:
+            return False
+        return True
 
     def beat(self, claim: Claim) -> None:
         """Tell the processes on other machines that this one is alive."""
@@ -300,8 +325,7 @@ class Ledger:
                     here = place in (self.place, None)
                     is_stale = here and (job is None or not is_locked(self._lock_file(job)))
                 if is_stale:
-                    with suppress(UpdateFinishedTrialError, ValueError):  # another process was faster
-                        study.tell(trial.number, state=TrialState.FAIL)
+                    _void(study, trial.number)
                     _log.info(f"{describe(job) if job else 'A trial'}: its owner has died. It is queued again.")
 
     # --------------------------------------------------------------------------------------------------------- helpers
@@ -318,6 +342,12 @@ class Ledger:
 
     def _variant(self, name: str) -> Variant:
         return next(variant for variant in self.plan.variants if variant.name == name)
+
+
+def _void(study: optuna.Study, number: int) -> None:
+    """End a trial so that it counts for nothing, unless another process has ended it."""
+    with suppress(UpdateFinishedTrialError):
+        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def is_void(trial: FrozenTrial) -> bool:

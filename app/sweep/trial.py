@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from app.callbacks.metric_recorder import OWNER
 from app.checkpoint_io import CHECKPOINTS
-from app.evaluations import METRICS, read_metrics
+from app.evaluations import read_metrics
 from app.run_directory import versions
 from datamodules.atomic import FULL
 
@@ -102,8 +102,9 @@ class TrialProcess:
         lock: int,
     ) -> None:
         self.folder, self.curve_file = folder, folder / CURVE
-        self.asked_to_stop = False
-        self._lock, self._environment = lock, dict(environment)
+        self.asked_to_stop = self.resumes = False
+        self.signal = ""  # by which the fit was killed
+        self._lock, self._tests, self._environment = lock, tests, dict(environment)
         arguments = {"path": str(self.curve_file), **recorder}
         callback = {"class_path": "app.callbacks.MetricRecorder", "init_args": arguments}
         self._words = [
@@ -123,11 +124,9 @@ class TrialProcess:
         """Start the fit, or resume it from its last checkpoint; do neither if it has finished."""
         self.resumes = False
         run = self.run
-        if run is not None and (run / METRICS).is_file():
-            if "time/fit_seconds" in read_metrics(run):
-                return
-            self.clear()  # it was killed between its last checkpoint and its summary
-        elif run is not None and any((run / CHECKPOINTS).glob("*.ckpt")):
+        if run is not None and self.has_finished(run):
+            return
+        if run is not None and any((run / CHECKPOINTS).glob("*.ckpt")):
             self.resumes = True
         else:
             self.clear()
@@ -145,6 +144,12 @@ class TrialProcess:
                 start_new_session=True,  # Ctrl-C in the terminal is for the sweep, which stops its trials itself
                 pass_fds=(self._lock,),
             )
+
+    def has_finished(self, run: Path) -> bool:
+        """Return True if a run has the figures of its training, and of its test where there is to be one."""
+        metrics = read_metrics(run)
+        tested = any(name.startswith("test/") for name in metrics)
+        return "time/fit_seconds" in metrics and (tested or not self._tests)
 
     def clear(self) -> None:
         """Remove what an attempt has left that cannot be resumed."""
@@ -170,8 +175,7 @@ class TrialProcess:
                     os.killpg(self._process.pid, signal.SIGKILL)
             return None
         if code == 0:
-            run = self.run
-            return "complete" if run is not None and (run / METRICS).is_file() else "failed"
+            return "complete"
         if code in (130, 143) or self.asked_to_stop:
             return "stopped"
         if code < 0:
