@@ -66,7 +66,12 @@ class GeneralizationGap(L.Callback):
             `train_eval/<metric>`, `gap/<metric>` and `time/generalization_seconds`; nothing if `rows` is 0.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not self.rows or trainer.fast_dev_run or not isinstance(data, ResumableDataModule):  # type: ignore[attr-defined]
+        if not self.rows or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return {}
+        if not isinstance(data, ResumableDataModule):
+            _log.info(
+                f"generalization.rows: {type(data).__name__} gives no sample of its training rows. No gap is measured."
+            )
             return {}
         start = time.perf_counter()
         step, split = trainer.global_step, self._split
