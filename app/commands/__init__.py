@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import islice
 from types import ModuleType
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from app.commands import export, similarity, spectrum, sweep, theory
 
@@ -48,7 +48,8 @@ def run_command(name: str, words: Sequence[str], allowed_imports: Sequence[str] 
     parser = command_parser(name)
     given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
     arguments = parser.parse_args(given)
-    COMMANDS[name].run(Namespace(**arguments.as_dict(), allowed_imports=list(allowed_imports)))
+    arguments.allowed_imports = list(allowed_imports)
+    COMMANDS[name].run(arguments)
 
 
 def _fit_keys_last(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
