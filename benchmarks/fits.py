@@ -60,7 +60,6 @@ class Fit:
         rate: Peak learning rate, of everything.
         seed: Of order, dropout, head and factors.
         rows: Most training rows; None takes all.
-        held_out: Whether to validate on a tenth of the training rows, to choose rates, instead of the validation split.
         batch_size: Rows a step.
     """
 
@@ -72,7 +71,6 @@ class Fit:
     rate: float
     seed: int = 0
     rows: int | None = None
-    held_out: bool = False
     batch_size: int = BATCH
 
 

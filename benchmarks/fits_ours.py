@@ -11,9 +11,10 @@ from typing import Any
 import lightning as L
 
 from app.cli import main
+from app.variants import option_words, variant_keys
 from benchmarks.fits import CLIP, DECAY, WARM_UP, Clock, Fit
-from benchmarks.variants import VARIANTS
 
+VARIANTS = {"A": "A", "B": "B", "both": "lora"}  # built-in variants by the factor that is trained
 SCORES = {"cola": "val/matthews", "images": "val/acc1"}
 MODULES = {
     "cola": (
@@ -82,12 +83,13 @@ def words(fit: Fit, folder: str) -> list[str]:
         "test_after_fit": "false",
     }
     if fit.task == "cola":
-        options |= {"data.task": "cola", "data.test_on_validation": str(fit.held_out).lower()}
+        options |= {"data.task": "cola", "data.test_on_validation": "false"}
     else:
         options |= {"model.weights": "none", "model.adapter.targets": "[all]"}
     given = [f"--{key}={value}" for key, value in options.items()]
     clock = ["--allow_imports", "benchmarks.fits_ours", "--trainer.callbacks+=benchmarks.fits_ours.StepClock"]
-    return ["fit", "--config", recipe, "--config", "conf/cpu.yaml", *given, *VARIANTS[arm.train], *clock]
+    variant = option_words(variant_keys(VARIANTS[arm.train]))
+    return ["fit", "--config", recipe, "--config", "conf/cpu.yaml", *variant, *given, *clock]
 
 
 def fit(fit: Fit) -> dict[str, Any]:

@@ -7,13 +7,12 @@ which has as many parameters as both factors of rank 8; batches of 32, bf16 auto
 
     python -m benchmarks.glue --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue --threads 1 \
         --output docs/results/benchmark_glue.json --resume --rates B=… B16=… both=… peft=…
-    … --choose_rates 0.001 0.003 0.01     # first: on a held-out tenth of the training rows, a seed for each round
 
-A round is one fit of each arm with a seed of its own, in shuffled order; the padded arms are timed over fewer epochs
-and rounds, and not scored. Seconds are of an epoch, from its first step to the end of its last, and of the process;
-ratios are paired by round, over as many epochs as both had. Each fit is a section of the file as soon as it has ended,
-and with --resume it is left out when the file has it. `score` is Matthews' correlation on CoLA's own validation split
-after the last epoch, which chose nothing.
+The learning rates come from a sweep (`main.py sweep`). A round is one fit of each arm with a seed of its own, in
+shuffled order; the padded arms are timed over fewer epochs and rounds, and not scored. Seconds are of an epoch, from
+its first step to the end of its last, and of the process; ratios are paired by round, over as many epochs as both had.
+Each fit is a section of the file as soon as it has ended, and with --resume it is left out when the file has it.
+`score` is Matthews' correlation on CoLA's own validation split after the last epoch, which chose nothing.
 """
 
 from __future__ import annotations
@@ -79,20 +78,6 @@ def once(arguments: argparse.Namespace, name: str, fit: Fit) -> Record:
             f"{name}: {record['process_seconds']:.0f} s, scores {[round(s, 4) for s in record['scores']]}", flush=True
         )
     return record
-
-
-def choose_rates(arguments: argparse.Namespace) -> None:
-    """Fit each kind at each rate on nine tenths of the training rows, and score it on the rest, with several seeds."""
-    chosen = {kind(ARMS[name]): ARMS[name] for name in reversed(arguments.arms) if not ARMS[name].padded}
-    rows = []
-    for name, arm in chosen.items():
-        for rate in arguments.choose_rates:
-            scores = []
-            for seed in range(arguments.rounds):
-                fit = make_fit(arguments, arm, epochs=arguments.epochs, rate=rate, seed=seed, held_out=True)
-                scores.append(once(arguments, f"rate, {name}, {rate:g}, seed {seed}", fit)["scores"][-1])
-            rows.append([name, f"{rate:g}", mean_text(mean(scores))])
-    table("Matthews' correlation on a held-out tenth, %", ["trained", "rate", "score"], rows)
 
 
 def rounds(arguments: argparse.Namespace) -> list[dict[str, Record]]:
@@ -193,7 +178,6 @@ def main() -> None:
     common.add_argument("--padded_rounds", type=int, default=1, help="rounds in which the padded arm is timed")
     common.add_argument("--rows", type=int, help="most training rows (all; with --quick 320)")
     common.add_argument("--rates", nargs="+", type=rate, default=[], help="of B, B16, both, peft: B=0.003 (0.001)")
-    common.add_argument("--choose_rates", type=float, nargs="+", help="try these rates instead, and measure nothing")
     common.set_defaults(inputs=["backbone", "path"])
     arguments = parse(common)
     arguments.rates = dict(arguments.rates)
@@ -201,9 +185,6 @@ def main() -> None:
         arguments.epochs = 1 if arguments.quick else 3
     if arguments.rows is None and arguments.quick:
         arguments.rows = 320
-    if arguments.choose_rates:
-        choose_rates(arguments)
-        return
     summary = summarize(rounds(arguments), arguments)
     with section(arguments, "summary") as record:
         record["arms"] = summary

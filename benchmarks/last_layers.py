@@ -8,7 +8,6 @@ once from an empty cache and once more from the full one, which must come to the
         --weights ../shared/backbones/dinov2_vits14/model.safetensors --output docs/results/last_layers.json --resume
     python -m benchmarks.last_layers --task cola --path ../shared/data/glue --layers 4 2 --threads 1 \
         --backbone ../shared/backbones/minilm_roberta --output docs/results/last_layers.json --resume
-    … --choose_rates 0.001 0.003 0.01     # first: the rate of each number of blocks by validation, seed 0, cached
 
 A round is one fit of each arm with a seed of its own, in shuffled order. The first epoch is counted from the start of
 the command's own work: it reads and decodes the data and, for the cached arm, computes and writes what is kept. A later
@@ -153,7 +152,7 @@ def once(arguments: argparse.Namespace, name: str, layers: int | None, cached: b
             record |= given
             cache = Path(arguments.cache)  # images and tokens are read from it by all fits
             record |= fit(arguments, layers, cached, rate, seed, cache)
-            if cached and not arguments.choose_rates:  # to which what is kept may serve for all rates
+            if cached:
                 record["again"] = fit(arguments, layers, cached, rate, seed, cache)
                 for file in cache.glob("onesided/prefix-*"):
                     file.unlink()
@@ -165,17 +164,6 @@ def once(arguments: argparse.Namespace, name: str, layers: int | None, cached: b
 def named(layers: int | None) -> str:
     """What an arm without a cache is called."""
     return "all" if layers is None else f"last {layers}"
-
-
-def choose_rates(arguments: argparse.Namespace) -> None:
-    """Fit each number of blocks at each rate, and show its score on validation."""
-    rows = []
-    for layers in (None, *arguments.layers):
-        for rate in arguments.choose_rates:
-            name = f"rate, {named(layers)}, {rate:g}"
-            record = once(arguments, name, layers, layers is not None, rate, seed=0)
-            rows.append([named(layers), f"{rate:g}", f"{record['val_score']:.4f}"])
-    table("Score on validation, seed 0", ["blocks", "rate", "score"], rows)
 
 
 def rounds(arguments: argparse.Namespace) -> dict[str, list[Record]]:
@@ -247,7 +235,6 @@ def main() -> None:
     common.add_argument("--layers", type=int, nargs="+", default=[4], help="numbers of last blocks")
     common.add_argument("--epochs", type=int, default=3, help="2 or more")
     common.add_argument("--rates", nargs="*", default=[], metavar="ARM=RATE", help="such as all=0.001 'last 4=0.003'")
-    common.add_argument("--choose_rates", type=float, nargs="+", help="score these on validation instead")
     common.add_argument("--cache", help="folder for what is kept meanwhile; else the system's for temporary files")
     common.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more words for every fit")
     common.set_defaults(inputs=["path", "backbone", "weights", "options"])
@@ -255,10 +242,7 @@ def main() -> None:
     if arguments.epochs < 2:
         common.error("--epochs: the first is told from the later ones, so that there must be two")
     with tempfile.TemporaryDirectory(dir=arguments.cache) as arguments.cache:
-        if arguments.choose_rates:
-            choose_rates(arguments)
-        else:
-            show(arguments, rounds(arguments))
+        show(arguments, rounds(arguments))
 
 
 if __name__ == "__main__":

@@ -68,14 +68,14 @@ def test_an_epoch_lasts_from_its_first_step_to_the_end_of_its_last(monkeypatch: 
 
 
 def test_what_ours_is_told(tmp_path: Path) -> None:
-    fit = Fit(Arm("ours", "A", "bfloat16"), "cola", "data", "minilm", epochs=2, rate=0.5, rows=9, held_out=True)
+    fit = Fit(Arm("ours", "A", "bfloat16"), "cola", "data", "minilm", epochs=2, rate=0.5, rows=9)
     given = words(fit, str(tmp_path))
     for word in (
         "--model.adapter.train=A",
         "--model.backbone_dtype=bfloat16",
         "--model.learning_rate=0.5",
         "--data.max_train_samples=9",
-        "--data.test_on_validation=true",
+        "--model.adapter.init_b=orthogonal",
         "--trainer.max_epochs=2",
     ):
         assert word in given
