@@ -1,4 +1,4 @@
-"""The one error of this package, and the reason that errors of libraries give."""
+"""Errors of this package, and the reason that errors of libraries give."""
 
 
 class DataError(ValueError):
@@ -8,6 +8,10 @@ class DataError(ValueError):
         if message.startswith("Caught "):  # torch raises a worker process's error anew, with its traceback as message
             message = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip()
         super().__init__(message)
+
+
+class SplitError(DataError):
+    """A split that the data lack, or whose labels are hidden."""
 
 
 def first_line(error: BaseException) -> str:

@@ -193,6 +193,16 @@ class GlueData(TextData):
         if self.trainer.state.fn != "predict":
             self.class_names = known if known is not None else self._labels(self.training_table()).class_names
 
+    def check_test_split(self) -> None:
+        """Check before a long training that there is a test split with labels.
+
+        Raises:
+            SplitError: If there is none, or its labels are hidden.
+        """
+        super().check_test_split()
+        for table, _ in self.sets("test").values():
+            parse_labels(table, self.label_column, self.task.class_names if self.task else None, self.skip_label)
+
     @property
     def metrics(self) -> list[str]:
         """Return the names of the task's metrics, unless the model has others."""

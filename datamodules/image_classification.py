@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw, seeded
-from datamodules.errors import DataError
+from datamodules.errors import DataError, SplitError
 from datamodules.findings import Findings
 from datamodules.image_sources import ImageError, ImageTable, open_folder, open_split
 from datamodules.prefix_cache import WithHidden
@@ -177,7 +177,7 @@ class ImageClassificationData(ResumableDataModule):
     def _require(self, name: str) -> ImageTable:
         table = self._table(name)
         if table is None:
-            raise DataError(f"data.path: {self.path} has no {name} split; run without it (test_after_fit: false).")
+            raise SplitError(f"data.path: {self.path} has no {name} split; run without it (test_after_fit: false).")
         return table
 
     def check_test_split(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, SplitError
 from datamodules.tables import Table, check_column
 
 HIDDEN = " They are hidden: predict is for such a split; GLUE is tested with data.test_on_validation: true."
@@ -130,7 +130,7 @@ def parse_labels(
         given = stored or class_names
         if set(cells.unique().to_pylist()) <= {-1, None}:
             rows = f"is -1 in row 0 and in all others; {len(cells):,} of {len(cells):,} labels cannot be used"
-            raise DataError(f"data.label_column: {column} in {table.where} {rows}.{HIDDEN}")
+            raise SplitError(f"data.label_column: {column} in {table.where} {rows}.{HIDDEN}")
         values, names, wrong = _from_numbers(cells, given) if given else _from_digits(cells)
         if not given:
             notes += _doubts(column, table.where, names, len(cells))
@@ -231,7 +231,7 @@ def _targets(cells: Any, column: str, where: str, null: set[int]) -> tuple[Tenso
     """Numbers of a regression, and the rows whose number is not finite."""
     values = torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.float32))
     if not null and bool((values == -1).all()):
-        raise DataError(f"data.label_column: {column} in {where} is -1 throughout.{HIDDEN}")
+        raise SplitError(f"data.label_column: {column} in {where} is -1 throughout.{HIDDEN}")
     wrong = (~values.isfinite()).nonzero().flatten().tolist()
     return values, {row: f"is {values[row].item()}" for row in wrong if row not in null}
 

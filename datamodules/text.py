@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw
-from datamodules.errors import DataError
+from datamodules.errors import DataError, SplitError
 from datamodules.findings import SkippedRow
 from datamodules.prefix_cache import WithHidden
 from datamodules.splits import SPLITS, check_splits, choose_rows
@@ -234,7 +234,7 @@ class TextData(ResumableDataModule):
         tables = validation if split == "val" or self.test_on_validation else self.stored("test")
         if not tables:
             missing = "validation" if self.test_on_validation else split
-            raise DataError(
+            raise SplitError(
                 f"data.path: {self.path} has no {missing} split; leave it out (test_after_fit: false), or test on "
                 "the validation split where there is a key for that (--data.test_on_validation true)."
             )

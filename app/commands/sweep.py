@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import time
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -11,12 +12,37 @@ from jsonargparse import ArgumentParser, Namespace
 from app.console import escape_controls
 from app.imports import OPTION
 
+AGAIN = ("config", "base", "set", "minutes", "workers", "storage", "output")  # options that continue a sweep
+
 _log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add what the command takes."""
     parser.add_argument("--config", metavar="FILE", type=str, required=True, help="The sweep, as in conf/sweeps/.")
+    parser.add_argument(
+        "--base",
+        metavar="FILE",
+        type=str,
+        action="append",
+        default=[],
+        help="Recipe in the place of the file's `base`. Give --base again for overlays.",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        type=str,
+        action="append",
+        default=[],
+        help="Key of all trials, added to the file's `set`, such as data.task=rte. Give --set again for more.",
+    )
+    parser.add_argument(
+        "--minutes",
+        metavar="M",
+        type=float,
+        help="Time of this command. First the choice is made. Then seed after seed confirms it, as long as a seed of "
+        "all variants fits. The same command goes on for as long again.",
+    )
     parser.add_argument("--workers", metavar="N", type=int, default=1, help="Trials at once on this machine.")
     parser.add_argument(
         "--storage",
@@ -37,34 +63,50 @@ def run(arguments: Namespace) -> None:
     """
     from rich.console import Console
 
+    from app.sweep.budget import Budget
     from app.sweep.check import check_plan
+    from app.sweep.findings import time_used
     from app.sweep.plan import SweepError, read_plan
+    from app.sweep.report import rich_table
     from app.sweep.run import Sweep, report
     from app.sweep.start import open_ledger
 
+    began = time.monotonic()
     if arguments.workers < 1:
         raise SweepError(f"--workers: {arguments.workers} must be 1 or more.")
-    plan = read_plan(arguments.config)
+    if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
+        raise SweepError(f"--minutes: {arguments.minutes:g} must be above 0. Leave it out for as long as it takes.")
+    plan = read_plan(arguments.config, arguments.base, arguments.set)
+    for note in plan.notes:
+        _log.info(note)
     output = Path(arguments.output or Path("runs") / plan.name)
+    imports = [word for prefix in arguments.allowed_imports for word in (OPTION, prefix)]
+    command = _words(arguments, imports, ("config", "base", "set"))
     if arguments.report:
-        table = report(plan, open_ledger(plan, arguments.storage, output, must_exist=True), output)
+        facts, frame = report(plan, open_ledger(plan, arguments.storage, output, must_exist=True), output, command)
     else:
         check_plan(plan)
         ledger = open_ledger(plan, arguments.storage, output)
-        imports = [word for prefix in arguments.allowed_imports for word in (OPTION, prefix)]
-        table = Sweep(plan, ledger, output, arguments.workers, imports, _command(arguments, imports)).run()
-    Console().print(table)
+        budget = Budget(plan, arguments.minutes, arguments.workers, began) if arguments.minutes else None
+        again = shlex.join(_words(arguments, imports, AGAIN))
+        facts, frame = Sweep(plan, ledger, output, arguments.workers, imports, command, again, budget).run()
+    Console().print(rich_table(facts, frame))
+    for sentence in time_used(facts, frame):
+        print(escape_controls(sentence))
     print(f"Results: {escape_controls(str(output))}", flush=True)
 
 
-def _command(arguments: Namespace, imports: list[str]) -> str:
+def _words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> list[str]:
+    """Return the words of a command with some of the options as they were given."""
     from sqlalchemy import make_url
 
     words = ["python", "main.py", *imports, "sweep"]
-    for key in ("config", "workers", "storage", "output"):
+    for key in keys:
         value = arguments[key]
         if key == "storage" and value is not None:
             value = make_url(value).render_as_string(hide_password=True)
-        if value is not None:
-            words += [f"--{key}", str(value)]
-    return shlex.join(words)
+        if key == "minutes" and value is not None:
+            value = f"{value:g}"
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        words += [word for one in values for word in (f"--{key}", str(one))]
+    return words

@@ -32,8 +32,10 @@ def plan_differences(before: Mapping[str, Any], plan: Plan, tried: Iterable[Job]
     if not tried:
         return []
     differences: list[str] = []
-    for key in ("base", "recipes", "set", "metric", "mode", "prune"):
+    for key in ("base", "set", "metric", "mode", "prune"):
         differences += _differences(key if key not in ("metric", "mode") else f"select.{key}", before[key], now[key])
+    for file in (file for file in plan.base if file in before["recipes"]):
+        differences += _differences(file, before["recipes"][file], now["recipes"][file])
     for name in dict.fromkeys(job.variant for job in tried):
         old, new = before["variants"][name], now["variants"].get(name)
         if new is None:
@@ -47,6 +49,11 @@ def plan_differences(before: Mapping[str, Any], plan: Plan, tried: Iterable[Job]
         seeds = {job.seed for job in tried if job.phase == phase}
         lost = [seed for seed in before[f"{phase}_seeds"] if seed in seeds and seed not in now[f"{phase}_seeds"]]
         differences += [f"{phase}.seeds: {seed} removed" for seed in lost]
+    confirmed = any(job.phase == "confirm" for job in tried)
+    if confirmed and plan.is_tested and not any(name.startswith("test/") for name in before["report"]):
+        differences.append(
+            f"confirm.report: {_shown(before['report'])} → {_shown(now['report'])}, and nothing was tested"
+        )
     if plan.is_sampled and (before["trials_per_variant"] or 0) > (plan.trials_per_variant or 0):
         differences.append(f"trials_per_variant: {before['trials_per_variant']} → {plan.trials_per_variant}")
     return list(dict.fromkeys(differences))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 
-from app.callbacks import Termination
-from app.cli import AsymmetryCLI
 from app.sweep.plan import Plan, Point, Range, SweepError, Variant, grid_points
+from app.sweep.recipe import parsed_fit
 from app.sweep.schedule import readable_point
 from app.variants import option_words
 
@@ -42,32 +39,6 @@ def check_plan(plan: Plan) -> None:
 
 def _corner(variant: Variant) -> Point:
     return {k: values.low if isinstance(values, Range) else values[0] for k, values in variant.search.items()}
-
-
-class _Parsed(Exception):
-    """Carries the configuration of a command out of the constructor of its command line."""
-
-
-class _ParsedCLI(AsymmetryCLI):
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
-        self.before_instantiate_classes()
-        raise _Parsed(self.config["fit"])
-
-
-def parsed_fit(words: Sequence[str]) -> Namespace:
-    """Return the configuration of a fit, parsed and validated, without constructing anything.
-
-    Raises:
-        ArgumentError: If `main.py` would refuse the words.
-    """
-    try:
-        with ExitStack() as held:
-            _ParsedCLI(list(words), Termination(), held)
-    except _Parsed as parsed:
-        config: Namespace = parsed.args[0]
-        return config
-    raise AssertionError("The command line was not parsed.")
 
 
 def _check_metrics(plan: Plan, config: Namespace) -> None:

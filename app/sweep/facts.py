@@ -23,6 +23,10 @@ class PlanFacts:
         search: Searched keys with their values or ranges.
         notes: Whole sentences about the search, such as "B: the grid was extended to 0.008."
         finished: True when no trial is left to run.
+        trials_per_variant: Points that each variant tries, beside an extension of the grid.
+        prune: Rule that stops poor trials early.
+        command: Words of the command that repeats the sweep.
+        time: The time that the sweep was given; None for as long as it takes.
     """
 
     name: str
@@ -37,3 +41,30 @@ class PlanFacts:
     search: dict[str, Any]
     notes: list[str]
     finished: bool
+    trials_per_variant: int
+    prune: str
+    command: list[str]
+    time: TimeFacts | None = None
+
+    @property
+    def counted_seeds(self) -> list[int]:
+        """Return the confirming seeds that the table may count."""
+        left_out = self.time.left_out_seeds if self.time else []
+        return [seed for seed in self.confirm_seeds if seed not in left_out]
+
+
+@dataclass(frozen=True)
+class TimeFacts:
+    """Time that a sweep was given, and what it was not enough for.
+
+    Args:
+        minutes: The time.
+        is_over: True when the sweep has ended for want of time.
+        left_out_seeds: Confirming seeds that not all variants have finished. The table leaves these out.
+        missing_seconds: About how long the choice would still take, or the next confirming seed; None if not known.
+    """
+
+    minutes: float
+    is_over: bool
+    left_out_seeds: list[int]
+    missing_seconds: float | None

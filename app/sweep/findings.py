@@ -5,8 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from app.sweep.facts import PlanFacts
-from app.sweep.outcome import COSTS, Outcome, count_text, join_words, plural
+from app.sweep.outcome import COSTS, Outcome, count_text, join_words, plural, seconds_text
 from app.sweep.statistics import STUDENT_SEEDS, PairedDifference
+
+PRUNING = {  # rule that stops trials early: its words
+    "median": "the median rule",
+    "halving": "successive halving",
+    "hyperband": "hyperband",
+}
 
 
 def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
@@ -20,8 +26,12 @@ def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
         f"{join_words(facts.base)}{f' with {settings}' if settings else ''}.",
         f"For each variant, {_seeds(facts.select_seeds)} chose {searched} by the {extreme} mean {facts.metric}.",
     ]
-    if facts.confirm_seeds:
-        sentences.append(f"The rows of the table come from other seeds: {_numbers(facts.confirm_seeds)}.")
+    if facts.prune != "none":
+        sentences.append(f"Trials that were behind others were stopped early ({PRUNING[facts.prune]}).")
+    if facts.counted_seeds:
+        sentences.append(f"The rows of the table come from other seeds: {_numbers(facts.counted_seeds)}.")
+    elif facts.confirm_seeds:
+        sentences.append("Other seeds are to confirm the choice, and none has yet with all variants.")
     else:
         sentences.append(
             "No other seeds confirm the choice. The rows of the table are the trials that made the choice, so they "
@@ -38,17 +48,50 @@ def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
 def findings(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
     """Return what the sweep found and how certain the findings are, one paragraph each."""
     outcome = Outcome(facts, results)
-    found = _progress(outcome)
+    found = [*time_used(facts, results), *_progress(outcome)]
     if outcome.ranked:
-        found += [*_order(outcome), *_one_side(outcome), *_head(outcome), *_cheapest(outcome), *_chance(outcome)]
+        found += [
+            *_enough(outcome),
+            *_order(outcome),
+            *_one_side(outcome),
+            *_head(outcome),
+            *_cheapest(outcome),
+            *_chance(outcome),
+        ]
     return [*found, *_gaps(outcome)]
+
+
+def time_used(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
+    """Say what the time was enough for, if the sweep has ended for want of time."""
+    time = facts.time
+    if time is None or not time.is_over:
+        return []
+    outcome, minutes = Outcome(facts, results), f"{time.minutes:g} minute{'' if time.minutes == 1 else 's'}"
+    done, planned = len(facts.counted_seeds), len(facts.confirm_seeds)
+    if not any(outcome.chosen(variant) is not None for variant in outcome.variants):
+        complete = plural(len(outcome.complete), "trial")
+        verb = "is" if len(outcome.complete) == 1 else "are"
+        sentences = [f"The time of {minutes} has ended before the choice: {complete} {verb} complete."]
+        more = "The choice"
+    else:
+        seeds = f"{count_text(done)} of {plural(planned, 'confirming seed')}"
+        few = f": too few for an interval, which needs {count_text(STUDENT_SEEDS)}" if done < STUDENT_SEEDS else ""
+        sentences = [f"The time of {minutes} was enough for {seeds}{few}."]
+        more = "Another seed of all variants"
+    in_part = outcome.complete[outcome.complete["phase"] == "confirm"]["seed"]
+    if cut := [seed for seed in time.left_out_seeds if (in_part == seed).any()]:
+        sentences.append(f"The table leaves out {_seeds(cut)}, which not all variants have finished.")
+    if time.missing_seconds is not None:
+        sentences.append(f"{more} would take about {seconds_text(time.missing_seconds)} more.")
+    sentences.append("The same command goes on from here.")
+    return [" ".join(sentences)]
 
 
 def _progress(outcome: Outcome) -> list[str]:
     """Say what is still to come, and that there is nothing to compare if so."""
     sentences = []
     failed, left = outcome.state("failed"), outcome.state("running", "waiting")
-    if not outcome.facts.finished:
+    if not outcome.facts.finished and not (outcome.facts.time and outcome.facts.time.is_over):
         count = f"{plural(len(left), 'trial')} of {len(outcome.trials)} " if len(left) else "some trials "
         verb = "is" if len(left) == 1 else "are"
         sentences.append(f"The sweep has not finished: {count}{verb} still to run. All numbers may change.")
@@ -64,7 +107,20 @@ def _progress(outcome: Outcome) -> list[str]:
             f"No trial has confirmed a choice with {outcome.metric} yet. The trials that made the choice are no fair "
             "comparison, since each variant shows the luckiest of its points."
         )
+        sentences += _selected(outcome)
     return sentences
+
+
+def _selected(outcome: Outcome) -> list[str]:
+    """List the best value of each variant on the selecting seeds, for want of confirmed ones."""
+    scale = outcome.scale(outcome.facts.metric)
+    best = {variant: outcome.best_selected(variant) for variant in outcome.variants}
+    listed = [f"{name} {scale.text(found[0])} ({outcome.point(found[1])})" for name, found in best.items() if found]
+    if not listed:
+        return []
+    return [
+        f"Best {scale.name} so far on {_seeds(outcome.facts.select_seeds)}, {scale.direction}: {'; '.join(listed)}."
+    ]
 
 
 def _order(outcome: Outcome) -> list[str]:
@@ -105,8 +161,47 @@ def _order(outcome: Outcome) -> list[str]:
 def _one_side(outcome: Outcome) -> list[str]:
     """Compare each variant that trains one factor with LoRA, in quality and in cost."""
     lora = outcome.lora
-    sides = [variant for variant in outcome.ranked if outcome.kind(variant) == "one side"]
-    return [_compared(outcome, side, lora) for side in sides] if lora else []
+    return [_compared(outcome, side, lora) for side in _sides(outcome)] if lora else []
+
+
+def _sides(outcome: Outcome) -> list[str]:
+    return [variant for variant in outcome.ranked if outcome.kind(variant) == "one side"]
+
+
+def _enough(outcome: Outcome) -> list[str]:
+    """Answer whether one side is enough, as far as the intervals do."""
+    lora, sides = outcome.lora, _sides(outcome)
+    if lora is None or not sides:
+        return []
+    pairs = [outcome.difference(side, lora) for side in sides]
+    known = [pair for pair in pairs if pair.student is not None]
+    if not known:
+        return [f"Whether one side is enough cannot be said from so few seeds: no interval is given against {lora}."]
+    better = [pair for pair in known if outcome.verdict(pair) > 0]
+    equal = [pair for pair in known if outcome.verdict(pair) == 0]
+    if better:
+        names = join_words([pair.first for pair in better])
+        return [f"One side is enough by this sweep: {names} {_is(better)} clearly better than {lora}."]
+    if equal:
+        safest = min(equal, key=lambda pair: _possible_loss(outcome, pair))
+        loss = f"{outcome.scale(outcome.metric).text(_possible_loss(outcome, safest))}"
+        return [
+            f"One side may be enough: {join_words([pair.first for pair in equal])} cannot be told from {lora}. By the "
+            f"interval, {safest.first} may be up to {loss}{outcome.scale(outcome.metric).unit} worse than {lora}."
+        ]
+    names = join_words([pair.first for pair in known])
+    return [f"One side is not enough by this sweep: {names} {_is(known)} clearly worse than {lora}."]
+
+
+def _is(pairs: list[PairedDifference]) -> str:
+    return "is" if len(pairs) == 1 else "are"
+
+
+def _possible_loss(outcome: Outcome, pair: PairedDifference) -> float:
+    """Return by how much the first variant of a pair may be worse, by the Student interval."""
+    assert pair.student is not None
+    low, high = pair.student
+    return max(0.0, -low if outcome.scale(outcome.metric).higher_is_better else high)
 
 
 def _head(outcome: Outcome) -> list[str]:
@@ -125,7 +220,7 @@ def _head(outcome: Outcome) -> list[str]:
         return [f"{alone} is clearly better than {numbers}: adapters do not pay here."]
     if verdict < 0:
         return [f"{alone} is clearly worse than {numbers}: adapters pay here."]
-    gain = max(0.0, -pair.student[0] if scale.higher_is_better else pair.student[1])
+    gain = _possible_loss(outcome, pair)
     return [
         f"{alone} cannot be told from {numbers}. By this sweep, adapters do not pay here. A gain of up to "
         f"{scale.text(gain)}{scale.unit} is not excluded."
@@ -149,9 +244,7 @@ def _cheapest(outcome: Outcome) -> list[str]:
     if not cheaper:
         return []
     count, pair = min(cheaper, key=lambda item: item[0])
-    scale = outcome.scale(outcome.metric)
-    assert pair.student is not None
-    loss = max(0.0, -pair.student[0] if scale.higher_is_better else pair.student[1])
+    scale, loss = outcome.scale(outcome.metric), _possible_loss(outcome, pair)
     return [
         f"Of the variants that this sweep cannot tell from {best}, {pair.first} trains the fewest parameters "
         f"({count:,.0f}, {_share(count, parameters[best])} of {best}). By the interval, {pair.first} may be up to "
@@ -173,7 +266,7 @@ def _chance(outcome: Outcome) -> list[str]:
 def _gaps(outcome: Outcome) -> list[str]:
     """Name the variants whose confirmed trials are incomplete."""
     sentences = []
-    for variant in outcome.variants:
+    for variant in outcome.variants if outcome.ranked or outcome.facts.finished else ():
         trials = outcome.at_choice(variant, outcome.phase)
         failed = int((trials["state"] == "failed").sum())
         if variant not in outcome.ranked and not outcome.complete.empty:

@@ -118,12 +118,25 @@ class Outcome:
     def at_choice(self, variant: str, phase: str) -> pd.DataFrame:
         """Return the variant's trials of a phase at its chosen point.
 
-        A point that was confirmed and then lost the choice, since values were added to the search, is left out.
+        A point that was confirmed and then lost the choice, since values were added to the search, is left out. So is
+        a confirming seed that not all variants had the time for.
         """
         chosen = self.chosen(variant)
         point = None if chosen is None else chosen["point"]
         trials = self.trials
-        return trials[(trials["variant"] == variant) & (trials["phase"] == phase) & (trials["point"] == point)]
+        rows = trials[(trials["variant"] == variant) & (trials["phase"] == phase) & (trials["point"] == point)]
+        left_out = self.facts.time.left_out_seeds if phase == "confirm" and self.facts.time else []
+        return rows[~rows["seed"].isin(left_out)]
+
+    def best_selected(self, variant: str) -> tuple[float, pd.Series[Any]] | None:
+        """Return the best mean of the metric of the choice at any point with all selecting seeds, and a trial there."""
+        rows = self.complete[(self.complete["variant"] == variant) & (self.complete["phase"] == "select")]
+        means = rows.groupby("point", sort=False)[self.facts.metric].agg(["mean", "count"])
+        means = means.loc[means["count"] == len(self.facts.select_seeds), "mean"].dropna()
+        if means.empty:
+            return None
+        point = means.idxmax() if self.facts.mode == "max" else means.idxmin()
+        return float(means[point]), rows[rows["point"] == point].iloc[0]
 
     def confirmed(self, variant: str, metric: str) -> pd.Series[float]:
         """Return a metric's values by seed, for the table."""

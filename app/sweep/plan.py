@@ -12,15 +12,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError
 
+from app.sweep.recipe import Recipe
 from app.variants import VARIANTS, VariantError, variant_keys
-from app.yaml_files import check_file, read_yaml
+from app.yaml_files import check_file, check_yaml, read_yaml
 
 Point = dict[str, Any]  # the searched keys with their values
-PRUNERS = ("none", "median", "hyperband")
+PRUNERS = ("none", "median", "halving", "hyperband")
 MODES = ("max", "min")
 KEYS = ("base", "set", "variants", "search", "select", "confirm", "trials_per_variant", "prune")
+MONITOR = "checkpoint.monitor"  # as select.metric: the metric by which the recipe keeps its best checkpoint
+RANK = ("model.adapter.rank", "model.adapter.alpha")  # what times_rank multiplies
 # keys that the sweep itself sets in each trial
 RESERVED = ("seed_everything", "model.adapter.seed", "test_after_fit", "ckpt_path", "trainer.default_root_dir")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # of a variant, which names a folder too
@@ -84,6 +88,7 @@ class Plan:
         report: Metrics of the table.
         trials_per_variant: Points that each variant tries; None for a grid, which brings its own number.
         prune: Rule that stops poor trials early: one of `PRUNERS`.
+        notes: Whole sentences about what was read out of the recipe, for the report.
     """
 
     name: str
@@ -98,6 +103,12 @@ class Plan:
     report: tuple[str, ...]
     trials_per_variant: int | None
     prune: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_tested(self) -> bool:
+        """Return True if the confirming trials are tested, since the table has a metric of the test split."""
+        return bool(self.confirm_seeds) and any(name.startswith("test/") for name in self.report)
 
     @property
     def is_sampled(self) -> bool:
@@ -128,31 +139,45 @@ def grid_points(variant: Variant) -> list[Point]:
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-def read_plan(path: str) -> Plan:
+def read_plan(path: str, base: Sequence[str] = (), assignments: Sequence[str] = ()) -> Plan:
     """Read the file of a sweep.
+
+    Args:
+        path: The file.
+        base: Recipes and overlays that take the place of the file's.
+        assignments: Keys with their values, such as `data.task=rte`, that are added to the file's `set`.
 
     Raises:
         ArgumentError: If the file is missing or broken, or with the key that is wrong.
     """
-    return parse_plan(read_yaml(path), Path(path).stem)
+    return parse_plan(read_yaml(path), Path(path).stem, base, assignments)
 
 
-def parse_plan(content: Mapping[str, Any], name: str) -> Plan:
-    """Validate the content of a sweep's file.
+def parse_plan(
+    content: Mapping[str, Any], name: str, base: Sequence[str] = (), assignments: Sequence[str] = ()
+) -> Plan:
+    """Validate the content of a sweep's file, with the recipes and keys of the command line.
 
     Raises:
         SweepError: With the key that is wrong.
     """
-    _check_keys("", content, KEYS, required=("base", "variants", "select"))
+    _check_keys("", content, KEYS, required=("variants", "select"))
+    if not base and "base" not in content:
+        raise SweepError(
+            "base: the key is missing in the sweep's file. Give a recipe on the command line, such as --base "
+            "conf/quickstart.yaml."
+        )
     if not NAME.fullmatch(name):
         raise SweepError(
             f"--config: {name!r} cannot name a sweep. Use letters, digits, _, +, - and . in the file's name."
         )
-    keys = _flat_keys("set", content.get("set", {}))
+    recipes = _recipes("--base", list(base)) if base else _recipes("base", content["base"])
+    keys = _flat_keys("set.", content.get("set", {})) | _flat_keys("--set ", _assigned(assignments))
+    recipe = Recipe(recipes, keys)
     search = _space("search", content.get("search", {}))
     select = _mapping("select", content["select"])
     _check_keys("select", select, ("metric", "mode", "seeds"), required=("metric",))
-    metric = _select_metric(select["metric"])
+    metric, mode = _metric_and_mode(select, recipe)
     confirm = _mapping("confirm", content.get("confirm", {}))
     _check_keys("confirm", confirm, ("seeds", "report"))
     select_seeds = _seeds("select.seeds", select.get("seeds", [0]), least=1)
@@ -162,19 +187,25 @@ def parse_plan(content: Mapping[str, Any], name: str) -> Plan:
             f"confirm.seeds: {shared[0]} is in select.seeds too. Confirm with other seeds than those that chose the "
             "point, or the table favours what was lucky."
         )
+    report = tuple(_words("confirm.report", confirm.get("report", []), least=0))
+    variants, notes = _variants(content["variants"], keys, search, recipe)
+    if confirm_seeds and not report:
+        report, more = _default_report(metric, recipe)
+        notes += more
     plan = Plan(
         name=name,
-        base=_recipes(content["base"]),
+        base=recipes,
         set=keys,
-        variants=_variants(content["variants"], keys, search),
+        variants=variants,
         search=search,
         metric=metric,
-        mode=_choice("select.mode", select.get("mode", "max"), MODES),
+        mode=mode,
         select_seeds=select_seeds,
         confirm_seeds=confirm_seeds,
-        report=tuple(_words("confirm.report", confirm.get("report", []), least=0)),
+        report=report,
         trials_per_variant=_count("trials_per_variant", content.get("trials_per_variant")),
         prune=_choice("prune", content.get("prune", "none"), PRUNERS),
+        notes=notes,
     )
     _check_numbers_of_points(plan)
     return plan
@@ -205,13 +236,13 @@ def _words(key: str, value: Any, least: int) -> list[str]:
     return words
 
 
-def _recipes(value: Any) -> tuple[str, ...]:
-    files = _words("base", value, least=1)
+def _recipes(key: str, value: Any) -> tuple[str, ...]:
+    files = _words(key, value, least=1)
     for file in files:
         try:
             check_file(file)
         except ArgumentError as error:
-            raise SweepError(f"base: {str(error).removeprefix('--config: ')}") from error
+            raise SweepError(f"{key}: {str(error).removeprefix('--config: ')}") from error
     return tuple(files)
 
 
@@ -246,15 +277,35 @@ def _select_metric(value: Any) -> str:
     return value
 
 
-def _flat_keys(section: str, content: Any) -> dict[str, Any]:
-    """Return keys by dotted name, without the `init_args` that they may be written with."""
+def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of `key=value` words, with their values read as YAML."""
     keys: dict[str, Any] = {}
-    for written, value in _mapping(section, content).items():
+    for word in assignments:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise SweepError(f"--set: {word!r:.80} has no value. Write the key with one: --set trainer.max_epochs=3.")
+        try:
+            check_yaml(text)
+            keys[key] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise SweepError(f"--set {key}: {text!r:.80} is not YAML that can be used: {error}") from error
+    return keys
+
+
+def _flat_keys(prefix: str, content: Any) -> dict[str, Any]:
+    """Return keys by dotted name, without the `init_args` that they may be written with.
+
+    Args:
+        prefix: What stands before a key in messages.
+        content: The keys.
+    """
+    keys: dict[str, Any] = {}
+    for written, value in _mapping(prefix.rstrip(". "), content).items():
         key = written.replace(".init_args", "")
         if "." not in key and key not in RESERVED:
-            raise SweepError(f"{section}.{written}: write the key with dots, as on the command line: data.task.")
+            raise SweepError(f"{prefix}{written}: write the key with dots, as on the command line: data.task.")
         if key in RESERVED:
-            raise SweepError(f"{section}.{written}: the sweep sets this key in each trial. Remove it here.")
+            raise SweepError(f"{prefix}{written}: the sweep sets this key in each trial. Remove it here.")
         keys[key] = _number_or_value(value)
     return keys
 
@@ -298,10 +349,58 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _variants(content: Any, common: Mapping[str, Any], search: Space) -> tuple[Variant, ...]:
+# ---------------------------------------------------------------------------------------------- read from the recipe
+
+
+def _metric_and_mode(select: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
+    """Return the metric that chooses and its direction; `checkpoint.monitor` stands for the recipe's."""
+    if select["metric"] != MONITOR:
+        return _select_metric(select["metric"]), _choice("select.mode", select.get("mode", "max"), MODES)
+    metric, mode = recipe.monitor()
+    if metric is None:
+        raise SweepError(
+            f"select.metric: {MONITOR} is not set in {recipe.files}. Name a metric of validation, such as val/loss."
+        )
+    if "mode" in select and _choice("select.mode", select["mode"], MODES) != mode:
+        raise SweepError(
+            f"select.mode: {select['mode']} contradicts checkpoint.mode {mode} of {recipe.files}. Remove select.mode."
+        )
+    return _select_metric(metric), mode
+
+
+def _default_report(metric: str, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the metrics of a table for which the file names none, and notes."""
+    if recipe.has_test_split():
+        return (f"test/{metric.removeprefix('val/')}",), ()
+    return (metric,), (
+        f"The data of {recipe.files} have no test split with labels, so the table reports {metric}: the validation "
+        "data, which also made the choice, with other seeds.",
+    )
+
+
+def _scaled_rank(where: str, factor: Any, keys: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's rank and alpha times a factor."""
+    if type(factor) is not int or factor < 1:
+        raise SweepError(f"{where}.times_rank: {factor!r:.80} is no factor. Give a whole number, such as 2.")
+    if twice := [key for key in RANK if key in keys]:
+        raise SweepError(f"{where}.{twice[0]}: times_rank sets this key. Remove one of the two.")
+    rank = recipe.rank_and_alpha()
+    if rank is None:
+        raise SweepError(
+            f"{where}.times_rank: the model of {recipe.files} has no model.adapter.rank and model.adapter.alpha to "
+            "multiply. Remove the key."
+        )
+    return {key: factor * value for key, value in zip(RANK, rank, strict=True)}
+
+
+def _variants(
+    content: Any, common: Mapping[str, Any], search: Space, recipe: Recipe
+) -> tuple[tuple[Variant, ...], tuple[str, ...]]:
+    """Return the variants, and notes on those that the recipe's model cannot have."""
     if isinstance(content, list):  # names alone
         content = {name: {} for name in content if isinstance(name, str)}
-    variants = []
+    variants: list[Variant] = []
+    notes: list[str] = []
     for name, value in _mapping("variants", content).items():
         where = f"variants.{name}"
         if not NAME.fullmatch(name):
@@ -309,21 +408,28 @@ def _variants(content: Any, common: Mapping[str, Any], search: Space) -> tuple[V
         given = dict(_mapping(where, value or {}))
         built_in = given.pop("variant", name if name in VARIANTS or not given else None)
         own_search = _space(f"{where}.search", given.pop("search", {}))
+        factor = given.pop("times_rank", None)
         try:
             keys = variant_keys(str(built_in)) if built_in is not None else {}
         except VariantError as error:
             raise SweepError(f"variants.{name}: {str(error).removeprefix('variant: ')}") from error
-        keys |= _flat_keys(where, given)
+        keys |= _flat_keys(f"{where}.", given)
+        if factor is not None:
+            keys |= _scaled_rank(where, factor, keys, recipe)
         if unsearched := [key for key in own_search if key not in search]:
             raise SweepError(f"{where}.search.{unsearched[0]}: search does not have this key. Add the key there too.")
         for key in search:
             if key in keys or key in common:
                 place = where if key in keys else "set"
                 raise SweepError(f"{place}.{key}: search has this key too. Remove one of the two.")
+        if keys.get("model.tuning") == "head" and not recipe.has_new_head():
+            notes.append(f"{name}: left out, since the model of {recipe.files} has no new head to train alone.")
+            continue
         variants.append(Variant(name, keys, {key: own_search.get(key, values) for key, values in search.items()}))
     if not variants:
-        raise SweepError("variants: there are none. Name at least one, such as B: {}.")
-    return tuple(variants)
+        left_out = "".join(f" {note}" for note in notes)
+        raise SweepError(f"variants: there are none.{left_out} Name at least one, such as B: {{}}.")
+    return tuple(variants), tuple(notes)
 
 
 def _check_numbers_of_points(plan: Plan) -> None:

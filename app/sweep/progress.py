@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -22,10 +23,11 @@ class SweepProgress:
     Args:
         workers: Number of trials that run at once.
         metric: Metric that is shown of each.
+        deadline: Value of `time.monotonic` at which the sweep ends; infinite for none.
     """
 
-    def __init__(self, workers: int, metric: str) -> None:
-        self.metric, self.workers = metric, workers
+    def __init__(self, workers: int, metric: str, deadline: float) -> None:
+        self.metric, self.workers, self.deadline = metric, workers, deadline
         self.done = self.expected = 0
         self._seconds: list[float] = []
         console = Console()
@@ -84,5 +86,6 @@ class SweepProgress:
         if not self._seconds or left <= 0:
             return ""
         seconds = sum(self._seconds) / len(self._seconds) * left / self.workers
+        seconds = min(seconds, max(0.0, self.deadline - time.monotonic()))
         hours, minutes = divmod(round(seconds / 60), 60)
         return f"about {hours} h {minutes} min left" if hours else f"about {minutes} min left"

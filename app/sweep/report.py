@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -289,15 +290,18 @@ def _add_repetition(report: Report, outcome: Outcome) -> None:
     facts = outcome.facts
     report.add_heading("How to repeat it")
     report.add_paragraph(
-        "Run the command with the sweep's file, wherever the file lies. Each trial is one main.py fit. results.parquet "
+        "Run the command with the sweep's file and its recipes. Each trial is one main.py fit. results.parquet "
         "beside this page names the run directory of every trial, whose config.yaml repeats that trial alone."
     )
-    report.add_code(f"python main.py sweep --config conf/sweeps/{facts.name}.yaml")
+    report.add_code(shlex.join(facts.command))
     shared = [("base", path) for path in facts.base] + [("set", f"{k} = {_json(v)}") for k, v in facts.set.items()]
     shared += [("search", f"{key} in {_json(values)}") for key, values in facts.search.items()]
     shared += [("select", f"{facts.mode} of {facts.metric} on seeds {_seeds(pd.Series(facts.select_seeds))}")]
     confirming = f"seeds {_seeds(pd.Series(facts.confirm_seeds))}" if facts.confirm_seeds else "no seeds"
     shared += [("confirm", f"{', '.join(outcome.report)} on {confirming}")]
+    shared += [("trials_per_variant", str(facts.trials_per_variant)), ("prune", facts.prune)]
+    if facts.time is not None:
+        shared.append(("minutes", f"{facts.time.minutes:g}"))
     report.add_table("What all trials share", pd.DataFrame(shared, columns=["section", "value"]), ["value"])
     keys = list(dict.fromkeys(key for own in facts.variants.values() for key in own))
     if keys:

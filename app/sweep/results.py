@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from optuna.trial import FrozenTrial
 
-from app.sweep.facts import PlanFacts
-from app.sweep.plan import Plan, Range
+from app.sweep.facts import PlanFacts, TimeFacts
+from app.sweep.plan import Plan, Range, grid_points
 from app.sweep.schedule import Job, Outline
 from app.sweep.storage import STATES
 from datamodules.atomic import atomic_write
@@ -72,8 +72,15 @@ def write_results(frame: pd.DataFrame, output: Path) -> None:
         frame.to_parquet(file, index=False)
 
 
-def plan_facts(plan: Plan, left: Outline, notes: Sequence[str] = ()) -> PlanFacts:
-    """Return what the report says about the plan."""
+def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFacts | None = None) -> PlanFacts:
+    """Return what the report says about the plan.
+
+    Args:
+        plan: The sweep.
+        left: What is left to do.
+        command: Words of the command that repeats the sweep.
+        time: The time that the sweep was given.
+    """
     own = [
         f"{variant.name}: {key} was searched over values of its own: {_listed(values)}."
         for variant in plan.variants
@@ -91,8 +98,12 @@ def plan_facts(plan: Plan, left: Outline, notes: Sequence[str] = ()) -> PlanFact
         set=dict(plan.set),
         variants={variant.name: dict(variant.keys) for variant in plan.variants},
         search={key: _plain(values) for key, values in plan.search.items()},
-        notes=[*own, *left.notes, *notes],
+        notes=[*plan.notes, *own, *left.notes],
         finished=left.is_finished,
+        trials_per_variant=plan.trials_per_variant or len(grid_points(plan.variants[0])),
+        prune=plan.prune,
+        command=list(command),
+        time=time,
     )
 
 

@@ -6,28 +6,33 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.table import Table
+from optuna.trial import FrozenTrial
 
 from app.evaluations import read_metrics
+from app.sweep.budget import Budget
 from app.sweep.check import fit_words
+from app.sweep.facts import PlanFacts, TimeFacts
 from app.sweep.folders import job_folder
 from app.sweep.plan import Plan, SweepError
 from app.sweep.progress import SweepProgress
-from app.sweep.report import rich_table, write_report
+from app.sweep.report import write_report
 from app.sweep.results import plan_facts, results_frame, write_results
-from app.sweep.schedule import FINISHED
+from app.sweep.schedule import FINISHED, Job, Outline
 from app.sweep.storage import HEARTBEAT, STATES, Claim, Ledger, describe, storage_problem
 from app.sweep.trial import Curve, End, TrialProcess
 
 POLL = 0.2  # seconds between two looks at the trials of this process
 LOOK = 2.0  # seconds between two looks at the study while there is nothing to take
 REPORT = 30.0  # seconds between two reports while the sweep runs
+PRUNED_FROM = 0.25  # part of a trial's steps before which it is not pruned
 
 _log = logging.getLogger(__name__)
 
@@ -58,32 +63,47 @@ class Sweep:
         output: Directory of the results.
         workers: Number of trials at once.
         imports: Words of the command line that allow imports, for the trials.
+        command: Words of the command that repeats the sweep.
         again: Command that continues the sweep.
+        budget: Time that this process may take; None for as long as it takes.
     """
 
-    def __init__(self, plan: Plan, ledger: Ledger, output: Path, workers: int, imports: list[str], again: str) -> None:
-        self.plan, self.ledger, self.output, self.imports, self.again = plan, ledger, output, imports, again
+    def __init__(
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        output: Path,
+        workers: int,
+        imports: list[str],
+        command: list[str],
+        again: str,
+        budget: Budget | None,
+    ) -> None:
+        self.plan, self.ledger, self.output, self.imports = plan, ledger, output, imports
+        self.command, self.again, self.budget = command, again, budget
         self.workers = [Worker(i, environment) for i, environment in enumerate(environments(workers))]
-        self.progress = SweepProgress(workers, plan.metric)
+        self.progress = SweepProgress(workers, plan.metric, budget.deadline if budget else float("inf"))
         self._kills: dict[Any, int] = {}
         self._next_look = self._next_beat = 0.0
         self._next_report = time.monotonic() + REPORT
         self._is_waiting = False
 
-    def run(self) -> Table:
-        """Run trials until none is left anywhere; return the table.
+    def run(self) -> tuple[PlanFacts, pd.DataFrame]:
+        """Run trials until none is left anywhere or the time is over; return what `report` returns.
 
         Raises:
             SweepError: If a trial shows that the sweep's file is wrong, or the disk is full.
             SIGTERMException: After a signal, with the command that continues.
         """
         try:
+            self._save_time(ended=False)
             with self.progress:
                 try:
                     while self._step():
                         time.sleep(POLL)
                 finally:
                     self._stop()
+                self._save_time(ended=True)
         except SIGTERMException as stop:
             self._report()
             raise SIGTERMException(f"the trials are saved; the same command continues: {self.again}") from stop
@@ -97,7 +117,9 @@ class Sweep:
         return self._report()
 
     def _step(self) -> bool:
-        """Look after the trials and start new ones; return False when nothing is left."""
+        """Look after the trials and start new ones; return False when nothing is left or the time is over."""
+        if self.budget is not None and self.budget.left <= 0:
+            return False
         now = time.monotonic()
         busy = [worker for worker in self.workers if worker.claim is not None]
         for worker in busy:
@@ -122,14 +144,24 @@ class Sweep:
     def _is_finished(self) -> bool:
         trials = self.ledger.trials()
         left = self.ledger.outline(trials)
+        if self.budget is not None and not left.sampling and not self._allowed(left, trials):
+            return True
         if not left.is_finished and not self._is_waiting:
             running = sum(STATES[trials[job].state] == "running" for job in left.needed if job in trials)
             _log.info(f"This process waits for trials of other processes: {running} are running.")
             self._is_waiting = True
         return left.is_finished
 
+    def _allowed(self, left: Outline, trials: Mapping[Job, FrozenTrial]) -> list[Job]:
+        """Return the needed jobs that may run now."""
+        return left.needed if self.budget is None else self.budget.allowed(left, trials, self._busy())
+
+    def _busy(self) -> dict[Job, float]:
+        """Return the jobs that run here, with the seconds since their start."""
+        return {worker.claim.job: worker.trial.seconds() for worker in self.workers if worker.claim and worker.trial}
+
     def _take(self, worker: Worker) -> bool:
-        claim = self.ledger.claim()
+        claim = self.ledger.claim(self._allowed)
         trials = self.ledger.trials()
         done = sum(STATES[trial.state] in FINISHED for trial in trials.values())
         self.progress.count(done, max(self.ledger.outline(trials).expected, done))
@@ -141,8 +173,8 @@ class Sweep:
         worker.trial = TrialProcess(
             [*self.imports, *fit_words(self.plan, variant, json.loads(claim.job.point), claim.job.seed)],
             self.output / job_folder(claim.job),
-            {"metric": self.plan.metric, "check_test": bool(self.plan.confirm_seeds) and claim.job.phase == "select"},
-            tests=claim.job.phase == "confirm",
+            {"metric": self.plan.metric, "check_test": self.plan.is_tested and claim.job.phase == "select"},
+            tests=self.plan.is_tested and claim.job.phase == "confirm",
             environment=worker.environment,
             lock=claim.lock,
         )
@@ -167,9 +199,16 @@ class Sweep:
             self.progress.advance(worker.number, curve)
         if end is not None:
             self._close(worker, end, curve)
-        elif new and worker.claim.job.phase == "select" and not worker.is_pruned and worker.claim.trial.should_prune():
+        elif new and self._may_prune(worker, curve) and worker.claim.trial.should_prune():
             worker.is_pruned = True
             worker.trial.stop()
+
+    def _may_prune(self, worker: Worker, curve: Curve) -> bool:
+        """Return True if a trial is past its first part, in which a warm-up misleads, and not at its last step."""
+        assert worker.claim is not None
+        step, steps = max(curve.points), curve.steps
+        in_time = steps is None or PRUNED_FROM * steps <= step < steps
+        return in_time and worker.claim.job.phase == "select" and not worker.is_pruned
 
     def _close(self, worker: Worker, end: End, curve: Curve) -> None:
         trial, claim = worker.trial, worker.claim
@@ -268,19 +307,52 @@ class Sweep:
 
     # ---------------------------------------------------------------------------------------------------------- report
 
-    def _report(self) -> Table:
-        return report(self.plan, self.ledger, self.output)
+    def _save_time(self, ended: bool) -> None:
+        """Save the time that this command has for reports, and in the end what the time was not enough for."""
+        if self.budget is None:
+            self.ledger.save_time(None)
+            return
+        trials = self.ledger.trials()
+        left = self.ledger.outline(trials)
+        seconds = None
+        if ended and left.needed and not left.sampling:
+            first = left.needed[0]
+            following = [job for job in left.needed if first.phase == "select" or job.seed == first.seed]
+            seconds = self.budget.seconds_for(following, trials, {})
+        is_over = ended and not left.is_finished
+        self.ledger.save_time({"minutes": self.budget.minutes, "is_over": is_over, "missing_seconds": seconds})
+
+    def _report(self) -> tuple[PlanFacts, pd.DataFrame]:
+        return report(self.plan, self.ledger, self.output, self.command)
 
 
-def report(plan: Plan, ledger: Ledger, output: Path) -> Table:
-    """Write the results and the report of a sweep, also of one that runs; return its table."""
+def report(plan: Plan, ledger: Ledger, output: Path, command: Sequence[str]) -> tuple[PlanFacts, pd.DataFrame]:
+    """Write the results and the report of a sweep, also of one that runs.
+
+    Args:
+        plan: The sweep.
+        ledger: Its trials.
+        output: Directory of the results.
+        command: Words of the command that repeats the sweep, without `--minutes`.
+
+    Returns:
+        What the report says of the plan, and the results.
+    """
     trials = ledger.trials()
     left = ledger.outline(trials)
     frame = results_frame(plan, trials, left)
-    facts = plan_facts(plan, left)
+    given, time_facts = ledger.saved_time(), None
+    if given is not None:
+        jobs = {s: [Job(name, "confirm", p, s) for name, p in left.chosen.items()] for s in plan.confirm_seeds}
+        done = [
+            s for s in jobs if jobs[s] and all(j in trials and STATES[trials[j].state] in FINISHED for j in jobs[s])
+        ]
+        time_facts = TimeFacts(left_out_seeds=[s for s in plan.confirm_seeds if s not in done], **given)
+        command = [*command, "--minutes", f"{time_facts.minutes:g}"]
+    facts = plan_facts(plan, left, command, time_facts)
     write_results(frame, output)
     write_report(facts, frame, output)
-    return rich_table(facts, frame)
+    return facts, frame
 
 
 def environments(workers: int) -> list[dict[str, str]]:

@@ -46,7 +46,7 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
         place = "storage under this name" if url else str(output)
         other = "under another file name" if url else "with another --output"
         raise SweepError(
-            f"--config: the sweep in {place} has trials that do not fit the file as it is now: "
+            f"--config: the sweep in {place} has trials that do not fit the file and the options as they are now: "
             f"{'; '.join(differences)}. Undo the change, or start a new sweep {other}. Variants, values and seeds may "
             "be added."
         )

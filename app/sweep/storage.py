@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from app.sweep.schedule import Job, Outline, Record, State, outline, readable_po
 from datamodules.errors import first_line
 
 JOURNAL, CLAIMS = "study.journal", ".claims"
+TIME = "time"  # attribute of the study
 SURPLUS = "surplus"  # attribute of a sampled trial beyond the number of the plan
 HEARTBEAT = 20  # seconds between two heartbeats of a trial in a database
 GRACE = 120  # seconds without a heartbeat after which the trial of another machine is stale
@@ -45,6 +46,8 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
+
+Allowed = Callable[[Outline, Mapping[Job, FrozenTrial]], list[Job]]
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +166,17 @@ class Ledger:
         }
         self._seen_without_place: dict[tuple[str, int], float] = {}
 
+    # ------------------------------------------------------------------------------------------------------------ time
+
+    def save_time(self, facts: dict[str, Any] | None) -> None:
+        """Save what `TimeFacts` says of the newest command's time; None for a command without `--minutes`."""
+        self.head.set_user_attr(TIME, facts)
+
+    def saved_time(self) -> dict[str, Any] | None:
+        """Return what `save_time` has saved."""
+        found: dict[str, Any] | None = self.head.user_attrs.get(TIME)
+        return found
+
     # ------------------------------------------------------------------------------------------------------------ read
 
     def trials(self) -> dict[Job, FrozenTrial]:
@@ -191,21 +205,25 @@ class Ledger:
 
     # ----------------------------------------------------------------------------------------------------------- claim
 
-    def claim(self) -> Claim | None:
+    def claim(self, allowed: Allowed = lambda left, _: left.needed) -> Claim | None:
         """Return a trial to run, recorded as this process's own; None if there is nothing to do now.
 
         Trials of processes that have died are queued again first.
+
+        Args:
+            allowed: Returns those of the needed jobs that may run.
         """
         with self._claiming():
             self._release_stale()
             while True:
                 trials = self.trials()
                 left = self.outline(trials)
-                new = [job for job in left.needed if job not in trials]
+                needed = allowed(left, trials)
+                new = [job for job in needed if job not in trials]
                 for job in new:
                     self._enqueue(job)
                 trials = self.trials() if new else trials
-                waiting = [job for job in left.needed if trials[job].state == TrialState.WAITING]
+                waiting = [job for job in needed if trials[job].state == TrialState.WAITING]
                 name = next((job.variant for job in waiting if self._is_free(job.variant, trials)), None)
                 if name is not None:
                     trial = self._ask(name)
@@ -214,7 +232,7 @@ class Ledger:
                     trial = self._sample(name)
                 else:
                     return None
-                if (claim := self._accept(name, trial, set(left.needed))) is not None:
+                if (claim := self._accept(name, trial, set(needed))) is not None:
                     return claim
 
     def _accept(self, name: str, trial: Trial, needed: set[Job]) -> Claim | None:
@@ -374,6 +392,8 @@ def describe(job: Job) -> str:
 def _pruner(plan: Plan) -> optuna.pruners.BasePruner:
     if plan.prune == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1)
+    if plan.prune == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
     return optuna.pruners.HyperbandPruner() if plan.prune == "hyperband" else optuna.pruners.NopPruner()
 
 

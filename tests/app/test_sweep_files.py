@@ -1,39 +1,37 @@
-"""The files of conf/sweeps: each variant at each end of its grid is a fit that the command line takes."""
+"""The files of conf/sweeps: each is a plan whose variants are fits that the command line takes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from app.cli import main
-from app.variants import VARIANTS, option_words, variant_keys
+from app.imports import restricted_imports
+from app.sweep.check import fit_words
+from app.sweep.plan import Plan, grid_points, read_plan
+from app.sweep.recipe import parsed_fit
+from app.variants import VARIANTS
+from app.yaml_files import checked_yaml
 
 FILES = sorted(Path("conf/sweeps").glob("*.yaml"))
-NAMES = {"digits", "which_side", "glue", "summarization", "alpaca_mmlu"} | {
+NAMES = {"digits", "which_side", "glue", "summarization", "alpaca_mmlu", "domainbed"} | {
     *("dinov2_cifar10", "minilm_cola", "smollm2_instructions", "small_bart_xsum")
 }
-KEYS = {"base", "set", "variants", "search", "select", "confirm", "trials_per_variant", "prune"}
+OPEN = ("which_side",)  # files that leave the recipe to the command line
 
 
-def content(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(path.read_text())
-    return loaded
+@pytest.fixture(autouse=True)
+def as_in_main() -> Iterator[None]:
+    with restricted_imports(), checked_yaml():
+        yield
 
 
-def arms(sweep: dict[str, Any]) -> list[tuple[str, dict[str, Any], list[float]]]:
-    """Each variant's name with its keys and its learning rates."""
-    found = []
-    for name, value in sweep["variants"].items():
-        own = dict(value)
-        built_in = own.pop("variant", name)
-        rates = own.pop("search", sweep["search"])["model.learning_rate"]
-        if (times := own.pop("times_rank", None)) is not None:
-            own |= {"model.adapter.rank": 8 * times, "model.adapter.alpha": 16 * times}
-        found.append((name, {**variant_keys(built_in), **own}, rates))
-    return found
+@cache
+def plan(path: Path) -> Plan:
+    return read_plan(str(path), base=["conf/quickstart.yaml"] if path.stem in OPEN else [])
 
 
 def test_every_sweep_that_is_promised_is_there() -> None:
@@ -41,36 +39,40 @@ def test_every_sweep_that_is_promised_is_there() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_sweep_is_of_fits_that_the_command_line_takes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = content(path)
-    assert sweep.keys() <= KEYS and path.read_text().startswith("# ")
-    files = [word for file in sweep.get("base", ["conf/quickstart.yaml"]) for word in ("--config", file)]
-    for name, keys, rates in arms(sweep):
-        words = option_words({**sweep.get("set", {}), **keys, "model.learning_rate": rates[0]})
-        assert main(["fit", *files, *words, "--print_config"]) == 0, name
-        printed = yaml.safe_load(capsys.readouterr().out)
-        model = printed["model"]["init_args"]
-        assert model["learning_rate"] == rates[0] and model["tuning"] == keys["model.tuning"]
+def test_a_sweep_is_of_fits_that_the_command_line_takes(path: Path) -> None:
+    assert path.read_text().startswith("# ")
+    sweep = plan(path)
+    assert not sweep.notes  # no variant is left out
+    for variant in sweep.variants:
+        point = grid_points(variant)[0]
+        config = parsed_fit(fit_words(sweep, variant, point, sweep.select_seeds[0]))
+        model = config.model.init_args
+        assert model.learning_rate == point["model.learning_rate"], variant.name
+        assert model.tuning == variant.keys["model.tuning"], variant.name
+        if variant.name.startswith("B") and variant.name != "B":  # twice the rank at the same scale: LoRA's budget
+            assert model.adapter.alpha == 2 * model.adapter.rank, variant.name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_sweep_compares_fairly(path: Path) -> None:
-    sweep = content(path)
-    grids = [rates for _, _, rates in arms(sweep)]
-    assert len({len(grid) for grid in grids}) == 1  # the same number of points
-    assert all(isinstance(rate, float) for grid in grids for rate in grid)
-    assert all(grid == sorted(grid) and len(set(grid)) == len(grid) for grid in grids)
-    select, confirm = sweep["select"], sweep["confirm"]
-    assert not set(select["seeds"]) & set(confirm["seeds"])
-    assert not select["metric"].startswith("test/")
-    assert sweep.get("trials_per_variant", len(grids[0])) == len(grids[0])
+    sweep = plan(path)
+    rates = [variant.search["model.learning_rate"] for variant in sweep.variants]
+    assert all(isinstance(rate, float) for grid in rates for rate in (grid if isinstance(grid, tuple) else ()))
+    assert {len(grid_points(variant)) for variant in sweep.variants} == {len(grid_points(sweep.variants[0]))}
+    assert sweep.trials_per_variant in (None, len(grid_points(sweep.variants[0])))
+    assert len(sweep.confirm_seeds) >= 3
 
 
-def test_the_budget_of_one_factor_at_twice_the_rank_is_loras() -> None:
-    for path in FILES:
-        for name, keys, _ in arms(content(path)):
-            if name.startswith("B1") or name.startswith("B6"):
-                assert keys["model.adapter.alpha"] == 2 * keys["model.adapter.rank"]
+def test_which_side_is_asked_of_any_recipe() -> None:
+    written = yaml.safe_load(Path("conf/sweeps/which_side.yaml").read_text())
+    assert "base" not in written
+    sweep = plan(Path("conf/sweeps/which_side.yaml"))
+    assert [variant.name for variant in sweep.variants] == ["B", "B2r", "A", "lora", "head"]
+    assert (sweep.metric, sweep.mode, sweep.report) == ("val/loss", "min", ("test/loss",))  # of the recipe
+    bart = read_plan("conf/sweeps/which_side.yaml", ["conf/bart_xsum.yaml"], ["data.path=app/assets/digits"])
+    assert [variant.name for variant in bart.variants] == ["B", "B2r", "A", "lora"]
+    assert bart.variants[1].keys["model.adapter.rank"] == 32
+    assert bart.variants[1].keys["model.adapter.alpha"] == 64
 
 
 def test_every_variant_of_the_issue_is_built_in() -> None:

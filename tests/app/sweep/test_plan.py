@@ -106,7 +106,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"variants": {"B": {}, "A": {"search": {"model.learning_rate": [0.1, 0.2]}}}},
         "search: the variants try different numbers of points (B 3, A 2)",
     ),
-    ({"prune": "halving"}, "prune: 'halving' is not known. Choose one of none, median, hyperband"),
+    ({"prune": "third"}, "prune: 'third' is not known. Choose one of none, median, halving, hyperband"),
 ]
 
 

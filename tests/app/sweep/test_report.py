@@ -41,6 +41,9 @@ FACTS = PlanFacts(
     search={"model.learning_rate": list(RATES)},
     notes=["B: the grid was extended to 0.004."],
     finished=True,
+    trials_per_variant=3,
+    prune="none",
+    command=["python", "main.py", "sweep", "--config", "conf/sweeps/tiny.yaml"],
 )
 # in hundredths: five seeds around 80 with a common part, which the pairing takes away
 LORA = [80.1, 81.0, 79.2, 80.4, 79.3]

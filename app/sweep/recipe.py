@@ -1,0 +1,105 @@
+"""What a sweep reads out of its recipe: monitor, rank, new head and test split, parsed as `fit` would parse it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pkgutil import resolve_name
+from typing import Any, get_args, get_type_hints
+
+import lightning as L
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from app.callbacks import Termination
+from app.cli import AsymmetryCLI
+from app.variants import option_words
+from datamodules.errors import SplitError
+
+
+class _Parsed(Exception):
+    """Carries the configuration of a command out of the constructor of its command line."""
+
+
+class _ParsedCLI(AsymmetryCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self.before_instantiate_classes()
+        raise _Parsed(self.config["fit"])
+
+
+def parsed_fit(words: Sequence[str]) -> Namespace:
+    """Return the configuration of a fit, parsed and validated, without constructing anything.
+
+    Raises:
+        ArgumentError: If `main.py` would refuse the words.
+    """
+    try:
+        with ExitStack() as held:
+            _ParsedCLI(list(words), Termination(), held)
+    except _Parsed as parsed:
+        config: Namespace = parsed.args[0]
+        return config
+    raise AssertionError("The command line was not parsed.")
+
+
+class Recipe:
+    """The configuration under all trials, parsed when a part of it is first asked for.
+
+    Args:
+        base: Recipes and overlays.
+        keys: Keys that all trials set.
+    """
+
+    def __init__(self, base: Sequence[str], keys: Mapping[str, Any]) -> None:
+        self.base, self.keys = base, keys
+
+    @property
+    def files(self) -> str:
+        """Return the names of the files, for messages."""
+        return ", ".join(self.base)
+
+    @cached_property
+    def config(self) -> Namespace:
+        """Return the parsed configuration.
+
+        Raises:
+            ArgumentError: With the files, if `fit` would refuse them.
+        """
+        files = [word for file in self.base for word in ("--config", file)]
+        try:
+            return parsed_fit(["fit", *files, *option_words(self.keys)])
+        except ArgumentError as error:
+            raise ArgumentError(None, f"base: {self.files}: {error}") from error
+
+    def monitor(self) -> tuple[str | None, str]:
+        """Return the metric by which the best checkpoint is kept, if any, and its direction."""
+        return self.config.checkpoint.monitor, self.config.checkpoint.mode
+
+    def rank_and_alpha(self) -> tuple[int, float] | None:
+        """Return rank and alpha of the adapters; None for a model without these keys."""
+        adapter = self.config.model.init_args.get("adapter")
+        return None if adapter is None else (adapter.rank, adapter.alpha)
+
+    def has_new_head(self) -> bool:
+        """Return False if the type of the model's key `tuning` does not allow to train a head alone."""
+        hints = get_type_hints(resolve_name(self.config.model.class_path).__init__)
+        return "tuning" not in hints or "head" in get_args(hints["tuning"])
+
+    def has_test_split(self) -> bool:
+        """Return True if the data have a test split with labels. The data are opened to find out.
+
+        Raises:
+            DataError: If the data cannot be opened.
+        """
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(L.LightningDataModule, "data")
+        data = parser.instantiate_classes(parser.parse_object({"data": self.config.data.as_dict()})).data
+        if not hasattr(data, "check_test_split"):
+            return False
+        try:
+            data.check_test_split()
+        except SplitError:
+            return False
+        return True
