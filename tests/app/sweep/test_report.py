@@ -100,6 +100,23 @@ def failed(variant: str, phase: str, seed: int, error: str = "train/loss is nan"
     return trial(variant, phase, seed, state="failed", error=error, chosen=False, **lost)
 
 
+@pytest.mark.parametrize(
+    ("one_side", "both", "answer"),
+    [
+        (LORA, LOWER, "One side is enough by this sweep: B is clearly better than lora."),
+        (LOWER, LORA, "One side is not enough by this sweep: B is clearly worse than lora."),
+        (
+            CLOSE,
+            LORA,
+            "One side may be enough: B cannot be told from lora. By the interval, B may be up to 0.46 points",
+        ),
+        (LORA[:2], LOWER[:2], "Whether one side is enough cannot be said from so few seeds"),
+    ],
+)
+def test_answer_to_the_question_of_one_side(one_side: Sequence[float], both: Sequence[float], answer: str) -> None:
+    assert answer in words({"B": one_side, "lora": both})
+
+
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
