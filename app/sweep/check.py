@@ -90,7 +90,7 @@ def logged_metrics(config: Namespace) -> list[str] | None:
     model, data = config["model"], config["data"]
     name: str = model.class_path.rpartition(".")[2] if model.class_path.startswith("modules.") else ""
     if name == "ImageClassifier":
-        return ["loss", "acc1", "acc5"]
+        return ["loss", "acc1", "acc5", *(["ood/acc1"] if data.class_path.endswith(".DomainData") else [])]
     if name == "Summarizer":
         from modules.rouge import KINDS
 

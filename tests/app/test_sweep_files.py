@@ -12,7 +12,7 @@ from app.cli import main
 from app.variants import VARIANTS, option_words, variant_keys
 
 FILES = sorted(Path("conf/sweeps").glob("*.yaml"))
-NAMES = {"digits", "which_side", "glue", "summarization", "alpaca_mmlu"} | {
+NAMES = {"digits", "which_side", "glue", "summarization", "alpaca_mmlu", "domainbed"} | {
     *("dinov2_cifar10", "minilm_cola", "smollm2_instructions", "small_bart_xsum")
 }
 KEYS = {"base", "set", "variants", "search", "select", "confirm", "trials_per_variant", "prune"}
