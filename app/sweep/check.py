@@ -22,13 +22,14 @@ def fit_words(plan: Plan, variant: Variant, point: Point, seed: int) -> list[str
 
 
 def check_plan(plan: Plan) -> None:
-    """Check the configuration of each variant at each of its points, and the metrics that the sweep asks for.
+    """Check the configuration of each variant, each value that is searched, and the metrics that the sweep asks for.
 
     Raises:
         SweepError: With the variant and what is wrong.
     """
-    for variant in plan.variants:
-        for point in [_corner(variant)] if plan.is_sampled else grid_points(variant):
+    for i, variant in enumerate(plan.variants):
+        points = [_corner(variant)] if plan.is_sampled else grid_points(variant)
+        for point in points if i == 0 or variant.search != plan.search else points[:1]:
             try:
                 config = parsed_fit(fit_words(plan, variant, point, plan.select_seeds[0]))
             except ArgumentError as error:
@@ -60,7 +61,7 @@ def logged_metrics(config: Namespace) -> list[str] | None:
     model, data = config["model"], config["data"]
     name: str = model.class_path.rpartition(".")[2] if model.class_path.startswith("modules.") else ""
     if name == "ImageClassifier":
-        return ["loss", "acc1", "acc5"]
+        return ["loss", "acc1", "acc5", *(["ood/acc1"] if data.class_path.endswith(".DomainData") else [])]
     if name == "Summarizer":
         from modules.rouge import KINDS
 

@@ -93,15 +93,21 @@ def open_storage(url: str | None, output: Path) -> BaseStorage:
     if url is None:
         journal = output / JOURNAL
         return JournalStorage(JournalFileBackend(str(journal), JournalLock(journal)))  # type: ignore[arg-type]
+    from sqlalchemy.exc import DBAPIError
+
     problem: Exception | None = None
-    for _ in range(3):  # two machines that make the tables at the same time get in each other's way
+    for _ in range(3):
         try:
-            return RDBStorage(
-                url, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=HEARTBEAT, grace_period=GRACE
-            )
-        except Exception as error:  # of SQLAlchemy and of the database's driver
+            with warnings.catch_warnings():  # "experimental"
+                warnings.simplefilter("ignore")
+                return RDBStorage(
+                    url, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+                )
+        except Exception as error:
             problem = error
-            time.sleep(1)
+            if not isinstance(error, DBAPIError):  # no such driver, no URL
+                break
+            time.sleep(1)  # machines that make the tables at the same time get in each other's way
     assert problem is not None
     raise SweepError(
         f"--storage: the database cannot be used ({first_line(problem)}). Give a URL such as "

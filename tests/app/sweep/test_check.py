@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from app.imports import restricted_imports
+from app.sweep.check import check_plan, logged_metrics, parsed_fit
+from app.sweep.plan import SweepError, parse_plan
+from app.yaml_files import checked_yaml
+from tests.app.sweep.test_plan import content
+
+
+@pytest.fixture(autouse=True)
+def as_in_main() -> Iterator[None]:
+    with restricted_imports(), checked_yaml():
+        yield
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (
+        {"variants": {"B": {}, "x": {"variant": "A", "model.adaptor.rank": 3}}},
+        "variants.x at learning_rate 0.001: model: ImageClassifier has no key adaptor.rank; did you mean adapter",
+    ),
+    ({"variants": {"x": {"model.adapter.rank": "many"}}}, "variants.x at learning_rate 0.001: model.adapter.rank"),
+    ({"search": {"model.learning_rate": [0.1, "fast"]}}, "variants.B at learning_rate fast: model.learning_rate"),
+    ({"set": {"trainer.max_epoch": 1}}, "There is no key trainer.max_epoch; did you mean trainer.max_epochs"),
+    ({"set": {"data.task": "cola"}}, "has no key task"),
+    ({"select": {"metric": "val/score"}}, "select.metric: no trial would log val/score"),
+    ({"confirm": {"seeds": [2], "report": ["test/los"]}}, "no trial would log test/los; did you mean test/loss?"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_sweeps_that_could_not_run_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SweepError) as error:
+        check_plan(parse_plan(content(**changes), "tiny"))
+    assert message in str(error.value)
+
+
+def test_every_built_in_variant_is_parsed() -> None:
+    plan = parse_plan(content(variants=["B", "A", "lora", "lora-fa", "rslora", "lora+", "head", "full"]), "tiny")
+    check_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "metrics"),
+    [
+        ("image", [], ["loss", "acc1", "acc5"]),
+        ("text", ["--data.task=cola"], ["score", "loss", "matthews"]),
+        ("text", ["--data.task=mnli"], ["score", "loss", "accuracy_matched", "accuracy_mismatched"]),
+        ("text", ["--data.task=null", "--model.metrics=[f1]"], ["score", "loss", "f1"]),
+        ("summary", [], ["loss", "rouge1", "rouge2", "rougeL", "rougeLsum"]),
+        ("instructions", [], ["loss", "perplexity", "token_acc"]),
+    ],
+)
+def test_metrics_of_a_model(config: str, options: list[str], metrics: list[str]) -> None:
+    assert logged_metrics(parsed_fit(["fit", "--config", f"tests/conf/{config}.yaml", *options])) == metrics
