@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from app.imports import restricted_imports
-from app.sweep.check import check_plan, logged_metrics, parsed_fit
+from app.sweep.check import check_plan, logged_metrics
 from app.sweep.plan import SweepError, parse_plan
+from app.sweep.recipe import parsed_fit
 from app.yaml_files import checked_yaml
 from tests.app.sweep.test_plan import content
 

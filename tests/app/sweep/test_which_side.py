@@ -11,7 +11,6 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from app.imports import restricted_imports
-from app.sweep import check
 from app.sweep.budget import Budget
 from app.sweep.plan import Plan, SweepError, parse_plan, read_plan
 from app.sweep.schedule import Job, Outline
@@ -25,9 +24,7 @@ ONE_POINT = {"model.learning_rate": [0.004]}
 
 
 @pytest.fixture(autouse=True)
-def as_in_main(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `main` does around a command; the configurations of variants are not checked."""
-    monkeypatch.setattr(check, "check_plan", lambda _: None)
+def as_in_main() -> Iterator[None]:
     with restricted_imports(), checked_yaml():
         yield
 
