@@ -44,6 +44,11 @@ class GeneralizationGap(L.Callback):
         self._split = "val"  # that the sample is compared with
         self._step = -1  # of the weights that `_held_out` belongs to
         self._held_out: dict[str, float] = {}
+        self._trains = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember that there was something to train: a finished run that is resumed keeps its figures."""
+        self._trains = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the metrics of the newest validation of a fit."""
@@ -66,7 +71,7 @@ class GeneralizationGap(L.Callback):
             `train_eval/<metric>`, `gap/<metric>` and `time/generalization_seconds`; nothing if `rows` is 0.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not self.rows or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.rows or not self._trains or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return {}
         if not isinstance(data, ResumableDataModule):
             _log.info(

@@ -167,13 +167,13 @@ def test_help_names_the_variants(capsys: pytest.CaptureFixture[str]) -> None:
     ("variant", "family"),
     [
         ("adalora", "cli"),
-        ("adalora", "text_cli"),
+        pytest.param("adalora", "text_cli", marks=pytest.mark.slow),
         ("adalora", "summary_cli"),
-        ("adalora", "instruction_cli"),
+        pytest.param("adalora", "instruction_cli", marks=pytest.mark.slow),
         ("ia3", "cli"),  # which has no state besides its vectors
         pytest.param("ia3", "text_cli", marks=pytest.mark.slow),
         pytest.param("ia3", "summary_cli", marks=pytest.mark.slow),
-        ("ia3", "instruction_cli"),
+        pytest.param("ia3", "instruction_cli", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_of_pefts_methods_ends_as_a_whole_one(

@@ -37,6 +37,7 @@ def test_environments_have_other_images_and_equal_classes(source: Path, tmp_path
     assert np.array_equal(255 - np.asarray(Image.open(inverted)), table.decode(int(inverted.stem)).permute(1, 2, 0))
 
 
+@pytest.mark.slow
 def test_quick_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "domains.json"
     words = ["--quick", "--seeds", "0", "--source", str(source), "--output", str(output)]

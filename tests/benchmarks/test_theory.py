@@ -32,6 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, parquet_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_runs_are_grouped_by_setting_at_the_best_rate(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (setting,) = settings(find_runs([runs]))
     assert {trained: [run.seed for run in of] for trained, of in setting.items()} == {"B": [0, 1], "A": [0, 1]}
@@ -39,6 +40,7 @@ def test_runs_are_grouped_by_setting_at_the_best_rate(runs: Path, capsys: pytest
     assert "it trains both" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_the_update_on_the_inputs(runs: Path) -> None:
     """‖ΔW·Σ^½‖² is the mean of ‖ΔW·x‖² over tokens."""
     (setting,) = settings(find_runs([runs]))
@@ -57,6 +59,7 @@ def test_norms_are_those_of_the_update_on_the_inputs(runs: Path) -> None:
             assert norms[f.projection.name] == pytest.approx(float((update @ root).norm()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_result_has_every_figure(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "theory.json"
     words = ["theory", "--runs", str(runs), "--batches", "2", "--head_steps", "1", "--output", str(output)]

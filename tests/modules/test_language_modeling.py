@@ -381,7 +381,7 @@ def test_steps_move_what_is_trained_alone(folders: dict[str, Path], kind: str, t
 def test_full_tuning_takes_float32_and_there_is_no_head(llama: Path) -> None:
     with pytest.raises(ModelError, match=r"^model\.backbone_dtype: bfloat16 is for frozen weights"):
         decoder(llama, tuning="full", backbone_dtype="bfloat16")
-    assert get_args(get_type_hints(LanguageModel.__init__)["tuning"]) == ("adapter", "full")
+    assert get_args(get_type_hints(LanguageModel.__init__)["tuning"]) == ("adapter", "full", "adalora", "ia3")
 
 
 # --------------------------------------------------------------------------------------------------------- generation
