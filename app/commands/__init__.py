@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from app.commands import export, sweep
 
@@ -38,4 +38,5 @@ def run_command(name: str, words: Sequence[str], allowed_imports: Sequence[str] 
         allowed_imports: Prefixes of --allow_imports, for a command that starts others.
     """
     arguments = command_parser(name).parse_args(list(words))
-    COMMANDS[name].run(Namespace(**arguments.as_dict(), allowed_imports=list(allowed_imports)))
+    arguments["allowed_imports"] = list(allowed_imports)
+    COMMANDS[name].run(arguments)
