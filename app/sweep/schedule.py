@@ -86,18 +86,18 @@ def outline(plan: Plan, records: Iterable[Record], sampled: Mapping[str, list[st
     Args:
         plan: The sweep.
         records: Its trials so far.
-        sampled: Points of each variant, if the plan samples them.
+        sampled: Points of each variant, if the plan samples them; a point that was drawn twice is there twice.
     """
     known = {record.job: record for record in records}
     result = Outline()
     if plan.is_sampled:
-        tried = {variant.name: sampled[variant.name] for variant in plan.variants}
+        tried = {name: list(dict.fromkeys(points)) for name, points in sampled.items()}
     else:
         tried = {variant.name: [point_id(point) for point in grid_points(variant)] for variant in plan.variants}
     with_choice = [name for name, points in tried.items() if plan.is_sampled or len(points) > 1]
     _need(result, known, _select_jobs(plan, {name: tried[name] for name in with_choice}))
     if plan.is_sampled:
-        missing = {name: plan.trials_per_variant - len(points) for name, points in tried.items()}  # type: ignore[operator]
+        missing = {name: plan.trials_per_variant - len(points) for name, points in sampled.items()}  # type: ignore[operator]
         result.sampling = sorted((name for name in missing if missing[name] > 0), key=lambda name: -missing[name])
         result.expected += len(plan.select_seeds) * sum(n for n in missing.values() if n > 0)
     result.expected += len(plan.variants) * len(plan.confirm_seeds)

@@ -36,6 +36,7 @@ from datamodules.errors import first_line
 
 JOURNAL, CLAIMS = "study.journal", ".claims"
 TIME = "time"  # attribute of the study
+SAMPLED = "sampled"  # attribute of a trial at a new point
 SURPLUS = "surplus"  # attribute of a sampled trial beyond the number of the plan
 HEARTBEAT = 20  # seconds between two heartbeats of a trial in a database
 GRACE = 120  # seconds without a heartbeat after which the trial of another machine is stale
@@ -197,17 +198,13 @@ class Ledger:
 
     def outline(self, trials: Mapping[Job, FrozenTrial]) -> Outline:
         """Return what is left to do."""
-        return outline(self.plan, (record_of(job, trial) for job, trial in trials.items()), self._sampled_points())
+        sampled = {name: self._sampled(name) for name in self.studies} if self.plan.is_sampled else {}
+        return outline(self.plan, (record_of(job, trial) for job, trial in trials.items()), sampled)
 
-    def _sampled_points(self) -> dict[str, list[str]]:
-        """Return the points that were sampled, those of interrupted trials too; no more than the plan has."""
-        points: dict[str, dict[str, None]] = {name: {} for name in self.studies}
-        for name, study in self.studies.items() if self.plan.is_sampled else ():
-            for trial in study.get_trials(deepcopy=False):
-                job = job_of(trial)
-                if job is not None and job.phase == "select" and SURPLUS not in trial.user_attrs:
-                    points[name][job.point] = None
-        return {name: list(found)[: self.plan.trials_per_variant] for name, found in points.items()}
+    def _sampled(self, name: str) -> list[str]:
+        """Return the points that were sampled for a variant, those of interrupted trials too, repeated ones as often."""
+        trials = self.studies[name].get_trials(deepcopy=False)
+        return [t.user_attrs["job"]["point"] for t in trials if SAMPLED in t.user_attrs and SURPLUS not in t.user_attrs]
 
     # ----------------------------------------------------------------------------------------------------------- claim
 
@@ -247,8 +244,9 @@ class Ledger:
         job = job_of(study.get_trials(deepcopy=False)[trial.number])
         mine = job is not None and self.trials()[job].number == trial.number
         wanted = job in needed
-        if job is not None and self.plan.is_sampled and job.phase == "select":
-            wanted = job.point in self._sampled_points()[name]
+        if SAMPLED in trial.user_attrs:
+            assert self.plan.trials_per_variant is not None
+            wanted = len(self._sampled(name)) <= self.plan.trials_per_variant
             if not wanted:  # machines that sample at the same time
                 trial.set_user_attr(SURPLUS, True)
         if job is None or not mine or not wanted or (lock := try_lock(self._lock_file(job))) is None:
@@ -288,7 +286,9 @@ class Ledger:
         study, variant = self.studies[name], self._variant(name)
         assert self.plan.trials_per_variant is not None
         first = len(self.plan.select_seeds) * max(3, self.plan.trials_per_variant // 3)
-        seed = zlib.crc32(f"{name} {len(study.get_trials(deepcopy=False))}".encode())
+        # machines that sample at the same time are to draw different points
+        machine = self.place if isinstance(self.storage, RDBStorage) else ""
+        seed = zlib.crc32(f"{name} {len(study.get_trials(deepcopy=False))} {machine}".encode())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             study.sampler = optuna.samplers.TPESampler(n_startup_trials=first, constant_liar=True, seed=seed)
@@ -296,6 +296,7 @@ class Ledger:
         if "job" not in trial.user_attrs:
             job = Job(name, "select", point_id(trial.params), self.plan.select_seeds[0])
             trial.set_user_attr("job", asdict(job))
+            trial.set_user_attr(SAMPLED, True)
         return trial
 
     # ---------------------------------------------------------------------------------------------------------- finish

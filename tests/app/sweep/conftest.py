@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -54,6 +55,7 @@ class SweepCommand:
     def _work(self, words: list[str]) -> None:
         os.setsid()
         with (self.root / "log").open("a") as file, redirect_stdout(file), redirect_stderr(file):
+            faulthandler.dump_traceback_later(120, exit=True, file=file)  # rather than wait for ever
             sys.exit(main(words))
 
     def log(self) -> str:
@@ -64,7 +66,8 @@ class SweepCommand:
 
     def history(self) -> Counter[tuple[str, str]]:
         """Number of starts and ends of each trial."""
-        lines = (self.output / "trials" / "history").read_text().splitlines()
+        file = self.output / "trials" / "history"
+        lines = file.read_text().splitlines() if file.exists() else []
         return Counter((e["trial"], e["event"].partition(" ")[0]) for e in map(json.loads, lines))
 
 

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def ends_once(sweep: SweepCommand) -> None:
 
 def kill(process: BaseProcess) -> None:
     assert process.pid is not None
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has ended, or has no group of its own yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
 
 
@@ -246,15 +249,26 @@ def _wait_for(condition: Callable[[], bool]) -> None:
     raise AssertionError("The condition was never met.")
 
 
-def killed_at_random(sweep: SweepCommand, kills: int, longest: float) -> None:
-    """Run a sweep twice: at once, and killed as a group again and again; compare their results."""
+def killed_at_random(
+    sweep: SweepCommand, slowly: Callable[[float], None], kills: int, longest: float, pause: float
+) -> None:
+    """Run a sweep twice, at once, and killed as a group again and again; compare the results.
+
+    Args:
+        sweep: The sweep.
+        slowly: Sets the pause.
+        kills: How often it is killed.
+        longest: Most seconds between two kills.
+        pause: Seconds of a step while it is killed.
+    """
     assert sweep("--workers=2") == 0
     expected = sweep.results()
     sweep.output = sweep.root / "killed"
-    random.seed(kills)
+    slowly(pause)
     for _ in range(kills):
         process = sweep.start("--workers=2")
         process.join(random.uniform(0.1, longest))
+        assert process.exitcode is None  # there is something to kill each time
         kill(process)
     assert sweep("--workers=2") == 0
     same_but_times(expected, sweep.results())
@@ -262,16 +276,16 @@ def killed_at_random(sweep: SweepCommand, kills: int, longest: float) -> None:
 
 
 def test_killed_as_a_group(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
-    slowly(0.03)
+    random.seed(0)
     sweep.content["variants"] = {"B": {}}
-    killed_at_random(sweep, 3, 1.0)
+    killed_at_random(sweep, slowly, kills=3, longest=1.0, pause=0.2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("round_", range(3))
 def test_killed_as_a_group_ten_times(sweep: SweepCommand, slowly: Callable[[float], None], round_: int) -> None:
-    slowly(0.1)
-    killed_at_random(sweep, 10, 1.5)
+    random.seed(round_)
+    killed_at_random(sweep, slowly, kills=10, longest=1.5, pause=0.5)
 
 
 def test_two_processes_share_a_study(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -146,7 +147,7 @@ def postgres() -> Iterator[str]:
         time.sleep(1)
         yield f"postgresql+psycopg://tester@/postgres?host={folder}"
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # on SIGTERM it would wait for its clients
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
