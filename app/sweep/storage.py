@@ -202,7 +202,7 @@ class Ledger:
         return outline(self.plan, (record_of(job, trial) for job, trial in trials.items()), sampled)
 
     def _sampled(self, name: str) -> list[str]:
-        """Return the points that were sampled for a variant: those of interrupted trials too, and repeated ones again."""
+        """Return the points that were sampled for a variant, interrupted and repeated ones included."""
         trials = self.studies[name].get_trials(deepcopy=False)
         return [t.user_attrs["job"]["point"] for t in trials if SAMPLED in t.user_attrs and SURPLUS not in t.user_attrs]
 
