@@ -4,6 +4,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -54,6 +55,7 @@ class SweepCommand:
 
     def _work(self, words: list[str]) -> None:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         with (self.root / "log").open("a") as file, redirect_stdout(file), redirect_stderr(file):
             faulthandler.dump_traceback_later(120, exit=True, file=file)  # rather than wait for ever
             sys.exit(main(words))
