@@ -184,7 +184,7 @@ class MomentCollector(L.Callback):
                 group["lr"] = 0.0  # until the schedule sets the next step's
 
     def _watch(self, layer: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Have the gradient to a layer's output collected beside its input."""
+        """Collect the gradient to a layer's output beside its input."""
         if self._active and output.requires_grad:
             x = inputs[0].detach()
             output.register_hook(lambda gradient: self._collect(cast(AdaptedLinear, layer), x, gradient))

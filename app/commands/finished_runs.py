@@ -76,7 +76,7 @@ class FinishedRun:
 
     Args:
         source: The checkpoint that was read, or a directory in PEFT's format.
-        directory: The run directory; None if the source lies in none.
+        directory: The run directory; None if the source is in no run directory.
         step: Optimizer steps behind the checkpoint; None for PEFT's format.
         adapter: Configuration of the adapters.
         factors: Factors by the name of the projection, in the order of the backbone's modules.
@@ -466,7 +466,7 @@ def read_spectra(run: FinishedRun) -> list[dict[str, Any]]:
 
     path = None if run.directory is None else run.directory / SPECTRUM
     if path is None or not path.is_file():
-        place = f"{run.source} lies in no run directory" if path is None else f"{path} does not exist"
+        place = f"{run.source} is in no run directory" if path is None else f"{path} does not exist"
         _log.warning(f"{place}. Spectra over training are left out for this run: its checkpoint alone is shown.")
         return []
     try:
@@ -521,7 +521,7 @@ def shown_runs(runs: Sequence[FinishedRun], table: pd.DataFrame) -> pd.DataFrame
 
 
 def block_names(names: Sequence[str]) -> dict[str, str]:
-    """Return the block that each projection lies in, by name, in the order of the names.
+    """Return the block of each projection, by name, in the order of the names.
 
     Args:
         names: Names of projections or layers.

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What a sweep compared and how, as its report repeats to a reader who did not run the sweep.
+    """Facts of a sweep that its report repeats to a reader who did not run the sweep.
 
     Args:
         name: Name of the sweep.

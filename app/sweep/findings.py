@@ -62,7 +62,7 @@ def findings(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
 
 
 def time_used(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
-    """Say what the time was enough for, if the sweep has ended for want of time."""
+    """Return sentences about what the time was enough for, if the sweep has ended for want of time."""
     time = facts.time
     if time is None or not time.is_over:
         return []
@@ -88,7 +88,7 @@ def time_used(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
 
 
 def _progress(outcome: Outcome) -> list[str]:
-    """Say what is still to come, and that there is nothing to compare if so."""
+    """Return sentences about what is still to come, and about a sweep without anything to compare."""
     sentences = []
     failed, left = outcome.state("failed"), outcome.state("running", "waiting")
     if not outcome.facts.finished and not (outcome.facts.time and outcome.facts.time.is_over):
@@ -253,7 +253,7 @@ def _cheapest(outcome: Outcome) -> list[str]:
 
 
 def _chance(outcome: Outcome) -> list[str]:
-    """Say how many pairs were compared, and what that means."""
+    """Return the sentence about the number of pairs that were compared, and its meaning."""
     pairs = sum(pair.student is not None for pair in outcome.differences)
     if pairs < 2:
         return []

@@ -1,4 +1,4 @@
-"""What a sweep reads out of its recipe: monitor, rank, new head and test split, parsed as `fit` would parse it."""
+"""Facts that a sweep reads out of its recipe, parsed as `fit` would parse it: monitor, rank, head, test split."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a job.
+    """A job and its state.
 
     Args:
         job: The job.
@@ -50,7 +50,7 @@ class Record:
 
 @dataclass
 class Outline:
-    """What is left to do.
+    """The jobs that are left.
 
     Args:
         needed: Jobs that must be finished before more is known, in the order to run them.

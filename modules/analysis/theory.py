@@ -279,7 +279,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class ProjectionTheory:
-    """What the closed forms give for one projection.
+    """Results of the closed forms for one projection.
 
     Args:
         eigenvalues: Of Σ, the mean of x·xᵀ over tokens, (d_in,), descending; 0 where rounding leaves nothing.
