@@ -186,7 +186,7 @@ def _inject(
     layers: list[str],
     projections: list[Projection],
 ) -> AdaLoraModel | IA3Model:
-    """Have PEFT wrap layers of a backbone, in place; everything else is then frozen."""
+    """Wrap layers of a backbone with PEFT, in place, and freeze everything else."""
     try:
         from peft import AdaLoraConfig, AdaLoraModel, IA3Config, IA3Model
     except ImportError as error:
