@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig, RobertaConfig
 
 from modules.adapters import AdapterConfig, adapted_layers, adapted_projections, attach
-from modules.adapters.compact import FILE_NAME, load_compact, save_compact
 from modules.adapters.init import sign_factor
+from modules.formats.compact import FILE_NAME, load_compact, save_compact
 
 ROBERTA_LARGE = RobertaConfig(
     vocab_size=50265,

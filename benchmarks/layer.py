@@ -59,9 +59,8 @@ class PlainLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, d_in) to (batch, tokens, d_out)."""
-        (factors,) = self.layer.factors()
-        flat = x.reshape(-1, x.shape[-1])
-        out = plain(flat, self.layer.weight, self.layer.bias, self.layer.scale, *factors.operands())
+        layer, flat = self.layer, x.reshape(-1, x.shape[-1])
+        out = plain(flat, layer.frozen, layer.bias, layer.scale, [(0, layer.out_features)], *layer.operands())
         return out.view(*x.shape[:-1], -1)
 
 

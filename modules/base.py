@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from modules.adapter_files import load_heads, read_adapter
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
 from modules.adapters.state import frozen_fingerprint
 from modules.blocks import layerdrop_rates
 from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
 from modules.errors import ModelError
+from modules.formats.adapter_files import load_heads, read_adapter
 from modules.freezing import freeze
 from modules.frozen_digest import FrozenDigest
 from modules.optimization import RangeTest, Schedule, parameter_groups, schedule_factor, steps_left

@@ -30,10 +30,10 @@ from app.run_directory import resolve_checkpoint
 from app.yaml_files import read_yaml
 from datamodules.atomic import WriteError, atomic_directory
 from modules.adapters import adapter_state, detach
-from modules.adapters.compact import FILE_NAME as COMPACT
-from modules.adapters.compact import save_compact
-from modules.adapters.rounding import Rounding, merge_rounding
 from modules.base import AdaptedModule
+from modules.formats.compact import FILE_NAME as COMPACT
+from modules.formats.compact import save_compact
+from modules.formats.rounding import Rounding, merge_rounding
 from modules.peft_baselines import METHODS
 
 if TYPE_CHECKING:  # a run on text imports no timm, one on images no transformers

@@ -25,12 +25,11 @@ from app.commands.export import find_checkpoint, load_module
 from app.failures import bad_input
 from app.yaml_files import read_yaml
 from datamodules.atomic import atomic_write
-from modules.adapter_files import CONFIG, read_peft_files
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.init import init_factor
-from modules.adapters.peft_format import PREFIX, WHERE
-from modules.adapters.peft_reading import from_peft
 from modules.adapters.roles import LAYERS, block_of, find_projections, fused_layers
+from modules.formats.peft import CONFIG, PREFIX, WHERE, read_peft_files
+from modules.formats.peft_reading import from_peft
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from app.commands.loading import Loader, is_timm, peft_loader
 from app.commands.timm_head import timm_model
-from modules.adapter_files import write_peft_files
-from modules.adapters.peft_format import to_peft
 from modules.base import AdaptedModule
+from modules.formats.peft import write_peft_files
+from modules.formats.peft_writing import to_peft
 
 if TYPE_CHECKING:  # a run on text imports no timm
     from modules.image_classification import ImageClassifier

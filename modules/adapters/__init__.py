@@ -1,16 +1,16 @@
 """Asymmetric low-rank adapters, W + s·B·A with one factor frozen, in pure torch.
 
-Read in this order: `config` (what can be chosen), `patterns` (ranks by name), `init` (how a factor starts), `linear`
-(the equation), `roles` (which layers), `attach` (putting them there and taking them away), `state` (saving), `spectrum`
-(looking inside), `rounding` (what merging may cost), `peft_format` and `peft_reading` (PEFT's files), `compact` (files
-without the frozen factor).
+Read in this order: `config` (the keys), `patterns` (ranks by name), `init` (initialisers), `weight` (the frozen W),
+`functional` (the equation and its gradients), `linear` (the layer), `roles` (which layers), `attach` (into a model and
+out of it), `state` (factors as tensors), `spectrum` (singular values). The package imports nothing from the rest of the
+program, so it works under any name.
 """
 
-from modules.adapters.attach import adapters_disabled, attach, detach, merge, set_enabled, unmerge
-from modules.adapters.config import AdapterConfig, AdapterError
-from modules.adapters.linear import AdaptedLinear, LowRankFactors
-from modules.adapters.roles import ROLES, Projection
-from modules.adapters.state import adapted_layers, adapted_projections, adapter_state, load_adapter_state
+from .attach import adapters_disabled, attach, detach, merge, set_enabled, unmerge
+from .config import AdapterConfig, AdapterError, Projection
+from .linear import AdaptedLinear, LowRankFactors
+from .roles import ROLES
+from .state import adapted_layers, adapted_projections, adapter_state, load_adapter_state
 
 __all__ = [
     "ROLES",

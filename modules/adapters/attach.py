@@ -1,4 +1,4 @@
-"""Putting adapters into a model, switching them off and on, folding them into the weights, and taking them out."""
+"""Attach adapters to a model, switch them off and on, merge them into the weights, and detach them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import cast
 
 from torch import nn
 
-from modules.adapters.config import AdapterConfig, AdapterError
-from modules.adapters.linear import AdaptedLinear, check_rank
-from modules.adapters.roles import Projection, check_patterns, find_projections, select
-from modules.adapters.state import adapted_layers
+from .config import AdapterConfig, AdapterError, Projection
+from .linear import AdaptedLinear, check_rank
+from .roles import check_patterns, find_projections, select
+from .state import adapted_layers
 
 
 def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = ()) -> list[Projection]:
-    """Replace the targeted linear layers of a model by adapted ones, in place, and freeze everything but the factors.
+    """Wrap the targeted linear layers of a model in place, and freeze everything but the factors.
 
-    Hooks on a replaced layer are lost. An adapter works only where its parent calls the layer: some parents read
-    `layer.weight` instead (timm's BEiT and Swin V2 with their query biases), which shows as a factor without gradient.
+    Hooks on a wrapped layer rest until `detach`. An adapter works only where the parent module calls the layer. Some
+    parents read `layer.weight` instead (timm's BEiT and Swin V2 with their query biases); the factors of such a layer
+    get no gradient.
 
     Args:
-        model: A pretrained model; its weights are shared with the adapted layers.
+        model: A pretrained model.
         config: The adapter.
-        exclude: Names of modules to leave alone, such as the task's head; they are not frozen either.
+        exclude: Names of modules that are neither adapted nor frozen, such as the task's head.
 
     Returns:
         The adapted projections, in the order of the model's modules.
@@ -58,34 +59,38 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
 
 
 def detach(model: nn.Module, merge_first: bool = False) -> None:
-    """Put plain linear layers back, in place; what `attach` froze stays frozen.
+    """Put the wrapped linear layers back, in place; what `attach` froze stays frozen.
 
     Args:
         model: A model with adapters.
-        merge_first: Whether the adapters are merged into the weights; otherwise they are taken out of them.
+        merge_first: Merge the adapters into the weights. Otherwise the weights are those without adapters.
     """
     for name, layer in adapted_layers(model).items():
         if merge_first:
             layer.merge()
         else:
             layer.unmerge()
-        model.set_submodule(name, layer.to_linear())
+        model.set_submodule(name, layer.unwrap())
 
 
 def merge(model: nn.Module) -> None:
-    """Merge every adapter of a model into its weight. Never within `train()` or `eval()`: say when."""
+    """Merge every adapter of a model into its weight. `train()` and `eval()` never merge."""
     for layer in adapted_layers(model).values():
         layer.merge()
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take every merged adapter out of its weight again."""
+    """Undo `merge` for every adapter of a model."""
     for layer in adapted_layers(model).values():
         layer.unmerge()
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
-    """Switch every adapter on or off; off, the model computes what the pretrained one does. Touches no parameter."""
+    """Switch every adapter on or off. With all off, the model computes what the pretrained model does.
+
+    Raises:
+        AdapterError: If adapters are merged.
+    """
     layers = adapted_layers(model).values()
     if any(layer.merged for layer in layers):
         raise AdapterError("The adapters are merged into the weights; unmerge before switching them.")
@@ -95,7 +100,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes what the pretrained one does; the state before comes back at the end."""
+    """Switch every adapter off within the context; restore the previous state on exit."""
     layers = adapted_layers(model).values()
     before = [layer.enabled for layer in layers]
     set_enabled(model, False)

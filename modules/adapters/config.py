@@ -1,4 +1,4 @@
-"""What can be chosen about an adapter, and which choices make sense together."""
+"""Configuration of adapters: the keys, their ranges, and the combinations that can learn."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from modules.adapters.patterns import pattern_problem, value_of
-
-if TYPE_CHECKING:
-    from modules.adapters.roles import Projection
+from .patterns import pattern_problem, value_of
 
 Train = Literal["B", "A", "both"]
 Scaling = Literal["standard", "rslora"]
@@ -21,6 +18,35 @@ Start = Literal[Init, "given"]
 
 class AdapterError(ValueError):
     """An adapter that cannot be built, attached or loaded as asked; the message says how to fix it."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A place for one adapter: a linear layer, or the rows of a fused layer that belong to one role.
+
+    Args:
+        layer: Name of the linear layer in the model, `blocks.0.attn.qkv`.
+        role: One of `ROLES`, or `other` for a layer that the table does not know.
+        start: First row of the weight.
+        stop: Row behind the last.
+        fused: True if the layer holds other projections too.
+    """
+
+    layer: str
+    role: str
+    start: int
+    stop: int
+    fused: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return a name that is unique in the model: the layer's, followed by the role if the layer is fused."""
+        return f"{self.layer}.{self.role}" if self.fused else self.layer
+
+    @property
+    def rows(self) -> slice:
+        """Return the rows of the layer's weight."""
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -36,8 +62,8 @@ class AdapterConfig:
         alpha: Numerator of the scale s, above 0.
         scaling: `standard` has s = alpha / rank, `rslora` s = alpha / sqrt(rank) (Kalajdzievski 2023).
         dropout: Probability in [0, 1) of zeroing an entry of the adapter's input.
-        init_a: How A starts; see `modules.adapters.init`.
-        init_b: How B starts; the same choices. Exactly one factor starts at zero, so that training starts at W. Or
+        init_a: Initialiser of A; the module `init` has a table.
+        init_b: Initialiser of B; the same choices. Exactly one factor starts at zero, so that training starts at W. Or
             both are `given`, by a file or a checkpoint; until then they are zero.
         targets: Roles (`query`, `key`, `value`, `output`, `mlp_in`, `mlp_gate`, `mlp_out`), `attention` for the first
             four, `all`, or `regex:PATTERN` that must match the whole name of a projection.
@@ -123,7 +149,7 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """The scale s of the update s·B·A of every projection that no pattern names."""
+        """Return the scale s of the update s·B·A of every projection that no pattern names."""
         return scale_of(self.alpha, self.rank, self.scaling)
 
     def rank_of(self, projection: Projection) -> int:
@@ -140,12 +166,12 @@ class AdapterConfig:
 
     @property
     def trains_a(self) -> bool:
-        """Whether A is trained."""
+        """Return True if A is trained."""
         return self.train in ("A", "both")
 
     @property
     def trains_b(self) -> bool:
-        """Whether B is trained."""
+        """Return True if B is trained."""
         return self.train in ("B", "both")
 
 

@@ -1,4 +1,4 @@
-"""The equation as one node of the graph: out = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, of n tokens and rank r.
+"""The equation, plain and as one node of the graph: out = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, of n tokens and rank r.
 
 With g the gradient to out and h = x·Aᵀ:
 
@@ -6,14 +6,15 @@ With g the gradient to out and h = x·Aᵀ:
     gradient to A:  s·(g·B)ᵀ·x          (r, d_in)
     gradient to B:  s·gᵀ·h              (d_out, r)
 
-With dropout before A, of which x~ comes, h = x~·Aᵀ, the gradient to A has x~ for x, and s·(g·B)·A is that to x~.
+With dropout A reads x~ instead of x. Then h = x~·Aᵀ, the gradient to A has x~ for x, and s·(g·B)·A is the gradient to
+x~.
 
-Of the activations B needs h alone, A needs its input alone, and a layer that gradients only pass through needs none.
-Autograd keeps the same, but forms s·(g·B)·A and casts of large matrices in passes of their own; here each update of one
-is the epilogue of the small product (`addmm_`). W is kept as it is stored and cast anew in backward, so that autocast
-over float32 weights leaves no second copy of them.
+Of the activations, the gradient to B needs h alone, and the gradient to A needs the input of A alone. A layer that
+gradients only pass through needs no activation.
 
-`plain` is the formula in autograd's own operations: the reference, and what a trained W needs.
+`plain` is the formula in autograd's own operations: the reference, and the faster one without gradients. `fused` is for
+training. It casts W again in backward, so autocast over float32 weights leaves no second copy of W. It adds s·(g·B)·A
+to g·W in the epilogue of the small product (`addmm_`), where autograd needs a pass of its own.
 """
 
 from __future__ import annotations
@@ -26,35 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .weight import FrozenWeight
+
 Rows = tuple[int, int]
 
 
 def plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, a: Tensor, b: Tensor, dropped: Tensor | None = None
-) -> Tensor:
-    """(W + s·B·A)·x + b, differentiated by autograd (Zhu et al. 2024, section 3; Hu et al. 2022, equation 3).
-
-    Args:
-        x: (n, d_in).
-        weight: W, (d_out, d_in).
-        bias: (d_out,), or None.
-        scale: s.
-        a: A, (r, d_in), any floating dtype; of k slices one below the other, (k·r, d_in).
-        b: B, (d_out, r), any floating dtype; of k slices on a block diagonal, (d_out, k·r).
-        dropped: (n, d_in), the adapter's input if it is not x itself: x behind dropout.
-
-    Returns:
-        (n, d_out), in the dtype of W·x.
-    """
-    h = F.linear(x if dropped is None else dropped, a.to(x.dtype))  # (n, k·r)
-    out = F.linear(x, weight, bias)  # (n, d_out)
-    # in place is safe: W·x + b does not need its own value in backward
-    return out.addmm_(h.to(out.dtype), b.to(out.dtype).T, alpha=scale)
-
-
-def fused(
     x: Tensor,
-    weight: Tensor,
+    weight: FrozenWeight,
     bias: Tensor | None,
     scale: float,
     rows: Sequence[Rows],
@@ -62,18 +42,68 @@ def fused(
     bs: Sequence[Tensor],
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """What `plain` computes, as one node of the graph, and differentiable once; `torch.func` does not go through it.
+    """Return x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, differentiated by autograd.
+
+    Zhu et al. 2024, section 3; Hu et al. 2022, equation 3.
 
     Args:
-        x: (n, d_in), in the dtype of the result (under autocast in autocast's own); W, b, A and B may have others, and
-            their gradients come in theirs.
-        weight: W, (d_out, d_in); frozen, as the bias: neither is given a gradient.
+        x: (n, d_in).
+        weight: W, (d_out, d_in).
         bias: (d_out,), or None.
         scale: s.
-        rows: First row of each of the k adapted slices of the output and the one behind its last, in order.
-        a: A of the slices one below the other, (k·r, d_in): one product reads x for all of them.
-        bs: B of each slice, (rows, r). Slices may differ in r; k·r then stands for the sum of the ranks.
-        dropped: (n, d_in), the adapter's input if it is not x itself, in x's dtype.
+        rows: First row of each of the k adapted slices of the output and the row behind its last, in order.
+        a: A of the slices one below the other, (k·r, d_in), any floating dtype. Slices may differ in r; k·r then stands
+            for the sum of the ranks.
+        bs: B of each slice, (rows, r), any floating dtype.
+        dropped: (n, d_in), x behind dropout, if the adapter reads that instead of x.
+
+    Returns:
+        (n, d_out), in the dtype of W·x.
+    """
+    h = F.linear(x if dropped is None else dropped, a.to(x.dtype))  # (n, k·r)
+    out = weight.matmul(x, bias)  # (n, d_out)
+    b = block_diagonal(rows, bs, out.shape[1])  # (d_out, k·r)
+    # in place is safe: W·x + b does not need its own value in backward
+    return out.addmm_(h.to(out.dtype), b.to(out.dtype).T, alpha=scale)
+
+
+def block_diagonal(rows: Sequence[Rows], bs: Sequence[Tensor], d_out: int) -> Tensor:
+    """Return one B (d_out, k·r) of all slices, with zeros in the rows that are not adapted.
+
+    A fused (q; k; v) with q and v adapted has [[B_q, 0], [0, 0], [0, B_v]]. One product then serves all slices.
+    """
+    if len(bs) == 1 and bs[0].shape[0] == d_out:
+        return bs[0]
+    blocks, behind = [], 0
+    for (start, stop), b in zip(rows, bs, strict=True):
+        blocks += [b.new_zeros(start - behind, 0), b]
+        behind = stop
+    return torch.block_diag(*blocks, bs[-1].new_zeros(d_out - behind, 0))
+
+
+def fused(
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+    scale: float,
+    rows: Sequence[Rows],
+    a: Tensor,
+    bs: Sequence[Tensor],
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """Return what `plain` returns, as one node of the graph.
+
+    The node is differentiable once. It gives W and b no gradient, and `torch.func` does not go through it.
+
+    Args:
+        x: (n, d_in), in the dtype of W, or under autocast in the dtype of autocast.
+        weight: See `plain`.
+        bias: See `plain`.
+        scale: See `plain`.
+        rows: See `plain`.
+        a: See `plain`; the gradient has the dtype of A.
+        bs: See `plain`; each gradient has the dtype of its B.
+        dropped: See `plain`; in the dtype of x.
 
     Returns:
         (n, d_out), in the dtype of x.
@@ -90,7 +120,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
+        weight: FrozenWeight,
         bias: Tensor | None,
         scale: float,
         rows: tuple[Rows, ...],
@@ -98,7 +128,7 @@ class _LowRankLinear(torch.autograd.Function):
         *bs: Tensor,
     ) -> Tensor:
         dtype = x.dtype
-        out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))  # (n, d_out)
+        out = weight.matmul(x, bias)  # (n, d_out)
         read = x if dropped is None else dropped
         h = F.linear(read, a.to(dtype))  # (n, k·r)
         ranks = [b.shape[1] for b in bs]
@@ -109,8 +139,13 @@ class _LowRankLinear(torch.autograd.Function):
         passes = needs_x if dropped is None else needs_dropped  # a gradient goes on through A
         ctx.scale, ctx.rows, ctx.ranks = scale, rows, ranks
         ctx.dtypes, ctx.drops = (a.dtype, *(b.dtype for b in bs)), dropped is not None
-        kept = (read if needs_a else None, h if needs_b else None, weight if needs_x else None, a if passes else None)
-        ctx.save_for_backward(*kept, *(b if passes or needs_a else None for b in bs))
+        ctx.save_for_backward(
+            read if needs_a else None,
+            h if needs_b else None,
+            a if passes else None,
+            *(b if passes or needs_a else None for b in bs),
+            *(weight if needs_x else ()),
+        )
         return out
 
     @staticmethod
@@ -124,11 +159,12 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients to the arguments of `_LowRankLinear.forward`, None for those that need none."""
-    read, h, weight, a, *bs = ctx.saved_tensors
+    read, h, a, *others = ctx.saved_tensors
+    bs, weight = others[: len(ctx.ranks)], others[len(ctx.ranks) :]
     dtype, scale, rows = grad.dtype, ctx.scale, ctx.rows
     parts = _slices(grad, rows)  # each (n, rows)
     gd = ga = None
-    gx = None if weight is None else grad @ weight.to(dtype)  # (n, d_in)
+    gx = FrozenWeight(*weight).input_gradient(grad) if weight else None  # (n, d_in)
     if a is not None or read is not None:
         ghs = [part @ b.to(dtype) for part, b in zip(parts, bs, strict=True)]
         gh = ghs[0] if len(ghs) == 1 else torch.cat(ghs, dim=1)  # (n, k·r)

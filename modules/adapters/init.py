@@ -1,4 +1,4 @@
-"""How a factor starts.
+"""Initialisers of the factors A and B.
 
 Every factor is drawn in float32 on the CPU from a generator of its own, seeded by (seed, name of the projection,
 factor): the same factor comes out whatever the device, the precision, the order or the other targets.
@@ -24,7 +24,7 @@ Of the min(d_out, d_in) singular vectors of a side, svd takes the r of the large
 of the smallest. svd_minor for a frozen B with A trained from zero is MiCA (arXiv 2604.01694), PEFT's `mica`.
 
 `signs` alone is the same to the bit on every machine and with every version of every library, so that it need not be
-saved (`modules.adapters.compact`): its bits are SHAKE-256's (FIPS 202, published test vectors, part of every Python),
+saved: its bits are SHAKE-256's (FIPS 202, published test vectors, part of every Python),
 one stream a vector, and its only arithmetic is √ and ÷, which IEEE 754 rounds in one way. The others go through
 torch's generators or LAPACK, which promise no such thing. Its vectors are orthogonal only on average: the cosine of two
 has mean 0 and standard deviation 1/√n. Below some ten entries two may even coincide.
@@ -40,13 +40,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.config import AdapterError, Start
+from .config import AdapterError, Start
 
 Factor = Literal["A", "B"]
 
 
 def factor_generator(seed: int, name: str, factor: Factor) -> torch.Generator:
-    """CPU generator that depends on the seed, the projection's name and the factor alone."""
+    """Return a CPU generator that depends on the seed, the projection's name and the factor alone."""
     digest = hashlib.sha256(f"{seed}/{name}/{factor}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -56,7 +56,7 @@ def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: in
 
     Args:
         init: Initialiser, see the table above.
-        factor: Which factor.
+        factor: A or B.
         weight: The pretrained weight W that is adapted (of a fused layer the slice), (d_out, d_in).
         rank: Rank r, at most min(d_out, d_in).
         seed: Seed of the run's factors.
@@ -88,7 +88,7 @@ def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: in
 
 
 def sign_factor(factor: Factor, n: int, rank: int, seed: int, name: str) -> Tensor:
-    """The `signs` of a factor, (rank, n) for A and (n, rank) for B; this definition may never change.
+    """Return the `signs` of a factor, (rank, n) for A and (n, rank) for B; this definition may never change.
 
     Entry j of vector i is negative where bit j of SHAKE-256("signs/seed/name/factor/i") is set, counted from the least
     significant bit of the first byte. So a larger rank adds vectors and leaves the others as they are.
@@ -102,7 +102,10 @@ def sign_factor(factor: Factor, n: int, rank: int, seed: int, name: str) -> Tens
 
 
 def _orthonormal_columns(n: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Haar-distributed orthonormal columns, (n, rank): Q of a Gaussian's reduced QR with R's diagonal made positive."""
+    """Return Haar-distributed orthonormal columns, (n, rank).
+
+    Q of the reduced QR of a Gaussian has them, with the diagonal of R made positive.
+    """
     q, r = torch.linalg.qr(torch.randn(n, rank, generator=generator), mode="reduced")
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 

@@ -1,8 +1,8 @@
 """Roles: one name for the same projection in every backbone.
 
-A role names what a projection does (`query`, `mlp_out`, …); the table says which layer, or which third of a fused one,
-plays it in timm's ViTs, BERT and its kin, BART, T5 and LLaMA. A backbone of another family is one more row, or
-`regex:…`.
+A role names what a projection does (`query`, `mlp_out`, …). The table says which layer, or which third of a fused
+layer, has the role in timm's ViTs, BERT and its kin, BART, T5 and LLaMA. A backbone of another family needs one more
+row, or a target `regex:…`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import TypeGuard
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from modules.adapters.config import AdapterError
-from modules.adapters.patterns import matches
+from .config import AdapterError, Projection
+from .linear import AdaptedLinear
+from .patterns import matches
 
 ATTENTION = ("query", "key", "value", "output")
 ROLES = (*ATTENTION, "mlp_in", "mlp_gate", "mlp_out")
-
-# what computes x·Wᵀ + b: the classes whose `forward` a layer may have
-LINEAR = (
-    "torch.nn.modules.linear.Linear",
-    "timm.layers.linear.Linear",
-    "transformers.models.falcon.modeling_falcon.FalconLinear",
-    "modules.adapters.linear.AdaptedLinear",
-)
 
 # (end of the layer's name, roles of its output's equal parts, in the order of their rows)
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -77,46 +71,20 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _LAYERS = tuple((re.compile(rf"(?:.*\.)?{end}"), roles) for end, roles in LAYERS)
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer's output, or the rows of a fused one that belong to one role.
-
-    Args:
-        layer: Name of the linear layer in the model, `blocks.0.attn.qkv`.
-        role: One of `ROLES`, or `other` for a layer that the table does not know.
-        start: First row of the weight.
-        stop: Row behind the last.
-        fused: Whether the layer holds other projections too.
-    """
-
-    layer: str
-    role: str
-    start: int
-    stop: int
-    fused: bool = False
-
-    @property
-    def name(self) -> str:
-        """Unique in the model: the layer's name, with the role behind it where the layer is fused."""
-        return f"{self.layer}.{self.role}" if self.fused else self.layer
-
-    @property
-    def rows(self) -> slice:
-        """The rows of the layer's weight."""
-        return slice(self.start, self.stop)
-
-
 def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Projection]:
-    """All projections of a model, in the order of its modules.
+    """Return all projections of a model, in the order of its modules.
 
-    Left out are layers whose weight belongs to another module too (a language-modelling head tied to the embedding),
-    since adapting one side would untie them; those without a weight of their own (parametrized ones); those of
-    `nn.MultiheadAttention`, which reads their weights without calling them; and kinds of `nn.Linear` that compute
-    something else than x·Wᵀ + b (quantised layers, routers of experts).
+    These layers are left out:
+
+    - layers whose weight belongs to another module too (a language-modelling head tied to the embedding), since
+      adapting one side would untie the two;
+    - parametrized layers, which have no weight of their own;
+    - layers of `nn.MultiheadAttention`, which reads their weights without calling them;
+    - kinds of `nn.Linear` that compute something else than x·Wᵀ + b (quantised layers, routers of experts).
 
     Args:
         model: The backbone.
-        exclude: Names of modules to leave out with all that is in them, such as the task's head.
+        exclude: Names of modules to leave out with all their submodules, such as the task's head.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
@@ -136,13 +104,37 @@ def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Pr
 
 
 def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer computes x·Wᵀ + b and nothing else."""
-    kind = next((c for c in type(module).__mro__ if "forward" in vars(c)), nn.Module)
-    return isinstance(module, nn.Linear) and f"{kind.__module__}.{kind.__name__}" in LINEAR
+    """Return True for a layer that computes x·Wᵀ + b and nothing else, with or without adapters."""
+    if isinstance(module, AdaptedLinear):
+        return True
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        return False
+    return module.weight.element_size() > 1 and _computes_product(type(module))  # a quantised W has a byte or less
+
+
+def _computes_product(kind: type[nn.Linear]) -> bool:
+    """Return True if a class computes x·Wᵀ + b and nothing else.
+
+    A small layer with the attributes of nn.Linear alone is tried. A `forward` that needs another attribute fails there,
+    and so computes something else.
+    """
+    if kind.forward is nn.Linear.forward:
+        return True
+    layer = kind.__new__(kind)
+    nn.Linear.__init__(layer, 3, 2, device="meta")  # draws no random numbers
+    numbers = torch.linspace(-2, 3, 20, device="cpu", dtype=torch.float32)
+    layer.weight, layer.bias = nn.Parameter(numbers[:6].view(2, 3)), nn.Parameter(numbers[6:8])
+    x = numbers[8:].view(4, 3)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            out = layer.forward(x)
+        except Exception:
+            return False
+        return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, layer.weight, layer.bias))
 
 
 def _split(layer: str, linear: nn.Linear, by_head: bool) -> list[Projection]:
-    """The projections that one linear layer holds."""
+    """Return the projections of one linear layer."""
     rows = linear.out_features
     roles = next((roles for pattern, roles in _LAYERS if pattern.fullmatch(layer)), ("other",))
     if len(roles) > 1 and (by_head or rows != len(roles) * linear.in_features):
@@ -152,7 +144,7 @@ def _split(layer: str, linear: nn.Linear, by_head: bool) -> list[Projection]:
 
 
 def select(projections: list[Projection], targets: Collection[str], layers: int | None = None) -> list[Projection]:
-    """The projections that the targets name.
+    """Return the projections that the targets name.
 
     A pattern that matches the name of a fused layer takes the layer as a whole, with the role `other`, unless any
     target names one of its parts.
@@ -183,7 +175,7 @@ def select(projections: list[Projection], targets: Collection[str], layers: int 
 
 
 def block_of(layer: str) -> tuple[str, int] | None:
-    """The stack that a layer lies in and the number of its block there, the outermost; None if it lies in no block.
+    """Return the stack of a layer and the number of its block there, the outermost; None outside of any block.
 
     `encoder.layer.7.output.dense` lies in block 7 of `encoder.layer`.
     """
@@ -192,7 +184,7 @@ def block_of(layer: str) -> tuple[str, int] | None:
 
 
 def _in_last_blocks(found: list[Projection], projections: list[Projection], layers: int) -> list[Projection]:
-    """Those that lie in the last blocks of their stack."""
+    """Return the projections that lie in the last blocks of their stack."""
     stacks: dict[str, set[int]] = {}
     for block in filter(None, (block_of(p.layer) for p in projections)):
         stacks.setdefault(block[0], set()).add(block[1])
@@ -212,7 +204,7 @@ def _in_last_blocks(found: list[Projection], projections: list[Projection], laye
 
 
 def fused_layers(projections: list[Projection]) -> list[Projection]:
-    """The layers that hold several of the projections, each as one."""
+    """Return the layers that hold several of the projections, each layer as one projection."""
     rows = {p.layer: p.stop for p in projections if p.fused}  # of the last part
     return [Projection(layer, "other", 0, stop) for layer, stop in rows.items()]
 
@@ -232,10 +224,10 @@ def _matches(projection: Projection, target: str) -> bool:
 
 
 def check_patterns(option: str, keys: Collection[str], projections: list[Projection]) -> None:
-    """Refuse a key of a pattern that matches none of the adapted projections, such as a misspelt one.
+    """Check that each key of a pattern matches one of the adapted projections.
 
     Raises:
-        AdapterError: With the key and the projections.
+        AdapterError: With the key, perhaps misspelt, and the projections.
     """
     for key in keys:
         if not any(matches(key, p.name, p.role) for p in projections):
@@ -247,12 +239,12 @@ def check_patterns(option: str, keys: Collection[str], projections: list[Project
 
 
 def _kinds(projections: list[Projection]) -> dict[str, str]:
-    """The role of each kind of projection, by a name whose block numbers are folded."""
+    """Return the role of each kind of projection, by a name whose block numbers are folded."""
     return {re.sub(r"\b\d+\b", "*", p.name): p.role for p in projections}
 
 
 def _inventory(projections: list[Projection]) -> str:
-    """What a model has to offer, with the numbers of its blocks folded."""
+    """Return the end of a message that lists the linear layers of a model, block numbers folded."""
     kinds = _kinds(projections)
     if not kinds:
         return "which has no linear layer to adapt."

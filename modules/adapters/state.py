@@ -1,4 +1,4 @@
-"""Adapters of a model as tensors by name, out and in, and a fingerprint of what is frozen beneath them."""
+"""Adapters of a model as tensors by name: reading, loading, and a fingerprint of the frozen weights."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.config import AdapterError
-from modules.adapters.linear import AdaptedLinear, LowRankFactors
+from .config import AdapterError
+from .linear import AdaptedLinear, LowRankFactors
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted layers of a model by name, in the order of its modules."""
+    """Return the adapted layers of a model by name, in the order of its modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def adapted_projections(model: nn.Module) -> dict[str, tuple[AdaptedLinear, LowRankFactors]]:
-    """The adapted projections of a model by name, each with its layer and its factors."""
+    """Return the adapted projections of a model by name, each with its layer and its factors."""
     return {f.projection.name: (layer, f) for layer in adapted_layers(model).values() for f in layer.factors()}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Both factors of every adapter, frozen ones too, under the names that the model's state dict gives them.
+    """Return both factors of every adapter, frozen factors too, under their names in the model's state dict.
 
     The tensors are the factors themselves, not copies. The scale s is not among them: it belongs to the configuration.
     """
@@ -40,8 +40,8 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy factors into a model whose adapters have the same names and shapes; all or nothing.
 
     Raises:
-        AdapterError: With the list of what is missing, unexpected or of another shape, or because the adapters are
-            merged, when another factor could not be unmerged again; the model is then unchanged.
+        AdapterError: With the list of what is missing, unexpected or of another shape, or because adapters are merged.
+            The model is then unchanged.
     """
     refuse_merged(model)
     own = adapter_state(model)
@@ -52,17 +52,17 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def refuse_merged(model: nn.Module) -> None:
-    """Keep other factors from adapters that are merged.
+    """Check that no adapter is merged, since a merged adapter could not be unmerged with other factors.
 
     Raises:
-        AdapterError: If any is.
+        AdapterError: If an adapter is merged.
     """
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise AdapterError("The adapters are merged into the weights; unmerge before loading others.")
 
 
 def state_problems(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int = 5) -> list[str]:
-    """What keeps a state from being loaded: missing, unexpected and misshapen names, at most `most` of each kind."""
+    """Return why a state cannot be loaded: missing, unexpected and misshapen names, at most `most` of each kind."""
     misshapen = [
         f"{name} is {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -81,9 +81,9 @@ def state_problems(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], 
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
-    """Hash of a model's frozen parameters and of its buffers, by name, dtype, shape and their first and last values.
+    """Return a hash of a model's frozen parameters and buffers: names, dtypes, shapes, first and last values.
 
-    Factors do not count. Enough to tell two files of weights apart, at no cost that a large model would notice.
+    Factors do not count. The hash tells two files of weights apart, and takes no time even for a large model.
     """
     digest = hashlib.sha256()
     factors = adapter_state(model)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from app.cli import main
-from modules.adapter_files import write_peft_files
 from modules.adapters import (
     AdapterConfig,
     AdapterError,
@@ -29,12 +28,12 @@ from modules.adapters import (
     detach,
     load_adapter_state,
 )
-from modules.adapters.compact import load_compact, save_compact
-from modules.adapters.peft_format import check_supported
+from modules.formats.compact import load_compact, save_compact
+from modules.formats.peft import check_supported, write_peft_files
 from modules.text_classification import TextClassifier
 from tests.app.conftest import CommandLine, cli, recording, text_cli, undrawn  # noqa: F401 - fixtures
 from tests.modules.adapters.conftest import BACKBONES, Backbone
-from tests.modules.adapters.test_peft_format import exported, imported, pefts_output, read
+from tests.modules.formats.test_peft import exported, imported, pefts_output, read
 
 FAMILIES = ("vit", "roberta", "bart", "llama")
 QUERY = "roberta.encoder.layer.{}.attention.self.query"
@@ -360,7 +359,7 @@ def test_case_30_wrong_patterns(
 
 
 def test_case_30_a_compact_file_runs_no_pattern_of_a_stranger(tmp_path: Path) -> None:
-    from tests.modules.adapters.test_compact import rewrite
+    from tests.modules.formats.test_compact import rewrite
 
     backbone = family("vit")
     config = AdapterConfig(rank=4, init_a="signs", rank_pattern={"query": 2})

@@ -15,8 +15,8 @@ from torch import Tensor
 from app.cli import main
 from app.commands import export
 from modules.adapters import adapter_state
-from modules.adapters.compact import FILE_NAME, load_compact
 from modules.base import AdaptedModule
+from modules.formats.compact import FILE_NAME, load_compact
 from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.app.conftest import CommandLine

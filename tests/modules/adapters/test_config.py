@@ -7,8 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from modules.adapters.config import AdapterConfig, AdapterError, Init
-from modules.adapters.roles import Projection
+from modules.adapters.config import AdapterConfig, AdapterError, Init, Projection
 
 
 @pytest.mark.parametrize(

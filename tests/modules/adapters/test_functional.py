@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from modules.adapters.functional import Rows, fused, plain
-from modules.adapters.linear import stack
-from modules.adapters.roles import Projection
+from modules.adapters.weight import FrozenWeight
 
 D_IN, RANK, N = 20, 3, 13
 LAYOUTS: dict[str, tuple[int, list[Rows]]] = {
@@ -62,12 +61,14 @@ class Case:
         return None if self.mask is None else self.x * self.mask
 
     def fused(self) -> Tensor:
-        return fused(self.x, self.weight, self.bias, 0.7, self.rows, torch.cat(self.a), self.b, self.dropped())
+        return fused(*self.operands())
 
     def plain(self) -> Tensor:
-        projections = [Projection("layer", "other", *rows) for rows in self.rows]
-        a, b = stack(projections, list(zip(self.a, self.b, strict=True)), self.weight.shape[0])
-        return plain(self.x, self.weight, self.bias, 0.7, a, b, self.dropped())
+        return plain(*self.operands())
+
+    def operands(self) -> tuple[Any, ...]:
+        weight = FrozenWeight(self.weight)
+        return self.x, weight, self.bias, 0.7, self.rows, torch.cat(self.a), self.b, self.dropped()
 
 
 def kept(run: Any) -> list[Tensor]:
@@ -166,7 +167,7 @@ def test_compiles_as_one_graph(trained: tuple[str, ...]) -> None:
     case = Case("two of three", trained, torch.float32, torch.float32)
 
     def run(x: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        return fused(x, case.weight, case.bias, 0.7, case.rows, torch.cat(a), b)
+        return fused(x, FrozenWeight(case.weight), case.bias, 0.7, case.rows, torch.cat(a), b)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")  # inductor would need a compiler of C++
     out = compiled(case.x, case.a, case.b)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.adapters import AdapterConfig, adapter_state
-from modules.adapters.config import Init
+from modules.adapters.config import Init, Projection
 from modules.adapters.init import Factor, factor_generator, init_factor
 from modules.adapters.linear import AdaptedLinear
-from modules.adapters.roles import Projection
 
 if TYPE_CHECKING:
     from tests.modules.adapters.conftest import Backbone

@@ -24,13 +24,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modules.adapter_files import write_peft_files
 from modules.adapters import AdapterConfig, AdapterError, adapter_state, attach, load_adapter_state
-from modules.adapters.compact import load_compact, save_compact
 from modules.adapters.roles import block_of, find_projections, select
+from modules.formats.compact import load_compact, save_compact
+from modules.formats.peft import write_peft_files
 from modules.transformers_backbone import checkpoint_activations
 from tests.modules.adapters.conftest import TEXT, Backbone
-from tests.modules.adapters.test_peft_format import exported, imported, pefts_output
+from tests.modules.formats.test_peft import exported, imported, pefts_output
 
 THREE = {**TEXT, "num_hidden_layers": 3}
 

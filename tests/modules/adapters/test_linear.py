@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules.adapters.config import AdapterConfig, AdapterError
+from modules.adapters.config import AdapterConfig, AdapterError, Projection
 from modules.adapters.linear import AdaptedLinear
-from modules.adapters.roles import Projection
 
 D_IN, D_OUT, RANK, N = 10, 8, 3, 11  # N tokens: no other size, so that a saved activation is known by it
 QKV = ("query", "key", "value")
@@ -115,7 +114,7 @@ def test_slices_of_unequal_rank_and_scale(train: Any, scaling: Any, dropout: flo
 def test_output_and_gradients_are_pefts(train: Any, rslora: bool) -> None:
     layer = make_layer(train=train, alpha=5.0, scaling="rslora" if rslora else "standard")
     config = peft.LoraConfig(r=RANK, lora_alpha=5, target_modules=["0"], use_rslora=rslora)
-    plain = nn.Sequential(copy.deepcopy(layer).to_linear())
+    plain = nn.Sequential(copy.deepcopy(layer).unwrap())
     reference: Any = peft.get_peft_model(plain, config).base_model.model[0]
     a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
     (own,) = layer.factors()
@@ -359,7 +358,7 @@ def test_layer_takes_over_the_mode_of_its_base(training: bool) -> None:
     base = nn.Linear(D_IN, D_OUT).train(training)
     layer = make_layer(base=base, dropout=0.4)
     assert {m.training for m in layer.modules()} == {training}
-    assert layer.to_linear().training == training
+    assert layer.unwrap().training == training
 
 
 # merging
@@ -410,10 +409,45 @@ def test_parameters_of_the_base_are_shared_and_keep_their_names() -> None:
     assert layer.bias is base.bias
     factors = {f"adapters.{role}.{factor}" for role in ("query", "value") for factor in "AB"}
     assert set(layer.state_dict()) == {"weight", "bias"} | factors
-    plain = layer.to_linear()
+    plain = layer.unwrap()
     assert type(plain) is nn.Linear
     assert plain.weight is base.weight
     assert plain.bias is base.bias
+
+
+def test_unwrap_returns_the_layer_with_its_hooks() -> None:
+    base = nn.Linear(D_IN, D_OUT)
+    calls: list[Tensor] = []
+    base.register_forward_hook(lambda *args: calls.append(args[-1]))
+    layer = make_layer(base=base)
+    x = torch.randn(N, D_IN)
+    layer(x)
+    assert not calls  # a wrapped layer is not called
+    layer.merge()
+    plain = layer.unwrap()
+    assert plain is base
+    torch.testing.assert_close(plain(x), layer(x))
+    assert len(calls) == 1
+
+
+def test_wrapper_and_base_have_one_dictionary_of_parameters() -> None:
+    """FSDP, `to` and others replace the parameters of the wrapper: the base must hold no second copy."""
+    layer = make_layer()
+    for replaced in (layer.to_empty(device="meta"), layer.to_empty(device="cpu").double(), copy.deepcopy(layer)):
+        assert replaced.unwrap().weight is replaced.weight
+    new = nn.Parameter(torch.randn(D_OUT, D_IN, dtype=torch.float64))
+    layer.weight = new
+    assert layer.unwrap().weight is new
+    assert dict(layer.unwrap().named_parameters()).keys() == {"weight", "bias"}
+
+
+def test_without_gradients_the_plain_formula_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(("query", "value"))
+    x = torch.randn(N, D_IN)
+    expected = layer(x)
+    monkeypatch.setattr("modules.adapters.linear.fused", None)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("train", TRAINS)

@@ -10,10 +10,11 @@ import torch
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 from transformers import BartForConditionalGeneration
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from modules.adapters.config import AdapterError
+from modules.adapters.config import AdapterError, Projection
 from modules.adapters.linear import AdaptedLinear
-from modules.adapters.roles import ATTENTION, ROLES, Projection, find_projections, select
+from modules.adapters.roles import ATTENTION, ROLES, find_projections, select
 
 if TYPE_CHECKING:
     from tests.modules.adapters.conftest import Backbone
@@ -100,13 +101,46 @@ class Doubled(nn.Linear):
         return 2 * super().forward(input)
 
 
+class Router(nn.Linear):
+    def forward(self, input: torch.Tensor) -> Any:
+        return super().forward(input).softmax(-1).max(-1)
+
+
+class Scaled(nn.Linear):
+    """A quantised layer: its scales are attributes that `nn.Linear` lacks."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.scales  # type: ignore[operator]
+
+
 class Named(nn.Linear):
     """Without a `forward` of its own."""
 
 
+class Watched(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
 def test_a_layer_that_computes_something_else_is_left_out() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), Named(4, 4), TimmLinear(4, 4))
-    assert [p.layer for p in find_projections(model)] == ["0", "2", "3"]
+    quantised = nn.Linear(4, 4)
+    quantised.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    bytes_ = nn.Linear(4, 4).to(torch.float8_e4m3fn)
+    kinds = [nn.Linear, Named, Watched, TimmLinear, FalconLinear, Doubled, Router, Scaled]
+    model = nn.Sequential(*(kind(4, 4) for kind in kinds), quantised, bytes_)
+    assert [p.layer for p in find_projections(model)] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_kind_of_layer_is_tried_without_side_effects() -> None:
+    class Tried(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input)
+
+    state = torch.get_rng_state()
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        model = nn.Sequential(Tried(4, 4))
+        assert len(find_projections(model)) == 1
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_exclude_is_not_a_prefix_of_a_sibling() -> None:

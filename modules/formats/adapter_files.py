@@ -1,29 +1,25 @@
-"""Adapters in directories, local or on the hub: PEFT's files in and out, compact ones in; never a pickle."""
+"""Load an adapter for a module: a directory of PEFT's files or a compact one, local or on the hub; never a pickle."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.adapters.compact import FILE_NAME as COMPACT
-from modules.adapters.compact import is_compact, load_compact
-from modules.adapters.config import AdapterConfig, AdapterError
-from modules.adapters.peft_format import WHERE, Heads
-from modules.adapters.peft_reading import from_peft
+from modules.adapters import AdapterConfig, AdapterError
 from modules.adapters.state import frozen_fingerprint, state_problems
 from modules.errors import first_line
+from modules.formats.compact import FILE_NAME as COMPACT
+from modules.formats.compact import is_compact, load_compact
+from modules.formats.peft import CONFIG, WEIGHTS, WHERE, Heads, read_peft_files
+from modules.formats.peft_reading import from_peft
 
 _log = logging.getLogger(__name__)
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 class LoadedAdapter(NamedTuple):
@@ -52,14 +48,14 @@ def read_adapter(
     Args:
         source: A directory as PEFT or `export` writes it, or a name on the hub.
         backbone: The backbone; it is not changed.
-        own: Says the factor that is to be trained; all else comes from the file.
+        own: Its `train` says which factor is trained; all other keys come from the file.
         exclude: Names of the backbone's modules that are heads.
         homes: For each head of the module, its names in the model that PEFT wraps.
 
     Raises:
-        AdapterError: If it is not to be had, is damaged, does not fit, or is none that can be expressed here.
+        AdapterError: If the adapter cannot be found, is damaged, does not fit, or is not supported.
     """
-    folder = _located(source)
+    folder = _local_folder(source)
     if is_compact(folder):
         compact = load_compact(folder, backbone, exclude)
         if compact.fingerprint not in (None, frozen_fingerprint(backbone)):
@@ -83,27 +79,8 @@ def read_adapter(
     return LoadedAdapter(config, factors, _rename_heads(wholes, homes))
 
 
-def write_peft_files(
-    folder: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> None:
-    """Write adapter_config.json and adapter_model.safetensors.
-
-    Args:
-        folder: An existing directory.
-        content: The former.
-        tensors: The latter.
-        dtype: Of its floats.
-    """
-    copies = {  # safetensors takes no tensors that share memory
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-        for name, tensor in tensors.items()
-    }
-    save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _located(source: str) -> Path:
-    """The local directory of an adapter, fetched from the hub if need be."""
+def _local_folder(source: str) -> Path:
+    """Return the local directory of an adapter, after a download if the name is one of the hub."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -120,37 +97,8 @@ def _located(source: str) -> Path:
         ) from error
 
 
-def read_peft_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read adapter_config.json and adapter_model.safetensors of a directory.
-
-    Raises:
-        AdapterError: If either is missing or damaged.
-    """
-    config, weights = folder / CONFIG, folder / WEIGHTS
-    if not config.is_file():
-        raise AdapterError(f"{WHERE}: {folder} has no {CONFIG}; give a directory as PEFT's save_pretrained writes it.")
-    if not weights.is_file():
-        pickled = f"; its {PICKLE} is not read, since a pickle can run code" if (folder / PICKLE).exists() else ""
-        raise AdapterError(
-            f"{WHERE}: {folder} has no {WEIGHTS}{pickled}. Load it with PEFT where you trust it, and save_pretrained "
-            "writes safetensors."
-        )
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{WHERE}: {config} cannot be read as JSON ({error}). Get the file anew.") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{WHERE}: {config} holds no JSON object. Get the file anew.")
-    try:
-        return content, load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{WHERE}: {weights} cannot be read as safetensors ({error}): it is damaged, or cut off. Get the file anew."
-        ) from error
-
-
 def _rename_heads(wholes: Heads, homes: Mapping[str, Collection[str]]) -> dict[str, Tensor]:
-    """Tensors of heads under the module's names; a head that has several homes must be the same in all."""
+    """Return tensors of heads under the module's names; PEFT may have a head several times, if the copies are equal."""
     found: dict[str, Tensor] = {}
     for head, names in homes.items():
         for content in (wholes[name] for name in names if name in wholes):
@@ -163,15 +111,15 @@ def _rename_heads(wholes: Heads, homes: Mapping[str, Collection[str]]) -> dict[s
 
 @torch.no_grad()
 def load_heads(module: nn.Module, heads: Collection[str], given: Mapping[str, Tensor]) -> list[str]:
-    """Copy the heads that lay with an adapter into a module; all or nothing.
+    """Copy the heads of an adapter file into a module; all or nothing.
 
     Args:
         module: The task.
-        heads: Names of its heads.
-        given: Tensors under the module's names; heads of which there is none stay as they are.
+        heads: Names of the task's heads.
+        given: Tensors under the module's names. Heads without a tensor stay as they are.
 
     Returns:
-        What does not fit; empty if all is copied.
+        The names that do not fit; an empty list if all tensors are copied.
     """
     had = {head for head in heads if any(name.startswith(f"{head}.") for name in given)}
     own = {n: t for n, t in module.state_dict().items() if any(n.startswith(f"{head}.") for head in had)}

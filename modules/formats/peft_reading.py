@@ -1,4 +1,4 @@
-"""PEFT's LoRA files as our adapters; `modules.adapters.peft_format` says what they are."""
+"""Read PEFT's LoRA files as adapters of a model; `modules.formats.peft` describes the format."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.config import AdapterConfig, AdapterError, Scaling
+from modules.adapters.config import AdapterConfig, AdapterError, Projection, Scaling
 from modules.adapters.patterns import pattern_problem, short_patterns, value_of
-from modules.adapters.peft_format import PREFIX, WHERE, Heads, alpha_at, check_supported
-from modules.adapters.roles import ROLES, Projection, find_projections, fused_layers, select
+from modules.adapters.roles import ROLES, find_projections, fused_layers, select
 from modules.adapters.state import state_problems
+from modules.formats.peft import PREFIX, WHERE, Heads, alpha_at, check_supported
 
 Number = TypeVar("Number", int, float)
 
@@ -26,7 +26,7 @@ class PeftAdapter(NamedTuple):
     Args:
         config: The configuration to attach it with; both factors are `given`.
         factors: Both factors of every adapter under the names of `adapter_state`, float32.
-        heads: What was trained whole: the tensors of each module by name, float32.
+        heads: Tensors of the modules that were trained whole, by module and name.
     """
 
     config: AdapterConfig
@@ -42,19 +42,18 @@ def from_peft(
     exclude: Collection[str] = (),
     heads: Collection[str] = (),
 ) -> PeftAdapter:
-    """The adapter that a PEFT directory holds, as ours for a model.
+    """Return the adapter of a PEFT directory as an adapter of a model.
 
     Args:
         model: The model without adapters; it is not changed.
-        content: adapter_config.json.
-        tensors: adapter_model.safetensors.
-        own: Says the factor that is to be trained; all else comes from the file.
+        content: Content of adapter_config.json.
+        tensors: Content of adapter_model.safetensors.
+        own: Its `train` says which factor is trained; all other keys come from the file.
         exclude: Names of modules that take no adapter, as for `attach`.
         heads: Names, in the model that PEFT wrapped, of the modules that may be in the file whole.
 
     Raises:
-        AdapterError: For what our adapters cannot express, naming its key, and for names and shapes that do not fit the
-            model.
+        AdapterError: With the key, for what is not supported here, and for names and shapes that do not fit the model.
     """
     check_supported(content)
     factors, wholes, unexpected = _sorted_out(tensors, heads)
@@ -91,7 +90,7 @@ _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 def _sorted_out(
     tensors: Mapping[str, Tensor], heads: Collection[str]
 ) -> tuple[dict[str, dict[str, Tensor]], Heads, list[str]]:
-    """Factors by layer, what is trained whole by module, and the names that are neither."""
+    """Return factors by layer, tensors of whole modules by module, and the names that are neither."""
     factors: dict[str, dict[str, Tensor]] = {}
     wholes: Heads = {}
     unexpected: list[str] = []
@@ -143,7 +142,7 @@ def _check_layers(
 
 
 def _check_patterns(content: Mapping[str, Any]) -> None:
-    """Refuse keys of the patterns that are no regular expressions, or that could be matched for ever."""
+    """Check that the keys of the patterns are regular expressions that match in little time."""
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in content.get(key) or {}:
             if problem := pattern_problem(pattern):
@@ -175,10 +174,10 @@ def _parts(factors: Mapping[str, Mapping[str, Tensor]], projections: list[Projec
 
 
 def _blocks(b: Tensor, parts: list[Projection]) -> list[_Part]:
-    """The parts of a fused layer that B (d_out, R) adapts, by its zeros; an empty list if it is no block diagonal.
+    """Return the parts of a fused layer that B (d_out, R) adapts, by its zeros; [] if B is no block diagonal.
 
-    A column of zeros does not tell its part. Blocks of equal width are preferred, and otherwise the part of the column
-    before it has it.
+    The part of a column of zeros is unknown. Blocks of equal width are preferred. Otherwise the column belongs to the
+    part of the column before.
     """
     hits = torch.stack([b[p.rows].any(dim=0) for p in parts])  # (parts, R)
     known = hits.any(dim=0)
@@ -201,7 +200,7 @@ def _blocks(b: Tensor, parts: list[Projection]) -> list[_Part]:
 def _sizes(
     content: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]], parts: list[_Part], scaling: Scaling
 ) -> dict[str, Any]:
-    """Ranks and alphas as keys of `AdapterConfig`, the commonest as `rank` and `alpha`.
+    """Return ranks and alphas as keys of `AdapterConfig`, the commonest as `rank` and `alpha`.
 
     Raises:
         AdapterError: If the tensors have other ranks than the configuration says.
@@ -234,7 +233,7 @@ def _commonest(values: Iterable[Number]) -> Number:
 
 
 def _targets(chosen: list[Projection], projections: list[Projection]) -> list[str]:
-    """The shortest targets that stand for the chosen projections and no others."""
+    """Return the shortest targets that select the chosen projections and no others."""
     names = [p.name for p in chosen]
     roles = [role for role in ROLES if any(p.role == role for p in chosen)]
     folded = dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modules.adapters import AdapterConfig, adapted_layers, attach, merge
-from modules.adapters.rounding import merge_rounding
+from modules.formats.rounding import merge_rounding
 
 if TYPE_CHECKING:
     from tests.modules.adapters.conftest import Backbone

@@ -1,4 +1,4 @@
-"""How far off an update is once the merged weight is written in a dtype of fewer bits."""
+"""Rounding error of an update once the merged weight is written in a dtype of fewer bits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Rounding(NamedTuple):
 def merge_rounding(model: nn.Module, dtype: torch.dtype) -> Rounding | None:
     """Measure ‖(cast(W + Δ) - cast(W)) - Δ‖ / ‖Δ‖ in the Frobenius norm, for Δ = s·B·A that is merged in float32.
 
-    It is 0 where the update comes through whole, and 1 where it is rounded away from a W that is held in the dtype
-    already. Over a W of more bits it can be larger: the roundings of W and of W + Δ then differ by more than Δ.
+    The error is 0 if the update survives whole, and 1 if it is rounded away from a W that has the dtype already. If W
+    has more bits, the error can be above 1: the roundings of W and of W + Δ then differ by more than Δ.
 
     Args:
         model: A model with adapters that are not merged; it is not changed.
-        dtype: What the merged weights are cast to.
+        dtype: Dtype that the merged weights are cast to.
 
     Returns:
         None for float32, in which nothing is rounded a second time, and for a model without updates.
@@ -43,7 +43,8 @@ def merge_rounding(model: nn.Module, dtype: torch.dtype) -> Rounding | None:
     squares: dict[str, tuple[float, float]] = {}  # of the error and of the update
     for name, layer in adapted_layers(model).items():
         update = layer.delta()
-        error = (layer.weight.float() + update).to(dtype).float() - layer.weight.to(dtype).float() - update
+        weight = layer.frozen.dense()
+        error = (weight.float() + update).to(dtype).float() - weight.to(dtype).float() - update
         norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
         if norm > 0:
             squares[name] = float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2, norm**2

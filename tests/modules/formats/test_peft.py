@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modules.adapter_files import write_peft_files
 from modules.adapters import AdapterConfig, AdapterError, adapter_state, attach, load_adapter_state
-from modules.adapters.peft_format import PREFIX, Heads, check_supported, to_peft
-from modules.adapters.peft_reading import PeftAdapter, from_peft
+from modules.formats.peft import PREFIX, Heads, check_supported, write_peft_files
+from modules.formats.peft_reading import PeftAdapter, from_peft
+from modules.formats.peft_writing import to_peft
 from tests.modules.adapters.conftest import BACKBONES, Backbone
 
 STARTS: dict[str, dict[str, Any]] = {

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.adapters import AdapterConfig, AdapterError, adapted_projections, adapter_state, attach, load_adapter_state
-from modules.adapters.compact import FILE_NAME, is_compact, load_compact, save_compact
 from modules.adapters.state import frozen_fingerprint
+from modules.formats.compact import FILE_NAME, is_compact, load_compact, save_compact
 
 if TYPE_CHECKING:
     from tests.modules.adapters.conftest import Backbone
@@ -242,8 +242,8 @@ def test_another_seed_is_refused(written: tuple[Path, nn.Module]) -> None:
         (lambda r: r.update(redrawn=[]), "AttributeError"),
         (lambda r: r["redrawn"].pop(NAME), "1 missing.*query.A"),
         (lambda r: r["redrawn"].update({"../\x1b[2J" + "x" * 10**6: r["redrawn"][NAME]}), r"1 unexpected.*\\x1b"),
-        (lambda r: r["adapter"].update(init_a="orthogonal"), "orthogonal.*none that can be drawn again"),
-        (lambda r: r["adapter"].update(train="both"), "none that can be drawn again"),
+        (lambda r: r["adapter"].update(init_a="orthogonal"), "orthogonal.*cannot be drawn again"),
+        (lambda r: r["adapter"].update(train="both"), "cannot be drawn again"),
         (lambda r: r["adapter"].update(rank=10**9), "rank.*exceeds"),
         (lambda r: r["adapter"].update(rank=3), "8 of another shape"),
         (lambda r: r["adapter"].update(rank="8"), "adapter.rank"),

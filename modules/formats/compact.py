@@ -1,9 +1,9 @@
-"""Compact files: the trained factor, and of the frozen one a recipe to draw it again.
+"""Compact files: the trained factor, and a recipe that draws the frozen factor again.
 
 A compact directory holds `adapter_compact.safetensors`, complete in itself. Its tensors are
 
 - `adapter.<projection>.A` and `.B`, the factors that are stored, float32 or bfloat16,
-- `head.<name>`, what was trained whole, by its name in the task's module,
+- `head.<name>`, tensors of modules that were trained whole, by their names in the task's module,
 
 and its metadata has, under `recipe`, a JSON object:
 
@@ -12,11 +12,11 @@ and its metadata has, under `recipe`, a JSON object:
   for each projection (`modules.adapters.patterns.exact_key`),
 - `redrawn`: for each projection whose frozen factor is not stored `{"shape": [rows, columns], "sha256": …}`, the digest
   being that of its float32 bytes, little-endian, row by row,
-- `frozen_fingerprint`: that of the backbone (`modules.adapters.state`); may be missing.
+- `frozen_fingerprint`: fingerprint of the backbone (`modules.adapters.state`); may be missing.
 
-A frozen factor is left out only if its initialiser is `signs`, which is reproducible by construction, and it is to the
-bit what the recipe draws. Loading draws it again and refuses any other digest. All else is stored, so that a compact
-file can always be loaded.
+A frozen factor is left out only if its initialiser is `signs`, which is reproducible by construction, and the factor is
+to the bit what the recipe draws. Loading draws the factor again and refuses any other digest. All other factors are
+stored, so that a compact file can always be loaded.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modules.adapters.config import AdapterConfig, AdapterError
+from modules.adapters.config import AdapterConfig, AdapterError, Projection
 from modules.adapters.init import Factor, sign_factor
 from modules.adapters.linear import check_rank
 from modules.adapters.patterns import exact_key, exact_patterns
-from modules.adapters.peft_format import WHERE
-from modules.adapters.roles import ROLES, Projection, find_projections, fused_layers, select
+from modules.adapters.roles import ROLES, find_projections, fused_layers, select
 from modules.adapters.state import adapted_projections, frozen_fingerprint
+from modules.formats.peft import WHERE
 
 FILE_NAME = "adapter_compact.safetensors"
 VERSION = 1
@@ -50,13 +50,13 @@ _AGAIN = "Get the file anew, or export the run again (--format peft stores both 
 
 
 class Compact(NamedTuple):
-    """What a compact file holds.
+    """Content of a compact file.
 
     Args:
         adapter: The adapter's configuration.
         factors: Both factors of every adapter under the names of `adapter_state`, float32.
-        heads: What was trained whole, under the names of the task's module, float32 where it is of floats.
-        fingerprint: That of the frozen weights that it was trained over; None if the file does not say.
+        heads: Tensors of modules that were trained whole, under the names of the task's module; floats as float32.
+        fingerprint: Fingerprint of the frozen weights of the training; None if the file has none.
     """
 
     adapter: AdapterConfig
@@ -66,12 +66,12 @@ class Compact(NamedTuple):
 
 
 def is_compact(path: Path) -> bool:
-    """Whether a directory is a compact one."""
+    """Return True if a directory holds a compact file."""
     return (path / FILE_NAME).is_file()
 
 
 def factor_digest(tensor: Tensor) -> str:
-    """sha256 of a factor's float32 bytes, little-endian, row by row."""
+    """Return the sha256 of a factor's float32 bytes, little-endian, row by row."""
     return hashlib.sha256(tensor.detach().cpu().numpy().astype("<f4").tobytes()).hexdigest()
 
 
@@ -86,12 +86,12 @@ def save_compact(
     Args:
         folder: An existing directory.
         model: A model with adapters.
-        config: What they were attached with.
-        heads: What was trained whole besides, by name.
-        dtype: Of what is stored, float32 or bfloat16. A factor that is drawn again is float32 in any case.
+        config: Configuration that the adapters were attached with.
+        heads: Tensors of modules that were trained whole, by name.
+        dtype: Dtype in the file, float32 or bfloat16. A factor that is drawn again is float32 in any case.
 
     Returns:
-        The projections whose frozen factor is left to be drawn again.
+        The projections whose frozen factor is not stored.
 
     Raises:
         AdapterError: If the model has no adapters, or for another dtype.
@@ -129,7 +129,7 @@ def save_compact(
 
 
 def _recipe_keys(config: AdapterConfig, projections: list[Projection]) -> dict[str, Any]:
-    """The configuration; without patterns where they are empty, so that older programs read the file."""
+    """Return the keys of the configuration, empty patterns left out, so that older programs read the file."""
     patterns = {
         "rank_pattern": exact_patterns({p.name: config.rank_of(p) for p in projections}, config.rank),
         "alpha_pattern": exact_patterns({p.name: config.alpha_of(p) for p in projections}, config.alpha),
@@ -142,7 +142,7 @@ def _init(config: AdapterConfig, factor: str) -> str:
 
 
 def _redraw(config: AdapterConfig, name: str, shape: Collection[int]) -> Tensor:
-    """The frozen factor that a configuration with `signs` gives a projection."""
+    """Return the frozen factor that a configuration with `signs` gives a projection."""
     factor: Factor = "B" if config.train == "A" else "A"
     return sign_factor(factor, max(shape), min(shape), config.seed, name)
 
@@ -151,19 +151,19 @@ def _redraw(config: AdapterConfig, name: str, shape: Collection[int]) -> Tensor:
 
 
 def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ()) -> Compact:
-    """Read a compact directory for a model; nothing in it is trusted.
+    """Read a compact directory for a model. The file is not trusted.
 
-    Names and shapes are compared with the model's before a tensor is read or drawn, so what a file claims of itself
-    never decides how much memory is taken. Targets that are patterns are not run, but replaced by names.
+    Names and shapes are compared with the model's before a tensor is read or drawn. So the file never decides how much
+    memory is taken. Targets that are patterns are replaced by names, and never matched.
 
     Args:
         path: The directory.
-        backbone: The model that it is to be loaded into, with or without adapters; it is not changed.
-        exclude: Names of its modules that take no adapter, as for `attach`.
+        backbone: The model that the adapter is for, with or without adapters; it is not changed.
+        exclude: Names of modules that take no adapter, as for `attach`.
 
     Raises:
-        AdapterError: If the file is damaged or no compact file, is of another model, or if a factor that is drawn again
-            has not the digest that the file says.
+        AdapterError: If the file is damaged, is no compact file or is of another model, or if a factor that is drawn
+            again has another digest than the file says.
     """
     file = f"{WHERE}: {path / FILE_NAME}"
     projections = find_projections(backbone, exclude)
@@ -195,7 +195,7 @@ def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ())
 
 
 def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], str | None]:
-    """The configuration, frozen factors and fingerprint that a file's metadata names, of the right types."""
+    """Return the configuration, the redrawn factors and the fingerprint of a file's metadata, of the right types."""
     problem = f"{file} is no compact file that this version reads"
     try:
         recipe = json.loads(text)
@@ -223,7 +223,7 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], s
         raise AdapterError(f"{problem} ({type(error).__name__}: {error}). {_AGAIN}") from error
     frozen = {"A": config.init_b, "B": config.init_a}.get(config.train)
     if redrawn and frozen != "signs":
-        raise AdapterError(f"{file}: its frozen factor ({frozen}) is none that can be drawn again. {_AGAIN}")
+        raise AdapterError(f"{file}: its frozen factor ({frozen}) cannot be drawn again. {_AGAIN}")
     return config, redrawn, fingerprint
 
 
@@ -235,7 +235,7 @@ def _check_factors(
     stored: Mapping[str, tuple[int, ...]],
     redrawn: Mapping[str, Any],
 ) -> dict[str, Projection]:
-    """The projections that a file has factors of, by name, once each factor is there and has the model's shape.
+    """Return the projections that a file has factors of, by name; check that each factor has the model's shape.
 
     Raises:
         AdapterError: With the names that are missing, unexpected or of another shape.
@@ -276,10 +276,12 @@ def _check_factors(
 def _targets(
     file: str, config: AdapterConfig, projections: list[Projection], names: list[str]
 ) -> tuple[list[str], int | None]:
-    """Targets and layers of a configuration if its targets are roles, and those of the named projections; else names.
+    """Return the targets and `layers` of a configuration if they are roles that select the named projections.
+
+    Otherwise the targets are the names of the projections.
 
     Raises:
-        AdapterError: If a layer is there both as a whole and in parts.
+        AdapterError: If a layer has an adapter as a whole and adapters of its parts.
     """
     by_name = [f"regex:{re.escape(name)}" for name in names]
     by_role = {*ROLES, "attention", "all"}.issuperset(config.targets)
@@ -292,15 +294,15 @@ def _targets(
 
 
 def _listed(names: list[str], most: int = 3) -> str:
-    """Names of a stranger, escaped and cut."""
+    """Return names from an untrusted file, escaped and cut."""
     return ", ".join(f"{name!r:.120}" for name in names[:most]) + (", …" if len(names) > most else "")
 
 
 def _read_tensor(file: str, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of a file, floats as float32.
+    """Return a tensor of a file, floats as float32.
 
     Raises:
-        AdapterError: For another dtype than is written, or values that are not finite.
+        AdapterError: For a dtype that no compact file has, or values that are not finite.
     """
     head = name.startswith("head.")
     if tensor.dtype not in DTYPES and not (head and not tensor.is_floating_point() and not tensor.is_complex()):

@@ -1,0 +1,40 @@
+"""The frozen weight W of an adapted layer: all that the equation, merging and the initialisers do with W."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class FrozenWeight(NamedTuple):
+    """A dense W (d_out, d_in). A weight that is stored otherwise needs a class with the same methods.
+
+    The class is a tuple of tensors, so that an autograd function can save `*weight` and build the weight again.
+    """
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that products with W have."""
+        return self.tensor.dtype
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x·Wᵀ + b, (n, d_out), for x (n, d_in)."""
+        return F.linear(x, self.tensor, bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """Return g·W, (n, d_in), the gradient to x for the gradient g (n, d_out); in the dtype of g."""
+        return grad @ self.tensor.to(grad.dtype)
+
+    def dense(self) -> Tensor:
+        """Return W as an ordinary tensor, not to be written to."""
+        return self.tensor
+
+    @torch.no_grad()
+    def add_(self, update: Tensor) -> None:
+        """Add an update (d_out, d_in) in place: in float32 or more, then rounded once to W's dtype."""
+        self.tensor.copy_(self.tensor.to(torch.promote_types(self.dtype, torch.float32)) + update)

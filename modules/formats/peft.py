@@ -1,0 +1,167 @@
+"""PEFT's LoRA files: their names, the keys that are supported, reading and writing. Pure torch, without PEFT.
+
+A PEFT directory has adapter_config.json and adapter_model.safetensors. Its tensors are `lora_A` (R, d_in) and `lora_B`
+(d_out, R) of each layer, and the modules that were trained whole (`modules_to_save`), all below `base_model.model.`.
+The update is alpha / R · B·A, or alpha / √R · B·A with `use_rslora`. `rank_pattern` and `alpha_pattern` name the layers
+whose R or alpha differs from the common one.
+
+PEFT knows no parts of a fused layer. `peft_writing` makes one LoRA of the parts. Its rank R is the sum of their ranks,
+with A stacked and B on a block diagonal (`modules.adapters.functional.block_diagonal`). Alpha grows so that the scale
+stays. Parts of different scales share the scale of the first part, and the B of each other part is multiplied.
+`peft_reading` takes such a B apart again, since the zeros of B say where the parts are. Any other LoRA of a fused layer
+becomes an adapter of the whole layer.
+
+vLLM ignores both patterns. It takes one rank and one scale for all layers, so it serves only adapters without patterns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modules.adapters import AdapterError
+from modules.adapters.config import Scaling
+
+Heads = dict[str, dict[str, Tensor]]  # tensors of modules that are trained whole, by the module's name and their own
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+WHERE = "model.adapter_path"
+
+# Keys of adapter_config.json that `peft_reading` reads.
+READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
+# Keys that do not change what the adapter computes.
+NO_MATTER = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
+    *("qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "runtime_config"),
+}
+# The values of init_lora_weights in PEFT 0.21.2, besides true, false and null. The first leave the base weights as they
+# are. PEFT subtracts the first B·A of the second from the base weights, and can undo that in what it saves.
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+SUBTRACTED_STARTS = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga")
+QUANTISED_STARTS = ("loftq",)  # the base weights are quantised, and B·A makes up for the error
+
+
+def alpha_at(scaling: Scaling, alpha: float, ratio: float) -> float:
+    """Return the alpha that keeps the scale when the rank is multiplied by a ratio."""
+    return alpha * (math.sqrt(ratio) if scaling == "rslora" else ratio)
+
+
+def read_peft_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read adapter_config.json and adapter_model.safetensors of a directory.
+
+    Raises:
+        AdapterError: If either file is missing or damaged.
+    """
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    if not config.is_file():
+        raise AdapterError(f"{WHERE}: {folder} has no {CONFIG}; give a directory as PEFT's save_pretrained writes it.")
+    if not weights.is_file():
+        pickled = f"; its {PICKLE} is not read, since a pickle can run code" if (folder / PICKLE).exists() else ""
+        raise AdapterError(
+            f"{WHERE}: {folder} has no {WEIGHTS}{pickled}. Load it with PEFT where you trust it, and save_pretrained "
+            "writes safetensors."
+        )
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterError(f"{WHERE}: {config} cannot be read as JSON ({error}). Get the file anew.") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{WHERE}: {config} holds no JSON object. Get the file anew.")
+    try:
+        return content, load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{WHERE}: {weights} cannot be read as safetensors ({error}): it is damaged, or cut off. Get the file anew."
+        ) from error
+
+
+def write_peft_files(
+    folder: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        folder: An existing directory.
+        content: Content of adapter_config.json.
+        tensors: Content of adapter_model.safetensors.
+        dtype: Dtype of the floating-point tensors in the file.
+    """
+    copies = {  # safetensors takes no tensors that share memory
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_supported(content: Mapping[str, Any]) -> None:
+    """Check that an adapter's configuration is supported.
+
+    Raises:
+        AdapterError: With the key of adapter_config.json and its value.
+    """
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{WHERE}: peft_type is {kind!r:.80}, and only LORA can be loaded; merge it with PEFT.")
+    numbers: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
+    for key, types in numbers.items():
+        value: Any = content.get(key)
+        if type(value) not in types or not 0 < value < 1e9:
+            raise AdapterError(f"{WHERE}: {key} of adapter_config.json is {value!r:.80}, not a number above 0.")
+    dropout = content.get("lora_dropout") or 0.0
+    if not isinstance(dropout, float | int) or isinstance(dropout, bool):
+        raise AdapterError(f"{WHERE}: lora_dropout of adapter_config.json is {dropout!r:.80}, not a number.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = content.get(key) or {}
+        if not (isinstance(patterns, dict) and all(type(v) in (int, float) and 0 < v < 1e9 for v in patterns.values())):
+            raise AdapterError(f"{WHERE}: {key} of adapter_config.json does not give names numbers above 0.")
+    _check_start(content.get("init_lora_weights", True))
+    if content.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{WHERE}: bias is {content['bias']!r:.80}, and only 'none' can be loaded; merge it with PEFT."
+        )
+    for key, value in content.items():
+        if value and key not in READ | NO_MATTER:
+            raise AdapterError(
+                f"{WHERE}: {key} ({value!r:.80}) is not supported here; merge the adapter with PEFT "
+                "and give the result as model.backbone. Delete the key if it changes nothing of what is computed."
+            )
+
+
+def _check_start(start: Any) -> None:
+    """Check that an adapter belongs to the published base weights: some starts change the weights.
+
+    Raises:
+        AdapterError: With the value, why, and what to do.
+    """
+    name = start.lower() if isinstance(start, str) else start
+    if name is None or isinstance(name, bool) or name in PLAIN_STARTS:
+        return
+    key = f"{WHERE}: init_lora_weights is {start!r:.80}"
+    if isinstance(name, str) and SUBTRACTED_STARTS.fullmatch(name):
+        raise AdapterError(
+            f"{key}, which changed the weights of the base model: PEFT subtracted the first B·A from them. Save the "
+            "adapter again as ordinary LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    if name in QUANTISED_STARTS:
+        raise AdapterError(
+            f"{key}, which changed the weights of the base model: PEFT quantised them. Merge the adapter with PEFT "
+            "into those weights, and give the result as model.backbone."
+        )
+    raise AdapterError(
+        f"{key}, which is not known here (known are true, false, {', '.join(PLAIN_STARTS)}). It may have changed the "
+        "weights of the base model. If it did not, set the key to true; if it did, merge the adapter with PEFT and "
+        "give the result as model.backbone."
+    )

@@ -1,0 +1,95 @@
+"""Write a model's adapters as PEFT's LoRA files; `modules.formats.peft` describes the format."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.adapters import AdaptedLinear, AdapterConfig, AdapterError, adapted_layers
+from modules.adapters.functional import block_diagonal
+from modules.adapters.patterns import name_endings, short_patterns
+from modules.formats.peft import PREFIX, Heads, alpha_at
+
+SAVED_FOR = {"SEQ_CLS": ("classifier", "score")}  # what PEFT adds to modules_to_save for a task, asked or not
+
+
+def to_peft(
+    model: nn.Module,
+    config: AdapterConfig,
+    state: Mapping[str, Tensor],
+    heads: Heads,
+    task_type: str | None = None,
+    base: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the adapters of a model as the content of PEFT's two files.
+
+    Args:
+        model: A model with adapters; only its names and shapes count.
+        config: Configuration that the adapters were attached with.
+        state: The factors, under the names of `adapter_state`.
+        heads: Tensors of the modules that are trained whole, by their names in the model that PEFT is to wrap.
+        task_type: PEFT's name of the task, `SEQ_CLS`.
+        base: Where the model's weights came from.
+
+    Returns:
+        The content of adapter_config.json, and the tensors by name.
+
+    Raises:
+        AdapterError: If PEFT, which goes by the ends of names, would take another module for one that is trained whole.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for layer, adapted in adapted_layers(model).items():
+        parts = [f.projection for f in adapted.factors()]
+        a, b = _stacked(layer, adapted, state)
+        tensors |= {f"{PREFIX}{layer}.lora_A.weight": a, f"{PREFIX}{layer}.lora_B.weight": b}
+        ranks[layer] = a.shape[0]
+        alphas[layer] = alpha_at(config.scaling, config.alpha_of(parts[0]), a.shape[0] / config.rank_of(parts[0]))
+    for home, content in heads.items():
+        tensors |= {f"{PREFIX}{home}.{name}": tensor for name, tensor in content.items()}
+    others = [n for n, _ in model.named_modules() if n and ".adapters" not in n and not _within(n, heads)]
+    if taken := [n for n in others if f"{PREFIX}{n}".endswith(tuple(heads))]:
+        raise AdapterError(f"PEFT would train {taken[0]} whole too: its name ends as one of {', '.join(heads)} does.")
+    if any(f"{PREFIX}{n}".endswith(ending) for n in others for ending in SAVED_FOR.get(task_type or "", ())):
+        task_type = None
+    rank = next(iter(ranks.values())) if len(set(ranks.values())) == 1 else config.rank
+    alpha = next(iter(alphas.values())) if len(set(alphas.values())) == 1 else config.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": config.dropout,
+        "use_rslora": config.scaling == "rslora",
+        "target_modules": name_endings(list(ranks), others) or sorted(ranks),
+        "rank_pattern": short_patterns(ranks, rank),
+        "alpha_pattern": {key: _whole(value) for key, value in short_patterns(alphas, alpha).items()},
+        "modules_to_save": list(heads) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }, tensors
+
+
+def _stacked(layer: str, adapted: AdaptedLinear, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return A (R, d_in) and B (d_out, R) of a whole layer at the scale of its first part."""
+    parts, scale = adapted.factors(), adapted.scale
+    a, b = ([state[f"{layer}.adapters.{f.projection.role}.{factor}"] for f in parts] for factor in "AB")
+    b = [own if f.scale == scale else f.scale / scale * own for f, own in zip(parts, b, strict=True)]
+    rows = [(f.projection.start, f.projection.stop) for f in parts]
+    return torch.cat(a), block_diagonal(rows, b, adapted.out_features)
+
+
+def _whole(alpha: float) -> float:
+    """Return a whole alpha as an int, as PEFT declares it."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _within(name: str, roots: Collection[str]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
