@@ -420,7 +420,7 @@ def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
         axes.set_yticks(range(len(of_factor)), of_factor["group"])
         axes.set_ylim(len(of_factor) - 0.4, -0.6)
         axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
-        axes.set_xlim(left=0)
+    panels[-1].set_xlim(left=0)  # after all panels are drawn, since it fixes the right end
     panels[-1].set_xlabel("similarity")
     return figure
 
