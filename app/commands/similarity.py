@@ -1,4 +1,4 @@
-"""Compare the subspaces that A and B of several runs have learnt, beside the similarity that chance gives."""
+"""Compare the subspaces that A and B of several runs have learnt, with chance level and permutation interval."""
 
 from __future__ import annotations
 

@@ -14,14 +14,17 @@ import torch
 from jsonargparse import ArgumentError
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
+from torch import Tensor
 
 from app.commands.finished_runs import FACTORS, Factor, FinishedRun, block_names, runs_table, shown_runs
 from app.report import FILE, Report, figure_style, new_figure
 from modules.analysis.similarity import (
-    SubspacePair,
-    chance_interval,
+    chance_level,
+    cross_similarities,
     jackknife_error,
     orthonormal_basis,
+    permuted_means,
+    random_orders,
     subspace_similarity,
 )
 
@@ -33,6 +36,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MOST_GROUPS = 8
 MOST_ANNOTATED = 12  # runs in a heat map with numbers in its cells
 LEVEL = 0.95
+PERMUTATIONS = 1000
 ALMOST = 0.05  # share of the similarity above chance
 FACTS = ("state", "start", "data", "variant")  # by which pairs of runs are grouped
 
@@ -44,61 +48,73 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
     """Return all numbers as tidy tables.
 
     Returns:
-        `runs`, with the mean similarity of each trained factor to its own random start; `similarity`, a row a pair of
-        runs, factor and projection; `pairs`, means over projections; `groups`, means over pairs that share the same
-        facts.
+        `runs`: with the mean similarity of each trained factor to its own random start. `similarity`: one row for each
+        pair of runs, factor and projection. `pairs`: means over projections, and in `permuted` the means after each
+        permutation. `groups`: means over pairs that share the same facts.
 
     Raises:
         ArgumentError: If the runs adapt no projection in common.
     """
     names = _common_projections(runs)
-    bases = {
-        (run.label, factor, name): orthonormal_basis(run.factors[name].columns(factor))
-        for run in runs
-        for factor in FACTORS
-        for name in names
-    }
-    rows: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = []
     blocks = block_names(names)
-    for first, second in combinations(runs, 2):
-        for factor in FACTORS:
-            facts = pair_facts(first, second, factor)
+    roles = [runs[0].factors[name].projection.role for name in names]
+    where = {"projection": names, "block": [blocks[name] for name in names], "role": roles}
+    rows: list[pd.DataFrame] = []
+    pairs: list[dict[str, Any]] = []
+    for factor in FACTORS:
+        bases = {run.label: [orthonormal_basis(run.factors[name].columns(factor)) for name in names] for run in runs}
+        ranks = {label: [basis.shape[1] for basis in own] for label, own in bases.items()}
+        dimensions = [basis.shape[0] for basis in bases[runs[0].label]]
+        kinds = [f"{role} {dimension}" for role, dimension in zip(roles, dimensions, strict=True)]
+        orders = {run.label: random_orders(kinds, PERMUTATIONS, seed) for seed, run in enumerate(runs)}
+        for first, second in combinations(runs, 2):
             key = {"first": first.label, "second": second.label, "factor": factor}
-            found = []
-            for name in names:
-                x, y = bases[first.label, factor, name], bases[second.label, factor, name]
-                if x.shape[1] and y.shape[1]:
-                    sizes = SubspacePair(x.shape[0], x.shape[1], y.shape[1])
-                    found.append((name, sizes, subspace_similarity(x, y)))
-            rows += [
+            sizes = {"dimension": dimensions, "rank_first": ranks[first.label], "rank_second": ranks[second.label]}
+            similarities = _within_kinds(bases[first.label], bases[second.label], kinds)
+            found = pd.DataFrame(
                 {
                     **key,
-                    "projection": name,
-                    "block": blocks[name],
-                    "role": first.factors[name].projection.role,
-                    "dimension": sizes.dimension,
-                    "rank_first": sizes.first,
-                    "rank_second": sizes.second,
-                    "similarity": value,
-                    "chance": sizes.chance,
+                    **where,
+                    **sizes,
+                    "similarity": similarities.diagonal().numpy(),
+                    "chance": [chance_level(*size) for size in zip(*sizes.values(), strict=True)],
                 }
-                for name, sizes, value in found
-            ]
-            if found:
-                values = np.array([value for *_, value in found])
-                pairs.append({**key, **facts, **_over_projections(values), **_chance([s for _, s, _ in found])})
-            else:
+            )
+            found = found.dropna(subset="similarity")  # of zero factors
+            if found.empty:
                 _log.warning(
                     f"{factor} of run {first.label} or {second.label} is zero everywhere. The pair is skipped."
                 )
+                continue
+            rows.append(found)
+            permuted = permuted_means(similarities, orders[first.label], orders[second.label]).numpy()
+            pairs.append(
+                {
+                    **key,
+                    **pair_facts(first, second, factor),
+                    **_over_projections(found["similarity"].to_numpy()),
+                    "chance": found["chance"].mean(),
+                    **_permutation_interval(permuted),
+                    "permuted": permuted,
+                }
+            )
     frame = pd.DataFrame(pairs)
     return {
         "runs": _with_own_starts(runs, names),
-        "similarity": pd.DataFrame(rows),
+        "similarity": pd.concat(rows, ignore_index=True),
         "pairs": frame,
-        "groups": _groups(frame, pd.DataFrame(rows)),
+        "groups": _groups(frame),
     }
+
+
+def _within_kinds(first: Sequence[Tensor], second: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
+    """Return the similarity of each projection of one run with each of its kind in another, (n, n); NaN elsewhere."""
+    found = torch.full((len(kinds), len(kinds)), math.nan, dtype=torch.float64)
+    for kind in set(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        values = cross_similarities([first[i] for i in members], [second[i] for i in members])
+        found[torch.tensor(members)[:, None], members] = values
+    return found
 
 
 def _common_projections(runs: Sequence[FinishedRun]) -> list[str]:
@@ -149,14 +165,15 @@ def _interval(mean: float, error: float, freedom: int) -> dict[str, float]:
     return {"low": float(low), "high": float(high)}
 
 
-def _chance(sizes: Sequence[SubspacePair]) -> dict[str, float]:
-    """Return the mean similarity of random subspaces of the same sizes, and the interval of chance around it."""
-    low, high = chance_interval(sizes, LEVEL)
-    return {"chance": sum(size.chance for size in sizes) / len(sizes), "chance_low": low, "chance_high": high}
+def _permutation_interval(permuted: np.ndarray) -> dict[str, float]:
+    """Return the interval of the permuted means; NaN where no permutation changes the mean."""
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(permuted, [tail, 1 - tail]) if np.ptp(permuted) else (math.nan, math.nan)
+    return {"permutation_low": float(low), "permutation_high": float(high)}
 
 
-def _groups(pairs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean over the pairs of each group, with an interval over runs and the interval of chance.
+def _groups(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over the pairs of each group, with the columns of `_summary`.
 
     Of the facts, those that are the same for all pairs of a factor do not name a group.
     """
@@ -167,24 +184,27 @@ def _groups(pairs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
             name = ", ".join(keys)
             if {"frozen", "same start"} <= set(keys):
                 name += " (equal by construction)"
-            found.append({"factor": factor, "group": name, **_summary(group, rows), **dict.fromkeys(FACTS, "")})
+            found.append({"factor": factor, "group": name, **_summary(group), **dict.fromkeys(FACTS, "")})
             found[-1] |= {fact: group[fact].iloc[0] for fact in varying}
     frame = pd.DataFrame(found)
     return frame.sort_values(["factor", "similarity"], ascending=[True, False], ignore_index=True)
 
 
-def _summary(pairs: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
-    """Return the mean over pairs of one factor, its interval over runs, and the interval of chance."""
+def _summary(pairs: pd.DataFrame) -> dict[str, Any]:
+    """Return the mean over pairs of one factor, its interval over runs, chance level and permutation interval."""
     labels = sorted(set(pairs["first"]) | set(pairs["second"]))
     numbers = {label: index for index, label in enumerate(labels)}
     first, second = (torch.tensor([numbers[label] for label in pairs[side]]) for side in ("first", "second"))
     values = torch.tensor(pairs["similarity"].to_numpy())
     mean = float(values.mean())
-    error = jackknife_error(values, first, second)
-    chosen = rows.merge(pairs[["first", "second", "factor"]], on=["first", "second", "factor"])
-    sizes = [SubspacePair(*size) for size in chosen[["dimension", "rank_first", "rank_second"]].itertuples(index=False)]
-    counts = {"pairs": len(pairs), "runs": len(labels)}
-    return {**counts, "similarity": mean, **_interval(mean, error, len(labels) - 1), **_chance(sizes)}
+    return {
+        "pairs": len(pairs),
+        "runs": len(labels),
+        "similarity": mean,
+        **_interval(mean, jackknife_error(values, first, second), len(labels) - 1),
+        "chance": pairs["chance"].mean(),
+        **_permutation_interval(np.mean(pairs["permuted"].tolist(), axis=0)),
+    }
 
 
 def _with_own_starts(runs: Sequence[FinishedRun], names: Sequence[str]) -> pd.DataFrame:
@@ -224,7 +244,7 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
         "al. 2024, figure 1)."
     )
     report.add_heading("Does A's similarity vanish when A starts from different seeds?")
-    for text in answers(pairs, tables["similarity"], tables["runs"]):
+    for text in answers(pairs, tables["runs"]):
         report.add_paragraph(text)
     report.add_table("Runs", shown_runs(runs, _rounded(tables["runs"])))
     report.add_heading("By what two runs share")
@@ -232,44 +252,47 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
         "groups",
         _groups_figure(pairs, groups),
         "Mean similarity of A and of B, by what two runs share",
-        "A small dot is a pair of runs, a large dot the mean of its group with its 95 % interval over runs, and the "
-        "grey bar the 95 % interval of random subspaces. Look for groups whose interval reaches the grey bar: what "
-        "these runs do not share decides the similarity.",
+        "A small dot is a pair of runs, a large dot the mean of its group with its 95 % interval over runs, a black "
+        "tick the chance level, and a grey bar the 95 % permutation interval. Look for large dots to the right of "
+        "their grey bar (the layers of two runs agree one by one) and for grey bars to the right of their tick (all "
+        "layers share directions).",
     )
-    report.add_table("Groups of pairs", _groups_table(groups))
+    report.add_table("Groups of pairs", _groups_table(groups), ["group"])
+    report.add_paragraph(
+        "The permutation interval holds 95 % of the means after the blocks of every run are shuffled within each role. "
+        "Shuffling destroys what the same layer of two runs has in common. This interval needs two adapted blocks. The "
+        "interval over runs leaves out one run at a time (jackknife), since pairs that share a run are not "
+        "independent. This interval needs three runs."
+    )
     report.add_heading("By pair and by layer")
     report.add_figure(
         "pairs",
         _pairs_figure(runs, pairs),
         "Similarity of every two runs, mean over projections",
-        "A cell compares the runs of its row and its column, and the title of each panel has the similarity that "
-        "chance gives. Look for blocks of bright cells, and read in the names of "
-        "the runs what they share.",
+        "A cell compares the runs of its row and its column, and the title of each panel has the chance level. Look "
+        "for blocks of bright cells, and read in the names of the runs what they share.",
     )
     report.add_figure(
         "layers",
         _layers_figure(pairs, groups, tables["similarity"]),
         "Mean similarity of A and of B, by block and by what two runs share",
-        "A line is the mean over the pairs of a group and the projections of a block, and the grey band the 95 % "
-        "interval of random subspaces for one pair. Look for depths at which a line leaves the grey band.",
+        "A line is the mean over the pairs of a group and the projections of a block, and the grey line the chance "
+        "level. Look for depths at which a line leaves the grey line.",
     )
     report.add_paragraph(
-        "Intervals over runs leave out one run at a time (jackknife), since pairs that share a run are not "
-        "independent. "
-        "A group needs three runs for an interval. All numbers are in the Parquet files beside this page: "
-        "similarity.parquet by projection, pairs.parquet by pair with an interval over projections, groups.parquet by "
-        "group."
+        "All numbers are in the Parquet files beside this page: similarity.parquet by projection, pairs.parquet by "
+        "pair with an interval over projections and the permuted means, groups.parquet by group."
     )
     return report
 
 
-def answers(pairs: pd.DataFrame, rows: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+def answers(pairs: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     """Return sentences that answer the paper's questions from the numbers."""
     trained = pairs[(pairs["factor"] == "A") & (pairs["state"] == "trained")]
     other, same = (trained[trained["start"] == start] for start in ("other start", "same start"))
-    found = [_verdict(other, same, rows)]
+    found = [_verdict(other, same)]
     if other["data"].nunique() > 1:
-        found.append(f"From different starts, A has {_by_data(other, rows)}.")
+        found.append(f"From different starts, A has {_by_data(other)}.")
     own = runs["A to its start"].dropna()
     if len(own):
         counted = f"{len(own)} run{'s' * (len(own) > 1)}"
@@ -278,35 +301,38 @@ def answers(pairs: pd.DataFrame, rows: pd.DataFrame, runs: pd.DataFrame) -> list
         )
     learnt = pairs[(pairs["factor"] == "B") & (pairs["state"] == "trained") & (pairs["start"] == "both from zero")]
     if len(learnt):
-        found.append(f"B, trained from zero in both runs, has {_by_data(learnt, rows)}.")
+        found.append(f"B, trained from zero in both runs, has {_by_data(learnt)}.")
     return found
 
 
-def _by_data(pairs: pd.DataFrame, rows: pd.DataFrame) -> str:
+def _by_data(pairs: pd.DataFrame) -> str:
     groups = {"same data": "the same data", "other data": "different data"}
     words = [
-        f"{_in_words(group, rows)} for {words}"
+        f"{_in_words(group)} for {words}"
         for data, words in groups.items()
         if len(group := pairs[pairs["data"] == data])
     ]
     return f"a mean similarity of {' and '.join(words)}"
 
 
-def _verdict(other: pd.DataFrame, same: pd.DataFrame, rows: pd.DataFrame) -> str:
+def _verdict(other: pd.DataFrame, same: pd.DataFrame) -> str:
     """Answer whether the similarity of A vanishes, from pairs of runs that train A from other starts and the same."""
-    beside = f" From the same start it is {_in_words(same, rows)}." if len(same) else ""
+    beside = f" From the same start it is {_in_words(same)}." if len(same) else ""
     if other.empty:
         return (
             "These runs cannot tell: no two of them train A from different random starts. Give runs with "
             "model.adapter.train both and several values of model.adapter.seed." + beside
         )
-    found = _summary(other, rows)
-    chance = f"{found['chance']:.3f} (95 % interval {found['chance_low']:.3f} to {found['chance_high']:.3f})"
-    text = f"trained from different starts, A has a mean similarity of {_in_words(other, rows)}. Chance is {chance}."
-    if found["similarity"] <= found["chance_high"]:
+    found = _summary(other)
+    low, high = found["permutation_low"], found["permutation_high"]
+    text = f"trained from different starts, A has a mean similarity of {_in_words(other)}. "
+    text += f"The chance level is {found['chance']:.3f}."
+    text += "" if math.isnan(low) else f" With blocks permuted, 95 % of means lie between {low:.3f} and {high:.3f}."
+    limit = high if low <= found["chance"] else found["chance"]  # else all blocks are alike, beyond chance
+    if found["similarity"] <= limit:
         return f"Yes: {text}{beside}"
-    if found["low"] <= found["chance_high"]:
-        return f"Yes, as far as these runs can tell: {text} The two intervals overlap.{beside}"
+    if found["low"] <= limit:
+        return f"Yes, as far as these runs can tell: {text} The interval over runs reaches chance.{beside}"
     if math.isnan(found["low"]):
         text += " These runs are too few for an interval over runs."
     if same.empty:
@@ -316,8 +342,8 @@ def _verdict(other: pd.DataFrame, same: pd.DataFrame, rows: pd.DataFrame) -> str
     return f"{'Almost' if left < ALMOST else 'Not entirely'}: {text}{beside}"
 
 
-def _in_words(pairs: pd.DataFrame, rows: pd.DataFrame) -> str:
-    summary = _summary(pairs, rows)
+def _in_words(pairs: pd.DataFrame) -> str:
+    summary = _summary(pairs)
     several = len(pairs) > 1
     interval = "" if math.isnan(summary["low"]) else f"95 % interval {summary['low']:.3f} to {summary['high']:.3f}; "
     return f"{summary['similarity']:.3f} ({interval}{len(pairs)} pair{'s' * several} of {summary['runs']} runs)"
@@ -333,22 +359,19 @@ def _number(value: float) -> str:
 
 
 def _groups_table(groups: pd.DataFrame) -> pd.DataFrame:
-    interval = [
-        "" if math.isnan(low) else f"{low:.3f}–{high:.3f}"
-        for low, high in zip(groups["low"], groups["high"], strict=True)
-    ]
-    chance = [
-        f"{mean:.3f} ({low:.3f}–{high:.3f})"
-        for mean, low, high in groups[["chance", "chance_low", "chance_high"]].itertuples(index=False)
-    ]
+    def interval(kind: str) -> list[str]:
+        limits = zip(groups[f"{kind}low"], groups[f"{kind}high"], strict=True)
+        return ["" if math.isnan(low) else f"{low:.3f}–{high:.3f}" for low, high in limits]
+
     return pd.DataFrame(
         {
             "factor": groups["factor"],
             "group": groups["group"],
             "pairs": groups["pairs"],
             "similarity": groups["similarity"].map(_number),
-            "95 % interval over runs": interval,
-            "chance (95 %)": chance,
+            "chance level": groups["chance"].map(_number),
+            "95 % permutation interval": interval("permutation_"),
+            "95 % interval over runs": interval(""),
         }
     )
 
@@ -357,11 +380,9 @@ def _groups_table(groups: pd.DataFrame) -> pd.DataFrame:
 
 
 def _chance_title(factor: str, pairs: pd.DataFrame) -> str:
-    """Name a panel by its factor, and by the range that the chance intervals of its pairs span."""
-    own = pairs[pairs["factor"] == factor]
-    means = sorted({f"{chance:.3f}" for chance in own["chance"]})
-    mean = means[0] if len(means) == 1 else f"{means[0]} to {means[-1]}"
-    return f"{factor}: chance {mean} (95 %: {own['chance_low'].min():.3f} to {own['chance_high'].max():.3f})"
+    """Name a panel by its factor and the chance levels of its pairs."""
+    levels = sorted({f"{chance:.3f}" for chance in pairs.loc[pairs["factor"] == factor, "chance"]})
+    return f"{factor}: chance level {' to '.join(dict.fromkeys(levels[:1] + levels[-1:]))}"
 
 
 def _shown_groups(groups: pd.DataFrame, factor: str) -> pd.DataFrame:
@@ -389,17 +410,17 @@ def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
         panels = figure.subplots(2, 1, sharex=True, height_ratios=sizes)
     for axes, (factor, of_factor) in zip(panels, shown.items(), strict=True):
         for row, group in enumerate(of_factor.itertuples()):
-            width = group.chance_high - group.chance_low
-            axes.barh(row, width, left=group.chance_low, height=0.8, color="#888888", edgecolor="#888888", linewidth=2)
+            limits = (group.permutation_low, group.permutation_high)
+            axes.fill_betweenx([row - 0.4, row + 0.4], *limits, color="#b0b0b0", lw=2)
+            axes.plot([group.chance] * 2, [row - 0.4, row + 0.4], color="black", lw=1.5)
             values = _members(pairs, group)["similarity"]
             axes.plot(values, [row] * len(values), "o", color=COLOURS[0], alpha=0.35, markersize=4)
-            limits = [[group.similarity - group.low], [group.high - group.similarity]]
-            reach = None if math.isnan(group.low) else limits
+            reach = [[group.similarity - group.low], [group.high - group.similarity]]
             axes.errorbar(group.similarity, row, xerr=reach, fmt="o", color=COLOURS[1], markersize=7, capsize=4)
         axes.set_yticks(range(len(of_factor)), of_factor["group"])
         axes.set_ylim(len(of_factor) - 0.4, -0.6)
         axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
-        axes.set_xlim(-0.02, 1.02)
+    panels[-1].set_xlim(left=0)  # after all panels are drawn, since it fixes the right end
     panels[-1].set_xlabel("similarity")
     return figure
 
@@ -447,8 +468,7 @@ def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame
         panels = figure.subplots(2, 1, sharex=True)
     for axes, factor in zip(panels, FACTORS, strict=True):
         own = rows[rows["factor"] == factor]
-        limits = [_block_chance(own[own["block"] == block]) for block in blocks]
-        axes.fill_between(range(len(blocks)), *zip(*limits, strict=True), color="#888888", alpha=0.4, lw=0, step="mid")
+        axes.plot(range(len(blocks)), own.groupby("block")["chance"].mean().reindex(blocks), color="#888888", lw=4)
         for index, group in enumerate(_shown_groups(groups, factor).itertuples()):
             members = _members(pairs, group)[["first", "second", "factor"]]
             mean = own.merge(members).groupby("block")["similarity"].mean().reindex(blocks)
@@ -464,23 +484,9 @@ def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame
             )
         axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
         axes.set_ylabel("similarity")
-        axes.set_ylim(-0.02, 1.02)
+        axes.set_ylim(bottom=0)
         with figure_style():
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     panels[-1].set_xticks(range(len(blocks)), blocks, rotation=90 if max(map(len, blocks)) > 3 else 0)
     panels[-1].set_xlabel("block")
     return figure
-
-
-def _block_chance(rows: pd.DataFrame) -> tuple[float, float]:
-    """Return the interval of chance of the projections of one block, the widest over pairs of other ranks."""
-    if rows.empty:
-        return math.nan, math.nan
-    limits = [
-        chance_interval([SubspacePair(*size) for size in sizes])
-        for sizes in {
-            tuple(map(tuple, pair[["dimension", "rank_first", "rank_second"]].to_numpy().tolist()))
-            for _, pair in rows.groupby(["first", "second"])
-        }
-    ]
-    return min(low for low, _ in limits), max(high for _, high in limits)

@@ -21,6 +21,7 @@ from app.sweep.statistics import PairedDifference
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vP*"
 PANEL = 7  # variants in one pair of axes; more go to a second one with the same scales
+COLUMNS = 3  # panels side by side, where each variant has its own
 FOREST = 15  # rows of a forest plot; with more pairs, it shows those with the best variant
 
 
@@ -91,38 +92,34 @@ def response(outcome: Outcome, key: str) -> Figure | None:
 
 
 def curves(outcome: Outcome) -> Figure | None:
-    """Draw the selecting metric by step at the chosen points, or return None without a curve."""
-    metric = outcome.facts.metric
-    scale = outcome.scale(metric)
-    bands = {variant: band for variant in outcome.variants if not (band := _band(outcome, variant)).empty}
-    if not bands:
+    """Draw the selecting metric by step at the chosen points, or return None without a curve.
+
+    Each variant has a panel: its seeds as thin lines, their mean as a thick line, and the means of all others in grey.
+    """
+    scale = outcome.scale(outcome.facts.metric)
+    seeds = {variant: drawn for variant in outcome.variants if not (drawn := _seed_curves(outcome, variant)).empty}
+    if not seeds:
         return None
-    figure, panels = _panels(list(bands))
-    ends = pd.concat([band["mean"] for band in bands.values()]) * scale.factor
-    for axes, variants in panels:
-        for variant in variants:
-            band = bands[variant]
-            axes.fill_between(
-                band.index,
-                band["min"] * scale.factor,
-                band["max"] * scale.factor,
-                color=color(outcome, variant),
-                alpha=0.13,
-                lw=0,
-            )
-            axes.plot(
-                band.index,
-                band["mean"] * scale.factor,
-                label=variant,
-                color=color(outcome, variant),
-                marker=marker(outcome, variant),
-                ms=5,
-                lw=1.6,
-            )
-        axes.set_ylim(*sorted(_limits(ends, scale.higher_is_better)))
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(f"{scale.name}\n({scale.direction})")
-    _legend(figure, panels)
+    means = {variant: drawn.mean(axis=1) for variant, drawn in seeds.items()}
+    rows = -(-len(seeds) // COLUMNS)
+    figure = new_figure(9, 0.7 + 2.3 * rows)
+    with figure_style():
+        panels = figure.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True).flatten()
+    for axes, variant in zip(panels, seeds, strict=False):
+        tint = color(outcome, variant)
+        for other in means:
+            if other != variant:
+                axes.plot(means[other], color="#c4c4c4", lw=1.2, zorder=1)
+        for _, curve in seeds[variant].items():
+            axes.plot(curve.dropna(), color=tint, alpha=0.55, lw=0.8)
+        axes.plot(means[variant], color=tint, marker=marker(outcome, variant), ms=5, lw=2.2)
+        axes.set_title(variant, color=tint, fontsize=10, fontweight="bold", loc="left")
+        axes.xaxis.set_tick_params(labelbottom=True)
+    for axes in panels[len(seeds) :]:
+        axes.set_axis_off()
+    panels[0].set_ylim(*sorted(_limits(pd.concat(seeds).stack().dropna(), scale.higher_is_better)))
+    figure.supxlabel("optimizer step", fontsize=10)
+    figure.supylabel(f"{scale.name} ({scale.direction})", fontsize=10)
     return figure
 
 
@@ -268,8 +265,9 @@ def _limits(values: pd.Series[float], higher_is_better: bool) -> tuple[float, fl
     return (end - margin, best + margin) if higher_is_better else (end + margin, best - margin)
 
 
-def _band(outcome: Outcome, variant: str) -> pd.DataFrame:
-    """Return mean, lowest and highest value by step over the seeds of the chosen point, confirmed ones if any."""
+def _seed_curves(outcome: Outcome, variant: str) -> pd.DataFrame:
+    """Return values by step, a column for each seed of the chosen point: of the confirmed seeds if there are any."""
+    scale = outcome.scale(outcome.facts.metric)
     for phase in ("confirm", "select"):
         trials = outcome.at_choice(variant, phase)
         series = [
@@ -281,7 +279,7 @@ def _band(outcome: Outcome, variant: str) -> pd.DataFrame:
         ]
         if series:
             joined = pd.concat([one[~one.index.duplicated(keep="last")] for one in series], axis=1).sort_index()
-            return joined.replace([np.inf, -np.inf], np.nan).agg(["mean", "min", "max"], axis=1)
+            return joined.replace([np.inf, -np.inf], np.nan).dropna(how="all") * scale.factor
     return pd.DataFrame()
 
 

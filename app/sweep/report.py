@@ -244,8 +244,9 @@ def _add_curves(report: Report, outcome: Outcome) -> None:
         "curves",
         picture,
         f"{outcome.facts.metric} by optimizer step at the chosen points",
-        "Lines are means over seeds (the confirmed ones where there are any), bands reach from the worst to the best "
-        "seed. Look for lines that still improve at the end, where more training would change the comparison.",
+        "Each panel shows one variant: thin lines are its seeds (the confirmed ones where there are any), the thick "
+        "line is their mean, and grey lines are the means of the other variants. Look for thick lines that still "
+        "improve at the end, where more training would change the comparison.",
     )
 
 

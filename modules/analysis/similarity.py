@@ -1,42 +1,29 @@
-"""Similarity of the subspaces that two runs have learnt, and the similarity that chance gives.
+"""Similarity of the subspaces that two runs have learnt, with its chance level and a permutation interval.
 
 The row space of A and the column space of B are unchanged by B·A = (B·C)·(C⁻¹·A), and so is their similarity.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-CHUNK = 1 << 24  # entries of the Gaussian matrices that are drawn at a time
 
+def chance_level(dimension: int, first: int, second: int) -> float:
+    """Return the expected similarity of two independent random subspaces of one space, each of uniform direction.
 
-class SubspacePair(NamedTuple):
-    """Sizes of two subspaces of one space.
+    E[U_X·U_Xᵀ] is (r_x/d)·I, as no direction is preferred. So E‖U_Yᵀ·U_X‖²_F = Tr[U_Yᵀ·(r_x/d)·U_Y] = r_x·r_y/d.
+    Division by min(r_x, r_y) leaves max(r_x, r_y)/d, which is r/d for equal ranks.
 
     Args:
-        dimension: Of the space, d.
-        first: Of one subspace, at least 1.
-        second: Of the other subspace, at least 1.
+        dimension: Dimension d of the space.
+        first: Rank r_x of one subspace, at least 1.
+        second: Rank r_y of the other subspace, at least 1.
     """
-
-    dimension: int
-    first: int
-    second: int
-
-    @property
-    def chance(self) -> float:
-        """Expected similarity of random subspaces, uniform over all of their size and independent of one another.
-
-        E[U_X·U_Xᵀ] is (r_x/d)·I, as no direction is preferred. So E‖U_Yᵀ·U_X‖²_F = Tr[U_Yᵀ·(r_x/d)·U_Y] = r_x·r_y/d,
-        and dividing by min(r_x, r_y) leaves max(r_x, r_y)/d.
-        """
-        return max(self.first, self.second) / self.dimension
+    return max(first, second) / dimension
 
 
 @torch.no_grad()
@@ -54,7 +41,6 @@ def orthonormal_basis(tall: Tensor) -> Tensor:
     return u[:, s > s[0] * max(tall.shape) * torch.finfo(torch.float32).eps]
 
 
-@torch.no_grad()
 def subspace_similarity(x: Tensor, y: Tensor) -> float:
     """Return ‖U_Yᵀ·U_X‖²_F / min(r_x, r_y), the mean squared cosine of the principal angles between two subspaces.
 
@@ -67,60 +53,65 @@ def subspace_similarity(x: Tensor, y: Tensor) -> float:
     Returns:
         A number in [0, 1]: 1 if one subspace lies within the other, 0 if they are orthogonal, NaN if either is empty.
     """
-    smaller = min(x.shape[1], y.shape[1])
-    if smaller == 0:
-        return float("nan")
-    return min(float((y.T @ x).square().sum()) / smaller, 1.0)
+    return float(cross_similarities([x], [y]))
 
 
-@lru_cache(maxsize=256)
-def random_similarities(pair: SubspacePair, draws: int, seed: int) -> Tensor:
-    """Draw similarities of random subspaces.
-
-    The larger subspace may be fixed as the first coordinates, since the other subspace is uniform (Haar): the
-    orthonormal basis of a Gaussian matrix.
+@torch.no_grad()
+def cross_similarities(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Return the similarity of each subspace in x with each subspace in y.
 
     Args:
-        pair: Sizes of the subspaces.
-        draws: Number of similarities.
-        seed: Of the random numbers.
+        x: n bases with orthonormal columns, each (d, its rank).
+        y: m bases of the same space.
 
     Returns:
-        (draws,) float64.
+        (n, m), with the entries of `subspace_similarity`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    smaller, larger = sorted((pair.first, pair.second))
-    found = []
-    at_a_time = max(1, CHUNK // (pair.dimension * smaller))
-    for start in range(0, draws, at_a_time):
-        size = (min(at_a_time, draws - start), pair.dimension, smaller)
-        bases = torch.linalg.qr(torch.randn(size, generator=generator)).Q  # (n, d, smaller)
-        found.append(bases[:, :larger].double().square().sum((1, 2)) / smaller)
-    return torch.cat(found)
+    padded = pad_sequence([basis.T for basis in y], batch_first=True)  # (m, largest rank, d)
+    ranks = torch.tensor([basis.shape[1] for basis in y])
+    rows = [(padded @ basis).square().sum((1, 2)) / ranks.clamp(max=basis.shape[1]) for basis in x]
+    return torch.stack(rows).clamp(max=1)  # 0 / 0 is NaN
 
 
-def chance_interval(
-    pairs: Sequence[SubspacePair], level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the interval in which the mean similarity of several pairs of random subspaces falls.
+def random_orders(kinds: Sequence[str], draws: int, seed: int) -> Tensor:
+    """Return random orders of a run's projections, in which only projections of one kind change places.
 
     Args:
-        pairs: Sizes of each pair, at least one; the pairs are independent of one another.
-        level: Probability of the interval, in (0, 1).
-        draws: Number of simulated means.
-        seed: Of the simulation.
+        kinds: Kind of each projection, (n,).
+        draws: Number of orders.
+        seed: Seed of the random numbers; another one for each run.
 
     Returns:
-        The lower and the upper limit, of equal tails.
+        (draws, n) int64.
     """
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.zeros(draws, dtype=torch.float64)
-    for pair, count in Counter(pairs).items():  # each draws from the similarities of its sizes, with replacement
-        chosen = torch.randint(draws, (count, draws), generator=generator)
-        means += random_similarities(pair, draws, seed)[chosen].sum(0) / len(pairs)
-    tail = (1 - level) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    numbers = torch.tensor([sorted(set(kinds)).index(kind) for kind in kinds])
+    keys = torch.rand(draws, len(kinds), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    orders = torch.empty(draws, len(kinds), dtype=torch.int64)
+    orders[:, numbers.argsort(stable=True)] = (numbers + keys).argsort(1)  # sorted by kind, at random within a kind
+    return orders
+
+
+def permuted_means(similarities: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return the mean similarity of two runs after each permutation of their projections.
+
+    The null hypothesis: the subspaces of one run are independent of those of the other run. What is permuted: the
+    assignment of subspaces to blocks, in each run on its own and within one kind of projection (role and shape). Why
+    that is valid: if the subspaces of one kind are exchangeable among the blocks of a run, no permutation changes the
+    joint distribution under the null hypothesis. So the observed mean is one more draw from these means. All pairs
+    with a run use the same permutations of the run. So the mean over pairs keeps the dependence of pairs that share a
+    run, as in Mantel's test of distance matrices (Mantel 1967).
+
+    Directions that all blocks share raise the observed and the permuted means alike. Only `chance_level` shows those.
+
+    Args:
+        similarities: Of each projection of one run with each of the other, (n, n); other kinds are not read.
+        first: Orders of the one run from `random_orders`, (draws, n).
+        second: Orders of the other run, (draws, n).
+
+    Returns:
+        (draws,) float64. A NaN in `similarities`, which a zero factor causes, is left out of the mean.
+    """
+    return similarities[first, second].nanmean(1)
 
 
 def jackknife_error(values: Tensor, first: Tensor, second: Tensor) -> float:

@@ -469,12 +469,20 @@ def test_equal_scores_push_no_other_score_off_the_axis() -> None:
     assert (len(trials.get_offsets()), len(crosses.get_offsets())) == (3, 0)
 
 
-def test_curves_show_the_mean_of_confirmed_seeds_with_their_range() -> None:
+def test_curves_have_a_panel_a_variant_with_its_seeds_their_mean_and_the_other_means() -> None:
     rows = [trial("B", "confirm", s, curve_steps=[5, 9], curve_values=[s / 10, s / 5]) for s in (2, 3, 4)]
+    rows.append(trial("lora", "confirm", 2, curve_steps=[5, 9], curve_values=[0.1, np.nan]))
     results = pd.DataFrame([*rows, trial("B", "select", 0)])
     figure = figures.curves(Outcome(facts_of(results), results))
     assert figure is not None
-    assert figure.axes[0].lines[0].get_xydata() == pytest.approx(np.array([[5, 30], [9, 60]]))
+    first, second, unused = figure.axes
+    assert [axes.get_title(loc="left") for axes in (first, second)] == ["B", "lora"]
+    assert not unused.axison
+    other, *seeds, mean = (line.get_xydata() for line in first.lines)
+    assert mean == pytest.approx(np.array([[5, 30], [9, 60]]))
+    assert seeds == [pytest.approx(np.array([[5, 10 * s], [9, 20 * s]])) for s in (2, 3, 4)]
+    assert other[0] == pytest.approx([5, 10])
+    assert first.get_ylim()[1] >= 80
 
 
 def test_more_variants_than_colours_go_to_a_second_panel() -> None:

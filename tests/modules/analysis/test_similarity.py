@@ -1,22 +1,24 @@
-"""Similarity of subspaces against principal angles, invariances and simulated chance."""
+"""Similarity of subspaces against principal angles, invariances, chance and permutations."""
 
 from __future__ import annotations
 
 import math
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import subspace_angles
-from scipy.stats import beta
+from scipy.stats import chisquare
 from torch import Tensor
 
 from modules.analysis.similarity import (
-    SubspacePair,
-    chance_interval,
+    chance_level,
+    cross_similarities,
     jackknife_error,
     orthonormal_basis,
-    random_similarities,
+    permuted_means,
+    random_orders,
     subspace_similarity,
 )
 
@@ -59,33 +61,88 @@ def test_a_dependent_column_does_not_count() -> None:
     assert similarity(doubled, x) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("pair", [SubspacePair(20, 3, 3), SubspacePair(20, 2, 7), SubspacePair(20, 7, 2)])
-def test_chance_is_the_larger_rank_over_the_dimension(pair: SubspacePair) -> None:
-    """The mean and the variance 2·p·q·(d−p)·(d−q) / (d²·(d−1)·(d+2)) of Tr[PQ] for random projections P and Q."""
-    d, p, q = pair
-    draws = 20000
-    values = random_similarities(pair, draws, seed=3)
+@pytest.mark.parametrize("sizes", [(20, 3, 3), (20, 2, 7), (20, 7, 2)])
+def test_random_subspaces_are_at_the_chance_level(sizes: tuple[int, int, int]) -> None:
+    """The variance of Tr[PQ] for random projections P and Q is 2·p·q·(d−p)·(d−q) / (d²·(d−1)·(d+2))."""
+    d, p, q = sizes
     variance = 2 * p * q * (d - p) * (d - q) / (d**2 * (d - 1) * (d + 2)) / min(p, q) ** 2
-    assert pair.chance == max(p, q) / d
-    assert float(values.mean()) == pytest.approx(pair.chance, abs=4 * math.sqrt(variance / draws))
-    assert float(values.var()) == pytest.approx(variance, rel=0.06)
-    direct = [similarity(gaussian(d, p, seed=i), gaussian(d, q, seed=10**6 + i)) for i in range(400)]
-    assert float(np.mean(direct)) == pytest.approx(pair.chance, abs=4 * math.sqrt(variance / 400))
+    found = [similarity(gaussian(d, p, seed=i), gaussian(d, q, seed=10**6 + i)) for i in range(400)]
+    assert chance_level(*sizes) == max(p, q) / d
+    assert float(np.mean(found)) == pytest.approx(chance_level(*sizes), abs=4 * math.sqrt(variance / 400))
+    assert float(np.var(found)) == pytest.approx(variance, rel=0.3)
 
 
-def test_the_interval_of_one_dimension_is_that_of_a_beta_distribution() -> None:
-    """The squared cosine of a random vector and a fixed subspace of dimension q is Beta(q/2, (d−q)/2)."""
-    low, high = chance_interval([SubspacePair(30, 1, 4)], draws=20000)
-    exact = beta(2, 13).interval(0.95)
-    assert (low, high) == pytest.approx(exact, abs=0.01)
+def test_cross_similarities_are_those_of_each_two_subspaces() -> None:
+    x, y = (
+        [orthonormal_basis(gaussian(12, r, seed=10 * r + s)) for r in ranks] for s, ranks in enumerate([(3, 1), (2, 5)])
+    )
+    empty = torch.zeros(12, 0, dtype=torch.float64)
+    found = cross_similarities([*x, empty], y)
+    expected = [[float(np.mean(np.cos(subspace_angles(u.numpy(), v.numpy())) ** 2)) for v in y] for u in x]
+    torch.testing.assert_close(found[:2], torch.tensor(expected, dtype=torch.float64))
+    assert found[2].isnan().all()
 
 
-def test_the_interval_of_a_mean_narrows_with_the_number_of_projections() -> None:
-    one, many = ([SubspacePair(64, 4, 8)] * count for count in (1, 25))
-    widths = [high - low for low, high in map(chance_interval, (one, many))]
-    assert widths[0] / widths[1] == pytest.approx(5, rel=0.2)
-    low, high = chance_interval(many)
-    assert low < 8 / 64 < high
+# --------------------------------------------------------------------------------------------------------- permutations
+
+
+def test_orders_move_projections_within_their_kind_and_all_are_as_likely() -> None:
+    orders = random_orders(["q", "v", "q", "v", "q"], draws=6000, seed=0)
+    assert (orders.sort(1).values == torch.arange(5)).all()
+    assert (orders[:, [0, 2, 4]] % 2 == 0).all()
+    counts = orders.unique(dim=0, return_counts=True)[1]
+    assert len(counts) == math.factorial(3) * math.factorial(2)
+    assert chisquare(counts.numpy()).pvalue > 1e-3
+    assert not torch.equal(orders, random_orders(["q", "v", "q", "v", "q"], draws=6000, seed=1))
+
+
+def test_permuted_means_are_those_over_all_pairings() -> None:
+    """The pairing of three blocks has 3! values, which random orders of both runs all find."""
+    similarities = torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = [np.mean([similarities[i, j] for i, j in enumerate(order)]) for order in permutations(range(3))]
+    orders = [random_orders(["q"] * 3, draws=500, seed=seed) for seed in (0, 1)]
+    found = permuted_means(similarities, *orders)
+    np.testing.assert_allclose(np.unique(found.numpy().round(12)), np.unique(np.round(expected, 12)))
+
+
+def group_of_runs(seed: int, shared: Tensor, blocks: int = 8) -> tuple[float, Tensor]:
+    """Mean similarity of three runs with random bases beside `shared` (blocks or 1, 24, k), and its permuted means."""
+    drawn = gaussian(3, blocks, 24, 3, seed=seed)
+    runs = [
+        [orthonormal_basis(torch.cat([s, b], 1)) for s, b in zip(shared.expand(blocks, -1, -1), run, strict=True)]
+        for run in drawn
+    ]
+    orders = [random_orders(["q"] * blocks, draws=400, seed=seed) for seed in range(3)]
+    tables = {pair: cross_similarities(*(runs[i] for i in pair)) for pair in combinations(range(3), 2)}
+    means = [permuted_means(table, orders[i], orders[j]) for (i, j), table in tables.items()]
+    return float(np.mean([table.diagonal().mean() for table in tables.values()])), torch.stack(means).mean(0)
+
+
+def interval(means: Tensor) -> tuple[float, float]:
+    return float(means.quantile(0.025)), float(means.quantile(0.975))
+
+
+def test_unrelated_runs_lie_in_the_permutation_interval_as_often_as_it_says() -> None:
+    none = torch.zeros(1, 24, 0, dtype=torch.float64)
+    found = [group_of_runs(seed, none) for seed in range(100)]
+    outside = sum(not low <= value <= high for value, (low, high) in ((v, interval(m)) for v, m in found))
+    assert outside <= 11  # of 100 at 5 %: exceeded with probability 0.4 %
+    assert float(torch.stack([means.mean() for _, means in found]).mean()) == pytest.approx(3 / 24, abs=0.005)
+
+
+def test_related_blocks_lie_above_the_permutation_interval() -> None:
+    value, means = group_of_runs(0, gaussian(8, 24, 1, seed=1))
+    assert value > float(means.max())
+
+
+def test_directions_that_all_blocks_share_raise_the_interval_above_the_chance_level() -> None:
+    value, means = group_of_runs(0, gaussian(1, 24, 1, seed=1))
+    low, high = interval(means)
+    assert low > chance_level(24, 4, 4)
+    assert low <= value <= high
+
+
+# ------------------------------------------------------------------------------------------------------------ jackknife
 
 
 def test_the_jackknife_of_a_mean_over_pairs() -> None:
