@@ -43,12 +43,12 @@ SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 TRAINED = "plain"
 VARIANTS: dict[str, list[str]] = {
-    "B": ["--model.adapter.train=B", "--model.learning_rate=0.001"],
+    "B": ["--model.adapter.train=B", "--model.learning_rate=0.002"],
     "A": [
         *("--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"),
-        "--model.learning_rate=0.003",
+        "--model.learning_rate=0.0028",
     ],
-    "lora": ["--model.adapter.train=both", "--model.adapter.init_a=kaiming", "--model.learning_rate=0.003"],
+    "lora": ["--model.adapter.train=both", "--model.adapter.init_a=kaiming", "--model.learning_rate=0.0028"],
     "full": ["--model.tuning=full", "--model.learning_rate=0.0001"],
 }
 COMMON = [

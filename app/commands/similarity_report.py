@@ -39,6 +39,7 @@ LEVEL = 0.95
 PERMUTATIONS = 1000
 ALMOST = 0.05  # share of the similarity above chance
 FACTS = ("state", "start", "data", "variant")  # by which pairs of runs are grouped
+STATES = ("trained", "frozen", "one trained")  # of the factors of a pair, in the order of their interest
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -386,11 +387,10 @@ def _chance_title(factor: str, pairs: pd.DataFrame) -> str:
 
 
 def _shown_groups(groups: pd.DataFrame, factor: str) -> pd.DataFrame:
-    """Return the groups of a factor that a figure shows: those with the most pairs, and none of one trained factor."""
-    own = groups[(groups["factor"] == factor) & (groups["state"] != "one trained")]
-    if own.empty:
-        own = groups[groups["factor"] == factor]
-    return own.nlargest(MOST_GROUPS, "pairs", keep="first").sort_values("similarity", ascending=False)
+    """Return the groups of a factor that a figure shows: trained factors first, then those with the most pairs."""
+    own = groups[groups["factor"] == factor]
+    ranks = pd.DataFrame({"state": own["state"].map(STATES.index), "pairs": -own["pairs"]}).sort_values(["state", "pairs"])
+    return own.loc[ranks.index[:MOST_GROUPS]].sort_values("similarity", ascending=False)
 
 
 def _members(pairs: pd.DataFrame, group: Any) -> pd.DataFrame:
