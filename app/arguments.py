@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
 from app.imports import same_class
-from app.own_files import find_own_file
+from app.program_files import find_program_file
 from app.variants import OPTION, variant_keys
 
 SECTIONS = ("model", "data")  # which name a class
@@ -44,7 +44,7 @@ def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     known, options = parser.parse_known_args(words[len(command) :])
-    return command, [find_own_file(name) for name in known.config], options
+    return command, [find_program_file(name) for name in known.config], options
 
 
 def without_sections(options: list[str]) -> list[str]:

@@ -67,8 +67,8 @@ from app.files import reraise_disk_full
 from app.imports import HELP, restricted_imports, split_imports
 from app.lightning_compat import hyperparameter_instantiator, subcommand_keys
 from app.messages import parser_message, quiet_libraries
-from app.own_files import find_own_files
 from app.processes import is_first_rank, is_peer_lost, is_worker_lost, leave_process_group, should_report
+from app.program_files import find_program_files
 from app.run_directory import (
     load_checkpoint,
     locate_checkpoint,
@@ -298,7 +298,7 @@ class AsymmetryCLI(LightningCLI):
 
     def _check(self, final: Namespace, options: list[str]) -> None:
         """Check the values of a command, before any class is constructed."""
-        find_own_files(final)
+        find_program_files(final)
         check_sections(final)
         check_keys(options, final)
         check_plain_values("", final.as_dict())

@@ -1,4 +1,4 @@
-"""Casting and freezing what is not trained."""
+"""Freeze a backbone and cast its frozen weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def freeze(backbone: nn.Module, heads: Sequence[str], dtype: torch.dtype) -> Non
 
     Args:
         backbone: The backbone.
-        heads: Names of its modules that are trained whole.
-        dtype: Of the frozen weights.
+        heads: Names of the backbone's modules that are trained whole.
+        dtype: Dtype of the frozen weights.
     """
     kept = {name: backbone.get_submodule(name) for name in heads}
     for name in kept:
@@ -34,5 +34,5 @@ def freeze(backbone: nn.Module, heads: Sequence[str], dtype: torch.dtype) -> Non
 
 
 def inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook of a head in float32 behind a backbone that may be in bfloat16."""
+    """Cast the inputs of a head in float32, as a forward pre-hook: the backbone may be in bfloat16."""
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

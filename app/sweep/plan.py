@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError
 
-from app.own_files import find_own_file
+from app.program_files import find_program_file
 from app.sweep.recipe import Recipe
 from app.variants import VARIANTS, VariantError, variant_keys
 from app.yaml_files import check_file, check_yaml, read_yaml
@@ -151,7 +151,7 @@ def read_plan(path: str, base: Sequence[str] = (), assignments: Sequence[str] = 
     Raises:
         ArgumentError: If the file is missing or broken, or with the key that is wrong.
     """
-    return parse_plan(read_yaml(find_own_file(path)), Path(path).stem, base, assignments)
+    return parse_plan(read_yaml(find_program_file(path)), Path(path).stem, base, assignments)
 
 
 def parse_plan(
@@ -238,7 +238,7 @@ def _words(key: str, value: Any, least: int) -> list[str]:
 
 
 def _recipes(key: str, value: Any) -> tuple[str, ...]:
-    files = [find_own_file(file) for file in _words(key, value, least=1)]
+    files = [find_program_file(file) for file in _words(key, value, least=1)]
     for file in files:
         try:
             check_file(file)

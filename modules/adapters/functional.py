@@ -95,25 +95,15 @@ def fused(
 
     The node is differentiable once. It gives W and b no gradient, and `torch.func` does not go through it.
 
-    Args:
-        x: (n, d_in), in the dtype of W, or under autocast in the dtype of autocast.
-        weight: See `plain`.
-        bias: See `plain`.
-        scale: See `plain`.
-        rows: See `plain`.
-        a: See `plain`; the gradient has the dtype of A.
-        bs: See `plain`; each gradient has the dtype of its B.
-        dropped: See `plain`; in the dtype of x.
-
-    Returns:
-        (n, d_out), in the dtype of x.
+    The arguments are those of `plain`. x and `dropped` have the dtype of W, or under autocast that of autocast. The
+    gradients to A and B have the dtypes of A and B.
     """
     out: Tensor = _LowRankLinear.apply(x, dropped, weight, bias, scale, tuple(rows), a, *bs)
     return out
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Keeps h only if a B is trained and A's input only if A is."""
+    """`fused`: keep h only if a B is trained, and the input of A only if A is trained."""
 
     @staticmethod
     def forward(
