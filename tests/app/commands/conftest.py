@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import re
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from PIL import Image
 
 from tests.app.conftest import CommandLine
 from tests.conftest import ROOT
+from tests.support.pages import check_single_file
 
 QUICK = ("--trainer.max_epochs=1", "--trainer.logger=false", "--model.learning_rate=0.02")
 VARIANTS = {
@@ -40,14 +39,8 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory, parquet_path: Path) 
 def assert_page_has_pictures(folder: Path, *names: str) -> str:
     """Check that a report is one file, whose pictures are SVG and lie beside it as PNG; return its text."""
     page = (folder / "report.html").read_text(encoding="utf-8")
-    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert all(source.startswith("data:") for source in sources)
-    assert "url(" not in page
-    pictures = [source for source in sources if source.startswith("data:image/svg+xml;base64,")]
-    for picture in pictures:
-        assert ET.fromstring(base64.b64decode(picture.partition(",")[2])).tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(check_single_file(page)) == len(names)
     assert sorted(path.stem for path in folder.glob("*.png")) == sorted(names)
-    assert len(pictures) == len(names)
     for name in names:
         Image.open(folder / f"{name}.png").verify()
     captions = re.findall(r"<figcaption><b>(.+?)</b>(.+?)</figcaption>", page, flags=re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,38 @@ def test_the_numbers_are_those_of_scipys_principal_angles(
         assert mean["similarity"] == pytest.approx(values.mean())
         assert mean["high"] == pytest.approx(min(values.mean() + reach, 1))
         assert mean["chance"] == 4 / 32
+
+
+def test_the_permutation_interval_is_that_of_all_assignments_of_the_blocks(
+    output: Path, finished_runs: dict[str, Path]
+) -> None:
+    """With two blocks, the queries of two runs are paired in two ways, and so are the values: four means."""
+    states = [
+        torch.load(finished_runs[GIVEN[run]] / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+        for run in (0, 1)
+    ]
+    frame = pd.read_parquet(output / "pairs.parquet")
+    for factor in "AB":
+        means: dict[str, list[float]] = {}
+        for role in ("query", "value"):
+            names = [f"backbone.blocks.{block}.attn.qkv.adapters.{role}.{factor}" for block in (0, 1)]
+            x, y = ([(s[n].T if factor == "A" else s[n]).double().numpy() for n in names] for s in states)
+            cross = np.array([[np.mean(np.cos(subspace_angles(u, v)) ** 2) for v in y] for u in x])
+            means[role] = [cross.trace() / 2, (cross.sum() - cross.trace()) / 2]
+        expected = sorted((query + value) / 2 for query, value in product(means["query"], means["value"]))
+        row = pair(frame, 1, 2, factor).iloc[0]
+        assert np.unique(row["permuted"].round(9)) == pytest.approx(expected, abs=1e-8)
+        assert row[["permutation_low", "permutation_high"]].tolist() == pytest.approx([expected[0], expected[-1]])
+
+
+def test_the_permutation_interval_of_a_group_is_that_of_its_mean(output: Path) -> None:
+    pairs, groups = (pd.read_parquet(output / f"{name}.parquet") for name in ("pairs", "groups"))
+    group = groups.query("factor == 'B'").iloc[0]
+    members = pairs.query("factor == 'B' and variant == @group.variant")
+    assert len(members) == group["pairs"] > 1
+    limits = np.quantile(np.mean(members["permuted"].tolist(), axis=0), [0.025, 0.975])
+    assert group[["permutation_low", "permutation_high"]].tolist() == pytest.approx(limits.tolist())
+    assert limits[0] < limits[1]
 
 
 def test_equal_frozen_factors_are_one_and_named_so(output: Path) -> None:
@@ -170,6 +203,8 @@ def test_the_answer_follows_from_the_intervals(other: tuple[float, ...], same: f
     answer, *others = answers(pairs, pd.DataFrame({"A to its start": [0.5]}))
     assert answer.startswith(beginning)
     assert "0.500 to its own random start (1 run)" in others[0]
+    alone = pairs.assign(permuted=[np.full(9, value) for value in pairs["similarity"]])  # one block: nothing to permute
+    assert "permuted" not in answers(alone, pd.DataFrame({"A to its start": [0.5]}))[0]
     shifted = pairs.assign(permuted=[permuted + 0.3] * len(pairs))  # all blocks are alike, so A has not vanished
     if len(other) and min(other) > 8 / 64:
         assert answers(shifted, pd.DataFrame({"A to its start": [0.5]}))[0].startswith(("Almost", "Not entirely"))

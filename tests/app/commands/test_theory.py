@@ -1,5 +1,4 @@
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from app.cli import main
 from app.moments import measure
 from modules.adapters import adapter_state
+from tests.app.commands.conftest import assert_page_has_pictures
 from tests.app.conftest import CommandLine
 
 SHORT = ("--batches=2", "--head_steps=2")
@@ -27,9 +27,7 @@ def test_report_is_one_page_with_its_figures_and_tables(
     output = tmp_path / "theory"
     assert main(["theory", *fit_words(cli), "--output", str(output), *SHORT]) == 0
     assert capsys.readouterr().out.strip().endswith(f"Report: {output / 'report.html'}")
-    page = (output / "report.html").read_text()
-    assert page.count("<figure>") == 3
-    assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', page))
+    assert_page_has_pictures(output, "shares", "spectrum", "effective_rank")
     assert {path.name for path in output.iterdir()} == {
         *("report.html", "theory.parquet", "projections.parquet"),
         *("shares.png", "spectrum.png", "effective_rank.png"),

@@ -18,6 +18,7 @@ from app.sweep.findings import findings, introduction
 from app.sweep.outcome import Outcome
 from app.sweep.report import difference_table, main_table, rich_table, write_report
 from app.sweep.statistics import mean_over_seeds, paired_difference
+from tests.support.pages import check_single_file
 
 RATES = (0.001, 0.002, 0.004)
 KEYS: dict[str, dict[str, Any]] = {
@@ -375,6 +376,7 @@ def test_report_of_a_whole_sweep(tmp_path: Path) -> None:
     write_report(FACTS, results, tmp_path)
     page, table = (tmp_path / "report.html").read_text(), (tmp_path / "table.md").read_text()
     captions = re.findall(r"<figcaption><b>(.*?)</b>", page)
+    assert len(check_single_file(page)) == 4
     assert captions == [
         "Paired differences in test/score with 95 % intervals",
         "val/score by learning_rate on the selecting seeds",
