@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 import yaml
 from jsonargparse import Namespace
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 from app.callbacks import Termination
 from app.cli import AsymmetryCLI, main
@@ -38,10 +40,15 @@ RECIPES = sorted(path for path in (ROOT / "conf").glob("*.yaml") if "class_path"
 FILES = ("ckpt", "json", "parquet", "yaml")  # suffixes of files whose names look like keys: spectrum.parquet
 PLACES = ("app", "benchmarks", "conf", "datamodules", "docs", "modules", "tests")  # folders of files that pages name
 SECTIONS = ("model", "data", "trainer", "spectrum", "checkpoint", "generalization", "forgetting")
+OF_CLASSES = ("trainer.callbacks.", "trainer.logger.")  # keys that depend on the class, which blocks parse
 FITS = ("fit", "validate", "test", "predict")
 ON_RUNS = ("export", "similarity", "spectrum")  # commands whose other arguments may be anything
 FREE = ("pip", "source", "tensorboard")  # programs of others
-QUICK = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
+QUICK = (
+    *("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"),
+    *("--test_after_fit=false", "--generalization.rows=0", "--trainer.enable_progress_bar=false"),
+)
+QUICKLY = {"spectrum": ["--top=0"], "test": ["--trainer.limit_test_batches=1"]}  # added to documented commands
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
@@ -188,7 +195,8 @@ def keys() -> set[str]:
 def test_keys_in_backticks_are_keys_of_the_parser(page: Path) -> None:
     for span in spans(page):
         for key in re.findall(rf"(?:^|--)((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?=[\s=:+]|\.\*|$)", span):
-            assert key.rpartition(".")[2] in ("help", *FILES) or key in keys(), span
+            known = key in keys() or key.startswith(OF_CLASSES) or key.rpartition(".")[2] in ("help", *FILES)
+            assert known, span
 
 
 OPTIONS = r"--(\w[\w.]*)"
@@ -263,12 +271,18 @@ def test_commands_with_recipes_parse(group: tuple[str, ...]) -> None:
     parse(command, *(word for file in files for word in ("--config", file)), *options)
 
 
-@pytest.mark.parametrize("words", [words for _, words in of_program() if words[0] == "sweep"], ids=" ".join)
-def test_sweeps_are_plans(words: list[str]) -> None:
-    if "--config" in words:
+def test_sweeps_are_plans() -> None:
+    for words in {" ".join(words): words for _, words in of_program() if words[0] == "sweep"}.values():
         arguments = command_parser("sweep").parse_args(words[1:])
         digits = "data.path=app/assets/digits"  # without a metric to report, a plan looks for a test split
         assert read_plan(arguments.config, arguments.base, [*arguments.set, digits]).variants
+
+
+def test_theory_takes_its_options() -> None:
+    for _, words in of_program():
+        if words[0] == "theory":
+            own = [word for word in words[1:] if word not in fit_words(words)]
+            assert command_parser("theory").parse_args(own).output
 
 
 def test_every_command_is_one_of_the_program() -> None:
@@ -300,32 +314,34 @@ def test_other_programs_are_known() -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Short runs of the embedded digits: B, A and LoRA."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Short runs of the embedded digits, B and LoRA; while they are there, reports draw no pictures."""
     root = tmp_path_factory.mktemp("documented")
-    for variant in ("B", "A", "lora"):
-        words = ["fit", "--config", DIGITS, "--variant", variant, f"--trainer.default_root_dir={root}", *QUICK]
-        assert main([*words, "--test_after_fit=false", "--generalization.rows=0"]) == 0
-    return [str(root / f"version_{number}") for number in range(3)]
+    for variant, *others in (["B"], ["lora", "--trainer.logger=false"]):
+        words = ["fit", "--config", DIGITS, "--variant", variant, f"--trainer.default_root_dir={root}", *QUICK, *others]
+        assert main(words) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FigureCanvasSVG, "print_svg", lambda *_, **__: None)
+        patch.setattr(FigureCanvasAgg, "print_png", lambda *_, **__: None)
+        yield [str(root / f"version_{number}") for number in (0, 1)]
 
 
 def small() -> list[list[str]]:
-    """Commands on finished runs, each once, and those of the digits' recipe that need no training."""
-    found: list[list[str]] = []
+    """Commands on finished runs: of those that differ in the number of runs alone, the one with the fewest."""
+    found: dict[tuple[str, ...], list[str]] = {}
     for _, words in of_program():
-        on_digits = DIGITS in words and words[0] in ("test", "theory")
-        if (words[0] in ON_RUNS or on_digits) and "--help" not in words and words not in found:
-            found.append(words)
-    return found
+        if words[0] in ON_RUNS or (words[0] == "test" and DIGITS in words):
+            found.setdefault(tuple(sorted({*words})), words)
+    return list(found.values())
 
 
 @pytest.mark.parametrize("words", small(), ids=" ".join)
-def test_commands_on_the_digits_run(words: list[str], runs: list[str], tmp_path: Path) -> None:
+def test_commands_on_finished_runs_run(words: list[str], runs: list[str], tmp_path: Path) -> None:
     given, output = cycle(runs), tmp_path / "output"
     filled = [next(given) if word == "RUN" else word for word in words]
     if "--output" in words:
         filled[words.index("--output") + 1] = str(output)
-    assert main([*filled, *(["--batches=1", "--head_steps=1"] if words[0] == "theory" else [])]) == 0
+    assert main([*filled, *QUICKLY.get(words[0], [])]) == 0
     assert "--output" not in words or any(output.iterdir())
 
 
