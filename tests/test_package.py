@@ -24,7 +24,7 @@ SOURCES = ("app", "conf", "datamodules", "main.py", "modules", "pyproject.toml",
 
 def training_loop() -> str:
     """The block of README's section, without the download."""
-    section = (ROOT / "README.md").read_text().split("### In your own training loop\n")[1].split("\n### ")[0]
+    section = (ROOT / "README.md").read_text().split("## In your own training loop\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert "pretrained=True" in block
     return block.replace("pretrained=True", "pretrained=False")

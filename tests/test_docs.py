@@ -1,0 +1,376 @@
+"""README and docs: each command runs or parses, and each link, anchor, file, name and key is there.
+
+Commands on the embedded digits run on small runs. Commands that need data, a hub, a GPU or minutes are parsed: an
+unknown key, a wrong value and a missing recipe fail. YAML blocks are parsed too, and Python blocks are compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from fnmatch import fnmatch
+from functools import cache
+from itertools import cycle, takewhile
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+import yaml
+from jsonargparse import Namespace
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+from app.callbacks import Termination
+from app.cli import AsymmetryCLI, main
+from app.commands import COMMANDS, command_parser
+from app.imports import restricted_imports
+from app.sweep.plan import read_plan
+from app.variants import split_variant
+from app.yaml_files import checked_yaml
+from tests.conftest import ROOT
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DIGITS = "conf/quickstart.yaml"
+RECIPES = sorted(path for path in (ROOT / "conf").glob("*.yaml") if "class_path" in path.read_text())
+FILES = ("ckpt", "json", "parquet", "yaml")  # suffixes of files whose names look like keys: spectrum.parquet
+PLACES = ("app", "benchmarks", "conf", "datamodules", "docs", "modules", "tests")  # folders of files that pages name
+SECTIONS = ("model", "data", "trainer", "spectrum", "checkpoint", "generalization", "forgetting")
+OF_CLASSES = ("trainer.callbacks.", "trainer.logger.")  # keys that depend on the class, which blocks parse
+FITS = ("fit", "validate", "test", "predict")
+ON_RUNS = ("export", "similarity", "spectrum")  # commands whose other arguments may be anything
+FREE = ("pip", "source", "tensorboard")  # programs of others
+QUICK = (
+    *("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"),
+    *("--test_after_fit=false", "--generalization.rows=0", "--trainer.enable_progress_bar=false"),
+)
+QUICKLY = {"spectrum": ["--top=0"], "test": ["--trainer.limit_test_batches=1"]}  # added to documented commands
+
+
+# ---------------------------------------------------------------------------------------------------------------- pages
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@cache
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: language and content."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@cache
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@cache
+def commands() -> list[tuple[Path, list[str]]]:
+    """The words of each command of all pages, in blocks without a language and in backticks."""
+    found = []
+    for page in PAGES:
+        shown = "".join(block for language, block in blocks(page) if not language)
+        lines = shown.replace("\\\n", " ").splitlines()
+        lines += [span for span in spans(page) if span.startswith(("python ", "make ", "torchrun ", "sbatch "))]
+        found += [(page, words) for line in lines if (words := shlex.split(line, comments=True))]
+    return found
+
+
+def of_program() -> list[tuple[Path, list[str]]]:
+    """The words behind `main.py` of each command that runs this program."""
+    found = []
+    for page, words in commands():
+        if "main.py" in words:
+            found.append((page, words[words.index("main.py") + 1 :]))
+        elif words[0] == "sbatch":
+            found.append((page, ["fit", "--config", *words[2:]]))
+    return found
+
+
+def test_blocks_are_of_known_languages() -> None:
+    known = ("", "python", "text", "yaml")
+    assert [(name(page), language) for page in PAGES for language, _ in blocks(page) if language not in known] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_blocks_compile(page: Path) -> None:
+    for language, block in blocks(page):
+        if language == "python":
+            compile(block, name(page), "exec")
+
+
+# ------------------------------------------------------------------------------------------------------ links and files
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_index_and_from_the_readme() -> None:
+    for index in (ROOT / "README.md", ROOT / "docs" / "README.md"):
+        linked = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+\.md)\)", index.read_text())}
+        others = {page for page in PAGES if page.name != "README.md"}
+        assert sorted(map(name, others - linked)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_and_names_in_backticks_are_there(page: Path) -> None:
+    for span in spans(page):
+        if re.fullmatch(rf"({'|'.join(PLACES)})/[\w./*-]*", span):
+            assert list(ROOT.glob(span.rstrip("/"))) or "NAME" in span, span
+        elif re.fullmatch(r"(app|benchmarks|datamodules|modules)(\.\w+)+", span):
+            resolve_name(span)
+
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_in_main() -> Iterator[None]:
+    with restricted_imports(), checked_yaml():
+        yield
+
+
+class Parsed(AsymmetryCLI):
+    """A command line up to its configuration."""
+
+    def instantiate_classes(self) -> None:
+        """Construct nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+@cache
+def command_line(command: str) -> Parsed:
+    return Parsed([command, "--config", DIGITS], Termination(), ExitStack())
+
+
+def parse(command: str, *words: str) -> Namespace:
+    """The configuration of a command.
+
+    Raises:
+        ArgumentError: If `main.py` would refuse the words.
+    """
+    cli = command_line(command)
+    cli.parse_arguments(cli.parser, [command, *words])
+    config: Namespace = cli.config[command]
+    return config
+
+
+@cache
+def keys() -> set[str]:
+    """Every key of every recipe, by the parser, and the groups that they are in."""
+    found: set[str] = set()
+    for recipe in RECIPES:
+        for key in parse("fit", "--config", str(recipe)).keys(branches=True):
+            parts = key.replace(".init_args", "").split(".")
+            found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_keys_in_backticks_are_keys_of_the_parser(page: Path) -> None:
+    for span in spans(page):
+        for key in re.findall(rf"(?:^|--)((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?=[\s=:+]|\.\*|$)", span):
+            known = key in keys() or key.startswith(OF_CLASSES) or key.rpartition(".")[2] in ("help", *FILES)
+            assert known, span
+
+
+OPTIONS = r"--(\w[\w.]*)"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_options_in_backticks_are_options_of_a_command(page: Path) -> None:
+    others = {key for command in COMMANDS for key in command_parser(command).get_defaults().as_dict()}
+    others |= {"help", "config", "variant", "allow_imports", "ckpt_path", "test_after_fit", "seed_everything"}
+    others |= {"print_config", "node_rank"}  # torchrun's
+    for span in spans(page):
+        if "benchmarks" not in span:
+            unknown = [o for o in re.findall(OPTIONS, span) if o.split(".")[0] not in SECTIONS and o not in others]
+            assert unknown == [], span
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_yaml_blocks_have_known_keys(page: Path, tmp_path: Path) -> None:
+    for language, block in blocks(page):
+        if language != "yaml":
+            continue
+        file = tmp_path / "block.yaml"
+        file.write_text(block)
+        content = yaml.safe_load(block)
+        if "variants" in content:
+            read_plan(str(file))
+        else:
+            parse("fit", "--config", DIGITS, "--config", str(file))
+
+
+# ------------------------------------------------------------------------------------------------- commands: parsed
+
+
+def fit_words(words: list[str]) -> list[str]:
+    """The words of `theory` that are fit's, as a fit."""
+    own = {f"--{key}" for key in command_parser("theory").get_defaults().as_dict()}
+    left = iter(words[1:])
+    return ["fit", *(word for word in left if word not in own or not next(left))]
+
+
+def groups() -> dict[tuple[str, ...], list[str]]:
+    """The options of all commands that fit or evaluate, by command and files: one parse for all that have the same."""
+    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for _, words in of_program():
+        if words[0] not in (*FITS, "theory"):
+            continue
+        command, *rest = fit_words(words) if words[0] == "theory" else words
+        files: list[str] = []
+        options: list[str] = []
+        left = iter(rest)
+        for word in left:
+            if word == "--config":
+                files.append(next(left))
+            elif word in ("--ckpt_path", "--allow_imports"):
+                next(left)  # no such run or package is here
+            elif word.endswith(".help"):
+                assert word in ("--model.help", "--data.help"), words
+                resolve_name(next(left))
+            elif word not in ("--help", "--print_config"):
+                options.append(word.replace("my_package.MyCallback", "RichProgressBar"))
+        found[command, *(files or [DIGITS])] += options
+    return found
+
+
+GROUPS = groups()
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=" ".join)
+def test_commands_with_recipes_parse(group: tuple[str, ...]) -> None:
+    command, *files = group
+    _, options = split_variant([command], GROUPS[group])
+    parse(command, *(word for file in files for word in ("--config", file)), *options)
+
+
+def test_sweeps_are_plans() -> None:
+    for words in {" ".join(words): words for _, words in of_program() if words[0] == "sweep"}.values():
+        arguments = command_parser("sweep").parse_args(words[1:])
+        digits = "data.path=app/assets/digits"  # without a metric to report, a plan looks for a test split
+        assert read_plan(arguments.config, arguments.base, [*arguments.set, digits]).variants
+
+
+def test_theory_takes_its_options() -> None:
+    for _, words in of_program():
+        if words[0] == "theory":
+            own = [word for word in words[1:] if word not in fit_words(words)]
+            assert command_parser("theory").parse_args(own).output
+
+
+def test_every_command_is_one_of_the_program() -> None:
+    known = {*FITS, *COMMANDS, "COMMAND", "--help"}
+    assert [(name(page), words) for page, words in of_program() if words[0] not in known] == []
+
+
+def test_other_programs_are_known() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for page, words in commands():
+        words = [*words[len(list(takewhile(lambda word: re.fullmatch(r"[A-Z_]+=\S+", word), words))) :]]
+        if words[0] == "make":
+            assert words[1] in targets, (name(page), words)
+        elif words[0] == "sbatch":
+            assert (ROOT / words[1]).is_file(), (name(page), words)
+        elif words[1:3] == ["-m", "pytest"]:
+            assert (ROOT / words[3]).exists(), (name(page), words)
+        elif words[1:2] == ["-m"]:
+            path = ROOT / f"{words[2].replace('.', '/')}.py"
+            assert path.is_file(), (name(page), words)
+            source = path.read_text() + (ROOT / "benchmarks/harness.py").read_text()
+            missing = [word for word in words if word.startswith("--") and word.partition("=")[0][2:] not in source]
+            assert missing == [], (name(page), words)
+        else:
+            assert "main.py" in words or words[0] in FREE, (name(page), words)
+
+
+# ---------------------------------------------------------------------------------------------------- commands: run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Short runs of the embedded digits, B and LoRA; while they are there, reports draw no pictures."""
+    root = tmp_path_factory.mktemp("documented")
+    for variant, *others in (["B"], ["lora", "--trainer.logger=false"]):
+        words = ["fit", "--config", DIGITS, "--variant", variant, f"--trainer.default_root_dir={root}", *QUICK, *others]
+        assert main(words) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FigureCanvasSVG, "print_svg", lambda *_, **__: None)
+        patch.setattr(FigureCanvasAgg, "print_png", lambda *_, **__: None)
+        yield [str(root / f"version_{number}") for number in (0, 1)]
+
+
+def small() -> list[list[str]]:
+    """Commands on finished runs: of those that differ in the number of runs alone, the one with the fewest."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for _, words in of_program():
+        if words[0] in ON_RUNS or (words[0] == "test" and DIGITS in words):
+            found.setdefault(tuple(sorted({*words})), words)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("words", small(), ids=" ".join)
+def test_commands_on_finished_runs_run(words: list[str], runs: list[str], tmp_path: Path) -> None:
+    given, output = cycle(runs), tmp_path / "output"
+    filled = [next(given) if word == "RUN" else word for word in words]
+    if "--output" in words:
+        filled[words.index("--output") + 1] = str(output)
+    assert main([*filled, *QUICKLY.get(words[0], [])]) == 0
+    assert "--output" not in words or any(output.iterdir())
+
+
+def test_files_of_a_run_are_as_listed(runs: list[str]) -> None:
+    section = (ROOT / "docs/checkpoints.md").read_text().partition("## What a run leaves")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
+    listed = [re.sub("/$", "/*", file) for row in rows for file in re.findall("`(.+?)`", row)]
+    files = [str(path.relative_to(runs[0])) for path in Path(runs[0]).rglob("[!.]*") if path.is_file()]
+    assert [file for file in files if not any(fnmatch(file, pattern) for pattern in listed)] == []
+    of_others = {"confusion_matrix.png", "evaluations.json", "predictions.*", "skipped.csv"}  # commands and data
+    assert [
+        pattern for pattern in listed if not any(fnmatch(file, pattern) for file in files) and pattern not in of_others
+    ] == []
+
+
+@pytest.mark.slow
+def test_quickstart_does_what_the_readme_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command of `make quickstart`; figures of the README's output may differ in their last digits elsewhere."""
+    recipe = re.search(r"main\.py (fit --config \S+)", (ROOT / "Makefile").read_text())
+    assert recipe is not None
+    assert main([*recipe[1].split(), f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "version_0/metrics.json").read_text())["test/acc1"] > 0.95
+    output = capsys.readouterr()
+    printed = {_label(line) for line in (output.out + output.err).splitlines()}
+    shown = next(block for language, block in blocks(ROOT / "README.md") if language == "text")
+    assert [line for line in shown.splitlines() if _label(line) not in printed] == []
+
+
+def _label(line: str) -> str:
+    """A line without what differs between machines: cells behind the first, values behind a colon or a result."""
+    cells: list[Any] = re.split(r"[│:]", line)
+    return str(cells[0]).strip()
