@@ -81,7 +81,7 @@ def test_readmes_training_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(training_loop(), names)
     assert (tmp_path / "adapter.safetensors").is_file()
     assert not modules.adapters.adapted_layers(names["model"])
-    assert len(names["projections"]) == 4 * 12
+    assert len(names["trained"]) == 4 * 12 + 2  # B of each projection, and the head
 
 
 @pytest.mark.slow
