@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from datamodules.errors import first_line
 from modules.adapters.compact import FILE_NAME as COMPACT
 from modules.adapters.compact import is_compact, load_compact
 from modules.adapters.config import AdapterConfig, AdapterError
 from modules.adapters.peft_format import WHERE, Heads
 from modules.adapters.peft_reading import from_peft
 from modules.adapters.state import frozen_fingerprint, state_problems
-from modules.errors import first_line
 
 _log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
