@@ -23,6 +23,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from packaging.version import InvalidVersion, Version
 
 from datamodules.atomic import AtomicFile, WriteError, atomic_write, temporary_name
+from datamodules.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -32,10 +33,6 @@ NO_RUN = "0" * 32
 SEAL = re.compile(rb"\nonesided sha256=([0-9a-f]{64}) run=([0-9a-f]{32})\n")
 SEAL_BYTES = len("\nonesided sha256= run=\n") + 64 + 32
 CHUNK = 1 << 20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, read or written; the message says how to fix it."""
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path | None:

@@ -82,6 +82,7 @@ from app.variants import HELP as VARIANT_HELP
 from app.variants import OPTION as VARIANT
 from app.variants import option_words, split_variant, variant_keys
 from app.yaml_files import check_file, checked_yaml, read_yaml
+from datamodules.contract import HasKind, HasKinds, HasTestSplit
 from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
@@ -345,10 +346,10 @@ class AsymmetryCLI(LightningCLI):
             hints = get_type_hints(owner.__init__)
             for name, value in self._get(self.config, section).init_args.items(branches=True, nested=False):
                 check_values(f"{section}.{name}", hints.get(name, Any), value)
-        kind, kinds = getattr(data, "kind", None), getattr(model, "kinds", ())
-        if kind is not None and kinds and kind not in kinds:
+        if isinstance(data, HasKind) and isinstance(model, HasKinds) and data.kind not in model.kinds:
+            takes = " or ".join(model.kinds)
             raise ArgumentError(
-                None, f"data: {paths[1]} gives {kind}, and {paths[0]} takes {' or '.join(kinds)}; change one of them."
+                None, f"data: {paths[1]} gives {data.kind}, and {paths[0]} takes {takes}; change one of them."
             )
 
     def instantiate_classes(self) -> None:
@@ -429,7 +430,7 @@ class AsymmetryCLI(LightningCLI):
         """Check before a long training that there is a split to test on."""
         tests = bool(self._get(self.config, "test_after_fit"))
         next(c for c in self.trainer.callbacks if isinstance(c, Forgetting)).waits_for_test = tests  # type: ignore[attr-defined]
-        if tests and hasattr(self.datamodule, "check_test_split"):
+        if tests and isinstance(self.datamodule, HasTestSplit):
             self.datamodule.check_test_split()
 
     def after_fit(self) -> None:

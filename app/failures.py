@@ -10,27 +10,15 @@ import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from app.callbacks import CallbackError
-from app.checkpoint_io import CheckpointError
 from app.messages import compiler_message
 from app.processes import is_distributed, is_peer_lost, is_worker_lost
-from datamodules.errors import DataError
+from datamodules.errors import InputError
 from modules.adapters import AdapterError
-from modules.base import ModelError
 
 _log = logging.getLogger(__name__)
 
 # Errors that a user can fix. Anything else is a defect of this program and shows its traceback.
-BAD_INPUT = (
-    ArgumentError,
-    AdapterError,
-    ModelError,
-    DataError,
-    CheckpointError,
-    CallbackError,
-    MisconfigurationException,
-    OSError,
-)
+BAD_INPUT = (ArgumentError, AdapterError, InputError, MisconfigurationException, OSError)
 
 
 def bad_input(error: Exception) -> Exception | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from app.callbacks.errors import CallbackError
+from datamodules.contract import DataKind
+from datamodules.errors import CallbackError
 from datamodules.findings import Findings
 from datamodules.splits import SPLITS
 from modules.base import AdaptedModule
@@ -39,9 +40,9 @@ def open_probe(module: AdaptedModule, path: str, rows: int, text_column: str) ->
         CallbackError: If the task has no score, or there are too few rows.
         DataError: If the data cannot be read.
     """
-    if "images" in module.kinds:
+    if DataKind.IMAGES in module.kinds:
         return _open_images(cast("ImageClassifier", module), path, rows)
-    if "instructions" in module.kinds:
+    if DataKind.INSTRUCTIONS in module.kinds:
         return _open_texts(cast("LanguageModel", module), path, rows, text_column)
     raise CallbackError(
         f"forgetting.path: {type(module).__name__} has no score of forgetting. ImageClassifier and LanguageModel have "

@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from app.checkpoint_io import BEST, CHECKPOINTS, IDENTITY, LAST, PREVIOUS, CheckpointError, read_checkpoint
+from app.checkpoint_io import BEST, CHECKPOINTS, IDENTITY, LAST, PREVIOUS, read_checkpoint
 from datamodules.atomic import WriteError, atomic_write, remove_stale
+from datamodules.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 LOCK = ".lock"

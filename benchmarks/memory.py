@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from benchmarks import memory_arms
 from benchmarks.harness import in_process, measured, parse, parser, resident, section, table
+from datamodules.contract import IGNORE_INDEX
 from modules.adapters import AdapterConfig, attach
-from modules.language_modeling import IGNORED, LanguageModel
+from modules.language_modeling import LanguageModel
 from modules.memory import GIB, training_memory
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ def random_batch(vocabulary: int, arguments: argparse.Namespace) -> dict[str, to
     ids = torch.randint(vocabulary, (arguments.batch_size, arguments.tokens))
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[0, 0] = 0
-    labels[:, : -arguments.response_tokens] = IGNORED
+    labels[:, : -arguments.response_tokens] = IGNORE_INDEX
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from datamodules.batching import EpochSampler
+from datamodules.batching import ORDER, EpochSampler
+from datamodules.contract import DataKind, HasClasses, HasFrozenPrefix, Prefix
 from datamodules.errors import DataError
 from datamodules.findings import Findings
 from datamodules.length_effect import strong_effect
@@ -53,7 +54,7 @@ class ResumableDataModule(L.LightningDataModule):
         skip_bad_rows: Rows of each split that may be skipped because they cannot be used, 0 or more.
     """
 
-    kind: str  # what its batches are of, one of the `kinds` of the models for them
+    kind: DataKind
     cache_prefix = False  # whether a fit reads what the model's frozen prefix makes of its rows; a task's own key
 
     def __init__(self, batch_size: int, num_workers: int, skip_bad_rows: int = 0) -> None:
@@ -76,6 +77,13 @@ class ResumableDataModule(L.LightningDataModule):
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise DataError("These loaders split among processes themselves: Trainer(use_distributed_sampler=False).")
         return trainer.world_size, trainer.global_rank
+
+    @property
+    def model_classes(self) -> list[str] | None:
+        """Return the class names of the trainer's model; None if the model does not know them."""
+        assert self.trainer is not None
+        model = self.trainer.lightning_module
+        return list(model.class_names) if isinstance(model, HasClasses) and model.class_names is not None else None
 
     @contextmanager
     def first_process_first(self) -> Iterator[Callable[[], None]]:
@@ -117,17 +125,22 @@ class ResumableDataModule(L.LightningDataModule):
 
     @property
     def caches(self) -> bool:
-        """Return True in a fit with `cache_prefix`; what reads each row once has nothing to gain.
+        """Return True in a fit with `cache_prefix`; what reads each row once has nothing to gain."""
+        assert self.trainer is not None
+        return self.cache_prefix and self.trainer.state.fn == "fit"
+
+    def frozen_prefix(self) -> Prefix:
+        """Return the frozen prefix of the trainer's model.
 
         Raises:
-            DataError: If the model has no frozen prefix.
+            DataError: If the model does not say what its frozen prefix is.
+            ModelError: If the model has none.
         """
         assert self.trainer is not None
-        if not self.cache_prefix or self.trainer.state.fn != "fit":
-            return False
-        if not hasattr(self.trainer.lightning_module, "frozen_prefix"):
+        model = self.trainer.lightning_module
+        if not isinstance(model, HasFrozenPrefix):
             raise DataError("data.cache_prefix: the model does not say what its frozen prefix is; set it to false.")
-        return True
+        return model.frozen_prefix()
 
     def cached(
         self,
@@ -152,7 +165,8 @@ class ResumableDataModule(L.LightningDataModule):
         rows = range(len(dataset)) if lengths is None else filling_order(lengths).tolist()  # type: ignore[arg-type]
         loader = self._loader(dataset, rows, filling)
         with self.first_process_first() as beat:
-            self.kept_states[name] = hidden_states(self.trainer, loader, lengths, rows_key, name, beat)
+            prefix = self.frozen_prefix()
+            self.kept_states[name] = hidden_states(self.trainer, prefix, loader, lengths, rows_key, name, beat)
         return WithHidden(collate, self.kept_states[name])
 
     def train_loader(
@@ -277,14 +291,14 @@ class ResumableDataModule(L.LightningDataModule):
         self._resumed_at = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in training: epoch, samples of it that are done, seed, digest of the rows."""
+        """Return the position in training: epoch, samples of it that are done, seed, order, digest of the rows."""
         trainer = self.trainer
         assert trainer is not None
         done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         samples = done * self.batch_size * trainer.world_size
         at_end = done >= trainer.num_training_batches
         position = {"epoch": trainer.current_epoch + at_end, "samples": 0 if at_end else samples, "seed": self._seed}
-        return position | self._rows_digest
+        return position | {"order": ORDER} | self._rows_digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a position for the training loader that is to come.
@@ -301,6 +315,11 @@ class ResumableDataModule(L.LightningDataModule):
         self._seed = state_dict["seed"]
         self._position = {key: state_dict[key] for key in ("epoch", "samples")}
         self._digest_before = {key: known.get(key) for key in ("rows", "size")}
+        if known["samples"] and known.get("order") != ORDER:
+            _log.warning(
+                "ckpt_path: another version of this program wrote the checkpoint in mid-epoch, and shuffled in another "
+                "order. In the rest of this epoch some samples come twice and others not at all."
+            )
 
     def _compare_rows(self) -> None:
         """Compare the training rows with those of the checkpoint that is resumed, once.

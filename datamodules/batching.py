@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 Draw = tuple[int, int]  # (index of the sample, seed of the epoch's augmentation)
+ORDER = 2  # version of the order; one more whenever a seed and an epoch mean another order
 POOL = 50  # batches that are sorted together
 DECILES = 10
 
@@ -64,7 +66,7 @@ class EpochSampler(Sampler[Draw]):
         self.epoch, self._skip = epoch + batches // self.batches, batches % self.batches
 
     def __iter__(self) -> Iterator[Draw]:
-        seed, skip = hash((self.seed, self.epoch)), self._skip
+        seed, skip = derive_seed(self.seed, self.epoch), self._skip
         self._skip = 0
         generator = torch.Generator().manual_seed(seed)
         step = self.batch_size * self.world
@@ -125,6 +127,11 @@ def as_classes(labels: Tensor) -> Tensor:
     return labels.unique(return_inverse=True)[1]
 
 
+def derive_seed(*keys: int) -> int:
+    """Return a seed for torch, a function of the keys alone (BLAKE2b): the same in every process and Python."""
+    return int.from_bytes(blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
+
+
 @contextmanager
 def seeded(*keys: int) -> Iterator[None]:
     """Draw from torch's global CPU generator as a function of the keys; its state before comes back at the end.
@@ -134,7 +141,7 @@ def seeded(*keys: int) -> Iterator[None]:
     """
     generator = torch.default_generator
     state = generator.get_state()
-    generator.manual_seed(hash(keys))  # of a tuple of int: the same in every process
+    generator.manual_seed(derive_seed(*keys))
     try:
         yield
     finally:

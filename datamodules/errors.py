@@ -1,8 +1,14 @@
-"""Errors of this package, and the reason that errors of libraries give."""
+"""Errors that a user can fix; each message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
 
 
-class DataError(ValueError):
-    """Data that cannot be found, read or used as asked; the message says what, where, and how to fix it."""
+class InputError(ValueError):
+    """Base of all errors that a user can fix. A command prints the message alone and exits with code 2."""
+
+
+class DataError(InputError):
+    """Data that cannot be found, read or used as asked."""
 
     def __init__(self, message: str) -> None:
         if message.startswith("Caught "):  # torch raises a worker process's error anew, with its traceback as message
@@ -12,6 +18,18 @@ class DataError(ValueError):
 
 class SplitError(DataError):
     """A split that the data lack, or whose labels are hidden."""
+
+
+class ModelError(InputError):
+    """A model that cannot be built, loaded or trained as asked."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be found, read or written."""
+
+
+class CallbackError(InputError):
+    """A callback that cannot do what its keys ask for."""
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datamodules.base import Collate
+from datamodules.contract import DataKind
 from datamodules.errors import DataError
 from datamodules.labels import Labels, parse_labels
 from datamodules.tables import Table, blank_rows, check_column, check_texts, null_rows
@@ -119,7 +120,7 @@ class GlueData(TextData):
         skip_bad_rows: Rows of each split that may be skipped because text or label is missing; one more is an error.
     """
 
-    kind = "labelled texts"
+    kind = DataKind.LABELLED_TEXTS
 
     def __init__(
         self,
@@ -189,8 +190,8 @@ class GlueData(TextData):
         """Take the classes of the trainer's model, or else of the training rows."""
         self.check_length("max_length", self.max_length)
         assert self.trainer is not None
-        known = getattr(self.trainer.lightning_module, "class_names", None)
         if self.trainer.state.fn != "predict":
+            known = self.model_classes
             self.class_names = known if known is not None else self._labels(self.training_table()).class_names
 
     def check_test_split(self) -> None:
@@ -212,9 +213,8 @@ class GlueData(TextData):
 
     def _labels(self, table: Table) -> Labels:
         known = self.task.class_names if self.task else None
-        assert self.trainer is not None
         # the training rows decide: a validation split of 1, 2 and 3 belongs to the same regression
-        regression = [] in (getattr(self.trainer.lightning_module, "class_names", None), self.class_names)
+        regression = [] in (self.model_classes, self.class_names)
         return parse_labels(table, self.label_column, () if regression and known is None else known, self.skip_label)
 
     def eligible_rows(self, table: Table) -> Tensor:

@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw, seeded
+from datamodules.contract import DataKind, ImageModel
 from datamodules.errors import DataError, SplitError
 from datamodules.findings import Findings
 from datamodules.image_sources import ImageError, ImageTable, open_folder, open_split
@@ -65,7 +66,7 @@ class ImageClassificationData(ResumableDataModule):
             For folders, move the folder of a class elsewhere.
     """
 
-    kind = "images"
+    kind = DataKind.IMAGES
     test_sets: Sequence[str] = ("test",)  # names of the splits that are tested
 
     def __init__(
@@ -117,12 +118,11 @@ class ImageClassificationData(ResumableDataModule):
         """Read and decode what the stage needs, in the preprocessing and with the classes of the trainer's model."""
         assert self.trainer is not None
         model = self.trainer.lightning_module
-        config = getattr(model, "preprocessing", None)
-        if config is None:
+        if not isinstance(model, ImageModel):
             raise DataError("ImageClassificationData needs a model that says how it wants its images (preprocessing).")
         if self.caches:  # before the images are read
-            model.frozen_prefix()  # type: ignore[operator]
-        self.config = config
+            self.frozen_prefix()
+        self.config = config = model.preprocessing
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
         self.evaluation, training = self._transforms(config)
         if stage == "predict":
@@ -132,7 +132,7 @@ class ImageClassificationData(ResumableDataModule):
             self.findings.add_split("predict", len(table), table.where)
             self.splits["predict"] = ImageDataset(table, None, self.evaluation)
             return
-        self.class_names = getattr(model, "class_names", None) or self._require("train").class_names
+        self.class_names = self.model_classes or self._require("train").class_names
         names = {"fit": ["train", "val"], "validate": ["val"], "test": self.test_sets}[stage]
         if stage == "fit" and self._tests_after_fit:  # what is wrong with its images and classes shows before training
             names = [*names, *self.test_sets]

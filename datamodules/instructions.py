@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.base import Collate
+from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.conversations import (
     Columns,
     ConversationEncoder,
@@ -22,7 +23,7 @@ from datamodules.conversations import (
     response_end,
 )
 from datamodules.errors import DataError
-from datamodules.packing import IGNORED, PackedDataset, PadPacks, PadSequences
+from datamodules.packing import PackedDataset, PadPacks, PadSequences
 from datamodules.tables import Table, check_texts
 from datamodules.text import BadRow, TextData
 from datamodules.tokens import TokenDataset, lengths_of, tokenized, tokenizer_state
@@ -76,7 +77,7 @@ class InstructionData(TextData):
             are refused by the template; one more is an error.
     """
 
-    kind = "instructions"
+    kind = DataKind.INSTRUCTIONS
 
     def __init__(
         self,
@@ -306,7 +307,7 @@ class InstructionData(TextData):
             lists = [tuple(np.asarray(part) for part in parts) for parts in made]
             encoded: dict[str, list[Any]] = {
                 "input_ids": [ids.astype(np.int32) for ids, _ in lists],
-                "labels": [np.where(mask, ids, IGNORED).astype(np.int32) for ids, mask in lists],
+                "labels": [np.where(mask, ids, IGNORE_INDEX).astype(np.int32) for ids, mask in lists],
                 "length": [len(ids) for ids, _ in lists],
             }
             return encoded if learnt else {name: encoded[name] for name in ("input_ids", "length")}

@@ -13,6 +13,7 @@ from rich.markup import escape
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
+from datamodules.contract import DataKind
 from datamodules.errors import DataError
 from datamodules.questions import (
     PLAIN,
@@ -66,7 +67,7 @@ class MMLUData(TextData):
             more is an error.
     """
 
-    kind = "questions"
+    kind = DataKind.QUESTIONS
 
     def __init__(
         self,
@@ -296,9 +297,7 @@ class MMLUData(TextData):
 
     @property
     def _limit(self) -> int | None:
-        assert self.trainer is not None
-        limit: int | None = getattr(self.trainer.lightning_module, "position_limit", None)
-        return limit if self.max_length is None else self.max_length
+        return self.text_model.position_limit if self.max_length is None else self.max_length
 
     def _fitted(self, subject: str, questions: list[str], shots: list[str]) -> tuple[SharedPrompts, int]:
         """Prompts of a subject with as many shots as fit before all of them, and that number."""

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from datamodules.batching import Draw
+from datamodules.contract import IGNORE_INDEX
 from datamodules.tokens import TokenDataset
 
-IGNORED = -100  # label of a token that is not learnt
 Row = dict[str, Any]
 
 
@@ -33,7 +33,7 @@ class PadSequences:
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and, if the rows have them, `labels` (batch, tokens), and `index` (batch,)."""
-        filling = {"input_ids": self.token, "attention_mask": 0, "labels": IGNORED}
+        filling = {"input_ids": self.token, "attention_mask": 0, "labels": IGNORE_INDEX}
         rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
         batch = {
             key: pad_sequence([torch.tensor(row[key]) for row in rows], True, value, self.side)
@@ -62,9 +62,9 @@ class PadPacks:
         batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
         for pack in packs:
             empty = longest - sum(len(row["input_ids"]) for row in pack)
-            rows = [*pack, {"input_ids": [self.token] * empty, "labels": [IGNORED] * empty}] if empty else pack
+            rows = [*pack, {"input_ids": [self.token] * empty, "labels": [IGNORE_INDEX] * empty}] if empty else pack
             batch["input_ids"].append([token for row in rows for token in row["input_ids"]])
-            batch["labels"].append([label for row in rows for label in (IGNORED, *row["labels"][1:])])
+            batch["labels"].append([label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])])
             batch["position_ids"].append([position for row in rows for position in range(len(row["input_ids"]))])
         return {key: torch.tensor(value) for key, value in batch.items()}
 

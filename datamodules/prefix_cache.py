@@ -1,8 +1,7 @@
 """The output of a model's frozen prefix for every row, computed once, kept on disk and read batch by batch.
 
-The model says what its prefix is (`frozen_prefix`: a `key` that is another for other weights, and `states`, which runs
-it in eval mode); the data say which rows it gets. A batch then has `hidden` (batch, tokens, width) in the place of the
-input, zeros where there is padding, and all else as it was.
+The model says what its prefix is (`datamodules.contract.Prefix`), and the data say which rows the prefix gets. A batch
+then has `hidden` (batch, tokens, width) in the place of the input, zeros at padding, and all else as it was.
 
 A file holds one split: a .npy array (tokens of all rows, width), in the dtype that the prefix gives, bfloat16 as int16.
 The file lies with the `datasets` library's cache (HF_DATASETS_CACHE), named by the hash of the prefix and of the rows,
@@ -32,12 +31,12 @@ from torch.utils.data import DataLoader
 
 from datamodules.atomic import WriteError
 from datamodules.cache_files import cache_folder, is_intact, write_cache
+from datamodules.contract import HIDDEN, INPUTS, MASK, Prefix
 from datamodules.errors import DataError
 
 _log = logging.getLogger(__name__)
 FORMAT = 1  # of files; one more whenever their rows would be others
 GIB = 2**30
-INPUTS = ("image", "input_ids", "token_type_ids")  # what hidden states take the place of
 STORED = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<i2"}
 REMEDY = "free some space, set HF_DATASETS_CACHE to another folder, or data.cache_prefix to false"
 
@@ -122,11 +121,12 @@ class WithHidden:
         packs = [[row["index"] for row in (pack if isinstance(pack, list) else [pack])] for pack in rows]
         tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
         others = {key: value for key, value in batch.items() if key not in INPUTS}
-        return {**others, "hidden": self.states.batch(packs, tokens)}
+        return {**others, HIDDEN: self.states.batch(packs, tokens)}
 
 
 def hidden_states(
     trainer: L.Trainer,
+    prefix: Prefix,
     loader: DataLoader[Any],
     lengths: Tensor | None,
     rows_key: str,
@@ -136,7 +136,8 @@ def hidden_states(
     """Hidden states of all rows of a data set: from the file of an earlier run, or computed and written now.
 
     Args:
-        trainer: Has the model, and knows the device.
+        trainer: Knows the device.
+        prefix: The model's frozen prefix.
         loader: Gives each row once, in the order of `filling_order`.
         lengths: Tokens of each row; None if all have as many.
         rows_key: Another one for other rows, or rows prepared in another way.
@@ -146,7 +147,6 @@ def hidden_states(
     Raises:
         DataError: If the file cannot be written, or rows are padded at the left.
     """
-    prefix: Any = trainer.lightning_module.frozen_prefix()  # type: ignore[operator]
     digest = hashlib.sha256(f"{FORMAT} {prefix.key} {rows_key}".encode()).hexdigest()[:40]
     path = cache_folder() / f"prefix-{digest}.npy"
     size = len(loader.dataset)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def filling_order(lengths: Tensor) -> Tensor:
 
 def _fill(
     trainer: L.Trainer,
-    prefix: Any,
+    prefix: Prefix,
     loader: DataLoader[Any],
     lengths: Tensor | None,
     file: BinaryIO,
@@ -204,7 +204,7 @@ def _fill(
 
 def _check_padding(batch: dict[str, Any]) -> None:
     """Check that padding is behind the tokens: rows are kept, and put in, from the first token on."""
-    mask = batch.get("attention_mask")
+    mask = batch.get(MASK)
     if mask is not None and not (mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
         raise DataError(
             "data.cache_prefix: is for texts that are padded at the right, and the tokenizer pads elsewhere; give it "

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.base import Collate
+from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.errors import DataError
 from datamodules.tables import Table, blank_rows, check_column, check_texts
 from datamodules.text import BadRow, TextData
 from datamodules.tokens import TokenDataset, tokenized, tokenizer_state
-
-IGNORED = -100  # label of a position that is padding
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class PadPairs:
         )
         if "labels" in rows[0]:
             labels = [torch.tensor(row["labels"]) for row in rows]
-            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
         if "reference" in rows[0]:
             batch["reference"] = [row["reference"] for row in rows]
         return {**batch, "index": torch.tensor([row["index"] for row in rows])}
@@ -70,7 +69,7 @@ class SummarizationData(TextData):
         skip_bad_rows: Rows of each split that may be skipped because source or target is empty; one more is an error.
     """
 
-    kind = "summaries"
+    kind = DataKind.SUMMARIES
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.batching import Draw
+from datamodules.contract import TextModel
 from datamodules.errors import DataError, SplitError
 from datamodules.findings import SkippedRow
 from datamodules.prefix_cache import WithHidden
@@ -114,7 +115,7 @@ class TextData(ResumableDataModule):
     def setup(self, stage: str) -> None:
         """Tokenise what the stage needs, with the tokenizer of the trainer's model."""
         if self.caches:  # before the rows are read
-            self.trainer.lightning_module.frozen_prefix()  # type: ignore[union-attr, operator]
+            self.frozen_prefix()
         with self.first_process_first():
             self.before_splits()
             if stage == "predict":
@@ -299,17 +300,22 @@ class TextData(ResumableDataModule):
     # ------------------------------------------------------------------------------------------------------ tokens
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the trainer's model.
+    def text_model(self) -> TextModel:
+        """Return the trainer's model.
 
         Raises:
-            DataError: If the model has none.
+            DataError: If the model has no tokenizer.
         """
         assert self.trainer is not None
-        tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
-        if tokenizer is None:
+        model = self.trainer.lightning_module
+        if not isinstance(model, TextModel):
             raise DataError(f"{type(self).__name__} needs a model that has a tokenizer, such as TextClassifier.")
-        return tokenizer
+        return model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of the trainer's model."""
+        return self.text_model.tokenizer
 
     def warn_of_cut_rows(self, tokens: datasets.Dataset, table: Table, limit: int) -> None:
         """Warn if rows reach their limit of tokens."""
@@ -317,13 +323,12 @@ class TextData(ResumableDataModule):
             _log.warning(f"{cut:,} of {len(tokens):,} rows of {table.where} reach {limit} tokens and may be cut.")
 
     def check_length(self, key: str, length: int) -> None:
-        """Refuse more tokens than the model has positions for.
+        """Check that a length is not above the positions of the model.
 
         Raises:
             DataError: Under the given key, with the limit.
         """
-        assert self.trainer is not None
-        limit = getattr(self.trainer.lightning_module, "position_limit", None)
+        limit = self.text_model.position_limit
         if limit is not None and length > limit:
             raise DataError(
                 f"data.{key}: {length} tokens are more than the {limit} that the backbone has positions for."

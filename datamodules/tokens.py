@@ -145,7 +145,7 @@ def _write_tokens(texts: datasets.Dataset, encode: Encode, file: BinaryIO) -> No
 
 def tokenizer_state(tokenizer: Any) -> str:
     """All that decides what a tokenizer makes of a text, hashed."""
-    if getattr(tokenizer, "is_fast", False):
+    if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # set anew by each call
     else:

@@ -12,11 +12,12 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from datamodules.contract import DataKind
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
 from modules.adapters.state import frozen_fingerprint
 from modules.blocks import layerdrop_rates
 from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
-from modules.errors import ModelError
 from modules.formats.adapter_files import load_heads, read_adapter
 from modules.freezing import freeze
 from modules.frozen_digest import FrozenDigest
@@ -65,7 +66,9 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         compile: Whether the backbone's blocks are compiled for training; see `modules.compilation`.
     """
 
-    kinds: tuple[str, ...]  # of data that the steps take, as the data modules name theirs
+    kinds: tuple[DataKind, ...]  # of data that the steps take
+    class_names: list[str] | None = None  # by label; None until they are known
+    position_limit: int | None = None  # most tokens of a text; None for any number
     peft_task: str | None = None  # PEFT's name of the task
     backbone: nn.Module
 
@@ -98,6 +101,10 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             )
         if adapter_path is not None and tuning != "adapter":
             raise ModelError(f"model.adapter_path: with tuning {tuning} there are no adapters; set it to adapter.")
+        if shard_frozen and tuning == "full":
+            raise ModelError(
+                "model.shard_frozen: with tuning: full nothing is frozen; set it to false, or tune adapters."
+            )
         if shard_frozen and tuning in METHODS:
             raise ModelError(
                 f"model.shard_frozen: tuning {tuning} has layers of PEFT, which stay whole. Set it to false."
@@ -198,11 +205,11 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         if trainer is None:
             return
         if self.shard_frozen and self.shards is None:
-            from modules.sharding import shard_frozen_weights  # which imports this module
+            from modules.sharding import shard_frozen_weights  # a second of imports that other runs do not need
 
-            self.shards = shard_frozen_weights(self)
+            self.shards = shard_frozen_weights(self, self.backbone, self.fingerprint, trainer)
         if self.compiles and not self._compiled and trainer.state.fn == "fit":
-            from modules.compilation import compile_blocks  # likewise
+            from modules.compilation import compile_blocks
 
             compile_blocks(self.backbone, trainer.strategy.root_device)
             self._compiled = True
@@ -222,15 +229,18 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
-    def take_from_data(self, key: str) -> Any:
-        """Return a property of the task (`class_names`, `metrics`) from the data, unless the model has it already.
+    @property
+    def data(self) -> Any:
+        """Return the trainer's data module; `datamodules.contract` says what it may be asked."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def take_from_data(self, key: str, known: Any) -> Any:
+        """Return a property of the task (`class_names`, `metrics`), the model's own or else what the data know.
 
         Raises:
             ModelError: If neither knows.
         """
-        value = self.hparams[key]
-        if value is None:
-            value = getattr(self.trainer.datamodule, key, None)  # type: ignore[attr-defined]
+        value = known if self.hparams[key] is None else self.hparams[key]
         if value is None:
             raise ModelError(f"model.{key}: neither the data nor a checkpoint (--ckpt_path) says which they are.")
         self.hparams[key] = value if isinstance(value, str | int) else list(value)

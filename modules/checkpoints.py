@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from datamodules.errors import ModelError
 from modules.adapters import adapter_state
 from modules.adapters.state import refuse_merged, state_problems
-from modules.errors import ModelError
 from modules.frozen_digest import FrozenDigest
 
 POSITION = {"epoch", "samples", "seed"}  # keys of a position in the data

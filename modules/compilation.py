@@ -13,8 +13,8 @@ import lightning as L
 import torch
 from torch import nn
 
+from datamodules.errors import ModelError
 from modules.blocks import block_stacks
-from modules.errors import ModelError
 
 BACKEND = "inductor"
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from transformers import GenerationConfig
 
-from modules.base import ModelError
+from datamodules.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,17 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
+from datamodules.contract import HIDDEN, IGNORE_INDEX, MASK
+from datamodules.errors import ModelError
 from modules.adapters import Projection
 from modules.adapters.roles import block_of
-from modules.base import AdaptedModule
 from modules.blocks import Stack, block_stacks
-from modules.errors import ModelError
 
 KEY = "data.cache_prefix"
-HIDDEN = "hidden"  # key of a batch: the prefix's output (batch, tokens, width), in the place of its input
-MASK = "attention_mask"  # key of a batch: 1 for tokens, 0 for padding, (batch, tokens)
 TOLERANCE = 1e-3  # of outputs, relative; what the last blocks get is the same, but for what they do not look at
 Batch = dict[str, Any]
 
@@ -66,7 +65,7 @@ class FrozenPrefix:
         inputs: Sequence[str],
         padding: Mapping[str, int],
         identity: Mapping[str, Any],
-        outputs: Callable[[Batch], Tensor],
+        outputs: Callable[[Any], Tensor],
         context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         stack = _only_stack(backbone)
@@ -173,34 +172,42 @@ def _hand_on(*args: Any, **kwargs: Any) -> Any:
     return args[0] if args else kwargs["inputs_embeds"]
 
 
-def transformers_prefix(module: AdaptedModule, outputs: Callable[[Batch], Tensor]) -> FrozenPrefix:
-    """The frozen prefix of a task with a backbone of transformers.
+def transformers_prefix(
+    backbone: Any,
+    projections: Sequence[Projection],
+    heads: Sequence[str],
+    trainer: L.Trainer,
+    outputs: Callable[[Any], Tensor],
+) -> FrozenPrefix:
+    """Return the frozen prefix of a backbone of transformers.
 
     Args:
-        module: The task.
-        outputs: What it makes of a batch.
+        backbone: The backbone, with its adapters.
+        projections: The adapted projections.
+        heads: Names of its modules that are trained whole.
+        trainer: Knows the precision.
+        outputs: Returns the output of the whole backbone for a batch.
     """
-    backbone: Any = module.backbone
     names = {"id2label", "label2id", "_name_or_path", "architectures", "dtype", "transformers_version"}
-    embeddings = getattr(backbone.base_model, "embeddings", None)  # an encoder's, which do more than look tokens up
+    parts = dict(backbone.base_model.named_children())
     return FrozenPrefix(
         backbone,
-        module.projections,
-        heads=[name.removeprefix("backbone.") for name in module.head_names],
-        embeddings=() if embeddings is None else (embeddings,),
+        projections,
+        heads,
+        embeddings=[parts["embeddings"]] if "embeddings" in parts else [],  # an encoder's, with positions and a norm
         inputs=("input_ids", "token_type_ids"),
-        padding={"input_ids": backbone.config.pad_token_id or 0, "token_type_ids": 0, MASK: 0, "labels": -100},
+        padding={"input_ids": backbone.config.pad_token_id or 0, "token_type_ids": 0, MASK: 0, "labels": IGNORE_INDEX},
         identity={
             "config": {key: value for key, value in backbone.config.to_dict().items() if key not in names},
-            "precision": module.trainer.precision,
+            "precision": trainer.precision,
         },
         outputs=outputs,
-        context=module.trainer.precision_plugin.forward_context,
+        context=trainer.precision_plugin.forward_context,
     )
 
 
 @contextmanager
-def backbone_inputs(prefix: FrozenPrefix | None, given: Batch) -> Iterator[Batch]:
+def backbone_inputs(prefix: FrozenPrefix | None, given: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What a backbone of transformers takes; within the context, hidden states among it go in behind the prefix."""
     if HIDDEN not in given:
         yield given

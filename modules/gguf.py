@@ -15,7 +15,7 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_accelerate_available, is_gguf_available
 
-from modules.base import ModelError
+from datamodules.errors import ModelError
 
 
 def is_gguf(name: str) -> bool:
@@ -61,7 +61,7 @@ def check_positions(name: str, config: PreTrainedConfig) -> None:
     metadata, tensors = read_gguf_metadata(path)
     kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
     scaled = kind != "none" or any(tensor.startswith("rope_f") for tensor in tensors)  # rope_freqs, rope_factors_…
-    if scaled and (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "default":
+    if scaled and (config.to_dict().get("rope_parameters") or {}).get("rope_type") == "default":
         raise ModelError(
             f"model.backbone: {name} scales its rotary positions, and transformers does not read from GGUF how; give "
             "rope_parameters of the original's config.json in model.backbone_args, or take the original."

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from datamodules.contract import HIDDEN, DataKind, HasClasses, HasDomains, ImageBatch
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.base import AdaptedModule, BackboneDtype, ModelError, Tuning
-from modules.frozen_prefix import HIDDEN, FrozenPrefix
+from modules.base import AdaptedModule, BackboneDtype, Tuning
+from modules.frozen_prefix import FrozenPrefix
 from modules.optimization import Schedule
 from modules.timm_backbone import build_timm_backbone, features_from_block, preprocessing
-
-Batch = dict[str, Any]
 
 
 class ImageClassifier(AdaptedModule):
@@ -38,7 +38,7 @@ class ImageClassifier(AdaptedModule):
         tuning: See `AdaptedModule`, as all that follow.
     """
 
-    kinds = ("images",)
+    kinds = (DataKind.IMAGES,)
 
     def __init__(
         self,
@@ -92,12 +92,14 @@ class ImageClassifier(AdaptedModule):
     def setup(self, stage: str) -> None:
         """Take the data's classes, if the model has none yet, and build the head."""
         super().setup(stage)
-        self.class_names = self.take_from_data("class_names")
+        data = self.data
+        known = data.class_names if isinstance(data, HasClasses) else None
+        self.class_names = self.take_from_data("class_names", known)
         if self.head is None:
             self.head = self.build_head()
         self.load_given_heads()
-        domains = getattr(self.trainer.datamodule, "domain_names", [])  # type: ignore[attr-defined]
-        self.domain_names: list[str] = domains if stage == "test" else []
+        tested = stage == "test" and isinstance(data, HasDomains)
+        self.domain_names = list(data.domain_names) if tested else []
         metrics = [MulticlassAccuracy(len(self.class_names or ()), average="micro") for _ in self.domain_names]
         self.domains = nn.ModuleList(metrics)
 
@@ -136,7 +138,7 @@ class ImageClassifier(AdaptedModule):
         """Logits (batch, classes), float32, of normalised images (batch, 3, height, width)."""
         return self._classify(self.backbone(image.to(self.backbone_dtype)))  # of (batch, features)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: ImageBatch) -> Tensor:
         """The same of a batch, of its images or of what the frozen prefix made of them."""
         if HIDDEN not in batch:
             logits: Tensor = self(batch["image"])
@@ -171,14 +173,14 @@ class ImageClassifier(AdaptedModule):
             context=self.trainer.precision_plugin.forward_context,
         )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
         loss = F.cross_entropy(self.logits(batch), batch["label"], label_smoothing=self.label_smoothing)
         self.check_loss(loss.detach())
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
         logits, label = self.logits(batch), batch["label"]
         self.losses[stage].update(F.cross_entropy(logits, label, reduction="none"))  # type: ignore[operator]
         self.metrics[stage].update(logits, label)  # type: ignore[operator]
@@ -196,7 +198,7 @@ class ImageClassifier(AdaptedModule):
         metrics.reset()
         return values
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Update `val/loss`, `val/acc1` and, of more than five classes, `val/acc5`."""
         self._evaluate("val", batch)
 
@@ -204,7 +206,7 @@ class ImageClassifier(AdaptedModule):
         """Log the metrics."""
         self._report("val")
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As in validation, under `test/`, and the confusion matrix; of other domains, top-1 accuracy alone."""
         if dataloader_idx == 0:
             self._evaluate("test", batch)
@@ -225,7 +227,7 @@ class ImageClassifier(AdaptedModule):
             self.log_dict({f"test/{name}/acc1": a for name, a in zip(self.domain_names, accuracies, strict=True)})
             self.log_dict({"test/ood/acc1": mean, "gap/ood": values["test/acc1"] - mean})
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, list[Any]]:
         """Return rows of a table: index and name of the image, class, and its probability in [0, 1].
 
         If images of the batch could not be decoded, a column `error` says why; their class and probability are empty.

@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from datamodules.contract import HIDDEN, IGNORE_INDEX, DataKind, HasPacking, HasPrompts, InstructionBatch, QuestionBatch
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.base import AdaptedModule, BackboneDtype, ModelError
+from modules.base import AdaptedModule, BackboneDtype
 from modules.decoding import Decoding
-from modules.frozen_prefix import HIDDEN, FrozenPrefix, backbone_inputs, transformers_prefix
+from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.multiple_choice import MultipleChoiceAccuracy, PrefixCache, choice_log_probabilities
 from modules.optimization import Schedule
 from modules.transformers_backbone import (
     build_transformers_model,
     checkpoint_activations,
+    config_value,
     load_tokenizer,
     position_limit,
     selected_logits,
 )
-
-Batch = dict[str, Any]
-IGNORED = -100  # label of a token that is not learnt: the prompt's, or padding
 
 
 class LanguageModel(AdaptedModule):
@@ -53,7 +53,7 @@ class LanguageModel(AdaptedModule):
             follow.
     """
 
-    kinds = ("instructions", "questions")
+    kinds = (DataKind.INSTRUCTIONS, DataKind.QUESTIONS)
     peft_task = "CAUSAL_LM"
 
     def __init__(
@@ -96,7 +96,7 @@ class LanguageModel(AdaptedModule):
             AutoModelForCausalLM, backbone, weights, backbone_args or {}, self.backbone_dtype, trains_heads=False
         )
         config = built.model.config
-        if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+        if type(config) in AutoModelForMaskedLM._model_mapping and not config_value(config, "is_decoder"):
             raise ModelError(
                 f"model.backbone: {backbone} is a {config.model_type}, whose tokens see those behind them, which are "
                 "to be predicted; choose a decoder."
@@ -151,47 +151,49 @@ class LanguageModel(AdaptedModule):
             ModelError: If the data's template is not the one trained with, or packed sequences would see each other.
         """
         super().setup(stage)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        template = getattr(data, "prompt_template", None)
-        if template is not None and self.take_from_data("prompt_template") != template:
-            raise ModelError(
-                "data.template: the checkpoint was trained with another prompt template than this one; leave "
-                "data.template as it was and, if it is `chat`, the backbone's tokenizer too."
-            )
-        if template is not None:
-            self.take_from_data("response_end")
+        data = self.data
+        if isinstance(data, HasPrompts):
+            template = data.prompt_template
+            if self.take_from_data("prompt_template", template) != template:
+                raise ModelError(
+                    "data.template: the checkpoint was trained with another prompt template than this one; leave "
+                    "data.template as it was and, if it is `chat`, the backbone's tokenizer too."
+                )
+            self.take_from_data("response_end", data.response_end)
             self._configure_generation()
-        if stage == "fit" and getattr(data, "packing", False):
+        if stage == "fit" and isinstance(data, HasPacking) and data.packing:
             self.check_packing()
 
     # -------------------------------------------------------------------------------------------------------- training
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: InstructionBatch) -> tuple[Tensor, Tensor]:
         """Logits of the tokens to learn, and those tokens.
 
         Returns:
             (learnt tokens, vocabulary) float32, each behind what is before it, and (learnt tokens,) int64.
         """
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (batch, tokens): what comes next
-        selected = targets != IGNORED
-        given = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", HIDDEN) if key in batch}
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (batch, tokens): what comes next
+        selected = targets != IGNORE_INDEX
+        given: dict[str, Any] = {
+            key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", HIDDEN) if key in batch
+        }
         with backbone_inputs(self.prefix, given) as inputs:
             return selected_logits(self.backbone, selected, **inputs, use_cache=False), targets[selected]
 
     def build_prefix(self) -> FrozenPrefix:
         """The embeddings and the blocks below the lowest adapter."""
-        return transformers_prefix(self, lambda batch: self(batch)[0])
+        return transformers_prefix(self.backbone, self.projections, (), self.trainer, lambda batch: self(batch)[0])
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: InstructionBatch) -> Tensor:
         """Mean cross-entropy over the tokens of all responses."""
         return F.cross_entropy(*self(batch))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         loss = self.loss(batch)
         self.check_loss(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        self.items_in_batch = (batch["labels"][:, 1:] != IGNORED).sum()
+        self.items_in_batch = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         return loss
 
     @torch.no_grad()
@@ -219,7 +221,7 @@ class LanguageModel(AdaptedModule):
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: InstructionBatch | QuestionBatch) -> None:
         if "choices" in batch:
             scores = choice_log_probabilities(self.backbone, batch, self.prefix_cache)
             self.choices[stage].update(scores, batch["answers"], batch["subject"])  # type: ignore[operator]
@@ -245,7 +247,7 @@ class LanguageModel(AdaptedModule):
         loss.reset()
         accuracy.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: InstructionBatch | QuestionBatch, batch_idx: int) -> None:
         """Update `val/loss` (per token of the responses), `val/perplexity` (its exponential) and `val/token_acc`.
 
         Batches of multiple choice give `val/acc` and its like; see `MultipleChoiceAccuracy`.
@@ -256,7 +258,7 @@ class LanguageModel(AdaptedModule):
         """Log the metrics."""
         self._report("val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: InstructionBatch | QuestionBatch, batch_idx: int) -> None:
         """As in validation, under `test/`."""
         self._evaluate("test", batch)
 
@@ -264,7 +266,7 @@ class LanguageModel(AdaptedModule):
         """Log the metrics."""
         self._report("test")
 
-    def generate(self, batch: Batch) -> list[str]:
+    def generate(self, batch: InstructionBatch) -> list[str]:
         """Responses to a batch of prompts that are padded at the left.
 
         Raises:
@@ -282,7 +284,7 @@ class LanguageModel(AdaptedModule):
         texts: list[str] = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
+    def predict_step(self, batch: InstructionBatch | QuestionBatch, batch_idx: int) -> dict[str, list[Any]]:
         """Rows of a table: index of the prompt and its response; of multiple choice the log-probabilities of each."""
         if "choices" in batch:
             scores = choice_log_probabilities(self.backbone, batch, self.prefix_cache)

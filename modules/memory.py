@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, attach
-from modules.base import BackboneDtype, ModelError
+from modules.base import BackboneDtype
 from modules.multiple_choice import PrefixCache
 from modules.sharding import sharded_stacks
 from modules.transformers_backbone import checkpoint_activations, selected_logits

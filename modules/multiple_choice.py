@@ -11,6 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from datamodules.contract import QuestionBatch
 from modules.transformers_backbone import selected_logits
 
 _SUBJECTS = {  # categories.py of Hendrycks et al. 2021, "Measuring Massive Multitask Language Understanding"
@@ -86,14 +87,12 @@ def _prefix_keys(model: PreTrainedModel, prefix: Tensor) -> _SharedKeys | None:
 
 
 @torch.no_grad()
-def choice_log_probabilities(model: PreTrainedModel, batch: dict[str, Any], cache: PrefixCache) -> Tensor:
+def choice_log_probabilities(model: PreTrainedModel, batch: QuestionBatch, cache: PrefixCache) -> Tensor:
     """Log-probabilities of the letters behind each question, among all tokens of the vocabulary.
 
     Args:
         model: A decoder, in eval mode.
-        batch: `prefix` (P,), which all prompts begin with, `input_ids` (batch, tokens), what follows in each, padded at
-            the right, `lengths` (batch,) without the padding, and `choices` (n_choices,), the letters' tokens; all
-            int64.
+        batch: Questions of one subject.
         cache: Where the keys and values of the prefix are kept.
 
     Returns:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.linear import check_rank
 from modules.adapters.roles import find_projections, select
 from modules.blocks import layerdrop_rates
-from modules.errors import ModelError
 
 if TYPE_CHECKING:
     from peft import AdaLoraConfig, AdaLoraModel, IA3Model

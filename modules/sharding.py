@@ -20,24 +20,29 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from datamodules.errors import ModelError
 from modules.adapters import adapted_layers
-from modules.base import AdaptedModule, ModelError
 from modules.blocks import Stack, block_stacks, layerdrop_rates
 
 
-def shard_frozen_weights(module: AdaptedModule) -> FrozenShards | None:
+def shard_frozen_weights(
+    module: nn.Module, backbone: nn.Module, fingerprint: str, trainer: L.Trainer
+) -> FrozenShards | None:
     """Divide a model's frozen blocks among the trainer's processes, in place, before the model is on its device.
+
+    Args:
+        module: The whole model.
+        backbone: Its backbone, with frozen blocks.
+        fingerprint: Fingerprint of the frozen weights.
+        trainer: Knows the processes.
 
     Returns:
         The shards; None if there is only one process.
 
     Raises:
-        ModelError: If nothing is frozen, the strategy is another than DDP, adapters are merged, the backbone has no
-            stack of blocks, or the processes have loaded different weights.
+        ModelError: If the strategy is another than DDP, adapters are merged, the backbone has no stack of blocks, or
+            the processes have loaded different weights.
     """
-    if module.tuning == "full":
-        raise ModelError("model.shard_frozen: with tuning: full nothing is frozen; set it to false, or tune adapters.")
-    trainer = module.trainer
     if trainer.world_size == 1:
         return None
     if not isinstance(trainer.strategy, DDPStrategy):
@@ -45,16 +50,16 @@ def shard_frozen_weights(module: AdaptedModule) -> FrozenShards | None:
             f"model.shard_frozen: needs --trainer.strategy ddp, not {type(trainer.strategy).__name__}: what is trained "
             "is not sharded."
         )
-    if any(layer.merged for layer in adapted_layers(module.backbone).values()):
+    if any(layer.merged for layer in adapted_layers(backbone).values()):
         raise ModelError("model.shard_frozen: the adapters are merged into the weights; unmerge them before.")
     fingerprints: list[str] = [""] * trainer.world_size
-    dist.all_gather_object(fingerprints, module.fingerprint)
+    dist.all_gather_object(fingerprints, fingerprint)
     if len(set(fingerprints)) > 1:
         raise ModelError(
             "model.shard_frozen: the processes have loaded different weights, which would be mixed; give all the same "
             "model.backbone (and with weights: none the same seed_everything)."
         )
-    shards = FrozenShards(module.backbone, trainer.strategy.root_device)
+    shards = FrozenShards(backbone, trainer.strategy.root_device)
     names = [n for n, p in module.named_parameters(remove_duplicate=False) if isinstance(p, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     return shards

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
+from datamodules.contract import IGNORE_INDEX, DataKind, SummaryBatch
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.base import AdaptedModule, BackboneDtype, ModelError
+from modules.base import AdaptedModule, BackboneDtype
 from modules.optimization import Schedule
 from modules.rouge import Rouge
 from modules.transformers_backbone import build_transformers_model, load_tokenizer, position_limit
 
-Batch = dict[str, Any]
-IGNORED = -100  # label of a position that is padding
 SAMPLES = 4  # of the first validation rows, the summaries go to TensorBoard
 
 
@@ -78,7 +78,7 @@ class Summarizer(AdaptedModule):
             follow.
     """
 
-    kinds = ("summaries",)
+    kinds = (DataKind.SUMMARIES,)
     peft_task = "SEQ_2_SEQ_LM"
 
     def __init__(
@@ -145,7 +145,7 @@ class Summarizer(AdaptedModule):
 
     # -------------------------------------------------------------------------------------------------------- training
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: SummaryBatch) -> Tensor:
         """Logits (batch, target tokens, vocabulary), float32, each behind the labels before it."""
         start: Any = self.backbone.prepare_decoder_input_ids_from_labels
         outputs = self.backbone(
@@ -157,22 +157,23 @@ class Summarizer(AdaptedModule):
         logits: Tensor = outputs.logits
         return logits.float()
 
-    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    def loss(self, batch: SummaryBatch, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy over the tokens of all targets."""
         logits = self(batch).flatten(0, 1)  # (batch · target tokens, vocabulary)
-        return F.cross_entropy(logits, batch["labels"].flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
+        labels = batch["labels"].flatten()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: SummaryBatch, batch_idx: int) -> Tensor:
         """Loss of one batch, with label smoothing."""
         loss = self.loss(batch, self.label_smoothing)
         self.check_loss(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        self.items_in_batch = (batch["labels"] != IGNORED).sum()
+        self.items_in_batch = (batch["labels"] != IGNORE_INDEX).sum()
         return loss
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
-    def generate(self, batch: Batch) -> list[str]:
+    def generate(self, batch: SummaryBatch) -> list[str]:
         """Texts that beam search finds for a batch of sources."""
         search: Any = self.backbone.generate
         tokens = search(  # (batch, at most max_length)
@@ -182,8 +183,8 @@ class Summarizer(AdaptedModule):
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
-        tokens = (batch["labels"] != IGNORED).sum()
+    def _evaluate(self, stage: str, batch: SummaryBatch) -> None:
+        tokens = (batch["labels"] != IGNORE_INDEX).sum()
         self.losses[stage].update(self.loss(batch), weight=tokens)  # type: ignore[operator]
         summaries = self.generate(batch)
         self.rouge[stage].update(summaries, batch["reference"])  # type: ignore[operator]
@@ -200,7 +201,7 @@ class Summarizer(AdaptedModule):
         rouge.reset()
         loss.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: SummaryBatch, batch_idx: int) -> None:
         """Update `val/loss` (without label smoothing) and `val/rouge1`, `rouge2`, `rougeL` and `rougeLsum`."""
         self._evaluate("val", batch)
 
@@ -215,7 +216,7 @@ class Summarizer(AdaptedModule):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("val/samples", "\n\n---\n\n".join(lines), self.global_step)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: SummaryBatch, batch_idx: int) -> None:
         """As in validation, under `test/`."""
         self._evaluate("test", batch)
 
@@ -223,6 +224,6 @@ class Summarizer(AdaptedModule):
         """Log the metrics."""
         self._report("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
+    def predict_step(self, batch: SummaryBatch, batch_idx: int) -> dict[str, list[Any]]:
         """Rows of a table: index of the source and its summary."""
         return {"index": batch["index"].tolist(), "summary": self.generate(batch)}

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForSequenceClassification
 
+from datamodules.contract import DataKind, HasClasses, HasMetrics, HasSets, TextBatch
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.base import AdaptedModule, BackboneDtype, ModelError, Tuning
+from modules.base import AdaptedModule, BackboneDtype, Tuning
 from modules.freezing import inputs_to_float32
 from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.optimization import Schedule
 from modules.text_metrics import build_metrics
-from modules.transformers_backbone import build_transformers_model, load_tokenizer, position_limit
-
-Batch = dict[str, Tensor]
+from modules.transformers_backbone import build_transformers_model, config_value, load_tokenizer, position_limit
 
 
 class TextClassifier(AdaptedModule):
@@ -43,7 +43,7 @@ class TextClassifier(AdaptedModule):
         pad_token: Token of the vocabulary to pad with, for tokenizers that have none; None takes the tokenizer's own.
     """
 
-    kinds = ("labelled texts",)
+    kinds = (DataKind.LABELLED_TEXTS,)
     peft_task = "SEQ_CLS"
 
     def __init__(
@@ -102,11 +102,12 @@ class TextClassifier(AdaptedModule):
     def setup(self, stage: str) -> None:
         """Take the data's classes and metrics, if the model has none yet."""
         super().setup(stage)
-        classes, names = self.take_from_data("class_names"), self.take_from_data("metrics")
+        data = self.data
+        classes = self.take_from_data("class_names", data.class_names if isinstance(data, HasClasses) else None)
+        names = self.take_from_data("metrics", data.metrics if isinstance(data, HasMetrics) else None)
         if self.class_names is None:
             self.configure_labels(classes)
-        # the sets that a split consists of, MNLI's matched and mismatched
-        sets = getattr(self.trainer.datamodule, "set_names", {})  # type: ignore[attr-defined]
+        sets = data.set_names if isinstance(data, HasSets) else {}
         self.set_names: dict[str, list[str]] = {s: sets.get(s, [""]) for s in ("val", "test")}
         collection = build_metrics(names, len(classes))
         self.metrics = nn.ModuleDict(
@@ -136,7 +137,7 @@ class TextClassifier(AdaptedModule):
             output = nn.Linear(old.in_features, max(len(class_names), 1), bias=old.bias is not None)
             # of the run's seed alone: starting the processes of DDP draws from the global generator
             generator = torch.Generator().manual_seed(torch.initial_seed())
-            nn.init.normal_(output.weight, std=getattr(config, "initializer_range", 0.02), generator=generator)
+            nn.init.normal_(output.weight, std=config_value(config, "initializer_range", 0.02), generator=generator)
             if output.bias is not None:
                 nn.init.zeros_(output.bias)
             if f"backbone.{name}" in self.head_names and self.tuning != "full":
@@ -162,7 +163,7 @@ class TextClassifier(AdaptedModule):
             )
         return layers[-1]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: TextBatch) -> Tensor:
         """Logits (batch, classes), or scores (batch,) in regression, float32."""
         given = {k: v for k, v in batch.items() if k not in ("label", "index")}
         with backbone_inputs(self.prefix, given) as inputs:
@@ -171,7 +172,8 @@ class TextClassifier(AdaptedModule):
 
     def build_prefix(self) -> FrozenPrefix:
         """The embeddings and the blocks below the lowest adapter of an encoder such as BERT and RoBERTa."""
-        return transformers_prefix(self, self)
+        heads = [name.removeprefix("backbone.") for name in self.head_names]
+        return transformers_prefix(self.backbone, self.projections, heads, self.trainer, self)
 
     def loss(self, outputs: Tensor, label: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy of logits (batch, classes); mean squared error of scores (batch,) in regression."""
@@ -179,14 +181,14 @@ class TextClassifier(AdaptedModule):
             return F.cross_entropy(outputs, label, reduction=reduction)
         return F.mse_loss(outputs, label, reduction=reduction)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         loss = self.loss(self(batch), batch["label"])
         self.check_loss(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["label"]))
         return loss
 
-    def _evaluate(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
+    def _evaluate(self, stage: str, batch: TextBatch, dataloader_idx: int) -> None:
         outputs, label = self(batch), batch["label"]
         self.losses[stage].update(self.loss(outputs, label, "none"))  # type: ignore[operator]
         self.metrics[f"{stage}{self.set_names[stage][dataloader_idx]}"].update(outputs, label)  # type: ignore[operator]
@@ -206,7 +208,7 @@ class TextClassifier(AdaptedModule):
         self.log(f"{stage}/loss", loss.compute(), prog_bar=True)
         loss.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update `val/loss`, the task's metrics, and their mean `val/score`."""
         self._evaluate("val", batch, dataloader_idx)
 
@@ -214,7 +216,7 @@ class TextClassifier(AdaptedModule):
         """Log the metrics."""
         self._report("val")
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As in validation, under `test/`."""
         self._evaluate("test", batch, dataloader_idx)
 
@@ -222,7 +224,7 @@ class TextClassifier(AdaptedModule):
         """Log the metrics."""
         self._report("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Any]]:
+    def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Any]]:
         """Rows of a table: index of the text, label, class and its probability in [0, 1]; in regression the score."""
         outputs, index = self(batch), batch["index"].tolist()
         if not self.class_names:

@@ -14,7 +14,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
-from modules.base import ModelError
+from datamodules.errors import ModelError
 
 
 class PositiveF1(BinaryF1Score):

@@ -16,9 +16,8 @@ from timm.models import load_state_dict, parse_model_name, resolve_model_input_a
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from datamodules.errors import ModelError, first_line
 from modules.adapters.state import state_problems
-from modules.base import ModelError
-from modules.errors import first_line
 
 # How weights are converted where it is not the default (positions resized bicubic, with antialiasing); the first family
 # that the name contains counts. All but the first are what timm's own factories bind.
@@ -159,7 +158,7 @@ def _read(path: str) -> dict[str, Tensor]:
 
 def _load(model: nn.Module, name: str, state: dict[str, Tensor], source: str) -> None:
     """Load weights into a model, converted and resized as timm does for its family; nothing may be left over."""
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    convert = vars(sys.modules[type(model).__module__]).get("checkpoint_filter_fn")
     if convert is not None:
         options = next((options for family, options in CONVERSION.items() if family in name), {})
         accepted = inspect.signature(convert).parameters
@@ -167,8 +166,7 @@ def _load(model: nn.Module, name: str, state: dict[str, Tensor], source: str) ->
             state = convert(state, model, **{k: v for k, v in options.items() if k in accepted})
         except Exception as error:  # a converter reads shapes as they come
             raise ModelError(f"model.weights: {source} does not fit {name}: {error}") from error
-    config = getattr(model, "pretrained_cfg", {})
-    head = config.get("classifier") or ()
+    head = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]  # timm's own attribute
     heads = (head,) if isinstance(head, str) else tuple(head)
     own = model.state_dict()
     state = {

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modules.base import ModelError
-from modules.errors import first_line
+from datamodules.errors import ModelError, first_line
 from modules.gguf import (
     check_positions,
     check_readable,
@@ -157,8 +156,7 @@ def load_tokenizer(
             f"model.backbone: the tokenizer of {name} has {len(tokenizer)} tokens and the model only "
             f"{embeddings.num_embeddings} embeddings; they do not belong together."
         )
-    model_types = getattr(model.config, "type_vocab_size", 2)
-    if "token_type_ids" in tokenizer.model_input_names and model_types < 2:
+    if "token_type_ids" in tokenizer.model_input_names and config_value(model.config, "type_vocab_size", 2) < 2:
         # a second sentence would have a type that the model has no embedding for
         tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
     return tokenizer
@@ -200,10 +198,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
 
 
+def config_value(config: PreTrainedConfig, key: str, default: Any = None) -> Any:
+    """Return a key of a config.json that not every architecture has, under transformers' common name for the key."""
+    return getattr(config, key, default)
+
+
 def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a model has positions for; None if its positions are relative."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not getattr(model.config, "position_biased_input", True):  # DeBERTa-v3's are relative
+    limit: int | None = config_value(model.config.get_text_config(), "max_position_embeddings")
+    if not config_value(model.config, "position_biased_input", True):  # DeBERTa-v3's are relative
         limit = None
     for name, module in model.named_modules():
         # RoBERTa's positions begin behind the padding token's number
@@ -245,7 +248,7 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
             setattr(config, key, value)
         except Exception as error:  # the library checks the types of its configurations
             raise ModelError(f"model.backbone_args: {key} cannot be {value!r} ({first_line(error)}).") from error
-    if getattr(config, "quantization_config", None) is not None:
+    if config_value(config, "quantization_config") is not None:
         raise ModelError(
             f"model.backbone: the weights of {name} are quantised, and adapters need them as numbers; give the "
             "repository that they were made from, or a GGUF file."

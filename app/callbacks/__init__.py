@@ -6,7 +6,6 @@ from app.callbacks.adapter_spectrum import AdapterSpectrum
 from app.callbacks.adapter_writer import AdapterWriter
 from app.callbacks.confusion_picture import ConfusionPicture
 from app.callbacks.data_report import DataReport
-from app.callbacks.errors import CallbackError
 from app.callbacks.forgetting import Forgetting
 from app.callbacks.generalization_gap import GeneralizationGap
 from app.callbacks.metric_recorder import MetricRecorder
@@ -21,7 +20,6 @@ __all__ = [
     "AdapterCheckpoint",
     "AdapterSpectrum",
     "AdapterWriter",
-    "CallbackError",
     "ConfusionPicture",
     "DataReport",
     "Forgetting",

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from app.callbacks.errors import CallbackError
+from datamodules.errors import CallbackError
 
 TRAINED = "trained_weights"  # key of the checkpoint
 

@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
-from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
-from app.checkpoint_io import BEST, CHECKPOINTS, LAST, CheckpointError, fault, saved_step, structure_problem
+from app.checkpoint_io import BEST, CHECKPOINTS, LAST, fault, saved_step, structure_problem
 from datamodules.base import ResumableDataModule
+from datamodules.errors import CallbackError, CheckpointError
 
 _log = logging.getLogger(__name__)
 

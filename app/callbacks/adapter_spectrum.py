@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from app.callbacks.errors import CallbackError
 from app.plots import HeatMap
 from datamodules.atomic import atomic_write
+from datamodules.errors import CallbackError
 from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule

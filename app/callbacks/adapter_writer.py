@@ -11,9 +11,10 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.checkpoint_io import CheckpointError, read_checkpoint
+from app.checkpoint_io import read_checkpoint
 from app.commands.peft import write_peft
 from datamodules.atomic import atomic_directory
+from datamodules.errors import CheckpointError
 from modules.adapters import AdapterError
 from modules.base import AdaptedModule
 

@@ -12,8 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from app.callbacks.errors import CallbackError
-from datamodules.errors import DataError
+from datamodules.errors import CallbackError, DataError
 from modules.adapters import adapters_disabled
 from modules.base import AdaptedModule
 from modules.frozen_prefix import evaluating

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from app.callbacks.errors import CallbackError
 from app.callbacks.termination import Termination
 from datamodules.base import ResumableDataModule
+from datamodules.errors import CallbackError
 
 _log = logging.getLogger(__name__)
 

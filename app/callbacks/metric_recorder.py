@@ -12,7 +12,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.callbacks.errors import CallbackError
+from datamodules.contract import HasTestSplit
+from datamodules.errors import CallbackError
 
 OWNER = "ONESIDED_SWEEP_PID"  # environment variable with the number of the process that has started a trial
 
@@ -37,7 +38,7 @@ class MetricRecorder(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that what is to be tested later can be."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit" and self.check_test and hasattr(data, "check_test_split"):
+        if stage == "fit" and self.check_test and isinstance(data, HasTestSplit):
             data.check_test_split()
 
     @rank_zero_only

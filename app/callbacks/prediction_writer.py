@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from datamodules.atomic import atomic_write_text
 from datamodules.base import ResumableDataModule
+from datamodules.contract import HasPredictionFiles
 from datamodules.errors import DataError
 
 Row = dict[str, Any]
@@ -26,9 +27,8 @@ _log = logging.getLogger(__name__)
 class PredictionWriter(BasePredictionWriter):
     """Write what `predict_step` returns, a dict of columns for each batch with `index` among them, in the data's order.
 
-    A data module may say which files there are, one for each of its loaders (`prediction_files`; the suffix decides
-    between CSV, TSV and JSONL), and complete the rows of each (`complete_prediction(row, file)`); otherwise everything
-    but the index goes to `predictions.csv`.
+    A data module may say which files there are and complete their rows (`datamodules.contract.HasPredictionFiles`).
+    Otherwise everything but the index goes to `predictions.csv`.
 
     Files of an earlier prediction stay: the next ones are called `predictions-1.csv`, `predictions-2.csv`, …
     """
@@ -45,9 +45,10 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Gather the rows of all processes and write them on rank zero."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        files = getattr(data, "prediction_files", ["predictions.csv"])
+        files, complete = ["predictions.csv"], _without_index
+        if isinstance(data, HasPredictionFiles):
+            files, complete = list(data.prediction_files), data.complete_prediction
         paths = unused_paths(Path(trainer.default_root_dir), files)
-        complete = getattr(data, "complete_prediction", _without_index)
         for number, (path, batches) in enumerate(
             zip(paths, predictions if len(files) > 1 else [predictions], strict=True)
         ):

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from app.callbacks.errors import CallbackError
+from datamodules.errors import CallbackError
 
 _log = logging.getLogger(__name__)
 

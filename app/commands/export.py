@@ -20,7 +20,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.arguments import saved_configuration
-from app.checkpoint_io import CheckpointError, read_checkpoint, run_of_checkpoint
+from app.checkpoint_io import read_checkpoint, run_of_checkpoint
 from app.commands.loading import Loader, is_timm, merged_timm_loader, merged_transformers_loader
 from app.commands.model_card import write_card
 from app.commands.peft import peft_content, write_peft
@@ -29,6 +29,7 @@ from app.console import escape_controls
 from app.run_directory import resolve_checkpoint
 from app.yaml_files import read_yaml
 from datamodules.atomic import WriteError, atomic_directory
+from datamodules.errors import CheckpointError
 from modules.adapters import adapter_state, detach
 from modules.base import AdaptedModule
 from modules.formats.compact import FILE_NAME as COMPACT

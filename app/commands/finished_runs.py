@@ -20,11 +20,12 @@ from app.arguments import saved_configuration
 from app.callbacks.adapter_spectrum import FILE as SPECTRUM
 from app.callbacks.adapter_spectrum import spectrum_schema
 from app.callbacks.adapter_writer import FOLDER as ADAPTER
-from app.checkpoint_io import CheckpointError, check_contents, read_checkpoint, run_of_checkpoint
+from app.checkpoint_io import check_contents, read_checkpoint, run_of_checkpoint
 from app.commands.export import find_checkpoint, load_module
 from app.failures import bad_input
 from app.yaml_files import read_yaml
 from datamodules.atomic import atomic_write
+from datamodules.errors import CheckpointError
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.init import init_factor
 from modules.adapters.roles import LAYERS, block_of, find_projections, fused_layers

@@ -389,7 +389,9 @@ def _chance_title(factor: str, pairs: pd.DataFrame) -> str:
 def _shown_groups(groups: pd.DataFrame, factor: str) -> pd.DataFrame:
     """Return the groups of a factor that a figure shows: trained factors first, then those with the most pairs."""
     own = groups[groups["factor"] == factor]
-    ranks = pd.DataFrame({"state": own["state"].map(STATES.index), "pairs": -own["pairs"]}).sort_values(["state", "pairs"])
+    ranks = pd.DataFrame({"state": own["state"].map(STATES.index), "pairs": -own["pairs"]}).sort_values(
+        ["state", "pairs"]
+    )
     return own.loc[ranks.index[:MOST_GROUPS]].sort_values("similarity", ascending=False)
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from app.callbacks import Termination
 from app.cli import AsymmetryCLI
 from app.variants import option_words
+from datamodules.contract import HasTestSplit
 from datamodules.errors import SplitError
 
 
@@ -96,7 +97,7 @@ class Recipe:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(L.LightningDataModule, "data")
         data = parser.instantiate_classes(parser.parse_object({"data": self.config.data.as_dict()})).data
-        if not hasattr(data, "check_test_split"):
+        if not isinstance(data, HasTestSplit):
             return False
         try:
             data.check_test_split()

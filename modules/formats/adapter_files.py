@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from datamodules.errors import first_line
 from modules.adapters import AdapterConfig, AdapterError
 from modules.adapters.state import frozen_fingerprint, state_problems
-from modules.errors import first_line
 from modules.formats.compact import FILE_NAME as COMPACT
 from modules.formats.compact import is_compact, load_compact
 from modules.formats.peft import CONFIG, WEIGHTS, WHERE, Heads, read_peft_files

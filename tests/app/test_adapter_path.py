@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from app.cli import main
 from app.commands.export import write_compact
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, AdapterError
-from modules.base import ModelError
 from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.app.commands.test_export_peft import CONFIG, NO_TRAINING, VIT, WEIGHTS, module_of, run_export

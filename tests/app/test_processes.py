@@ -14,7 +14,8 @@ from jsonargparse import ArgumentError, Namespace
 
 from app.arguments import check_strategy
 from app.callbacks import Termination
-from modules.base import AdaptedModule, ModelError
+from datamodules.errors import ModelError
+from modules.base import AdaptedModule
 from tests.app.processes import run_on_two
 from tests.conftest import ROOT
 

@@ -26,12 +26,13 @@ from safetensors.torch import load_file
 
 from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
-from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, CheckpointError, _problem, fault, read_checkpoint
+from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, _problem, fault, read_checkpoint
 from app.cli import main
 from app.console import console_logging
 from app.files import reraise_disk_full
 from app.run_directory import LOCK, load_checkpoint, locked, new_run_directory, resolve_checkpoint
 from datamodules.atomic import WriteError
+from datamodules.errors import CheckpointError
 from tests.app.processes import DDP, run_on_two
 from tests.app.test_bad_input import Malicious, refused
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import base
 from datamodules.base import ResumableDataModule
-from datamodules.batching import Draw, EpochSampler, seeded
+from datamodules.batching import ORDER, Draw, EpochSampler, derive_seed, seeded
 from datamodules.errors import DataError
 from tests.datamodules.stub import stub_trainer
 
@@ -324,7 +324,7 @@ def test_workers_change_neither_order_nor_position(before: int, behind: int, tak
 def test_another_batch_size_goes_on_behind_the_same_samples(batch: int, world: int, step: int) -> None:
     torch.manual_seed(8)
     state = stopped(24, 8 + 4, batch=3)
-    assert state == {"epoch": 1, "samples": 12, "seed": 8}
+    assert state == {"epoch": 1, "samples": 12, "seed": 8, "order": ORDER}
     torch.manual_seed(8)
     whole = module(batch, world=world).train_loader(Keys(24))
     expected = list(batches(whole, epochs=2))[len(whole) + step :]
@@ -352,7 +352,20 @@ def test_state_goes_through_a_checkpoint() -> None:
     buffer = io.BytesIO()
     torch.save(stopped(12, 6), buffer)
     buffer.seek(0)
-    assert torch.load(buffer, weights_only=True) == {"epoch": 1, "samples": 6, "seed": 2**40}
+    assert torch.load(buffer, weights_only=True) == {"epoch": 1, "samples": 6, "seed": 2**40, "order": ORDER}
+
+
+@pytest.mark.parametrize(("taken", "order", "warns"), [(6, 1, True), (6, ORDER, False), (12, 1, False)])
+def test_a_position_in_an_epoch_of_another_order_is_warned_of(
+    taken: int, order: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(8)
+    state = stopped(12, taken // 3)
+    state.pop("order")
+    whole = list(batches(module().train_loader(Keys(12)), epochs=2))
+    made = restored(state if order == 1 else {**state, "order": order})
+    assert ("some samples come twice and others not at all" in caplog.text) is warns
+    assert list(batches(made.train_loader(Keys(12)), taken // 3, epochs=2)) == whole[taken // 3 :]
 
 
 @pytest.mark.parametrize(("done", "expected"), [(0, (2, 0)), (3, (2, 18)), (4, (3, 0))])
@@ -509,6 +522,14 @@ def test_fewer_samples_than_a_batch(size: int, world: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- seeded
+
+
+def test_a_seed_is_the_same_in_every_process_and_depends_on_each_key() -> None:
+    assert derive_seed(0, 1) == 9_017_893_900_260_303_862
+    keys = [(0,), (-1,), (-2,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (10,), (2**64 - 1,)]  # hash(-1) is hash(-2)
+    seeds = [derive_seed(*each) for each in keys]
+    assert len(set(seeds)) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def draw(*keys: int) -> list[float]:

@@ -57,12 +57,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def filled(prefix: Prefix, rows_key: str = "rows", side: str = "right", beat: Any = lambda: None) -> HiddenStates:
-    model = SimpleNamespace(frozen_prefix=lambda: prefix)
     strategy = SimpleNamespace(batch_to_device=lambda batch: batch)
-    trainer: Any = SimpleNamespace(lightning_module=model, strategy=strategy, is_global_zero=True, local_rank=0)
+    trainer: Any = SimpleNamespace(strategy=strategy, is_global_zero=True, local_rank=0)
     order = filling_order(LENGTHS).tolist()
     loader = DataLoader(Rows(), 2, sampler=order, collate_fn=PadSequences(0, side))
-    return hidden_states(trainer, loader, LENGTHS, rows_key, "train", beat)
+    return hidden_states(trainer, prefix, loader, LENGTHS, rows_key, "train", beat)
 
 
 def expected(packs: list[list[int]], tokens: int) -> Tensor:

@@ -13,10 +13,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from datamodules.errors import ModelError
 from datamodules.image_classification import ImageClassificationData
 from modules.adapters import AdapterConfig, AdapterError, adapter_state, attach, merge
 from modules.adapters.state import frozen_fingerprint
-from modules.base import ModelError
 from modules.image_classification import ImageClassifier
 
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -21,9 +21,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from datamodules.errors import ModelError
 from modules import compilation
 from modules.adapters import AdapterConfig, adapter_state, attach
-from modules.base import ModelError
 from modules.blocks import block_stacks
 from modules.compilation import UncompiledEvaluation, check_compiler, compile_blocks
 

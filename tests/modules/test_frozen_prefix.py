@@ -23,9 +23,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from datamodules.contract import HIDDEN
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, attach
-from modules.errors import ModelError
-from modules.frozen_prefix import HIDDEN, FrozenPrefix, backbone_inputs, transformers_prefix
+from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.memory import training_memory
 
 SIZES: dict[str, Any] = {
@@ -49,7 +50,8 @@ class Task(SimpleNamespace):
         return logits if logits.ndim == 2 else logits[batch["attention_mask"].bool()]  # a decoder's, of what is learnt
 
     def build(self) -> FrozenPrefix:
-        self.prefix = transformers_prefix(self, self.outputs)  # type: ignore[arg-type]
+        heads = [name.removeprefix("backbone.") for name in self.head_names]
+        self.prefix = transformers_prefix(self.backbone, self.projections, heads, self.trainer, self.outputs)
         return self.prefix
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 import modules.gguf
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.base import ModelError
 from modules.gguf import located
 from modules.language_modeling import LanguageModel
 from modules.transformers_backbone import Built, build_transformers_model, load_tokenizer

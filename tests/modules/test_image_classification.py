@@ -16,8 +16,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_ac
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state
-from modules.base import ModelError
 from modules.image_classification import ImageClassifier
 
 VIT = "vit_tiny_patch16_224"

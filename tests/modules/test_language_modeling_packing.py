@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from datamodules.contract import IGNORE_INDEX
 from datamodules.conversations import ConversationEncoder
-from datamodules.packing import IGNORED, PadPacks, PadSequences, best_fit
+from datamodules.packing import PadPacks, PadSequences, best_fit
 from modules.adapters import AdapterConfig
 from modules.language_modeling import LanguageModel
 from tests.causal_backbones import CHAT, CONFIGS, byte_tokenizer, save_decoder
@@ -28,7 +29,7 @@ def conversations(size: int) -> list[dict[str, Any]]:
         ids, learnt = encoder.conversation(
             [{"role": r, "content": w} for r, w in zip(("user", "assistant"), words, strict=True)]
         )
-        labels = [token if own else IGNORED for token, own in zip(ids, learnt, strict=True)]
+        labels = [token if own else IGNORE_INDEX for token, own in zip(ids, learnt, strict=True)]
         rows.append({"input_ids": ids, "labels": labels, "index": index})
     return rows
 
@@ -60,7 +61,7 @@ def test_packed_and_unpacked_losses_agree(tmp_path: Path, kind: str) -> None:
     packed = PadPacks(2)([[rows[index] for index in pack] for pack in packs])
     assert (packed["position_ids"] == 0).sum() > len(rows)  # some packs are filled up
     apart = PadSequences(2)(rows)
-    assert (packed["labels"] != IGNORED).sum() == (apart["labels"] != IGNORED).sum()
+    assert (packed["labels"] != IGNORE_INDEX).sum() == (apart["labels"] != IGNORE_INDEX).sum()
     (loss, gradients), (expected, wanted) = loss_and_gradients(model, packed), loss_and_gradients(model, apart)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
     assert len(gradients) == len(wanted) > 0
@@ -83,7 +84,9 @@ def test_what_fills_a_pack_up_is_of_no_effect(tmp_path: Path, kind: str) -> None
     model, rows = model_of(tmp_path, kind), conversations(4)
     with torch.no_grad():
         losses = [model.loss(PadPacks(token)([rows[:3], rows[3:]])) for token in (2, 77)]
-        weights = [sum(label != IGNORED for row in part for label in row["labels"]) for part in (rows[:3], rows[3:])]
+        weights = [
+            sum(label != IGNORE_INDEX for row in part for label in row["labels"]) for part in (rows[:3], rows[3:])
+        ]
         alone = [model.loss(PadPacks(2)([part])) for part in (rows[:3], rows[3:])]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-6)
     mean = sum(weight * loss for weight, loss in zip(weights, alone, strict=True)) / sum(weights)

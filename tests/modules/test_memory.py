@@ -9,9 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig
 
+from datamodules.contract import IGNORE_INDEX
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.base import ModelError
-from modules.language_modeling import IGNORED, LanguageModel
+from modules.language_modeling import LanguageModel
 from modules.memory import GIB, LiveBytes, MemoryEstimate, scoring_memory, training_memory
 from modules.multiple_choice import PrefixCache, choice_log_probabilities
 from tests.causal_backbones import CONFIGS, save_decoder
@@ -105,7 +106,7 @@ def test_the_allocator_agrees(llama_path: Path, dtype: Any, precision: Any, chec
     ids = torch.randint(3, 200, (batch_size, tokens))
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[0, 0] = 0
-    labels[:, :-learnt] = IGNORED
+    labels[:, :-learnt] = IGNORE_INDEX
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 

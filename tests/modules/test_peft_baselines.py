@@ -16,8 +16,8 @@ from peft import AdaLoraConfig, IA3Config, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, AdapterError
-from modules.base import ModelError
 from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.backbones import save_backbone

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.base import ResumableDataModule
 from datamodules.batching import Draw
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, merge
-from modules.base import ModelError
 from modules.decoding import Decoding
 from modules.language_modeling import LanguageModel
 from modules.sharding import FrozenShards, sharded_stacks
@@ -323,10 +323,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_decoder(tmp_path_factory.mktemp("llama"))
 
 
-def test_full_tuning_has_nothing_to_shard(backbone: Path, tmp_path: Path) -> None:
-    model = language_model(backbone, True, tuning="full")
+def test_full_tuning_has_nothing_to_shard() -> None:
     with pytest.raises(ModelError, match=r"model\.shard_frozen: with tuning: full nothing is frozen"):
-        trainer(1, tmp_path).fit(model, datamodule=Sequences(2))
+        LanguageModel(backbone_dtype="float32", tuning="full", shard_frozen=True)
 
 
 def test_merged_adapters_and_other_strategies_are_refused(backbone: Path) -> None:

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, GPT2Config
 
 from app.cli import main
+from datamodules.errors import ModelError
 from modules.adapters import AdaptedLinear, AdapterConfig, adapted_layers, adapter_state, detach
-from modules.base import ModelError
 from modules.summarization import Generation, Summarizer
 from tests.backbones import CONFIGS, POSITIONS, VOCABULARY, save_backbone, word_tokenizer
 from tests.conftest import sentences

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, BertModel
 
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, detach
-from modules.base import ModelError
 from modules.text_classification import TextClassifier
 from tests.backbones import CONFIGS, save_backbone, save_classifier
 

@@ -12,7 +12,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from modules.base import ModelError
+from datamodules.errors import ModelError
 from modules.text_metrics import CLASSIFICATION, REGRESSION, build_metrics
 
 Reference = Callable[[Any, Any], float]

@@ -15,7 +15,7 @@ from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from modules.base import ModelError
+from datamodules.errors import ModelError
 from modules.timm_backbone import build_timm_backbone, preprocessing
 
 VIT = "vit_tiny_patch16_224"

@@ -22,7 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
-from modules.base import ModelError
+from datamodules.errors import ModelError
 from modules.transformers_backbone import (
     Built,
     build_transformers_model,

@@ -21,8 +21,8 @@ from transformers import (
 
 from app.cli import main
 from app.commands.export import find_checkpoint, load_module
+from datamodules.errors import ModelError
 from modules.adapters import adapter_state
-from modules.base import ModelError
 from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.app.conftest import CommandLine

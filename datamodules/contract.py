@@ -1,0 +1,230 @@
+"""The contract between data and models: kinds of data, batches, and what each side asks of the other.
+
+Modules import nothing else of this package but `datamodules.errors`. Each Protocol names one ability. A side that has
+the attributes has the ability, whatever its class is: `isinstance(model, TextModel)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any, Final, NotRequired, Protocol, TypedDict, final, runtime_checkable
+
+from torch import Tensor
+
+IGNORE_INDEX: Final = -100  # label of a token that is not learnt: a prompt's, or padding
+HIDDEN: Final = "hidden"  # key of a batch: output of the model's frozen prefix, in the place of the model's input
+MASK: Final = "attention_mask"  # key of a batch: 1 at tokens and 0 at padding
+INPUTS: Final = ("image", "input_ids", "token_type_ids")  # keys of a batch that `HIDDEN` takes the place of
+
+
+class DataKind(StrEnum):
+    """Kinds of data: a model names those that its steps take, and a data module names its own."""
+
+    IMAGES = "images"
+    LABELLED_TEXTS = "labelled texts"
+    SUMMARIES = "summaries"
+    INSTRUCTIONS = "instructions"
+    QUESTIONS = "questions"
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+class ImageBatch(TypedDict):
+    """Images, normalised for the backbone."""
+
+    image: NotRequired[Tensor]  # (batch, 3, height, width) float32
+    hidden: NotRequired[Tensor]  # (batch, tokens, width)
+    label: NotRequired[Tensor]  # (batch,) int64; not in prediction
+    index: NotRequired[Tensor]  # (batch,) int64
+    name: NotRequired[list[str]]  # in prediction: file or row
+    error: NotRequired[list[str]]  # in prediction: why an image could not be decoded, or empty
+
+
+class TextBatch(TypedDict):
+    """Labelled texts, padded at the right."""
+
+    input_ids: NotRequired[Tensor]  # (batch, tokens) int64
+    hidden: NotRequired[Tensor]  # (batch, tokens, width)
+    attention_mask: Tensor  # (batch, tokens) int64
+    token_type_ids: NotRequired[Tensor]  # (batch, tokens) int64, of tokenizers that tell two sentences apart
+    label: NotRequired[Tensor]  # (batch,) int64, or float32 in regression; not in prediction
+    index: Tensor  # (batch,) int64
+
+
+class SummaryBatch(TypedDict):
+    """Texts and their summaries, each padded at the right."""
+
+    input_ids: Tensor  # (batch, source tokens) int64
+    attention_mask: Tensor  # (batch, source tokens) int64
+    labels: Tensor  # (batch, target tokens) int64, IGNORE_INDEX at padding; not in prediction
+    reference: NotRequired[list[str]]  # in evaluation: the summaries as text
+    index: Tensor  # (batch,) int64
+
+
+@final
+class InstructionBatch(TypedDict):
+    """Conversations to learn, padded at the right or packed; or prompts to continue, padded at the left."""
+
+    input_ids: NotRequired[Tensor]  # (batch, tokens) int64
+    hidden: NotRequired[Tensor]  # (batch, tokens, width)
+    labels: Tensor  # (batch, tokens) int64, IGNORE_INDEX at prompts and padding; not in prediction
+    attention_mask: NotRequired[Tensor]  # (batch, tokens) int64; not of packed sequences
+    position_ids: NotRequired[Tensor]  # (batch, tokens) int64, of packed sequences: each begins anew
+    index: NotRequired[Tensor]  # (batch,) int64
+
+
+@final
+class QuestionBatch(TypedDict):
+    """Multiple choice: questions of one subject, behind the prefix that all their prompts begin with."""
+
+    prefix: Tensor  # (prefix tokens,) int64
+    input_ids: Tensor  # (batch, tokens) int64, padded at the right
+    lengths: Tensor  # (batch,) int64, without the padding
+    choices: Tensor  # (choices,) int64, tokens of the letters
+    answers: Tensor  # (batch,) int64, -1 if unknown
+    subject: str
+    index: Tensor  # (batch,) int64
+
+
+# ------------------------------------------------------------------------------------- what either side may say
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """Data or a model that may know the classes."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names by label; empty for a regression; None if they are not known."""
+
+
+# ------------------------------------------------------------------------------------- what data ask of a model
+
+
+@runtime_checkable
+class HasKinds(Protocol):
+    """A model that says what its steps take."""
+
+    kinds: tuple[DataKind, ...]
+
+
+@runtime_checkable
+class ImageModel(Protocol):
+    """A model of images."""
+
+    preprocessing: dict[str, Any]  # timm's input_size, interpolation, mean, std, crop_pct and crop_mode
+
+
+@runtime_checkable
+class TextModel(Protocol):
+    """A model of texts."""
+
+    tokenizer: Any
+    position_limit: int | None  # most tokens of a text; None for any number
+
+
+class Prefix(Protocol):
+    """The part of a backbone whose output data may keep, since training does not change it."""
+
+    key: str  # another for other weights
+
+    def states(self, batch: Any) -> Tensor:
+        """Return the output (batch, tokens, width) for a batch."""
+
+
+@runtime_checkable
+class HasFrozenPrefix(Protocol):
+    """A model that may go on from the output of its frozen prefix."""
+
+    def frozen_prefix(self) -> Prefix:
+        """Return the prefix.
+
+        Raises:
+            ModelError: If there is none.
+        """
+
+
+# ------------------------------------------------------------------------------------- what a model asks of data
+
+
+@runtime_checkable
+class HasKind(Protocol):
+    """Data that say of what kind their batches are."""
+
+    kind: DataKind
+
+
+@runtime_checkable
+class HasMetrics(Protocol):
+    """Data that say what a model of them is scored by."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of `modules.text_metrics`."""
+
+
+@runtime_checkable
+class HasSets(Protocol):
+    """Data whose splits consist of several sets, such as MNLI's matched and mismatched."""
+
+    @property
+    def set_names(self) -> Mapping[str, list[str]]:
+        """Names of the sets of `val` and `test`, in the order of the loaders."""
+
+
+@runtime_checkable
+class HasDomains(Protocol):
+    """Data that are tested on other domains than they are trained on."""
+
+    @property
+    def domain_names(self) -> Sequence[str]:
+        """Names of the domains, in the order of the loaders behind the first."""
+
+
+@runtime_checkable
+class HasPrompts(Protocol):
+    """Data that write prompts with a template."""
+
+    @property
+    def prompt_template(self) -> str:
+        """Jinja template of a whole conversation."""
+
+    @property
+    def response_end(self) -> int:
+        """Token that the template ends a response with."""
+
+
+@runtime_checkable
+class HasPacking(Protocol):
+    """Data that may put several conversations into one sequence to train on."""
+
+    packing: bool
+
+
+# ------------------------------------------------------------------------------------- what commands ask of data
+
+
+@runtime_checkable
+class HasPredictionFiles(Protocol):
+    """Data that say how predictions of them are written."""
+
+    @property
+    def prediction_files(self) -> Sequence[str]:
+        """A file name for each loader; the suffix decides between CSV, TSV and JSONL."""
+
+    def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
+        """Return the row to write for a predicted one; `file` is the number of its loader."""
+
+
+@runtime_checkable
+class HasTestSplit(Protocol):
+    """Data that can be asked before a long training whether they can be tested."""
+
+    def check_test_split(self) -> None:
+        """Check that there is a test split, and have the next fit read it before training.
+
+        Raises:
+            DataError: If there is none.
+        """

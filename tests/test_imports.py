@@ -1,0 +1,94 @@
+"""Directions of the imports between folders, read from the syntax tree of every file.
+
+Imports inside functions and under TYPE_CHECKING count like any others.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = ("app", "benchmarks", "datamodules", "modules", "tests")
+CONTRACT = {"datamodules/contract.py", "datamodules/errors.py"}  # what modules may import of the data's package
+# what a folder may import of this program besides its own files
+ALLOWED = {
+    "main.py": ("app/",),
+    "app/": ("modules/", "datamodules/"),
+    "modules/": tuple(CONTRACT),
+    "modules/adapters/": (),
+    "modules/analysis/": ("modules/adapters/",),
+    "datamodules/": (),
+}
+LIBRARIES = ("lightning", "timm", "transformers")  # which adapters and their analysis do without
+STILL_IN_CIRCLES = ("app/", "modules/adapters/")
+
+
+def names(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports, with what it takes from each."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else ()
+            for alias in node.names:
+                yield ".".join([*start, *([node.module] if node.module else []), alias.name])
+
+
+def file_of(name: str) -> str | None:
+    """The file of this program that a dotted name means, or that defines what the name means."""
+    parts = name.split(".")
+    if parts[0] not in PACKAGES:
+        return None
+    for end in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:end])
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+            if candidate.is_file():
+                return str(candidate.relative_to(ROOT))
+    raise AssertionError(f"nothing defines {name}")
+
+
+@cache
+def arrows() -> dict[str, set[str]]:
+    """The files of this program that each file imports."""
+    files = [ROOT / "main.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
+    found = {str(path.relative_to(ROOT)): {file_of(name) for name in names(path)} for path in files}
+    return {file: {target for target in targets if target not in (None, file)} for file, targets in found.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_a_folder_imports_what_is_below_it(folder: str) -> None:
+    own = (folder, *ALLOWED[folder])
+    above = {
+        f"{file} imports {target}"
+        for file, targets in arrows().items()
+        if file.startswith(folder)
+        for target in targets
+        if not target.startswith(own)
+    }
+    assert above == set()
+
+
+@pytest.mark.parametrize("folder", ["modules/adapters/", "modules/analysis/"])
+def test_adapters_and_their_analysis_are_pure_torch(folder: str) -> None:
+    files = [path for path in (ROOT / folder).rglob("*.py")]
+    assert files
+    assert [(path.name, name) for path in files for name in names(path) if name.split(".")[0] in LIBRARIES] == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {
+        file: {target for target in targets if not target.startswith(STILL_IN_CIRCLES)}
+        for file, targets in arrows().items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
