@@ -11,16 +11,17 @@ from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
-from app.commands import export, similarity, spectrum, sweep, theory
+from app.commands import export, memory, similarity, spectrum, sweep, theory
 
 COMMANDS: dict[str, ModuleType] = {
     "export": export,
+    "memory": memory,
     "similarity": similarity,
     "spectrum": spectrum,
     "sweep": sweep,
     "theory": theory,
 }
-WITH_FIT_KEYS = ("theory",)  # commands that hand every option that is not their own to fit's parser
+WITH_FIT_KEYS = ("memory", "theory")  # commands that hand every option that is not their own to fit's parser
 
 
 def command_help(name: str) -> str:
