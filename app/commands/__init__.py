@@ -11,11 +11,13 @@ from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
-from app.commands import export, memory, similarity, spectrum, sweep, theory
+from app.commands import compare, export, memory, runs, similarity, spectrum, sweep, theory
 
 COMMANDS: dict[str, ModuleType] = {
+    "compare": compare,
     "export": export,
     "memory": memory,
+    "runs": runs,
     "similarity": similarity,
     "spectrum": spectrum,
     "sweep": sweep,
