@@ -11,13 +11,14 @@ from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
-from app.commands import compare, export, memory, runs, similarity, spectrum, sweep, theory
+from app.commands import compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
 
 COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "export": export,
     "memory": memory,
     "runs": runs,
+    "schema": schema,
     "similarity": similarity,
     "spectrum": spectrum,
     "sweep": sweep,
