@@ -74,6 +74,17 @@ def variant_keys(name: str) -> dict[str, Any]:
     return deepcopy(dict(VARIANTS[name]))
 
 
+def variant_name(keys: Mapping[str, Any]) -> str:
+    """Return the name of the variant that a configuration is of; `custom` if it is of none.
+
+    Args:
+        keys: All values of the configuration by dotted name. A key that is missing, since the version that saved the
+            configuration did not have it, is taken to be as the variant sets it.
+    """
+    known = (name for name, own in VARIANTS.items() if all(keys.get(key, value) == value for key, value in own.items()))
+    return next(known, "custom") if "model.tuning" in keys else "custom"
+
+
 def option_words(keys: Mapping[str, Any]) -> list[str]:
     """Return keys and their values as words of the command line."""
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]

@@ -115,7 +115,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     try:
         text = Path(name).read_text(encoding="utf-8")
         check_yaml(text)
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_Loader)
     except (FileNotFoundError, NotADirectoryError):
         raise ArgumentError(None, f"--config: there is no file {name!r}.") from None
     except OSError as error:

@@ -1,11 +1,11 @@
-"""How much memory a decoder takes, to tune and to ask, found by running one step that computes nothing.
+"""Memory that a fit takes, predicted by running one training step that computes nothing.
 
 The step is the real one, of the real model under its adapters, on fake tensors: these have a shape, a dtype and a place
 in autograd's graph, but no numbers. So whatever autograd keeps is counted, for every architecture, and a model of 7
-billion weights takes seconds and no memory. `docs/results/memory.json` has measured runs beside it.
+billion weights takes seconds and no memory. `docs/results/memory.json` has measured runs beside the predictions.
 
-Not counted is what PyTorch does not allocate as a tensor: the CUDA context, workspaces of kernels,
-buffers of communication, and what an allocator loses between its blocks.
+Not counted is what PyTorch does not allocate as a tensor: the CUDA context, workspaces of kernels, buffers of
+communication, and what an allocator loses between its blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from datamodules.errors import ModelError
+from datamodules.errors import ModelError, first_line
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, attach
-from modules.base import BackboneDtype
+from modules.base import AdaptedModule, BackboneDtype
 from modules.multiple_choice import PrefixCache
 from modules.sharding import sharded_stacks
 from modules.transformers_backbone import checkpoint_activations, selected_logits
 
+if TYPE_CHECKING:  # the recipe decides which of them is imported
+    from modules.image_classification import ImageClassifier
+    from modules.language_modeling import LanguageModel
+    from modules.summarization import Summarizer
+    from modules.text_classification import TextClassifier
+
 GIB = 2**30
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+AUTOCAST: dict[Precision, torch.dtype] = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -40,14 +48,15 @@ class MemoryEstimate:
     """Bytes of one process in the fullest moment of a training step, by what they are for.
 
     Args:
-        weights: Frozen weights and buffers, or this process' share of them.
+        weights: Weights and buffers of the backbone, or this process' share of them; frozen unless tuned in full.
         gathered: Frozen weights of other processes' shares that are here while they are used.
         factors: Both factors of all adapters, the frozen one too.
-        gradients: Of the trained factors.
-        optimizer: AdamW's two moments.
+        gradients: Of all that is trained.
+        optimizer: AdamW's two moments of all that is trained.
         activations: What backward needs of each layer, and what is on the way.
         logits: What has an entry for each token of the vocabulary: logits, log-probabilities and their gradients. 0 if
             the fullest moment is elsewhere: under gradient checkpointing it may be in a layer.
+        heads: Heads, which are trained whole.
     """
 
     weights: int
@@ -57,6 +66,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    heads: int = 0
 
     @property
     def total(self) -> int:
@@ -116,7 +126,7 @@ def training_memory(
     tokens: int,
     response_tokens: int | None = None,
     backbone_dtype: BackboneDtype = "bfloat16",
-    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    precision: Precision = "32-true",
     gradient_checkpointing: bool = False,
     shard_frozen: int = 1,
 ) -> MemoryEstimate:
@@ -158,27 +168,16 @@ def training_memory(
         model.train()
         if gradient_checkpointing:
             checkpoint_activations(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained)
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the moments
-
-        logits = (batch_size * positions, config.get_text_config().vocab_size)
-        live = LiveBytes(lambda made: "logits" if made.shape == logits else "activations")
-        live.hold(adapter_state(model).values(), "factors")
-        live.hold([*model.parameters(), *model.buffers()], "weights")
-        live.hold([p.grad for p in trained if p.grad is not None], "gradients")
-        live.hold(tree_leaves([list(s.values()) for s in optimizer.state.values()]), "optimizer")
-        with live:
-            with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
-                loss = _loss(model, batch_size, tokens, positions)
-            loss.backward()
-            optimizer.step()
-    parts = {field.name: live.peak[field.name] for field in fields(MemoryEstimate)}
-    if shard_frozen > 1:
-        parts |= _sharded(model, shard_frozen)
-    return MemoryEstimate(**parts)
+        peak = _peak_of_step(
+            model,
+            torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+            factors=adapter_state(model).values(),
+            heads=(),
+            logits=[(batch_size * positions, config.get_text_config().vocab_size)],
+            loss=lambda: _decoder_loss(model, batch_size, tokens, positions),
+            precision=precision,
+        )
+    return _estimate(peak, model, shard_frozen)
 
 
 def scoring_memory(
@@ -218,8 +217,192 @@ def scoring_memory(
     return MemoryEstimate(**{field.name: live.peak[field.name] for field in fields(MemoryEstimate)})
 
 
-def _loss(model: PreTrainedModel, batch_size: int, tokens: int, positions: int) -> Tensor:
-    """The loss of `modules.language_modeling.LanguageModel` over the last positions of each sequence."""
+# ---------------------------------------------------------------------------------------------------- fits of any task
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Size of the largest training batch of a process.
+
+    Args:
+        samples: Images, texts or conversations.
+        tokens: Of each text or conversation, padding included; 0 for images.
+        targets: Tokens of each summary; 0 for other tasks.
+    """
+
+    samples: int
+    tokens: int = 0
+    targets: int = 0
+
+
+def fit_memory(module: AdaptedModule, size: BatchSize, precision: Precision, shard_frozen: int = 1) -> MemoryEstimate:
+    """Predict the memory of a training step of a fit, by part.
+
+    Args:
+        module: The model, built under `torch.device("meta")`, which reads no weights; it is of no further use.
+        size: The largest batch. Every token of a conversation counts as learnt.
+        precision: Lightning's.
+        shard_frozen: Processes that share the blocks' frozen weights, as for `training_memory`.
+
+    Raises:
+        ModelError: If the task has no training step here, a text is longer than the backbone has positions for, or the
+            forward pass depends on values.
+    """
+    make_step = next((_STEPS[kind] for kind in module.kinds if kind in _STEPS), None)
+    if make_step is None:
+        raise ModelError(
+            f"model: the memory of {type(module).__name__} cannot be predicted. It can be for {', '.join(_STEPS)}."
+        )
+    loss, logits = make_step(module, size)
+    with FakeTensorMode():
+        _make_fake(module)
+        factors = adapter_state(module.backbone) if module.baseline is None else module.baseline.parameters()
+        try:
+            peak = _peak_of_step(
+                module,
+                torch.optim.AdamW(module.trained_groups()),
+                factors=factors.values(),
+                heads=[p for name in module.head_names for p in module.get_submodule(name).parameters()],
+                logits=logits,
+                loss=loss,
+                precision=precision,
+            )
+        except Exception as error:  # any backbone's own code runs here
+            raise ModelError(
+                f"model.backbone: the memory of {module.hparams['backbone']} cannot be predicted, since its forward "
+                f"pass needs values and not shapes alone ({first_line(error)}). Measure a fit with "
+                "--trainer.max_steps 2: metrics.json then has memory/peak_bytes."
+            ) from error
+    return _estimate(peak, module.backbone, shard_frozen)
+
+
+def _make_fake(module: nn.Module) -> None:
+    """Replace parameters and buffers on the meta device by fake ones on the CPU; those that are tied stay so.
+
+    On the CPU, attention takes kernels that keep what those of a GPU keep. On the meta device it would not.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, whose id would be taken again without it
+    for owner in module.modules():
+        for name, old in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            if id(old) not in made:
+                new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+                is_parameter = isinstance(old, nn.Parameter)
+                made[id(old)] = old, nn.Parameter(new, old.requires_grad) if is_parameter else new
+            setattr(owner, name, made[id(old)][1])
+
+
+Step = tuple[Callable[[], Tensor], list[tuple[int, ...]]]  # the loss of a batch, and the shapes of logits
+
+
+def _image_step(module: ImageClassifier, size: BatchSize) -> Step:
+    def loss() -> Tensor:
+        images = torch.zeros(size.samples, *module.preprocessing["input_size"])
+        label = torch.zeros(size.samples, dtype=torch.long)
+        return F.cross_entropy(module(images), label, label_smoothing=module.label_smoothing)
+
+    return loss, []
+
+
+def _text_step(module: TextClassifier, size: BatchSize) -> Step:
+    _check_positions("max_length", size.tokens, module.position_limit)
+
+    def loss() -> Tensor:
+        label = torch.zeros(size.samples, dtype=torch.long if module.class_names else torch.float32)
+        names = [name for name in module.tokenizer.model_input_names if name != "attention_mask"]
+        inputs = {name: torch.zeros(size.samples, size.tokens, dtype=torch.long) for name in names}
+        return module.loss(module({**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}), label)
+
+    return loss, []
+
+
+def _summary_step(module: Summarizer, size: BatchSize) -> Step:
+    _check_positions("max_source_length", size.tokens, module.position_limit)
+    _check_positions("max_target_length", size.targets, module.position_limit)
+    vocabulary = module.backbone.config.get_text_config().vocab_size
+
+    def loss() -> Tensor:
+        ids = torch.zeros(size.samples, size.tokens, dtype=torch.long)
+        labels = torch.zeros(size.samples, size.targets, dtype=torch.long)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return module.loss(batch, module.label_smoothing)
+
+    return loss, [(size.samples, size.targets, vocabulary), (size.samples * size.targets, vocabulary)]
+
+
+def _decoder_step(module: LanguageModel, size: BatchSize) -> Step:
+    _check_positions("max_length", size.tokens, module.position_limit)
+    vocabulary = module.backbone.config.get_text_config().vocab_size
+    return (
+        lambda: _decoder_loss(module.backbone, size.samples, size.tokens, size.tokens),
+        [(size.samples * size.tokens, vocabulary)],
+    )
+
+
+# By the kind of data that a task is trained on
+_STEPS: dict[str, Callable[[Any, BatchSize], Step]] = {
+    "images": _image_step,
+    "labelled texts": _text_step,
+    "summaries": _summary_step,
+    "instructions": _decoder_step,
+}
+
+
+def _check_positions(key: str, tokens: int, limit: int | None) -> None:
+    if limit is not None and tokens > limit:
+        raise ModelError(
+            f"data.{key}: {tokens} tokens are more than the {limit} that the backbone has positions for. Choose a "
+            "smaller number."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+def _peak_of_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    factors: Iterable[Tensor],
+    heads: Iterable[Tensor],
+    logits: list[tuple[int, ...]],
+    loss: Callable[[], Tensor],
+    precision: Precision,
+) -> Counter[str]:
+    """Return the bytes of the fullest moment of a step by what they are for, gradients and moments kept throughout.
+
+    Args:
+        model: The model, in train mode.
+        optimizer: The optimizer of all that is trained; it makes its moments here.
+        factors: Factors of the adapters.
+        heads: Parameters of the heads.
+        logits: Shapes of the tensors that count as logits.
+        loss: Makes a batch and returns its loss.
+        precision: Lightning's.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes the moments
+    live = LiveBytes(lambda made: "logits" if tuple(made.shape) in logits else "activations")
+    live.hold(factors, "factors")
+    live.hold(heads, "heads")
+    live.hold([*model.parameters(), *model.buffers()], "weights")
+    live.hold([p.grad for p in trained if p.grad is not None], "gradients")
+    live.hold(tree_leaves([list(s.values()) for s in optimizer.state.values()]), "optimizer")
+    with live:
+        with torch.autocast("cpu", AUTOCAST[precision]) if precision in AUTOCAST else nullcontext():
+            value = loss()
+        value.backward()
+        optimizer.step()
+    return live.peak
+
+
+def _estimate(peak: Counter[str], model: nn.Module, processes: int) -> MemoryEstimate:
+    parts = {field.name: peak[field.name] for field in fields(MemoryEstimate)}
+    return MemoryEstimate(**parts | (_sharded(model, processes) if processes > 1 else {}))
+
+
+def _decoder_loss(model: PreTrainedModel, batch_size: int, tokens: int, positions: int) -> Tensor:
+    """Return the loss of `modules.language_modeling.LanguageModel` over the last positions of each sequence."""
     ids = torch.zeros(batch_size, tokens, dtype=torch.long)
     rows = torch.arange(batch_size).repeat_interleave(positions)
     columns = torch.arange(tokens - positions, tokens).repeat(batch_size)
@@ -229,12 +412,12 @@ def _loss(model: PreTrainedModel, batch_size: int, tokens: int, positions: int) 
     return F.cross_entropy(logits, ids[selected])
 
 
-def _sharded(model: PreTrainedModel, processes: int) -> dict[str, int]:
-    """Bytes of frozen weights when each process keeps a share of every block, and of those gathered from the others."""
+def _sharded(model: nn.Module, processes: int) -> dict[str, int]:
+    """Return the bytes of frozen weights where each process keeps a share of every block, and of gathered ones."""
     factors = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
 
     def size(module: nn.Module, shares: int = 1) -> int:
-        frozen = [p for p in module.parameters() if id(p) not in factors]
+        frozen = [p for p in module.parameters() if id(p) not in factors and not p.requires_grad]
         # FSDP2 divides by rows and rounds up
         return sum(-(-len(p) // shares) * p[0].numel() * p.element_size() for p in frozen)
 

@@ -70,6 +70,8 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
     sides = (patch,) if isinstance(patch, int) else tuple(patch)
     if image_size is not None and any(image_size % side for side in sides):
         raise ModelError(f"model.image_size: {image_size} is not a multiple of {name}'s patches of {sides[0]} pixels.")
+    if torch.empty(0).is_meta:  # shapes alone take no weights
+        return model
     if local:
         _load(model, architecture, _read(weights), weights)
     elif weights == "pretrained":

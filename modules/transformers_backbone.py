@@ -74,11 +74,12 @@ def build_transformers_model(
         raise ModelError(
             f"model.backbone: {name} is a {config.model_type}, which has no model for {task}; choose another backbone."
         )
-    state = None if weights in ("pretrained", "none") else _read(weights)
+    from_config = weights == "none" or torch.empty(0).is_meta  # shapes alone take no weights
+    state = None if from_config or weights == "pretrained" else _read(weights)
 
     def load(dtype: torch.dtype) -> tuple[Any, set[str]]:
         info: dict[str, Any] = {}
-        if weights == "none":
+        if from_config:
             model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
         elif state is None:
             model, info = _from_pretrained(auto_class, name, config, dtype)

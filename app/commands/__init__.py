@@ -11,16 +11,20 @@ from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
-from app.commands import export, similarity, spectrum, sweep, theory
+from app.commands import compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
 
 COMMANDS: dict[str, ModuleType] = {
+    "compare": compare,
     "export": export,
+    "memory": memory,
+    "runs": runs,
+    "schema": schema,
     "similarity": similarity,
     "spectrum": spectrum,
     "sweep": sweep,
     "theory": theory,
 }
-WITH_FIT_KEYS = ("theory",)  # commands that hand every option that is not their own to fit's parser
+WITH_FIT_KEYS = ("memory", "theory")  # commands that hand every option that is not their own to fit's parser
 
 
 def command_help(name: str) -> str:

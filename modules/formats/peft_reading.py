@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -190,10 +191,9 @@ def _blocks(b: Tensor, parts: list[Projection]) -> list[_Part]:
         last = known.cumsum(0).sub(1).clamp(min=0)  # index of the last known column among the known ones
         equal = owners[known][last]
     widths = [int((equal == owner).sum()) for owner in present]
-    stops = torch.tensor(widths).cumsum(0).tolist()
     return [
         _Part(parts[owner], slice(stop - width, stop))
-        for owner, width, stop in zip(present.tolist(), widths, stops, strict=True)
+        for owner, width, stop in zip(present.tolist(), widths, accumulate(widths), strict=True)
     ]
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig
 
 from datamodules.contract import IGNORE_INDEX
@@ -16,6 +15,7 @@ from modules.language_modeling import LanguageModel
 from modules.memory import GIB, LiveBytes, MemoryEstimate, scoring_memory, training_memory
 from modules.multiple_choice import PrefixCache, choice_log_probabilities
 from tests.causal_backbones import CONFIGS, save_decoder
+from tests.support.allocations import peak_of
 
 WIDTH, INNER, DEPTH, RANK, VOCABULARY = 32, 64, 3, 4, 100
 CONFIG = LlamaConfig(
@@ -118,13 +118,7 @@ def test_the_allocator_agrees(llama_path: Path, dtype: Any, precision: Any, chec
         optimizer.step()
 
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    peak = peak_of(step)
     found = training_memory(
         CONFIGS["llama"],
         ADAPTER,

@@ -1,0 +1,120 @@
+"""Show the keys and the metrics in which runs differ, one column a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from app.console import escape_controls
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from app.run_records import RunRecord
+
+ABSENT = "–"
+WIDEST = 48  # characters of a value in one line
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "runs", metavar="RUN", type=str, nargs="+", help="Two or more run directories, or checkpoints in them."
+    )
+    parser.add_argument("--all", action="store_true", help="Show the keys and metrics that are equal, too.")
+
+
+def run(arguments: Namespace) -> None:
+    """Compare runs.
+
+    Raises:
+        ArgumentError: For fewer than two runs.
+        CheckpointError: If one of them is no run, or is damaged.
+    """
+    from rich.console import Console
+
+    from app.commands.runs import UNLIMITED
+
+    if len(arguments.runs) < 2:
+        raise ArgumentError(None, "RUN: one run is given, and two or more are needed.")
+    records = [_read(name) for name in arguments.runs]
+    names = short_names([record.directory for record in records])
+    for title, values in (
+        ("Keys of config.yaml", [record.keys for record in records]),
+        ("Metrics of metrics.json", [record.metrics for record in records]),
+    ):
+        chosen = compare_values(values, arguments.all)
+        if chosen:
+            Console(width=UNLIMITED).print(_table(title, names, chosen))
+        else:
+            print(f"{title}: no difference.", flush=True)
+
+
+def _read(name: str) -> RunRecord:
+    from app.checkpoint_io import CheckpointError, run_of_checkpoint
+    from app.run_records import CONFIG, read_record
+
+    path = Path(name)
+    directory = path if path.is_dir() else run_of_checkpoint(path)
+    if directory is None or not directory.is_dir():
+        raise CheckpointError(f"RUN: {name} is no run directory, and no checkpoint in one. `runs` lists the runs.")
+    record = read_record(directory)
+    if record.state == "damaged":
+        raise CheckpointError(f"RUN: config.yaml or metrics.json of {name} cannot be read. Restore or leave it out.")
+    if not record.keys and not record.metrics:
+        raise CheckpointError(f"RUN: {name} has no {CONFIG} and no metrics.json. `runs` lists the runs.")
+    return record
+
+
+def short_names(directories: Sequence[Path]) -> list[str]:
+    """Return the paths of runs without the folders that all of them begin with."""
+    parts = [directory.absolute().parts for directory in directories]
+    shared = 0
+    while all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
+        shared += 1
+    return ["/".join(own[shared:]) for own in parts]
+
+
+def compare_values(runs: Sequence[Mapping[str, Any]], with_equal: bool) -> dict[str, list[str]]:
+    """Return the values of all runs by key, as text; keys with the same first part stand together.
+
+    Args:
+        runs: Values of each run by key.
+        with_equal: Whether keys with one value in all runs are returned, too.
+    """
+    found = dict.fromkeys(key for values in runs for key in values)
+    sections = list(dict.fromkeys(_section(key) for key in found))
+    keys = sorted(found, key=lambda key: sections.index(_section(key)))
+    texts = {key: [_text(values[key]) if key in values else ABSENT for values in runs] for key in keys}
+    return {key: row for key, row in texts.items() if with_equal or len(set(row)) > 1}
+
+
+def _section(key: str) -> str:
+    """Return the first part of a key or of a metric's name."""
+    return re.split("[./]", key)[0]
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; floats that agree in six digits have one text, which is shorter than they are."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(Text(escape_controls(name)), overflow="fold", max_width=WIDEST)
+    for key, cells in rows.items():
+        table.add_row(*(Text(escape_controls(cell)) for cell in (key, *cells)))
+    return table

@@ -1,0 +1,168 @@
+"""List the runs below a directory: variant, data, best metric, trained parameters, time and date of each.
+
+Only config.yaml and metrics.json of each run are read, so that a thousand runs take a few seconds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from app.console import escape_controls
+from datamodules.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from app.run_records import RunRecord
+
+Column = Literal["name", "state", "variant", "data", "best", "parameters", "seconds", "date"]
+FIELDS = ("name", "state", "variant", "path", "task", "metric", "best", "parameters", "seconds", "date")
+MISSING = "–"
+UNLIMITED = 10_000  # characters of a line: a run is one line for grep and for a pager
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "root", metavar="ROOT", type=str, nargs="?", default="runs", help="Directory of the runs. Default: runs."
+    )
+    parser.add_argument(
+        "--sort",
+        type=Column,
+        default="name",
+        help="Column to sort by. With best, the best run of each metric comes first; with date, the newest run.",
+    )
+    parser.add_argument("--csv", metavar="FILE", type=str | None, help="Write the table to a CSV file instead.")
+    parser.add_argument("--json", action="store_true", help="Print the table as JSON instead.")
+
+
+def run(arguments: Namespace) -> None:
+    """List the runs.
+
+    Raises:
+        ArgumentError: If there is no such directory, or two outputs are asked for.
+        WriteError: If the CSV file cannot be written.
+    """
+    from rich.console import Console
+
+    from app.run_records import STATES, find_runs, read_record
+
+    root = Path(arguments.root)
+    if not root.is_dir():
+        raise ArgumentError(None, f"ROOT: there is no directory {root}. Give the directory that holds the runs.")
+    if arguments.csv and arguments.json:
+        raise ArgumentError(None, "--csv and --json exclude each other. Give one of them.")
+    records = sort_records([read_record(run) for run in find_runs(root)], arguments.sort)
+    rows = [row_of(record, root) for record in records]
+    if arguments.json:
+        print(json.dumps(rows, indent=2), flush=True)
+        return
+    if arguments.csv:
+        write_csv(rows, Path(arguments.csv))
+        print(f"Runs: {len(rows)} in {escape_controls(arguments.csv)}", flush=True)
+        return
+    if records:
+        Console(width=UNLIMITED).print(table_of(rows))
+    for state in STATES:
+        if state != "finished" and (count := sum(record.state == state for record in records)):
+            print(f"{count} {state}: {STATES[state]}.")
+    print(f"{len(records)} runs below {escape_controls(str(root))}", flush=True)
+
+
+def sort_records(records: Sequence[RunRecord], column: Column) -> list[RunRecord]:
+    """Return the runs sorted by a column; runs without a value come last.
+
+    Args:
+        records: The runs, sorted by name.
+        column: The column.
+    """
+
+    def best(record: RunRecord) -> Any:
+        if record.best is None:
+            return None
+        metric, value = record.best
+        return metric, value if record.keys.get("checkpoint.mode") == "min" else -value
+
+    keys: dict[str, Callable[[RunRecord], Any]] = {
+        "state": lambda record: record.state,
+        "variant": lambda record: record.variant,
+        "data": data_of,
+        "best": best,
+        "parameters": lambda record: record.number("params/trainable"),
+        "seconds": lambda record: record.number("time/fit_seconds"),
+        "date": lambda record: -record.date.timestamp(),
+    }
+    if column == "name":
+        return list(records)
+    valued = [(keys[column](record), record) for record in records]
+    missing = [record for value, record in valued if value is None]
+    return [record for _, record in sorted((p for p in valued if p[0] is not None), key=lambda p: p[0])] + missing
+
+
+def data_of(record: RunRecord) -> tuple[str, str] | None:
+    """Return path and task of a run's data; None if config.yaml does not name any."""
+    path, task = (record.keys.get(f"data.{key}") for key in ("path", "task"))
+    return None if path is None else (str(path), str(task or ""))
+
+
+def row_of(record: RunRecord, root: Path) -> dict[str, Any]:
+    """Return the values of a run, as they are written to CSV and JSON."""
+    metric, best = record.best or (None, None)
+    path, task = data_of(record) or (None, None)
+    name = record.directory.relative_to(root).as_posix()
+    return {
+        "name": record.directory.absolute().name if name == "." else name,
+        "state": record.state,
+        "variant": record.variant,
+        "path": path,
+        "task": task or None,
+        "metric": metric,
+        "best": best,
+        "parameters": record.number("params/trainable"),
+        "seconds": record.number("time/fit_seconds"),
+        "date": record.date.isoformat(" ", "seconds"),
+    }
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the table for the terminal, one line a run. Of the path to a directory it shows the last part."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in get_args(Column):
+        is_number = column in ("parameters", "seconds")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+    for row in rows:
+        path = row["path"] or MISSING
+        data = [Path(path).name if Path(path).is_absolute() else path, row["task"] or ""]
+        cells = [
+            row["name"],
+            row["state"],
+            row["variant"] or MISSING,
+            " ".join(dict.fromkeys(data)).strip(),  # a folder is often named like the task
+            MISSING if row["best"] is None else f"{row['metric']} {row['best']:.4g}",
+            MISSING if row["parameters"] is None else f"{row['parameters']:,}",
+            MISSING if row["seconds"] is None else f"{row['seconds']:,.1f}",
+            row["date"].rpartition(":")[0],
+        ]
+        table.add_row(*(Text(escape_controls(cell)) for cell in cells))
+    return table
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the table as CSV, one row a run; an empty cell is a missing value."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS)
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())

@@ -1,0 +1,27 @@
+"""Print the JSON schema of a recipe, by which editors complete, explain and check its keys."""
+
+from __future__ import annotations
+
+import json
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("recipe", metavar="RECIPE", type=str, nargs="?", help="A recipe, as in conf/.")
+    parser.add_argument("--config", metavar="RECIPE", type=str | None, help="The recipe by this key, as for fit.")
+
+
+def run(arguments: Namespace) -> None:
+    """Print the schema.
+
+    Raises:
+        ArgumentError: Without a recipe or with two, or if the recipe cannot be read.
+    """
+    from app.recipe_schema import recipe_schema  # the command line imports this module
+
+    given = [name for name in (arguments.recipe, arguments.config) if name is not None]
+    if len(given) != 1:
+        raise ArgumentError(None, f"RECIPE: {len(given)} are given. Give one file, such as conf/vit_cifar.yaml.")
+    print(json.dumps(recipe_schema(given[0]), indent=2), flush=True)

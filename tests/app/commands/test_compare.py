@@ -1,0 +1,76 @@
+"""The command `compare`: keys and metrics that differ, one column a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.cli import main
+from app.commands.compare import ABSENT, compare_values, short_names
+from tests.app.commands.test_runs import write_run
+from tests.app.test_bad_input import refused
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    """The cells of each printed row by the first one."""
+    cells = [line.split() for line in out.splitlines() if line.startswith("  ") and line.strip()]
+    return {first: others for first, *others in cells}
+
+
+def test_real_runs_differ_in_what_they_were_given(
+    finished_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [finished_runs[name] for name in ("b", "b_other_rank")]
+    assert main(["compare", *map(str, given)]) == 0
+    out = capsys.readouterr().out
+    shown = rows(out)
+    assert shown["model.adapter.rank"] == ["4", "2"]
+    assert shown["model.adapter.alpha"] == ["16", "4"]
+    assert "model.learning_rate" not in shown
+    assert "b/version_0" in out
+    first, second = (json.loads((run / "metrics.json").read_text()) for run in given)
+    assert shown["params/trainable"] == [str(first["params/trainable"]), str(second["params/trainable"])]
+    assert main(["compare", "--all", str(given[0]), str(given[1] / "checkpoints" / "last.ckpt")]) == 0
+    assert rows(capsys.readouterr().out)["model.learning_rate"] == ["0.02", "0.02"]
+
+
+def test_classes_and_missing_keys_differ_too() -> None:
+    first = {"model.class_path": "a.A", "data.rank": 4, "data.rate": 1, "model.only": None}
+    second = {"model.class_path": "b.B", "data.rank": 4, "data.rate": 1.0, "model.other": [1, "a"]}
+    expected = {"model.class_path": ["a.A", "b.B"], "model.only": ["null", ABSENT], "model.other": [ABSENT, '[1, "a"]']}
+    assert compare_values([first, second], with_equal=False) == expected
+    assert list(compare_values([first, second], with_equal=True)) == [*expected, "data.rank", "data.rate"]
+
+
+def test_names_lose_what_all_runs_share() -> None:
+    paths = [Path("/x/runs/vit/version_0"), Path("/x/runs/vit/version_1"), Path("/x/runs/glue/version_0")]
+    assert short_names(paths) == ["vit/version_0", "vit/version_1", "glue/version_0"]
+    assert short_names(paths[:1] * 2) == ["version_0", "version_0"]
+
+
+def test_equal_runs_are_said_to_be_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name / "version_0") for name in "ab"]
+    assert main(["compare", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    assert out == "Keys of config.yaml: no difference.\nMetrics of metrics.json: no difference.\n"
+
+
+def test_what_is_no_run_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, other = (str(write_run(tmp_path / name)) for name in "ab")
+    refused(capsys, main(["compare", run]), "RUN: one run is given, and two or more are needed.")
+    refused(capsys, main(["compare", run, str(tmp_path / "c")]), "is no run directory")
+    refused(capsys, main(["compare", run, str(tmp_path)]), "has no config.yaml and no metrics.json")
+    (tmp_path / "b" / "config.yaml").write_text("\x1b[2J: [")
+    refused(capsys, main(["compare", run, other]), "config.yaml or metrics.json of", "cannot be read")
+
+
+def test_control_characters_of_a_strangers_run_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name, path=path) for name, path in (("a", "\x1b[2J[bold]"), ("b", "c"))]
+    assert main(["compare", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b[2J[bold]" in out
