@@ -442,8 +442,9 @@ class AsymmetryCLI(LightningCLI):
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
             )
+        forgetting = next(c for c in self.trainer.callbacks if isinstance(c, Forgetting))  # type: ignore[attr-defined]
         gap = next(c for c in self.trainer.callbacks if isinstance(c, GeneralizationGap))  # type: ignore[attr-defined]
-        self.summary.values |= gap.measure(self.trainer, self.model)
+        self.summary.values |= forgetting.values | gap.measure(self.trainer, self.model)
         self._close()
 
     def after_validate(self) -> None:

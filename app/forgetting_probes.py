@@ -1,4 +1,4 @@
-"""Rows that the abilities of a pretrained backbone are scored on."""
+"""Data for scores of forgetting: images for nearest neighbours, texts for perplexity."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Probe = Callable[[AdaptedModule], dict[str, float]]  # returns the scores of a m
 
 
 def open_probe(module: AdaptedModule, path: str, rows: int, text_column: str) -> Probe:
-    """Read the rows that a task's backbone is scored on.
+    """Read the rows on which a task's backbone is scored.
 
     Args:
         module: The task.

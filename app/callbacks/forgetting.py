@@ -1,4 +1,4 @@
-"""Abilities of the pretrained backbone before and after a fit."""
+"""Forgetting: scores of the pretrained backbone on data of another task, before and after a fit."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Forgetting(L.Callback):
 
     - Image classification: `knn_acc`, the accuracy of the 20 nearest neighbours of the backbone's features, by cosine,
       on a second labelled set of images. Each image is left out of its own neighbours.
-    - Instruction tuning: `loss` (nats a token) and `perplexity` on plain text, of all tokens behind the first of each
-      row, which is cut at 512 tokens.
+    - Instruction tuning: `loss` (nats a token) and `perplexity` on plain text. Each row is cut at 512 tokens, and all
+      tokens behind the first are predicted.
 
-    `forgetting/before/<score>` is of the untouched backbone: with the adapters switched off. With tuning `full` it is
-    measured before the first step, and a checkpoint keeps it. `forgetting/after/<score>` is of the weights that are
-    tested, the best checkpoint with `test_after_fit`, else of the last ones. `forgetting/<score>` is the ability that
-    was lost: before less after for `knn_acc`, after less before for `loss` and `perplexity`. It is 0 with tuning
-    `head`.
+    `forgetting/before/<score>` belongs to the untouched backbone: the adapters are switched off. With tuning `full`
+    this score is measured before the first step, and checkpoints keep it. `forgetting/after/<score>` belongs to the
+    weights that are tested: the best checkpoint with `test_after_fit`, else the last weights. `forgetting/<score>` is
+    the loss of ability: before less after for `knn_acc`, after less before for `loss` and `perplexity`. Tuning `head`
+    gives 0.
 
     The scores draw no random numbers and change nothing of the fit. In a distributed run every process scores all rows.
 
@@ -50,6 +50,7 @@ class Forgetting(L.Callback):
             raise CallbackError(f"forgetting.rows: {rows} must be 1 or more.")
         self.path, self.rows, self.text_column = path, rows, text_column
         self.waits_for_test = False  # whether the best checkpoint is tested behind the fit
+        self.values: dict[str, float] = {}  # figures for metrics.json
         self._probe: Callable[[AdaptedModule], dict[str, float]] | None = None
         self._keeps_before = False  # whether the scores from before cannot be measured again
         self._before: dict[str, float] = {}
@@ -90,13 +91,16 @@ class Forgetting(L.Callback):
         with adapters_disabled(pl_module.backbone):
             self._before = self._score(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the last weights, unless a test follows."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the last weights, unless a test follows; also of a resumed run that has nothing left to train.
+
+        By then `RunSummary` has written the figures of training, so a run that is stopped during the score keeps them.
+        """
         if not self.waits_for_test:
             self._finish(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the tested weights; before `on_test_end`, in which `RunSummary` collects the figures."""
+        """Score the tested weights."""
         if trainer.state.fn == TrainerFn.TESTING:
             self._finish(trainer, pl_module)
 
@@ -106,7 +110,7 @@ class Forgetting(L.Callback):
             return
         assert isinstance(module, AdaptedModule)
         after = self._score(trainer, module)
-        values: dict[str, float] = {}
+        values = self.values
         for name, before in self._before.items():
             sign = 1 if name in HIGHER_IS_BETTER else -1
             values |= {f"forgetting/before/{name}": before, f"forgetting/after/{name}": after[name]}
@@ -114,7 +118,6 @@ class Forgetting(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         values["time/forgetting_seconds"] = round(self._seconds, 2)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         self._probe = None  # once
 
     def _score(self, trainer: L.Trainer, module: AdaptedModule) -> dict[str, float]:

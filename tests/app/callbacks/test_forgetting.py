@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,28 @@ def test_a_resumed_fit_has_the_same_scores(cli: CommandLine, second_images: Path
     resumed = str(cli.run(1) / "checkpoints" / "last.ckpt")
     assert cli("fit", *options, "--trainer.max_epochs=2", "--trainer.max_steps=-1", "--ckpt_path", resumed) == 0
     assert scores(cli, "knn_acc", 0) == scores(cli, "knn_acc", 1)
+
+
+def test_a_run_that_is_stopped_in_its_last_score_keeps_its_figures_and_is_scored_when_resumed(
+    cli: CommandLine, second_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[float] = []
+
+    def score(*_: object) -> dict[str, float]:
+        scored.append(len(scored) / 10)
+        if len(scored) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"knn_acc": scored[-1]}
+
+    monkeypatch.setattr("app.forgetting_probes.image_scores", score)
+    options = [f"--forgetting.path={second_images}", "--trainer.max_epochs=1", "--test_after_fit=false"]
+    assert cli("fit", *options) == 143
+    stopped = cli.metrics()
+    assert {"val/loss", "params/trainable"} <= stopped.keys()
+    assert not any(key.startswith("forgetting/") for key in stopped)
+    assert cli("fit", *options, "--ckpt_path=last") == 0
+    assert scores(cli, "knn_acc") == pytest.approx((-0.1, 0.2, 0.3))
+    assert stopped.items() <= cli.metrics().items()
 
 
 def test_full_tuning_that_is_resumed_on_other_rows_is_not_scored(
