@@ -1,0 +1,92 @@
+"""Every task and its data have the abilities by which they meet; nothing else is guessed by name."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datamodules.contract import (
+    DataKind,
+    HasClasses,
+    HasDomains,
+    HasFrozenPrefix,
+    HasKind,
+    HasKinds,
+    HasMetrics,
+    HasPacking,
+    HasPredictionFiles,
+    HasPrompts,
+    HasSets,
+    HasTestSplit,
+    ImageModel,
+    TextModel,
+)
+from datamodules.domains import DomainData
+from datamodules.glue import GlueData
+from datamodules.image_classification import ImageClassificationData
+from datamodules.instructions import InstructionData
+from datamodules.mmlu import MMLUData
+from datamodules.summarization import SummarizationData
+from modules.adapters import AdapterConfig
+from modules.decoding import Decoding
+from modules.image_classification import ImageClassifier
+from modules.language_modeling import LanguageModel
+from modules.summarization import Generation, Summarizer
+from modules.text_classification import TextClassifier
+from tests.conftest import ROOT
+
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
+OF_DATA = (HasClasses, HasDomains, HasMetrics, HasPacking, HasPredictionFiles, HasPrompts, HasSets, HasTestSplit)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "abilities"),
+    [
+        (ImageClassificationData, {}, {HasClasses, HasTestSplit}),
+        (DomainData, {"environment": "a"}, {HasClasses, HasDomains, HasTestSplit}),
+        (GlueData, {"task": "mnli"}, {HasClasses, HasMetrics, HasSets, HasPredictionFiles, HasTestSplit}),
+        (SummarizationData, {}, {HasSets, HasPredictionFiles, HasTestSplit}),
+        (InstructionData, {}, {HasSets, HasPacking, HasPrompts, HasPredictionFiles, HasTestSplit}),
+        (MMLUData, {}, {HasSets, HasPredictionFiles, HasTestSplit}),
+    ],
+)
+def test_abilities_of_data(kind: type, keys: dict[str, Any], abilities: set[Any]) -> None:
+    attributes = {*dir(kind), *vars(kind(path="somewhere", **keys))}
+    assert {a for a in OF_DATA if members(a) <= attributes} == abilities
+    assert isinstance(kind, HasKind)
+    assert isinstance(kind.kind, DataKind)
+
+
+def members(ability: type) -> set[str]:
+    """Names of the attributes that an ability consists of."""
+    return {name for name in {*vars(ability), *ability.__annotations__} if not name.startswith("_")}
+
+
+def test_abilities_of_models(roberta_path: Path, bart_path: Path, llama_path: Path) -> None:
+    models = {
+        ImageClassifier("vit_tiny_patch16_224", weights="none", backbone_args=TINY, image_size=16): ImageModel,
+        TextClassifier(str(roberta_path)): TextModel,
+        Summarizer(str(bart_path), generation=Generation(max_length=12)): TextModel,
+        LanguageModel(str(llama_path), generation=Decoding(max_new_tokens=8), adapter=AdapterConfig(rank=2)): TextModel,
+    }
+    for model, ability in models.items():
+        assert all(isinstance(model, each) for each in (HasClasses, HasFrozenPrefix, HasKinds, ability))
+        assert isinstance(model, ImageModel) is (ability is ImageModel)
+        assert all(isinstance(kind, DataKind) for kind in model.kinds)
+
+
+@pytest.mark.parametrize(("folders", "most"), [(("modules", "datamodules"), 8)])
+def test_few_attributes_are_looked_up_by_a_name_in_quotes(folders: tuple[str, ...], most: int) -> None:
+    """What is left asks a backbone of timm or transformers, never a task or its data."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr")
+        if isinstance(node.args[1], ast.Constant)
+    ]
+    assert len(found) <= most, found
