@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from datamodules.contract import SummaryBatch
 from datamodules.errors import ModelError, first_line
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, attach
 from modules.base import AdaptedModule, BackboneDtype
@@ -323,7 +324,9 @@ def _summary_step(module: Summarizer, size: BatchSize) -> Step:
     def loss() -> Tensor:
         ids = torch.zeros(size.samples, size.tokens, dtype=torch.long)
         labels = torch.zeros(size.samples, size.targets, dtype=torch.long)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        batch = SummaryBatch(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, index=torch.arange(size.samples)
+        )
         return module.loss(batch, module.label_smoothing)
 
     return loss, [(size.samples, size.targets, vocabulary), (size.samples * size.targets, vocabulary)]

@@ -56,8 +56,9 @@ def run(arguments: Namespace) -> None:
 
 
 def _read(name: str) -> RunRecord:
-    from app.checkpoint_io import CheckpointError, run_of_checkpoint
+    from app.checkpoint_io import run_of_checkpoint
     from app.run_records import CONFIG, read_record
+    from datamodules.errors import CheckpointError
 
     path = Path(name)
     directory = path if path.is_dir() else run_of_checkpoint(path)
