@@ -91,19 +91,5 @@ def test_vit_cifar_is_the_recipe_of_the_issue(parsed: Callable[[list[str]], Asym
     assert config["trainer"]["precision"] == "bf16-mixed"
 
 
-def test_imports_run_one_way() -> None:
-    """Main → app → (modules, datamodules) → modules/adapters; the adapters know torch alone."""
-    forbidden = {
-        "modules/adapters": ["lightning", "timm", "transformers", "app", "datamodules", "modules.base"],
-        "modules": ["app", "datamodules"],
-        "datamodules": ["app", "modules"],
-    }
-    for folder, names in forbidden.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            lines = [line.split() for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
-            for words in lines:
-                assert not any(words[1] == n or words[1].startswith(f"{n}.") for n in names), (path, words)
-
-
 def test_lightning_is_not_a_bad_release() -> None:
     assert L.__version__ not in {"2.5.5", "2.6.2", "2.6.3"}

@@ -17,7 +17,7 @@ from app.variants import VARIANTS
 from app.yaml_files import checked_yaml
 
 FILES = sorted(Path("conf/sweeps").glob("*.yaml"))
-NAMES = {"digits", "which_side", "glue", "summarization", "alpaca_mmlu", "domainbed"} | {
+NAMES = {"digits", "which_side", "glue", "summarization", "alpaca_mmlu", "domainbed", "starts"} | {
     *("dinov2_cifar10", "minilm_cola", "smollm2_instructions", "small_bart_xsum")
 }
 OPEN = ("which_side",)  # files that leave the recipe to the command line
