@@ -65,7 +65,7 @@ class ResumableDataModule(L.LightningDataModule):
         self.findings = Findings(skip_bad_rows)
         self.kept_states: dict[str, HiddenStates] = {}  # output of the model's frozen prefix, by split
         self._seed: int | None = None
-        self._position: dict[str, int] = {}
+        self._position: dict[str, Any] = {}
         self._rows_digest: dict[str, Any] = {}  # digest and number of the training rows
         self._digest_before: dict[str, Any] = {}  # those of the checkpoint that is resumed
         self._resumed_at: float | None = None  # batches of the epoch that are done; infinite when it is over
@@ -209,6 +209,11 @@ class ResumableDataModule(L.LightningDataModule):
             )
         sampler = EpochSampler(size, world, rank, self.batch_size, self._seed, lengths, labels)
         if self._position:
+            if self._position["samples"] and self._position["order"] != ORDER:
+                _log.warning(
+                    "ckpt_path: another version of this program wrote the checkpoint in mid-epoch, and shuffled in "
+                    "another order. In the rest of this epoch some samples come twice and others not at all."
+                )
             # in samples, since another batch size or number of processes may go on from there
             batches = min(self._position["samples"] // (self.batch_size * world), sampler.batches - 1)
             self._resumed_at = batches if self._position["samples"] else math.inf
@@ -313,13 +318,8 @@ class ResumableDataModule(L.LightningDataModule):
                 f"ckpt_path: the checkpoint's position in the data is damaged ({state_dict}). Use another checkpoint."
             )
         self._seed = state_dict["seed"]
-        self._position = {key: state_dict[key] for key in ("epoch", "samples")}
+        self._position = {key: known.get(key) for key in ("epoch", "samples", "order")}
         self._digest_before = {key: known.get(key) for key in ("rows", "size")}
-        if known["samples"] and known.get("order") != ORDER:
-            _log.warning(
-                "ckpt_path: another version of this program wrote the checkpoint in mid-epoch, and shuffled in another "
-                "order. In the rest of this epoch some samples come twice and others not at all."
-            )
 
     def _compare_rows(self) -> None:
         """Compare the training rows with those of the checkpoint that is resumed, once.

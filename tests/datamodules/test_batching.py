@@ -364,8 +364,9 @@ def test_a_position_in_an_epoch_of_another_order_is_warned_of(
     state.pop("order")
     whole = list(batches(module().train_loader(Keys(12)), epochs=2))
     made = restored(state if order == 1 else {**state, "order": order})
-    assert ("some samples come twice and others not at all" in caplog.text) is warns
+    assert caplog.text == ""  # an evaluation does not go on from there
     assert list(batches(made.train_loader(Keys(12)), taken // 3, epochs=2)) == whole[taken // 3 :]
+    assert ("some samples come twice and others not at all" in caplog.text) is warns
 
 
 @pytest.mark.parametrize(("done", "expected"), [(0, (2, 0)), (3, (2, 18)), (4, (3, 0))])
