@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, get_type_hints
+from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentError, Namespace
@@ -45,6 +45,7 @@ from app.callbacks import (
     DataReport,
     Forgetting,
     GeneralizationGap,
+    GeneratedSamples,
     PredictionWriter,
     RunSummary,
     SaveRunConfig,
@@ -62,6 +63,7 @@ from app.console import (
     traceback_hook,
     watched_output,
 )
+from app.constructors import constructor_parameters
 from app.failures import bad_input, construction_error, is_caused_by
 from app.files import reraise_disk_full
 from app.imports import HELP, restricted_imports, split_imports
@@ -343,7 +345,7 @@ class AsymmetryCLI(LightningCLI):
         paths = [self._get(self.config, section).class_path for section in SECTIONS]
         model, data = classes = [resolve_name(path) for path in paths]
         for section, owner in zip(SECTIONS, classes, strict=True):
-            hints = get_type_hints(owner.__init__)
+            hints = {name: parameter.annotation for name, parameter in constructor_parameters(owner).items()}
             for name, value in self._get(self.config, section).init_args.items(branches=True, nested=False):
                 check_values(f"{section}.{name}", hints.get(name, Any), value)
         if isinstance(data, HasKind) and isinstance(model, HasKinds) and data.kind not in model.kinds:
@@ -399,6 +401,7 @@ class AsymmetryCLI(LightningCLI):
             DataReport(),
             *own_callbacks,
             ConfusionPicture(),
+            GeneratedSamples(),
             PredictionWriter(),
             AdapterWriter(),
             self.termination,

@@ -7,7 +7,6 @@ holds the metrics of the validation at its step, in the state of `RunSummary`.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from typing import Any, TypeGuard
 
 from jsonargparse import Namespace
 
+from app.constructors import constructor_parameters
 from app.imports import same_class
 from datamodules.atomic import atomic_write
 
@@ -29,7 +29,8 @@ STATE = "RunSummary"  # Lightning's key of the callback's state in a checkpoint
 _WITHOUT_EFFECT = {
     "model": {
         *("backbone", "weights", "adapter_path", "learning_rate", "weight_decay", "schedule", "warmup_ratio"),
-        *("lr_ratio_b", "lr_ratio_head", "label_smoothing", "shard_frozen", "compile", "gradient_checkpointing"),
+        *("optimizer", "lr_ratio_b", "lr_ratio_head", "lr_ratio_role", "label_smoothing"),
+        *("shard_frozen", "compile", "gradient_checkpointing"),
     },
     "data": {
         *("batch_size", "num_workers", "predict_path", "prediction_format", "memory_limit_gb", "cache_prefix"),
@@ -83,7 +84,7 @@ def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) ->
 def _with_defaults(class_path: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a class, with the defaults of those that are missing, in groups of keys too."""
     complete: dict[str, Any] = dict(values)
-    for name, parameter in inspect.signature(resolve_name(class_path)).parameters.items():
+    for name, parameter in constructor_parameters(resolve_name(class_path)).items():
         default = None if parameter.default is parameter.empty else parameter.default
         given = complete.setdefault(name, default)
         if isinstance(given, Mapping) and is_dataclass(default) and not isinstance(default, type):

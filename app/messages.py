@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from app.console import escape_controls
+from app.constructors import constructor_parameters
 from app.imports import denied_message, similar_class
 from datamodules.errors import first_line
 
@@ -194,15 +195,13 @@ def _class_keys(path: str, key: str) -> tuple[list[str], str]:
     named = getattr(sys.modules.get(module_name), name, None)  # the parser has it imported; a quoted value need not be
     if not inspect.isclass(named):
         return [], name
-    parameters = inspect.signature(named).parameters
+    parameters = constructor_parameters(named)
     section = key.rpartition(".")[0]
     if section in parameters:
         group = type(parameters[section].default)
         if dataclasses.is_dataclass(group):
             return [f"{section}.{f.name}" for f in dataclasses.fields(group)], name
-    named_keys = [key for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    takes_others = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    return [*named_keys, *(["dict_kwargs"] if takes_others else [])], name
+    return list(parameters), name
 
 
 def compiler_message(error: Exception) -> str | None:

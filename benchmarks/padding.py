@@ -61,7 +61,7 @@ class Arm:
         for _ in range(batches):
             batch = next(self.batches)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = self.model.loss(self.model(batch), batch["label"])
+                loss = self.model.loss(batch)
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()

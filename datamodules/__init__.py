@@ -1,1 +1,1 @@
-"""What models are trained on: one LightningDataModule a file."""
+"""Data to train on: one LightningDataModule a file."""

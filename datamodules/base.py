@@ -50,15 +50,18 @@ class ResumableDataModule(L.LightningDataModule):
 
     Args:
         batch_size: Samples a step and process, at least 1.
-        num_workers: Processes that load, each; 0 loads in the training process.
-        skip_bad_rows: Rows of each split that may be skipped because they cannot be used, 0 or more.
+        num_workers: Processes that load, for each process that trains; 0 loads in the training process, which is fast
+            enough for tokens and small images.
+        skip_bad_rows: Rows of each split that may be skipped because they cannot be used, 0 or more; one more is an
+            error.
     """
 
     kind: DataKind
     cache_prefix = False  # whether a fit reads what the model's frozen prefix makes of its rows; a task's own key
 
-    def __init__(self, batch_size: int, num_workers: int, skip_bad_rows: int = 0) -> None:
+    def __init__(self, batch_size: int = 32, num_workers: int = 0, skip_bad_rows: int = 0) -> None:
         super().__init__()
+        self.save_hyperparameters()  # those of the task too
         if batch_size < 1 or num_workers < 0:
             raise DataError("data.batch_size must be 1 or more, and data.num_workers 0 or more.")
         self.batch_size, self.num_workers = batch_size, num_workers

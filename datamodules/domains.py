@@ -11,20 +11,20 @@ from torch.utils.data import DataLoader
 
 from datamodules.errors import DataError
 from datamodules.findings import listed
-from datamodules.image_classification import ImageClassificationData, ImageDataset, Transform
+from datamodules.image_classification import ImageData, ImageDataset, Transform
 from datamodules.image_folders import ImageFiles, find_images, read_layout
 from datamodules.image_sources import ImageTable, from_image_folder
-from datamodules.splits import choose_rows, split_of
+from datamodules.splits import check_fraction, choose_rows, split_of
 
 LAYOUT = "DomainBed's layout is ROOT/environment/class/image.jpg."
 
 
-class DomainData(ImageClassificationData):
+class DomainData(ImageData):
     """One environment of VLCS, PACS, OfficeHome, TerraIncognita or any other data set in DomainBed's layout.
 
     A share of the training environment is held out for the in-domain test. `val_fraction` of the rest is held out to
     choose the checkpoint, so that no tested image chooses anything. Every image of the other environments is tested
-    (Gulrajani and Lopez-Paz 2021). Batches are those of `ImageClassificationData`.
+    (Gulrajani and Lopez-Paz 2021).
 
     Classes are those of the training environment, matched by the names of their folders. Another environment may lack
     classes, which is logged. A class that the training environment lacks is an error.
@@ -33,61 +33,11 @@ class DomainData(ImageClassificationData):
         path: Directory of one folder an environment, with one folder a class in each.
         environment: Environment to train on, the name of its folder.
         test_fraction: Share of its images held out for the in-domain test, in (0, 1).
-        batch_size: Images a step and process, at least 1.
-        num_workers: Processes that load, each; 0 loads in the training process.
-        val_fraction: Share of its other images held out for validation, in (0, 1).
-        val_seed: Seed of both splits, apart from the run's seed so that runs compare on the same images.
-        crop_scale: Share of the area that a training crop covers, [least, most]; [1, 1] crops nothing.
-        horizontal_flip: Whether training images are mirrored half of the time.
-        cache_prefix: Whether a fit computes the output of the model's frozen prefix once an image; see
-            `ImageClassificationData`.
-        memory_limit_gb: Decoded images are kept in memory up to this many GiB for each split, environment and process,
-            and decoded anew beyond.
-        max_train_samples: Seeded sample of the training images, for trying out; None takes all.
-        max_val_samples: The same for validation.
-        max_test_samples: The same for the in-domain test and for each other environment.
-        predict_path: Folder of images for `predict`.
-        skip_bad_rows: Images of each split and environment that are skipped, at most, since they cannot be decoded.
     """
 
-    def __init__(
-        self,
-        path: str,
-        environment: str,
-        test_fraction: float = 0.2,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        val_fraction: float = 0.1,
-        val_seed: int = 0,
-        crop_scale: tuple[float, float] = (0.6, 1.0),
-        horizontal_flip: bool = True,
-        cache_prefix: bool = False,
-        memory_limit_gb: float = 4.0,
-        max_train_samples: int | None = None,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
-        predict_path: str | None = None,
-        skip_bad_rows: int = 0,
-    ) -> None:
-        super().__init__(
-            path=path,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            val_fraction=val_fraction,
-            val_seed=val_seed,
-            crop_scale=crop_scale,
-            horizontal_flip=horizontal_flip,
-            cache_prefix=cache_prefix,
-            memory_limit_gb=memory_limit_gb,
-            max_train_samples=max_train_samples,
-            max_val_samples=max_val_samples,
-            max_test_samples=max_test_samples,
-            predict_path=predict_path,
-            skip_bad_rows=skip_bad_rows,
-        )
-        self.save_hyperparameters()
-        if not 0 < test_fraction < 1:
-            raise DataError(f"data.test_fraction: {test_fraction} must lie in (0, 1).")
+    def __init__(self, path: str, environment: str, test_fraction: float = 0.2, **kwargs: Any) -> None:
+        super().__init__(path, **kwargs)
+        check_fraction("test_fraction", test_fraction)
         self.environment, self.test_fraction = environment, test_fraction
         self._environments: list[str] | None = None
 

@@ -14,7 +14,7 @@ from datamodules.contract import DataKind
 from datamodules.errors import DataError
 from datamodules.labels import Labels, parse_labels
 from datamodules.tables import Table, blank_rows, check_column, check_texts, null_rows
-from datamodules.text import BadRow, Padding, TextData
+from datamodules.text import BadRow, Padding, TrainingTextData
 from datamodules.tokens import TokenDataset, tokenized, tokenizer_state
 
 Task = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
@@ -82,7 +82,7 @@ TASKS: dict[str, GlueTask] = {
 }
 
 
-class GlueData(TextData):
+class GlueData(TrainingTextData):
     """One or two sentences with a label, tokenised once and batched by length.
 
     Labels are whole numbers, booleans, names, or decimal numbers, which make a regression. The classes are those that
@@ -94,30 +94,14 @@ class GlueData(TextData):
             JSONL, or with one such directory for each task; or one such file of training rows.
         task: A task of GLUE, which brings columns, classes and metrics along; None for another set.
         config: The data set's configuration: on the hub, or a folder in the directory; None takes the task's.
-        revision: Branch, tag or commit on the hub.
         text_columns: One or two columns of text; None takes the task's.
         label_column: Column of the labels.
         id_column: Column that names a row in predictions; without it they have the row's number.
-        batch_size: Samples a step and process, at least 1.
-        num_workers: Processes that load, each; 0 loads in the training process, which is fast enough for tokens.
         max_length: Most tokens of a sample, both sentences and special tokens together; longer ones are cut.
-        bucket_by_length: Whether samples of like length share a batch, which saves most of the padding.
         padding: To the `longest` of the batch, or all to `max_length`, for devices that need one shape.
-        cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
-            `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
-        val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
-        val_seed: Seed of that share, apart from the run's seed.
-        test_on_validation: Hold out validation rows from the training split, and test on the validation split: GLUE's
-            own test labels are hidden.
-        max_train_samples: Seeded sample of the training rows, for trying out; None takes all.
-        max_val_samples: The same for validation, of each of its sets.
-        max_test_samples: The same for testing.
-        predict_path: File of rows for `predict`; None takes the test split.
         prediction_format: Of what `predict` writes: `tsv`, GLUE's submission with index and prediction, or `jsonl`,
             with the text and the probability too.
-        encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
         skip_label: Label of rows that are left out, by name or number: -1 where a set marks rows without one so.
-        skip_bad_rows: Rows of each split that may be skipped because text or label is missing; one more is an error.
     """
 
     kind = DataKind.LABELLED_TEXTS
@@ -127,58 +111,29 @@ class GlueData(TextData):
         path: str = "nyu-mll/glue",
         task: Task | None = None,
         config: str | None = None,
-        revision: str | None = None,
         text_columns: list[str] | None = None,
         label_column: str = "label",
         id_column: str = "idx",
-        batch_size: int = 32,
-        num_workers: int = 0,
         max_length: int = 128,
-        bucket_by_length: bool = True,
         padding: Padding = "longest",
-        cache_prefix: bool = False,
-        val_fraction: float = 0.1,
-        val_seed: int = 0,
-        test_on_validation: bool = False,
-        max_train_samples: int | None = None,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
-        predict_path: str | None = None,
         prediction_format: Literal["tsv", "jsonl"] = "tsv",
-        encoding: str = "utf-8",
         skip_label: int | str | None = None,
-        skip_bad_rows: int = 0,
+        **kwargs: Any,
     ) -> None:
+        super().__init__(path, config=config or task, **kwargs)
         self.task = TASKS[task] if task else None
         columns = text_columns or (self.task.columns if self.task else ())
         if not 1 <= len(columns) <= 2:
             raise DataError("data.text_columns: name one or two columns of text, or a task of GLUE as data.task.")
         if len(set(columns)) < len(columns):
             raise DataError(f"data.text_columns: {columns[0]} is named twice; name two columns, or one.")
-        super().__init__(
-            path=path,
-            config=config or task,
-            revision=revision,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            bucket_by_length=bucket_by_length,
-            val_fraction=val_fraction,
-            val_seed=val_seed,
-            limits={"train": max_train_samples, "val": max_val_samples, "test": max_test_samples},
-            predict_path=predict_path,
-            encoding=encoding,
-            skip_bad_rows=skip_bad_rows,
-            as_written=[*columns, label_column],
-        )
-        self.save_hyperparameters()
         if label_column in columns:
             raise DataError(f"data.label_column: {label_column} is one of data.text_columns; name another column.")
         if max_length < 2:
             raise DataError(f"data.max_length: {max_length} must be 2 or more.")
-        self.cache_prefix = cache_prefix
+        self.read_as_written(*columns, label_column)
         self.columns = list(columns)
         self.suffixes = (*self.task.sets, "") if self.task else ("",)
-        self.test_on_validation = test_on_validation
         self.label_column, self.id_column, self.skip_label = label_column, id_column, skip_label
         self.max_length, self.padding = max_length, padding
         self.prediction_format = prediction_format

@@ -26,26 +26,23 @@ from datamodules.errors import DataError, SplitError
 from datamodules.findings import Findings
 from datamodules.image_sources import ImageError, ImageTable, open_folder, open_split
 from datamodules.prefix_cache import WithHidden
-from datamodules.splits import check_splits, choose_rows
+from datamodules.splits import check_fraction, check_limits, choose_rows
 
 Transform = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
 
 
-class ImageClassificationData(ResumableDataModule):
-    """Labelled images from the hub, Parquet, CIFAR-10's own folder, or a folder of image files.
+class ImageData(ResumableDataModule):
+    """Labelled images, decoded, augmented and normalised for the backbone that looks at them.
 
     Images are decoded once to uint8 and kept in memory when they fit; augmentation runs on these tensors; the batch is
-    normalised with the backbone's own mean and deviation. Batches are dicts of `image` (batch, 3, size, size) and
-    `label` (batch,) int64, in prediction of `image`, `index`, `name` and `error`, empty for images that could be
-    decoded.
+    normalised with the backbone's own mean and deviation. Batches are `datamodules.contract.ImageBatch`. A task
+    implements `_table` and `_rows`.
 
     Args:
-        path: A data set's name on the hub, a directory of Parquet in the hub's columns, a directory with
-            cifar-10-batches-py, or a folder of images: one folder a class, below train/, val/ and test/ or without.
+        path: The images.
         batch_size: Images a step and process, at least 1.
-        num_workers: Processes that load, each; 0 loads in the training process, which is fast enough for small images.
-        val_fraction: Share of the training images held out when the data has no validation split, in (0, 1).
+        val_fraction: Share of the training images held out when the data have no validation split, in (0, 1).
         val_seed: Seed of that split, apart from the run's seed so that runs compare on the same images.
         crop_scale: Share of the area that a training crop covers, [least, most]; [1, 1] crops nothing.
         horizontal_flip: Whether training images are mirrored half of the time. Not for digits or text.
@@ -56,14 +53,8 @@ class ImageClassificationData(ResumableDataModule):
             anew beyond.
         max_train_samples: Seeded sample of the training images, for trying out; None takes all.
         max_val_samples: The same for validation.
-        max_test_samples: The same for testing.
-        image_column: Column of the images; None takes the first of img, image.
-        label_column: Column of the labels; None takes the first of label, labels, fine_label.
+        max_test_samples: The same for testing, of each tested set.
         predict_path: Folder of images for `predict`. Images that cannot be decoded get a row with their error.
-        skip_bad_rows: Images of each split that are skipped, at most, since they have no label or cannot be decoded.
-            Images that do not fit in memory are then decoded once more before training.
-        skip_label: Label of the rows of a table that are left out, by name or number: -1 where it marks hidden labels.
-            For folders, move the folder of a class elsewhere.
     """
 
     kind = DataKind.IMAGES
@@ -73,7 +64,6 @@ class ImageClassificationData(ResumableDataModule):
         self,
         path: str,
         batch_size: int = 64,
-        num_workers: int = 0,
         val_fraction: float = 0.1,
         val_seed: int = 0,
         crop_scale: tuple[float, float] = (0.6, 1.0),
@@ -83,16 +73,13 @@ class ImageClassificationData(ResumableDataModule):
         max_train_samples: int | None = None,
         max_val_samples: int | None = None,
         max_test_samples: int | None = None,
-        image_column: str | None = None,
-        label_column: str | None = None,
         predict_path: str | None = None,
-        skip_bad_rows: int = 0,
-        skip_label: str | int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, skip_bad_rows)
-        self.save_hyperparameters()
-        limits = {"train": max_train_samples, "val": max_val_samples, "test": max_test_samples}
-        check_splits(val_fraction, limits)
+        super().__init__(batch_size=batch_size, **kwargs)
+        self.limits = {"train": max_train_samples, "val": max_val_samples, "test": max_test_samples}
+        check_limits(self.limits)
+        check_fraction("val_fraction", val_fraction)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise DataError(f"data.crop_scale: {list(crop_scale)} must be two numbers, 0 < least <= most <= 1.")
         if cache_prefix and (horizontal_flip or tuple(crop_scale) != (1.0, 1.0)):
@@ -105,8 +92,6 @@ class ImageClassificationData(ResumableDataModule):
         self.val_fraction, self.val_seed = val_fraction, val_seed
         self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
         self.memory_limit_gb = memory_limit_gb
-        self.limits = limits
-        self.columns, self.skip_label = (image_column, label_column), skip_label
         self.class_names: list[str] | None = None
         self.splits: dict[str, ImageDataset] = {}
         self._tables: dict[str, ImageTable | None] = {}
@@ -169,10 +154,8 @@ class ImageClassificationData(ResumableDataModule):
         return dataset
 
     def _table(self, name: str) -> ImageTable | None:
-        """A split as it is stored, opened once."""
-        if name not in self._tables:
-            self._tables[name] = open_split(self.path, name, *self.columns, self.findings, self.skip_label)
-        return self._tables[name]
+        """Return the table that a split is stored in, opened once; None if there is none."""
+        raise NotImplementedError
 
     def _require(self, name: str) -> ImageTable:
         table = self._table(name)
@@ -191,20 +174,10 @@ class ImageClassificationData(ResumableDataModule):
 
     def _rows(self, name: str) -> tuple[ImageTable, Tensor, str]:
         """Return the table that a split is in, the rows that are its own, and where they are from, in words."""
-        held_out = name in ("train", "val") and self._table("val") is None
-        table = self._require("train" if held_out else name)
-        limit = self.limits[name]
-        rows = choose_rows(len(table), name, held_out, self.val_fraction, self.val_seed, limit)
-        source = table.where
-        if held_out:
-            share = "held out" if name == "val" else "not held out"
-            source += f", {share} (no split for validation; val_fraction {self.val_fraction}, val_seed {self.val_seed})"
-        if limit is not None and len(rows) == limit:
-            source += f", at most max_{name}_samples {limit}"
-        return table, rows, source
+        raise NotImplementedError
 
     def _transforms(self, config: dict[str, Any]) -> tuple[Transform, Transform]:
-        """Evaluation and training transforms of uint8 images (3, height, width), as timm prepares them."""
+        """Return evaluation and training transforms of uint8 images (3, height, width), as timm prepares them."""
         size = tuple(config["input_size"][1:])
         kind = config["interpolation"]
         steps = evaluation_steps(config)
@@ -233,19 +206,19 @@ class ImageClassificationData(ResumableDataModule):
         return data, None, None
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled and augmented."""
+        """Return the training images, shuffled and augmented."""
         return self.train_loader(*self._batches("train"))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """In order."""
+        """Return the validation images in order."""
         return self.evaluation_loader(*self._batches("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """In order."""
+        """Return the test images in order."""
         return self.evaluation_loader(self.splits["test"])
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """In the order of the names."""
+        """Return the images to predict in the order of their names."""
         return self.evaluation_loader(self.splits["predict"])
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
@@ -253,6 +226,50 @@ class ImageClassificationData(ResumableDataModule):
         if "image" not in batch:
             return batch
         return {**batch, "image": normalise(batch["image"], self.mean, self.std)}
+
+
+class ImageClassificationData(ImageData):
+    """Labelled images from the hub, Parquet, CIFAR-10's own folder, or a folder of image files.
+
+    Args:
+        path: A data set's name on the hub, a directory of Parquet in the hub's columns, a directory with
+            cifar-10-batches-py, or a folder of images: one folder a class, below train/, val/ and test/ or without.
+        image_column: Column of the images; None takes the first of img, image.
+        label_column: Column of the labels; None takes the first of label, labels, fine_label.
+        skip_label: Label of the rows of a table that are left out, by name or number: -1 where it marks hidden labels.
+            For folders, move the folder of a class elsewhere.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        skip_label: str | int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(path, **kwargs)
+        self.columns, self.skip_label = (image_column, label_column), skip_label
+
+    def _table(self, name: str) -> ImageTable | None:
+        """Return a split as it is stored, opened once."""
+        if name not in self._tables:
+            self._tables[name] = open_split(self.path, name, *self.columns, self.findings, self.skip_label)
+        return self._tables[name]
+
+    def _rows(self, name: str) -> tuple[ImageTable, Tensor, str]:
+        """Return the table that a split is in, the rows that are its own, and where they are from, in words."""
+        held_out = name in ("train", "val") and self._table("val") is None
+        table = self._require("train" if held_out else name)
+        limit = self.limits[name]
+        rows = choose_rows(len(table), name, held_out, self.val_fraction, self.val_seed, limit)
+        source = table.where
+        if held_out:
+            share = "held out" if name == "val" else "not held out"
+            source += f", {share} (no split for validation; val_fraction {self.val_fraction}, val_seed {self.val_seed})"
+        if limit is not None and len(rows) == limit:
+            source += f", at most max_{name}_samples {limit}"
+        return table, rows, source
 
 
 def evaluation_steps(config: dict[str, Any]) -> list[Transform]:
@@ -359,7 +376,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.rows = self.rows[good]
 
     def digest(self) -> str:
-        """Hash of the images as they are stored."""
+        """Return a hash of the images as they are stored."""
         digest = hashlib.sha256()
         for row in self.rows.tolist():
             source = self.table.read(row)
@@ -452,6 +469,6 @@ class LabelDataset(Dataset[dict[str, int]]):
         return self.images.rows_digest()
 
     def __getitem__(self, key: int | Draw) -> dict[str, int]:
-        """`label` and `index` of an index or a draw."""
+        """Return `label` and `index` of an index or a draw."""
         index = key[0] if isinstance(key, tuple) else key
         return {"label": int(self.labels[index]), "index": index}

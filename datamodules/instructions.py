@@ -25,7 +25,7 @@ from datamodules.conversations import (
 from datamodules.errors import DataError
 from datamodules.packing import PackedDataset, PadPacks, PadSequences
 from datamodules.tables import Table, check_texts
-from datamodules.text import BadRow, TextData
+from datamodules.text import BadRow, TrainingTextData
 from datamodules.tokens import TokenDataset, lengths_of, tokenized, tokenizer_state
 
 _log = logging.getLogger(__name__)
@@ -34,18 +34,12 @@ SHAREGPT = "conversations"  # column of messages that is taken where the usual o
 LEAST = 16  # tokens of a conversation that is worth learning from
 
 
-class InstructionData(TextData):
+class InstructionData(TrainingTextData):
     """Prompts and responses, tokenised once; the responses alone are learnt.
 
-    Batches are dicts of `input_ids` and `labels` (batch, tokens) int64, the labels -100 at prompts and padding, with
-    `attention_mask` (batch, tokens), or packed with `position_ids` (batch, tokens); to predict, of `input_ids` and
-    `attention_mask` padded at the left, and `index` (batch,).
+    Batches are `datamodules.contract.InstructionBatch`.
 
     Args:
-        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
-            JSONL; or one such file of training rows.
-        config: The data set's configuration: on the hub, or a folder in the directory.
-        revision: Branch, tag or commit on the hub.
         template: How a prompt is written: `alpaca`, or `chat` for the tokenizer's own chat template.
         messages_column: Column of conversations, lists of messages with `role` (system, user, assistant) and
             `content`, or `from` and `value` as ShareGPT has them; where a table has it, the next three do not count.
@@ -57,24 +51,10 @@ class InstructionData(TextData):
         end_mark: Text that some sets end their responses with; it is taken off, since the template has its own end.
         empty_responses: What rows without a response are: an `error`, or left out (`skip`).
         batch_size: Conversations (or packs) a step and process, at least 1.
-        num_workers: Processes that load, each; 0 loads in the training process, which is fast enough for tokens.
         max_length: Most tokens of a conversation, or of a pack. Of longer ones the prompt loses its middle and then
             the response its end: it keeps half of the room, or all of itself.
         packing: Whether training puts several conversations into one sequence, which do not see each other.
-        bucket_by_length: Whether sequences of like length share a batch, which saves most of the padding.
-        cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
-            `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
-        test_on_validation: Whether the validation split is tested on, and a share of the training rows is held out to
-            validate on, for sets without a test split.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
-        val_seed: Seed of that share, apart from the run's seed.
-        max_train_samples: Seeded sample of the training rows, for trying out; None takes all.
-        max_val_samples: The same for validation.
-        max_test_samples: The same for testing.
-        predict_path: File of prompts for `predict`; None takes the test split.
-        encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
-        skip_bad_rows: Conversations of each split that may be skipped because they are empty, are no conversation, or
-            are refused by the template; one more is an error.
     """
 
     kind = DataKind.INSTRUCTIONS
@@ -82,8 +62,6 @@ class InstructionData(TextData):
     def __init__(
         self,
         path: str = "tatsu-lab/alpaca",
-        config: str | None = None,
-        revision: str | None = None,
         template: Template = "alpaca",
         messages_column: str = "messages",
         instruction_column: str = "instruction",
@@ -93,42 +71,16 @@ class InstructionData(TextData):
         end_mark: str | None = "<|endoftext|>",
         empty_responses: Literal["error", "skip"] = "error",
         batch_size: int = 8,
-        num_workers: int = 0,
         max_length: int = 512,
         packing: bool = False,
-        bucket_by_length: bool = True,
-        cache_prefix: bool = False,
-        test_on_validation: bool = False,
         val_fraction: float = 0.05,
-        val_seed: int = 0,
-        max_train_samples: int | None = None,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
-        predict_path: str | None = None,
-        encoding: str = "utf-8",
-        skip_bad_rows: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            config=config,
-            revision=revision,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            bucket_by_length=bucket_by_length,
-            val_fraction=val_fraction,
-            val_seed=val_seed,
-            limits={"train": max_train_samples, "val": max_val_samples, "test": max_test_samples},
-            predict_path=predict_path,
-            encoding=encoding,
-            skip_bad_rows=skip_bad_rows,
-            as_written=[c for c in (instruction_column, input_column, response_column) if c is not None],
-        )
-        self.save_hyperparameters()
+        super().__init__(path, batch_size=batch_size, val_fraction=val_fraction, **kwargs)
         if max_length < LEAST:
             raise DataError(f"data.max_length: {max_length} must be {LEAST} or more.")
+        self.read_as_written(instruction_column, input_column, response_column)
         self.template, self.max_length, self.packing = template, max_length, packing
-        self.cache_prefix = cache_prefix
-        self.test_on_validation = test_on_validation
         self.messages_column, self.instruction_column = messages_column, instruction_column
         self.input_column, self.response_column = input_column, response_column
         self.system_prompt, self.end_mark, self.empty_responses = system_prompt, end_mark, empty_responses

@@ -38,16 +38,13 @@ HIDDEN = (None, -1, "")  # answers of which prediction can do without
 class MMLUData(TextData):
     """Questions with choices, asked in MMLU's format behind a few answered ones (Hendrycks et al. 2021).
 
-    For validation, testing and prediction. A batch is of one subject, and a subject's batches come together: dicts of
-    `prefix` (P,), the tokens that all prompts of the subject begin with, `input_ids` (batch, tokens), what follows in
-    each, padded at the right, `lengths` (batch,), `choices` (n_choices,), the letters' tokens, `answers` (batch,), -1
-    if unknown, and `index` (batch,), rows of the table, all int64; and `subject`, its name.
+    For validation, testing and prediction. A batch is of one subject, and a subject's batches come together. Batches
+    are `datamodules.contract.QuestionBatch`.
 
     Args:
         path: A data set's name on the hub, or a directory of validation.*, test.* and a split of shots as Parquet or
             JSONL.
         config: The data set's configuration: on the hub, or a folder in the directory.
-        revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
         shots_split: Split of the answered questions.
         shots: How many of them a prompt has: the first ones of its subject, 0 or more.
         question_column: Column of the questions.
@@ -55,16 +52,9 @@ class MMLUData(TextData):
         answer_column: Column of the answers: indices from 0, or letters.
         subject_column: Column of the subjects; if there is none, all questions are of one.
         batch_size: Questions a step and process, at least 1.
-        num_workers: Processes that load, each; 0 loads in the main process, which is fast enough for tokens.
         max_length: Most tokens of a prompt; a subject with a longer one takes fewer shots. None for as many as the
             model has positions for.
-        max_val_samples: Seeded sample of the validation rows, for trying out; None takes all.
-        max_test_samples: The same for testing.
         subjects: Subjects to ask; None for all.
-        predict_path: File of rows for `predict`, with answers or without; None takes the test split.
-        encoding: Encoding of JSONL files, such as `utf-8` or `utf-16`.
-        skip_bad_rows: Questions of each split that may be skipped because they have no text, choices or answer; one
-            more is an error.
     """
 
     kind = DataKind.QUESTIONS
@@ -73,7 +63,6 @@ class MMLUData(TextData):
         self,
         path: str = "cais/mmlu",
         config: str | None = "all",
-        revision: str | None = None,
         shots_split: str = "dev",
         shots: int = 5,
         question_column: str = "question",
@@ -81,31 +70,11 @@ class MMLUData(TextData):
         answer_column: str = "answer",
         subject_column: str | None = "subject",
         batch_size: int = 8,
-        num_workers: int = 0,
         max_length: int | None = None,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
         subjects: list[str] | None = None,
-        predict_path: str | None = None,
-        encoding: str = "utf-8",
-        skip_bad_rows: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            config=config,
-            revision=revision,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            bucket_by_length=True,
-            val_fraction=0.1,  # of no effect: there is no training split to hold some out from
-            val_seed=0,
-            limits={"val": max_val_samples, "test": max_test_samples},
-            predict_path=predict_path,
-            encoding=encoding,
-            skip_bad_rows=skip_bad_rows,
-            as_written=[question_column, *([] if subject_column is None else [subject_column])],
-        )
-        self.save_hyperparameters()
+        super().__init__(path, config=config, batch_size=batch_size, **kwargs)
         self.check_columns(
             question_column=question_column,
             choices_column=choices_column,
@@ -116,6 +85,7 @@ class MMLUData(TextData):
             raise DataError(f"data.shots: {shots} must not be negative.")
         if max_length is not None and max_length < 1:
             raise DataError(f"data.max_length: {max_length} must be 1 or more, or null for the model's limit.")
+        self.read_as_written(question_column, subject_column)
         self.shots_split, self.shots, self.max_length, self.subjects = shots_split, shots, max_length, subjects
         self.question_column, self.choices_column = question_column, choices_column
         self.answer_column, self.subject_column = answer_column, subject_column

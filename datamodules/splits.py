@@ -46,17 +46,25 @@ def is_helper(name: str) -> bool:
     return name.startswith(".") or name.casefold() in HELPER_NAMES
 
 
-def check_splits(val_fraction: float, limits: Mapping[str, int | None]) -> None:
-    """Refuse keys that leave nothing.
+def check_limits(limits: Mapping[str, int | None]) -> None:
+    """Check the most rows of each split.
 
     Raises:
-        DataError: For a fraction outside (0, 1) or a limit below 1.
+        DataError: For a limit below 1.
     """
     for name, limit in limits.items():
         if limit is not None and limit < 1:
             raise DataError(f"data.max_{name}_samples: {limit} must be 1 or more, or null for all.")
-    if not 0 < val_fraction < 1:
-        raise DataError(f"data.val_fraction: {val_fraction} must lie in (0, 1).")
+
+
+def check_fraction(key: str, fraction: float) -> None:
+    """Check the share of rows that are held out.
+
+    Raises:
+        DataError: If the share leaves nothing.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"data.{key}: {fraction} must lie in (0, 1).")
 
 
 def choose_rows(size: int, split: str, held_out: bool, val_fraction: float, seed: int, limit: int | None) -> Tensor:

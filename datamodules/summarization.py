@@ -14,7 +14,7 @@ from datamodules.base import Collate
 from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.errors import DataError
 from datamodules.tables import Table, blank_rows, check_column, check_texts
-from datamodules.text import BadRow, TextData
+from datamodules.text import BadRow, TrainingTextData
 from datamodules.tokens import TokenDataset, tokenized, tokenizer_state
 
 
@@ -39,34 +39,19 @@ class PadPairs:
         return {**batch, "index": torch.tensor([row["index"] for row in rows])}
 
 
-class SummarizationData(TextData):
+class SummarizationData(TrainingTextData):
     """Sources and targets, tokenised once and batched by the sources' length.
 
-    Batches are dicts of `input_ids` and `attention_mask` (batch, source tokens) int64, `labels` (batch, target tokens)
-    int64 with -100 behind the end, and `index` (batch,); in evaluation also of `reference`, the targets' texts.
+    Batches are `datamodules.contract.SummaryBatch`.
 
     Args:
-        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
-            JSONL; or one such file of training rows.
-        config: The data set's configuration, `3.0.0` for CNN/DailyMail: on the hub, or a folder in the directory.
-        revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
         source_column: Column of the texts to summarise: `document` in XSum, `article` in CNN/DailyMail.
         target_column: Column of the summaries: `summary`, `highlights`.
         id_column: Column that names a row in predictions; without it they have the row's number.
         source_prefix: What is put before each source, such as T5's `summarize: `.
         batch_size: Samples a step and process, at least 1.
-        num_workers: Processes that load, each; 0 loads in the training process, which is fast enough for tokens.
         max_source_length: Most tokens of a source; longer ones are cut.
         max_target_length: Most tokens of a target in training; ROUGE goes by the whole text.
-        bucket_by_length: Whether samples of like length share a batch, which saves most of the padding.
-        val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
-        val_seed: Seed of that share, apart from the run's seed.
-        max_train_samples: Seeded sample of the training rows, for trying out; None takes all.
-        max_val_samples: The same for validation, where beam search takes its time.
-        max_test_samples: The same for testing.
-        predict_path: File of rows for `predict`; None takes the test split.
-        encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
-        skip_bad_rows: Rows of each split that may be skipped because source or target is empty; one more is an error.
     """
 
     kind = DataKind.SUMMARIES
@@ -74,46 +59,21 @@ class SummarizationData(TextData):
     def __init__(
         self,
         path: str = "EdinburghNLP/xsum",
-        config: str | None = None,
-        revision: str | None = None,
         source_column: str = "document",
         target_column: str = "summary",
         id_column: str = "id",
         source_prefix: str = "",
         batch_size: int = 16,
-        num_workers: int = 0,
         max_source_length: int = 1024,
         max_target_length: int = 128,
-        bucket_by_length: bool = True,
-        val_fraction: float = 0.1,
-        val_seed: int = 0,
-        max_train_samples: int | None = None,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
-        predict_path: str | None = None,
-        encoding: str = "utf-8",
-        skip_bad_rows: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            config=config,
-            revision=revision,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            bucket_by_length=bucket_by_length,
-            val_fraction=val_fraction,
-            val_seed=val_seed,
-            limits={"train": max_train_samples, "val": max_val_samples, "test": max_test_samples},
-            predict_path=predict_path,
-            encoding=encoding,
-            skip_bad_rows=skip_bad_rows,
-            as_written=[source_column, target_column],
-        )
-        self.save_hyperparameters()
+        super().__init__(path, batch_size=batch_size, **kwargs)
         self.check_columns(source_column=source_column, target_column=target_column)
         for key, length in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
             if length < 2:
                 raise DataError(f"data.{key}: {length} must be 2 or more.")
+        self.read_as_written(source_column, target_column)
         self.source_column, self.target_column, self.id_column = source_column, target_column, id_column
         self.source_prefix = source_prefix
         self.max_source_length, self.max_target_length = max_source_length, max_target_length

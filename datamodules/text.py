@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import datasets
@@ -17,7 +18,7 @@ from datamodules.contract import TextModel
 from datamodules.errors import DataError, SplitError
 from datamodules.findings import SkippedRow
 from datamodules.prefix_cache import WithHidden
-from datamodules.splits import SPLITS, check_splits, choose_rows
+from datamodules.splits import SPLITS, check_fraction, check_limits, choose_rows
 from datamodules.tables import Reading, Table, open_file, open_table, unread_files
 from datamodules.tokens import TokenDataset, lengths_of
 
@@ -50,65 +51,62 @@ class NumberedRows(TokenDataset):
         self.numbers = numbers
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> list[dict[str, Any]]:
-        """The rows of a batch."""
+        """Return the rows of a batch."""
         return [row | {"index": int(self.numbers[row["index"]])} for row in super().__getitems__(keys)]
 
 
 class TextData(ResumableDataModule):
     """Parts that data modules of texts share: splits of tables, limits of length, loaders over length buckets.
 
-    A task has `build`, which makes a data set of a table's rows, `collate`, and `text_columns`.
+    A task implements `build`, which makes a data set of a table's rows, and `collate`. It names the columns whose cells
+    are text as it is written by `read_as_written`.
 
-    Rows are chosen first, by `val_seed` and the limits, and bad ones among them are skipped then: which rows are held
-    out and in what order the good ones come does not depend on `skip_bad_rows`.
+    Rows are chosen first, by `val_seed` and the limits, and bad rows among them are skipped then: `skip_bad_rows`
+    changes neither which rows are held out nor the order of the good rows.
 
     Args:
-        path: See `open_table`, as `config` and `revision`.
-        config: The data set's configuration.
-        revision: Branch, tag or commit on the hub.
-        batch_size: Samples a step and process, at least 1.
-        num_workers: Processes that load, each.
-        bucket_by_length: Whether samples of like length share a batch.
-        val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
-        val_seed: Seed of that share.
-        limits: Most rows of `train`, `val` and `test`.
+        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or JSONL;
+            or one such file of training rows.
+        config: The data set's configuration: on the hub, or a folder in the directory.
+        revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
+        max_val_samples: Seeded sample of the validation rows, of each of their sets, for trying out; None takes all.
+        max_test_samples: The same for testing.
         predict_path: File of rows for `predict`; None takes the test split.
-        encoding: Encoding of CSV, TSV and JSONL files.
-        skip_bad_rows: Rows of each split that may be skipped because they cannot be used, 0 or more.
-        as_written: Columns of CSV and TSV whose cells are text as it is written.
+        encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
     """
 
     suffixes: tuple[str, ...] = ("",)  # of the validation and test splits that a data set has several of
+    # what a data module without training rows does with them
+    bucket_by_length = True
     test_on_validation = False
+    val_fraction, val_seed = 0.1, 0
 
     def __init__(
         self,
         path: str,
-        config: str | None,
-        revision: str | None,
-        batch_size: int,
-        num_workers: int,
-        bucket_by_length: bool,
-        val_fraction: float,
-        val_seed: int,
-        limits: dict[str, int | None],
-        predict_path: str | None,
-        encoding: str,
-        skip_bad_rows: int,
-        as_written: Sequence[str],
+        config: str | None = None,
+        revision: str | None = None,
+        max_val_samples: int | None = None,
+        max_test_samples: int | None = None,
+        predict_path: str | None = None,
+        encoding: str = "utf-8",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, skip_bad_rows)
-        check_splits(val_fraction, limits)
+        super().__init__(**kwargs)
         self.path, self.config, self.revision, self.predict_path = path, config, revision, predict_path
-        self.reading = Reading(encoding, tuple(as_written))
-        self.bucket_by_length = bucket_by_length
-        self.val_fraction, self.val_seed, self.limits = val_fraction, val_seed, limits
+        self.limits = {"val": max_val_samples, "test": max_test_samples}
+        check_limits(self.limits)
+        self.reading = Reading(encoding, ())
         self.splits: dict[str, list[TokenDataset]] = {}
         self.set_names: dict[str, list[str]] = {}
         self.predicted: list[Table] = []
         self.failed: dict[str, dict[int, str]] = {}  # rows of each table that cannot be predicted, with the reason
         self._tests_after_fit = False
         self._tables: dict[tuple[str, ...], Table | None] = {}
+
+    def read_as_written(self, *columns: str | None) -> None:
+        """Read the cells of some columns of CSV and TSV as text, whatever they look like."""
+        self.reading = replace(self.reading, as_written=tuple(column for column in columns if column is not None))
 
     # ------------------------------------------------------------------------------------------------------ splits
 
@@ -137,7 +135,7 @@ class TextData(ResumableDataModule):
         """Check keys and learn classes before the first split is read; a task overrides this."""
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """A data set of some rows of a table, with their targets unless they are to be predicted.
+        """Return a data set of some rows of a table, with their targets unless they are to be predicted.
 
         Args:
             split: `train`, `val`, `test` or `predict`.
@@ -147,7 +145,7 @@ class TextData(ResumableDataModule):
         raise NotImplementedError
 
     def without_bad(self, split: str, table: Table, rows: Tensor, bad: Mapping[int, BadRow]) -> Tensor:
-        """Rows that can be used; others are skipped, or in prediction kept for the table with what is wrong.
+        """Return the rows that can be used; others are skipped, or in prediction kept with the reason.
 
         Args:
             split: As for `build`.
@@ -198,7 +196,7 @@ class TextData(ResumableDataModule):
         self._tests_after_fit = True
 
     def split_names(self, split: str, suffix: str = "") -> tuple[str, ...]:
-        """The spellings of a split, with the suffix of one of its sets."""
+        """Return the spellings of a split, with the suffix of one of its sets."""
         return tuple(f"{name}_{suffix}" if suffix else name for name in SPLITS[split])
 
     def _names_read(self) -> tuple[str, ...]:
@@ -206,13 +204,13 @@ class TextData(ResumableDataModule):
         return tuple(name for split, suffix in sets for name in self.split_names(split, suffix))
 
     def stored(self, split: str) -> dict[str, Table]:
-        """The sets that a split is stored in, by suffix: MNLI's matched and mismatched, otherwise one without."""
+        """Return the sets that a split is stored in, by suffix: MNLI's two, otherwise one without suffix."""
         suffixes = ("",) if split == "train" else self.suffixes
         found = {s: self._table(self.split_names(split, s)) for s in suffixes}
         return {s: table for s, table in found.items() if table is not None}
 
     def training_table(self) -> Table:
-        """The training rows.
+        """Return the training rows.
 
         Raises:
             DataError: If there are none.
@@ -223,7 +221,7 @@ class TextData(ResumableDataModule):
         return tables[""]
 
     def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
-        """The sets of a split by suffix, each with whether it is held out from (or left by) the training rows.
+        """Return the sets of a split by suffix, each with whether it is held out from (or left by) the training rows.
 
         Raises:
             DataError: If there is none.
@@ -242,7 +240,7 @@ class TextData(ResumableDataModule):
         return {suffix: (table, False) for suffix, table in tables.items()}
 
     def _table(self, names: tuple[str, ...]) -> Table | None:
-        """The first of some splits, opened once.
+        """Return the first split that is there among some names, opened once.
 
         Raises:
             DataError: If it has no rows.
@@ -270,7 +268,7 @@ class TextData(ResumableDataModule):
         return made
 
     def eligible_rows(self, table: Table) -> Tensor:
-        """The rows of a table that a split is chosen from, (rows,) int64."""
+        """Return the rows of a table that a split is chosen from, (rows,) int64."""
         return torch.arange(len(table))
 
     def _to_predict(self, table: Table) -> TokenDataset:
@@ -285,7 +283,7 @@ class TextData(ResumableDataModule):
         return made
 
     def failed_rows(self, file: int) -> list[dict[str, Any]]:
-        """The rows of a table that cannot be predicted, with `index` and `error`, for the file of predictions."""
+        """Return the rows of a table that cannot be predicted: `index`, and `error` with the reason."""
         failed = self.failed.get(self.predicted[file].where, {})
         return [{"index": row, "error": reason} for row, reason in failed.items()]
 
@@ -368,19 +366,53 @@ class TextData(ResumableDataModule):
         return data, data.lengths if self.bucket_by_length else None, collate
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled, in batches of like length."""
+        """Return the training rows, shuffled, in batches of like length."""
         data = self.splits["train"][0]
         lengths = data.lengths if self.bucket_by_length else None
         return self.train_loader(data, lengths, self.collated("train", data), data.targets.get("label"))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """A loader for each validation set."""
+        """Return a loader for each validation set."""
         return self._loaders("val")
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """A loader for each test set."""
+        """Return a loader for each test set."""
         return self._loaders("test")
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """A loader for each set to predict."""
+        """Return a loader for each set to predict."""
         return self._loaders("predict")
+
+
+class TrainingTextData(TextData):
+    """Texts to train on, with a share of the rows held out for validation.
+
+    Args:
+        bucket_by_length: Whether samples of like length share a batch, which saves most of the padding.
+        cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
+            `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
+        test_on_validation: Whether the validation split is tested on, and a share of the training rows is held out to
+            validate on: for sets without a test split, and for GLUE, whose test labels are hidden.
+        val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
+        val_seed: Seed of that share, apart from the run's seed so that runs compare on the same rows.
+        max_train_samples: Seeded sample of the training rows, for trying out; None takes all.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        bucket_by_length: bool = True,
+        cache_prefix: bool = False,
+        test_on_validation: bool = False,
+        val_fraction: float = 0.1,
+        val_seed: int = 0,
+        max_train_samples: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(path, **kwargs)
+        self.bucket_by_length, self.cache_prefix = bucket_by_length, cache_prefix
+        self.test_on_validation = test_on_validation
+        self.val_fraction, self.val_seed = val_fraction, val_seed
+        self.limits["train"] = max_train_samples
+        check_limits(self.limits)
+        check_fraction("val_fraction", val_fraction)

@@ -55,7 +55,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         return len(self.data)
 
     def digest(self) -> str:
-        """Hash of the tokens of all rows, without what is to be learnt of them."""
+        """Return a hash of the tokens of all rows, without the labels."""
         digest = hashlib.sha256()
         _add_rows(digest, self.tokens.select_columns([name for name in self.columns if name != "labels"]))
         return digest.hexdigest()
@@ -144,7 +144,7 @@ def _write_tokens(texts: datasets.Dataset, encode: Encode, file: BinaryIO) -> No
 
 
 def tokenizer_state(tokenizer: Any) -> str:
-    """All that decides what a tokenizer makes of a text, hashed."""
+    """Return a hash of everything that decides how a tokenizer splits a text."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # set anew by each call
@@ -155,5 +155,5 @@ def tokenizer_state(tokenizer: Any) -> str:
         tokenizer.model_input_names,
         tokenizer.truncation_side,
         {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_or_path", "local", "only"))},
-    ]  # whatever it is but where it lies
+    ]  # but not where its files lie
     return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""What is trained: one LightningModule a file, on the adapters of `modules.adapters`."""
+"""Tasks to train: one LightningModule a file, on the adapters of `modules.adapters`."""

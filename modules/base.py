@@ -1,27 +1,42 @@
-"""Tuning of a backbone, and the learning rates of its parameters, for every task; `checkpoints` has the rest."""
+"""Base class of every task: its backbone, what of it is tuned, the optimizer, and the loop of evaluation.
+
+`checkpoints` has what is saved, `optimization` the learning rates, `checks` what stops a fit that cannot learn.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from datamodules.contract import DataKind
 from datamodules.errors import ModelError
-from modules.adapters import AdapterConfig, Projection, adapted_layers, adapter_state, attach, load_adapter_state
+from modules.adapters import AdapterConfig, Projection, adapter_state, attach, load_adapter_state
 from modules.adapters.state import frozen_fingerprint
-from modules.blocks import layerdrop_rates
-from modules.checkpoints import AFTER_DIVERGENCE, CheckpointedModule
+from modules.checkpoints import CheckpointedModule
+from modules.checks import DivergenceCheck, IdleAdapterCheck
 from modules.formats.adapter_files import load_heads, read_adapter
 from modules.freezing import freeze
 from modules.frozen_digest import FrozenDigest
-from modules.optimization import RangeTest, Schedule, parameter_groups, schedule_factor, steps_left
+from modules.optimization import (
+    Groups,
+    OptimizerSpec,
+    RangeTest,
+    Schedule,
+    check_rates,
+    parameter_groups,
+    restart_schedule,
+    schedule_factor,
+    steps_left,
+)
 from modules.peft_baselines import METHODS, PeftBaseline
 from modules.update_weights import EqualWeights
 
@@ -31,39 +46,55 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["AdaptedModule", "BackboneDtype", "ModelError", "Tuning"]
-
 Tuning = Literal["adapter", "head", "full", "adalora", "ia3"]
+HeadlessTuning = Literal["adapter", "full", "adalora", "ia3"]  # of tasks without a new head
 BackboneDtype = Literal["float32", "bfloat16"]
+Stage = Literal["val", "test"]
+STAGES: tuple[Stage, Stage] = ("val", "test")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class AdaptedModule(EqualWeights, CheckpointedModule):
     """A backbone with a head, tuned through adapters, through its head alone, or in full.
 
-    A task's `__init__` calls `save_hyperparameters`, assigns `backbone` and ends with `configure_tuning`; besides, it
-    has its steps. The backbone is built in `__init__`, so that a wrong name, role or rank is reported before any data
-    is read; a head may have to wait for `setup`, when the data's labels are known.
+    The keys below are those of every task. A task's `__init__` hands them on, builds `backbone` and calls
+    `configure_tuning`. The backbone is built in `__init__`, so that a wrong name, role or rank is reported before any
+    data are read. A head may have to wait for `setup`, when the classes of the data are known.
 
-    Heads are what was not pretrained for the task: trained whole whatever the tuning, and part of every checkpoint.
-    `head_names` has their names, inside the backbone (`backbone.classifier`) or beside it (`head`).
+    Heads are what was not pretrained for the task. They are trained whole whatever the tuning, and are part of every
+    checkpoint. `head_names` has their names, inside the backbone (`backbone.classifier`) or beside it (`head`).
+
+    A task computes in `loss`, `evaluate` and `predict_step`. The metrics of `configure_metrics` are those of validation
+    and test; `scores` is what is logged of them.
 
     Args:
+        weights: Weights of the backbone: `pretrained` (those of its name, repository or directory), `none`, or a local
+            file: .safetensors, and for timm also .pth, .pt or .bin.
+        backbone_args: Changes to the architecture: arguments of `timm.create_model` such as `drop_path_rate`, or values
+            of a config.json of transformers such as `hidden_dropout_prob`.
+        backbone_dtype: Dtype of the frozen weights; bfloat16 halves the memory. Factors and head stay float32. `full`
+            needs float32.
         tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter). For
             comparison, `adalora` and `ia3` are PEFT's methods; see `modules.peft_baselines`.
         adapter: The adapters; of no effect if `tuning` is `head` or `full`.
         adapter_path: Adapters to start from, and the head that lies with them: a directory as PEFT or `export` writes
             it, or a name on the hub. Of `adapter` then only `train` counts. A checkpoint holds what was loaded.
-        backbone_dtype: Dtype of the frozen weights; factors and head stay float32. `full` needs float32.
         learning_rate: Peak learning rate of A and, unless the ratios say otherwise, of everything else; above 0.
-        weight_decay: AdamW's decay of matrices; biases and norms have none.
+        weight_decay: Weight decay of matrices; biases and norms have none.
+        optimizer: An optimizer of torch.optim: `class_path`, such as torch.optim.SGD, and `init_args`. None is AdamW.
         schedule: Shape of the learning rate after the warm-up, by optimizer steps: `cosine` or `linear` to zero, or
             `constant`.
         warmup_ratio: Share of all steps in which the learning rate climbs from zero, in [0, 1).
         lr_ratio_b: Learning rate of B over `learning_rate` (LoRA+, Hayou et al. 2024).
         lr_ratio_head: Learning rate of the head over `learning_rate`.
+        lr_ratio_role: Further ratios of the learning rate by the role of an adapted projection, such as value: 2.0;
+            both factors of the role are multiplied. Of no effect without adapters.
         shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the blocks' frozen weights
             instead of all; see `modules.sharding`.
         compile: Whether the backbone's blocks are compiled for training; see `modules.compilation`.
+
+    Raises:
+        ModelError: For a value out of range, or values that exclude each other.
     """
 
     kinds: tuple[DataKind, ...]  # of data that the steps take
@@ -74,58 +105,54 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
     def __init__(
         self,
-        tuning: Tuning,
-        adapter: AdapterConfig,
-        adapter_path: str | None,
-        backbone_dtype: BackboneDtype,
-        learning_rate: float,
-        weight_decay: float,
-        schedule: Schedule,
-        warmup_ratio: float,
-        lr_ratio_b: float,
-        lr_ratio_head: float,
+        weights: str = "pretrained",
+        backbone_args: dict[str, Any] | None = None,
+        backbone_dtype: BackboneDtype = "float32",
+        tuning: Tuning = "adapter",
+        adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
+        adapter_path: str | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        optimizer: dict[str, Any] | None = None,
+        schedule: Schedule = "cosine",
+        warmup_ratio: float = 0.05,
+        lr_ratio_b: float = 1.0,
+        lr_ratio_head: float = 1.0,
+        lr_ratio_role: dict[str, float] | None = None,
         shard_frozen: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if not all(0 < rate < torch.finfo().max for rate in (learning_rate, lr_ratio_b, lr_ratio_head)):
-            raise ModelError("model.learning_rate, model.lr_ratio_b and model.lr_ratio_head must be finite, above 0.")
-        if not 0 <= weight_decay < math.inf:
-            raise ModelError(f"model.weight_decay: {weight_decay} must be finite, 0 or more.")
-        if not 0 <= warmup_ratio < 1:
-            raise ModelError(f"model.warmup_ratio: {warmup_ratio} must lie in [0, 1).")
-        if tuning == "full" and backbone_dtype != "float32":
-            raise ModelError(
-                "model.backbone_dtype: bfloat16 is for frozen weights, since small updates to it are rounded away; "
-                "with tuning: full use float32 (and --trainer.precision bf16-mixed for speed)."
-            )
-        if adapter_path is not None and tuning != "adapter":
-            raise ModelError(f"model.adapter_path: with tuning {tuning} there are no adapters; set it to adapter.")
-        if shard_frozen and tuning == "full":
-            raise ModelError(
-                "model.shard_frozen: with tuning: full nothing is frozen; set it to false, or tune adapters."
-            )
-        if shard_frozen and tuning in METHODS:
-            raise ModelError(
-                f"model.shard_frozen: tuning {tuning} has layers of PEFT, which stay whole. Set it to false."
-            )
+        self.save_hyperparameters()  # those of the task too
+        by_role = {f"lr_ratio_role.{role}": ratio for role, ratio in (lr_ratio_role or {}).items()}
+        ratios = {"lr_ratio_b": lr_ratio_b, "lr_ratio_head": lr_ratio_head, **by_role}
+        check_rates(learning_rate, weight_decay, warmup_ratio, ratios)
+        _check_tuning(tuning, backbone_dtype, adapter_path, shard_frozen)
         self.tuning: Tuning = tuning
         self.adapter_path = adapter_path
         self.adapter = adapter if isinstance(adapter, AdapterConfig) else AdapterConfig(**adapter)
+        self.weights, self.backbone_args = weights, backbone_args or {}
         self.backbone_dtype = getattr(torch, backbone_dtype)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.optimizer_spec = OptimizerSpec(optimizer, weight_decay)
         self.schedule: Schedule = schedule
         self.warmup_ratio, self.lr_ratio_b, self.lr_ratio_head = warmup_ratio, lr_ratio_b, lr_ratio_head
+        self.lr_ratio_role = lr_ratio_role or {}
         self.shard_frozen, self.compiles = shard_frozen, compile
         self.shards: FrozenShards | None = None
         self._compiled = False
         self.head_names: list[str] = []
         self.projections: list[Projection] = []
         self._given_heads: dict[str, Tensor] = {}
-        self._gradients_seen = False
         self._range_test: RangeTest | None = None
         self.prefix: FrozenPrefix | None = None
         self.baseline: PeftBaseline | None = None
+        # a loss that is no number is not left out
+        self.losses = nn.ModuleDict({stage: MeanMetric(nan_strategy=math.nan) for stage in STAGES})
+        self.metrics = nn.ModuleDict()  # by stage and set
+        self.set_names: dict[Stage, list[str]] = {}
+
+    # -------------------------------------------------------------------------------------------------------- backbone
 
     def configure_tuning(self, heads: Sequence[str] = ()) -> None:
         """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on.
@@ -152,25 +179,36 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self.frozen_digest = FrozenDigest(self.backbone)
 
     def _attach(self, heads: Sequence[str]) -> None:
-        """Attach the adapters, those of `adapter_path` if there is one; a checkpoint then says what they are."""
-        if self.adapter_path is None:
-            self.projections = attach(self.backbone, self.adapter, exclude=heads)
-            return
+        """Attach the adapters, those of `adapter_path` if there is one; a checkpoint then says what they are.
+
+        Raises:
+            ModelError: For a ratio of a role that no adapted projection has.
+        """
         names = self.peft_head_names()
-        given = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, names)
-        self.adapter, self._given_heads = given.config, given.heads
+        given = None
+        if self.adapter_path is not None:
+            given = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, names)
+            self.adapter, self._given_heads = given.config, given.heads
         self.projections = attach(self.backbone, self.adapter, exclude=heads)
+        roles = {projection.role for projection in self.projections}
+        if unknown := sorted(self.lr_ratio_role.keys() - roles):
+            raise ModelError(
+                f"model.lr_ratio_role: no adapted projection has the role {', '.join(unknown)}. The roles here are "
+                f"{', '.join(sorted(roles))}."
+            )
+        if given is None:
+            return
         load_adapter_state(self.backbone, given.factors)
         self.hparams.update(adapter=self.adapter, adapter_path=None)
         if missing := [head for head in names if not any(n.startswith(f"{head}.") for n in given.heads)]:
             _log.warning(f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}, which starts anew.")
 
     def peft_head_names(self) -> dict[str, tuple[str, ...]]:
-        """For each head its names in a complete model of the backbone's own library, which is what PEFT wraps."""
+        """Return for each head its names in a complete model of the backbone's own library: PEFT wraps that model."""
         return {name: (name.removeprefix("backbone."),) for name in self.head_names}
 
     def load_given_heads(self) -> None:
-        """Load the heads that lay with the adapters; a task calls it once its heads are as the data wants them.
+        """Load the heads that lay with the adapters; a task calls it once its heads are as the data want them.
 
         Raises:
             ModelError: If they are other heads than the task's.
@@ -182,52 +220,28 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
                 "data must have as many classes as that was trained on, in the same order."
             )
 
-    def setup(self, stage: str) -> None:
-        """Check the trainer's precision; runs behind the data module's `setup`.
+    def frozen_prefix(self) -> FrozenPrefix:
+        """Return the part of the backbone whose output the data may keep in the place of the backbone's input.
 
         Raises:
-            ModelError: For a precision that would take the factors out of float32, or scale AdaLoRA's gradients.
+            ModelError: If there is none, or the task cannot go on from its output.
         """
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        keys = {"tuning: full": self.tuning == "full", "shard_frozen: true": self.shard_frozen}
+        if key := next((key for key, holds in keys.items() if holds), None):
+            raise ModelError(f"data.cache_prefix: with model.{key} no process has a frozen prefix; set it to false.")
+        if self.compiles:
             raise ModelError(
-                f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
-                "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
+                "data.cache_prefix: goes past blocks, which model.compile: true cannot follow; set one to false."
             )
-        if self.tuning == "adalora" and self.trainer.precision == "16-mixed":
-            raise ModelError(
-                "trainer.precision: 16-mixed scales the loss and skips steps, of which adalora would take a wrong "
-                "importance. Use bf16-mixed or 32-true."
-            )
+        if self.prefix is None:
+            self.prefix = self.build_prefix()
+        return self.prefix
 
-    def configure_model(self) -> None:
-        """Divide the frozen weights among the processes and have training compiled, if the keys say so."""
-        trainer = self._trainer
-        if trainer is None:
-            return
-        if self.shard_frozen and self.shards is None:
-            from modules.sharding import shard_frozen_weights  # a second of imports that other runs do not need
+    def build_prefix(self) -> FrozenPrefix:
+        """Return a task's own prefix; see `modules.frozen_prefix`."""
+        raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot go on from hidden states; set it to false.")
 
-            self.shards = shard_frozen_weights(self, self.backbone, self.fingerprint, trainer)
-        if self.compiles and not self._compiled and trainer.state.fn == "fit":
-            from modules.compilation import compile_blocks
-
-            compile_blocks(self.backbone, trainer.strategy.root_device)
-            self._compiled = True
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback that evaluates without compilation, if training is compiled."""
-        if not self.compiles:
-            return []
-        from modules.compilation import UncompiledEvaluation
-
-        return [UncompiledEvaluation()]
-
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Behind the last batch, help the processes that have more to their shares of sharded weights."""
-        if self.shards is not None:
-            self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
-
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    # ----------------------------------------------------------------------------------------------------------- setup
 
     @property
     def data(self) -> Any:
@@ -246,30 +260,141 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self.hparams[key] = value if isinstance(value, str | int) else list(value)
         return self.hparams[key]
 
-    def frozen_prefix(self) -> FrozenPrefix:
-        """The part of the backbone whose output the data may keep; batches then have that in the place of their input.
+    def setup(self, stage: str) -> None:
+        """Check the trainer's precision; runs behind the data module's `setup`.
 
         Raises:
-            ModelError: If there is none, or the task cannot go on from it.
+            ModelError: For a precision that would take the factors out of float32, or scale AdaLoRA's gradients.
         """
-        keys = {"tuning: full": self.tuning == "full", "shard_frozen: true": self.shard_frozen}
-        if key := next((key for key, holds in keys.items() if holds), None):
-            raise ModelError(f"data.cache_prefix: with model.{key} no process has a frozen prefix; set it to false.")
-        if self.compiles:
+        if self.trainer.precision not in PRECISIONS:
             raise ModelError(
-                "data.cache_prefix: goes past blocks, which model.compile: true cannot follow; set one to false."
+                f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
+                "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
             )
-        if self.prefix is None:
-            self.prefix = self.build_prefix()
-        return self.prefix
+        if self.tuning == "adalora" and self.trainer.precision == "16-mixed":
+            raise ModelError(
+                "trainer.precision: 16-mixed scales the loss and skips steps, of which adalora would take a wrong "
+                "importance. Use bf16-mixed or 32-true."
+            )
 
-    def build_prefix(self) -> FrozenPrefix:
-        """A task's own; see `modules.frozen_prefix`."""
-        raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot go on from hidden states; set it to false.")
+    def configure_model(self) -> None:
+        """Divide the frozen weights among the processes and compile the blocks, if the keys say so."""
+        trainer = self._trainer
+        if trainer is None:
+            return
+        if self.shard_frozen and self.shards is None:
+            from modules.sharding import shard_frozen_weights  # a second of imports that other runs do not need
 
-    # ---------------------------------------------------------------------------------------------------- optimizer
+            self.shards = shard_frozen_weights(self, self.backbone, self.fingerprint, trainer)
+        if self.compiles and not self._compiled and trainer.state.fn == "fit":
+            from modules.compilation import compile_blocks
 
-    def trained_groups(self) -> list[dict[str, Any]]:
+            compile_blocks(self.backbone, trainer.strategy.root_device)
+            self._compiled = True
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return the checks of a fit, and what evaluates without compilation if training is compiled."""
+        callbacks: list[L.Callback] = [DivergenceCheck(), IdleAdapterCheck()]
+        if self.compiles:
+            from modules.compilation import UncompiledEvaluation
+
+            callbacks.append(UncompiledEvaluation())
+        attached = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if type(callback) not in attached]
+
+    # ----------------------------------------------------------------------------------------- training and evaluation
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch in training, the mean over its items."""
+        raise NotImplementedError
+
+    def items(self, batch: Any) -> int | Tensor:
+        """Return the number of items that the loss of a batch is the mean over; 1 if all batches have equally many."""
+        return 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch, and log it as `train/loss`."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        self.items_in_batch = self.items(batch)
+        return loss
+
+    def configure_metrics(
+        self, metrics: Metric | MetricCollection, set_names: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """Take the metrics of validation and test.
+
+        Args:
+            metrics: Metrics whose `compute` returns values by name.
+            set_names: Names of the sets of `val` and `test`, each of which has metrics of its own; None is a single
+                set without a name.
+        """
+        self.set_names = {stage: list((set_names or {}).get(stage, [""])) for stage in STAGES}
+        self.metrics = nn.ModuleDict(
+            {f"{stage}{name}": metrics.clone() for stage, names in self.set_names.items() for name in names}
+        )
+
+    def update_loss(self, stage: Stage, loss: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Add the loss of each sample of a batch, or their mean with the number of items as its weight."""
+        cast(MeanMetric, self.losses[stage]).update(loss, weight)
+
+    def update_metrics(self, stage: Stage, *values: Any, set_number: int = 0) -> None:
+        """Update the metrics of a set, by its number among the loaders of a stage."""
+        metrics = self.metrics[f"{stage}{self.set_names[stage][set_number]}"]
+        cast(MetricCollection, metrics).update(*values)
+
+    def evaluate(self, stage: Stage, batch: Any, dataloader_idx: int) -> Any:
+        """Update loss and metrics of a stage; what is returned reaches the callbacks.
+
+        Args:
+            stage: `val` or `test`.
+            batch: A batch.
+            dataloader_idx: Number of its loader.
+        """
+        raise NotImplementedError
+
+    def scores(self, stage: Stage) -> dict[str, Tensor]:
+        """Return the loss and the metrics of a stage by full name (`val/loss`), and begin anew."""
+        loss = cast(MeanMetric, self.losses[stage])
+        values = {f"{stage}/loss": loss.compute()}
+        loss.reset()
+        for name in self.set_names[stage]:
+            metrics = cast(MetricCollection, self.metrics[f"{stage}{name}"])
+            end = f"_{name}" if name else ""
+            values |= {f"{stage}/{key}{end}": value.float() for key, value in metrics.compute().items()}
+            metrics.reset()
+        return values
+
+    def _log_scores(self, stage: Stage) -> None:
+        for name, value in self.scores(stage).items():
+            self.log(name, value, prog_bar=name.count("/") == 1)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Update `val/loss` and the metrics of validation."""
+        return self.evaluate("val", batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and metrics."""
+        self._log_scores("val")
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Update `test/loss` and the metrics of the test."""
+        return self.evaluate("test", batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss and metrics."""
+        self._log_scores("test")
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Behind the last batch, help the processes that have more to their shares of sharded weights."""
+        if self.shards is not None:
+            self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    # -------------------------------------------------------------------------------------------------------- optimizer
+
+    def trained_groups(self) -> Groups:
         """Return the named parameter groups of the optimizer, with the learning rate of each."""
         groups = parameter_groups(
             self.backbone,
@@ -279,18 +404,18 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             weight_decay=self.weight_decay,
             lr_ratio_b=self.lr_ratio_b,
             lr_ratio_head=self.lr_ratio_head,
+            lr_ratio_role=self.lr_ratio_role,
         )
         return groups if self.baseline is None else groups + self.baseline.groups(self.learning_rate, self.weight_decay)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW over named groups, with a learning rate that is a function of the optimizer step."""
-        optimizer = torch.optim.AdamW(self.trained_groups())
+        """Return the optimizer over named groups, with a learning rate that is a function of the optimizer step."""
+        optimizer = self.optimizer_spec.build(self.trained_groups())
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ModelError("trainer.max_epochs: a run without an end has no schedule; set it or max_steps.")
         factor = schedule_factor(self.schedule, self.warmup_ratio, int(steps))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_train_start(self) -> None:
         """Let this run's learning rates, weight decay and length win over those that the optimizer was set up with.
@@ -307,12 +432,11 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
                 "adapter.init_a and adapter.init_b: given says that the factors come from elsewhere; set "
                 "model.adapter_path, or choose others (orthogonal and zero)."
             )
-        schedulers = self.lr_schedulers()
-        configured = self.trained_groups()
-        if not isinstance(schedulers, torch.optim.lr_scheduler.LambdaLR):
+        scheduler, groups = self.lr_schedulers(), self.trained_groups()
+        if not isinstance(scheduler, LambdaLR):
             optimizer = self.optimizers(use_pl_optimizer=False)
             assert isinstance(optimizer, torch.optim.Optimizer)
-            self._range_test = RangeTest(optimizer, self.learning_rate, [group["lr"] for group in configured])
+            self._range_test = RangeTest(optimizer, self.learning_rate, [group["lr"] for group in groups])
             return
         if self._range_test is not None:
             changed = self.learning_rate != self._range_test.base
@@ -322,26 +446,9 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             self._range_test = None
         # what is left decides where in the schedule this is: batches or processes may be others than before
         total = self.trainer.global_step + steps_left(self.trainer)
-        factor_of = schedule_factor(self.schedule, self.warmup_ratio, total)
-        schedulers.lr_lambdas = [factor_of for _ in schedulers.lr_lambdas]
-        schedulers.base_lrs = [group["initial_lr"] for group in configured]
-        factor = factor_of(schedulers.last_epoch)
-        for group, own in zip(schedulers.optimizer.param_groups, configured, strict=True):
-            keys = {key: own[key] for key in ("initial_lr", "weight_decay")}
-            group.update(keys, lr=own["initial_lr"] * factor)
+        restart_schedule(scheduler, groups, schedule_factor(self.schedule, self.warmup_ratio, total))
         if self.baseline is not None:
             self.baseline.start(total)
-
-    def check_loss(self, loss: Tensor) -> None:
-        """Stop before a loss that is not finite reaches the weights.
-
-        Raises:
-            ModelError: With the step and what to try; checkpoints on disk stay as they are.
-        """
-        if not torch.isfinite(loss) and self._range_test is None:
-            raise ModelError(
-                f"The training loss became {loss.item()} at step {self.trainer.global_step}. {AFTER_DIVERGENCE}"
-            )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add AdaLoRA's regularisation to what is differentiated; `train/loss` is without it, as of other tunings."""
@@ -355,28 +462,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         if self.baseline is not None and self._range_test is None:
             self.baseline.after_step(self.trainer.global_step + 1)
 
-    def on_after_backward(self) -> None:
-        """At a run's first step, check that every trained factor takes part in the forward pass."""
-        if self._gradients_seen:
-            return
-        self._gradients_seen = True
-        if layerdrop_rates(self.backbone):  # a step says nothing of blocks that it left out
-            return
-        idle = [
-            f.projection.name
-            for layer in adapted_layers(self.backbone).values()
-            for f in layer.factors()
-            if any(p.grad is None for p in f.named_factors(trained=True).values())
-        ]
-        if self.baseline is not None:
-            idle += [name for name, parameter in self.baseline.parameters().items() if parameter.grad is None]
-        if idle:
-            raise ModelError(
-                f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
-                f"({', '.join(idle[:3])}, …): it uses their weights without calling the layer. Choose other targets."
-            )
-
-    # ---------------------------------------------------------------------------------------------------- checkpoint
+    # ------------------------------------------------------------------------------------------------------- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of a method of PEFT."""
@@ -390,13 +476,30 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         if self.baseline is not None and self._trainer is not None and self._trainer.state.fn == "fit":
             self.baseline.load_state(checkpoint.get(self.tuning))
 
-    # -------------------------------------------------------------------------------------------------------- counts
-
     def parameter_counts(self) -> dict[str, int]:
-        """Trainable and total parameters, and the bytes of what the adapters alone would take in a file."""
+        """Return trainable and total parameters, and the bytes that the adapters alone would take in a file."""
         factors = adapter_state(self.backbone) if self.baseline is None else self.baseline.parameters()
         return {
             "params/trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "params/total": sum(p.numel() for p in self.parameters()),
             "adapter/bytes": sum(t.numel() * t.element_size() for t in factors.values()),
         }
+
+
+def _check_tuning(tuning: Tuning, backbone_dtype: BackboneDtype, adapter_path: str | None, shard_frozen: bool) -> None:
+    """Check that the keys that depend on the tuning fit it.
+
+    Raises:
+        ModelError: With the key that does not.
+    """
+    if tuning == "full" and backbone_dtype != "float32":
+        raise ModelError(
+            "model.backbone_dtype: bfloat16 is for frozen weights, since small updates to it are rounded away; "
+            "with tuning: full use float32 (and --trainer.precision bf16-mixed for speed)."
+        )
+    if adapter_path is not None and tuning != "adapter":
+        raise ModelError(f"model.adapter_path: with tuning {tuning} there are no adapters; set it to adapter.")
+    if shard_frozen and tuning == "full":
+        raise ModelError("model.shard_frozen: with tuning: full nothing is frozen; set it to false, or tune adapters.")
+    if shard_frozen and tuning in METHODS:
+        raise ModelError(f"model.shard_frozen: tuning {tuning} has layers of PEFT, which stay whole. Set it to false.")

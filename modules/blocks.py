@@ -1,4 +1,4 @@
-"""The stacks of like blocks that a backbone consists of, whichever library it is from."""
+"""Stacks of like blocks in a backbone of any library."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Stack:
 
 
 def layerdrop_rates(backbone: nn.Module) -> dict[str, float]:
-    """Keys of a backbone's config.json by which it leaves out whole blocks at random in training, with their shares."""
+    """Return the rates of blocks that a backbone leaves out at random in training, by their key in config.json."""
     config = getattr(backbone, "config", None)
     shares = {key: getattr(config, key, 0.0) for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")}
     return {key: share for key, share in shares.items() if share}
 
 
 def block_stacks(backbone: nn.Module) -> list[Stack]:
-    """The outermost lists of two or more blocks of one class: one of a ViT, an encoder or a decoder, two of BART.
+    """Return the outermost lists of two or more blocks of one class: one of a ViT or a decoder, two of BART.
 
     Args:
         backbone: A model of timm or transformers.

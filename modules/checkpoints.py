@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from datamodules.errors import ModelError
 from modules.adapters import adapter_state
 from modules.adapters.state import refuse_merged, state_problems
 from modules.frozen_digest import FrozenDigest
+from modules.optimization import Groups, OptimizerSpec
 
 POSITION = {"epoch", "samples", "seed"}  # keys of a position in the data
 AFTER_DIVERGENCE = (
@@ -30,6 +31,7 @@ class CheckpointedModule(L.LightningModule):
 
     backbone: nn.Module
     tuning: str
+    optimizer_spec: OptimizerSpec
     head_names: list[str]
     fingerprint: str  # of the first and last values of what is frozen
     frozen_digest: FrozenDigest  # of all of it
@@ -97,7 +99,7 @@ class CheckpointedModule(L.LightningModule):
                 "itself has changed, start a new run from the adapter with --model.adapter_path RUN/adapter."
             )
         if (trainer := self._trainer) is not None and trainer.state.fn == "fit":
-            check_training_state(checkpoint, self.trained_groups())
+            check_training_state(checkpoint, self.optimizer_spec, self.trained_groups())
             # the position in the data lies under the class name of the data module, which may have been another
             name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
             positions = [v for v in checkpoint.values() if isinstance(v, Mapping) and v.keys() >= POSITION]
@@ -123,7 +125,7 @@ class CheckpointedModule(L.LightningModule):
                 + ". Use the config.yaml of the checkpoint's run, or its backbone, tuning and adapter keys."
             )
 
-    def trained_groups(self) -> list[dict[str, Any]]:
+    def trained_groups(self) -> Groups:
         """Return the optimizer's parameter groups."""
         raise NotImplementedError
 
@@ -145,18 +147,19 @@ def has_keys(tree: Any, names: Set[str]) -> bool:
     return any((isinstance(v, Tensor) and k in names) or has_keys(v, names) for k, v in tree.items())
 
 
-def check_training_state(checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+def check_training_state(checkpoint: Mapping[str, Any], spec: OptimizerSpec, groups: Groups) -> None:
     """Check that the states of optimizer and schedule in a checkpoint are of the parameters that are trained.
 
     Args:
         checkpoint: With `optimizer_states` and `lr_schedulers`.
+        spec: The optimizer of this run.
         groups: Parameter groups of this run.
 
     Raises:
-        ModelError: If they are of other groups or parameters, or damaged.
+        ModelError: If they are of another optimizer, other groups or other parameters, or damaged.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    fresh = torch.optim.AdamW([dict(group) for group in groups])
+    fresh = spec.build([dict(group) for group in groups])
     schedule = torch.optim.lr_scheduler.LambdaLR(fresh, lambda _: 1.0).state_dict()
     template = fresh.state_dict()["param_groups"]
     try:
@@ -164,7 +167,7 @@ def check_training_state(checkpoint: Mapping[str, Any], groups: Sequence[Mapping
         fits = (
             [group["params"] for group in optimizer["param_groups"]] == [group["params"] for group in template]
             and all(_like(g, t) for g, t in zip(optimizer["param_groups"], template, strict=True))
-            and all(_is_adam_state(state, parameters[index]) for index, state in optimizer["state"].items())
+            and all(spec.is_state(state, parameters[index]) for index, state in optimizer["state"].items())
             and scheduler.keys() == schedule.keys()
             and _like(scheduler, schedule)
             and not any(scheduler["lr_lambdas"])
@@ -174,8 +177,8 @@ def check_training_state(checkpoint: Mapping[str, Any], groups: Sequence[Mapping
     if not fits:
         raise ModelError(
             "ckpt_path: the states of optimizer and schedule in the checkpoint are not those of the parameters trained "
-            "now. Set model.tuning and model.adapter as they were, or use another checkpoint; a new run starts from "
-            "the adapter with --model.adapter_path RUN/adapter."
+            "now. Set model.tuning, model.adapter, model.optimizer and model.lr_ratio_role as they were, or use "
+            "another checkpoint; a new run starts from the adapter with --model.adapter_path RUN/adapter."
         )
 
 
@@ -186,11 +189,3 @@ def _like(values: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
         return float if type(value) is int else type(value)
 
     return all(value is None or kind(values[key]) is kind(value) for key, value in template.items())
-
-
-def _is_adam_state(state: Mapping[str, Any], parameter: Tensor) -> bool:
-    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-    return state.keys() == shapes.keys() and all(
-        isinstance(state[key], Tensor) and state[key].shape == shape and state[key].is_floating_point()
-        for key, shape in shapes.items()
-    )

@@ -20,17 +20,17 @@ BACKEND = "inductor"
 
 
 def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
-    """Have the blocks of a backbone compiled at their first call, in place.
+    """Compile the blocks of a backbone at their first call, in place.
 
-    The first batch is compiled for its shape; a second shape, as of batches by length, once more for any shape. Blocks
-    that differ in a constant, as by their rate of drop path, are compiled one by one.
+    The first batch is compiled for its shape. A second shape, as of batches by length, compiles once more for any
+    shape. Blocks that differ in a constant, such as their rate of drop path, are compiled one by one.
 
     Args:
         backbone: A model of timm or transformers, with its adapters.
-        device: What it runs on.
+        device: The device that trains.
 
     Raises:
-        ModelError: If it has no blocks, or there is no compiler for the code that is generated.
+        ModelError: If the backbone has no blocks, or there is no compiler for the generated code.
     """
     stacks = block_stacks(backbone)
     if not stacks:
@@ -50,10 +50,10 @@ def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """See that there is a compiler: of C++ for the CPU, of C for what Triton puts around a GPU's kernels.
+    """Check that there is a compiler: of C++ for the CPU, of C for the code that Triton puts around a GPU's kernels.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If there is no compiler.
     """
     if BACKEND != "inductor":
         return
@@ -76,19 +76,19 @@ def check_compiler(device: torch.device) -> None:
 
 
 class UncompiledEvaluation(L.Callback):
-    """Has blocks run as they are written, in validation, test and prediction."""
+    """Run the blocks uncompiled in validation, test and prediction."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave what is compiled aside."""
+        """Switch compilation off."""
         torch.compiler.set_stance("force_eager")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take it up again."""
+        """Switch compilation on again."""
         torch.compiler.set_stance("default")
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """As at the end: the next run of this process is to compile."""
+        """Switch compilation on again for the next run of this process."""
         torch.compiler.set_stance("default")

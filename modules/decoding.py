@@ -1,4 +1,4 @@
-"""How a decoder's responses are generated."""
+"""Generation of a decoder's responses: greedy, or drawn from the likeliest tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from datamodules.errors import ModelError
 
 @dataclass(frozen=True)
 class Decoding:
-    """How responses are generated; of the backbone's own generation_config.json only the special tokens count.
+    """Keys of generation; of the backbone's own generation_config.json only the special tokens count.
 
     Args:
         max_new_tokens: Most tokens of a response, at least 1.
-        do_sample: Whether tokens are drawn; otherwise each is the likeliest (greedy) and what follows is of no effect.
+        do_sample: Whether tokens are drawn. Otherwise each is the likeliest (greedy); the keys below have no effect.
         temperature: Divisor of the logits, above 0.
         top_k: How many of the likeliest tokens are drawn from; 0 for all.
         top_p: Probability that the likeliest tokens that are drawn from have together, in (0, 1].
@@ -44,12 +44,12 @@ class Decoding:
             )
 
     def config(self, own: GenerationConfig, more_ends: set[int], padding: int) -> GenerationConfig:
-        """What the library generates by.
+        """Return the configuration for transformers.
 
         Args:
-            own: The backbone's, for its special tokens.
-            more_ends: What ends a response besides the backbone's own ends.
-            padding: What fills up a batch.
+            own: The backbone's own configuration, for its special tokens.
+            more_ends: Tokens that end a response besides the backbone's own.
+            padding: Token that fills up a batch.
         """
         tokens = {key: value for key, value in own.to_dict().items() if key.endswith("_token_id")}
         ends = tokens.get("eos_token_id")

@@ -1,8 +1,8 @@
 """The frozen prefix of a backbone: its embeddings and the blocks below the lowest adapter.
 
-In eval mode it computes the same of a row each time, so that its output can be kept. What it takes of a backbone to go
-on from there is checked, not assumed: on the first batch, with padding, the next block must receive the same bits both
-ways, and both must come to the same.
+In eval mode the prefix computes the same output for a row each time, so that the output can be kept. Whether a backbone
+can go on from that output is checked: for the first batch, with padding, the next block must receive the same bits both
+ways, and both ways must end in the same output.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from modules.adapters.roles import block_of
 from modules.blocks import Stack, block_stacks
 
 KEY = "data.cache_prefix"
-TOLERANCE = 1e-3  # of outputs, relative; what the last blocks get is the same, but for what they do not look at
+TOLERANCE = 1e-3  # of outputs, relative: the last blocks get the same hidden states except at padding
 Batch = dict[str, Any]
 
 
 class _Reached(Exception):
-    """The prefix is done."""
+    """The forward pass has reached the end of the prefix."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
 
 
 class FrozenPrefix:
-    """The blocks below the lowest adapter and what is before them; with no adapter, all blocks.
+    """The blocks below the lowest adapter and the embeddings before them; with no adapter, all blocks.
 
     Args:
         backbone: The backbone, with its adapters.
-        projections: What is adapted.
-        heads: Names of its modules that are trained whole.
+        projections: The adapted projections.
+        heads: Names of the backbone's modules that are trained whole.
         embeddings: Modules before the blocks that are called with the hidden states when a forward pass goes on from
-            them.
+            there.
         inputs: Keys of a batch that the hidden states take the place of.
-        padding: What is at a token of padding, by key of a batch.
-        identity: What the prefix computes, but for its weights; JSON can hold it.
-        outputs: What the whole backbone makes of a batch.
-        context: Gives the context that forward passes run in, that of the trainer's precision.
+        padding: Values at a token of padding, by key of a batch.
+        identity: Facts besides the weights that decide what the prefix computes; JSON can hold them.
+        outputs: Returns the output of the whole backbone for a batch.
+        context: Gives the context of forward passes, that of the trainer's precision.
 
     Raises:
         ModelError: If the backbone has several stacks of blocks, an adapter in the first block, or adapters outside.
@@ -82,10 +82,10 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
-        """The prefix's output (batch, tokens, width) for a batch, in eval mode, in the dtype that the next block gets.
+        """Return the output (batch, tokens, width) for a batch, in eval mode and in the dtype that the next block gets.
 
         Raises:
-            ModelError: If the backbone cannot go on from there.
+            ModelError: If the backbone cannot go on from that output.
         """
         with evaluating(self.backbone), self._context():
             hidden = self._run(batch)
@@ -108,7 +108,7 @@ class FrozenPrefix:
         raise ModelError(f"{KEY}: the backbone does not call its blocks in order; set it to false.")
 
     def _padded(self, batch: Batch) -> Batch:
-        """The batch with its last token for padding: one more could be more than the backbone has positions for."""
+        """Return the batch with its last token as padding: another token could be beyond the backbone's positions."""
         if MASK not in batch or batch[MASK].shape[1] == 1:
             return batch
         padded = dict(batch)
@@ -118,7 +118,7 @@ class FrozenPrefix:
         return padded
 
     def _check(self, batch: Batch) -> None:
-        """See that going on from the hidden states, without those of padding, is what the whole backbone does."""
+        """Check that going on from the hidden states, without those of padding, gives the output of the backbone."""
         whole, reason = self._watch(batch), None
         mask = batch[MASK].bool() if MASK in batch else whole.hidden.new_ones(whole.hidden.shape[:2], dtype=torch.bool)
         rest = {key: value for key, value in batch.items() if key not in self.inputs}
@@ -137,7 +137,7 @@ class FrozenPrefix:
             ) from reason
 
     def _watch(self, batch: Batch) -> SimpleNamespace:
-        """For a batch the `outputs`, the `hidden` that the prefix gives, and what the block behind it `received`."""
+        """Return for a batch the `outputs`, the `hidden` of the prefix, and what the next block `received`."""
         seen = SimpleNamespace()
 
         def gives(module: nn.Module, args: Any, output: Any) -> None:
@@ -157,7 +157,7 @@ class FrozenPrefix:
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
-        """Within the context the prefix hands on the hidden states that it is given."""
+        """Make the prefix hand on the hidden states that it is given, within the context."""
         modules = [*self.embeddings, *self.blocks[: self.depth]]
         for module in modules:
             module.forward = _hand_on
@@ -208,7 +208,7 @@ def transformers_prefix(
 
 @contextmanager
 def backbone_inputs(prefix: FrozenPrefix | None, given: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What a backbone of transformers takes; within the context, hidden states among it go in behind the prefix."""
+    """Give the arguments of a backbone of transformers; hidden states among them enter behind the prefix."""
     if HIDDEN not in given:
         yield given
         return
@@ -229,7 +229,7 @@ def _only_stack(backbone: nn.Module) -> Stack:
 
 
 def _depth(stack: Stack, projections: Sequence[Projection]) -> int:
-    """How many blocks are below the lowest adapter."""
+    """Return the number of blocks below the lowest adapter."""
     lowest, name = len(stack.blocks), ""
     for projection in projections:
         block = block_of(projection.layer)
@@ -248,7 +248,7 @@ def _depth(stack: Stack, projections: Sequence[Projection]) -> int:
 
 
 def _digest(backbone: nn.Module, skipped: tuple[str, ...], identity: Mapping[str, Any]) -> str:
-    """Hash of the weights that are not skipped, to the last byte, and of what is done with them."""
+    """Return a hash of the weights that are not skipped, to the last byte, and of the facts besides them."""
     libraries = {name: version(name) for name in ("torch", "timm", "transformers")}
     digest = hashlib.sha256(json.dumps({**identity, **libraries}, sort_keys=True, default=str).encode())
     for name, tensor in backbone.state_dict().items():
@@ -260,7 +260,7 @@ def _digest(backbone: nn.Module, skipped: tuple[str, ...], identity: Mapping[str
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode; at the end every module has the mode it had."""
+    """Put a module in eval mode; at the end every part has the mode it had."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

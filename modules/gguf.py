@@ -19,12 +19,12 @@ from datamodules.errors import ModelError
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a backbone is a GGUF file."""
+    """Return True if the name of a backbone is that of a GGUF file."""
     return name.endswith(".gguf")
 
 
 def located(name: str) -> tuple[str, dict[str, str]]:
-    """Directory or repository of a backbone, and what `from_pretrained` is told of the file in it, if one is named."""
+    """Return the directory or repository of a backbone, and the arguments of `from_pretrained` that name its file."""
     if not is_gguf(name):
         return name, {}
     parts = Path(name).parts
@@ -33,10 +33,10 @@ def located(name: str) -> tuple[str, dict[str, str]]:
 
 
 def check_readable(name: str) -> None:
-    """See that a GGUF file is there and can be read.
+    """Check that a GGUF file can be read.
 
     Raises:
-        ModelError: If a package is missing, or a file that can only be a local one.
+        ModelError: If a package or a local file is missing.
     """
     if not (is_gguf_available() and is_accelerate_available()):
         raise ModelError(f"model.backbone: {name} takes the packages gguf and accelerate; pip install gguf accelerate.")
@@ -46,14 +46,14 @@ def check_readable(name: str) -> None:
 
 
 def check_positions(name: str, config: PreTrainedConfig) -> None:
-    """See that a file's rotary positions are those of the configuration read from it, which leaves out their scaling.
+    """Check that the configuration read from a file has the file's rotary positions: it leaves out their scaling.
 
     Args:
         name: The file.
-        config: Its configuration.
+        config: The configuration read from the file.
 
     Raises:
-        ModelError: If they are scaled, as LLaMA's since 3.1, and the configuration does not say how.
+        ModelError: If the positions are scaled, as LLaMA's since 3.1, and the configuration does not say how.
     """
     folder, file = located(name)
     path = cached_file(folder, file["gguf_file"])
@@ -70,7 +70,7 @@ def check_positions(name: str, config: PreTrainedConfig) -> None:
 
 @contextlib.contextmanager
 def unpacking(name: str) -> Iterator[dict[str, Any]]:
-    """What `from_pretrained` is told to unpack a GGUF file, and quiet meanwhile; nothing for another backbone."""
+    """Give the arguments of `from_pretrained` that unpack a GGUF file, and hide its progress bar; otherwise nothing."""
     if not is_gguf(name):
         yield {}
         return
@@ -81,7 +81,7 @@ def unpacking(name: str) -> Iterator[dict[str, Any]]:
 
 
 def forget_invented_tokens(tokenizer: Any) -> None:
-    """Take out what the library adds to a file's vocabulary unasked, GPT-2's end; the model has no embedding for it."""
+    """Remove GPT-2's end token, which the library adds to a file's vocabulary: the model has no embedding for it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     size = len(state["model"]["vocab"])
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]

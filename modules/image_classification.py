@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from datamodules.contract import HIDDEN, DataKind, HasClasses, HasDomains, ImageBatch
 from datamodules.errors import ModelError
-from modules.adapters import AdapterConfig
-from modules.base import AdaptedModule, BackboneDtype, Tuning
+from modules.base import AdaptedModule, Stage
 from modules.frozen_prefix import FrozenPrefix
-from modules.optimization import Schedule
 from modules.timm_backbone import build_timm_backbone, features_from_block, preprocessing
 
 
 class ImageClassifier(AdaptedModule):
     """A timm backbone and a linear head over its pooled features.
 
-    Batches are dicts of `image` (batch, 3, height, width), normalised, and `label` (batch,) int64.
+    Batches are `datamodules.contract.ImageBatch`.
 
     Args:
         backbone: timm's name, `vit_base_patch16_224.augreg_in21k`, or a model in timm's layout: `hf_hub:ORG/NAME` on
             the hub, `local-dir:PATH` in a directory.
-        weights: `pretrained` (those of that name, repository or directory), `none`, or a local .safetensors, .pth,
-            .pt or .bin file.
-        backbone_args: More arguments of the architecture for `timm.create_model`, such as `depth` or `drop_path_rate`.
         image_size: Side of the input in pixels; None takes the backbone's own. Position embeddings are resized.
         label_smoothing: Share of the target spread over all classes in training, in [0, 1).
         class_names: Names of the classes by label; None takes the data's. A checkpoint remembers them.
-        tuning: See `AdaptedModule`, as all that follow.
     """
 
     kinds = (DataKind.IMAGES,)
@@ -43,44 +36,18 @@ class ImageClassifier(AdaptedModule):
     def __init__(
         self,
         backbone: str = "vit_base_patch16_224.augreg_in21k",
-        weights: str = "pretrained",
-        backbone_dtype: BackboneDtype = "float32",
-        backbone_args: dict[str, Any] | None = None,
+        *,
         image_size: int | None = None,
         label_smoothing: float = 0.0,
         class_names: list[str] | None = None,
-        tuning: Tuning = "adapter",
-        adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
-        adapter_path: str | None = None,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
-        schedule: Schedule = "cosine",
-        warmup_ratio: float = 0.05,
-        lr_ratio_b: float = 1.0,
-        lr_ratio_head: float = 1.0,
-        shard_frozen: bool = False,
-        compile: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            tuning=tuning,
-            adapter=adapter,
-            adapter_path=adapter_path,
-            backbone_dtype=backbone_dtype,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            warmup_ratio=warmup_ratio,
-            lr_ratio_b=lr_ratio_b,
-            lr_ratio_head=lr_ratio_head,
-            shard_frozen=shard_frozen,
-            compile=compile,
-        )
-        self.save_hyperparameters()
+        super().__init__(**kwargs)
         if not 0 <= label_smoothing < 1:
             raise ModelError(f"model.label_smoothing: {label_smoothing} must lie in [0, 1).")
         self.label_smoothing = label_smoothing
         self.class_names: list[str] | None = class_names
-        self.backbone = build_timm_backbone(backbone, weights, image_size, backbone_args or {})
+        self.backbone = build_timm_backbone(backbone, self.weights, image_size, self.backbone_args)
         self.preprocessing = preprocessing(self.backbone, image_size)
         self.configure_tuning()
         self.head: nn.Module | None = None
@@ -90,7 +57,7 @@ class ImageClassifier(AdaptedModule):
             self.load_given_heads()
 
     def setup(self, stage: str) -> None:
-        """Take the data's classes, if the model has none yet, and build the head."""
+        """Take the classes of the data, if the model has none yet, and build the head."""
         super().setup(stage)
         data = self.data
         known = data.class_names if isinstance(data, HasClasses) else None
@@ -104,17 +71,21 @@ class ImageClassifier(AdaptedModule):
         self.domains = nn.ModuleList(metrics)
 
     def peft_head_names(self) -> dict[str, tuple[str, ...]]:
-        """Where timm has its classifier, or the two of a distilled model."""
+        """Return the name of timm's classifier, or of the two of a distilled model."""
         names = self.backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
         return {"head": (names,) if isinstance(names, str) else tuple(names)}
 
     def build_head(self) -> nn.Module:
-        """A linear layer from the pooled features to the classes, and the metrics of as many."""
+        """Return a linear layer from the pooled features to the classes; configure the metrics of as many."""
         assert self.class_names is not None
         classes = len(self.class_names)
         if classes < 2:
             raise ModelError(f"model.class_names: {self.class_names} leaves nothing to tell apart; give two or more.")
-        self.configure_metrics(classes)
+        top: dict[str, Metric | MetricCollection] = {
+            f"acc{k}": MulticlassAccuracy(classes, average="micro", top_k=k) for k in (1, 5) if k == 1 or classes > 5
+        }
+        self.configure_metrics(MetricCollection(top))
+        self.confusion = MulticlassConfusionMatrix(classes)
         features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         head = nn.Linear(int(features), classes)  # type: ignore[arg-type]  # timm's own attributes
         # of the run's seed alone: starting the processes of DDP draws from the global generator
@@ -123,23 +94,12 @@ class ImageClassifier(AdaptedModule):
         nn.init.zeros_(head.bias)
         return head
 
-    def configure_metrics(self, classes: int) -> None:
-        """Top-1 and, of more than five classes, top-5 accuracy; the mean loss; the confusion matrix."""
-        scores: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(classes, average="micro")}
-        if classes > 5:
-            scores["acc5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
-        metrics = MetricCollection(scores)
-        self.metrics = nn.ModuleDict({s: metrics.clone(prefix=f"{s}/") for s in ("val", "test")})
-        # a loss that is no number is not left out
-        self.losses = nn.ModuleDict({s: MeanMetric(nan_strategy=math.nan) for s in ("val", "test")})
-        self.confusion = MulticlassConfusionMatrix(classes)
-
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (batch, classes), float32, of normalised images (batch, 3, height, width)."""
+        """Return logits (batch, classes), float32, of normalised images (batch, 3, height, width)."""
         return self._classify(self.backbone(image.to(self.backbone_dtype)))  # of (batch, features)
 
     def logits(self, batch: ImageBatch) -> Tensor:
-        """The same of a batch, of its images or of what the frozen prefix made of them."""
+        """Return the logits of a batch, of its images or of their hidden states behind the frozen prefix."""
         if HIDDEN not in batch:
             logits: Tensor = self(batch["image"])
             return logits
@@ -154,7 +114,7 @@ class ImageClassifier(AdaptedModule):
         return logits.float()
 
     def build_prefix(self) -> FrozenPrefix:
-        """The patch embedding and the blocks below the lowest adapter of a timm ViT."""
+        """Return the patch embedding and the blocks below the lowest adapter of a timm ViT."""
         if not isinstance(self.backbone, VisionTransformer):
             raise ModelError(
                 f"data.cache_prefix: is for timm's plain ViTs, and {self.hparams['backbone']} is a "
@@ -173,59 +133,36 @@ class ImageClassifier(AdaptedModule):
             context=self.trainer.precision_plugin.forward_context,
         )
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch."""
-        loss = F.cross_entropy(self.logits(batch), batch["label"], label_smoothing=self.label_smoothing)
-        self.check_loss(loss.detach())
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+    def loss(self, batch: ImageBatch) -> Tensor:
+        """Return the cross-entropy of a batch, with label smoothing."""
+        return F.cross_entropy(self.logits(batch), batch["label"], label_smoothing=self.label_smoothing)
 
-    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
+    def evaluate(self, stage: Stage, batch: ImageBatch, dataloader_idx: int) -> None:
+        """Update loss, accuracy and, in a test, the confusion matrix; of other domains the accuracy alone."""
         logits, label = self.logits(batch), batch["label"]
-        self.losses[stage].update(F.cross_entropy(logits, label, reduction="none"))  # type: ignore[operator]
-        self.metrics[stage].update(logits, label)  # type: ignore[operator]
+        if dataloader_idx > 0:
+            cast(Metric, self.domains[dataloader_idx - 1]).update(logits, label)
+            return
+        self.update_loss(stage, F.cross_entropy(logits, label, reduction="none"))
+        self.update_metrics(stage, logits, label)
         if stage == "test":
             self.confusion.update(logits, label)
 
-    def _report(self, stage: str) -> dict[str, Tensor]:
-        """Log the metrics of a stage, and return them."""
-        loss, metrics = self.losses[stage], self.metrics[stage]
-        assert isinstance(loss, MeanMetric)
-        assert isinstance(metrics, MetricCollection)
-        values = {f"{stage}/loss": loss.compute(), **metrics.compute()}
-        self.log_dict(values, prog_bar=True)
-        loss.reset()
-        metrics.reset()
-        return values
-
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Update `val/loss`, `val/acc1` and, of more than five classes, `val/acc5`."""
-        self._evaluate("val", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._report("val")
-
-    def test_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As in validation, under `test/`, and the confusion matrix; of other domains, top-1 accuracy alone."""
-        if dataloader_idx == 0:
-            self._evaluate("test", batch)
-        else:
-            self.domains[dataloader_idx - 1].update(self.logits(batch), batch["label"])  # type: ignore[operator]
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics, and forget the confusion matrix, which callbacks have read.
+    def scores(self, stage: Stage) -> dict[str, Tensor]:
+        """Return `<stage>/loss`, `<stage>/acc1` and, of more than five classes, `<stage>/acc5`.
 
         `test/<domain>/acc1` is the accuracy of a domain, `test/ood/acc1` their unweighted mean, and `gap/ood` the
-        in-domain accuracy less that mean.
+        in-domain accuracy less that mean. Callbacks have read the confusion matrix by now.
         """
-        values = self._report("test")
-        self.confusion.reset()
-        if self.domain_names:
-            accuracies = [metric.compute() for metric in self.domains]  # type: ignore[operator]
-            mean = torch.stack(accuracies).mean()
-            self.log_dict({f"test/{name}/acc1": a for name, a in zip(self.domain_names, accuracies, strict=True)})
-            self.log_dict({"test/ood/acc1": mean, "gap/ood": values["test/acc1"] - mean})
+        values = super().scores(stage)
+        if stage == "test":
+            self.confusion.reset()
+            accuracies = [cast(Metric, metric).compute() for metric in self.domains]
+            values |= {f"test/{name}/acc1": a for name, a in zip(self.domain_names, accuracies, strict=True)}
+            if accuracies:
+                mean = torch.stack(accuracies).mean()
+                values |= {"test/ood/acc1": mean, "gap/ood": values["test/acc1"] - mean}
+        return values
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, list[Any]]:
         """Return rows of a table: index and name of the image, class, and its probability in [0, 1].

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from datamodules.contract import HIDDEN, IGNORE_INDEX, DataKind, HasPacking, HasPrompts, InstructionBatch, QuestionBatch
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.base import AdaptedModule, BackboneDtype
+from modules.base import STAGES, AdaptedModule, BackboneDtype, HeadlessTuning, Stage
 from modules.decoding import Decoding
 from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.multiple_choice import MultipleChoiceAccuracy, PrefixCache, choice_log_probabilities
-from modules.optimization import Schedule
 from modules.transformers_backbone import (
     build_transformers_model,
     checkpoint_activations,
@@ -32,25 +30,22 @@ from modules.transformers_backbone import (
 class LanguageModel(AdaptedModule):
     """A pretrained decoder, trained on responses to prompts, and evaluated by their loss or on multiple choice.
 
-    Batches of training and evaluation are dicts of `input_ids` and `labels` (batch, tokens) int64, the labels -100 at
-    prompts and padding, and of `attention_mask` (batch, tokens) or, for packed sequences, `position_ids` (batch,
-    tokens), which begin anew with each. To be continued are `input_ids` and `attention_mask`, padded at the left.
-    Batches of multiple choice are those of `choice_log_probabilities`.
+    Batches are `datamodules.contract.InstructionBatch` or, of multiple choice, `QuestionBatch`.
 
     Args:
         backbone: A name on the hub, `meta-llama/Llama-2-7b-hf`, a directory in the hub's layout, or a GGUF file of
             either (`DIRECTORY/model.gguf`, `owner/name/model.gguf`).
-        weights: `pretrained` (the backbone's own), `none`, or a local .safetensors file in their place.
-        backbone_dtype: Dtype of the frozen weights; bfloat16 halves the memory. `full` needs float32.
-        backbone_args: Values of the backbone's config.json to change, such as `attention_dropout`.
         gradient_checkpointing: Whether each layer's activations are computed again in backward rather than kept: one
             more forward pass a step, and memory for one layer instead of all.
         generation: How responses are generated in prediction.
-        prompt_template: Jinja template of the prompts that the model was trained with; the data says it, and a
+        prompt_template: Jinja template of the prompts that the model was trained with; the data say it, and a
             checkpoint keeps it.
         response_end: Token that this template ends a response with, likewise.
-        tuning: `adapter`, `full`, `adalora` or `ia3`; there is no new head. See `AdaptedModule`, as for all that
-            follow.
+        backbone_dtype: Dtype of the frozen weights; see `AdaptedModule`, as for the keys below.
+        tuning: `adapter`, `full`, `adalora` or `ia3`; there is no new head.
+        adapter: The adapters.
+        weight_decay: Weight decay.
+        warmup_ratio: Share of the warm-up.
     """
 
     kinds = (DataKind.INSTRUCTIONS, DataKind.QUESTIONS)
@@ -59,41 +54,28 @@ class LanguageModel(AdaptedModule):
     def __init__(
         self,
         backbone: str = "meta-llama/Llama-2-7b-hf",
-        weights: str = "pretrained",
-        backbone_dtype: BackboneDtype = "bfloat16",
-        backbone_args: dict[str, Any] | None = None,
+        *,
         gradient_checkpointing: bool = False,
         generation: Decoding = Decoding(),  # noqa: B008 - frozen, as is the adapter, and the CLI reads both from here
         prompt_template: str | None = None,
         response_end: int | None = None,
-        tuning: Literal["adapter", "full", "adalora", "ia3"] = "adapter",
+        backbone_dtype: BackboneDtype = "bfloat16",
+        tuning: HeadlessTuning = "adapter",
         adapter: AdapterConfig = AdapterConfig(rank=32, alpha=64.0),  # noqa: B008
-        adapter_path: str | None = None,
-        learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
-        schedule: Schedule = "cosine",
         warmup_ratio: float = 0.03,
-        lr_ratio_b: float = 1.0,
-        shard_frozen: bool = False,
-        compile: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
+            backbone_dtype=backbone_dtype,
             tuning=tuning,
             adapter=adapter,
-            adapter_path=adapter_path,
-            backbone_dtype=backbone_dtype,
-            learning_rate=learning_rate,
             weight_decay=weight_decay,
-            schedule=schedule,
             warmup_ratio=warmup_ratio,
-            lr_ratio_b=lr_ratio_b,
-            lr_ratio_head=1.0,
-            shard_frozen=shard_frozen,
-            compile=compile,
+            **kwargs,
         )
-        self.save_hyperparameters()
         built = build_transformers_model(
-            AutoModelForCausalLM, backbone, weights, backbone_args or {}, self.backbone_dtype, trains_heads=False
+            AutoModelForCausalLM, backbone, self.weights, self.backbone_args, self.backbone_dtype, trains_heads=False
         )
         config = built.model.config
         if type(config) in AutoModelForMaskedLM._model_mapping and not config_value(config, "is_decoder"):
@@ -101,7 +83,7 @@ class LanguageModel(AdaptedModule):
                 f"model.backbone: {backbone} is a {config.model_type}, whose tokens see those behind them, which are "
                 "to be predicted; choose a decoder."
             )
-        if built.new and weights != "none":
+        if built.new and self.weights != "none":
             raise ModelError(f"model.weights: {backbone} has no weights of {', '.join(sorted(built.new)[:3])}.")
         self.backbone: PreTrainedModel = built.model
         self.tokenizer = load_tokenizer(backbone, built.model, pads=False)
@@ -124,11 +106,8 @@ class LanguageModel(AdaptedModule):
         if gradient_checkpointing:
             self._enable_gradient_checkpointing()
         self.configure_tuning()
-        stages = ("val", "test")
-        # a loss that is no number is not left out
-        self.losses = nn.ModuleDict({stage: MeanMetric(nan_strategy=math.nan) for stage in stages})
-        self.accuracies = nn.ModuleDict({stage: MeanMetric() for stage in stages})
-        self.choices = nn.ModuleDict({stage: MultipleChoiceAccuracy() for stage in stages})
+        self.configure_metrics(MetricCollection({"token_acc": MeanMetric()}))
+        self.choices = nn.ModuleDict({stage: MultipleChoiceAccuracy() for stage in STAGES})
         self.prefix_cache = PrefixCache()
 
     def _configure_generation(self) -> None:
@@ -145,7 +124,7 @@ class LanguageModel(AdaptedModule):
             ) from error
 
     def setup(self, stage: str) -> None:
-        """Learn the prompts' template from the data, and see that packed sequences are kept apart.
+        """Take the prompt template of the data, and check that packed sequences are kept apart.
 
         Raises:
             ModelError: If the data's template is not the one trained with, or packed sequences would see each other.
@@ -167,10 +146,10 @@ class LanguageModel(AdaptedModule):
     # -------------------------------------------------------------------------------------------------------- training
 
     def forward(self, batch: InstructionBatch) -> tuple[Tensor, Tensor]:
-        """Logits of the tokens to learn, and those tokens.
+        """Return the logits of the tokens to learn, and these tokens.
 
         Returns:
-            (learnt tokens, vocabulary) float32, each behind what is before it, and (learnt tokens,) int64.
+            (learnt tokens, vocabulary) float32, each given the tokens before it, and (learnt tokens,) int64.
         """
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (batch, tokens): what comes next
         selected = targets != IGNORE_INDEX
@@ -181,27 +160,23 @@ class LanguageModel(AdaptedModule):
             return selected_logits(self.backbone, selected, **inputs, use_cache=False), targets[selected]
 
     def build_prefix(self) -> FrozenPrefix:
-        """The embeddings and the blocks below the lowest adapter."""
+        """Return the embeddings and the blocks below the lowest adapter."""
         return transformers_prefix(self.backbone, self.projections, (), self.trainer, lambda batch: self(batch)[0])
 
     def loss(self, batch: InstructionBatch) -> Tensor:
-        """Mean cross-entropy over the tokens of all responses."""
+        """Return the mean cross-entropy over the tokens of all responses."""
         return F.cross_entropy(*self(batch))
 
-    def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        loss = self.loss(batch)
-        self.check_loss(loss.detach())
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        self.items_in_batch = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-        return loss
+    def items(self, batch: InstructionBatch) -> Tensor:
+        """Return the number of tokens of all responses."""
+        return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
     @torch.no_grad()
     def check_packing(self) -> None:
-        """See that a packed sequence does not depend on the one before it.
+        """Check that a packed sequence does not depend on the sequence before it.
 
         Raises:
-            ModelError: If it does: the backbone does not go by `position_ids`.
+            ModelError: If the backbone does not keep them apart by `position_ids`.
         """
         vocabulary = self.backbone.config.get_text_config().vocab_size
         ids = torch.arange(12, device=self.backbone.device).remainder(vocabulary).repeat(2, 1)
@@ -221,53 +196,32 @@ class LanguageModel(AdaptedModule):
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, stage: str, batch: InstructionBatch | QuestionBatch) -> None:
+    def evaluate(self, stage: Stage, batch: InstructionBatch | QuestionBatch, dataloader_idx: int) -> None:
+        """Update loss and token accuracy or, of multiple choice, the accuracy of the answers."""
         if "choices" in batch:
             scores = choice_log_probabilities(self.backbone, batch, self.prefix_cache)
-            self.choices[stage].update(scores, batch["answers"], batch["subject"])  # type: ignore[operator]
+            cast(MultipleChoiceAccuracy, self.choices[stage]).update(scores, batch["answers"], batch["subject"])
             return
         logits, targets = self(batch)
-        self.losses[stage].update(F.cross_entropy(logits, targets), weight=len(targets))  # type: ignore[operator]
-        hits = (logits.argmax(-1) == targets).float()
-        self.accuracies[stage].update(hits)  # type: ignore[operator]
+        self.update_loss(stage, F.cross_entropy(logits, targets), len(targets))
+        self.update_metrics(stage, (logits.argmax(-1) == targets).float())
 
-    def _report(self, stage: str) -> None:
-        loss, accuracy, choices = self.losses[stage], self.accuracies[stage], self.choices[stage]
-        assert isinstance(loss, MeanMetric)
-        assert isinstance(accuracy, MeanMetric)
-        assert isinstance(choices, MultipleChoiceAccuracy)
+    def scores(self, stage: Stage) -> dict[str, Tensor]:
+        """Return `<stage>/loss` per token of the responses, its exponential `perplexity`, and `token_acc`.
+
+        Of multiple choice there are `<stage>/acc` and its like; see `MultipleChoiceAccuracy`.
+        """
+        choices = cast(MultipleChoiceAccuracy, self.choices[stage])
         if choices.update_called:
-            self.log_dict({f"{stage}/{name}": value for name, value in choices.compute().items()}, prog_bar=False)
+            values = {f"{stage}/{name}": value for name, value in choices.compute().items()}
             choices.reset()
             self.prefix_cache = PrefixCache()
-            return
-        mean = loss.compute()
-        values = {"loss": mean, "perplexity": mean.exp(), "token_acc": accuracy.compute()}
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
-        loss.reset()
-        accuracy.reset()
-
-    def validation_step(self, batch: InstructionBatch | QuestionBatch, batch_idx: int) -> None:
-        """Update `val/loss` (per token of the responses), `val/perplexity` (its exponential) and `val/token_acc`.
-
-        Batches of multiple choice give `val/acc` and its like; see `MultipleChoiceAccuracy`.
-        """
-        self._evaluate("val", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._report("val")
-
-    def test_step(self, batch: InstructionBatch | QuestionBatch, batch_idx: int) -> None:
-        """As in validation, under `test/`."""
-        self._evaluate("test", batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._report("test")
+            return values
+        values = super().scores(stage)
+        return values | {f"{stage}/perplexity": values[f"{stage}/loss"].exp()}
 
     def generate(self, batch: InstructionBatch) -> list[str]:
-        """Responses to a batch of prompts that are padded at the left.
+        """Return responses to a batch of prompts that are padded at the left.
 
         Raises:
             ModelError: If the longest and a response to it are more than the backbone has positions for.
@@ -285,7 +239,7 @@ class LanguageModel(AdaptedModule):
         return [text.strip() for text in texts]
 
     def predict_step(self, batch: InstructionBatch | QuestionBatch, batch_idx: int) -> dict[str, list[Any]]:
-        """Rows of a table: index of the prompt and its response; of multiple choice the log-probabilities of each."""
+        """Return rows of a table: index and response, or of multiple choice the log-probability of each letter."""
         if "choices" in batch:
             scores = choice_log_probabilities(self.backbone, batch, self.prefix_cache)
             return {"index": batch["index"].tolist(), "log_probabilities": scores.tolist()}

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from datamodules.contract import SummaryBatch
+from datamodules.contract import DataKind, SummaryBatch, TextBatch
 from datamodules.errors import ModelError, first_line
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, attach
 from modules.base import AdaptedModule, BackboneDtype
@@ -53,7 +53,7 @@ class MemoryEstimate:
         gathered: Frozen weights of other processes' shares that are here while they are used.
         factors: Both factors of all adapters, the frozen one too.
         gradients: Of all that is trained.
-        optimizer: AdamW's two moments of all that is trained.
+        optimizer: State of the optimizer, such as AdamW's two moments of all that is trained.
         activations: What backward needs of each layer, and what is on the way.
         logits: What has an entry for each token of the vocabulary: logits, log-probabilities and their gradients. 0 if
             the fullest moment is elsewhere: under gradient checkpointing it may be in a layer.
@@ -261,7 +261,7 @@ def fit_memory(module: AdaptedModule, size: BatchSize, precision: Precision, sha
         try:
             peak = _peak_of_step(
                 module,
-                torch.optim.AdamW(module.trained_groups()),
+                module.optimizer_spec.build(module.trained_groups()),
                 factors=factors.values(),
                 heads=[p for name in module.head_names for p in module.get_submodule(name).parameters()],
                 logits=logits,
@@ -299,7 +299,7 @@ def _image_step(module: ImageClassifier, size: BatchSize) -> Step:
     def loss() -> Tensor:
         images = torch.zeros(size.samples, *module.preprocessing["input_size"])
         label = torch.zeros(size.samples, dtype=torch.long)
-        return F.cross_entropy(module(images), label, label_smoothing=module.label_smoothing)
+        return module.loss({"image": images, "label": label})
 
     return loss, []
 
@@ -311,7 +311,8 @@ def _text_step(module: TextClassifier, size: BatchSize) -> Step:
         label = torch.zeros(size.samples, dtype=torch.long if module.class_names else torch.float32)
         names = [name for name in module.tokenizer.model_input_names if name != "attention_mask"]
         inputs = {name: torch.zeros(size.samples, size.tokens, dtype=torch.long) for name in names}
-        return module.loss(module({**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}), label)
+        others = {"attention_mask": torch.ones_like(inputs["input_ids"]), "label": label}
+        return module.loss(cast(TextBatch, {**inputs, **others}))
 
     return loss, []
 
@@ -327,7 +328,7 @@ def _summary_step(module: Summarizer, size: BatchSize) -> Step:
         batch = SummaryBatch(
             input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, index=torch.arange(size.samples)
         )
-        return module.loss(batch, module.label_smoothing)
+        return module.loss(batch)
 
     return loss, [(size.samples, size.targets, vocabulary), (size.samples * size.targets, vocabulary)]
 
@@ -342,11 +343,11 @@ def _decoder_step(module: LanguageModel, size: BatchSize) -> Step:
 
 
 # By the kind of data that a task is trained on
-_STEPS: dict[str, Callable[[Any, BatchSize], Step]] = {
-    "images": _image_step,
-    "labelled texts": _text_step,
-    "summaries": _summary_step,
-    "instructions": _decoder_step,
+_STEPS: dict[DataKind, Callable[[Any, BatchSize], Step]] = {
+    DataKind.IMAGES: _image_step,
+    DataKind.LABELLED_TEXTS: _text_step,
+    DataKind.SUMMARIES: _summary_step,
+    DataKind.INSTRUCTIONS: _decoder_step,
 }
 
 

@@ -44,7 +44,7 @@ class _SharedKeys(Cache):
     """Keys and values of a prefix (1, heads, P, width) that batches of any size read, and never add to."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """The prefix' keys and values with a batch's behind them, (batch, heads, P + tokens, width)."""
+        """Return keys and values of the prefix with a batch's behind them, (batch, heads, P + tokens, width)."""
         layer = self.layers[layer_idx]
         pairs = ((layer.keys, key_states), (layer.values, value_states))  # type: ignore[union-attr]
         return tuple(torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2) for kept, new in pairs)  # type: ignore[union-attr]
@@ -53,8 +53,8 @@ class _SharedKeys(Cache):
 class PrefixCache:
     """Keys and values of the prefix that batches share, computed once and kept while prefix and weights are the same.
 
-    Weights that change in place are noticed (an optimizer's step, a loaded checkpoint); after anything else, such as
-    adapters that are switched off, begin with a new one.
+    Weights that change in place are noticed: an optimizer's step, a loaded checkpoint. After any other change, such as
+    adapters that are switched off, use a new cache.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class PrefixCache:
         self._keys: _SharedKeys | None = None
 
     def keys_of(self, model: PreTrainedModel, prefix: Tensor) -> Cache | None:
-        """Keys and values of a prefix, (P,) int64.
+        """Return keys and values of a prefix, (P,) int64.
 
         Returns:
             A cache for batches of any size; None if the model keeps a state that cannot be shared in this way.
@@ -88,12 +88,12 @@ def _prefix_keys(model: PreTrainedModel, prefix: Tensor) -> _SharedKeys | None:
 
 @torch.no_grad()
 def choice_log_probabilities(model: PreTrainedModel, batch: QuestionBatch, cache: PrefixCache) -> Tensor:
-    """Log-probabilities of the letters behind each question, among all tokens of the vocabulary.
+    """Return the log-probability of each letter behind each question, among all tokens of the vocabulary.
 
     Args:
         model: A decoder, in eval mode.
         batch: Questions of one subject.
-        cache: Where the keys and values of the prefix are kept.
+        cache: Cache of the prefix.
 
     Returns:
         (batch, n_choices) float32.
@@ -134,12 +134,12 @@ class MultipleChoiceAccuracy(Metric):
         self.add_state("counts", [], dist_reduce_fx="cat")  # hits and questions in turn
 
     def update(self, log_probabilities: Tensor, answers: Tensor, subject: str) -> None:
-        """Take in questions of one subject.
+        """Add questions of one subject.
 
         Args:
             log_probabilities: Of each letter, (batch, n_choices).
-            answers: Index of the right one, (batch,) int64.
-            subject: What the questions are about.
+            answers: Index of the right letter, (batch,) int64.
+            subject: Subject of the questions.
         """
         assert isinstance(self.names, list)
         assert isinstance(self.counts, list)
@@ -148,7 +148,7 @@ class MultipleChoiceAccuracy(Metric):
         self.counts.append(torch.stack([hits, hits.new_tensor(len(answers))]))
 
     def compute(self) -> dict[str, Tensor]:
-        """Accuracies by name, each in [0, 1].
+        """Return accuracies by name, each in [0, 1].
 
         `acc` is over all questions, with its standard error `acc_stderr` (of a proportion); `acc_subjects` the mean
         over subjects; `acc_humanities`, `acc_stem`, `acc_social_sciences` and `acc_other` are over the questions of
@@ -170,7 +170,7 @@ class MultipleChoiceAccuracy(Metric):
         return values
 
     def _by_subject(self) -> dict[str, Tensor]:
-        """Hits and questions of each subject, (2,) int64."""
+        """Return the numbers of hits and of questions of each subject, (2,) int64."""
         names = bytes(dim_zero_cat(self.names).tolist()).split(_END)[:-1]
         counts: dict[str, Tensor] = {}
         for name, pair in zip(names, dim_zero_cat(self.counts).view(-1, 2), strict=True):

@@ -1,18 +1,133 @@
-"""Parameter groups and the schedule of their learning rates."""
+"""Optimizer, parameter groups and the schedule of their learning rates."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
+from datamodules.errors import ModelError, first_line
 from modules.adapters import adapted_layers
 
 Schedule = Literal["cosine", "linear", "constant"]
+Groups = list[dict[str, Any]]
+PATH = "torch.optim."
+WITHOUT_GROUPS = ("LBFGS", "SparseAdam")  # one needs a single group, the other sparse gradients
+OPTIMIZERS = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer and name not in WITHOUT_GROUPS
+}
+
+
+class OptimizerSpec:
+    """An optimizer of torch.optim, by the name of its class and its own arguments.
+
+    Args:
+        given: `class_path`, such as `torch.optim.SGD`, and `init_args`; None is AdamW with torch's defaults.
+        weight_decay: Weight decay of the parameter groups.
+
+    Raises:
+        ModelError: If there is no such optimizer, or an argument is not for it.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None, weight_decay: float) -> None:
+        given = {"class_path": f"{PATH}AdamW"} if given is None else given
+        self.args: dict[str, Any] = dict(given.get("init_args") or {})
+        path = str(given.get("class_path"))
+        name = path.removeprefix(PATH)
+        if unknown := given.keys() - {"class_path", "init_args"}:
+            raise ModelError(
+                f"model.optimizer: {', '.join(sorted(unknown))} is unknown. Give class_path and init_args."
+            )
+        if name not in OPTIMIZERS:
+            raise ModelError(
+                f"model.optimizer.class_path: {path} is no optimizer that can be used here. Choose {PATH} and one of "
+                f"{', '.join(OPTIMIZERS)}."
+            )
+        if own := {"params", "lr", "weight_decay"} & self.args.keys():
+            raise ModelError(
+                f"model.optimizer.init_args: {', '.join(sorted(own))} is not for here. Set model.learning_rate and "
+                "model.weight_decay."
+            )
+        self.kind = OPTIMIZERS[name]
+        if weight_decay and "weight_decay" not in inspect.signature(self.kind).parameters:
+            raise ModelError(f"model.weight_decay: {weight_decay} is not for {name}, which has none. Set it to 0.")
+        self._example_states: dict[int, dict[str, Any]] = {}
+        self.build([{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": 0.0}])
+
+    def build(self, groups: Groups) -> Optimizer:
+        """Return the optimizer of some parameter groups.
+
+        Raises:
+            ModelError: If torch refuses an argument or a parameter.
+        """
+        build: Callable[..., Optimizer] = self.kind
+        try:
+            return build(groups, **self.args)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"model.optimizer: {self.kind.__name__} cannot be created with {self.args} ({first_line(error)})."
+            ) from error
+
+    def is_state(self, state: Mapping[str, Any], parameter: Tensor) -> bool:
+        """Return True if a state has the names, types and shapes of this optimizer's state of a parameter."""
+        shape = (2,) * parameter.ndim
+        if parameter.ndim not in self._example_states:
+            example = nn.Parameter(torch.zeros(shape))
+            example.grad = torch.zeros(shape)
+            optimizer = self.build([{"params": [example], "lr": 0.0}])
+            optimizer.step()
+            self._example_states[parameter.ndim] = dict(optimizer.state[example])
+        known = self._example_states[parameter.ndim]
+        return state.keys() == known.keys() and all(_is_like(state[k], v, shape, parameter) for k, v in known.items())
+
+
+def _is_like(value: Any, example: Any, shape: tuple[int, ...], parameter: Tensor) -> bool:
+    """Return True if a value may stand in the place of another, which belongs to a parameter of a shape."""
+    if not isinstance(example, Tensor):
+        return type(value) is type(example)
+    if not isinstance(value, Tensor) or value.is_floating_point() != example.is_floating_point():
+        return False
+    if tuple(example.shape) in ((), shape):
+        return value.shape == (parameter.shape if example.ndim else ())
+    return value.ndim == example.ndim  # a factored moment
+
+
+# ------------------------------------------------------------------------------------------------------ learning rates
+
+
+def check_rates(
+    learning_rate: float,
+    weight_decay: float,
+    warmup_ratio: float,
+    ratios: Mapping[str, float],
+) -> None:
+    """Check the keys of learning rates.
+
+    Args:
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay.
+        warmup_ratio: Share of the warm-up.
+        ratios: Ratios of learning rates by key.
+
+    Raises:
+        ModelError: With the key that is out of range.
+    """
+    for key, rate in {"learning_rate": learning_rate, **ratios}.items():
+        if not 0 < rate < torch.finfo().max:
+            raise ModelError(f"model.{key}: {rate} must be finite and above 0.")
+    if not 0 <= weight_decay < math.inf:
+        raise ModelError(f"model.weight_decay: {weight_decay} must be finite, 0 or more.")
+    if not 0 <= warmup_ratio < 1:
+        raise ModelError(f"model.warmup_ratio: {warmup_ratio} must lie in [0, 1).")
 
 
 def parameter_groups(
@@ -24,10 +139,12 @@ def parameter_groups(
     weight_decay: float,
     lr_ratio_b: float,
     lr_ratio_head: float,
-) -> list[dict[str, Any]]:
-    """Groups for AdamW, named A, B, head and backbone, each split into decayed and not decayed.
+    lr_ratio_role: Mapping[str, float] | None = None,
+) -> Groups:
+    """Return parameter groups named A, B, head and backbone, each split into decayed and not decayed.
 
-    What is trained follows from the configuration, not from `requires_grad` flags that somebody may have flipped.
+    What is trained follows from the configuration, not from `requires_grad` flags that somebody may have flipped. A
+    role with a ratio has groups of its own, such as `B/value`.
 
     Args:
         backbone: With adapters or without.
@@ -37,27 +154,28 @@ def parameter_groups(
         weight_decay: Decay of matrices; vectors, biases, position embeddings and class tokens have none.
         lr_ratio_b: Learning rate of B over the base one.
         lr_ratio_head: Learning rate of the head over the base one.
+        lr_ratio_role: Further ratios by role, of both factors.
 
     Returns:
         Groups with `name`, `params`, `lr`, `initial_lr` and `weight_decay`; empty ones are left out.
     """
-    parts: dict[str, tuple[float, dict[str, nn.Parameter]]] = {
-        "A": (1.0, {}),
-        "B": (lr_ratio_b, {}),
-        "head": (lr_ratio_head, dict(head)),
-        "backbone": (1.0, {}),
-    }
+    ratios = {"A": 1.0, "B": lr_ratio_b, "head": lr_ratio_head, "backbone": 1.0}
+    by_role = lr_ratio_role or {}
+    ratios |= {f"{factor}/{role}": ratios[factor] * ratio for role, ratio in by_role.items() for factor in "AB"}
+    parts: dict[str, dict[str, nn.Parameter]] = {name: {} for name in ratios}
+    parts["head"].update(head)
     if tuning == "full":
         heads = {id(parameter) for parameter in head.values()}
-        parts["backbone"][1].update((n, p) for n, p in backbone.named_parameters() if id(p) not in heads)
+        parts["backbone"].update((n, p) for n, p in backbone.named_parameters() if id(p) not in heads)
     for name, layer in adapted_layers(backbone).items():
         for factors in layer.factors():
+            role = factors.projection.role
             for factor, parameter in factors.named_factors(trained=True).items():
-                parts[factor][1][f"{name}.{factors.projection.role}"] = parameter
+                parts[f"{factor}/{role}" if role in by_role else factor][f"{name}.{role}"] = parameter
     undecayed: set[str] = getattr(backbone, "no_weight_decay", set)()  # timm's own list
     groups = []
-    for part, (ratio, parameters) in parts.items():
-        rate = learning_rate * ratio
+    for part, parameters in parts.items():
+        rate = learning_rate * ratios[part]
         matrices = [p for name, p in parameters.items() if p.ndim > 1 and name not in undecayed]
         others = [p for name, p in parameters.items() if p.ndim <= 1 or name in undecayed]
         for name, params, decay in ((part, matrices, weight_decay), (f"{part}/no_decay", others, 0.0)):
@@ -90,6 +208,21 @@ def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -
     return factor
 
 
+def restart_schedule(scheduler: LambdaLR, groups: Groups, factor_of: Callable[[int], float]) -> None:
+    """Put the learning rates and weight decays of this run in the place of those that a checkpoint has restored.
+
+    Args:
+        scheduler: The restored schedule, at its step.
+        groups: Parameter groups of this run.
+        factor_of: Schedule of this run.
+    """
+    scheduler.lr_lambdas = [factor_of for _ in scheduler.lr_lambdas]
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    factor = factor_of(scheduler.last_epoch)
+    for group, own in zip(scheduler.optimizer.param_groups, groups, strict=True):
+        group.update({key: own[key] for key in ("initial_lr", "weight_decay")}, lr=own["initial_lr"] * factor)
+
+
 class RangeTest:
     """Keep the ratios of the groups' learning rates while LearningRateFinder tries one learning rate for all of them.
 
@@ -99,7 +232,7 @@ class RangeTest:
         rates: Learning rates of the groups before the test.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, base: float, rates: list[float]) -> None:
+    def __init__(self, optimizer: Optimizer, base: float, rates: list[float]) -> None:
         self.groups, self.base = optimizer.param_groups, base
         self.ratios = [rate / base for rate in rates]
         self._tried: list[float] = []
@@ -124,7 +257,7 @@ class RangeTest:
 
 
 def steps_left(trainer: L.Trainer) -> int:
-    """Optimizer steps from the place that a run goes on from to its end."""
+    """Return the number of optimizer steps from the place that a run goes on from to its end."""
     loop, accumulated = trainer.fit_loop, trainer.accumulate_grad_batches
     epochs: Any = loop.epoch_progress.current
     batches: Any = loop.epoch_loop.batch_progress.current

@@ -1,8 +1,8 @@
 """Frozen weights divided among processes; what is trained stays whole on each, where DDP averages its gradients.
 
-PyTorch's FSDP2 (`fully_shard`; Zhao et al. 2023, "PyTorch FSDP") keeps a share of each block on every
-process, gathers a block when it is called, in forward and again in backward, and drops the other shares behind it. What
-lies around the blocks, embeddings and output layer, stays whole: it is little, often tied, and called on its own.
+PyTorch's FSDP2 (`fully_shard`; Zhao et al. 2023, "PyTorch FSDP") keeps a share of each block on every process. It
+gathers a block when the block is called, in forward and again in backward, and then drops the shares of the others.
+Embeddings and output layer stay whole: they are small, often tied, and called on their own.
 """
 
 from __future__ import annotations
@@ -68,19 +68,19 @@ def shard_frozen_weights(
 class FrozenShards:
     """The blocks of a backbone whose frozen weights are divided among all processes.
 
-    Every forward pass gathers from all processes, so all must have equally many. In training they have. Evaluation
-    gives every sample once, so that one process may have a batch more than another, or a longer text to generate. So a
-    forward pass without gradients is announced to all. If they announce different ones (one process still decodes,
-    another encodes its next batch), the first in the backbone's order is run: those that have not announced it gather
-    along, without computing, and announce theirs again. So does a process that is through its batches, until nobody
-    announces another.
+    Every forward pass gathers from all processes, so that all processes need equally many. In training they have.
+    Evaluation gives every sample once: one process may have a batch more than another, or a longer text to generate.
+    A forward pass without gradients is therefore announced to all processes. If they announce different passes (one
+    process still decodes, another encodes its next batch), the first in the backbone's order is run. The processes that
+    have not announced this pass gather along, without computing, and then announce theirs again. A process that has no
+    batch left gathers along until no process announces a pass.
 
     Args:
         backbone: A model of timm or transformers, in place.
-        device: What this process computes on.
+        device: The device of this process.
 
     Raises:
-        ModelError: If it has no stack of blocks.
+        ModelError: If the backbone has no stack of blocks.
     """
 
     def __init__(self, backbone: nn.Module, device: torch.device) -> None:
@@ -108,7 +108,7 @@ class FrozenShards:
             self._gather(chosen)
 
     def _agree(self, own: int | None) -> int | None:
-        """The forward pass that is next, by its number, of those that processes announce; None if none does."""
+        """Return the number of the next forward pass among those that processes announce; None if none does."""
         announced = torch.zeros(len(self._passes), device=self._device)
         if own is not None:
             announced[own] = 1
@@ -117,16 +117,16 @@ class FrozenShards:
         return wanted[0] if wanted else None
 
     def _gather(self, number: int) -> None:
-        """Do what a forward pass has this process do for the others."""
+        """Gather and release the blocks of a forward pass that other processes compute."""
         for block in self._passes[number]:
             block.unshard()
             block.reshard()
 
     def after_batch(self, trainer: L.Trainer, batch: int, loader: int) -> None:
-        """Behind the last batch that this process evaluates, gather along with those that have more.
+        """Gather along with the processes that have more batches, behind the last batch that this process evaluates.
 
         Args:
-            trainer: Which is validating, testing or predicting.
+            trainer: The trainer, which is validating, testing or predicting.
             batch: Number of the batch in its loader.
             loader: Number of the loader.
         """
@@ -143,10 +143,10 @@ class FrozenShards:
 
 
 def sharded_stacks(backbone: nn.Module) -> list[Stack]:
-    """The stacks whose blocks are divided.
+    """Return the stacks whose blocks are divided.
 
     Raises:
-        ModelError: If there are none, or blocks that are left out at random.
+        ModelError: If there are none, or if blocks are left out at random.
     """
     for key, share in layerdrop_rates(backbone).items():
         raise ModelError(

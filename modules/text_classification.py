@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForSequenceClassification
 
 from datamodules.contract import DataKind, HasClasses, HasMetrics, HasSets, TextBatch
 from datamodules.errors import ModelError
-from modules.adapters import AdapterConfig
-from modules.base import AdaptedModule, BackboneDtype, Tuning
+from modules.base import AdaptedModule, Stage
 from modules.freezing import inputs_to_float32
 from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.optimization import Schedule
@@ -25,21 +22,19 @@ from modules.transformers_backbone import build_transformers_model, config_value
 class TextClassifier(AdaptedModule):
     """A pretrained encoder with its family's own classification head.
 
-    The head is what the pretrained model does not bring along (RoBERTa's `classifier.dense` and `out_proj`,
-    DistilBERT's `pre_classifier` too, a pooler without weights); it is trained whole and saved. Its output layer is
-    kept only if it was loaded and stands for the data's classes, by their names in order.
+    The head is what the pretrained model lacks: RoBERTa's `classifier.dense` and `out_proj`, DistilBERT's
+    `pre_classifier` too, a pooler without weights. The head is trained whole and saved. Its output layer is kept only
+    if it was loaded and stands for the data's classes, by their names in order.
 
-    Batches are dicts of `input_ids` and `attention_mask` (batch, tokens) int64, whatever else the tokenizer gives, and
-    `label` (batch,), int64 or, in regression, float32.
+    Batches are `datamodules.contract.TextBatch`.
 
     Args:
         backbone: A name on the hub, `roberta-base`, or a directory in the hub's layout.
-        weights: `pretrained` (the backbone's own), `none`, or a local .safetensors file in their place.
-        backbone_args: Values of the backbone's config.json to change, such as `hidden_dropout_prob`.
         class_names: Names of the classes by label, [] for regression; None takes the data's. A checkpoint remembers.
         metrics: Of `accuracy`, `f1`, `matthews`, `pearson`, `spearman`; None takes the data's. `val/score` is
             their mean.
-        tuning: See `AdaptedModule`, as all that follow up to `compile`.
+        schedule: Shape of the learning rate; see `AdaptedModule`, as for the key below.
+        warmup_ratio: Share of the warm-up.
         pad_token: Token of the vocabulary to pad with, for tokenizers that have none; None takes the tokenizer's own.
     """
 
@@ -49,41 +44,17 @@ class TextClassifier(AdaptedModule):
     def __init__(
         self,
         backbone: str = "roberta-base",
-        weights: str = "pretrained",
-        backbone_dtype: BackboneDtype = "float32",
-        backbone_args: dict[str, Any] | None = None,
+        *,
         class_names: list[str] | None = None,
         metrics: list[str] | None = None,
-        tuning: Tuning = "adapter",
-        adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen, and the CLI reads its defaults from here
-        adapter_path: str | None = None,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
         schedule: Schedule = "linear",
         warmup_ratio: float = 0.06,
-        lr_ratio_b: float = 1.0,
-        lr_ratio_head: float = 1.0,
-        shard_frozen: bool = False,
-        compile: bool = False,
         pad_token: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            tuning=tuning,
-            adapter=adapter,
-            adapter_path=adapter_path,
-            backbone_dtype=backbone_dtype,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            warmup_ratio=warmup_ratio,
-            lr_ratio_b=lr_ratio_b,
-            lr_ratio_head=lr_ratio_head,
-            shard_frozen=shard_frozen,
-            compile=compile,
-        )
-        self.save_hyperparameters()
+        super().__init__(schedule=schedule, warmup_ratio=warmup_ratio, **kwargs)
         built = build_transformers_model(
-            AutoModelForSequenceClassification, backbone, weights, backbone_args or {}, self.backbone_dtype
+            AutoModelForSequenceClassification, backbone, self.weights, self.backbone_args, self.backbone_dtype
         )
         self.model_config = built.model.config
         self.backbone = built.model
@@ -100,25 +71,16 @@ class TextClassifier(AdaptedModule):
             self.configure_labels(class_names)
 
     def setup(self, stage: str) -> None:
-        """Take the data's classes and metrics, if the model has none yet."""
+        """Take the classes and the metrics of the data, if the model has none yet."""
         super().setup(stage)
         data = self.data
         classes = self.take_from_data("class_names", data.class_names if isinstance(data, HasClasses) else None)
         names = self.take_from_data("metrics", data.metrics if isinstance(data, HasMetrics) else None)
         if self.class_names is None:
             self.configure_labels(classes)
-        sets = data.set_names if isinstance(data, HasSets) else {}
-        self.set_names: dict[str, list[str]] = {s: sets.get(s, [""]) for s in ("val", "test")}
-        collection = build_metrics(names, len(classes))
-        self.metrics = nn.ModuleDict(
-            {
-                f"{s}{name}": collection.clone(prefix=f"{s}/", postfix=f"_{name}" if name else None)
-                for s, set_names in self.set_names.items()
-                for name in set_names
-            }
+        self.configure_metrics(
+            build_metrics(names, len(classes)), data.set_names if isinstance(data, HasSets) else None
         )
-        # a loss that is no number is not left out
-        self.losses = nn.ModuleDict({s: MeanMetric(nan_strategy=math.nan) for s in ("val", "test")})
 
     def configure_labels(self, class_names: list[str]) -> None:
         """Give the head one output a class, or one for regression.
@@ -149,7 +111,7 @@ class TextClassifier(AdaptedModule):
         self.load_given_heads()
 
     def _output_layer(self, outputs: int) -> tuple[str, nn.Linear]:
-        """The last linear layer of the heads with so many outputs."""
+        """Return the last linear layer of the heads with so many outputs, and its name."""
         heads = [name.removeprefix("backbone.") for name in self.head_names]
         layers = [
             (name, module)
@@ -164,68 +126,39 @@ class TextClassifier(AdaptedModule):
         return layers[-1]
 
     def forward(self, batch: TextBatch) -> Tensor:
-        """Logits (batch, classes), or scores (batch,) in regression, float32."""
+        """Return logits (batch, classes), or scores (batch,) in regression, float32."""
         given = {k: v for k, v in batch.items() if k not in ("label", "index")}
         with backbone_inputs(self.prefix, given) as inputs:
             logits: Tensor = self.backbone(**inputs).logits
         return logits.float() if self.class_names else logits.float().squeeze(-1)
 
     def build_prefix(self) -> FrozenPrefix:
-        """The embeddings and the blocks below the lowest adapter of an encoder such as BERT and RoBERTa."""
+        """Return the embeddings and the blocks below the lowest adapter of an encoder such as BERT and RoBERTa."""
         heads = [name.removeprefix("backbone.") for name in self.head_names]
         return transformers_prefix(self.backbone, self.projections, heads, self.trainer, self)
 
-    def loss(self, outputs: Tensor, label: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of logits (batch, classes); mean squared error of scores (batch,) in regression."""
+    def loss(self, batch: TextBatch) -> Tensor:
+        """Return the cross-entropy of a batch; in regression its mean squared error."""
+        return self._loss(self(batch), batch["label"], "mean")
+
+    def _loss(self, outputs: Tensor, label: Tensor, reduction: str) -> Tensor:
         if self.class_names:
             return F.cross_entropy(outputs, label, reduction=reduction)
         return F.mse_loss(outputs, label, reduction=reduction)
 
-    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        loss = self.loss(self(batch), batch["label"])
-        self.check_loss(loss.detach())
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["label"]))
-        return loss
-
-    def _evaluate(self, stage: str, batch: TextBatch, dataloader_idx: int) -> None:
+    def evaluate(self, stage: Stage, batch: TextBatch, dataloader_idx: int) -> None:
+        """Update loss and metrics."""
         outputs, label = self(batch), batch["label"]
-        self.losses[stage].update(self.loss(outputs, label, "none"))  # type: ignore[operator]
-        self.metrics[f"{stage}{self.set_names[stage][dataloader_idx]}"].update(outputs, label)  # type: ignore[operator]
+        self.update_loss(stage, self._loss(outputs, label, "none"))
+        self.update_metrics(stage, outputs, label, set_number=dataloader_idx)
 
-    def _report(self, stage: str) -> None:
-        """Log the metrics of each set, and as `<stage>/score` the mean of them all, as GLUE does."""
-        values: dict[str, Tensor] = {}
-        for name in self.set_names[stage]:
-            collection = self.metrics[f"{stage}{name}"]
-            assert isinstance(collection, MetricCollection)
-            values |= collection.compute()
-            collection.reset()
-        self.log_dict({k: v.float() for k, v in values.items()}, prog_bar=True)
-        self.log(f"{stage}/score", torch.stack([v.float() for v in values.values()]).mean())
-        loss = self.losses[stage]
-        assert isinstance(loss, MeanMetric)
-        self.log(f"{stage}/loss", loss.compute(), prog_bar=True)
-        loss.reset()
-
-    def validation_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update `val/loss`, the task's metrics, and their mean `val/score`."""
-        self._evaluate("val", batch, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._report("val")
-
-    def test_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As in validation, under `test/`."""
-        self._evaluate("test", batch, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._report("test")
+    def scores(self, stage: Stage) -> dict[str, Tensor]:
+        """Return the loss, the metrics of each set, and as `<stage>/score` the mean of all metrics, as GLUE does."""
+        loss, *metrics = super().scores(stage).items()
+        return dict([loss, *metrics]) | {f"{stage}/score": torch.stack([value for _, value in metrics]).mean()}
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Any]]:
-        """Rows of a table: index of the text, label, class and its probability in [0, 1]; in regression the score."""
+        """Return rows of a table: index, label, class and its probability in [0, 1]; in regression the score."""
         outputs, index = self(batch), batch["index"].tolist()
         if not self.class_names:
             return {"index": index, "prediction": [round(x, 6) for x in outputs.tolist()]}

@@ -47,7 +47,7 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
         The backbone in float32 on the CPU, (batch, 3, image_size, image_size) → (batch, head_hidden_size).
 
     Raises:
-        ModelError: For an unknown name, a size that does not fit, or weights that cannot be had or do not fit.
+        ModelError: For an unknown name, a size that does not fit, or weights that are missing or do not fit.
     """
     local = weights not in ("pretrained", "none")
     if local and not Path(weights).is_file():
@@ -81,7 +81,7 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
 
 
 def features_from_block(model: VisionTransformer, hidden: Tensor, depth: int) -> Tensor:
-    """Pooled features (batch, features) of what goes into block `depth`, (batch, tokens, width): the rest of a ViT."""
+    """Return pooled features (batch, features) of the input of block `depth`, (batch, tokens, width), of a ViT."""
     for block in model.blocks[depth:]:
         hidden = block(hidden)
     features: Tensor = model.forward_head(model.norm(hidden))
@@ -89,7 +89,7 @@ def features_from_block(model: VisionTransformer, hidden: Tensor, depth: int) ->
 
 
 def preprocessing(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """The input that a backbone was trained on: timm's input_size, interpolation, mean, std and crop_pct."""
+    """Return how a backbone's input was prepared: timm's input_size, interpolation, mean, std and crop_pct."""
     config: dict[str, Any] = resolve_model_data_config(model)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
@@ -146,7 +146,7 @@ def _download(name: str, args: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    """Tensors of a local file; pickled code is never run."""
+    """Return the tensors of a local file; pickled code is never run."""
     try:
         state: dict[str, Tensor] = load_state_dict(path, device="cpu", weights_only=True)
     except Exception as error:  # truncated, another format, or a pickle with code in it
@@ -159,7 +159,7 @@ def _read(path: str) -> dict[str, Tensor]:
 
 
 def _load(model: nn.Module, name: str, state: dict[str, Tensor], source: str) -> None:
-    """Load weights into a model, converted and resized as timm does for its family; nothing may be left over."""
+    """Load weights into a model, converted and resized as timm does for its family; every tensor must fit."""
     convert = vars(sys.modules[type(model).__module__]).get("checkpoint_filter_fn")
     if convert is not None:
         options = next((options for family, options in CONVERSION.items() if family in name), {})

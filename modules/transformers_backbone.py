@@ -112,7 +112,7 @@ def build_transformers_model(
 def load_tokenizer(
     name: str, model: PreTrainedModel, pads: bool = True, pad_token: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a backbone.
+    """Return the tokenizer beside a backbone.
 
     Args:
         name: As for `build_transformers_model`.
@@ -164,12 +164,12 @@ def load_tokenizer(
 
 
 def selected_logits(model: PreTrainedModel, selected: Tensor, **inputs: Any) -> Tensor:
-    """Logits of some positions alone: the output layer, the dearest in memory, never sees the others.
+    """Return the logits of some positions alone: the output layer, which takes most memory, never sees the others.
 
     Args:
         model: A decoder.
         selected: Mask of the positions, (batch, tokens) bool.
-        inputs: What the model takes, `input_ids` (batch, tokens) among it.
+        inputs: Arguments of the model, `input_ids` (batch, tokens) among them.
 
     Returns:
         (selected positions, vocabulary), float32, in the order of `selected.nonzero()`.
@@ -178,7 +178,7 @@ def selected_logits(model: PreTrainedModel, selected: Tensor, **inputs: Any) -> 
     def select(module: nn.Module, hidden: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (hidden[0][selected],)  # (selected positions, width)
 
-    # a hook leaves to the model what it does behind its output layer, such as Gemma's soft cap
+    # a hook keeps what the model computes behind its output layer, such as Gemma's soft cap
     output: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     hook = output.register_forward_pre_hook(select)
     try:
@@ -189,10 +189,10 @@ def selected_logits(model: PreTrainedModel, selected: Tensor, **inputs: Any) -> 
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Have each layer's activations computed again in backward rather than kept.
+    """Enable gradient checkpointing: each layer's activations are computed again in backward rather than kept.
 
     Raises:
-        ValueError: If the model cannot do it.
+        ValueError: If the model does not support it.
     """
     # not the reentrant kind: it needs a gradient in the frozen embeddings, which would differentiate every layer
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -205,7 +205,7 @@ def config_value(config: PreTrainedConfig, key: str, default: Any = None) -> Any
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model has positions for; None if its positions are relative."""
+    """Return the most tokens that a model has positions for; None if its positions are relative."""
     limit: int | None = config_value(model.config.get_text_config(), "max_position_embeddings")
     if not config_value(model.config, "position_biased_input", True):  # DeBERTa-v3's are relative
         limit = None
@@ -301,13 +301,13 @@ def _read_generation_config(model: PreTrainedModel, name: str) -> None:
 
 
 def _is_own(model: PreTrainedModel, module: nn.Module) -> bool:
-    """Whether a module has parameters that are not tied to the base model's (a language model's output layer is)."""
+    """Return True if a module has parameters that are not tied to the base model's, as an output layer may be."""
     base = {id(p) for p in model.base_model.parameters()}
     return any(id(p) not in base for p in module.parameters())
 
 
 def _new_poolers(model: PreTrainedModel, heads: list[str], absent: set[str], source: str) -> list[str]:
-    """Poolers that the weights do not have; they are trained like a head.
+    """Return the poolers that came without weights; they are trained like a head.
 
     Raises:
         ModelError: If anything else but a head is missing.

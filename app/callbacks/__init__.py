@@ -8,6 +8,7 @@ from app.callbacks.confusion_picture import ConfusionPicture
 from app.callbacks.data_report import DataReport
 from app.callbacks.forgetting import Forgetting
 from app.callbacks.generalization_gap import GeneralizationGap
+from app.callbacks.generated_samples import GeneratedSamples
 from app.callbacks.metric_recorder import MetricRecorder
 from app.callbacks.prediction_writer import PredictionWriter
 from app.callbacks.run_summary import RunSummary
@@ -24,6 +25,7 @@ __all__ = [
     "DataReport",
     "Forgetting",
     "GeneralizationGap",
+    "GeneratedSamples",
     "MetricRecorder",
     "PredictionWriter",
     "RunSummary",

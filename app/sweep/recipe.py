@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pkgutil import resolve_name
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import lightning as L
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from app.callbacks import Termination
 from app.cli import AsymmetryCLI
+from app.constructors import constructor_parameters
 from app.variants import option_words
 from datamodules.contract import HasTestSplit
 from datamodules.errors import SplitError
@@ -85,8 +86,8 @@ class Recipe:
 
     def has_new_head(self) -> bool:
         """Return False if the type of the model's key `tuning` does not allow to train a head alone."""
-        hints = get_type_hints(resolve_name(self.config.model.class_path).__init__)
-        return "tuning" not in hints or "head" in get_args(hints["tuning"])
+        tuning = constructor_parameters(resolve_name(self.config.model.class_path)).get("tuning")
+        return tuning is None or "head" in get_args(tuning.annotation)
 
     def has_test_split(self) -> bool:
         """Return True if the data have a test split with labels. The data are opened to find out.

@@ -96,14 +96,16 @@ def test_pefts_lora_of_a_whole_fused_layer(tmp_path: Path, backbone: str) -> Non
     args = {key: value for key, value in VIT.items() if key != "img_size"}
     options: dict[str, Any] = {"backbone_args": args, "image_size": 16, "class_names": ["a", "b", "c"]}
     module = ImageClassifier(
-        backbone, str(tmp_path / "base.safetensors"), adapter_path=str(tmp_path / "peft"), **options
+        backbone, weights=str(tmp_path / "base.safetensors"), adapter_path=str(tmp_path / "peft"), **options
     ).eval()
     image = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(module(image), model(image), atol=1e-5, rtol=1e-5)
     assert {p.role for p in module.projections} == {"other"}
     (compact := tmp_path / "compact").mkdir()
     write_compact(module, torch.float32, compact)
-    again = ImageClassifier(backbone, str(tmp_path / "base.safetensors"), adapter_path=str(compact), **options).eval()
+    again = ImageClassifier(
+        backbone, weights=str(tmp_path / "base.safetensors"), adapter_path=str(compact), **options
+    ).eval()
     torch.testing.assert_close(again(image), module(image), atol=0, rtol=0)
     if "distilled" in backbone:
         tensors = load_file(tmp_path / "peft" / WEIGHTS)
@@ -111,7 +113,7 @@ def test_pefts_lora_of_a_whole_fused_layer(tmp_path: Path, backbone: str) -> Non
         save_file(tensors, tmp_path / "peft" / WEIGHTS)
         with pytest.raises(AdapterError, match="head and head_dist differ in bias"):
             ImageClassifier(
-                backbone, str(tmp_path / "base.safetensors"), adapter_path=str(tmp_path / "peft"), **options
+                backbone, weights=str(tmp_path / "base.safetensors"), adapter_path=str(tmp_path / "peft"), **options
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import datasets
 import numpy as np
@@ -28,6 +27,7 @@ import pytest
 import torch
 import yaml
 
+from app.constructors import constructor_parameters
 from tests.app.conftest import CommandLine
 from tests.conftest import CLASSES, png
 
@@ -68,7 +68,7 @@ def keys(family: str) -> list[str]:
     """What a configuration of a family may have, and some that it may not."""
     found = []
     for section, path in zip(("model", "data"), FAMILIES[family], strict=True):
-        names = list(inspect.signature(resolve_name(path)).parameters)
+        names = list(constructor_parameters(resolve_name(path)))
         found += [f"{section}.{name}" for name in [*names, "unknown"]]
     adapter = ("rank", "alpha", "dropout", "train", "init_a", "init_b", "targets", "scaling", "seed", "unknown")
     return [*found, *(f"model.adapter.{name}" for name in adapter), *(f"trainer.{name}" for name in TRAINER), *OTHERS]
@@ -101,7 +101,8 @@ def choices(family: str) -> dict[str, list[Any]]:
     """Words that a key takes, by key."""
     found = {}
     for section, path in zip(("model", "data"), FAMILIES[family], strict=True):
-        for name, hint in get_type_hints(resolve_name(path).__init__).items():
+        for name, parameter in constructor_parameters(resolve_name(path)).items():
+            hint = parameter.annotation
             words = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
             found |= {f"{section}.{name}": words} if words else {}
     return found

@@ -9,13 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import lightning as L
 import pytest
 from jsonargparse import ArgumentError, Namespace
 
 from app.arguments import check_strategy
 from app.callbacks import Termination
 from datamodules.errors import ModelError
-from modules.base import AdaptedModule
+from modules.checks import DivergenceCheck
 from tests.app.processes import run_on_two
 from tests.conftest import ROOT
 
@@ -50,11 +51,11 @@ def test_what_is_wrong_for_all_is_said_once(cli: CommandLine, tmp_path: Path, op
 def test_what_is_wrong_for_one_ends_both(
     cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    def check(self: AdaptedModule, _: object) -> None:
-        if self.global_rank == fails and self.global_step == 2:
+    def check(self: DivergenceCheck, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_rank == fails and trainer.global_step == 2:
             raise ModelError("This one alone.")
 
-    monkeypatch.setattr(AdaptedModule, "check_loss", check)
+    monkeypatch.setattr(DivergenceCheck, "on_before_backward", check)
     run_on_two(cli.words("fit"), tmp_path, code=2)
     assert errors(tmp_path) == ["error: This one alone."]
 
@@ -62,11 +63,11 @@ def test_what_is_wrong_for_one_ends_both(
 def test_when_the_process_that_counts_is_gone_the_next_one_says_so(
     cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(self: AdaptedModule, _: object) -> None:
-        if self.global_rank == 0 and self.global_step == 2:
+    def check(self: DivergenceCheck, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_rank == 0 and trainer.global_step == 2:
             os._exit(2)  # as if killed, but with the code of the other
 
-    monkeypatch.setattr(AdaptedModule, "check_loss", check)
+    monkeypatch.setattr(DivergenceCheck, "on_before_backward", check)
     run_on_two(cli.words("fit"), tmp_path, code=2)
     assert errors(tmp_path) == []
     assert "Process 0 of the run ended before the others" in (tmp_path / "rank1.log").read_text()

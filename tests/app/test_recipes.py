@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import yaml
 
 from app.callbacks.termination import Termination
 from app.cli import AsymmetryCLI
+from app.constructors import constructor_parameters
 from tests.conftest import ROOT
 
 
@@ -54,7 +54,7 @@ def has_keys(recipe: Path, overlay: Path) -> bool:
     """Whether a recipe's model and data have the keys that an overlay sets."""
     for part in ("model", "data"):
         module, _, cls = read(recipe)[part]["class_path"].rpartition(".")
-        if not keys_of(overlay, part).keys() <= signature(getattr(import_module(module), cls)).parameters.keys():
+        if not keys_of(overlay, part).keys() <= constructor_parameters(getattr(import_module(module), cls)).keys():
             return False
     return True
 

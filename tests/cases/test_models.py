@@ -170,7 +170,7 @@ def test_case_08_a_last_group_of_fewer_batches_is_a_mean_too(accumulated: int) -
     torch.manual_seed(0)
     names = ["a", "b", "c"]
     module: Any = randomize(
-        ImageClassifier("vit_tiny_patch16_224", "none", backbone_args=TINY, image_size=16, class_names=names)
+        ImageClassifier("vit_tiny_patch16_224", weights="none", backbone_args=TINY, image_size=16, class_names=names)
     )
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 3
     used = min(accumulated, 2)
@@ -395,7 +395,7 @@ def vit_file(folder: Path, suffix: str, size: int = 16) -> str:
 def image_module(weights: str, **keys: Any) -> Any:
     torch.manual_seed(11)
     options = {"backbone_args": TINY, "image_size": 16, "class_names": ["a", "b", "c"], **keys}
-    return ImageClassifier("vit_tiny_patch16_224", weights, adapter=EVERY, **options)
+    return ImageClassifier("vit_tiny_patch16_224", weights=weights, adapter=EVERY, **options)
 
 
 def text_module(folder: Path, kind: str, **keys: Any) -> Any:
@@ -407,12 +407,12 @@ def text_module(folder: Path, kind: str, **keys: Any) -> Any:
 def summary_module(folder: Path, kind: str, weights: str = "pretrained") -> Any:
     backbone = str(save_backbone(folder / kind, kind))
     torch.manual_seed(11)
-    return Summarizer(backbone, weights, adapter=EVERY, generation=Generation(max_length=12))
+    return Summarizer(backbone, weights=weights, adapter=EVERY, generation=Generation(max_length=12))
 
 
 def language_module(backbone: Path, weights: str = "pretrained", **keys: Any) -> Any:
     torch.manual_seed(11)
-    return LanguageModel(str(backbone), weights, adapter=EVERY, **{"backbone_dtype": "float32", **keys})
+    return LanguageModel(str(backbone), weights=weights, adapter=EVERY, **{"backbone_dtype": "float32", **keys})
 
 
 def other_weights(folder: Path, kind: str) -> str:
@@ -684,7 +684,12 @@ def test_case_35_ratio_of_nothing(trains: str) -> None:
     init = {"A": ("zero", "orthogonal"), "B": ("orthogonal", "zero")}[trains]
     adapter = AdapterConfig(rank=2, train=trains, init_a=init[0], init_b=init[1])  # type: ignore[arg-type]
     module: Any = ImageClassifier(
-        "vit_tiny_patch16_224", "none", backbone_args=TINY, image_size=16, class_names=["a", "b"], adapter=adapter
+        "vit_tiny_patch16_224",
+        weights="none",
+        backbone_args=TINY,
+        image_size=16,
+        class_names=["a", "b"],
+        adapter=adapter,
     )
     for layer in adapted_layers(module.backbone).values():
         nn.init.zeros_(layer.weight)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.splits import check_splits, choose_rows, is_helper, split_of
+from datamodules.splits import check_fraction, check_limits, choose_rows, is_helper, split_of
 
 
 def rows(split: str, size: int = 50, **keys: Any) -> list[int]:
@@ -74,17 +74,18 @@ def test_no_row_left_to_train_on(size: int, fraction: float) -> None:
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_fraction_that_is_none(fraction: float) -> None:
     with pytest.raises(DataError, match=r"data\.val_fraction: .* must lie in \(0, 1\)"):
-        check_splits(fraction, {})
+        check_fraction("val_fraction", fraction)
 
 
 @pytest.mark.parametrize("limit", [0, -3])
 def test_a_limit_below_one_is_named(limit: int) -> None:
     with pytest.raises(DataError, match=rf"data\.max_val_samples: {limit} must be 1 or more"):
-        check_splits(0.1, {"train": None, "val": limit, "test": 1})
+        check_limits({"train": None, "val": limit, "test": 1})
 
 
 def test_keys_that_will_do() -> None:
-    check_splits(0.5, {"train": 1, "val": None, "test": 10**9})
+    check_fraction("val_fraction", 0.5)
+    check_limits({"train": 1, "val": None, "test": 10**9})
 
 
 @pytest.mark.parametrize(

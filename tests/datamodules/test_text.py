@@ -374,21 +374,8 @@ def test_a_data_set_goes_to_another_process() -> None:
 
 
 def text_data(**model: Any) -> TextData:
-    data = TextData(
-        path="here",
-        config="some",
-        revision="main",
-        batch_size=2,
-        num_workers=0,
-        bucket_by_length=True,
-        val_fraction=0.1,
-        val_seed=0,
-        limits={},
-        predict_path=None,
-        encoding="utf-8",
-        skip_bad_rows=0,
-        as_written=["text"],
-    )
+    data = TextData(path="here", config="some", revision="main", batch_size=2)
+    data.read_as_written("text")
     data.trainer = stub_trainer(lightning_module=text_model(word_tokenizer(), **model))
     return data
 

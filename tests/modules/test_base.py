@@ -27,7 +27,7 @@ def classifier(seed: int = 0, **keys: Any) -> ImageClassifier:
     """`weights: none` gives the backbone of the global generator."""
     torch.manual_seed(seed)
     keys = {"adapter": AdapterConfig(rank=2), **keys}
-    return ImageClassifier("vit_tiny_patch16_224", "none", backbone_args=TINY, image_size=16, **keys)
+    return ImageClassifier("vit_tiny_patch16_224", weights="none", backbone_args=TINY, image_size=16, **keys)
 
 
 def trainer(**keys: Any) -> L.Trainer:
@@ -166,7 +166,7 @@ def test_fingerprint_stays_in_training(parquet_path: Path, tuning: Any) -> None:
 def test_running_statistics_of_a_frozen_backbone_stay(parquet_path: Path, moves: bool) -> None:
     torch.manual_seed(0)
     tuning: Any = "full" if moves else "head"
-    model = ImageClassifier("resnet18", "none", backbone_args=RESNET, image_size=32, tuning=tuning)
+    model = ImageClassifier("resnet18", weights="none", backbone_args=RESNET, image_size=32, tuning=tuning)
     before = {name: tensor.clone() for name, tensor in model.backbone.named_buffers()}
     assert any(name.endswith("running_mean") for name in before)
     data = ImageClassificationData(str(parquet_path), batch_size=8, max_val_samples=4)
@@ -196,7 +196,7 @@ def test_buffers_that_models_compute_are_of_a_dtype_that_they_compute_with(
         torch.manual_seed(0)
         adapter = AdapterConfig(rank=2, targets=["mlp_in"])
         keys: dict[str, Any] = {"backbone_args": args, "image_size": size, "class_names": ["a", "b"]}
-        model = ImageClassifier(name, "none", backbone_dtype=dtype, adapter=adapter, **keys).eval()
+        model = ImageClassifier(name, weights="none", backbone_dtype=dtype, adapter=adapter, **keys).eval()
         return model(torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size))
 
     torch.testing.assert_close(logits("bfloat16"), logits("float32"), rtol=0, atol=0.05)

@@ -29,7 +29,7 @@ def classifier(classes: int = 3, backbone: str = VIT, args: dict[str, Any] | Non
     names = [f"class {i}" for i in range(classes)] if classes else None
     keys = {"adapter": AdapterConfig(rank=4), "learning_rate": 0.01, **keys}
     return ImageClassifier(
-        backbone, "none", backbone_args={**TINY, **(args or {})}, image_size=16, class_names=names, **keys
+        backbone, weights="none", backbone_args={**TINY, **(args or {})}, image_size=16, class_names=names, **keys
     )
 
 
@@ -119,7 +119,7 @@ def _factors(model: ImageClassifier) -> list[Tensor]:
 )
 def test_the_head_fits_other_families(name: str, args: dict[str, Any]) -> None:
     model = ImageClassifier(
-        name, "none", backbone_args=args, image_size=32, tuning="head", class_names=["a", "b", "c", "d"]
+        name, weights="none", backbone_args=args, image_size=32, tuning="head", class_names=["a", "b", "c", "d"]
     )
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 4)
 
@@ -275,7 +275,7 @@ def test_saved_state_comes_back() -> None:
 def test_running_statistics_are_saved_where_they_run(tuning: Any) -> None:
     args = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 24), "stem_width": 8}
     model = ImageClassifier(
-        "resnet18", "none", backbone_args=args, image_size=32, tuning=tuning, class_names=["a", "b"]
+        "resnet18", weights="none", backbone_args=args, image_size=32, tuning=tuning, class_names=["a", "b"]
     )
     statistics = {f"backbone.{name}" for name, _ in model.backbone.named_buffers()}
     before = {name: value.clone() for name, value in model.state_dict().items() if name in statistics}

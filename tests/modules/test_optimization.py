@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import timm
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.utils.data import DataLoader
 
+from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, attach
 from modules.image_classification import ImageClassifier
-from modules.optimization import parameter_groups, schedule_factor
+from modules.optimization import OPTIMIZERS, OptimizerSpec, parameter_groups, schedule_factor
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STARTS = {"A": {"init_a": "zero", "init_b": "orthogonal"}}
@@ -75,6 +79,20 @@ def test_names_and_rates_with_adapters(train: str, rates: dict[str, float]) -> N
 )
 def test_names_and_rates_without_adapters(tuning: str, rates: dict[str, float]) -> None:
     assert {name: group["lr"] for name, group in groups_of(vit(), tuning=tuning).items()} == rates
+
+
+def test_a_role_with_a_ratio_has_groups_of_its_own() -> None:
+    backbone = adapted("both")
+    groups = groups_of(backbone, lr_ratio_role={"value": 2.0, "mlp_out": 0.5})
+    rates = {"A": 0.5, "A/value": 1.0, "A/mlp_out": 0.25, "B": 8.0, "B/value": 16.0, "B/mlp_out": 4.0}
+    assert {name: group["lr"] for name, group in groups.items()} == rates | {"head": 2.0, "head/no_decay": 2.0}
+    names = {id(p): name for name, p in backbone.named_parameters()}
+    for group in ("A/value", "B/value", "A/mlp_out", "B/mlp_out"):
+        factor, role = group.split("/")
+        expected = {name for name in adapter_state(backbone) if name.endswith(f".{role}.{factor}")}
+        assert {names[i] for i in ids(groups[group])} == expected
+        assert len(expected) == 2
+    assert len(ids(groups["A"], groups["B"])) == 2 * 2 * 4  # the other four roles of both blocks
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])
@@ -218,7 +236,7 @@ def test_a_long_warm_up_leaves_a_descent() -> None:
 def classifier(**keys: Any) -> ImageClassifier:
     args = {k: v for k, v in TINY.items() if k != "img_size"}
     return ImageClassifier(
-        "vit_tiny_patch16_224", "none", backbone_args=args, image_size=16, class_names=["a", "b"], **keys
+        "vit_tiny_patch16_224", weights="none", backbone_args=args, image_size=16, class_names=["a", "b"], **keys
     )
 
 
@@ -245,3 +263,99 @@ def test_optimizer_follows_the_schedule_in_every_group() -> None:
     assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {
         "A": 0.3, "B": 0.3, "head": 0.3, "head/no_decay": 0.0
     }  # fmt: skip
+
+
+def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"model\.lr_ratio_role: .* role mlp_in, mlp_out\. .* are query, value"):
+        classifier(lr_ratio_role={"value": 2.0, "mlp_out": 2.0, "mlp_in": 1.0})
+    with pytest.raises(ModelError, match=r"model\.lr_ratio_role\.value: 0\.0 must be finite and above 0"):
+        classifier(lr_ratio_role={"value": 0.0})
+    assert classifier(tuning="head", lr_ratio_role={"value": 2.0}).trained_groups()[0]["name"] == "head"  # of no effect
+
+
+# ----------------------------------------------------------------------------------------------------------- optimizer
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"class_path": "torch.optim.Lion"}, r"model\.optimizer\.class_path: torch\.optim\.Lion .*AdamW.*SGD"),
+        ({"class_path": "os.system"}, r"model\.optimizer\.class_path: os\.system"),
+        ({"class_path": "torch.optim.Optimizer"}, r"model\.optimizer\.class_path"),
+        ({"class_path": "torch.optim.LBFGS"}, r"model\.optimizer\.class_path"),  # takes a single group
+        ({"class_path": "SGD", "lr": 1.0}, r"model\.optimizer: lr is unknown"),
+        ({"class_path": "SGD", "init_args": {"lr": 1.0}}, r"init_args: lr is not for here.*model\.learning_rate"),
+        (
+            {"class_path": "SGD", "init_args": {"momentum": -1}},
+            r"model\.optimizer: SGD cannot be created .*momentum",
+        ),
+        ({"class_path": "SGD", "init_args": {"betas": [0.9, 0.99]}}, r"model\.optimizer: SGD .*betas"),
+        ({"class_path": "Rprop"}, r"model\.weight_decay: 0\.01 is not for Rprop"),
+    ],
+)
+def test_optimizers_that_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        classifier(optimizer=given)
+
+
+def test_an_optimizer_that_refuses_a_parameter() -> None:
+    model = classifier(optimizer={"class_path": "torch.optim.Muon"})
+    with pytest.raises(ModelError, match=r"model\.optimizer: Muon .*2D"):  # of which the bias of the head has one
+        model.optimizer_spec.build(model.trained_groups())
+
+
+def fitted(folder: Path, epochs: int, checkpoint: Path | None = None, **keys: Any) -> ImageClassifier:
+    """A model after some epochs of two steps each, from a checkpoint on or from the start."""
+    torch.manual_seed(3)
+    model = classifier(adapter=AdapterConfig(rank=2), **keys)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    rows = [{"image": images[i], "label": i % 2} for i in range(8)]
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=epochs, **quiet)  # type: ignore[arg-type]
+    trainer.fit(model, DataLoader(rows, batch_size=4), ckpt_path=checkpoint, weights_only=True)  # type: ignore[arg-type]
+    trainer.save_checkpoint(folder / "fitted.ckpt")
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"Muon"}))
+def test_every_optimizer_trains_and_resumes(tmp_path: Path, name: str) -> None:
+    keys = {"optimizer": {"class_path": f"torch.optim.{name}"}, "schedule": "constant", "weight_decay": 0.0}
+    whole = fitted(tmp_path, 2, **keys)
+    once = fitted(tmp_path, 1, **keys)
+    resumed = fitted(tmp_path, 2, tmp_path / "fitted.ckpt", **keys)
+    assert type(resumed.optimizers(use_pl_optimizer=False)).__name__ == name
+    before, after, expected = (m.backbone.blocks[0].attn.qkv.adapters["value"].B for m in (once, resumed, whole))  # type: ignore[index, union-attr]
+    assert not torch.equal(before, after)
+    assert torch.equal(after, expected)
+
+
+def test_no_optimizer_is_adamw_with_torchs_defaults(tmp_path: Path) -> None:
+    plain, named = (fitted(tmp_path, 1, optimizer=o) for o in (None, {"class_path": "torch.optim.AdamW"}))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), named.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("given", [None, {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}])
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, given: dict[str, Any] | None) -> None:
+    fitted(tmp_path, 1, optimizer=given)
+    other = {"class_path": "torch.optim.Adam", "init_args": {"amsgrad": True}}
+    with pytest.raises(ModelError, match=r"ckpt_path: the states of optimizer .*model\.optimizer"):
+        fitted(tmp_path, 2, tmp_path / "fitted.ckpt", optimizer=other)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"Muon"}))
+def test_states_are_of_the_optimizer_and_of_the_parameter(name: str) -> None:
+    spec = OptimizerSpec({"class_path": name}, 0.0)
+    matrix, vector = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(3))
+    optimizer = spec.build([{"params": [matrix, vector], "lr": 0.1}])
+    for parameter in (matrix, vector):
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    state = dict(optimizer.state[matrix])
+    assert spec.is_state(state, matrix)
+    assert spec.is_state(dict(optimizer.state[vector]), vector)
+    for key, value in state.items():
+        assert not spec.is_state({k: v for k, v in state.items() if k != key}, matrix)
+        if isinstance(value, torch.Tensor):
+            assert not spec.is_state(state | {key: value.bool()}, matrix)
+            assert not spec.is_state(state | {key: value[None]}, matrix)
+    assert not spec.is_state(state | {"more": 1}, matrix)

@@ -54,7 +54,7 @@ def image_model(tuning: str, **keys: Any) -> ImageClassifier:
     torch.manual_seed(0)
     return ImageClassifier(
         "vit_tiny_patch16_224",
-        "none",
+        weights="none",
         backbone_args={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
         image_size=16,
         class_names=["a", "b", "c"],

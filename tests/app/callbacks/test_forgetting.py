@@ -67,7 +67,7 @@ def test_before_is_the_untouched_backbone(
     assert scores(cli, "knn_acc") == (0.25, 0.75, 0.5)
     untouched = ImageClassifier(
         "vit_tiny_patch16_224",
-        "none",
+        weights="none",
         backbone_args={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "pos_drop_rate": 0.1},
         image_size=16,
         tuning="head",

@@ -160,7 +160,9 @@ def test_float32_whatever_the_backbone(fitted_cli: CommandLine, tmp_path: Path) 
 
 def test_a_run_without_adapters_is_refused(tmp_path: Path) -> None:
     args = {"embed_dim": 16, "depth": 1, "num_heads": 1}
-    module = ImageClassifier("vit_tiny_patch16_224", "none", backbone_args=args, class_names=["a", "b"], tuning="head")
+    module = ImageClassifier(
+        "vit_tiny_patch16_224", weights="none", backbone_args=args, class_names=["a", "b"], tuning="head"
+    )
     with pytest.raises(ArgumentError, match=r"compact is for adapters.*tuning: head"):
         export.write_compact(module, torch.float32, tmp_path)
     assert list(tmp_path.iterdir()) == []

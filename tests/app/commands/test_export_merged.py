@@ -112,7 +112,7 @@ def test_image_classifier(cli: CommandLine, trained: list[Any], tmp_path: Path) 
 def image_classifier(backbone: str, **args: Any) -> ImageClassifier:
     """One whose adapters and head are random."""
     adapter = AdapterConfig(rank=2, targets=["mlp_in"])
-    module = ImageClassifier(backbone, "none", backbone_args=args, class_names=["a", "b", "c"], adapter=adapter)
+    module = ImageClassifier(backbone, weights="none", backbone_args=args, class_names=["a", "b", "c"], adapter=adapter)
     for layer in adapted_layers(module.backbone).values():
         for factors in layer.factors():
             nn.init.normal_(factors.B)
@@ -143,7 +143,7 @@ def test_heads_of_other_families(tmp_path: Path, backbone: str, args: dict[str, 
     [("levit_128s", "head.bn.weight"), ("repvit_m0_9", "head.head.bn.weight")],
 )
 def test_a_head_that_normalises_is_refused(tmp_path: Path, backbone: str, reason: str) -> None:
-    module = ImageClassifier(backbone, "none", class_names=["a", "b"], tuning="head")
+    module = ImageClassifier(backbone, weights="none", class_names=["a", "b"], tuning="head")
     with pytest.raises(ArgumentError, match=reason):
         export.write_merged(module, torch.float32, tmp_path)
     assert_only(tmp_path)

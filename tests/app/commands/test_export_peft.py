@@ -106,10 +106,10 @@ def test_every_task(request: pytest.FixtureRequest, name: str, tmp_path: Path) -
 
 
 def test_the_adapter_is_of_the_best_checkpoint(text_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rising(self: TextClassifier, stage: str) -> None:
-        self.log(f"{stage}/loss", float(self.trainer.global_step))
+    def rising(self: TextClassifier, stage: str) -> dict[str, torch.Tensor]:
+        return {f"{stage}/loss": torch.tensor(float(self.trainer.global_step))}
 
-    monkeypatch.setattr(TextClassifier, "_report", rising)
+    monkeypatch.setattr(TextClassifier, "scores", rising)
     options = ("--checkpoint.monitor=val/loss", "--checkpoint.mode=min", "--trainer.logger=false")
     assert text_cli("fit", "--trainer.max_epochs=2", *options) == 0
     states = {name: text_cli.checkpoint(name=name)["state_dict"] for name in ("best", "last")}

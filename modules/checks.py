@@ -1,0 +1,60 @@
+"""Callbacks that stop a fit which cannot learn: a loss that diverged, adapters that take no part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from datamodules.errors import ModelError
+from modules.adapters import adapted_layers
+from modules.blocks import layerdrop_rates
+from modules.checkpoints import AFTER_DIVERGENCE
+
+
+class DivergenceCheck(L.Callback):
+    """Stop a fit before a loss that is not finite reaches the weights; checkpoints on disk stay as they are."""
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Check the loss.
+
+        Raises:
+            ModelError: With the step and what to try.
+        """
+        if not torch.isfinite(loss):
+            step = trainer.global_step
+            raise ModelError(f"The training loss became {loss.item()} at step {step}. {AFTER_DIVERGENCE}")
+
+
+class IdleAdapterCheck(L.Callback):
+    """Check at the first step that every trained factor takes part in the forward pass."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Check that every trained factor has a gradient.
+
+        Raises:
+            ModelError: With the projections whose adapters have none.
+        """
+        if self._done:
+            return
+        self._done = True
+        if layerdrop_rates(pl_module.backbone):  # blocks that a step left out have no gradient either
+            return
+        idle = [
+            f.projection.name
+            for layer in adapted_layers(pl_module.backbone).values()
+            for f in layer.factors()
+            if any(p.grad is None for p in f.named_factors(trained=True).values())
+        ]
+        if pl_module.baseline is not None:
+            idle += [name for name, parameter in pl_module.baseline.parameters().items() if parameter.grad is None]
+        if idle:
+            raise ModelError(
+                f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
+                f"({', '.join(idle[:3])}, …): it uses their weights without calling the layer. Choose other targets."
+            )
