@@ -128,7 +128,7 @@ def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None
     """Check that a checkpoint has the keys that a command needs, with values of the right types.
 
     What lies deeper is checked where it is restored, against what is there to take it: by `AdapterCheckpoint`,
-    `modules.checkpoints` and the data module.
+    `modules.training.checkpoints` and the data module.
 
     Args:
         path: Of the checkpoint.

@@ -14,7 +14,7 @@ from datamodules.errors import CallbackError
 from datamodules.findings import Findings
 from datamodules.splits import SPLITS
 from modules.base import AdaptedModule
-from modules.forgetting import NEIGHBOURS, image_scores, text_scores
+from modules.metrics.forgetting import NEIGHBOURS, image_scores, text_scores
 
 if TYPE_CHECKING:  # a run on text imports no timm, and a run on images no transformers
     from datamodules.image_classification import ImageDataset

@@ -16,7 +16,8 @@ from jsonargparse import ArgumentError
 from app.lightning_compat import import_policy
 
 # A class may be named if its definition lies below one of these packages. Of Lightning, these are the packages whose
-# classes a trainer takes, and not its core, whose load_from_checkpoint unpickles. Of torch, what strategies take.
+# classes a trainer takes, and not its core, whose load_from_checkpoint unpickles. Of torch, what strategies and the key
+# model.optimizer take.
 PACKAGES = (
     "app.callbacks",
     "datamodules",
@@ -33,6 +34,7 @@ PACKAGES = (
     "torch.distributed.algorithms.ddp_comm_hooks",
     "torch.distributed.fsdp",
     "torch.nn.modules",
+    "torch.optim",
 )
 # Base class of the section `data`, which the parser itself names.
 CLASSES = ("lightning.pytorch.core.datamodule.LightningDataModule",)

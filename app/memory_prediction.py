@@ -12,10 +12,10 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.memory_estimate import BatchSize, MemoryEstimate, Precision, fit_memory
 from app.sweep.recipe import parsed_fit
 from datamodules.findings import Findings
 from modules.base import AdaptedModule
-from modules.memory import BatchSize, MemoryEstimate, Precision, fit_memory
 
 if TYPE_CHECKING:  # the recipe decides whether timm is imported
     from modules.image_classification import ImageClassifier

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.harness import measured, paired_ratio, parse, parser, ratio_text, section, table, take_turns
 from benchmarks.stacks import FAMILIES, Arm, random_batches, random_stack
-from modules.compilation import compile_blocks
+from modules.scaling.compilation import compile_blocks
 
 DEPTHS = {"vit": 4, "roberta": 4, "bart": 4, "llama": 2}  # a block that is not the first shares what is compiled
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -40,7 +40,7 @@ from benchmarks.harness import (
 from benchmarks.layer import PlainLayer
 from benchmarks.stacks import Arm, Vision, bart, llama, roberta
 from modules.adapters import adapted_layers
-from modules.compilation import compile_blocks
+from modules.scaling.compilation import compile_blocks
 
 GIB = 2**30
 RANK = 8

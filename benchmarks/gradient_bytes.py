@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import Arm, Seconds, parse, parser, section, table, take_turns
 from modules.adapters import AdapterConfig, attach
-from modules.sharding import FrozenShards
+from modules.scaling.sharding import FrozenShards
 
 BATCH, CLASSES = 2, 10  # images a process
 ARMS: dict[str, dict[str, Any] | None] = {

@@ -1,6 +1,6 @@
 """What a fit takes of memory: predicted against measured for a decoder, and ours beside PEFT's, one process an arm.
 
-Of a decoder, each setting is predicted by `modules.memory` and measured in a process of its own, three steps of
+Of a decoder, each setting is predicted by `app.memory_estimate` and measured in a process of its own, three steps of
 `Trainer.fit` on random tokens. Measured is the growth of the resident set: its peak during the steps (VmHWM, reset when
 training starts, so that loading does not count) less what it was before the backbone was built. Before that, a decoder
 of two narrow layers has been trained, so that libraries lie in memory already. The process is measured twice: as it is,
@@ -27,12 +27,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from app.memory_estimate import GIB, training_memory
 from benchmarks import memory_arms
 from benchmarks.harness import in_process, measured, parse, parser, resident, section, table
 from datamodules.contract import IGNORE_INDEX
 from modules.adapters import AdapterConfig, attach
 from modules.language_modeling import LanguageModel
-from modules.memory import GIB, training_memory
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"backbone_dtype": "bfloat16"},

@@ -28,8 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from datamodules.mmlu import MMLUData
-from modules.multiple_choice import PrefixCache, choice_log_probabilities
-from modules.transformers_backbone import build_transformers_model, load_tokenizer, position_limit
+from modules.backbones.transformers_backbone import build_transformers_model, load_tokenizer, position_limit
+from modules.generation.choices import PrefixCache, choice_log_probabilities
 
 Batch = dict[str, Any]
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from datamodules.tokens import TokenDataset
-from modules.frozen_digest import digest_of
+from modules.training.frozen_digest import digest_of
 
 SEVEN_B = 13.5e9  # bytes in bfloat16
 WIDTH, HIDDEN = 4096, 11008

@@ -19,7 +19,7 @@ import datasets
 
 from app.checkpoint_io import read_checkpoint
 from app.run_directory import resolve_checkpoint
-from modules.rouge import Rouge, in_lines
+from modules.metrics.rouge import Rouge, in_lines
 from modules.summarization import Summarizer
 
 

@@ -162,7 +162,7 @@ class HasMetrics(Protocol):
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of `modules.text_metrics`."""
+        """Names of `modules.metrics.text_metrics`."""
 
 
 @runtime_checkable

@@ -1,6 +1,7 @@
 """Base class of every task: its backbone, what of it is tuned, the optimizer, and the loop of evaluation.
 
-`checkpoints` has what is saved, `optimization` the learning rates, `checks` what stops a fit that cannot learn.
+`training.checkpoints` has what is saved, `training.optimization` the learning rates, `training.checks` what stops a fit
+that cannot learn.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from datamodules.contract import DataKind
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, Projection, adapter_state, attach, load_adapter_state
 from modules.adapters.state import frozen_fingerprint
-from modules.checkpoints import CheckpointedModule
-from modules.checks import DivergenceCheck, IdleAdapterCheck
 from modules.formats.adapter_files import load_heads, read_adapter
-from modules.freezing import freeze
-from modules.frozen_digest import FrozenDigest
-from modules.optimization import (
+from modules.scaling.blocks import layerdrop_rates
+from modules.training.checkpoints import CheckpointedModule
+from modules.training.checks import DivergenceCheck, IdleAdapterCheck
+from modules.training.freezing import freeze
+from modules.training.frozen_digest import FrozenDigest
+from modules.training.optimization import (
     Groups,
     OptimizerSpec,
     RangeTest,
@@ -37,12 +39,12 @@ from modules.optimization import (
     schedule_factor,
     steps_left,
 )
-from modules.peft_baselines import METHODS, PeftBaseline
-from modules.update_weights import EqualWeights
+from modules.training.peft_baselines import METHODS, PeftBaseline
+from modules.training.update_weights import EqualWeights
 
 if TYPE_CHECKING:
-    from modules.frozen_prefix import FrozenPrefix
-    from modules.sharding import FrozenShards
+    from modules.scaling.frozen_prefix import FrozenPrefix
+    from modules.scaling.sharding import FrozenShards
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         backbone_dtype: Dtype of the frozen weights; bfloat16 halves the memory. Factors and head stay float32. `full`
             needs float32.
         tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter). For
-            comparison, `adalora` and `ia3` are PEFT's methods; see `modules.peft_baselines`.
+            comparison, `adalora` and `ia3` are PEFT's methods; see `modules.training.peft_baselines`.
         adapter: The adapters; of no effect if `tuning` is `head` or `full`.
         adapter_path: Adapters to start from, and the head that lies with them: a directory as PEFT or `export` writes
             it, or a name on the hub. Of `adapter` then only `train` counts. A checkpoint holds what was loaded.
@@ -90,8 +92,8 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         lr_ratio_role: Further ratios of the learning rate by the role of an adapted projection, such as value: 2.0;
             both factors of the role are multiplied. Of no effect without adapters.
         shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the blocks' frozen weights
-            instead of all; see `modules.sharding`.
-        compile: Whether the backbone's blocks are compiled for training; see `modules.compilation`.
+            instead of all; see `modules.scaling.sharding`.
+        compile: Whether the backbone's blocks are compiled for training; see `modules.scaling.compilation`.
 
     Raises:
         ModelError: For a value out of range, or values that exclude each other.
@@ -168,6 +170,12 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         if self.tuning == "adapter":
             self._attach(heads)
         elif self.tuning == "adalora" or self.tuning == "ia3":
+            if self.tuning == "adalora" and (rates := layerdrop_rates(self.backbone)):
+                key, share = next(iter(rates.items()))
+                raise ModelError(
+                    f"model.backbone_args.{key}: {share} leaves out blocks at random, whose importance adalora cannot "
+                    "measure. Set it to 0."
+                )
             self.baseline = PeftBaseline(self.tuning, self.backbone, self.adapter, heads)
             self.projections = self.baseline.projections
         self.backbone.train()  # from_pretrained gives eval mode, and Lightning keeps the mode it finds
@@ -238,7 +246,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         return self.prefix
 
     def build_prefix(self) -> FrozenPrefix:
-        """Return a task's own prefix; see `modules.frozen_prefix`."""
+        """Return a task's own prefix; see `modules.scaling.frozen_prefix`."""
         raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot go on from hidden states; set it to false.")
 
     # ----------------------------------------------------------------------------------------------------------- setup
@@ -283,20 +291,22 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         if trainer is None:
             return
         if self.shard_frozen and self.shards is None:
-            from modules.sharding import shard_frozen_weights  # a second of imports that other runs do not need
+            from modules.scaling.sharding import shard_frozen_weights  # a second of imports that other runs do not need
 
             self.shards = shard_frozen_weights(self, self.backbone, self.fingerprint, trainer)
         if self.compiles and not self._compiled and trainer.state.fn == "fit":
-            from modules.compilation import compile_blocks
+            from modules.scaling.compilation import compile_blocks
 
             compile_blocks(self.backbone, trainer.strategy.root_device)
             self._compiled = True
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return the checks of a fit, and what evaluates without compilation if training is compiled."""
-        callbacks: list[L.Callback] = [DivergenceCheck(), IdleAdapterCheck()]
+        callbacks: list[L.Callback] = [DivergenceCheck()]
+        if not layerdrop_rates(self.backbone):
+            callbacks.append(IdleAdapterCheck())
         if self.compiles:
-            from modules.compilation import UncompiledEvaluation
+            from modules.scaling.compilation import UncompiledEvaluation
 
             callbacks.append(UncompiledEvaluation())
         attached = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]

@@ -13,9 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from datamodules.contract import HIDDEN, DataKind, HasClasses, HasDomains, ImageBatch
 from datamodules.errors import ModelError
+from modules.backbones.timm_backbone import build_timm_backbone, features_from_block, preprocessing
 from modules.base import AdaptedModule, Stage
-from modules.frozen_prefix import FrozenPrefix
-from modules.timm_backbone import build_timm_backbone, features_from_block, preprocessing
+from modules.scaling.frozen_prefix import FrozenPrefix
 
 
 class ImageClassifier(AdaptedModule):

@@ -13,11 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 from datamodules.contract import HIDDEN, IGNORE_INDEX, DataKind, HasPacking, HasPrompts, InstructionBatch, QuestionBatch
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.base import STAGES, AdaptedModule, BackboneDtype, HeadlessTuning, Stage
-from modules.decoding import Decoding
-from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
-from modules.multiple_choice import MultipleChoiceAccuracy, PrefixCache, choice_log_probabilities
-from modules.transformers_backbone import (
+from modules.backbones.transformers_backbone import (
     build_transformers_model,
     checkpoint_activations,
     config_value,
@@ -25,6 +21,11 @@ from modules.transformers_backbone import (
     position_limit,
     selected_logits,
 )
+from modules.base import STAGES, AdaptedModule, BackboneDtype, HeadlessTuning, Stage
+from modules.generation.choices import PrefixCache, choice_log_probabilities
+from modules.generation.decoding import Decoding
+from modules.metrics.multiple_choice import MultipleChoiceAccuracy
+from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 
 
 class LanguageModel(AdaptedModule):

@@ -11,12 +11,17 @@ from transformers import AutoModelForSequenceClassification
 
 from datamodules.contract import DataKind, HasClasses, HasMetrics, HasSets, TextBatch
 from datamodules.errors import ModelError
+from modules.backbones.transformers_backbone import (
+    build_transformers_model,
+    config_value,
+    load_tokenizer,
+    position_limit,
+)
 from modules.base import AdaptedModule, Stage
-from modules.freezing import inputs_to_float32
-from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
-from modules.optimization import Schedule
-from modules.text_metrics import build_metrics
-from modules.transformers_backbone import build_transformers_model, config_value, load_tokenizer, position_limit
+from modules.metrics.text_metrics import build_metrics
+from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
+from modules.training.freezing import inputs_to_float32
+from modules.training.optimization import Schedule
 
 
 class TextClassifier(AdaptedModule):

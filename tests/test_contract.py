@@ -31,10 +31,11 @@ from datamodules.instructions import InstructionData
 from datamodules.mmlu import MMLUData
 from datamodules.summarization import SummarizationData
 from modules.adapters import AdapterConfig
-from modules.decoding import Decoding
+from modules.generation.beam_search import Generation
+from modules.generation.decoding import Decoding
 from modules.image_classification import ImageClassifier
 from modules.language_modeling import LanguageModel
-from modules.summarization import Generation, Summarizer
+from modules.summarization import Summarizer
 from modules.text_classification import TextClassifier
 from tests.conftest import ROOT
 

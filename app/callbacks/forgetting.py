@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from datamodules.errors import CallbackError, DataError
 from modules.adapters import adapters_disabled
 from modules.base import AdaptedModule
-from modules.frozen_prefix import evaluating
+from modules.scaling.frozen_prefix import evaluating
 
 _log = logging.getLogger(__name__)
 HIGHER_IS_BETTER = {"knn_acc"}

@@ -35,7 +35,7 @@ from modules.base import AdaptedModule
 from modules.formats.compact import FILE_NAME as COMPACT
 from modules.formats.compact import save_compact
 from modules.formats.rounding import Rounding, merge_rounding
-from modules.peft_baselines import METHODS
+from modules.training.peft_baselines import METHODS
 
 if TYPE_CHECKING:  # a run on text imports no timm, one on images no transformers
     from modules.image_classification import ImageClassifier

@@ -104,7 +104,7 @@ def _timm_base(module: ImageClassifier) -> tuple[list[str], list[str]]:
 
 
 def _transformers_base(module: AdaptedModule) -> tuple[list[str], list[str]]:
-    from modules.gguf import located
+    from modules.backbones.gguf import located
 
     backbone: Any = module.backbone
     weights = module.hparams["weights"]

@@ -1,7 +1,8 @@
 """Predict the memory that a fit needs, by part, without weights and without training.
 
-One training step of the recipe's model runs on tensors that have a shape and no values (`modules.memory`). From the hub
-only config.json and the tokenizer are fetched. Of the data only the classes are read, if the data are on this machine.
+One training step of the recipe's model runs on tensors that have a shape and no values (`app.memory_estimate`). From
+the hub only config.json and the tokenizer are fetched. Of the data only the classes are read, if the data are on this
+machine.
 """
 
 from __future__ import annotations

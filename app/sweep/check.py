@@ -63,7 +63,7 @@ def logged_metrics(config: Namespace) -> list[str] | None:
     if name == "ImageClassifier":
         return ["loss", "acc1", "acc5", *(["ood/acc1"] if data.class_path.endswith(".DomainData") else [])]
     if name == "Summarizer":
-        from modules.rouge import KINDS
+        from modules.metrics.rouge import KINDS
 
         return ["loss", *KINDS]
     if name == "LanguageModel":
@@ -73,7 +73,7 @@ def logged_metrics(config: Namespace) -> list[str] | None:
 
 def _text_metrics(model: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     from datamodules.glue import TASKS
-    from modules.text_metrics import CLASSIFICATION, REGRESSION
+    from modules.metrics.text_metrics import CLASSIFICATION, REGRESSION
 
     task = TASKS.get(data.get("task") or "")
     names = model.get("metrics") or (task.metrics if task else [*CLASSIFICATION, *REGRESSION])

@@ -358,7 +358,7 @@ def test_gguf_that_cannot_be_read(
     refused_without_a_run(instruction_cli, capsys, instruction_cli(*words), "model.backbone", str(path), "GGUF")
     path.unlink()
     refused_without_a_run(instruction_cli, capsys, instruction_cli(*words), "model.backbone", str(path), "no file")
-    monkeypatch.setattr("modules.gguf.is_gguf_available", lambda: False)
+    monkeypatch.setattr("modules.backbones.gguf.is_gguf_available", lambda: False)
     refused_without_a_run(instruction_cli, capsys, instruction_cli(*words), "model.backbone", "pip install gguf")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from modules import compilation
+from modules.scaling import compilation
 from tests.app.processes import run_on_two
 
 if TYPE_CHECKING:

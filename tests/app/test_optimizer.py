@@ -32,8 +32,12 @@ def test_sgd_with_a_ratio_for_a_role_trains_and_resumes(family: str, request: py
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--model.optimizer.class_path=os.system", ["model.optimizer.class_path", "os.system", "AdamW", "SGD"]),
-        ('--model.optimizer={"class_path": "Adam", "init_args": {"beta": 1}}', ["model.optimizer", "Adam", "beta"]),
+        ("--model.optimizer.class_path=torch.optim.LBFGS", ["model.optimizer.class_path", "LBFGS", "AdamW", "SGD"]),
+        ("--model.optimizer.class_path=os.system", ["os.system is not imported"]),
+        (
+            '--model.optimizer={"class_path": "torch.optim.Adam", "init_args": {"beta": 1}}',
+            ["model.optimizer", "Adam", "beta"],
+        ),
         ("--model.lr_ratio_role.output=2.0", ["model.lr_ratio_role", "output", "query, value"]),
         ("--model.lr_ratio_role.value=-1", ["model.lr_ratio_role.value", "-1.0", "above 0"]),
         ("--model.lr_ratio_role=2", ["model.lr_ratio_role", "2"]),

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, Namespace
 from app.arguments import check_strategy
 from app.callbacks import Termination
 from datamodules.errors import ModelError
-from modules.checks import DivergenceCheck
+from modules.training.checks import DivergenceCheck
 from tests.app.processes import run_on_two
 from tests.conftest import ROOT
 

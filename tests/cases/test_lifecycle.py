@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from app.callbacks import AdapterCheckpoint
 from modules.base import AdaptedModule
-from modules.frozen_digest import digest_of
-from modules.optimization import RangeTest
+from modules.training.frozen_digest import digest_of
+from modules.training.optimization import RangeTest
 from tests.app.conftest import *  # noqa: F403
 from tests.app.test_bad_input import refused
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end

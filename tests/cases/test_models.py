@@ -44,13 +44,14 @@ from app.evaluations import (
 )
 from app.plots import HeatMap
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, adapters_disabled
-from modules.decoding import Decoding
+from modules.generation.beam_search import Generation
+from modules.generation.decoding import Decoding
 from modules.image_classification import ImageClassifier
 from modules.language_modeling import LanguageModel
-from modules.rouge import KINDS, Rouge, ScriptTokenizer
-from modules.summarization import Generation, Summarizer
+from modules.metrics.rouge import KINDS, Rouge, ScriptTokenizer
+from modules.summarization import Summarizer
 from modules.text_classification import TextClassifier
-from modules.update_weights import EqualWeights
+from modules.training.update_weights import EqualWeights
 from tests.app.conftest import (  # noqa: F401 - fixtures
     CommandLine,
     cli,

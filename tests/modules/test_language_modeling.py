@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from datamodules.errors import ModelError
 from datamodules.packing import PadPacks, PadSequences
 from modules.adapters import AdaptedLinear, AdapterConfig, adapted_layers, adapter_state, detach
-from modules.decoding import Decoding
+from modules.generation.decoding import Decoding
 from modules.language_modeling import LanguageModel
 from tests.backbones import CONFIGS as ENCODERS
 from tests.backbones import word_tokenizer

@@ -25,8 +25,9 @@ from transformers import AutoModelForSeq2SeqLM, GPT2Config
 from app.cli import main
 from datamodules.errors import ModelError
 from modules.adapters import AdaptedLinear, AdapterConfig, adapted_layers, adapter_state, detach
-from modules.checks import IdleAdapterCheck
-from modules.summarization import Generation, Summarizer
+from modules.generation.beam_search import Generation
+from modules.summarization import Summarizer
+from modules.training.checks import IdleAdapterCheck
 from tests.backbones import CONFIGS, POSITIONS, VOCABULARY, save_backbone, word_tokenizer
 from tests.conftest import sentences
 

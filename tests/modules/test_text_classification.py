@@ -22,8 +22,8 @@ from transformers import AutoModelForSequenceClassification, BertModel
 
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, detach
-from modules.checks import IdleAdapterCheck
 from modules.text_classification import TextClassifier
+from modules.training.checks import IdleAdapterCheck
 from tests.backbones import CONFIGS, save_backbone, save_classifier
 
 Batch = dict[str, Tensor]

@@ -14,11 +14,11 @@ from transformers import LlamaConfig
 
 from app.cli import main
 from app.commands.memory import device_line
+from app.memory_estimate import training_memory
 from app.memory_prediction import Prediction, predict
 from app.sweep.recipe import parsed_fit
 from modules.adapters import AdapterConfig, adapter_state
 from modules.base import AdaptedModule
-from modules.memory import training_memory
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused
 from tests.causal_backbones import CONFIGS

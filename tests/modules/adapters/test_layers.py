@@ -26,9 +26,9 @@ from transformers import (
 
 from modules.adapters import AdapterConfig, AdapterError, adapter_state, attach, load_adapter_state
 from modules.adapters.roles import block_of, find_projections, select
+from modules.backbones.transformers_backbone import checkpoint_activations
 from modules.formats.compact import load_compact, save_compact
 from modules.formats.peft import write_peft_files
-from modules.transformers_backbone import checkpoint_activations
 from tests.modules.adapters.conftest import TEXT, Backbone
 from tests.modules.formats.test_peft import exported, imported, pefts_output
 

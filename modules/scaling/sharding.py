@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datamodules.errors import ModelError
 from modules.adapters import adapted_layers
-from modules.blocks import Stack, block_stacks, layerdrop_rates
+from modules.scaling.blocks import Stack, block_stacks, layerdrop_rates
 
 
 def shard_frozen_weights(

@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from datamodules.errors import ModelError
-from modules.timm_backbone import build_timm_backbone, preprocessing
+from modules.backbones.timm_backbone import build_timm_backbone, preprocessing
 
 VIT = "vit_tiny_patch16_224"
 TINY: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}

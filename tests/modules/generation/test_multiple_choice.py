@@ -13,7 +13,8 @@ from torchmetrics.utilities import dim_zero_cat
 from transformers import AutoModelForCausalLM, Lfm2Config, PreTrainedModel
 
 from modules.adapters import AdapterConfig, adapted_layers, attach
-from modules.multiple_choice import CATEGORIES, MultipleChoiceAccuracy, PrefixCache, choice_log_probabilities
+from modules.generation.choices import PrefixCache, choice_log_probabilities
+from modules.metrics.multiple_choice import CATEGORIES, MultipleChoiceAccuracy
 from tests.causal_backbones import VOCABULARY, byte_tokenizer, save_decoder
 
 PREFIX = "The following are questions.\n\nWho?\nA. he\nB. she\nAnswer: B\n\n"

@@ -23,11 +23,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from app.memory_estimate import training_memory
 from datamodules.contract import HIDDEN
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, attach
-from modules.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
-from modules.memory import training_memory
+from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 
 SIZES: dict[str, Any] = {
     "vocab_size": 30,

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from datamodules.errors import ModelError
 from modules.adapters import adapted_layers
-from modules.blocks import layerdrop_rates
-from modules.checkpoints import AFTER_DIVERGENCE
+from modules.training.checkpoints import AFTER_DIVERGENCE
 
 
 class DivergenceCheck(L.Callback):
@@ -29,7 +28,10 @@ class DivergenceCheck(L.Callback):
 
 
 class IdleAdapterCheck(L.Callback):
-    """Check at the first step that every trained factor takes part in the forward pass."""
+    """Check at the first step that every trained factor takes part in the forward pass.
+
+    Not for backbones that leave out blocks at random (layerdrop): a block that a step left out has no gradient either.
+    """
 
     def __init__(self) -> None:
         self._done = False
@@ -43,8 +45,6 @@ class IdleAdapterCheck(L.Callback):
         if self._done:
             return
         self._done = True
-        if layerdrop_rates(pl_module.backbone):  # blocks that a step left out have no gradient either
-            return
         idle = [
             f.projection.name
             for layer in adapted_layers(pl_module.backbone).values()

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from datamodules.errors import ModelError
-from modules.text_metrics import CLASSIFICATION, REGRESSION, build_metrics
+from modules.metrics.text_metrics import CLASSIFICATION, REGRESSION, build_metrics
 
 Reference = Callable[[Any, Any], float]
 

@@ -18,7 +18,7 @@ from modules.adapters import adapted_layers
 
 Schedule = Literal["cosine", "linear", "constant"]
 Groups = list[dict[str, Any]]
-PATH = "torch.optim."
+PACKAGE = "torch.optim"
 WITHOUT_GROUPS = ("LBFGS", "SparseAdam")  # one needs a single group, the other sparse gradients
 OPTIMIZERS = {
     name: kind
@@ -39,17 +39,17 @@ class OptimizerSpec:
     """
 
     def __init__(self, given: Mapping[str, Any] | None, weight_decay: float) -> None:
-        given = {"class_path": f"{PATH}AdamW"} if given is None else given
+        given = {"class_path": f"{PACKAGE}.AdamW"} if given is None else given
         self.args: dict[str, Any] = dict(given.get("init_args") or {})
         path = str(given.get("class_path"))
-        name = path.removeprefix(PATH)
+        package, _, name = path.rpartition(".")
         if unknown := given.keys() - {"class_path", "init_args"}:
             raise ModelError(
                 f"model.optimizer: {', '.join(sorted(unknown))} is unknown. Give class_path and init_args."
             )
-        if name not in OPTIMIZERS:
+        if package != PACKAGE or name not in OPTIMIZERS:
             raise ModelError(
-                f"model.optimizer.class_path: {path} is no optimizer that can be used here. Choose {PATH} and one of "
+                f"model.optimizer.class_path: {path} is no optimizer that can be used here. Choose of {PACKAGE}: "
                 f"{', '.join(OPTIMIZERS)}."
             )
         if own := {"params", "lr", "weight_decay"} & self.args.keys():

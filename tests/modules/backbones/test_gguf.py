@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-import modules.gguf
+import modules.backbones.gguf
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.gguf import located
+from modules.backbones.gguf import located
+from modules.backbones.transformers_backbone import Built, build_transformers_model, load_tokenizer
 from modules.language_modeling import LanguageModel
-from modules.transformers_backbone import Built, build_transformers_model, load_tokenizer
 from tests.causal_backbones import CHAT, SPECIAL, byte_tokenizer, save_decoder
 
 TEXTS = ["Hello there,\n  it's 12345.", "北京 é <|im_start|>user\nA B<|im_end|>", " Answer: C"]
@@ -283,7 +283,7 @@ def refused(name: Path | str, pattern: str) -> None:
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])
 def test_a_missing_package(shared_file: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    monkeypatch.setattr(modules.gguf, f"is_{package}_available", lambda: False)
+    monkeypatch.setattr(modules.backbones.gguf, f"is_{package}_available", lambda: False)
     refused(shared_file, r"^model\.backbone: .*model\.gguf takes the packages gguf and accelerate; pip install gguf")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from datamodules.errors import ModelError
-from modules.blocks import block_stacks
+from modules.scaling.blocks import block_stacks
 
 BACKEND = "inductor"
 

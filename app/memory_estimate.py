@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from datamodules.contract import DataKind, SummaryBatch, TextBatch
 from datamodules.errors import ModelError, first_line
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, attach
+from modules.backbones.transformers_backbone import checkpoint_activations, selected_logits
 from modules.base import AdaptedModule, BackboneDtype
-from modules.multiple_choice import PrefixCache
-from modules.sharding import sharded_stacks
-from modules.transformers_backbone import checkpoint_activations, selected_logits
+from modules.generation.choices import PrefixCache
+from modules.scaling.sharding import sharded_stacks
 
 if TYPE_CHECKING:  # the recipe decides which of them is imported
     from modules.image_classification import ImageClassifier
@@ -147,9 +147,9 @@ def training_memory(
         backbone_dtype: Of the frozen weights; the factors are float32.
         precision: Lightning's.
         gradient_checkpointing: Whether activations within a layer are computed again in backward.
-        shard_frozen: Processes over which the layers' frozen weights are divided (`modules.sharding`); what is in
-            no layer, and the factors, are on all of them. Two layers at a time are gathered, the one that is used and
-            the next.
+        shard_frozen: Processes over which the layers' frozen weights are divided (`modules.scaling.sharding`); what is
+            in no layer, and the factors, are on all of them. Two layers at a time are gathered, the one that is used
+            and the next.
 
     Raises:
         ModelError: If a number is out of range, the configuration is no decoder's, or its layers cannot be divided.
@@ -184,7 +184,7 @@ def training_memory(
 def scoring_memory(
     config: PreTrainedConfig, *, batch_size: int, prefix: int, tokens: int, backbone_dtype: BackboneDtype = "bfloat16"
 ) -> MemoryEstimate:
-    """Bytes that scoring multiple choice takes (`modules.multiple_choice`); adapters, a hundredth of it, do not count.
+    """Predict the memory of scoring multiple choice (`modules.generation.choices`), without the adapters' hundredth.
 
     Args:
         config: The backbone's.

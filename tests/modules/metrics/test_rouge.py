@@ -6,7 +6,7 @@ import nltk
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from modules.rouge import KINDS, Rouge, in_lines
+from modules.metrics.rouge import KINDS, Rouge, in_lines
 
 PAIRS = [  # prediction, reference
     ("the films were good", "the film was good"),  # alike by their stems

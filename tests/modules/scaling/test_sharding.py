@@ -22,9 +22,9 @@ from datamodules.base import ResumableDataModule
 from datamodules.batching import Draw
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, merge
-from modules.decoding import Decoding
+from modules.generation.decoding import Decoding
 from modules.language_modeling import LanguageModel
-from modules.sharding import FrozenShards, sharded_stacks
+from modules.scaling.sharding import FrozenShards, sharded_stacks
 from tests.causal_backbones import save_decoder
 
 TRAIN, VAL, TEST, PREDICT = 16, 5, 9, 7  # in batches of 2 on 2 processes, all but the first are ragged

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, attach
 from modules.image_classification import ImageClassifier
-from modules.optimization import OPTIMIZERS, OptimizerSpec, parameter_groups, schedule_factor
+from modules.training.optimization import OPTIMIZERS, OptimizerSpec, parameter_groups, schedule_factor
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STARTS = {"A": {"init_a": "zero", "init_b": "orthogonal"}}
@@ -281,16 +281,20 @@ def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
     [
         ({"class_path": "torch.optim.Lion"}, r"model\.optimizer\.class_path: torch\.optim\.Lion .*AdamW.*SGD"),
         ({"class_path": "os.system"}, r"model\.optimizer\.class_path: os\.system"),
+        ({"class_path": "SGD"}, r"model\.optimizer\.class_path: SGD .*Choose of torch\.optim: "),
         ({"class_path": "torch.optim.Optimizer"}, r"model\.optimizer\.class_path"),
         ({"class_path": "torch.optim.LBFGS"}, r"model\.optimizer\.class_path"),  # takes a single group
-        ({"class_path": "SGD", "lr": 1.0}, r"model\.optimizer: lr is unknown"),
-        ({"class_path": "SGD", "init_args": {"lr": 1.0}}, r"init_args: lr is not for here.*model\.learning_rate"),
+        ({"class_path": "torch.optim.SGD", "lr": 1.0}, r"model\.optimizer: lr is unknown"),
         (
-            {"class_path": "SGD", "init_args": {"momentum": -1}},
+            {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
+            r"init_args: lr is not for here.*model\.learning_rate",
+        ),
+        (
+            {"class_path": "torch.optim.SGD", "init_args": {"momentum": -1}},
             r"model\.optimizer: SGD cannot be created .*momentum",
         ),
-        ({"class_path": "SGD", "init_args": {"betas": [0.9, 0.99]}}, r"model\.optimizer: SGD .*betas"),
-        ({"class_path": "Rprop"}, r"model\.weight_decay: 0\.01 is not for Rprop"),
+        ({"class_path": "torch.optim.SGD", "init_args": {"betas": [0.9, 0.99]}}, r"model\.optimizer: SGD .*betas"),
+        ({"class_path": "torch.optim.Rprop"}, r"model\.weight_decay: 0\.01 is not for Rprop"),
     ],
 )
 def test_optimizers_that_are_refused(given: dict[str, Any], message: str) -> None:
@@ -344,7 +348,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, given: dic
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"Muon"}))
 def test_states_are_of_the_optimizer_and_of_the_parameter(name: str) -> None:
-    spec = OptimizerSpec({"class_path": name}, 0.0)
+    spec = OptimizerSpec({"class_path": f"torch.optim.{name}"}, 0.0)
     matrix, vector = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(3))
     optimizer = spec.build([{"params": [matrix, vector], "lr": 0.1}])
     for parameter in (matrix, vector):

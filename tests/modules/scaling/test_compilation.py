@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from datamodules.errors import ModelError
-from modules import compilation
 from modules.adapters import AdapterConfig, adapter_state, attach
-from modules.blocks import block_stacks
-from modules.compilation import UncompiledEvaluation, check_compiler, compile_blocks
+from modules.scaling import compilation
+from modules.scaling.blocks import block_stacks
+from modules.scaling.compilation import UncompiledEvaluation, check_compiler, compile_blocks
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}

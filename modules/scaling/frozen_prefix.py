@@ -23,7 +23,7 @@ from datamodules.contract import HIDDEN, IGNORE_INDEX, MASK
 from datamodules.errors import ModelError
 from modules.adapters import Projection
 from modules.adapters.roles import block_of
-from modules.blocks import Stack, block_stacks
+from modules.scaling.blocks import Stack, block_stacks
 
 KEY = "data.cache_prefix"
 TOLERANCE = 1e-3  # of outputs, relative: the last blocks get the same hidden states except at padding

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from datamodules.errors import ModelError
-from modules.transformers_backbone import (
+from modules.backbones.transformers_backbone import (
     Built,
     build_transformers_model,
     load_tokenizer,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.errors import ModelError, first_line
-from modules.gguf import (
+from modules.backbones.gguf import (
     check_positions,
     check_readable,
     forget_invented_tokens,

@@ -11,9 +11,9 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from modules import forgetting
-from modules.forgetting import knn_accuracy, text_scores
 from modules.language_modeling import LanguageModel
+from modules.metrics import forgetting
+from modules.metrics.forgetting import knn_accuracy, text_scores
 
 
 @pytest.mark.parametrize("neighbours", [1, 5, 20])

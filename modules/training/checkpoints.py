@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from datamodules.errors import ModelError
 from modules.adapters import adapter_state
 from modules.adapters.state import refuse_merged, state_problems
-from modules.frozen_digest import FrozenDigest
-from modules.optimization import Groups, OptimizerSpec
+from modules.training.frozen_digest import FrozenDigest
+from modules.training.optimization import Groups, OptimizerSpec
 
 POSITION = {"epoch", "samples", "seed"}  # keys of a position in the data
 AFTER_DIVERGENCE = (

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig
 
+from app.memory_estimate import GIB, LiveBytes, MemoryEstimate, scoring_memory, training_memory
 from datamodules.contract import IGNORE_INDEX
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
+from modules.generation.choices import PrefixCache, choice_log_probabilities
 from modules.language_modeling import LanguageModel
-from modules.memory import GIB, LiveBytes, MemoryEstimate, scoring_memory, training_memory
-from modules.multiple_choice import PrefixCache, choice_log_probabilities
 from tests.causal_backbones import CONFIGS, save_decoder
 from tests.support.allocations import peak_of
 

@@ -16,7 +16,6 @@ from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.linear import check_rank
 from modules.adapters.roles import find_projections, select
-from modules.blocks import layerdrop_rates
 
 if TYPE_CHECKING:
     from peft import AdaLoraConfig, AdaLoraModel, IA3Model
@@ -49,7 +48,10 @@ class PeftBaseline:
     """
 
     def __init__(self, method: Method, backbone: nn.Module, config: AdapterConfig, heads: Sequence[str]) -> None:
-        _check(method, backbone, config)
+        if patterns := [key for key in ("rank_pattern", "alpha_pattern") if asdict(config)[key]]:
+            raise AdapterError(
+                f"adapter.{patterns[0]}: {method} has one rank and alpha for all layers. Leave the key out."
+            )
         self.projections = select(find_projections(backbone, heads), config.targets, config.layers)
         layers = dict.fromkeys(projection.layer for projection in self.projections)
         if method == "adalora":
@@ -166,17 +168,6 @@ class PeftBaseline:
     @property
     def _schedule(self) -> AdaLoraConfig:
         return cast("AdaLoraConfig", self.tuner.peft_config[ADAPTER])
-
-
-def _check(method: Method, backbone: nn.Module, config: AdapterConfig) -> None:
-    if patterns := [key for key in ("rank_pattern", "alpha_pattern") if asdict(config)[key]]:
-        raise AdapterError(f"adapter.{patterns[0]}: {method} has one rank and alpha for all layers. Leave the key out.")
-    if method == "adalora" and (rates := layerdrop_rates(backbone)):
-        key, share = next(iter(rates.items()))
-        raise ModelError(
-            f"model.backbone_args.{key}: {share} leaves out blocks at random, whose importance adalora cannot measure. "
-            "Set it to 0."
-        )
 
 
 def _inject(

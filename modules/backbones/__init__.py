@@ -1,0 +1,1 @@
+"""Backbones of timm and transformers, by name, directory or file."""

@@ -1,0 +1,1 @@
+"""Generated texts, and the likelihood of given ones."""

@@ -1,0 +1,1 @@
+"""Larger models: blocks that are divided among processes, compiled, or computed once."""
