@@ -36,7 +36,7 @@ class ImageBatch(TypedDict):
 
     image: NotRequired[Tensor]  # (batch, 3, height, width) float32
     hidden: NotRequired[Tensor]  # (batch, tokens, width)
-    label: NotRequired[Tensor]  # (batch,) int64; not in prediction
+    label: NotRequired[Tensor]  # (batch,) int64, or (batch, classes) float32 of blended images; not in prediction
     index: NotRequired[Tensor]  # (batch,) int64
     name: NotRequired[list[str]]  # in prediction: file or row
     error: NotRequired[list[str]]  # in prediction: why an image could not be decoded, or empty
@@ -98,6 +98,15 @@ class HasClasses(Protocol):
     @property
     def class_names(self) -> Sequence[str] | None:
         """Names by label; empty for a regression; None if they are not known."""
+
+
+@runtime_checkable
+class HasClassCounts(Protocol):
+    """Data that count the classes of the training rows."""
+
+    @property
+    def class_counts(self) -> Sequence[int]:
+        """Numbers of training rows by label, once the data are set up for a fit."""
 
 
 # ------------------------------------------------------------------------------------- what data ask of a model

@@ -138,6 +138,7 @@ class GlueData(TrainingTextData):
         self.max_length, self.padding = max_length, padding
         self.prediction_format = prediction_format
         self.class_names: list[str] | None = None
+        self.class_counts: list[int] = []
 
     # ------------------------------------------------------------------------------------------------------ splits
 
@@ -205,8 +206,8 @@ class GlueData(TrainingTextData):
         if split == "train":
             for note in labels.notes:
                 self.findings.add(note)
-            counts = values.bincount(minlength=len(self.class_names)).tolist() if self.class_names else []
-            self.findings.add_classes(self.class_names, counts)
+            self.class_counts = values.bincount(minlength=len(self.class_names)).tolist() if self.class_names else []
+            self.findings.add_classes(self.class_names, self.class_counts)
             self.findings.add(f"columns: text of {', '.join(self.columns)}; labels of {self.label_column}")
         return TokenDataset(self._tokenize(table.select(rows)), {"label": values})
 

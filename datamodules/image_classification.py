@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -15,12 +16,12 @@ import torch
 import xxhash
 from rich.progress import track
 from timm.data.transforms_factory import transforms_imagenet_eval
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from datamodules.base import Collate, ResumableDataModule
-from datamodules.batching import Draw, seeded
+from datamodules.batching import Draw, derive_seed, seeded
 from datamodules.contract import DataKind, ImageModel
 from datamodules.errors import DataError, SplitError
 from datamodules.findings import Findings
@@ -46,9 +47,16 @@ class ImageData(ResumableDataModule):
         val_seed: Seed of that split, apart from the run's seed so that runs compare on the same images.
         crop_scale: Share of the area that a training crop covers, [least, most]; [1, 1] crops nothing.
         horizontal_flip: Whether training images are mirrored half of the time. Not for digits or text.
+        randaugment: Number of random operations on each training image (RandAugment, Cubuk et al. 2020), at magnitude 9
+            of 30; 0 for none.
+        random_erasing: Probability with which a rectangle of a training image is erased (Zhong et al. 2020).
+        mixup: Parameter of the Beta distribution with which pairs of training images are blended (Zhang et al. 2018),
+            such as 0.2; 0 for never.
+        cutmix: The same for rectangles pasted from image to image (Yun et al. 2019), such as 1.0. With both keys above
+            0, each batch takes either at random.
         cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
             `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
-            Training images must not be augmented: crop_scale [1, 1], no horizontal_flip.
+            Training images must not be augmented: crop_scale [1, 1], no horizontal_flip, and none of the keys above.
         memory_limit_gb: Decoded images are kept in memory up to this many GiB for each split and process, and decoded
             anew beyond.
         max_train_samples: Seeded sample of the training images, for trying out; None takes all.
@@ -68,6 +76,10 @@ class ImageData(ResumableDataModule):
         val_seed: int = 0,
         crop_scale: tuple[float, float] = (0.6, 1.0),
         horizontal_flip: bool = True,
+        randaugment: int = 0,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         cache_prefix: bool = False,
         memory_limit_gb: float = 4.0,
         max_train_samples: int | None = None,
@@ -82,17 +94,28 @@ class ImageData(ResumableDataModule):
         check_fraction("val_fraction", val_fraction)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise DataError(f"data.crop_scale: {list(crop_scale)} must be two numbers, 0 < least <= most <= 1.")
-        if cache_prefix and (horizontal_flip or tuple(crop_scale) != (1.0, 1.0)):
+        if randaugment < 0:
+            raise DataError(f"data.randaugment: {randaugment} must be 0 or more.")
+        if not 0 <= random_erasing <= 1:
+            raise DataError(f"data.random_erasing: {random_erasing} must lie in [0, 1].")
+        for key, alpha in {"mixup": mixup, "cutmix": cutmix}.items():
+            if not 0 <= alpha < math.inf:
+                raise DataError(f"data.{key}: {alpha} must be finite, 0 or more.")
+        mixes = any((randaugment, random_erasing, mixup, cutmix))
+        if cache_prefix and (horizontal_flip or tuple(crop_scale) != (1.0, 1.0) or mixes):
             raise DataError(
-                "data.cache_prefix: training images are augmented, and what is cached is one look at each; set "
-                "data.horizontal_flip to false and data.crop_scale to [1, 1], or data.cache_prefix to false."
+                "data.cache_prefix: training images are augmented, and the cache holds each image once. Set "
+                "data.horizontal_flip to false, data.crop_scale to [1, 1] and the other keys of augmentation to 0, or "
+                "data.cache_prefix to false."
             )
+        self.randaugment, self.random_erasing, self.mixup, self.cutmix = randaugment, random_erasing, mixup, cutmix
         self.cache_prefix = cache_prefix
         self.path, self.predict_path = path, predict_path
         self.val_fraction, self.val_seed = val_fraction, val_seed
         self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
         self.memory_limit_gb = memory_limit_gb
         self.class_names: list[str] | None = None
+        self.class_counts: list[int] = []
         self.splits: dict[str, ImageDataset] = {}
         self._tables: dict[str, ImageTable | None] = {}
         self._tests_after_fit = False
@@ -149,8 +172,8 @@ class ImageData(ResumableDataModule):
             raise DataError(f"data.path: no image of the {name} split of {self.path} can be used.")
         self.findings.add_split(name, len(dataset), source)
         if name == "train" or "train" not in self.splits:
-            counts = table.labels[dataset.rows].bincount(minlength=len(self.class_names))
-            self.findings.add_classes(self.class_names, counts.tolist())
+            self.class_counts = table.labels[dataset.rows].bincount(minlength=len(self.class_names)).tolist()
+            self.findings.add_classes(self.class_names, self.class_counts)
         return dataset
 
     def _table(self, name: str) -> ImageTable | None:
@@ -184,8 +207,13 @@ class ImageData(ResumableDataModule):
         evaluation = v2.Compose(steps)
         if tuple(self.crop_scale) != (1.0, 1.0):
             steps = [v2.RandomResizedCrop(size, scale=self.crop_scale, interpolation=v2.InterpolationMode(kind))]
-        flips = [v2.RandomHorizontalFlip()] if self.horizontal_flip else []
-        return evaluation, v2.Compose([*steps, *flips])
+        augmentation: list[nn.Module] = [v2.RandomHorizontalFlip()] if self.horizontal_flip else []
+        if self.randaugment:
+            augmentation.append(v2.RandAugment(self.randaugment, interpolation=v2.InterpolationMode.BILINEAR))
+        if self.random_erasing:
+            mean = [round(255 * m) for m in config["mean"]]
+            augmentation.append(v2.RandomErasing(self.random_erasing, value=mean))
+        return evaluation, v2.Compose([*steps, *augmentation])
 
     # ---------------------------------------------------------------------------------------------------- loaders
 
@@ -225,7 +253,19 @@ class ImageData(ResumableDataModule):
         """Normalise a batch on its device: uint8 in, float32 out."""
         if "image" not in batch:
             return batch
-        return {**batch, "image": normalise(batch["image"], self.mean, self.std)}
+        batch = {**batch, "image": normalise(batch["image"], self.mean, self.std)}
+        return self._mixed(batch, batch.pop("draw")) if "draw" in batch else batch
+
+    def _mixed(self, batch: dict[str, Any], draws: Tensor) -> dict[str, Any]:
+        """Blend the images of a training batch as a function of its draws; its labels become (batch, classes)."""
+        if not self.mixup and not self.cutmix:
+            return batch
+        classes = len(self.class_names or ())
+        mixes: list[nn.Module] = [v2.MixUp(alpha=self.mixup, num_classes=classes)] if self.mixup else []
+        mixes += [v2.CutMix(alpha=self.cutmix, num_classes=classes)] if self.cutmix else []
+        with seeded(*draws.tolist()):
+            mixed: dict[str, Any] = v2.RandomChoice(mixes)(batch)
+        return mixed
 
 
 class ImageClassificationData(ImageData):
@@ -428,7 +468,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if seed is None:
             return {"image": self.transform(image), **item}
         with seeded(seed, index):
-            return {"image": self.transform(image), **item}
+            return {"image": self.transform(image), **item, "draw": derive_seed(seed, index)}
 
 
 class DecodingErrors(Dataset[ImageError | None]):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from datamodules.contract import HIDDEN, DataKind, HasClasses, HasDomains, ImageBatch
+from datamodules.contract import HIDDEN, DataKind, HasClassCounts, HasClasses, HasDomains, ImageBatch
 from datamodules.errors import ModelError
 from modules.backbones.timm_backbone import build_timm_backbone, features_from_block, preprocessing
 from modules.base import AdaptedModule, Stage
+from modules.metrics.classification import ClassWeights, check_class_weights, loss_weights, shared_metrics
 from modules.scaling.frozen_prefix import FrozenPrefix
 
 
@@ -29,6 +30,8 @@ class ImageClassifier(AdaptedModule):
         image_size: Side of the input in pixels; None takes the backbone's own. Position embeddings are resized.
         label_smoothing: Share of the target spread over all classes in training, in [0, 1).
         class_names: Names of the classes by label; None takes the data's. A checkpoint remembers them.
+        class_weights: Weights of the classes in the training loss: `balanced` (inverse to their counts), a list in the
+            order of the labels, or None for equal weights. Evaluation is never weighted.
     """
 
     kinds = (DataKind.IMAGES,)
@@ -40,12 +43,15 @@ class ImageClassifier(AdaptedModule):
         image_size: int | None = None,
         label_smoothing: float = 0.0,
         class_names: list[str] | None = None,
+        class_weights: ClassWeights = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not 0 <= label_smoothing < 1:
             raise ModelError(f"model.label_smoothing: {label_smoothing} must lie in [0, 1).")
-        self.label_smoothing = label_smoothing
+        check_class_weights(class_weights)
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
+        self.loss_weights: Tensor | None = None
         self.class_names: list[str] | None = class_names
         self.backbone = build_timm_backbone(backbone, self.weights, image_size, self.backbone_args)
         self.preprocessing = preprocessing(self.backbone, image_size)
@@ -65,6 +71,9 @@ class ImageClassifier(AdaptedModule):
         if self.head is None:
             self.head = self.build_head()
         self.load_given_heads()
+        if stage == "fit":
+            counts = data.class_counts if isinstance(data, HasClassCounts) else None
+            self.loss_weights = loss_weights(self.class_weights, self.class_names or (), counts)
         tested = stage == "test" and isinstance(data, HasDomains)
         self.domain_names = list(data.domain_names) if tested else []
         metrics = [MulticlassAccuracy(len(self.class_names or ()), average="micro") for _ in self.domain_names]
@@ -82,9 +91,9 @@ class ImageClassifier(AdaptedModule):
         if classes < 2:
             raise ModelError(f"model.class_names: {self.class_names} leaves nothing to tell apart; give two or more.")
         top: dict[str, Metric | MetricCollection] = {
-            f"acc{k}": MulticlassAccuracy(classes, average="micro", top_k=k) for k in (1, 5) if k == 1 or classes > 5
+            f"acc{k}": MulticlassAccuracy(classes, average="micro", top_k=k) for k in (1, 5) if k == 1 or classes >= 20
         }
-        self.configure_metrics(MetricCollection(top))
+        self.configure_metrics(MetricCollection({**top, **shared_metrics(classes)}, compute_groups=False))
         self.confusion = MulticlassConfusionMatrix(classes)
         features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         head = nn.Linear(int(features), classes)  # type: ignore[arg-type]  # timm's own attributes
@@ -134,8 +143,10 @@ class ImageClassifier(AdaptedModule):
         )
 
     def loss(self, batch: ImageBatch) -> Tensor:
-        """Return the cross-entropy of a batch, with label smoothing."""
-        return F.cross_entropy(self.logits(batch), batch["label"], label_smoothing=self.label_smoothing)
+        """Return the cross-entropy of a batch, with class weights and label smoothing."""
+        logits = self.logits(batch)
+        weights = None if self.loss_weights is None else self.loss_weights.to(logits.device)
+        return F.cross_entropy(logits, batch["label"], weights, label_smoothing=self.label_smoothing)
 
     def evaluate(self, stage: Stage, batch: ImageBatch, dataloader_idx: int) -> None:
         """Update loss, accuracy and, in a test, the confusion matrix; of other domains the accuracy alone."""
@@ -149,7 +160,7 @@ class ImageClassifier(AdaptedModule):
             self.confusion.update(logits, label)
 
     def scores(self, stage: Stage) -> dict[str, Tensor]:
-        """Return `<stage>/loss`, `<stage>/acc1` and, of more than five classes, `<stage>/acc5`.
+        """Return `<stage>/loss`, `<stage>/acc1`, `macro_f1`, `ece` and, of 20 classes or more, `acc5`.
 
         `test/<domain>/acc1` is the accuracy of a domain, `test/ood/acc1` their unweighted mean, and `gap/ood` the
         in-domain accuracy less that mean. Callbacks have read the confusion matrix by now.

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers import AutoModelForSequenceClassification
 
-from datamodules.contract import DataKind, HasClasses, HasMetrics, HasSets, TextBatch
+from datamodules.contract import DataKind, HasClassCounts, HasClasses, HasMetrics, HasSets, TextBatch
 from datamodules.errors import ModelError
 from modules.backbones.transformers_backbone import (
     build_transformers_model,
@@ -18,6 +19,7 @@ from modules.backbones.transformers_backbone import (
     position_limit,
 )
 from modules.base import AdaptedModule, Stage
+from modules.metrics.classification import ClassWeights, check_class_weights, loss_weights, shared_metrics
 from modules.metrics.text_metrics import build_metrics
 from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.training.freezing import inputs_to_float32
@@ -37,7 +39,9 @@ class TextClassifier(AdaptedModule):
         backbone: A name on the hub, `roberta-base`, or a directory in the hub's layout.
         class_names: Names of the classes by label, [] for regression; None takes the data's. A checkpoint remembers.
         metrics: Of `accuracy`, `f1`, `matthews`, `pearson`, `spearman`; None takes the data's. `val/score` is
-            their mean.
+            their mean. `macro_f1` and `ece` (calibration error) are logged of every classification, and not part of it.
+        class_weights: Weights of the classes in the training loss: `balanced` (inverse to their counts), a list in the
+            order of the labels, or None for equal weights. Evaluation is never weighted.
         schedule: Shape of the learning rate; see `AdaptedModule`, as for the key below.
         warmup_ratio: Share of the warm-up.
         pad_token: Token of the vocabulary to pad with, for tokenizers that have none; None takes the tokenizer's own.
@@ -52,12 +56,16 @@ class TextClassifier(AdaptedModule):
         *,
         class_names: list[str] | None = None,
         metrics: list[str] | None = None,
+        class_weights: ClassWeights = None,
         schedule: Schedule = "linear",
         warmup_ratio: float = 0.06,
         pad_token: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(schedule=schedule, warmup_ratio=warmup_ratio, **kwargs)
+        check_class_weights(class_weights)
+        self.class_weights = class_weights
+        self.loss_weights: Tensor | None = None
         built = build_transformers_model(
             AutoModelForSequenceClassification, backbone, self.weights, self.backbone_args, self.backbone_dtype
         )
@@ -83,9 +91,14 @@ class TextClassifier(AdaptedModule):
         names = self.take_from_data("metrics", data.metrics if isinstance(data, HasMetrics) else None)
         if self.class_names is None:
             self.configure_labels(classes)
-        self.configure_metrics(
-            build_metrics(names, len(classes)), data.set_names if isinstance(data, HasSets) else None
-        )
+        metrics = build_metrics(names, len(classes))
+        if classes:
+            metrics.add_metrics(shared_metrics(len(classes)))
+            self.confusion = MulticlassConfusionMatrix(len(classes))  # of all sets together
+        self.configure_metrics(metrics, data.set_names if isinstance(data, HasSets) else None)
+        if stage == "fit":
+            counts = data.class_counts if isinstance(data, HasClassCounts) else None
+            self.loss_weights = loss_weights(self.class_weights, classes, counts)
 
     def configure_labels(self, class_names: list[str]) -> None:
         """Give the head one output a class, or one for regression.
@@ -143,24 +156,34 @@ class TextClassifier(AdaptedModule):
         return transformers_prefix(self.backbone, self.projections, heads, self.trainer, self)
 
     def loss(self, batch: TextBatch) -> Tensor:
-        """Return the cross-entropy of a batch; in regression its mean squared error."""
-        return self._loss(self(batch), batch["label"], "mean")
-
-    def _loss(self, outputs: Tensor, label: Tensor, reduction: str) -> Tensor:
-        if self.class_names:
-            return F.cross_entropy(outputs, label, reduction=reduction)
-        return F.mse_loss(outputs, label, reduction=reduction)
+        """Return the cross-entropy of a batch, with class weights; in regression the mean squared error."""
+        outputs, label = self(batch), batch["label"]
+        if not self.class_names:
+            return F.mse_loss(outputs, label)
+        weights = None if self.loss_weights is None else self.loss_weights.to(outputs.device)
+        return F.cross_entropy(outputs, label, weights)
 
     def evaluate(self, stage: Stage, batch: TextBatch, dataloader_idx: int) -> None:
-        """Update loss and metrics."""
+        """Update loss and metrics and, in a test, the confusion matrix."""
         outputs, label = self(batch), batch["label"]
-        self.update_loss(stage, self._loss(outputs, label, "none"))
+        loss = F.cross_entropy if self.class_names else F.mse_loss
+        self.update_loss(stage, loss(outputs, label, reduction="none"))
         self.update_metrics(stage, outputs, label, set_number=dataloader_idx)
+        if stage == "test" and self.class_names:
+            self.confusion.update(outputs, label)
 
     def scores(self, stage: Stage) -> dict[str, Tensor]:
-        """Return the loss, the metrics of each set, and as `<stage>/score` the mean of all metrics, as GLUE does."""
-        loss, *metrics = super().scores(stage).items()
-        return dict([loss, *metrics]) | {f"{stage}/score": torch.stack([value for _, value in metrics]).mean()}
+        """Return the loss, the metrics of each set, and `<stage>/score`.
+
+        The score is the mean of the metrics of `metrics` over all sets, as in GLUE. Callbacks have read the confusion
+        matrix by now.
+        """
+        values = super().scores(stage)
+        if stage == "test" and self.class_names:
+            self.confusion.reset()
+        ends = [f"_{name}" if name else "" for name in self.set_names[stage]]
+        own = [values[f"{stage}/{name}{end}"] for name in self.hparams["metrics"] for end in ends]
+        return values | {f"{stage}/score": torch.stack(own).mean()}
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Any]]:
         """Return rows of a table: index, label, class and its probability in [0, 1]; in regression the score."""

@@ -4,6 +4,7 @@ from app.callbacks.adapter_averaging import AdapterAveraging
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.callbacks.adapter_spectrum import AdapterSpectrum
 from app.callbacks.adapter_writer import AdapterWriter
+from app.callbacks.class_scores import ClassScores
 from app.callbacks.confusion_picture import ConfusionPicture
 from app.callbacks.data_report import DataReport
 from app.callbacks.forgetting import Forgetting
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterCheckpoint",
     "AdapterSpectrum",
     "AdapterWriter",
+    "ClassScores",
     "ConfusionPicture",
     "DataReport",
     "Forgetting",

@@ -13,6 +13,8 @@ from app.sweep.recipe import parsed_fit
 from app.sweep.schedule import readable_point
 from app.variants import option_words
 
+SHARED = ["macro_f1", "ece"]  # of every classification
+
 
 def fit_words(plan: Plan, variant: Variant, point: Point, seed: int) -> list[str]:
     """Return the words of `main.py` for a fit of a sweep, without those that say where it writes."""
@@ -61,7 +63,7 @@ def logged_metrics(config: Namespace) -> list[str] | None:
     model, data = config["model"], config["data"]
     name: str = model.class_path.rpartition(".")[2] if model.class_path.startswith("modules.") else ""
     if name == "ImageClassifier":
-        return ["loss", "acc1", "acc5", *(["ood/acc1"] if data.class_path.endswith(".DomainData") else [])]
+        return ["loss", "acc1", "acc5", *SHARED, *(["ood/acc1"] if data.class_path.endswith(".DomainData") else [])]
     if name == "Summarizer":
         from modules.metrics.rouge import KINDS
 
@@ -78,4 +80,5 @@ def _text_metrics(model: Mapping[str, Any], data: Mapping[str, Any]) -> list[str
     task = TASKS.get(data.get("task") or "")
     names = model.get("metrics") or (task.metrics if task else [*CLASSIFICATION, *REGRESSION])
     sets = task.sets if task else ("",)
-    return ["score", "loss", *(f"{name}_{part}" if part else name for name in names for part in sets)]
+    shared = [] if set(names) <= REGRESSION.keys() else SHARED
+    return ["score", "loss", *(f"{name}_{part}" if part else name for name in [*names, *shared] for part in sets)]

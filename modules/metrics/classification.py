@@ -1,0 +1,95 @@
+"""Metrics that every classification has besides its own: macro-averaged F1, calibration error, scores of each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
+
+from datamodules.errors import ModelError
+
+ClassWeights = Literal["balanced"] | list[float] | None
+
+
+class CalibrationError(MulticlassCalibrationError):
+    """Expected calibration error of logits (batch, classes), in 15 bins of confidence (Guo et al. 2017).
+
+    torchmetrics takes logits that happen to lie in [0, 1] for probabilities. This class always takes the softmax.
+    """
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch: logits (batch, classes) and labels (batch,)."""
+        super().update(preds.softmax(-1), target)
+
+
+def shared_metrics(classes: int) -> dict[str, Metric]:
+    """Return `macro_f1` and `ece` (expected calibration error) of logits (batch, classes), both in [0, 1].
+
+    The average of F1 is over the classes that occur among the labels or the predictions, as in scikit-learn.
+    """
+    return {"macro_f1": MulticlassF1Score(classes, average="macro"), "ece": CalibrationError(classes, n_bins=15)}
+
+
+def class_scores(confusion: Tensor) -> dict[str, Tensor]:
+    """Return precision, recall, F1 and support of each class.
+
+    Args:
+        confusion: Counts (classes, classes), a row for each true class.
+
+    Returns:
+        `precision`, `recall`, `f1` (classes,) float64 in [0, 1], 0 where nothing was predicted or true; `support`
+        (classes,) int64, the number of true samples.
+    """
+    counts = confusion.double()
+    hits, predicted, true = counts.diagonal(), counts.sum(0), counts.sum(1)
+    return {
+        "precision": hits / predicted.clamp(min=1),
+        "recall": hits / true.clamp(min=1),
+        "f1": 2 * hits / (predicted + true).clamp(min=1),
+        "support": confusion.sum(1),
+    }
+
+
+def check_class_weights(weights: ClassWeights) -> None:
+    """Check the weights of the classes in the loss.
+
+    Raises:
+        ModelError: If a weight is negative or not finite, or if all weights are 0.
+    """
+    if isinstance(weights, list) and not (all(0 <= w < float("inf") for w in weights) and any(weights)):
+        raise ModelError(f"model.class_weights: {weights} must be finite and 0 or more, with one above 0.")
+
+
+def loss_weights(weights: ClassWeights, class_names: Sequence[str], counts: Sequence[int] | None) -> Tensor | None:
+    """Return the weight of each class in the training loss.
+
+    Args:
+        weights: `balanced`, a weight for each class, or None for equal weights.
+        class_names: Names by label.
+        counts: Number of training rows of each class; None if the data do not know it.
+
+    Returns:
+        (classes,) float32. Balanced weights are n / (classes · count), as in scikit-learn; a class without rows has 0.
+
+    Raises:
+        ModelError: If the number of weights is not the number of classes, or if the counts are unknown.
+    """
+    if weights is None:
+        return None
+    if not class_names:
+        raise ModelError("model.class_weights: a regression has no classes. Remove the key.")
+    if weights == "balanced":
+        if counts is None:
+            raise ModelError("model.class_weights: the data do not count their classes. Give a list of weights.")
+        count = torch.tensor(counts, dtype=torch.float64)
+        return torch.where(count > 0, count.sum() / (len(counts) * count.clamp(min=1)), 0.0).float()
+    if len(weights) != len(class_names):
+        raise ModelError(
+            f"model.class_weights: {len(weights)} weights for {len(class_names)} classes ({', '.join(class_names)}). "
+            "Give one weight for each class, in this order."
+        )
+    return torch.tensor(weights, dtype=torch.float32)
