@@ -201,7 +201,9 @@ def _class_keys(path: str, key: str) -> tuple[list[str], str]:
         group = type(parameters[section].default)
         if dataclasses.is_dataclass(group):
             return [f"{section}.{f.name}" for f in dataclasses.fields(group)], name
-    return list(parameters), name
+    others = [] if named.__module__.startswith(("modules.", "datamodules.")) else ["dict_kwargs"]
+    takes_others = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(named).parameters.values())
+    return [*parameters, *(others if takes_others else [])], name
 
 
 def compiler_message(error: Exception) -> str | None:
