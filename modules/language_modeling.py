@@ -103,7 +103,7 @@ class LanguageModel(AdaptedModule):
                 f"{self.position_limit} positions of the backbone."
             )
         self._own_generation = self.backbone.generation_config
-        self._configure_generation()
+        self.configure_generation()
         if gradient_checkpointing:
             self._enable_gradient_checkpointing()
         self.configure_tuning()
@@ -111,7 +111,8 @@ class LanguageModel(AdaptedModule):
         self.choices = nn.ModuleDict({stage: MultipleChoiceAccuracy() for stage in STAGES})
         self.prefix_cache = PrefixCache()
 
-    def _configure_generation(self) -> None:
+    def configure_generation(self) -> None:
+        """Give the keys of `generation` to the backbone."""
         ends = {self.tokenizer.eos_token_id, self.hparams["response_end"]} - {None}
         padding = self.tokenizer.pad_token_id
         self.backbone.generation_config = self.generation.config(self._own_generation, ends, padding)
@@ -140,7 +141,7 @@ class LanguageModel(AdaptedModule):
                     "data.template as it was and, if it is `chat`, the backbone's tokenizer too."
                 )
             self.take_from_data("response_end", data.response_end)
-            self._configure_generation()
+            self.configure_generation()
         if stage == "fit" and isinstance(data, HasPacking) and data.packing:
             self.check_packing()
 

@@ -11,9 +11,10 @@ from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
-from app.commands import compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
+from app.commands import chat, compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
 
 COMMANDS: dict[str, ModuleType] = {
+    "chat": chat,
     "compare": compare,
     "export": export,
     "memory": memory,

@@ -1,0 +1,139 @@
+"""Talk to a fine-tuned decoder: each line of input is a message, and the response is printed as it is generated.
+
+The conversation so far is part of each prompt. `/reset` begins a new conversation, and `/exit` or the end of the input
+ends the program.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+if TYPE_CHECKING:  # a run on images imports no transformers
+    from datamodules.conversations import ConversationEncoder, Message
+    from modules.language_modeling import LanguageModel
+
+_log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("run", metavar="RUN", type=str, help="A run directory (its best checkpoint), or a checkpoint.")
+    parser.add_argument(
+        "--system", metavar="TEXT", type=str | None, help="System message. Default: data.system_prompt of the run."
+    )
+    parser.add_argument("--temperature", type=float | None, help="Draw tokens at this temperature. Default: the run's.")
+    parser.add_argument("--max_new_tokens", type=int | None, help="Most tokens of a response. Default: the run's.")
+    parser.add_argument("--seed", type=int | None, help="Seed of the drawn tokens. Default: another in each call.")
+    parser.add_argument("--device", type=str | None, help="Device such as cuda or cpu. Default: an accelerator if any.")
+
+
+def run(arguments: Namespace) -> None:
+    """Answer each line of the standard input.
+
+    Raises:
+        ArgumentError: If the run is no instruction tuning, or if the device does not exist.
+        CheckpointError: If there is no checkpoint, or a damaged one.
+    """
+    import torch
+
+    from app.arguments import saved_configuration
+    from app.checkpoint_io import read_checkpoint
+    from app.commands.export import find_checkpoint, load_module
+    from datamodules.conversations import ConversationEncoder
+    from modules.language_modeling import LanguageModel
+
+    checkpoint = find_checkpoint(arguments.run)
+    module = load_module(checkpoint, {})
+    if not isinstance(module, LanguageModel):
+        raise ArgumentError(None, f"RUN: {arguments.run} is a {type(module).__name__}. chat needs a LanguageModel.")
+    try:
+        device = torch.device(arguments.device) if arguments.device else _accelerator()
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(None, f"--device: {arguments.device} cannot be used ({error}).") from error
+    changes = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    given = {key: value for key, value in changes.items() if value is not None}
+    if "temperature" in given:
+        given["do_sample"] = True
+    module.generation = replace(module.generation, **given)
+    module.configure_generation()
+    data = saved_configuration(read_checkpoint(checkpoint)).get("data", {}).get("init_args", {})
+    system = arguments.system if arguments.system is not None else data.get("system_prompt")
+    template, end = module.hparams["prompt_template"], module.hparams["response_end"]
+    if template is None:
+        raise ArgumentError(None, f"RUN: {arguments.run} was not trained on conversations, and has no prompt template.")
+    encoder = ConversationEncoder(module.tokenizer, template, sys.maxsize, end)
+    _ = torch.seed() if arguments.seed is None else torch.manual_seed(arguments.seed)
+    with torch.inference_mode():
+        _talk(module, encoder, system)
+
+
+def _accelerator() -> Any:
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _talk(module: LanguageModel, encoder: ConversationEncoder, system: str | None) -> None:
+    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(start)
+    for line in _lines():
+        if line == "/reset":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": line})
+        response = _answer(module, encoder, messages)
+        messages.append({"role": "assistant", "content": response})
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of the standard input up to `/exit`; a terminal shows a prompt and edits lines."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 - input() then has history and editing keys
+
+        print("/reset begins a new conversation; /exit ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def _answer(module: LanguageModel, encoder: ConversationEncoder, messages: list[Message]) -> str:
+    """Stream a response, and return it; the oldest turns are dropped while the prompt is too long.
+
+    Raises:
+        ArgumentError: If a single message is longer than the positions of the backbone allow.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    limit, most = module.position_limit, module.generation.max_new_tokens
+    tokens = encoder.prompt(messages)
+    while limit is not None and len(tokens) + most > limit:
+        first = 1 if messages[0]["role"] == "system" else 0
+        if len(messages) - first < 3:
+            raise ArgumentError(
+                None,
+                f"The message has {len(tokens)} tokens. With a response of --max_new_tokens {most} it does not fit in "
+                f"the {limit} positions of the backbone. Shorten either.",
+            )
+        del messages[first : first + 2]
+        _log.warning("The conversation no longer fits: its oldest message and response are left out.")
+        tokens = encoder.prompt(messages)
+    streamer = TextStreamer(module.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = torch.tensor([tokens], device=module.device)
+    generate: Any = module.backbone.generate
+    generated = generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
+    return str(module.tokenizer.decode(generated[0, len(tokens) :], skip_special_tokens=True)).strip()
