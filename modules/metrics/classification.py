@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from datamodules.errors import ModelError
@@ -26,7 +26,7 @@ class CalibrationError(MulticlassCalibrationError):
         super().update(preds.softmax(-1), target)
 
 
-def shared_metrics(classes: int) -> dict[str, Metric]:
+def shared_metrics(classes: int) -> dict[str, Metric | MetricCollection]:
     """Return `macro_f1` and `ece` (expected calibration error) of logits (batch, classes), both in [0, 1].
 
     The average of F1 is over the classes that occur among the labels or the predictions, as in scikit-learn.
