@@ -67,7 +67,7 @@ from tests.app.test_language_distributed import assert_same_weights
 from tests.backbones import save_backbone, save_classifier, word_tokenizer
 from tests.causal_backbones import byte_tokenizer, save_decoder
 from tests.conftest import write_parquet
-from tests.modules.test_gguf import write_gguf
+from tests.modules.backbones.test_gguf import write_gguf
 
 EVERY = AdapterConfig(rank=2, targets=["all"])
 TEXTS = ["w1 good film w2 w3", "the film was bad ."]
