@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -300,7 +300,7 @@ def report_untrained(command: str, heads: list[str], adapter_path: str | None) -
 
 
 def report_differences(
-    saved: dict[str, Any], from_files: Namespace, of_variant: Mapping[str, Any], final: Namespace
+    saved: dict[str, Any], from_files: Namespace, of_variant: dict[str, Any], final: Namespace
 ) -> None:
     """Log which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's.
 
