@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.memory_estimate import BatchSize, MemoryEstimate, Precision, fit_memory
 from app.sweep.recipe import parsed_fit
+from datamodules.contract import HasKind
 from datamodules.sources.findings import Findings
 from modules.base import AdaptedModule
 
@@ -83,7 +84,8 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
     Raises:
         ArgumentError: For data that nothing is trained on.
     """
-    kind = getattr(resolve_name(config.data.class_path), "kind", "data of no known kind")
+    data = resolve_name(config.data.class_path)
+    kind = data.kind if isinstance(data, HasKind) else "data of no known kind"
     keys: Any = config.data.init_args
     if kind == "images":
         return BatchSize(keys.batch_size), f"{keys.batch_size} images a step"

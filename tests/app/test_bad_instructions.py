@@ -65,7 +65,7 @@ LATE = ("--data.batch_size=51", "--checkpoint.monitor", "--data.packing")
         ("--model.bakbone=x", ["LanguageModel", "bakbone", "did you mean backbone"]),
         ("--model.adapter.ran=3", ["adapter.ran", "did you mean adapter.rank"]),
         ("--model.generation.num_beams=3", ["generation.num_beams", "max_new_tokens", "top_p"]),
-        ("--model.generation.max_new=3", ["generation.max_new", "did you mean max_new_tokens"]),
+        ("--model.generation.max_new=3", ["generation.max_new", "did you mean generation.max_new_tokens"]),
         ("--data.max_lenght=64", ["LanguageModelingData", "max_lenght", "did you mean max_length"]),
         ("--model.tuning=head", ["model", "tuning", "'adapter', 'full'", "head"]),
         ("--model.tuning=full --model.backbone_dtype=bfloat16", ["model.backbone_dtype", "bfloat16", "use float32"]),
@@ -108,7 +108,7 @@ def test_wrong_value(
 @pytest.mark.parametrize(
     ("group", "key", "hint"),
     [
-        ("generation", "num_beams", "Its keys: generation.max_new_tokens"),
+        ("generation", "num_beams", "There are generation.max_new_tokens"),
         ("adapter", "rnk", "did you mean adapter.rank"),
     ],
 )
