@@ -2,8 +2,5 @@
 
 import os
 
-from app.startup import import_torchmetrics
-
 # before anything imports torch: or one process that fails has the others print where in C++ they noticed
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-import_torchmetrics()  # before anything imports Lightning

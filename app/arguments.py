@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import logging
 import math
 import os
@@ -93,13 +92,12 @@ def expanded_path(key: str, given: str) -> Path:
 
 def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the `model` and `data` sections that a checkpoint was trained with."""
-    sections = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
     saved: dict[str, Any] = {}
-    for section, key in sections.items():
-        found = checkpoint.get(key)
-        values = {k: v for k, v in found.items() if k != "_instantiator"} if isinstance(found, dict) else {}
-        if isinstance(values.get("_class_path"), str):
-            saved[section] = {"class_path": values.pop("_class_path"), "init_args": values}
+    for section, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+        values = checkpoint.get(key)
+        if isinstance(values, dict) and isinstance(values.get("_class_path"), str):
+            arguments = {k: v for k, v in values.items() if k not in ("_class_path", "_instantiator")}
+            saved[section] = {"class_path": values["_class_path"], "init_args": arguments}
     return saved
 
 
@@ -110,11 +108,7 @@ def class_of(config: Namespace, section: str) -> str | None:
 
 
 def check_sections(config: Namespace) -> None:
-    """Check that a command has a model and data.
-
-    Raises:
-        ArgumentError: With the section that is missing.
-    """
+    """Check that a command has a model and data; raise ArgumentError with the section that is missing."""
     for section in SECTIONS:
         if class_of(config, section) is None:
             raise ArgumentError(
@@ -131,7 +125,7 @@ def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dic
         trains: Whether training goes on. To evaluate, data of another kind is as good, such as MMLU.
 
     Returns:
-        The saved sections that count: those that the configuration does not replace.
+        The saved sections that the configuration does not replace.
 
     Raises:
         ArgumentError: With both classes.
@@ -141,45 +135,23 @@ def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dic
         wanted = class_of(config, section)
         if wanted is None or same_class(wanted, content["class_path"]):
             continue
-        if section == "data" and not trains:
-            del kept["data"]
-            continue
-        raise ArgumentError(
-            None,
-            f"ckpt_path: the checkpoint was trained with {content['class_path']}, and the configuration is for "
-            f"{wanted}. Use the config.yaml of the checkpoint's run, or another checkpoint.",
-        )
+        if section == "model" or trains:
+            raise ArgumentError(
+                None,
+                f"ckpt_path: the checkpoint was trained with {content['class_path']}, and the configuration is for "
+                f"{wanted}. Use the config.yaml of the checkpoint's run, or another checkpoint.",
+            )
+        del kept[section]
     return kept
 
 
-def check_keys(options: list[str], config: Namespace) -> None:
-    """Check that no key inside a nested group is an abbreviation, which the parser completes there unasked.
-
-    Raises:
-        ArgumentError: With the key and the keys that there are.
-    """
-    for word in options:
-        section, *keys = word.removeprefix("--").partition("=")[0].removesuffix("+").split(".")
-        node = config.get(section) if section in SECTIONS and len(keys) > 1 else None
-        node = node.get("init_args", node) if isinstance(node, Namespace) else None
-        for depth, key in enumerate(k for k in keys if k != "init_args"):
-            if not isinstance(node, Namespace):
-                break
-            if key not in node and key not in ("class_path", "help"):
-                close = difflib.get_close_matches(key, list(node.keys()), n=1)
-                name = ".".join([section, *keys[: depth + 1]])
-                hint = f"; did you mean {close[0]}?" if close else "."
-                raise ArgumentError(None, f"There is no key {name}{hint} Its group has {', '.join(node.keys())}.")
-            node = node.get(key)
-
-
 def check_values(key: str, hint: Any, value: Any) -> None:
-    """Check what the parser lets through: null where a class takes none, and anything else than keys for a group.
+    """Check what the parser lets through: null where a class takes none, and a single value for a group of keys.
 
     Args:
         key: The value's key.
-        hint: Its type.
-        value: What it was given.
+        hint: The type of the key.
+        value: The given value.
 
     Raises:
         ArgumentError: With the key.
@@ -196,14 +168,10 @@ def check_values(key: str, hint: Any, value: Any) -> None:
 
 
 def check_plain_values(key: str, value: Any) -> None:
-    """Check all numbers and words of a configuration.
+    """Check all numbers and words below a key.
 
-    Refused are NaN, integers that no library holds, seeds that NumPy refuses, and names that are no UTF-8, since
+    NaN is refused, and so are integers that no library holds, seeds that NumPy refuses, and names that are no UTF-8:
     neither YAML nor TensorBoard can write them.
-
-    Args:
-        key: The value's key.
-        value: A value, or nested mappings and lists of values.
 
     Raises:
         ArgumentError: With the key.
@@ -211,7 +179,7 @@ def check_plain_values(key: str, value: Any) -> None:
     if isinstance(value, dict):
         for name, part in value.items():
             inner = name in ("init_args", "dict_kwargs")
-            check_plain_values(key if inner else f"{key}.{name}" if key else str(name), part)
+            check_plain_values(key if inner else f"{key}.{name}".removeprefix("."), part)
     elif isinstance(value, list | tuple | set | frozenset):
         for part in value:
             check_plain_values(key, part)
@@ -230,10 +198,10 @@ def check_plain_values(key: str, value: Any) -> None:
 
 
 def check_strategy(strategy: Any) -> None:
-    """Check that a strategy is not one of Lightning's that shard or move what is trained, or that fork this process.
+    """Refuse strategies of Lightning that shard or move the trained parameters, or that fork this process.
 
     Args:
-        strategy: A name, or a class with its arguments; what is not Lightning's own is let through.
+        strategy: A name, or a class with its arguments. Strategies from elsewhere pass.
 
     Raises:
         ArgumentError: With the strategy to use instead.
@@ -249,14 +217,13 @@ def check_strategy(strategy: Any) -> None:
         )
     replicates = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
     is_lightnings = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
-    if replicates or not is_lightnings:  # Lightning reports a strategy that does not exist
-        return
-    raise ArgumentError(
-        None,
-        f"trainer.strategy: {name} would shard or move what is trained, which is little and stays whole on each "
-        "device; use ddp, and where the frozen weights are too large for one device --model.shard_frozen true with it "
-        "(conf/fsdp.yaml).",
-    )
+    if is_lightnings and not replicates:  # Lightning reports a strategy that does not exist
+        raise ArgumentError(
+            None,
+            f"trainer.strategy: {name} would shard or move what is trained, which is little and stays whole on each "
+            "device; use ddp, and where the frozen weights are too large for one device --model.shard_frozen true with "
+            "it (conf/fsdp.yaml).",
+        )
 
 
 @contextmanager
@@ -312,12 +279,7 @@ def check_variant(variant: str, from_words: Namespace, saved: dict[str, Any]) ->
 
 
 def ignore_adapter_path(from_files: Namespace, final: Namespace) -> None:
-    """Ignore `model.adapter_path` when a checkpoint is used, and log that.
-
-    Args:
-        from_files: The values of the files.
-        final: The values of the command, which are changed.
-    """
+    """Ignore `model.adapter_path` when a checkpoint is used: set the command's value to null, and log that."""
     values = final["model"].init_args
     if values.get("adapter_path") is not None or _flat_section(from_files, "model").get("adapter_path") is not None:
         values["adapter_path"] = None
@@ -325,37 +287,40 @@ def ignore_adapter_path(from_files: Namespace, final: Namespace) -> None:
 
 
 def report_untrained(command: str, heads: list[str], adapter_path: str | None) -> None:
-    """Log what a command uses that has no checkpoint.
-
-    Args:
-        command: Its name.
-        heads: Names of the model's heads.
-        adapter_path: `model.adapter_path`.
-    """
+    """Log which weights a command without a checkpoint uses; `heads` are the names of the model's heads."""
+    used = "the backbone without training"
     if adapter_path is not None:
         used = f"the backbone with the adapters of {adapter_path}, and with the heads that lie there"
     elif heads:
-        used = (
-            f"the backbone without training. Its head ({', '.join(heads)}) has random weights, unless the backbone's "
-            "own files bring a head for the same classes"
+        used += (
+            f". Its head ({', '.join(heads)}) has random weights, unless the backbone's own files bring a head for the "
+            "same classes"
         )
-    else:
-        used = "the backbone without training"
     _log.info(f"{command} without --ckpt_path uses {used}.")
 
 
-def report_differences(saved: dict[str, Any], from_files: Namespace, final: Namespace) -> None:
-    """Log which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's."""
+def report_differences(
+    saved: dict[str, Any], from_files: Namespace, of_variant: dict[str, Any], final: Namespace
+) -> None:
+    """Log which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's.
+
+    Args:
+        saved: The sections that the checkpoint was trained with.
+        from_files: Values of the configuration files.
+        of_variant: Keys that the variant sets, which replace a file's: the checkpoint was checked against them.
+        final: Values of the command.
+    """
     for section, content in saved.items():
         ours = _flatten(final[section].init_args.as_dict())
-        theirs = _flat_section(from_files, section)
+        theirs = {f"{section}.{key}": value for key, value in _flat_section(from_files, section).items()} | of_variant
         for key, value in _flatten(content["init_args"]).items():
-            if (section, key) in (("data", "predict_path"), ("model", "adapter_path")):  # new each time; never read
+            name = f"{section}.{key}"
+            if name in ("data.predict_path", "model.adapter_path"):  # new each time; never read
                 continue
             if key in ours and _plain(ours[key]) != _plain(value):
-                _log.info(f"{section}.{key}: {ours[key]} from the command line; the checkpoint had {value}.")
-            elif theirs.get(key) is not None and _plain(theirs[key]) != _plain(value):
-                _log.info(f"{section}.{key}: {value} from the checkpoint; the configuration file has {theirs[key]}.")
+                _log.info(f"{name}: {ours[key]} from the command line; the checkpoint had {value}.")
+            elif theirs.get(name) is not None and _plain(theirs[name]) != _plain(value):
+                _log.info(f"{name}: {value} from the checkpoint; the configuration file has {theirs[name]}.")
 
 
 def report_changes(before: dict[str, Any], final: Namespace) -> None:

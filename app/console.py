@@ -1,7 +1,8 @@
-"""Lines for the terminal: one logging handler, one format of warnings, control characters escaped, broken output."""
+"""Terminal output: log and warn in one format, escape control characters, notice output that cannot be written."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -81,11 +82,31 @@ def _format_warning(message: Any, *_: Any, **__: Any) -> str:
     return f"warning: {escape_controls(str(message))}\n"
 
 
+def quiet_libraries() -> None:
+    """Silence advice of libraries that does not apply here."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # which `datasets` reads when a run imports it
+    if loaded := sys.modules.get("datasets"):
+        loaded.disable_progress_bars()
+    for message in (
+        r".*does not have many workers.*",  # images in memory need none
+        r".*number of training batches .* is smaller than the logging interval.*",
+        r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
+        r".*sync_dist=True.*",  # torchmetrics gather on their own
+        r".*your dataloader is not resumable.*",  # the data module's state has the position
+        r".*callbacks used to create the checkpoint need to be provided.*",  # of an evaluation on other data
+        r".*isinstance\(treespec, LeafSpec\).*",  # lightning on a newer torch
+        r".*Detected pickle protocol .* in the checkpoint.*",  # of a file that is refused
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 # --------------------------------------------------------------------------------------------------------------- output
 
 
 class WatchedStream:
-    """Standard stream that remembers why it could not be written, since who catches the error may hide the reason."""
+    """Standard stream that remembers why it could not be written: a library that catches the error hides the reason."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -96,16 +117,18 @@ class WatchedStream:
 
     def write(self, text: str) -> int:
         """Write to the stream."""
-        try:
+        with self._watched():
             return self.stream.write(text)
-        except OSError as error:
-            self.problem = error
-            raise
 
     def flush(self) -> None:
         """Flush the stream."""
-        try:
+        with self._watched():
             self.stream.flush()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             self.problem = error
             raise
@@ -115,18 +138,18 @@ class WatchedStream:
 def watched_output() -> Iterator[None]:
     """Watch stdout and stderr for errors, and print `?` for characters that stdout's encoding lacks; undone on exit."""
     streams = sys.stdout, sys.stderr
-    encoding_errors = getattr(sys.stdout, "errors", None)
-    reconfigure = getattr(sys.stdout, "reconfigure", None)  # not every stream that stands in for stdout has it
-    if reconfigure is not None:
-        reconfigure(errors="replace")
+    stdout = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None  # not every stand-in can be configured
+    before = stdout.errors if stdout else None
+    if stdout is not None:
+        stdout.reconfigure(errors="replace")
     sys.stdout, sys.stderr = (cast(TextIO, WatchedStream(stream)) for stream in streams)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = streams
-        if reconfigure is not None:
+        if stdout is not None:
             with suppress(OSError, ValueError):  # the stream's own error was reported
-                reconfigure(errors=encoding_errors)
+                stdout.reconfigure(errors=before)
 
 
 def output_problem() -> OSError | None:

@@ -1,8 +1,8 @@
 """Provenance of metrics: which checkpoint, data and settings each evaluation of a run belongs to.
 
 metrics.json has the newest figures by name and nothing else. RUN/evaluations.json lists every `validate` and `test` of
-the run: the checkpoint's step, the keys that differ from those of the checkpoint, and the metrics. A checkpoint itself
-holds the metrics of the validation at its step, in the state of `RunSummary`.
+the run with the checkpoint's step, the keys that differ from the checkpoint's, and the metrics. A checkpoint holds the
+metrics of the validation at its step, in the state of `RunSummary`.
 """
 
 from __future__ import annotations
@@ -57,27 +57,22 @@ class Evaluation:
 
 
 def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
-    """Return the keys of `model` and `data` that can change a metric and are not as the checkpoint has them.
+    """Return the keys of `model` and `data` that can change a metric and differ between a checkpoint and an evaluation.
 
     Args:
         saved: The sections that a checkpoint was trained with, as `saved_configuration` gives them.
-        used: The same of the evaluation, whose classes are imported.
+        used: The sections of the evaluation, whose classes are imported.
     """
     different: list[str] = []
-    for section, without_effect in _WITHOUT_EFFECT.items():
-        before, now = saved.get(section), used.get(section)
-        if before is None or now is None:
-            continue
+    for section in [section for section in _WITHOUT_EFFECT if section in saved and section in used]:
+        before, now = saved[section], used[section]
         if not same_class(before["class_path"], now["class_path"]):
             different.append(section)
             continue
         # an earlier version's checkpoint lacks the keys that came later
         first, second = (_with_defaults(now["class_path"], values["init_args"]) for values in (before, now))
-        different += [
-            f"{section}.{key}"
-            for key in sorted({*first, *second} - without_effect)
-            if _canonical(first.get(key)) != _canonical(second.get(key))
-        ]
+        keys = sorted({*first, *second} - _WITHOUT_EFFECT[section])
+        different += [f"{section}.{key}" for key in keys if _canonical(first.get(key)) != _canonical(second.get(key))]
     return different
 
 
@@ -93,7 +88,7 @@ def _with_defaults(class_path: str, values: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _canonical(value: Any) -> str:
-    """Return one text for a value, whether a parser, a dataclass or a checkpoint holds it."""
+    """Return one text for a value of a parser, a dataclass or a checkpoint."""
 
     def plain(other: Any) -> Any:
         if isinstance(other, Namespace):
@@ -173,15 +168,9 @@ def drop_evaluations_after(run: Path, step: int) -> None:
 
 
 def evaluations_of_checkpoint(checkpoint: Mapping[str, Any], run: Path | None) -> list[Evaluation]:
-    """Return every evaluation of a checkpoint's weights, oldest first.
-
-    Args:
-        checkpoint: Content of the checkpoint.
-        run: The checkpoint's run directory; None for a checkpoint outside of any run.
-    """
-    step = checkpoint.get("global_step")
+    """Return every evaluation of a checkpoint's weights, oldest first; `run` is its run directory, if any."""
     callbacks = checkpoint.get("callbacks")
     state = callbacks.get(STATE) if isinstance(callbacks, Mapping) else None
-    entries = [] if run is None else read_evaluations(run)
-    evaluations = [_parse(state), *entries] if _is_valid(state) else entries
-    return [evaluation for evaluation in evaluations if evaluation.step == step]
+    evaluations = [_parse(state)] if _is_valid(state) else []
+    evaluations += read_evaluations(run) if run is not None else []
+    return [evaluation for evaluation in evaluations if evaluation.step == checkpoint.get("global_step")]

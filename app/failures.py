@@ -1,78 +1,117 @@
-"""Errors that are the user's to fix, and defects."""
+"""Classify errors: bad input, which gets one message, a lost process, or a defect, which gets a traceback."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from app.messages import compiler_message
-from app.processes import is_distributed, is_peer_lost, is_worker_lost
-from datamodules.errors import InputError
+from app.processes import is_distributed
+from datamodules.errors import InputError, first_line
 from modules.adapters import AdapterError
 
 _log = logging.getLogger(__name__)
 
-# Errors that a user can fix. Anything else is a defect of this program and shows its traceback.
-BAD_INPUT = (ArgumentError, AdapterError, InputError, MisconfigurationException, OSError)
+# Errors that a user can fix, and that say how. Anything else is a defect of this program and shows its traceback.
+OWN_ERRORS = (ArgumentError, AdapterError, InputError, OSError)
+BAD_INPUT = (*OWN_ERRORS, MisconfigurationException)
+LOADERS = ("torch.utils.data.dataloader", "torch.utils.data._utils.signal_handling")
+GLOO = "/gloo/transport/"  # in each message of gloo's transport, for which torch has no class
 
 
 def bad_input(error: Exception) -> Exception | None:
-    """Return the error that a user can fix behind an error, through the parser's wrapping; None for a defect."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return ArgumentError(None, "The accelerator's memory is full: choose a smaller --data.batch_size.")
-    if is_worker_lost(error) or is_worker_lost(error.__cause__ or error):
-        return ArgumentError(
-            None,
-            "A worker process of the data loader was killed, often because memory is full. Checkpoints are untouched: "
-            "resume with --ckpt_path last and a smaller --data.num_workers or --data.batch_size.",
-        )
-    if is_distributed() and is_peer_lost(error):
-        return ArgumentError(None, "Another process of the run has ended or cannot be reached.")
-    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
-        return ArgumentError(None, f"{error.object[:200]} has bytes that are no UTF-8. Rename the file or folder.")
-    if (failed := compiler_message(error)) is not None:
-        return ArgumentError(None, failed)
-    link: BaseException | None = error
-    while isinstance(link, Exception):
+    """Return the error to report for a failure that a user can fix; None for a defect."""
+    if (message := _message_of_library_error(error)) is not None:
+        return ArgumentError(None, message)
+    for link in causes(error):
         if isinstance(link, BAD_INPUT):
             return link
-        wrapped = isinstance(link, ValueError) and "Does not validate" in str(link)
-        link = link.__cause__ or (link.__context__ if wrapped else None)
     if isinstance(error, ValueError | RuntimeError) and _raising_module(error).startswith("lightning."):
-        return error  # Lightning's own check of what the trainer or a callback was told
+        return error  # Lightning's own check of an argument of the trainer or of a callback
     return None
 
 
-def _raising_module(error: Exception) -> str:
-    """Return the name of the module whose code raised an error."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    name: str = frame.f_globals.get("__name__", "")
-    return name
+def _message_of_library_error(error: Exception) -> str | None:
+    """Return the message for an error of torch or Python that names no key; None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The accelerator's memory is full: choose a smaller --data.batch_size."
+    if is_worker_lost(error):
+        return (
+            "A worker process of the data loader was killed, often because memory is full. Checkpoints are untouched: "
+            "resume with --ckpt_path last and a smaller --data.num_workers or --data.batch_size."
+        )
+    if is_distributed() and is_peer_lost(error):
+        return "Another process of the run has ended or cannot be reached."
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[:200]} has bytes that are no UTF-8. Rename the file or folder."
+    compiler = sys.modules.get("torch._dynamo.exc")
+    if compiler is not None and isinstance(error, compiler.TorchDynamoException):
+        return f"model.compile: torch.compile fails on this backbone ({first_line(error)}). Set it to false."
+    return None
+
+
+def is_worker_lost(error: BaseException) -> bool:
+    """Return True if a worker process of a data loader has died: torch raises a plain RuntimeError in the loader."""
+    return any(type(link) is RuntimeError and _raising_module(link) in LOADERS for link in causes(error))
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Return True if an error is what a lost worker, or another lost process of the run, leaves on this rank."""
+    return isinstance(error, ConnectionError | dist.DistError) or (
+        isinstance(error, RuntimeError) and (is_worker_lost(error) or GLOO in str(error))
+    )
+
+
+def is_caused_by(error: BaseException, problem: OSError) -> bool:
+    """Return True if an error, or one that it was raised from or after, has the number of an operating system error."""
+    return any(isinstance(link, OSError) and link.errno == problem.errno for link in causes(error, contexts=True))
+
+
+def is_caused_by_signal(error: BaseException) -> bool:
+    """Return True if an error was raised while a signal was handled, or in place of the signal's exception."""
+    return any(isinstance(link, SIGTERMException) for link in causes(error, contexts=True))
+
+
+def causes(error: BaseException, contexts: bool = False) -> Iterator[BaseException]:
+    """Yield an error and the errors that it was raised from; with `contexts`, also those that were being handled."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        yield link
+        link = link.__cause__ or (link.__context__ if contexts else None)
+
+
+def _raising_module(error: BaseException) -> str:
+    """Return the name of the Python module whose code raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
 
 
 def construction_error(config: Namespace, kind: type, error: Exception) -> Exception:
     """Return the error to report where the constructor of a class of the configuration raised one.
 
-    Errors of this program name a key already. Those of Lightning and of other packages get the key and the class.
+    Errors of this program name a key already. Errors of Lightning and of other packages get the key and the class.
 
     Args:
         config: The command's values.
         kind: The class.
-        error: What the constructor raised.
+        error: The constructor's error.
     """
     known = bad_input(error)
-    if isinstance(known, BAD_INPUT) and not isinstance(known, MisconfigurationException):
+    if isinstance(known, OWN_ERRORS):
         return known
     _log.debug("%s cannot be created.", kind.__name__, exc_info=error)
     key = _key_of(config.as_dict(), kind.__name__)
-    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if known is not None:  # Lightning's check of an argument
-        reason = str(known)
+    reason = str(known) if known else f"{type(error).__name__}: {error}".removesuffix(": ")
     message = f"{f'{key}: ' if key else ''}{kind.__name__} cannot be created ({reason})."
     if isinstance(error, ModuleNotFoundError) and error.name:
         message += f" Install the package: pip install {error.name.partition('.')[0]}."
@@ -81,23 +120,14 @@ def construction_error(config: Namespace, kind: type, error: Exception) -> Excep
 
 def _key_of(tree: Any, class_name: str, prefix: str = "") -> str | None:
     """Return the dotted key at which a tree of values names a class."""
-    if isinstance(tree, dict):
+    if isinstance(tree, list):
+        parts = [(prefix, value) for value in tree]
+    elif isinstance(tree, dict):
         if str(tree.get("class_path")).rpartition(".")[2] == class_name:
             return prefix
-        parts = {key: f"{prefix}.{key}".lstrip(".") if key != "init_args" else prefix for key in tree}
-        found = (_key_of(value, class_name, parts[key]) for key, value in tree.items())
-    elif isinstance(tree, list):
-        found = (_key_of(value, class_name, prefix) for value in tree)
+        inner = [(key if key != "init_args" else "", value) for key, value in tree.items()]
+        parts = [(f"{prefix}.{key}".strip("."), value) for key, value in inner]
     else:
         return None
+    found = (_key_of(value, class_name, key) for key, value in parts)
     return next((key for key in found if key), None)
-
-
-def is_caused_by(error: BaseException, problem: OSError) -> bool:
-    """Return whether an error, or one that it was raised from, is the operating system's with the same number."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno == problem.errno:
-            return True
-        link = link.__cause__ or link.__context__
-    return False

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from jsonargparse import ArgumentError
 
-from app.lightning_compat import import_policy
+from app.lightning_compat import ImportDenied, import_policy
 
 # A class may be named if its definition lies below one of these packages. Of Lightning, these are the packages whose
 # classes a trainer takes, and not its core, whose load_from_checkpoint unpickles. Of torch, what strategies and the key
@@ -57,18 +58,10 @@ def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         ArgumentError: For the option without a prefix.
     """
-    prefixes, others = [], []
-    rest = iter(words)
-    for word in rest:
-        if word == OPTION:
-            prefixes.append(next(rest, ""))
-        elif word.startswith(f"{OPTION}="):
-            prefixes.append(word.partition("=")[2])
-        else:
-            others.append(word)
-    if "" in prefixes:
-        raise ArgumentError(None, f"{OPTION}: name a module or a package, such as my_package.callbacks.")
-    return prefixes, others
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(OPTION, action="append", default=[])
+    known, others = parser.parse_known_args(list(words))
+    return known.allow_imports, others
 
 
 @contextmanager
@@ -81,9 +74,15 @@ def restricted_imports(prefixes: Sequence[str] = ()) -> Iterator[None]:
     Raises:
         ArgumentError: For a prefix that is no dotted path, or that of the parser itself.
     """
-    with ExitStack() as held:
+
+    def is_allowed(path: str) -> bool:
+        if resolve(path, prefixes) is None:
+            raise ImportDenied(_denied_message(path))
+        return True
+
+    with ExitStack() as policy:
         try:
-            held.enter_context(import_policy(lambda path: resolve(path, prefixes) is not None, list(prefixes)))
+            policy.enter_context(import_policy(is_allowed, list(prefixes)))
         except ValueError as error:
             raise ArgumentError(None, f"{OPTION}: {error}") from error
         yield
@@ -93,11 +92,7 @@ def resolve(path: str, prefixes: Sequence[str] = ()) -> type | Callable[..., Any
     """Return the class or function that a configuration may name by a dotted path; None if it may not.
 
     The path is a module and a name in the module. Attributes of classes, functions and instances are never reached.
-    Only modules below an allowed package are imported.
-
-    Args:
-        path: The dotted path.
-        prefixes: See `restricted_imports`.
+    Only modules below an allowed package, or below one of the additional prefixes, are imported.
 
     Raises:
         ImportError: For a name that an allowed module lacks, or an allowed module that cannot be imported.
@@ -113,10 +108,10 @@ def resolve(path: str, prefixes: Sequence[str] = ()) -> type | Callable[..., Any
             raise ImportError(_missing(module, name))
         return None
     found = vars(module).get(name) or getattr(module, name)
-    if not (inspect.isclass(found) or inspect.isroutine(found)):
+    if not isinstance(found, type | FunctionType | BuiltinFunctionType | MethodType):
         return None
-    home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    if inspect.isclass(found):
+    home = f"{found.__module__}.{found.__qualname__}"
+    if isinstance(found, type):
         return found if _below(home, (*PACKAGES, *prefixes)) or home in CLASSES else None
     return found if home in FUNCTIONS or _below(home, prefixes) else None
 
@@ -139,7 +134,7 @@ def _module(name: str, may_import: bool) -> ModuleType | None:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             package, _, missing = error.name.rpartition(".")
             holder = sys.modules.get(package)
-            if hasattr(holder, "__path__") and missing not in vars(holder):  # a misspelt module, and no attribute
+            if holder is not None and "__path__" in vars(holder) and missing not in vars(holder):  # no attribute of it
                 raise ImportError(f"There is no module {error.name}.") from error
             return None
         raise ImportError(f"{name} cannot be imported: {error}. Install it: pip install {error.name}.") from error
@@ -153,20 +148,8 @@ def _missing(module: ModuleType, name: str) -> str:
     return f"There is no class {name} in {module.__name__}{f'; did you mean {close[0]}?' if close else '.'}"
 
 
-def similar_class(name: str) -> str | None:
-    """Return the name of the allowed class that is spelt most like a name; None if none is."""
-    names = {
-        key
-        for module_name, module in list(sys.modules.items())
-        if _below(module_name, PACKAGES)
-        for key, value in vars(module).items()
-        if inspect.isclass(value) and not key.startswith("_")
-    }
-    return next(iter(difflib.get_close_matches(name, sorted(names), n=1)), None)
-
-
 def same_class(first: str, second: str) -> bool:
-    """Return whether two dotted paths name one class; what may not be imported is compared as text."""
+    """Return True if two dotted paths name one class. Paths that may not be imported are compared as text."""
     if first == second:
         return True
     try:
@@ -176,10 +159,10 @@ def same_class(first: str, second: str) -> bool:
         return False
 
 
-def denied_message(path: str) -> str:
+def _denied_message(path: str) -> str:
     """Return the message for a path that was refused."""
     module_name = path.rpartition(".")[0]
-    refused = f"{path} is not imported: configurations name classes of this program and of Lightning, no functions."
+    refused = f"'{path}' is not imported: configurations name classes of this program and of Lightning, no functions."
     if _below(module_name, PACKAGES):
         return f"{refused} Attributes of a class or of an imported module are never reached."
     return f"{refused} If you know what it runs and want that, put {OPTION} {module_name or path} on the command line."

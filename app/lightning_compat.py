@@ -1,17 +1,49 @@
-"""Private access to Lightning and jsonargparse; tests/app/test_lightning_compat.py fails when they move."""
+"""Every private access to Lightning and jsonargparse; tests/app/test_lightning_compat.py fails when one moves."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import yaml
-from jsonargparse import get_loader, set_loader, set_parsing_settings
+import lightning as L
+from jsonargparse import set_parsing_settings
+from jsonargparse._common import ImportDenied as ImportDenied
 from jsonargparse._common import parsing_settings
 from lightning.pytorch.cli import LightningCLI, _InstantiatorFn
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 VERDICTS = "import_path_verdicts"
+
+
+class HookedCLI(LightningCLI):
+    """LightningCLI with a hook around each construction, and with the last word on a checkpoint's values."""
+
+    def construct(self, kind: type, build: Callable[[], Any]) -> Any:
+        """Return `build()`, a new instance of a class that the configuration names."""
+        return build()
+
+    def _add_instantiators(self) -> None:
+        for section, base in (("model", L.LightningModule), ("data", L.LightningDataModule)):
+            self.parser.add_instantiator(_SectionInstantiator(self, section), base)
+        self.parser.add_instantiator(
+            lambda kind, *args, **keys: self.construct(kind, partial(kind, *args, **keys)), object
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as `parse_arguments` made it: Lightning would let the checkpoint beat the options."""
+
+
+class _SectionInstantiator(_InstantiatorFn):
+    """Lightning's own way to construct the class of a section: it keeps the hyper-parameters for checkpoints."""
+
+    cli: HookedCLI
+
+    def __call__(self, class_type: type, *args: Any, applied_instantiation_links: dict[str, Any], **keys: Any) -> Any:
+        links = {"applied_instantiation_links": applied_instantiation_links}
+        return self.cli.construct(class_type, partial(super().__call__, class_type, *args, **links, **keys))
 
 
 class _Verdicts(Mapping[str, bool]):
@@ -21,7 +53,7 @@ class _Verdicts(Mapping[str, bool]):
         self.is_allowed = is_allowed
 
     def __contains__(self, path: object) -> bool:
-        return True  # so that the whole path is asked for first, and its prefixes never
+        return True  # so that jsonargparse asks for the whole path first, and never for its prefixes
 
     def __getitem__(self, path: str) -> bool:
         return self.is_allowed(path)
@@ -38,10 +70,10 @@ def import_policy(is_allowed: Callable[[str], bool], prefixes: list[str]) -> Ite
     """Ask a function before any jsonargparse parser of this process imports a dotted path; undone on exit.
 
     jsonargparse's own lists know prefixes only. Its `import_object` is the one place that imports what a value names.
-    That function asks the verdicts twice: for the path as written, and for the place where the object is defined.
+    That function asks twice: for the path as written, and for the place where the object is defined.
 
     Args:
-        is_allowed: Takes a dotted path. It may raise ImportError with a reason of its own.
+        is_allowed: Takes a dotted path. It may raise ImportDenied with a reason of its own.
         prefixes: Additional prefixes, which jsonargparse validates.
 
     Raises:
@@ -61,35 +93,17 @@ def import_policy(is_allowed: Callable[[str], bool], prefixes: list[str]) -> Ite
         parsing_settings.update(before)
 
 
-@contextmanager
-def yaml_loading(check: Callable[[str], None]) -> Iterator[None]:
-    """Check each YAML text (file, nested file or option) before jsonargparse loads the text; undone on exit.
-
-    Args:
-        check: Raises yaml.YAMLError for what is not supported.
-    """
-    before = get_loader("yaml")
-
-    def load(text: str) -> Any:
-        check(text)
-        try:
-            return before(text)
-        except (ValueError, RecursionError) as error:  # PyYAML's constructors raise bare ones
-            raise yaml.YAMLError(str(error)) from error
-
-    set_loader("yaml", load, exceptions=(yaml.YAMLError,))
-    try:
-        yield
-    finally:
-        set_loader("yaml", before, exceptions=(yaml.YAMLError,))
+def move_run_directory(trainer: L.Trainer, path: str) -> None:
+    """Set `trainer.default_root_dir`, which has no setter, once all processes know the run directory."""
+    trainer._default_root_dir = path  # type: ignore[attr-defined]
 
 
-def hyperparameter_instantiator(cli: LightningCLI, key: str) -> Callable[..., Any]:
-    """Return Lightning's own way to construct a section's class, which keeps its hyper-parameters for checkpoints."""
-    return _InstantiatorFn(cli=cli, key=key)
+def stop_after_step(trainer: L.Trainer) -> None:
+    """Make Lightning leave its loop when the step is logged, as after a signal to its own handler."""
+    trainer._signal_connector.received_sigterm = True
 
 
-def subcommand_keys(cli: LightningCLI, name: str) -> list[str]:
-    """Return the keys that a command takes, by dotted name; an empty list if there is no such command."""
-    parser = cli._subcommand_parsers.get(name)
-    return [] if parser is None else list(parser.get_defaults().keys())
+def launched_processes(trainer: L.Trainer | None) -> list[subprocess.Popen[bytes]]:
+    """Return the list of processes that this one started for a distributed run. Lightning watches what is in it."""
+    launcher = trainer.strategy.launcher if trainer else None
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []

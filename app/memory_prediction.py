@@ -14,7 +14,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.memory_estimate import BatchSize, MemoryEstimate, Precision, fit_memory
 from app.sweep.recipe import parsed_fit
-from datamodules.findings import Findings
+from datamodules.contract import HasKind
+from datamodules.sources.findings import Findings
 from modules.base import AdaptedModule
 
 if TYPE_CHECKING:  # the recipe decides whether timm is imported
@@ -83,7 +84,8 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
     Raises:
         ArgumentError: For data that nothing is trained on.
     """
-    kind = getattr(resolve_name(config.data.class_path), "kind", "data of no known kind")
+    data = resolve_name(config.data.class_path)
+    kind = data.kind if isinstance(data, HasKind) else "data of no known kind"
     keys: Any = config.data.init_args
     if kind == "images":
         return BatchSize(keys.batch_size), f"{keys.batch_size} images a step"
@@ -108,9 +110,9 @@ def read_classes(config: Namespace) -> list[str] | None:
     Raises:
         DataError: If the data are damaged.
     """
-    from datamodules.glue import TASKS
-    from datamodules.image_sources import open_split
-    from datamodules.labels import parse_labels
+    from datamodules.sources.images import open_split
+    from datamodules.sources.labels import parse_labels
+    from datamodules.text_classification import TASKS
 
     keys: Any = config.data.init_args
     task = TASKS.get(keys.get("task") or "")

@@ -103,7 +103,7 @@ class MeasuredFit(AsymmetryCLI):
                 None, f"model.tuning: {self.model.tuning} adapts no projection to measure. Set it to adapter."
             )
         self.model.compiles = False  # hooks see the layers as they are written
-        config = self._get(self.config_init, "trainer")
+        config = self.config_init["fit"].trainer
         head_steps = self.head_steps if self.model.head_names else 0
         if head_steps < self.head_steps:
             _log.info("The model has no new head: no steps before the measurement.")
@@ -126,7 +126,8 @@ class MeasuredFit(AsymmetryCLI):
             callbacks=[self.collector],
         )
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def fit(self, **arguments: Any) -> None:
+        """Train the heads and measure, without the callbacks of a run."""
         self.trainer.fit(self.model, datamodule=self.datamodule)
 
 

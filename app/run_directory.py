@@ -1,4 +1,4 @@
-"""Where a run writes: runs/<recipe>/version_K, a new one for each run, the same one on resume, by one process alone."""
+"""Run directory: a new runs/<recipe>/version_K for each run, locked while a process trains, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import os
 import platform
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from app.checkpoint_io import BEST, CHECKPOINTS, IDENTITY, LAST, PREVIOUS, read_checkpoint
-from datamodules.atomic import WriteError, atomic_write, remove_stale
+from app.checkpoint_io import BEST, CHECKPOINTS, LAST, PREVIOUS, read_checkpoint, saved_step
+from datamodules.atomic import remove_stale
 from datamodules.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 LOCK = ".lock"
 # files of a run that are read, and replaced by a rename, which does not follow a link
 READ = re.compile(
-    r"checkpoints/(best|last|previous)\.ckpt|config(-\d+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet|\.run"
+    r"checkpoints/(best|last|previous)\.ckpt|config(-\d+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet"
 )
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
@@ -37,44 +36,34 @@ class RunTaken(CheckpointError):
 
 
 def versions(root: Path) -> list[Path]:
-    """The run directories below a root, oldest first."""
+    """Return the run directories below a root, oldest first."""
     found = [p for p in root.glob("version_*") if p.is_dir() and p.name.removeprefix("version_").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("version_")))
+    return sorted(found, key=_number)
+
+
+def _number(run: Path) -> int:
+    return int(run.name.removeprefix("version_"))
 
 
 def new_run_directory(root: Path) -> Path:
-    """Create the next version directory below a root, with an identity; two runs that start at once get two.
+    """Create the next version directory below a root; two runs that start at once get two.
 
     Raises:
-        RunDirectoryError: If none can be made there.
-        WriteError: If nothing can be written to it.
+        RunDirectoryError: If no directory can be made there.
     """
-    existing = versions(root)
-    number = int(existing[-1].name.removeprefix("version_")) + 1 if existing else 0
+    number = max(map(_number, versions(root)), default=-1) + 1
     while True:
         path = root / f"version_{number}"
         try:
             path.mkdir(parents=True)
-        except FileExistsError as error:
-            if not root.is_dir():
-                raise _no_directory(root, error) from error
-            number += 1
-        except OSError as error:
-            raise _no_directory(root, error) from error
-        else:
-            try:
-                with atomic_write(path / IDENTITY) as file:
-                    file.write(f"{uuid.uuid4().hex}\n".encode())
-            except WriteError:
-                path.rmdir()
-                raise
             return path
-
-
-def _no_directory(root: Path, error: OSError) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"trainer.default_root_dir: no run directory can be made in {root} ({error.strerror}); choose another place."
-    )
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) and root.is_dir()):
+                raise RunDirectoryError(
+                    f"trainer.default_root_dir: no run directory can be made in {root} ({error.strerror}); choose "
+                    "another place."
+                ) from error
+            number += 1
 
 
 def remove_links(run: Path) -> None:
@@ -116,13 +105,13 @@ def remove_if_empty(run: Path | None) -> Iterator[None]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run directory against other processes that would train in it; the kernel lets go of it when this one ends.
+    """Lock a run directory against other processes that would train in it. The kernel unlocks it when this one ends.
 
-    The lock belongs to this process and not to the file's handle, which worker processes inherit and which they may
-    hold for seconds after this one was killed.
+    The lock belongs to this process, not to the file's handle: worker processes inherit the handle, and may live on for
+    seconds after this process was killed.
 
     Raises:
-        RunTaken: If another process holds it.
+        RunTaken: If another process holds the lock.
         RunDirectoryError: If the directory cannot be written, or holds links that lead elsewhere.
     """
     remove_links(run)
@@ -144,22 +133,13 @@ def locked(run: Path) -> Iterator[None]:
         else:
             file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-            _remove_stale_files(run)
+            for folder in (run, run / CHECKPOINTS):  # of a fit that was killed
+                remove_stale(folder)
         yield
 
 
-def _remove_stale_files(run: Path) -> None:
-    """Remove what a killed fit has left in a run directory that this process has locked."""
-    for folder in (run, run / CHECKPOINTS):
-        remove_stale(folder)
-    for name in (LAST, PREVIOUS, BEST):  # temporary names of earlier versions
-        with suppress(OSError):
-            (run / CHECKPOINTS / f".{name}.tmp").unlink()
-    shutil.rmtree(run / ".adapter.old", ignore_errors=True)
-
-
 def locate_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
-    """Return the file that a `--ckpt_path` means, as far as names tell.
+    """Return the file that a `--ckpt_path` means, by names alone.
 
     Args:
         ckpt_path: A checkpoint file, a run directory, or `last`, the newest run below the root that has a checkpoint.
@@ -175,69 +155,53 @@ def locate_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
             raise CheckpointError(f"ckpt_path: no run below {root} has a checkpoint yet; give a file, or start anew.")
         return run / CHECKPOINTS / LAST
     path = Path(ckpt_path)
-    if path.is_dir():
-        best = path / CHECKPOINTS / BEST
-        return best if prefer_best and best.is_file() else path / CHECKPOINTS / LAST
-    return path
+    if not path.is_dir():
+        return path
+    best = path / CHECKPOINTS / BEST
+    return best if prefer_best and best.is_file() else path / CHECKPOINTS / LAST
 
 
 def load_checkpoint(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint to be used, and its content.
+    """Return the checkpoint to use, and its content.
 
     Args:
-        ckpt_path: As it was given. A file that is named itself is used or is an error.
-        wanted: The file that it means. If that is damaged or not there, the newest intact one of its run is used, with
-            a warning.
+        ckpt_path: The option as it was given. A file that it names itself is used or is an error.
+        wanted: The file that the option means. If that file is damaged or missing, the newest intact checkpoint of its
+            run is used, with a warning.
 
     Raises:
-        CheckpointError: If it cannot be used, and no other either.
+        CheckpointError: If no checkpoint can be used.
     """
-    others = [p for p in _checkpoints(wanted.parent.parent) if p != wanted]
+    others = [path for path in _checkpoints(wanted.parent.parent) if path != wanted]
     if wanted == Path(ckpt_path) or not (wanted.is_file() or others):
         return wanted, read_checkpoint(wanted)
     problems: list[str] = []
-    if not wanted.is_file():
-        problems.append(f"ckpt_path: there is no {wanted}.")
-    elif (content := _read(wanted, problems)) is not None:
-        return wanted, content
-    newest: tuple[Path, dict[str, Any]] | None = None
-    for path in others:
-        content = _read(path, problems)
-        if content is not None and (newest is None or _step(content) > _step(newest[1])):
-            newest = path, content
-    if newest is None:
-        raise CheckpointError(" ".join([*problems, f"{wanted.parent} has no intact checkpoint: start anew."]))
-    for problem in problems:
-        _log.warning(problem)
-    _log.warning(f"{newest[0]} is used instead, of step {_step(newest[1])}: the newest intact one.")
-    return newest
+    others.sort(key=lambda path: saved_step(path) or 0, reverse=True)
+    for path in [wanted, *others]:
+        try:
+            content = read_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error).partition(" Use another checkpoint")[0])
+            continue
+        if path != wanted:
+            step = content.get("global_step", 0)
+            for line in (*problems, f"{path} is used instead, of step {step}: the newest intact checkpoint."):
+                _log.warning(line)
+        return path, content
+    raise CheckpointError(" ".join([*problems, f"{wanted.parent} has no intact checkpoint: start anew."]))
 
 
 def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
-    """The checkpoint to be used, or, if there is none, where it would lie; arguments as for `locate_checkpoint`.
+    """Return the checkpoint to use, or the file where it would lie if the run has none; see `locate_checkpoint`.
 
     Raises:
-        CheckpointError: If there is none below the root, or none that is intact.
+        CheckpointError: If no run below the root has a checkpoint, or none is intact.
     """
     wanted = locate_checkpoint(ckpt_path, root, prefer_best)
-    named = wanted == Path(ckpt_path) or not _checkpoints(wanted.parent.parent)
-    return wanted if named else load_checkpoint(ckpt_path, wanted)[0]
+    is_named = wanted == Path(ckpt_path) or not _checkpoints(wanted.parent.parent)
+    return wanted if is_named else load_checkpoint(ckpt_path, wanted)[0]
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, those before others that are to be preferred at the same step."""
+    """Return a run's checkpoints; of two of the same step, the first is preferred."""
     return [p for p in (run / CHECKPOINTS / name for name in (LAST, PREVIOUS, BEST)) if p.is_file()]
-
-
-def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """Return the content of a checkpoint; None if it cannot be used, with the reason added to `problems`."""
-    try:
-        return read_checkpoint(path)
-    except CheckpointError as error:
-        problems.append(str(error).partition(" Use another checkpoint")[0])
-        return None
-
-
-def _step(content: dict[str, Any]) -> int:
-    """Optimizer steps behind a checkpoint."""
-    return int(content.get("global_step", 0))

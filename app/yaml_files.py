@@ -1,30 +1,43 @@
-"""Configuration files: what of YAML is supported, checked before any value is used."""
+"""Configuration files: the part of YAML that is supported, checked before any value is used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, get_loader, set_loader
 
-from app.lightning_compat import yaml_loading
-
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster where PyYAML was built with libyaml
 MOST_NODES = 100_000  # after aliases are expanded: a hundred lines of aliases can describe billions
 MOST_LEVELS = 50
-TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value", "timestamp")
+}
 GROUPS = ("trainer", "checkpoint", "spectrum")  # sections that are no classes
-
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @contextmanager
 def checked_yaml() -> Iterator[None]:
-    """Check all YAML that a parser of this process reads by `check_yaml`; undone on exit."""
-    with yaml_loading(check_yaml):
+    """Check each YAML text (file, nested file or option) before jsonargparse loads the text; undone on exit."""
+    before = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        check_yaml(text)
+        try:
+            return before(text)
+        except (ValueError, RecursionError) as error:  # PyYAML's constructors raise bare ones
+            raise yaml.YAMLError(str(error)) from error
+
+    set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+    try:
         yield
+    finally:
+        set_loader("yaml", before, exceptions=(yaml.YAMLError,))
 
 
 def check_yaml(text: str) -> None:
@@ -36,74 +49,50 @@ def check_yaml(text: str) -> None:
     if not any(mark in text for mark in ":[{&*!"):  # a word or a number, as most options are
         return
     try:
-        _check(yaml.parse(text, Loader=_Loader))
+        _check_depth(text)
+        root = yaml.compose(text, Loader=LOADER)
     except (ValueError, RecursionError) as error:  # half a surrogate pair, a number that is too long
         raise yaml.YAMLError(str(error)) from error
+    if root is not None:
+        _check_node(root, 1, count(1))
 
 
-def _check(events: Iterator[Any]) -> None:
-    sizes: dict[str, int] = {}  # nodes of each anchor, once it is complete
-    open_nodes: list[_Open] = []
-    total = 0
-    for event in events:
-        if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
-            done = open_nodes.pop()
-            if done.anchor:
-                sizes[done.anchor] = done.size
-            if open_nodes:
-                open_nodes[-1].size += done.size
-            continue
-        if not isinstance(event, yaml.AliasEvent | yaml.ScalarEvent | yaml.MappingStartEvent | yaml.SequenceStartEvent):
-            continue  # of the stream or of a document
-        is_key = bool(open_nodes) and open_nodes[-1].expects_key()
-        if is_key and not isinstance(event, yaml.ScalarEvent):
-            raise _refused(event, "a key must be a word")
-        if isinstance(event, yaml.AliasEvent):
-            if any(node.anchor == event.anchor for node in open_nodes):
-                raise _refused(event, f"*{event.anchor} refers to what it is part of")
-            size = sizes.get(str(event.anchor), 1)
-        else:
-            if event.tag is not None and event.tag not in TAGS and event.tag != "!":
-                raise _refused(event, f"the tag {event.tag} is not supported")
-            size = 1
-        total += size
-        if total > MOST_NODES:
-            raise _refused(event, f"aliases expand to more than {MOST_NODES:,} values")
-        if open_nodes:
-            open_nodes[-1].add(event, is_key)
-        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
-            open_nodes.append(_Open(event))
-            if len(open_nodes) > MOST_LEVELS:
+def _check_depth(text: str) -> None:
+    """Check the depth without recursion: the fast loader's recursion in C would crash the process."""
+    level = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            level += 1
+            if level > MOST_LEVELS:
                 raise _refused(event, f"more than {MOST_LEVELS} levels are nested")
-        else:
-            if isinstance(event, yaml.ScalarEvent) and event.anchor:
-                sizes[event.anchor] = 1
-            if open_nodes:
-                open_nodes[-1].size += size
+        elif isinstance(event, yaml.CollectionEndEvent):
+            level -= 1
 
 
-class _Open:
-    """A mapping or a sequence whose end has not been reached."""
+def _check_node(node: Any, level: int, nodes: Iterator[int]) -> None:
+    """Check a node and the nodes below. An alias is the node that it refers to, so that cycles have endless levels."""
+    if level > MOST_LEVELS + 1:  # a value in the innermost collection
+        raise _refused(node, f"an alias nests more than {MOST_LEVELS} levels, or refers to what it is part of")
+    if next(nodes) > MOST_NODES:
+        raise _refused(node, f"aliases expand to more than {MOST_NODES:,} values")
+    if node.tag not in TAGS:
+        raise _refused(node, f"the tag {node.tag} is not supported")
+    if isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            _check_node(part, level + 1, nodes)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused(key, "a key must be a word")
+            if key.value in seen:
+                raise _refused(key, f"the key {key.value} stands twice in one mapping")
+            seen.add(key.value)
+            _check_node(value, level + 1, nodes)
 
-    def __init__(self, event: Any) -> None:
-        self.anchor: str | None = event.anchor
-        self.size = 1
-        self.keys: set[str] | None = set() if isinstance(event, yaml.MappingStartEvent) else None
-        self.children = 0
 
-    def expects_key(self) -> bool:
-        return self.keys is not None and self.children % 2 == 0
-
-    def add(self, event: Any, is_key: bool) -> None:
-        self.children += 1
-        if is_key and self.keys is not None:
-            if event.value in self.keys:
-                raise _refused(event, f"the key {event.value} stands twice in one mapping")
-            self.keys.add(event.value)
-
-
-def _refused(event: Any, problem: str) -> yaml.YAMLError:
-    return yaml.YAMLError(f"line {event.start_mark.line + 1}: {problem}")
+def _refused(node: Any, problem: str) -> yaml.YAMLError:
+    return yaml.YAMLError(f"line {node.start_mark.line + 1}: {problem}")
 
 
 def read_yaml(name: str) -> dict[str, Any]:
@@ -115,14 +104,12 @@ def read_yaml(name: str) -> dict[str, Any]:
     try:
         text = Path(name).read_text(encoding="utf-8")
         check_yaml(text)
-        content = yaml.load(text, Loader=_Loader)
+        content = yaml.load(text, Loader=LOADER)
     except (FileNotFoundError, NotADirectoryError):
         raise ArgumentError(None, f"--config: there is no file {name!r}.") from None
     except OSError as error:
         raise ArgumentError(None, f"--config: {name} cannot be read ({error.strerror}).") from error
-    except yaml.YAMLError as error:
-        raise ArgumentError(None, f"--config: {name} is not YAML that can be used: {error}") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8; 2024-13-45, 0b_
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8; 2024-13-45, 0b_
         raise ArgumentError(None, f"--config: {name} is not YAML that can be used: {error}") from error
     if not isinstance(content, dict):
         raise ArgumentError(None, f"--config: {name} has no keys.")

@@ -1,4 +1,4 @@
-"""An exponential moving average of what is trained."""
+"""Average the trained weights exponentially over the steps (EMA)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TRAINED = "trained_weights"  # key of the checkpoint
 
 
 class AdapterAveraging(L.Callback):
-    """Average factors and heads over the steps, exponentially (Polyak and Juditsky 1992).
+    """Keep an exponential moving average of factors and heads (Polyak and Juditsky 1992).
 
-    Validation, best.ckpt, last.ckpt and RUN/adapter have the average. A checkpoint also keeps the weights that are
-    trained, so that a resumed run goes on bit for bit. The frozen backbone is never copied.
+    Validation, best.ckpt, last.ckpt and RUN/adapter have the average. A checkpoint also keeps the trained weights, so
+    that a resumed run continues bit for bit. The frozen backbone is never copied.
 
     Args:
-        decay: Share of the average that stays at each optimizer step, in [0, 1). Over the first steps it is smaller,
-            (1 + n) / (10 + n) at the n-th, so that the first weights do not last.
+        decay: Share of the average that stays at each optimizer step, in [0, 1). At the n-th step it is at most
+            (1 + n) / (10 + n), so that the first weights do not last.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -35,7 +35,7 @@ class AdapterAveraging(L.Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the average with the weights, or take it up: a checkpoint's state_dict is the average."""
+        """Start the average with the weights of the model: after a resume they are the average."""
         trained = _trained(pl_module)
         self._average = {name: parameter.detach().clone() for name, parameter in trained.items()}
         self._step = trainer.global_step
@@ -47,7 +47,7 @@ class AdapterAveraging(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Renew the average after an optimizer step."""
+        """Update the average after an optimizer step."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -60,7 +60,7 @@ class AdapterAveraging(L.Callback):
         self._swap(pl_module, swapped=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Train on with the weights."""
+        """Train on with the trained weights."""
         self._swap(pl_module, swapped=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,7 +69,7 @@ class AdapterAveraging(L.Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: L.LightningModule, swapped: bool) -> None:
-        """Exchange weights and average, unless there is no average yet or they lie as is wanted."""
+        """Exchange weights and average, unless that is done or there is no average yet."""
         if not self._average or self._swapped == swapped:
             return
         for name, parameter in _trained(pl_module).items():
@@ -79,7 +79,7 @@ class AdapterAveraging(L.Callback):
         self._swapped = swapped
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average in the place of the weights, and these beside it."""
+        """Save the average as the weights of the model, and the trained weights beside it."""
         if not self._average:
             return
         weights = {name: parameter.detach() for name, parameter in _trained(pl_module).items()}
@@ -88,10 +88,10 @@ class AdapterAveraging(L.Callback):
         checkpoint[TRAINED] = trained
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the weights that were trained until training starts.
+        """Keep the trained weights of the checkpoint until training starts.
 
         Raises:
-            CallbackError: If they are of other parameters.
+            CallbackError: If they belong to other parameters.
         """
         self._resumed = checkpoint.get(TRAINED, {}) if trainer.state.fn == "fit" else {}
         trained = _trained(pl_module)

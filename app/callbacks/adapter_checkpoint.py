@@ -18,7 +18,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
 from app.callbacks.termination import Termination
-from app.checkpoint_io import BEST, CHECKPOINTS, LAST, fault, saved_step, structure_problem
+from app.checkpoint_io import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    checkpoint_problem,
+    saved_step,
+    structure_problem,
+)
 from datamodules.base import ResumableDataModule
 from datamodules.errors import CallbackError, CheckpointError
 
@@ -26,17 +33,17 @@ _log = logging.getLogger(__name__)
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Keep `best.ckpt`, `last.ckpt`, and the last before it as `previous.ckpt`, in the run directory.
+    """Keep `best.ckpt`, `last.ckpt`, and the previous last one as `previous.ckpt`, in the run directory.
 
-    What a checkpoint holds of the model is the module's choice (`AdaptedModule.saved_state`: factors, head, buffers,
-    never the frozen backbone); Lightning adds optimizer, schedule and the loader's position, and this callback every
-    process's random-number state, restored just before the first training step behind the resume.
+    The module chooses what a checkpoint holds of the model (`AdaptedModule.saved_state`: factors, head, buffers, never
+    the frozen backbone). Lightning adds optimizer, schedule and the loader's position. This callback adds every rank's
+    random-number state, which is restored just before the first training step after a resume.
 
     Args:
-        monitor: Metric that decides which is best; None makes the newest the best.
+        monitor: Metric that decides which checkpoint is best; None makes the newest the best.
         mode: Whether the metric is to be large or small.
-        last_every_n_steps: Renew last.ckpt after every so many optimizer steps, at least 1, besides at every epoch's
-            end and a step before: what is cut off in a validation, however long, has lost one step.
+        last_every_n_steps: Save last.ckpt after every so many optimizer steps, at least 1, besides at every epoch's
+            end and a step before: a run that is cut off in a validation, however long, loses one step.
     """
 
     def __init__(
@@ -62,19 +69,19 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._limit_val_batches: int | float | None = None  # the trainer's own, while there is no validation
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle in the run directory."""
+        """Create the folder of the checkpoints before the first step."""
         self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            try:  # now, and not after the first steps
+            try:
                 Path(self.dirpath).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"Checkpoints cannot be written to {self.dirpath} ({error.strerror}).") from error
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score, wherever the run directory lies now and however its path is spelt.
+        """Restore the best score, wherever the run directory lies now and however its path is spelt.
 
-        If the best checkpoint is not to be used (`on_load_checkpoint` looks), the best from here on is kept.
+        If the best checkpoint is not usable (`on_load_checkpoint` checks), the best one from here on is kept.
         """
         here = Path(str(self.dirpath))
 
@@ -85,7 +92,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
         if self.best_model_path and self._best_problem:
-            _log.warning(f"{here / BEST} {self._best_problem}; of the epochs from here on the best is kept.")
+            _log.warning(f"{here / BEST} {self._best_problem}. The best checkpoint from here on is kept.")
             self.best_model_path = self.kth_best_model_path = ""
             self.best_k_models, self.best_model_score = {}, None
             self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
@@ -93,13 +100,14 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Renew last.ckpt in mid-epoch, and finish the optimizer step before a requested stop.
+        """Save last.ckpt in mid-epoch, and finish the optimizer step before a requested stop.
 
-        Where a validation follows, `on_validation_end` or `on_train_epoch_end` saves: a resumed run would skip it.
+        Before a validation nothing is saved, since a resumed run would skip the validation. `on_validation_end` or
+        `on_train_epoch_end` saves then.
         """
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         termination = _termination(trainer)
-        interrupted = termination is not None and termination.agreed(trainer)
+        interrupted = termination is not None and termination.is_requested_on_any_rank(trainer)
         if not _is_step_end(trainer, batch_idx):
             # Lightning would stop here and lose the gradients accumulated so far
             self._stop_delayed |= trainer.should_stop
@@ -112,18 +120,18 @@ class AdapterCheckpoint(ModelCheckpoint):
             accumulated = trainer.accumulate_grad_batches
             left = trainer.num_training_batches - (batch_idx + 1)
             due = trainer.global_step % self.last_every_n_steps == 0 or left <= accumulated or stops
-            # a validation, however long, is to lose one step at most
+            # a run that is cut off in a validation, however long, loses one step at most
             due = due or _validates_within(trainer, batch_idx + 1, batch_idx + accumulated)
             if due and trainer.global_step > self._last_saved_step:
                 self._save_last(trainer)
         if _stops_here(trainer) and not _validates_within(trainer, batch_idx, batch_idx):
-            # Lightning validates once more when a callback stops it; a run that was never stopped would not
+            # Lightning validates once more when a callback stops it, which an uninterrupted run does not
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         if termination is not None and interrupted:
             termination.stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Renew best.ckpt when it is due, and last.ckpt after a validation in mid-epoch."""
+        """Save best.ckpt when it is due, and last.ckpt after a validation in mid-epoch."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.is_last_batch:
             return
@@ -131,23 +139,23 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Renew best.ckpt when it is due, and last.ckpt; Lightning calls this also when it stops in mid-epoch."""
+        """Save best.ckpt when it is due, and last.ckpt. Lightning calls this also when it stops in mid-epoch."""
         if self._limit_val_batches is not None:
             trainer.limit_val_batches = self._limit_val_batches
             self._limit_val_batches = None
         if not _is_epoch_over(trainer):
             if trainer.global_step > self._last_saved_step and _is_step_end(trainer, trainer.fit_loop.batch_idx):
-                with _epoch_not_counted(trainer):  # whatever stopped it did so behind `on_train_batch_end`
+                with _epoch_not_counted(trainer):  # a callback asked for the stop after `on_train_batch_end`
                     self._save_last(trainer)
             return
         super().on_train_epoch_end(trainer, pl_module)
         self._save_last(trainer)
         termination = _termination(trainer)
-        if termination is not None and termination.agreed(trainer):
+        if termination is not None and termination.is_requested_on_any_rank(trainer):
             termination.stop(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log where a fit ended that did not come to its end, or had nothing to do."""
+        """Log where a fit stopped in mid-epoch, or that it had nothing to do."""
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         epochs: Any = trainer.fit_loop.epoch_progress.current
@@ -180,9 +188,9 @@ class AdapterCheckpoint(ModelCheckpoint):
     # --------------------------------------------------------------------------------------------- random numbers
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random-number states of all processes; what was logged before a checkpoint is on disk before it."""
+        """Add the random-number states of all ranks, with all earlier events of TensorBoard on disk."""
         _write_events(trainer)
-        self._events_due = True  # those of the step itself are logged behind it
+        self._events_due = True  # the events of the step itself are logged later
         states: list[Any] = [_random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -191,20 +199,16 @@ class AdapterCheckpoint(ModelCheckpoint):
         checkpoint["samples_a_step"] = _samples_a_step(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember this process's state; with another number of processes there is none to continue from.
+        """Remember this rank's random-number state; with another number of ranks there is none to continue from.
 
         Raises:
-            CheckpointError: If the processes have chosen different checkpoints, or this one cannot be restored.
+            CheckpointError: If the ranks have chosen different checkpoints, or this one cannot be restored.
         """
-        if trainer.state.fn == TrainerFn.FITTING:
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if fits:
             _check_progress(trainer, checkpoint)
             _repair_epoch_counts(trainer, checkpoint)
-            averages = any(isinstance(c, AdapterAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
-            if TRAINED in checkpoint and not averages:
-                _log.warning(
-                    "ckpt_path: the weights of the checkpoint are averages of AdapterAveraging, which this run lacks. "
-                    "Training goes on from the averages."
-                )
+            _warn_of_changes(trainer, checkpoint)
         states = checkpoint.get("random_states", [])
         self._random_state = states[trainer.global_rank] if len(states) == trainer.world_size else None
         step = checkpoint.get("global_step", 0)
@@ -216,17 +220,11 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"ckpt_path: the processes do not see the same checkpoints: the first one took {first}, {other}. Let "
                 "them share the run directory, or name a file."
             )
-        problem = self._problem_of_best(step) if trainer.state.fn == "fit" and trainer.is_global_zero else None
+        problem = self._problem_of_best(step) if fits and trainer.is_global_zero else None
         self._best_problem = trainer.strategy.broadcast(problem)
-        before, now = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and before and now and before != now:
-            others = trainer.world_size * trainer.accumulate_grad_batches
-            keeps = f": with the learning rates as they are, --data.batch_size {before // others} trains as before"
-            known = "" if before % others else keeps
-            _log.warning(f"The batch of a step is {now} samples now and was {before}{known}.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on at the place in the epoch, in batches of this run."""
+        """Continue at the checkpoint's place in the epoch, in batches of this run."""
         super().on_train_start(trainer, pl_module)
         self._has_trained = True
         epochs = trainer.fit_loop.epoch_progress.current
@@ -237,24 +235,40 @@ class AdapterCheckpoint(ModelCheckpoint):
             data.match_progress()
 
     def _problem_of_best(self, step: int) -> str | None:
-        """Why the best checkpoint on disk is not that of a run that goes on from a step; None if it may be."""
+        """Return why the best checkpoint on disk is not that of a run resumed from a step; None if it may be."""
         best = Path(str(self.dirpath)) / BEST
-        problem = fault(best)
+        problem = checkpoint_problem(best)
         step_of_best = saved_step(best) if problem is None else None
         if step_of_best is not None and step_of_best > step:
-            return f"is of step {step_of_best}, ahead of {step}, from which the run goes on"
+            return f"is of step {step_of_best}, ahead of {step}, from which the run is resumed"
         return problem
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restore the state as late as can be: whatever ran since the start may have drawn numbers."""
+        """Restore the random-number state as late as possible: anything since the start may have drawn numbers."""
         if self._events_due:
             _write_events(trainer)
             self._events_due = False
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+
+def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Warn where training continues otherwise than before: from averaged weights, or with another batch of a step."""
+    averages = any(isinstance(c, AdapterAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if TRAINED in checkpoint and not averages:
+        _log.warning(
+            "ckpt_path: the weights of the checkpoint are averages of AdapterAveraging, which this run lacks. "
+            "Training goes on from the averages."
+        )
+    before, now = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)
+    if before and now and before != now:
+        others = trainer.world_size * trainer.accumulate_grad_batches
+        keeps = f": with the learning rates as they are, --data.batch_size {before // others} trains as before"
+        known = "" if before % others else keeps
+        _log.warning(f"The batch of a step is {now} samples now and was {before}{known}.")
 
 
 def _is_step_end(trainer: L.Trainer, batch_idx: int) -> bool:
@@ -269,7 +283,7 @@ def _is_epoch_over(trainer: L.Trainer) -> bool:
 
 
 def _stops_here(trainer: L.Trainer) -> bool:
-    """Return True if Lightning ends the fit behind this step: at max_steps, or because a callback has asked for it."""
+    """Return True if Lightning ends the fit after this step: at max_steps, or because a callback has asked for it."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
     epochs: Any = trainer.fit_loop.epoch_progress.current
@@ -278,7 +292,7 @@ def _stops_here(trainer: L.Trainer) -> bool:
 
 
 def _validates_within(trainer: L.Trainer, first: int, last: int) -> bool:
-    """Return True if Lightning's schedule has a validation behind any of the batches `first` to `last` of the epoch."""
+    """Return True if Lightning's schedule has a validation after any of the batches `first` to `last` of the epoch."""
     every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or every is None:  # None: by the clock
         return False
@@ -353,20 +367,21 @@ def _termination(trainer: L.Trainer) -> Termination | None:
 
 
 def _samples_a_step(trainer: L.Trainer) -> int:
-    """Samples of an optimizer step, of all processes; 0 if the data do not say."""
-    batch: int = getattr(trainer.datamodule, "batch_size", 0)  # type: ignore[attr-defined]
+    """Return the samples of an optimizer step, of all ranks; 0 for data of other programs."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    batch = data.batch_size if isinstance(data, ResumableDataModule) else 0
     return batch * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def _write_events(trainer: L.Trainer) -> None:
-    """Flush TensorBoard, which keeps events for up to two minutes, or a killed run would be resumed with a gap."""
+    """Flush TensorBoard, which keeps events for up to two minutes: else a killed run is resumed with a gap."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()
 
 
 def _random_state() -> dict[str, Any]:
-    """States of torch (CPU, all CUDA devices), NumPy and Python, in types that `weights_only` loads."""
+    """Return the states of torch (CPU, all CUDA devices), NumPy and Python, in types that `weights_only` loads."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),

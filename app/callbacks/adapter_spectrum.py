@@ -1,4 +1,4 @@
-"""Singular values of A, B and B·A while they are trained."""
+"""Log the singular values of A, B and B·A during training."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius
 class AdapterSpectrum(L.Callback):
     """Log the spectra at the start of training, at intervals, and at its end.
 
-    TensorBoard gets the mean over layers of each quantity under `spectrum/<role>/<factor>/<quantity>` (any logger gets
-    these), a histogram of each layer under `spectrum_layers/`, a heat map of layers × index for each factor under
-    `spectrum_map/`, and a layout of custom scalars that opens grouped. All singular values go to `spectrum.parquet` in
-    the run directory. B·A is without the scale s. A frozen factor is measured once.
+    - Every logger gets the mean over layers of each quantity: `spectrum/<role>/<factor>/<quantity>`.
+    - TensorBoard also gets a histogram of each layer (`spectrum_layers/`), a heat map of layers × index for each factor
+      (`spectrum_map/`), and a layout of custom scalars that opens grouped.
+    - `spectrum.parquet` in the run directory gets all singular values.
 
-    `relative_norm` is ‖sBA‖_F / ‖W‖_F. It is 0 for B·A = 0, and infinite for any other update of W = 0. Means over
-    layers leave infinite ratios out.
+    B·A is without the scale s. A frozen factor is measured once. `relative_norm` is ‖sBA‖_F / ‖W‖_F. It is 0 for
+    B·A = 0, and infinite for any other update of W = 0. Means over layers leave infinite ratios out.
 
     Args:
         every_n_epochs: Interval in epochs, at least 1; None measures at the start, by steps, and at the end only.
@@ -61,7 +61,7 @@ class AdapterSpectrum(L.Callback):
     # -------------------------------------------------------------------------------------------------- when
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Measure weights that will be sharded while they are whole: later, rank zero alone has a share of them."""
+        """Measure weights before they are sharded: afterwards rank zero has only its share of them."""
         if stage == "fit" and trainer.is_global_zero and _adapted(pl_module):
             assert isinstance(pl_module, AdaptedModule)
             if pl_module.shard_frozen:
@@ -69,13 +69,13 @@ class AdapterSpectrum(L.Callback):
                     self._weight_norm(name, layer, factors)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the beginning, or on resume take up the file where the checkpoint was written."""
+        """Measure the start, or on resume continue the file from the step of the checkpoint."""
         if not _adapted(pl_module) or not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / FILE
         if trainer.global_step > 0 and path.is_file():
             epochs = trainer.fit_loop.epoch_progress.current
-            # in mid-epoch the last spectrum may be of a stop, which a run that was never stopped would not have
+            # in mid-epoch the last spectrum may belong to a stop, which an uninterrupted run does not have
             first_new = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
             self._rows = [row for row in _read(path) if row["step"] < first_new]
             self._last_step = max((row["step"] for row in self._rows), default=-1)
@@ -85,17 +85,17 @@ class AdapterSpectrum(L.Callback):
         for board in _boards(trainer):
             board.add_custom_scalars(_layout(pl_module))
         self._measure(trainer, pl_module)
-        self._write(trainer)  # now, so that a run cut off in its first epoch finds it
+        self._write(trainer)  # now, for a run that is cut off in its first epoch
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure by steps."""
+        """Measure at intervals of steps."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure by epochs; Lightning calls this also when it stops in mid-epoch."""
+        """Measure at intervals of epochs. Lightning calls this also when it stops in mid-epoch."""
         over = trainer.is_last_batch
         if over and self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._measure(trainer, pl_module)
@@ -112,7 +112,7 @@ class AdapterSpectrum(L.Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Take and log one set of spectra, on rank zero, once a step."""
+        """Compute and log one set of spectra, on rank zero, once a step."""
         step = trainer.global_step
         if not trainer.is_global_zero or not _adapted(module) or step == self._last_step:
             return
@@ -120,7 +120,7 @@ class AdapterSpectrum(L.Callback):
         self._last_step = step
         assert isinstance(module, AdaptedModule)
         module.check_weights()
-        fresh: set[str] = set()  # factors that were measured now, not taken from before
+        fresh: set[str] = set()  # factors that are measured now, since they were not measured before or are trained
         rows: list[dict[str, Any]] = []
         for name, (layer, factors) in adapted_projections(module.backbone).items():
             r_a, r_b = (self._triangular(name, factor, factors, fresh) for factor in ("A", "B"))
@@ -141,7 +141,7 @@ class AdapterSpectrum(L.Callback):
         self.seconds += time.perf_counter() - start
 
     def _triangular(self, name: str, factor: str, factors: LowRankFactors, fresh: set[str]) -> Tensor:
-        """R_A or R_B, (r, r) on the CPU; a frozen factor's from the first time."""
+        """Return R_A or R_B, (r, r) on the CPU; for a frozen factor, the one of the first time."""
         if (name, factor) in self._frozen:
             return self._frozen[name, factor]
         tensor: Tensor = getattr(factors, factor)
@@ -157,7 +157,7 @@ class AdapterSpectrum(L.Callback):
         return r
 
     def _warn_of_zero_weights(self, names: list[str]) -> None:
-        """Name the projections whose ratio is infinite, once."""
+        """Warn once of projections whose ratio is infinite."""
         if names and not self._warned_of_zero_weights:
             self._warned_of_zero_weights = True
             listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -169,13 +169,13 @@ class AdapterSpectrum(L.Callback):
     @torch.no_grad()
     def _weight_norm(self, name: str, layer: AdaptedLinear, factors: LowRankFactors) -> float:
         if name not in self._weight_norms:
-            self._weight_norms[name] = float(layer.weight[factors.projection.rows].float().norm())
+            self._weight_norms[name] = float(layer.frozen.dense()[factors.projection.rows].float().norm())
         return self._weight_norms[name]
 
     # ------------------------------------------------------------------------------------------------- where
 
     def _draw(self, board: Board, rows: list[dict[str, Any]], factors: set[str], step: int) -> None:
-        """Histograms and heat maps of the given factors."""
+        """Draw histograms and heat maps of the given factors."""
         for factor in sorted(factors):
             # by role and then by depth, so that a role's change with depth shows as a band
             chosen = sorted((r for r in rows if r["factor"] == factor), key=lambda r: ROLE_ORDER.get(r["role"], 99))
@@ -188,13 +188,13 @@ class AdapterSpectrum(L.Callback):
                 self._maps[factor] = HeatMap([row["projection"] for row in chosen])
             title = f"Singular values of {factor}, step {step}"
             longest = max(len(row["singular_values"]) for row in chosen)
-            # zeros pad the rows of projections of a lower rank, since the picture is a rectangle
+            # the picture is a rectangle: zeros pad the rows of projections of a lower adapter rank
             values = [row["singular_values"] + [0.0] * (longest - len(row["singular_values"])) for row in chosen]
             image = self._maps[factor].render(values, title)
             board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")
 
     def _write(self, trainer: L.Trainer) -> None:
-        """Renew the file."""
+        """Write all rows to the file."""
         if not trainer.is_global_zero or not self._rows:
             return
         start = time.perf_counter()
@@ -212,7 +212,7 @@ def _ratio(update: float, weight: float) -> float:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of an earlier fit; a damaged file has none."""
+    """Return the rows of an earlier fit; none, with a warning, for a damaged file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -255,7 +255,7 @@ def _boards(trainer: L.Trainer) -> list[Board]:
 
 
 def _scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over layers, by role, factor and quantity."""
+    """Return means over layers, by role, factor and quantity."""
     values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         tag = f"spectrum/{row['role']}/{row['factor']}"
@@ -267,7 +267,7 @@ def _scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _layout(module: L.LightningModule) -> dict[str, dict[str, list[Any]]]:
-    """Custom scalars: a group a factor, a chart a quantity, a line a role."""
+    """Return the layout of custom scalars: a group a factor, a chart a quantity, a line a role."""
     assert isinstance(module, AdaptedModule)
     roles = list(dict.fromkeys(p.role for p in module.projections))
 

@@ -1,4 +1,4 @@
-"""The finished adapter in PEFT's format, in the run directory."""
+"""Export the adapter of a finished fit to the run directory, in PEFT's format."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FOLDER = "adapter"
 
 
 class AdapterWriter(L.Callback):
-    """Write the adapter and the head to `adapter/` when training has ended, of the best checkpoint if there is one.
+    """Write adapter and head of the best checkpoint, or else of the last weights, to `adapter/` when a fit ends.
 
-    The checkpoints hold the same: where it cannot be written, a line on stderr says why, and the run ends as it would.
+    If the folder cannot be written, a warning says why and the run ends as usual: the checkpoints hold the same.
     """
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write it, in the place of an earlier one."""
+        """Write the folder; it replaces an earlier one."""
         assert isinstance(pl_module, AdaptedModule)
         if pl_module.tuning != "adapter" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

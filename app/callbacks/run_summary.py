@@ -1,4 +1,4 @@
-"""Print what a run adapts and its results; keep the results in metrics.json, with their provenance beside it."""
+"""Print a run's adapted projections and its results, and write metrics.json and the provenance of the metrics."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from app.evaluations import (
     metrics_of_split,
     read_metrics,
 )
+from app.lightning_compat import move_run_directory
 from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
@@ -42,8 +43,8 @@ _log = logging.getLogger(__name__)
 class RunSummary(L.Callback):
     """Print the adapted projections at the start and the results at the end.
 
-    metrics.json keeps the newest figures. Those of a split replace all earlier figures of the split, whatever data they
-    are of; further training removes all earlier ones. `app.evaluations` records what each evaluation belongs to.
+    metrics.json keeps the newest figures. Figures of a split replace all earlier figures of the split, whatever data
+    they belong to. Further training removes all earlier figures. `app.evaluations` records the provenance.
     """
 
     def __init__(self) -> None:
@@ -57,10 +58,10 @@ class RunSummary(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Broadcast the run directory, which rank zero has made."""
-        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # type: ignore[attr-defined]
+        move_run_directory(trainer, trainer.strategy.broadcast(trainer.default_root_dir))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember what the checkpoint to evaluate was trained with."""
+        """Remember the configuration that the checkpoint was trained with."""
         self._loaded = int(checkpoint["global_step"]), saved_configuration(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class RunSummary(L.Callback):
         return self._validation
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the newest validation."""
+        """Restore the newest validation."""
         self._validation = state_dict
 
     @rank_zero_only
@@ -89,7 +90,7 @@ class RunSummary(L.Callback):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that there is something to train: not so in a run that is resumed at its end."""
+        """Remember that there was something to train: not so in a run that is resumed at its end."""
         self._has_trained = True
 
     @rank_zero_only
@@ -123,12 +124,12 @@ class RunSummary(L.Callback):
         self._keep_evaluation(trainer, pl_module, "test")
 
     def _evaluation(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Evaluation:
-        """Return the metrics of the split that was just evaluated, with what they belong to."""
+        """Return the metrics of the split that was just evaluated, with their provenance."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         hparams = {"hyper_parameters": dict(module.hparams), "datamodule_hyper_parameters": dict(data.hparams)}
         used = saved_configuration(hparams)
         step, saved = self._loaded or (trainer.global_step, used)
-        if trainer.state.fn == TrainerFn.FITTING:  # of the weights at hand, whatever checkpoint they went on from
+        if trainer.state.fn == TrainerFn.FITTING:  # of the weights at hand, whatever checkpoint was resumed
             step, saved = trainer.global_step, used
         limit = {"val": "limit_val_batches", "test": "limit_test_batches"}[split]
         limited = [f"trainer.{key}" for key in (limit, "overfit_batches", "fast_dev_run") if _is_limited(trainer, key)]
@@ -155,9 +156,9 @@ class RunSummary(L.Callback):
 
     @rank_zero_only
     def report(self, run_directory: Path) -> None:
-        """Print the closing table and write metrics.json; figures of earlier commands stay unless they are outdated."""
+        """Print the closing table and write metrics.json. Figures of earlier commands stay unless they are outdated."""
         self._write(run_directory)
-        if not self.values:  # a prediction has said what it wrote
+        if not self.values:  # a prediction has logged its files
             return
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
@@ -171,7 +172,7 @@ class RunSummary(L.Callback):
         known = read_metrics(run_directory)
         compared = "test" if any(key.startswith("test/") for key in known) else "val"
         if compared in self._outdated and metrics_of_split(known, compared) != metrics_of_split(self.values, compared):
-            self._outdated.add("gap")  # which is to the earlier figures
+            self._outdated.add("gap")  # it is the difference to the earlier figures
         earlier = {k: v for k, v in known.items() if k.partition("/")[0] not in self._outdated}
         merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
         with atomic_write(run_directory / METRICS) as file:
@@ -190,7 +191,7 @@ def _finite(value: Any) -> bool:
 
 
 def _hit_list(module: AdaptedModule) -> Table:
-    """One line for each kind of projection, the numbers of its blocks folded."""
+    """Return a table with one line for each kind of projection, the numbers of its blocks folded."""
     kinds: dict[str, list[Projection]] = {}
     for projection in module.projections:
         kinds.setdefault(re.sub(r"\b\d+\b", "*", projection.name), []).append(projection)
@@ -209,7 +210,7 @@ def _hit_list(module: AdaptedModule) -> Table:
 
 
 def _range(values: list[float]) -> str:
-    """The smallest and the largest of some numbers, or the one that they all are."""
+    """Return the smallest and the largest of some numbers, or the number if all are equal."""
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
@@ -223,7 +224,7 @@ def _readable(key: str, value: float) -> str:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Most bytes in use at any time: on the accelerator when training ran there, otherwise of this process."""
+    """Return the most bytes in use at any time: on the accelerator if training ran there, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Configuration of a run, in the run directory."""
+"""Write the configuration of a run into the run directory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from datamodules.atomic import atomic_write
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keep the complete configuration in the run directory: config.yaml, and config-1.yaml of its first resumption."""
+    """Write the complete configuration: config.yaml of a new run, config-1.yaml of its first resume, and so on."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write it when a fit begins."""
+        """Write the configuration when a fit begins."""
         if stage != "fit":
             return
         path = Path(trainer.default_root_dir) / "config.yaml"

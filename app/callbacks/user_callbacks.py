@@ -1,4 +1,4 @@
-"""Which of Lightning's callbacks work with adapters, and what to use instead of the others."""
+"""Validate the callbacks of a configuration: refuse callbacks of Lightning that do not work with adapters."""
 
 from __future__ import annotations
 
@@ -34,14 +34,10 @@ REFUSED: dict[type[L.Callback], str] = {
 
 
 def usable_callbacks(callbacks: Sequence[L.Callback], resumes: bool) -> list[L.Callback]:
-    """Return the callbacks of a configuration that a run takes.
+    """Return the callbacks of a configuration that a run uses.
 
-    The finders of Lightning search at the start of a fit. A resumed run leaves them out, and logs that: its checkpoint
-    has what they found.
-
-    Args:
-        callbacks: As the configuration has them.
-        resumes: Whether training goes on from a checkpoint.
+    Lightning's finders search at the start of a fit. A resumed run skips them and logs that, since the checkpoint has
+    their result.
 
     Raises:
         CallbackError: For a callback that would leave wrong checkpoints or a wrong schedule.
@@ -52,5 +48,5 @@ def usable_callbacks(callbacks: Sequence[L.Callback], resumes: bool) -> list[L.C
                 raise CallbackError(f"trainer.callbacks: {type(callback).__name__} {reason}")
     finders = [c for c in callbacks if resumes and isinstance(c, LearningRateFinder | BatchSizeFinder)]
     for finder in finders:
-        _log.info(f"trainer.callbacks: {type(finder).__name__} does not search again: the checkpoint has its result.")
+        _log.info(f"trainer.callbacks: {type(finder).__name__} is skipped: the checkpoint has its result.")
     return [callback for callback in callbacks if callback not in finders]

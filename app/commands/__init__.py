@@ -5,8 +5,10 @@ A command is a module with `add_arguments(parser)` and `run(arguments)`; the fir
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from types import ModuleType
 
 from jsonargparse import ArgumentParser
@@ -29,14 +31,15 @@ WITH_FIT_KEYS = ("memory", "theory")  # commands that hand every option that is 
 
 
 def command_help(name: str) -> str:
-    """What a command does, in a line."""
+    """Return the description of a command in one line."""
     return (COMMANDS[name].__doc__ or "").partition("\n")[0]
 
 
 def command_parser(name: str) -> ArgumentParser:
-    """The parser of a command's words."""
+    """Return the parser of a command's words."""
+    program = Path(sys.argv[0]).name  # main.py, or onesided once installed
     parser = ArgumentParser(
-        prog=f"main.py {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
+        prog=f"{program} {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
     )
     COMMANDS[name].add_arguments(parser)
     return parser
@@ -47,7 +50,7 @@ def run_command(name: str, words: Sequence[str], allowed_imports: Sequence[str] 
 
     Args:
         name: One of `COMMANDS`.
-        words: What stands behind it on the command line.
+        words: The words behind the command's name.
         allowed_imports: Prefixes of --allow_imports, for a command that starts others.
     """
     parser = command_parser(name)

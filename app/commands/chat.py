@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 if TYPE_CHECKING:  # a run on images imports no transformers
-    from datamodules.conversations import ConversationEncoder, Message
+    from datamodules.tokens.conversations import ConversationEncoder, Message
     from modules.language_modeling import LanguageModel
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> None:
     from app.arguments import saved_configuration
     from app.checkpoint_io import read_checkpoint
     from app.commands.export import find_checkpoint, load_module
-    from datamodules.conversations import ConversationEncoder
+    from datamodules.tokens.conversations import ConversationEncoder
     from modules.language_modeling import LanguageModel
 
     checkpoint = find_checkpoint(arguments.run)

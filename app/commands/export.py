@@ -29,6 +29,7 @@ from app.console import escape_controls
 from app.run_directory import resolve_checkpoint
 from app.yaml_files import read_yaml
 from datamodules.atomic import WriteError, atomic_directory
+from datamodules.contract import TextModel
 from datamodules.errors import CheckpointError
 from modules.adapters import adapter_state, detach
 from modules.base import AdaptedModule
@@ -190,7 +191,7 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Loa
         raise ArgumentError(
             None, f"--format: merged is not supported for tuning: {module.tuning}, which is there to compare with."
         )
-    if hasattr(backbone, "save_pretrained"):
+    if isinstance(module, TextModel):
         if dtype == torch.float32:
             backbone.float()  # before the merge, or that would round
         detach(backbone, merge_first=True)
@@ -248,7 +249,7 @@ def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> L
     _complete_tokenizer(module, tokenizer)
     config = backbone.config
     config.task_specific_params = None  # pipelines would generate by these
-    classes: list[str] | None = getattr(module, "class_names", None)
+    classes = module.class_names
     if classes is not None:  # pipelines choose between softmax, sigmoid and the score itself by it
         config.problem_type = "single_label_classification" if classes else "regression"
     if backbone.can_generate() and backbone.generation_config.num_beams == 1:  # keys for beams would be refused
@@ -266,9 +267,8 @@ def _complete_tokenizer(module: AdaptedModule, tokenizer: Any) -> None:
     accepted = inspect.signature(cast(Any, module.backbone).forward).parameters
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or name in accepted]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    limit: int | None = getattr(module, "position_limit", None)
-    if limit is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    if module.position_limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, module.position_limit)
     template = module.hparams.get("prompt_template")
     if template is not None:  # what the model was trained on
         tokenizer.chat_template = template

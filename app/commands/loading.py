@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from datamodules.contract import ImageModel
 from modules.base import AdaptedModule
 
 if TYPE_CHECKING:  # a run on text imports no timm
@@ -25,7 +26,7 @@ AUTO_CLASSES = {  # by PEFT's name of the task
 
 def is_timm(module: AdaptedModule) -> bool:
     """Return True if a module's backbone is timm's, and False for one of transformers."""
-    return hasattr(module.backbone, "pretrained_cfg")
+    return isinstance(module, ImageModel)
 
 
 def merged_transformers_loader(model_class: str) -> Loader:
@@ -129,16 +130,15 @@ def _transformers_base(module: AdaptedModule) -> tuple[list[str], list[str]]:
 def _config_changes(module: AdaptedModule) -> dict[str, Any]:
     """Return what the backbone's configuration has otherwise than its repository: given values, classes, padding."""
     changes: dict[str, Any] = dict(module.hparams.get("backbone_args") or {})
-    classes: list[str] | None = getattr(module, "class_names", None)
-    if classes is not None:
-        changes["num_labels"] = len(classes) or 1
+    if module.class_names is not None:
+        changes["num_labels"] = len(module.class_names) or 1
         changes["pad_token_id"] = cast(Any, module.backbone).config.pad_token_id  # decoders classify the last token
     return changes
 
 
 def _head_options(module: AdaptedModule) -> dict[str, bool]:
     """Return what lets a loaded head of another number of classes be replaced."""
-    return {"ignore_mismatched_sizes": True} if getattr(module, "class_names", None) is not None else {}
+    return {"ignore_mismatched_sizes": True} if module.class_names is not None else {}
 
 
 def _drawn_base(module: AdaptedModule, source: str, keys: Mapping[str, Any]) -> tuple[list[str], list[str]]:

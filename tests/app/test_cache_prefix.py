@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from app.cli import AsymmetryCLI
-from datamodules import base, prefix_cache
+from datamodules import base
+from datamodules.loading import prefix_cache
 from tests.app.processes import run_on_two
 from tests.app.test_resume import interrupt_and_resume
 from tests.backbones import save_backbone
@@ -58,15 +59,15 @@ def lines(request: pytest.FixtureRequest) -> Callable[[str], CommandLine]:
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """One entry for each forward pass of a fit's first block, which is whether it was in train mode."""
     calls: list[bool] = []
-    original = AsymmetryCLI.before_fit
+    original = AsymmetryCLI.fit
 
-    def count(self: AsymmetryCLI) -> None:
+    def count(self: AsymmetryCLI, **arguments: Any) -> None:
         block = next(m for m in self.model.backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential))[0]
         attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
         attention.register_forward_hook(lambda module, *_: calls.append(module.training))
-        original(self)
+        original(self, **arguments)
 
-    monkeypatch.setattr(AsymmetryCLI, "before_fit", count)
+    monkeypatch.setattr(AsymmetryCLI, "fit", count)
     yield calls
 
 

@@ -83,7 +83,7 @@ def test_a_later_test_comes_to_the_same(domain_cli: CommandLine) -> None:
     ("option", "message"),
     [
         ("--data.environment=photo", "data.environment: {root} has no environment 'photo'. Choose one of all blue, "),
-        ("--data.environment=null", "data: environment must be given"),
+        ("--data.environment=null", "data: the following arguments are required: environment"),
     ],
 )
 def test_a_wrong_environment_is_refused_before_training(

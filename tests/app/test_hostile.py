@@ -113,7 +113,7 @@ def test_a_value_that_is_no_class(cli: CommandLine, tmp_path: Path, canary: Path
 
 @pytest.mark.parametrize("option", ["--model=os.system", "--trainer.callbacks+=os.system", "--model.help=os.system"])
 def test_a_class_on_the_command_line(cli: CommandLine, capsys: pytest.CaptureFixture[str], option: str) -> None:
-    refused(capsys, cli("fit", option), "os.system is not imported", "--allow_imports os")
+    refused(capsys, cli("fit", option), "'os.system' is not imported", "--allow_imports os")
 
 
 def test_a_configuration_within_a_configuration(
@@ -122,7 +122,7 @@ def test_a_configuration_within_a_configuration(
     inner = tmp_path / "inner.yaml"
     inner.write_text(yaml.safe_dump(calls(canary)[0]))
     for section in ("model", "data"):
-        refused(capsys, cli("fit", overlay(tmp_path, {section: str(inner)})), "os.system is not imported")
+        refused(capsys, cli("fit", overlay(tmp_path, {section: str(inner)})), "'os.system' is not imported")
 
 
 def test_loading_by_a_method_of_our_own_classes(
@@ -136,7 +136,7 @@ def test_loading_by_a_method_of_our_own_classes(
     ):
         arguments = {"checkpoint_path": str(tmp_path / "evil.ckpt"), "weights_only": False}
         stranger = {section: {"class_path": f"{path}.load_from_checkpoint", "init_args": arguments}}
-        refused(capsys, main(["fit", overlay(tmp_path, stranger)]), "load_from_checkpoint is not imported")
+        refused(capsys, main(["fit", overlay(tmp_path, stranger)]), "load_from_checkpoint' is not imported")
 
 
 def test_what_the_command_line_allows(cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_what_the_command_line_allows(cli: CommandLine, capsys: pytest.CaptureFi
     options = ["--trainer.callbacks=my_callbacks.Mine", "--trainer.fast_dev_run=true"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
-        refused(capsys, cli("fit", *options), "my_callbacks.Mine is not imported", "--allow_imports my_callbacks")
+        refused(capsys, cli("fit", *options), "'my_callbacks.Mine' is not imported", "--allow_imports my_callbacks")
         assert cli("fit", *options, "--allow_imports", "my_callbacks") == 0
     assert "mine" in capsys.readouterr().out
 
@@ -154,7 +154,8 @@ def test_what_the_command_line_allows(cli: CommandLine, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--allow_imports"], "name a module"),
+        (["--allow_imports"], "expected one argument"),
+        (["--allow_imports="], "--allow_imports"),
         (["--allow_imports=*"], "only accepted"),
         (["--allow_imports=jsonargparse"], "can't be allowed"),
         (["--allow_imports=a b"], "a b"),
@@ -215,7 +216,7 @@ def test_a_class_in_a_checkpoint(
         refused(capsys, main([command, "--ckpt_path", str(path), *data]), "is not imported")
     if key == "hyper_parameters":
         code = main(["export", str(path), "--format", "merged", "--output", str(tmp_path / "out")])
-        refused(capsys, code, "os.system is not imported")
+        refused(capsys, code, "'os.system' is not imported")
 
 
 def test_hyperparameters_that_are_none(
@@ -492,7 +493,7 @@ def test_restrictions_hold_in_every_parser_and_end() -> None:
             if prefixes:
                 assert parser.parse_args(call).call is json.dumps
             else:
-                with pytest.raises(ArgumentError, match=r"Importing 'json.dumps' is not allowed"):
+                with pytest.raises(ArgumentError, match=r"'json.dumps' is not imported"):
                     parser.parse_args(call)
     assert main(["export", "nowhere", "--format=peft", "--output=o"]) == 2
     assert parser.parse_args(call).call is json.dumps  # another program's parsers are as they were

@@ -91,13 +91,14 @@ except RuntimeError:
 
 
 @pytest.mark.parametrize(("codes", "lost"), [((0, 2, 143), False), ((0, 1), True), ((2, -9), True)])
-def test_a_process_that_was_started_is_lost_by_a_defect_or_killed(codes: tuple[int, ...], lost: bool) -> None:
+def test_a_process_that_was_started_is_lost_by_a_defect_or_killed(
+    codes: tuple[int, ...], lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     termination = Termination()
-    assert not termination.lost_one()
+    assert not termination.has_lost_process()
     processes = [SimpleNamespace(poll=lambda code=code: code) for code in (*codes, None)]
-    launcher = SimpleNamespace(procs=processes)
-    termination._trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))
-    assert termination.lost_one() == lost
+    monkeypatch.setattr("app.callbacks.termination.launched_processes", lambda _: processes)
+    assert termination.has_lost_process() == lost
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a process has imported when it has answered, and when it has trained."""
+"""Modules that a process imports beyond those of Lightning, when it has printed help and when it has trained."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ import numpy as np
 from tests.app.conftest import CommandLine
 from tests.conftest import CLASSES, ROOT, colour_image, png
 
-# what a fit does not use unless it tests, writes summaries or is compared with
+# what a fit does not use unless it tests, writes summaries or is compared with another program
 LATE = {"matplotlib", "nltk", "peft", "rouge_score", "sklearn"}
 TEXTS = {"datasets", "tokenizers", "transformers"}
-IMAGES = {"timm", "datamodules.image_sources", "modules.backbones.timm_backbone"}
+IMAGES = {"timm", "datamodules.sources.images", "modules.backbones.timm_backbone"}
 SCRIPT = """
 import json, sys
+import lightning.pytorch
+with_lightning = set(sys.modules)
 from app.cli import main
 for words in json.loads(sys.argv[1]):
     assert main(words) == 0
-    print(json.dumps(list(sys.modules)))
+    print(json.dumps(list(set(sys.modules) - with_lightning)))
 """
 
 
 def imported(*commands: list[str]) -> list[set[str]]:
-    """What a fresh process has imported behind each of some commands."""
+    """Return the modules that a fresh process has imported after each command, without those of Lightning."""
     words = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -48,7 +50,12 @@ def test_help_and_a_run_on_images_import_nothing_else(tmp_path: Path) -> None:
     assert fitted & (LATE | TEXTS | {"scipy"}) == set()
 
 
+def test_torchmetrics_is_told_of_every_package() -> None:
+    script = "import app.cli; from torchmetrics.utilities import imports; assert imports._SCIPY_AVAILABLE"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
 def test_a_run_on_texts_imports_nothing_for_images(text_cli: CommandLine) -> None:
     (fitted,) = imported(text_cli.words("fit", "--trainer.max_steps=1"))
-    assert {"transformers", "datasets", "tensorboard"} < fitted
+    assert {"datasets", "tensorboard"} < fitted
     assert fitted & (LATE | IMAGES) == set()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,15 +26,23 @@ from safetensors.torch import load_file
 
 from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
-from app.checkpoint_io import SEAL_BYTES, AtomicCheckpointIO, _problem, fault, read_checkpoint
+from app.checkpoint_io import (
+    SEAL_START,
+    AtomicCheckpointIO,
+    _file_problem,
+    checkpoint_problem,
+    read_checkpoint,
+)
 from app.cli import main
 from app.console import console_logging
+from app.failures import LOADERS
 from app.files import reraise_disk_full
 from app.run_directory import LOCK, load_checkpoint, locked, new_run_directory, resolve_checkpoint
 from datamodules.atomic import WriteError
 from datamodules.errors import CheckpointError
 from tests.app.processes import DDP, run_on_two
-from tests.app.test_bad_input import Malicious, refused
+from tests.app.test_bad_input import refused
+from tests.app.test_failures import raise_in
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
 from tests.conftest import ROOT, png
 from tests.support.disks import no_file_larger_than
@@ -77,16 +85,16 @@ def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------- digest, rotation
 
 
-def truncate(path: Path, other: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+def cut_line(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
 
 
-def lose_the_line(path: Path, other: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-SEAL_BYTES])
+def cut_content(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
 
 
-def flip(position: float) -> Callable[[Path, Path], None]:
-    def flip_one_bit(path: Path, other: Path) -> None:
+def flip(position: float) -> Callable[[Path], None]:
+    def flip_one_bit(path: Path) -> None:
         content = bytearray(path.read_bytes())
         content[int(position * (len(content) - 1))] ^= 4
         path.write_bytes(content)
@@ -94,27 +102,23 @@ def flip(position: float) -> Callable[[Path, Path], None]:
     return flip_one_bit
 
 
-def empty(path: Path, other: Path) -> None:
+def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def swap(path: Path, other: Path) -> None:
-    path.write_bytes(other.read_bytes())
-
-
-def plant(path: Path, other: Path) -> None:
-    torch.save({"state_dict": Malicious(path.parent / "ran"), "global_step": 9}, path)
+def cut_start_of_line(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(SEAL_START) + 3])
 
 
 DAMAGE = {
-    "truncated": (truncate, "truncated"),
-    "line lost": (lose_the_line, "without the digest"),
+    "line cut": (cut_line, "digest is truncated"),
+    "start of the line left": (cut_start_of_line, "truncated"),
+    "content cut": (cut_content, "truncated"),
     "first bit": (flip(0.0), "does not match its digest"),
     "a bit": (flip(0.6), "does not match its digest"),
-    "last bit": (flip(1.0), "without the digest"),
-    "emptied": (empty, "is empty"),
-    "swapped": (swap, "is intact, but not a checkpoint of the run"),
-    "planted": (plant, "without the digest"),
+    "last bit": (flip(1.0), "digest is truncated or altered"),
+    "emptied": (empty, "truncated"),
 }
 
 
@@ -123,14 +127,12 @@ def test_damage_is_found_before_anything_is_unpickled(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     inflict, reason = DAMAGE[kind]
-    other = new_run_directory(run.parent)
-    save(other, 7)
-    inflict(last(run), last(other))
+    inflict(last(run))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", mock.Mock(side_effect=AssertionError))
         with pytest.raises(CheckpointError, match=reason):
             read_checkpoint(last(run))
-    assert reason in str(fault(last(run)))
+    assert reason in str(checkpoint_problem(last(run)))
     assert resolve_checkpoint(str(run), run.parent, prefer_best=False).name == "previous.ckpt"
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
@@ -143,21 +145,39 @@ def test_damage_is_found_before_anything_is_unpickled(
 
 def test_a_checkpoint_is_one_file_that_torch_loads(run: Path, tmp_path: Path) -> None:
     assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 1}
-    assert fault(last(run)) is None
+    assert checkpoint_problem(last(run)) is None
     assert torch.load(last(run), weights_only=True)["global_step"] == 2
     assert torch.load(last(run), weights_only=True, mmap=True)["state_dict"]["x"].eq(2).all()
-    elsewhere = tmp_path / "some.ckpt"  # out of its run, it is of no other
+    elsewhere = tmp_path / "some.ckpt"
     elsewhere.write_bytes(last(run).read_bytes())
     assert read_checkpoint(elsewhere)["global_step"] == 2
 
 
-def test_what_an_older_version_wrote_is_read(tmp_path: Path) -> None:
+def with_identity(content: bytes) -> bytes:
+    """A checkpoint as an earlier version of this program wrote it: with the identity of its run in the digest."""
+    identity = b"0123456789abcdef" * 2
+    digest = hashlib.sha256(content + identity).hexdigest().encode()
+    return content + SEAL_START + digest + b" run=" + identity + b"\n"
+
+
+@pytest.mark.parametrize("seal", [bytes, with_identity], ids=["Lightning", "identity"])
+def test_what_lightning_and_an_earlier_version_wrote_is_read(tmp_path: Path, seal: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
-    torch.save({"state_dict": {}, "global_step": 5}, path)  # no digest, and a run without an identity
+    torch.save({"state_dict": {}, "global_step": 5}, path)
+    path.write_bytes(seal(path.read_bytes()))
     assert resolve_checkpoint("last", tmp_path, prefer_best=False) == path
     save(tmp_path / "version_0", 6)
     assert steps(tmp_path / "version_0") == {"last.ckpt": 6, "previous.ckpt": 5}
+
+
+def test_damage_to_what_an_earlier_version_wrote_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {}, "global_step": 5}, path)
+    path.write_bytes(with_identity(path.read_bytes()))
+    assert checkpoint_problem(path) is None
+    flip(0.5)(path)
+    assert "does not match its digest" in str(checkpoint_problem(path))
 
 
 def test_newest_intact_one_of_the_newest_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,24 +193,12 @@ def test_newest_intact_one_of_the_newest_run(run: Path, capsys: pytest.CaptureFi
     newer = new_run_directory(run.parent)
     save(newer, 8)
     last(newer).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"is empty.*no intact checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is damaged.*no intact checkpoint"):
         resolve_checkpoint("last", run.parent, prefer_best=False)
 
 
-@pytest.mark.parametrize("kind", ["swapped", "line lost"])
-def test_a_whole_file_that_is_not_of_the_run_is_not_called_damaged(run: Path, tmp_path: Path, kind: str) -> None:
-    other = new_run_directory(run.parent)
-    save(other, 7)
-    DAMAGE[kind][0](last(run), last(other))
-    with pytest.raises(CheckpointError, match=r"copy of it elsewhere can be used") as error:
-        read_checkpoint(last(run))
-    assert "damaged" not in str(error.value)
-    copy = Path(shutil.copy(last(run), tmp_path))
-    assert read_checkpoint(copy)["global_step"] == (7 if kind == "swapped" else 2)
-
-
-def test_steps_that_a_run_has_taken_back_are_never_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It goes on from step 0, has steps 1 and 2 lying there, and its own step 1 is damaged."""
+def test_steps_that_a_run_has_taken_back_are_kept_and_never_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is resumed from step 0, has steps 1 and 2 lying there, and its own step 1 is damaged."""
     save(run, 0, name="best.ckpt")
     best, content = load_checkpoint(str(run), run / "checkpoints" / "best.ckpt")
     writer = AtomicCheckpointIO(best, content)
@@ -198,13 +206,18 @@ def test_steps_that_a_run_has_taken_back_are_never_used(run: Path, capsys: pytes
     writer.save_checkpoint(state, run.parent / "elsewhere" / "last.ckpt")  # a callback of the user's own
     assert steps(run) == {"best.ckpt": 0, "last.ckpt": 2, "previous.ckpt": 1}
     writer.save_checkpoint(state, last(run))
-    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1}
-    assert "previous.ckpt of step 1 is dropped: the run went on from an older one." in capsys.readouterr().err
-    flip(0.5)(last(run), Path())
+    stale = {"last.ckpt.stale": 2, "previous.ckpt.stale": 1}
+    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, **stale}
+    said = capsys.readouterr().err
+    assert "previous.ckpt of step 1 is now previous.ckpt.stale: the run was resumed from step 0." in said
+    flip(0.5)(last(run))
     assert resolve_checkpoint(str(run), run.parent, prefer_best=False) == best
     save(run, 2)
     writer.save_checkpoint(state, last(run))  # no longer its first
-    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, "previous.ckpt": 2}
+    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, "previous.ckpt": 2, **stale}
+    AtomicCheckpointIO(best, content).save_checkpoint(state, last(run))  # resumed from step 0 once more
+    again = {"last.ckpt.1.stale": 1, "previous.ckpt.1.stale": 2}
+    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, **stale, **again}
 
 
 def test_a_run_taken_back_has_a_new_best(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,14 +225,19 @@ def test_a_run_taken_back_has_a_new_best(cli: CommandLine, capsys: pytest.Captur
     assert cli("fit", *options) == 0
     assert steps(cli.run()) == {"best.ckpt": 16, "last.ckpt": 16, "previous.ckpt": 15}
     before = cli.metrics()["best/val/loss"]
+    files = {name: (cli.run() / "checkpoints" / name).read_bytes() for name in ("best.ckpt", "last.ckpt")}
     capsys.readouterr()
     # at such a rate the second epoch ends worse than the first, whose checkpoint is gone
     previous = cli.run() / "checkpoints" / "previous.ckpt"
     assert cli("fit", *options, "--model.learning_rate=100", f"--ckpt_path={previous}") == 0
     said = capsys.readouterr().err
-    assert "best.ckpt is of step 16, ahead of 15, from which the run goes on; of the epochs from here on" in said
-    assert "last.ckpt of step 16 is dropped" in said
-    assert steps(cli.run()) == {"best.ckpt": 16, "last.ckpt": 16, "previous.ckpt": 15}
+    assert (
+        "best.ckpt is of step 16, ahead of 15, from which the run is resumed. The best checkpoint from here on" in said
+    )
+    assert "last.ckpt of step 16 is now last.ckpt.stale" in said
+    stale = {"best.ckpt.stale": 16, "last.ckpt.stale": 16}
+    assert steps(cli.run()) == {"best.ckpt": 16, "last.ckpt": 16, "previous.ckpt": 15, **stale}
+    assert all((cli.run() / "checkpoints" / f"{name}.stale").read_bytes() == content for name, content in files.items())
     best, end = cli.checkpoint(name="best")["state_dict"], cli.checkpoint()["state_dict"]
     assert all(torch.equal(tensor, best[name]) for name, tensor in end.items())
     assert cli.metrics()["best/val/loss"] == cli.metrics()["val/loss"] > before
@@ -228,9 +246,9 @@ def test_a_run_taken_back_has_a_new_best(cli: CommandLine, capsys: pytest.Captur
 def test_a_resume_reads_its_checkpoint_once(fitted_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed, loaded = [], []
 
-    def problem(file: Any, identity: str | None) -> str | None:
+    def problem(file: Any) -> str | None:
         hashed.append(Path(file.name).name)
-        return _problem(file, identity)
+        return _file_problem(file)
 
     def load(file: Any, **options: Any) -> Any:
         if not options.get("mmap"):  # which reads no tensor
@@ -238,7 +256,7 @@ def test_a_resume_reads_its_checkpoint_once(fitted_cli: CommandLine, monkeypatch
         return original(file, **options)
 
     original = torch.load
-    monkeypatch.setattr("app.checkpoint_io._problem", problem)
+    monkeypatch.setattr("app.checkpoint_io._file_problem", problem)
     monkeypatch.setattr(torch, "load", load)
     assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
     assert hashed == ["last.ckpt", "best.ckpt", "best.ckpt"]  # the second time for RUN/adapter
@@ -280,7 +298,7 @@ def test_a_file_system_without_hard_links(run: Path, monkeypatch: pytest.MonkeyP
 def test_an_explicitly_named_damaged_file_is_an_error(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    flip(0.5)(last(fitted_cli.run()), Path())
+    flip(0.5)(last(fitted_cli.run()))
     before = last(fitted_cli.run()).read_bytes()
     refused(capsys, fitted_cli(command, f"--ckpt_path={last(fitted_cli.run())}"), "last.ckpt is damaged", "digest")
     assert last(fitted_cli.run()).read_bytes() == before
@@ -290,12 +308,12 @@ def test_training_goes_on_from_the_newest_intact_one(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = fitted_cli.checkpoint()
-    flip(0.5)(last(fitted_cli.run()), Path())
+    flip(0.5)(last(fitted_cli.run()))
     (fitted_cli.run() / "checkpoints" / "best.ckpt").write_bytes(b"")
     capsys.readouterr()
     assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
     said = capsys.readouterr().err
-    assert "last.ckpt is damaged" in said and "best.ckpt is damaged: it is empty" in said
+    assert "last.ckpt is damaged" in said
     assert f"previous.ckpt is used instead, of step {STEPS_AN_EPOCH - 1}" in said
     assert_same_state(whole, fitted_cli.checkpoint())
 
@@ -404,7 +422,7 @@ def test_an_error_after_sigterm_is_of_it(cli: CommandLine, monkeypatch: pytest.M
     def lose_worker(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
         if trainer.global_step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+            raise raise_in(LOADERS[1], RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated."))
 
     monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", lose_worker)
     assert cli("fit", "--checkpoint.last_every_n_steps=2") == 143
@@ -426,14 +444,6 @@ def test_a_validation_in_mid_epoch_loses_one_step(cli: CommandLine) -> None:
     with sigterm("on_validation_batch_start", 4):
         assert cli("fit", "--trainer.val_check_interval=2") == 143
     assert cli.checkpoint()["global_step"] == 3
-
-
-def test_a_copy_without_hidden_files_stays_the_same_run(fitted_cli: CommandLine) -> None:
-    identity = (fitted_cli.run() / ".run").read_text()
-    (fitted_cli.run() / ".run").unlink()
-    assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
-    assert (fitted_cli.run() / ".run").read_text().strip() == identity.strip()
-    assert fitted_cli("test", f"--ckpt_path={last(fitted_cli.run())}") == 0
 
 
 def test_the_adapter_is_that_of_the_best_checkpoint(cli: CommandLine, tmp_path: Path) -> None:
@@ -550,7 +560,6 @@ def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         made = list(pool.map(lambda _: new_run_directory(root), range(64)))
     assert len(set(made)) == 64
-    assert len({(path / ".run").read_text() for path in made}) == 64
 
 
 def test_a_checkpoint_that_finds_no_room(run: Path) -> None:
@@ -601,7 +610,7 @@ def test_a_full_disk_in_training(fitted_cli: CommandLine, capsys: pytest.Capture
     refused(capsys, code, str(fitted_cli.run()), "File too large", "untouched")
     for path, content in files.items():
         assert path.read_bytes() == content, path
-    assert not [p for p in fitted_cli.run().rglob(".*") if p.name not in (".run", ".lock")]
+    assert not [p for p in fitted_cli.run().rglob(".*") if p.name != ".lock"]
     assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
 
 

@@ -107,11 +107,17 @@ def test_the_command_line_beats_the_variant_which_beats_the_recipe(cli: CommandL
     assert (adapter["train"], adapter["init_a"], adapter["rank"]) == ("B", "gaussian", 2)
 
 
-def test_resume_of_the_same_variant(cli: CommandLine) -> None:
-    words = ("--variant=A", "--model.adapter.init_b=gaussian", "--trainer.max_epochs=1")
-    assert cli("fit", *words) == 0
+def test_resume_of_the_same_variant(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text(yaml.safe_dump({"model": {"adapter": {"train": "B", "rank": 2}}}))
+    words = ("--config", str(recipe), "--variant=A", "--model.adapter.init_b=gaussian", "--model.adapter.rank=4")
+    assert cli("fit", *words, "--trainer.max_epochs=1") == 0
     drawn = cli.checkpoint()["state_dict"]
-    assert cli("fit", *words[:2], "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    capsys.readouterr()
+    assert cli("fit", *words[:-1], "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    log = capsys.readouterr().err
+    assert "model.adapter.rank: 4 from the checkpoint; the configuration file has 2." in log
+    assert "model.adapter.train:" not in log  # the variant beats the file, as in the first fit
     resumed = cli.checkpoint()
     assert resumed["epoch"] == 1 and not cli.run(1).exists()
     frozen = [name for name in drawn if name.endswith(".B")]

@@ -54,17 +54,17 @@ def overlay(folder: Path, text: str) -> str:
         (["callbacks=[{class_path: EarlyStopping, init_args: {patiense: 3}}]"], ["did you mean patience"]),
         (["callbacks+=Timer", "callbacks+=EarlyStopping", "callbacks.mod=min"], ["no key mod;", "did you mean mode"]),
         (["callbacks+=RichProgressBar", "callbacks.theme.tme=red"], ["theme.tme", "did you mean theme.time"]),
-        (["callbacks+=EarlyStoping"], ["no class 'EarlyStoping'", "did you mean EarlyStopping"]),
+        (["callbacks+=EarlyStoping"], ["trainer.callbacks", "the path of a class, got EarlyStoping"]),
         (["callbacks+=lightning.pytorch.callbacks.EarlyStoping"], ["no class EarlyStoping in", "EarlyStopping?"]),
-        (["callbacks+=TensorBoardLogger"], ["no class 'TensorBoardLogger'"]),
+        (["callbacks+=TensorBoardLogger"], ["trainer.callbacks: expected", "the path of a class"]),
         (["logger=TensorBoardLogger", "logger.save_dir=a", "logger.nam=b"], ["no key nam;", "did you mean name"]),
-        (["logger=CSVLogger"], ["trainer.logger", "save_dir must be given"]),
+        (["logger=CSVLogger"], ["trainer.logger", "arguments are required: save_dir"]),
         (["logger+=CSVLogger", "logger.save_dir=a", "logger.flush_logs_every_n_steps=x"], ["flush_logs", "int", "x"]),
         (["plugins+=AsyncCheckpointIO", "plugins.checkpointio=3"], ["no key checkpointio", "mean checkpoint_io"]),
         (["strategy=DDPStrategy", "strategy.timeot=3"], ["no key timeot", "did you mean timeout"]),
         (["strategy=DDPStrategi"], ["invalid strategy", "ddpstrategi"]),
         (["profiler=SimpleProfiler", "profiler.extendet=true"], ["no key extendet", "did you mean extended"]),
-        (["strategy=DDPStrategy", "strategy.find_unused=true"], ["no key find_unused.", "dict_kwargs."]),
+        (["strategy=DDPStrategy", "strategy.find_unused=true"], ["no key find_unused"]),
         (["callbacks+=ModelCheckpoint", "callbacks.every=3"], ["no key every;", "did you mean every_n_train_steps?"]),
         (["callbacks+=EarlyStopping", "callbacks.monitor=a", "callbacks.mode=b"], ["trainer.callbacks: EarlyStopping"]),
         (["callbacks+=app.callbacks.nothing.X"], ["trainer.callbacks", "There is no module app.callbacks.nothing."]),
@@ -342,7 +342,7 @@ def test_case_31_functions_as_hooks(cli: CommandLine, capsys: Capture, tmp_path:
     torch.save({"state_dict": Malicious(tmp_path / "canary")}, tmp_path / "evil.ckpt")
     hooks = {"ddp_comm_hook": path, "ddp_comm_wrapper": path, "ddp_comm_state": str(tmp_path / "evil.ckpt")}
     strategy = json.dumps({"trainer": {"strategy": {"class_path": "DDPStrategy", "init_args": hooks}}})
-    expected = f"{path} is not imported" if "." in path else f"no class {path!r}"
+    expected = f"{path!r} is not imported" if "." in path else f"expected the path of a class, got {path}"
     refused(capsys, cli("fit", overlay(tmp_path, strategy)), expected)
     assert not (tmp_path / "canary").exists()
 
@@ -418,7 +418,7 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         ("model: {init_args: {learning_rate: 2024-01-01}}", "model.learning_rate"),
         ("model: {init_args: {learning_rate: !!binary aGVsbG8=}}", "binary"),
         ("model: !!set {a, b}", "set"),
-        ("model: !!timestamp 2024-01-01", "timestamp"),
+        ("model: !!timestamp 2024-01-01", "model"),
         ("1: 2", "the key 1"),
         ("null: 2", "the key None"),
         ("? [a, b]\n: 3", "a key must be a word"),

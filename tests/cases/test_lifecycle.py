@@ -245,7 +245,7 @@ def test_case_20_the_learning_rate_finder_finds_the_base_rate(
     assert_same_end_of_weights(cli, 0, 1)
     # a resumed run has what was found
     assert cli("fit", *options, *finder, "--trainer.max_epochs=5", f"--ckpt_path={cli.run()}") == 0
-    assert "LearningRateFinder does not search again" in capsys.readouterr().err
+    assert "LearningRateFinder is skipped" in capsys.readouterr().err
     assert cli.checkpoint()["global_step"] == 5 * STEPS_AN_EPOCH
     assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == found
 

@@ -11,7 +11,7 @@ import torch
 
 from app.cli import main
 from app.commands.export import find_checkpoint, load_module
-from datamodules.conversations import ConversationEncoder
+from datamodules.tokens.conversations import ConversationEncoder
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused
 
