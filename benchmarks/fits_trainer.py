@@ -112,7 +112,7 @@ def splits(fit: Fit) -> tuple[datasets.Dataset, datasets.Dataset]:
     folder = Path(fit.data) / fit.task if (Path(fit.data) / fit.task).is_dir() else Path(fit.data)
     files = {name: str(folder / f"{name}*.parquet") for name in ("train", "validation")}
     data = datasets.load_dataset("parquet", data_files=files)
-    train = data["train"].select(choose_rows(len(data["train"]), "train", False, 0.1, 0, fit.rows))
+    train = data["train"].select(choose_rows(len(data["train"]), "train", {}, 0, fit.rows))
     return train, data["validation"]
 
 

@@ -129,14 +129,14 @@ class DomainData(ImageData):
         table = self._require(name)
         size, limit, source = len(table), self.limits.get(name, self.limits["test"]), table.where
         if name not in ("train", "val", "test"):
-            rows = choose_rows(size, name, False, self.val_fraction, self.val_seed, limit)
+            rows = choose_rows(size, name, {}, self.val_seed, limit)
             source += ", another environment than the one trained on"
         elif name == "test":
-            rows = choose_rows(size, "val", True, self.test_fraction, self.val_seed, limit)
+            rows = choose_rows(size, "test", {"test": self.test_fraction}, self.val_seed, limit)
             source += f", held out (test_fraction {self.test_fraction}, val_seed {self.val_seed})"
         else:
-            kept = choose_rows(size, "train", True, self.test_fraction, self.val_seed, None)
-            rows = kept[choose_rows(len(kept), name, True, self.val_fraction, self.val_seed, limit)]
+            kept = choose_rows(size, "train", {"test": self.test_fraction}, self.val_seed, None)
+            rows = kept[choose_rows(len(kept), name, {"val": self.val_fraction}, self.val_seed, limit)]
             share = "held out" if name == "val" else "not held out"
             source += f", {share} (test_fraction {self.test_fraction}, then val_fraction {self.val_fraction})"
         if limit is not None and len(rows) == limit:

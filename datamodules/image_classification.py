@@ -44,7 +44,7 @@ class ImageData(ResumableDataModule):
         path: The images.
         batch_size: Images a step and process, at least 1.
         val_fraction: Share of the training images held out when the data have no validation split, in (0, 1).
-        val_seed: Seed of that split, apart from the run's seed so that runs compare on the same images.
+        val_seed: Seed of what is held out, apart from the run's seed so that runs compare on the same images.
         crop_scale: Share of the area that a training crop covers, [least, most]; [1, 1] crops nothing.
         horizontal_flip: Whether training images are mirrored half of the time. Not for digits or text.
         randaugment: Number of random operations on each training image (RandAugment, Cubuk et al. 2020), at magnitude 9
@@ -183,7 +183,10 @@ class ImageData(ResumableDataModule):
     def _require(self, name: str) -> ImageTable:
         table = self._table(name)
         if table is None:
-            raise SplitError(f"data.path: {self.path} has no {name} split; run without it (test_after_fit: false).")
+            raise SplitError(
+                f"data.path: {self.path} has no {name} split. Leave it out (test_after_fit: false), or "
+                "where there is a key for it, hold images out (--data.test_fraction 0.1)."
+            )
         return table
 
     def check_test_split(self) -> None:
@@ -278,6 +281,8 @@ class ImageClassificationData(ImageData):
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
         skip_label: Label of the rows of a table that are left out, by name or number: -1 where it marks hidden labels.
             For folders, move the folder of a class elsewhere.
+        test_fraction: Share of the training images held out for testing when the data have no test split, in [0, 1);
+            0 holds out none.
     """
 
     def __init__(
@@ -286,10 +291,29 @@ class ImageClassificationData(ImageData):
         image_column: str | None = None,
         label_column: str | None = None,
         skip_label: str | int | None = None,
+        test_fraction: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(path, **kwargs)
+        if test_fraction:
+            check_fraction("test_fraction", test_fraction)
+        self.test_fraction = test_fraction
         self.columns, self.skip_label = (image_column, label_column), skip_label
+
+    def check_test_split(self) -> None:
+        """Check before a long training that there are test images, and have the next fit read them before training.
+
+        Raises:
+            DataError: If there are none.
+        """
+        if "test" not in self._shares():
+            self._require("test")
+        self._tests_after_fit = True
+
+    def _shares(self) -> dict[str, float]:
+        """Return the shares of the training images that are held out, by the split that they make up."""
+        wanted = {"val": self.val_fraction, "test": self.test_fraction}
+        return {name: share for name, share in wanted.items() if share and self._table(name) is None}
 
     def _table(self, name: str) -> ImageTable | None:
         """Return a split as it is stored, opened once."""
@@ -299,14 +323,17 @@ class ImageClassificationData(ImageData):
 
     def _rows(self, name: str) -> tuple[ImageTable, Tensor, str]:
         """Return the table that a split is in, the rows that are its own, and where they are from, in words."""
-        held_out = name in ("train", "val") and self._table("val") is None
-        table = self._require("train" if held_out else name)
+        shares = self._shares()
+        from_training = name == "train" or name in shares
+        table = self._require("train" if from_training else name)
         limit = self.limits[name]
-        rows = choose_rows(len(table), name, held_out, self.val_fraction, self.val_seed, limit)
+        rows = choose_rows(len(table), name, shares if from_training else {}, self.val_seed, limit)
         source = table.where
-        if held_out:
-            share = "held out" if name == "val" else "not held out"
-            source += f", {share} (no split for validation; val_fraction {self.val_fraction}, val_seed {self.val_seed})"
+        if name in shares:
+            source += f", held out (no split of its own; {name}_fraction {shares[name]}, val_seed {self.val_seed})"
+        elif from_training and shares:
+            held = ", ".join(f"{split}_fraction {share}" for split, share in shares.items())
+            source += f", without what is held out ({held}, val_seed {self.val_seed})"
         if limit is not None and len(rows) == limit:
             source += f", at most max_{name}_samples {limit}"
         return table, rows, source

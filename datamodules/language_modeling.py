@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from datamodules.base import Collate
 from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.errors import DataError
+from datamodules.sources.columns import PROMPTS, RESPONSES, named_column
 from datamodules.sources.tables import Table, check_texts
 from datamodules.text import BadRow, TrainingTextData
 from datamodules.tokens.conversations import (
@@ -44,9 +45,10 @@ class LanguageModelingData(TrainingTextData):
         messages_column: Column of conversations, lists of messages with `role` (system, user, assistant) and
             `content`, or `from` and `value` as ShareGPT has them; where a table has it, the next three do not count.
             A table without it and without instructions may have `conversations` instead.
-        instruction_column: Column of the instructions.
+        instruction_column: Column of the instructions; a table without it may have `prompt`, `question` or the like.
         input_column: Column of what they are about; a table may be without it.
-        response_column: Column of the responses.
+        response_column: Column of the responses; a table without it may have `response`, `completion`, `answer` or the
+            like.
         system_prompt: System message of conversations that have none; with `alpaca` it takes the introduction's place.
         end_mark: Text that some sets end their responses with; it is taken off, since the template has its own end.
         empty_responses: What rows without a response are: an `error`, or left out (`skip`).
@@ -55,6 +57,8 @@ class LanguageModelingData(TrainingTextData):
             the response its end: it keeps half of the room, or all of itself.
         packing: Whether training puts several conversations into one sequence, which do not see each other.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
+        prompt: A message for `predict` to respond to, in place of a file.
+        prediction_format: Format of what `predict` writes.
     """
 
     kind = DataKind.INSTRUCTIONS
@@ -74,6 +78,8 @@ class LanguageModelingData(TrainingTextData):
         max_length: int = 512,
         packing: bool = False,
         val_fraction: float = 0.05,
+        prompt: str | None = None,
+        prediction_format: Literal["csv", "jsonl"] = "csv",
         **kwargs: Any,
     ) -> None:
         super().__init__(path, batch_size=batch_size, val_fraction=val_fraction, **kwargs)
@@ -84,6 +90,8 @@ class LanguageModelingData(TrainingTextData):
         self.messages_column, self.instruction_column = messages_column, instruction_column
         self.input_column, self.response_column = input_column, response_column
         self.system_prompt, self.end_mark, self.empty_responses = system_prompt, end_mark, empty_responses
+        self.prompt = prompt
+        self.prediction_files = (f"predictions.{prediction_format}",)
 
     def before_splits(self) -> None:
         """Check that the model has positions for the length."""
@@ -143,6 +151,7 @@ class LanguageModelingData(TrainingTextData):
             messages = SHAREGPT
             self.findings.add(f"the column {SHAREGPT} of {table.where} is read as messages")
         if messages is None:
+            self._choose_columns(table, learnt)
             if self.instruction_column not in names:
                 raise DataError(
                     f"data.instruction_column: {table.where} has neither a column {self.messages_column} of messages "
@@ -168,6 +177,25 @@ class LanguageModelingData(TrainingTextData):
             end_mark=self.end_mark,
         )
         return columns, table
+
+    def _choose_columns(self, table: Table, learnt: bool) -> None:
+        """Choose columns of the usual names where those of the keys are missing."""
+        names, chosen = table.data.column_names, {}
+        keys = {"instruction_column": PROMPTS} | ({"response_column": RESPONSES} if learnt else {})
+        for key, known in keys.items():
+            column = self.hparams[key]
+            if column in names or (found := named_column(table, [n for n in known if n != self.input_column])) is None:
+                continue
+            chosen[key] = found
+            self.findings.add(f"the column {found} of {table.where} is read as data.{key}, since {column} is not there")
+        self.instruction_column = chosen.get("instruction_column", self.instruction_column)
+        self.response_column = chosen.get("response_column", self.response_column)
+
+    def _tables_to_predict(self) -> dict[str, Table]:
+        """Return the rows to predict: the prompt, or a file, or the test split."""
+        if self.prompt is None:
+            return super()._tables_to_predict()
+        return {"": Table(datasets.Dataset.from_dict({self.instruction_column: [self.prompt]}), "data.prompt")}
 
     def _check_rows(
         self, split: str, table: Table, rows: Tensor, columns: Columns, encoder: ConversationEncoder
@@ -301,8 +329,6 @@ class LanguageModelingData(TrainingTextData):
         return [self.evaluation_loader(data, lengths, PadSequences(self.tokenizer.pad_token_id, "left"))]
 
     # -------------------------------------------------------------------------------------------------- prediction
-
-    prediction_files = ("predictions.jsonl",)
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
         """The prompt's columns as they were, and the response; what the file has for one becomes the reference."""

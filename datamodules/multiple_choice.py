@@ -132,9 +132,9 @@ class MultipleChoiceData(TextData):
     def _names_read(self) -> tuple[str, ...]:
         return (*super()._names_read(), self.shots_split, "auxiliary_train")
 
-    def _chosen(self, split: str, name: str, table: Table, held_out: bool) -> QuestionDataset:
+    def _chosen(self, split: str, name: str, table: Table, from_training: bool) -> QuestionDataset:
         rows = self._rows_of_subjects(table)
-        chosen = choose_rows(len(rows), split, held_out, self.val_fraction, self.val_seed, self.limits[split])
+        chosen = choose_rows(len(rows), split, {}, self.val_seed, self.limits[split])
         made = self.build(split, table, rows[chosen])
         asked = "" if self.subjects is None else f" of {len(self.subjects):,} subjects"
         self.findings.add_split(split, len(made), f"{table.source or table.where}{asked}, {self.shots} shots each")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from datamodules.base import Collate
 from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.errors import DataError
+from datamodules.sources.columns import SOURCES, TARGETS, named_column
 from datamodules.sources.tables import Table, blank_rows, check_column, check_texts
 from datamodules.text import BadRow, TrainingTextData
 from datamodules.tokens.tokenizing import TokenDataset, tokenized, tokenizer_state
@@ -45,9 +46,11 @@ class SummarizationData(TrainingTextData):
     Batches are `datamodules.contract.SummaryBatch`.
 
     Args:
-        source_column: Column of the texts to summarise: `document` in XSum, `article` in CNN/DailyMail.
-        target_column: Column of the summaries: `summary`, `highlights`.
+        source_column: Column of the texts to summarise. None takes the first of `document`, `article`, `dialogue`,
+            `source`, `text` and the like.
+        target_column: Column of the summaries. None takes the first of `summary`, `highlights`, `target` and the like.
         id_column: Column that names a row in predictions; without it they have the row's number.
+        prediction_format: Format of what `predict` writes.
         source_prefix: What is put before each source, such as T5's `summarize: `.
         batch_size: Samples a step and process, at least 1.
         max_source_length: Most tokens of a source; longer ones are cut.
@@ -59,9 +62,10 @@ class SummarizationData(TrainingTextData):
     def __init__(
         self,
         path: str = "EdinburghNLP/xsum",
-        source_column: str = "document",
-        target_column: str = "summary",
+        source_column: str | None = None,
+        target_column: str | None = None,
         id_column: str = "id",
+        prediction_format: Literal["csv", "jsonl"] = "csv",
         source_prefix: str = "",
         batch_size: int = 16,
         max_source_length: int = 1024,
@@ -76,18 +80,48 @@ class SummarizationData(TrainingTextData):
         self.read_as_written(source_column, target_column)
         self.source_column, self.target_column, self.id_column = source_column, target_column, id_column
         self.source_prefix = source_prefix
+        self.prediction_files = (f"predictions.{prediction_format}",)
+        self._guessed = False
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 
     def before_splits(self) -> None:
         """Check that the model has positions for the lengths."""
         self.check_length("max_source_length", self.max_source_length)
         self.check_length("max_target_length", self.max_target_length)
+        if self.source_column is None or self.target_column is None:
+            self._guess_columns()
+
+    def _guess_columns(self) -> None:
+        """Choose the columns that no key names by their names.
+
+        Raises:
+            DataError: If no column has a name that is known.
+        """
+        predicts = self.predicts
+        table = next(iter(self.tables_of_any_split().values()))
+        columns = {"source_column": (self.source_column, SOURCES), "target_column": (self.target_column, TARGETS)}
+        for key, (given, names) in columns.items():
+            column = given or named_column(table, [name for name in names if name != self.source_column])
+            if column is None and not (predicts and key == "target_column"):
+                raise DataError(
+                    f"data.{key}: no column of {table.where} has a name such as {', '.join(names[:3])}. Name one of "
+                    f"its columns: {', '.join(table.data.column_names)}."
+                )
+            if key == "source_column":
+                self.source_column = column
+            else:
+                self.target_column = column
+        self._guessed = True
+        self.keep_columns(source_column=self.source_column, target_column=self.target_column)
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
         """Tokens of some rows of a table, with the targets' texts; without targets for prediction."""
-        columns = {"source_column": self.source_column, "target_column": self.target_column}
-        if split == "predict":
-            columns.pop("target_column")
+        assert self.source_column is not None
+        columns = {"source_column": self.source_column}
+        if split != "predict":
+            assert self.target_column is not None
+            columns["target_column"] = self.target_column
+        else:
             if self.id_column != "id":
                 check_column(table, "id_column", self.id_column)
         bad: dict[int, BadRow] = {}
@@ -100,10 +134,12 @@ class SummarizationData(TrainingTextData):
         if split == "predict":
             return TokenDataset(tokens)
         if split == "train":
-            self.findings.add(f"columns: sources of {self.source_column}, targets of {self.target_column}")
-        references = chosen.data.select_columns([self.target_column])
-        if self.target_column != "reference":
-            references = references.rename_column(self.target_column, "reference")
+            guess = " (guessed; data.source_column and data.target_column override)" if self._guessed else ""
+            self.findings.add(f"columns: sources of {self.source_column}, targets of {self.target_column}{guess}")
+        target = columns["target_column"]
+        references = chosen.data.select_columns([target])
+        if target != "reference":
+            references = references.rename_column(target, "reference")
         return TokenDataset(tokens, texts=references)
 
     def _tokenize(self, table: Table, columns: list[str]) -> Any:
@@ -134,11 +170,9 @@ class SummarizationData(TrainingTextData):
 
     # -------------------------------------------------------------------------------------------------- prediction
 
-    prediction_files = ("predictions.jsonl",)
-
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """The document's id, its summary, and the reference, if there is one."""
+        """Return the document's id, its summary, and the reference, if there is one."""
         source = self.predicted[file].data[row["index"]]
         name = source.get(self.id_column, row["index"])
         error = {"error": row["error"]} if "error" in row else {}
-        return {"id": name, "summary": row.get("summary"), "reference": source.get(self.target_column), **error}
+        return {"id": name, "summary": row.get("summary"), "reference": source.get(self.target_column or ""), **error}

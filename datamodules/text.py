@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -79,7 +80,7 @@ class TextData(ResumableDataModule):
     # what a data module without training rows does with them
     bucket_by_length = True
     test_on_validation = False
-    val_fraction, val_seed = 0.1, 0
+    val_fraction, test_fraction, val_seed = 0.1, 0.0, 0
 
     def __init__(
         self,
@@ -107,6 +108,17 @@ class TextData(ResumableDataModule):
     def read_as_written(self, *columns: str | None) -> None:
         """Read the cells of some columns of CSV and TSV as text, whatever they look like."""
         self.reading = replace(self.reading, as_written=tuple(column for column in columns if column is not None))
+
+    def keep_columns(self, **columns: str | list[str] | None) -> None:
+        """Keep guessed columns in the checkpoint, and read their cells as text from now on.
+
+        Args:
+            columns: Column or columns by key.
+        """
+        self.hparams.update(columns)
+        names = [[value] if isinstance(value, str) else value or [] for value in columns.values()]
+        self.read_as_written(*itertools.chain(*names))
+        self._tables.clear()  # cells that look like numbers were read as numbers
 
     # ------------------------------------------------------------------------------------------------------ splits
 
@@ -209,6 +221,21 @@ class TextData(ResumableDataModule):
         found = {s: self._table(self.split_names(split, s)) for s in suffixes}
         return {s: table for s, table in found.items() if table is not None}
 
+    @property
+    def predicts(self) -> bool:
+        """Return True in a prediction, for which no targets are read."""
+        return self.trainer is not None and self.trainer.state.fn == "predict"
+
+    def tables_of_any_split(self) -> dict[str, Table]:
+        """Return the sets to predict, or else the training rows, or else those of another split that is there.
+
+        Raises:
+            DataError: If there are none.
+        """
+        if self.predicts:
+            return self._tables_to_predict()
+        return self.stored("train") or self.stored("val") or self.stored("test") or {"": self.training_table()}
+
     def training_table(self) -> Table:
         """Return the training rows.
 
@@ -221,23 +248,30 @@ class TextData(ResumableDataModule):
         return tables[""]
 
     def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
-        """Return the sets of a split by suffix, each with whether it is held out from (or left by) the training rows.
+        """Return the sets of a split by suffix, each with whether its table is that of the training rows.
 
         Raises:
             DataError: If there is none.
         """
-        validation = self.stored("val")
-        held_out = self.test_on_validation or not validation
-        if split == "train" or (split == "val" and held_out):
-            return {"": (self.training_table(), held_out)}
-        tables = validation if split == "val" or self.test_on_validation else self.stored("test")
+        if split == "train" or split in self.shares():
+            return {"": (self.training_table(), True)}
+        validates = split == "val" or self.test_on_validation
+        tables = self.stored("val") if validates else self.stored("test")
         if not tables:
             missing = "validation" if self.test_on_validation else split
             raise SplitError(
-                f"data.path: {self.path} has no {missing} split; leave it out (test_after_fit: false), or test on "
-                "the validation split where there is a key for that (--data.test_on_validation true)."
+                f"data.path: {self.path} has no {missing} split. Leave it out (test_after_fit: false), or where there "
+                "is a key for it, hold rows out (--data.test_fraction 0.1) or test on the validation split "
+                "(--data.test_on_validation true)."
             )
         return {suffix: (table, False) for suffix, table in tables.items()}
+
+    def shares(self) -> dict[str, float]:
+        """Return the shares of the training rows that are held out, by the split that they make up."""
+        shares = {"val": self.val_fraction} if self.test_on_validation or not self.stored("val") else {}
+        if self.test_fraction and not self.test_on_validation and not self.stored("test"):
+            shares["test"] = self.test_fraction
+        return shares
 
     def _table(self, names: tuple[str, ...]) -> Table | None:
         """Return the first split that is there among some names, opened once.
@@ -252,15 +286,18 @@ class TextData(ResumableDataModule):
             self._tables[names] = table
         return self._tables[names]
 
-    def _chosen(self, split: str, name: str, table: Table, held_out: bool) -> TokenDataset:
+    def _chosen(self, split: str, name: str, table: Table, from_training: bool) -> TokenDataset:
         limit = self.limits[split]
         rows = self.eligible_rows(table)
-        chosen = choose_rows(len(rows), split, held_out, self.val_fraction, self.val_seed, limit)
+        shares = self.shares() if from_training else {}
+        chosen = choose_rows(len(rows), split, shares, self.val_seed, limit)
         made = self.build(split, table, rows[chosen])
         source = table.source or table.where
-        if held_out:
-            left = "" if split == "val" else "without "
-            source += f", {left}the share of {self.val_fraction:g} held out with val_seed {self.val_seed}"
+        if split in shares:
+            source += f", the share of {shares[split]:g} held out with val_seed {self.val_seed}"
+        elif shares:
+            held = " and ".join(f"{share:g} for {name}" for name, share in shares.items())
+            source += f", without what is held out ({held}, val_seed {self.val_seed})"
         if limit is not None:
             source += f", at most {limit:,} of them"
         self.findings.add_split(f"{split} {name}".strip(), len(made), source)
@@ -394,7 +431,8 @@ class TrainingTextData(TextData):
         test_on_validation: Whether the validation split is tested on, and a share of the training rows is held out to
             validate on: for sets without a test split, and for GLUE, whose test labels are hidden.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
-        val_seed: Seed of that share, apart from the run's seed so that runs compare on the same rows.
+        test_fraction: The same for testing, in [0, 1); 0 holds out none.
+        val_seed: Seed of both shares, apart from the run's seed so that runs compare on the same rows.
         max_train_samples: Seeded sample of the training rows, for trying out; None takes all.
     """
 
@@ -405,6 +443,7 @@ class TrainingTextData(TextData):
         cache_prefix: bool = False,
         test_on_validation: bool = False,
         val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
         val_seed: int = 0,
         max_train_samples: int | None = None,
         **kwargs: Any,
@@ -412,7 +451,9 @@ class TrainingTextData(TextData):
         super().__init__(path, **kwargs)
         self.bucket_by_length, self.cache_prefix = bucket_by_length, cache_prefix
         self.test_on_validation = test_on_validation
-        self.val_fraction, self.val_seed = val_fraction, val_seed
+        self.val_fraction, self.test_fraction, self.val_seed = val_fraction, test_fraction, val_seed
         self.limits["train"] = max_train_samples
         check_limits(self.limits)
         check_fraction("val_fraction", val_fraction)
+        if test_fraction:
+            check_fraction("test_fraction", test_fraction)

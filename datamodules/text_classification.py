@@ -12,6 +12,7 @@ from torch import Tensor
 from datamodules.base import Collate
 from datamodules.contract import DataKind
 from datamodules.errors import DataError
+from datamodules.sources.columns import guess_label_column, guess_text_columns, named_column
 from datamodules.sources.labels import Labels, parse_labels
 from datamodules.sources.tables import Table, blank_rows, check_column, check_texts, null_rows
 from datamodules.text import BadRow, Padding, TrainingTextData
@@ -94,13 +95,13 @@ class TextClassificationData(TrainingTextData):
             JSONL, or with one such directory for each task; or one such file of training rows.
         task: A task of GLUE, which brings columns, classes and metrics along; None for another set.
         config: The data set's configuration: on the hub, or a folder in the directory; None takes the task's.
-        text_columns: One or two columns of text; None takes the task's.
-        label_column: Column of the labels.
-        id_column: Column that names a row in predictions; without it they have the row's number.
+        text_columns: One or two columns of text. None takes the task's, or guesses them from names and cells.
+        label_column: Column of the labels. None guesses it from names and cells; see `datamodules.sources.columns`.
+        id_column: Column that names a row in predictions. None takes `idx` or `id`, or else the row's number.
         max_length: Most tokens of a sample, both sentences and special tokens together; longer ones are cut.
         padding: To the `longest` of the batch, or all to `max_length`, for devices that need one shape.
-        prediction_format: Of what `predict` writes: `tsv`, GLUE's submission with index and prediction, or `jsonl`,
-            with the text and the probability too.
+        prediction_format: Format of what `predict` writes: `csv` or `jsonl`, with texts, prediction and the probability
+            of every class, or `tsv`, GLUE's submission.
         skip_label: Label of rows that are left out, by name or number: -1 where a set marks rows without one so.
     """
 
@@ -112,19 +113,21 @@ class TextClassificationData(TrainingTextData):
         task: Task | None = None,
         config: str | None = None,
         text_columns: list[str] | None = None,
-        label_column: str = "label",
-        id_column: str = "idx",
+        label_column: str | None = None,
+        id_column: str | None = None,
         max_length: int = 128,
         padding: Padding = "longest",
-        prediction_format: Literal["tsv", "jsonl"] = "tsv",
+        prediction_format: Literal["csv", "tsv", "jsonl"] = "csv",
         skip_label: int | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(path, config=config or task, **kwargs)
         self.task = TASKS[task] if task else None
-        columns = text_columns or (self.task.columns if self.task else ())
-        if not 1 <= len(columns) <= 2:
-            raise DataError("data.text_columns: name one or two columns of text, or a task of GLUE as data.task.")
+        columns = (self.task.columns if self.task else ()) if text_columns is None else text_columns
+        if path == "nyu-mll/glue" and task is None:
+            raise DataError("data.path: nyu-mll/glue has several tasks. Name one as data.task, or data of your own.")
+        if text_columns is not None and not 1 <= len(columns) <= 2:
+            raise DataError(f"data.text_columns: {text_columns} are {len(columns)} columns. Name one or two.")
         if len(set(columns)) < len(columns):
             raise DataError(f"data.text_columns: {columns[0]} is named twice; name two columns, or one.")
         if label_column in columns:
@@ -133,6 +136,7 @@ class TextClassificationData(TrainingTextData):
             raise DataError(f"data.max_length: {max_length} must be 2 or more.")
         self.read_as_written(*columns, label_column)
         self.columns = list(columns)
+        self._guessed = False
         self.suffixes = (*self.task.sets, "") if self.task else ("",)
         self.label_column, self.id_column, self.skip_label = label_column, id_column, skip_label
         self.max_length, self.padding = max_length, padding
@@ -146,9 +150,25 @@ class TextClassificationData(TrainingTextData):
         """Take the classes of the trainer's model, or else of the training rows."""
         self.check_length("max_length", self.max_length)
         assert self.trainer is not None
-        if self.trainer.state.fn != "predict":
+        self._guess_columns()
+        if not self.predicts:
             known = self.model_classes
             self.class_names = known if known is not None else self._labels(self.training_table()).class_names
+
+    def _guess_columns(self) -> None:
+        """Guess the columns that no key names from the training rows, or from other rows where there are none.
+
+        Raises:
+            DataError: If the columns cannot be told.
+        """
+        if self.columns and (self.label_column is not None or self.predicts):
+            return
+        table = next(iter(self.tables_of_any_split().values()))
+        self.columns = self.columns or guess_text_columns(table)
+        if self.label_column is None and not self.predicts:
+            self.label_column = guess_label_column(table, self.columns)
+            self._guessed = True
+        self.keep_columns(text_columns=self.columns, label_column=self.label_column)
 
     def check_test_split(self) -> None:
         """Check before a long training that there is a test split with labels.
@@ -157,6 +177,8 @@ class TextClassificationData(TrainingTextData):
             SplitError: If there is none, or its labels are hidden.
         """
         super().check_test_split()
+        self._guess_columns()
+        assert self.label_column is not None
         for table, _ in self.sets("test").values():
             parse_labels(table, self.label_column, self.task.class_names if self.task else None, self.skip_label)
 
@@ -170,6 +192,7 @@ class TextClassificationData(TrainingTextData):
     def _labels(self, table: Table) -> Labels:
         known = self.task.class_names if self.task else None
         # the training rows decide: a validation split of 1, 2 and 3 belongs to the same regression
+        assert self.label_column is not None
         regression = [] in (self.model_classes, self.class_names)
         return parse_labels(table, self.label_column, () if regression and known is None else known, self.skip_label)
 
@@ -189,7 +212,7 @@ class TextClassificationData(TrainingTextData):
             table = check_texts(table, "text_columns", column)
         self.add_notes(table)
         if split == "predict":
-            if self.id_column != "idx":
+            if self.id_column not in (None, "idx"):
                 check_column(table, "id_column", self.id_column)
             kept = self.without_bad(split, table, rows, self._bad_texts(table))
             return TokenDataset(self._tokenize(table.select(kept)))
@@ -208,7 +231,8 @@ class TextClassificationData(TrainingTextData):
                 self.findings.add(note)
             self.class_counts = values.bincount(minlength=len(self.class_names)).tolist() if self.class_names else []
             self.findings.add_classes(self.class_names, self.class_counts)
-            self.findings.add(f"columns: text of {', '.join(self.columns)}; labels of {self.label_column}")
+            guess = " (guessed; data.text_columns and data.label_column override)" if self._guessed else ""
+            self.findings.add(f"columns: text of {', '.join(self.columns)}; labels of {self.label_column}{guess}")
         return TokenDataset(self._tokenize(table.select(rows)), {"label": values})
 
     def _bad_texts(self, table: Table) -> dict[int, BadRow]:
@@ -254,26 +278,25 @@ class TextClassificationData(TrainingTextData):
         return [f"{name}.{self.prediction_format}" for name in names]
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """A row of a submission (`index`, `prediction`), or in JSONL with text and probability."""
-        source = self.predicted[file].data[row["index"]]
-        index = source.get(self.id_column, row["index"])
+        """Return a row with id, texts, prediction and probabilities, or of a submission: index and prediction."""
+        table = self.predicted[file]
+        source = table.data[row["index"]]
+        column = self.id_column or named_column(table, ("idx", "id"))
+        name = source.get(column, row["index"])
         error = {"error": row["error"]} if "error" in row else {}
-        if row.get("error"):
-            row = {"prediction": None}
-        if self.prediction_format == "jsonl":
-            texts = {column: source[column] for column in self.columns}
-            return {
-                "index": index,
-                **texts,
-                **{k: v for k, v in row.items() if k not in ("index", "label", "error")},
-                **error,
-            }
-        prediction = row["prediction"]
-        if prediction is None:
-            pass
-        elif self.task is not None and "label" in row and not self.task.by_name:
-            prediction = row["label"]
-        elif self.task is not None and self.task.limits:
+        if self.prediction_format == "tsv":
+            return {"index": name, "prediction": None if row.get("error") else self._submitted(row), **error}
+        texts = {column: source[column] for column in self.columns}
+        answer = {k: v for k, v in row.items() if k not in ("index", "label", "error")} or {"prediction": None}
+        return {"id": name, **texts, **answer, **error}
+
+    def _submitted(self, row: dict[str, Any]) -> Any:
+        """Return a prediction as GLUE takes it."""
+        if self.task is None:
+            return row["prediction"]
+        if "label" in row and not self.task.by_name:
+            return row["label"]
+        if self.task.limits:
             least, most = self.task.limits
-            prediction = min(max(prediction, least), most)
-        return {"index": index, "prediction": prediction, **error}
+            return min(max(row["prediction"], least), most)
+        return row["prediction"]

@@ -15,7 +15,13 @@ from datamodules.contract import HIDDEN, DataKind, HasClassCounts, HasClasses, H
 from datamodules.errors import ModelError
 from modules.backbones.timm_backbone import build_timm_backbone, features_from_block, preprocessing
 from modules.base import AdaptedModule, Stage
-from modules.metrics.classification import ClassWeights, check_class_weights, loss_weights, shared_metrics
+from modules.metrics.classification import (
+    ClassWeights,
+    check_class_weights,
+    loss_weights,
+    named_probabilities,
+    shared_metrics,
+)
 from modules.scaling.frozen_prefix import FrozenPrefix
 
 
@@ -176,17 +182,23 @@ class ImageClassifier(AdaptedModule):
         return values
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, list[Any]]:
-        """Return rows of a table: index and name of the image, class, and its probability in [0, 1].
+        """Return rows of a table: index and name of the image, its class, and probabilities in [0, 1].
 
-        If images of the batch could not be decoded, a column `error` says why; their class and probability are empty.
+        `probability` is that of the class, and `probabilities` has those of all classes by name. If images of the batch
+        could not be decoded, a column `error` says why; their class and probabilities are empty.
         """
         assert self.class_names is not None
-        probability, label = self.logits(batch).softmax(-1).max(-1)
+        probabilities = self.logits(batch).softmax(-1)
+        probability, label = probabilities.max(-1)
         errors: list[str] = batch.get("error", [""] * len(label))
         rows: dict[str, list[Any]] = {
             "index": batch["index"].tolist(),
             "name": batch["name"],
-            "class": ["" if e else self.class_names[i] for i, e in zip(label.tolist(), errors, strict=True)],
+            "prediction": ["" if e else self.class_names[i] for i, e in zip(label.tolist(), errors, strict=True)],
             "probability": ["" if e else round(p, 6) for p, e in zip(probability.tolist(), errors, strict=True)],
+            "probabilities": [
+                {} if e else named
+                for named, e in zip(named_probabilities(probabilities, self.class_names), errors, strict=True)
+            ],
         }
         return rows | {"error": errors} if any(errors) else rows

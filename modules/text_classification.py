@@ -19,7 +19,13 @@ from modules.backbones.transformers_backbone import (
     position_limit,
 )
 from modules.base import AdaptedModule, Stage
-from modules.metrics.classification import ClassWeights, check_class_weights, loss_weights, shared_metrics
+from modules.metrics.classification import (
+    ClassWeights,
+    check_class_weights,
+    loss_weights,
+    named_probabilities,
+    shared_metrics,
+)
 from modules.metrics.text_metrics import build_metrics
 from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.training.freezing import inputs_to_float32
@@ -186,14 +192,19 @@ class TextClassifier(AdaptedModule):
         return values | {f"{stage}/score": torch.stack(own).mean()}
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Any]]:
-        """Return rows of a table: index, label, class and its probability in [0, 1]; in regression the score."""
+        """Return rows of a table: index, label, class, and probabilities in [0, 1]; in regression the score.
+
+        `probability` is that of the class, and `probabilities` has those of all classes by name.
+        """
         outputs, index = self(batch), batch["index"].tolist()
         if not self.class_names:
             return {"index": index, "prediction": [round(x, 6) for x in outputs.tolist()]}
-        probability, label = outputs.softmax(-1).max(-1)
+        probabilities = outputs.softmax(-1)
+        probability, label = probabilities.max(-1)
         return {
             "index": index,
             "label": label.tolist(),
             "prediction": [self.class_names[i] for i in label.tolist()],
             "probability": [round(p, 6) for p in probability.tolist()],
+            "probabilities": named_probabilities(probabilities, self.class_names),
         }

@@ -97,8 +97,22 @@ def _without_index(row: Row, file: int) -> Row:
     return {key: value for key, value in row.items() if key != "index"}
 
 
+def _flat(row: Row) -> Row:
+    """Return a row without nested cells."""
+    cells = {key: value for key, value in row.items() if key != "probabilities"}
+    by_class = {f"probability_{name}": share for name, share in row.get("probabilities", {}).items()}
+    return {
+        key: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for key, v in cells.items()
+    } | by_class
+
+
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write rows as the suffix says: .csv, .tsv or .jsonl; all of them, or none."""
+    """Write rows as the suffix says: .csv, .tsv or .jsonl; all of them, or none.
+
+    In CSV and TSV, `probabilities` by class become a column for each class.
+    """
+    if path.suffix != ".jsonl":
+        rows = [_flat(row) for row in rows]
     with atomic_write_text(path) as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -67,27 +67,31 @@ def check_fraction(key: str, fraction: float) -> None:
         raise DataError(f"data.{key}: {fraction} must lie in (0, 1).")
 
 
-def choose_rows(size: int, split: str, held_out: bool, val_fraction: float, seed: int, limit: int | None) -> Tensor:
-    """Rows of a split, (rows,) int64.
+def choose_rows(size: int, split: str, shares: Mapping[str, float], seed: int, limit: int | None) -> Tensor:
+    """Return the rows of a split, (rows,) int64.
 
     Args:
         size: Rows of the table.
         split: `train`, `val` or `test`.
-        held_out: Whether the validation rows are a share of the table's training rows.
-        val_fraction: That share.
+        shares: Shares of the table that are held out for `val` and `test`, `val` first; the rest is for training.
+            Empty if the whole table belongs to the split.
         seed: Seed of what is held out, and of what a limit keeps.
         limit: Most rows; None takes all.
 
     Raises:
-        DataError: If none are left.
+        DataError: If no rows are left.
     """
     rows = torch.arange(size)
-    if held_out:
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-        held = max(1, round(val_fraction * size))
-        rows = order[:held] if split == "val" else order[held:]
-    if len(rows) == 0:
-        raise DataError(f"data.val_fraction: {val_fraction} of {size} samples leaves none to train on; choose less.")
+    if shares:
+        rest = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        parts: dict[str, Tensor] = {}
+        for name, share in shares.items():
+            held = max(1, round(share * size))
+            parts[name], rest = rest[:held], rest[held:]
+        rows = parts.get(split, rest)
+        if len(rest) == 0:
+            given = " and ".join(f"data.{name}_fraction {share:g}" for name, share in shares.items())
+            raise DataError(f"{given}: of {size} rows none is left to train on. Choose less.")
     if limit is not None and limit < len(rows):
         keep = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit]
         rows = rows[keep]

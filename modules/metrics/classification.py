@@ -93,3 +93,13 @@ def loss_weights(weights: ClassWeights, class_names: Sequence[str], counts: Sequ
             "Give one weight for each class, in this order."
         )
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def named_probabilities(probabilities: Tensor, class_names: Sequence[str]) -> list[dict[str, float]]:
+    """Return the probabilities of each sample by the name of the class, to six decimals.
+
+    Args:
+        probabilities: (batch, classes).
+        class_names: Names by label.
+    """
+    return [{name: round(p, 6) for name, p in zip(class_names, row, strict=True)} for row in probabilities.tolist()]

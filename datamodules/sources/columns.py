@@ -1,0 +1,102 @@
+"""Guesses of what the columns of a table hold, from their names first and from their cells second."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from datamodules.errors import DataError
+from datamodules.sources.tables import Table
+
+# Names in lower case, the likeliest first.
+TEXTS = (
+    *("text", "sentence", "review", "comment", "message", "content", "body", "document", "tweet", "post", "question"),
+    *("utterance", "sms", "email", "headline", "title", "description", "abstract", "article", "input"),
+)
+PAIRS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")),
+    *(("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("query", "passage")),
+    *(("query", "document"), ("question", "answer"), ("question", "context")),
+)
+LABELS = (
+    *("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "emotion", "polarity", "spam"),
+    *("is_spam", "rating", "stars", "score", "similarity", "tag", "genre", "type", "gold_label", "y"),
+)
+SOURCES = ("document", "article", "dialogue", "source", "text", "body", "content", "input")
+TARGETS = ("summary", "highlights", "target", "abstract", "headline", "title", "output")
+PROMPTS = ("instruction", "prompt", "question", "query", "input", "user")
+RESPONSES = ("output", "response", "completion", "answer", "assistant", "reply")
+MOST_CLASSES = 100  # of a column that is taken for labels by its cells
+
+
+def named_column(table: Table, names: Sequence[str]) -> str | None:
+    """Return the column with the first of some names that occurs, whatever its case; None if none occurs."""
+    columns = {column.strip().lower(): column for column in reversed(table.data.column_names)}
+    return next((columns[name] for name in names if name in columns), None)
+
+
+def guess_text_columns(table: Table) -> list[str]:
+    """Return the column of the texts, or the two columns of a table of pairs.
+
+    Raises:
+        DataError: If no column is called so and none holds text.
+    """
+    columns = {column.strip().lower(): column for column in table.data.column_names}
+    for first, second in PAIRS:
+        if first in columns and second in columns and _is_text(table, columns[first]):
+            return [columns[first], columns[second]]
+    if (named := named_column(table, TEXTS)) is not None:
+        return [named]
+    lengths = {column: _mean_length(table, column) for column in table.data.column_names if _is_text(table, column)}
+    if not lengths:
+        raise DataError(f"data.text_columns: no column of {table.where} holds text. {_listed(table)}")
+    return [max(lengths, key=lengths.__getitem__)]
+
+
+def guess_label_column(table: Table, texts: Sequence[str]) -> str:
+    """Return the column of the labels: by name, or else the only column with few different values that recur.
+
+    Args:
+        table: The training rows.
+        texts: Columns of the texts.
+
+    Raises:
+        DataError: If there is none, or more than one.
+    """
+    if (named := named_column(table, [name for name in LABELS if name not in texts])) is not None:
+        return named
+    found = [column for column in table.data.column_names if column not in texts and _holds_classes(table, column)]
+    if len(found) == 1:
+        return found[0]
+    several = (
+        f"{len(found)} columns may hold the labels ({', '.join(found)})" if found else "no column seems to hold labels"
+    )
+    raise DataError(f"data.label_column: {several} in {table.where}. Name one. {_listed(table)}")
+
+
+def _listed(table: Table) -> str:
+    return f"The table has the columns {', '.join(table.data.column_names)}."
+
+
+def _is_text(table: Table, column: str) -> bool:
+    feature = table.data.features[column]
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _cells(table: Table, column: str) -> pa.ChunkedArray:
+    return table.data.with_format("arrow")[:][column]
+
+
+def _mean_length(table: Table, column: str) -> float:
+    return float(pc.mean(pc.utf8_length(_cells(table, column))).as_py() or 0.0)
+
+
+def _holds_classes(table: Table, column: str) -> bool:
+    """Return True if a column has 2 to 100 different values, each twice or more on average."""
+    if not isinstance(table.data.features[column], datasets.Value | datasets.ClassLabel):
+        return False
+    cells = _cells(table, column).drop_null()
+    return 2 <= len(cells.unique()) <= min(MOST_CLASSES, len(cells) // 2)
