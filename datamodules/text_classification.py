@@ -187,7 +187,7 @@ class TextClassificationData(TrainingTextData):
         """Return the names of the task's metrics, unless the model has others."""
         if self.task:
             return list(self.task.metrics)
-        return ["accuracy", "f1"] if self.class_names else ["pearson", "spearman"]
+        return ["accuracy", "macro_f1"] if self.class_names else ["pearson", "spearman"]
 
     def _labels(self, table: Table) -> Labels:
         known = self.task.class_names if self.task else None

@@ -44,8 +44,8 @@ class TextClassifier(AdaptedModule):
     Args:
         backbone: A name on the hub, `roberta-base`, or a directory in the hub's layout.
         class_names: Names of the classes by label, [] for regression; None takes the data's. A checkpoint remembers.
-        metrics: Of `accuracy`, `f1`, `matthews`, `pearson`, `spearman`; None takes the data's. `val/score` is
-            their mean. `macro_f1` and `ece` (calibration error) are logged of every classification, and not part of it.
+        metrics: Of `accuracy`, `f1`, `macro_f1`, `matthews`, `pearson`, `spearman`; None takes the data's. `val/score`
+            is the mean of these metrics. Every classification logs `macro_f1` and `ece` (calibration error) besides.
         class_weights: Weights of the classes in the training loss: `balanced` (inverse to their counts), a list in the
             order of the labels, or None for equal weights. Evaluation is never weighted.
         schedule: Shape of the learning rate; see `AdaptedModule`, as for the key below.
@@ -99,7 +99,7 @@ class TextClassifier(AdaptedModule):
             self.configure_labels(classes)
         metrics = build_metrics(names, len(classes))
         if classes:
-            metrics.add_metrics(shared_metrics(len(classes)))
+            metrics.add_metrics({k: v for k, v in shared_metrics(len(classes)).items() if k not in names})
             self.confusion = MulticlassConfusionMatrix(len(classes))  # of all sets together
         self.configure_metrics(metrics, data.set_names if isinstance(data, HasSets) else None)
         if stage == "fit":

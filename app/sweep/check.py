@@ -80,5 +80,5 @@ def _text_metrics(model: Mapping[str, Any], data: Mapping[str, Any]) -> list[str
     task = TASKS.get(data.get("task") or "")
     names = model.get("metrics") or (task.metrics if task else [*CLASSIFICATION, *REGRESSION])
     sets = task.sets if task else ("",)
-    shared = [] if set(names) <= REGRESSION.keys() else SHARED
+    shared = [] if set(names) <= REGRESSION.keys() else [name for name in SHARED if name not in names]
     return ["score", "loss", *(f"{name}_{part}" if part else name for name in [*names, *shared] for part in sets)]

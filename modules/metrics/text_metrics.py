@@ -43,6 +43,7 @@ class Matthews(MulticlassMatthewsCorrCoef):
 CLASSIFICATION: dict[str, Callable[[int], Metric]] = {
     "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro"),
     "f1": lambda classes: PositiveF1() if classes == 2 else MulticlassF1Score(classes, average="macro"),
+    "macro_f1": lambda classes: MulticlassF1Score(classes, average="macro"),
     "matthews": Matthews,
 }
 REGRESSION: dict[str, Callable[[], Metric]] = {"pearson": PearsonCorrCoef, "spearman": SpearmanCorrCoef}
@@ -52,8 +53,8 @@ def build_metrics(names: Sequence[str], classes: int) -> MetricCollection:
     """A collection of metrics.
 
     Args:
-        names: Of `accuracy`, `f1` (of label 1 if there are two classes, otherwise the macro average), `matthews`, or,
-            in regression, `pearson` and `spearman`.
+        names: Of `accuracy`, `f1` (of label 1 if there are two classes, otherwise the macro average), `macro_f1`,
+            `matthews`, or, in regression, `pearson` and `spearman`.
         classes: Number of classes; 0 for regression.
 
     Raises:

@@ -1,0 +1,61 @@
+"""Guesses of columns, from their names first and from their cells second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import pytest
+
+from datamodules.errors import DataError
+from datamodules.sources.columns import guess_label_column, guess_text_columns, named_column
+from datamodules.sources.tables import Table
+
+WORDS = ["a long enough text", "another text here", "one more text", "the last of the texts"] * 5
+FEW, MANY = ["x", "y"] * 10, [f"id{i}" for i in range(20)]
+
+
+def table(**columns: list[Any]) -> Table:
+    return Table(datasets.Dataset.from_dict(columns), "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts", "label"),
+    [
+        ({"id": MANY, "Review": WORDS, "Sentiment": FEW}, ["Review"], "Sentiment"),
+        ({"label": FEW, "text": WORDS}, ["text"], "label"),
+        ({"text": WORDS, "label": FEW, "category": FEW}, ["text"], "label"),  # the likelier name
+        ({"premise": WORDS, "hypothesis": WORDS, "label": FEW}, ["premise", "hypothesis"], "label"),
+        ({"hypothesis": WORDS, "x": MANY, "premise": WORDS, "class": FEW}, ["premise", "hypothesis"], "class"),
+        ({"text_a": WORDS, "text_b": WORDS, "score": [0.5, 1.5] * 10}, ["text_a", "text_b"], "score"),
+        ({"k": MANY, "beschreibung": WORDS, "art": FEW}, ["beschreibung"], "art"),  # by the cells
+        ({"beschreibung": WORDS, "nummer": list(range(20)), "note": [1, 2] * 10}, ["beschreibung"], "note"),
+        ({" text ": WORDS, "LABEL": FEW}, [" text "], "LABEL"),
+    ],
+)
+def test_columns_of_a_classification(columns: dict[str, list[Any]], texts: list[str], label: str) -> None:
+    made = table(**columns)
+    assert guess_text_columns(made) == texts
+    assert guess_label_column(made, texts) == label
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"a": [1, 2], "b": [0.5, 1.5]}, ["data.text_columns", "no column of a.csv holds text", "a, b"]),
+        ({"text": WORDS, "k": MANY}, ["data.label_column", "no column seems to hold labels", "text, k"]),
+        ({"text": WORDS, "p": FEW, "q": FEW}, ["data.label_column", "2 columns may hold the labels (p, q)"]),
+    ],
+)
+def test_columns_that_cannot_be_told(columns: dict[str, list[Any]], words: list[str]) -> None:
+    made = table(**columns)
+    with pytest.raises(DataError) as error:
+        guess_label_column(made, guess_text_columns(made))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_name_is_found_in_the_order_of_the_names() -> None:
+    made = table(title=WORDS, Document=WORDS)
+    assert named_column(made, ("document", "title")) == "Document"
+    assert named_column(made, ("title", "document")) == "title"
+    assert named_column(made, ("body",)) is None
