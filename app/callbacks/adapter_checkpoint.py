@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
 from app.callbacks.termination import Termination
-from app.checkpoint_io import (
+from app.run.checkpoint_io import (
     BEST,
     CHECKPOINTS,
     LAST,

@@ -67,7 +67,9 @@ class Forgetting(L.Callback):
             return
         assert isinstance(pl_module, AdaptedModule)
         self._keeps_before = pl_module.tuning == "full"
-        from app.forgetting_probes import open_probe  # imports what reads images, which other runs do not need
+        from app.callbacks.forgetting_probes import (
+            open_probe,  # imports what reads images, which other runs do not need
+        )
 
         with _own_keys():
             self._probe = open_probe(pl_module, self.path, self.rows, self.text_column)

@@ -14,6 +14,7 @@ from types import ModuleType
 from jsonargparse import ArgumentParser
 
 from app.commands import compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
+from app.config.fit_keys import FitKeys
 
 COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
@@ -44,18 +45,19 @@ def command_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def run_command(name: str, words: Sequence[str], allowed_imports: Sequence[str] = ()) -> None:
+def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: Sequence[str] = ()) -> None:
     """Run a command.
 
     Args:
         name: One of `COMMANDS`.
         words: The words behind the command's name.
+        fit: Access to the keys of `fit`.
         allowed_imports: Prefixes of --allow_imports, for a command that starts others.
     """
     parser = command_parser(name)
     given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
     arguments = parser.parse_args(given)
-    arguments.allowed_imports = list(allowed_imports)
+    arguments.fit, arguments.allowed_imports = fit, list(allowed_imports)
     COMMANDS[name].run(arguments)
 
 

@@ -16,14 +16,14 @@ import torch
 from jsonargparse import ArgumentError
 from torch import Tensor, nn
 
-from app.arguments import saved_configuration
-from app.callbacks.adapter_spectrum import FILE as SPECTRUM
-from app.callbacks.adapter_spectrum import spectrum_schema
-from app.callbacks.adapter_writer import FOLDER as ADAPTER
-from app.checkpoint_io import check_contents, read_checkpoint, run_of_checkpoint
-from app.commands.export import find_checkpoint, load_module
-from app.failures import bad_input
-from app.yaml_files import read_yaml
+from app.config.yaml_files import read_yaml
+from app.export.load_run import find_checkpoint, load_module
+from app.run.checkpoint_io import check_contents, read_checkpoint, run_of_checkpoint, saved_configuration
+from app.run.failures import bad_input
+from app.run.run_directory import ADAPTER
+from app.run.spectrum_file import FILE as SPECTRUM
+from app.run.spectrum_file import DamagedSpectra
+from app.run.spectrum_file import read_spectra as read_rows
 from datamodules.atomic import atomic_write
 from datamodules.errors import CheckpointError
 from modules.adapters import AdapterConfig, AdapterError, Projection
@@ -35,7 +35,7 @@ from modules.formats.peft_reading import from_peft
 if TYPE_CHECKING:
     import pandas as pd
 
-    from app.report import Report
+    from app.reports.report import Report
 
 _log = logging.getLogger(__name__)
 Factor = Literal["A", "B"]
@@ -461,19 +461,15 @@ def read_spectra(run: FinishedRun) -> list[dict[str, Any]]:
         One row a step, projection and factor: `step`, `projection`, `role`, `factor` (A, B or BA, which is without the
         scale s), `singular_values` and `relative_norm`. Empty if there is no usable file, which a warning says.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = None if run.directory is None else run.directory / SPECTRUM
     if path is None or not path.is_file():
         place = f"{run.source} is in no run directory" if path is None else f"{path} does not exist"
         _log.warning(f"{place}. Spectra over training are left out for this run: its checkpoint alone is shown.")
         return []
     try:
-        rows = pq.read_table(path, schema=spectrum_schema()).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        _log.warning(f"{path} is damaged ({reason}). The run's checkpoint alone is shown.")
+        rows = read_rows(path)
+    except DamagedSpectra as error:
+        _log.warning(f"{error} The run's checkpoint alone is shown.")
         return []
     usable = [row for row in rows if _is_usable(row)]
     if len(usable) < len(rows):

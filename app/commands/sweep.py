@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from app.config.imports import OPTION
 from app.console import escape_controls
-from app.imports import OPTION
 
 AGAIN = ("config", "base", "set", "minutes", "workers", "storage", "output")  # options that continue a sweep
 
@@ -76,7 +76,7 @@ def run(arguments: Namespace) -> None:
         raise SweepError(f"--workers: {arguments.workers} must be 1 or more.")
     if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
         raise SweepError(f"--minutes: {arguments.minutes:g} must be above 0. Leave it out for as long as it takes.")
-    plan = read_plan(arguments.config, arguments.base, arguments.set)
+    plan = read_plan(arguments.config, arguments.fit.parse, arguments.base, arguments.set)
     for note in plan.notes:
         _log.info(note)
     output = Path(arguments.output or Path("runs") / plan.name)
@@ -85,7 +85,7 @@ def run(arguments: Namespace) -> None:
     if arguments.report:
         facts, frame = report(plan, open_ledger(plan, arguments.storage, output, must_exist=True), output, command)
     else:
-        check_plan(plan)
+        check_plan(plan, arguments.fit.parse)
         ledger = open_ledger(plan, arguments.storage, output)
         budget = Budget(plan, arguments.minutes, arguments.workers, began) if arguments.minutes else None
         again = shlex.join(_words(arguments, imports, AGAIN))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.config.precedence import expanded_path
 from app.console import escape_controls
 
 
@@ -40,9 +41,8 @@ def run(arguments: Namespace) -> None:
     Raises:
         ArgumentError: For a wrong value, or keys with which there is nothing to measure.
     """
-    from app.arguments import expanded_path
-    from app.moments import measure  # the command line imports this module
-    from app.theory_report import analyse, write_report  # pandas and matplotlib
+    from app.commands.moments import measure
+    from app.commands.theory_report import analyse, write_report  # pandas and matplotlib
 
     for name, least in (("batches", 1), ("head_steps", 0)):
         if arguments[name] < least:
@@ -50,6 +50,6 @@ def run(arguments: Namespace) -> None:
     output = expanded_path("--output", arguments.output).resolve()
     if output.exists() and not output.is_dir():
         raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
-    analysis = analyse(measure(arguments.fit_words, arguments.batches, arguments.head_steps))
+    analysis = analyse(measure(arguments.fit.parse, arguments.fit_words, arguments.batches, arguments.head_steps))
     page = write_report(analysis, output)
     print(escape_controls(f"Report: {page}"), flush=True)

@@ -19,8 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from app.cli import main
-from app.imports import restricted_imports
+from app.cli import main, restricted_imports
 from tests.app.test_bad_input import Malicious, refused
 from tests.backbones import save_backbone
 from tests.conftest import CLASSES, colour_image, png, write_parquet
