@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
@@ -58,15 +58,15 @@ def lines(request: pytest.FixtureRequest) -> Callable[[str], CommandLine]:
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """One entry for each forward pass of a fit's first block, which is whether it was in train mode."""
     calls: list[bool] = []
-    original = AsymmetryCLI.before_fit
+    original = AsymmetryCLI.fit
 
-    def count(self: AsymmetryCLI) -> None:
+    def count(self: AsymmetryCLI, **arguments: Any) -> None:
         block = next(m for m in self.model.backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential))[0]
         attention = next(m for m in block.modules() if type(m).__name__.endswith("Attention"))
         attention.register_forward_hook(lambda module, *_: calls.append(module.training))
-        original(self)
+        original(self, **arguments)
 
-    monkeypatch.setattr(AsymmetryCLI, "before_fit", count)
+    monkeypatch.setattr(AsymmetryCLI, "fit", count)
     yield calls
 
 
