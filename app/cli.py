@@ -31,6 +31,7 @@ from app.callbacks import (
     Termination,
     usable_callbacks,
 )
+from app.callbacks.lookup import find_callback
 from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.config.constructors import constructor_parameters
 from app.config.fit_keys import FitKeys
@@ -492,7 +493,9 @@ class AsymmetryCLI(HookedCLI):
         self._sum_up()
 
     def _callback(self, kind: type[T]) -> T:
-        return next(c for c in self.trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+        callback = find_callback(self.trainer, kind)
+        assert callback is not None
+        return callback
 
     def _sum_up(self) -> None:
         if self.trainer.is_global_zero:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.callbacks.lookup import find_callback
 from app.export.peft import write_peft
 from app.run.checkpoint_io import read_checkpoint
 from app.run.run_directory import ADAPTER
@@ -35,7 +36,7 @@ class AdapterWriter(L.Callback):
         if pl_module.tuning != "adapter" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(trainer.default_root_dir) / ADAPTER
-        callback = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
+        callback = find_callback(trainer, AdapterCheckpoint)
         best = Path(callback.best_model_path if callback else "")
         try:
             state = read_checkpoint(best)["state_dict"] if best.is_file() else pl_module.saved_state()

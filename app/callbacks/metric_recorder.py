@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.callbacks.lookup import find_callback
 from app.run.processes import SWEEP_PROCESS
 from datamodules.contract import HasTestSplit
 from datamodules.errors import CallbackError
@@ -79,7 +80,9 @@ class MetricRecorder(L.Callback):
 
 
 def _keeper(trainer: L.Trainer) -> AdapterCheckpoint:
-    return next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
+    keeper = find_callback(trainer, AdapterCheckpoint)
+    assert keeper is not None  # the command line adds it to every run
+    return keeper
 
 
 def _finite(value: Any) -> float | None:

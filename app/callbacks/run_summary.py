@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.callbacks.lookup import find_callback
 from app.config.differences import compare_configurations
 from app.console import escape_controls
 from app.lightning_compat import move_run_directory
@@ -102,7 +103,7 @@ class RunSummary(L.Callback):
         self.values |= pl_module.parameter_counts()
         self.values["time/fit_seconds"] = round(time.monotonic() - self._started, 2)
         self.values["memory/peak_bytes"] = _peak_memory(trainer.strategy.root_device)
-        callback = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
+        callback = find_callback(trainer, AdapterCheckpoint)
         if callback is not None and callback.monitor and callback.best_model_score is not None:
             self.values[f"best/{callback.monitor}"] = callback.best_model_score.item()
         if trainer.global_step > self._first_step:

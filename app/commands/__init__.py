@@ -5,16 +5,15 @@ A command is a module with `add_arguments(parser)` and `run(arguments)`; the fir
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
 from app.commands import compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
 from app.config.fit_keys import FitKeys
+from app.config.program_files import program_words
 
 COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
@@ -37,9 +36,8 @@ def command_help(name: str) -> str:
 
 def command_parser(name: str) -> ArgumentParser:
     """Return the parser of a command's words."""
-    program = Path(sys.argv[0]).name  # main.py, or onesided once installed
     parser = ArgumentParser(
-        prog=f"{program} {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
+        prog=f"{program_words()[-1]} {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
     )
     COMMANDS[name].add_arguments(parser)
     return parser

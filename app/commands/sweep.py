@@ -10,6 +10,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from app.config.imports import OPTION
+from app.config.program_files import program_words
 from app.console import escape_controls
 
 AGAIN = ("config", "base", "set", "minutes", "workers", "storage", "output")  # options that continue a sweep
@@ -100,7 +101,7 @@ def _words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> l
     """Return the words of a command with some of the options as they were given."""
     from sqlalchemy import make_url
 
-    words = ["python", "main.py", *imports, "sweep"]
+    words = [*program_words(), *imports, "sweep"]
     for key in keys:
         value = arguments[key]
         if key == "storage" and value is not None:

@@ -1,8 +1,9 @@
-"""Recipes and assets of the program itself, found from any working directory, as after `pip install .`."""
+"""Recipes, assets and name of the program itself, from any working directory, as after `pip install .`."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -22,3 +23,8 @@ def find_program_files(config: Namespace) -> None:
     for key, value in list(config.items()):
         if isinstance(value, str):
             config[key] = find_program_file(value)
+
+
+def program_words() -> list[str]:
+    """Return the words that call this program: `python main.py`, or `onesided` once it is installed."""
+    return ["onesided"] if Path(sys.argv[0]).name == "onesided" else ["python", "main.py"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentError
 
+from app.config.program_files import program_words
 from app.export.loader_code import Loader
 from app.export.peft import peft_content
 from modules.adapters import adapter_state
@@ -48,7 +49,7 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: 
     peft = _peft_bytes(module, dtype)
     print(f"Size: {size / 1e6:.3g} MB; as --format peft: {peft / 1e6:.3g} MB, heads included in both.")
     config = "RUN/config.yaml" if run is None else str(run / "config.yaml")
-    return lambda output: shlex.join(["python", "main.py", "test", "--config", config, "--model.adapter_path", output])
+    return lambda output: shlex.join([*program_words(), "test", "--config", config, "--model.adapter_path", output])
 
 
 def _peft_bytes(module: AdaptedModule, dtype: torch.dtype) -> int:

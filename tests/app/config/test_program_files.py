@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from jsonargparse import Namespace
 
-from app.cli import parse_fit
+from app.cli import main, parse_fit
 from app.config.precedence import split_arguments
-from app.config.program_files import find_program_file, find_program_files
+from app.config.program_files import find_program_file, find_program_files, program_words
 from app.sweep.plan import read_plan
 from tests.conftest import ROOT
 
@@ -59,3 +59,16 @@ def test_recipes_of_commands_and_of_sweeps_and_values_of_recipes_are_found() -> 
     assert config.data.path == str(ROOT / "app/assets/digits")
     assert config.model.weights == "app/assets/other.safetensors"
     assert config.data.batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("/bin/onesided", ["onesided"]), ("main.py", ["python", "main.py"]), ("pytest", ["python", "main.py"])],
+)
+def test_commands_that_are_printed_call_the_program_as_it_was_called(
+    argument: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [argument])
+    assert program_words() == words
+    assert main(["export", "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {program_words()[-1]} export")

@@ -14,7 +14,7 @@ import pytest
 from jsonargparse import ArgumentError, Namespace
 
 from app.callbacks import Termination
-from app.config.precedence import check_strategy
+from app.config.validation import check_strategy
 from datamodules.errors import ModelError
 from modules.training.checks import DivergenceCheck
 from tests.app.processes import run_on_two
