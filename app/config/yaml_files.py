@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, get_loader, set_loader
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster where PyYAML was built with libyaml
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster where PyYAML was built with libyaml
 MOST_NODES = 100_000  # after aliases are expanded: a hundred lines of aliases can describe billions
 MOST_LEVELS = 50
 TAGS = {
@@ -49,7 +49,7 @@ def check_yaml(text: str) -> None:
     if not any(mark in text for mark in ":[{&*!"):  # a word or a number, as most options are
         return
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=LOADER)
     except (ValueError, RecursionError) as error:  # half a surrogate pair, a number that is too long
         raise yaml.YAMLError(str(error)) from error
     if root is not None:
