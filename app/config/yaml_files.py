@@ -49,6 +49,7 @@ def check_yaml(text: str) -> None:
     if not any(mark in text for mark in ":[{&*!"):  # a word or a number, as most options are
         return
     try:
+        _check_depth(text)
         root = yaml.compose(text, Loader=LOADER)
     except (ValueError, RecursionError) as error:  # half a surrogate pair, a number that is too long
         raise yaml.YAMLError(str(error)) from error
@@ -56,10 +57,22 @@ def check_yaml(text: str) -> None:
         _check_node(root, 1, count(1))
 
 
+def _check_depth(text: str) -> None:
+    """Check the depth without recursion: the fast loader's recursion in C would crash the process."""
+    level = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            level += 1
+            if level > MOST_LEVELS:
+                raise _refused(event, f"more than {MOST_LEVELS} levels are nested")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            level -= 1
+
+
 def _check_node(node: Any, level: int, nodes: Iterator[int]) -> None:
     """Check a node and the nodes below. An alias is the node that it refers to, so that cycles have endless levels."""
-    if level > MOST_LEVELS:
-        raise _refused(node, f"more than {MOST_LEVELS} levels are nested, or an alias refers to what it is part of")
+    if level > MOST_LEVELS + 1:  # a value in the innermost collection
+        raise _refused(node, f"an alias nests more than {MOST_LEVELS} levels, or refers to what it is part of")
     if next(nodes) > MOST_NODES:
         raise _refused(node, f"aliases expand to more than {MOST_NODES:,} values")
     if node.tag not in TAGS:
