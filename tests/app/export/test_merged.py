@@ -208,7 +208,7 @@ def test_float32_rounds_nothing(uniform: CommandLine, tmp_path: Path, capsys: py
 
 def test_no_warning_below_a_hundredth(uniform: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Twenty times the steps, and the quarter is 1/16 of 3 · 400: 0.7 % of the norm, for the card alone."""
-    module = load_module(Path(), {})
+    module = export.load_module(Path(), {})
     with torch.no_grad():
         for name, layer in adapted_layers(module.backbone).items():
             layer.factors()[0].B.mul_(1 if name == QUARTER else 20)
