@@ -366,6 +366,8 @@ class AsymmetryCLI(HookedCLI):
         paths = [config[section].class_path for section in SECTIONS]
         model, data = classes = [resolve_name(path) for path in paths]
         for section, owner in zip(SECTIONS, classes, strict=True):
+            # an earlier name of the class is not written to the run
+            config[section].class_path = f"{owner.__module__}.{owner.__qualname__}"
             hints = {name: parameter.annotation for name, parameter in constructor_parameters(owner).items()}
             for name, value in config[section].init_args.items(branches=True, nested=False):
                 check_values(f"{section}.{name}", hints.get(name, Any), value)

@@ -42,8 +42,8 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from benchmarks.harness import load, measured, parse, parser, section, table
-from datamodules.batching import EpochSampler, rank_in_class
-from datamodules.glue import GlueData
+from datamodules.loading.batching import EpochSampler, rank_in_class
+from datamodules.text_classification import TextClassificationData
 from modules.adapters import AdapterConfig
 from modules.text_classification import TextClassifier
 
@@ -71,7 +71,7 @@ class Strategy:
     least: int = 0
 
     def arrange(self, order: Tensor, lengths: Tensor, labels: Tensor, step: int, generator: torch.Generator) -> Tensor:
-        """Rearrange a shuffled order of whole batches, as `datamodules.batching.bucketed` does."""
+        """Rearrange a shuffled order of whole batches, as `datamodules.loading.batching.bucketed` does."""
         count = len(order) // step
         pool = min(self.pool, max(count // self.pools, 1))
         if pool == 0 or count < self.least:
@@ -111,7 +111,7 @@ def applied(strategy: Strategy, labels: Tensor, lengths: Tensor) -> Iterator[Non
     def bucketed(order: Tensor, _: Tensor, step: int, generator: torch.Generator) -> Tensor:
         return strategy.arrange(order, lengths, labels, step, generator)
 
-    with patch("datamodules.batching.bucketed", bucketed):
+    with patch("datamodules.loading.batching.bucketed", bucketed):
         yield
 
 
@@ -235,7 +235,7 @@ def show(name: str, record: Mapping[str, Any]) -> None:
 
 def fit_text(
     backbone: str, path: Path, adapter: AdapterConfig, epochs: int, seed: int, keys: Mapping[str, Any]
-) -> tuple[GlueData, dict[str, float]]:
+) -> tuple[TextClassificationData, dict[str, float]]:
     """Adapt an encoder to a folder of train and validation rows.
 
     Args:
@@ -244,13 +244,13 @@ def fit_text(
         adapter: What is trained. The blocks below its layers run once a row.
         epochs: Number of epochs; validation follows the last one. 0 trains nothing.
         seed: Seed of the run.
-        keys: What else `GlueData` takes.
+        keys: What else `TextClassificationData` takes.
 
     Returns:
         The data module and the metrics of the validation.
     """
     L.seed_everything(seed, verbose=False)
-    data = GlueData(str(path), batch_size=BATCH, cache_prefix=True, bucket_by_length=True, **keys)
+    data = TextClassificationData(str(path), batch_size=BATCH, cache_prefix=True, bucket_by_length=True, **keys)
     model = TextClassifier(backbone, adapter=adapter, learning_rate=RATE, weight_decay=0.01, warmup_ratio=0.06)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -314,7 +314,7 @@ def four_sources(data: Path, folder: Path, quick: bool) -> dict[str, Any]:
     Sources are CoLA's sentences, XSum's summaries, RTE's premises and instructions. Their lengths differ.
 
     Returns:
-        What `GlueData` needs to read them.
+        What `TextClassificationData` needs to read them.
     """
     columns = {
         "cola": ("glue/cola/train.parquet", "sentence"),
@@ -335,7 +335,7 @@ def four_sources(data: Path, folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def cola(quick: bool) -> dict[str, Any]:
-    """Return what `GlueData` needs for 4,096 rows of CoLA and its whole validation split."""
+    """Return what `TextClassificationData` needs for 4,096 rows of CoLA and its whole validation split."""
     limits = {"max_train_samples": 320 if quick else 4096, "max_val_samples": 100 if quick else None}
     return {"task": "cola", "max_length": 64, **limits}
 

@@ -30,8 +30,8 @@ from torchvision.transforms.v2 import functional as render
 
 from app.cli import main as command_line
 from benchmarks.harness import load, measured, parse, parser, section, table
-from datamodules.batching import seeded
-from datamodules.image_sources import ImageTable, open_split
+from datamodules.loading.batching import seeded
+from datamodules.sources.images import ImageTable, open_split
 
 SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda image: image,

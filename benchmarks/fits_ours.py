@@ -19,7 +19,7 @@ SCORES = {"cola": "val/matthews", "images": "val/acc1"}
 MODULES = {
     "cola": (
         "modules.text_classification",
-        "datamodules.glue",
+        "datamodules.text_classification",
         "transformers.models.roberta.modeling_roberta",
         "torch.utils.tensorboard",
         "pyarrow.parquet",

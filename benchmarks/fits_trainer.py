@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.fits import CLIP, DECAY, WARM_UP, Clock, Fit
-from datamodules.splits import choose_rows
+from datamodules.sources.splits import choose_rows
 
 MAX_LENGTH = 128
 MODULES = {

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from datamodules.mmlu import MMLUData
+from datamodules.multiple_choice import MultipleChoiceData
 from modules.backbones.transformers_backbone import build_transformers_model, load_tokenizer, position_limit
 from modules.generation.choices import PrefixCache, choice_log_probabilities
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     decoder = Decoder(arguments.backbone, getattr(torch, arguments.dtype))
-    data = MMLUData(
+    data = MultipleChoiceData(
         arguments.path, shots=arguments.shots, batch_size=arguments.batch_size, max_test_samples=arguments.questions
     )
     trainer = L.Trainer(accelerator="cpu", logger=False, use_distributed_sampler=False, enable_model_summary=False)

@@ -24,7 +24,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from datamodules.glue import GlueData
+from datamodules.text_classification import TextClassificationData
 from modules.text_classification import TextClassifier
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,9 @@ class Arm:
     def __init__(self, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         L.seed_everything(0, verbose=False)
         self.model = TextClassifier(backbone=arguments.backbone, adapter={"dropout": 0.05})  # type: ignore[arg-type]
-        data = GlueData(path=arguments.path, task=arguments.task, batch_size=arguments.batch_size, **options)
+        data = TextClassificationData(
+            path=arguments.path, task=arguments.task, batch_size=arguments.batch_size, **options
+        )
         trainer = L.Trainer(
             accelerator="cpu", logger=False, use_distributed_sampler=False, enable_model_summary=False, max_epochs=1
         )

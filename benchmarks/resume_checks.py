@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from datamodules.tokens import TokenDataset
+from datamodules.tokens.tokenizing import TokenDataset
 from modules.training.frozen_digest import digest_of
 
 SEVEN_B = 13.5e9  # bytes in bfloat16

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from datamodules.batching import ORDER, EpochSampler
 from datamodules.contract import DataKind, HasClasses, HasFrozenPrefix, Prefix
 from datamodules.errors import DataError
-from datamodules.findings import Findings
-from datamodules.length_effect import strong_effect
-from datamodules.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
+from datamodules.loading.batching import ORDER, EpochSampler
+from datamodules.loading.length_effect import strong_effect
+from datamodules.loading.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
+from datamodules.sources.findings import Findings
 
 _log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class ResumableDataModule(L.LightningDataModule):
         filling: Collate | None,
         collate: Collate,
     ) -> WithHidden:
-        """Batches with what the model's frozen prefix makes of them; see `datamodules.prefix_cache`.
+        """Batches with what the model's frozen prefix makes of them; see `datamodules.loading.prefix_cache`.
 
         Args:
             name: Of the split.

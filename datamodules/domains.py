@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.errors import DataError
-from datamodules.findings import listed
 from datamodules.image_classification import ImageData, ImageDataset, Transform
-from datamodules.image_folders import ImageFiles, find_images, read_layout
-from datamodules.image_sources import ImageTable, from_image_folder
-from datamodules.splits import check_fraction, choose_rows, split_of
+from datamodules.sources.findings import listed
+from datamodules.sources.image_folders import ImageFiles, find_images, read_layout
+from datamodules.sources.images import ImageTable, from_image_folder
+from datamodules.sources.splits import check_fraction, choose_rows, split_of
 
 LAYOUT = "DomainBed's layout is ROOT/environment/class/image.jpg."
 

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from datamodules.base import Collate, ResumableDataModule
-from datamodules.batching import Draw, seeded
 from datamodules.contract import DataKind, ImageModel
 from datamodules.errors import DataError, SplitError
-from datamodules.findings import Findings
-from datamodules.image_sources import ImageError, ImageTable, open_folder, open_split
-from datamodules.prefix_cache import WithHidden
-from datamodules.splits import check_fraction, check_limits, choose_rows
+from datamodules.loading.batching import Draw, seeded
+from datamodules.loading.prefix_cache import WithHidden
+from datamodules.sources.findings import Findings
+from datamodules.sources.images import ImageError, ImageTable, open_folder, open_split
+from datamodules.sources.splits import check_fraction, check_limits, choose_rows
 
 Transform = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)

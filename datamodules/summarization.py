@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from datamodules.base import Collate
 from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.errors import DataError
-from datamodules.tables import Table, blank_rows, check_column, check_texts
+from datamodules.sources.tables import Table, blank_rows, check_column, check_texts
 from datamodules.text import BadRow, TrainingTextData
-from datamodules.tokens import TokenDataset, tokenized, tokenizer_state
+from datamodules.tokens.tokenizing import TokenDataset, tokenized, tokenizer_state
 
 
 @dataclass(frozen=True)

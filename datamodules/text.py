@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.base import Collate, ResumableDataModule
-from datamodules.batching import Draw
 from datamodules.contract import TextModel
 from datamodules.errors import DataError, SplitError
-from datamodules.findings import SkippedRow
-from datamodules.prefix_cache import WithHidden
-from datamodules.splits import SPLITS, check_fraction, check_limits, choose_rows
-from datamodules.tables import Reading, Table, open_file, open_table, unread_files
-from datamodules.tokens import TokenDataset, lengths_of
+from datamodules.loading.batching import Draw
+from datamodules.loading.prefix_cache import WithHidden
+from datamodules.sources.findings import SkippedRow
+from datamodules.sources.splits import SPLITS, check_fraction, check_limits, choose_rows
+from datamodules.sources.tables import Reading, Table, open_file, open_table, unread_files
+from datamodules.tokens.tokenizing import TokenDataset, lengths_of
 
 _log = logging.getLogger(__name__)
 Padding = Literal["longest", "max_length"]

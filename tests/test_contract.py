@@ -25,11 +25,11 @@ from datamodules.contract import (
     TextModel,
 )
 from datamodules.domains import DomainData
-from datamodules.glue import GlueData
 from datamodules.image_classification import ImageClassificationData
-from datamodules.instructions import InstructionData
-from datamodules.mmlu import MMLUData
+from datamodules.language_modeling import LanguageModelingData
+from datamodules.multiple_choice import MultipleChoiceData
 from datamodules.summarization import SummarizationData
+from datamodules.text_classification import TextClassificationData
 from modules.adapters import AdapterConfig
 from modules.generation.beam_search import Generation
 from modules.generation.decoding import Decoding
@@ -48,10 +48,10 @@ OF_DATA = (HasClasses, HasDomains, HasMetrics, HasPacking, HasPredictionFiles, H
     [
         (ImageClassificationData, {}, {HasClasses, HasTestSplit}),
         (DomainData, {"environment": "a"}, {HasClasses, HasDomains, HasTestSplit}),
-        (GlueData, {"task": "mnli"}, {HasClasses, HasMetrics, HasSets, HasPredictionFiles, HasTestSplit}),
+        (TextClassificationData, {"task": "mnli"}, {HasClasses, HasMetrics, HasSets, HasPredictionFiles, HasTestSplit}),
         (SummarizationData, {}, {HasSets, HasPredictionFiles, HasTestSplit}),
-        (InstructionData, {}, {HasSets, HasPacking, HasPrompts, HasPredictionFiles, HasTestSplit}),
-        (MMLUData, {}, {HasSets, HasPredictionFiles, HasTestSplit}),
+        (LanguageModelingData, {}, {HasSets, HasPacking, HasPrompts, HasPredictionFiles, HasTestSplit}),
+        (MultipleChoiceData, {}, {HasSets, HasPredictionFiles, HasTestSplit}),
     ],
 )
 def test_abilities_of_data(kind: type, keys: dict[str, Any], abilities: set[Any]) -> None:

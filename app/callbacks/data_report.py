@@ -10,7 +10,7 @@ import lightning as L
 
 from datamodules.atomic import atomic_write_text
 from datamodules.base import ResumableDataModule
-from datamodules.findings import SkippedRow
+from datamodules.sources.findings import SkippedRow
 
 FILE = "skipped.csv"
 _log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from datamodules.contract import DataKind
 from datamodules.errors import CallbackError
-from datamodules.findings import Findings
-from datamodules.splits import SPLITS
+from datamodules.sources.findings import Findings
+from datamodules.sources.splits import SPLITS
 from modules.base import AdaptedModule
 from modules.metrics.forgetting import NEIGHBOURS, image_scores, text_scores
 
@@ -89,7 +89,7 @@ def _open_images(module: ImageClassifier, path: str, rows: int) -> ImageProbe:
     from torchvision.transforms import v2
 
     from datamodules.image_classification import ImageDataset, evaluation_steps
-    from datamodules.image_sources import open_split
+    from datamodules.sources.images import open_split
 
     findings = Findings()
     table = open_split(path, "train", None, None, findings)
@@ -122,7 +122,7 @@ class TextProbe:
 
 
 def _open_texts(module: LanguageModel, path: str, rows: int, column: str) -> TextProbe:
-    from datamodules.tables import check_texts, open_table
+    from datamodules.sources.tables import check_texts, open_table
 
     found = (open_table(path, SPLITS[split]) for split in ("test", "val", "train"))
     table = next((table for table in found if table is not None), None)

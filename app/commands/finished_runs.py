@@ -131,11 +131,11 @@ class FinishedRun:
         return drawn.T if factor == "A" else drawn
 
     @property
-    def data_key(self) -> tuple[str, str, str]:
-        """Class, place and task of the data: two runs with the same key were trained on the same data."""
+    def data_key(self) -> tuple[str, str]:
+        """Place and task of the data: two runs with the same key were trained on the same data."""
         path = str(self.data.get("path"))
         place = os.path.realpath(path) if os.path.exists(path) else path
-        return str(self.data.get("class_path")).rpartition(".")[2], place, str(self.data.get("task"))
+        return place, str(self.data.get("task"))
 
     @property
     def data_name(self) -> str:

@@ -16,7 +16,7 @@ from app.commands.memory_estimate import BatchSize, MemoryEstimate, Precision, f
 from app.config.constructors import construct
 from app.config.fit_keys import ParseFit
 from datamodules.contract import HasKind
-from datamodules.findings import Findings
+from datamodules.sources.findings import Findings
 from modules.base import AdaptedModule
 
 if TYPE_CHECKING:  # the recipe decides whether timm is imported
@@ -112,9 +112,9 @@ def read_classes(config: Namespace) -> list[str] | None:
     Raises:
         DataError: If the data are damaged.
     """
-    from datamodules.glue import TASKS
-    from datamodules.image_sources import open_split
-    from datamodules.labels import parse_labels
+    from datamodules.sources.images import open_split
+    from datamodules.sources.labels import parse_labels
+    from datamodules.text_classification import TASKS
 
     keys: Any = config.data.init_args
     task = TASKS.get(keys.get("task") or "")

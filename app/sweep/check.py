@@ -72,7 +72,7 @@ def logged_metrics(config: Namespace) -> list[str] | None:
 
 
 def _text_metrics(model: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
-    from datamodules.glue import TASKS
+    from datamodules.text_classification import TASKS
     from modules.metrics.text_metrics import CLASSIFICATION, REGRESSION
 
     task = TASKS.get(data.get("task") or "")

@@ -66,7 +66,7 @@ LATE = ("--data.batch_size=51", "--checkpoint.monitor", "--data.packing")
         ("--model.adapter.ran=3", ["adapter.ran", "did you mean adapter.rank"]),
         ("--model.generation.num_beams=3", ["generation.num_beams", "max_new_tokens", "top_p"]),
         ("--model.generation.max_new=3", ["generation.max_new", "did you mean generation.max_new_tokens"]),
-        ("--data.max_lenght=64", ["InstructionData", "max_lenght", "did you mean max_length"]),
+        ("--data.max_lenght=64", ["LanguageModelingData", "max_lenght", "did you mean max_length"]),
         ("--model.tuning=head", ["model", "tuning", "'adapter', 'full'", "head"]),
         ("--model.tuning=full --model.backbone_dtype=bfloat16", ["model.backbone_dtype", "bfloat16", "use float32"]),
         ("--model.learning_rate=1e39", ["model.learning_rate", "finite", "above 0"]),
@@ -506,7 +506,7 @@ def test_damaged_questions(
         ("max_length=513", ["data.max_length", "513", "512"]),
         ("max_length=50", ["data.max_length", "50"]),
         ("answer_column=target", ["data.answer_column", "no column target"]),
-        ("templat=chat", ["MMLUData", "templat"]),
+        ("templat=chat", ["MultipleChoiceData", "templat"]),
         ("predict_path=rows.txt", ["data.predict_path", "rows.txt"]),
     ],
 )
@@ -530,14 +530,16 @@ def test_letters_of_several_tokens(
 
 
 def test_questions_are_no_training_data(question_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    refused_without_a_run(question_cli, capsys, question_cli("fit"), "MMLUData", "no training rows", "InstructionData")
+    refused_without_a_run(
+        question_cli, capsys, question_cli("fit"), "MultipleChoiceData", "no training rows", "LanguageModelingData"
+    )
 
 
 def test_a_run_is_not_resumed_on_questions(
     question_cli: CommandLine, fitted_instruction_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = question_cli("fit", f"--ckpt_path={fitted_instruction_cli.run()}")
-    refused(capsys, code, "ckpt_path", "InstructionData", "MMLUData", "config.yaml")
+    refused(capsys, code, "ckpt_path", "LanguageModelingData", "MultipleChoiceData", "config.yaml")
 
 
 # ----------------------------------------------------------------------------------------------------------- in the run

@@ -66,7 +66,7 @@ LATE = ("--model.metrics", "--data.batch_size=51", "--checkpoint.monitor")
     [
         ("--model.bakbone=x", ["TextClassifier", "bakbone", "did you mean backbone"]),
         ("--model.adapter.rnk=3", ["adapter.rnk", "did you mean adapter.rank"]),
-        ("--data.max_lenght=3", ["GlueData", "max_lenght", "did you mean max_length"]),
+        ("--data.max_lenght=3", ["TextClassificationData", "max_lenght", "did you mean max_length"]),
         ("--model.generation.num_beams=3", ["TextClassifier", "generation"]),
         ("--data.task=imdb", ["data", "task", "'cola'", "'wnli'"]),
         ("--data.text_columns=[a, b, c]", ["data.text_columns", "one or two", "data.task"]),

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from app.cli import AsymmetryCLI
-from datamodules import base, prefix_cache
+from datamodules import base
+from datamodules.loading import prefix_cache
 from tests.app.processes import run_on_two
 from tests.app.test_resume import interrupt_and_resume
 from tests.backbones import save_backbone

@@ -54,10 +54,10 @@ FAMILIES = {
         "modules.image_classification.ImageClassifier",
         "datamodules.image_classification.ImageClassificationData",
     ),
-    "text": ("modules.text_classification.TextClassifier", "datamodules.glue.GlueData"),
+    "text": ("modules.text_classification.TextClassifier", "datamodules.text_classification.TextClassificationData"),
     "summary": ("modules.summarization.Summarizer", "datamodules.summarization.SummarizationData"),
-    "instructions": ("modules.language_modeling.LanguageModel", "datamodules.instructions.InstructionData"),
-    "questions": ("modules.language_modeling.LanguageModel", "datamodules.mmlu.MMLUData"),
+    "instructions": ("modules.language_modeling.LanguageModel", "datamodules.language_modeling.LanguageModelingData"),
+    "questions": ("modules.language_modeling.LanguageModel", "datamodules.multiple_choice.MultipleChoiceData"),
 }
 FOLDERS = ("data", "data", "da[/red]ta", "d*t?[a]", "d %s {0} `$(x)`", "train")
 NOT_MANY = {"num_workers", "image_size", "max_steps", "max_epochs", "max_length", "max_new_tokens", "length", "shots"}

@@ -15,7 +15,7 @@ from tests.conftest import CLASSES, ROOT, colour_image, png
 # what a fit does not use unless it tests, writes summaries or is compared with another program
 LATE = {"matplotlib", "nltk", "peft", "rouge_score", "sklearn"}
 TEXTS = {"datasets", "tokenizers", "transformers"}
-IMAGES = {"timm", "datamodules.image_sources", "modules.backbones.timm_backbone"}
+IMAGES = {"timm", "datamodules.sources.images", "modules.backbones.timm_backbone"}
 SCRIPT = """
 import json, sys
 import lightning.pytorch

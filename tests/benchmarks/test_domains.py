@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import domains
-from datamodules.image_sources import open_split
+from datamodules.sources.images import open_split
 from tests.conftest import CLASSES, write_parquet
 
 

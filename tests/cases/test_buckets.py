@@ -15,10 +15,10 @@ from torch import Tensor
 
 from app.cli import main
 from datamodules.base import ResumableDataModule
-from datamodules.batching import EpochSampler
+from datamodules.loading.batching import EpochSampler
 from tests.backbones import WORDS
+from tests.datamodules.loading.test_batching import Keys
 from tests.datamodules.stub import stub_trainer
-from tests.datamodules.test_batching import Keys
 
 MIXES = {
     "equal": [0.25, 0.25, 0.25, 0.25],

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.cache_files import is_intact
+from datamodules.loading.cache_files import is_intact
 from tests.app.test_bad_input import refused
 from tests.app.test_cache_prefix import CACHED, OPTIONS
 from tests.conftest import ROOT, png
@@ -240,8 +240,8 @@ def test_case_37_the_token_cache(
 TOKENISE = """
 import sys
 import datasets
-from datamodules.tables import Table
-from datamodules.tokens import tokenized
+from datamodules.sources.tables import Table
+from datamodules.tokens.tokenizing import tokenized
 def encode(rows):
     if rows["text"] != ["a"] * 1000:
         print("half of the rows are written", flush=True)

@@ -23,9 +23,9 @@ from timm.models import save_for_hf
 
 from app.cli import main
 from datamodules.errors import DataError
-from datamodules.findings import Findings
-from datamodules.image_folders import FORMATS, SUFFIXES
-from datamodules.image_sources import decode_image, open_folder, open_split
+from datamodules.sources.findings import Findings
+from datamodules.sources.image_folders import FORMATS, SUFFIXES
+from datamodules.sources.images import decode_image, open_folder, open_split
 from modules.image_classification import ImageClassifier
 from tests.app.conftest import undrawn  # noqa: F401 - a fixture that each test here uses
 from tests.app.processes import run_on_two

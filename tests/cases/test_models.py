@@ -263,7 +263,7 @@ def test_case_10_keys_that_an_earlier_version_lacked_are_no_differences() -> Non
     model = {"class_path": "modules.image_classification.ImageClassifier", "init_args": {"adapter": {"rank": 2}}}
     saved = {"model": model, "data": {"class_path": "datamodules.glue.GlueData", "init_args": values}}
     adapter = asdict(AdapterConfig(rank=2))
-    now = "datamodules.glue.GlueData"
+    now = "datamodules.text_classification.TextClassificationData"
     used = {
         "model": {**model, "init_args": {"adapter": adapter}},
         "data": {"class_path": now, "init_args": {**values, "skip_bad_rows": 0}},

@@ -16,13 +16,13 @@ import pytest
 
 from app.cli import main
 from datamodules.errors import DataError
-from datamodules.glue import GlueData
-from datamodules.instructions import InstructionData
-from datamodules.labels import parse_labels
-from datamodules.mmlu import MMLUData
-from datamodules.splits import SPLITS
+from datamodules.language_modeling import LanguageModelingData
+from datamodules.multiple_choice import MultipleChoiceData
+from datamodules.sources.labels import parse_labels
+from datamodules.sources.splits import SPLITS
+from datamodules.sources.tables import Reading, open_table
 from datamodules.summarization import SummarizationData
-from datamodules.tables import Reading, open_table
+from datamodules.text_classification import TextClassificationData
 from tests.backbones import WORDS, word_tokenizer
 from tests.causal_backbones import CHAT, byte_tokenizer, save_decoder
 from tests.conftest import questions
@@ -53,11 +53,11 @@ def csv_of(rows: list[Row], mark: str = ",") -> str:
     return "\n".join([mark.join(rows[0]), *(mark.join(str(v) for v in row.values()) for row in rows)]) + "\n"
 
 
-def prepared(path: Path, stage: str = "fit", model: Any = None, kind: Any = GlueData, **keys: Any) -> Any:
+def prepared(path: Path, stage: str = "fit", model: Any = None, kind: Any = TextClassificationData, **keys: Any) -> Any:
     """A data module that is set up for a stage."""
-    own: Row = {"text_columns": ["text"]} if kind is GlueData else {}
+    own: Row = {"text_columns": ["text"]} if kind is TextClassificationData else {}
     data = kind(str(path), **own | {"batch_size": 2, "max_length": 32} | keys)
-    if kind is MMLUData:
+    if kind is MultipleChoiceData:
         data.max_length = None
     data.trainer = stub_trainer(lightning_module=model or text_model(word_tokenizer()), state=SimpleNamespace(fn=stage))
     data.setup(stage)
@@ -300,7 +300,12 @@ def test_case_22_conversations_that_cannot_be_used(tmp_path: Path, kind: str) ->
     rows = [good, {"messages": chat(*BAD_CHATS[kind])}, good, good]
     for split in ("train", "validation"):
         put(tmp_path / f"{split}.jsonl", lines(rows))
-    keys = {"kind": InstructionData, "model": text_model(byte_tokenizer(STRICT)), "template": "chat", "max_length": 64}
+    keys = {
+        "kind": LanguageModelingData,
+        "model": text_model(byte_tokenizer(STRICT)),
+        "template": "chat",
+        "max_length": 64,
+    }
     with pytest.raises(DataError, match=r"row 1 of .*train\.jsonl"):
         prepared(tmp_path, **keys)
     data = prepared(tmp_path, skip_bad_rows=1, **keys)
@@ -336,10 +341,10 @@ def test_case_22_summaries_and_questions(tmp_path: Path) -> None:
     put(tmp_path / "q/test.jsonl", lines(asked))
     model = text_model(byte_tokenizer())
     with pytest.raises(DataError, match=r"row 2 of .*test\.jsonl has \['one'\]"):
-        prepared(tmp_path / "q", "test", model, MMLUData, shots=1)
-    data = prepared(tmp_path / "q", "test", model, MMLUData, shots=1, skip_bad_rows=2)
+        prepared(tmp_path / "q", "test", model, MultipleChoiceData, shots=1)
+    data = prepared(tmp_path / "q", "test", model, MultipleChoiceData, shots=1, skip_bad_rows=2)
     assert sorted(i for batch in data.test_dataloader()[0] for i in batch["index"].tolist()) == [0, 1, 3, 5]
-    data = prepared(tmp_path / "q", "predict", model, MMLUData, shots=1)
+    data = prepared(tmp_path / "q", "predict", model, MultipleChoiceData, shots=1)
     assert [row["index"] for row in data.failed_rows(0)] == [2, 4]
 
 
@@ -392,7 +397,7 @@ def test_case_28_sharegpt(tmp_path: Path) -> None:
     put(tmp_path / "c/train.jsonl", lines([{"conversations": chat(*usual)}] * 4))
     others = [({"gpt": "chatgpt"}.get(role, role), text) for role, text in turns]
     put(tmp_path / "d/train.jsonl", lines([{"conversations": chat(*others, names=("from", "value"))}] * 4))
-    keys = {"kind": InstructionData, "model": text_model(byte_tokenizer()), "template": "chat", "max_length": 256}
+    keys = {"kind": LanguageModelingData, "model": text_model(byte_tokenizer()), "template": "chat", "max_length": 256}
     made = [prepared(tmp_path / name, val_fraction=0.3, **keys) for name in "abcd"]
     first, *others = (data.splits["train"][0].data[:] for data in made)
     assert others == [first] * 3
@@ -460,10 +465,10 @@ def test_case_28_files_of_the_datasets_library_are_no_tables(tmp_path: Path) -> 
 def test_case_36_columns_that_are_named_twice(tmp_path: Path) -> None:
     put(tmp_path / "new.csv", "text\na\n")
     for made in (
-        lambda: GlueData(str(tmp_path), text_columns=["a", "a"]),
-        lambda: GlueData(str(tmp_path), text_columns=["a", "label"]),
+        lambda: TextClassificationData(str(tmp_path), text_columns=["a", "a"]),
+        lambda: TextClassificationData(str(tmp_path), text_columns=["a", "label"]),
         lambda: SummarizationData(str(tmp_path), source_column="a", target_column="a"),
-        lambda: MMLUData(str(tmp_path), question_column="a", choices_column="a"),
+        lambda: MultipleChoiceData(str(tmp_path), question_column="a", choices_column="a"),
         lambda: prepared(tmp_path, "predict", id_column="name", predict_path=str(tmp_path / "new.csv")),
     ):
         with pytest.raises(DataError, match=r"data\.\w+_columns?: "):

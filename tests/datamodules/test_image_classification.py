@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.errors import DataError
-from datamodules.findings import Findings
 from datamodules.image_classification import ImageClassificationData, ImageDataset
-from datamodules.image_sources import open_split
+from datamodules.sources.findings import Findings
+from datamodules.sources.images import open_split
 from tests.conftest import CLASSES, colour_image, png, write_parquet
 from tests.datamodules.stub import stub_trainer
 

@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoTokenizer
 
 from datamodules.errors import DataError
-from datamodules.tables import Table, blank_rows, check_texts, null_rows, open_table
+from datamodules.sources.tables import Table, blank_rows, check_texts, null_rows, open_table
 from datamodules.text import TextData
-from datamodules.tokens import FORMAT, TokenDataset, tokenized, tokenizer_state
+from datamodules.tokens.tokenizing import FORMAT, TokenDataset, tokenized, tokenizer_state
 from tests.backbones import word_tokenizer
 from tests.datamodules.stub import stub_trainer, text_model
 
@@ -191,10 +191,10 @@ def test_another_length_is_tokenised_anew() -> None:
 def test_another_format_is_tokenised_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = Encoder()
     assert encoded(table(TEXTS), encode)[1] > 0
-    monkeypatch.setattr("datamodules.tokens.FORMAT", FORMAT + 1)
+    monkeypatch.setattr("datamodules.tokens.tokenizing.FORMAT", FORMAT + 1)
     assert encoded(table(TEXTS), encode)[1] > 0
     assert encoded(table(TEXTS), encode)[1] == 0
-    monkeypatch.setattr("datamodules.tokens.FORMAT", FORMAT)
+    monkeypatch.setattr("datamodules.tokens.tokenizing.FORMAT", FORMAT)
     assert encoded(table(TEXTS), encode)[1] == 0
 
 
@@ -202,7 +202,9 @@ def test_another_format_is_tokenised_anew(monkeypatch: pytest.MonkeyPatch) -> No
 def test_another_version_of_a_library_tokenises_anew(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     encode = Encoder()
     assert encoded(table(TEXTS), encode)[1] > 0
-    monkeypatch.setattr("datamodules.tokens.version", lambda name: "0.0" if name == library else version(name))
+    monkeypatch.setattr(
+        "datamodules.tokens.tokenizing.version", lambda name: "0.0" if name == library else version(name)
+    )
     assert encoded(table(TEXTS), encode)[1] > 0
 
 

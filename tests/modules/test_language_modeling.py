@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from datamodules.errors import ModelError
-from datamodules.packing import PadPacks, PadSequences
+from datamodules.tokens.packing import PadPacks, PadSequences
 from modules.adapters import AdaptedLinear, AdapterConfig, adapted_layers, adapter_state, detach
 from modules.generation.decoding import Decoding
 from modules.language_modeling import LanguageModel

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from datamodules.contract import IGNORE_INDEX
-from datamodules.conversations import ConversationEncoder
-from datamodules.packing import PadPacks, PadSequences, best_fit
+from datamodules.tokens.conversations import ConversationEncoder
+from datamodules.tokens.packing import PadPacks, PadSequences, best_fit
 from modules.adapters import AdapterConfig
 from modules.language_modeling import LanguageModel
 from tests.causal_backbones import CHAT, CONFIGS, byte_tokenizer, save_decoder

@@ -213,7 +213,9 @@ def test_wrong_use_is_one_message(
 def test_data_that_nothing_is_trained_on_is_refused(
     question_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(capsys, main(question_cli.words("memory")), "MMLUData gives questions, and nothing is trained on them")
+    refused(
+        capsys, main(question_cli.words("memory")), "MultipleChoiceData gives questions, and nothing is trained on them"
+    )
 
 
 def test_a_model_that_reads_values_cannot_be_predicted(

@@ -38,7 +38,10 @@ def write_run(
         section[key.rpartition(".")[2]] = value
     content = {
         "model": {"class_path": "modules.image_classification.ImageClassifier", "init_args": model},
-        "data": {"class_path": "datamodules.glue.GlueData", "init_args": {"path": "photos", "task": None, **data}},
+        "data": {
+            "class_path": "datamodules.text_classification.TextClassificationData",
+            "init_args": {"path": "photos", "task": None, **data},
+        },
         "checkpoint": {"monitor": metric, "mode": mode},
     }
     directory.mkdir(parents=True)

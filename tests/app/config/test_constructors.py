@@ -13,11 +13,11 @@ from jsonargparse import ArgumentParser
 from app.config.constructors import constructor_parameters
 from datamodules.base import ResumableDataModule
 from datamodules.domains import DomainData
-from datamodules.glue import GlueData
 from datamodules.image_classification import ImageClassificationData
-from datamodules.instructions import InstructionData
-from datamodules.mmlu import MMLUData
+from datamodules.language_modeling import LanguageModelingData
+from datamodules.multiple_choice import MultipleChoiceData
 from datamodules.summarization import SummarizationData
+from datamodules.text_classification import TextClassificationData
 from modules.adapters import AdapterConfig
 from modules.base import AdaptedModule
 from modules.image_classification import ImageClassifier
@@ -26,7 +26,14 @@ from modules.summarization import Summarizer
 from modules.text_classification import TextClassifier
 
 TASKS = (ImageClassifier, TextClassifier, Summarizer, LanguageModel)
-DATA = (ImageClassificationData, DomainData, GlueData, SummarizationData, InstructionData, MMLUData)
+DATA = (
+    ImageClassificationData,
+    DomainData,
+    TextClassificationData,
+    SummarizationData,
+    LanguageModelingData,
+    MultipleChoiceData,
+)
 
 
 @pytest.mark.parametrize("kind", [*TASKS, *DATA])
@@ -67,6 +74,6 @@ def test_hyper_parameters_are_those_of_every_constructor(llama_path: Path) -> No
     model = LanguageModel(str(llama_path), compile=True, **options)
     assert model.hparams.keys() == constructor_parameters(LanguageModel).keys()
     assert (model.hparams["compile"], model.hparams["weight_decay"], model.hparams["schedule"]) == (True, 0.0, "cosine")
-    data = GlueData("somewhere", task="cola", num_workers=2)
-    assert data.hparams.keys() == constructor_parameters(GlueData).keys()
+    data = TextClassificationData("somewhere", task="cola", num_workers=2)
+    assert data.hparams.keys() == constructor_parameters(TextClassificationData).keys()
     assert (data.hparams["task"], data.hparams["num_workers"], data.hparams["batch_size"]) == ("cola", 2, 32)

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.base import ResumableDataModule
-from datamodules.batching import Draw
 from datamodules.errors import ModelError
+from datamodules.loading.batching import Draw
 from modules.adapters import AdapterConfig, adapter_state, merge
 from modules.generation.decoding import Decoding
 from modules.language_modeling import LanguageModel

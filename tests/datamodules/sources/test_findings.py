@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from datamodules.errors import DataError
-from datamodules.findings import Findings, SkippedRow
+from datamodules.sources.findings import Findings, SkippedRow
 
 
 def test_lines_are_at_most_ten_and_each_is_given_once() -> None:

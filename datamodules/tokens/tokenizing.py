@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.atomic import Digest, WriteError
-from datamodules.batching import Draw
-from datamodules.cache_files import cache_folder, is_intact, write_cache
 from datamodules.errors import DataError
-from datamodules.tables import Table
+from datamodules.loading.batching import Draw
+from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
+from datamodules.sources.tables import Table
 
 FORMAT = 1  # of cached tokens; one more whenever a task's encoding changes
 BATCH = 1000  # rows that are encoded at once
@@ -91,7 +91,7 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
 
     The cache lies with the `datasets` library's own (HF_DATASETS_CACHE). A file is named by the hash of the texts and
     of the key, so that a moved table is found again and a changed one is not taken for it. A damaged file is rebuilt
-    (`datamodules.cache_files`). Rows are read and written in batches: memory does not grow with their number.
+    (`datamodules.loading.cache_files`). Rows are read and written in batches: memory does not grow with their number.
 
     Args:
         table: Rows of text.

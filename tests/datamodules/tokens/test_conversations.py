@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from datamodules.conversations import (
+from datamodules.errors import DataError
+from datamodules.tokens.conversations import (
     ALPACA,
     Columns,
     ConversationEncoder,
@@ -20,7 +21,6 @@ from datamodules.conversations import (
     question,
     response_end,
 )
-from datamodules.errors import DataError
 from tests.causal_backbones import CHAT, byte_tokenizer
 
 END = 2  # <|im_end|>, which pads too

@@ -14,8 +14,8 @@ import torch
 from tokenizers import processors
 
 from datamodules.errors import DataError
-from datamodules.mmlu import MMLUData
-from datamodules.questions import shared_prompts
+from datamodules.multiple_choice import MultipleChoiceData
+from datamodules.tokens.questions import shared_prompts
 from tests.causal_backbones import VOCABULARY, byte_tokenizer
 from tests.datamodules.stub import stub_trainer, text_model
 
@@ -69,8 +69,8 @@ def prepared(
     tokenizer: Any = None,
     limit: int | None = None,
     **keys: Any,
-) -> MMLUData:
-    data = MMLUData(str(path), **{"shots": 2, "batch_size": 3, **keys})
+) -> MultipleChoiceData:
+    data = MultipleChoiceData(str(path), **{"shots": 2, "batch_size": 3, **keys})
     model = text_model(tokenizer or byte_tokenizer(), position_limit=limit)
     data.trainer = stub_trainer(world, rank, lightning_module=model, state=SimpleNamespace(fn=stage))
     data.setup(stage)
@@ -285,7 +285,7 @@ class Echo(L.LightningModule):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_lightning_keeps_the_batches(folder: Path, workers: int) -> None:
     """In prediction it builds the loaders anew."""
-    data = MMLUData(str(folder), shots=2, batch_size=3, num_workers=workers)
+    data = MultipleChoiceData(str(folder), shots=2, batch_size=3, num_workers=workers)
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
@@ -431,7 +431,7 @@ def test_choices_that_are_none_are_refused(tmp_path: Path, choices: Any) -> None
 
 
 def test_splits_that_are_not_there(tmp_path: Path, folder: Path) -> None:
-    with refuses("MMLUData has no training rows", "validate, test and predict"):
+    with refuses("MultipleChoiceData has no training rows", "validate, test and predict"):
         prepared(folder, "fit")
     path = changed(tmp_path)
     with refuses("data.path", "no validation split"):
@@ -449,7 +449,7 @@ def test_splits_that_are_not_there(tmp_path: Path, folder: Path) -> None:
 @pytest.mark.parametrize("keys", [{"shots": -1}, {"max_length": 0}, {"max_test_samples": 0}, {"batch_size": 0}])
 def test_numbers_out_of_range(keys: dict[str, int]) -> None:
     with refuses(f"data.{next(iter(keys))}"):
-        MMLUData("some/data", **keys)
+        MultipleChoiceData("some/data", **keys)
 
 
 def test_letters_must_be_one_token_each(folder: Path) -> None:

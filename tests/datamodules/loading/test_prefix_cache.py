@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from datamodules import prefix_cache
 from datamodules.errors import DataError
-from datamodules.packing import PadPacks, PadSequences
-from datamodules.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
+from datamodules.loading import prefix_cache
+from datamodules.loading.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
+from datamodules.tokens.packing import PadPacks, PadSequences
 
 LENGTHS = torch.tensor([3, 5, 1, 5, 2])
 WIDTH = 4

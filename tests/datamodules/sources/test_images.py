@@ -21,8 +21,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from datamodules.errors import DataError
-from datamodules.findings import Findings
-from datamodules.image_sources import ImageTable, open_folder, open_split
+from datamodules.sources.findings import Findings
+from datamodules.sources.images import ImageTable, open_folder, open_split
 from tests.conftest import CLASSES, colour_image, png
 
 Pixels = np.ndarray

@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from datamodules.errors import DataError
-from datamodules.findings import listed
-from datamodules.splits import is_helper, split_of
+from datamodules.sources.findings import listed
+from datamodules.sources.splits import is_helper, split_of
 
 # Raster formats that Pillow decodes by itself. Pillow passes others on to external programs (PostScript).
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")

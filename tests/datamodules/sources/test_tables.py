@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.splits import SPLITS
-from datamodules.tables import READERS, Reading, Table, check_column, open_file, open_table
+from datamodules.sources.splits import SPLITS
+from datamodules.sources.tables import READERS, Reading, Table, check_column, open_file, open_table
 
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 Rows = list[tuple[str, int]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler
 
-from datamodules.tokens import TokenDataset
+from datamodules.tokens.tokenizing import TokenDataset
 
 UNKNOWN = "unknown"  # subject of tables that name none
 CHUNK = 256  # prompts that are tokenised together: the tokenizer's own records take far more memory than the tokens
@@ -129,7 +129,7 @@ class QuestionDataset(TokenDataset):
         super().__init__(data, targets)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of one subject; see `MMLUData`."""
+        """A batch of one subject; see `MultipleChoiceData`."""
         group = rows[0]["group"]
         tokens = [torch.tensor(row["input_ids"]) for row in rows]
         return {

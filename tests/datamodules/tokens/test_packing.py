@@ -10,9 +10,9 @@ import datasets
 import pytest
 import torch
 
-from datamodules.batching import EpochSampler
-from datamodules.packing import PackedDataset, PadPacks, PadSequences, best_fit
-from datamodules.tokens import TokenDataset
+from datamodules.loading.batching import EpochSampler
+from datamodules.tokens.packing import PackedDataset, PadPacks, PadSequences, best_fit
+from datamodules.tokens.tokenizing import TokenDataset
 
 FILL = 9
 Row = dict[str, Any]

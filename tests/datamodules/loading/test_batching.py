@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import base
 from datamodules.base import ResumableDataModule
-from datamodules.batching import ORDER, Draw, EpochSampler, derive_seed, seeded
 from datamodules.errors import DataError
+from datamodules.loading.batching import ORDER, Draw, EpochSampler, derive_seed, seeded
 from tests.datamodules.stub import stub_trainer
 
 

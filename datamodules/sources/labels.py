@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import DataError, SplitError
-from datamodules.tables import Table, check_column
+from datamodules.sources.tables import Table, check_column
 
 HIDDEN = " They are hidden: predict is for such a split; GLUE is tested with data.test_on_validation: true."
 BOOLEANS = ["False", "True"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.splits import check_fraction, check_limits, choose_rows, is_helper, split_of
+from datamodules.sources.splits import check_fraction, check_limits, choose_rows, is_helper, split_of
 
 
 def rows(split: str, size: int = 50, **keys: Any) -> list[int]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import DataError, first_line
-from datamodules.findings import listed
-from datamodules.splits import is_helper, is_spelling, split_of
+from datamodules.sources.findings import listed
+from datamodules.sources.splits import is_helper, is_spelling, split_of
 
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import cache_files
-from datamodules.cache_files import SEAL_BYTES, is_intact, write_cache
+from datamodules.loading import cache_files
+from datamodules.loading.cache_files import SEAL_BYTES, is_intact, write_cache
 
 CONTENT = bytes(range(256)) * 40
 

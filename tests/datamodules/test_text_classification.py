@@ -16,7 +16,7 @@ import torch
 
 from app.callbacks.prediction_writer import write_rows
 from datamodules.errors import DataError
-from datamodules.glue import TASKS, GlueData
+from datamodules.text_classification import TASKS, TextClassificationData
 from tests.backbones import word_tokenizer
 from tests.datamodules.stub import stub_trainer, text_model
 
@@ -101,7 +101,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def module(path: Path, *, stage: str = "fit", world: int = 1, rank: int = 0, model: Any = None, **keys: Any) -> Any:
-    data = GlueData(str(path), **{"batch_size": 4, "max_length": 32, **keys})
+    data = TextClassificationData(str(path), **{"batch_size": 4, "max_length": 32, **keys})
     model = model or text_model(word_tokenizer())
     data.trainer = stub_trainer(world, rank, lightning_module=model, state=SimpleNamespace(fn=stage))
     return data
@@ -231,7 +231,7 @@ def test_the_hub_is_asked_for_the_configuration_of_the_task(
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", names)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    data = GlueData(task="cola", batch_size=2, revision=revision)
+    data = TextClassificationData(task="cola", batch_size=2, revision=revision)
     data.trainer = stub_trainer(lightning_module=text_model(word_tokenizer()))
     data.setup("fit")
     assert asked == {("nyu-mll/glue", "cola", revision)}
@@ -703,7 +703,7 @@ def test_more_tokens_than_the_model_has_positions_for(hub: Files) -> None:
 
 
 def test_a_model_without_a_tokenizer(hub: Files) -> None:
-    with refuses("GlueData needs a model that has a tokenizer"):
+    with refuses("TextClassificationData needs a model that has a tokenizer"):
         prepared(hub("cola"), task="cola", model=SimpleNamespace(class_names=None))
 
 

@@ -15,9 +15,9 @@ import datasets
 import pytest
 import torch
 
-from datamodules.conversations import ALPACA, ConversationEncoder
 from datamodules.errors import DataError
-from datamodules.instructions import InstructionData
+from datamodules.language_modeling import LanguageModelingData
+from datamodules.tokens.conversations import ALPACA, ConversationEncoder
 from tests.causal_backbones import CHAT, byte_tokenizer
 from tests.datamodules.stub import stub_trainer, text_model
 
@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def module(path: Path, *, stage: str = "fit", model: Any = None, **keys: Any) -> Any:
-    data = InstructionData(str(path), **{"batch_size": 4, **keys})
+    data = LanguageModelingData(str(path), **{"batch_size": 4, **keys})
     data.trainer = stub_trainer(lightning_module=model or text_model(TOKENIZER), state=SimpleNamespace(fn=stage))
     return data
 

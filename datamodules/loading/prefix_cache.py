@@ -5,8 +5,8 @@ then has `hidden` (batch, tokens, width) in the place of the input, zeros at pad
 
 A file holds one split: a .npy array (tokens of all rows, width), in the dtype that the prefix gives, bfloat16 as int16.
 The file lies with the `datasets` library's cache (HF_DATASETS_CACHE), named by the hash of the prefix and of the rows,
-and is written and verified as `datamodules.cache_files` says: a changed model or data set, an interrupted run or a
-damaged file never gives wrong rows.
+and is written and verified as `datamodules.loading.cache_files` says: a changed model or data set, an interrupted run
+or a damaged file never gives wrong rows.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.atomic import WriteError
-from datamodules.cache_files import cache_folder, is_intact, write_cache
 from datamodules.contract import HIDDEN, INPUTS, MASK, Prefix
 from datamodules.errors import DataError
+from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 
 _log = logging.getLogger(__name__)
 FORMAT = 1  # of files; one more whenever their rows would be others

@@ -16,11 +16,11 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.errors import DataError
-from datamodules.findings import Findings, SkippedRow
-from datamodules.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
-from datamodules.labels import Labels, missing_label, parse_labels
-from datamodules.splits import SPLITS
-from datamodules.tables import Table, open_table, unread_files
+from datamodules.sources.findings import Findings, SkippedRow
+from datamodules.sources.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
+from datamodules.sources.labels import Labels, missing_label, parse_labels
+from datamodules.sources.splits import SPLITS
+from datamodules.sources.tables import Table, open_table, unread_files
 
 if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets

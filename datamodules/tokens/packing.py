@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from datamodules.batching import Draw
 from datamodules.contract import IGNORE_INDEX
-from datamodules.tokens import TokenDataset
+from datamodules.loading.batching import Draw
+from datamodules.tokens.tokenizing import TokenDataset
 
 Row = dict[str, Any]
 

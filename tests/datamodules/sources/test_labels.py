@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.labels import Labels, missing_label, parse_labels
-from datamodules.tables import Table, open_table
+from datamodules.sources.labels import Labels, missing_label, parse_labels
+from datamodules.sources.tables import Table, open_table
 
 NAMED = datasets.ClassLabel(names=["no", "maybe", "yes"])
 

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from datamodules.length_effect import midranks, rank_eta_squared, spearman, strong_effect
+from datamodules.loading.length_effect import midranks, rank_eta_squared, spearman, strong_effect
 
 
 def drawn(size: int, classes: int, effect: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Loading of batches: order and length buckets, and the caches on disk."""

@@ -1,0 +1,1 @@
+"""Sources of rows: tables, image folders and images, with their splits and labels."""

@@ -1,0 +1,278 @@
+"""GLUE's tasks, and any other set of one or two sentences with a label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.base import Collate
+from datamodules.contract import DataKind
+from datamodules.errors import DataError
+from datamodules.sources.labels import Labels, parse_labels
+from datamodules.sources.tables import Table, blank_rows, check_column, check_texts, null_rows
+from datamodules.text import BadRow, Padding, TrainingTextData
+from datamodules.tokens.tokenizing import TokenDataset, tokenized, tokenizer_state
+
+Task = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """A task of GLUE (Wang et al. 2018, table 1), in the columns of `nyu-mll/glue`.
+
+    Args:
+        columns: Columns of the sentences.
+        class_names: Names by label; none for regression.
+        metrics: What it is scored by.
+        files: Submission files, one for each set of the test split.
+        by_name: Whether a submission has the class's name rather than its number.
+        limits: Least and most of a regression's predictions.
+        sets: Suffixes of the validation and test splits that it has several of.
+    """
+
+    columns: tuple[str, ...]
+    class_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    files: tuple[str, ...]
+    by_name: bool = False
+    limits: tuple[float, float] | None = None
+    sets: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Makes a batch of rows of tokens."""
+
+    tokenizer: Any
+    padding: Padding
+    max_length: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Tokens (batch, tokens) with their mask, and `label` and `index` (batch,)."""
+        tokens = [{k: v for k, v in row.items() if k not in ("label", "index")} for row in rows]
+        length = self.max_length if self.padding == "max_length" else None
+        batch = dict(self.tokenizer.pad(tokens, padding=self.padding, max_length=length, return_tensors="pt"))
+        others = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "index") if name in rows[0]}
+        return {**batch, **others}
+
+
+PAIR = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS: dict[str, GlueTask] = {
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews",), ("CoLA",)),
+    "sst2": GlueTask(("sentence",), ("negative", "positive"), ("accuracy",), ("SST-2",)),
+    "mrpc": GlueTask(PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"), ("MRPC",)),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), ("QQP",)),
+    "stsb": GlueTask(PAIR, (), ("pearson", "spearman"), ("STS-B",), limits=(0.0, 5.0)),
+    "mnli": GlueTask(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        ("MNLI-m", "MNLI-mm"),
+        by_name=True,
+        sets=("matched", "mismatched"),
+    ),
+    "qnli": GlueTask(("question", "sentence"), ENTAILMENT, ("accuracy",), ("QNLI",), by_name=True),
+    "rte": GlueTask(PAIR, ENTAILMENT, ("accuracy",), ("RTE",), by_name=True),
+    "wnli": GlueTask(PAIR, ("not_entailment", "entailment"), ("accuracy",), ("WNLI",)),
+}
+
+
+class TextClassificationData(TrainingTextData):
+    """One or two sentences with a label, tokenised once and batched by length.
+
+    Labels are whole numbers, booleans, names, or decimal numbers, which make a regression. The classes are those that
+    occur in the training rows, unless the column or the task names them. Batches are dicts of what the
+    backbone's tokenizer gives, (batch, tokens) int64, of `index` (batch,) and `label` (batch,).
+
+    Args:
+        path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
+            JSONL, or with one such directory for each task; or one such file of training rows.
+        task: A task of GLUE, which brings columns, classes and metrics along; None for another set.
+        config: The data set's configuration: on the hub, or a folder in the directory; None takes the task's.
+        text_columns: One or two columns of text; None takes the task's.
+        label_column: Column of the labels.
+        id_column: Column that names a row in predictions; without it they have the row's number.
+        max_length: Most tokens of a sample, both sentences and special tokens together; longer ones are cut.
+        padding: To the `longest` of the batch, or all to `max_length`, for devices that need one shape.
+        prediction_format: Of what `predict` writes: `tsv`, GLUE's submission with index and prediction, or `jsonl`,
+            with the text and the probability too.
+        skip_label: Label of rows that are left out, by name or number: -1 where a set marks rows without one so.
+    """
+
+    kind = DataKind.LABELLED_TEXTS
+
+    def __init__(
+        self,
+        path: str = "nyu-mll/glue",
+        task: Task | None = None,
+        config: str | None = None,
+        text_columns: list[str] | None = None,
+        label_column: str = "label",
+        id_column: str = "idx",
+        max_length: int = 128,
+        padding: Padding = "longest",
+        prediction_format: Literal["tsv", "jsonl"] = "tsv",
+        skip_label: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(path, config=config or task, **kwargs)
+        self.task = TASKS[task] if task else None
+        columns = text_columns or (self.task.columns if self.task else ())
+        if not 1 <= len(columns) <= 2:
+            raise DataError("data.text_columns: name one or two columns of text, or a task of GLUE as data.task.")
+        if len(set(columns)) < len(columns):
+            raise DataError(f"data.text_columns: {columns[0]} is named twice; name two columns, or one.")
+        if label_column in columns:
+            raise DataError(f"data.label_column: {label_column} is one of data.text_columns; name another column.")
+        if max_length < 2:
+            raise DataError(f"data.max_length: {max_length} must be 2 or more.")
+        self.read_as_written(*columns, label_column)
+        self.columns = list(columns)
+        self.suffixes = (*self.task.sets, "") if self.task else ("",)
+        self.label_column, self.id_column, self.skip_label = label_column, id_column, skip_label
+        self.max_length, self.padding = max_length, padding
+        self.prediction_format = prediction_format
+        self.class_names: list[str] | None = None
+
+    # ------------------------------------------------------------------------------------------------------ splits
+
+    def before_splits(self) -> None:
+        """Take the classes of the trainer's model, or else of the training rows."""
+        self.check_length("max_length", self.max_length)
+        assert self.trainer is not None
+        if self.trainer.state.fn != "predict":
+            known = self.model_classes
+            self.class_names = known if known is not None else self._labels(self.training_table()).class_names
+
+    def check_test_split(self) -> None:
+        """Check before a long training that there is a test split with labels.
+
+        Raises:
+            SplitError: If there is none, or its labels are hidden.
+        """
+        super().check_test_split()
+        for table, _ in self.sets("test").values():
+            parse_labels(table, self.label_column, self.task.class_names if self.task else None, self.skip_label)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Return the names of the task's metrics, unless the model has others."""
+        if self.task:
+            return list(self.task.metrics)
+        return ["accuracy", "f1"] if self.class_names else ["pearson", "spearman"]
+
+    def _labels(self, table: Table) -> Labels:
+        known = self.task.class_names if self.task else None
+        # the training rows decide: a validation split of 1, 2 and 3 belongs to the same regression
+        regression = [] in (self.model_classes, self.class_names)
+        return parse_labels(table, self.label_column, () if regression and known is None else known, self.skip_label)
+
+    def eligible_rows(self, table: Table) -> Tensor:
+        """All rows but those with the label to skip."""
+        rows = super().eligible_rows(table)
+        if self.skip_label is None:
+            return rows
+        left_out = self._labels(table).left_out
+        count = f"{len(left_out):,} rows of {table.where}"
+        self.findings.add(f"{count} have the label {self.skip_label} (data.skip_label) and are left out")
+        return rows[[row not in left_out for row in rows.tolist()]]
+
+    def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
+        """Tokens of some rows of a table with their labels; without labels for prediction."""
+        for column in self.columns:
+            table = check_texts(table, "text_columns", column)
+        self.add_notes(table)
+        if split == "predict":
+            if self.id_column != "idx":
+                check_column(table, "id_column", self.id_column)
+            kept = self.without_bad(split, table, rows, self._bad_texts(table))
+            return TokenDataset(self._tokenize(table.select(kept)))
+        assert self.class_names is not None
+        labels = self._labels(table)
+        values = labels.matched(self.class_names)
+        advice = "" if self.skip_label is not None else "; data.skip_label leaves out rows of a label"
+        bad = {
+            row: BadRow("label_column", f"has a label that {why}{advice if why.startswith('is -1,') else ''}")
+            for row, why in labels.bad.items()
+        }
+        rows = self.without_bad(split, table, rows, self._bad_texts(table) | bad)
+        values = values[rows]
+        if split == "train":
+            for note in labels.notes:
+                self.findings.add(note)
+            counts = values.bincount(minlength=len(self.class_names)).tolist() if self.class_names else []
+            self.findings.add_classes(self.class_names, counts)
+            self.findings.add(f"columns: text of {', '.join(self.columns)}; labels of {self.label_column}")
+        return TokenDataset(self._tokenize(table.select(rows)), {"label": values})
+
+    def _bad_texts(self, table: Table) -> dict[int, BadRow]:
+        """Rows without a text: with one column that is blank, or of two one without a value or both blank."""
+        bad = {
+            row: BadRow("text_columns", f"has no text in column {c}")
+            for c in self.columns
+            for row in null_rows(table, c)
+        }
+        blank = set.intersection(*(blank_rows(table, column) for column in self.columns))
+        reason = f"has no text in column {' and '.join(self.columns)}"
+        return {row: BadRow("text_columns", reason) for row in blank} | bad
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    def _tokenize(self, table: Table) -> Any:
+        tokenizer, limit = self.tokenizer, self.max_length
+
+        def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            tokens = tokenizer(
+                *rows.values(), truncation=True, max_length=limit, return_attention_mask=False, verbose=False
+            )
+            columns = {name: [np.asarray(ids, np.int32) for ids in lists] for name, lists in tokens.items()}
+            return {**columns, "length": [len(ids) for ids in tokens["input_ids"]]}
+
+        key = {"tokenizer": tokenizer_state(tokenizer), "max_length": limit}
+        tokens = tokenized(table, self.columns, encode, key)
+        self.warn_of_cut_rows(tokens, table, limit)
+        return tokens
+
+    def collate(self) -> Collate:
+        """Batches padded to their longest row or to `max_length`."""
+        return Pad(self.tokenizer, self.padding, self.max_length)
+
+    # -------------------------------------------------------------------------------------------------- prediction
+
+    @property
+    def prediction_files(self) -> list[str]:
+        """A file for each set: GLUE's names for its test sets."""
+        own = self.predict_path is None and self.prediction_format == "tsv" and self.task
+        known = dict(zip(self.task.sets, self.task.files, strict=True)) if own and self.task else {}
+        names = [known.get(s, f"predictions_{s}" if s else "predictions") for s in self.set_names["predict"]]
+        return [f"{name}.{self.prediction_format}" for name in names]
+
+    def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
+        """A row of a submission (`index`, `prediction`), or in JSONL with text and probability."""
+        source = self.predicted[file].data[row["index"]]
+        index = source.get(self.id_column, row["index"])
+        error = {"error": row["error"]} if "error" in row else {}
+        if row.get("error"):
+            row = {"prediction": None}
+        if self.prediction_format == "jsonl":
+            texts = {column: source[column] for column in self.columns}
+            return {
+                "index": index,
+                **texts,
+                **{k: v for k, v in row.items() if k not in ("index", "label", "error")},
+                **error,
+            }
+        prediction = row["prediction"]
+        if prediction is None:
+            pass
+        elif self.task is not None and "label" in row and not self.task.by_name:
+            prediction = row["label"]
+        elif self.task is not None and self.task.limits:
+            least, most = self.task.limits
+            prediction = min(max(prediction, least), most)
+        return {"index": index, "prediction": prediction, **error}

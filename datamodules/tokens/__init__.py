@@ -1,0 +1,1 @@
+"""Texts as tokens: tokenised rows, conversations, packs of several, questions with choices."""
