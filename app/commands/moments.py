@@ -93,7 +93,7 @@ def _construct(base: type[T], section: str, config: Namespace) -> T:
     try:
         return construct(base, config[section])
     except Exception as error:
-        raise construction_error(config, resolve_name(config[section].class_path), error) from error
+        raise construction_error(config, resolve_name(config[section].class_path), error) from None
 
 
 def _trainer(keys: Namespace, collector: MomentCollector, steps: int, scratch: str) -> L.Trainer:
