@@ -100,7 +100,7 @@ def _trainer(keys: Namespace, collector: MomentCollector, steps: int, scratch: s
     """Return a trainer of the recipe's precision that logs, validates and saves nothing."""
     accelerator = keys.accelerator
     return L.Trainer(
-        accelerator=accelerator if isinstance(accelerator, str) else construct(Accelerator, accelerator),
+        accelerator=accelerator if isinstance(accelerator, str) else construct(Accelerator, accelerator),  # type: ignore[type-abstract]
         devices=1,
         precision=keys.precision,
         gradient_clip_val=keys.gradient_clip_val,
