@@ -321,7 +321,7 @@ def test_a_defect_keeps_its_traceback(cli: CommandLine, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("model", "data"),
     [
-        ("summarization.Summarizer", "instructions.LanguageModelingData"),
+        ("summarization.Summarizer", "language_modeling.LanguageModelingData"),
         ("language_modeling.LanguageModel", "summarization.SummarizationData"),
         ("text_classification.TextClassifier", "image_classification.ImageClassificationData"),
     ],

@@ -78,7 +78,7 @@ def test_the_first_process_judges_checkpoints(
     def damaged(path: Path) -> str | None:
         return "is damaged" if rank_zero_only.rank else None
 
-    monkeypatch.setattr("app.callbacks.adapter_checkpoint.fault", damaged)
+    monkeypatch.setattr("app.callbacks.adapter_checkpoint.checkpoint_problem", damaged)
     run_on_two(fitted_cli.words("fit", *options), tmp_path)
     assert best.read_bytes() == before  # at such a rate nothing improves on it
 

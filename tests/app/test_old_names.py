@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from app.config.imports import resolve, same_class
 
 from app.cli import main
+from app.config.imports import resolve, same_class
 from datamodules.language_modeling import LanguageModelingData
 from datamodules.multiple_choice import MultipleChoiceData
 from datamodules.text_classification import TextClassificationData

@@ -10,6 +10,7 @@ import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
 from app.config.messages import LONGEST, parser_message
+from app.console import print_error
 
 
 @dataclass
@@ -70,8 +71,11 @@ def test_one_line_with_the_key(message: Callable[..., str], words: list[str], ex
     assert message(*words) == expected
 
 
-def test_other_texts_pass_in_one_line_without_control_characters() -> None:
-    assert parser_message(ValueError("first\n  second\x1b[2J\tthird")) == "first second\\x1b[2J\\tthird"
+def test_other_texts_pass_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    text = parser_message(ValueError("first\n  second\x1b[2J\tthird"))
+    assert text == "first second\x1b[2J\\tthird"
+    print_error(text)
+    assert capsys.readouterr().err == "error: first second\\x1b[2J\\tthird\n"
     assert len(parser_message(ValueError("x" * 2 * LONGEST))) == LONGEST + 2
 
 
