@@ -114,7 +114,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: Words of the command line behind the program's name; None takes the process's own.
+        args: Words of the command line after the program's name; None takes those of the process.
 
     Returns:
         Exit code: 0 for success; 2 for wrong use or bad input, reported in one message on stderr; 1 when a process that
@@ -414,7 +414,7 @@ class AsymmetryCLI(HookedCLI):
         if self.subcommand == "predict":
             kwargs["logger"] = False
         elif logs and config.logger in (None, True):
-            # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
+            # on resume, TensorBoard drops the events that the interrupted run wrote after the checkpoint
             purge: dict[str, Any] = {"purge_step": first_new_step(self.loaded)} if resumed else {}
             kwargs["logger"] = RunLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()

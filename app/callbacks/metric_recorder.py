@@ -1,4 +1,4 @@
-"""The validations of a trial, for the sweep that has started it."""
+"""Record the validations of a trial for its sweep."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
 
     Args:
         name: One of `COMMANDS`.
-        words: The words behind the command's name.
+        words: Words after the command's name.
         fit: Access to the keys of `fit`.
         allowed_imports: Prefixes of --allow_imports, for a command that starts others.
     """

@@ -36,7 +36,7 @@ ROUNDING_UNSAID = 0.01
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("run", metavar="RUN", type=str, help="A run directory (its best checkpoint), or a checkpoint.")
     parser.add_argument(
         "--format",

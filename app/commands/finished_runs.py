@@ -77,7 +77,7 @@ class FinishedRun:
     Args:
         source: The checkpoint that was read, or a directory in PEFT's format.
         directory: The run directory; None if the source is in no run directory.
-        step: Optimizer steps behind the checkpoint; None for PEFT's format.
+        step: Optimizer steps of the checkpoint; None for PEFT's format.
         adapter: Configuration of the adapters.
         factors: Factors by the name of the projection, in the order of the backbone's modules.
         digest: Digest of the frozen weights; None if the source has none.
@@ -523,7 +523,7 @@ def block_names(names: Sequence[str]) -> dict[str, str]:
         names: Names of projections or layers.
 
     Returns:
-        The number of the block, behind the name of its stack where there are several; `–` outside of all blocks.
+        The number of the block, after the name of its stack where there are several; `–` outside of all blocks.
     """
     blocks = {name: block_of(name) for name in names}
     stacks = {block[0] for block in blocks.values() if block is not None}

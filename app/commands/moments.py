@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measurement:
-    """A recipe's model with what was measured in it.
+    """Model of a recipe, with the moments that were measured.
 
     Args:
         module: The model; its adapters are as they started, its heads are trained a little.
@@ -160,7 +160,7 @@ class MomentCollector(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to measure behind the steps of the heads."""
+        """Begin to measure after the steps of the heads."""
         self._active = trainer.global_step >= self.head_steps
 
     def on_before_optimizer_step(

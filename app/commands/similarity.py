@@ -8,7 +8,7 @@ from app.console import escape_controls
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "runs",
         metavar="RUN",

@@ -10,7 +10,7 @@ MOST_RUNS = 8  # colours that can be told apart
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "runs",
         metavar="RUN",

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("--config", metavar="FILE", type=str, required=True, help="The sweep, as in conf/sweeps/.")
     parser.add_argument(
         "--base",

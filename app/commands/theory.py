@@ -14,7 +14,7 @@ from app.console import escape_controls
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "--output", metavar="DIR", type=str, required=True, help="Directory of the report; files in it are replaced."
     )

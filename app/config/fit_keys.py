@@ -17,7 +17,7 @@ class FitKeys:
     """Access to the keys of `fit`.
 
     Args:
-        parse: Parses the words behind `fit`.
+        parse: Parses the words after `fit`.
         parser: Returns a parser of fit's keys with the keys of given classes, by section.
     """
 

@@ -95,7 +95,7 @@ def split_variant(command: Sequence[str], options: Sequence[str]) -> tuple[str |
 
     Args:
         command: The command, or an empty list if something else stands first on the command line.
-        options: The words behind the command.
+        options: The words after the command.
 
     Returns:
         The last `--variant`, or None; the other options.

@@ -41,13 +41,15 @@ def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
         changes: Values of the module's arguments that replace the checkpoint's.
 
     Raises:
-        CheckpointError: If it cannot be read, or does not say what it is of.
+        CheckpointError: If the checkpoint cannot be read, or does not name its model.
         ModelError: If the module cannot be built, or its frozen weights are not those of the checkpoint.
     """
     checkpoint = read_checkpoint(path)
     saved = saved_configuration(checkpoint).get("model")
     if saved is None:
-        raise CheckpointError(f"RUN: {path} does not say what model it is of; it was not written by this program.")
+        raise CheckpointError(
+            f"RUN: {path} does not name its model: this program has not written the file. Use another checkpoint."
+        )
     saved["init_args"] |= changes
     run_directory = run_of_checkpoint(path)
     if run_directory is not None and (run_directory / "config.yaml").is_file():  # frozen weights may be random ones

@@ -1,4 +1,4 @@
-"""The model card of an export: README.md as the hub reads it. What it quotes from data or a checkpoint stays text."""
+"""Model card of an export: README.md as the hub reads it. Quotes from data and checkpoints stay plain text."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def write_card(
         checkpoint: The checkpoint that was exported. The card quotes this checkpoint's evaluations on the data that it
             was trained with, and what the fit of its run took.
         form: The format that was exported.
-        load: What loads it.
-        notes: What else is to be said of the export.
+        load: Code or command that loads the export.
+        notes: Further rows of the card's table.
     """
     content = read_checkpoint(checkpoint)
     saved = saved_configuration(content)
@@ -149,7 +149,7 @@ def _variant(module: AdaptedModule) -> dict[str, Any]:
 
 
 def _with_patterns(value: float, patterns: Mapping[str, float]) -> str:
-    """A rank or an alpha; how far those by name reach, where there are such."""
+    """Return a rank or an alpha as text, with the range of the values that are set by name."""
     others = f" ({min(patterns.values()):g} to {max(patterns.values()):g} by name)" if patterns else ""
     return f"{value:g}{others}"
 
@@ -179,7 +179,7 @@ def _read_costs(run: Path | None) -> dict[str, float]:
 
 
 def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
-    """The base model's name on the hub; None for what lies in a directory or begins at random."""
+    """Return the base model's name on the hub; None for a local model or random weights."""
     name = str(model["backbone"])
     if model.get("weights", "pretrained") != "pretrained" or Path(name).exists() or name.startswith(LOCAL):
         return None
@@ -193,14 +193,14 @@ def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
 
 
 def _short(path: Any) -> str:
-    """A path without the folders of whoever trained it; anything else as it is."""
+    """Return a path without the folders of its owner's machine, and any other text as it is."""
     text = str(path)
     prefix = LOCAL if text.startswith(LOCAL) else ""
     return prefix + Path(text).name if text.removeprefix(prefix).startswith("/") else text
 
 
 def _plain(value: Any) -> Any:
-    """Configuration values as YAML has them, paths shortened."""
+    """Return values of a configuration as YAML has them, with paths shortened."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -217,7 +217,7 @@ def _labels(names: list[str]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """A value that no reader of Markdown takes for markup: code if it is plain, and else with all marks as entities."""
+    """Return a value that is no markup in Markdown: code if it is plain, else with all marks as entities."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     return f"`{text}`" if _PLAIN.fullmatch(text) else text.translate(_MARKUP)
 
@@ -228,6 +228,6 @@ def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
 
 
 def _block(language: str, text: str) -> str:
-    """Code behind a fence that is longer than any row of backticks in it."""
+    """Return a code block whose fence is longer than any row of backticks in the text."""
     fence = "`" * max(3, 1 + max((len(row) for row in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

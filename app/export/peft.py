@@ -1,4 +1,4 @@
-"""A module's adapters and heads as PEFT's files."""
+"""Format `peft`: adapters and heads of a module as PEFT's files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def write_peft(
         module: The module.
         dtype: Dtype of the factors and heads written.
         folder: An empty directory.
-        state: What to write of it, as `saved_state` names it; None takes its own, and then compares logits where the
-            head has to move into the backbone.
+        state: Factors and heads to write, as `saved_state` names them. None writes those of the module, and compares
+            the logits where the head has to move into the backbone.
 
     Returns:
-        The code that loads it.
+        The code that loads the directory.
 
     Raises:
-        ArgumentError: If it has no adapters, or the backbone takes no such head.
+        ArgumentError: If the module has no adapters, or the backbone takes no such head.
         AdapterError: If PEFT would take other modules for the heads.
     """
     if module.tuning != "adapter":

@@ -1,4 +1,4 @@
-"""A model of timm whose classifier is the head that lies beside the backbone here."""
+"""Build timm's model of a run: the head, which lies beside the backbone here, becomes its classifier."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ TOLERANCE = 1e-3  # of the largest logit, in float32: another way of pooling is 
 
 
 def timm_model(module: ImageClassifier, class_names: list[str], compare: bool = True) -> Any:
-    """The backbone with the module's head as its own and without its adapters, in float32, as timm builds it.
+    """Return timm's model of the backbone, in float32 and without adapters, with the module's head as classifier.
 
     Args:
         module: The module; with `compare` its backbone is in float32 on the CPU, and is left in eval mode.
         class_names: The classes.
-        compare: Whether to see that it computes the module's logits.
+        compare: Check that the model computes the module's logits.
 
     Raises:
-        ArgumentError: If the head does not fit in or the logits would be others.
+        ArgumentError: If the head does not fit, or the logits would differ.
     """
     import timm
     from timm.models import get_model_args

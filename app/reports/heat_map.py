@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard."""
+"""Draw heat maps of spectra for TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Checkpoint files: atomic writes, a digest behind the content, and reading that runs no code.
+"""Checkpoint files: atomic writes, a digest after the content, and reading that runs no code.
 
-A checkpoint is a file of torch.save with one line behind it that torch.load does not look at:
+A checkpoint is a file of torch.save with one more line at its end, which torch.load ignores:
 
     onesided sha256=<of all before it>
 
@@ -110,7 +110,7 @@ def _file_problem(file: BinaryIO) -> str | None:
 
 
 def saved_step(path: Path) -> int | None:
-    """Return the optimizer steps behind a checkpoint, without reading a tensor; None if the file cannot be read."""
+    """Return the optimizer steps of a checkpoint, without reading a tensor; None if the file cannot be read."""
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception:  # torch raises half a dozen kinds for a damaged file
@@ -310,7 +310,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _seal(file: AtomicFile) -> None:
-    """Write the digest behind the content, and have all of it on disk before any other checkpoint is touched."""
+    """Write the digest after the content, and sync the file to disk before any other checkpoint is touched."""
     assert file.digest is not None
     file.write(SEAL_START + file.digest.hexdigest().encode() + b"\n")
     os.fsync(file.fileno())

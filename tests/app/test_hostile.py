@@ -224,7 +224,7 @@ def test_hyperparameters_that_are_none(
     for value in (3, [1], {"_class_path": ["a"]}):
         torch.save(fitted_cli.checkpoint() | {"hyper_parameters": value}, tmp_path / "odd.ckpt")
         code = main(["export", str(tmp_path / "odd.ckpt"), "--format", "merged", "--output", str(tmp_path / "out")])
-        refused(capsys, code, "does not say what model it is of")
+        refused(capsys, code, "does not name its model")
 
 
 @pytest.mark.parametrize("suffix", ["pth", "bin", "safetensors"])
