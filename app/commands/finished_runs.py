@@ -533,20 +533,6 @@ def block_names(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def check_output(name: str) -> Path:
-    """Return the directory to write to.
-
-    Raises:
-        ArgumentError: If it is a file, or the name is empty.
-    """
-    if not name:
-        raise ArgumentError(None, "--output: the name is empty. Give a directory.")
-    output = Path(name)
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
-    return output
-
-
 def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFrame], own_names: Sequence[str]) -> Path:
     """Write the page, its pictures and the tables. Files of the same names are overwritten, and that is logged.
 

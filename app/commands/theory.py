@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from app.config.precedence import expanded_path
+from app.config.precedence import output_directory
 from app.console import escape_controls
 
 
@@ -47,9 +47,7 @@ def run(arguments: Namespace) -> None:
     for name, least in (("batches", 1), ("head_steps", 0)):
         if arguments[name] < least:
             raise ArgumentError(None, f"--{name}: {arguments[name]} is too small. Give {least} or more.")
-    output = expanded_path("--output", arguments.output).resolve()
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
+    output = output_directory(arguments.output).resolve()
     analysis = analyse(measure(arguments.fit.parse, arguments.fit_words, arguments.batches, arguments.head_steps))
     page = write_report(analysis, output)
     print(escape_controls(f"Report: {page}"), flush=True)

@@ -160,6 +160,18 @@ def report_changes(before: dict[str, Any], final: Namespace) -> None:
             _log.info(f"{key}: {value} now; the run began with {began[key]}.")
 
 
+def output_directory(given: str) -> Path:
+    """Return the directory of `--output`, which need not exist.
+
+    Raises:
+        ArgumentError: If it is a file, or the name is empty.
+    """
+    output = expanded_path("--output", given)
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
+    return output
+
+
 def dotted(value: Any, key: str = "") -> dict[str, Any]:
     """Return nested values by the dotted keys that name them on the command line, without `init_args`."""
     if not isinstance(value, dict) or not value:
