@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 import lightning as L
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 
-from app.arguments import (
-    SECTIONS,
-    check_classes,
-    check_plain_values,
-    check_sections,
-    check_strategy,
-    check_values,
-    check_variant,
-    expanded_path,
-    ignore_adapter_path,
-    report_changes,
-    report_differences,
-    report_untrained,
-    runs_root,
-    saved_configuration,
-    split_arguments,
-    temporary_yaml,
-    without_sections,
-)
 from app.callbacks import (
     AdapterCheckpoint,
     AdapterSpectrum,
@@ -50,8 +32,39 @@ from app.callbacks import (
     Termination,
     usable_callbacks,
 )
-from app.checkpoint_io import AtomicCheckpointIO, check_contents, first_new_step, run_of_checkpoint
+from app.callbacks.lookup import find_callback
 from app.commands import COMMANDS, command_help, command_parser, run_command
+from app.config.constructors import constructor_parameters
+from app.config.fit_keys import FitKeys
+from app.config.imports import HELP, denial, split_imports
+from app.config.imports import OPTION as ALLOW_IMPORTS
+from app.config.messages import parser_message
+from app.config.precedence import (
+    SECTIONS,
+    expanded_path,
+    ignore_adapter_path,
+    report_changes,
+    report_differences,
+    report_untrained,
+    runs_root,
+    split_arguments,
+    temporary_yaml,
+    without_sections,
+)
+from app.config.program_files import find_program_files
+from app.config.schema import add_recipe_keys
+from app.config.validation import (
+    check_classes,
+    check_plain_values,
+    check_sections,
+    check_strategy,
+    check_values,
+    check_variant,
+)
+from app.config.variants import HELP as VARIANT_HELP
+from app.config.variants import OPTION as VARIANT
+from app.config.variants import option_words, split_variant, variant_keys
+from app.config.yaml_files import check_file, checked_yaml, read_yaml
 from app.console import (
     console_logging,
     escape_controls,
@@ -62,8 +75,15 @@ from app.console import (
     traceback_hook,
     watched_output,
 )
-from app.constructors import constructor_parameters
-from app.failures import (
+from app.lightning_compat import HookedCLI, import_policy
+from app.run.checkpoint_io import (
+    AtomicCheckpointIO,
+    check_contents,
+    first_new_step,
+    run_of_checkpoint,
+    saved_configuration,
+)
+from app.run.failures import (
     OWN_ERRORS,
     bad_input,
     construction_error,
@@ -72,13 +92,10 @@ from app.failures import (
     is_peer_lost,
     is_worker_lost,
 )
-from app.files import reraise_disk_full
-from app.imports import HELP, restricted_imports, split_imports
-from app.lightning_compat import HookedCLI
-from app.messages import parser_message
-from app.processes import is_first_rank, leave_process_group, should_report
-from app.program_files import find_program_files
-from app.run_directory import (
+from app.run.full_disk import reraise_disk_full
+from app.run.logger import RunLogger
+from app.run.processes import is_first_rank, leave_process_group, should_report
+from app.run.run_directory import (
     load_checkpoint,
     locate_checkpoint,
     locked,
@@ -86,11 +103,6 @@ from app.run_directory import (
     remove_if_empty,
     remove_links,
 )
-from app.run_logger import RunLogger
-from app.variants import HELP as VARIANT_HELP
-from app.variants import OPTION as VARIANT
-from app.variants import option_words, split_variant, variant_keys
-from app.yaml_files import check_file, checked_yaml, read_yaml
 from datamodules.contract import HasKind, HasKinds, HasTestSplit
 from modules.base import AdaptedModule
 
@@ -103,7 +115,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: Words of the command line behind the program's name; None takes the process's own.
+        args: Words of the command line after the program's name; None takes those of the process.
 
     Returns:
         Exit code: 0 for success; 2 for wrong use or bad input, reported in one message on stderr; 1 when a process that
@@ -149,9 +161,27 @@ def _run(args: Sequence[str], termination: Termination) -> None:
         contexts.enter_context(restricted_imports(allowed))
         contexts.enter_context(checked_yaml())
         if words and words[0] in COMMANDS:
-            run_command(words[0], words[1:], allowed)
+            run_command(words[0], words[1:], FitKeys(parse_fit, fit_parser), allowed)
         else:
             AsymmetryCLI(words, termination, contexts)
+
+
+@contextmanager
+def restricted_imports(prefixes: Sequence[str] = ()) -> Iterator[None]:
+    """Let every parser of the process import only what `app.config.imports` allows; undone on exit.
+
+    Args:
+        prefixes: Modules and packages that are allowed besides, with their functions.
+
+    Raises:
+        ArgumentError: For a prefix that is no dotted path, or that of the parser itself.
+    """
+    with ExitStack() as policy:
+        try:
+            policy.enter_context(import_policy(partial(denial, prefixes=prefixes), list(prefixes)))
+        except ValueError as error:
+            raise ArgumentError(None, f"{ALLOW_IMPORTS}: {error}") from error
+        yield
 
 
 def _report_lost_output(problem: OSError) -> int:
@@ -338,7 +368,7 @@ class AsymmetryCLI(HookedCLI):
         model, data = classes = [resolve_name(path) for path in paths]
         for section, owner in zip(SECTIONS, classes, strict=True):
             # an earlier name of the class is not written to the run
-            self._get(self.config, section).class_path = f"{owner.__module__}.{owner.__qualname__}"
+            config[section].class_path = f"{owner.__module__}.{owner.__qualname__}"
             hints = {name: parameter.annotation for name, parameter in constructor_parameters(owner).items()}
             for name, value in config[section].init_args.items(branches=True, nested=False):
                 check_values(f"{section}.{name}", hints.get(name, Any), value)
@@ -385,7 +415,7 @@ class AsymmetryCLI(HookedCLI):
         if self.subcommand == "predict":
             kwargs["logger"] = False
         elif logs and config.logger in (None, True):
-            # on resume, TensorBoard is told to forget what the interrupted run wrote behind the checkpoint
+            # on resume, TensorBoard drops the events that the interrupted run wrote after the checkpoint
             purge: dict[str, Any] = {"purge_step": first_new_step(self.loaded)} if resumed else {}
             kwargs["logger"] = RunLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
@@ -467,7 +497,9 @@ class AsymmetryCLI(HookedCLI):
         self._sum_up()
 
     def _callback(self, kind: type[T]) -> T:
-        return next(c for c in self.trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+        callback = find_callback(self.trainer, kind)
+        assert callback is not None
+        return callback
 
     def _sum_up(self) -> None:
         if self.trainer.is_global_zero:
@@ -484,3 +516,62 @@ def _check(final: Namespace) -> None:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+# ------------------------------------------------------------------------------------------------------- keys of a fit
+
+
+class _Result(Exception):
+    """Carries a result out of the constructor of a command line."""
+
+
+class _ParsedFit(AsymmetryCLI):
+    """A fit whose words are parsed and validated, and no more."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Raise the configuration."""
+        super().parse_arguments(parser, args)
+        self.before_instantiate_classes()
+        raise _Result(self.config["fit"])
+
+
+class _RecipeParser(AsymmetryCLI):
+    """A fit whose parser has the keys of given classes, and parses nothing."""
+
+    def __init__(self, classes: Mapping[str, type], contexts: ExitStack) -> None:
+        self.classes = classes
+        super().__init__(["fit"], Termination(), contexts)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data."""
+        add_recipe_keys(parser, self.classes)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Raise the parser."""
+        raise _Result(parser)
+
+
+def parse_fit(words: Sequence[str]) -> Namespace:
+    """Return the configuration of `fit WORDS`, parsed and validated, without constructing anything.
+
+    Raises:
+        ArgumentError: If `fit` would refuse the words.
+    """
+    with ExitStack() as contexts:
+        config: Namespace = _result(partial(_ParsedFit, ["fit", *words], Termination(), contexts))
+    return config
+
+
+def fit_parser(classes: Mapping[str, type]) -> ArgumentParser:
+    """Return a parser of fit's keys with the keys of given classes, by section."""
+    with ExitStack() as contexts:
+        parser: ArgumentParser = _result(partial(_RecipeParser, classes, contexts))
+    return parser
+
+
+def _result(construct: Callable[[], AsymmetryCLI]) -> Any:
+    try:
+        construct()
+    except _Result as result:
+        return result.args[0]
+    raise AssertionError("The constructor of the command line has raised no result.")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TextIO, cast
 
-from app.processes import is_first_rank
+from lightning.pytorch.utilities import rank_zero_only
 
 LOGGERS = ("app", "modules", "datamodules")  # the packages of this program, whose modules log under their own names
 
@@ -42,11 +42,11 @@ def traceback_hook(kind: type[BaseException], error: BaseException, trace: Trace
 class ConsoleHandler(logging.Handler):
     """Print log records of the first rank on stderr, warnings behind `warning: `."""
 
+    @rank_zero_only
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        if is_first_rank():
-            prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            print(prefix + record.getMessage(), file=sys.stderr, flush=True)
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(prefix + record.getMessage(), file=sys.stderr, flush=True)
 
 
 class EscapedRecord(logging.LogRecord):

@@ -10,8 +10,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import set_parsing_settings
-from jsonargparse._common import ImportDenied as ImportDenied
-from jsonargparse._common import parsing_settings
+from jsonargparse._common import ImportDenied, parsing_settings
 from lightning.pytorch.cli import LightningCLI, _InstantiatorFn
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
@@ -49,14 +48,16 @@ class _SectionInstantiator(_InstantiatorFn):
 class _Verdicts(Mapping[str, bool]):
     """Answer jsonargparse's question about each dotted path with a function, instead of with a list of prefixes."""
 
-    def __init__(self, is_allowed: Callable[[str], bool]) -> None:
-        self.is_allowed = is_allowed
+    def __init__(self, denial: Callable[[str], str | None]) -> None:
+        self.denial = denial
 
     def __contains__(self, path: object) -> bool:
         return True  # so that jsonargparse asks for the whole path first, and never for its prefixes
 
     def __getitem__(self, path: str) -> bool:
-        return self.is_allowed(path)
+        if (reason := self.denial(path)) is not None:
+            raise ImportDenied(reason)
+        return True
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
@@ -66,14 +67,14 @@ class _Verdicts(Mapping[str, bool]):
 
 
 @contextmanager
-def import_policy(is_allowed: Callable[[str], bool], prefixes: list[str]) -> Iterator[None]:
+def import_policy(denial: Callable[[str], str | None], prefixes: list[str]) -> Iterator[None]:
     """Ask a function before any jsonargparse parser of this process imports a dotted path; undone on exit.
 
     jsonargparse's own lists know prefixes only. Its `import_object` is the one place that imports what a value names.
     That function asks twice: for the path as written, and for the place where the object is defined.
 
     Args:
-        is_allowed: Takes a dotted path. It may raise ImportDenied with a reason of its own.
+        denial: Takes a dotted path, and returns why it may not be imported, or None.
         prefixes: Additional prefixes, which jsonargparse validates.
 
     Raises:
@@ -87,7 +88,7 @@ def import_policy(is_allowed: Callable[[str], bool], prefixes: list[str]) -> Ite
             # where a class takes anything, what looks like the description of an object stays a dict
             instantiate_subclass_spec_in_any=False,
         )
-        parsing_settings[VERDICTS] = _Verdicts(is_allowed)
+        parsing_settings[VERDICTS] = _Verdicts(denial)
         yield
     finally:
         parsing_settings.update(before)

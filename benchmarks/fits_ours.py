@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 
 from app.cli import main
-from app.variants import option_words, variant_keys
+from app.config.variants import option_words, variant_keys
 from benchmarks.fits import CLIP, DECAY, WARM_UP, Clock, Fit
 
 VARIANTS = {"A": "A", "B": "B", "both": "lora"}  # built-in variants by the factor that is trained

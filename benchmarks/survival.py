@@ -35,8 +35,8 @@ import torch
 import modules.image_classification
 import modules.text_classification  # noqa: F401  # all are imported before the fork
 from app.callbacks import AdapterCheckpoint
-from app.checkpoint_io import read_checkpoint
 from app.cli import main as run_command
+from app.run.checkpoint_io import read_checkpoint
 from tests.backbones import save_backbone
 from tests.conftest import ROOT, write_parquet, write_sentences
 

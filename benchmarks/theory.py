@@ -35,13 +35,14 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from app.checkpoint_io import read_checkpoint
+from app.cli import parse_fit
+from app.commands.moments import Measurement, measure
+from app.commands.theory_report import Analysis, analyse, network_shares
+from app.config.yaml_files import read_yaml
 from app.console import console_logging
-from app.evaluations import read_metrics
-from app.moments import Measurement, measure
-from app.run_directory import resolve_checkpoint
-from app.theory_report import Analysis, analyse, network_shares
-from app.yaml_files import read_yaml
+from app.run.checkpoint_io import read_checkpoint
+from app.run.evaluations import read_metrics
+from app.run.run_directory import resolve_checkpoint
 from benchmarks.buckets import mean_interval
 from benchmarks.harness import measured, parse, parser, section, table
 from modules.adapters import adapted_projections
@@ -226,7 +227,7 @@ def measure_setting(arguments: argparse.Namespace, runs: Mapping[str, list[Run]]
     """Return all figures of a setting."""
     config = runs["B"][0].path / "config.yaml"
     words = ["--config", str(config), "--ckpt_path=null", "--trainer.enable_progress_bar=false", *arguments.keys]
-    analysis = analyse(measure(words, arguments.batches, arguments.head_steps))
+    analysis = analyse(measure(parse_fit, words, arguments.batches, arguments.head_steps))
     shares = network_shares(analysis)
     forecast = {
         f"{row.target}, {row.outputs} outputs": {"B": row.B, "A": row.A, "gap": row.B - row.A}

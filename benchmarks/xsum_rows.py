@@ -17,8 +17,8 @@ from pathlib import Path
 
 import datasets
 
-from app.checkpoint_io import read_checkpoint
-from app.run_directory import resolve_checkpoint
+from app.run.checkpoint_io import read_checkpoint
+from app.run.run_directory import resolve_checkpoint
 from modules.metrics.rouge import Rouge, in_lines
 from modules.summarization import Summarizer
 

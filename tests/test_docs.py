@@ -26,12 +26,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 from app.callbacks import Termination
-from app.cli import AsymmetryCLI, main
+from app.cli import AsymmetryCLI, main, parse_fit, restricted_imports
 from app.commands import COMMANDS, command_parser
-from app.imports import restricted_imports
+from app.config.variants import split_variant
+from app.config.yaml_files import checked_yaml
 from app.sweep.plan import read_plan
-from app.variants import split_variant
-from app.yaml_files import checked_yaml
 from tests.conftest import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -222,7 +221,7 @@ def test_yaml_blocks_have_known_keys(page: Path, tmp_path: Path) -> None:
         file.write_text(block)
         content = yaml.safe_load(block)
         if "variants" in content:
-            read_plan(str(file))
+            read_plan(str(file), parse_fit)
         else:
             parse("fit", "--config", DIGITS, "--config", str(file))
 
@@ -275,7 +274,7 @@ def test_sweeps_are_plans() -> None:
     for words in {" ".join(words): words for _, words in of_program() if words[0] == "sweep"}.values():
         arguments = command_parser("sweep").parse_args(words[1:])
         digits = "data.path=app/assets/digits"  # without a metric to report, a plan looks for a test split
-        assert read_plan(arguments.config, arguments.base, [*arguments.set, digits]).variants
+        assert read_plan(arguments.config, parse_fit, arguments.base, [*arguments.set, digits]).variants
 
 
 def test_theory_takes_its_options() -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from app.checkpoint_io import read_checkpoint
+from app.run.checkpoint_io import read_checkpoint
 
 HERE = Path(__file__).parent
 TEST_SHARE = 0.2

@@ -17,8 +17,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
+from app.callbacks.lookup import find_callback
 from app.callbacks.termination import Termination
-from app.checkpoint_io import (
+from app.run.checkpoint_io import (
     BEST,
     CHECKPOINTS,
     LAST,
@@ -106,7 +107,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         `on_train_epoch_end` saves then.
         """
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        termination = _termination(trainer)
+        termination = find_callback(trainer, Termination)
         interrupted = termination is not None and termination.is_requested_on_any_rank(trainer)
         if not _is_step_end(trainer, batch_idx):
             # Lightning would stop here and lose the gradients accumulated so far
@@ -150,7 +151,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         super().on_train_epoch_end(trainer, pl_module)
         self._save_last(trainer)
-        termination = _termination(trainer)
+        termination = find_callback(trainer, Termination)
         if termination is not None and termination.is_requested_on_any_rank(trainer):
             termination.stop(trainer)
 
@@ -182,7 +183,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._last_saved_step = trainer.global_step
             path = Path(str(self.dirpath)) / LAST
             trainer.save_checkpoint(path, weights_only=False)
-            if (termination := _termination(trainer)) is not None:
+            if (termination := find_callback(trainer, Termination)) is not None:
                 termination.checkpoint = path
 
     # --------------------------------------------------------------------------------------------- random numbers
@@ -257,8 +258,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Warn where training continues otherwise than before: from averaged weights, or with another batch of a step."""
-    averages = any(isinstance(c, AdapterAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
-    if TRAINED in checkpoint and not averages:
+    if TRAINED in checkpoint and find_callback(trainer, AdapterAveraging) is None:
         _log.warning(
             "ckpt_path: the weights of the checkpoint are averages of AdapterAveraging, which this run lacks. "
             "Training goes on from the averages."
@@ -360,10 +360,6 @@ def _epoch_not_counted(trainer: L.Trainer) -> Iterator[None]:
         yield
     finally:
         progress.increment_processed()
-
-
-def _termination(trainer: L.Trainer) -> Termination | None:
-    return next((c for c in trainer.callbacks if isinstance(c, Termination)), None)  # type: ignore[attr-defined]
 
 
 def _samples_a_step(trainer: L.Trainer) -> int:

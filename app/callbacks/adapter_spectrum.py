@@ -8,22 +8,21 @@ import math
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from app.plots import HeatMap
-from datamodules.atomic import atomic_write
+from app.reports.heat_map import HeatMap
+from app.run.spectrum_file import FILE, DamagedSpectra, read_spectra, write_spectra
 from datamodules.errors import CallbackError
 from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
-FILE = "spectrum.parquet"
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
 Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
 QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
@@ -77,7 +76,10 @@ class AdapterSpectrum(L.Callback):
             epochs = trainer.fit_loop.epoch_progress.current
             # in mid-epoch the last spectrum may belong to a stop, which an uninterrupted run does not have
             first_new = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
-            self._rows = [row for row in _read(path) if row["step"] < first_new]
+            try:
+                self._rows = [row for row in read_spectra(path) if row["step"] < first_new]
+            except DamagedSpectra as error:
+                _log.warning(f"{error} Its spectra of earlier steps are lost.")
             self._last_step = max((row["step"] for row in self._rows), default=-1)
             if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
                 self._measure(trainer, pl_module)
@@ -198,9 +200,7 @@ class AdapterSpectrum(L.Callback):
         if not trainer.is_global_zero or not self._rows:
             return
         start = time.perf_counter()
-        path = Path(trainer.default_root_dir) / FILE
-        with atomic_write(path) as file:
-            _save(self._rows, file)
+        write_spectra(Path(trainer.default_root_dir) / FILE, self._rows)
         self.seconds += time.perf_counter() - start
 
 
@@ -209,41 +209,6 @@ def _ratio(update: float, weight: float) -> float:
     if weight == 0:
         return math.inf if update > 0 else 0.0
     return update / weight
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an earlier fit; none, with a warning, for a damaged file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, schema=spectrum_schema()).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        _log.warning(f"{path} is damaged ({error}). Its spectra of earlier steps are lost.")
-        return []
-
-
-def spectrum_schema() -> Any:
-    """Return the schema of spectrum.parquet."""
-    import pyarrow as pa
-
-    return pa.schema(
-        {
-            "step": pa.int64(),
-            "projection": pa.string(),
-            "role": pa.string(),
-            "factor": pa.string(),
-            "singular_values": pa.list_(pa.float32()),
-            "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
-        }
-    )
-
-
-def _save(rows: list[dict[str, Any]], file: BinaryIO) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows, spectrum_schema()), file, compression="zstd")
 
 
 def _adapted(module: L.LightningModule) -> bool:

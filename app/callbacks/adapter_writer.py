@@ -11,15 +11,16 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.checkpoint_io import read_checkpoint
-from app.commands.peft import write_peft
+from app.callbacks.lookup import find_callback
+from app.export.peft import write_peft
+from app.run.checkpoint_io import read_checkpoint
+from app.run.run_directory import ADAPTER
 from datamodules.atomic import atomic_directory
 from datamodules.errors import CheckpointError
 from modules.adapters import AdapterError
 from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
-FOLDER = "adapter"
 
 
 class AdapterWriter(L.Callback):
@@ -34,8 +35,8 @@ class AdapterWriter(L.Callback):
         assert isinstance(pl_module, AdaptedModule)
         if pl_module.tuning != "adapter" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.default_root_dir) / FOLDER
-        callback = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
+        folder = Path(trainer.default_root_dir) / ADAPTER
+        callback = find_callback(trainer, AdapterCheckpoint)
         best = Path(callback.best_model_path if callback else "")
         try:
             state = read_checkpoint(best)["state_dict"] if best.is_file() else pl_module.saved_state()

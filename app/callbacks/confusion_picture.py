@@ -38,7 +38,7 @@ class ConfusionPicture(L.Callback):
         matrix = pl_module.confusion.compute()  # on every rank: it gathers
         if not trainer.is_global_zero or matrix.sum() == 0:
             return
-        from app.confusion import draw_confusion  # a run without a test imports no matplotlib
+        from app.reports.confusion import draw_confusion  # a run without a test imports no matplotlib
 
         picture = draw_confusion(matrix, pl_module.class_names or ())
         with atomic_write(Path(trainer.default_root_dir) / FILE) as file:

@@ -27,7 +27,7 @@ class Forgetting(L.Callback):
     - Image classification: `knn_acc`, the accuracy of the 20 nearest neighbours of the backbone's features, by cosine,
       on a second labelled set of images. Each image is left out of its own neighbours.
     - Instruction tuning: `loss` (nats a token) and `perplexity` on plain text. Each row is cut at 512 tokens, and all
-      tokens behind the first are predicted.
+      tokens after the first are predicted.
 
     `forgetting/before/<score>` belongs to the untouched backbone: the adapters are switched off. With tuning `full`
     this score is measured before the first step, and checkpoints keep it. `forgetting/after/<score>` belongs to the
@@ -49,10 +49,10 @@ class Forgetting(L.Callback):
         if rows < 1:
             raise CallbackError(f"forgetting.rows: {rows} must be 1 or more.")
         self.path, self.rows, self.text_column = path, rows, text_column
-        self.waits_for_test = False  # whether the best checkpoint is tested behind the fit
+        self.waits_for_test = False  # True if the best checkpoint is tested after the fit
         self.values: dict[str, float] = {}  # figures for metrics.json
         self._probe: Callable[[AdaptedModule], dict[str, float]] | None = None
-        self._keeps_before = False  # whether the scores from before cannot be measured again
+        self._keeps_before = False  # True if the scores before the fit cannot be measured again
         self._before: dict[str, float] = {}
         self._saved: dict[str, Any] = {}  # state from a checkpoint
         self._seconds = 0.0
@@ -67,7 +67,9 @@ class Forgetting(L.Callback):
             return
         assert isinstance(pl_module, AdaptedModule)
         self._keeps_before = pl_module.tuning == "full"
-        from app.forgetting_probes import open_probe  # imports what reads images, which other runs do not need
+        from app.callbacks.forgetting_probes import (
+            open_probe,  # imports what reads images, which other runs do not need
+        )
 
         with _own_keys():
             self._probe = open_probe(pl_module, self.path, self.rows, self.text_column)

@@ -56,7 +56,7 @@ class GeneralizationGap(L.Callback):
             self._remember(trainer, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the metrics of the test behind a fit."""
+        """Remember the metrics of the test after a fit."""
         self._remember(trainer, "test")
 
     def _remember(self, trainer: L.Trainer, split: str) -> None:
@@ -65,7 +65,7 @@ class GeneralizationGap(L.Callback):
         self._held_out = {key: value.item() for key, value in metrics if key.startswith(f"{split}/")}
 
     def measure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
-        """Evaluate the sample behind a fit and its test, and log the metrics.
+        """Evaluate the sample after a fit and its test, and log the metrics.
 
         Returns:
             `train_eval/<metric>`, `gap/<metric>` and `time/generalization_seconds`; nothing if `rows` is 0.
@@ -107,7 +107,7 @@ class GeneralizationGap(L.Callback):
 
 
 class TrainingSample(L.LightningDataModule):
-    """A fixed sample of another data module's training rows, in the place of its validation and test rows.
+    """A data module whose validation and test rows are a fixed sample of another data module's training rows.
 
     Args:
         data: The data module, set up for `fit`.

@@ -1,4 +1,4 @@
-"""The validations of a trial, for the sweep that has started it."""
+"""Record the validations of a trial for its sweep."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.callbacks.lookup import find_callback
+from app.run.processes import SWEEP_PROCESS
 from datamodules.contract import HasTestSplit
 from datamodules.errors import CallbackError
-
-OWNER = "ONESIDED_SWEEP_PID"  # environment variable with the number of the process that has started a trial
 
 
 class MetricRecorder(L.Callback):
@@ -33,7 +33,7 @@ class MetricRecorder(L.Callback):
 
     def __init__(self, path: str, metric: str, check_test: bool = False) -> None:
         self.path, self.metric, self.check_test = Path(path), metric, check_test
-        self._owner = int(os.environ.get(OWNER, 0))
+        self._owner = int(os.environ.get(SWEEP_PROCESS, 0))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that what is to be tested later can be."""
@@ -80,7 +80,9 @@ class MetricRecorder(L.Callback):
 
 
 def _keeper(trainer: L.Trainer) -> AdapterCheckpoint:
-    return next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
+    keeper = find_callback(trainer, AdapterCheckpoint)
+    assert keeper is not None  # the command line adds it to every run
+    return keeper
 
 
 def _finite(value: Any) -> float | None:

@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 class PredictionWriter(BasePredictionWriter):
     """Write what `predict_step` returns, a dict of columns for each batch with `index` among them, in the data's order.
 
-    A data module may say which files there are and complete their rows (`datamodules.contract.HasPredictionFiles`).
-    Otherwise everything but the index goes to `predictions.csv`.
+    A data module may name the files and complete their rows (`datamodules.contract.HasPredictionFiles`). Otherwise
+    everything but the index goes to `predictions.csv`.
 
     Files of an earlier prediction stay: the next ones are called `predictions-1.csv`, `predictions-2.csv`, …
     """
@@ -84,7 +84,7 @@ def _check_errors(rows: list[Row]) -> None:
 
 
 def unused_paths(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return a path for each name, all with the same number behind their stems: the least that no file has yet."""
+    """Return a path for each name, all with the same number after their stems: the smallest that is free."""
 
     def numbered(number: int) -> list[Path]:
         suffix = f"-{number}" if number else ""

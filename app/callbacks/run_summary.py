@@ -20,19 +20,20 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from app.arguments import saved_configuration
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.callbacks.lookup import find_callback
+from app.config.differences import compare_configurations
 from app.console import escape_controls
-from app.evaluations import (
+from app.lightning_compat import move_run_directory
+from app.run.checkpoint_io import saved_configuration
+from app.run.evaluations import (
     METRICS,
     Evaluation,
     add_evaluation,
-    compare_configurations,
     drop_evaluations_after,
     metrics_of_split,
     read_metrics,
 )
-from app.lightning_compat import move_run_directory
 from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
@@ -44,7 +45,7 @@ class RunSummary(L.Callback):
     """Print the adapted projections at the start and the results at the end.
 
     metrics.json keeps the newest figures. Figures of a split replace all earlier figures of the split, whatever data
-    they belong to. Further training removes all earlier figures. `app.evaluations` records the provenance.
+    they belong to. Further training removes all earlier figures. `app.run.evaluations` records the provenance.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,7 @@ class RunSummary(L.Callback):
         self.values |= pl_module.parameter_counts()
         self.values["time/fit_seconds"] = round(time.monotonic() - self._started, 2)
         self.values["memory/peak_bytes"] = _peak_memory(trainer.strategy.root_device)
-        callback = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
+        callback = find_callback(trainer, AdapterCheckpoint)
         if callback is not None and callback.monitor and callback.best_model_score is not None:
             self.values[f"best/{callback.monitor}"] = callback.best_model_score.item()
         if trainer.global_step > self._first_step:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.console import escape_controls
 from app.lightning_compat import launched_processes, stop_after_step
-from app.processes import is_first_rank
+from app.run.processes import is_first_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)

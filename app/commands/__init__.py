@@ -5,15 +5,15 @@ A command is a module with `add_arguments(parser)` and `run(arguments)`; the fir
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
 from app.commands import chat, compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
+from app.config.fit_keys import FitKeys
+from app.config.program_files import program_words
 
 COMMANDS: dict[str, ModuleType] = {
     "chat": chat,
@@ -37,26 +37,26 @@ def command_help(name: str) -> str:
 
 def command_parser(name: str) -> ArgumentParser:
     """Return the parser of a command's words."""
-    program = Path(sys.argv[0]).name  # main.py, or onesided once installed
     parser = ArgumentParser(
-        prog=f"{program} {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
+        prog=f"{program_words()[-1]} {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
     )
     COMMANDS[name].add_arguments(parser)
     return parser
 
 
-def run_command(name: str, words: Sequence[str], allowed_imports: Sequence[str] = ()) -> None:
+def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: Sequence[str] = ()) -> None:
     """Run a command.
 
     Args:
         name: One of `COMMANDS`.
-        words: The words behind the command's name.
+        words: Words after the command's name.
+        fit: Access to the keys of `fit`.
         allowed_imports: Prefixes of --allow_imports, for a command that starts others.
     """
     parser = command_parser(name)
     given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
     arguments = parser.parse_args(given)
-    arguments.allowed_imports = list(allowed_imports)
+    arguments.fit, arguments.allowed_imports = fit, list(allowed_imports)
     COMMANDS[name].run(arguments)
 
 

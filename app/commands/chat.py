@@ -42,9 +42,8 @@ def run(arguments: Namespace) -> None:
     """
     import torch
 
-    from app.arguments import saved_configuration
-    from app.checkpoint_io import read_checkpoint
-    from app.commands.export import find_checkpoint, load_module
+    from app.export.load_run import find_checkpoint, load_module
+    from app.run.checkpoint_io import read_checkpoint, saved_configuration
     from datamodules.tokens.conversations import ConversationEncoder
     from modules.language_modeling import LanguageModel
 

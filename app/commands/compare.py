@@ -15,7 +15,7 @@ from app.console import escape_controls
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from app.run_records import RunRecord
+    from app.commands.run_records import RunRecord
 
 ABSENT = "–"
 WIDEST = 48  # characters of a value in one line
@@ -56,8 +56,8 @@ def run(arguments: Namespace) -> None:
 
 
 def _read(name: str) -> RunRecord:
-    from app.checkpoint_io import run_of_checkpoint
-    from app.run_records import CONFIG, read_record
+    from app.commands.run_records import CONFIG, read_record
+    from app.run.checkpoint_io import run_of_checkpoint
     from datamodules.errors import CheckpointError
 
     path = Path(name)

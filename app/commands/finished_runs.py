@@ -16,14 +16,14 @@ import torch
 from jsonargparse import ArgumentError
 from torch import Tensor, nn
 
-from app.arguments import saved_configuration
-from app.callbacks.adapter_spectrum import FILE as SPECTRUM
-from app.callbacks.adapter_spectrum import spectrum_schema
-from app.callbacks.adapter_writer import FOLDER as ADAPTER
-from app.checkpoint_io import check_contents, read_checkpoint, run_of_checkpoint
-from app.commands.export import find_checkpoint, load_module
-from app.failures import bad_input
-from app.yaml_files import read_yaml
+from app.config.yaml_files import read_yaml
+from app.export.load_run import find_checkpoint, load_module
+from app.run.checkpoint_io import check_contents, read_checkpoint, run_of_checkpoint, saved_configuration
+from app.run.failures import bad_input
+from app.run.run_directory import ADAPTER
+from app.run.spectrum_file import FILE as SPECTRUM
+from app.run.spectrum_file import DamagedSpectra
+from app.run.spectrum_file import read_spectra as read_rows
 from datamodules.atomic import atomic_write
 from datamodules.errors import CheckpointError
 from modules.adapters import AdapterConfig, AdapterError, Projection
@@ -35,7 +35,7 @@ from modules.formats.peft_reading import from_peft
 if TYPE_CHECKING:
     import pandas as pd
 
-    from app.report import Report
+    from app.reports.report import Report
 
 _log = logging.getLogger(__name__)
 Factor = Literal["A", "B"]
@@ -77,7 +77,7 @@ class FinishedRun:
     Args:
         source: The checkpoint that was read, or a directory in PEFT's format.
         directory: The run directory; None if the source is in no run directory.
-        step: Optimizer steps behind the checkpoint; None for PEFT's format.
+        step: Optimizer steps of the checkpoint; None for PEFT's format.
         adapter: Configuration of the adapters.
         factors: Factors by the name of the projection, in the order of the backbone's modules.
         digest: Digest of the frozen weights; None if the source has none.
@@ -461,19 +461,15 @@ def read_spectra(run: FinishedRun) -> list[dict[str, Any]]:
         One row a step, projection and factor: `step`, `projection`, `role`, `factor` (A, B or BA, which is without the
         scale s), `singular_values` and `relative_norm`. Empty if there is no usable file, which a warning says.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = None if run.directory is None else run.directory / SPECTRUM
     if path is None or not path.is_file():
         place = f"{run.source} is in no run directory" if path is None else f"{path} does not exist"
         _log.warning(f"{place}. Spectra over training are left out for this run: its checkpoint alone is shown.")
         return []
     try:
-        rows = pq.read_table(path, schema=spectrum_schema()).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        _log.warning(f"{path} is damaged ({reason}). The run's checkpoint alone is shown.")
+        rows = read_rows(path)
+    except DamagedSpectra as error:
+        _log.warning(f"{error} The run's checkpoint alone is shown.")
         return []
     usable = [row for row in rows if _is_usable(row)]
     if len(usable) < len(rows):
@@ -527,7 +523,7 @@ def block_names(names: Sequence[str]) -> dict[str, str]:
         names: Names of projections or layers.
 
     Returns:
-        The number of the block, behind the name of its stack where there are several; `–` outside of all blocks.
+        The number of the block, after the name of its stack where there are several; `–` outside of all blocks.
     """
     blocks = {name: block_of(name) for name in names}
     stacks = {block[0] for block in blocks.values() if block is not None}
@@ -535,20 +531,6 @@ def block_names(names: Sequence[str]) -> dict[str, str]:
         name: "–" if block is None else f"{block[0]} {block[1]}" if len(stacks) > 1 else str(block[1])
         for name, block in blocks.items()
     }
-
-
-def check_output(name: str) -> Path:
-    """Return the directory to write to.
-
-    Raises:
-        ArgumentError: If it is a file, or the name is empty.
-    """
-    if not name:
-        raise ArgumentError(None, "--output: the name is empty. Give a directory.")
-    output = Path(name)
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
-    return output
 
 
 def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFrame], own_names: Sequence[str]) -> Path:

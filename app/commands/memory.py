@@ -1,7 +1,7 @@
 """Predict the memory that a fit needs, by part, without weights and without training.
 
-One training step of the recipe's model runs on tensors that have a shape and no values (`app.memory_estimate`). From
-the hub only config.json and the tokenizer are fetched. Of the data only the classes are read, if the data are on this
+One training step of the recipe's model runs on tensors that have a shape and no values (`memory_estimate`). From the
+hub only config.json and the tokenizer are fetched. Of the data only the classes are read, if the data are on this
 machine.
 """
 
@@ -16,7 +16,7 @@ from app.console import escape_controls
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from app.memory_prediction import Prediction
+    from app.commands.memory_prediction import Prediction
 
 MIB = 2**20
 CLASSES = 1000
@@ -61,11 +61,11 @@ def run(arguments: Namespace) -> None:
     import torch
     from rich.console import Console
 
-    from app.memory_prediction import predict  # the command line imports this module
+    from app.commands.memory_prediction import predict
 
     if arguments.classes < 2:
         raise ArgumentError(None, f"--classes: {arguments.classes} is too small. Give 2 or more.")
-    prediction = predict(arguments.fit_words, arguments.classes)
+    prediction = predict(arguments.fit.parse, arguments.fit_words, arguments.classes)
     Console().print(table_of(prediction))
     print(escape_controls(f"For {prediction.setting}."))
     print(f"{prediction.trained:,} of {prediction.total:,} parameters are trained.")

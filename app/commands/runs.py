@@ -20,7 +20,7 @@ from datamodules.atomic import atomic_write
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from app.run_records import RunRecord
+    from app.commands.run_records import RunRecord
 
 Column = Literal["name", "state", "variant", "data", "best", "parameters", "seconds", "date"]
 FIELDS = ("name", "state", "variant", "path", "task", "metric", "best", "parameters", "seconds", "date")
@@ -52,7 +52,7 @@ def run(arguments: Namespace) -> None:
     """
     from rich.console import Console
 
-    from app.run_records import STATES, find_runs, read_record
+    from app.commands.run_records import STATES, find_runs, read_record
 
     root = Path(arguments.root)
     if not root.is_dir():

@@ -6,6 +6,8 @@ import json
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.config.schema import recipe_schema
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
@@ -19,9 +21,7 @@ def run(arguments: Namespace) -> None:
     Raises:
         ArgumentError: Without a recipe or with two, or if the recipe cannot be read.
     """
-    from app.recipe_schema import recipe_schema  # the command line imports this module
-
     given = [name for name in (arguments.recipe, arguments.config) if name is not None]
     if len(given) != 1:
         raise ArgumentError(None, f"RECIPE: {len(given)} are given. Give one file, such as conf/vit_cifar.yaml.")
-    print(json.dumps(recipe_schema(given[0]), indent=2), flush=True)
+    print(json.dumps(recipe_schema(given[0], arguments.fit), indent=2), flush=True)

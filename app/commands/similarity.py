@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
+from app.config.precedence import output_directory
 from app.console import escape_controls
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "runs",
         metavar="RUN",
@@ -34,11 +35,11 @@ def run(arguments: Namespace) -> None:
         ArgumentError: If fewer than two runs have adapters, their backbones differ, or the output cannot be used.
         CheckpointError: If a run cannot be read.
     """
-    # here, since app.callbacks imports this package, and pandas and matplotlib take a second
-    from app.commands.finished_runs import check_output, check_same_backbone, read_runs, write_results
+    # here, since pandas and matplotlib take a second
+    from app.commands.finished_runs import check_same_backbone, read_runs, write_results
     from app.commands.similarity_report import OWN_FILES, build_report, build_tables
 
-    output = check_output(arguments.output)
+    output = output_directory(arguments.output)
     runs = read_runs(arguments.runs, least=2)
     check_same_backbone(runs)
     tables = build_tables(runs)

@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from app.commands.finished_runs import FACTORS, Factor, FinishedRun, block_names, runs_table, shown_runs
-from app.report import FILE, Report, figure_style, new_figure
+from app.reports.report import FILE, Report, figure_style, new_figure
 from modules.analysis.similarity import (
     chance_level,
     cross_similarities,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.config.precedence import output_directory
 from app.console import escape_controls
 
 MOST_RUNS = 8  # colours that can be told apart
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "runs",
         metavar="RUN",
@@ -44,11 +45,11 @@ def run(arguments: Namespace) -> None:
         ArgumentError: If no run has adapters, or the output cannot be used.
         CheckpointError: If a run cannot be read.
     """
-    # here, since app.callbacks imports this package, and pandas and matplotlib take a second
-    from app.commands.finished_runs import check_output, read_runs, read_spectra, write_results
+    # here, since pandas and matplotlib take a second
+    from app.commands.finished_runs import read_runs, read_spectra, write_results
     from app.commands.spectrum_report import OWN_FILES, build_report, build_tables, measure_weights
 
-    output = check_output(arguments.output)
+    output = output_directory(arguments.output)
     if arguments.top < 0:
         raise ArgumentError(None, f"--top: {arguments.top} is negative. Give 0 or more.")
     runs = read_runs(arguments.runs, least=1, most=MOST_RUNS)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from app.commands.finished_runs import FACTORS, FinishedRun, block_names, frozen_weights, runs_table, shown_runs
-from app.report import FILE, Report, figure_style, new_figure
+from app.reports.report import FILE, Report, figure_style, new_figure
 from modules.adapters import ROLES
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize
 from modules.analysis.spectra import intruder_cosines, intruder_counts, kept_shares, left_singular_vectors

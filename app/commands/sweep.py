@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from app.config.imports import OPTION
+from app.config.program_files import program_words
 from app.console import escape_controls
-from app.imports import OPTION
 
 AGAIN = ("config", "base", "set", "minutes", "workers", "storage", "output")  # options that continue a sweep
 
@@ -18,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("--config", metavar="FILE", type=str, required=True, help="The sweep, as in conf/sweeps/.")
     parser.add_argument(
         "--base",
@@ -76,7 +77,7 @@ def run(arguments: Namespace) -> None:
         raise SweepError(f"--workers: {arguments.workers} must be 1 or more.")
     if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
         raise SweepError(f"--minutes: {arguments.minutes:g} must be above 0. Leave it out for as long as it takes.")
-    plan = read_plan(arguments.config, arguments.base, arguments.set)
+    plan = read_plan(arguments.config, arguments.fit.parse, arguments.base, arguments.set)
     for note in plan.notes:
         _log.info(note)
     output = Path(arguments.output or Path("runs") / plan.name)
@@ -85,7 +86,7 @@ def run(arguments: Namespace) -> None:
     if arguments.report:
         facts, frame = report(plan, open_ledger(plan, arguments.storage, output, must_exist=True), output, command)
     else:
-        check_plan(plan)
+        check_plan(plan, arguments.fit.parse)
         ledger = open_ledger(plan, arguments.storage, output)
         budget = Budget(plan, arguments.minutes, arguments.workers, began) if arguments.minutes else None
         again = shlex.join(_words(arguments, imports, AGAIN))
@@ -100,7 +101,7 @@ def _words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> l
     """Return the words of a command with some of the options as they were given."""
     from sqlalchemy import make_url
 
-    words = ["python", "main.py", *imports, "sweep"]
+    words = [*program_words(), *imports, "sweep"]
     for key in keys:
         value = arguments[key]
         if key == "storage" and value is not None:

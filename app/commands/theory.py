@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.config.precedence import output_directory
 from app.console import escape_controls
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "--output", metavar="DIR", type=str, required=True, help="Directory of the report; files in it are replaced."
     )
@@ -40,16 +41,13 @@ def run(arguments: Namespace) -> None:
     Raises:
         ArgumentError: For a wrong value, or keys with which there is nothing to measure.
     """
-    from app.arguments import expanded_path
-    from app.moments import measure  # the command line imports this module
-    from app.theory_report import analyse, write_report  # pandas and matplotlib
+    from app.commands.moments import measure
+    from app.commands.theory_report import analyse, write_report  # pandas and matplotlib
 
     for name, least in (("batches", 1), ("head_steps", 0)):
         if arguments[name] < least:
             raise ArgumentError(None, f"--{name}: {arguments[name]} is too small. Give {least} or more.")
-    output = expanded_path("--output", arguments.output).resolve()
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
-    analysis = analyse(measure(arguments.fit_words, arguments.batches, arguments.head_steps))
+    output = output_directory(arguments.output).resolve()
+    analysis = analyse(measure(arguments.fit.parse, arguments.fit_words, arguments.batches, arguments.head_steps))
     page = write_report(analysis, output)
     print(escape_controls(f"Report: {page}"), flush=True)

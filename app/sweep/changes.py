@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from app.config.yaml_files import read_yaml
 from app.sweep.plan import Plan
 from app.sweep.schedule import Job
-from app.yaml_files import read_yaml
 
 
 def plan_content(plan: Plan) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 
+from app.config.fit_keys import ParseFit
+from app.config.variants import option_words
 from app.sweep.plan import Plan, Point, Range, SweepError, Variant, grid_points
-from app.sweep.recipe import parsed_fit
 from app.sweep.schedule import readable_point
-from app.variants import option_words
 
 SHARED = ["macro_f1", "ece"]  # of every classification
 
@@ -23,7 +23,7 @@ def fit_words(plan: Plan, variant: Variant, point: Point, seed: int) -> list[str
     return ["fit", *files, *option_words(keys)]
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan, parse_fit: ParseFit) -> None:
     """Check the configuration of each variant, each value that is searched, and the metrics that the sweep asks for.
 
     Raises:
@@ -33,7 +33,7 @@ def check_plan(plan: Plan) -> None:
         points = [_corner(variant)] if plan.is_sampled else grid_points(variant)
         for point in points if i == 0 or variant.search != plan.search else points[:1]:
             try:
-                config = parsed_fit(fit_words(plan, variant, point, plan.select_seeds[0]))
+                config = parse_fit(fit_words(plan, variant, point, plan.select_seeds[0])[1:])
             except ArgumentError as error:
                 where = f"variants.{variant.name}" + (f" at {readable_point(point)}" if point else "")
                 raise SweepError(f"{where}: {error}") from error

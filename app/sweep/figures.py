@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from app.report import figure_style, new_figure
+from app.reports.report import figure_style, new_figure
 from app.sweep.outcome import Outcome, is_value, value_text
 from app.sweep.statistics import PairedDifference
 

@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError
 
-from app.program_files import find_program_file
+from app.config.fit_keys import ParseFit
+from app.config.program_files import find_program_file
+from app.config.variants import VARIANTS, VariantError, variant_keys
+from app.config.yaml_files import check_file, check_yaml, read_yaml
 from app.sweep.recipe import Recipe
-from app.variants import VARIANTS, VariantError, variant_keys
-from app.yaml_files import check_file, check_yaml, read_yaml
 
 Point = dict[str, Any]  # the searched keys with their values
 PRUNERS = ("none", "median", "halving", "hyperband")
@@ -140,22 +141,27 @@ def grid_points(variant: Variant) -> list[Point]:
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-def read_plan(path: str, base: Sequence[str] = (), assignments: Sequence[str] = ()) -> Plan:
+def read_plan(path: str, parse_fit: ParseFit, base: Sequence[str] = (), assignments: Sequence[str] = ()) -> Plan:
     """Read the file of a sweep.
 
     Args:
         path: The file.
+        parse_fit: Parser of `fit`.
         base: Recipes and overlays that take the place of the file's.
         assignments: Keys with their values, such as `data.task=rte`, that are added to the file's `set`.
 
     Raises:
         ArgumentError: If the file is missing or broken, or with the key that is wrong.
     """
-    return parse_plan(read_yaml(find_program_file(path)), Path(path).stem, base, assignments)
+    return parse_plan(read_yaml(find_program_file(path)), Path(path).stem, parse_fit, base, assignments)
 
 
 def parse_plan(
-    content: Mapping[str, Any], name: str, base: Sequence[str] = (), assignments: Sequence[str] = ()
+    content: Mapping[str, Any],
+    name: str,
+    parse_fit: ParseFit,
+    base: Sequence[str] = (),
+    assignments: Sequence[str] = (),
 ) -> Plan:
     """Validate the content of a sweep's file, with the recipes and keys of the command line.
 
@@ -174,7 +180,7 @@ def parse_plan(
         )
     recipes = _recipes("--base", list(base)) if base else _recipes("base", content["base"])
     keys = _flat_keys("set.", content.get("set", {})) | _flat_keys("--set ", _assigned(assignments))
-    recipe = Recipe(recipes, keys)
+    recipe = Recipe(recipes, keys, parse_fit)
     search = _space("search", content.get("search", {}))
     select = _mapping("select", content["select"])
     _check_keys("select", select, ("metric", "mode", "seeds"), required=("metric",))

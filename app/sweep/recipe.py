@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from pkgutil import resolve_name
 from typing import Any, get_args
 
 import lightning as L
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentError, Namespace
 
-from app.callbacks import Termination
-from app.cli import AsymmetryCLI
-from app.constructors import constructor_parameters
-from app.variants import option_words
+from app.config.constructors import construct, constructor_parameters
+from app.config.fit_keys import ParseFit
+from app.config.variants import option_words
 from datamodules.contract import HasTestSplit
 from datamodules.errors import SplitError
-
-
-class _Parsed(Exception):
-    """Carries the configuration of a command out of the constructor of its command line."""
-
-
-class _ParsedCLI(AsymmetryCLI):
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
-        self.before_instantiate_classes()
-        raise _Parsed(self.config["fit"])
-
-
-def parsed_fit(words: Sequence[str]) -> Namespace:
-    """Return the configuration of a fit, parsed and validated, without constructing anything.
-
-    Raises:
-        ArgumentError: If `main.py` would refuse the words.
-    """
-    try:
-        with ExitStack() as held:
-            _ParsedCLI(list(words), Termination(), held)
-    except _Parsed as parsed:
-        config: Namespace = parsed.args[0]
-        return config
-    raise AssertionError("The command line was not parsed.")
 
 
 class Recipe:
@@ -52,10 +23,11 @@ class Recipe:
     Args:
         base: Recipes and overlays.
         keys: Keys that all trials set.
+        parse_fit: Parser of `fit`.
     """
 
-    def __init__(self, base: Sequence[str], keys: Mapping[str, Any]) -> None:
-        self.base, self.keys = base, keys
+    def __init__(self, base: Sequence[str], keys: Mapping[str, Any], parse_fit: ParseFit) -> None:
+        self.base, self.keys, self.parse_fit = base, keys, parse_fit
 
     @property
     def files(self) -> str:
@@ -71,7 +43,7 @@ class Recipe:
         """
         files = [word for file in self.base for word in ("--config", file)]
         try:
-            return parsed_fit(["fit", *files, *option_words(self.keys)])
+            return self.parse_fit([*files, *option_words(self.keys)])
         except ArgumentError as error:
             raise ArgumentError(None, f"base: {self.files}: {error}") from error
 
@@ -95,9 +67,7 @@ class Recipe:
         Raises:
             DataError: If the data cannot be opened.
         """
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(L.LightningDataModule, "data")
-        data = parser.instantiate_classes(parser.parse_object({"data": self.config.data.as_dict()})).data
+        data = construct(L.LightningDataModule, self.config.data)
         if not isinstance(data, HasTestSplit):
             return False
         try:

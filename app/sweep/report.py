@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.console import escape_controls
-from app.report import Report
+from app.reports.report import Report
 from app.sweep import figures
 from app.sweep.facts import PlanFacts
 from app.sweep.findings import findings, introduction

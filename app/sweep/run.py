@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from optuna.trial import FrozenTrial
 
-from app.evaluations import read_metrics
+from app.run.evaluations import read_metrics
 from app.sweep.budget import Budget
 from app.sweep.check import fit_words
 from app.sweep.facts import PlanFacts, TimeFacts

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.callbacks.metric_recorder import OWNER
-from app.checkpoint_io import CHECKPOINTS
-from app.evaluations import read_metrics
-from app.run_directory import versions
+from app.run.checkpoint_io import CHECKPOINTS
+from app.run.evaluations import read_metrics
+from app.run.processes import SWEEP_PROCESS
+from app.run.run_directory import versions
 from datamodules.atomic import FULL
 
 MAIN = Path(__file__).parents[2] / "main.py"
@@ -140,7 +140,7 @@ class TrialProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self._environment, OWNER: str(os.getpid())},
+                env={**os.environ, **self._environment, SWEEP_PROCESS: str(os.getpid())},
                 start_new_session=True,  # Ctrl-C in the terminal is for the sweep, which stops its trials itself
                 pass_fds=(self._lock,),
             )

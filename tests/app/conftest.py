@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from app.cli import main
-from app.plots import HeatMap
+from app.reports.heat_map import HeatMap
 from modules.base import AdaptedModule
 
 
@@ -60,7 +60,7 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         blank = np.zeros((1, 1, 3), np.uint8)
         monkeypatch.setattr(HeatMap, "__init__", lambda *_: None)
         monkeypatch.setattr(HeatMap, "render", lambda *_: blank)
-        monkeypatch.setattr("app.confusion.draw_confusion", lambda *_: blank)
+        monkeypatch.setattr("app.reports.confusion.draw_confusion", lambda *_: blank)
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.cli import main
-from app.commands.export import write_compact
+from app.export.compact import write_compact
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, AdapterError
 from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
-from tests.app.commands.test_export_peft import CONFIG, NO_TRAINING, VIT, WEIGHTS, module_of, run_export
 from tests.app.conftest import CommandLine, recording
+from tests.app.export.test_peft import CONFIG, NO_TRAINING, VIT, WEIGHTS, module_of, run_export
 from tests.app.test_bad_input import refused
 from tests.backbones import save_backbone
 

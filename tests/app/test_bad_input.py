@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from app.callbacks import RunSummary
-from app.checkpoint_io import AtomicCheckpointIO
 from app.cli import main
+from app.run.checkpoint_io import AtomicCheckpointIO
 from datamodules.image_classification import ImageClassificationData
 from modules.image_classification import ImageClassifier
 from tests.conftest import colour_image, png, write_parquet

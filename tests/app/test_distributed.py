@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from app.run_directory import load_checkpoint
+from app.run.run_directory import load_checkpoint
 from modules.base import AdaptedModule
 from tests.app.processes import DDP, run_on_two
 from tests.conftest import ROOT

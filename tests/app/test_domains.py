@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from app.evaluations import read_evaluations
+from app.run.evaluations import read_evaluations
 from tests.app.conftest import CommandLine
 from tests.conftest import CLASSES, colour_image
 

@@ -27,7 +27,7 @@ import pytest
 import torch
 import yaml
 
-from app.constructors import constructor_parameters
+from app.config.constructors import constructor_parameters
 from tests.app.conftest import CommandLine
 from tests.conftest import CLASSES, png
 

@@ -19,8 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from app.cli import main
-from app.imports import restricted_imports
+from app.cli import main, restricted_imports
 from tests.app.test_bad_input import Malicious, refused
 from tests.backbones import save_backbone
 from tests.conftest import CLASSES, colour_image, png, write_parquet
@@ -225,7 +224,7 @@ def test_hyperparameters_that_are_none(
     for value in (3, [1], {"_class_path": ["a"]}):
         torch.save(fitted_cli.checkpoint() | {"hyper_parameters": value}, tmp_path / "odd.ckpt")
         code = main(["export", str(tmp_path / "odd.ckpt"), "--format", "merged", "--output", str(tmp_path / "out")])
-        refused(capsys, code, "does not say what model it is of")
+        refused(capsys, code, "does not name its model")
 
 
 @pytest.mark.parametrize("suffix", ["pth", "bin", "safetensors"])

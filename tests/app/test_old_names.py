@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from app.cli import main
-from app.imports import resolve, same_class
+from app.config.imports import resolve, same_class
 from datamodules.language_modeling import LanguageModelingData
 from datamodules.multiple_choice import MultipleChoiceData
 from datamodules.text_classification import TextClassificationData

@@ -14,7 +14,7 @@ import yaml
 
 from app.callbacks.termination import Termination
 from app.cli import AsymmetryCLI
-from app.constructors import constructor_parameters
+from app.config.constructors import constructor_parameters
 from tests.conftest import ROOT
 
 

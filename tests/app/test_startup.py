@@ -50,8 +50,13 @@ def test_help_and_a_run_on_images_import_nothing_else(tmp_path: Path) -> None:
     assert fitted & (LATE | TEXTS | {"scipy"}) == set()
 
 
-def test_torchmetrics_is_told_of_every_package() -> None:
-    script = "import app.cli; from torchmetrics.utilities import imports; assert imports._SCIPY_AVAILABLE"
+def test_torchmetrics_knows_every_package_and_garbage_is_collected_after_the_imports() -> None:
+    script = """
+import gc, main
+from torchmetrics.utilities import imports
+assert imports._SCIPY_AVAILABLE
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+"""
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

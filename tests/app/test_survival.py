@@ -26,23 +26,23 @@ from safetensors.torch import load_file
 
 from app.callbacks import AdapterCheckpoint, PredictionWriter, Termination
 from app.callbacks.prediction_writer import write_rows
-from app.checkpoint_io import (
+from app.cli import main
+from app.console import console_logging
+from app.run.checkpoint_io import (
     SEAL_START,
     AtomicCheckpointIO,
     _file_problem,
     checkpoint_problem,
     read_checkpoint,
 )
-from app.cli import main
-from app.console import console_logging
-from app.failures import LOADERS
-from app.files import reraise_disk_full
-from app.run_directory import LOCK, load_checkpoint, locked, new_run_directory, resolve_checkpoint
+from app.run.failures import LOADERS
+from app.run.full_disk import reraise_disk_full
+from app.run.run_directory import LOCK, load_checkpoint, locked, new_run_directory, resolve_checkpoint
 from datamodules.atomic import WriteError
 from datamodules.errors import CheckpointError
 from tests.app.processes import DDP, run_on_two
+from tests.app.run.test_failures import raise_in
 from tests.app.test_bad_input import refused
-from tests.app.test_failures import raise_in
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
 from tests.conftest import ROOT, png
 from tests.support.disks import no_file_larger_than
@@ -256,7 +256,7 @@ def test_a_resume_reads_its_checkpoint_once(fitted_cli: CommandLine, monkeypatch
         return original(file, **options)
 
     original = torch.load
-    monkeypatch.setattr("app.checkpoint_io._file_problem", problem)
+    monkeypatch.setattr("app.run.checkpoint_io._file_problem", problem)
     monkeypatch.setattr(torch, "load", load)
     assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
     assert hashed == ["last.ckpt", "best.ckpt", "best.ckpt"]  # the second time for RUN/adapter

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.cli import main
-from app.moments import measure
+from app.cli import main, parse_fit
+from app.commands.moments import measure
 from benchmarks.harness import load
 from benchmarks.theory import correlation, find_runs, settings, whitened_norms
 from benchmarks.theory import main as compare
@@ -46,7 +46,7 @@ def test_norms_are_those_of_the_update_on_the_inputs(runs: Path) -> None:
     (setting,) = settings(find_runs([runs]))
     run = setting["B"][1]
     words = ["--config", str(run.path / "config.yaml"), "--model.adapter.dropout=0"]
-    measured = measure(words, batches=2, head_steps=0)
+    measured = measure(parse_fit, words, batches=2, head_steps=0)
     norms = whitened_norms(run, measured)
     state = torch.load(run.path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     measured.module.load_state_dict(state)

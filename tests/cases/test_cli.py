@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from app.callbacks import RunSummary
 from app.cli import AsymmetryCLI, main
+from app.config.imports import CLASSES, FUNCTIONS, PACKAGES, resolve
 from app.console import console_logging, traceback_hook
-from app.imports import CLASSES, FUNCTIONS, PACKAGES, resolve
 from datamodules.atomic import WriteError
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import Malicious, refused

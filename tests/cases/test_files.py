@@ -273,6 +273,7 @@ def test_case_40_a_kill_while_tokenising(text_cli: CommandLine, cache: Path) -> 
 
 
 def test_case_40_a_kill_of_a_fit(fitted_cli: CommandLine) -> None:
+    """Stale temporary files of fits and exports are removed."""
     run, mark = fitted_cli.run(), f".{'0' * 16}.tmp"
     for name in (f".metrics.json{mark}", f"checkpoints/.last.ckpt{mark}"):
         (run / name).write_bytes(b"half")

@@ -32,17 +32,18 @@ from app.callbacks.adapter_spectrum import AdapterSpectrum, _ratio
 from app.callbacks.prediction_writer import unused_paths
 from app.callbacks.run_summary import _is_limited
 from app.cli import main
-from app.commands.export import find_checkpoint, load_module, write_merged
-from app.commands.peft import write_peft
-from app.evaluations import (
+from app.config.differences import compare_configurations
+from app.export.load_run import find_checkpoint, load_module
+from app.export.merged import write_merged
+from app.export.peft import write_peft
+from app.reports.heat_map import HeatMap
+from app.run.evaluations import (
     FILE,
     Evaluation,
     add_evaluation,
-    compare_configurations,
     evaluations_of_checkpoint,
     read_evaluations,
 )
-from app.plots import HeatMap
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, adapters_disabled
 from modules.generation.beam_search import Generation
 from modules.generation.decoding import Decoding

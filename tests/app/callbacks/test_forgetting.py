@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from app.forgetting_probes import open_probe
+from app.callbacks.forgetting_probes import open_probe
 from modules.image_classification import ImageClassifier
 from modules.language_modeling import LanguageModel
 from tests.app.conftest import CommandLine
@@ -61,7 +61,7 @@ def test_before_is_the_untouched_backbone(
         return {"knn_acc": 0.75 if len(features) == 1 else 0.5}
 
     monkeypatch.setattr(ImageClassifier, "configure_tuning", hook)
-    monkeypatch.setattr("app.forgetting_probes.image_scores", seen)
+    monkeypatch.setattr("app.callbacks.forgetting_probes.image_scores", seen)
     fast = ["--model.learning_rate=0.1", f"--test_after_fit={tested}", "--checkpoint.monitor=null"]
     assert cli("fit", *options, *fast, f"--forgetting.path={second_images}") == 0
     assert scores(cli, "knn_acc") == (0.25, 0.75, 0.5)
@@ -78,7 +78,7 @@ def test_before_is_the_untouched_backbone(
     # the same images in the same order: features of the model as it was built, and others after the fit
     again: list[torch.Tensor] = []
     monkeypatch.setattr(
-        "app.forgetting_probes.image_scores", lambda model, batches, labels: again.extend(batches) or {}
+        "app.callbacks.forgetting_probes.image_scores", lambda model, batches, labels: again.extend(batches) or {}
     )
     open_probe(untouched, str(second_images), 1000, "text")(untouched)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_a_run_that_is_stopped_in_its_last_score_keeps_its_figures_and_is_scored
             os.kill(os.getpid(), signal.SIGTERM)
         return {"knn_acc": scored[-1]}
 
-    monkeypatch.setattr("app.forgetting_probes.image_scores", score)
+    monkeypatch.setattr("app.callbacks.forgetting_probes.image_scores", score)
     options = [f"--forgetting.path={second_images}", "--trainer.max_epochs=1", "--test_after_fit=false"]
     assert cli("fit", *options) == 143
     stopped = cli.metrics()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.cli import main
-from app.commands.export import find_checkpoint, load_module
+from app.export.load_run import find_checkpoint, load_module
 from datamodules.tokens.conversations import ConversationEncoder
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused

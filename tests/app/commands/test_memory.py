@@ -12,11 +12,10 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from transformers import LlamaConfig
 
-from app.cli import main
+from app.cli import main, parse_fit
 from app.commands.memory import device_line
-from app.memory_estimate import training_memory
-from app.memory_prediction import Prediction, predict
-from app.sweep.recipe import parsed_fit
+from app.commands.memory_estimate import training_memory
+from app.commands.memory_prediction import Prediction, predict
 from modules.adapters import AdapterConfig, adapter_state
 from modules.base import AdaptedModule
 from tests.app.conftest import CommandLine
@@ -35,7 +34,7 @@ def fit_words(cli: CommandLine, *options: str) -> list[str]:
 
 def real_module(words: list[str], classes: int) -> AdaptedModule:
     """The model that a fit builds, with values."""
-    keys = parsed_fit(["fit", *words]).model.as_dict()
+    keys = parse_fit([*words]).model.as_dict()
     if "class_names" in keys["init_args"]:
         keys["init_args"]["class_names"] = [str(number) for number in range(classes)]
     parser = ArgumentParser(exit_on_error=False)
@@ -66,7 +65,7 @@ def padded(ids: Tensor) -> Tensor:
 
 
 def predicted(words: list[str]) -> Prediction:
-    return predict(words, classes=1000)
+    return predict(parse_fit, words, classes=1000)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -120,7 +119,7 @@ def test_a_recipe_is_predicted_without_weights_and_data(capsys: pytest.CaptureFi
     frozen = depth * block + patches + 2 * width
     head = classes * (width + 1)
     trained = depth * 2 * rank * width + head
-    found = predict(["--config", "conf/vit_cifar.yaml"], classes)
+    found = predict(parse_fit, ["--config", "conf/vit_cifar.yaml"], classes)
     assert found.estimate.weights == 4 * frozen
     assert found.estimate.factors == 2 * 4 * depth * 2 * rank * width
     assert found.estimate.heads == 4 * head
@@ -128,7 +127,9 @@ def test_a_recipe_is_predicted_without_weights_and_data(capsys: pytest.CaptureFi
     assert found.setting == (
         "64 images a step of 224 × 224 pixels, a head of 1,000 classes (--classes), precision bf16-mixed"
     )
-    other = predict(["--config", "conf/vit_cifar.yaml", "--model.adapter.train=both", "--data.batch_size=32"], classes)
+    other = predict(
+        parse_fit, ["--config", "conf/vit_cifar.yaml", "--model.adapter.train=both", "--data.batch_size=32"], classes
+    )
     assert other.estimate.gradients == 4 * (trained + depth * 2 * rank * width)
     assert 0.4 * found.estimate.activations < other.estimate.activations < 0.8 * found.estimate.activations
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from app.cli import main
+from app.commands.run_records import dotted, find_runs, read_record
 from app.commands.runs import sort_records
-from app.run_directory import locked
-from app.run_records import dotted, find_runs, read_record
-from app.variants import VARIANTS, variant_keys, variant_name
+from app.config.variants import VARIANTS, variant_keys, variant_name
+from app.run.run_directory import locked
 from tests.app.test_bad_input import refused
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from app.cli import main
-from app.commands.export import load_module
 from app.commands.finished_runs import read_run, read_spectra
+from app.export.load_run import load_module
 from modules.adapters import adapted_projections
 from tests.app.commands.conftest import QUICK, assert_page_has_pictures
 from tests.app.conftest import CommandLine

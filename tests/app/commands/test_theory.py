@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from app.cli import main
-from app.moments import measure
+from app.cli import main, parse_fit
+from app.commands.moments import measure
 from modules.adapters import adapter_state
 from tests.app.commands.conftest import assert_page_has_pictures
 from tests.app.conftest import CommandLine
@@ -48,7 +48,7 @@ def test_moments_are_those_of_the_batches_of_fit(text_cli: CommandLine) -> None:
     """Without dropout, G is the gradient that B sees: ∂L/∂B = s·G·Aᵀ, here against autograd on the same batches."""
     options = ("--model.adapter.dropout=0", "--trainer.precision=32-true", "--model.adapter.rank=4")
     dropout = "--model.backbone_args={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
-    measured = measure(fit_words(text_cli, *options, dropout), batches=2, head_steps=0)
+    measured = measure(parse_fit, fit_words(text_cli, *options, dropout), batches=2, head_steps=0)
     module = measured.module
     assert measured.samples == 50
     assert all(not t.any() for name, t in adapter_state(module.backbone).items() if name.endswith("B"))
@@ -76,7 +76,7 @@ def test_moments_are_those_of_the_batches_of_fit(text_cli: CommandLine) -> None:
 
 def test_heads_are_trained_before_the_measurement_and_not_in_it(text_cli: CommandLine) -> None:
     def head(steps: int, batches: int) -> torch.Tensor:
-        module = measure(fit_words(text_cli), batches, steps).module
+        module = measure(parse_fit, fit_words(text_cli), batches, steps).module
         return torch.cat([p.detach().flatten() for n, p in module.named_parameters() if "classifier" in n])
 
     untouched = head(0, 1)

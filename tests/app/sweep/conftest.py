@@ -76,7 +76,7 @@ class SweepCommand:
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepCommand:
     """A sweep whose trials are `fake_fit`, and whose configurations nobody checks."""
-    monkeypatch.setattr(check, "check_plan", lambda _: None)
+    monkeypatch.setattr(check, "check_plan", lambda *_: None)
     monkeypatch.setattr(trial, "MAIN", FAKE)
     monkeypatch.setattr(run, "POLL", 0.02)
     monkeypatch.setattr(run, "LOOK", 0.1)

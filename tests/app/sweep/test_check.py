@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
-from app.imports import restricted_imports
+from app.cli import parse_fit, restricted_imports
+from app.config.yaml_files import checked_yaml
 from app.sweep.check import check_plan, logged_metrics
 from app.sweep.plan import SweepError, parse_plan
-from app.sweep.recipe import parsed_fit
-from app.yaml_files import checked_yaml
 from tests.app.sweep.test_plan import content
 
 
@@ -36,13 +35,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_sweeps_that_could_not_run_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SweepError) as error:
-        check_plan(parse_plan(content(**changes), "tiny"))
+        check_plan(parse_plan(content(**changes), "tiny", parse_fit), parse_fit)
     assert message in str(error.value)
 
 
 def test_every_built_in_variant_is_parsed() -> None:
-    plan = parse_plan(content(variants=["B", "A", "lora", "lora-fa", "rslora", "lora+", "head", "full"]), "tiny")
-    check_plan(plan)
+    plan = parse_plan(
+        content(variants=["B", "A", "lora", "lora-fa", "rslora", "lora+", "head", "full"]), "tiny", parse_fit
+    )
+    check_plan(plan, parse_fit)
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_every_built_in_variant_is_parsed() -> None:
     ],
 )
 def test_metrics_of_a_model(config: str, options: list[str], metrics: list[str]) -> None:
-    assert logged_metrics(parsed_fit(["fit", "--config", f"tests/conf/{config}.yaml", *options])) == metrics
+    assert logged_metrics(parse_fit(["--config", f"tests/conf/{config}.yaml", *options])) == metrics

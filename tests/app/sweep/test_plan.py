@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from app.cli import parse_fit
+from app.config.variants import VARIANTS
 from app.sweep.check import fit_words
 from app.sweep.plan import Plan, Range, SweepError, grid_points, parse_plan
-from app.variants import VARIANTS
 from tests.app.sweep.conftest import CONTENT
 
 
@@ -17,7 +18,7 @@ def content(**changes: Any) -> dict[str, Any]:
 
 
 def plan(**changes: Any) -> Plan:
-    return parse_plan(content(**changes), "tiny")
+    return parse_plan(content(**changes), "tiny", parse_fit)
 
 
 def test_variants_are_built_in_names_or_keys() -> None:

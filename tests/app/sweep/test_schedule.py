@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from app.cli import parse_fit
 from app.sweep.plan import Plan, parse_plan
 from app.sweep.schedule import Job, Outline, Record, outline
 from tests.app.sweep.test_plan import content
@@ -12,7 +13,7 @@ KEY = "model.learning_rate"
 
 
 def plan(values: list[Any], **changes: Any) -> Plan:
-    return parse_plan(content(variants={"B": {}, "A": {}}, search={KEY: values}, **changes), "tiny")
+    return parse_plan(content(variants={"B": {}, "A": {}}, search={KEY: values}, **changes), "tiny", parse_fit)
 
 
 def job(variant: str, value: Any, seed: int, phase: Any = "select") -> Job:
@@ -54,7 +55,9 @@ def test_best_mean_over_seeds_is_confirmed() -> None:
     assert outcome.needed == [job(v, 2, seed, "confirm") for seed in (2, 3) for v in ("B", "A")]
     confirmed = finished({"B": {2: 0.3}, "A": {2: 0.3}}, "confirm", (2, 3))
     assert left(sweep, [*records, *confirmed]).is_finished
-    lowest = parse_plan(content(search={KEY: [1, 2, 4]}, select={"metric": "val/loss", "mode": "min"}), "tiny")
+    lowest = parse_plan(
+        content(search={KEY: [1, 2, 4]}, select={"metric": "val/loss", "mode": "min"}), "tiny", parse_fit
+    )
     scores = {1: 0.2, 2: 0.1, 4: 0.3}
     assert left(lowest, finished({"B": scores, "B16": scores}, seeds=(0,))).chosen["B"] == job("B", 2, 0).point
 
@@ -100,7 +103,7 @@ def test_grid_is_extended_once_and_others_try_as_many(
 def test_no_extension_below_zero_or_of_words() -> None:
     zero = left(plan([0.0, 0.1, 0.2]), finished({v: {0.0: 0.9, 0.1: 0.2, 0.2: 0.1} for v in "BA"}))
     assert not zero.extra
-    words = parse_plan(content(variants={"B": {}}, search={"model.schedule": ["linear", "cosine"]}), "tiny")
+    words = parse_plan(content(variants={"B": {}}, search={"model.schedule": ["linear", "cosine"]}), "tiny", parse_fit)
     points = ['{"model.schedule": "linear"}', '{"model.schedule": "cosine"}']
     records = [Record(Job("B", "select", point, seed), "complete", 0.1) for point in points for seed in (0, 1)]
     assert left(words, records).chosen == {"B": points[0]}
@@ -113,7 +116,7 @@ def test_one_point_needs_no_choice() -> None:
 
 def test_sampled_points_are_asked_for_where_most_are_missing() -> None:
     ranged = {"search": {KEY: {"low": 1, "high": 9}}, "trials_per_variant": 2}
-    sweep = parse_plan(content(variants={"B": {}, "A": {}}, **ranged), "tiny")
+    sweep = parse_plan(content(variants={"B": {}, "A": {}}, **ranged), "tiny", parse_fit)
     outcome = outline(sweep, [Record(job("B", 3, 0), "complete", 0.1)], {"B": [job("B", 3, 0).point], "A": []})
     assert outcome.sampling == ["A", "B"]
     assert outcome.needed == [job("B", 3, 1)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from app.cli import parse_fit
 from app.sweep import storage
 from app.sweep.folders import is_locked, job_folder, place_of, try_lock
 from app.sweep.plan import parse_plan
@@ -23,7 +24,7 @@ from tests.app.sweep.test_plan import content
 
 
 def test_torn_line_of_the_journal_is_removed(tmp_path: Path) -> None:
-    plan = parse_plan(content(), "tiny")
+    plan = parse_plan(content(), "tiny", parse_fit)
     ledger = open_ledger(plan, None, tmp_path)
     claim = ledger.claim()
     assert claim is not None
@@ -59,7 +60,7 @@ def test_lock_of_the_journal_dies_with_its_holder(tmp_path: Path) -> None:
 
 
 def test_claims_are_locked_and_released(tmp_path: Path) -> None:
-    plan = parse_plan(content(), "tiny")
+    plan = parse_plan(content(), "tiny", parse_fit)
     first, second = open_ledger(plan, None, tmp_path), open_ledger(plan, None, tmp_path)
     mine, theirs = first.claim(), second.claim()
     assert mine is not None

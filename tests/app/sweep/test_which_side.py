@@ -10,11 +10,11 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from app.imports import restricted_imports
+from app.cli import parse_fit, restricted_imports
+from app.config.yaml_files import checked_yaml
 from app.sweep.budget import Budget
 from app.sweep.plan import Plan, SweepError, parse_plan, read_plan
 from app.sweep.schedule import Job, Outline
-from app.yaml_files import checked_yaml
 from datamodules.errors import DataError
 from tests.app.sweep.conftest import SweepCommand
 from tests.app.sweep.test_plan import content
@@ -31,7 +31,7 @@ def as_in_main() -> Iterator[None]:
 
 def plan(*options: str, config: str = "image", **changes: Any) -> Plan:
     """A plan without a base of its own; changes to None remove keys."""
-    return parse_plan(content(base=None, **changes), "tiny", [f"tests/conf/{config}.yaml"], options)
+    return parse_plan(content(base=None, **changes), "tiny", parse_fit, [f"tests/conf/{config}.yaml"], options)
 
 
 # -------------------------------------------------------------------------------------------------------- --base, --set
@@ -45,6 +45,7 @@ def test_recipe_and_keys_of_the_command_line(tmp_path: Path) -> None:
     )
     found = read_plan(
         str(file),
+        parse_fit,
         ["tests/conf/image.yaml", "conf/cpu.yaml"],
         ["trainer.max_epochs=3", "data.mean=[0.5, 0.1]", "model.init_args.weight_decay=1e-3", "data.path=a=b"],
     )

@@ -23,7 +23,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from app.memory_estimate import training_memory
+from app.commands.memory_estimate import training_memory
 from datamodules.contract import HIDDEN
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, attach

@@ -1,0 +1,184 @@
+"""Moments of inputs and gradients at the adapted projections of a frozen backbone, over a recipe's own batches."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any, TypeVar, cast
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.accelerators import Accelerator
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from app.config.constructors import construct
+from app.config.fit_keys import ParseFit
+from app.run.failures import construction_error
+from modules.adapters import AdaptedLinear, adapted_layers
+from modules.analysis.theory import Moments
+from modules.base import AdaptedModule
+
+_log = logging.getLogger(__name__)
+GIB = 2**30
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Model of a recipe, with the moments that were measured.
+
+    Args:
+        module: The model; its adapters are as they started, its heads are trained a little.
+        words: Options of `fit` that the model was built with.
+        moments: By projection, in the order of the model's modules.
+        samples: Number of training samples that the recipe has.
+        steps: Batches that were measured.
+    """
+
+    module: AdaptedModule
+    words: list[str]
+    moments: dict[str, Moments]
+    samples: int
+    steps: int
+
+
+def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps: int) -> Measurement:
+    """Build data and model as `fit` would, and measure the frozen backbone over a few training batches.
+
+    No adapter is trained, and nothing is written. One process runs on one device, whatever the recipe's strategy is.
+
+    Args:
+        parse_fit: Parser of `fit`.
+        words: Options of `fit`.
+        batches: Batches to measure.
+        head_steps: Optimizer steps of the heads alone before that; without heads there are none.
+
+    Raises:
+        ArgumentError: For keys without which there is nothing to measure, or that start elsewhere than at W.
+    """
+    config = parse_fit(words)
+    for key, value in (
+        ("ckpt_path", config.ckpt_path),
+        ("model.adapter_path", config.model.init_args.get("adapter_path")),
+    ):
+        if value is not None:
+            raise ArgumentError(
+                None, f"{key}: {value} holds trained adapters, and theory measures the backbone before training. "
+                "Leave the key out."
+            )  # fmt: skip
+    if config.seed_everything is not False:
+        seed = None if config.seed_everything is True else config.seed_everything
+        L.seed_everything(seed, workers=True, verbose=False)
+    module = _construct(AdaptedModule, "model", config)
+    data = _construct(L.LightningDataModule, "data", config)
+    if not adapted_layers(module.backbone):
+        raise ArgumentError(None, f"model.tuning: {module.tuning} adapts no projection to measure. Set it to adapter.")
+    module.compiles = False  # hooks see the layers as they are written
+    if head_steps and not module.head_names:
+        _log.info("The model has no new head: no steps before the measurement.")
+        head_steps = 0
+    collector = MomentCollector(head_steps)
+    with tempfile.TemporaryDirectory() as scratch:
+        _trainer(config.trainer, collector, head_steps + batches, scratch).fit(module, datamodule=data)
+    return Measurement(module, list(words), collector.moments, collector.samples, batches)
+
+
+def _construct(base: type[T], section: str, config: Namespace) -> T:
+    """Return an instance of a section's class; an error of the constructor names the section."""
+    try:
+        return construct(base, config[section])
+    except Exception as error:
+        raise construction_error(config, resolve_name(config[section].class_path), error) from None
+
+
+def _trainer(keys: Namespace, collector: MomentCollector, steps: int, scratch: str) -> L.Trainer:
+    """Return a trainer of the recipe's precision that logs, validates and saves nothing."""
+    accelerator = keys.accelerator
+    return L.Trainer(
+        accelerator=accelerator if isinstance(accelerator, str) else construct(Accelerator, accelerator),  # type: ignore[type-abstract]
+        devices=1,
+        precision=keys.precision,
+        gradient_clip_val=keys.gradient_clip_val,
+        gradient_clip_algorithm=keys.gradient_clip_algorithm,
+        max_steps=steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=keys.enable_progress_bar,
+        use_distributed_sampler=False,
+        default_root_dir=scratch,
+        callbacks=[collector],
+    )
+
+
+class MomentCollector(L.Callback):
+    """Collect the moments at each adapted projection, while no adapter moves.
+
+    Args:
+        head_steps: Optimizer steps in which heads are trained first; afterwards nothing is.
+    """
+
+    def __init__(self, head_steps: int) -> None:
+        self.head_steps = head_steps
+        self.moments: dict[str, Moments] = {}
+        self.samples = 0
+        self._active = False
+        self._hooks: list[RemovableHandle] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hook every adapted layer."""
+        device = pl_module.device if pl_module.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+        size = 0
+        for layer in adapted_layers(cast(AdaptedModule, pl_module).backbone).values():
+            for f in layer.factors():
+                d_in, d_out = layer.in_features, f.projection.stop - f.projection.start
+                self.moments[f.projection.name] = Moments(d_in, d_out, device)
+                size += 8 * (d_in**2 + d_in * d_out + d_out**2)
+            self._hooks.append(layer.register_forward_hook(self._watch))
+        _log.info(f"The moments of {len(self.moments)} projections take {size / GIB:.2f} GiB.")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what a few batches are of the whole."""
+        loader: Any = trainer.train_dataloader
+        self.samples = len(loader.dataset)
+        needed, whole = trainer.max_steps, int(trainer.num_training_batches)
+        if needed > whole:
+            _log.warning(f"The training data have {whole} batches, and {needed} are read: some rows are seen again.")
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to measure after the steps of the heads."""
+        self._active = trainer.global_step >= self.head_steps
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Keep the factors where they started, and during the measurement the heads too."""
+        for group in optimizer.param_groups:
+            if self._active or group["name"].partition("/")[0] != "head":
+                group["lr"] = 0.0  # until the schedule sets the next step's
+
+    def _watch(self, layer: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Collect the gradient to a layer's output beside its input."""
+        if self._active and output.requires_grad:
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: self._collect(cast(AdaptedLinear, layer), x, gradient))
+
+    def _collect(self, layer: AdaptedLinear, x: Tensor, gradient: Tensor) -> None:
+        flat = x.reshape(-1, layer.in_features)  # (n, d_in)
+        grads = gradient.reshape(-1, layer.out_features)  # (n, d_out)
+        for f in layer.factors():
+            self.moments[f.projection.name].add(flat, grads[:, f.projection.rows])

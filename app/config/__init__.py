@@ -1,0 +1,1 @@
+"""Configuration: precedence, validation, allowed imports, messages of the parser, schema."""

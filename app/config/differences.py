@@ -1,0 +1,69 @@
+"""Differences between the configuration of a checkpoint and the configuration of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+from jsonargparse import Namespace
+
+from app.config.constructors import constructor_parameters
+from app.config.imports import same_class
+
+# Keys of `model` and `data` that change no metric of an evaluation. A fingerprint in the checkpoint checks the weights.
+_WITHOUT_EFFECT = {
+    "model": {
+        *("backbone", "weights", "adapter_path", "learning_rate", "weight_decay", "schedule", "warmup_ratio"),
+        *("optimizer", "lr_ratio_b", "lr_ratio_head", "lr_ratio_role", "label_smoothing"),
+        *("shard_frozen", "compile", "gradient_checkpointing"),
+    },
+    "data": {
+        *("batch_size", "num_workers", "predict_path", "prediction_format", "memory_limit_gb", "cache_prefix"),
+        *("crop_scale", "horizontal_flip", "packing"),
+    },
+}
+
+
+def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
+    """Return the keys of `model` and `data` that can change a metric and differ between a checkpoint and an evaluation.
+
+    Args:
+        saved: The sections that a checkpoint was trained with, as `saved_configuration` gives them.
+        used: The sections of the evaluation, whose classes are imported.
+    """
+    different: list[str] = []
+    for section in [section for section in _WITHOUT_EFFECT if section in saved and section in used]:
+        before, now = saved[section], used[section]
+        if not same_class(before["class_path"], now["class_path"]):
+            different.append(section)
+            continue
+        # an earlier version's checkpoint lacks the keys that came later
+        first, second = (_with_defaults(now["class_path"], values["init_args"]) for values in (before, now))
+        keys = sorted({*first, *second} - _WITHOUT_EFFECT[section])
+        different += [f"{section}.{key}" for key in keys if _canonical(first.get(key)) != _canonical(second.get(key))]
+    return different
+
+
+def _with_defaults(class_path: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a class, with the defaults of those that are missing, in groups of keys too."""
+    complete: dict[str, Any] = dict(values)
+    for name, parameter in constructor_parameters(resolve_name(class_path)).items():
+        default = None if parameter.default is parameter.empty else parameter.default
+        given = complete.setdefault(name, default)
+        if isinstance(given, Mapping) and is_dataclass(default) and not isinstance(default, type):
+            complete[name] = asdict(default) | dict(given)
+    return complete
+
+
+def _canonical(value: Any) -> str:
+    """Return one text for a value of a parser, a dataclass or a checkpoint."""
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, Namespace):
+            return other.as_dict()
+        return asdict(other) if is_dataclass(other) and not isinstance(other, type) else str(other)
+
+    return json.dumps(value, sort_keys=True, default=plain)

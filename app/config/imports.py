@@ -1,0 +1,146 @@
+"""Import guard: a configuration may name classes of this program and of Lightning, and a few functions."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+# A class may be named if its definition lies below one of these packages. Of Lightning, these are the packages whose
+# classes a trainer takes, and not its core, whose load_from_checkpoint unpickles. Of torch, what strategies and the key
+# model.optimizer take.
+PACKAGES = (
+    "app.callbacks",
+    "datamodules",
+    "modules",
+    "lightning.fabric.accelerators",
+    "lightning.fabric.plugins",
+    "lightning.fabric.strategies",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.distributed.fsdp",
+    "torch.nn.modules",
+    "torch.optim",
+)
+# Base class of the section `data`, which the parser itself names.
+CLASSES = ("lightning.pytorch.core.datamodule.LightningDataModule",)
+_HOOKS = "torch.distributed.algorithms.ddp_comm_hooks"
+# The only functions: what DDPStrategy takes as ddp_comm_hook and ddp_comm_wrapper.
+FUNCTIONS = (
+    f"{_HOOKS}.default_hooks.bf16_compress_hook",
+    f"{_HOOKS}.default_hooks.bf16_compress_wrapper",
+    f"{_HOOKS}.default_hooks.fp16_compress_hook",
+    f"{_HOOKS}.default_hooks.fp16_compress_wrapper",
+    f"{_HOOKS}.powerSGD_hook.powerSGD_hook",
+)
+OPTION = "--allow_imports"
+HELP = f"{OPTION} PREFIX, on the command line only: what else configurations may import, such as my_package.callbacks."
+
+
+def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the command line into the prefixes that it allows and the other words, in their order.
+
+    Raises:
+        ArgumentError: For the option without a prefix.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(OPTION, action="append", default=[])
+    known, others = parser.parse_known_args(list(words))
+    return known.allow_imports, others
+
+
+def denial(path: str, prefixes: Sequence[str] = ()) -> str | None:
+    """Return why a configuration may not name a dotted path; None if it may.
+
+    Args:
+        path: The dotted path.
+        prefixes: Modules and packages that are allowed besides `PACKAGES`, with their functions.
+    """
+    if resolve(path, prefixes) is not None:
+        return None
+    module_name = path.rpartition(".")[0]
+    refused = f"'{path}' is not imported: configurations name classes of this program and of Lightning, no functions."
+    if _below(module_name, PACKAGES):
+        return f"{refused} Attributes of a class or of an imported module are never reached."
+    return f"{refused} If you know what it runs and want that, put {OPTION} {module_name or path} on the command line."
+
+
+def resolve(path: str, prefixes: Sequence[str] = ()) -> type | Callable[..., Any] | None:
+    """Return the class or function that a configuration may name by a dotted path; None if it may not.
+
+    The path is a module and a name in the module. Attributes of classes, functions and instances are never reached.
+    Only modules below an allowed package, or below one of the additional prefixes, are imported.
+
+    Raises:
+        ImportError: For a name that an allowed module lacks, or an allowed module that cannot be imported.
+    """
+    module_name, _, name = path.rpartition(".")
+    named_by_user = _below(path, prefixes)
+    may_import = named_by_user or _below(module_name, PACKAGES)
+    module = _module(module_name, may_import)
+    if module is None:
+        return None
+    if name not in vars(module) and not (named_by_user and hasattr(module, name)):
+        if may_import:
+            raise ImportError(_missing(module, name))
+        return None
+    found = vars(module).get(name) or getattr(module, name)
+    if not isinstance(found, type | FunctionType | BuiltinFunctionType | MethodType):
+        return None
+    home = f"{found.__module__}.{found.__qualname__}"
+    if isinstance(found, type):
+        return found if _below(home, (*PACKAGES, *prefixes)) or home in CLASSES else None
+    return found if home in FUNCTIONS or _below(home, prefixes) else None
+
+
+def _below(path: str, prefixes: Sequence[str]) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _module(name: str, may_import: bool) -> ModuleType | None:
+    """Return a module that is imported already, or that may be imported now; None for anything else."""
+    if name in sys.modules or not may_import:
+        return sys.modules.get(name)
+    parent_name, _, leaf = name.rpartition(".")
+    parent = sys.modules.get(parent_name)
+    if parent is not None and not isinstance(vars(parent).get(leaf, parent), ModuleType):
+        return None  # a class or a function of the module before it
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            package, _, missing = error.name.rpartition(".")
+            holder = sys.modules.get(package)
+            if holder is not None and "__path__" in vars(holder) and missing not in vars(holder):  # no attribute of it
+                raise ImportError(f"There is no module {error.name}.") from error
+            return None
+        raise ImportError(f"{name} cannot be imported: {error}. Install it: pip install {error.name}.") from error
+    except Exception as error:
+        raise ImportError(f"{name} cannot be imported ({type(error).__name__}: {error}).") from error
+
+
+def _missing(module: ModuleType, name: str) -> str:
+    names = [key for key, value in vars(module).items() if inspect.isclass(value)]
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"There is no class {name} in {module.__name__}{f'; did you mean {close[0]}?' if close else '.'}"
+
+
+def same_class(first: str, second: str) -> bool:
+    """Return True if two dotted paths name one class. Paths that may not be imported are compared as text."""
+    if first == second:
+        return True
+    try:
+        found = resolve(first)
+        return found is not None and found is resolve(second)
+    except ImportError:
+        return False

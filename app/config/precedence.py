@@ -1,0 +1,194 @@
+"""Precedence of command line, configuration files and checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, Namespace
+
+from app.config.program_files import find_program_file
+
+SECTIONS = ("model", "data")  # which name a class
+
+_log = logging.getLogger(__name__)
+
+
+# callbacks have members of enumerations among their defaults, which a saved configuration has to hold
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
+
+def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Split the command line into the command, the names of the configuration files, and the options.
+
+    Raises:
+        ArgumentError: For `--config` without a name.
+    """
+    command = [words[0]] if words and not words[0].startswith("-") else []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    known, options = parser.parse_known_args(words[len(command) :])
+    return command, [find_program_file(name) for name in known.config], options
+
+
+def without_sections(options: list[str]) -> list[str]:
+    """Return the options that are not about the model or the data."""
+    kept = []
+    rest = iter(options)
+    for word in rest:
+        key = word.removeprefix("--").partition("=")[0]
+        if not (word.startswith("--") and key.removesuffix("+").partition(".")[0] in SECTIONS):
+            kept.append(word)
+        elif "=" not in word:
+            next(rest, None)
+    return kept
+
+
+def runs_root(given: str | None, files: list[str]) -> Path:
+    """Return the directory below which a recipe's runs lie.
+
+    Args:
+        given: `trainer.default_root_dir`.
+        files: Names of the configuration files. Without a given directory the first file decides: runs/<recipe>, or
+            the parent of the run directory if the file is the config.yaml of a run.
+
+    Raises:
+        ArgumentError: For an empty name, or the home of a user who does not exist.
+    """
+    if given is not None:
+        return expanded_path("trainer.default_root_dir", given)
+    first = Path(files[0]) if files else Path("default.yaml")
+    return first.parent.parent if first.parent.name.startswith("version_") else Path("runs") / first.stem
+
+
+def expanded_path(key: str, given: str) -> Path:
+    """Return a path with `~` expanded.
+
+    Raises:
+        ArgumentError: With the key, for an empty name or the home of a user who does not exist.
+    """
+    if not given:
+        raise ArgumentError(None, f"{key}: the name is empty. Give a path, or leave the key out.")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise ArgumentError(None, f"{key}: {given} cannot be expanded ({error}).") from error
+
+
+@contextmanager
+def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
+    """Write `content` to a temporary YAML file; delete it on exit.
+
+    Raises:
+        ArgumentError: If the content, a checkpoint's, is no plain values.
+    """
+    handle, name = tempfile.mkstemp(suffix=".yaml")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            try:
+                yaml.safe_dump(content, file, sort_keys=False)  # the first key of a rank_pattern that matches decides
+            except (yaml.YAMLError, RecursionError, ValueError) as error:
+                raise ArgumentError(
+                    None, "ckpt_path: the hyper-parameters in the checkpoint are no plain values. Use another one."
+                ) from error
+        yield name
+    finally:
+        os.unlink(name)
+
+
+def ignore_adapter_path(from_files: Namespace, final: Namespace) -> None:
+    """Ignore `model.adapter_path` when a checkpoint is used: set the command's value to null, and log that."""
+    values = final["model"].init_args
+    if values.get("adapter_path") is not None or section_keys(from_files, "model").get("adapter_path") is not None:
+        values["adapter_path"] = None
+        _log.info("model.adapter_path is not read: the checkpoint has the adapters.")
+
+
+def report_untrained(command: str, heads: list[str], adapter_path: str | None) -> None:
+    """Log which weights a command without a checkpoint uses; `heads` are the names of the model's heads."""
+    used = "the backbone without training"
+    if adapter_path is not None:
+        used = f"the backbone with the adapters of {adapter_path}, and with the heads that lie there"
+    elif heads:
+        used += (
+            f". Its head ({', '.join(heads)}) has random weights, unless the backbone's own files bring a head for the "
+            "same classes"
+        )
+    _log.info(f"{command} without --ckpt_path uses {used}.")
+
+
+def report_differences(
+    saved: dict[str, Any], from_files: Namespace, of_variant: dict[str, Any], final: Namespace
+) -> None:
+    """Log which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's.
+
+    Args:
+        saved: The sections that the checkpoint was trained with.
+        from_files: Values of the configuration files.
+        of_variant: Keys that the variant sets, which replace a file's: the checkpoint was checked against them.
+        final: Values of the command.
+    """
+    for section, content in saved.items():
+        ours = dotted(final[section].init_args.as_dict())
+        theirs = {f"{section}.{key}": value for key, value in section_keys(from_files, section).items()} | of_variant
+        for key, value in dotted(content["init_args"]).items():
+            name = f"{section}.{key}"
+            if name in ("data.predict_path", "model.adapter_path"):  # new each time; never read
+                continue
+            if key in ours and comparable(ours[key]) != comparable(value):
+                _log.info(f"{name}: {ours[key]} from the command line; the checkpoint had {value}.")
+            elif theirs.get(name) is not None and comparable(theirs[name]) != comparable(value):
+                _log.info(f"{name}: {value} from the checkpoint; the configuration file has {theirs[name]}.")
+
+
+def report_changes(before: dict[str, Any], final: Namespace) -> None:
+    """Log which keys of the trainer a resumed run has otherwise than it began; these are not in a checkpoint."""
+    unlike = {"default_root_dir", "logger", "callbacks"}  # they differ whenever a run is resumed
+    ours = {k: v for k, v in final["trainer"].as_dict().items() if k not in unlike}
+    now, began = (dotted({"trainer": t}) for t in (ours, before.get("trainer", {})))
+    now["seed_everything"], began["seed_everything"] = final.get("seed_everything"), before.get("seed_everything")
+    for key, value in now.items():
+        if key in began and comparable(began[key]) != comparable(value):
+            _log.info(f"{key}: {value} now; the run began with {began[key]}.")
+
+
+def output_directory(given: str) -> Path:
+    """Return the directory of `--output`, which need not exist.
+
+    Raises:
+        ArgumentError: If it is a file, or the name is empty.
+    """
+    output = expanded_path("--output", given)
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
+    return output
+
+
+def dotted(value: Any, key: str = "") -> dict[str, Any]:
+    """Return nested values by the dotted keys that name them on the command line, without `init_args`."""
+    if not isinstance(value, dict) or not value:
+        return {key: value} if key else {}
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat |= dotted(part, key if name == "init_args" else f"{key}.{name}" if key else str(name))
+    return flat
+
+
+def section_keys(config: Namespace, section: str) -> dict[str, Any]:
+    """Return the arguments of a section's class by dotted key; none if the section is not there."""
+    content = config.get(section)
+    values = content.get("init_args") if isinstance(content, Namespace) else None
+    return dotted(values.as_dict()) if isinstance(values, Namespace) else {}
+
+
+def comparable(value: Any) -> Any:
+    """Return a value such that a tuple equals a list: a checkpoint has tuples where YAML has lists."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,30 @@
+"""Recipes, assets and name of the program itself, from any working directory, as after `pip install .`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("conf/", "app/assets/")
+
+
+def find_program_file(name: str) -> str:
+    """Return the path of a recipe or asset of the program, unless the working directory has a file of that name."""
+    file = os.path.join(ROOT, name)
+    return file if name.startswith(FOLDERS) and os.path.exists(file) and not os.path.exists(name) else name
+
+
+def find_program_files(config: Namespace) -> None:
+    """Replace, in place, each value that names a recipe or an asset of the program (`find_program_file`)."""
+    for key, value in list(config.items()):
+        if isinstance(value, str):
+            config[key] = find_program_file(value)
+
+
+def program_words() -> list[str]:
+    """Return the words that call this program: `python main.py`, or `onesided` once it is installed."""
+    return ["onesided"] if Path(sys.argv[0]).name == "onesided" else ["python", "main.py"]

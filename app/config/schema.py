@@ -1,0 +1,81 @@
+"""JSON schema of a recipe: jsonargparse's own, of fit's parser with the recipe's model and data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+
+from app.config.fit_keys import FitKeys
+from app.config.imports import resolve
+from app.config.precedence import SECTIONS
+from app.config.yaml_files import check_file, read_yaml
+
+Described = dict[str, Any]  # class_path and init_args
+# Keys of the trainer that take classes of other packages. Their arguments are not in the schema.
+CLASSES: dict[str, Any] = {
+    "accelerator": str | Described,
+    "strategy": str | Described,
+    "logger": bool | Described | list[Described] | None,
+    "callbacks": Described | list[Described] | None,
+    "plugins": str | Described | list[str | Described] | None,
+    "profiler": str | Described | None,
+}
+
+
+def add_recipe_keys(parser: LightningArgumentParser, classes: Mapping[str, type]) -> None:
+    """Add the keys of trainer, model and data; a section without a class takes any keys."""
+    parser.add_class_arguments(L.Trainer, "trainer", skip={*CLASSES})
+    for key, kind in CLASSES.items():
+        parser.add_argument(f"--trainer.{key}", type=kind)
+    for section in SECTIONS:
+        if section in classes:
+            parser.add_argument(f"--{section}.class_path", type=str)
+            parser.add_class_arguments(classes[section], f"{section}.init_args")
+        else:
+            parser.add_argument(f"--{section}", type=dict)
+
+
+def recipe_schema(name: str, fit: FitKeys) -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a recipe and of all overlays for it.
+
+    Every key may be left out: an overlay has a few of them, and the command line may add others.
+
+    Args:
+        name: The recipe's file.
+        fit: Access to the keys of `fit`.
+
+    Raises:
+        ArgumentError: If the file is missing or broken, or names a class that there is not.
+    """
+    check_file(name)
+    sections = {key: part for key, part in read_yaml(name).items() if key in SECTIONS and isinstance(part, dict)}
+    paths = {section: part["class_path"] for section, part in sections.items() if "class_path" in part}
+    parser = fit.parser({section: _class(section, path) for section, path in paths.items()})
+    schema: dict[str, Any] = json.loads(parser.get_completion_script("jsonschema"))
+    recipe = {"$schema": schema["$schema"], **schema["properties"]["fit"], "$defs": schema.get("$defs", {})}
+    properties = recipe["properties"]
+    for section, path in paths.items():
+        properties[section]["properties"]["class_path"] = {"enum": [path]}
+    for part in (recipe, *properties.values(), *(properties[section]["properties"]["init_args"] for section in paths)):
+        part.pop("required", None)
+    return recipe
+
+
+def _class(section: str, path: str) -> type:
+    """Return the class of a section.
+
+    Raises:
+        ArgumentError: If there is none, or a configuration may not name it.
+    """
+    try:
+        found = resolve(path)
+    except ImportError as error:
+        raise ArgumentError(None, f"{section}.class_path: {error}") from error
+    if not isinstance(found, type):
+        raise ArgumentError(None, f"{section}.class_path: {path} is no class that a recipe may name.")
+    return found

@@ -1,0 +1,173 @@
+"""Validation of a configuration: classes, values and strategy, before anything is constructed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, get_args, get_type_hints
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.strategies import StrategyRegistry
+
+from app.config.imports import same_class
+from app.config.precedence import SECTIONS, comparable, dotted, section_keys
+from app.config.variants import OPTION, variant_keys
+
+LARGEST_SEED = 2**32 - 1  # NumPy's
+LARGEST_NUMBER = 2**63 - 1  # torch's
+
+
+def class_of(config: Namespace, section: str) -> str | None:
+    """Return the class path of a section; None if the section names no class."""
+    content = config.get(section)
+    return content.get("class_path") if isinstance(content, Namespace) else None
+
+
+def check_sections(config: Namespace) -> None:
+    """Check that a command has a model and data; raise ArgumentError with the section that is missing."""
+    for section in SECTIONS:
+        if class_of(config, section) is None:
+            raise ArgumentError(
+                None, f"{section}: no class is given. Add --config FILE with a recipe of conf/, or --{section} CLASS."
+            )
+
+
+def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dict[str, Any]:
+    """Check that a checkpoint is of the task that the configuration is for.
+
+    Args:
+        saved: The sections that the checkpoint was trained with.
+        config: Files and command line, parsed without the checkpoint.
+        trains: Whether training goes on. To evaluate, data of another kind is as good, such as MMLU.
+
+    Returns:
+        The saved sections that the configuration does not replace.
+
+    Raises:
+        ArgumentError: With both classes.
+    """
+    kept = dict(saved)
+    for section, content in saved.items():
+        wanted = class_of(config, section)
+        if wanted is None or same_class(wanted, content["class_path"]):
+            continue
+        if section == "model" or trains:
+            raise ArgumentError(
+                None,
+                f"ckpt_path: the checkpoint was trained with {content['class_path']}, and the configuration is for "
+                f"{wanted}. Use the config.yaml of the checkpoint's run, or another checkpoint.",
+            )
+        del kept[section]
+    return kept
+
+
+def check_values(key: str, hint: Any, value: Any) -> None:
+    """Check what the parser lets through: null where a class takes none, and a single value for a group of keys.
+
+    Args:
+        key: The value's key.
+        hint: The type of the key.
+        value: The given value.
+
+    Raises:
+        ArgumentError: With the key.
+    """
+    if value is None and hint is not Any and type(None) not in get_args(hint):
+        raise ArgumentError(None, f"{key}: the value cannot be null. Leave the key out to have its default.")
+    if dataclasses.is_dataclass(hint) and value is not None:
+        if not isinstance(value, Namespace):
+            names = ", ".join(field.name for field in dataclasses.fields(hint))
+            raise ArgumentError(None, f"{key}: {value!r} is a single value. Give keys: {names}.")
+        hints = get_type_hints(hint)
+        for name, part in value.items(branches=True, nested=False):
+            check_values(f"{key}.{name}", hints[name], part)
+
+
+def check_plain_values(key: str, value: Any) -> None:
+    """Check all numbers and words below a key.
+
+    NaN is refused, and so are integers that no library holds, seeds that NumPy refuses, and names that are no UTF-8:
+    neither YAML nor TensorBoard can write them.
+
+    Raises:
+        ArgumentError: With the key.
+    """
+    if isinstance(value, dict):
+        for name, part in value.items():
+            inner = name in ("init_args", "dict_kwargs")
+            check_plain_values(key if inner else f"{key}.{name}".removeprefix("."), part)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            check_plain_values(key, part)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(None, f"{key}: {value} is no UTF-8. Rename the file or folder.") from error
+    elif isinstance(value, float) and math.isnan(value):
+        raise ArgumentError(None, f"{key}: nan is no number. Give a finite one.")
+    elif isinstance(value, int) and not isinstance(value, bool):
+        is_seed = key.rpartition(".")[2] in ("seed_everything", "seed") or key.endswith("_seed")
+        least, most = (0, LARGEST_SEED) if is_seed else (-LARGEST_NUMBER, LARGEST_NUMBER)
+        if not least <= value <= most:
+            raise ArgumentError(None, f"{key}: {value} lies outside {least} to {most}.")
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse strategies of Lightning that shard or move the trained parameters, or that fork this process.
+
+    Args:
+        strategy: A name, or a class with its arguments. Strategies from elsewhere pass.
+
+    Raises:
+        ArgumentError: With the strategy to use instead.
+    """
+    path = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
+    name = path.rpartition(".")[2]
+    values = strategy.get("init_args") if isinstance(strategy, Namespace) else None
+    started = name if values is None else f"{name} with start_method {values.get('start_method') or 'popen'}"
+    if name.startswith(("ddp_", "DDPStrategy")) and any(way in started for way in ("spawn", "fork", "notebook")):
+        raise ArgumentError(
+            None,
+            f"trainer.strategy: {started} starts its processes from within this one; use ddp, which starts them anew.",
+        )
+    replicates = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
+    is_lightnings = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
+    if is_lightnings and not replicates:  # Lightning reports a strategy that does not exist
+        raise ArgumentError(
+            None,
+            f"trainer.strategy: {name} would shard or move what is trained, which is little and stays whole on each "
+            "device; use ddp, and where the frozen weights are too large for one device --model.shard_frozen true with "
+            "it (conf/fsdp.yaml).",
+        )
+
+
+def check_variant(variant: str, from_words: Namespace, saved: dict[str, Any]) -> None:
+    """Check that a checkpoint is of the variant that a resumed fit names.
+
+    Keys that the command line sets beside the variant do not count, nor do factors that `model.adapter_path` gave.
+
+    Args:
+        variant: The variant's name.
+        from_words: Files, variant and command line, parsed without the checkpoint.
+        saved: The sections that the checkpoint was trained with.
+
+    Raises:
+        ArgumentError: With the keys that differ.
+    """
+    trained = dotted({"model": saved["model"]["init_args"]}) if "model" in saved else {}
+    now = {f"model.{key}": value for key, value in section_keys(from_words, "model").items()}
+    differing = [
+        f"{key}: {trained[key]} (the variant has {value})"
+        for key, value in variant_keys(variant).items()
+        if key in trained
+        and comparable(now.get(key, value)) == value
+        and comparable(trained[key]) != value
+        and not (trained[key] == "given" and key.startswith("model.adapter.init_"))
+    ]
+    if differing:
+        raise ArgumentError(
+            None,
+            f"{OPTION}: the checkpoint is not of the variant {variant}. It was trained with {', '.join(differing)}. "
+            f"Leave {OPTION} out to resume the checkpoint, or leave --ckpt_path out to start a new run.",
+        )

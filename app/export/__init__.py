@@ -1,0 +1,1 @@
+"""Export of a finished run, one format a file."""

@@ -1,0 +1,58 @@
+"""Format `compact`: the adapters alone, without a frozen factor that can be drawn again."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentError
+
+from app.config.program_files import program_words
+from app.export.loader_code import Loader
+from app.export.peft import peft_content
+from modules.adapters import adapter_state
+from modules.base import AdaptedModule
+from modules.formats.compact import FILE_NAME as COMPACT
+from modules.formats.compact import save_compact
+
+
+def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: Path | None = None) -> Loader:
+    """Write the adapters and the heads as a compact file; print what it stores, and its size beside PEFT's.
+
+    Args:
+        module: A module as `load_module` gives it.
+        dtype: Dtype of what is stored.
+        folder: An empty directory.
+        run: The run directory, whose config.yaml the command names; None if there is none.
+
+    Returns:
+        The command that loads it.
+
+    Raises:
+        ArgumentError: If the run has no adapters.
+    """
+    if module.tuning != "adapter":
+        raise ArgumentError(None, f"--format: compact is for adapters, and this run has tuning: {module.tuning}.")
+    factors = {f"backbone.{name}" for name in adapter_state(module.backbone)}
+    heads = {name: tensor for name, tensor in module.saved_state().items() if name not in factors}
+    redrawn = save_compact(folder, module.backbone, module.adapter, heads, dtype)
+    if redrawn:
+        print(f"Left out, as loading draws them again: the frozen factors of {len(redrawn)} projections.")
+    if stored := len(module.projections) - len(redrawn):
+        reason = "both are trained" if module.adapter.train == "both" else "only those of init signs can be drawn again"
+        print(f"Stored: both factors of {stored} projections, since {reason}.")
+        if module.adapter.train != "both":
+            frozen = "init_a" if module.adapter.train == "B" else "init_b"
+            print(f"A compact file leaves out the frozen factor of runs with --model.adapter.{frozen} signs.")
+    size = (folder / COMPACT).stat().st_size
+    peft = _peft_bytes(module, dtype)
+    print(f"Size: {size / 1e6:.3g} MB; as --format peft: {peft / 1e6:.3g} MB, heads included in both.")
+    config = "RUN/config.yaml" if run is None else str(run / "config.yaml")
+    return lambda output: shlex.join([*program_words(), "test", "--config", config, "--model.adapter_path", output])
+
+
+def _peft_bytes(module: AdaptedModule, dtype: torch.dtype) -> int:
+    """Return the bytes of the tensors in PEFT's file of the same run."""
+    _, tensors = peft_content(module, module.saved_state())
+    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors.values())

@@ -1,0 +1,233 @@
+"""Model card of an export: README.md as the hub reads it. Quotes from data and checkpoints stay plain text."""
+
+from __future__ import annotations
+
+import logging
+import re
+import string
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from app.export.loader_code import LOCAL, is_timm
+from app.run.checkpoint_io import read_checkpoint, run_of_checkpoint, saved_configuration
+from app.run.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split, read_metrics
+from modules.base import AdaptedModule
+
+TASKS = {
+    "images": "image-classification",
+    "labelled texts": "text-classification",
+    "summaries": "summarization",
+    "instructions": "text-generation",
+}
+SPLITS = {"val": "validation", "test": "test"}
+COSTS = ("params", "adapter", "time", "memory")  # groups of metrics.json that do not depend on data or checkpoint
+_log = logging.getLogger(__name__)
+MOST_LABELS = 30  # that a card lists
+_PLAIN = re.compile(r"[A-Za-z0-9_.,:/+% -]{1,200}")
+_MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
+
+
+def write_card(
+    folder: Path,
+    module: AdaptedModule,
+    checkpoint: Path,
+    form: str,
+    load: str,
+    notes: Mapping[str, Any],
+) -> None:
+    """Write README.md.
+
+    Args:
+        folder: Directory of the export.
+        module: The model, with or without its adapters.
+        checkpoint: The checkpoint that was exported. The card quotes this checkpoint's evaluations on the data that it
+            was trained with, and what the fit of its run took.
+        form: The format that was exported.
+        load: Code or command that loads the export.
+        notes: Further rows of the card's table.
+    """
+    content = read_checkpoint(checkpoint)
+    saved = saved_configuration(content)
+    run = run_of_checkpoint(checkpoint)
+    model = saved["model"]["init_args"]
+    data = saved.get("data", {}).get("init_args", {})
+    metrics = _published_metrics(evaluations_of_checkpoint(content, run))
+    limits = [f"data.{key} {n}" for split in SPLITS for key, n in _limits(data, split).items()]
+    library = "timm" if is_timm(module) else "transformers"
+    dataset = str(data.get("task") or _short(data.get("path") or "unknown"))
+    facts = {
+        "Base model": _short(model["backbone"]),
+        "Its weights": _short(model.get("weights", "pretrained")),
+        "Data": dataset,
+        "Tuning": module.tuning,
+        **(_variant(module) if module.tuning == "adapter" else {}),
+        **notes,
+        **({"Classes": _labels(model["class_names"])} if model.get("class_names") else {}),
+        "License": "that of the base model",
+    }
+    versions = {name: version(name) for name in ("torch", "lightning", library)}
+    body = [
+        f"# {_quoted(_short(model['backbone']))}, tuned on {_quoted(dataset)}",
+        "Tuned with Onesided, after [Asymmetry in Low-Rank Adapters](https://arxiv.org/abs/2402.16842).",
+        _table(("", ""), facts),
+        "## Load it",
+        _block("python" if load.startswith("import ") else "bash", load),
+        "## Metrics",
+        _table(("Metric", "Value"), metrics)
+        if metrics
+        else "The run has no evaluation of this checkpoint on the data that it was trained with.",
+        *([f"Rows that were evaluated at most: {', '.join(map(_quoted, limits))}."] if limits and metrics else []),
+        "## Training",
+        _table(("Figure", "Value"), costs) if (costs := _read_costs(run)) else "No figures were kept with the run.",
+        "## Configuration",
+        _block("yaml", yaml.safe_dump(_plain(dict(saved)), sort_keys=False)),
+        "## Versions",
+        _table(("Package", "Version"), versions),
+    ]
+    front = _front_matter(module, model, data, form, library, dataset, metrics)
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(body) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _front_matter(
+    module: AdaptedModule,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    form: str,
+    library: str,
+    dataset: str,
+    metrics: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return the front matter for the hub, without a license: that is the base model's."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = TASKS[module.kinds[0]]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=SPLITS[split],
+            dataset_args=_limits(data, split) or None,
+            metric_type=name,
+            metric_value=value,
+        )
+        for key, value in metrics.items()
+        for split, _, name in [key.partition("/")]
+        if split in SPLITS
+    ]
+    base = _hub_name(model, library)
+    relation = "finetune" if form == "merged" else "adapter"
+    card = ModelCardData(
+        base_model=base,
+        base_model_relation=relation if base else None,
+        library_name={"merged": library, "peft": "peft"}.get(form),
+        pipeline_tag=task,
+        tags=["onesided"],
+        model_name="onesided" if results else None,
+        eval_results=results or None,
+    )
+    front: dict[str, Any] = card.to_dict()  # type: ignore[no-untyped-call]
+    return front
+
+
+def _variant(module: AdaptedModule) -> dict[str, Any]:
+    config = module.adapter
+    scale = "by name" if config.rank_pattern or config.alpha_pattern else f"{config.scale:g}"
+    return {
+        "Trained side": config.train,
+        "A, B at the start": f"{config.init_a}, {config.init_b}",
+        "Rank": _with_patterns(config.rank, config.rank_pattern),
+        "Alpha, scale": f"{_with_patterns(config.alpha, config.alpha_pattern)}, {scale}",
+        "Targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
+        "Layers": "all" if config.layers is None else f"the last {config.layers}",
+    }
+
+
+def _with_patterns(value: float, patterns: Mapping[str, float]) -> str:
+    """Return a rank or an alpha as text, with the range of the values that are set by name."""
+    others = f" ({min(patterns.values()):g} to {max(patterns.values()):g} by name)" if patterns else ""
+    return f"{value:g}{others}"
+
+
+def _published_metrics(evaluations: list[Evaluation]) -> dict[str, float]:
+    """Return the newest metrics of each split, computed on whole splits of the data that the checkpoint has seen."""
+    published = {evaluation.split: evaluation.metrics for evaluation in evaluations if not evaluation.differences}
+    for evaluation in evaluations:
+        if evaluation.differences:
+            _log.info(
+                f"The card leaves out {evaluation.split} metrics that were computed with other values of "
+                f"{', '.join(evaluation.differences)} than the checkpoint's."
+            )
+    return {key: value for split in SPLITS for key, value in published.get(split, {}).items()}
+
+
+def _limits(data: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """Return the key of `data` that limits the rows of a split, with its value; empty if all rows count."""
+    key = f"max_{split}_samples"
+    return {key: data[key]} if data.get(key) else {}
+
+
+def _read_costs(run: Path | None) -> dict[str, float]:
+    """Return parameter counts, bytes and seconds of a run's metrics.json; what is not of that form is left out."""
+    metrics = read_metrics(run) if run is not None else {}
+    return {name: value for group in COSTS for name, value in metrics_of_split(metrics, group).items()}
+
+
+def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
+    """Return the base model's name on the hub; None for a local model or random weights."""
+    name = str(model["backbone"])
+    if model.get("weights", "pretrained") != "pretrained" or Path(name).exists() or name.startswith(LOCAL):
+        return None
+    if ":" in name:  # timm's hf_hub:NAME@REVISION
+        name = name.partition(":")[2].partition("@")[0]
+    elif library == "timm":
+        name = f"timm/{name}"
+    else:
+        name = "/".join(name.split("/")[:2])
+    return name if re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name) else None
+
+
+def _short(path: Any) -> str:
+    """Return a path without the folders of its owner's machine, and any other text as it is."""
+    text = str(path)
+    prefix = LOCAL if text.startswith(LOCAL) else ""
+    return prefix + Path(text).name if text.removeprefix(prefix).startswith("/") else text
+
+
+def _plain(value: Any) -> Any:
+    """Return values of a configuration as YAML has them, with paths shortened."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float) else _short(value)
+
+
+def _labels(names: list[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > MOST_LABELS else ""
+    return ", ".join(str(name) for name in names[:MOST_LABELS]) + more
+
+
+# --------------------------------------------------------------------------------------------------------- as Markdown
+
+
+def _quoted(value: Any) -> str:
+    """Return a value that is no markup in Markdown: code if it is plain, else with all marks as entities."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return f"`{text}`" if _PLAIN.fullmatch(text) else text.translate(_MARKUP)
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {key} | {_quoted(value)} |" for key, value in rows.items())])
+
+
+def _block(language: str, text: str) -> str:
+    """Return a code block whose fence is longer than any row of backticks in the text."""
+    fence = "`" * max(3, 1 + max((len(row) for row in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,58 @@
+"""Build timm's model of a run: the head, which lies beside the backbone here, becomes its classifier."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jsonargparse import ArgumentError
+from torch import Tensor
+
+from modules.adapters import adapter_state, adapters_disabled
+from modules.adapters.state import state_problems
+
+if TYPE_CHECKING:  # a run on text imports no timm
+    from modules.image_classification import ImageClassifier
+
+TOLERANCE = 1e-3  # of the largest logit, in float32: another way of pooling is far outside
+
+
+def timm_model(module: ImageClassifier, class_names: list[str], compare: bool = True) -> Any:
+    """Return timm's model of the backbone, in float32 and without adapters, with the module's head as classifier.
+
+    Args:
+        module: The module; with `compare` its backbone is in float32 on the CPU, and is left in eval mode.
+        class_names: The classes.
+        compare: Check that the model computes the module's logits.
+
+    Raises:
+        ArgumentError: If the head does not fit, or the logits would differ.
+    """
+    import timm
+    from timm.models import get_model_args
+
+    backbone, head = module.backbone, module.head
+    assert head is not None
+    name = module.hparams["backbone"]
+    refusal = f"--format: {name} cannot take the head of this run as its own"
+    try:
+        arguments = {**get_model_args(backbone), "num_classes": len(class_names)}
+        model: Any = timm.create_model(name, pretrained=False, **arguments)
+    except Exception as error:  # an architecture's constructor can raise anything
+        raise ArgumentError(None, f"{refusal} ({type(error).__name__}: {error}).") from error
+    names = model.pretrained_cfg.get("classifier") or ()
+    factors = adapter_state(backbone)
+    state: dict[str, Tensor] = {key: t for key, t in backbone.state_dict().items() if key not in factors}
+    for classifier in (names,) if isinstance(names, str) else names:
+        state |= {f"{classifier}.{key}": tensor for key, tensor in head.state_dict().items()}
+    if problems := state_problems(model.state_dict(), state):
+        raise ArgumentError(None, f"{refusal}: {'; '.join(problems)}.")
+    model.load_state_dict(state)
+    if not compare:
+        return model
+    image = torch.randn(2, *module.preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), adapters_disabled(backbone):
+        expected, found = head(backbone.eval()(image)), model.eval()(image)
+    if not (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        raise ArgumentError(None, f"{refusal}: its logits would differ.")
+    return model

@@ -1,0 +1,50 @@
+"""Draw a confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+MOST_NAMES = 20  # of classes that are written out
+
+
+def draw_confusion(matrix: Tensor, names: Sequence[str]) -> np.ndarray:
+    """Draw a confusion matrix: colours show the share of each true class, numbers the counts.
+
+    A cell without samples is blank. With at most 20 classes, each row has its name and recall.
+
+    Args:
+        matrix: (classes, classes), counts; a row for each true class.
+        names: Names by label.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    counts = matrix.cpu().numpy()
+    true = counts.sum(1, keepdims=True)
+    shares = counts / np.maximum(true, 1)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(np.ma.masked_equal(shares, 0), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
+    axes.set_title(f"accuracy {counts.trace() / max(counts.sum(), 1):.3f}, n = {counts.sum():,}", fontsize=15)
+    axes.set_xlabel("Predicted class", fontsize=15)
+    axes.set_ylabel("True class, with its recall", fontsize=15)
+    if 0 < len(names) <= MOST_NAMES:
+        recalls = [
+            f"{share:.2f}" if rows else "none" for share, rows in zip(shares.diagonal(), true[:, 0], strict=True)
+        ]
+        rows = [f"{name}  {recall}" for name, recall in zip(names, recalls, strict=True)]
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=10, parse_math=False)
+        axes.set_yticks(range(len(names)), rows, fontsize=10, parse_math=False)
+        size = min(15, 150 // len(names))  # of the type, in points
+        for row, column in np.argwhere(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=size, color=colour)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

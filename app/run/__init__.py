@@ -1,0 +1,1 @@
+"""Run directory: checkpoints, metrics, lock, full disks, ranks and failures."""

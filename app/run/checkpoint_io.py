@@ -1,0 +1,328 @@
+"""Checkpoint files: atomic writes, a digest after the content, and reading that runs no code.
+
+A checkpoint is a file of torch.save with one more line at its end, which torch.load ignores:
+
+    onesided sha256=<of all before it>
+
+The line is part of the file, so that no kill separates the two. A file that was truncated or altered fails the digest
+before anything is unpickled. A file without the line is one of plain Lightning. Earlier versions added the identity of
+the run to the line and to the digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from packaging.version import InvalidVersion, Version
+
+from datamodules.atomic import AtomicFile, WriteError, atomic_write, temporary_name
+from datamodules.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+STALE = ".stale"  # suffix of checkpoints that are newer than the one from which a run was resumed
+SEAL = re.compile(rb"\nonesided sha256=([0-9a-f]{64})(?: run=([0-9a-f]{32}))?\n")
+SEAL_START = b"\nonesided sha256="
+LONGEST_SEAL = len(SEAL_START) + 64 + len(" run=\n") + 32
+CHUNK = 1 << 20
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path | None:
+    """Return the run directory that a checkpoint lies in, if it lies in one."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint on the CPU. Only tensors and plain values are accepted, never pickled code.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, no checkpoint, or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"ckpt_path: there is no file {path}; checkpoints lie in RUN/checkpoints.")
+    try:
+        with Path(path).open("rb") as file:  # one file for both: another may take its name in between
+            problem = _file_problem(file)
+            checkpoint = None if problem else torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"ckpt_path: {path} cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # torch raises half a dozen kinds
+        raise CheckpointError(
+            f"ckpt_path: {path} cannot be read. It holds Python objects that are not tensors or plain values, and "
+            "loading them could run code; or it is no checkpoint. Use another checkpoint."
+        ) from error
+    if problem:
+        raise CheckpointError(
+            f"ckpt_path: {path} {problem}. Use another checkpoint, or give the run directory: then the run's newest "
+            "intact checkpoint is used."
+        )
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"ckpt_path: {path} is a PyTorch file, but not a checkpoint of a run (no state_dict).")
+    return checkpoint
+
+
+def checkpoint_problem(path: Path) -> str | None:
+    """Return why a checkpoint is not used, by its digest; None if it is intact, or has no digest."""
+    try:
+        with path.open("rb") as file:
+            return _file_problem(file)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _file_problem(file: BinaryIO) -> str | None:
+    """Return why an open checkpoint is not used; None leaves the file at its beginning."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - LONGEST_SEAL))
+    tail = file.read()
+    start = tail.rfind(SEAL_START)
+    if start < 0:
+        file.seek(0)
+        is_whole = tail[-22:-18] == b"PK\5\6"  # torch writes zip files, which end with a record of 22 bytes
+        return None if is_whole else "is damaged: truncated, or no PyTorch file"
+    seal = SEAL.fullmatch(tail[start:])
+    if seal is None:
+        return "is damaged: its digest is truncated or altered"
+    digest = hashlib.sha256()
+    left = size - len(seal[0])
+    file.seek(0)
+    while chunk := file.read(min(CHUNK, left)):
+        digest.update(chunk)
+        left -= len(chunk)
+    digest.update(seal[2] or b"")
+    file.seek(0)
+    return None if digest.hexdigest().encode() == seal[1] else "is damaged: its content does not match its digest"
+
+
+def saved_step(path: Path) -> int | None:
+    """Return the optimizer steps of a checkpoint, without reading a tensor; None if the file cannot be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # torch raises half a dozen kinds for a damaged file
+        return None
+
+
+def first_new_step(checkpoint: dict[str, Any]) -> int:
+    """Return the first step of the logs that a run which is resumed from a checkpoint writes anew.
+
+    The log at the very step of the checkpoint stays at an epoch's end alone: in mid-epoch it belongs to a stop.
+    """
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return int(checkpoint["global_step"]) + (epochs["ready"] == epochs["processed"])
+
+
+def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the `model` and `data` sections that a checkpoint was trained with."""
+    saved: dict[str, Any] = {}
+    for section, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+        values = checkpoint.get(key)
+        if isinstance(values, dict) and isinstance(values.get("_class_path"), str):
+            arguments = {k: v for k, v in values.items() if k not in ("_class_path", "_instantiator")}
+            saved[section] = {"class_path": values["_class_path"], "init_args": arguments}
+    return saved
+
+
+# ------------------------------------------------------------------------------------------------------------- checking
+
+# keys of a checkpoint with values of the types that they must have
+TYPES: dict[str, Any] = {
+    "state_dict": {},
+    "hyper_parameters": {},
+    "datamodule_hyper_parameters": {},
+    "pytorch-lightning_version": "",
+    "global_step": 0,
+    "epoch": 0,
+    "loops": {},
+    "callbacks": {},
+    "optimizer_states": [],
+    "lr_schedulers": [],
+    "random_states": [],
+    "samples_a_step": 0,
+    "frozen_digest": "",
+}
+REQUIRED = ("state_dict", "hyper_parameters", "pytorch-lightning_version", "global_step", "loops")
+TRAINING = ("callbacks", "optimizer_states", "lr_schedulers")  # what a checkpoint of weights alone lacks
+COUNTS = {"fit_loop": {"epoch_progress": {"current": {"ready": 0, "processed": 0}}}}  # in `loops`, for training
+
+
+def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None:
+    """Check that a checkpoint has the keys that a command needs, with values of the right types.
+
+    Deeper values are checked where they are restored, against the objects that take them: by `AdapterCheckpoint`,
+    `modules.training.checkpoints` and the data module.
+
+    Args:
+        path: Path of the checkpoint.
+        checkpoint: Content of the checkpoint, as `read_checkpoint` gave it.
+        trains: Whether training goes on from it.
+
+    Raises:
+        CheckpointError: With the first key that is missing or of another type.
+    """
+    if trains and (missing := [key for key in TRAINING if key not in checkpoint]):
+        raise CheckpointError(
+            f"ckpt_path: {path} has weights alone ({', '.join(missing)} are missing), so no training can go on from "
+            "it. Start a new run from its adapter with --model.adapter_path, after `export --format peft`."
+        )
+    expected = {key: value for key, value in TYPES.items() if key in REQUIRED or key in checkpoint}
+    if trains:
+        expected["loops"] = COUNTS
+    problem = structure_problem(expected, checkpoint) or _content_problem(checkpoint)
+    if problem is not None:
+        raise CheckpointError(f"ckpt_path: {path} is no usable checkpoint: {problem}. Use another checkpoint.")
+
+
+def _content_problem(checkpoint: dict[str, Any]) -> str | None:
+    """Return what is wrong with values whose keys and types are right."""
+    for name, tensor in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return f"state_dict.{name} must be a tensor, and is {shortened(tensor)}"
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if not _is_plain(checkpoint.get(key)):
+            return f"{key} must hold plain values alone"
+    try:
+        Version(checkpoint["pytorch-lightning_version"])
+    except InvalidVersion:
+        return f"pytorch-lightning_version is {shortened(checkpoint['pytorch-lightning_version'])}"
+    if trained := checkpoint.get("optimizer_states", [{}]):
+        return None if isinstance(trained[0], dict) else "optimizer_states must have a group of keys"
+    return "optimizer_states has no optimizer"
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Return True for what a YAML file can hold."""
+    if isinstance(value, dict):
+        return depth < 20 and all(isinstance(k, str | int) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def structure_problem(expected: Any, found: Any, where: str = "") -> str | None:
+    """Return where a saved state is of another structure than a fresh one; None if it can be loaded.
+
+    Args:
+        expected: The fresh state: mappings of the keys that must be there, down to values of the types that they have.
+            None allows any type, and an empty mapping any keys.
+        found: The saved state. It may have more keys.
+        where: Name of the state.
+    """
+    if isinstance(expected, Mapping):
+        if not isinstance(found, Mapping):
+            return f"{where} must be a group of keys, and is {shortened(found)}"
+        for key, value in expected.items():
+            inner = f"{where}.{key}".removeprefix(".")
+            problem = structure_problem(value, found[key], inner) if key in found else f"{inner} is missing"
+            if problem is not None:
+                return problem
+        return None
+    if type(found) is int and found < 0:
+        return f"{where} must be 0 or more, and is {found}"
+    are_numbers = type(expected) in (int, float) and type(found) in (int, float)
+    if expected is None or found is None or type(expected) is type(found) or are_numbers:
+        return None
+    return f"{where} must be {type(expected).__name__}, and is {shortened(found)}"
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints atomically, so that a kill or a full disk leaves the old file.
+
+    - The last.ckpt that a new one replaces stays as previous.ckpt, unless it is damaged.
+    - Where a run is resumed from an older checkpoint of its own, the first save renames the newer ones to `*.stale`:
+      otherwise a damaged last.ckpt would bring back steps that the run has undone.
+
+    Args:
+        given: The checkpoint that a command was given.
+        content: Content of that checkpoint, as `read_checkpoint` gave it: handed out once, and not read again.
+    """
+
+    def __init__(self, given: Path | None = None, content: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self._content = {given: content} if given and content else {}
+        self._intact = set(self._content)  # read or written by this process: need not be checked before they are kept
+        self._resumed = (given, int(content.get("global_step", 0))) if given and content else None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint.
+
+        Raises:
+            CheckpointError: If it cannot be written; the previous file is untouched.
+        """
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target, hashlib.sha256()) as file:
+                torch.save(checkpoint, file)
+                _seal(file)
+                self._set_newer_aside(target.parent)
+                if target.name == LAST and (target in self._intact or checkpoint_problem(target) is None):
+                    _link_or_move(target, target.with_name(PREVIOUS))
+            self._intact.add(target)
+        except OSError as error:
+            reason = error.reason if isinstance(error, WriteError) else error
+            raise CheckpointError(
+                f"The checkpoint {target} could not be written ({reason}). The previous one is untouched: free some "
+                "space and resume with --ckpt_path last."
+            ) from error
+
+    def _set_newer_aside(self, folder: Path) -> None:
+        """At a resumed run's first save, rename the checkpoints in the folder that are ahead of the resumed one."""
+        if self._resumed is None or self._resumed[0].parent.resolve() != folder.resolve():
+            return
+        step, self._resumed = self._resumed[1], None
+        for path in (folder / name for name in (LAST, PREVIOUS, BEST)):
+            newer = saved_step(path)
+            if newer is not None and newer > step:
+                names = (path.with_name(f"{path.name}{f'.{i}' if i else ''}{STALE}") for i in count())
+                stale = next(name for name in names if not name.exists())
+                path.rename(stale)
+                self._intact.discard(path)
+                _log.warning(f"{path} of step {newer} is now {stale.name}: the run was resumed from step {step}.")
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint, always with `weights_only`."""
+        content = self._content.pop(Path(path), None)
+        return read_checkpoint(path) if content is None else content
+
+
+def _seal(file: AtomicFile) -> None:
+    """Write the digest after the content, and sync the file to disk before any other checkpoint is touched."""
+    assert file.digest is not None
+    file.write(SEAL_START + file.digest.hexdigest().encode() + b"\n")
+    os.fsync(file.fileno())
+
+
+def _link_or_move(target: Path, name: Path) -> None:
+    """Give a file a second name, which replaces the file of that name; at no moment is either name missing."""
+    spare = temporary_name(name)
+    try:
+        os.link(target, spare)
+    except OSError:  # a file system without hard links: for a moment there is the second name alone
+        target.replace(name)
+        return
+    spare.replace(name)
+    spare.unlink(missing_ok=True)  # it stays if both were names of one file already

@@ -1,0 +1,133 @@
+"""Classify errors: bad input, which gets one message, a lost process, or a defect, which gets a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from app.run.processes import is_distributed
+from datamodules.errors import InputError, first_line
+from modules.adapters import AdapterError
+
+_log = logging.getLogger(__name__)
+
+# Errors that a user can fix, and that say how. Anything else is a defect of this program and shows its traceback.
+OWN_ERRORS = (ArgumentError, AdapterError, InputError, OSError)
+BAD_INPUT = (*OWN_ERRORS, MisconfigurationException)
+LOADERS = ("torch.utils.data.dataloader", "torch.utils.data._utils.signal_handling")
+GLOO = "/gloo/transport/"  # in each message of gloo's transport, for which torch has no class
+
+
+def bad_input(error: Exception) -> Exception | None:
+    """Return the error to report for a failure that a user can fix; None for a defect."""
+    if (message := _message_of_library_error(error)) is not None:
+        return ArgumentError(None, message)
+    for link in causes(error):
+        if isinstance(link, BAD_INPUT):
+            return link
+    if isinstance(error, ValueError | RuntimeError) and _raising_module(error).startswith("lightning."):
+        return error  # Lightning's own check of an argument of the trainer or of a callback
+    return None
+
+
+def _message_of_library_error(error: Exception) -> str | None:
+    """Return the message for an error of torch or Python that names no key; None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The accelerator's memory is full: choose a smaller --data.batch_size."
+    if is_worker_lost(error):
+        return (
+            "A worker process of the data loader was killed, often because memory is full. Checkpoints are untouched: "
+            "resume with --ckpt_path last and a smaller --data.num_workers or --data.batch_size."
+        )
+    if is_distributed() and is_peer_lost(error):
+        return "Another process of the run has ended or cannot be reached."
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[:200]} has bytes that are no UTF-8. Rename the file or folder."
+    compiler = sys.modules.get("torch._dynamo.exc")
+    if compiler is not None and isinstance(error, compiler.TorchDynamoException):
+        return f"model.compile: torch.compile fails on this backbone ({first_line(error)}). Set it to false."
+    return None
+
+
+def is_worker_lost(error: BaseException) -> bool:
+    """Return True if a worker process of a data loader has died: torch raises a plain RuntimeError in the loader."""
+    return any(type(link) is RuntimeError and _raising_module(link) in LOADERS for link in causes(error))
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Return True if an error is what a lost worker, or another lost process of the run, leaves on this rank."""
+    return isinstance(error, ConnectionError | dist.DistError) or (
+        isinstance(error, RuntimeError) and (is_worker_lost(error) or GLOO in str(error))
+    )
+
+
+def is_caused_by(error: BaseException, problem: OSError) -> bool:
+    """Return True if an error, or one that it was raised from or after, has the number of an operating system error."""
+    return any(isinstance(link, OSError) and link.errno == problem.errno for link in causes(error, contexts=True))
+
+
+def is_caused_by_signal(error: BaseException) -> bool:
+    """Return True if an error was raised while a signal was handled, or in place of the signal's exception."""
+    return any(isinstance(link, SIGTERMException) for link in causes(error, contexts=True))
+
+
+def causes(error: BaseException, contexts: bool = False) -> Iterator[BaseException]:
+    """Yield an error and the errors that it was raised from; with `contexts`, also those that were being handled."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        yield link
+        link = link.__cause__ or (link.__context__ if contexts else None)
+
+
+def _raising_module(error: BaseException) -> str:
+    """Return the name of the Python module whose code raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+
+
+def construction_error(config: Namespace, kind: type, error: Exception) -> Exception:
+    """Return the error to report where the constructor of a class of the configuration raised one.
+
+    Errors of this program name a key already. Errors of Lightning and of other packages get the key and the class.
+
+    Args:
+        config: The command's values.
+        kind: The class.
+        error: The constructor's error.
+    """
+    known = bad_input(error)
+    if isinstance(known, OWN_ERRORS):
+        return known
+    _log.debug("%s cannot be created.", kind.__name__, exc_info=error)
+    key = _key_of(config.as_dict(), kind.__name__)
+    reason = str(known) if known else f"{type(error).__name__}: {error}".removesuffix(": ")
+    message = f"{f'{key}: ' if key else ''}{kind.__name__} cannot be created ({reason})."
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        message += f" Install the package: pip install {error.name.partition('.')[0]}."
+    return ArgumentError(None, message)
+
+
+def _key_of(tree: Any, class_name: str, prefix: str = "") -> str | None:
+    """Return the dotted key at which a tree of values names a class."""
+    if isinstance(tree, list):
+        parts = [(prefix, value) for value in tree]
+    elif isinstance(tree, dict):
+        if str(tree.get("class_path")).rpartition(".")[2] == class_name:
+            return prefix
+        inner = [(key if key != "init_args" else "", value) for key, value in tree.items()]
+        parts = [(f"{prefix}.{key}".strip("."), value) for key, value in inner]
+    else:
+        return None
+    found = (_key_of(value, class_name, key) for key, value in parts)
+    return next((key for key in found if key), None)

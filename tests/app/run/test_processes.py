@@ -1,0 +1,144 @@
+"""Of several processes one says what went wrong, and all of them end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import lightning as L
+import pytest
+from jsonargparse import ArgumentError, Namespace
+
+from app.callbacks import Termination
+from app.config.validation import check_strategy
+from datamodules.errors import ModelError
+from modules.training.checks import DivergenceCheck
+from tests.app.processes import run_on_two
+from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from tests.app.conftest import CommandLine
+
+DDP_STRATEGY = "lightning.pytorch.strategies.DDPStrategy"
+
+
+def errors(logs: Path) -> list[str]:
+    """What both processes said, tracebacks being none of it."""
+    said = "".join((logs / f"rank{rank}.log").read_text() for rank in (0, 1))
+    assert "Traceback" not in said
+    return [line for line in said.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.adapter.rank=500", "adapter.rank: 500 exceeds"),  # before they find each other
+        ("--data.path=/nowhere", "data.path: /nowhere is not here"),  # and behind it
+    ],
+)
+def test_what_is_wrong_for_all_is_said_once(cli: CommandLine, tmp_path: Path, option: str, message: str) -> None:
+    run_on_two(cli.words("fit", option), tmp_path, code=2)
+    (said,) = errors(tmp_path)
+    assert message in said
+    assert not list(cli.root.glob("version_*"))
+
+
+@pytest.mark.parametrize("fails", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_what_is_wrong_for_one_ends_both(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    def check(self: DivergenceCheck, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_rank == fails and trainer.global_step == 2:
+            raise ModelError("This one alone.")
+
+    monkeypatch.setattr(DivergenceCheck, "on_before_backward", check)
+    run_on_two(cli.words("fit"), tmp_path, code=2)
+    assert errors(tmp_path) == ["error: This one alone."]
+
+
+def test_when_the_process_that_counts_is_gone_the_next_one_says_so(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: DivergenceCheck, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_rank == 0 and trainer.global_step == 2:
+            os._exit(2)  # as if killed, but with the code of the other
+
+    monkeypatch.setattr(DivergenceCheck, "on_before_backward", check)
+    run_on_two(cli.words("fit"), tmp_path, code=2)
+    assert errors(tmp_path) == []
+    assert "Process 0 of the run ended before the others" in (tmp_path / "rank1.log").read_text()
+
+
+def test_a_lost_connection_is_no_page_of_frames() -> None:
+    script = """
+import app
+from torch.distributed import TCPStore
+
+server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+client = TCPStore("127.0.0.1", server.port, None, False)
+del server
+try:
+    client.add("key", 1)
+except RuntimeError:
+    print("lost")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("lost\n", "")
+
+
+@pytest.mark.parametrize(("codes", "lost"), [((0, 2, 143), False), ((0, 1), True), ((2, -9), True)])
+def test_a_process_that_was_started_is_lost_by_a_defect_or_killed(
+    codes: tuple[int, ...], lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    termination = Termination()
+    assert not termination.has_lost_process()
+    processes = [SimpleNamespace(poll=lambda code=code: code) for code in (*codes, None)]
+    monkeypatch.setattr("app.callbacks.termination.launched_processes", lambda _: processes)
+    assert termination.has_lost_process() == lost
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("ddp_spawn", "trainer.strategy: ddp_spawn starts its processes from within this one; use ddp"),
+        ("fsdp", "conf/fsdp.yaml"),
+        ("deepspeed_stage_2", "conf/fsdp.yaml"),
+        ("lightning.pytorch.strategies.ModelParallelStrategy", "ModelParallelStrategy would shard or move"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_strategies_that_shard_what_is_trained_are_refused(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], strategy: str, message: str
+) -> None:
+    assert cli("fit", f"--trainer.strategy={strategy}") == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("strategy", "start"),
+    [("ddp_fork", None), ("ddp_notebook_find_unused_parameters_true", None), (DDP_STRATEGY, "spawn")],
+)
+def test_processes_are_started_anew(strategy: str, start: str | None) -> None:
+    values = Namespace(class_path=strategy, init_args=Namespace(start_method=start)) if start else strategy
+    with pytest.raises(ArgumentError, match="use ddp, which starts them anew"):
+        check_strategy(values)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "auto",
+        "ddp",
+        "ddp_find_unused_parameters_true",
+        DDP_STRATEGY,
+        "lightning.pytorch.strategies.SingleDeviceStrategy",
+    ],
+)
+def test_other_strategies_are_let_through(strategy: str) -> None:
+    check_strategy(Namespace(class_path=strategy) if "." in strategy else strategy)
+    check_strategy("somebody.elses.Strategy")

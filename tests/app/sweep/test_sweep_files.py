@@ -1,0 +1,78 @@
+"""The files of conf/sweeps: each is a plan whose variants are fits that the command line takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from app.cli import parse_fit, restricted_imports
+from app.config.variants import VARIANTS
+from app.config.yaml_files import checked_yaml
+from app.sweep.check import fit_words
+from app.sweep.plan import Plan, grid_points, read_plan
+
+FILES = sorted(Path("conf/sweeps").glob("*.yaml"))
+NAMES = {"digits", "which_side", "glue", "summarization", "alpaca_mmlu", "domainbed", "starts"} | {
+    *("dinov2_cifar10", "minilm_cola", "smollm2_instructions", "small_bart_xsum")
+}
+OPEN = ("which_side",)  # files that leave the recipe to the command line
+
+
+@pytest.fixture(autouse=True)
+def as_in_main() -> Iterator[None]:
+    with restricted_imports(), checked_yaml():
+        yield
+
+
+@cache
+def plan(path: Path) -> Plan:
+    return read_plan(str(path), parse_fit, base=["conf/quickstart.yaml"] if path.stem in OPEN else [])
+
+
+def test_every_sweep_that_is_promised_is_there() -> None:
+    assert {path.stem for path in FILES} == NAMES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_sweep_is_of_fits_that_the_command_line_takes(path: Path) -> None:
+    assert path.read_text().startswith("# ")
+    sweep = plan(path)
+    assert not sweep.notes  # no variant is left out
+    for variant in sweep.variants:
+        point = grid_points(variant)[0]
+        config = parse_fit(fit_words(sweep, variant, point, sweep.select_seeds[0])[1:])
+        model = config.model.init_args
+        assert model.learning_rate == point["model.learning_rate"], variant.name
+        assert model.tuning == variant.keys["model.tuning"], variant.name
+        if variant.name.startswith("B") and variant.name != "B":  # twice the rank at the same scale: LoRA's budget
+            assert model.adapter.alpha == 2 * model.adapter.rank, variant.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_sweep_compares_fairly(path: Path) -> None:
+    sweep = plan(path)
+    rates = [variant.search["model.learning_rate"] for variant in sweep.variants]
+    assert all(isinstance(rate, float) for grid in rates for rate in (grid if isinstance(grid, tuple) else ()))
+    assert {len(grid_points(variant)) for variant in sweep.variants} == {len(grid_points(sweep.variants[0]))}
+    assert sweep.trials_per_variant in (None, len(grid_points(sweep.variants[0])))
+    assert len(sweep.confirm_seeds) >= 3
+
+
+def test_which_side_is_asked_of_any_recipe() -> None:
+    written = yaml.safe_load(Path("conf/sweeps/which_side.yaml").read_text())
+    assert "base" not in written
+    sweep = plan(Path("conf/sweeps/which_side.yaml"))
+    assert [variant.name for variant in sweep.variants] == ["B", "B2r", "A", "lora", "head"]
+    assert (sweep.metric, sweep.mode, sweep.report) == ("val/loss", "min", ("test/loss",))  # of the recipe
+    bart = read_plan("conf/sweeps/which_side.yaml", parse_fit, ["conf/bart_xsum.yaml"], ["data.path=app/assets/digits"])
+    assert [variant.name for variant in bart.variants] == ["B", "B2r", "A", "lora"]
+    assert bart.variants[1].keys["model.adapter.rank"] == 32
+    assert bart.variants[1].keys["model.adapter.alpha"] == 64
+
+
+def test_every_variant_of_the_issue_is_built_in() -> None:
+    assert {"B", "A", "lora", "lora-fa", "rslora", "lora+", "head", "full", "adalora", "ia3"} == set(VARIANTS)
