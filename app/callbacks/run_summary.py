@@ -56,6 +56,9 @@ class RunSummary(L.Callback):
         self._outdated: set[str] = set()  # first parts of the names in metrics.json that this command replaces
         self._loaded: tuple[int, dict[str, Any]] | None = None  # step and configuration of the evaluated checkpoint
         self._validation: dict[str, Any] = {}  # the newest of a fit, which checkpoints keep
+        self._earlier_seconds = 0.0  # of the legs before the checkpoint that is resumed
+        self._earlier_peak = 0
+        self._device = torch.device("cpu")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Broadcast the run directory, which rank zero has made."""
@@ -66,18 +69,30 @@ class RunSummary(L.Callback):
         self._loaded = int(checkpoint["global_step"]), saved_configuration(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the newest validation, so that a checkpoint of the same step holds its own metrics."""
-        return self._validation
+        """Return the newest validation, so that a checkpoint of the same step holds its own metrics, and the cost."""
+        cost = {"fit_seconds": self._seconds(), "peak_bytes": self._peak()} if self._has_trained else {}
+        return {**self._validation, **cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the newest validation."""
-        self._validation = state_dict
+        """Restore the newest validation and the cost of the earlier legs."""
+        self._validation = dict(state_dict)
+        self._earlier_seconds = float(self._validation.pop("fit_seconds", 0.0))
+        self._earlier_peak = int(self._validation.pop("peak_bytes", 0))
 
-    @rank_zero_only
+    def _seconds(self) -> float:
+        """Return the seconds of the fit, those of its earlier legs included."""
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    def _peak(self) -> int:
+        """Return the peak of memory of all legs, in bytes."""
+        return max(self._earlier_peak, _peak_memory(self._device))
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print what is adapted."""
         self._started = time.monotonic()
         self._first_step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
         drop_evaluations_after(Path(trainer.default_root_dir), trainer.global_step)
         assert isinstance(pl_module, AdaptedModule)
         counts = pl_module.parameter_counts()
@@ -93,6 +108,7 @@ class RunSummary(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember that there was something to train: not so in a run that is resumed at its end."""
         self._has_trained = True
+        self._device = trainer.strategy.root_device
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -101,8 +117,8 @@ class RunSummary(L.Callback):
             return
         assert isinstance(pl_module, AdaptedModule)
         self.values |= pl_module.parameter_counts()
-        self.values["time/fit_seconds"] = round(time.monotonic() - self._started, 2)
-        self.values["memory/peak_bytes"] = _peak_memory(trainer.strategy.root_device)
+        self.values["time/fit_seconds"] = round(self._seconds(), 2)
+        self.values["memory/peak_bytes"] = self._peak()
         callback = find_callback(trainer, AdapterCheckpoint)
         if callback is not None and callback.monitor and callback.best_model_score is not None:
             self.values[f"best/{callback.monitor}"] = callback.best_model_score.item()

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.atomic import atomic_write
 
+FILE = "config.yaml"
+
 
 class SaveRunConfig(SaveConfigCallback):
-    """Write the complete configuration: config.yaml of a new run, config-1.yaml of its first resume, and so on."""
+    """Write the complete configuration to config.yaml when a fit begins.
+
+    A resumed run keeps its earlier configuration beside it, with the date at which it was written:
+    config-20261128T145200.yaml. A run that has nothing left to train keeps its configuration.
+    """
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the configuration when a fit begins."""
-        if stage != "fit":
+        """Write the configuration of a new run."""
+        path = Path(trainer.default_root_dir) / FILE
+        if stage == "fit" and not path.exists():
+            _write(path, self._content())
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Replace the configuration of a resumed run, if it has changed."""
+        path = Path(trainer.default_root_dir) / FILE
+        if trainer.fast_dev_run or not path.exists() or path.read_bytes() == self._content():  # type: ignore[attr-defined]
             return
-        path = Path(trainer.default_root_dir) / "config.yaml"
-        if path.exists():
-            path = path.with_name(f"config-{len(list(path.parent.glob('config*.yaml')))}.yaml")
-        with atomic_write(path) as file:
-            file.write(self.parser.dump(self.config, skip_none=False).encode())
+        date = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%dT%H%M%S")
+        _write(path.with_name(f"config-{date}.yaml"), path.read_bytes())
+        _write(path, self._content())
+
+    def _content(self) -> bytes:
+        """Return the configuration without the checkpoint, so that it is a recipe for new runs."""
+        config = self.config.clone()
+        config["ckpt_path"] = None
+        return self.parser.dump(config, skip_none=False).encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)

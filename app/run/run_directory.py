@@ -23,7 +23,7 @@ LOCK = ".lock"
 ADAPTER = "adapter"  # folder of the adapter in PEFT's format
 # files of a run that are read, and replaced by a rename, which does not follow a link
 READ = re.compile(
-    r"checkpoints/(best|last|previous)\.ckpt|config(-\d+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet"
+    r"checkpoints/(best|last|previous)\.ckpt|config(-[\dT]+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet"
 )
 TAKEN = (errno.EACCES, errno.EAGAIN)
 

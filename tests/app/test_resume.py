@@ -165,11 +165,29 @@ def test_order_of_words_does_not_matter(cli: CommandLine) -> None:
     assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == 0.05
 
 
-def test_resumed_configuration_is_kept_beside_the_first(fitted_cli: CommandLine) -> None:
-    first = (fitted_cli.run() / "config.yaml").read_text()
+def test_a_resumed_run_keeps_its_record(fitted_cli: CommandLine) -> None:
+    """The newest configuration is config.yaml; seconds add up, and peak memory is the largest of all legs."""
+    run, before = fitted_cli.run(), fitted_cli.metrics()
+    first = (run / "config.yaml").read_text()
+    resume = ("fit", "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert fitted_cli(*resume) == 0
+    assert "max_epochs: 2" in (run / "config.yaml").read_text()
+    assert "ckpt_path: null" in (run / "config.yaml").read_text()
+    (earlier,) = run.glob("config-2*.yaml")
+    assert earlier.read_text() == first
+    after = fitted_cli.metrics()
+    assert after["time/fit_seconds"] > before["time/fit_seconds"]
+    assert after["memory/peak_bytes"] >= before["memory/peak_bytes"]
+    assert fitted_cli(*resume) == 0  # nothing is left to do
+    assert fitted_cli.metrics() == after
+    assert len(list(run.glob("config*.yaml"))) == 2
+
+
+def test_peak_memory_is_that_of_all_legs(fitted_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fitted_cli.metrics()["memory/peak_bytes"]
+    monkeypatch.setattr("app.callbacks.run_summary._peak_memory", lambda device: 1)
     assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
-    assert (fitted_cli.run() / "config.yaml").read_text() == first
-    assert "max_epochs: 2" in (fitted_cli.run() / "config-1.yaml").read_text()
+    assert 1 < fitted_cli.metrics()["memory/peak_bytes"] <= before
 
 
 def test_more_epochs_than_first_meant_can_be_added(fitted_cli: CommandLine) -> None:

@@ -108,7 +108,6 @@ WRITTEN = (
         ".lock",
         ".run",
         "config.yaml",
-        "config-1.yaml",
         "hparams.yaml",
         "metrics.json",
         "metrics.csv",
@@ -190,7 +189,7 @@ def test_case_32_links_that_are_the_users_own(
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        ("fit", "config-1.yaml"),
+        ("fit", "config.yaml"),
         ("fit", "hparams.yaml"),
         ("fit", "spectrum.parquet"),
         ("fit", "metrics.json"),
