@@ -202,4 +202,4 @@ def test_bad_files_end_the_command(fitted_text_cli: CommandLine, capsys: pytest.
     refused(capsys, code, "model.adapter_path", "no adapter_config.json")
     starts = ("--model.adapter.init_a=given", "--model.adapter.init_b=given")
     refused(capsys, fitted_text_cli("fit", *NO_TRAINING, *starts), "adapter.init_a", "model.adapter_path")
-    refused(capsys, fitted_text_cli("fit", *NO_TRAINING, starts[0]), "adapter.init_a", "both or not at all")
+    refused(capsys, fitted_text_cli("fit", *NO_TRAINING, starts[0]), "adapter.init_a", "only one of them is `given`")

@@ -226,7 +226,7 @@ def failure(cli: CommandLine, capsys: pytest.CaptureFixture[str], *options: str)
             "(blocks.0.attn.qkv.query). Adapt the last blocks alone with model.adapter.layers, which can be up to 2",
         ),
         ("image", ["--model.tuning=full"], "data.cache_prefix: with model.tuning: full"),
-        ("text", ["--model.adapter.layers=3"], "adapter.layers: 3 are more blocks than this backbone has (2 in rob"),
+        ("text", ["--model.adapter.layers=3"], "adapter.layers: 3 is more than the number of blocks"),
         ("text", ["--model.adapter.layers=0"], "adapter.layers: 0 must be a whole number"),
         ("instructions", ["--model.shard_frozen=true"], "data.cache_prefix: with model.shard_frozen: true"),
     ],

@@ -368,7 +368,7 @@ def test_case_30_a_compact_file_runs_no_pattern_of_a_stranger(tmp_path: Path) ->
     changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         (lambda r: r["adapter"].update(rank_pattern={r"(\w+\.)*.*.*x": 2}), "names no projection|too involved"),
         (lambda r: r["adapter"].update(rank_pattern={"query": 2}), "names no projection"),
-        (lambda r: r["adapter"].update(rank_pattern=[2]), "names a value each"),
+        (lambda r: r["adapter"].update(rank_pattern=[2]), "map names to values"),
         (lambda r: r["adapter"].pop("rank_pattern"), "2 of another shape|4 of another shape"),
     ]
     text = (tmp_path / "adapter_compact.safetensors").read_bytes()

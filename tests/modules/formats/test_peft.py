@@ -302,7 +302,7 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
         (lambda c, t: c.update(r=3), r"rank 4 in the file, and 3 by r"),
         (lambda c, t: c.update(rank_pattern={r"layer\.1\..*": 5}), r"rank 4 in the file, and 5 by r"),
         (lambda c, t: c.update(alpha_pattern={"(": 5}), "alpha_pattern.*regular expression"),
-        (lambda c, t: c.update(rank_pattern={r"([\w.]+)+x": 5}), "rank_pattern.*too involved"),
+        (lambda c, t: c.update(rank_pattern={r"([\w.]+)+x": 5}), "rank_pattern.*too complex"),
         (lambda c, t: t.update({"\x1b[2J\n": torch.ones(1)}), r"unexpected: '\\x1b\[2J\\n'"),
         (lambda c, t: c.update(lora_dropout=1.5), "out of range.*dropout"),
     ],
