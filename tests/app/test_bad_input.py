@@ -240,7 +240,7 @@ def test_truncated_checkpoint(fitted_cli: CommandLine, capsys: pytest.CaptureFix
         ("--model.adapter.rank=2", ["of another shape", "is (4, 32), not (2, 32)"]),
         ("--model.adapter.targets=[query, value, key]", ["4 missing", "adapters.key.A"]),
         ("--model.adapter.targets=[query]", ["4 unexpected", "adapters.value.B"]),
-        ("--model.tuning=head", ["model.tuning", "of tuning adapter", "for head"]),
+        ("--model.tuning=head", ["model.tuning", "with tuning adapter", "has tuning head"]),
         ("--model.class_names=[a, b, c]", ["a, b, c", "red, green, blue"]),
     ],
 )

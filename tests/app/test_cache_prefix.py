@@ -250,10 +250,10 @@ def test_backbones_that_cannot_go_on(
 ) -> None:
     other = ["--model.backbone=vit_relpos_small_patch16_224", *OPTIONS["image"]]
     error = failure(cli, capsys, *other)
-    assert "is for timm's plain ViTs, and vit_relpos_small_patch16_224 is a VisionTransformerRelPos" in error
+    assert "supports only timm's plain ViTs, and vit_relpos_small_patch16_224 is a VisionTransformerRelPos" in error
     folder = save_backbone(tmp_path / "deberta", "deberta")
     error = failure(text_cli, capsys, f"--model.backbone={folder}", "--model.adapter.layers=1")
-    assert "data.cache_prefix: DebertaV2ForSequenceClassification cannot go on from the output of one" in error
+    assert "data.cache_prefix: DebertaV2ForSequenceClassification cannot continue from the output of one" in error
 
 
 def test_a_task_without_the_key(summary_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -403,7 +403,7 @@ def test_the_configuration_remembers_the_classes(roberta: Path) -> None:
 
 
 def test_one_class_is_refused(roberta: Path) -> None:
-    with pytest.raises(ModelError, match=r"^model\.class_names: \['good'\] leaves nothing to tell apart; give two"):
+    with pytest.raises(ModelError, match=r"^model\.class_names: \['good'\] has fewer than two classes\. Give two"):
         classifier(roberta, class_names=["good"])
 
 

@@ -287,14 +287,14 @@ def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
         ({"class_path": "torch.optim.SGD", "lr": 1.0}, r"model\.optimizer: lr is unknown"),
         (
             {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
-            r"init_args: lr is not for here.*model\.learning_rate",
+            r"init_args: lr cannot be set here.*model\.learning_rate",
         ),
         (
             {"class_path": "torch.optim.SGD", "init_args": {"momentum": -1}},
             r"model\.optimizer: SGD cannot be created .*momentum",
         ),
         ({"class_path": "torch.optim.SGD", "init_args": {"betas": [0.9, 0.99]}}, r"model\.optimizer: SGD .*betas"),
-        ({"class_path": "torch.optim.Rprop"}, r"model\.weight_decay: 0\.01 is not for Rprop"),
+        ({"class_path": "torch.optim.Rprop"}, r"model\.weight_decay: 0\.01 is set, but Rprop"),
     ],
 )
 def test_optimizers_that_are_refused(given: dict[str, Any], message: str) -> None:
@@ -342,7 +342,7 @@ def test_no_optimizer_is_adamw_with_torchs_defaults(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, given: dict[str, Any] | None) -> None:
     fitted(tmp_path, 1, optimizer=given)
     other = {"class_path": "torch.optim.Adam", "init_args": {"amsgrad": True}}
-    with pytest.raises(ModelError, match=r"ckpt_path: the states of optimizer .*model\.optimizer"):
+    with pytest.raises(ModelError, match=r"ckpt_path: the optimizer .*model\.optimizer"):
         fitted(tmp_path, 2, tmp_path / "fitted.ckpt", optimizer=other)
 
 
