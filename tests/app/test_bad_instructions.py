@@ -372,8 +372,12 @@ OTHERS: dict[str, PreTrainedConfig] = {
 @pytest.mark.parametrize(
     ("kind", "option", "parts"),
     [
-        ("bloom", "--data.packing=true", ["data.packing", "BloomForCausalLM", "set it to false"]),
-        ("ctrl", "--model.gradient_checkpointing=true", ["model.gradient_checkpointing", "CTRL", "set it to false"]),
+        ("bloom", "--data.packing=true", ["data.packing", "BloomForCausalLM", "Set the key to false"]),
+        (
+            "ctrl",
+            "--model.gradient_checkpointing=true",
+            ["model.gradient_checkpointing", "CTRL", "Set the key"],
+        ),
     ],
 )
 def test_what_a_backbone_cannot_do(

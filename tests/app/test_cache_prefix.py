@@ -223,7 +223,7 @@ def failure(cli: CommandLine, capsys: pytest.CaptureFixture[str], *options: str)
         (
             "image",
             ["--model.adapter.layers=3"],
-            "(blocks.0.attn.qkv.query). Adapt the last blocks alone with model.adapter.layers, which can be up to 2",
+            "(blocks.0.attn.qkv.query). Adapt only the last blocks with model.adapter.layers: 2",
         ),
         ("image", ["--model.tuning=full"], "data.cache_prefix: with model.tuning: full"),
         ("text", ["--model.adapter.layers=3"], "adapter.layers: 3 is more than the number of blocks"),

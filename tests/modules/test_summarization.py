@@ -611,7 +611,7 @@ def test_predictions_need_no_target(bart: Path) -> None:
         ({"num_beams": 0}, r"^model\.generation\.num_beams: 0 must be 1 or more"),
         ({"min_length": 11, "max_length": 10}, r"^model\.generation: min_length 11 and max_length 10"),
         ({"min_length": -1}, r"^model\.generation: min_length -1"),
-        ({"max_length": 1}, r"^model\.generation: .* max 2 or more"),
+        ({"max_length": 1}, r"^model\.generation: .* max_length 2 or more"),
         ({"no_repeat_ngram_size": -1}, r"^model\.generation\.no_repeat_ngram_size: -1 must not be negative"),
     ],
     ids=str,
