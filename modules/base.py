@@ -472,8 +472,8 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             return
         if self._range_test is not None:
             changed = self.learning_rate != self._range_test.base
-            origin = "found by" if changed else "as before, for there was no suggestion of"
-            _log.info(f"model.learning_rate: {self.learning_rate:g}, {origin} LearningRateFinder.")
+            origin = "from LearningRateFinder" if changed else "unchanged, since LearningRateFinder suggested no value"
+            _log.info(f"model.learning_rate: {self.learning_rate:g}, {origin}.")
             self._range_test.end()
             self._range_test = None
         # The number of batches or processes may have changed since the checkpoint, and so the number of steps.

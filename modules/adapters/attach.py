@@ -49,9 +49,9 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
         layer: AdaptedLinear(cast(nn.Linear, modules[layer]), config, list(slices))
         for layer, slices in groupby(projections, key=lambda p: p.layer)
     }
-    kept = {id(parameter) for name in exclude for parameter in modules[name].parameters()}
+    excluded = {id(parameter) for name in exclude for parameter in modules[name].parameters()}
     for parameter in model.parameters():
-        if id(parameter) not in kept:
+        if id(parameter) not in excluded:
             parameter.requires_grad_(False)
     for name, layer in adapted.items():
         model.set_submodule(name, layer)

@@ -212,14 +212,14 @@ def transformers_prefix(
 
 
 @contextmanager
-def backbone_inputs(prefix: FrozenPrefix | None, given: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def backbone_inputs(prefix: FrozenPrefix | None, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the arguments of a backbone of transformers; the prefix is skipped if they include hidden states."""
-    if HIDDEN not in given:
-        yield given
+    if HIDDEN not in arguments:
+        yield arguments
         return
     assert prefix is not None
     with prefix.skipped():
-        yield {"inputs_embeds" if key == HIDDEN else key: value for key, value in given.items()}
+        yield {"inputs_embeds" if key == HIDDEN else key: value for key, value in arguments.items()}
 
 
 def _only_stack(backbone: nn.Module) -> Stack:

@@ -89,14 +89,14 @@ class FrozenShards:
     def __init__(self, backbone: nn.Module, device: torch.device) -> None:
         stacks = sharded_stacks(backbone)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        kept = {p for p in backbone.parameters() if p.requires_grad}
+        unsharded = {p for p in backbone.parameters() if p.requires_grad}
         for layer in adapted_layers(backbone).values():  # Frozen factors are not sharded either.
-            kept |= set(layer.adapters.parameters())
+            unsharded |= set(layer.adapters.parameters())
         passes: dict[nn.Module, list[nn.Module]] = {}  # A module may call several stacks in one forward pass.
         for stack in stacks:
             passes.setdefault(stack.owner, []).extend(stack.blocks)
             for block in stack.blocks:
-                fully_shard(block, mesh=mesh, ignored_params=kept)
+                fully_shard(block, mesh=mesh, ignored_params=unsharded)
         for number, owner in enumerate(passes):
             # A common root without weights lets FSDP2 prefetch the next block.
             fully_shard(owner, mesh=mesh, ignored_params=set(owner.parameters()))

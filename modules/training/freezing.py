@@ -17,18 +17,18 @@ def freeze(backbone: nn.Module, heads: Sequence[str], dtype: torch.dtype) -> Non
         heads: Names of the backbone's modules that are fully trained.
         dtype: Dtype of the frozen weights.
     """
-    kept = {name: backbone.get_submodule(name) for name in heads}
-    for name in kept:
+    head_modules = {name: backbone.get_submodule(name) for name in heads}
+    for name in head_modules:
         backbone.set_submodule(name, nn.Identity())
     backbone.requires_grad_(False)
     # Rotary frequencies stay as they are: rounded to bfloat16, they would encode other positions.
     names = [name for name, _ in backbone.named_buffers(remove_duplicate=False) if name.endswith("inv_freq")]
-    kept_buffers = {name: backbone.get_buffer(name) for name in names}
+    rotary_buffers = {name: backbone.get_buffer(name) for name in names}
     backbone.to(dtype)
-    for name, buffer in kept_buffers.items():
+    for name, buffer in rotary_buffers.items():
         module, _, attribute = name.rpartition(".")
         setattr(backbone.get_submodule(module), attribute, buffer)
-    for name, head in kept.items():
+    for name, head in head_modules.items():
         backbone.set_submodule(name, head.float())
         head.register_forward_pre_hook(inputs_to_float32)
 

@@ -53,10 +53,10 @@ class FrozenDigest:
 
 
 def _known_digest(digest: str) -> FrozenDigest:
-    known = FrozenDigest(nn.Module())
-    known._thread.join()
-    known._digest = digest
-    return known
+    frozen_digest = FrozenDigest(nn.Module())
+    frozen_digest._thread.join()
+    frozen_digest._digest = digest
+    return frozen_digest
 
 
 def _frozen_tensors(model: nn.Module) -> dict[str, Tensor]:

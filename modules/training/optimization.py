@@ -31,19 +31,19 @@ class OptimizerSpec:
     """An optimizer class of torch.optim and its arguments.
 
     Args:
-        given: `class_path`, such as `torch.optim.SGD`, and `init_args`; None is AdamW with torch's defaults.
+        optimizer: `class_path`, such as `torch.optim.SGD`, and `init_args`; None is AdamW with torch's defaults.
         weight_decay: Weight decay of the parameter groups.
 
     Raises:
         ModelError: If the class is unknown, or does not accept an argument.
     """
 
-    def __init__(self, given: Mapping[str, Any] | None, weight_decay: float) -> None:
-        given = {"class_path": f"{PACKAGE}.AdamW"} if given is None else given
-        self.args: dict[str, Any] = dict(given.get("init_args") or {})
-        path = str(given.get("class_path"))
+    def __init__(self, optimizer: Mapping[str, Any] | None, weight_decay: float) -> None:
+        optimizer = {"class_path": f"{PACKAGE}.AdamW"} if optimizer is None else optimizer
+        self.args: dict[str, Any] = dict(optimizer.get("init_args") or {})
+        path = str(optimizer.get("class_path"))
         package, _, name = path.rpartition(".")
-        if unknown := given.keys() - {"class_path", "init_args"}:
+        if unknown := optimizer.keys() - {"class_path", "init_args"}:
             raise ModelError(
                 f"model.optimizer: {', '.join(sorted(unknown))} is unknown. Give class_path and init_args."
             )
