@@ -669,7 +669,7 @@ def test_an_encoder_or_a_decoder_alone_is_refused(
     line = refused(capsys, tmp_path, pairs_path, f"--model.backbone={folder}")
     name = "deberta-v2" if kind == "deberta" else kind
     assert line == (
-        f"error: model.backbone: {folder} is a {name}, which has no model for Seq2SeqLM; choose another backbone."
+        f"error: model.backbone: {folder} is a {name}, which has no model for Seq2SeqLM. Choose another backbone."
     )
 
 
