@@ -159,7 +159,7 @@ def test_case_29_only_starts_that_change_weights_are_refused_for_that(tmp_path: 
         with pytest.raises(AdapterError, match=f"{start}.*changed the weights.*{advice}"):
             check_supported(content | {"init_lora_weights": start})
     for start in ("pisa", "micah", "", 3, ["mica"], {"a": 1}):
-        with pytest.raises(AdapterError, match=r"not known here.*set the key to true"):
+        with pytest.raises(AdapterError, match=r"unknown here.*set the key to true"):
             check_supported(content | {"init_lora_weights": start})
 
 

@@ -242,8 +242,8 @@ def test_another_seed_is_refused(written: tuple[Path, nn.Module]) -> None:
         (lambda r: r.update(redrawn=[]), "AttributeError"),
         (lambda r: r["redrawn"].pop(NAME), "1 missing.*query.A"),
         (lambda r: r["redrawn"].update({"../\x1b[2J" + "x" * 10**6: r["redrawn"][NAME]}), r"1 unexpected.*\\x1b"),
-        (lambda r: r["adapter"].update(init_a="orthogonal"), "orthogonal.*cannot be drawn again"),
-        (lambda r: r["adapter"].update(train="both"), "cannot be drawn again"),
+        (lambda r: r["adapter"].update(init_a="orthogonal"), "orthogonal.*cannot be redrawn"),
+        (lambda r: r["adapter"].update(train="both"), "cannot be redrawn"),
         (lambda r: r["adapter"].update(rank=10**9), "rank.*exceeds"),
         (lambda r: r["adapter"].update(rank=3), "8 of another shape"),
         (lambda r: r["adapter"].update(rank="8"), "adapter.rank"),
@@ -318,7 +318,7 @@ def test_tensors_are_checked(
 
 def test_another_model_is_refused(written: tuple[Path, nn.Module]) -> None:
     folder, _ = written
-    with pytest.raises(AdapterError, match=r"8 unexpected.*backbone it was made for"):
+    with pytest.raises(AdapterError, match=r"8 unexpected.*backbone of the training"):
         load_compact(folder, nn.Sequential(nn.Linear(3, 3)))
 
 
