@@ -141,7 +141,7 @@ def confirming(tasks: Sequence[str], results: dict[str, dict[str, Any]], quick: 
 def run_all(
     trials: Sequence[Trial], tasks: dict[str, list[str]], arguments: argparse.Namespace, deadline: Deadline
 ) -> None:
-    """Run trials that the file does not hold yet in a few processes, and write each as it ends."""
+    """Run trials that are not in the file yet in parallel processes, and write the result of each trial."""
     done = load(arguments.output)
     waiting = [trial for trial in trials if trial.name not in done]
     context = multiprocessing.get_context("spawn")

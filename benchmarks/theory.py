@@ -199,9 +199,8 @@ def over_projections(runs: Mapping[str, list[Run]], analysis: Analysis) -> dict[
         names = list(each[0])
         norms = [statistics.mean(norm[name] for norm in each) for name in names]
         rows: dict[str, Any] = {}
-        for (outputs, target), same in at_rank[at_rank["trained"] == trained].groupby(
-            ["outputs", "target"], sort=False
-        ):
+        of_side = at_rank[at_rank["trained"] == trained]
+        for (outputs, target), same in of_side.groupby(["outputs", "target"], sort=False):
             forecast = same.set_index("projection").loc[names]
             removed = (forecast["share"] * forecast["removable"]).tolist()
             label = f"{target}, {outputs} outputs"
