@@ -1,9 +1,9 @@
 """Run one fit, ours or Hugging Face Trainer with PEFT, in a separate process, and return time, memory and scores.
 
 `run(fit)` starts the process (`python -m benchmarks.fits JSON`). Memory and seconds of the whole process are measured,
-so the process imports only the modules of its arm. Both families have no adapter dropout, the backbone's dropout, AdamW
-with weight decay 0.01, a linear schedule with 6 % warm-up, gradient clipping at 1, only full batches, and no loader
-processes. Both validate and write a checkpoint at the end of every epoch.
+so the process imports only the modules of its arm. Both families use AdamW with weight decay 0.01, a linear schedule
+with 6 % warm-up, and gradient clipping at 1. The backbone has its dropout, the adapters have none. Both families use
+only full batches and no loader processes. Both validate and write a checkpoint at the end of every epoch.
 
 The task `cola` is CoLA on a backbone in the hub's layout. The task `images` is a timm backbone without pretrained
 weights on the Parquet files of `write_images`.

@@ -1,9 +1,9 @@
 """An epoch of CoLA with MiniLM, ours and Hugging Face Trainer with PEFT, each fit in a separate process.
 
 Our arms use the recipe, with length buckets, and train B or both factors over frozen weights in float32 or bfloat16.
-The arms of Trainer use PEFT's LoRA, padded to 128 tokens as in PEFT's examples, or grouped by length and padded to the
-longest text of a batch. All arms have rank 8 on query and value, batches of 32, and bf16 autocast. B is also trained at
-rank 16, with as many parameters as both factors at rank 8.
+The arms of Trainer use PEFT's LoRA. Texts are padded to 128 tokens as in PEFT's examples, or grouped by length and
+padded to the longest text of a batch. All arms have rank 8 on query and value, batches of 32, and bf16 autocast. B is
+also trained at rank 16, with as many parameters as both factors at rank 8.
 
     python -m benchmarks.glue --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue --threads 1 \
         --output docs/results/benchmark_glue.json --resume --rates B=… B16=… both=… peft=…

@@ -15,8 +15,8 @@ The parts run in this order, each in a separate process, so that a crash does no
 Each part writes DIR/gpu_<part>.json section by section, and starts no section after its share of the budget. Skipped
 parts are printed. --resume skips the sections that the files have already, so a second call continues the first call.
 
-For a lent GPU with 15 minutes: copy the wheels, weights and data into folders of the repository that .git/info/exclude
-names, carry the folders to the machine, and run this command once with --budget 540.
+For a lent GPU with 15 minutes, copy the wheels, weights and data into folders that .git/info/exclude names. Carry the
+folders to the machine, and run this command once with --budget 540.
 """
 
 from __future__ import annotations

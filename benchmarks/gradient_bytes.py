@@ -1,9 +1,9 @@
 """Bytes of gradients that two processes exchange in a step under DDP, and step times.
 
-A ViT with a head is tuned in several ways under `DistributedDataParallel`, by one process and by two processes (gloo,
-one thread each), with the same batch size for each process. A communication hook counts the bytes of each gradient
-bucket. Both processes share one machine, so no network is involved. The times show the cost of the all-reduce on one
-machine, and the bytes show the traffic in a network.
+A ViT with a head is tuned in several ways under `DistributedDataParallel`, by one and by two processes (gloo, one
+thread each). Each process has the same batch size. A communication hook counts the bytes of each gradient bucket. Both
+processes share one machine, so no network is involved. The times show the cost of the all-reduce on one machine. The
+bytes show the traffic in a network.
 
     python -m benchmarks.gradient_bytes --output docs/results/benchmark_scaling.json
 """

@@ -2,8 +2,8 @@
 
 Each arm is a separate process, once for each round in shuffled order. One warm-up of each arm fills the caches of the
 system, of Python and of the data. Ratios are paired by round. A fit is measured from the start of the process to the
-end of the first optimizer step, with logger and first spectra. The fits are conf/quickstart.yaml and, with --backbone
-and --path, conf/roberta_glue.yaml on CoLA, and Hugging Face Trainer with PEFT on the same rows.
+end of the first optimizer step, with logger and first spectra. The first fit is conf/quickstart.yaml. With --backbone
+and --path there are two more fits on CoLA: conf/roberta_glue.yaml, and Hugging Face Trainer with PEFT.
 
     python -m benchmarks.startup --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue \
         --threads 1 --output docs/results/benchmark_startup.json

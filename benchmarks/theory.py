@@ -9,9 +9,10 @@ setting with runs of B and of A, the benchmark measures the moments as the comma
 - the forecast gap, the difference between the network's shares of B and of A;
 - the measured gap, the difference in a metric between B and A (mean over seeds).
 
-Over the settings, the benchmark reports Spearman's correlation of the measured gap with the forecast gap, and with the
-logarithm of the ratio of trained parameters of B to A, which needs no data. Intervals of correlations are bootstrap
-intervals over projections or settings. Intervals of gaps are Student's intervals over seeds.
+Over the settings, the benchmark reports Spearman's correlation of the measured gap with the forecast gap. As a baseline
+without data, the benchmark also reports the correlation with log(trained parameters of B / trained parameters of A).
+Intervals of correlations are bootstrap intervals over projections or settings. Intervals of gaps are Student's
+intervals over seeds.
 
     python -m benchmarks.theory --runs runs/minilm_cola runs/dinov2_cifar10 --output docs/results/theory.json
 """

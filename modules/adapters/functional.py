@@ -95,7 +95,7 @@ def fused(
 
     `fused` is differentiable once, gives W and b no gradient, and does not support `torch.func`.
 
-    The arguments are those of `plain`. x and `dropped` have the dtype of W, or the autocast dtype. The gradients to A
+    The arguments are as for `plain`. x and `dropped` have the dtype of W, or the autocast dtype. The gradients to A
     and B have the dtypes of A and B.
     """
     out: Tensor = _LowRankLinear.apply(x, dropped, weight, bias, scale, tuple(rows), a, *bs)

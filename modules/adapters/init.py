@@ -17,17 +17,17 @@ A factor has r vectors of length n: rows of A with n = d_in, columns of B with n
 | zero       | 0                                         | 0                                    |
 | given      | 0 until a file or a checkpoint is loaded  |                                      |
 
-All initialisers but kaiming have the same scale. kaiming is as published: a frozen kaiming B is √(d_out/3r) times as
-large as an orthogonal B, 5.7 times at r = 8 and d_out = 768. This scale makes training collapse in the paper
+All initialisers except `kaiming` have the same scale. `kaiming` has the published scale: a frozen B is √(d_out/3r)
+times as large as with `orthogonal`, 5.7 times at r = 8 and d_out = 768. This scale makes training collapse in the paper
 (appendix, B_km Â₀).
 
-W has min(d_out, d_in) singular vectors on each side. svd takes the r vectors with the largest singular values,
-svd_minor the r vectors with the smallest. MiCA (arXiv 2604.01694, PEFT's `mica`) is svd_minor for a frozen B with A
-trained from zero.
+W has min(d_out, d_in) singular vectors on each side. `svd` selects the r vectors with the largest singular values.
+`svd_minor` selects the r vectors with the smallest. MiCA (arXiv 2604.01694, PEFT's `mica`) is `svd_minor` for a frozen
+B, with A trained from zero.
 
 A factor of `signs` is bit-identical on every machine and with every library version, so it need not be saved. Its bits
-are the output of SHAKE-256 (FIPS 202), one stream for each vector. Its only arithmetic is √ and ÷, which IEEE 754
-rounds exactly. The other initialisers use torch's generators or LAPACK, which do not guarantee identical bits. The
+are the output of SHAKE-256 (FIPS 202), one stream for each vector. Its only arithmetic is √ and ÷, for which IEEE
+754 prescribes the rounding. The other initialisers use torch's generators or LAPACK, which do not guarantee identical bits. The
 vectors of `signs` are orthogonal only on average: the cosine of two vectors has mean 0 and standard deviation 1/√n.
 Below about ten entries two vectors may even be equal.
 """

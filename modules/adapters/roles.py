@@ -76,8 +76,8 @@ def find_projections(model: nn.Module, exclude: Collection[str] = ()) -> list[Pr
 
     These layers cannot be adapted and are skipped:
 
-    - layers that share a weight with another module, such as a language-modelling head tied to the embedding, since an
-      adapter on one of them would untie the weight;
+    - layers that share a weight with another module, such as a head tied to the embedding, since an adapter would untie
+      the weight;
     - parametrized layers, which have no weight parameter;
     - layers of `nn.MultiheadAttention`, which reads the weights without calling the layers;
     - subclasses of `nn.Linear` that do not compute x·Wᵀ + b, such as quantised layers and routers of experts.
@@ -147,8 +147,8 @@ def _split(layer: str, linear: nn.Linear, by_head: bool) -> list[Projection]:
 def select(projections: list[Projection], targets: Collection[str], layers: int | None = None) -> list[Projection]:
     """Return the projections that the targets match.
 
-    A pattern that matches the name of a fused layer selects the whole layer, with the role `other`, unless a target
-    matches one of its parts.
+    A pattern that matches the name of a fused layer selects the whole layer, with the role `other`. If a target matches
+    a part of the layer, only the parts are selected.
 
     Args:
         projections: All projections of the model, from `find_projections`.

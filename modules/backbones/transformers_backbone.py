@@ -65,11 +65,11 @@ def build_transformers_model(
             pretrained weights, or no weights are loaded, the whole model is loaded in float32.
 
     Raises:
-        ModelError: If the model does not exist, is quantised or does not support the task, a key is not in its
+        ModelError: If the model does not exist, is quantised or does not support the task. Or if a key is not in the
             configuration, or weights are missing outside the heads.
     """
     config = _read_config(name, args)
-    # transformers can build the decoder of an encoder-decoder alone, but its pretrained weights need the encoder.
+    # AutoModelForCausalLM can load the decoder of an encoder-decoder, which was not trained to run alone.
     half = config.is_encoder_decoder and auto_class is transformers.AutoModelForCausalLM
     if half or type(config) not in auto_class._model_mapping:
         task = auto_class.__name__.removeprefix("AutoModelFor")
@@ -275,7 +275,7 @@ def _from_pretrained(
     auto_class: Any, name: str | None, config: PreTrainedConfig, dtype: torch.dtype, **kwargs: Any
 ) -> tuple[Any, Any]:
     folder = None
-    if name is None:  # Auto classes cannot load a state dict without a name, but the model class can.
+    if name is None:  # The weights are in a state dict, so the model class is enough.
         auto_class = auto_class._model_mapping[type(config)]
     else:
         folder, file = located(name)

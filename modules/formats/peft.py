@@ -7,9 +7,9 @@ with another R or alpha.
 
 PEFT cannot adapt parts of a fused layer. `peft_writing` combines the parts into one LoRA. Its rank R is the sum of the
 parts' ranks, with A stacked and B block-diagonal (`modules.adapters.functional.block_diagonal`). Alpha is multiplied so
-that the scale does not change. If the scales of the parts differ, the LoRA has the scale of the first part, and the B
-of each other part is multiplied by the ratio. `peft_reading` splits such a B at its zeros. Any other LoRA of a fused
-layer becomes an adapter of the whole layer.
+that the scale does not change. If the scales of the parts differ, the LoRA has the scale of the first part. The B of
+each other part is then multiplied by the ratio of the scales. `peft_reading` splits such a B at its zeros. Any other
+LoRA of a fused layer becomes an adapter of the whole layer.
 
 vLLM ignores both patterns and uses one rank and one scale for all layers. vLLM therefore supports only adapters without
 patterns.
