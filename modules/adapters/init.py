@@ -26,9 +26,9 @@ W has min(d_out, d_in) singular vectors on each side. `svd` selects the r vector
 B, with A trained from zero.
 
 A factor of `signs` is bit-identical on every machine and with every library version, so it need not be saved. Its bits
-are the output of SHAKE-256 (FIPS 202), one stream for each vector. Its only arithmetic is √ and ÷, for which IEEE
-754 prescribes the rounding. The other initialisers use torch's generators or LAPACK, which do not guarantee identical bits. The
-vectors of `signs` are orthogonal only on average: the cosine of two vectors has mean 0 and standard deviation 1/√n.
+are the output of SHAKE-256 (FIPS 202), one stream for each vector. Its only arithmetic is √ and ÷, for which IEEE 754
+prescribes the rounding. The other initialisers use torch's generators or LAPACK, which do not guarantee identical bits.
+The vectors of `signs` are orthogonal only on average: the cosine of two vectors has mean 0 and standard deviation 1/√n.
 Below about ten entries two vectors may even be equal.
 """
 
