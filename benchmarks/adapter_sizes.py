@@ -71,8 +71,8 @@ def peft_tensors(model: nn.Module, fused: bool) -> dict[str, Tensor]:
     for name, layer in adapted_layers(model).items():
         factors = layer.factors()
         rank = sum(f.A.shape[0] for f in factors)
-        whole = (name, torch.empty(rank, layer.in_features), torch.empty(layer.out_features, rank))
-        for module, a, b in [whole] if fused else [(f.projection.name, f.A, f.B) for f in factors]:
+        stacked = (name, torch.empty(rank, layer.in_features), torch.empty(layer.out_features, rank))
+        for module, a, b in [stacked] if fused else [(f.projection.name, f.A, f.B) for f in factors]:
             prefix = f"base_model.model.{module}"
             tensors |= {f"{prefix}.lora_A.weight": a.detach(), f"{prefix}.lora_B.weight": b.detach()}
     return tensors

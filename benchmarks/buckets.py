@@ -178,16 +178,18 @@ def compare(
         scores: dict[str, list[float]] = {key: [] for key in strategies}
         for seed in range(arguments.rounds):
             chosen: dict[str, Strategy] = {}
-            same: dict[tuple[int, ...], str] = {}
+            first_with_order: dict[tuple[int, ...], str] = {}
             for key, strategy in strategies.items():  # On small data, some strategies give the same order.
-                same_key = same.setdefault(tuple(epoch_order(strategy, lengths, labels, seed).flatten().tolist()), key)
-                chosen[key] = strategies[same_key]
+                first_key = first_with_order.setdefault(
+                    tuple(epoch_order(strategy, lengths, labels, seed).flatten().tolist()), key
+                )
+                chosen[key] = strategies[first_key]
             start = time.perf_counter()
-            done = score(list(dict.fromkeys(chosen.values())), seed)
+            new_scores = score(list(dict.fromkeys(chosen.values())), seed)
             for key, strategy in chosen.items():
-                scores[key].append(done[strategy])
-            shown = {key: round(values[-1], 4) for key, values in scores.items()}
-            print(f"{name}, seed {seed}, {time.perf_counter() - start:.0f} s: {shown}", flush=True)
+                scores[key].append(new_scores[strategy])
+            latest = {key: round(values[-1], 4) for key, values in scores.items()}
+            print(f"{name}, seed {seed}, {time.perf_counter() - start:.0f} s: {latest}", flush=True)
         arms = {}
         for key, strategy in strategies.items():
             figures = [epoch_figures(strategy, lengths, labels, seed) for seed in range(arguments.rounds)]

@@ -69,11 +69,11 @@ def make_fit(arguments: argparse.Namespace, arm: Arm, **values: Any) -> Fit:
 
 def once(arguments: argparse.Namespace, name: str, fit: Fit) -> Record:
     """Return the section of a fit, and measure the fit unless the file has the section."""
-    given = {"learning_rate": fit.rate, "seed": fit.seed, "epochs": fit.epochs, "data_rows": fit.rows}
-    record = measured(arguments, name, given)
+    settings = {"learning_rate": fit.rate, "seed": fit.seed, "epochs": fit.epochs, "data_rows": fit.rows}
+    record = measured(arguments, name, settings)
     if record is None:
         with section(arguments, name) as record:
-            record |= given | run(fit, arguments.threads)
+            record |= settings | run(fit, arguments.threads)
         print(
             f"{name}: {record['process_seconds']:.0f} s, scores {[round(s, 4) for s in record['scores']]}", flush=True
         )

@@ -87,20 +87,22 @@ def main(words: list[str] | None = None) -> int:
         return 2
     arguments.output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + arguments.budget
-    left = []
+    unfinished = []
     for name in arguments.parts:
         share = 1.0 if name == arguments.parts[-1] else PARTS[name]
         seconds = share * (end - time.monotonic()) - GRACE
         started = time.monotonic()
         if seconds < GRACE or not run_part(name, arguments, seconds):
-            left.append(name)
+            unfinished.append(name)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     for name in arguments.parts:
         path = arguments.output / f"gpu_{name}.json"
         sections = json.loads(path.read_text()) if path.is_file() else {}
-        print(f"{path}: {len(sections)} sections" + (", not all of the part" if name in left else ""))
-    print(f"Left: {', '.join(left)}. Run again with --resume." if left else "All parts are done.", flush=True)
-    return 1 if left else 0
+        print(f"{path}: {len(sections)} sections" + (", not all of the part" if name in unfinished else ""))
+    print(
+        f"Left: {', '.join(unfinished)}. Run again with --resume." if unfinished else "All parts are done.", flush=True
+    )
+    return 1 if unfinished else 0
 
 
 if __name__ == "__main__":

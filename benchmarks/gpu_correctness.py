@@ -234,14 +234,14 @@ def compare(fixtures: Fixtures, check: Check, reference: Fit, device: str, folde
     results.append({"name": f"loss within {bound:g}", "passed": difference <= bound, "figure": difference})
     expected, weights = reference.weights(), fit.weights()
     frozen = [name for name in expected if name.endswith(".A")]  # Every fit here trains B.
-    same = bool(frozen) and all(torch.equal(expected[name], weights[name]) for name in frozen)
-    results.append({"name": "frozen factors identical", "passed": same, "figure": len(frozen)})
+    identical = bool(frozen) and all(torch.equal(expected[name], weights[name]) for name in frozen)
+    results.append({"name": "frozen factors identical", "passed": identical, "figure": len(frozen)})
     if not fit.predict_code:
-        made, known = fit.predictions(), reference.predictions()
-        agree = sum(a == b for a, b in zip(made, known, strict=False)) / len(known)
-        enough = len(made) == fixtures.rows[check.family]
+        predictions, expected_predictions = fit.predictions(), reference.predictions()
+        agree = sum(a == b for a, b in zip(predictions, expected_predictions, strict=False)) / len(expected_predictions)
+        enough = len(predictions) == fixtures.rows[check.family]
         text = check.family in ("summaries", "instructions")  # Generated texts diverge at the first near tie.
-        results.append({"name": "rows predicted", "passed": enough, "figure": len(made)})
+        results.append({"name": "rows predicted", "passed": enough, "figure": len(predictions)})
         results.append({"name": "predictions like the CPU's", "passed": text or agree >= AGREE, "figure": agree})
     for form in ("merged", "peft"):
         target = folder / form

@@ -36,8 +36,8 @@ def kernels(step: Step, steps: int) -> dict[str, Any]:
     for event in record.events():
         if on_gpu and event.device_type != DeviceType.CUDA:
             continue
-        passed = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        milliseconds[event.name] += passed / 1000 / steps
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        milliseconds[event.name] += microseconds / 1000 / steps
         launches[event.name] += 1
     return {
         "milliseconds": sum(milliseconds.values()),

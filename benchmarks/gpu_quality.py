@@ -70,8 +70,8 @@ def task_words(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "--test_after_fit=true",
     ]
     if arguments.quick:
-        few = ["--data.max_train_samples=64", "--data.max_val_samples=32", "--data.max_test_samples=32"]
-        return {"images": ["--config=conf/quickstart.yaml", "--trainer.max_epochs=1", *few, *device]}
+        limits = ["--data.max_train_samples=64", "--data.max_val_samples=32", "--data.max_test_samples=32"]
+        return {"images": ["--config=conf/quickstart.yaml", "--trainer.max_epochs=1", *limits, *device]}
     tasks = {}
     if arguments.images and arguments.vision_weights:
         tasks["images"] = [
@@ -142,8 +142,8 @@ def run_all(
     trials: Sequence[Trial], tasks: dict[str, list[str]], arguments: argparse.Namespace, deadline: Deadline
 ) -> None:
     """Run trials that are not in the file yet in parallel processes, and write the result of each trial."""
-    done = load(arguments.output)
-    waiting = [trial for trial in trials if trial.name not in done]
+    finished = load(arguments.output)
+    waiting = [trial for trial in trials if trial.name not in finished]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context) as pool:
         running: dict[Future[dict[str, Any]], Trial] = {}

@@ -130,15 +130,15 @@ def in_processes(world: int, quick: bool, rounds: int) -> dict[str, Any]:
 
 def measure(quick: bool, rounds: int = 3) -> list[dict[str, Any]]:
     """Return for each arm the trained parameters, reduced bytes by step and process, and seconds of each step."""
-    one, two = (in_processes(world, quick, rounds) for world in (1, 2))
+    single, double = (in_processes(world, quick, rounds) for world in (1, 2))
     return [
         {
             "arm": arm,
-            "trained_parameters": two[arm]["trained"],
-            "gradient_bytes": two[arm]["bytes"],
-            "expected_bytes": 4 * two[arm]["trained"],
-            "seconds_1": one[arm]["seconds"],
-            "seconds_2": two[arm]["seconds"],
+            "trained_parameters": double[arm]["trained"],
+            "gradient_bytes": double[arm]["bytes"],
+            "expected_bytes": 4 * double[arm]["trained"],
+            "seconds_1": single[arm]["seconds"],
+            "seconds_2": double[arm]["seconds"],
         }
         for arm in ARMS
     ]

@@ -203,10 +203,10 @@ def in_process(module: str, words: Sequence[str], variables: Mapping[str, str] |
         SystemExit: With stderr, if the process fails.
     """
     command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | (variables or {}))
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | (variables or {}))
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def environment() -> dict[str, Any]:
@@ -228,21 +228,23 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() if done.returncode == 0 else None
+    process = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
-def measured(arguments: argparse.Namespace, name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def measured(
+    arguments: argparse.Namespace, name: str, expected: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """Return a section of the file if --resume is set and the section was measured in the same way.
 
     Args:
         arguments: From `parse`.
         name: Name of the section.
-        given: Further entries that must be equal.
+        expected: Further entries that must be equal.
     """
     section = load(arguments.output).get(name) if arguments.resume else None
-    same = {**_way(arguments), **(given or {})}
-    return section if section and all(section.get(key) == value for key, value in same.items()) else None
+    settings = {**_way(arguments), **(expected or {})}
+    return section if section and all(section.get(key) == value for key, value in settings.items()) else None
 
 
 def _way(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -293,12 +295,12 @@ def _rounded(value: Any) -> Any:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with the arm in the first column and figures in the others."""
-    shown = Table(title=title, title_justify="left")
+    printed = Table(title=title, title_justify="left")
     for column in columns:
-        shown.add_column(column, justify="left" if column == columns[0] else "right")
+        printed.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
-        shown.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(shown)
+        printed.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(printed)
 
 
 def ratio_text(ratio: Mapping[str, float]) -> str:

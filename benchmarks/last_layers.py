@@ -125,9 +125,9 @@ def fit(arguments: argparse.Namespace, layers: int | None, cached: bool, rate: f
         words += [f"--trainer.callbacks.path={folder}/seconds.json", *arguments.options]
         variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_DATASETS_CACHE": str(cache)}
         start = time.perf_counter()
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | variables)
-        if done.returncode:
-            raise SystemExit(done.stderr)
+        process = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | variables)
+        if process.returncode:
+            raise SystemExit(process.stderr)
         seconds = time.perf_counter() - start
         metrics = json.loads((Path(folder) / "version_0" / "metrics.json").read_text())
         epochs = json.loads((Path(folder) / "seconds.json").read_text())
@@ -146,11 +146,11 @@ def fit(arguments: argparse.Namespace, layers: int | None, cached: bool, rate: f
 def once(arguments: argparse.Namespace, name: str, layers: int | None, cached: bool, rate: float, seed: int) -> Record:
     """Return the section of a fit, and run the fit unless the file has the section. A cached fit runs twice."""
     name = f"{arguments.task}, {name}"
-    given = {"layers": layers, "rate": rate, "seed": seed, "epochs": arguments.epochs}
-    record = measured(arguments, name, given)
+    settings = {"layers": layers, "rate": rate, "seed": seed, "epochs": arguments.epochs}
+    record = measured(arguments, name, settings)
     if record is None:
         with section(arguments, name) as record:
-            record |= given
+            record |= settings
             cache = Path(arguments.cache)  # All fits share the cached images and tokens.
             record |= fit(arguments, layers, cached, rate, seed, cache)
             if cached:

@@ -87,17 +87,17 @@ Rounds = dict[str, list[float]]
 def measure(model: Any, batches: list[Batch], rounds: int) -> tuple[Rounds, Rounds, dict[str, Tensor]]:
     """Return wall seconds and CPU seconds of each round, and log-probabilities (questions, n_choices), by arm."""
     order = random.Random(0)
-    passed: Rounds = {name: [] for name in ARMS}
-    busy: Rounds = {name: [] for name in ARMS}
+    wall: Rounds = {name: [] for name in ARMS}
+    cpu: Rounds = {name: [] for name in ARMS}
     scores: dict[str, Tensor] = {}
     for _ in range(rounds):
         for name in order.sample(list(ARMS), len(ARMS)):
             cache = PrefixCache()
-            start, busy_start = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             scores[name] = torch.cat([ARMS[name](model, batch, cache) for batch in batches])
-            passed[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - busy_start)
-    return passed, busy, scores
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - cpu_start)
+    return wall, cpu, scores
 
 
 def paired(of: list[float], over: list[float]) -> float:
@@ -128,10 +128,10 @@ def main() -> None:
     batches = list(data.test_dataloader()[0])
     answers = torch.cat([batch["answers"] for batch in batches])
     with torch.inference_mode():
-        few = {key: batches[-1][key][:1] for key in ("input_ids", "lengths")}
+        one_question = {key: batches[-1][key][:1] for key in ("input_ids", "lengths")}
         for arm in ARMS.values():  # Warm-up.
-            arm(decoder.backbone, batches[-1] | few, PrefixCache())
-        passed, busy, scores = measure(decoder.backbone, batches, arguments.rounds)
+            arm(decoder.backbone, batches[-1] | one_question, PrefixCache())
+        wall, cpu, scores = measure(decoder.backbone, batches, arguments.rounds)
     record = {
         "backbone": Path(arguments.backbone).name,
         "questions": len(answers),
@@ -143,14 +143,12 @@ def main() -> None:
         "arms": {
             name: {
                 "tokens": tokens_of(name, batches),
-                "seconds_per_question": round(statistics.median(passed[name]) / len(answers), 4),
-                "processor_seconds_per_question": round(statistics.median(busy[name]) / len(answers), 4),
-                "round_seconds": [round(s, 3) for s in passed[name]],
-                "round_processor_seconds": [round(s, 3) for s in busy[name]],
-                "times_faster_than": {other: paired(passed[name], passed[other]) for other in ARMS if other != name},
-                "times_less_processor_than": {
-                    other: paired(busy[name], busy[other]) for other in ARMS if other != name
-                },
+                "seconds_per_question": round(statistics.median(wall[name]) / len(answers), 4),
+                "processor_seconds_per_question": round(statistics.median(cpu[name]) / len(answers), 4),
+                "round_seconds": [round(s, 3) for s in wall[name]],
+                "round_processor_seconds": [round(s, 3) for s in cpu[name]],
+                "times_faster_than": {other: paired(wall[name], wall[other]) for other in ARMS if other != name},
+                "times_less_processor_than": {other: paired(cpu[name], cpu[other]) for other in ARMS if other != name},
                 "largest_difference_to_plain": float((scores[name] - scores["plain"]).abs().max()),
                 "accuracy": float((scores[name].argmax(-1) == answers).float().mean()),
             }

@@ -144,7 +144,7 @@ def main(words: list[str] | None = None) -> None:
     known = load(arguments.output).keys() | arguments.vary
     if arguments.figure and not known & SIZES.keys():
         common.error(f"--figure: there is nothing to plot. Give --vary one of {', '.join(SIZES)}.")
-    done: dict[str, Any] = {}
+    sweeps: dict[str, Any] = {}
     for varied in arguments.vary:
         figures = measured(arguments, varied, PROCESSES if varied == "processes" else None)
         if figures is None:
@@ -158,9 +158,9 @@ def main(words: list[str] | None = None) -> None:
             gradient_bytes.show(figures["rows"])
         else:
             show(varied, figures)
-            done[varied] = figures
+            sweeps[varied] = figures
     if arguments.figure:
-        known = load(arguments.output) | done
+        known = load(arguments.output) | sweeps
         plot([known[varied] for varied in SIZES if varied in known], arguments.figure)
 
 

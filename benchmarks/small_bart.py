@@ -62,18 +62,18 @@ def build(source: Path, decoder_layers: int, seed: int) -> BartForConditionalGen
         layers = list(roberta.encoder.layer)
         pairs = [*zip(layers, model.model.encoder.layers, strict=True)]
         pairs += zip([layers[i] for i in chosen], model.model.decoder.layers, strict=True)
-        for theirs, ours in pairs:
-            attention = theirs.attention
-            for name in ("self_attn", "encoder_attn") if hasattr(ours, "encoder_attn") else ("self_attn",):
-                target = getattr(ours, name)
+        for source_layer, bart_layer in pairs:
+            attention = source_layer.attention
+            for name in ("self_attn", "encoder_attn") if hasattr(bart_layer, "encoder_attn") else ("self_attn",):
+                target = getattr(bart_layer, name)
                 copy(attention.self.query, target.q_proj)
                 copy(attention.self.key, target.k_proj)
                 copy(attention.self.value, target.v_proj)
                 copy(attention.output.dense, target.out_proj)
-                copy(attention.output.LayerNorm, getattr(ours, f"{name}_layer_norm"))
-            copy(theirs.intermediate.dense, ours.fc1)
-            copy(theirs.output.dense, ours.fc2)
-            copy(theirs.output.LayerNorm, ours.final_layer_norm)
+                copy(attention.output.LayerNorm, getattr(bart_layer, f"{name}_layer_norm"))
+            copy(source_layer.intermediate.dense, bart_layer.fc1)
+            copy(source_layer.output.dense, bart_layer.fc2)
+            copy(source_layer.output.LayerNorm, bart_layer.final_layer_norm)
     return model
 
 

@@ -67,11 +67,11 @@ def run(words: list[str], arguments: argparse.Namespace) -> float:
         root = ["--trainer.default_root_dir", folder] if END[0] in words else []
         before, start = _processor(), time.perf_counter()
         command = [sys.executable, *words, *root]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        passed = time.perf_counter() - start
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return _processor() - before if arguments.processor else passed
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        elapsed = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return _processor() - before if arguments.processor else elapsed
 
 
 def _processor() -> float:
@@ -82,9 +82,9 @@ def _processor() -> float:
 
 def dearest(words: list[str], count: int = 15) -> dict[str, float]:
     """Return the packages that take longest to import, without their dependencies, in ms."""
-    done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
     spent: Counter[str] = Counter()
-    for microseconds, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", done.stderr):
+    for microseconds, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", process.stderr):
         spent[name] += int(microseconds)
     return {name: total / 1000 for name, total in spent.most_common(count)}
 

@@ -122,15 +122,17 @@ def kill_at(process: int, moment: Callable[[], bool]) -> bool:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def same(one: Any, other: Any) -> bool:
+def same(first: Any, second: Any) -> bool:
     """Return True if two nested values are bit-identical."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return (
+            isinstance(second, dict) and first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+        )
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second)
 
 
 def losses(root: Path) -> dict[str, set[str]]:
@@ -151,8 +153,8 @@ def differences(root: Path, reference: Path, lost: Sequence[str] = ()) -> list[s
     }.items():
         if name == "best" and "best.ckpt" in lost:
             continue
-        one, other = (read_checkpoint(r / f"version_0/checkpoints/{name}.ckpt") for r in (root, reference))
-        differing += [f"{name}: {key}" for key in keys if not same(one[key], other[key])]
+        actual, expected = (read_checkpoint(r / f"version_0/checkpoints/{name}.ckpt") for r in (root, reference))
+        differing += [f"{name}: {key}" for key in keys if not same(actual[key], expected[key])]
     return differing
 
 
@@ -169,7 +171,7 @@ def killed_run(root: Path, data: Path, reference: Path, order: random.Random, wr
         order: Random numbers for the moment of the kill: a step, and seconds after the step.
         write: If true, wait until a checkpoint is being written, and kill then.
     """
-    step, late = order.randrange(EPOCHS * STEPS_AN_EPOCH), order.uniform(0, 0.004 if write else 0.1)
+    step, delay = order.randrange(EPOCHS * STEPS_AN_EPOCH), order.uniform(0, 0.004 if write else 0.1)
     folder, recorded = root / "version_0/checkpoints", root / LOSSES
 
     def half_written() -> list[str]:
@@ -179,22 +181,22 @@ def killed_run(root: Path, data: Path, reference: Path, order: random.Random, wr
         begun = step == 0 or (recorded.is_file() and f"train {step} " in recorded.read_text())
         if not begun or (write and not half_written()):
             return False
-        time.sleep(late)
+        time.sleep(delay)
         return True
 
     process = start(root, data)
-    ran = kill_at(process, moment)
-    torn = half_written()
+    was_running = kill_at(process, moment)
+    partial_files = half_written()
     saved = read_checkpoint(folder / "last.ckpt")["global_step"] if (folder / "last.ckpt").is_file() else None
-    if ran and saved is None:  # There is no checkpoint to resume from.
+    if was_running and saved is None:  # There is no checkpoint to resume from.
         shutil.rmtree(root)
-    code = finish(start(root, data, *([] if saved is None else ["--ckpt_path=last"]))) if ran else 0
+    code = finish(start(root, data, *([] if saved is None else ["--ckpt_path=last"]))) if was_running else 0
     return {
         "aimed at": "a write" if write else "any moment",
-        "killed": ran,
+        "killed": was_running,
         "behind step": step,
-        "seconds behind it": round(late, 4),
-        "half-written file left": torn,
+        "seconds behind it": round(delay, 4),
+        "half-written file left": partial_files,
         "step of last.ckpt": saved,
         "exit code of the resumed run": code,
         "differs in": differences(root, reference),
@@ -242,14 +244,14 @@ def stopped_run(root: Path, data: Path, reference: Path, kind: str, options: lis
 # ------------------------------------------------------------------------------------------------ kills outside of fits
 
 
-def interrupted_cache(root: Path, data: Path, reference: Path, config: str, options: list[str], late: float) -> Any:
+def interrupted_cache(root: Path, data: Path, reference: Path, config: str, options: list[str], delay: float) -> Any:
     """Kill a run shortly after its first cache file appears, run again, and return a row of results."""
     cache = root / "cache" / "onesided"
 
     def moment() -> bool:
         if not cache.is_dir() or not any(cache.iterdir()):
             return False
-        time.sleep(late)
+        time.sleep(delay)
         return True
 
     ran = kill_at(start(root, data, *options, config=config), moment)
@@ -259,7 +261,7 @@ def interrupted_cache(root: Path, data: Path, reference: Path, config: str, opti
     code = finish(start(root, data, *options, config=config))
     return {
         "killed": ran,
-        "seconds behind the first file": round(late, 4),
+        "seconds behind the first file": round(delay, 4),
         "in the cache": written,
         "stale in the end": sorted(p.name for p in cache.iterdir() if p.name.startswith((".", "tmp"))),
         "exit code": code,
@@ -271,19 +273,19 @@ def interrupted_export(root: Path, run: Path, kind: str, reference: Path, order:
     """Kill an export shortly after its first file appears, export again, and return a row of results."""
     words = ["export", str(run), "--format", kind, "--output", str(root / "exported")]
     before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
-    late = order.uniform(0.0, 0.02)
+    delay = order.uniform(0.0, 0.02)
     known = {"log.txt", "cache"}
 
     def moment() -> bool:
         if not root.is_dir() or all(path.name in known for path in root.iterdir()):
             return False
-        time.sleep(late)
+        time.sleep(delay)
         return True
 
     ran = kill_at(start_command(root, words), moment)
-    left = sorted(path.name for path in root.iterdir() if path.name not in known)
-    whole = (root / "exported").exists()
-    code = 0 if whole else finish(start_command(root, words))
+    remaining_files = sorted(path.name for path in root.iterdir() if path.name not in known)
+    is_complete = (root / "exported").exists()
+    code = 0 if is_complete else finish(start_command(root, words))
     exported = {path.name: path.read_bytes() for path in (root / "exported").iterdir()}
     expected = {path.name: path.read_bytes() for path in (reference / "exported").iterdir()}
     weights = {name for name in expected if name.endswith((".safetensors", ".json"))}
@@ -291,8 +293,8 @@ def interrupted_export(root: Path, run: Path, kind: str, reference: Path, order:
     return {
         "format": kind,
         "killed": ran,
-        "seconds behind the first file": round(late, 4),
-        "left by the kill": left,
+        "seconds behind the first file": round(delay, 4),
+        "left by the kill": remaining_files,
         "exit code": code,
         "differs in": [name for name in sorted(weights) if exported.get(name) != expected[name]] + changed,
     }

@@ -195,14 +195,14 @@ def over_projections(runs: Mapping[str, list[Run]], analysis: Analysis) -> dict[
     at_rank = analysis.at_own_rank()
     energies = analysis.projections.set_index("projection")["input_energy"]
     record: dict[str, Any] = {}
-    for trained, of in runs.items():
-        each = [whitened_norms(run, analysis.measured) for run in of]
-        names = list(each[0])
-        norms = [statistics.mean(norm[name] for norm in each) for name in names]
+    for trained, side_runs in runs.items():
+        norms_by_run = [whitened_norms(run, analysis.measured) for run in side_runs]
+        names = list(norms_by_run[0])
+        norms = [statistics.mean(norm[name] for norm in norms_by_run) for name in names]
         rows: dict[str, Any] = {}
         of_side = at_rank[at_rank["trained"] == trained]
-        for (outputs, target), same in of_side.groupby(["outputs", "target"], sort=False):
-            forecast = same.set_index("projection").loc[names]
+        for (outputs, target), rows_of_case in of_side.groupby(["outputs", "target"], sort=False):
+            forecast = rows_of_case.set_index("projection").loc[names]
             removed = (forecast["share"] * forecast["removable"]).tolist()
             label = f"{target}, {outputs} outputs"
             rows[f"share, {label}"] = correlation(forecast["share"].tolist(), norms)
@@ -301,19 +301,19 @@ def main() -> None:
             name = name_of(runs, arguments.title)
             if name in records:  # The settings differ in a key that is not in the name.
                 name = f"{name}, {runs['B'][0].path.parent.name}"
-            given = {"runs": [run.path.name for of in runs.values() for run in of]}
-            record = measured(arguments, name, given)
+            run_names = {"runs": [run.path.name for of in runs.values() for run in of]}
+            record = measured(arguments, name, run_names)
             if record is None:
                 with section(arguments, name) as record:
-                    record |= given | measure_setting(arguments, runs)
+                    record |= run_names | measure_setting(arguments, runs)
             records[name] = record
     if not records:
         raise SystemExit(
             f"--runs: {', '.join(map(str, arguments.runs))} has no runs of B and A with the same recipe and rank. Give "
             "folders with both."
         )
-    with section(arguments, "over settings") as whole:
-        whole["correlations"] = summary = over_settings(records)
+    with section(arguments, "over settings") as summary_record:
+        summary_record["correlations"] = summary = over_settings(records)
     show(records, summary)
 
 

@@ -27,9 +27,9 @@ def write_rows(source: Path, output: Path) -> None:
     """Write the data sets and print the ROUGE of lead-1."""
     splits = {s: datasets.Dataset.from_parquet(str(source / f"{s}.parquet")) for s in ("train", "validation", "test")}
     train = splits["train"]
-    half, few = len(train) // 2, train.select(range(32))
+    half, overfit_rows = len(train) // 2, train.select(range(32))
     sets = {
-        "overfit": {"train": few, "validation": few, "test": few},
+        "overfit": {"train": overfit_rows, "validation": overfit_rows, "test": overfit_rows},
         "first": {**splits, "train": train.select(range(half))},
         "second": {**splits, "train": train.select(range(half, len(train)))},
     }

@@ -100,8 +100,8 @@ class TextClassifier(AdaptedModule):
         config = self.model_config
         name, old = self._output_layer(int(config.num_labels or 0))
         loaded = [str(label).lower() for _, label in sorted(dict(config.id2label or {}).items())]
-        same = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
-        if f"{name}.weight" in self._new or not same:
+        same_classes = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
+        if f"{name}.weight" in self._new or not same_classes:
             output = nn.Linear(old.in_features, max(len(class_names), 1), bias=old.bias is not None)
             # The head must depend only on the run's seed, and DDP's start draws from the global generator.
             generator = torch.Generator().manual_seed(torch.initial_seed())

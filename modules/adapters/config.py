@@ -181,7 +181,7 @@ def scale_of(alpha: float, rank: int, scaling: Scaling) -> float:
     return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
 
 
-def _check_pattern(key: str, patterns: Any, types: tuple[type, ...], least: float, wanted: str) -> None:
+def _check_pattern(key: str, patterns: Any, types: tuple[type, ...], minimum: float, requirement: str) -> None:
     """Validate the keys and values of a pattern.
 
     Raises:
@@ -192,5 +192,5 @@ def _check_pattern(key: str, patterns: Any, types: tuple[type, ...], least: floa
     for name, value in patterns.items():
         if problem := pattern_problem(name):
             raise AdapterError(f"adapter.{key}: {name!r:.120} is {problem}.")
-        if type(value) not in types or not least <= value <= sys.float_info.max:
-            raise AdapterError(f"adapter.{key}: {value!r:.80} of {name!r:.120} must be {wanted}.")
+        if type(value) not in types or not minimum <= value <= sys.float_info.max:
+            raise AdapterError(f"adapter.{key}: {value!r:.80} of {name!r:.120} must be {requirement}.")

@@ -61,16 +61,16 @@ def refuse_merged(model: nn.Module) -> None:
         raise AdapterError("The adapters are merged into the weights. Unmerge the adapters before loading factors.")
 
 
-def state_problems(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int = 5) -> list[str]:
+def state_problems(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], most: int = 5) -> list[str]:
     """Return why a state cannot be loaded: missing or unexpected names and other shapes, at most `most` of each."""
     misshapen = [
-        f"{name} is {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        f"{name} is {tuple(actual[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in given and given[name].shape != tensor.shape
+        if name in actual and actual[name].shape != tensor.shape
     ]
     kinds = {
-        "missing": [name for name in expected if name not in given],
-        "unexpected": [name for name in given if name not in expected],
+        "missing": [name for name in expected if name not in actual],
+        "unexpected": [name for name in actual if name not in expected],
         "of another shape": misshapen,
     }
     return [

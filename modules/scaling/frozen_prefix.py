@@ -128,13 +128,13 @@ class FrozenPrefix:
         rest = {key: value for key, value in batch.items() if key not in self.inputs}
         try:
             resumed = self._watch({**rest, HIDDEN: whole.hidden * mask[..., None].to(whole.hidden.dtype)})
-            same = self.depth == len(self.blocks) or torch.equal(whole.received[mask], resumed.received[mask])
-            same = same and bool((whole.outputs - resumed.outputs).norm() <= TOLERANCE * whole.outputs.norm())
+            agrees = self.depth == len(self.blocks) or torch.equal(whole.received[mask], resumed.received[mask])
+            agrees = agrees and bool((whole.outputs - resumed.outputs).norm() <= TOLERANCE * whole.outputs.norm())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # A backbone with another interface may raise any exception.
-            same, reason = False, error
-        if not same:
+            agrees, reason = False, error
+        if not agrees:
             raise ModelError(
                 f"{KEY}: {type(self.backbone).__name__} cannot continue from the output of one of its blocks. Set the "
                 "key to false."

@@ -89,10 +89,10 @@ class CheckpointedModule(L.LightningModule):
             )
         self._check_names(checkpoint["state_dict"])
         if "frozen_digest" in checkpoint:
-            same = checkpoint["frozen_digest"] == self.frozen_digest.hexdigest()
+            matches = checkpoint["frozen_digest"] == self.frozen_digest.hexdigest()
         else:
-            same = checkpoint.get("frozen_fingerprint", self.fingerprint) == self.fingerprint
-        if not same:
+            matches = checkpoint.get("frozen_fingerprint", self.fingerprint) == self.fingerprint
+        if not matches:
             raise ModelError(
                 "ckpt_path: the checkpoint was trained over other frozen weights than this backbone's. Set "
                 "model.backbone, model.weights, model.backbone_args, model.backbone_dtype and model.image_size to the "

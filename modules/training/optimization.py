@@ -271,13 +271,13 @@ def steps_left(trainer: L.Trainer) -> int:
     loop, accumulated = trainer.fit_loop, trainer.accumulate_grad_batches
     epochs: Any = loop.epoch_progress.current
     batches: Any = loop.epoch_loop.batch_progress.current
-    an_epoch = math.ceil(trainer.num_training_batches / accumulated)
-    over = batches.processed >= trainer.num_training_batches
+    steps_per_epoch = math.ceil(trainer.num_training_batches / accumulated)
+    epoch_is_over = batches.processed >= trainer.num_training_batches
     # Lightning steps after every `accumulated` batches and after the last batch of an epoch.
-    within = an_epoch if over else batches.processed // accumulated
-    done = within if epochs.ready > epochs.processed else 0
-    left = ((trainer.max_epochs or 0) - epochs.processed) * an_epoch - done
+    steps_so_far = steps_per_epoch if epoch_is_over else batches.processed // accumulated
+    steps_in_epoch = steps_so_far if epochs.ready > epochs.processed else 0
+    remaining = ((trainer.max_epochs or 0) - epochs.processed) * steps_per_epoch - steps_in_epoch
     if trainer.max_epochs == -1 or trainer.max_steps != -1:
-        most = trainer.max_steps - trainer.global_step
-        return most if trainer.max_epochs == -1 else min(left, most)
-    return left
+        limit = trainer.max_steps - trainer.global_step
+        return limit if trainer.max_epochs == -1 else min(remaining, limit)
+    return remaining
