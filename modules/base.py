@@ -241,7 +241,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         """
         keys = {"tuning: full": self.tuning == "full", "shard_frozen: true": self.shard_frozen}
         if key := next((key for key, is_set in keys.items() if is_set), None):
-            raise ModelError(f"data.cache_prefix: with model.{key} no process has a frozen prefix. Use false.")
+            raise ModelError(f"data.cache_prefix: with model.{key} no process has a frozen prefix. Set it to false.")
         if self.compiles:
             raise ModelError(
                 "data.cache_prefix: true skips blocks, which model.compile: true does not support. Set one of the keys "
@@ -253,7 +253,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
     def build_prefix(self) -> FrozenPrefix:
         """Return the frozen prefix of a task; see `modules.scaling.frozen_prefix`."""
-        raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot continue from hidden states. Use false.")
+        raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot use cached hidden states. Set it to false.")
 
     # ----------------------------------------------------------------------------------------------------------- setup
 

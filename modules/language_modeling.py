@@ -235,7 +235,7 @@ class LanguageModel(AdaptedModule):
         if self.position_limit is not None and length + limit > self.position_limit:
             raise ModelError(
                 f"data.max_length: a prompt of {length} tokens and a response of model.generation.max_new_tokens "
-                f"{limit} are more than the {self.position_limit} positions of the backbone. Lower either key."
+                f"{limit} are more than the {self.position_limit} positions of the backbone. Lower one of the keys."
             )
         search: Any = self.backbone.generate
         tokens = search(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

@@ -67,8 +67,8 @@ def check_positions(name: str, config: PreTrainedConfig) -> None:
     scaled = kind != "none" or any(tensor.startswith("rope_f") for tensor in tensors)  # rope_freqs, rope_factors_…
     if scaled and (config.to_dict().get("rope_parameters") or {}).get("rope_type") == "default":
         raise ModelError(
-            f"model.backbone: {name} scales its rotary positions, and transformers does not read them from GGUF. Copy "
-            "rope_parameters from the original model's config.json to model.backbone_args, or use the original model."
+            f"model.backbone: {name} scales its rotary positions, but transformers cannot read the scaling from GGUF. "
+            "Copy rope_parameters from the original model's config.json to model.backbone_args, or use the original."
         )
 
 

@@ -54,7 +54,7 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
     if local and not Path(weights).is_file():
         raise ModelError(f"model.weights: there is no file {weights}. Give a local file, `pretrained` or `none`.")
     if local and Path(weights).suffix not in SUFFIXES:
-        raise ModelError(f"model.weights: {weights} must be one of {', '.join(SUFFIXES)}.")
+        raise ModelError(f"model.weights: {weights} has an unknown suffix. Use one of {', '.join(SUFFIXES)}.")
     architecture, source = _resolve(name)
     if reserved := {"img_size", "in_chans", "num_classes"} & args.keys():
         raise ModelError(

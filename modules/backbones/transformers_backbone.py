@@ -139,7 +139,10 @@ def load_tokenizer(
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     # An export writes a file for each chat template, so a template's name must be a safe file name.
     if odd := [template for template in templates if not re.fullmatch(r"[\w.-]+", str(template))]:
-        raise ModelError(f"model.backbone: the tokenizer of {name} names a chat template {odd[0]!r}; {advice}.")
+        raise ModelError(
+            f"model.backbone: the tokenizer of {name} has a chat template {odd[0]!r}, which is no safe file name; "
+            f"{advice}."
+        )
     if is_gguf(name):
         forget_invented_tokens(tokenizer)
     # Without files, the library invents a tokenizer that has only special tokens.
@@ -245,7 +248,7 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
                 "transformers does not read this architecture from GGUF. Use another file or the original model."
             ) from error
         raise ModelError(
-            f"model.backbone: {name} is no intact directory here, and from the hub it could not be had "
+            f"model.backbone: {name} is no intact directory here, and could not be loaded from the hub "
             f"({first_line(error)}). Without a connection give a local directory in the hub's layout."
         ) from error
     known = {*config.to_dict(), *config.attribute_map, "num_labels"}

@@ -92,7 +92,7 @@ def _local_folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, COMPACT]))
     except Exception as error:  # The network and an invalid name can raise many exceptions.
         raise AdapterError(
-            f"{WHERE}: {source} is no directory here, and from the hub it could not be had ({first_line(error)}). "
+            f"{WHERE}: {source} is no directory here, and could not be loaded from the hub ({first_line(error)}). "
             f"Give a directory with {CONFIG} and {WEIGHTS}."
         ) from error
 

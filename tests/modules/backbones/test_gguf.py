@@ -299,7 +299,7 @@ def test_another_file_of_a_directory(file: Path) -> None:
 
 
 def test_a_repository_that_cannot_be_reached() -> None:
-    refused("no/such/model.gguf", r"^model\.backbone: no/such/model\.gguf .*from the hub it could not be had")
+    refused("no/such/model.gguf", r"^model\.backbone: no/such/model\.gguf .*could not be loaded from the hub")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.6, 0.9, 0.999])
