@@ -88,7 +88,7 @@ def test_config_without_a_file_name(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model.adapter.rank=33", ["adapter.rank", "33", "blocks.0.attn.qkv.query", "32 × 32"]),
         ("--model.adapter.init_b=orthogonal", ["adapter.init_a", "adapter.init_b", "zero"]),
         ("--model.adapter.train=A", ["adapter.train", "init_b: orthogonal"]),
-        ("--model.adapter.init_a=zero", ["adapter.init_a", "saddle"]),
+        ("--model.adapter.init_a=zero", ["adapter.init_a", "neither factor"]),
         ("--model.adapter.dropout=1.0", ["adapter.dropout", "[0, 1)"]),
         ("--model.adapter.alpha=-1", ["adapter.alpha"]),
         ("--model.adapter.targets=[quary]", ["adapter.targets", "quary", "query"]),
