@@ -339,7 +339,7 @@ def test_case_30_a_run_with_patterns(
         ("--model.adapter.rank_pattern={qeury: 4}", ["adapter.rank_pattern", "'qeury'", "query", "Correct the key"]),
         ("--model.adapter.alpha_pattern={mlp_in: 4}", ["adapter.alpha_pattern", "'mlp_in'", "none of the adapted"]),
         ("--model.adapter.rank_pattern={query: 0}", ["adapter.rank_pattern", "0 of 'query'", "1 or more"]),
-        ("--model.adapter.rank_pattern={query: 33}", ["adapter.rank_pattern: 33 exceeds", "32 or less"]),
+        ("--model.adapter.rank_pattern={query: 33}", ["adapter.rank_pattern: 33 is larger", "32 or less"]),
         ("--model.adapter.rank_pattern={query: x}", ["rank_pattern", "int"]),
         ("--model.adapter.rank_pattern={'(': 4}", ["adapter.rank_pattern", "regular expression"]),
         ("--model.adapter.alpha_pattern={query: .inf}", ["adapter.alpha_pattern", "inf"]),
@@ -397,7 +397,7 @@ def test_case_30_a_weight_of_zeros_and_one_that_is_too_small(init: Any, train: A
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     for keys, message in (
-        ({"rank": 6}, "adapter.rank: 6 exceeds.*3 × 9"),
+        ({"rank": 6}, "adapter.rank: 6 is larger than.*3 × 9"),
         ({"rank_pattern": {"0": 7}}, "rank_pattern: 7"),
     ):
         plain = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3))

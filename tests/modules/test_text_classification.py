@@ -408,7 +408,7 @@ def test_one_class_is_refused(roberta: Path) -> None:
 
 
 def test_a_rank_that_does_not_fit_is_refused_before_any_data(roberta: Path) -> None:
-    with pytest.raises(ValueError, match=r"adapter\.rank: 33 exceeds"):
+    with pytest.raises(ValueError, match=r"adapter\.rank: 33 is larger"):
         classifier(roberta, class_names=None, adapter=AdapterConfig(rank=33))
 
 
