@@ -66,7 +66,7 @@ def test_pair_that_cannot_learn_names_the_keys(train: Any, init_a: Any, init_b: 
     if (init_a == "zero") != (init_b == "zero"):  # a trained factor over a frozen zero: the advice has to work
         assert "adapter.train" in message
         frozen, trained = ("init_a", "init_b") if train == "B" else ("init_b", "init_a")
-        assert f"set {frozen}: orthogonal and {trained}: zero" in message
+        assert f"Set {frozen}: orthogonal and {trained}: zero" in message
         AdapterConfig(**{"train": train, frozen: "orthogonal", trained: "zero"})
 
 

@@ -130,7 +130,7 @@ def test_stacks_are_counted_each_by_itself() -> None:
         ("decoder.block", 0),
         ("decoder.block", 1),
     }
-    with pytest.raises(AdapterError, match=r"adapter\.layers: 3 are more .* \(3 in encoder\.block, 2 in decoder"):
+    with pytest.raises(AdapterError, match=r"adapter\.layers: 3 is more .* \(3 in encoder\.block, 2 in decoder"):
         select(find_projections(model), ["query"], 3)
 
 

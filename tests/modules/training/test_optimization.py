@@ -266,7 +266,7 @@ def test_optimizer_follows_the_schedule_in_every_group() -> None:
 
 
 def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"model\.lr_ratio_role: .* role mlp_in, mlp_out\. .* are query, value"):
+    with pytest.raises(ModelError, match=r"model\.lr_ratio_role: .* role mlp_in, mlp_out\. Choose from query, value"):
         classifier(lr_ratio_role={"value": 2.0, "mlp_out": 2.0, "mlp_in": 1.0})
     with pytest.raises(ModelError, match=r"model\.lr_ratio_role\.value: 0\.0 must be finite and above 0"):
         classifier(lr_ratio_role={"value": 0.0})
@@ -281,7 +281,7 @@ def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
     [
         ({"class_path": "torch.optim.Lion"}, r"model\.optimizer\.class_path: torch\.optim\.Lion .*AdamW.*SGD"),
         ({"class_path": "os.system"}, r"model\.optimizer\.class_path: os\.system"),
-        ({"class_path": "SGD"}, r"model\.optimizer\.class_path: SGD .*Choose of torch\.optim: "),
+        ({"class_path": "SGD"}, r"model\.optimizer\.class_path: SGD .*Choose one of torch\.optim: "),
         ({"class_path": "torch.optim.Optimizer"}, r"model\.optimizer\.class_path"),
         ({"class_path": "torch.optim.LBFGS"}, r"model\.optimizer\.class_path"),  # takes a single group
         ({"class_path": "torch.optim.SGD", "lr": 1.0}, r"model\.optimizer: lr is unknown"),
