@@ -366,7 +366,7 @@ def test_case_30_a_compact_file_runs_no_pattern_of_a_stranger(tmp_path: Path) ->
     attach(backbone.model, config, exclude=backbone.head)
     save_compact(tmp_path, backbone.model, config, {}, torch.float32)
     changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-        (lambda r: r["adapter"].update(rank_pattern={r"(\w+\.)*.*.*x": 2}), "names no projection|too involved"),
+        (lambda r: r["adapter"].update(rank_pattern={r"(\w+\.)*.*.*x": 2}), "names no projection|too complex"),
         (lambda r: r["adapter"].update(rank_pattern={"query": 2}), "names no projection"),
         (lambda r: r["adapter"].update(rank_pattern=[2]), "map names to values"),
         (lambda r: r["adapter"].pop("rank_pattern"), "2 of another shape|4 of another shape"),
