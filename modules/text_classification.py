@@ -1,4 +1,4 @@
-"""Classification of one or two sentences, or regression on them, with any Hugging Face encoder."""
+"""Classification or regression on one or two sentences, with any Hugging Face encoder."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ from modules.training.optimization import Schedule
 
 
 class TextClassifier(AdaptedModule):
-    """A pretrained encoder with its family's own classification head.
+    """A pretrained encoder with the classification head of its architecture.
 
-    The head is what the pretrained model lacks: RoBERTa's `classifier.dense` and `out_proj`, DistilBERT's
-    `pre_classifier` too, a pooler without weights. The head is trained whole and saved. Its output layer is kept only
-    if it was loaded and stands for the data's classes, by their names in order.
+    The head consists of the modules without pretrained weights, such as RoBERTa's `classifier.dense` and `out_proj`,
+    DistilBERT's `pre_classifier`, or a pooler. The head is fully trained and saved. A pretrained output layer is kept
+    only if its class names equal the data's class names, in order.
 
     Batches are `datamodules.contract.TextBatch`.
 
     Args:
-        backbone: A name on the hub, `roberta-base`, or a directory in the hub's layout.
-        class_names: Names of the classes by label, [] for regression; None takes the data's. A checkpoint remembers.
-        metrics: Of `accuracy`, `f1`, `matthews`, `pearson`, `spearman`; None takes the data's. `val/score` is
-            their mean.
-        schedule: Shape of the learning rate; see `AdaptedModule`, as for the key below.
-        warmup_ratio: Share of the warm-up.
-        pad_token: Token of the vocabulary to pad with, for tokenizers that have none; None takes the tokenizer's own.
+        backbone: A name on the hub, such as `roberta-base`, or a directory in the hub's layout.
+        class_names: Class names by label, [] for regression; None takes the names from the data. A checkpoint contains
+            the names.
+        metrics: List of `accuracy`, `f1`, `matthews`, `pearson`, `spearman`; None takes the metrics from the data.
+            `val/score` is the mean of the metrics.
+        schedule: Shape of the learning rate; see `AdaptedModule`.
+        warmup_ratio: Share of the steps that warm up; see `AdaptedModule`.
+        pad_token: Padding token for tokenizers without a padding token, from the vocabulary; None uses the tokenizer's
+            padding token.
     """
 
     kinds = (DataKind.LABELLED_TEXTS,)
@@ -64,9 +66,8 @@ class TextClassifier(AdaptedModule):
         self.model_config = built.model.config
         self.backbone = built.model
         self.tokenizer = load_tokenizer(backbone, built.model, pad_token=pad_token)
-        if (
-            pad_token is not None or self.model_config.pad_token_id is None
-        ):  # decoders look for the last token before the padding
+        # Decoders classify at the last token before the padding.
+        if pad_token is not None or self.model_config.pad_token_id is None:
             self.model_config.pad_token_id = self.tokenizer.pad_token_id
         self.position_limit = position_limit(built.model)
         self._new = built.new
@@ -76,7 +77,7 @@ class TextClassifier(AdaptedModule):
             self.configure_labels(class_names)
 
     def setup(self, stage: str) -> None:
-        """Take the classes and the metrics of the data, if the model has none yet."""
+        """Set classes and metrics from the data, if the model has none yet."""
         super().setup(stage)
         data = self.data
         classes = self.take_from_data("class_names", data.class_names if isinstance(data, HasClasses) else None)
@@ -88,21 +89,21 @@ class TextClassifier(AdaptedModule):
         )
 
     def configure_labels(self, class_names: list[str]) -> None:
-        """Give the head one output a class, or one for regression.
+        """Give the head one output for each class, or one output for regression.
 
         Raises:
-            ModelError: For a single class, or a head without an output layer.
+            ModelError: If there is only one class, or the head has no output layer.
         """
         if len(class_names) == 1:
-            raise ModelError(f"model.class_names: {class_names} leaves nothing to tell apart; give two or more.")
+            raise ModelError(f"model.class_names: {class_names} has fewer than two classes. Give two or more.")
         self.class_names = class_names
         config = self.model_config
         name, old = self._output_layer(int(config.num_labels or 0))
         loaded = [str(label).lower() for _, label in sorted(dict(config.id2label or {}).items())]
-        same = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
-        if f"{name}.weight" in self._new or not same:
+        same_classes = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
+        if f"{name}.weight" in self._new or not same_classes:
             output = nn.Linear(old.in_features, max(len(class_names), 1), bias=old.bias is not None)
-            # of the run's seed alone: starting the processes of DDP draws from the global generator
+            # The head must depend only on the run's seed, and DDP's start draws from the global generator.
             generator = torch.Generator().manual_seed(torch.initial_seed())
             nn.init.normal_(output.weight, std=config_value(config, "initializer_range", 0.02), generator=generator)
             if output.bias is not None:
@@ -116,7 +117,7 @@ class TextClassifier(AdaptedModule):
         self.load_given_heads()
 
     def _output_layer(self, outputs: int) -> tuple[str, nn.Linear]:
-        """Return the last linear layer of the heads with so many outputs, and its name."""
+        """Return the name and module of the heads' last linear layer with this number of outputs."""
         heads = [name.removeprefix("backbone.") for name in self.head_names]
         layers = [
             (name, module)
@@ -126,24 +127,25 @@ class TextClassifier(AdaptedModule):
         ]
         if not layers:
             raise ModelError(
-                f"model.backbone: {type(self.backbone).__name__} has no linear output layer to fit to the task."
+                f"model.backbone: {type(self.backbone).__name__} has no linear output layer to fit to the task. Choose "
+                "another backbone."
             )
         return layers[-1]
 
     def forward(self, batch: TextBatch) -> Tensor:
         """Return logits (batch, classes), or scores (batch,) in regression, float32."""
-        given = {k: v for k, v in batch.items() if k not in ("label", "index")}
-        with backbone_inputs(self.prefix, given) as inputs:
+        arguments = {k: v for k, v in batch.items() if k not in ("label", "index")}
+        with backbone_inputs(self.prefix, arguments) as inputs:
             logits: Tensor = self.backbone(**inputs).logits
         return logits.float() if self.class_names else logits.float().squeeze(-1)
 
     def build_prefix(self) -> FrozenPrefix:
-        """Return the embeddings and the blocks below the lowest adapter of an encoder such as BERT and RoBERTa."""
+        """Return the embeddings and the blocks below the lowest adapter."""
         heads = [name.removeprefix("backbone.") for name in self.head_names]
         return transformers_prefix(self.backbone, self.projections, heads, self.trainer, self)
 
     def loss(self, batch: TextBatch) -> Tensor:
-        """Return the cross-entropy of a batch; in regression its mean squared error."""
+        """Return the cross-entropy of a batch, or the mean squared error in regression."""
         return self._loss(self(batch), batch["label"], "mean")
 
     def _loss(self, outputs: Tensor, label: Tensor, reduction: str) -> Tensor:
@@ -158,12 +160,12 @@ class TextClassifier(AdaptedModule):
         self.update_metrics(stage, outputs, label, set_number=dataloader_idx)
 
     def scores(self, stage: Stage) -> dict[str, Tensor]:
-        """Return the loss, the metrics of each set, and as `<stage>/score` the mean of all metrics, as GLUE does."""
+        """Return the loss, the metrics of each data set, and their mean as `<stage>/score`, as in GLUE."""
         loss, *metrics = super().scores(stage).items()
         return dict([loss, *metrics]) | {f"{stage}/score": torch.stack([value for _, value in metrics]).mean()}
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Any]]:
-        """Return rows of a table: index, label, class and its probability in [0, 1]; in regression the score."""
+        """Return table rows: index, label, class and its probability in [0, 1]. In regression: index and score."""
         outputs, index = self(batch), batch["index"].tolist()
         if not self.class_names:
             return {"index": index, "prediction": [round(x, 6) for x in outputs.tolist()]}
