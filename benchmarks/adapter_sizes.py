@@ -1,9 +1,9 @@
-"""Sizes of adapter files: compact ones (float32 and bfloat16) against PEFT's (A and B, float32).
+"""Sizes of adapter files: compact files (float32 and bfloat16) against PEFT's (A and B in float32).
 
-B is trained over a frozen A of signs, and all files are written, with factors of the right shapes over models that have
-shapes alone. Heads, the same in both, and PEFT's adapter_config.json (a kilobyte) do not count. PEFT knows no slices of
-a fused layer: where query and value are two thirds of one, its exact form is a stacked A and a block-structured B with
-zeros, which is listed beside what layers of their own would take.
+B is trained and A is frozen with the initialiser `signs`. The files are written from models on the meta device with
+real factors. Heads, which are equal in both formats, and PEFT's adapter_config.json (a kilobyte) do not count. PEFT
+cannot adapt slices of a fused layer. For query and value of a fused layer, PEFT's exact form is a stacked A and a
+block-diagonal B with zeros. The table also lists PEFT's size for separate layers.
 
     python -m benchmarks.adapter_sizes --output docs/results/adapter_sizes.json
 """
@@ -41,19 +41,19 @@ ROBERTA_LARGE = RobertaConfig(
 
 
 def from_config(config: PreTrainedConfig) -> nn.Module:
-    """A model of transformers."""
+    """Build a model of transformers."""
     return AutoModel.from_config(config)  # type: ignore[no-untyped-call]
 
 
 SETTINGS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ViT-B/16, query and value": (lambda: timm.create_model("vit_base_patch16_224", num_classes=0), 8),
     "RoBERTa-large, query and value": (lambda: from_config(ROBERTA_LARGE), 8),
-    "LLaMA-7B, query and value": (lambda: from_config(LlamaConfig()), 32),  # its defaults are the 7B's
+    "LLaMA-7B, query and value": (lambda: from_config(LlamaConfig()), 32),  # The default configuration is the 7B model.
 }
 
 
 def adapted_model(build: Callable[[], nn.Module], config: AdapterConfig) -> nn.Module:
-    """A model of shapes alone, with factors that are real: A of signs, B noise."""
+    """Build a model on the meta device with real factors: A of `signs`, B of noise."""
     with torch.device("meta"):
         model = build()
     attach(model, config)
@@ -66,20 +66,20 @@ def adapted_model(build: Callable[[], nn.Module], config: AdapterConfig) -> nn.M
 
 
 def peft_tensors(model: nn.Module, fused: bool) -> dict[str, Tensor]:
-    """Factors under PEFT's names, one pair a projection or, as PEFT loads them, one pair a layer."""
+    """Return factors by PEFT's names: with `fused` one pair for each layer, as PEFT loads, else for each projection."""
     tensors = {}
     for name, layer in adapted_layers(model).items():
         factors = layer.factors()
         rank = sum(f.A.shape[0] for f in factors)
-        whole = (name, torch.empty(rank, layer.in_features), torch.empty(layer.out_features, rank))
-        for module, a, b in [whole] if fused else [(f.projection.name, f.A, f.B) for f in factors]:
+        stacked = (name, torch.empty(rank, layer.in_features), torch.empty(layer.out_features, rank))
+        for module, a, b in [stacked] if fused else [(f.projection.name, f.A, f.B) for f in factors]:
             prefix = f"base_model.model.{module}"
             tensors |= {f"{prefix}.lora_A.weight": a.detach(), f"{prefix}.lora_B.weight": b.detach()}
     return tensors
 
 
 def measure(build: Callable[[], nn.Module], rank: int, folder: Path) -> dict[str, Any]:
-    """Bytes of each file, and the seconds that loading the compact one takes, drawing and digests included."""
+    """Return the bytes of each file, and the seconds to load the compact file with redrawing and digests."""
     config = AdapterConfig(rank=rank, init_a="signs")
     model = adapted_model(build, config)
     row: dict[str, Any] = {"rank": rank, "projections": len(adapted_projections(model))}
@@ -98,7 +98,7 @@ def measure(build: Callable[[], nn.Module], rank: int, folder: Path) -> dict[str
 
 
 def main() -> None:
-    """Write the files, show and record their sizes."""
+    """Write the files, print and record their sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()

@@ -1,21 +1,21 @@
-"""Accuracy and padding share of several ways to put texts of like length into a batch.
+"""Accuracy and padding of several strategies that group texts of similar length into batches.
 
 Each strategy trains with the same five seeds. Intervals are Student's 95 % intervals of the mean over the seeds. The
 difference from "no buckets" is paired by seed. Four sections:
 
 - `four sources`: 560 rows of four public sources. Each source is a class, and the lengths differ by class.
-- `cola`: rows of CoLA, whose lengths say almost nothing about the label.
-- `mnli-sized`: 393,000 synthetic rows with lengths and labels like MNLI's. A bag of embeddings stands for the model,
-  because a real backbone would need days here. The padding share is exact for these lengths.
-- `mnli-sized, lengths by class`: the same rows, but each class has lengths of its own.
+- `cola`: rows of CoLA, whose length hardly depends on the label.
+- `mnli-sized`: 393,000 synthetic rows with lengths and labels like MNLI's. The model is a bag of embeddings, since a
+  real backbone would need days. The padding share is exact for these lengths.
+- `mnli-sized, lengths by class`: the same rows with a different length distribution for each class.
 
-The text sections adapt MiniLM with LoRA on query and value of the last blocks. The learning rate and the schedule are
-those of conf/roberta_glue.yaml for every strategy; nothing is tuned.
+The text sections adapt MiniLM with LoRA on query and value of the last blocks. Every strategy uses the learning rate
+and the schedule of conf/roberta_glue.yaml, without tuning.
 
     python -m benchmarks.buckets --backbone ../shared/backbones/minilm_roberta --data ../shared/data \
         --output docs/results/buckets.json
 
-Without --data the two text sections are left out.
+Without --data, the two text sections are skipped.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from modules.adapters import AdapterConfig
 from modules.text_classification import TextClassifier
 
 BATCH = 32
-RATE = 1e-3  # of conf/roberta_glue.yaml
+RATE = 1e-3  # Learning rate of conf/roberta_glue.yaml.
 NONE, BEFORE = "no buckets", "pool of 50"
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to order an epoch.
+    """Strategy to order the rows of an epoch.
 
     Args:
-        pool: Most batches that are sorted together; 0 sorts nothing.
-        pools: Least pools in an epoch. A pool has a batch at least.
-        noise: Relative noise on the length that is sorted by (AllenNLP's `padding_noise`).
-        balanced: Sort by the rank of the length among rows of the same class.
-        least: Batches an epoch below which nothing is sorted.
+        pool: Maximum batches that are sorted together; 0 sorts nothing.
+        pools: Minimum pools in an epoch. A pool has at least one batch.
+        noise: Relative noise on the sort key, the length (AllenNLP's `padding_noise`).
+        balanced: If true, sort by the rank of the length among rows of the same class.
+        least: Minimum batches in an epoch; below, nothing is sorted.
     """
 
     pool: int = 50
@@ -100,13 +100,13 @@ STRATEGIES = {
 
 
 def without(*names: str) -> dict[str, Strategy]:
-    """Return all strategies but some."""
+    """Return all strategies except the named ones."""
     return {key: strategy for key, strategy in STRATEGIES.items() if key not in names}
 
 
 @contextmanager
 def applied(strategy: Strategy, labels: Tensor, lengths: Tensor) -> Iterator[None]:
-    """Let every `EpochSampler` that has lengths use the strategy."""
+    """Make every `EpochSampler` with lengths use the strategy, within the context."""
 
     def bucketed(order: Tensor, _: Tensor, step: int, generator: torch.Generator) -> Tensor:
         return strategy.arrange(order, lengths, labels, step, generator)
@@ -116,14 +116,14 @@ def applied(strategy: Strategy, labels: Tensor, lengths: Tensor) -> Iterator[Non
 
 
 def epoch_order(strategy: Strategy, lengths: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """Rows of the first epoch, (batches, rows of a batch)."""
+    """Return the row indices of the first epoch, (batches, rows of a batch)."""
     with applied(strategy, labels, lengths):
         draws = EpochSampler(len(lengths), 1, 0, BATCH, seed, lengths, labels)
         return torch.tensor([index for index, _ in draws]).view(-1, BATCH)
 
 
 def epoch_figures(strategy: Strategy, lengths: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
-    """Padding share of an epoch, and the mean share of a batch that its commonest class has."""
+    """Return the padding share of an epoch, and the mean share of the most frequent class in a batch."""
     batches = epoch_order(strategy, lengths, labels, seed)
     tokens = lengths[batches].long()
     commonest = F.one_hot(labels[batches]).sum(1).amax(1).double().mean() / BATCH
@@ -134,7 +134,7 @@ def epoch_figures(strategy: Strategy, lengths: Tensor, labels: Tensor, seed: int
 
 
 def mean_interval(values: list[float]) -> dict[str, float]:
-    """Mean with Student's 95 % interval."""
+    """Return the mean with Student's 95 % interval."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return {"mean": mean, "low": mean, "high": mean}
@@ -159,7 +159,7 @@ def compare(
     score: Score,
     about: Mapping[str, Any],
 ) -> None:
-    """Train with each strategy and seed in turn; write one section and print its table.
+    """Train with each strategy and seed, write one section and print its table.
 
     Args:
         arguments: From `parse`; a round is a seed.
@@ -167,8 +167,8 @@ def compare(
         strategies: The strategies to compare, `NONE` among them.
         lengths: Length of each training row, (rows,).
         labels: Class of each training row, (rows,).
-        score: Trains with each strategy from one seed; returns the scores on held-out rows.
-        about: What the section says of its data and model.
+        score: Function that trains with each strategy from one seed and returns the scores on held-out rows.
+        about: Description of data and model for the section.
     """
     about = {**about, "strategies": {key: asdict(strategy) for key, strategy in strategies.items()}}
     if measured(arguments, name, about):
@@ -178,16 +178,18 @@ def compare(
         scores: dict[str, list[float]] = {key: [] for key in strategies}
         for seed in range(arguments.rounds):
             chosen: dict[str, Strategy] = {}
-            same: dict[tuple[int, ...], str] = {}
-            for key, strategy in strategies.items():  # some rules come to the same order on small data
-                same_key = same.setdefault(tuple(epoch_order(strategy, lengths, labels, seed).flatten().tolist()), key)
-                chosen[key] = strategies[same_key]
+            first_with_order: dict[tuple[int, ...], str] = {}
+            for key, strategy in strategies.items():  # On small data, some strategies give the same order.
+                first_key = first_with_order.setdefault(
+                    tuple(epoch_order(strategy, lengths, labels, seed).flatten().tolist()), key
+                )
+                chosen[key] = strategies[first_key]
             start = time.perf_counter()
-            done = score(list(dict.fromkeys(chosen.values())), seed)
+            new_scores = score(list(dict.fromkeys(chosen.values())), seed)
             for key, strategy in chosen.items():
-                scores[key].append(done[strategy])
-            shown = {key: round(values[-1], 4) for key, values in scores.items()}
-            print(f"{name}, seed {seed}, {time.perf_counter() - start:.0f} s: {shown}", flush=True)
+                scores[key].append(new_scores[strategy])
+            latest = {key: round(values[-1], 4) for key, values in scores.items()}
+            print(f"{name}, seed {seed}, {time.perf_counter() - start:.0f} s: {latest}", flush=True)
         arms = {}
         for key, strategy in strategies.items():
             figures = [epoch_figures(strategy, lengths, labels, seed) for seed in range(arguments.rounds)]
@@ -241,13 +243,13 @@ def fit_text(
     Args:
         backbone: An encoder with its tokenizer.
         path: The folder.
-        adapter: What is trained. The blocks below its layers run once a row.
-        epochs: Number of epochs; validation follows the last one. 0 trains nothing.
+        adapter: The adapter. The blocks below its layers run once for each row.
+        epochs: Number of epochs, with validation after the last epoch. 0 trains nothing.
         seed: Seed of the run.
-        keys: What else `TextClassificationData` takes.
+        keys: Additional arguments of `TextClassificationData`.
 
     Returns:
-        The data module and the metrics of the validation.
+        The data module and the validation metrics.
     """
     L.seed_everything(seed, verbose=False)
     data = TextClassificationData(str(path), batch_size=BATCH, cache_prefix=True, bucket_by_length=True, **keys)
@@ -266,7 +268,7 @@ def fit_text(
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    with redirect_stderr(io.StringIO()):  # each fit would repeat the same notes
+    with redirect_stderr(io.StringIO()):  # Otherwise each fit prints the same messages.
         trainer.fit(model, datamodule=data)
     return data, {key: float(value) for key, value in trainer.callback_metrics.items()}
 
@@ -309,12 +311,12 @@ def text_section(
 
 
 def four_sources(data: Path, folder: Path, quick: bool) -> dict[str, Any]:
-    """Write 560 rows to learn and 600 to score by, in equal shares of four sources; the source is the class.
+    """Write 560 training and 600 validation rows, with equal shares of four sources as classes.
 
-    Sources are CoLA's sentences, XSum's summaries, RTE's premises and instructions. Their lengths differ.
+    The sources have different lengths: CoLA's sentences, XSum's summaries, RTE's premises, and instructions.
 
     Returns:
-        What `TextClassificationData` needs to read them.
+        Arguments of `TextClassificationData` to read the rows.
     """
     columns = {
         "cola": ("glue/cola/train.parquet", "sentence"),
@@ -322,7 +324,7 @@ def four_sources(data: Path, folder: Path, quick: bool) -> dict[str, Any]:
         "premise": ("glue/rte/train.parquet", "sentence1"),
         "instruction": ("instructions/train.parquet", "instruction"),
     }
-    train, validation = (40, 25) if quick else (140, 150)  # of each source
+    train, validation = (40, 25) if quick else (140, 150)  # Rows of each source.
     parts: dict[str, list[str]] = {"train": [], "validation": []}
     for label, (file, column) in columns.items():
         texts = sorted(set(pq.read_table(data / file)[column].to_pylist()))
@@ -335,7 +337,7 @@ def four_sources(data: Path, folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def cola(quick: bool) -> dict[str, Any]:
-    """Return what `TextClassificationData` needs for 4,096 rows of CoLA and its whole validation split."""
+    """Return arguments of `TextClassificationData` for 4,096 rows of CoLA and its whole validation split."""
     limits = {"max_train_samples": 320 if quick else 4096, "max_val_samples": 100 if quick else None}
     return {"task": "cola", "max_length": 64, **limits}
 
@@ -353,19 +355,20 @@ class Rows:
 
 
 BAG_RATE = 0.01
-WIDTH, VOCABULARY, SIGNALS = 96, 2000, 100  # tokens of a row at most; words; words of each class
+WIDTH, VOCABULARY, SIGNALS = 96, 2000, 100  # Maximum tokens of a row; words; words that indicate each class.
 
 
 def mnli_like(size: int, seed: int, scales: tuple[float, float, float] = (1.0, 1.1, 1.0)) -> Rows:
-    """Draw rows of three classes whose lengths are distributed as a premise with a hypothesis.
+    """Draw rows of three classes with lengths like MNLI's pairs of premise and hypothesis.
 
-    Premises have 20 tokens and hypotheses 10 in the median, both log-normal, with four special tokens. Neutral
-    hypotheses are 10 % longer, as in MNLI (Gururangan et al. 2018). Three tokens in a hundred tell the class.
+    Lengths are log-normal, with a median of 20 tokens for premises and 10 for hypotheses, plus four special tokens.
+    Neutral hypotheses are 10 % longer, as in MNLI (Gururangan et al. 2018). Three percent of the tokens indicate the
+    class.
 
     Args:
         size: Number of rows.
         seed: Seed of the rows.
-        scales: Factor on the hypothesis's length by class.
+        scales: Factor of the hypothesis's length by class.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -387,9 +390,10 @@ def mnli_like(size: int, seed: int, scales: tuple[float, float, float] = (1.0, 1
 
 
 def bags_of_embeddings(train: Rows, held_out: Rows, orders: list[Tensor], seed: int) -> list[float]:
-    """Train one mean of embeddings with a linear layer for each order, all at once; accuracies on the held-out rows.
+    """Train one bag of embeddings for each order, all in parallel, and return the accuracies on held-out rows.
 
-    The models start alike. Their losses are summed, so that each model has gradients of its own rows alone.
+    All models have the same initial weights. The losses are summed, so the gradients of a model depend only on the
+    rows of the model.
     """
     torch.manual_seed(seed)
     count, width = len(orders), 16
@@ -398,10 +402,10 @@ def bags_of_embeddings(train: Rows, held_out: Rows, orders: list[Tensor], seed: 
     offsets = VOCABULARY * torch.arange(count)
 
     def logits(tokens: Tensor) -> Tensor:
-        """Classes (models, rows, classes) of tokens (models, rows, tokens)."""
-        bags, kept = tokens.flatten(0, 1), tokens.flatten(0, 1) > 0
+        """Return logits (models, rows, classes) for tokens (models, rows, tokens)."""
+        bags, is_token = tokens.flatten(0, 1), tokens.flatten(0, 1) > 0
         bags = bags + offsets.repeat_interleave(tokens.shape[1])[:, None]
-        share = kept / kept.sum(1, keepdim=True)
+        share = is_token / is_token.sum(1, keepdim=True)
         means = F.embedding_bag(bags, embeddings, mode="sum", per_sample_weights=share)
         return means.view(count, -1, width) @ weights
 
@@ -450,11 +454,11 @@ def synthetic_section(
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write all sections."""
     common = parser(__doc__, rounds=5, quick_rounds=2)
     common.add_argument("--backbone", default="../shared/backbones/minilm_roberta", help="an encoder and its tokenizer")
     common.add_argument("--data", type=Path, help="folder with glue/cola, glue/rte, xsum and instructions as Parquet")
-    common.add_argument("--sections", nargs="+", help="of the four; without it all")
+    common.add_argument("--sections", nargs="+", help="sections to run (default: all)")
     arguments = parse(common)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quick = arguments.quick

@@ -1,8 +1,8 @@
-"""What torch.compile (`model.compile: true`) gives a training step, and what it takes before the first.
+"""Speed of a training step with torch.compile (`model.compile: true`), and compilation time.
 
-Stacks of blocks (`benchmarks.stacks`) with adapters on all linear layers, B alone trained, as they are written and
-compiled block by block; both take turns. Texts come in four lengths. The compiler's caches on disk are off, so its
-seconds are those of a first run: the first pass over all lengths, less the third. The optimizer is not compiled.
+The models are stacks of blocks (`benchmarks.stacks`) with adapters on all linear layers, with only B trained. The arms
+are compiled and uncompiled blocks, in shuffled rounds. Texts have four lengths. The optimizer is not compiled. The
+compiler's disk caches are off. The compilation time is the time of the first pass over all lengths minus the third.
 
     python -m benchmarks.compilation --output docs/results/benchmark_compilation.json
 """
@@ -23,12 +23,12 @@ from benchmarks.harness import measured, paired_ratio, parse, parser, ratio_text
 from benchmarks.stacks import FAMILIES, Arm, random_batches, random_stack
 from modules.scaling.compilation import compile_blocks
 
-DEPTHS = {"vit": 4, "roberta": 4, "bart": 4, "llama": 2}  # a block that is not the first shares what is compiled
+DEPTHS = {"vit": 4, "roberta": 4, "bart": 4, "llama": 2}  # Later blocks reuse the compiled code of the first block.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def measure(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each step, compiled and not, and what the compiler took for a family's blocks."""
+    """Measure steps with and without compilation, and the compilation time of a family's blocks."""
     family = replace(FAMILIES[name], depth=DEPTHS[name])
     if arguments.quick:
         family = replace(family, width=256, shape=(2, 65), bucket=min(family.bucket, 128))
@@ -39,8 +39,8 @@ def measure(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dic
     counters.clear()
     compile_blocks(arms["compiled"].model, torch.device("cpu"))
     passes = []
-    for _ in range(3):  # the second, should a length have come before the compiler knew that it varies
-        start = time.perf_counter()  # the compiler works in processes of its own too
+    for _ in range(3):  # The second pass may still compile, if a length came before the compiler knew that it varies.
+        start = time.perf_counter()  # Not CPU time, since the compiler also runs in other processes.
         arms["compiled"].step(batches)
         passes.append(time.perf_counter() - start)
     turns = {arm: partial(a.step, batches) for arm, a in arms.items()}
@@ -58,9 +58,9 @@ def measure(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dic
 
 
 def main() -> None:
-    """Measure, show and store, section by section."""
+    """Measure, print and write each section."""
     common = parser(__doc__, rounds=15, processor=True)
-    common.add_argument("--family", nargs="+", choices=list(DEPTHS), help="without it all; with --quick vit, roberta")
+    common.add_argument("--family", nargs="+", choices=list(DEPTHS), help="default: all; with --quick vit, roberta")
     common.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
     arguments = parse(common)
     torch.compiler.config.force_disable_caches = True

@@ -1,17 +1,17 @@
 """Out-of-domain accuracy, generalization gap and forgetting of B, A, LoRA and full tuning.
 
-The environments are rendered: CIFAR-10 as it is, in grey, inverted, rotated, blurred and with noise. They are no
-natural domains. Each environment has images of its own, and the same number of each class. Every fit trains on `plain`
-and is tested on all; forgetting is measured on the embedded digits, which no fit sees.
+The environments are artificial: CIFAR-10 unchanged, in grey, inverted, rotated, blurred and with noise. Environments
+have different images, and the same number of images of each class. Every fit trains on `plain` and is tested on all
+environments. Forgetting is measured on the embedded digits, which are never trained on.
 
     python -m benchmarks.domains --source ../shared/data/cifar10 --output docs/results/domains.json -- \
         --model.backbone vit_small_patch14_dinov2 --model.weights ../shared/backbones/dinov2_vits14/model.safetensors \
         --model.image_size 98
 
-The learning rate of B, A and LoRA is that of docs/results.md on CIFAR-10, which was chosen there on validation images.
-Full tuning has two learning rates and no search. The smaller one was added when the larger one's result was known.
+The learning rates of B, A and LoRA are from docs/results.md on CIFAR-10, where validation images chose them. Full
+tuning has two learning rates without a search. The smaller learning rate was added after the result of the larger.
 
-A fit is a section of the file, and --resume leaves out those that it holds.
+A fit is a section of the file, and --resume skips existing sections.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ QUICK = [
     "--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}",
     *("--data.batch_size=4", "--trainer.max_epochs=1", "--forgetting.rows=30"),
 ]
-IMAGES, QUICK_IMAGES = 1200, 30  # an environment
-COLUMNS = {  # of the table: metric, and factor to the unit shown
+IMAGES, QUICK_IMAGES = 1200, 30  # Images of each environment.
+COLUMNS = {  # Columns of the table: metric, and factor to the shown unit.
     "in-domain, %": ("test/acc1", 100),
     **{f"{name}, %": (f"test/{name}/acc1", 100) for name in sorted(SHIFTS) if name != TRAINED},
     "other domains, %": ("test/ood/acc1", 100),
@@ -77,12 +77,12 @@ COLUMNS = {  # of the table: metric, and factor to the unit shown
 
 
 def write_environments(source: ImageTable, root: Path, images: int) -> None:
-    """Render environments in DomainBed's layout, each from other images, with as many of each class.
+    """Render environments in DomainBed's layout, with different images and equal class counts.
 
     Args:
         source: Labelled images.
-        root: Where the environments are written.
-        images: Images of an environment, rounded down to as many of each class.
+        root: Output folder.
+        images: Images of each environment, rounded down to a multiple of the number of classes.
     """
     each = images // len(source.class_names)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def run(words: Sequence[str] | None = None) -> None:
     common.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     common.add_argument("--source", default="../shared/data/cifar10", help="labelled images, such as CIFAR-10")
     common.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["B", "A", "lora", "full"])
-    common.add_argument("options", nargs="*", help="behind --: options of `main.py fit`, for the backbone")
+    common.add_argument("options", nargs="*", help="after --: options of `main.py fit`, for the backbone")
     arguments: argparse.Namespace = parse(common, words)
     arguments.inputs = ["options"]
     options = [*QUICK, *arguments.options] if arguments.quick else arguments.options
@@ -136,7 +136,7 @@ def run(words: Sequence[str] | None = None) -> None:
         source = open_split(arguments.source, "train", None, None)
         assert source is not None
         write_environments(source, root, QUICK_IMAGES if arguments.quick else IMAGES)
-        for seed in arguments.seeds:  # seed by seed, so that a slow spell of the machine hits all alike
+        for seed in arguments.seeds:  # Seed by seed, so that a slow period of the machine affects all variants.
             for variant in arguments.variants:
                 name = f"{variant}, seed {seed}"
                 record: dict[str, Any] | None = measured(arguments, name)
@@ -146,7 +146,7 @@ def run(words: Sequence[str] | None = None) -> None:
                         record["metrics"] = fit(root, options, variant, seed)
                 runs[variant].append(record["metrics"])
     rows = [[variant, *(figures(r, *column) for column in COLUMNS.values())] for variant, r in runs.items()]
-    for first in range(0, len(COLUMNS), 7):  # as wide as a terminal
+    for first in range(0, len(COLUMNS), 7):  # Seven columns fit a terminal.
         names, cells = list(COLUMNS)[first : first + 7], [[row[0], *row[1 + first : 8 + first]] for row in rows]
         table(
             f"Trained on {TRAINED}, mean ± standard error of {len(arguments.seeds)} seeds", ["trained", *names], cells

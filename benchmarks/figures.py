@@ -2,7 +2,7 @@
 
     python -m benchmarks.figures --output docs/images/layer.svg
 
-docs/images/spectra.png, the other picture, is `singular_values.png` of the command `spectrum` on three runs.
+docs/images/spectra.png is `singular_values.png` of the command `spectrum` on three runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ FROZEN, TRAINED, INK = "#d9dce1", "#0072B2", "#222222"  # the blue of the report
 
 
 def draw_layer() -> Figure:
-    """Return a picture of y = W·x + s·B·(A·x) with A frozen and B trained, in inches."""
+    """Return a picture of y = W·x + s·B·(A·x) with A frozen and B trained."""
     figure = Figure(figsize=(8.4, 3.1))
-    figure.patch.set_facecolor("white")  # readable on a dark page too
+    figure.patch.set_facecolor("white")  # A transparent picture would be unreadable on a dark page.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, 8.4)
     axes.set_ylim(0, 3.1)
@@ -64,8 +64,8 @@ def _box(
 def main() -> None:
     """Write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="file to write; its suffix decides the format")
-    with mpl.rc_context({"svg.hashsalt": "onesided"}):  # the same bytes from each run
+    parser.add_argument("--output", type=Path, required=True, help="file to write; the suffix sets the format")
+    with mpl.rc_context({"svg.hashsalt": "onesided"}):  # Each run writes the same bytes.
         draw_layer().savefig(parser.parse_args().output, metadata={"Date": None})
 
 

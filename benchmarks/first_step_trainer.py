@@ -1,4 +1,4 @@
-"""Hugging Face Trainer with PEFT on CoLA, as their documentation has it, up to the first step (`benchmarks.startup`).
+"""Hugging Face Trainer with PEFT on CoLA, as in their documentation, up to the first step (`benchmarks.startup`).
 
 python -m benchmarks.first_step_trainer BACKBONE DIRECTORY
 """
@@ -25,16 +25,16 @@ from transformers import (
 
 
 class EndAtFirstStep(TrainerCallback):
-    """End the process as soon as an optimizer step is done."""
+    """End the process after the first step."""
 
     def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
-        """Leave without what an end of training takes."""
+        """Exit at once, without the end of training."""
         shutil.rmtree(args.output_dir, ignore_errors=True)
         os._exit(0)
 
 
 def main(backbone: str, folder: str) -> None:
-    """Load, tokenise, train for a step."""
+    """Load and tokenise the data, and train for one step."""
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=2, dtype="float32")
     model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["query", "value"]))

@@ -1,12 +1,12 @@
-"""One fit in a process of its own, ours or Hugging Face Trainer's over PEFT, and what it took.
+"""Run one fit, ours or Hugging Face Trainer with PEFT, in a separate process, and return time, memory and scores.
 
-`run(fit)` starts the process (`python -m benchmarks.fits JSON`), which imports nothing that its arm does not use, since
-memory and seconds of the whole process are among the figures. Both families train with adapter dropout 0, the
-backbone's own dropout, AdamW with decay 0.01, a linear schedule with 6 % warm-up, gradients clipped at 1, whole batches
-only, no loader processes, and validate and write a checkpoint at every epoch's end.
+`run(fit)` starts the process (`python -m benchmarks.fits JSON`). Memory and seconds of the whole process are measured,
+so the process imports only the modules of its arm. Both families use AdamW with weight decay 0.01, a linear schedule
+with 6 % warm-up, and gradient clipping at 1. The backbone has its dropout, the adapters have none. Both families use
+only full batches and no loader processes. Both validate and write a checkpoint at the end of every epoch.
 
-Two tasks: `cola` is CoLA on a backbone in the hub's layout, `images` is a timm backbone without weights on a directory
-of Parquet as `write_images` makes it.
+The task `cola` is CoLA on a backbone in the hub's layout. The task `images` is a timm backbone without pretrained
+weights on the Parquet files of `write_images`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ BATCH, WARM_UP, DECAY, CLIP = 32, 0.06, 0.01, 1.0
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained, and how.
+    """Configuration of a fit's training.
 
     Args:
         family: `ours`, or Hugging Face `trainer` with PEFT's LoRA.
-        train: Of ours: `B`, `A` or `both`.
+        train: Trained factor of ours: `B`, `A` or `both`.
         backbone_dtype: Dtype of the frozen weights.
         precision: `bf16-mixed` (autocast) or `32-true`.
-        rank: Of the adapters; alpha is twice as much, as in the paper.
-        padded: Of Trainer on texts: pad everything to 128 tokens in random order; otherwise to the longest of a batch,
-            grouped by length. Ours does the latter.
+        rank: Adapter rank; alpha is twice the rank, as in the paper.
+        padded: For Trainer on texts: if true, pad to 128 tokens, in random order. If false, group by length and pad to
+            the longest text of a batch, as ours always does.
     """
 
     family: Literal["ours", "trainer"]
@@ -49,18 +49,18 @@ class Arm:
 
 @dataclass(frozen=True)
 class Fit:
-    """One process.
+    """Configuration of one fit.
 
     Args:
-        arm: What it trains.
+        arm: The training configuration.
         task: `cola` or `images`.
         data: Directory of the data.
         backbone: Directory in the hub's layout, or timm's name.
-        epochs: Epochs.
-        rate: Peak learning rate, of everything.
-        seed: Of order, dropout, head and factors.
-        rows: Most training rows; None takes all.
-        batch_size: Rows a step.
+        epochs: Number of epochs.
+        rate: Peak learning rate of all parameters.
+        seed: Seed of data order, dropout, head and factors.
+        rows: Maximum training rows; None for all.
+        batch_size: Rows of a batch.
     """
 
     arm: Arm
@@ -75,7 +75,7 @@ class Fit:
 
 
 class Clock:
-    """Times of an epoch's steps, from the first one's begin to the last one's end, and memory when training begins."""
+    """Clock of each epoch, from the start of its first step to the end of its last step, and of memory use."""
 
     def __init__(self) -> None:
         self.libraries = 0
@@ -86,18 +86,18 @@ class Clock:
         self._epoch: float | None = None
 
     def loading(self) -> None:
-        """Libraries are imported, and the model is to be built."""
+        """Record the memory after the imports, before the model is built."""
         self.libraries = resident("VmRSS")
 
     def begin(self, epoch: float) -> None:
-        """A step begins."""
+        """Record the start of a step."""
         if not self.memory:
             self.memory = {
                 "libraries": self.libraries,
                 "loading_peak": resident("VmHWM"),
                 "loaded": resident("VmRSS"),
             }
-            Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+            Path("/proc/self/clear_refs").write_text("5")  # Reset the peak.
         if epoch != self._epoch:
             self._epoch = epoch
             self._start, self._cpu_start = time.perf_counter(), time.process_time()
@@ -106,13 +106,13 @@ class Clock:
             self.steps.append(0)
 
     def end(self) -> None:
-        """A step ends."""
+        """Record the end of a step."""
         self.seconds[-1] = time.perf_counter() - self._start
         self.cpu_seconds[-1] = time.process_time() - self._cpu_start
         self.steps[-1] += 1
 
     def record(self) -> dict[str, Any]:
-        """What was measured, bytes and seconds."""
+        """Return the measured bytes and seconds."""
         peak = resident("VmHWM")
         return {
             "train_seconds": self.seconds,
@@ -123,7 +123,7 @@ class Clock:
 
 
 def run(fit: Fit, threads: int) -> dict[str, Any]:
-    """Fit in a fresh process; what it printed, with the seconds of the whole process."""
+    """Fit in a fresh process, and return its figures with the seconds of the whole process."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     result: dict[str, Any] = in_process("benchmarks.fits", [json.dumps(asdict(fit))], {"OMP_NUM_THREADS": str(threads)})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

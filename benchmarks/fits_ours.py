@@ -1,4 +1,4 @@
-"""Ours, as its users run it: through `main(["fit", ...])` and the recipes."""
+"""Our fit through the command line, `main(["fit", ...])`, and the recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from app.cli import main
 from app.config.variants import option_words, variant_keys
 from benchmarks.fits import CLIP, DECAY, WARM_UP, Clock, Fit
 
-VARIANTS = {"A": "A", "B": "B", "both": "lora"}  # built-in variants by the factor that is trained
+VARIANTS = {"A": "A", "B": "B", "both": "lora"}  # Built-in variants by trained factor.
 SCORES = {"cola": "val/matthews", "images": "val/acc1"}
 MODULES = {
     "cola": (
@@ -37,24 +37,24 @@ SCORES_SEEN: list[float] = []
 
 
 class StepClock(L.Callback):
-    """Tell the clock of each step, and keep each validation's score."""
+    """Start and stop the clock at each step, and record the score of each validation."""
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """A step begins."""
+        """Start the clock of a step."""
         CLOCK.begin(trainer.current_epoch)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """A step ends."""
+        """Stop the clock of a step."""
         CLOCK.end()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Behind the epoch's validation."""
+        """Record the score. Lightning calls this hook after the epoch's validation."""
         metrics = trainer.callback_metrics
         SCORES_SEEN.extend(float(metrics[name]) for name in SCORES.values() if name in metrics)
 
 
 def words(fit: Fit, folder: str) -> list[str]:
-    """The command line of a fit."""
+    """Return the command line of a fit."""
     arm, rows = fit.arm, "null" if fit.rows is None else str(fit.rows)
     recipe = {"cola": "conf/roberta_glue.yaml", "images": "conf/vit_cifar.yaml"}[fit.task]
     options: dict[str, Any] = {
@@ -77,7 +77,7 @@ def words(fit: Fit, folder: str) -> list[str]:
         "trainer.precision": arm.precision,
         "trainer.gradient_clip_val": CLIP,
         "trainer.enable_progress_bar": "false",
-        "trainer.num_sanity_val_steps": 0,  # which Trainer does not have
+        "trainer.num_sanity_val_steps": 0,  # Hugging Face Trainer has none.
         "trainer.default_root_dir": folder,
         "seed_everything": fit.seed,
         "test_after_fit": "false",
@@ -86,15 +86,15 @@ def words(fit: Fit, folder: str) -> list[str]:
         options |= {"data.task": "cola", "data.test_on_validation": "false"}
     else:
         options |= {"model.weights": "none", "model.adapter.targets": "[all]"}
-    given = [f"--{key}={value}" for key, value in options.items()]
+    option_list = [f"--{key}={value}" for key, value in options.items()]
     clock = ["--allow_imports", "benchmarks.fits_ours", "--trainer.callbacks+=benchmarks.fits_ours.StepClock"]
     variant = option_words(variant_keys(VARIANTS[arm.train]))
-    return ["fit", "--config", recipe, "--config", "conf/cpu.yaml", *variant, *given, *clock]
+    return ["fit", "--config", recipe, "--config", "conf/cpu.yaml", *variant, *option_list, *clock]
 
 
 def fit(fit: Fit) -> dict[str, Any]:
-    """Fit, and what it took."""
-    for name in MODULES[fit.task]:  # which the command line would import next
+    """Fit, and return seconds, memory and scores."""
+    for name in MODULES[fit.task]:  # Import now, since imports must not count as building the model.
         import_module(name)
     CLOCK.loading()
     with tempfile.TemporaryDirectory() as folder:

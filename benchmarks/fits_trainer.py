@@ -1,4 +1,4 @@
-"""Hugging Face Trainer over PEFT's LoRA as their documentation has it: query and value of texts, all of a ViT."""
+"""Hugging Face Trainer with PEFT's LoRA as in their documentation: query and value for texts, all layers of a ViT."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ MODULES = {
 
 
 class StepClock(TrainerCallback):
-    """Tell the clock of each step."""
+    """Start and stop the clock at each step."""
 
     def __init__(self) -> None:
         self.clock = Clock()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A step begins."""
+        """Start the clock of a step."""
         self.clock.begin(state.global_step // (state.max_steps // state.num_train_epochs))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A step ends."""
+        """Stop the clock of a step."""
         self.clock.end()
 
 
 class ImageModel(nn.Module):
-    """A timm backbone with its classifier and a loss, which is what Trainer asks of a model."""
+    """A timm backbone with its classifier and a loss, since Trainer needs a model that returns a loss."""
 
     def __init__(self, name: str, classes: int) -> None:
         super().__init__()
@@ -50,15 +50,15 @@ class ImageModel(nn.Module):
         self.model: Any = timm.create_model(name, pretrained=False, num_classes=classes)
 
     def forward(self, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss and logits (batch, classes) of images (batch, 3, height, width)."""
+        """Return loss and logits (batch, classes) for images (batch, 3, height, width)."""
         logits = self.model(image.to(self.model.patch_embed.proj.weight.dtype))
         return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
 
 
 def texts(fit: Fit) -> tuple[Any, dict[str, Any]]:
-    """Model, and what Trainer gets besides, for CoLA."""
+    """Return the model and the data arguments of Trainer for CoLA."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(fit.backbone)
-    # stored are 16 bits, which transformers would otherwise keep
+    # Without a dtype, transformers would load the weights in the 16 bits of the file.
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         fit.backbone, num_labels=2, dtype=getattr(torch, fit.arm.backbone_dtype)
     )
@@ -85,10 +85,10 @@ def texts(fit: Fit) -> tuple[Any, dict[str, Any]]:
 
 
 def images(fit: Fit) -> tuple[Any, dict[str, Any]]:
-    """Model, and what Trainer gets besides, for a directory of images of ten classes."""
+    """Return the model and the data arguments of Trainer for a directory of images in ten classes."""
     model = ImageModel(fit.backbone, classes=10).to(getattr(torch, fit.arm.backbone_dtype))
     model.model.head.float()
-    # not the patch embedding, whose convolution is a `proj` too
+    # The pattern excludes the patch embedding, which has a `proj` too.
     targets = r".*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
     lora = LoraConfig(
         r=fit.arm.rank,
@@ -108,7 +108,7 @@ def images(fit: Fit) -> tuple[Any, dict[str, Any]]:
 
 
 def splits(fit: Fit) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The rows that ours trains and validates on."""
+    """Return the same training and validation rows as in our fit."""
     folder = Path(fit.data) / fit.task if (Path(fit.data) / fit.task).is_dir() else Path(fit.data)
     files = {name: str(folder / f"{name}*.parquet") for name in ("train", "validation")}
     data = datasets.load_dataset("parquet", data_files=files)
@@ -117,7 +117,7 @@ def splits(fit: Fit) -> tuple[datasets.Dataset, datasets.Dataset]:
 
 
 def score(prediction: Any) -> dict[str, float]:
-    """Matthews' correlation and accuracy."""
+    """Return Matthews correlation and accuracy."""
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -126,10 +126,10 @@ def score(prediction: Any) -> dict[str, float]:
 
 
 def fit(fit: Fit) -> dict[str, Any]:
-    """Fit, and what it took."""
-    transformers.set_seed(fit.seed)  # of factors and head; Trainer sets it again for the order
+    """Fit, and return seconds, memory and scores."""
+    transformers.set_seed(fit.seed)  # For factors and head. Trainer sets the seed again for the data order.
     clock = StepClock()
-    for name in MODULES[fit.task]:  # which are otherwise imported while the model is built
+    for name in MODULES[fit.task]:  # Import now, since imports must not count as building the model.
         import_module(name)
     clock.clock.loading()
     model, data = {"cola": texts, "images": images}[fit.task](fit)
@@ -142,13 +142,13 @@ def fit(fit: Fit) -> dict[str, Any]:
             per_device_eval_batch_size=fit.batch_size,
             learning_rate=fit.rate,
             weight_decay=DECAY,
-            warmup_steps=WARM_UP,  # below 1 a share of all steps
+            warmup_steps=WARM_UP,  # A value below 1 is a share of all steps.
             lr_scheduler_type="linear",
             max_grad_norm=CLIP,
             bf16=fit.arm.precision == "bf16-mixed",
             use_cpu=True,
             seed=fit.seed,
-            dataloader_drop_last=True,  # as ours
+            dataloader_drop_last=True,  # Our fit drops the last batch too.
             eval_strategy="epoch",
             save_strategy="epoch",
             save_total_limit=2,

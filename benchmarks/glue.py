@@ -1,18 +1,18 @@
-"""An epoch of CoLA with MiniLM, ours and Hugging Face Trainer with PEFT, each fit in a process of its own.
+"""An epoch of CoLA with MiniLM, ours and Hugging Face Trainer with PEFT, each fit in a separate process.
 
-Arms: ours through the recipe (length buckets, padded to the longest of a batch) with B or both factors trained, over
-float32 or bfloat16 frozen weights; Trainer with PEFT's LoRA, padded to 128 as its examples have it, and padded to the
-longest of a batch with length grouping, over either. All: rank 8 on query and value, and with B alone rank 16 too,
-which has as many parameters as both factors of rank 8; batches of 32, bf16 autocast.
+Our arms use the recipe, with length buckets, and train B or both factors over frozen weights in float32 or bfloat16.
+The arms of Trainer use PEFT's LoRA. Texts are padded to 128 tokens as in PEFT's examples, or grouped by length and
+padded to the longest text of a batch. All arms have rank 8 on query and value, batches of 32, and bf16 autocast. B is
+also trained at rank 16, with as many parameters as both factors at rank 8.
 
     python -m benchmarks.glue --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue --threads 1 \
         --output docs/results/benchmark_glue.json --resume --rates B=… B16=… both=… peft=…
 
-The learning rates come from a sweep (`main.py sweep`). A round is one fit of each arm with a seed of its own, in
-shuffled order; the padded arms are timed over fewer epochs and rounds, and not scored. Seconds are of an epoch, from
-its first step to the end of its last, and of the process; ratios are paired by round, over as many epochs as both had.
-Each fit is a section of the file as soon as it has ended, and with --resume it is left out when the file has it.
-`score` is Matthews' correlation on CoLA's own validation split after the last epoch, which chose nothing.
+The learning rates are from a sweep (`main.py sweep`). A round is one fit of each arm with the same seed, in shuffled
+order. The padded arms run fewer epochs and rounds, and have no score. Seconds are reported for an epoch, from the start
+of its first step to the end of its last step, and for the process. Ratios are paired by round, over the epochs that
+both arms have. Each fit is a section of the file, and --resume skips existing sections. `score` is the Matthews
+correlation on CoLA's validation split after the last epoch. The validation split was not used to choose anything.
 """
 
 from __future__ import annotations
@@ -50,30 +50,30 @@ Record = dict[str, Any]
 
 
 def kind(arm: Arm) -> str:
-    """What has a learning rate of its own: B, both, or peft, with the rank if it is not 8."""
+    """Return the key of an arm's learning rate: B, both or peft, plus the rank if the rank is not 8."""
     return ("peft" if arm.family == "trainer" else arm.train) + ("" if arm.rank == 8 else str(arm.rank))
 
 
 def rate(text: str) -> tuple[str, float]:
-    """A kind and its rate, of `--rates`."""
+    """Parse a value of `--rates`, such as B=0.003."""
     name, _, value = text.partition("=")
     if name not in {kind(arm) for arm in ARMS.values()}:
-        raise argparse.ArgumentTypeError(f"{text} has no rate of B, B16, both or peft")
+        raise argparse.ArgumentTypeError(f"{text}: {name} is not one of B, B16, both, peft. Write B=0.003.")
     return name, float(value)
 
 
 def make_fit(arguments: argparse.Namespace, arm: Arm, **values: Any) -> Fit:
-    """A fit of this data."""
+    """Return the fit of an arm on CoLA."""
     return Fit(arm=arm, task="cola", data=arguments.path, backbone=arguments.backbone, rows=arguments.rows, **values)
 
 
 def once(arguments: argparse.Namespace, name: str, fit: Fit) -> Record:
-    """The fit's section, measured now unless the file has it."""
-    given = {"learning_rate": fit.rate, "seed": fit.seed, "epochs": fit.epochs, "data_rows": fit.rows}
-    record = measured(arguments, name, given)
+    """Return the section of a fit, and measure the fit unless the file has the section."""
+    settings = {"learning_rate": fit.rate, "seed": fit.seed, "epochs": fit.epochs, "data_rows": fit.rows}
+    record = measured(arguments, name, settings)
     if record is None:
         with section(arguments, name) as record:
-            record |= given | run(fit, arguments.threads)
+            record |= settings | run(fit, arguments.threads)
         print(
             f"{name}: {record['process_seconds']:.0f} s, scores {[round(s, 4) for s in record['scores']]}", flush=True
         )
@@ -81,7 +81,7 @@ def once(arguments: argparse.Namespace, name: str, fit: Fit) -> Record:
 
 
 def rounds(arguments: argparse.Namespace) -> list[dict[str, Record]]:
-    """All fits, round by round."""
+    """Run all fits and return their records by round."""
     order = random.Random(0)
     results: list[dict[str, Record]] = []
     for seed in range(arguments.rounds):
@@ -97,23 +97,23 @@ def rounds(arguments: argparse.Namespace) -> list[dict[str, Record]]:
 
 
 def epoch(record: Record, key: str = "train_seconds", epochs: int | None = None) -> float:
-    """Seconds of a fit's epoch, the median over its first epochs."""
+    """Return the median seconds of a fit's first epochs."""
     return statistics.median(record[key][:epochs])
 
 
 def mean(values: list[float]) -> dict[str, float]:
-    """Mean and its standard error."""
+    """Return the mean and its standard error."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return {"mean": statistics.mean(values), "standard_error": error, "values": len(values)}
 
 
 def mean_text(of: dict[str, float]) -> str:
-    """A mean and its standard error as a table shows them, in hundredths."""
+    """Format a mean and its standard error in percent."""
     return f"{100 * of['mean']:.2f} ± {100 * of['standard_error']:.2f}"
 
 
 def summarize(results: list[dict[str, Record]], arguments: argparse.Namespace) -> Record:
-    """Each arm's figures, and ratios of the references over it, paired by round."""
+    """Return the figures of each arm, and ratios of the references over the arm, paired by round."""
     summary: Record = {}
     for name in arguments.arms:
         records = [result[name] for result in results if name in result]
@@ -168,16 +168,16 @@ def show(summary: Record) -> None:
 
 
 def main() -> None:
-    """Fit, sum up, write."""
+    """Run all fits, print and write the summary."""
     common = parser(__doc__, rounds=3, quick_rounds=1)
-    common.add_argument("--backbone", required=True, help="directory in the hub's layout, of MiniLM")
+    common.add_argument("--backbone", required=True, help="directory of MiniLM in the hub's layout")
     common.add_argument("--path", required=True, help="directory with cola/train.parquet and cola/validation.parquet")
     common.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    common.add_argument("--epochs", type=int, help="of every arm that is not padded (3; with --quick 1)")
-    common.add_argument("--padded_epochs", type=int, default=1, help="of the padded arm")
-    common.add_argument("--padded_rounds", type=int, default=1, help="rounds in which the padded arm is timed")
-    common.add_argument("--rows", type=int, help="most training rows (all; with --quick 320)")
-    common.add_argument("--rates", nargs="+", type=rate, default=[], help="of B, B16, both, peft: B=0.003 (0.001)")
+    common.add_argument("--epochs", type=int, help="epochs of the arms without fixed padding (3; with --quick 1)")
+    common.add_argument("--padded_epochs", type=int, default=1, help="epochs of the padded arm")
+    common.add_argument("--padded_rounds", type=int, default=1, help="rounds of the padded arm")
+    common.add_argument("--rows", type=int, help="maximum training rows (default: all; with --quick 320)")
+    common.add_argument("--rates", nargs="+", type=rate, default=[], help="of B, B16, both, peft, such as B=0.003")
     common.set_defaults(inputs=["backbone", "path"])
     arguments = parse(common)
     arguments.rates = dict(arguments.rates)

@@ -1,16 +1,16 @@
-"""Fits on a device against the same fits on the CPU, in every precision: a part of `benchmarks.gpu`.
+"""Compare fits on a device with the same fits on the CPU, in every precision (a part of `benchmarks.gpu`).
 
-A section is one fit of a tiny backbone through `main([...])`, and what must hold of it:
+A section is one fit of a tiny backbone through `main([...])` with these checks:
 
-- `fit`, `predict` and both exports end with exit code 0, and as many predictions are written as there are rows.
-- The loss on the validation rows is that of the CPU's fit in float32, within the bound of its precision.
-- The frozen factors are bit-identical to those that the CPU's fit has drawn.
-- Most predictions are the CPU's.
-- `resume` (some sections): a fit that is killed with SIGKILL and resumed ends with the weights of one that was not.
-- `nan`: a fit that diverges ends with exit code 2, and with no checkpoint of weights that are not finite.
-- `ddp`: one process in a process group, which is NCCL's on a GPU.
+- `fit`, `predict` and both exports end with exit code 0, and there is one prediction for each row.
+- The validation loss equals the loss of the CPU's float32 fit, within a tolerance for the precision.
+- The frozen factors are bit-identical to the CPU's factors.
+- Most predictions equal the CPU's predictions.
+- `resume` (some sections): a fit that is killed with SIGKILL and resumed ends with the weights of an uninterrupted fit.
+- `nan`: a diverging fit ends with exit code 2, and every checkpoint has finite weights.
+- `ddp`: one process in a process group, on a GPU with NCCL.
 
-There is no dropout in these fits, since CPU and GPU draw other masks. Order and augmentation are drawn on the CPU.
+The fits have no dropout, since CPU and GPU draw different masks. Data order and augmentation are drawn on the CPU.
 
     python -m benchmarks.gpu_correctness --device cuda --output docs/results/gpu_correctness.json
 """
@@ -41,8 +41,8 @@ from benchmarks.harness import Deadline, measured, parse, parser, section, table
 from tests.backbones import save_backbone
 from tests.causal_backbones import save_decoder
 
-BOUNDS = {"32-true": 1e-3, "bf16-mixed": 5e-2, "16-mixed": 2e-2}  # of the loss, relative
-AGREE = 0.9  # of the predictions
+BOUNDS = {"32-true": 1e-3, "bf16-mixed": 5e-2, "16-mixed": 2e-2}  # Relative tolerance of the loss.
+AGREE = 0.9  # Minimum share of equal predictions.
 NO_DROPOUT = "{hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
 IMAGES = [
     "--config=conf/quickstart.yaml",
@@ -55,13 +55,13 @@ IMAGES = [
 
 @dataclass(frozen=True)
 class Check:
-    """One fit.
+    """Configuration of one section.
 
     Args:
-        family: Of `FAMILIES`.
-        precision: Of the trainer.
-        options: What else is set.
-        resumes: Whether it is killed and resumed besides.
+        family: Key of `Fixtures.words`.
+        precision: Precision of the trainer.
+        options: Additional options of the fit.
+        resumes: If true, also kill and resume the fit.
     """
 
     family: str
@@ -101,7 +101,7 @@ QUICK = (
 
 
 class Fixtures:
-    """Tiny backbones and data for every family, below one folder."""
+    """Tiny backbones and data for every family, in one folder."""
 
     def __init__(self, folder: Path) -> None:
         rng = random.Random(0)
@@ -125,7 +125,7 @@ class Fixtures:
             "instructions": save_decoder(folder / "llama"),
         }
         recipes = {"texts": "text", "summaries": "summary", "instructions": "instructions"}
-        own = {
+        family_options = {
             "texts": ["--data.task=null", "--data.text_columns=[sentence]", f"--model.backbone_args={NO_DROPOUT}"],
             "summaries": [],
             "instructions": ["--model.backbone_args={}"],
@@ -141,7 +141,7 @@ class Fixtures:
                 f"--data.path={data}",
                 f"--model.backbone={backbone}",
                 "--model.adapter.dropout=0.0",
-                *own[family],
+                *family_options[family],
             ]
         self.rows = {"images": 200, **{family: 12 for family in backbones}}
         self.pictures = folder / "pictures"
@@ -158,17 +158,17 @@ class Fixtures:
             Image.open(io.BytesIO(cell["bytes"])).save(self.pictures / f"{i:03}.png")
 
     def to_predict(self, family: str) -> list[str]:
-        """Return the options that `predict` needs; without them the test split is predicted."""
+        """Return the data options of `predict`. Without options, `predict` uses the test split."""
         return [f"--data.predict_path={self.pictures}"] if family == "images" else []
 
 
 def run(words: Sequence[str], log: Path) -> int:
-    """Run one command in this process; what it prints goes to the end of a file."""
+    """Run one command in this process, append its output to a file, and return the exit code."""
     with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
         print("$", *words)
         try:
             return onesided(list(words))
-        except Exception as error:  # a defect: it is a finding of this section, not the end of the program
+        except Exception as error:  # A crash fails this check, but must not end the benchmark.
             print(f"{type(error).__name__}: {error}")
             return 1
 
@@ -178,9 +178,9 @@ class Fit:
 
     Args:
         fixtures: Data and backbones.
-        check: What is fitted.
+        check: Configuration of the fit.
         device: `cpu` or `cuda`.
-        folder: For its run.
+        folder: Folder of the run.
     """
 
     def __init__(self, fixtures: Fixtures, check: Check, device: str, folder: Path) -> None:
@@ -207,11 +207,11 @@ class Fit:
         return state
 
     def loss(self) -> float:
-        """The loss on the validation rows behind the last epoch."""
+        """Return the validation loss after the last epoch."""
         return float(json.loads((self.run_directory / "metrics.json").read_text())["val/loss"])
 
     def predictions(self) -> list[str]:
-        """Return the predictions, one a row."""
+        """Return one prediction for each row."""
         (path,) = [p for p in self.run_directory.iterdir() if p.stem == "predictions"]
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -224,33 +224,33 @@ class Fit:
 
 
 def compare(fixtures: Fixtures, check: Check, reference: Fit, device: str, folder: Path) -> list[dict[str, Any]]:
-    """Run a fit and return what was checked: `name`, `passed`, `figure`."""
+    """Run a fit and return the results of its checks: `name`, `passed`, `figure`."""
     fit = Fit(fixtures, check, device, folder / "fit")
-    found = [_code("fit", fit.fit_code), _code("predict", fit.predict_code)]
+    results = [_code("fit", fit.fit_code), _code("predict", fit.predict_code)]
     if fit.fit_code:
-        return [*found, {"name": "log", "passed": False, "figure": fit.log.read_text()[-2000:]}]
+        return [*results, {"name": "log", "passed": False, "figure": fit.log.read_text()[-2000:]}]
     difference = abs(fit.loss() - reference.loss()) / abs(reference.loss())
     bound = BOUNDS[check.precision]
-    found.append({"name": f"loss within {bound:g}", "passed": difference <= bound, "figure": difference})
+    results.append({"name": f"loss within {bound:g}", "passed": difference <= bound, "figure": difference})
     expected, weights = reference.weights(), fit.weights()
-    frozen = [name for name in expected if name.endswith(".A")]  # every fit here trains B
-    same = bool(frozen) and all(torch.equal(expected[name], weights[name]) for name in frozen)
-    found.append({"name": "frozen factors identical", "passed": same, "figure": len(frozen)})
+    frozen = [name for name in expected if name.endswith(".A")]  # Every fit here trains B.
+    identical = bool(frozen) and all(torch.equal(expected[name], weights[name]) for name in frozen)
+    results.append({"name": "frozen factors identical", "passed": identical, "figure": len(frozen)})
     if not fit.predict_code:
-        made, known = fit.predictions(), reference.predictions()
-        agree = sum(a == b for a, b in zip(made, known, strict=False)) / len(known)
-        enough = len(made) == fixtures.rows[check.family]
-        text = check.family in ("summaries", "instructions")  # greedy search parts at the first near tie
-        found.append({"name": "rows predicted", "passed": enough, "figure": len(made)})
-        found.append({"name": "predictions like the CPU's", "passed": text or agree >= AGREE, "figure": agree})
+        predictions, expected_predictions = fit.predictions(), reference.predictions()
+        agree = sum(a == b for a, b in zip(predictions, expected_predictions, strict=False)) / len(expected_predictions)
+        enough = len(predictions) == fixtures.rows[check.family]
+        text = check.family in ("summaries", "instructions")  # Generated texts diverge at the first near tie.
+        results.append({"name": "rows predicted", "passed": enough, "figure": len(predictions)})
+        results.append({"name": "predictions like the CPU's", "passed": text or agree >= AGREE, "figure": agree})
     for form in ("merged", "peft"):
         target = folder / form
-        found.append(
+        results.append(
             _code(form, run(["export", str(fit.run_directory), "--format", form, "--output", str(target)], fit.log))
         )
     if check.resumes:
-        found.append(killed_and_resumed(fit, folder / "killed"))
-    return found
+        results.append(killed_and_resumed(fit, folder / "killed"))
+    return results
 
 
 def _code(name: str, code: int, expected: int = 0) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _code(name: str, code: int, expected: int = 0) -> dict[str, Any]:
 
 
 def killed_and_resumed(fit: Fit, folder: Path) -> dict[str, Any]:
-    """Kill the same fit as soon as it has a checkpoint, resume it, and compare the weights at the end."""
+    """Kill the same fit after its first checkpoint, resume the fit, and compare the final weights."""
     root = [word for word in fit.words if not word.startswith("--trainer.default_root_dir")]
     words = ["fit", *root, f"--trainer.default_root_dir={folder}", "--checkpoint.last_every_n_steps=2"]
     last = folder / "version_0" / "checkpoints" / "last.ckpt"
@@ -282,27 +282,27 @@ def killed_and_resumed(fit: Fit, folder: Path) -> dict[str, Any]:
     resumed: dict[str, Tensor] = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
     distance = max(float((resumed[n] - t).abs().max()) for n, t in expected.items() if t.is_floating_point())
     largest = max(float(t.abs().max()) for t in expected.values() if t.is_floating_point())
-    # bit for bit on the CPU; a GPU's sums may come in another order
+    # A GPU may sum in another order, so the weights need not be bit-identical.
     return {"name": "killed and resumed", "passed": distance <= 1e-3 * largest, "figure": distance}
 
 
 def diverges(fixtures: Fixtures, device: str, folder: Path) -> list[dict[str, Any]]:
-    """A learning rate that no fit survives."""
+    """Run a fit that diverges, and check the exit code and the checkpoints."""
     log = folder / "log.txt"
     words = ["fit", *fixtures.words["texts"], f"--trainer.accelerator={device}", "--trainer.precision=16-mixed"]
     code = run([*words, f"--trainer.default_root_dir={folder}", "--model.learning_rate=1e30"], log)
-    kept = list(folder.rglob("*.ckpt"))
+    checkpoints = list(folder.rglob("*.ckpt"))
     finite = all(
         t.isfinite().all()
-        for path in kept
+        for path in checkpoints
         for t in torch.load(path, map_location="cpu", weights_only=True)["state_dict"].values()
         if t.is_floating_point()
     )
-    return [_code("ends with 2", code, 2), {"name": "checkpoints finite", "passed": finite, "figure": len(kept)}]
+    return [_code("ends with 2", code, 2), {"name": "checkpoints finite", "passed": finite, "figure": len(checkpoints)}]
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Check, print, write, until the budget is spent."""
+    """Run the checks, print and write, until the budget is spent."""
     arguments = parse(parser(__doc__, rounds=1, quick_rounds=1, device=True), words)
     deadline = Deadline(arguments.budget)
     checks = {name: check for name, check in CHECKS.items() if name in QUICK or not arguments.quick}
@@ -330,8 +330,8 @@ def main(words: Sequence[str] | None = None) -> None:
                             references[check.family] = Fit(fixtures, plain, "cpu", folder / check.family / "cpu")
                             if references[check.family].fit_code:
                                 sys.exit(f"The CPU's fit failed:\n{references[check.family].log.read_text()[-3000:]}")
-                        found = compare(fixtures, check, references[check.family], arguments.device, here)
-                        record["checks"] = found
+                        reference = references[check.family]
+                        record["checks"] = compare(fixtures, check, reference, arguments.device, here)
                     record["section_seconds"] = time.monotonic() - started
             results[name] = record["checks"]
     rows = [

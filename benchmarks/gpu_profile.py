@@ -1,6 +1,7 @@
-"""The kernels in which PEFT, ours and the floor spend a step of ViT-B, all linear layers adapted (`benchmarks.gpu`).
+"""GPU kernels of a training step of ViT-B with all linear layers adapted, for ours, PEFT and the floor.
 
-The profiler adds its own time to each kernel; what counts is which kernels there are, how many, and their shares.
+A part of `benchmarks.gpu`. The profiler adds time to each kernel, so only the kernels, their number and their shares
+are meaningful.
 
     python -m benchmarks.gpu_profile --device cuda --output docs/results/gpu_profile.json
 """
@@ -24,7 +25,7 @@ TOP = 15
 
 
 def kernels(step: Step, steps: int) -> dict[str, Any]:
-    """Milliseconds and launches a step, in all and of the kernels that take longest (operators on the CPU)."""
+    """Return milliseconds and launches of a step, in total and for the slowest kernels (on the CPU: operators)."""
     on_gpu = step.device.type == "cuda"
     step()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as record:
@@ -35,8 +36,8 @@ def kernels(step: Step, steps: int) -> dict[str, Any]:
     for event in record.events():
         if on_gpu and event.device_type != DeviceType.CUDA:
             continue
-        passed = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        milliseconds[event.name] += passed / 1000 / steps
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        milliseconds[event.name] += microseconds / 1000 / steps
         launches[event.name] += 1
     return {
         "milliseconds": sum(milliseconds.values()),
@@ -49,7 +50,7 @@ def kernels(step: Step, steps: int) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Profile, print, write."""
+    """Profile, print and write."""
     arguments = parse(parser(__doc__, rounds=5, quick_rounds=1, device=True), words)
     device, deadline = torch.device(arguments.device), Deadline(arguments.budget)
     model = (QUICK if arguments.quick else MODELS)["vit-b"]

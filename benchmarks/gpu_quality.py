@@ -1,12 +1,11 @@
-"""Scores of real fits over variants, learning rates and seeds, several at once on one device (`benchmarks.gpu`).
+"""Scores of real fits over variants, learning rates and seeds, in parallel on one device (a part of `benchmarks.gpu`).
 
-Every fit is `main(["fit", ...])` with its test, in one of a few processes that take the next fit when they have ended
-one. All learning rates of all arms come first, with two seeds, on rows held out from the training split; then the best
-rate of each arm with five other seeds, and their tests are what the table shows. With too little budget there are fewer
-seeds, and the table says how many.
+Every fit is `main(["fit", ...])` with its test, in a pool of processes. First, all learning rates of all arms run with
+two seeds, on rows held out from the training split. Then the best learning rate of each arm runs with five other seeds,
+and the table shows the test scores of these fits. With a small budget, the table has fewer seeds and their number.
 
-- `images`: DINOv2 ViT-S/14 at 98 pixels on the CIFAR-10 rows that --images holds.
-- `texts`: the encoder of --text_backbone on CoLA; the validation split is the test.
+- `images`: DINOv2 ViT-S/14 at 98 pixels on the CIFAR-10 rows of --images.
+- `texts`: the encoder of --text_backbone on CoLA, tested on the validation split.
 
     python -m benchmarks.gpu_quality --device cuda --output docs/results/gpu_quality.json \
         --images DIR --vision_weights FILE --texts DIR --text_backbone DIR
@@ -58,21 +57,21 @@ class Trial(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its section."""
+        """Return the name of the fit's section."""
         part = "confirm" if self.confirms else "choose"
         return f"{self.task}, {part}, {self.arm}, {self.rate:g}, seed {self.seed}"
 
 
 def task_words(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """Options of `fit` for each task that there are data for; the embedded digits with --quick."""
+    """Return the options of `fit` for each task whose data are given; with --quick, for the embedded digits."""
     device = [
         f"--trainer.accelerator={arguments.device}",
         "--trainer.enable_progress_bar=false",
         "--test_after_fit=true",
     ]
     if arguments.quick:
-        few = ["--data.max_train_samples=64", "--data.max_val_samples=32", "--data.max_test_samples=32"]
-        return {"images": ["--config=conf/quickstart.yaml", "--trainer.max_epochs=1", *few, *device]}
+        limits = ["--data.max_train_samples=64", "--data.max_val_samples=32", "--data.max_test_samples=32"]
+        return {"images": ["--config=conf/quickstart.yaml", "--trainer.max_epochs=1", *limits, *device]}
     tasks = {}
     if arguments.images and arguments.vision_weights:
         tasks["images"] = [
@@ -98,23 +97,23 @@ def task_words(arguments: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def fit(words: Sequence[str], trial: Trial) -> dict[str, Any]:
-    """Fit and test; the run's metrics, or the exit code of a fit that failed, as one that diverges does."""
+    """Fit and test, and return exit code, metrics and seconds. A failed fit, such as a diverged fit, has no metrics."""
     from app.cli import main as onesided
 
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        own = [*ARMS[trial.arm], f"--model.learning_rate={trial.rate}", f"--seed_everything={trial.seed}"]
-        own += [f"--model.adapter.seed={trial.seed}", f"--trainer.default_root_dir={folder}/runs"]
-        code = onesided(["fit", *words, *own])
+        options = [*ARMS[trial.arm], f"--model.learning_rate={trial.rate}", f"--seed_everything={trial.seed}"]
+        options += [f"--model.adapter.seed={trial.seed}", f"--trainer.default_root_dir={folder}/runs"]
+        code = onesided(["fit", *words, *options])
         path = Path(folder) / "runs" / "version_0" / "metrics.json"
         metrics = json.loads(path.read_text()) if code == 0 else {}
     return {"exit_code": code, "metrics": metrics, "trial_seconds": time.monotonic() - started}
 
 
 def choosing(tasks: Sequence[str], quick: bool) -> Iterator[Trial]:
-    """The fits that choose a rate for each arm, seed by seed, so that a spent budget leaves whole grids."""
+    """Yield the fits that choose a learning rate for each arm, seed by seed, so that finished seeds are complete."""
     for seed in CHOOSING[:1] if quick else CHOOSING:
         for task in tasks:
             for arm in list(ARMS)[:2] if quick else ARMS:
@@ -123,7 +122,7 @@ def choosing(tasks: Sequence[str], quick: bool) -> Iterator[Trial]:
 
 
 def confirming(tasks: Sequence[str], results: dict[str, dict[str, Any]], quick: bool) -> Iterator[Trial]:
-    """The fits whose tests are reported: each arm at the rate with the best mean on held-out rows."""
+    """Yield the reported fits: each arm at the learning rate with the best mean on held-out rows."""
     grid = list(choosing(tasks, quick))
     for seed in CONFIRMING[:1] if quick else CONFIRMING:
         for task in tasks:
@@ -142,9 +141,9 @@ def confirming(tasks: Sequence[str], results: dict[str, dict[str, Any]], quick: 
 def run_all(
     trials: Sequence[Trial], tasks: dict[str, list[str]], arguments: argparse.Namespace, deadline: Deadline
 ) -> None:
-    """Run trials that the file does not hold yet in a few processes, and write each as it ends."""
-    done = load(arguments.output)
-    waiting = [trial for trial in trials if trial.name not in done]
+    """Run trials that are not in the file yet in parallel processes, and write the result of each trial."""
+    finished = load(arguments.output)
+    waiting = [trial for trial in trials if trial.name not in finished]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context) as pool:
         running: dict[Future[dict[str, Any]], Trial] = {}
@@ -162,7 +161,7 @@ def run_all(
 
 
 def show(results: dict[str, dict[str, Any]], tasks: Sequence[str]) -> None:
-    """Print the confirmed tests: mean ± standard error over seeds."""
+    """Print the test scores of the reported fits: mean ± standard error over seeds."""
     for task in tasks:
         rows = []
         for arm in ARMS:
@@ -180,23 +179,23 @@ def show(results: dict[str, dict[str, Any]], tasks: Sequence[str]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Choose, confirm, print."""
+    """Choose learning rates, run the reported fits, and print."""
     common = parser(__doc__, rounds=1, quick_rounds=1, device=True)
     common.add_argument("--images", type=Path)
     common.add_argument("--vision_weights", type=Path)
     common.add_argument("--texts", type=Path)
     common.add_argument("--text_backbone", type=Path)
-    common.add_argument("--processes", type=int, help="fits at once; without it 6 on a GPU, 1 on the CPU")
+    common.add_argument("--processes", type=int, help="parallel fits (default: 6 on a GPU, 1 on the CPU)")
     arguments = parse(common, words)
     arguments.processes = arguments.processes or (6 if arguments.device == "cuda" else 1)
     if arguments.output is None:
-        sys.exit("error: --output: name a JSON file, to which each fit is written as it ends.")
+        sys.exit("error: --output is missing. Give a JSON file for the results.")
     if not arguments.resume:
         arguments.output.unlink(missing_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (torch.get_num_threads()) // arguments.processes))
     deadline, tasks = Deadline(arguments.budget), task_words(arguments)
     if not tasks:
-        print("quality: neither --images with --vision_weights nor --texts with --text_backbone: nothing to fit.")
+        print("quality: nothing to fit. Give --images with --vision_weights, or --texts with --text_backbone.")
         return
     run_all(list(choosing(list(tasks), arguments.quick)), tasks, arguments, deadline)
     chosen = list(confirming(list(tasks), load(arguments.output), arguments.quick))

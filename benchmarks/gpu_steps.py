@@ -1,9 +1,9 @@
 """Seconds, memory and TFLOP/s of a step of whole backbones: ours, PEFT and the floor (a part of `benchmarks.gpu`).
 
-A step is forward, backward with a given gradient of the output, and fused AdamW over what is trained (LoRA-FA has its
-own). Backbones have random weights in bfloat16 and their full depth, without the word embeddings and the task's head;
-all linear layers are adapted at rank 8. The input requires a gradient in every arm but `head`, so the floor does the
-least that any adapter of the first block must do. Frozen weights are shared among the arms.
+A step is forward, backward with a fixed gradient of the output, and fused AdamW over the trained parameters. LoRA-FA
+has its own optimizer. Backbones have random bfloat16 weights and full depth, without word embeddings and head. All
+linear layers are adapted at rank 8. The input requires a gradient in every arm except `head`. The floor is thus the
+minimum work of any arm with an adapter in the first block. All arms share the frozen weights.
 
     python -m benchmarks.gpu_steps --device cuda --output docs/results/gpu_steps.json
 """
@@ -56,20 +56,20 @@ ARMS = (
     "ours A",
     "ours both",
 )
-COMPILED = ("floor", "PEFT", "ours B")  # also compiled, where a model says so
+COMPILED = ("floor", "PEFT", "ours B")  # Also measured with compilation, for models with `variants`.
 GOALS = {"ours B over the floor": "≤ 1.05", "PEFT over ours B": "≥ 1.3", "memory of ours B over PEFT's": "≤ 0.75"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A whole backbone.
+    """A whole backbone and its arms.
 
     Args:
-        build: Makes it, in the default dtype and on the default device.
-        shape: Of its input.
-        arms: Arms that are measured.
-        variants: Whether `plain` and compiled arms are measured besides.
-        checkpointing: Whether blocks are recomputed in backward.
+        build: Function that builds the backbone in the default dtype on the default device.
+        shape: Shape of the input.
+        arms: Arms to measure.
+        variants: If true, also measure `plain` and compiled arms.
+        checkpointing: If true, use gradient checkpointing.
     """
 
     build: Callable[[], nn.Module]
@@ -79,9 +79,9 @@ class Model:
     checkpointing: bool = False
 
 
-_LLAMA_1B = partial(llama, 2048, 16)  # LLaMA-3.2-1B's blocks
-_LLAMA_7B = partial(llama, 4096, 32, mlp=11008, head=128, kv_group=1)  # LLaMA-2-7B's
-_LITTLE = tuple(name for name in ARMS if name != "full")  # AdamW over 7 billion weights does not fit beside them
+_LLAMA_1B = partial(llama, 2048, 16)  # Blocks of LLaMA-3.2-1B.
+_LLAMA_7B = partial(llama, 4096, 32, mlp=11008, head=128, kv_group=1)  # Blocks of LLaMA-2-7B.
+_LITTLE = tuple(name for name in ARMS if name != "full")  # AdamW states of 7 billion weights exceed the GPU's memory.
 MODELS = {
     "vit-b": Model(partial(Vision, "vit_base_patch16_224"), (64, 3, 224, 224), variants=True),
     "roberta-large": Model(partial(roberta, 1024, 24), (32, 128, 1024), variants=True),
@@ -104,12 +104,12 @@ QUICK = {
 
 
 class Step:
-    """One arm of a model with its batch, as `take_turns` runs it.
+    """One arm of a model with its batch, for `take_turns`.
 
     Args:
         arm: The arm.
         x: Input.
-        device: Where it runs.
+        device: Device of the step.
     """
 
     def __init__(self, arm: Arm, x: Tensor, device: torch.device) -> None:
@@ -123,7 +123,7 @@ class Step:
             self.optimizer = torch.optim.AdamW(self.head.parameters(), 1e-5, fused=True)
 
     def __call__(self) -> None:
-        """Run a step to its end."""
+        """Run a step and wait for the device."""
         if self.head is not None:
             with torch.no_grad():
                 hidden = self.arm.forward(self.x)
@@ -139,14 +139,14 @@ class Step:
             torch.cuda.synchronize(self.device)
 
     def resident(self) -> int:
-        """Bytes of the weights, of the gradients while there are any, and of the optimizer's states."""
+        """Return the bytes of the weights and of the optimizer states."""
         optimizer = self.optimizer if self.head is not None else self.arm.optimizer
         states = optimizer.state.values() if optimizer else ()
-        kept = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
-        return kept + sum(p.nbytes for p in self.arm.model.parameters())
+        state_bytes = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+        return state_bytes + sum(p.nbytes for p in self.arm.model.parameters())
 
     def peak(self) -> int | None:
-        """Most bytes of a step: what is resident for this arm, and the growth within the step; None without CUDA."""
+        """Return the resident bytes of this arm plus the peak growth within a step; None without CUDA."""
         if self.device.type != "cuda":
             return None
         self()
@@ -156,15 +156,15 @@ class Step:
         return self.resident() + torch.cuda.max_memory_allocated(self.device) - before
 
     def operations(self) -> int:
-        """Floating-point operations of the products of a step, attention's among them where torch counts its kernel."""
-        self()  # the first step draws the gradient of the output
+        """Return the FLOPs of a step's matrix products, including attention if torch counts its kernel."""
+        self()  # The first step draws the gradient of the output, which must not count.
         with FlopCounterMode(display=False) as counter:
             self()
         return counter.get_total_flops()
 
 
 def build(model: Model, device: torch.device, seed: int = 0) -> nn.Module:
-    """A frozen backbone with random bfloat16 weights on the device, in training mode."""
+    """Build a frozen backbone with random bfloat16 weights on the device, in train mode."""
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -183,7 +183,7 @@ def build(model: Model, device: torch.device, seed: int = 0) -> nn.Module:
 
 
 def arms_of(model: Model, stack: nn.Module, device: torch.device) -> dict[str, Arm]:
-    """The arms by name; of those that are not as they come, the name says how they differ."""
+    """Return the arms of a model by name, with plain and compiled arms if the model has `variants`."""
     arms = {}
     for name in model.arms:
         arms[name] = Arm("floor" if name == "head" else name, stack, ["all"], RANK)
@@ -201,13 +201,13 @@ def arms_of(model: Model, stack: nn.Module, device: torch.device) -> dict[str, A
 
 
 def copy_of(name: str, stack: nn.Module) -> Arm:
-    """An arm over modules of its own, since compiling changes them in place; the weights stay shared."""
-    own = copy.deepcopy(stack, {id(p): p for p in stack.parameters()})
-    return Arm(name, own, ["all"], RANK)
+    """Return an arm with copied modules and shared weights, since compilation changes modules in place."""
+    copied = copy.deepcopy(stack, {id(p): p for p in stack.parameters()})
+    return Arm(name, copied, ["all"], RANK)
 
 
 def measure(model: Model, device: torch.device, rounds: int, ceiling: float) -> dict[str, Any]:
-    """Figures of all arms of one model."""
+    """Measure all arms of one model."""
     stack = build(model, device)
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(*model.shape, generator=generator, device=device, dtype=torch.bfloat16)
@@ -231,7 +231,7 @@ def measure(model: Model, device: torch.device, rounds: int, ceiling: float) -> 
 
 
 def measured_peak(device: torch.device, size: int) -> float:
-    """TFLOP/s of a square bfloat16 product of random matrices: what this device reaches, rather than its datasheet."""
+    """Return the TFLOP/s of a square bfloat16 product on this device, as a measured peak instead of the datasheet's."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def product() -> None:
@@ -269,12 +269,12 @@ def show(name: str, figures: dict[str, Any]) -> None:
 
 
 def sections(arguments: argparse.Namespace) -> Iterator[tuple[str, Model]]:
-    """The models to measure, in order of value."""
+    """Yield the models to measure, the most important first."""
     yield from (QUICK if arguments.quick else MODELS).items()
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure, print, write, until the budget is spent."""
+    """Measure, print and write until the budget is spent."""
     common = parser(__doc__, rounds=12, quick_rounds=2, device=True)
     arguments = parse(common, words)
     device, deadline = torch.device(arguments.device), Deadline(arguments.budget)

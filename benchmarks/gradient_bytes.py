@@ -1,9 +1,9 @@
-"""What two processes exchange a step: the gradients of what is trained, counted as DDP reduces them, and step times.
+"""Bytes of gradients that two processes exchange in a step under DDP, and step times.
 
-A ViT with a head is tuned in each way under `DistributedDataParallel`, once by one process and once by two (gloo, one
-thread each), with the same batch a process. A communication hook counts the bytes of each bucket before it is reduced.
-On one machine's cores two processes share caches and memory, and nothing goes over a network: the times say what
-the exchange costs beside the computation, the bytes what a network would have to carry.
+A ViT with a head is tuned in several ways under `DistributedDataParallel`, by one and by two processes (gloo, one
+thread each). Each process has the same batch size. A communication hook counts the bytes of each gradient bucket. Both
+processes share one machine, so no network is involved. The times show the cost of the all-reduce on one machine. The
+bytes show the traffic in a network.
 
     python -m benchmarks.gradient_bytes --output docs/results/benchmark_scaling.json
 """
@@ -29,7 +29,7 @@ from benchmarks.harness import Arm, Seconds, parse, parser, section, table, take
 from modules.adapters import AdapterConfig, attach
 from modules.scaling.sharding import FrozenShards
 
-BATCH, CLASSES = 2, 10  # images a process
+BATCH, CLASSES = 2, 10  # BATCH: images for each process.
 ARMS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "both": {"train": "both", "init_a": "kaiming"},
@@ -40,19 +40,19 @@ ARMS: dict[str, dict[str, Any] | None] = {
 
 
 class Counter:
-    """Reduces gradients as DDP does by itself, and counts their bytes."""
+    """Count the bytes of gradients in DDP's all-reduce."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def hook(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Count a bucket and reduce it. DDP looks at the annotations, which so must not be strings."""
+        """Count a bucket and all-reduce it. DDP inspects the annotations, so they must not be strings."""
         self.bytes += bucket.buffer().nbytes
         return allreduce_hook(group, bucket)
 
 
 def build(arm: str, quick: bool) -> nn.Module:
-    """A ViT-B/16, or with `quick` a small one, with float32 weights drawn at random, a head and adapters of rank 8."""
+    """Build a ViT-B/16, or a small ViT with `quick`, with random float32 weights, a head and adapters of rank 8."""
     torch.manual_seed(0)
     small: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
     model = timm.create_model("vit_base_patch16_224", num_classes=CLASSES, **(small if quick else {}))
@@ -62,8 +62,8 @@ def build(arm: str, quick: bool) -> nn.Module:
     return model.train()
 
 
-def prepare(arm: str, world: int, quick: bool, found: dict[str, Any]) -> Arm:
-    """A step of an arm, forward, backward and update; what it exchanged comes into `found`."""
+def prepare(arm: str, world: int, quick: bool, results: dict[str, Any]) -> Arm:
+    """Return a function that runs a training step of an arm and writes the exchanged bytes to `results`."""
     model = build(arm, quick)
     trained = [p for p in model.parameters() if p.requires_grad]
     counter = Counter()
@@ -84,38 +84,38 @@ def prepare(arm: str, world: int, quick: bool, found: dict[str, Any]) -> Arm:
         optimizer.zero_grad()
         step(images).square().mean().backward()
         optimizer.step()
-        found[arm] = {"trained": sum(p.numel() for p in trained), "bytes": counter.bytes}
+        results[arm] = {"trained": sum(p.numel() for p in trained), "bytes": counter.bytes}
 
     return run
 
 
 def work(rank: int, world: int, port: int, quick: bool, rounds: int, file: Path) -> None:
-    """What one process does; the first writes what it found."""
+    """Measure all arms in one process. Rank 0 writes the results to `file`."""
     torch.set_num_threads(1)
     if world > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=world)
-    found: dict[str, Any] = {}
-    # one seed, so that the arms come in the same order in all processes
-    seconds: Seconds = take_turns({arm: prepare(arm, world, quick, found) for arm in ARMS}, rounds, warm_up=1)
+    results: dict[str, Any] = {}
+    # `take_turns` has a fixed seed, so all processes run the arms in the same order.
+    seconds: Seconds = take_turns({arm: prepare(arm, world, quick, results) for arm in ARMS}, rounds, warm_up=1)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        file.write_text(json.dumps({arm: found[arm] | {"seconds": seconds[arm]} for arm in ARMS}))
+        file.write_text(json.dumps({arm: results[arm] | {"seconds": seconds[arm]} for arm in ARMS}))
 
 
 def in_processes(world: int, quick: bool, rounds: int) -> dict[str, Any]:
-    """What the first of some processes found, by arm.
+    """Measure all arms in several processes, and return the results of rank 0 by arm.
 
     Raises:
-        RuntimeError: If one of them fails.
+        RuntimeError: If a process fails.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # nothing is imported twice
+    context = multiprocessing.get_context("fork")  # Forked processes need no imports.
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
+        file = Path(folder) / "results.json"
         processes = [
             context.Process(target=work, args=(rank, world, port, quick, rounds, file)) for rank in range(world)
         ]
@@ -124,28 +124,28 @@ def in_processes(world: int, quick: bool, rounds: int) -> dict[str, Any]:
         for process in processes:
             process.join()
         if any(process.exitcode for process in processes):
-            raise RuntimeError(f"A process of {world} failed.")
+            raise RuntimeError(f"One of {world} processes failed. See the messages above.")
         return dict(json.loads(file.read_text()))
 
 
 def measure(quick: bool, rounds: int = 3) -> list[dict[str, Any]]:
-    """One row an arm: parameters trained, bytes reduced a step and process, and seconds of each step by processes."""
-    one, two = (in_processes(world, quick, rounds) for world in (1, 2))
+    """Return for each arm the trained parameters, reduced bytes by step and process, and seconds of each step."""
+    single, double = (in_processes(world, quick, rounds) for world in (1, 2))
     return [
         {
             "arm": arm,
-            "trained_parameters": two[arm]["trained"],
-            "gradient_bytes": two[arm]["bytes"],
-            "expected_bytes": 4 * two[arm]["trained"],
-            "seconds_1": one[arm]["seconds"],
-            "seconds_2": two[arm]["seconds"],
+            "trained_parameters": double[arm]["trained"],
+            "gradient_bytes": double[arm]["bytes"],
+            "expected_bytes": 4 * double[arm]["trained"],
+            "seconds_1": single[arm]["seconds"],
+            "seconds_2": double[arm]["seconds"],
         }
         for arm in ARMS
     ]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows, with images a second of all processes."""
+    """Print the rows, with images per second over all processes."""
     full = rows[0]["gradient_bytes"]
     lines = []
     for row in rows:
@@ -164,10 +164,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure, show and store."""
+    """Measure, print and write."""
     arguments = parse(parser(__doc__, rounds=8))
     with section(arguments, "processes") as record:
-        record["threads"] = 1  # of a process
+        record["threads"] = 1  # Of each process.
         record["rows"] = rows = measure(arguments.quick, arguments.rounds)
     show(rows)
 

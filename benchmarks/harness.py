@@ -1,4 +1,4 @@
-"""What all benchmarks share: arms that take turns in shuffled rounds, paired ratios, a table, and a JSON file.
+"""Shared by all benchmarks: arms that run in shuffled rounds, paired ratios, tables, and a JSON file of results.
 
     arguments = parse(parser(__doc__, rounds=20))
     with section(arguments, "vit, bfloat16") as record:
@@ -6,8 +6,8 @@
         record["peft over ours"] = paired_ratio(seconds["peft"], seconds["ours"])
     table("A step", ["arm", "ms"], rows)
 
-The file is one object, section by section: each has its own figures and raw times beside the versions, the machine,
-the load and the command it was measured with, so that sections measured one by one share a file.
+The JSON file is one object with a key for each section. A section has its figures and raw times, and also the versions,
+machine, load and command of the measurement. So sections from different runs can share a file.
 """
 
 from __future__ import annotations
@@ -35,45 +35,45 @@ from rich.table import Table
 from torch import Tensor, nn
 
 MIB = 2**20
-FEW = 5  # rounds, below which a bootstrap says nothing
+FEW = 5  # With fewer rounds, a bootstrap interval is meaningless.
 LIBRARIES = ("torch", "lightning", "transformers", "timm", "peft")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
-Arm = Callable[[], float | None]  # does its work; may return its own seconds, to leave out what does not count
+Arm = Callable[[], float | None]  # Runs once. May return seconds, if only a part of the run counts.
 Seconds = dict[str, list[float]]
 
 
 def parser(
     doc: str | None, rounds: int, quick_rounds: int = 3, processor: bool = False, device: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; without --rounds there are `rounds`, or `quick_rounds` with --quick.
+    """Return a parser with the options that all benchmarks share.
 
     Args:
-        doc: Of the program.
-        rounds: Turns of each arm.
-        quick_rounds: The same with --quick.
-        processor: Whether it can measure the processor's time.
-        device: Whether it can run on a GPU, and within a budget of seconds.
+        doc: Description of the program.
+        rounds: Default of --rounds.
+        quick_rounds: Default of --rounds with --quick.
+        processor: If true, add --processor.
+        device: If true, add --device and --budget.
     """
     common = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_argument("--quick", action="store_true", help="small sizes and few rounds, to see that it works")
+    common.add_argument("--quick", action="store_true", help="small sizes and few rounds, to check that it runs")
     common.add_argument("--rounds", type=int, help=f"turns of each arm ({rounds}; with --quick {quick_rounds})")
-    common.add_argument("--threads", type=int, help="of torch; without it what torch chooses")
+    common.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
     if processor:
         common.add_argument(
-            "--processor", action="store_true", help="time of the processor: less disturbed by other programs"
+            "--processor", action="store_true", help="measure CPU time, which other programs disturb less"
         )
     if device:
         common.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-        common.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no section begins")
-    common.add_argument("--output", type=Path, help="JSON file; sections that it holds and this run does not, stay")
-    common.add_argument("--resume", action="store_true", help="leave out the sections that the file holds already")
+        common.add_argument("--budget", type=float, default=float("inf"), help="start no section after these seconds")
+    common.add_argument("--output", type=Path, help="JSON file; other sections of the file stay")
+    common.add_argument("--resume", action="store_true", help="skip the sections that the file has already")
     common.set_defaults(default_rounds=(rounds, quick_rounds), processor=False)
     return common
 
 
 def parse(common: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the arguments, fill in the rounds and set torch's threads."""
+    """Parse the arguments, set the number of rounds and torch's threads."""
     arguments = common.parse_args(words)
     if arguments.rounds is None:
         arguments.rounds = arguments.default_rounds[arguments.quick]
@@ -85,10 +85,10 @@ def parse(common: argparse.ArgumentParser, words: Sequence[str] | None = None) -
 
 
 class Deadline:
-    """The end of a benchmark's budget, and the sections that were not begun before it.
+    """Deadline of a benchmark, with a list of the skipped sections.
 
     Args:
-        seconds: The budget, from now on.
+        seconds: Seconds until the deadline.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -96,16 +96,16 @@ class Deadline:
         self._left: list[str] = []
 
     def passed(self, name: str) -> bool:
-        """Return True if the section must not begin any more, and note that it is left."""
+        """Return True after the deadline, and record the section as skipped."""
         if time.monotonic() < self._end:
             return False
         self._left.append(name)
         return True
 
     def exit(self) -> None:
-        """Exit with 3 and the sections on stderr if any are left."""
+        """Exit with code 3 if sections were skipped, and print their names on stderr."""
         if self._left:
-            print(f"The budget is spent; left: {'; '.join(self._left)}.", file=sys.stderr, flush=True)
+            print(f"The budget is spent. Skipped: {'; '.join(self._left)}.", file=sys.stderr, flush=True)
             sys.exit(3)
 
 
@@ -116,43 +116,45 @@ def take_turns(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Seconds:
-    """Run every arm once a round, in an order that is drawn anew each round; seconds of each, round by round.
+    """Run every arm once in each round, in random order, and return the seconds of each arm by round.
 
-    A slow spell of the machine so hits all arms of a round alike, and no arm always follows the same other one.
+    A slow period of the machine then affects all arms of a round, and no arm always runs after the same arm.
     """
     order = random.Random(seed)
     seconds: Seconds = {name: [] for name in arms}
     for number in range(-warm_up, rounds):
         for name in order.sample(list(arms), len(arms)):
             start = clock()
-            own = arms[name]()
-            passed = clock() - start if own is None else own
+            reported = arms[name]()
+            elapsed = clock() - start if reported is None else reported
             if number >= 0:
-                seconds[name].append(passed)
+                seconds[name].append(elapsed)
     return seconds
 
 
 def paired_ratio(of: Sequence[float], over: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Median of the rounds' ratios of / over, with its interval (see `interval`)."""
+    """Return the median of the ratios of / over, paired by round, with its interval (see `interval`)."""
     return interval([a / b for a, b in zip(of, over, strict=True)], seed)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Median of figures that were taken round by round.
+    """Return the median of one value for each round, with an interval.
 
     Returns:
-        `median`, and `low` and `high`: of five rounds or more the bootstrap interval of 95 % (2,000 draws), of fewer
-        the least and the most.
+        `median`, `low` and `high`. With five rounds or more, the interval is the 95 % bootstrap interval (2,000 draws).
+        With fewer rounds, the interval is the range.
     """
     rounds = np.asarray(values)
     return _bootstrap(lambda drawn: np.median(rounds[drawn], axis=-1), len(rounds), seed)
 
 
 def paired_share(of: Sequence[float], whole: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Median of differences over the median of others, as `interval`: steady where single differences are near zero."""
-    part, all_of_it = np.asarray(of), np.asarray(whole)
+    """Return the ratio of two medians, with an interval. The ratio is stable even if single values are near zero."""
+    numerator, denominator = np.asarray(of), np.asarray(whole)
     return _bootstrap(
-        lambda drawn: np.median(part[drawn], axis=-1) / np.median(all_of_it[drawn], axis=-1), len(part), seed
+        lambda drawn: np.median(numerator[drawn], axis=-1) / np.median(denominator[drawn], axis=-1),
+        len(numerator),
+        seed,
     )
 
 
@@ -167,47 +169,48 @@ def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], rounds: int, seed:
 
 
 def saved_bytes(forward: Callable[[], Any], modules: nn.Module) -> int:
-    """Bytes that a forward pass keeps for backward: each storage once, the modules' parameters and buffers not at all.
+    """Return the bytes that a forward pass saves for backward.
 
-    Copies of weights that autocast makes are counted, since they are held until backward.
+    Each storage counts once. The modules' parameters and buffers do not count. Copies of weights from autocast count,
+    since they exist until backward.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*modules.parameters(), *modules.buffers())}
-    kept: dict[int, int] = {}
-    held = []  # so that no address is given out twice
+    of_modules = {t.untyped_storage().data_ptr() for t in (*modules.parameters(), *modules.buffers())}
+    sizes: dict[int, int] = {}
+    references = []  # Keep the tensors alive, so that no address is reused.
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
+        if storage.data_ptr() not in of_modules:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            references.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held.append(forward())
-    return sum(kept.values())
+        references.append(forward())
+    return sum(sizes.values())
 
 
 def resident(field: str = "VmHWM") -> int:
-    """Bytes that this process has in memory (`VmRSS`) or had at its peak (`VmHWM`)."""
+    """Return the resident bytes of this process: current (`VmRSS`) or peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def in_process(module: str, words: Sequence[str], variables: Mapping[str, str] | None = None) -> Any:
-    """Run `python -m module words` with more environment variables; what it prints last, which is JSON.
+    """Run `python -m module words` with additional environment variables, and return its last line as JSON.
 
     Raises:
-        SystemExit: If it fails, with what it wrote to stderr.
+        SystemExit: With stderr, if the process fails.
     """
     command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | (variables or {}))
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | (variables or {}))
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the machine."""
+    """Return library versions, commit and machine."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
     return {
@@ -225,25 +228,27 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() if done.returncode == 0 else None
+    process = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
-def measured(arguments: argparse.Namespace, name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """The section, if the file holds it, measured in the same way, and the run is to resume.
+def measured(
+    arguments: argparse.Namespace, name: str, expected: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Return a section of the file if --resume is set and the section was measured in the same way.
 
     Args:
         arguments: From `parse`.
-        name: Of the section.
-        given: What else of it must be as it would be now.
+        name: Name of the section.
+        expected: Further entries that must be equal.
     """
     section = load(arguments.output).get(name) if arguments.resume else None
-    same = {**_way(arguments), **(given or {})}
-    return section if section and all(section.get(key) == value for key, value in same.items()) else None
+    settings = {**_way(arguments), **(expected or {})}
+    return section if section and all(section.get(key) == value for key, value in settings.items()) else None
 
 
 def _way(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How a section is measured; a benchmark names the arguments that every section depends on as `inputs`."""
+    """Return the settings of the measurement. A benchmark lists arguments that affect every section as `inputs`."""
     clock = "processor" if arguments.processor else "wall"
     inputs = {key: getattr(arguments, key) for key in getattr(arguments, "inputs", [])}
     way = {"quick": arguments.quick, "rounds": arguments.rounds, "threads": arguments.threads, "clock": clock}
@@ -252,7 +257,7 @@ def _way(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def section(arguments: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
-    """A section to fill with figures; on leaving, it is added to the file, which is replaced as a whole."""
+    """Yield a section to fill with figures, and add the section to the file on exit."""
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -262,18 +267,18 @@ def section(arguments: argparse.Namespace, name: str) -> Iterator[dict[str, Any]
     }
     yield record
     record["load_after"] = os.getloadavg()
-    record |= _rounded(record)  # what is shown is what is written
+    record |= _rounded(record)  # Tables then show the same values as the file.
     if arguments.output:
         write(arguments.output, load(arguments.output) | {name: record})
 
 
 def load(path: Path | None) -> dict[str, Any]:
-    """The sections that a file holds; none if there is no file."""
+    """Return the sections of a file; empty if there is no file."""
     return json.loads(path.read_text()) if path and path.is_file() else {}
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write JSON with its times rounded to a microsecond, so that a file is whole or not there."""
+    """Write JSON atomically, with numbers rounded to six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(json.dumps(_rounded(record), indent=1) + "\n")
@@ -289,16 +294,16 @@ def _rounded(value: Any) -> Any:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; its first column is the arm, the others are figures."""
-    shown = Table(title=title, title_justify="left")
+    """Print a table with the arm in the first column and figures in the others."""
+    printed = Table(title=title, title_justify="left")
     for column in columns:
-        shown.add_column(column, justify="left" if column == columns[0] else "right")
+        printed.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
-        shown.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(shown)
+        printed.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(printed)
 
 
 def ratio_text(ratio: Mapping[str, float]) -> str:
-    """A ratio as a table shows it: 1.52 (1.49–1.55), or of a single round 1.52."""
+    """Format a ratio for a table, such as 1.52 (1.49–1.55), or 1.52 for a single round."""
     spread = f" ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio["low"] < ratio["high"] else ""
     return f"{ratio['median']:.2f}{spread}"

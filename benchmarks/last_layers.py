@@ -1,19 +1,20 @@
-"""Adapters in the last blocks alone, with the frozen prefix's output read from disk or computed, against all blocks.
+"""Adapters only in the last blocks, with and without cache of the frozen prefix, against adapters in all blocks.
 
-Each fit is a process of the command line (`main.py fit`) with its recipe, B trained at rank 8 on query and value, on
-images of CIFAR-10 without augmentation, or on CoLA. Arms: all blocks; the last n; the last n with `data.cache_prefix`,
-once from an empty cache and once more from the full one, which must come to the same score.
+Each fit is a process of `main.py fit` with a recipe: B trained at rank 8 on query and value, on images of CIFAR-10
+without augmentation, or on CoLA. The arms adapt all blocks, the last n blocks, or the last n blocks with
+`data.cache_prefix`. The cached arm runs with an empty cache and then with the full cache. Both runs must have the same
+score.
 
     python -m benchmarks.last_layers --task images --path ../shared/data/cifar10 --layers 4 --threads 1 \
         --weights ../shared/backbones/dinov2_vits14/model.safetensors --output docs/results/last_layers.json --resume
     python -m benchmarks.last_layers --task cola --path ../shared/data/glue --layers 4 2 --threads 1 \
         --backbone ../shared/backbones/minilm_roberta --output docs/results/last_layers.json --resume
 
-A round is one fit of each arm with a seed of its own, in shuffled order. The first epoch is counted from the start of
-the command's own work: it reads and decodes the data and, for the cached arm, computes and writes what is kept. A later
-epoch is counted from the end of the one before; each has its validation. The score is that of the test: top-1 on
-CIFAR-10's test images, Matthews' correlation on CoLA's own validation split, neither of which chose anything. The
-prefix of the cached arms is in eval mode, that of the others has the backbone's dropout.
+A round is one fit of each arm with the same seed, in shuffled order. The first epoch includes reading and decoding the
+data and, in the cached arm, computing and writing the cache. A later epoch starts at the end of the previous epoch.
+Every epoch includes its validation. The score is the test metric: top-1 accuracy on CIFAR-10's test images, or Matthews
+correlation on CoLA's validation split. These data were not used to choose anything. In the cached arms the prefix is in
+eval mode; in the other arms the prefix has dropout.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ Record = dict[str, Any]
 
 
 class EpochSeconds(L.Callback):
-    """Write the seconds of each epoch, its validation included, and of its steps alone to a file.
+    """Write the seconds of each epoch with validation, and of the epoch's steps only, to a file.
 
     Args:
-        path: The file, JSON.
+        path: The JSON file.
     """
 
     def __init__(self, path: str) -> None:
@@ -76,17 +77,17 @@ class EpochSeconds(L.Callback):
         self.last, self.last_processor = time.perf_counter(), time.process_time()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """A step begins."""
+        """Start the clock of the epoch's steps at the first step."""
         if len(self.steps) == len(self.seconds):
             self.steps.append(0.0)
             self.began = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """A step ends."""
+        """Update the time of the epoch's steps."""
         self.steps[-1] = time.perf_counter() - self.began
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        """Behind the epoch's validation."""
+        """Write the times. Lightning calls this hook after the epoch's validation."""
         now, processor = time.perf_counter(), time.process_time()
         self.seconds.append(now - self.last)
         self.processor.append(processor - self.last_processor)
@@ -96,7 +97,7 @@ class EpochSeconds(L.Callback):
 
 
 def fit(arguments: argparse.Namespace, layers: int | None, cached: bool, rate: float, seed: int, cache: Path) -> Record:
-    """One fit with its test; what it took, and its scores."""
+    """Run one fit with its test, and return times, sizes and scores."""
     task = TASKS[arguments.task]
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -124,9 +125,9 @@ def fit(arguments: argparse.Namespace, layers: int | None, cached: bool, rate: f
         words += [f"--trainer.callbacks.path={folder}/seconds.json", *arguments.options]
         variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_DATASETS_CACHE": str(cache)}
         start = time.perf_counter()
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | variables)
-        if done.returncode:
-            raise SystemExit(done.stderr)
+        process = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | variables)
+        if process.returncode:
+            raise SystemExit(process.stderr)
         seconds = time.perf_counter() - start
         metrics = json.loads((Path(folder) / "version_0" / "metrics.json").read_text())
         epochs = json.loads((Path(folder) / "seconds.json").read_text())
@@ -143,14 +144,14 @@ def fit(arguments: argparse.Namespace, layers: int | None, cached: bool, rate: f
 
 
 def once(arguments: argparse.Namespace, name: str, layers: int | None, cached: bool, rate: float, seed: int) -> Record:
-    """The section of a fit, or of a cached one and the next, measured now unless the file has it."""
+    """Return the section of a fit, and run the fit unless the file has the section. A cached fit runs twice."""
     name = f"{arguments.task}, {name}"
-    given = {"layers": layers, "rate": rate, "seed": seed, "epochs": arguments.epochs}
-    record = measured(arguments, name, given)
+    settings = {"layers": layers, "rate": rate, "seed": seed, "epochs": arguments.epochs}
+    record = measured(arguments, name, settings)
     if record is None:
         with section(arguments, name) as record:
-            record |= given
-            cache = Path(arguments.cache)  # images and tokens are read from it by all fits
+            record |= settings
+            cache = Path(arguments.cache)  # All fits share the cached images and tokens.
             record |= fit(arguments, layers, cached, rate, seed, cache)
             if cached:
                 record["again"] = fit(arguments, layers, cached, rate, seed, cache)
@@ -162,12 +163,12 @@ def once(arguments: argparse.Namespace, name: str, layers: int | None, cached: b
 
 
 def named(layers: int | None) -> str:
-    """What an arm without a cache is called."""
+    """Return the name of an arm without cache."""
     return "all" if layers is None else f"last {layers}"
 
 
 def rounds(arguments: argparse.Namespace) -> dict[str, list[Record]]:
-    """All fits by arm, round by round."""
+    """Run all fits and return their records by arm, in the order of the rounds."""
     rates = {name: float(rate) for name, _, rate in (pair.rpartition("=") for pair in arguments.rates)}
     arms = {named(n): (n, False) for n in (None, *arguments.layers)}
     arms |= {f"{named(n)}, cached": (n, True) for n in arguments.layers}
@@ -184,7 +185,7 @@ def rounds(arguments: argparse.Namespace) -> dict[str, list[Record]]:
 
 
 def show(arguments: argparse.Namespace, results: dict[str, list[Record]]) -> None:
-    """The table, and the paired ratios as a section of their own."""
+    """Print the table and write the paired ratios as a section."""
 
     def later(record: Record) -> float:
         return statistics.mean(record["epoch_seconds"][1:])
@@ -226,21 +227,21 @@ def show(arguments: argparse.Namespace, results: dict[str, list[Record]]) -> Non
 
 
 def main() -> None:
-    """Measure what the words say."""
+    """Run all fits, print and write."""
     common = parser(__doc__, rounds=5, quick_rounds=1)
     common.add_argument("--task", choices=TASKS, required=True)
     common.add_argument("--path", required=True, help="directory of the data")
-    common.add_argument("--backbone", help="timm's name, or a directory in the hub's layout; else the task's own")
-    common.add_argument("--weights", help="of the backbone, a local file")
+    common.add_argument("--backbone", help="timm's name or a directory in the hub's layout (default: the recipe's)")
+    common.add_argument("--weights", help="local file of the backbone's weights")
     common.add_argument("--layers", type=int, nargs="+", default=[4], help="numbers of last blocks")
     common.add_argument("--epochs", type=int, default=3, help="2 or more")
     common.add_argument("--rates", nargs="*", default=[], metavar="ARM=RATE", help="such as all=0.001 'last 4=0.003'")
-    common.add_argument("--cache", help="folder for what is kept meanwhile; else the system's for temporary files")
-    common.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more words for every fit")
+    common.add_argument("--cache", help="folder for caches (default: the system's temporary folder)")
+    common.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="additional options of every fit")
     common.set_defaults(inputs=["path", "backbone", "weights", "options"])
     arguments = parse(common)
     if arguments.epochs < 2:
-        common.error("--epochs: the first is told from the later ones, so that there must be two")
+        common.error(f"--epochs: {arguments.epochs} leaves no later epoch to compare with the first. Use 2 or more.")
     with tempfile.TemporaryDirectory(dir=arguments.cache) as arguments.cache:
         show(arguments, rounds(arguments))
 

@@ -1,7 +1,7 @@
 """Forward and backward of one linear layer of ViT-B, with the gradient to its input: ours and PEFT against the floor.
 
-The floor is the frozen layer, which keeps nothing for backward. No optimizer takes part. "ours B, plain" is the same
-formula in autograd's own operations (`modules.adapters.functional.plain`).
+The floor is the frozen layer, which saves nothing for backward. There is no optimizer. "ours B, plain" is the same
+formula in ordinary autograd operations (`modules.adapters.functional.plain`).
 
     python -m benchmarks.layer --output docs/results/benchmark_layer.json
 """
@@ -39,33 +39,33 @@ ARMS = [
 
 
 class OneLayer(nn.Module):
-    """A linear layer with a name."""
+    """A module with one linear layer, so that the layer has a name."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
         self.layer: nn.Module = nn.Linear(d_in, d_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, d_in) to (batch, tokens, d_out)."""
+        """Map (batch, tokens, d_in) to (batch, tokens, d_out)."""
         return cast(Tensor, self.layer(x))
 
 
 class PlainLayer(nn.Module):
-    """An adapted layer, computed in autograd's own operations."""
+    """An adapted layer in ordinary autograd operations."""
 
     def __init__(self, layer: AdaptedLinear) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, d_in) to (batch, tokens, d_out)."""
+        """Map (batch, tokens, d_in) to (batch, tokens, d_out)."""
         layer, flat = self.layer, x.reshape(-1, x.shape[-1])
         out = plain(flat, layer.frozen, layer.bias, layer.scale, [(0, layer.out_features)], *layer.operands())
         return out.view(*x.shape[:-1], -1)
 
 
 def measure(shape: tuple[int, int], dtype: torch.dtype, rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one layer."""
+    """Measure one layer."""
     torch.manual_seed(0)
     d_in, d_out = shape
     layer = OneLayer(d_in, d_out).to(dtype).requires_grad_(False)
@@ -79,11 +79,11 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, rank: int, arguments: ar
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     common = parser(__doc__, rounds=7, quick_rounds=2, processor=True)
-    common.add_argument("--layers", nargs="+", choices=SHAPES, default=list(SHAPES), help="inputs and outputs")
+    common.add_argument("--layers", nargs="+", choices=SHAPES, default=list(SHAPES), help="widths of input and output")
     common.add_argument("--dtype", nargs="+", choices=RANKS, default=list(RANKS))
-    common.add_argument("--rank", nargs="+", type=int, help="without it 8 and 64 in bfloat16, 8 in float32")
+    common.add_argument("--rank", nargs="+", type=int, help="default: 8 and 64 in bfloat16, 8 in float32")
     arguments = parse(common, words)
     pairs = [(dtype, rank) for dtype in arguments.dtype for rank in arguments.rank or RANKS[dtype]]
     for layer, (dtype, rank) in itertools.product(arguments.layers, pairs):

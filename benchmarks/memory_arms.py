@@ -1,9 +1,9 @@
-"""Peak resident memory of a fit, one process an arm; `benchmarks.memory` runs it.
+"""Peak resident memory of a fit, one process for each arm, for `benchmarks.memory`.
 
-CoLA is the recipe with MiniLM: query and value, batches of 32. Images are a ViT-B/16 without weights on random pixels:
-all linear layers, since they decide what is kept of the activations. Three figures an arm: the peak of the process; how
-far training exceeds what was resident once libraries were imported; and the same for loading, which tells whether
-weights lay in memory twice while they were read and cast.
+The task CoLA is the recipe with MiniLM, with adapters on query and value and batches of 32. The task images is a
+ViT-B/16 without pretrained weights on random pixels. Its adapters are on all linear layers, which determine the saved
+activations. Each arm has three figures: the peak of the process, and the growth over the imported libraries in training
+and in loading. A large growth in loading shows that the weights were in memory twice.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ QUICK = ("ours, B", "ours, B, bfloat16", "peft")
 
 
 def arms(arguments: argparse.Namespace, task: str) -> dict[str, Arm]:
-    """A task's arms; three of them with --quick."""
+    """Return the arms of a task; three arms with --quick."""
     return {name: arm for name, arm in ARMS[task].items() if name in QUICK or not arguments.quick}
 
 
 def write_images(folder: Path, sizes: dict[str, int], side: int = 224) -> None:
-    """Random pictures of ten classes as Parquet, in the columns of CIFAR-10 on the hub."""
+    """Write random images of ten classes as Parquet, in the columns of CIFAR-10 on the hub."""
     import datasets
     import numpy as np
     from PIL import Image
@@ -64,7 +64,7 @@ def write_images(folder: Path, sizes: dict[str, int], side: int = 224) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Fit every arm of the tasks asked for, each in a section of the file."""
+    """Fit every arm of the requested tasks, one section for each arm."""
     if arguments.text_backbone:
         rows = 320 if arguments.quick else 2560
         for name, arm in arms(arguments, "cola").items():
@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def once(arguments: argparse.Namespace, name: str, fit: Fit) -> None:
-    """Measure one arm, unless the file has it."""
+    """Measure one arm, unless the file has its section."""
     record = measured(arguments, name)
     if record is None:
         with section(arguments, name) as record:
@@ -91,7 +91,7 @@ def once(arguments: argparse.Namespace, name: str, fit: Fit) -> None:
 
 
 def show(arguments: argparse.Namespace, task: str) -> None:
-    """Print a task's table."""
+    """Print the table of a task."""
     rows = []
     for name in arms(arguments, task):
         record = arguments.results[f"{task}, {name}"]

@@ -1,9 +1,9 @@
-"""What the shared prefix saves on multiple choice, against a plain loop over whole prompts and against batches of them.
+"""Speed-up of multiple choice by the shared prefix, over a plain loop and over batches of whole prompts.
 
-The arms score the same questions with the same weights, in rounds in which they take their turn in a shuffled order.
-Ratios are paired by round; the median is reported, and all figures are written as JSON. Ours computes its prefix anew
-in each round. Fewer questions than a subject has in MMLU (246 on average) understate what a prefix saves. Besides the
-time that passes there is the processor's, which other programs on the machine disturb less.
+The arms score the same questions with the same weights, in shuffled rounds. Ratios are paired by round, and the JSON
+file has their medians and all figures. Our arm computes the prefix again in each round. Fewer questions than a subject
+has in MMLU (246 on average) understate the speed-up. The benchmark reports wall time and CPU time, which other programs
+disturb less.
 
     python -m benchmarks.mmlu_prefix --backbone DIRECTORY_OR_GGUF --path ../shared/data/mmlu --questions 50 --shots 5 \
         --output docs/results/mmlu_prefix.json
@@ -35,7 +35,7 @@ Batch = dict[str, Any]
 
 
 class Decoder(L.LightningModule):
-    """All of a language model that the data looks at."""
+    """The parts of a language model that the data module needs."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -47,19 +47,19 @@ class Decoder(L.LightningModule):
 
 
 def prompts_of(batch: Batch) -> list[Tensor]:
-    """Tokens of the whole prompts of a batch."""
-    rests = zip(batch["input_ids"], batch["lengths"], strict=True)
-    return [torch.cat([batch["prefix"], ids[:length]]) for ids, length in rests]
+    """Return the tokens of each whole prompt of a batch."""
+    questions = zip(batch["input_ids"], batch["lengths"], strict=True)
+    return [torch.cat([batch["prefix"], ids[:length]]) for ids, length in questions]
 
 
 def plain(model: Any, batch: Batch, cache: PrefixCache) -> Tensor:
-    """One prompt after another, as one would with the library alone."""
+    """Score one prompt at a time, as with plain transformers."""
     rows = [model(input_ids=ids[None], use_cache=False).logits[0, -1] for ids in prompts_of(batch)]
     return torch.stack(rows).float().log_softmax(-1)[:, batch["choices"]]
 
 
 def batched(model: Any, batch: Batch, cache: PrefixCache) -> Tensor:
-    """Whole prompts, padded to the batch's longest."""
+    """Score whole prompts, padded to the longest prompt of the batch."""
     prompts = prompts_of(batch)
     whole = {
         "prefix": batch["prefix"][:0],
@@ -73,7 +73,7 @@ ARMS = {"plain": plain, "batched": batched, "prefix": choice_log_probabilities}
 
 
 def tokens_of(arm: str, batches: list[Batch]) -> int:
-    """Tokens that go through the decoder in a round, padding included."""
+    """Return the number of tokens that the decoder processes in a round, with padding."""
     prefixes = {batch["subject"]: len(batch["prefix"]) for batch in batches}
     whole = sum(len(ids) for batch in batches for ids in prompts_of(batch))
     padded = sum(batch["input_ids"].numel() for batch in batches)
@@ -85,23 +85,23 @@ Rounds = dict[str, list[float]]
 
 
 def measure(model: Any, batches: list[Batch], rounds: int) -> tuple[Rounds, Rounds, dict[str, Tensor]]:
-    """Seconds that passed and seconds of the processor in each round, and log-probabilities (questions, n_choices)."""
+    """Return wall seconds and CPU seconds of each round, and log-probabilities (questions, n_choices), by arm."""
     order = random.Random(0)
-    passed: Rounds = {name: [] for name in ARMS}
-    busy: Rounds = {name: [] for name in ARMS}
+    wall: Rounds = {name: [] for name in ARMS}
+    cpu: Rounds = {name: [] for name in ARMS}
     scores: dict[str, Tensor] = {}
     for _ in range(rounds):
         for name in order.sample(list(ARMS), len(ARMS)):
             cache = PrefixCache()
-            start, busy_start = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             scores[name] = torch.cat([ARMS[name](model, batch, cache) for batch in batches])
-            passed[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - busy_start)
-    return passed, busy, scores
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - cpu_start)
+    return wall, cpu, scores
 
 
 def paired(of: list[float], over: list[float]) -> float:
-    """Median of the rounds' ratios."""
+    """Return the median of the ratios over / of, paired by round."""
     return round(statistics.median(b / a for a, b in zip(of, over, strict=True)), 2)
 
 
@@ -128,10 +128,10 @@ def main() -> None:
     batches = list(data.test_dataloader()[0])
     answers = torch.cat([batch["answers"] for batch in batches])
     with torch.inference_mode():
-        few = {key: batches[-1][key][:1] for key in ("input_ids", "lengths")}
-        for arm in ARMS.values():  # warm up
-            arm(decoder.backbone, batches[-1] | few, PrefixCache())
-        passed, busy, scores = measure(decoder.backbone, batches, arguments.rounds)
+        one_question = {key: batches[-1][key][:1] for key in ("input_ids", "lengths")}
+        for arm in ARMS.values():  # Warm-up.
+            arm(decoder.backbone, batches[-1] | one_question, PrefixCache())
+        wall, cpu, scores = measure(decoder.backbone, batches, arguments.rounds)
     record = {
         "backbone": Path(arguments.backbone).name,
         "questions": len(answers),
@@ -143,14 +143,12 @@ def main() -> None:
         "arms": {
             name: {
                 "tokens": tokens_of(name, batches),
-                "seconds_per_question": round(statistics.median(passed[name]) / len(answers), 4),
-                "processor_seconds_per_question": round(statistics.median(busy[name]) / len(answers), 4),
-                "round_seconds": [round(s, 3) for s in passed[name]],
-                "round_processor_seconds": [round(s, 3) for s in busy[name]],
-                "times_faster_than": {other: paired(passed[name], passed[other]) for other in ARMS if other != name},
-                "times_less_processor_than": {
-                    other: paired(busy[name], busy[other]) for other in ARMS if other != name
-                },
+                "seconds_per_question": round(statistics.median(wall[name]) / len(answers), 4),
+                "processor_seconds_per_question": round(statistics.median(cpu[name]) / len(answers), 4),
+                "round_seconds": [round(s, 3) for s in wall[name]],
+                "round_processor_seconds": [round(s, 3) for s in cpu[name]],
+                "times_faster_than": {other: paired(wall[name], wall[other]) for other in ARMS if other != name},
+                "times_less_processor_than": {other: paired(cpu[name], cpu[other]) for other in ARMS if other != name},
                 "largest_difference_to_plain": float((scores[name] - scores["plain"]).abs().max()),
                 "accuracy": float((scores[name].argmax(-1) == answers).float().mean()),
             }

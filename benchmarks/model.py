@@ -1,16 +1,16 @@
 """A training step of whole backbones and of blocks: ours, PEFT and full tuning against the floor (`benchmarks.stacks`).
 
-A step is forward, backward and the optimizer, fused AdamW over what is trained, save where an arm brings its own or
-trains nothing (floor, forward only). All arms take the same inputs and gradients of the output; there is no dropout.
-The weights are random, and in the dtype of the section. PEFT adapts a fused qkv as a whole, since it knows no slices,
-and so does ours; "ours B, slices" has a pair of factors for each of q, k and v that is a target.
+A step is forward, backward and fused AdamW over the trained parameters. LoRA-FA has its own optimizer. The arms "floor"
+and "forward only" train nothing. All arms have the same inputs and the same gradients of the output. There is no
+dropout. The weights are random, in the dtype of the section. PEFT and our arms adapt a fused qkv as one layer. Only
+"ours B, slices" has separate factors for each targeted q, k and v.
 
     python -m benchmarks.model --output docs/results/benchmark_model.json
     python -m benchmarks.model --family vit --dtype bfloat16 --targets all --rank 8 64 \
         --output docs/results/benchmark_model.json
 
-Without --dtype, --targets, --rank, --batches and --attention it measures `PLAN`; with any of them, all combinations of
-what they name.
+Without --dtype, --targets, --rank, --batches and --attention, the benchmark measures `PLAN`. With any of these options,
+the benchmark measures all combinations of their values.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from benchmarks.stacks import (
 
 
 class Setting(NamedTuple):
-    """What a section measures, for a family of blocks."""
+    """Setting of one section."""
 
     dtype: str = "bfloat16"
     targets: str = "all"
@@ -71,7 +71,7 @@ PLAN = (
     Setting("float32"),
     Setting("float32", targets="query,value"),
 )
-GOALS = {  # of ours B
+GOALS = {  # For the arm "ours B".
     "times faster than PEFT": "≥ 1.5",
     "times faster than PEFT autocast": "≥ 1.2",
     "closed of PEFT's gap to the floor": "≥ 0.70",
@@ -81,7 +81,7 @@ GOALS = {  # of ours B
 
 
 def measure(family: Family, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one section: what was measured, and `compare`."""
+    """Return the shapes and the figures of one section."""
     dtype, targets = getattr(torch, setting.dtype), setting.targets.split(",")
     stack = random_stack(family, dtype, setting.attention)
     shapes = family.batches(bucketed=setting.batches == "buckets")
@@ -98,7 +98,7 @@ def measure(family: Family, setting: Setting, arguments: argparse.Namespace) -> 
 def compare(
     arms: Mapping[str, Arm], batches: Batches, arguments: argparse.Namespace, optimize: bool = True
 ) -> dict[str, Any]:
-    """`seconds` of each arm and round, `saved_bytes`, and what follows from them."""
+    """Measure seconds by arm and round and saved bytes by arm, and return them with derived figures."""
     saved = {name: arm.saved(batches) for name, arm in arms.items()}
     turns = {name: partial(arm.step, batches, optimize) for name, arm in arms.items()}
     seconds = take_turns(turns, arguments.rounds, warm_up=1, clock=arguments.clock)
@@ -113,24 +113,24 @@ def compare(
 
 
 def trained(arm: Arm) -> int:
-    """Entries that have a gradient."""
+    """Return the number of trained parameters."""
     return sum(parameter.numel() for parameter in arm.model.parameters() if parameter.requires_grad)
 
 
 def derive(ours: str, seconds: Seconds, saved: Mapping[str, int]) -> dict[str, Any]:
-    """One of our arms against each of PEFT's, round by round: ratios of time and the part of the gap that it closes."""
+    """Return the speed-up of one of our arms over each PEFT arm, and the closed share of the gap to the floor."""
     floor = seconds["floor"]
     figures: dict[str, Any] = {"saved over the floor's": saved[ours] / saved["floor"] if saved["floor"] else None}
     for name in (name for name in seconds if name.startswith("PEFT")):
         figures[f"times faster than {name}"] = paired_ratio(seconds[name], seconds[ours])
-        won = [peft - own for peft, own in zip(seconds[name], seconds[ours], strict=True)]
-        gap = [peft - least for peft, least in zip(seconds[name], floor, strict=True)]
-        figures[f"closed of {name}'s gap to the floor"] = paired_share(won, gap)
+        gain = [peft - our for peft, our in zip(seconds[name], seconds[ours], strict=True)]
+        gap = [peft - lowest for peft, lowest in zip(seconds[name], floor, strict=True)]
+        figures[f"closed of {name}'s gap to the floor"] = paired_share(gain, gap)
     return figures
 
 
 def show(name: str, figures: Mapping[str, Any], goals: Mapping[str, str]) -> None:
-    """Two tables: the arms, and ours B beside what was to be reached."""
+    """Print two tables: all arms, and "ours B" with its goals."""
     saved, floor = figures["saved_bytes"], figures["saved_bytes"]["floor"]
     rows = [
         [
@@ -144,35 +144,37 @@ def show(name: str, figures: Mapping[str, Any], goals: Mapping[str, str]) -> Non
         for arm, seconds in figures["median_seconds"].items()
     ]
     table(name, ["arm", "step, ms", "over the floor", "saved, MiB", "over the floor's", "trained"], rows)
-    if own := figures["ours"].get("ours B"):
+    if ours := figures["ours"].get("ours B"):
         texts = {
-            key: ratio_text(value) if isinstance(value, dict) else f"{value:.3f}" for key, value in own.items() if value
+            key: ratio_text(value) if isinstance(value, dict) else f"{value:.3f}"
+            for key, value in ours.items()
+            if value
         }
         rows = [[key, text, goals.get(key, "")] for key, text in texts.items()]
         table(f"ours B: {name}", ["against", "median (interval)", "goal"], rows)
 
 
 def settings_of(arguments: argparse.Namespace, whole: bool) -> list[Setting]:
-    """Return what to measure of a family: of whole backbones the first two settings of the plan."""
-    given = (arguments.dtype, arguments.targets, arguments.rank, arguments.batches, arguments.attention)
-    if not any(given):
+    """Return the settings to measure for a family. For whole backbones, `PLAN` means its first two settings."""
+    options = (arguments.dtype, arguments.targets, arguments.rank, arguments.batches, arguments.attention)
+    if not any(options):
         if whole:
             return list(PLAN[: 1 if arguments.quick else 2])
         return [PLAN[0], PLAN[3]] if arguments.quick else list(PLAN)
-    choices = [values or [default] for values, default in zip(given, Setting(), strict=True)]
+    choices = [values or [default] for values, default in zip(options, Setting(), strict=True)]
     return [Setting(*values) for values in itertools.product(*choices)]
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     common = parser(__doc__, rounds=5, quick_rounds=2, processor=True)
     common.add_argument("--family", nargs="+", choices=[*WHOLE, *FAMILIES], default=[*WHOLE, *FAMILIES])
     common.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"])
-    common.add_argument("--targets", nargs="+", help="roles with commas between: all query,value")
+    common.add_argument("--targets", nargs="+", help="comma-separated roles, such as: all query,value")
     common.add_argument("--rank", nargs="+", type=int)
     common.add_argument("--batches", nargs="+", choices=["fixed", "buckets"], help="one length, or 16 to 128 tokens")
-    common.add_argument("--attention", nargs="+", choices=["sdpa", "eager"], help="sdpa is what the libraries choose")
-    common.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="the floor is always among them")
+    common.add_argument("--attention", nargs="+", choices=["sdpa", "eager"], help="sdpa is the libraries' default")
+    common.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="always includes the floor")
     arguments = parse(common, words)
     arguments.arms = [name for name in ARMS if name in {*arguments.arms, "floor"}]
     named = [(name, setting) for name in arguments.family for setting in settings_of(arguments, name in WHOLE)]

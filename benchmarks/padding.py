@@ -1,8 +1,7 @@
-"""What length buckets and dynamic padding save on a task of GLUE, against padding everything to 128 tokens.
+"""Speed-up of length buckets and dynamic padding on a GLUE task, over padding to 128 tokens.
 
-Three arms train on one whole epoch each, side by side: it is cut into blocks, and in each block the arms take their
-turn in a shuffled order on the same number of samples. Ratios are paired by block; the median is reported, and all
-figures are written as JSON.
+Three arms train one epoch each. The epoch is split into blocks. In each block, the arms run in shuffled order on the
+same number of samples. Ratios are paired by block, and the JSON file has their medians and all figures.
 
     python -m benchmarks.padding --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue --task cola \
         --output docs/results/padding_cola.json
@@ -35,7 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class Arm:
-    """One way to batch, with a model and an optimizer of its own."""
+    """One batching strategy, with a separate model and optimizer."""
 
     def __init__(self, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         L.seed_everything(0, verbose=False)
@@ -58,7 +57,7 @@ class Arm:
         self.tokens = self.padded = 0
 
     def train(self, batches: int) -> float:
-        """Train on the next batches; seconds."""
+        """Train on the next batches, and return the seconds."""
         start = time.perf_counter()
         for _ in range(batches):
             batch = next(self.batches)
@@ -73,7 +72,7 @@ class Arm:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--path", required=True)

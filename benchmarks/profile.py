@@ -1,7 +1,6 @@
-"""Self time of the operators of a training step by kind, for a backbone or blocks of one, and some arms.
+"""Self time of the operators in a training step by kind, for a backbone or a stack of blocks, and several arms.
 
-The profiler itself costs time, most where operators are small. What is shown of each arm is, operator by operator, the
-lower quartile over its steps.
+The profiler adds time, mostly to small operators. The tables show the lower quartile over steps for each operator.
 
     python -m benchmarks.profile --family vit --output docs/results/benchmark_profile.json
     python -m benchmarks.profile --family vit-b --threads 2 --output docs/results/benchmark_profile.json
@@ -35,7 +34,7 @@ Times = dict[tuple[str, str, str], float]
 
 
 def kind(event: FunctionEvent, rank: int) -> str:
-    """What an operator is for, by its name and the sizes of its operands."""
+    """Return the kind of an operator, by its name and the sizes of its operands."""
     name = event.name
     if name in PRODUCTS:
         sizes = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
@@ -48,7 +47,7 @@ def kind(event: FunctionEvent, rank: int) -> str:
 
 
 def profiled(arm: Arm, batches: Batches, rank: int) -> Times:
-    """Self time in ms of a step, by kind, operator and sizes."""
+    """Profile a step, and return the self times in ms by kind, operator and sizes."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
         arm.step(batches)
     times: Counter[tuple[str, str, str]] = Counter()
@@ -58,7 +57,7 @@ def profiled(arm: Arm, batches: Batches, rank: int) -> Times:
 
 
 def measure(arms: dict[str, Arm], batches: Batches, rank: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds a step of each arm, by kind."""
+    """Return the milliseconds of a step by arm and kind."""
     order = random.Random(0)
     steps: dict[str, dict[Any, list[float]]] = {name: defaultdict(list) for name in arms}
     for number in range(-2, rounds):
@@ -67,17 +66,17 @@ def measure(arms: dict[str, Arm], batches: Batches, rank: int, rounds: int) -> d
             if number >= 0:
                 for key, value in times.items():
                     steps[name][key].append(value)
-    found: dict[str, dict[str, float]] = {}
+    milliseconds: dict[str, dict[str, float]] = {}
     for name, operators in steps.items():
-        found[name] = dict.fromkeys(KINDS, 0.0)
+        milliseconds[name] = dict.fromkeys(KINDS, 0.0)
         for (of_kind, _, _), values in operators.items():
             if len(values) >= rounds / 2:
-                found[name][of_kind] += float(np.quantile(values, 0.25))
-    return found
+                milliseconds[name][of_kind] += float(np.quantile(values, 0.25))
+    return milliseconds
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     common = parser(__doc__, rounds=24)
     common.add_argument("--family", choices=[*WHOLE, *FAMILIES], default="vit")
     common.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -93,10 +92,10 @@ def main(words: list[str] | None = None) -> None:
         arms = arms_for(ARMS, stack, arguments.targets.split(","), arguments.rank)
         shapes = [(1, family.shape[1])] if arguments.quick else family.batches(bucketed=False)
         batches = random_batches(shapes, family.width, dtype, image=family.image)
-        record["ms"] = found = measure(arms, batches, arguments.rank, arguments.rounds)
-    rows = [[of_kind, *(f"{found[arm][of_kind]:.1f}" for arm in found)] for of_kind in KINDS]
-    rows.append(["all", *(f"{sum(found[arm].values()):.1f}" for arm in found)])
-    table(f"ms a step: {name}", ["kind", *found], rows)
+        record["ms"] = times = measure(arms, batches, arguments.rank, arguments.rounds)
+    rows = [[of_kind, *(f"{times[arm][of_kind]:.1f}" for arm in times)] for of_kind in KINDS]
+    rows.append(["all", *(f"{sum(times[arm].values()):.1f}" for arm in times)])
+    table(f"ms a step: {name}", ["kind", *times], rows)
 
 
 if __name__ == "__main__":

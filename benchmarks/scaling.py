@@ -1,9 +1,9 @@
-"""How the cost of a step grows: blocks of a ViT whose depth, width, rank and tokens are varied one at a time.
+"""Growth of a step's time and memory with depth, width, rank and tokens of ViT blocks, varied one at a time.
 
-Around a middle of depth 6, width 384, rank 8 and 256 tokens, one sequence, bfloat16, all linear layers: seconds of
-forward, backward and optimizer, and what forward keeps for backward. The slope is that of a straight line through the
-logarithms of both, so 1 is proportional; beside it what one more block, unit of width, rank or token costs. Last comes
-what two processes exchange (`benchmarks.gradient_bytes`).
+The base point is depth 6, width 384, rank 8 and 256 tokens, with one sequence, bfloat16 and all linear layers adapted.
+The benchmark measures seconds of forward, backward and optimizer, and the bytes saved for backward. The slope is of a
+straight line on logarithmic axes, so 1 means proportional growth. The tables also show the cost of one more block, unit
+of width, rank or token. The last section measures the exchange of two processes (`benchmarks.gradient_bytes`).
 
     python -m benchmarks.scaling --output docs/results/benchmark_scaling.json \
         --figure docs/results/benchmark_scaling.png
@@ -42,14 +42,14 @@ SIZES = {
 }
 QUICK_MIDDLE = {"depth": 2, "width": 192, "rank": 8, "tokens": 64}
 QUICK_SIZES = {"depth": [1, 2, 4], "width": [128, 192, 256], "rank": [4, 16, 64], "tokens": [32, 64, 128]}
-PROCESSES = {"threads": 1, "clock": "wall"}  # how they are measured, whatever was asked
+PROCESSES = {"threads": 1, "clock": "wall"}  # Fixed settings of the section `processes`.
 QUANTITIES = (("median_seconds", 1000, "ms"), ("saved_bytes", 1 / MIB, "MiB"))
 LABELS = {"median_seconds": "step, ms", "saved_bytes": "saved for backward, MiB"}
 UNITS = {"depth": "blocks", "width": "width", "rank": "rank", "tokens": "tokens"}
 
 
 def measure(size: dict[str, int], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and saved bytes of each arm at one size."""
+    """Measure seconds and saved bytes of each arm at one size."""
     family = replace(FAMILIES["vit"], width=size["width"], depth=size["depth"])
     arms = arms_for(list(ARMS), random_stack(family, torch.bfloat16), ["all"], size["rank"])
     batches = random_batches([(1, size["tokens"])], size["width"], torch.bfloat16)
@@ -66,19 +66,19 @@ def measure(size: dict[str, int], arguments: argparse.Namespace) -> dict[str, An
 
 
 def slopes(sizes: list[int], points: list[dict[str, Any]], quantity: str) -> dict[str, dict[str, float]]:
-    """For each arm the slope of the logarithms, `power`, and that of the figures themselves, `each`."""
-    found = {}
+    """Return for each arm the slope on logarithmic axes, `power`, and on linear axes, `each`."""
+    arms = {}
     for name in ARMS:
         values = [point[quantity][name] for point in points]
-        found[name] = {
-            "power": round(float(np.polyfit(np.log(sizes), np.log(values), 1)[0]), 4) + 0.0,  # no -0.0
+        arms[name] = {
+            "power": round(float(np.polyfit(np.log(sizes), np.log(values), 1)[0]), 4) + 0.0,  # Turns -0.0 into 0.0.
             "each": float(np.polyfit(sizes, values, 1)[0]),
         }
-    return found
+    return arms
 
 
 def sweep(varied: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One quantity at all its sizes, the others in the middle."""
+    """Measure all sizes of one quantity, with the other quantities at the base point."""
     middle, sizes = (QUICK_MIDDLE, QUICK_SIZES) if arguments.quick else (MIDDLE, SIZES)
     points = [measure(middle | {varied: size}, arguments) for size in sizes[varied]]
     return {
@@ -90,7 +90,7 @@ def sweep(varied: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(name: str, figures: dict[str, Any]) -> None:
-    """Two tables of one sweep: time and memory."""
+    """Print two tables of one sweep: time and memory."""
     for quantity, factor, unit in QUANTITIES:
         heads = [*(f"{size}" for size in figures["sizes"]), "power", f"{unit} each"]
         rows = [
@@ -106,7 +106,7 @@ def show(name: str, figures: dict[str, Any]) -> None:
 
 
 def plot(sweeps: list[dict[str, Any]], path: Path) -> None:
-    """Step time above, saved activations below, a column for each quantity that was varied; both axes logarithmic."""
+    """Plot step times (top) and saved activations (bottom) on logarithmic axes, one column for each varied quantity."""
     figure = Figure(figsize=(3.4 * len(sweeps), 6), layout="constrained")
     axes = figure.subplots(2, len(sweeps), sharex="col", squeeze=False)
     for column, figures in enumerate(sweeps):
@@ -122,7 +122,7 @@ def plot(sweeps: list[dict[str, Any]], path: Path) -> None:
             for side in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                 side(ticker.LogFormatter(minor_thresholds=(2, 1)))
             axis.grid(alpha=0.3, which="both")
-            axis.set_ylim(top=2.2 * axis.get_ylim()[1])  # room for the legend
+            axis.set_ylim(top=2.2 * axis.get_ylim()[1])  # Room for the legend.
             axis.legend(fontsize="small", loc="upper left")
         axes[1, column].set_xlabel(UNITS[figures["varied"]])
         fixed = {key: value for key, value in figures["points"][0].items() if key in UNITS and key != figures["varied"]}
@@ -136,15 +136,15 @@ def plot(sweeps: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measure, print, write, draw."""
+    """Measure, print, write and plot."""
     common = parser(__doc__, rounds=5, quick_rounds=2, processor=True)
     common.add_argument("--vary", nargs="+", choices=[*SIZES, "processes"], default=[*SIZES, "processes"])
-    common.add_argument("--figure", type=Path, help="PNG of what this run and the file of --output hold")
+    common.add_argument("--figure", type=Path, help="PNG file for a plot of the sweeps in this run and in --output")
     arguments = parse(common, words)
     known = load(arguments.output).keys() | arguments.vary
     if arguments.figure and not known & SIZES.keys():
-        common.error(f"--figure: there is nothing to draw but {', '.join(SIZES)}, none of which is varied")
-    done: dict[str, Any] = {}
+        common.error(f"--figure: there is nothing to plot. Give --vary one of {', '.join(SIZES)}.")
+    sweeps: dict[str, Any] = {}
     for varied in arguments.vary:
         figures = measured(arguments, varied, PROCESSES if varied == "processes" else None)
         if figures is None:
@@ -158,9 +158,9 @@ def main(words: list[str] | None = None) -> None:
             gradient_bytes.show(figures["rows"])
         else:
             show(varied, figures)
-            done[varied] = figures
+            sweeps[varied] = figures
     if arguments.figure:
-        known = load(arguments.output) | done
+        known = load(arguments.output) | sweeps
         plot([known[varied] for varied in SIZES if varied in known], arguments.figure)
 
 

@@ -1,9 +1,9 @@
-"""Build a small BART from MiniLM, for machines without a hub: there is no pretrained small one to be had offline.
+"""Build a small BART from MiniLM, for machines without a hub, since no small pretrained BART is available offline.
 
-MiniLM's layers are BART's encoder layers under other names (post-norm, GELU, learned positions), so the encoder begins
-pretrained and gives MiniLM's own output. The decoder begins with the same embeddings, self-attention and MLPs; its
-cross attention begins as a copy of the self-attention, since from a small random start it is long ignored. The
-directory is in the hub's layout.
+MiniLM's layers are BART's encoder layers with other names (post-norm, GELU, learned positions). The encoder is thus
+pretrained and has MiniLM's output. The decoder has copies of the same embeddings, self-attention and MLPs. Its cross
+attention is a copy of the self-attention, since training would long ignore a cross attention with small random weights.
+The output directory is in the hub's layout.
 
     python -m benchmarks.small_bart --source ../shared/backbones/minilm_roberta --output DIR
 """
@@ -20,17 +20,17 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 
 def build(source: Path, decoder_layers: int, seed: int) -> BartForConditionalGeneration:
-    """A BART with the encoder of a RoBERTa.
+    """Build a BART with the encoder of a RoBERTa.
 
     Args:
         source: Directory of a RoBERTa with one token type and a BERT tokenizer.
-        decoder_layers: Layers of the decoder, taken from the source's, evenly spread.
-        seed: Seed of what is random.
+        decoder_layers: Number of decoder layers, copied from evenly spaced layers of the source.
+        seed: Seed of the random weights.
     """
     roberta = RobertaModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False)
     tokenizer = AutoTokenizer.from_pretrained(source)
     c = roberta.config
-    first = c.pad_token_id + 1  # RoBERTa's first position
+    first = c.pad_token_id + 1  # RoBERTa's first position.
     torch.manual_seed(seed)
     model = BartForConditionalGeneration(
         BartConfig(
@@ -56,24 +56,24 @@ def build(source: Path, decoder_layers: int, seed: int) -> BartForConditionalGen
         model.model.shared.weight.copy_(embeddings.word_embeddings.weight)
         for part in (model.model.encoder, model.model.decoder):
             positions = embeddings.position_embeddings.weight[first:] + embeddings.token_type_embeddings.weight[0]
-            part.embed_positions.weight[2:].copy_(positions)  # BART's begin at row 2
+            part.embed_positions.weight[2:].copy_(positions)  # BART's positions start at row 2.
             copy(embeddings.LayerNorm, part.layernorm_embedding)
         chosen = torch.linspace(0, c.num_hidden_layers - 1, decoder_layers).round().int().tolist()
         layers = list(roberta.encoder.layer)
         pairs = [*zip(layers, model.model.encoder.layers, strict=True)]
         pairs += zip([layers[i] for i in chosen], model.model.decoder.layers, strict=True)
-        for theirs, ours in pairs:
-            attention = theirs.attention
-            for name in ("self_attn", "encoder_attn") if hasattr(ours, "encoder_attn") else ("self_attn",):
-                own = getattr(ours, name)
-                copy(attention.self.query, own.q_proj)
-                copy(attention.self.key, own.k_proj)
-                copy(attention.self.value, own.v_proj)
-                copy(attention.output.dense, own.out_proj)
-                copy(attention.output.LayerNorm, getattr(ours, f"{name}_layer_norm"))
-            copy(theirs.intermediate.dense, ours.fc1)
-            copy(theirs.output.dense, ours.fc2)
-            copy(theirs.output.LayerNorm, ours.final_layer_norm)
+        for source_layer, bart_layer in pairs:
+            attention = source_layer.attention
+            for name in ("self_attn", "encoder_attn") if hasattr(bart_layer, "encoder_attn") else ("self_attn",):
+                target = getattr(bart_layer, name)
+                copy(attention.self.query, target.q_proj)
+                copy(attention.self.key, target.k_proj)
+                copy(attention.self.value, target.v_proj)
+                copy(attention.output.dense, target.out_proj)
+                copy(attention.output.LayerNorm, getattr(bart_layer, f"{name}_layer_norm"))
+            copy(source_layer.intermediate.dense, bart_layer.fc1)
+            copy(source_layer.output.dense, bart_layer.fc2)
+            copy(source_layer.output.LayerNorm, bart_layer.final_layer_norm)
     return model
 
 
@@ -83,7 +83,7 @@ def copy(source: nn.Module, target: nn.Module) -> None:
 
 
 def main() -> None:
-    """Build and save."""
+    """Build and save the model with its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

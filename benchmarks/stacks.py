@@ -1,8 +1,8 @@
-"""Backbones with random weights, whole or a few blocks of them, and the ways to tune them that the benchmarks compare.
+"""Backbones and stacks of blocks with random weights, and the arms (ways of tuning) that the benchmarks compare.
 
-Time and memory of a step grow with depth alike in all arms (`benchmarks.scaling`). The input requires a gradient in
-every arm, as if more adapted blocks lay below. So the floor, forward and the gradient to the input through frozen
-weights, is what every other arm must do too.
+Time and memory of a step grow linearly with depth in all arms (`benchmarks.scaling`). The input requires a gradient in
+every arm, as below other adapted blocks. The arm "floor" computes only forward and the gradient to the input through
+frozen weights, which every other training arm needs too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.harness import saved_bytes
 from modules.adapters import AdapterConfig, attach
 from modules.adapters.roles import find_projections, select
 
-Batches = Sequence[tuple[Tensor, Tensor]]  # inputs, and gradients of the outputs
+Batches = Sequence[tuple[Tensor, Tensor]]  # Pairs of inputs and gradients of the outputs.
 
 LEARNING_RATE = 1e-5
 VARIANTS = {
@@ -60,7 +60,7 @@ ONLY_BFLOAT16 = ("PEFT autocast", "PEFT bf16 factors", "PEFT A frozen, autocast"
 
 
 class VisionBlocks(nn.Sequential):
-    """Blocks of timm's ViT: (batch, tokens, width) to the same."""
+    """Blocks of timm's ViT, (batch, tokens, width) → (batch, tokens, width)."""
 
     def __init__(self, width: int, depth: int) -> None:
         blocks = [Block(width, width // 64, qkv_bias=True) for _ in range(depth)]
@@ -68,14 +68,14 @@ class VisionBlocks(nn.Sequential):
 
 
 class Vision(nn.Module):
-    """A whole ViT of timm without its classifier: (batch, 3, size, size) to (batch, tokens, width)."""
+    """A whole ViT of timm without its classifier, (batch, 3, size, size) → (batch, tokens, width)."""
 
     def __init__(self, name: str, **keys: Any) -> None:
         super().__init__()
         self.model = timm.create_model(name, num_classes=0, global_pool="", **keys)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The last hidden states."""
+        """Return the last hidden states."""
         return cast(Tensor, self.model(x))
 
 
@@ -85,7 +85,7 @@ def vision(width: int, depth: int) -> nn.Module:
 
 
 class TextModel(nn.Module):
-    """A model of transformers behind its token embedding: (batch, tokens, width) to the same."""
+    """A model of transformers without its token embedding, (batch, tokens, width) → (batch, tokens, width)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -93,14 +93,14 @@ class TextModel(nn.Module):
         self.is_encoder_decoder = model.config.is_encoder_decoder
 
     def forward(self, x: Tensor) -> Tensor:
-        """The last hidden states; the same inputs go into encoder and decoder."""
+        """Return the last hidden states. Encoder and decoder get the same inputs."""
         decoder = {"decoder_inputs_embeds": x} if self.is_encoder_decoder else {}
         hidden: Tensor = self.model(inputs_embeds=x, use_cache=False, **decoder).last_hidden_state
         return hidden
 
 
 def roberta(width: int, depth: int) -> nn.Module:
-    """Build RoBERTa's encoder behind its embedding."""
+    """Build RoBERTa's encoder without token embedding."""
     config = RobertaConfig(
         vocab_size=8,
         hidden_size=width,
@@ -114,7 +114,7 @@ def roberta(width: int, depth: int) -> nn.Module:
 
 
 def bart(width: int, depth: int) -> nn.Module:
-    """Build BART behind its embedding; half of the blocks are the encoder's."""
+    """Build BART without token embedding; half of the blocks belong to the encoder."""
     config = BartConfig(
         vocab_size=8,
         d_model=width,
@@ -135,14 +135,14 @@ def bart(width: int, depth: int) -> nn.Module:
 
 
 def llama(width: int, depth: int, mlp: int | None = None, head: int = 64, kv_group: int = 4) -> nn.Module:
-    """Build LLaMA's decoder behind its embedding.
+    """Build LLaMA's decoder without token embedding.
 
     Args:
-        width: Of the hidden states.
-        depth: Blocks.
-        mlp: Width of the MLP; None takes four times the width.
+        width: Width of the hidden states.
+        depth: Number of blocks.
+        mlp: Width of the MLP; None is four times `width`.
         head: Width of a query head.
-        kv_group: Query heads that share a head of keys and values.
+        kv_group: Number of query heads for each key-value head.
     """
     config = LlamaConfig(
         vocab_size=8,
@@ -159,15 +159,15 @@ def llama(width: int, depth: int, mlp: int | None = None, head: int = 64, kv_gro
 
 @dataclass(frozen=True)
 class Family:
-    """Blocks of a kind.
+    """A kind of stack and the shape of its input.
 
     Args:
-        build: From width and depth to a stack.
-        width: Of the hidden states.
-        depth: Blocks; for BART half of them are the encoder's.
-        shape: Batch and tokens.
-        bucket: Tokens of each batch where batches have several lengths; 0 for images, which have one.
-        image: Pixels a side of the images that are the input; 0 where hidden states are.
+        build: Function from width and depth to a stack.
+        width: Width of the hidden states.
+        depth: Number of blocks; for BART, half of the blocks belong to the encoder.
+        shape: Batch size and tokens.
+        bucket: Total tokens of each batch with bucketed lengths; 0 for images, which have one length.
+        image: Height and width of input images in pixels; 0 if the inputs are hidden states.
     """
 
     build: Callable[[int, int], nn.Module]
@@ -178,7 +178,7 @@ class Family:
     image: int = 0
 
     def batches(self, bucketed: bool) -> list[tuple[int, int]]:
-        """(batch, tokens) of the batches of a step; with buckets, one of 16, 32, 64 and 128 tokens a sequence."""
+        """Return (batch, tokens) of each batch. With buckets, sequences have 16, 32, 64 and 128 tokens."""
         return [(self.bucket // tokens, tokens) for tokens in (16, 32, 64, 128)] if bucketed else [self.shape]
 
 
@@ -190,7 +190,7 @@ FAMILIES = {
         llama, 2048, 1, (2, 128), 128
     ),  # LLaMA-3.2-1B: 32 heads of 64, 8 of keys and values, 8192 in the MLP
 }
-WHOLE = {  # all blocks, with ViT's patches; of text models without word embeddings
+WHOLE = {  # All blocks. The ViT includes the patch embedding; text models have no word embedding.
     "vit-b": Family(vision, 768, 12, (4, 197), image=224),
     "roberta-base": Family(roberta, 768, 12, (8, 64), 128),
     "bart-base": Family(bart, 768, 12, (8, 64), 128),
@@ -199,13 +199,13 @@ WHOLE = {  # all blocks, with ViT's patches; of text models without word embeddi
 
 
 class Arm:
-    """One way to tune a stack, with factors and an optimizer of its own; frozen weights are shared among arms.
+    """One way to tune a stack, with separate factors and optimizer. All arms share the frozen weights.
 
     Args:
         name: One of `ARMS`.
-        stack: The stack, frozen.
+        stack: The frozen stack.
         targets: Roles, as `AdapterConfig.targets`.
-        rank: Of the adapters.
+        rank: Adapter rank.
     """
 
     def __init__(self, name: str, stack: nn.Module, targets: Sequence[str], rank: int) -> None:
@@ -231,12 +231,12 @@ class Arm:
         return torch.optim.AdamW(trained, LEARNING_RATE, fused=True) if trained else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Hidden states after the stack."""
+        """Return the hidden states after the stack."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             return cast(Tensor, self.model(x))
 
     def step(self, batches: Batches, optimize: bool = True) -> None:
-        """Forward, backward with the given gradient of the output, and the optimizer's step, for each batch."""
+        """Run forward, backward with the gradient of the output, and the optimizer step, for each batch."""
         for x, gradient in batches:
             if self.name == "forward only":
                 with torch.no_grad():
@@ -251,7 +251,7 @@ class Arm:
                 self.optimizer.zero_grad()
 
     def saved(self, batches: Batches) -> int:
-        """Bytes kept for backward, at the largest of the batches."""
+        """Return the bytes saved for backward, for the largest batch."""
         if self.name == "forward only":
             return 0
         return max(saved_bytes(lambda x=x: self.forward(x.detach().requires_grad_()), self.model) for x, _ in batches)  # type: ignore[misc]
@@ -268,29 +268,29 @@ def _peft(model: nn.Module, layers: list[str], rank: int, name: str) -> PeftMode
 
 
 def layers_of(stack: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers that hold the targets."""
+    """Return the names of the linear layers that contain the targets."""
     return list(dict.fromkeys(p.layer for p in select(find_projections(stack), targets)))
 
 
 def whole_layers(stack: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Targets that take the layers which hold the given ones as a whole, a fused one too."""
+    """Return targets that adapt each layer of the given targets as a whole, even a fused layer."""
     return ["regex:" + "|".join(layers_of(stack, targets)).replace(".", r"\.")]
 
 
 def random_stack(family: Family, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0) -> nn.Module:
-    """A frozen stack with random weights, in training mode; there is no dropout in it.
+    """Build a frozen stack with random weights, in train mode and without dropout.
 
     Args:
-        family: What to build.
-        dtype: Of the weights.
-        attention: `sdpa`, which timm and transformers choose by themselves, or `eager`.
-        seed: Of the weights.
+        family: The family to build.
+        dtype: Dtype of the weights.
+        attention: `sdpa`, the default of timm and transformers, or `eager`.
+        seed: Seed of the weights.
     """
     torch.manual_seed(seed)
     stack = family.build(family.width, family.depth).to(dtype).requires_grad_(False).train()
     for module in stack.modules():
         if isinstance(module, Attention):
-            module.fused_attn = attention == "sdpa"  # type: ignore[misc]  # final for scripting only
+            module.fused_attn = attention == "sdpa"  # type: ignore[misc]  # Final only for scripting.
         elif isinstance(module, PreTrainedModel):
             module.set_attn_implementation(attention)
     return stack
@@ -299,7 +299,7 @@ def random_stack(family: Family, dtype: torch.dtype, attention: str = "sdpa", se
 def random_batches(
     shapes: Sequence[tuple[int, int]], width: int, dtype: torch.dtype, seed: int = 0, image: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """Draw inputs and gradients of outputs, (batch, tokens, width); with `image`, inputs (batch, 3, image, image)."""
+    """Draw inputs and output gradients, (batch, tokens, width). With `image`, inputs are (batch, 3, image, image)."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*sizes: int) -> Tensor:
@@ -312,8 +312,8 @@ def random_batches(
 
 
 def arms_for(names: Sequence[str], stack: nn.Module, targets: Sequence[str], rank: int) -> dict[str, Arm]:
-    """The named arms that differ for this stack and its dtype."""
+    """Return the named arms, without duplicates for this stack and dtype."""
     dtype = next(stack.parameters()).dtype
     fused = any(p.fused for p in select(find_projections(stack), targets))
-    left_out = (*(ONLY_BFLOAT16 if dtype != torch.bfloat16 else ()), *(() if fused else ("ours B, slices",)))
-    return {name: Arm(name, stack, targets, rank) for name in names if name not in left_out}
+    skipped = (*(ONLY_BFLOAT16 if dtype != torch.bfloat16 else ()), *(() if fused else ("ours B, slices",)))
+    return {name: Arm(name, stack, targets, rank) for name in names if name not in skipped}

@@ -1,15 +1,14 @@
-"""How long commands take to answer and fits to do their first step, against a bare `import lightning.pytorch`.
+"""Start-up time of commands and time to the first step of fits, relative to `import lightning.pytorch`.
 
-Each arm is a process of its own from its start to its end, once a round in shuffled order; before the first round, one
-of each that does not count fills the caches of the system, of Python and of the data. Ratios are paired by round. The
-first step is that of the recipes conf/quickstart.yaml and, with --backbone and --path, conf/roberta_glue.yaml on CoLA:
-from nothing to behind the first optimizer step, with logger and first spectra; and of Hugging Face Trainer with PEFT
-on the same rows.
+Each arm is a separate process, once for each round in shuffled order. One warm-up of each arm fills the caches of the
+system, of Python and of the data. Ratios are paired by round. A fit is measured from the start of the process to the
+end of the first optimizer step, with logger and first spectra. The first fit is conf/quickstart.yaml. With --backbone
+and --path there are two more fits on CoLA: conf/roberta_glue.yaml, and Hugging Face Trainer with PEFT.
 
     python -m benchmarks.startup --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue \
         --threads 1 --output docs/results/benchmark_startup.json
 
-`imports_ms` has the packages whose own modules take longest to import, for the base and for `fit --help`.
+`imports_ms` has the packages that take longest to import, without their dependencies, for the base and `fit --help`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ END = ("--allow_imports", "benchmarks.first_step", "--trainer.callbacks+=benchma
 
 
 def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """What is run by Python, by arm."""
+    """Return the arguments of Python by arm."""
     arms = {
         "pass": ["-c", "pass"],
         "import torch": ["-c", "import torch"],
@@ -49,8 +48,8 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "first step, images": ["main.py", "fit", "--config", "conf/quickstart.yaml", *END],
     }
     if arguments.backbone and arguments.path:
-        given = ["--model.backbone", arguments.backbone, "--data.path", arguments.path]
-        text = ["main.py", "fit", "--config", TEXT, "--config", "conf/cpu.yaml", *given, *END]
+        paths = ["--model.backbone", arguments.backbone, "--data.path", arguments.path]
+        text = ["main.py", "fit", "--config", TEXT, "--config", "conf/cpu.yaml", *paths, *END]
         arms[OURS] = text
         trainer = ["-m", "benchmarks.first_step_trainer", arguments.backbone, f"{arguments.path}/cola"]
         arms[THEIRS] = trainer
@@ -58,44 +57,44 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def run(words: list[str], arguments: argparse.Namespace) -> float:
-    """Run Python with these words; seconds from start to end, of the clock or with --processor of the processor.
+    """Run Python with arguments, and return the wall time or, with --processor, the CPU time in seconds.
 
     Raises:
-        SystemExit: If it fails, with what it wrote to stderr.
+        SystemExit: With stderr, if the process fails.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         root = ["--trainer.default_root_dir", folder] if END[0] in words else []
         before, start = _processor(), time.perf_counter()
         command = [sys.executable, *words, *root]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        passed = time.perf_counter() - start
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return _processor() - before if arguments.processor else passed
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        elapsed = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return _processor() - before if arguments.processor else elapsed
 
 
 def _processor() -> float:
-    """Seconds that the processor has spent on processes that this one has started."""
+    """Return the CPU seconds of all child processes so far."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def dearest(words: list[str], count: int = 15) -> dict[str, float]:
-    """Packages whose own modules take longest to import, ms."""
-    done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
+    """Return the packages that take longest to import, without their dependencies, in ms."""
+    process = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
     spent: Counter[str] = Counter()
-    for microseconds, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", done.stderr):
+    for microseconds, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", process.stderr):
         spent[name] += int(microseconds)
     return {name: total / 1000 for name, total in spent.most_common(count)}
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     common = parser(__doc__, rounds=9, quick_rounds=1, processor=True)
     common.add_argument("--backbone", help="a directory in the hub's layout, for the first step on texts")
-    common.add_argument("--path", help="a directory with GLUE's tasks, likewise")
-    common.add_argument("--arms", nargs="+", help="these arms alone, and the base")
+    common.add_argument("--path", help="a directory with GLUE's tasks, for the first step on texts")
+    common.add_argument("--arms", nargs="+", help="only these arms and the base")
     common.set_defaults(inputs=["backbone", "path", "arms"])
     arguments = parse(common, words)
     arms = commands(arguments)
@@ -106,13 +105,13 @@ def main(words: list[str] | None = None) -> None:
         with section(arguments, "start-up") as record:
             turns = {name: partial(run, command, arguments) for name, command in arms.items()}
             record["seconds"] = seconds = take_turns(turns, arguments.rounds, warm_up=1)
-            record["over the base"] = {name: paired_ratio(own, seconds[BASE]) for name, own in seconds.items()}
+            record["over the base"] = {name: paired_ratio(values, seconds[BASE]) for name, values in seconds.items()}
             if OURS in seconds and THEIRS in seconds:
                 record[f"{THEIRS}, over ours"] = paired_ratio(seconds[THEIRS], seconds[OURS])
             record["imports_ms"] = {name: dearest(arms[name]) for name in (BASE, "fit --help") if name in arms}
     rows = [
-        [name, f"{statistics.median(own):.2f}", ratio_text(record["over the base"][name])]
-        for name, own in record["seconds"].items()
+        [name, f"{statistics.median(values):.2f}", ratio_text(record["over the base"][name])]
+        for name, values in record["seconds"].items()
     ]
     table("Start-up", ["process", "seconds", f"over {BASE}"], rows)
     for name, packages in record["imports_ms"].items():

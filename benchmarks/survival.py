@@ -1,12 +1,14 @@
-"""Kill, stop and damage runs; compare each resumed run with one that was left alone.
+"""Kill, stop and damage runs, and compare each resumed run with an uninterrupted reference run.
 
-25 runs of a tiny ViT are killed with SIGKILL, some at a random moment and some while a checkpoint is written, and
-resumed; each must end with the bits of a run that was left alone: weights, optimizer, schedule, random numbers, the
-best checkpoint, the loss of every step and every validation. Then the last checkpoint of a run that was killed in its
-middle is damaged in 15 ways, in some together with the best or the previous one; each must be named, none used, and
-training go on from the newest intact one to the same bits. Ten runs are stopped by max_steps, max_time and callbacks,
-in mid-epoch or within an accumulated step, and five each are killed while they tokenise, cache a frozen prefix and
-export. Needs no hub and no data; five minutes on a core.
+- 25 runs of a tiny ViT are killed with SIGKILL and resumed: some at a random moment, some while writing a checkpoint.
+  Each resumed run must be bit-identical to the reference in weights, optimizer, schedule, random numbers, best
+  checkpoint, and the loss of every step and validation.
+- The last checkpoint of a killed run is damaged in 15 ways, sometimes with the best or the previous checkpoint.
+  The program must name each damaged file, use none of them, and resume from the newest intact checkpoint.
+- Ten runs are stopped by max_steps, max_time and callbacks, in the middle of an epoch or of an accumulated step.
+- Five runs each are killed while they tokenise, cache a frozen prefix, and export.
+
+The benchmark needs no hub and no data, and takes five minutes on one core.
 
     OMP_NUM_THREADS=1 python -m benchmarks.survival --output docs/results/survival.json
 """
@@ -33,7 +35,7 @@ import lightning as L
 import torch
 
 import modules.image_classification
-import modules.text_classification  # noqa: F401  # all are imported before the fork
+import modules.text_classification  # noqa: F401  # Imported before the fork, to save time in every process.
 from app.callbacks import AdapterCheckpoint
 from app.cli import main as run_command
 from app.run.checkpoint_io import read_checkpoint
@@ -49,7 +51,7 @@ KINDS = ("truncated", "bit flipped", "emptied")
 
 
 def record_losses(path: Path) -> None:
-    """Have this process write the loss of each step, and each validation's, as exact numbers, at once."""
+    """Append the exact loss of each step and each validation of this process to a file."""
     train_end, validation_end = AdapterCheckpoint.on_train_batch_end, AdapterCheckpoint.on_validation_end
 
     def record(kind: str, trainer: L.Trainer, value: torch.Tensor) -> None:
@@ -70,7 +72,7 @@ def record_losses(path: Path) -> None:
 
 
 def start(root: Path, data: Path, *options: str, config: str = "image") -> int:
-    """Fork a process that fits below a root, with its output in root/log.txt; return its id."""
+    """Fork a process that fits, with runs and log.txt in `root`; return its id."""
     words = ["fit", "--config", str(ROOT / f"tests/conf/{config}.yaml"), f"--trainer.default_root_dir={root}"]
     words += [
         f"--data.path={data}",
@@ -83,7 +85,7 @@ def start(root: Path, data: Path, *options: str, config: str = "image") -> int:
 
 
 def start_command(root: Path, words: list[str]) -> int:
-    """Fork a process that runs a command, with output in root/log.txt and caches in root/cache; return its id."""
+    """Fork a process that runs a command, with output to root/log.txt and caches in root/cache; return its id."""
     root.mkdir(exist_ok=True)
     process = os.fork()
     if process == 0:
@@ -103,12 +105,12 @@ def start_command(root: Path, words: list[str]) -> int:
 
 
 def finish(process: int) -> int:
-    """Wait for a process; its exit code, negative for a signal."""
+    """Wait for a process and return its exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def kill_at(process: int, moment: Callable[[], bool]) -> bool:
-    """Kill a process as soon as the moment has come; whether it still ran."""
+    """Kill a process as soon as `moment` returns True; return True if the process was still running."""
     while not moment():
         if os.waitpid(process, os.WNOHANG)[0]:
             return False
@@ -120,54 +122,56 @@ def kill_at(process: int, moment: Callable[[], bool]) -> bool:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two trees of values are the same bits."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
+def same(first: Any, second: Any) -> bool:
+    """Return True if two nested values are bit-identical."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return (
+            isinstance(second, dict) and first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+        )
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second)
 
 
 def losses(root: Path) -> dict[str, set[str]]:
-    """Every loss that a run's processes computed, by kind and step: two if a step was done again with another."""
-    found: dict[str, set[str]] = {}
+    """Return all losses of a run by kind and step. A repeated step with another loss has two entries."""
+    values: dict[str, set[str]] = {}
     for line in (root / LOSSES).read_text().splitlines():
         kind, step, value = line.split()
-        found.setdefault(f"{kind} {step}", set()).add(value)
-    return found
+        values.setdefault(f"{kind} {step}", set()).add(value)
+    return values
 
 
 def differences(root: Path, reference: Path, lost: Sequence[str] = ()) -> list[str]:
-    """In what a run ended otherwise than the reference; a best checkpoint that was lost cannot come again."""
-    found = [] if losses(root) == losses(reference) else ["losses"]
+    """Return the differences between a run's end and the reference. A lost best checkpoint is not compared."""
+    differing = [] if losses(root) == losses(reference) else ["losses"]
     for name, keys in {
         "last": ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "global_step", "epoch"),
         "best": ("state_dict", "optimizer_states", "global_step"),
     }.items():
         if name == "best" and "best.ckpt" in lost:
             continue
-        one, other = (read_checkpoint(r / f"version_0/checkpoints/{name}.ckpt") for r in (root, reference))
-        found += [f"{name}: {key}" for key in keys if not same(one[key], other[key])]
-    return found
+        actual, expected = (read_checkpoint(r / f"version_0/checkpoints/{name}.ckpt") for r in (root, reference))
+        differing += [f"{name}: {key}" for key in keys if not same(actual[key], expected[key])]
+    return differing
 
 
 # ---------------------------------------------------------------------------------------------------------------- kills
 
 
 def killed_run(root: Path, data: Path, reference: Path, order: random.Random, write: bool) -> Any:
-    """Kill a run and resume it; what happened, as a row.
+    """Kill a run, resume the run, and return a row of results.
 
     Args:
-        root: Of the run.
-        data: What it trains on.
-        reference: The run that was left alone.
-        order: Source of the moment: a step, and seconds behind it.
-        write: Whether to wait for a checkpoint that is being written, and kill within it.
+        root: Directory of the run.
+        data: Training data.
+        reference: Directory of the uninterrupted run.
+        order: Random numbers for the moment of the kill: a step, and seconds after the step.
+        write: If true, wait until a checkpoint is being written, and kill then.
     """
-    step, late = order.randrange(EPOCHS * STEPS_AN_EPOCH), order.uniform(0, 0.004 if write else 0.1)
+    step, delay = order.randrange(EPOCHS * STEPS_AN_EPOCH), order.uniform(0, 0.004 if write else 0.1)
     folder, recorded = root / "version_0/checkpoints", root / LOSSES
 
     def half_written() -> list[str]:
@@ -177,22 +181,22 @@ def killed_run(root: Path, data: Path, reference: Path, order: random.Random, wr
         begun = step == 0 or (recorded.is_file() and f"train {step} " in recorded.read_text())
         if not begun or (write and not half_written()):
             return False
-        time.sleep(late)
+        time.sleep(delay)
         return True
 
     process = start(root, data)
-    ran = kill_at(process, moment)
-    torn = half_written()
+    was_running = kill_at(process, moment)
+    partial_files = half_written()
     saved = read_checkpoint(folder / "last.ckpt")["global_step"] if (folder / "last.ckpt").is_file() else None
-    if ran and saved is None:  # nothing to go on from
+    if was_running and saved is None:  # There is no checkpoint to resume from.
         shutil.rmtree(root)
-    code = finish(start(root, data, *([] if saved is None else ["--ckpt_path=last"]))) if ran else 0
+    code = finish(start(root, data, *([] if saved is None else ["--ckpt_path=last"]))) if was_running else 0
     return {
         "aimed at": "a write" if write else "any moment",
-        "killed": ran,
+        "killed": was_running,
         "behind step": step,
-        "seconds behind it": round(late, 4),
-        "half-written file left": torn,
+        "seconds behind it": round(delay, 4),
+        "half-written file left": partial_files,
         "step of last.ckpt": saved,
         "exit code of the resumed run": code,
         "differs in": differences(root, reference),
@@ -201,12 +205,12 @@ def killed_run(root: Path, data: Path, reference: Path, order: random.Random, wr
 
 # ---------------------------------------------------------------------------------------------------------------- stops
 
-CONSTANT = ["--model.schedule=constant", "--model.warmup_ratio=0"]  # max_steps plans the other schedules anew
+CONSTANT = ["--model.schedule=constant", "--model.warmup_ratio=0"]  # max_steps would change other schedules.
 ACCUMULATE = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4"]
 
 
 def stops(order: random.Random) -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """Yield ten stops: what stops, the reference, the options of both runs, and those of the stop."""
+    """Yield ten stops: cause, name of the reference, options of both runs, options of the stopped run."""
     for i in range(3):
         accumulated = ACCUMULATE if i == 2 else []
         reference = "accumulated constant" if accumulated else "constant"
@@ -224,7 +228,7 @@ def stops(order: random.Random) -> Iterator[tuple[str, str, list[str], list[str]
 
 
 def stopped_run(root: Path, data: Path, reference: Path, kind: str, options: list[str], stop: list[str]) -> Any:
-    """Stop a run and resume it; what happened, as a row."""
+    """Stop a run, resume the run, and return a row of results."""
     code = finish(start(root, data, *options, *stop))
     steps = read_checkpoint(root / "version_0/checkpoints/last.ckpt")["global_step"]
     resumed = finish(start(root, data, *options, "--ckpt_path=last"))
@@ -240,14 +244,14 @@ def stopped_run(root: Path, data: Path, reference: Path, kind: str, options: lis
 # ------------------------------------------------------------------------------------------------ kills outside of fits
 
 
-def interrupted_cache(root: Path, data: Path, reference: Path, config: str, options: list[str], late: float) -> Any:
-    """Kill a run a little after its first file in the cache has come, and run it again; what happened, as a row."""
+def interrupted_cache(root: Path, data: Path, reference: Path, config: str, options: list[str], delay: float) -> Any:
+    """Kill a run shortly after its first cache file appears, run again, and return a row of results."""
     cache = root / "cache" / "onesided"
 
     def moment() -> bool:
         if not cache.is_dir() or not any(cache.iterdir()):
             return False
-        time.sleep(late)
+        time.sleep(delay)
         return True
 
     ran = kill_at(start(root, data, *options, config=config), moment)
@@ -257,7 +261,7 @@ def interrupted_cache(root: Path, data: Path, reference: Path, config: str, opti
     code = finish(start(root, data, *options, config=config))
     return {
         "killed": ran,
-        "seconds behind the first file": round(late, 4),
+        "seconds behind the first file": round(delay, 4),
         "in the cache": written,
         "stale in the end": sorted(p.name for p in cache.iterdir() if p.name.startswith((".", "tmp"))),
         "exit code": code,
@@ -266,22 +270,22 @@ def interrupted_cache(root: Path, data: Path, reference: Path, config: str, opti
 
 
 def interrupted_export(root: Path, run: Path, kind: str, reference: Path, order: random.Random) -> Any:
-    """Kill an export at a moment of it, and export again; what happened, as a row."""
+    """Kill an export shortly after its first file appears, export again, and return a row of results."""
     words = ["export", str(run), "--format", kind, "--output", str(root / "exported")]
     before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
-    late = order.uniform(0.0, 0.02)
+    delay = order.uniform(0.0, 0.02)
     known = {"log.txt", "cache"}
 
     def moment() -> bool:
         if not root.is_dir() or all(path.name in known for path in root.iterdir()):
             return False
-        time.sleep(late)
+        time.sleep(delay)
         return True
 
     ran = kill_at(start_command(root, words), moment)
-    left = sorted(path.name for path in root.iterdir() if path.name not in known)
-    whole = (root / "exported").exists()
-    code = 0 if whole else finish(start_command(root, words))
+    remaining_files = sorted(path.name for path in root.iterdir() if path.name not in known)
+    is_complete = (root / "exported").exists()
+    code = 0 if is_complete else finish(start_command(root, words))
     exported = {path.name: path.read_bytes() for path in (root / "exported").iterdir()}
     expected = {path.name: path.read_bytes() for path in (reference / "exported").iterdir()}
     weights = {name for name in expected if name.endswith((".safetensors", ".json"))}
@@ -289,8 +293,8 @@ def interrupted_export(root: Path, run: Path, kind: str, reference: Path, order:
     return {
         "format": kind,
         "killed": ran,
-        "seconds behind the first file": round(late, 4),
-        "left by the kill": left,
+        "seconds behind the first file": round(delay, 4),
+        "left by the kill": remaining_files,
         "exit code": code,
         "differs in": [name for name in sorted(weights) if exported.get(name) != expected[name]] + changed,
     }
@@ -300,7 +304,7 @@ def interrupted_export(root: Path, run: Path, kind: str, reference: Path, order:
 
 
 def damage(path: Path, kind: str, order: random.Random) -> None:
-    """Damage a file in one way."""
+    """Truncate or empty a file, or flip one bit."""
     content = bytearray(path.read_bytes())
     if kind == "truncated":
         content = content[: order.randrange(1, len(content))]
@@ -314,7 +318,7 @@ def damage(path: Path, kind: str, order: random.Random) -> None:
 def damaged_run(
     root: Path, data: Path, cut: Path, reference: Path, kind: str, names: list[str], order: random.Random
 ) -> Any:
-    """Damage checkpoints of a copy of a run that was cut off, and resume it; what happened, as a row."""
+    """Damage checkpoints in a copy of a killed run, resume the copy, and return a row of results."""
     shutil.copytree(cut, root)
     (root / "log.txt").unlink()
     folder = root / "version_0/checkpoints"
@@ -326,7 +330,7 @@ def damaged_run(
     log = (root / "log.txt").read_text()
     first = (root / LOSSES).read_text().splitlines()[before].split()
     newest = max(step for name, step in steps.items() if name not in names)
-    begun = int(first[1]) - (first[0] == "train")  # the loss of a step is recorded when the step is done
+    begun = int(first[1]) - (first[0] == "train")  # A loss is recorded after its step, so the step is one less.
     return {
         "damage": kind,
         "of": names,
@@ -339,7 +343,7 @@ def damaged_run(
 
 
 def kills_outside_of_a_fit(base: Path, data: Path, order: random.Random) -> list[Any]:
-    """Kill five runs while they tokenise, five while they cache a prefix, and five exports."""
+    """Kill five runs during tokenisation, five during caching of a prefix, and five exports."""
     texts = write_sentences(base / "texts", {"train": 20_000, "validation": 20})
     text = [f"--model.backbone={save_backbone(base / 'roberta', 'roberta')}", "--checkpoint.monitor=val/loss"]
     text += ["--checkpoint.mode=min", "--trainer.limit_train_batches=8"]
@@ -373,7 +377,7 @@ def kills_outside_of_a_fit(base: Path, data: Path, order: random.Random) -> list
 
 
 def table(rows: list[Any], key: str, good: dict[str, Callable[[Any], bool]]) -> None:
-    """Print how many rows of each kind are good in each way."""
+    """Print for each kind the number of rows that pass each test."""
     print(f"{key:<35} {'runs':>5} " + " ".join(f"{name:>24}" for name in good))
     for kind in dict.fromkeys(row[key] for row in rows):
         chosen = [row for row in rows if row[key] == kind]
@@ -382,7 +386,7 @@ def table(rows: list[Any], key: str, good: dict[str, Callable[[Any], bool]]) -> 
 
 
 def main() -> None:
-    """Kill, damage, resume, compare and write."""
+    """Run all experiments, write the results and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
@@ -395,6 +399,7 @@ def main() -> None:
         begin = time.monotonic()
         assert finish(start(base / "whole", data)) == 0, (base / "whole/log.txt").read_text()
         seconds = time.monotonic() - begin
+        # `cut` is killed in the middle of its third epoch.
         middle = 2 * STEPS_AN_EPOCH + 4
         recorded = base / "cut" / LOSSES
         moment = lambda: recorded.is_file() and f"train {middle} " in recorded.read_text()  # noqa: E731

@@ -1,16 +1,18 @@
-"""The closed forms of one-sided adapters against training: what finished runs did, and what was forecast before them.
+"""Compare the closed forms of one-sided adapters, computed before training, with finished runs.
 
-Runs of the same recipe and rank that differ in nothing but the trained factor, the seed and the learning rate are a
-setting. Of several learning rates the best on the validation's monitored metric counts, for B and for A apart. The
-frozen factor must be `orthogonal`. Every setting that has runs of B and of A is measured as `theory` does, and gives
+A setting is a group of runs that differ only in trained factor, seed and learning rate. For B and for A, only the
+learning rate with the best monitored validation metric is used. The frozen factor must be `orthogonal`. For every
+setting with runs of B and of A, the benchmark measures the moments as the command `theory` does, and reports
 
-- over its projections, Spearman's correlation of ‖ΔW·Σ^½‖_F after training (mean over seeds) with the share of the
-  removable loss, with the removed loss that the closed forms forecast for that norm, and with Tr[Σ] alone;
-- the forecast gap, the difference of the network's shares of B and of A, and the measured one, the difference of a
-  metric (mean over seeds). Over the settings, Spearman's correlation of the two, and of the measured gap with the
-  logarithm of how many numbers B trains for each of A's, which needs no data.
+- over the projections: Spearman's correlation of ‖ΔW·Σ^½‖_F after training (mean over seeds) with the share of the
+  removable loss, with the forecast removed loss, and with Tr[Σ];
+- the forecast gap, the difference between the network's shares of B and of A;
+- the measured gap, the difference in a metric between B and A (mean over seeds).
 
-Intervals of correlations are bootstrapped, over projections or over settings; those of gaps are Student's, over seeds.
+Over the settings, the benchmark reports Spearman's correlation of the measured gap with the forecast gap. As a baseline
+without data, the benchmark also reports the correlation with log(trained parameters of B / trained parameters of A).
+Intervals of correlations are bootstrap intervals over projections or settings. Intervals of gaps are Student's
+intervals over seeds.
 
     python -m benchmarks.theory --runs runs/minilm_cola runs/dinov2_cifar10 --output docs/results/theory.json
 """
@@ -49,7 +51,7 @@ from modules.adapters import adapted_projections
 
 METRICS = ["test/score", "test/acc1", "test/token_acc", "val/score", "val/acc1", "val/token_acc"]
 RESAMPLES = 2000
-FEWEST = 4  # pairs of a correlation
+FEWEST = 4  # Minimum pairs for a correlation.
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class Run:
     """A finished run of B or A.
 
     Args:
-        path: Its run directory.
-        setting: All that runs of one setting share, as JSON.
+        path: The run directory.
+        setting: Configuration that all runs of a setting share, as JSON.
         trained: `B` or `A`.
         seed: `seed_everything`.
         rate: Learning rate.
-        validated: Best value of the monitored metric; larger is better.
-        metrics: metrics.json.
+        validated: Best value of the monitored metric, with its sign changed if lower is better.
+        metrics: Content of metrics.json.
     """
 
     path: Path
@@ -79,19 +81,19 @@ class Run:
 
 
 def read_run(path: Path) -> Run | str:
-    """Return a run, or why it is left out."""
+    """Return a run, or the reason to skip the run."""
     config = read_yaml(str(path / "config.yaml"))
     model, data = deepcopy(config["model"]), deepcopy(config["data"])
     values = model["init_args"]
     adapter = values["adapter"]
     trained, frozen = adapter["train"], {"B": "init_a", "A": "init_b"}.get(adapter["train"])
     if values["tuning"] != "adapter" or frozen is None:
-        return f"it trains {trained if values['tuning'] == 'adapter' else values['tuning']}"
+        return f"the run trains {trained if values['tuning'] == 'adapter' else values['tuning']}, not B or A"
     if adapter[frozen] != "orthogonal":
-        return f"its frozen factor is {adapter[frozen]}, not orthogonal"
+        return f"the frozen factor is {adapter[frozen]}, not orthogonal"
     metrics = read_metrics(path)
     if not any(key in metrics for key in METRICS):
-        return "its metrics.json has no result"
+        return "metrics.json has no result"
     for key in ("train", "init_a", "init_b", "seed"):
         del adapter[key]
     rate = values.pop("learning_rate")
@@ -104,21 +106,21 @@ def read_run(path: Path) -> Run | str:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs of B and A below folders, and print what is left out."""
-    found = []
+    """Return the runs of B and A below folders, and print the skipped runs."""
+    runs = []
     for config in sorted({path for folder in folders for path in folder.rglob("config.yaml")}):
         if not (config.parent / "checkpoints").is_dir():
             continue
         run = read_run(config.parent)
         if isinstance(run, str):
-            print(f"{config.parent} is left out: {run}.")
+            print(f"{config.parent} is skipped: {run}.")
         else:
-            found.append(run)
-    return found
+            runs.append(run)
+    return runs
 
 
 def settings(runs: Sequence[Run]) -> list[dict[str, list[Run]]]:
-    """Return each setting's runs by trained factor, at the best learning rate of each."""
+    """Return the runs of each setting by trained factor, at the best learning rate of the factor."""
     grouped: dict[str, dict[str, dict[float, list[Run]]]] = {}
     for run in runs:
         rates = grouped.setdefault(run.setting, {}).setdefault(run.trained, defaultdict(list))
@@ -129,7 +131,7 @@ def settings(runs: Sequence[Run]) -> list[dict[str, list[Run]]]:
         if set(best) == {"A", "B"}:
             chosen.append({trained: sorted(best[trained], key=lambda run: run.seed) for trained in ("B", "A")})
         else:
-            print(f"{next(iter(best.values()))[0].path} is left out: its setting has runs of {'/'.join(best)} alone.")
+            print(f"{next(iter(best.values()))[0].path} is skipped: its setting only has runs of {'/'.join(best)}.")
     return chosen
 
 
@@ -149,13 +151,13 @@ def name_of(runs: Mapping[str, list[Run]], title: str | None = None) -> str:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | None:
-    """Return Spearman's correlation with its bootstrap interval of 95 %; None for too few pairs or a constant."""
+    """Return Spearman's correlation with its 95 % bootstrap interval; None for too few pairs or constant values."""
     first, second = np.asarray(x), np.asarray(y)
     if len(first) < FEWEST or np.allclose(first, first[0], rtol=1e-6) or np.allclose(second, second[0], rtol=1e-6):
         return None
     drawn = np.random.default_rng(0).integers(len(first), size=(RESAMPLES, len(first)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample may be constant
+        warnings.simplefilter("ignore")  # scipy warns if a resample is constant.
         values = [float(spearmanr(first[index], second[index]).statistic) for index in drawn]
     low, high = np.nanquantile(values, [0.025, 0.975])
     rho = float(spearmanr(first, second).statistic)
@@ -163,7 +165,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | No
 
 
 def text(value: Mapping[str, float] | None, key: str = "rho") -> str:
-    """Return a figure with its interval; without one if a single seed gives none."""
+    """Format a figure with its interval, if there is an interval."""
     if value is None:
         return "—"
     interval = f" ({value['low']:.2f} to {value['high']:.2f})" if value["low"] < value["high"] else ""
@@ -191,16 +193,17 @@ def _whitened(update: Tensor, sigma: Tensor) -> float:
 
 def over_projections(runs: Mapping[str, list[Run]], analysis: Analysis) -> dict[str, Any]:
     """Return the correlations of one setting, by trained factor."""
-    own = analysis.at_own_rank()
+    at_rank = analysis.at_own_rank()
     energies = analysis.projections.set_index("projection")["input_energy"]
     record: dict[str, Any] = {}
-    for trained, of in runs.items():
-        each = [whitened_norms(run, analysis.measured) for run in of]
-        names = list(each[0])
-        norms = [statistics.mean(norm[name] for norm in each) for name in names]
+    for trained, side_runs in runs.items():
+        norms_by_run = [whitened_norms(run, analysis.measured) for run in side_runs]
+        names = list(norms_by_run[0])
+        norms = [statistics.mean(norm[name] for norm in norms_by_run) for name in names]
         rows: dict[str, Any] = {}
-        for (outputs, target), same in own[own["trained"] == trained].groupby(["outputs", "target"], sort=False):
-            forecast = same.set_index("projection").loc[names]
+        of_side = at_rank[at_rank["trained"] == trained]
+        for (outputs, target), rows_of_case in of_side.groupby(["outputs", "target"], sort=False):
+            forecast = rows_of_case.set_index("projection").loc[names]
             removed = (forecast["share"] * forecast["removable"]).tolist()
             label = f"{target}, {outputs} outputs"
             rows[f"share, {label}"] = correlation(forecast["share"].tolist(), norms)
@@ -211,7 +214,7 @@ def over_projections(runs: Mapping[str, list[Run]], analysis: Analysis) -> dict[
 
 
 def gap(runs: Mapping[str, list[Run]], metrics: Sequence[str]) -> dict[str, Any]:
-    """Return the measured gap of B over A, paired by seed; above 0 B is better, of a loss too."""
+    """Return the measured gap of B over A, paired by seed. Above 0, B is better, also for a loss."""
     all_runs = [run for of in runs.values() for run in of]
     metric = next(key for key in metrics if all(key in run.metrics for run in all_runs))
     values = {trained: {run.seed: run.metrics[metric] for run in of} for trained, of in runs.items()}
@@ -235,7 +238,7 @@ def measure_setting(arguments: argparse.Namespace, runs: Mapping[str, list[Run]]
     }
     table_of = analysis.projections
     trained = {side: int((table_of["adapter_rank"] * table_of[d]).sum()) for side, d in (("B", "d_out"), ("A", "d_in"))}
-    forecast["trained numbers"] = {**trained, "gap": math.log(trained["B"] / trained["A"])}  # knows no data
+    forecast["trained numbers"] = {**trained, "gap": math.log(trained["B"] / trained["A"])}
     explained = table_of[["explained", "explained_by_chance"]].mean()
     return {
         "projections": over_projections(runs, analysis),
@@ -280,16 +283,16 @@ def show(records: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -
 
 
 def main() -> None:
-    """Measure every setting, then compare."""
+    """Measure every setting, compare with the runs, print and write."""
     common = parser(__doc__, rounds=1, quick_rounds=1)
-    common.add_argument("--runs", nargs="+", type=Path, required=True, help="folders with run directories below them")
+    common.add_argument("--runs", nargs="+", type=Path, required=True, help="folders that contain run directories")
     common.add_argument("--batches", type=int, default=8, help="training batches to measure")
-    common.add_argument("--head_steps", type=int, default=32, help="steps of a new head before that")
+    common.add_argument("--head_steps", type=int, default=32, help="steps of a new head before the measurement")
     common.add_argument(
-        "--metrics", nargs="+", default=METRICS, help="the first that all runs of a setting have counts"
+        "--metrics", nargs="+", default=METRICS, help="the first metric that all runs of a setting have is used"
     )
-    common.add_argument("--title", help="of the data in the settings' names")
-    common.add_argument("--keys", nargs="*", default=[], help="keys of fit for the measurement, as --data.path=DIR")
+    common.add_argument("--title", help="name of the data in the settings' names")
+    common.add_argument("--keys", nargs="*", default=[], help="keys of fit for the measurement: --data.path=DIR")
     common.set_defaults(inputs=["batches", "head_steps", "metrics", "keys"])
     arguments = parse(common)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -297,18 +300,21 @@ def main() -> None:
     with console_logging():
         for runs in settings(find_runs(arguments.runs)):
             name = name_of(runs, arguments.title)
-            if name in records:  # they differ in another key
+            if name in records:  # The settings differ in a key that is not in the name.
                 name = f"{name}, {runs['B'][0].path.parent.name}"
-            given = {"runs": [run.path.name for of in runs.values() for run in of]}
-            record = measured(arguments, name, given)
+            run_names = {"runs": [run.path.name for of in runs.values() for run in of]}
+            record = measured(arguments, name, run_names)
             if record is None:
                 with section(arguments, name) as record:
-                    record |= given | measure_setting(arguments, runs)
+                    record |= run_names | measure_setting(arguments, runs)
             records[name] = record
     if not records:
-        raise SystemExit(f"There are no runs of B and A with the same recipe and rank below {arguments.runs}.")
-    with section(arguments, "over settings") as whole:
-        whole["correlations"] = summary = over_settings(records)
+        raise SystemExit(
+            f"--runs: {', '.join(map(str, arguments.runs))} has no runs of B and A with the same recipe and rank. Give "
+            "folders with both."
+        )
+    with section(arguments, "over settings") as summary_record:
+        summary_record["correlations"] = summary = over_settings(records)
     show(records, summary)
 
 

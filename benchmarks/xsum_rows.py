@@ -1,9 +1,9 @@
-"""What the small BART's experiments on 1,000 rows of XSum need besides the command line.
+"""Prepare data and backbone for the experiments with the small BART on 1,000 rows of XSum.
 
-`rows` writes three sets below a folder: `overfit` (32 training rows, which are its validation and test rows too),
-`first` and `second` (a half of the training rows each, with the whole validation and test split), and prints the ROUGE
-of lead-1, the first sentence of each test document. `backbone` saves the model of a run that was tuned in full as a
-directory in the hub's layout.
+`rows` writes three data sets to a folder. `overfit` has 32 training rows, also as validation and test rows. `first` and
+`second` have one half of the training rows each, and the whole validation and test splits. `rows` also prints the ROUGE
+of lead-1, the first sentence of each test document. `backbone` saves the model of a fully tuned run in the hub's
+layout.
 
     python -m benchmarks.xsum_rows rows --source ../shared/data/xsum --output DIR
     python -m benchmarks.xsum_rows backbone --run RUN --output DIR
@@ -24,12 +24,12 @@ from modules.summarization import Summarizer
 
 
 def write_rows(source: Path, output: Path) -> None:
-    """Write the sets and print lead-1."""
+    """Write the data sets and print the ROUGE of lead-1."""
     splits = {s: datasets.Dataset.from_parquet(str(source / f"{s}.parquet")) for s in ("train", "validation", "test")}
     train = splits["train"]
-    half, few = len(train) // 2, train.select(range(32))
+    half, overfit_rows = len(train) // 2, train.select(range(32))
     sets = {
-        "overfit": {"train": few, "validation": few, "test": few},
+        "overfit": {"train": overfit_rows, "validation": overfit_rows, "test": overfit_rows},
         "first": {**splits, "train": train.select(range(half))},
         "second": {**splits, "train": train.select(range(half, len(train)))},
     }
@@ -43,19 +43,21 @@ def write_rows(source: Path, output: Path) -> None:
 
 
 def save_backbone(run: Path, output: Path) -> None:
-    """Save a run's best model."""
+    """Save the best model of a run."""
     checkpoint = read_checkpoint(resolve_checkpoint(str(run), run.parent, prefer_best=True))
     keys = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
     module = Summarizer(**keys)
     if module.tuning != "full":
-        raise SystemExit(f"{run} was not tuned in full: its backbone is the one that it began with.")
+        raise SystemExit(
+            f"--run: {run} has tuning {module.tuning}, so its backbone did not change. Use a fully tuned run."
+        )
     module.load_state_dict(checkpoint["state_dict"])
     module.backbone.save_pretrained(output)
     module.tokenizer.save_pretrained(output)
 
 
 def main() -> None:
-    """Run one of the two."""
+    """Run the command `rows` or `backbone`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     rows, backbone = commands.add_parser("rows"), commands.add_parser("backbone")

@@ -1,1 +1,1 @@
-"""Tasks to train: one LightningModule a file, on the adapters of `modules.adapters`."""
+"""Tasks, one LightningModule in each file, and the adapters that the tasks train."""

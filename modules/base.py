@@ -1,7 +1,7 @@
-"""Base class of every task: its backbone, what of it is tuned, the optimizer, and the loop of evaluation.
+"""Base class of every task: backbone, tuning, optimizer and evaluation loop.
 
-`training.checkpoints` has what is saved, `training.optimization` the learning rates, `training.checks` what stops a fit
-that cannot learn.
+See `training.checkpoints` for checkpoint contents, `training.optimization` for learning rates, and `training.checks`
+for the checks that stop a fit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Tuning = Literal["adapter", "head", "full", "adalora", "ia3"]
-HeadlessTuning = Literal["adapter", "full", "adalora", "ia3"]  # of tasks without a new head
+HeadlessTuning = Literal["adapter", "full", "adalora", "ia3"]  # For tasks without a new head.
 BackboneDtype = Literal["float32", "bfloat16"]
 Stage = Literal["val", "test"]
 STAGES: tuple[Stage, Stage] = ("val", "test")
@@ -57,52 +57,52 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class AdaptedModule(EqualWeights, CheckpointedModule):
-    """A backbone with a head, tuned through adapters, through its head alone, or in full.
+    """A backbone with a head, trained through adapters, through the head only, or in full.
 
-    The keys below are those of every task. A task's `__init__` hands them on, builds `backbone` and calls
-    `configure_tuning`. The backbone is built in `__init__`, so that a wrong name, role or rank is reported before any
-    data are read. A head may have to wait for `setup`, when the classes of the data are known.
+    The constructor has the keys that all tasks share. The `__init__` of a task passes these keys on, builds `backbone`
+    and calls `configure_tuning`. Since `__init__` builds the backbone, a wrong name, role or rank is reported before
+    the data load. Some heads are built in `setup`, when the classes of the data are known.
 
-    Heads are what was not pretrained for the task. They are trained whole whatever the tuning, and are part of every
-    checkpoint. `head_names` has their names, inside the backbone (`backbone.classifier`) or beside it (`head`).
+    A head is a module that was not pretrained for the task. Heads are fully trained with every `tuning` and saved in
+    every checkpoint. `head_names` lists the heads, inside the backbone (`backbone.classifier`) or outside (`head`).
 
-    A task computes in `loss`, `evaluate` and `predict_step`. The metrics of `configure_metrics` are those of validation
-    and test; `scores` is what is logged of them.
+    A task implements `loss`, `evaluate` and `predict_step`. `configure_metrics` sets the metrics of validation and
+    test, and `scores` returns the values to log.
 
     Args:
-        weights: Weights of the backbone: `pretrained` (those of its name, repository or directory), `none`, or a local
+        weights: Weights of the backbone: `pretrained` (from the name, repository or directory), `none`, or a local
             file: .safetensors, and for timm also .pth, .pt or .bin.
         backbone_args: Changes to the architecture: arguments of `timm.create_model` such as `drop_path_rate`, or values
             of a config.json of transformers such as `hidden_dropout_prob`.
         backbone_dtype: Dtype of the frozen weights; bfloat16 halves the memory. Factors and head stay float32. `full`
             needs float32.
-        tuning: What is trained: `adapter` (factors and head), `head`, or `full` (everything, no adapter). For
-            comparison, `adalora` and `ia3` are PEFT's methods; see `modules.training.peft_baselines`.
-        adapter: The adapters; of no effect if `tuning` is `head` or `full`.
-        adapter_path: Adapters to start from, and the head that lies with them: a directory as PEFT or `export` writes
-            it, or a name on the hub. Of `adapter` then only `train` counts. A checkpoint holds what was loaded.
-        learning_rate: Peak learning rate of A and, unless the ratios say otherwise, of everything else; above 0.
-        weight_decay: Weight decay of matrices; biases and norms have none.
+        tuning: Trained parameters: `adapter` (factors and head), `head`, or `full` (everything, no adapter). `adalora`
+            and `ia3` are PEFT's methods, as baselines; see `modules.training.peft_baselines`.
+        adapter: Configuration of the adapters; ignored if `tuning` is `head` or `full`.
+        adapter_path: Adapters and head to start from: a directory in the format of PEFT or `export`, or a name on the
+            hub. Of `adapter`, only `train` is then used. A checkpoint contains the loaded adapters.
+        learning_rate: Peak learning rate, above 0. The ratios below scale the learning rates of B, head and roles.
+        weight_decay: Weight decay of matrices; biases and norms have no decay.
         optimizer: An optimizer of torch.optim: `class_path`, such as torch.optim.SGD, and `init_args`. None is AdamW.
         schedule: Shape of the learning rate after the warm-up, by optimizer steps: `cosine` or `linear` to zero, or
             `constant`.
-        warmup_ratio: Share of all steps in which the learning rate climbs from zero, in [0, 1).
-        lr_ratio_b: Learning rate of B over `learning_rate` (LoRA+, Hayou et al. 2024).
-        lr_ratio_head: Learning rate of the head over `learning_rate`.
-        lr_ratio_role: Further ratios of the learning rate by the role of an adapted projection, such as value: 2.0;
-            both factors of the role are multiplied. Of no effect without adapters.
-        shard_frozen: Whether several processes (--trainer.strategy ddp) each keep a share of the blocks' frozen weights
-            instead of all; see `modules.scaling.sharding`.
-        compile: Whether the backbone's blocks are compiled for training; see `modules.scaling.compilation`.
+        warmup_ratio: Share of all steps in which the learning rate rises from zero, in [0, 1).
+        lr_ratio_b: Learning rate of B divided by `learning_rate` (LoRA+, Hayou et al. 2024).
+        lr_ratio_head: Learning rate of the head divided by `learning_rate`.
+        lr_ratio_role: Additional learning rate ratios by role of the adapted projection, such as value: 2.0. A ratio
+            applies to both factors. Ignored without adapters.
+        shard_frozen: If true, each of several processes (--trainer.strategy ddp) stores a share of the blocks' frozen
+            weights instead of all; see `modules.scaling.sharding`.
+        compile: If true, compile the backbone's blocks for training; see `modules.scaling.compilation`.
 
     Raises:
-        ModelError: For a value out of range, or values that exclude each other.
+        ModelError: If a value is out of range, or values exclude each other.
     """
 
-    kinds: tuple[DataKind, ...]  # of data that the steps take
-    class_names: list[str] | None = None  # by label; None until they are known
-    position_limit: int | None = None  # most tokens of a text; None for any number
-    peft_task: str | None = None  # PEFT's name of the task
+    kinds: tuple[DataKind, ...]  # Kinds of data that the task accepts.
+    class_names: list[str] | None = None  # By label; None until the data or a checkpoint set the names.
+    position_limit: int | None = None  # Maximum tokens of a text; None for no limit.
+    peft_task: str | None = None  # PEFT's name of the task.
     backbone: nn.Module
 
     def __init__(
@@ -125,7 +125,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()  # those of the task too
+        self.save_hyperparameters()  # Lightning also collects the arguments of the task's own `__init__`.
         by_role = {f"lr_ratio_role.{role}": ratio for role, ratio in (lr_ratio_role or {}).items()}
         ratios = {"lr_ratio_b": lr_ratio_b, "lr_ratio_head": lr_ratio_head, **by_role}
         check_rates(learning_rate, weight_decay, warmup_ratio, ratios)
@@ -149,17 +149,18 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self._range_test: RangeTest | None = None
         self.prefix: FrozenPrefix | None = None
         self.baseline: PeftBaseline | None = None
-        # a loss that is no number is not left out
+        # By default, MeanMetric skips NaN, which would hide a diverged loss.
         self.losses = nn.ModuleDict({stage: MeanMetric(nan_strategy=math.nan) for stage in STAGES})
-        self.metrics = nn.ModuleDict()  # by stage and set
+        self.metrics = nn.ModuleDict()  # By stage and set name.
         self.set_names: dict[Stage, list[str]] = {}
 
     # -------------------------------------------------------------------------------------------------------- backbone
 
     def configure_tuning(self, heads: Sequence[str] = ()) -> None:
-        """Cast and freeze the backbone and attach the adapters; leave it in train mode, with its dropout on.
+        """Freeze and cast the backbone and attach the adapters.
 
-        Batch normalisation of a frozen backbone stays in eval mode: its running statistics belong to what is frozen.
+        The backbone is then in train mode, with dropout active. Batch normalisation of a frozen backbone stays in eval
+        mode, so that the running statistics do not change.
 
         Args:
             heads: Names of the backbone's modules that are heads.
@@ -171,14 +172,14 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             self._attach(heads)
         elif self.tuning == "adalora" or self.tuning == "ia3":
             if self.tuning == "adalora" and (rates := layerdrop_rates(self.backbone)):
-                key, share = next(iter(rates.items()))
+                key, rate = next(iter(rates.items()))
                 raise ModelError(
-                    f"model.backbone_args.{key}: {share} leaves out blocks at random, whose importance adalora cannot "
-                    "measure. Set it to 0."
+                    f"model.backbone_args.{key}: {rate} drops blocks at random, and adalora cannot measure the "
+                    "importance of a dropped block. Set the key to 0."
                 )
             self.baseline = PeftBaseline(self.tuning, self.backbone, self.adapter, heads)
             self.projections = self.baseline.projections
-        self.backbone.train()  # from_pretrained gives eval mode, and Lightning keeps the mode it finds
+        self.backbone.train()  # from_pretrained returns a model in eval mode, and Lightning keeps the mode.
         if self.tuning != "full":
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -187,111 +188,120 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self.frozen_digest = FrozenDigest(self.backbone)
 
     def _attach(self, heads: Sequence[str]) -> None:
-        """Attach the adapters, those of `adapter_path` if there is one; a checkpoint then says what they are.
+        """Attach the adapters, and load the factors of `adapter_path` if the key is set.
 
         Raises:
-            ModelError: For a ratio of a role that no adapted projection has.
+            ModelError: If no adapted projection has a role of `lr_ratio_role`.
         """
         names = self.peft_head_names()
-        given = None
+        loaded = None
         if self.adapter_path is not None:
-            given = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, names)
-            self.adapter, self._given_heads = given.config, given.heads
+            loaded = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, names)
+            self.adapter, self._given_heads = loaded.config, loaded.heads
         self.projections = attach(self.backbone, self.adapter, exclude=heads)
         roles = {projection.role for projection in self.projections}
         if unknown := sorted(self.lr_ratio_role.keys() - roles):
             raise ModelError(
-                f"model.lr_ratio_role: no adapted projection has the role {', '.join(unknown)}. The roles here are "
+                f"model.lr_ratio_role: no adapted projection has the role {', '.join(unknown)}. Choose from "
                 f"{', '.join(sorted(roles))}."
             )
-        if given is None:
+        if loaded is None:
             return
-        load_adapter_state(self.backbone, given.factors)
+        load_adapter_state(self.backbone, loaded.factors)
+        # A checkpoint contains the loaded configuration, so resuming does not need the file.
         self.hparams.update(adapter=self.adapter, adapter_path=None)
-        if missing := [head for head in names if not any(n.startswith(f"{head}.") for n in given.heads)]:
-            _log.warning(f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}, which starts anew.")
+        if missing := [head for head in names if not any(n.startswith(f"{head}.") for n in loaded.heads)]:
+            _log.warning(
+                f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}. The head starts from random "
+                "weights."
+            )
 
     def peft_head_names(self) -> dict[str, tuple[str, ...]]:
-        """Return for each head its names in a complete model of the backbone's own library: PEFT wraps that model."""
+        """Return for each head its possible names in the complete model of timm or transformers, which PEFT wraps."""
         return {name: (name.removeprefix("backbone."),) for name in self.head_names}
 
     def load_given_heads(self) -> None:
-        """Load the heads that lay with the adapters; a task calls it once its heads are as the data want them.
+        """Load the heads of `adapter_path`. A task calls this method when its heads have their final shapes.
 
         Raises:
-            ModelError: If they are other heads than the task's.
+            ModelError: If the heads do not fit the task.
         """
-        given, self._given_heads = self._given_heads, {}
-        if problems := load_heads(self, self.head_names, given):
+        heads, self._given_heads = self._given_heads, {}
+        if problems := load_heads(self, self.head_names, heads):
             raise ModelError(
-                f"model.adapter_path: the head of {self.adapter_path} is not this task's: {'; '.join(problems)}. The "
-                "data must have as many classes as that was trained on, in the same order."
+                f"model.adapter_path: the head of {self.adapter_path} is not this task's: {'; '.join(problems)}. Use "
+                "data with the same classes, in the same order, as the head was trained on."
             )
 
     def frozen_prefix(self) -> FrozenPrefix:
-        """Return the part of the backbone whose output the data may keep in the place of the backbone's input.
+        """Return the frozen blocks whose output the data module can cache.
 
         Raises:
-            ModelError: If there is none, or the task cannot go on from its output.
+            ModelError: If the model has no frozen prefix, or cannot continue from the output of the prefix.
         """
         keys = {"tuning: full": self.tuning == "full", "shard_frozen: true": self.shard_frozen}
-        if key := next((key for key, holds in keys.items() if holds), None):
-            raise ModelError(f"data.cache_prefix: with model.{key} no process has a frozen prefix; set it to false.")
+        if key := next((key for key, is_set in keys.items() if is_set), None):
+            raise ModelError(f"data.cache_prefix: with model.{key} no process has a frozen prefix. Set it to false.")
         if self.compiles:
             raise ModelError(
-                "data.cache_prefix: goes past blocks, which model.compile: true cannot follow; set one to false."
+                "data.cache_prefix: true skips blocks, which model.compile: true does not support. Set one of the keys "
+                "to false."
             )
         if self.prefix is None:
             self.prefix = self.build_prefix()
         return self.prefix
 
     def build_prefix(self) -> FrozenPrefix:
-        """Return a task's own prefix; see `modules.scaling.frozen_prefix`."""
-        raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot go on from hidden states; set it to false.")
+        """Return the frozen prefix of a task; see `modules.scaling.frozen_prefix`."""
+        raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot use cached hidden states. Set it to false.")
 
     # ----------------------------------------------------------------------------------------------------------- setup
 
     @property
     def data(self) -> Any:
-        """Return the trainer's data module; `datamodules.contract` says what it may be asked."""
+        """Return the trainer's data module; `datamodules.contract` has its interface."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def take_from_data(self, key: str, known: Any) -> Any:
-        """Return a property of the task (`class_names`, `metrics`), the model's own or else what the data know.
+        """Return the value of a key such as `class_names`: the model's value, or else the value of the data.
+
+        Args:
+            key: A key of the model.
+            known: The value of the data; None if the data have no value.
 
         Raises:
-            ModelError: If neither knows.
+            ModelError: If neither the model nor the data have a value.
         """
         value = known if self.hparams[key] is None else self.hparams[key]
         if value is None:
-            raise ModelError(f"model.{key}: neither the data nor a checkpoint (--ckpt_path) says which they are.")
+            raise ModelError(f"model.{key}: neither the data nor a checkpoint (--ckpt_path) has a value. Set the key.")
         self.hparams[key] = value if isinstance(value, str | int) else list(value)
         return self.hparams[key]
 
     def setup(self, stage: str) -> None:
-        """Check the trainer's precision; runs behind the data module's `setup`.
+        """Check the trainer's precision. Lightning calls this hook after the data module's `setup`.
 
         Raises:
-            ModelError: For a precision that would take the factors out of float32, or scale AdaLoRA's gradients.
+            ModelError: If the precision would cast the factors, or would scale AdaLoRA's gradients.
         """
         if self.trainer.precision not in PRECISIONS:
             raise ModelError(
-                f"trainer.precision: {self.trainer.precision} would take factors and head out of float32; use 32-true, "
-                "bf16-mixed or 16-mixed, and model.backbone_dtype: bfloat16 to save memory."
+                f"trainer.precision: {self.trainer.precision} would cast factors and head, which must stay float32. "
+                "Use 32-true, bf16-mixed or 16-mixed. To save memory, set model.backbone_dtype: bfloat16."
             )
         if self.tuning == "adalora" and self.trainer.precision == "16-mixed":
             raise ModelError(
-                "trainer.precision: 16-mixed scales the loss and skips steps, of which adalora would take a wrong "
+                "trainer.precision: 16-mixed scales the loss and skips steps, so adalora would measure a wrong "
                 "importance. Use bf16-mixed or 32-true."
             )
 
     def configure_model(self) -> None:
-        """Divide the frozen weights among the processes and compile the blocks, if the keys say so."""
+        """Shard the frozen weights and compile the blocks, if `shard_frozen` or `compile` is set."""
         trainer = self._trainer
         if trainer is None:
             return
         if self.shard_frozen and self.shards is None:
-            from modules.scaling.sharding import shard_frozen_weights  # a second of imports that other runs do not need
+            from modules.scaling.sharding import shard_frozen_weights  # This import takes a second.
 
             self.shards = shard_frozen_weights(self, self.backbone, self.fingerprint, trainer)
         if self.compiles and not self._compiled and trainer.state.fn == "fit":
@@ -301,7 +311,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             self._compiled = True
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the checks of a fit, and what evaluates without compilation if training is compiled."""
+        """Return the checks of a fit and, with `compile`, the callback that evaluates without compilation."""
         callbacks: list[L.Callback] = [DivergenceCheck()]
         if not layerdrop_rates(self.backbone):
             callbacks.append(IdleAdapterCheck())
@@ -315,15 +325,15 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
     # ----------------------------------------------------------------------------------------- training and evaluation
 
     def loss(self, batch: Any) -> Tensor:
-        """Return the loss of a batch in training, the mean over its items."""
+        """Return the training loss of a batch, the mean over the batch's items."""
         raise NotImplementedError
 
     def items(self, batch: Any) -> int | Tensor:
-        """Return the number of items that the loss of a batch is the mean over; 1 if all batches have equally many."""
+        """Return the number of items in a batch's loss; 1 if all batches have the same number."""
         return 1
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a batch, and log it as `train/loss`."""
+        """Return the loss of a batch, and log the loss as `train/loss`."""
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         self.items_in_batch = self.items(batch)
@@ -332,12 +342,12 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
     def configure_metrics(
         self, metrics: Metric | MetricCollection, set_names: Mapping[str, Sequence[str]] | None = None
     ) -> None:
-        """Take the metrics of validation and test.
+        """Set the metrics of validation and test.
 
         Args:
             metrics: Metrics whose `compute` returns values by name.
-            set_names: Names of the sets of `val` and `test`, each of which has metrics of its own; None is a single
-                set without a name.
+            set_names: Names of the data sets of `val` and `test`. Each data set has separate metrics. None is a single
+                data set without a name.
         """
         self.set_names = {stage: list((set_names or {}).get(stage, [""])) for stage in STAGES}
         self.metrics = nn.ModuleDict(
@@ -345,33 +355,42 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         )
 
     def update_loss(self, stage: Stage, loss: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Add the loss of each sample of a batch, or their mean with the number of items as its weight."""
+        """Update the mean loss of a stage.
+
+        Args:
+            stage: `val` or `test`.
+            loss: Loss of each sample of a batch, or the mean over the samples.
+            weight: Number of samples or tokens in a mean.
+        """
         cast(MeanMetric, self.losses[stage]).update(loss, weight)
 
     def update_metrics(self, stage: Stage, *values: Any, set_number: int = 0) -> None:
-        """Update the metrics of a set, by its number among the loaders of a stage."""
+        """Update the metrics of a data set; `set_number` is the index of its loader in the stage."""
         metrics = self.metrics[f"{stage}{self.set_names[stage][set_number]}"]
         cast(MetricCollection, metrics).update(*values)
 
     def evaluate(self, stage: Stage, batch: Any, dataloader_idx: int) -> Any:
-        """Update loss and metrics of a stage; what is returned reaches the callbacks.
+        """Update loss and metrics of a stage with a batch.
 
         Args:
             stage: `val` or `test`.
             batch: A batch.
-            dataloader_idx: Number of its loader.
+            dataloader_idx: Index of the batch's loader.
+
+        Returns:
+            Outputs for the callbacks.
         """
         raise NotImplementedError
 
     def scores(self, stage: Stage) -> dict[str, Tensor]:
-        """Return the loss and the metrics of a stage by full name (`val/loss`), and begin anew."""
+        """Return the loss and metrics of a stage by logged name, such as `val/loss`, and reset the metrics."""
         loss = cast(MeanMetric, self.losses[stage])
         values = {f"{stage}/loss": loss.compute()}
         loss.reset()
         for name in self.set_names[stage]:
             metrics = cast(MetricCollection, self.metrics[f"{stage}{name}"])
-            end = f"_{name}" if name else ""
-            values |= {f"{stage}/{key}{end}": value.float() for key, value in metrics.compute().items()}
+            suffix = f"_{name}" if name else ""
+            values |= {f"{stage}/{key}{suffix}": value.float() for key, value in metrics.compute().items()}
             metrics.reset()
         return values
 
@@ -380,23 +399,23 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             self.log(name, value, prog_bar=name.count("/") == 1)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Update `val/loss` and the metrics of validation."""
+        """Update loss and metrics of validation."""
         return self.evaluate("val", batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss and metrics."""
+        """Log loss and metrics of the stage."""
         self._log_scores("val")
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Update `test/loss` and the metrics of the test."""
+        """Update loss and metrics of the test."""
         return self.evaluate("test", batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Log loss and metrics."""
+        """Log loss and metrics of the stage."""
         self._log_scores("test")
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Behind the last batch, help the processes that have more to their shares of sharded weights."""
+        """After the last batch, serve sharded weights to the processes that have more batches."""
         if self.shards is not None:
             self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
 
@@ -405,7 +424,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
     # -------------------------------------------------------------------------------------------------------- optimizer
 
     def trained_groups(self) -> Groups:
-        """Return the named parameter groups of the optimizer, with the learning rate of each."""
+        """Return the optimizer's parameter groups with names and learning rates."""
         groups = parameter_groups(
             self.backbone,
             {name: p for name, p in self.named_parameters() if self._in_head(name)},
@@ -419,28 +438,31 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         return groups if self.baseline is None else groups + self.baseline.groups(self.learning_rate, self.weight_decay)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer over named groups, with a learning rate that is a function of the optimizer step."""
+        """Return the optimizer and its learning rate schedule by optimizer step."""
         optimizer = self.optimizer_spec.build(self.trained_groups())
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise ModelError("trainer.max_epochs: a run without an end has no schedule; set it or max_steps.")
+            raise ModelError(
+                "trainer.max_epochs: the run has no end, and the learning rate schedule needs an end. Set the key or "
+                "trainer.max_steps."
+            )
         factor = schedule_factor(self.schedule, self.warmup_ratio, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Let this run's learning rates, weight decay and length win over those that the optimizer was set up with.
+        """Apply this run's learning rates, weight decay and length to the optimizer and the schedule.
 
-        These differ on resume, when the optimizer has its saved state, and after a search of LearningRateFinder or
-        BatchSizeFinder. The range test of LearningRateFinder is a training of its own, in which this hook is called
-        too: the learning rate that it tries is then multiplied, at each step, by the ratio of each group.
+        The optimizer can have other values: on resume from a checkpoint, and after LearningRateFinder or
+        BatchSizeFinder. LearningRateFinder calls this hook for its range test too. In the range test, each step
+        multiplies the tried learning rate by the ratio of each group.
 
         Raises:
-            ModelError: If the factors were to be given, and nothing has.
+            ModelError: If the initialiser is `given` and no factors were loaded.
         """
         if self.adapter.init_a == "given" and not any(t.any() for t in adapter_state(self.backbone).values()):
             raise ModelError(
-                "adapter.init_a and adapter.init_b: given says that the factors come from elsewhere; set "
-                "model.adapter_path, or choose others (orthogonal and zero)."
+                "adapter.init_a and adapter.init_b: given needs factors from a file. Set model.adapter_path, or choose "
+                "other initialisers (orthogonal and zero)."
             )
         scheduler, groups = self.lr_schedulers(), self.trained_groups()
         if not isinstance(scheduler, LambdaLR):
@@ -450,24 +472,24 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
             return
         if self._range_test is not None:
             changed = self.learning_rate != self._range_test.base
-            origin = "found by" if changed else "as before, for there was no suggestion of"
-            _log.info(f"model.learning_rate: {self.learning_rate:g}, {origin} LearningRateFinder.")
+            origin = "from LearningRateFinder" if changed else "unchanged, since LearningRateFinder suggested no value"
+            _log.info(f"model.learning_rate: {self.learning_rate:g}, {origin}.")
             self._range_test.end()
             self._range_test = None
-        # what is left decides where in the schedule this is: batches or processes may be others than before
+        # The number of batches or processes may have changed since the checkpoint, and so the number of steps.
         total = self.trainer.global_step + steps_left(self.trainer)
         restart_schedule(scheduler, groups, schedule_factor(self.schedule, self.warmup_ratio, total))
         if self.baseline is not None:
             self.baseline.start(total)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Add AdaLoRA's regularisation to what is differentiated; `train/loss` is without it, as of other tunings."""
+        """Add AdaLoRA's regularisation to the loss. The logged `train/loss` stays comparable with other tunings."""
         if self.baseline is not None:
             loss = loss + self.baseline.penalty() / self.trainer.accumulate_grad_batches
         super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        """Step, then let AdaLoRA prune."""
+        """Step the optimizer, then prune with AdaLoRA."""
         super().optimizer_step(epoch, batch_idx, *args, **kwargs)
         if self.baseline is not None and self._range_test is None:
             self.baseline.after_step(self.trainer.global_step + 1)
@@ -475,19 +497,19 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
     # ------------------------------------------------------------------------------------------------------- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of a method of PEFT."""
+        """Add AdaLoRA's state to the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         if self.baseline is not None and (state := self.baseline.state()):
             checkpoint[self.tuning] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the state of a method of PEFT, if training goes on."""
+        """Restore AdaLoRA's state if training resumes."""
         super().on_load_checkpoint(checkpoint)
         if self.baseline is not None and self._trainer is not None and self._trainer.state.fn == "fit":
             self.baseline.load_state(checkpoint.get(self.tuning))
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return trainable and total parameters, and the bytes that the adapters alone would take in a file."""
+        """Return the numbers of trainable and total parameters, and the size of the adapters in bytes."""
         factors = adapter_state(self.backbone) if self.baseline is None else self.baseline.parameters()
         return {
             "params/trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
@@ -497,19 +519,23 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
 
 def _check_tuning(tuning: Tuning, backbone_dtype: BackboneDtype, adapter_path: str | None, shard_frozen: bool) -> None:
-    """Check that the keys that depend on the tuning fit it.
+    """Check the keys that depend on `tuning`.
 
     Raises:
-        ModelError: With the key that does not.
+        ModelError: With the key that excludes the tuning.
     """
     if tuning == "full" and backbone_dtype != "float32":
         raise ModelError(
-            "model.backbone_dtype: bfloat16 is for frozen weights, since small updates to it are rounded away; "
-            "with tuning: full use float32 (and --trainer.precision bf16-mixed for speed)."
+            "model.backbone_dtype: bfloat16 is for frozen weights, since bfloat16 rounds small updates away. With "
+            "tuning: full use float32, and --trainer.precision bf16-mixed for speed."
         )
     if adapter_path is not None and tuning != "adapter":
-        raise ModelError(f"model.adapter_path: with tuning {tuning} there are no adapters; set it to adapter.")
+        raise ModelError(f"model.adapter_path: with tuning {tuning} there are no adapters. Set model.tuning: adapter.")
     if shard_frozen and tuning == "full":
-        raise ModelError("model.shard_frozen: with tuning: full nothing is frozen; set it to false, or tune adapters.")
+        raise ModelError(
+            "model.shard_frozen: with tuning: full nothing is frozen. Set the key to false, or tune adapters."
+        )
     if shard_frozen and tuning in METHODS:
-        raise ModelError(f"model.shard_frozen: tuning {tuning} has layers of PEFT, which stay whole. Set it to false.")
+        raise ModelError(
+            f"model.shard_frozen: layers of tuning {tuning} are PEFT's and cannot be sharded. Set the key to false."
+        )

@@ -31,11 +31,12 @@ class ImageClassifier(AdaptedModule):
     Batches are `datamodules.contract.ImageBatch`.
 
     Args:
-        backbone: timm's name, `vit_base_patch16_224.augreg_in21k`, or a model in timm's layout: `hf_hub:ORG/NAME` on
-            the hub, `local-dir:PATH` in a directory.
-        image_size: Side of the input in pixels; None takes the backbone's own. Position embeddings are resized.
+        backbone: A timm name, such as `vit_base_patch16_224.augreg_in21k`, or a model in timm's layout:
+            `hf_hub:ORG/NAME` on the hub, `local-dir:PATH` in a directory.
+        image_size: Height and width of the input in pixels; None is the backbone's size. Position embeddings are
+            resized.
         label_smoothing: Share of the target spread over all classes in training, in [0, 1).
-        class_names: Names of the classes by label; None takes the data's. A checkpoint remembers them.
+        class_names: Class names by label; None takes the names from the data. A checkpoint contains the names.
         class_weights: Weights of the classes in the training loss: `balanced` (inverse to their counts), a list in the
             order of the labels, or None for equal weights. Evaluation is never weighted.
     """
@@ -69,7 +70,7 @@ class ImageClassifier(AdaptedModule):
             self.load_given_heads()
 
     def setup(self, stage: str) -> None:
-        """Take the classes of the data, if the model has none yet, and build the head."""
+        """Set the classes from the data, if the model has no classes yet, and build the head."""
         super().setup(stage)
         data = self.data
         known = data.class_names if isinstance(data, HasClasses) else None
@@ -86,16 +87,16 @@ class ImageClassifier(AdaptedModule):
         self.domains = nn.ModuleList(metrics)
 
     def peft_head_names(self) -> dict[str, tuple[str, ...]]:
-        """Return the name of timm's classifier, or of the two of a distilled model."""
+        """Return the name of timm's classifier; a distilled model has two classifiers."""
         names = self.backbone.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
         return {"head": (names,) if isinstance(names, str) else tuple(names)}
 
     def build_head(self) -> nn.Module:
-        """Return a linear layer from the pooled features to the classes; configure the metrics of as many."""
+        """Return a linear layer from the pooled features to the classes, and configure the metrics."""
         assert self.class_names is not None
         classes = len(self.class_names)
         if classes < 2:
-            raise ModelError(f"model.class_names: {self.class_names} leaves nothing to tell apart; give two or more.")
+            raise ModelError(f"model.class_names: {self.class_names} has fewer than two classes. Give two or more.")
         top: dict[str, Metric | MetricCollection] = {
             f"acc{k}": MulticlassAccuracy(classes, average="micro", top_k=k) for k in (1, 5) if k == 1 or classes >= 20
         }
@@ -103,18 +104,18 @@ class ImageClassifier(AdaptedModule):
         self.confusion = MulticlassConfusionMatrix(classes)
         features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         head = nn.Linear(int(features), classes)  # type: ignore[arg-type]  # timm's own attributes
-        # of the run's seed alone: starting the processes of DDP draws from the global generator
+        # The head must depend only on the run's seed, and DDP's start draws from the global generator.
         generator = torch.Generator().manual_seed(torch.initial_seed())
         nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
         nn.init.zeros_(head.bias)
         return head
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits (batch, classes), float32, of normalised images (batch, 3, height, width)."""
-        return self._classify(self.backbone(image.to(self.backbone_dtype)))  # of (batch, features)
+        """Return logits (batch, classes), float32, for normalised images (batch, 3, height, width)."""
+        return self._classify(self.backbone(image.to(self.backbone_dtype)))  # (batch, classes)
 
     def logits(self, batch: ImageBatch) -> Tensor:
-        """Return the logits of a batch, of its images or of their hidden states behind the frozen prefix."""
+        """Return logits for the images of a batch, or for the cached outputs of the frozen prefix."""
         if HIDDEN not in batch:
             logits: Tensor = self(batch["image"])
             return logits
@@ -132,8 +133,8 @@ class ImageClassifier(AdaptedModule):
         """Return the patch embedding and the blocks below the lowest adapter of a timm ViT."""
         if not isinstance(self.backbone, VisionTransformer):
             raise ModelError(
-                f"data.cache_prefix: is for timm's plain ViTs, and {self.hparams['backbone']} is a "
-                f"{type(self.backbone).__name__}; set it to false."
+                f"data.cache_prefix: true supports only timm's plain ViTs, and {self.hparams['backbone']} is a "
+                f"{type(self.backbone).__name__}. Set the key to false."
             )
         keys = ("backbone", "backbone_args", "image_size")
         return FrozenPrefix(
@@ -155,7 +156,7 @@ class ImageClassifier(AdaptedModule):
         return F.cross_entropy(logits, batch["label"], weights, label_smoothing=self.label_smoothing)
 
     def evaluate(self, stage: Stage, batch: ImageBatch, dataloader_idx: int) -> None:
-        """Update loss, accuracy and, in a test, the confusion matrix; of other domains the accuracy alone."""
+        """Update loss, accuracy and, in a test, the confusion matrix. Other domains have only an accuracy."""
         logits, label = self.logits(batch), batch["label"]
         if dataloader_idx > 0:
             cast(Metric, self.domains[dataloader_idx - 1]).update(logits, label)
@@ -168,12 +169,12 @@ class ImageClassifier(AdaptedModule):
     def scores(self, stage: Stage) -> dict[str, Tensor]:
         """Return `<stage>/loss`, `<stage>/acc1`, `macro_f1`, `ece` and, of 20 classes or more, `acc5`.
 
-        `test/<domain>/acc1` is the accuracy of a domain, `test/ood/acc1` their unweighted mean, and `gap/ood` the
-        in-domain accuracy less that mean. Callbacks have read the confusion matrix by now.
+        `test/<domain>/acc1` is the accuracy of a domain. `test/ood/acc1` is the unweighted mean over domains. `gap/ood`
+        is the in-domain accuracy minus the mean.
         """
         values = super().scores(stage)
         if stage == "test":
-            self.confusion.reset()
+            self.confusion.reset()  # Callbacks run before this method and have read the confusion matrix.
             accuracies = [cast(Metric, metric).compute() for metric in self.domains]
             values |= {f"test/{name}/acc1": a for name, a in zip(self.domain_names, accuracies, strict=True)}
             if accuracies:
@@ -182,10 +183,10 @@ class ImageClassifier(AdaptedModule):
         return values
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, list[Any]]:
-        """Return rows of a table: index and name of the image, its class, and probabilities in [0, 1].
+        """Return table rows: index and name of the image, predicted class, and probabilities in [0, 1].
 
-        `probability` is that of the class, and `probabilities` has those of all classes by name. If images of the batch
-        could not be decoded, a column `error` says why; their class and probabilities are empty.
+        `probability` is that of the predicted class. `probabilities` has every class by name. If an image could not be
+        decoded, a column `error` has the reason, and class and probabilities are empty.
         """
         assert self.class_names is not None
         probabilities = self.logits(batch).softmax(-1)

@@ -1,4 +1,4 @@
-"""Instruction tuning of decoders: LLaMA, Mistral, Qwen, SmolLM and whatever else `AutoModelForCausalLM` loads."""
+"""Instruction tuning and multiple choice with decoders that `AutoModelForCausalLM` loads, such as LLaMA."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transfo
 
 
 class LanguageModel(AdaptedModule):
-    """A pretrained decoder, trained on responses to prompts, and evaluated by their loss or on multiple choice.
+    """A pretrained decoder, trained on responses to prompts and evaluated by loss or on multiple choice.
 
-    Batches are `datamodules.contract.InstructionBatch` or, of multiple choice, `QuestionBatch`.
+    Batches are `datamodules.contract.InstructionBatch` or, for multiple choice, `QuestionBatch`.
 
     Args:
-        backbone: A name on the hub, `meta-llama/Llama-2-7b-hf`, a directory in the hub's layout, or a GGUF file of
-            either (`DIRECTORY/model.gguf`, `owner/name/model.gguf`).
-        gradient_checkpointing: Whether each layer's activations are computed again in backward rather than kept: one
-            more forward pass a step, and memory for one layer instead of all.
-        generation: How responses are generated in prediction.
-        prompt_template: Jinja template of the prompts that the model was trained with; the data say it, and a
-            checkpoint keeps it.
-        response_end: Token that this template ends a response with, likewise.
-        backbone_dtype: Dtype of the frozen weights; see `AdaptedModule`, as for the keys below.
-        tuning: `adapter`, `full`, `adalora` or `ia3`; there is no new head.
-        adapter: The adapters.
-        weight_decay: Weight decay.
-        warmup_ratio: Share of the warm-up.
+        backbone: A name on the hub, such as `meta-llama/Llama-2-7b-hf`, a directory in the hub's layout, or a GGUF file
+            (`DIRECTORY/model.gguf`, or `owner/name/model.gguf` on the hub).
+        gradient_checkpointing: If true, recompute each layer's activations in backward instead of storing them. A step
+            then needs one more forward pass, and memory for one layer instead of all layers.
+        generation: Decoding of responses in prediction.
+        prompt_template: Jinja template of the training prompts. The data set the template, and a checkpoint contains
+            the template.
+        response_end: Token id that ends a response in the template; from the data or a checkpoint too.
+        backbone_dtype: Dtype of the frozen weights; see `AdaptedModule`.
+        tuning: `adapter`, `full`, `adalora` or `ia3`; see `AdaptedModule`. The task has no new head.
+        adapter: Configuration of the adapters.
+        weight_decay: Weight decay; see `AdaptedModule`.
+        warmup_ratio: Share of the steps that warm up; see `AdaptedModule`.
     """
 
     kinds = (DataKind.INSTRUCTIONS, DataKind.QUESTIONS)
@@ -81,26 +81,28 @@ class LanguageModel(AdaptedModule):
         config = built.model.config
         if type(config) in AutoModelForMaskedLM._model_mapping and not config_value(config, "is_decoder"):
             raise ModelError(
-                f"model.backbone: {backbone} is a {config.model_type}, whose tokens see those behind them, which are "
-                "to be predicted; choose a decoder."
+                f"model.backbone: {backbone} is a {config.model_type}, an encoder whose tokens attend to later tokens. "
+                "Choose a decoder."
             )
         if built.new and self.weights != "none":
-            raise ModelError(f"model.weights: {backbone} has no weights of {', '.join(sorted(built.new)[:3])}.")
+            raise ModelError(
+                f"model.weights: {backbone} has no weights of {', '.join(sorted(built.new)[:3])}. Choose other weights."
+            )
         self.backbone: PreTrainedModel = built.model
         self.tokenizer = load_tokenizer(backbone, built.model, pads=False)
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
-                f"model.backbone: the tokenizer of {backbone} has no token for the end of a text, without which no "
-                "response would end; name it as eos_token in tokenizer_config.json."
+                f"model.backbone: the tokenizer of {backbone} has no end-of-text token, so a response would never end. "
+                "Set eos_token in tokenizer_config.json."
             )
-        if self.tokenizer.pad_token_id is None:  # seen by no loss and no attention
+        if self.tokenizer.pad_token_id is None:  # Any token will do, since loss and attention mask the padding.
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.position_limit = position_limit(built.model)
         self.generation = generation if isinstance(generation, Decoding) else Decoding(**generation)
         if self.position_limit is not None and self.generation.max_new_tokens >= self.position_limit:
             raise ModelError(
                 f"model.generation.max_new_tokens: {self.generation.max_new_tokens} leaves no room for a prompt in the "
-                f"{self.position_limit} positions of the backbone."
+                f"{self.position_limit} positions of the backbone. Use a smaller value."
             )
         self._own_generation = self.backbone.generation_config
         self.configure_generation()
@@ -122,14 +124,15 @@ class LanguageModel(AdaptedModule):
             checkpoint_activations(self.backbone)
         except ValueError as error:
             raise ModelError(
-                f"model.gradient_checkpointing: {type(self.backbone).__name__} cannot do it; set it to false."
+                f"model.gradient_checkpointing: {type(self.backbone).__name__} does not support it. Set the key to "
+                "false."
             ) from error
 
     def setup(self, stage: str) -> None:
-        """Take the prompt template of the data, and check that packed sequences are kept apart.
+        """Set the prompt template from the data, and check that packed sequences do not attend to each other.
 
         Raises:
-            ModelError: If the data's template is not the one trained with, or packed sequences would see each other.
+            ModelError: If the checkpoint was trained with another template, or packed sequences attend to each other.
         """
         super().setup(stage)
         data = self.data
@@ -137,8 +140,8 @@ class LanguageModel(AdaptedModule):
             template = data.prompt_template
             if self.take_from_data("prompt_template", template) != template:
                 raise ModelError(
-                    "data.template: the checkpoint was trained with another prompt template than this one; leave "
-                    "data.template as it was and, if it is `chat`, the backbone's tokenizer too."
+                    "data.template: the checkpoint was trained with another prompt template. Set data.template as in "
+                    "the checkpoint's run. With `chat`, use the same tokenizer too."
                 )
             self.take_from_data("response_end", data.response_end)
             self.configure_generation()
@@ -148,17 +151,17 @@ class LanguageModel(AdaptedModule):
     # -------------------------------------------------------------------------------------------------------- training
 
     def forward(self, batch: InstructionBatch) -> tuple[Tensor, Tensor]:
-        """Return the logits of the tokens to learn, and these tokens.
+        """Return the logits that predict the response tokens, and the response tokens.
 
         Returns:
-            (learnt tokens, vocabulary) float32, each given the tokens before it, and (learnt tokens,) int64.
+            Logits (response tokens, vocabulary) float32, and tokens (response tokens,) int64.
         """
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (batch, tokens): what comes next
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (batch, tokens): the next tokens
         selected = targets != IGNORE_INDEX
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", HIDDEN) if key in batch
         }
-        with backbone_inputs(self.prefix, given) as inputs:
+        with backbone_inputs(self.prefix, arguments) as inputs:
             return selected_logits(self.backbone, selected, **inputs, use_cache=False), targets[selected]
 
     def build_prefix(self) -> FrozenPrefix:
@@ -166,40 +169,41 @@ class LanguageModel(AdaptedModule):
         return transformers_prefix(self.backbone, self.projections, (), self.trainer, lambda batch: self(batch)[0])
 
     def loss(self, batch: InstructionBatch) -> Tensor:
-        """Return the mean cross-entropy over the tokens of all responses."""
+        """Return the mean cross-entropy over all response tokens."""
         return F.cross_entropy(*self(batch))
 
     def items(self, batch: InstructionBatch) -> Tensor:
-        """Return the number of tokens of all responses."""
+        """Return the number of response tokens."""
         return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
     @torch.no_grad()
     def check_packing(self) -> None:
-        """Check that a packed sequence does not depend on the sequence before it.
+        """Check that the backbone separates packed sequences by `position_ids`.
 
         Raises:
-            ModelError: If the backbone does not keep them apart by `position_ids`.
+            ModelError: If the logits of a packed sequence depend on the previous sequence.
         """
         vocabulary = self.backbone.config.get_text_config().vocab_size
         ids = torch.arange(12, device=self.backbone.device).remainder(vocabulary).repeat(2, 1)
-        ids[1, :5] += 1  # another first sequence
+        ids[1, :5] += 1  # The rows differ only in the first of two packed sequences.
         positions = torch.tensor([*range(5), *range(7)], device=ids.device).repeat(2, 1)
         training = self.backbone.training
         self.backbone.train(False)
         try:
-            one, other = self.backbone(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
-        except TypeError:  # a model without positions as an input
-            one, other = torch.zeros(1), torch.ones(1)
+            first, second = self.backbone(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
+        except TypeError:  # The model does not accept `position_ids`.
+            first, second = torch.zeros(1), torch.ones(1)
         self.backbone.train(training)
-        if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+        if not torch.allclose(first, second, rtol=1e-4, atol=1e-4):
             raise ModelError(
-                f"data.packing: {type(self.backbone).__name__} does not keep packed sequences apart; set it to false."
+                f"data.packing: {type(self.backbone).__name__} does not keep packed sequences apart. Set the key to "
+                "false."
             )
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
     def evaluate(self, stage: Stage, batch: InstructionBatch | QuestionBatch, dataloader_idx: int) -> None:
-        """Update loss and token accuracy or, of multiple choice, the accuracy of the answers."""
+        """Update loss and token accuracy or, for multiple choice, the accuracy of the answers."""
         if "choices" in batch:
             scores = choice_log_probabilities(self.backbone, batch, self.prefix_cache)
             cast(MultipleChoiceAccuracy, self.choices[stage]).update(scores, batch["answers"], batch["subject"])
@@ -209,9 +213,9 @@ class LanguageModel(AdaptedModule):
         self.update_metrics(stage, (logits.argmax(-1) == targets).float())
 
     def scores(self, stage: Stage) -> dict[str, Tensor]:
-        """Return `<stage>/loss` per token of the responses, its exponential `perplexity`, and `token_acc`.
+        """Return `<stage>/loss` per response token, its exponential `perplexity`, and `token_acc`.
 
-        Of multiple choice there are `<stage>/acc` and its like; see `MultipleChoiceAccuracy`.
+        For multiple choice, return `<stage>/acc` and the other accuracies of `MultipleChoiceAccuracy`.
         """
         choices = cast(MultipleChoiceAccuracy, self.choices[stage])
         if choices.update_called:
@@ -223,16 +227,16 @@ class LanguageModel(AdaptedModule):
         return values | {f"{stage}/perplexity": values[f"{stage}/loss"].exp()}
 
     def generate(self, batch: InstructionBatch) -> list[str]:
-        """Return responses to a batch of prompts that are padded at the left.
+        """Return responses to a batch of left-padded prompts.
 
         Raises:
-            ModelError: If the longest and a response to it are more than the backbone has positions for.
+            ModelError: If the longest prompt and its response exceed the backbone's positions.
         """
-        length, most = batch["input_ids"].shape[1], self.generation.max_new_tokens
-        if self.position_limit is not None and length + most > self.position_limit:
+        length, limit = batch["input_ids"].shape[1], self.generation.max_new_tokens
+        if self.position_limit is not None and length + limit > self.position_limit:
             raise ModelError(
                 f"data.max_length: a prompt of {length} tokens and a response of model.generation.max_new_tokens "
-                f"{most} are more than the {self.position_limit} positions of the backbone; lower either."
+                f"{limit} are more than the {self.position_limit} positions of the backbone. Lower one of the keys."
             )
         search: Any = self.backbone.generate
         tokens = search(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -241,7 +245,7 @@ class LanguageModel(AdaptedModule):
         return [text.strip() for text in texts]
 
     def predict_step(self, batch: InstructionBatch | QuestionBatch, batch_idx: int) -> dict[str, list[Any]]:
-        """Return rows of a table: index and response, or of multiple choice the log-probability of each letter."""
+        """Return table rows: index and response, or for multiple choice the log-probability of each letter."""
         if "choices" in batch:
             scores = choice_log_probabilities(self.backbone, batch, self.prefix_cache)
             return {"index": batch["index"].tolist(), "log_probabilities": scores.tolist()}

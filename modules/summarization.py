@@ -1,4 +1,4 @@
-"""Summaries, or any text from a text, with Hugging Face encoder-decoders."""
+"""Summarization and other text-to-text tasks with Hugging Face encoder-decoders."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Summarizer(AdaptedModule):
     Batches are `datamodules.contract.SummaryBatch`.
 
     Args:
-        backbone: A name on the hub, `facebook/bart-large`, or a directory in the hub's layout.
+        backbone: A name on the hub, such as `facebook/bart-large`, or a directory in the hub's layout.
         label_smoothing: Share of the target spread over the vocabulary in training, in [0, 1).
         generation: Beam search in validation, test and prediction.
-        tuning: `adapter`, `full`, `adalora` or `ia3`; there is no new head. See `AdaptedModule`, as for the keys below.
-        learning_rate: Peak learning rate.
-        schedule: Shape of the learning rate.
+        tuning: `adapter`, `full`, `adalora` or `ia3`; see `AdaptedModule`. The task has no new head.
+        learning_rate: Peak learning rate; see `AdaptedModule`.
+        schedule: Shape of the learning rate; see `AdaptedModule`.
     """
 
     kinds = (DataKind.SUMMARIES,)
@@ -55,19 +55,23 @@ class Summarizer(AdaptedModule):
         )
         self.backbone: PreTrainedModel = built.model
         if not hasattr(self.backbone, "prepare_decoder_input_ids_from_labels"):
-            raise ModelError(f"model.backbone: {type(self.backbone).__name__} does not say how its decoder begins.")
+            raise ModelError(
+                f"model.backbone: {type(self.backbone).__name__} cannot build decoder inputs from labels. Choose "
+                "another backbone."
+            )
         self.tokenizer = load_tokenizer(backbone, built.model)
         self.position_limit = position_limit(built.model)
         self.generation = generation if isinstance(generation, Generation) else Generation(**generation)
         if self.position_limit is not None and self.generation.max_length > self.position_limit:
             raise ModelError(
                 f"model.generation.max_length: {self.generation.max_length} tokens are more than the "
-                f"{self.position_limit} that the backbone has positions for."
+                f"{self.position_limit} that the backbone has positions for. Use {self.position_limit} or less."
             )
-        own = self.backbone.generation_config.to_dict()  # only its start, end and forced tokens count
-        tokens = {key: value for key, value in own.items() if key.endswith("_token_id")}
+        # Only the special tokens come from the backbone. `generation` sets the search.
+        pretrained = self.backbone.generation_config.to_dict()
+        tokens = {key: value for key, value in pretrained.items() if key.endswith("_token_id")}
         self.backbone.generation_config = GenerationConfig.from_dict({**tokens, **asdict(self.generation)})
-        # an output layer of its own is a head only if it came without weights
+        # An untied output layer is a head only if it has no pretrained weights.
         self.configure_tuning([h for h in built.heads if any(name.startswith(f"{h}.") for name in built.new)])
         self.load_given_heads()
         self.configure_metrics(Rouge())
@@ -75,7 +79,7 @@ class Summarizer(AdaptedModule):
     # -------------------------------------------------------------------------------------------------------- training
 
     def forward(self, batch: SummaryBatch) -> Tensor:
-        """Return logits (batch, target tokens, vocabulary), float32, each given the labels before it."""
+        """Return logits (batch, target tokens, vocabulary), float32, with teacher forcing."""
         start: Any = self.backbone.prepare_decoder_input_ids_from_labels
         outputs = self.backbone(
             input_ids=batch["input_ids"],
@@ -87,7 +91,7 @@ class Summarizer(AdaptedModule):
         return logits.float()
 
     def loss(self, batch: SummaryBatch) -> Tensor:
-        """Return the mean cross-entropy over the tokens of all targets, with label smoothing."""
+        """Return the mean cross-entropy over all target tokens, with label smoothing."""
         return self._loss(batch, self.label_smoothing)
 
     def _loss(self, batch: SummaryBatch, label_smoothing: float) -> Tensor:
@@ -96,13 +100,13 @@ class Summarizer(AdaptedModule):
         return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing)
 
     def items(self, batch: SummaryBatch) -> Tensor:
-        """Return the number of tokens of all targets."""
+        """Return the number of target tokens."""
         return (batch["labels"] != IGNORE_INDEX).sum()
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
     def generate(self, batch: SummaryBatch) -> list[str]:
-        """Return the texts that beam search finds for a batch of sources."""
+        """Return summaries of a batch of sources by beam search."""
         search: Any = self.backbone.generate
         tokens = search(  # (batch, at most max_length)
             input_ids=batch["input_ids"],
@@ -112,12 +116,12 @@ class Summarizer(AdaptedModule):
         return [text.strip() for text in texts]
 
     def evaluate(self, stage: Stage, batch: SummaryBatch, dataloader_idx: int) -> list[str]:
-        """Update the loss, without label smoothing, and ROUGE; return the summaries."""
+        """Update the loss without label smoothing, and ROUGE; return the summaries."""
         self.update_loss(stage, self._loss(batch, 0.0), self.items(batch))
         summaries = self.generate(batch)
         self.update_metrics(stage, summaries, batch["reference"])
         return summaries
 
     def predict_step(self, batch: SummaryBatch, batch_idx: int) -> dict[str, list[Any]]:
-        """Return rows of a table: index of the source and its summary."""
+        """Return table rows: index of the source, and summary."""
         return {"index": batch["index"].tolist(), "summary": self.generate(batch)}

@@ -1,4 +1,4 @@
-"""Classification of one or two sentences, or regression on them, with any Hugging Face encoder."""
+"""Classification or regression on one or two sentences, with any Hugging Face encoder."""
 
 from __future__ import annotations
 
@@ -33,24 +33,26 @@ from modules.training.optimization import Schedule
 
 
 class TextClassifier(AdaptedModule):
-    """A pretrained encoder with its family's own classification head.
+    """A pretrained encoder with the classification head of its architecture.
 
-    The head is what the pretrained model lacks: RoBERTa's `classifier.dense` and `out_proj`, DistilBERT's
-    `pre_classifier` too, a pooler without weights. The head is trained whole and saved. Its output layer is kept only
-    if it was loaded and stands for the data's classes, by their names in order.
+    The head consists of the modules without pretrained weights, such as RoBERTa's `classifier.dense` and `out_proj`,
+    DistilBERT's `pre_classifier`, or a pooler. The head is fully trained and saved. A pretrained output layer is kept
+    only if its class names equal the data's class names, in order.
 
     Batches are `datamodules.contract.TextBatch`.
 
     Args:
-        backbone: A name on the hub, `roberta-base`, or a directory in the hub's layout.
-        class_names: Names of the classes by label, [] for regression; None takes the data's. A checkpoint remembers.
-        metrics: Of `accuracy`, `f1`, `macro_f1`, `matthews`, `pearson`, `spearman`; None takes the data's. `val/score`
-            is the mean of these metrics. Every classification logs `macro_f1` and `ece` (calibration error) besides.
+        backbone: A name on the hub, such as `roberta-base`, or a directory in the hub's layout.
+        class_names: Class names by label, [] for regression; None takes the names from the data. A checkpoint contains
+            the names.
+        metrics: List of `accuracy`, `f1`, `macro_f1`, `matthews`, `pearson`, `spearman`; None takes those of the
+            data. `val/score` is the mean of the metrics. Every classification also logs `macro_f1` and `ece`.
         class_weights: Weights of the classes in the training loss: `balanced` (inverse to their counts), a list in the
             order of the labels, or None for equal weights. Evaluation is never weighted.
-        schedule: Shape of the learning rate; see `AdaptedModule`, as for the key below.
-        warmup_ratio: Share of the warm-up.
-        pad_token: Token of the vocabulary to pad with, for tokenizers that have none; None takes the tokenizer's own.
+        schedule: Shape of the learning rate; see `AdaptedModule`.
+        warmup_ratio: Share of the steps that warm up; see `AdaptedModule`.
+        pad_token: Padding token for tokenizers without a padding token, from the vocabulary; None uses the tokenizer's
+            padding token.
     """
 
     kinds = (DataKind.LABELLED_TEXTS,)
@@ -78,9 +80,8 @@ class TextClassifier(AdaptedModule):
         self.model_config = built.model.config
         self.backbone = built.model
         self.tokenizer = load_tokenizer(backbone, built.model, pad_token=pad_token)
-        if (
-            pad_token is not None or self.model_config.pad_token_id is None
-        ):  # decoders look for the last token before the padding
+        # Decoders classify at the last token before the padding.
+        if pad_token is not None or self.model_config.pad_token_id is None:
             self.model_config.pad_token_id = self.tokenizer.pad_token_id
         self.position_limit = position_limit(built.model)
         self._new = built.new
@@ -90,7 +91,7 @@ class TextClassifier(AdaptedModule):
             self.configure_labels(class_names)
 
     def setup(self, stage: str) -> None:
-        """Take the classes and the metrics of the data, if the model has none yet."""
+        """Set classes and metrics from the data, if the model has none yet."""
         super().setup(stage)
         data = self.data
         classes = self.take_from_data("class_names", data.class_names if isinstance(data, HasClasses) else None)
@@ -107,21 +108,21 @@ class TextClassifier(AdaptedModule):
             self.loss_weights = loss_weights(self.class_weights, classes, counts)
 
     def configure_labels(self, class_names: list[str]) -> None:
-        """Give the head one output a class, or one for regression.
+        """Give the head one output for each class, or one output for regression.
 
         Raises:
-            ModelError: For a single class, or a head without an output layer.
+            ModelError: If there is only one class, or the head has no output layer.
         """
         if len(class_names) == 1:
-            raise ModelError(f"model.class_names: {class_names} leaves nothing to tell apart; give two or more.")
+            raise ModelError(f"model.class_names: {class_names} has fewer than two classes. Give two or more.")
         self.class_names = class_names
         config = self.model_config
         name, old = self._output_layer(int(config.num_labels or 0))
         loaded = [str(label).lower() for _, label in sorted(dict(config.id2label or {}).items())]
-        same = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
-        if f"{name}.weight" in self._new or not same:
+        same_classes = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
+        if f"{name}.weight" in self._new or not same_classes:
             output = nn.Linear(old.in_features, max(len(class_names), 1), bias=old.bias is not None)
-            # of the run's seed alone: starting the processes of DDP draws from the global generator
+            # The head must depend only on the run's seed, and DDP's start draws from the global generator.
             generator = torch.Generator().manual_seed(torch.initial_seed())
             nn.init.normal_(output.weight, std=config_value(config, "initializer_range", 0.02), generator=generator)
             if output.bias is not None:
@@ -135,7 +136,7 @@ class TextClassifier(AdaptedModule):
         self.load_given_heads()
 
     def _output_layer(self, outputs: int) -> tuple[str, nn.Linear]:
-        """Return the last linear layer of the heads with so many outputs, and its name."""
+        """Return the name and module of the heads' last linear layer with this number of outputs."""
         heads = [name.removeprefix("backbone.") for name in self.head_names]
         layers = [
             (name, module)
@@ -145,19 +146,20 @@ class TextClassifier(AdaptedModule):
         ]
         if not layers:
             raise ModelError(
-                f"model.backbone: {type(self.backbone).__name__} has no linear output layer to fit to the task."
+                f"model.backbone: {type(self.backbone).__name__} has no linear output layer to fit to the task. Choose "
+                "another backbone."
             )
         return layers[-1]
 
     def forward(self, batch: TextBatch) -> Tensor:
         """Return logits (batch, classes), or scores (batch,) in regression, float32."""
-        given = {k: v for k, v in batch.items() if k not in ("label", "index")}
-        with backbone_inputs(self.prefix, given) as inputs:
+        arguments = {k: v for k, v in batch.items() if k not in ("label", "index")}
+        with backbone_inputs(self.prefix, arguments) as inputs:
             logits: Tensor = self.backbone(**inputs).logits
         return logits.float() if self.class_names else logits.float().squeeze(-1)
 
     def build_prefix(self) -> FrozenPrefix:
-        """Return the embeddings and the blocks below the lowest adapter of an encoder such as BERT and RoBERTa."""
+        """Return the embeddings and the blocks below the lowest adapter."""
         heads = [name.removeprefix("backbone.") for name in self.head_names]
         return transformers_prefix(self.backbone, self.projections, heads, self.trainer, self)
 

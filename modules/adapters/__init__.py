@@ -1,9 +1,19 @@
 """Asymmetric low-rank adapters, W + s·B·A with one factor frozen, in pure torch.
 
-Read in this order: `config` (the keys), `patterns` (ranks by name), `init` (initialisers), `weight` (the frozen W),
-`functional` (the equation and its gradients), `linear` (the layer), `roles` (which layers), `attach` (into a model and
-out of it), `state` (factors as tensors), `spectrum` (singular values). The package imports nothing from the rest of the
-program, so it works under any name.
+Reading order:
+
+1. `config`: the configuration keys
+2. `patterns`: ranks and alphas by layer name
+3. `init`: initialisers
+4. `weight`: the frozen W
+5. `functional`: the equation and its gradients
+6. `linear`: the adapted layer
+7. `roles`: layers that can be adapted
+8. `attach`: attach, detach, merge
+9. `state`: factors as tensors
+10. `spectrum`: singular values
+
+The package imports nothing from the rest of the program.
 """
 
 from .attach import adapters_disabled, attach, detach, merge, set_enabled, unmerge

@@ -18,30 +18,30 @@ from .state import adapted_layers
 def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = ()) -> list[Projection]:
     """Wrap the targeted linear layers of a model in place, and freeze everything but the factors.
 
-    Hooks on a wrapped layer rest until `detach`. An adapter works only where the parent module calls the layer. Some
-    parents read `layer.weight` instead (timm's BEiT and Swin V2 with their query biases); the factors of such a layer
-    get no gradient.
+    Hooks of a wrapped layer do not run until `detach`. An adapter works only if the parent module calls the layer. Some
+    parents read `layer.weight` instead: timm's BEiT and Swin V2 with query biases. The factors of such a layer get no
+    gradient.
 
     Args:
         model: A pretrained model.
-        config: The adapter.
-        exclude: Names of modules that are neither adapted nor frozen, such as the task's head.
+        config: The adapter configuration.
+        exclude: Names of modules that are neither adapted nor frozen, such as the head.
 
     Returns:
         The adapted projections, in the order of the model's modules.
 
     Raises:
-        AdapterError: If a target, an excluded name or a key of a pattern matches nothing, a rank does not fit, or the
-            model has adapters already; the model is then unchanged. Or if `svd` or `svd_minor` meets a weight that is
-            not finite; some are then frozen.
+        AdapterError: If a target, an excluded name or a key of a pattern matches nothing, a rank is too large, or the
+            model has adapters already. Or if `svd` or `svd_minor` is applied to a weight that is not finite. The model
+            is then unchanged, except that wrapped layers may be frozen in the last case.
     """
     if adapted_layers(model):
-        raise AdapterError("This model has adapters already; detach them first.")
+        raise AdapterError("The model has adapters already. Detach these adapters first.")
     modules = dict(model.named_modules())
     if unknown := [name for name in exclude if name not in modules]:
-        raise AdapterError(f"There is no module {', '.join(unknown)} to exclude from the adapters.")
+        raise AdapterError(f"exclude: the model has no module {', '.join(unknown)}. Correct the name or remove it.")
     projections = select(find_projections(model, exclude), config.targets, config.layers)
-    for key in ("rank_pattern", "alpha_pattern"):  # before anything is touched
+    for key in ("rank_pattern", "alpha_pattern"):
         check_patterns(key, getattr(config, key), projections)
     for p in projections:
         check_rank(config, p, cast(nn.Linear, modules[p.layer]).in_features)
@@ -49,9 +49,9 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
         layer: AdaptedLinear(cast(nn.Linear, modules[layer]), config, list(slices))
         for layer, slices in groupby(projections, key=lambda p: p.layer)
     }
-    kept = {id(parameter) for name in exclude for parameter in modules[name].parameters()}
+    excluded = {id(parameter) for name in exclude for parameter in modules[name].parameters()}
     for parameter in model.parameters():
-        if id(parameter) not in kept:
+        if id(parameter) not in excluded:
             parameter.requires_grad_(False)
     for name, layer in adapted.items():
         model.set_submodule(name, layer)
@@ -59,11 +59,11 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
 
 
 def detach(model: nn.Module, merge_first: bool = False) -> None:
-    """Put the wrapped linear layers back, in place; what `attach` froze stays frozen.
+    """Put the wrapped linear layers back, in place. Parameters that `attach` froze stay frozen.
 
     Args:
         model: A model with adapters.
-        merge_first: Merge the adapters into the weights. Otherwise the weights are those without adapters.
+        merge_first: Merge the adapters into the weights. Otherwise the pretrained weights are restored.
     """
     for name, layer in adapted_layers(model).items():
         if merge_first:
@@ -74,7 +74,7 @@ def detach(model: nn.Module, merge_first: bool = False) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Merge every adapter of a model into its weight. `train()` and `eval()` never merge."""
+    """Merge every adapter of a model into the weight of its layer. `train()` and `eval()` do not merge."""
     for layer in adapted_layers(model).values():
         layer.merge()
 
@@ -86,14 +86,14 @@ def unmerge(model: nn.Module) -> None:
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
-    """Switch every adapter on or off. With all off, the model computes what the pretrained model does.
+    """Switch every adapter on or off. With all adapters off, the model computes the same as the pretrained model.
 
     Raises:
         AdapterError: If adapters are merged.
     """
     layers = adapted_layers(model).values()
     if any(layer.merged for layer in layers):
-        raise AdapterError("The adapters are merged into the weights; unmerge before switching them.")
+        raise AdapterError("The adapters are merged into the weights. Unmerge the adapters before switching them.")
     for layer in layers:
         layer.enabled = enabled
 

@@ -1,4 +1,4 @@
-"""The equation, plain and as one node of the graph: out = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ, of n tokens and rank r.
+"""The adapter equation out = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ for n tokens and rank r, in two implementations.
 
 With g the gradient to out and h = x·Aᵀ:
 
@@ -6,15 +6,15 @@ With g the gradient to out and h = x·Aᵀ:
     gradient to A:  s·(g·B)ᵀ·x          (r, d_in)
     gradient to B:  s·gᵀ·h              (d_out, r)
 
-With dropout A reads x~ instead of x. Then h = x~·Aᵀ, the gradient to A has x~ for x, and s·(g·B)·A is the gradient to
-x~.
+With dropout, the input of A is x~ instead of x. Then h = x~·Aᵀ, the gradient to A contains x~ instead of x, and
+s·(g·B)·A is the gradient to x~.
 
-Of the activations, the gradient to B needs h alone, and the gradient to A needs the input of A alone. A layer that
-gradients only pass through needs no activation.
+The gradient to B needs only the activation h. The gradient to A needs only the input of A. The gradient to x needs no
+activation.
 
-`plain` is the formula in autograd's own operations: the reference, and the faster one without gradients. `fused` is for
-training. It casts W again in backward, so autocast over float32 weights leaves no second copy of W. It adds s·(g·B)·A
-to g·W in the epilogue of the small product (`addmm_`), where autograd needs a pass of its own.
+`plain` consists of ordinary autograd operations. `plain` is the reference, and is faster without gradients. `fused` is
+one autograd function for training. `fused` casts W again in backward, so autocast over float32 weights keeps no second
+copy of W. `fused` adds s·(g·B)·A to g·W within the small product (`addmm_`); autograd needs a separate addition.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def plain(
         weight: W, (d_out, d_in).
         bias: (d_out,), or None.
         scale: s.
-        rows: First row of each of the k adapted slices of the output and the row behind its last, in order.
-        a: A of the slices one below the other, (k·r, d_in), any floating dtype. Slices may differ in r; k·r then stands
-            for the sum of the ranks.
+        rows: (start, stop) of each of the k adapted slices of the output, in order.
+        a: A of all slices, stacked, (k·r, d_in), any floating dtype. If slices differ in r, k·r is the sum of the
+            ranks.
         bs: B of each slice, (rows, r), any floating dtype.
-        dropped: (n, d_in), x behind dropout, if the adapter reads that instead of x.
+        dropped: x after dropout, (n, d_in); None without dropout.
 
     Returns:
         (n, d_out), in the dtype of W·x.
@@ -63,22 +63,22 @@ def plain(
     h = F.linear(x if dropped is None else dropped, a.to(x.dtype))  # (n, k·r)
     out = weight.matmul(x, bias)  # (n, d_out)
     b = block_diagonal(rows, bs, out.shape[1])  # (d_out, k·r)
-    # in place is safe: W·x + b does not need its own value in backward
+    # The in-place addition is safe, since the backward pass of W·x + b does not need the output.
     return out.addmm_(h.to(out.dtype), b.to(out.dtype).T, alpha=scale)
 
 
 def block_diagonal(rows: Sequence[Rows], bs: Sequence[Tensor], d_out: int) -> Tensor:
-    """Return one B (d_out, k·r) of all slices, with zeros in the rows that are not adapted.
+    """Return one B (d_out, k·r) for all slices, with zeros in the rows that are not adapted.
 
-    A fused (q; k; v) with q and v adapted has [[B_q, 0], [0, 0], [0, B_v]]. One product then serves all slices.
+    A fused (q; k; v) with q and v adapted gives [[B_q, 0], [0, 0], [0, B_v]]. All slices then need only one product.
     """
     if len(bs) == 1 and bs[0].shape[0] == d_out:
         return bs[0]
-    blocks, behind = [], 0
+    blocks, previous_stop = [], 0
     for (start, stop), b in zip(rows, bs, strict=True):
-        blocks += [b.new_zeros(start - behind, 0), b]
-        behind = stop
-    return torch.block_diag(*blocks, bs[-1].new_zeros(d_out - behind, 0))
+        blocks += [b.new_zeros(start - previous_stop, 0), b]
+        previous_stop = stop
+    return torch.block_diag(*blocks, bs[-1].new_zeros(d_out - previous_stop, 0))
 
 
 def fused(
@@ -91,19 +91,19 @@ def fused(
     bs: Sequence[Tensor],
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """Return what `plain` returns, as one node of the graph.
+    """Compute the same as `plain` in one autograd function.
 
-    The node is differentiable once. It gives W and b no gradient, and `torch.func` does not go through it.
+    `fused` is differentiable once, gives W and b no gradient, and does not support `torch.func`.
 
-    The arguments are those of `plain`. x and `dropped` have the dtype of W, or under autocast that of autocast. The
-    gradients to A and B have the dtypes of A and B.
+    The arguments are as for `plain`. x and `dropped` have the dtype of W, or the autocast dtype. The gradients to A
+    and B have the dtypes of A and B.
     """
     out: Tensor = _LowRankLinear.apply(x, dropped, weight, bias, scale, tuple(rows), a, *bs)
     return out
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """`fused`: keep h only if a B is trained, and the input of A only if A is trained."""
+    """Autograd function of `fused`: save h only if a B is trained, and the input of A only if A is trained."""
 
     @staticmethod
     def forward(
@@ -126,7 +126,7 @@ class _LowRankLinear(torch.autograd.Function):
             part.addmm_(part_h, b.to(dtype).T, alpha=scale)
         needs_x, needs_dropped, *_, needs_a = ctx.needs_input_grad[:7]
         needs_b = any(ctx.needs_input_grad[7:])
-        passes = needs_x if dropped is None else needs_dropped  # a gradient goes on through A
+        passes = needs_x if dropped is None else needs_dropped  # A gradient passes on through A to its input.
         ctx.scale, ctx.rows, ctx.ranks = scale, rows, ranks
         ctx.dtypes, ctx.drops = (a.dtype, *(b.dtype for b in bs)), dropped is not None
         ctx.save_for_backward(
@@ -141,14 +141,14 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_autocast_enabled(grad.device.type):  # where backward is called within autocast
+        if torch.is_autocast_enabled(grad.device.type):  # The caller may run backward within autocast.
             with torch.autocast(grad.device.type, enabled=False):
                 return _gradients(ctx, grad)
         return _gradients(ctx, grad)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients to the arguments of `_LowRankLinear.forward`, None for those that need none."""
+    """Return the gradients to the arguments of `_LowRankLinear.forward`; None for an argument without gradient."""
     read, h, a, *others = ctx.saved_tensors
     bs, weight = others[: len(ctx.ranks)], others[len(ctx.ranks) :]
     dtype, scale, rows = grad.dtype, ctx.scale, ctx.rows
@@ -172,17 +172,17 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gradient_of_b(h: Tensor, grad: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """s·gᵀ·h, (rows, r), as (hᵀ·g)ᵀ: BLAS is slower where the large matrix is the transposed one."""
+    """Return s·gᵀ·h, (rows, r), computed as (hᵀ·g)ᵀ, since BLAS is slower if the larger matrix is transposed."""
     return (h.T @ grad).T.to(dtype, memory_format=torch.contiguous_format).mul_(scale)
 
 
 def _slices(output: Tensor, rows: tuple[Rows, ...]) -> Sequence[Tensor]:
-    """Views (n, rows) of an output's slices; what is not fused has one, the whole."""
+    """Return views (n, rows) of an output's slices; the output itself if one slice covers it."""
     if rows == ((0, output.shape[1]),):
         return (output,)
     return [output[:, start:stop] for start, stop in rows]
 
 
 def _ranks(h: Tensor, ranks: list[int]) -> Sequence[Tensor]:
-    """Views (n, r) of h, one for each slice."""
+    """Return views (n, r) of h, one for each slice."""
     return (h,) if len(ranks) == 1 else h.split(ranks, dim=1)

@@ -1,9 +1,9 @@
 """Initialisers of the factors A and B.
 
-Every factor is drawn in float32 on the CPU from a generator of its own, seeded by (seed, name of the projection,
-factor): the same factor comes out whatever the device, the precision, the order or the other targets.
+Every factor is drawn in float32 on the CPU. Each factor has its own generator, seeded by (seed, name of the projection,
+factor). A factor therefore does not depend on the device, the precision, the order or the other targets.
 
-With n the long side (d_in for A, d_out for B) and r the rank, the r vectors of length n (rows of A, columns of B) are
+A factor has r vectors of length n: rows of A with n = d_in, columns of B with n = d_out. The vectors are
 
 | name       | entries                                   | norm of a vector                     |
 |------------|-------------------------------------------|--------------------------------------|
@@ -15,19 +15,21 @@ With n the long side (d_in for A, d_out for B) and r the rank, the r vectors of 
 | svd        | top singular vectors of W, right for A, left for B | 1 (seconds a layer from 2048² on) |
 | svd_minor  | minor singular vectors of W, right for A, left for B | 1 (seconds a layer from 2048² on) |
 | zero       | 0                                         | 0                                    |
-| given      | 0 until a file or a checkpoint gives it   |                                      |
+| given      | 0 until a file or a checkpoint is loaded  |                                      |
 
-so all but kaiming are matched in scale, and kaiming is as published: a frozen kaiming B is √(d_out/3r) times an
-orthogonal one, 5.7 at r = 8 and d_out = 768, which is what makes it collapse in the paper (appendix, B_km Â₀).
+All initialisers except `kaiming` have the same scale. `kaiming` has the published scale: a frozen B is √(d_out/3r)
+times as large as with `orthogonal`, 5.7 times at r = 8 and d_out = 768. This scale makes training collapse in the paper
+(appendix, B_km Â₀).
 
-Of the min(d_out, d_in) singular vectors of a side, svd takes the r of the largest singular values, and svd_minor the r
-of the smallest. svd_minor for a frozen B with A trained from zero is MiCA (arXiv 2604.01694), PEFT's `mica`.
+W has min(d_out, d_in) singular vectors on each side. `svd` selects the r vectors with the largest singular values.
+`svd_minor` selects the r vectors with the smallest. MiCA (arXiv 2604.01694, PEFT's `mica`) is `svd_minor` for a frozen
+B, with A trained from zero.
 
-`signs` alone is the same to the bit on every machine and with every version of every library, so that it need not be
-saved: its bits are SHAKE-256's (FIPS 202, published test vectors, part of every Python),
-one stream a vector, and its only arithmetic is √ and ÷, which IEEE 754 rounds in one way. The others go through
-torch's generators or LAPACK, which promise no such thing. Its vectors are orthogonal only on average: the cosine of two
-has mean 0 and standard deviation 1/√n. Below some ten entries two may even coincide.
+A factor of `signs` is bit-identical on every machine and with every library version, so it need not be saved. Its bits
+are the output of SHAKE-256 (FIPS 202), one stream for each vector. Its only arithmetic is √ and ÷, for which IEEE 754
+prescribes the rounding. The other initialisers use torch's generators or LAPACK, which do not guarantee identical bits.
+The vectors of `signs` are orthogonal only on average: the cosine of two vectors has mean 0 and standard deviation 1/√n.
+Below about ten entries two vectors may even be equal.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ Factor = Literal["A", "B"]
 
 
 def factor_generator(seed: int, name: str, factor: Factor) -> torch.Generator:
-    """Return a CPU generator that depends on the seed, the projection's name and the factor alone."""
+    """Return a CPU generator that depends only on the seed, the projection's name and the factor."""
     digest = hashlib.sha256(f"{seed}/{name}/{factor}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -55,9 +57,9 @@ def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: in
     """Draw one factor for a pretrained weight.
 
     Args:
-        init: Initialiser, see the table above.
+        init: Initialiser from the table above.
         factor: A or B.
-        weight: The pretrained weight W that is adapted (of a fused layer the slice), (d_out, d_in).
+        weight: The pretrained weight W (d_out, d_in) of the projection.
         rank: Rank r, at most min(d_out, d_in).
         seed: Seed of the run's factors.
         name: Name of the projection, unique in the model.
@@ -77,7 +79,7 @@ def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: in
     generator = factor_generator(seed, name, factor)
     if init == "orthogonal":
         vectors = _orthonormal_columns(long_side, rank, generator)  # (n, r)
-        return (vectors.T if factor == "A" else vectors).contiguous()  # LAPACK's Q lies column by column
+        return (vectors.T if factor == "A" else vectors).contiguous()
     tensor = torch.empty(shape)
     if init == "gaussian":
         return tensor.normal_(0.0, 1 / math.sqrt(long_side), generator=generator)
@@ -88,10 +90,11 @@ def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: in
 
 
 def sign_factor(factor: Factor, n: int, rank: int, seed: int, name: str) -> Tensor:
-    """Return the `signs` of a factor, (rank, n) for A and (n, rank) for B; this definition may never change.
+    """Return a factor of the initialiser `signs`, (rank, n) for A and (n, rank) for B.
 
-    Entry j of vector i is negative where bit j of SHAKE-256("signs/seed/name/factor/i") is set, counted from the least
-    significant bit of the first byte. So a larger rank adds vectors and leaves the others as they are.
+    This definition must never change, since saved files rely on it. Entry j of vector i is negative if bit j of
+    SHAKE-256("signs/seed/name/factor/i") is set, counted from the least significant bit of the first byte. A larger
+    rank appends vectors and keeps the earlier vectors.
     """
     streams = [hashlib.shake_256(f"signs/{seed}/{name}/{factor}/{i}".encode()) for i in range(rank)]
     octets = np.frombuffer(b"".join(s.digest(-(-n // 8)) for s in streams), np.uint8).reshape(rank, -1)
@@ -104,26 +107,26 @@ def sign_factor(factor: Factor, n: int, rank: int, seed: int, name: str) -> Tens
 def _orthonormal_columns(n: int, rank: int, generator: torch.Generator) -> Tensor:
     """Return Haar-distributed orthonormal columns, (n, rank).
 
-    Q of the reduced QR of a Gaussian has them, with the diagonal of R made positive.
+    The columns are Q of the reduced QR decomposition of a Gaussian, with signs that make the diagonal of R positive.
     """
     q, r = torch.linalg.qr(torch.randn(n, rank, generator=generator), mode="reduced")
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
 
 def _singular_vectors(weight: Tensor, factor: Factor, rank: int, name: str, minor: bool) -> Tensor:
-    """Top or minor singular vectors of W = UΣVᵀ: rows of Vᵀ for A, columns of U for B; largest entry of each positive.
+    """Return the top or minor singular vectors of W = UΣVᵀ: rows of Vᵀ for A, columns of U for B.
 
-    They come in the order of falling singular values. Of a W without a gap between singular values, as one of zeros,
-    they are orthonormal vectors that LAPACK chooses.
+    The vectors are in the order of descending singular values. The largest entry of each vector is positive. If
+    singular values are equal, LAPACK chooses the vectors.
     """
     if not weight.isfinite().all():
         raise AdapterError(
             f"adapter.init_{factor.lower()}: the weights of {name} are not finite, so they have no singular vectors. "
-            "Use weights without NaN and infinity, or another initialiser."
+            "Use finite weights or another initialiser."
         )
     u, _, vh = torch.linalg.svd(weight.detach().float().cpu(), full_matrices=False)
     vectors = vh if factor == "A" else u.T  # (min(d_out, d_in), n)
     vectors = vectors[-rank:] if minor else vectors[:rank]  # (r, n)
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    vectors = vectors * largest.sign()  # a singular vector's sign is arbitrary; fix it
+    vectors = vectors * largest.sign()  # The sign of a singular vector is arbitrary and would depend on LAPACK.
     return (vectors if factor == "A" else vectors.T).contiguous()

@@ -1,4 +1,4 @@
-"""The adapted layer: (W + s·B·A)·x + b, with W frozen and one factor or both trained."""
+"""The adapted layer: (W + s·B·A)·x + b, with W frozen and one or both factors trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_rank(config: AdapterConfig, projection: Projection, d_in: int) -> int:
     if rank > min(d_out, d_in):
         key = "rank" if rank == config.rank else "rank_pattern"
         raise AdapterError(
-            f"adapter.{key}: {rank} exceeds what {projection.name} can hold, a weight of {d_out} × {d_in}; choose "
+            f"adapter.{key}: {rank} is larger than {projection.name} allows, a weight of {d_out} × {d_in}. Use "
             f"{min(d_out, d_in)} or less, or other targets."
         )
     return rank
@@ -32,8 +32,8 @@ def check_rank(config: AdapterConfig, projection: Projection, d_in: int) -> int:
 class LowRankFactors(nn.Module):
     """The factors A (rank, d_in) and B (d_out, rank) of one projection, float32.
 
-    A frozen factor is a Parameter without gradient (a buffer would be broadcast by DDP in every forward), and it enters
-    every product detached: setting `requires_grad` on it by hand, as PEFT's toggles do, trains nothing.
+    A frozen factor is a Parameter without gradient, since DDP would broadcast a buffer in every forward pass. Products
+    use the detached frozen factor. Setting `requires_grad` on a frozen factor, as PEFT does, therefore trains nothing.
     """
 
     def __init__(self, weight: Tensor, config: AdapterConfig, projection: Projection) -> None:
@@ -48,11 +48,11 @@ class LowRankFactors(nn.Module):
         self.projection = projection
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """Return A and B as they enter a product: a frozen factor is detached."""
+        """Return A and B for a product, with the frozen factor detached."""
         return (self.A if self.trains_a else self.A.detach()), (self.B if self.trains_b else self.B.detach())
 
     def named_factors(self, trained: bool) -> dict[str, nn.Parameter]:
-        """Return the trained factors, or the frozen factors, by name."""
+        """Return the trained or the frozen factors by name."""
         flags = {"A": self.trains_a, "B": self.trains_b}
         return {factor: getattr(self, factor) for factor, flag in flags.items() if flag is trained}
 
@@ -60,20 +60,20 @@ class LowRankFactors(nn.Module):
 class AdaptedLinear(nn.Linear):
     """A wrapped linear layer with one adapter for each adapted slice of its output.
 
-    The wrapped layer keeps its parameters, class and hooks; `unwrap` returns it. Both layers have one dictionary of
-    parameters, so whatever moves, shards or replaces W does so for both. The names in a state dict do not change:
-    `weight` and `bias`, and beside them the factors, `adapters.<role>.A` and `adapters.<role>.B`. A layer that is not
+    The wrapped layer keeps its parameters, class and hooks; `unwrap` returns the wrapped layer. Both layers share one
+    dictionary of parameters, so code that moves, shards or replaces W does so in both layers. The state-dict names
+    `weight` and `bias` do not change. The factors are `adapters.<role>.A` and `adapters.<role>.B`. A layer that is not
     fused has one slice.
 
     Args:
         base: The layer to adapt. Its parameters are frozen.
-        config: The adapter.
+        config: The adapter configuration.
         projections: The slices of `base`'s output to adapt, in the order of their rows, without overlap.
     """
 
     def __init__(self, base: nn.Linear, config: AdapterConfig, projections: list[Projection]) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self._base = (base,)  # in a tuple, since a submodule's name would stand before the names of W and b
+        self._base = (base,)  # The tuple hides the submodule, whose name would prefix the state-dict names of W and b.
         self._parameters = base._parameters
         self.requires_grad_(False)
         self.dropout = nn.Dropout(config.dropout)
@@ -95,11 +95,11 @@ class AdaptedLinear(nn.Linear):
         return [cast(LowRankFactors, f) for f in self.adapters.values()]
 
     def operands(self) -> tuple[Tensor, list[Tensor]]:
-        """Return the factors as they enter the products, with the scale of the first slice as the layer's one scale.
+        """Return the factors of all slices for a product with one scale, the scale of the first slice.
 
         Returns:
-            A of all slices one below the other, (k·r, d_in), and B of each slice, (rows, r). B of a slice of another
-            scale is multiplied by the quotient of the two scales.
+            A of all slices, stacked, (k·r, d_in), and B of each slice, (rows, r). If a slice has another scale, its B
+            is multiplied by the ratio of the two scales.
         """
         pairs = [f.operands() for f in self.factors()]
         ratios = [f.scale / self.scale for f in self.factors()]
@@ -109,8 +109,8 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply (W + s·B·A)·x + b (Zhu et al. 2024, section 3; Hu et al. 2022, equation 3).
 
-        In the comments n is the number of tokens of all sequences, k that of adapted slices, r the rank: for a fused
-        qkv of ViT-B/16 with query and value adapted, 197 a picture, 2 and 8, d_in = 768 and d_out = 2304.
+        Shapes in the comments: n tokens of all sequences, k adapted slices, rank r. Example: in the fused qkv of a
+        ViT-B/16 with query and value adapted, n = 197 for each image, k = 2, r = 8, d_in = 768, d_out = 2304.
 
         Args:
             x: (..., d_in).
@@ -122,7 +122,7 @@ class AdaptedLinear(nn.Linear):
         if self.merged or not self.enabled:
             return self.frozen.matmul(x, self.bias)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for all products
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # Otherwise each product would cast x again.
         flat = x.reshape(-1, self.in_features)  # (n, d_in)
         dropped = self.dropout(flat) if self.dropout.p and self.training else None
         compute = plain if self._takes_plain() else fused
@@ -130,39 +130,39 @@ class AdaptedLinear(nn.Linear):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _takes_plain(self) -> bool:
-        """Return True where `fused` would save nothing, and where somebody trains W or b, which `fused` cannot."""
+        """Return True without gradients, where `fused` saves nothing, and if W or b is trained."""
         trains_base = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         return trains_base or not torch.is_grad_enabled()
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return the update s·B·A of the whole weight, (d_out, d_in), float32; zero in rows that are not adapted."""
+        """Return the update s·B·A of the whole weight, (d_out, d_in), float32. Rows that are not adapted are zero."""
         a, bs = self.operands()
         return self.scale * (block_diagonal(self._rows, bs, self.out_features).float() @ a.float())
 
     def merge(self) -> None:
-        """Add s·B·A to W, so that the layer costs what the wrapped layer costs. Merging twice is merging once.
+        """Add s·B·A to W, so that the layer is as fast as the wrapped layer. A second merge has no effect.
 
         Raises:
-            AdapterError: If the adapter is switched off: merging would switch it on.
+            AdapterError: If the adapter is switched off.
         """
         if not self.enabled:
-            raise AdapterError("The adapters are switched off; switch them on before merging.")
+            raise AdapterError("The adapters are switched off. Switch the adapters on before merging.")
         if not self.merged:
             self.frozen.add_(self.delta())
             self.merged = True
 
     def unmerge(self) -> None:
-        """Undo `merge`: exact up to rounding in W's dtype."""
+        """Undo `merge`, exact up to rounding in W's dtype."""
         if self.merged:
             self.frozen.add_(-self.delta())
             self.merged = False
 
     def unwrap(self) -> nn.Linear:
-        """Return the wrapped layer, with the weight as it is now: merged or not."""
+        """Return the wrapped layer. A merged weight stays merged."""
         return self._base[0].train(self.training)
 
     def extra_repr(self) -> str:
-        """Show the slices and their rank."""
+        """Return the slices and their ranks for `repr`."""
         ranks = ", ".join(f"{f.projection.role} r={f.A.shape[0]}" for f in self.factors())
         return f"{super().extra_repr()}, adapters: {ranks}"

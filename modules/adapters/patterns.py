@@ -1,7 +1,7 @@
 """Values by name, as PEFT's `rank_pattern` and `alpha_pattern` give them.
 
-A key of such a dictionary is the end of a name (`q_proj`, `layers.0.self_attn.q_proj`) or a regular expression for it.
-The first key that matches a name decides; a name that no key matches has the default.
+A key of such a dictionary is the end of a name (`q_proj`, `layers.0.self_attn.q_proj`), or a regular expression for the
+end. The first matching key applies. A name that no key matches has the default value.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ Value = TypeVar("Value", int, float)
 
 
 def pattern_problem(key: str) -> str | None:
-    """Return why a key cannot be used, or None. Patterns that could backtrack without end are refused."""
+    """Return why a key is invalid, or None. Patterns that could backtrack exponentially are invalid."""
     try:
         re.compile(key)
     except (re.error, OverflowError, RecursionError) as error:
-        return f"no regular expression ({error})"
+        return f"not a valid regular expression ({error})"
     repeats = re.findall(r"[*+?{]", re.sub(r"\\.", "", key))
     if len(repeats) > 4 or re.search(r"\)[*+{]", key):
-        return "a pattern too involved; write out the names"
+        return "too complex for a pattern: write out the names"
     return None
 
 
-@lru_cache(maxsize=4096)  # re itself keeps 512, and an adapter of EVA has a key for each layer
+@lru_cache(maxsize=4096)  # The cache of `re` holds 512 patterns, and an EVA adapter has one key for each layer.
 def _compiled(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
 def matches(key: str, name: str, role: str | None = None) -> bool:
-    """Return True if a key is the role, or matches the name by the expression that PEFT uses."""
+    """Return True if a key equals the role, or matches the name by PEFT's rule."""
     return key == role or _compiled(key).match(name) is not None
 
 
 def value_of(patterns: Mapping[str, Value], name: str, default: Value, role: str | None = None) -> Value:
-    """Return the value of the first key that matches a name or is its role."""
+    """Return the value of the first key that matches a name or equals the role, or the default."""
     return next((value for key, value in patterns.items() if matches(key, name, role)), default)
 
 
 def exact_key(name: str) -> str:
-    """Return the key that matches one name alone."""
+    """Return the key that matches one name and no other."""
     return f"^{re.escape(name)}"
 
 
@@ -56,24 +56,25 @@ def short_patterns(values: Mapping[str, Value], default: Value, reserved: Collec
 
     Args:
         values: The value of every name.
-        default: The value of names that get no key.
+        default: The value of names without a key.
         reserved: Keys that must not be used.
 
     Returns:
-        Patterns that give every name its value, in whatever order their keys are read.
+        Patterns that give every name its value, whatever the order of the keys.
     """
     patterns: dict[str, Value] = {}
     for value in sorted(set(values.values()) - {default}):
-        chosen = [name for name, own in values.items() if own == value]
+        chosen = [name for name, other in values.items() if other == value]
         keys = name_endings(chosen, values, reserved) or [exact_key(name) for name in chosen]
         patterns |= dict.fromkeys(keys, value)
     hits = {name: {value for key, value in patterns.items() if matches(key, name)} for name in values}
-    right = all(hits[name] == ({value} - {default}) for name, value in values.items())  # a dot matches any character
-    return patterns if right else exact_patterns(values, default)
+    # A dot in a key matches any character, so a short key can match too many names.
+    correct = all(hits[name] == ({value} - {default}) for name, value in values.items())
+    return patterns if correct else exact_patterns(values, default)
 
 
 def name_endings(chosen: Collection[str], names: Iterable[str], reserved: Collection[str] = ()) -> list[str]:
-    """Return the shortest endings that the chosen names have and no other name has; an empty list if there are none."""
+    """Return the shortest endings that match the chosen names and no other names; empty if there are none."""
     names = list(names)
     for length in (1, 2, 3):
         endings = sorted({".".join(name.split(".")[-length:]) for name in chosen})

@@ -1,4 +1,4 @@
-"""Adapters of a model as tensors by name: reading, loading, and a fingerprint of the frozen weights."""
+"""The factors of a model as tensors by name, and a fingerprint of the frozen weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def adapted_projections(model: nn.Module) -> dict[str, tuple[AdaptedLinear, LowR
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return both factors of every adapter, frozen factors too, under their names in the model's state dict.
+    """Return both factors of every adapter, trained and frozen, by state-dict name.
 
-    The tensors are the factors themselves, not copies. The scale s is not among them: it belongs to the configuration.
+    The tensors are not copies. The scale s is not included, since the scale follows from the configuration.
     """
     return {
         f"{name}.adapters.{factors.projection.role}.{factor}": getattr(factors, factor).detach()
@@ -37,40 +37,40 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy factors into a model whose adapters have the same names and shapes; all or nothing.
+    """Copy factors into a model whose adapters have the same names and shapes.
 
     Raises:
-        AdapterError: With the list of what is missing, unexpected or of another shape, or because adapters are merged.
-            The model is then unchanged.
+        AdapterError: If names are missing or unexpected, shapes differ, or adapters are merged. The model is then
+            unchanged.
     """
     refuse_merged(model)
-    own = adapter_state(model)
-    if problems := state_problems(own, state):
+    factors = adapter_state(model)
+    if problems := state_problems(factors, state):
         raise AdapterError("The adapter state does not fit this model: " + "; ".join(problems) + ".")
-    for name, tensor in own.items():
+    for name, tensor in factors.items():
         tensor.copy_(state[name])
 
 
 def refuse_merged(model: nn.Module) -> None:
-    """Check that no adapter is merged, since a merged adapter could not be unmerged with other factors.
+    """Check that no adapter is merged, since an adapter cannot be unmerged after its factors were replaced.
 
     Raises:
         AdapterError: If an adapter is merged.
     """
     if any(layer.merged for layer in adapted_layers(model).values()):
-        raise AdapterError("The adapters are merged into the weights; unmerge before loading others.")
+        raise AdapterError("The adapters are merged into the weights. Unmerge the adapters before loading factors.")
 
 
-def state_problems(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int = 5) -> list[str]:
-    """Return why a state cannot be loaded: missing, unexpected and misshapen names, at most `most` of each kind."""
+def state_problems(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], most: int = 5) -> list[str]:
+    """Return why a state cannot be loaded: missing or unexpected names and other shapes, at most `most` of each."""
     misshapen = [
-        f"{name} is {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        f"{name} is {tuple(actual[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in given and given[name].shape != tensor.shape
+        if name in actual and actual[name].shape != tensor.shape
     ]
     kinds = {
-        "missing": [name for name in expected if name not in given],
-        "unexpected": [name for name in given if name not in expected],
+        "missing": [name for name in expected if name not in actual],
+        "unexpected": [name for name in actual if name not in expected],
         "of another shape": misshapen,
     }
     return [
@@ -83,18 +83,18 @@ def state_problems(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], 
 def frozen_fingerprint(model: nn.Module) -> str:
     """Return a hash of a model's frozen parameters and buffers: names, dtypes, shapes, first and last values.
 
-    Factors do not count. The hash tells two files of weights apart, and takes no time even for a large model.
+    Factors are excluded. The hash distinguishes two files of weights, and is fast even for a large model.
     """
     digest = hashlib.sha256()
     factors = adapter_state(model)
-    # tied ones under all their names, as in the state
+    # The state dict below has tied parameters under all their names.
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     if all(flags.values()):
-        return digest.hexdigest()  # tuned in full
+        return digest.hexdigest()  # In full tuning nothing is frozen, and buffers change.
     for name, parameter in model.state_dict().items():
         if not flags.get(name) and name not in factors:
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            if not parameter.is_meta:  # of which there is a shape alone
+            if not parameter.is_meta:
                 flat = parameter.detach().flatten()
                 digest.update(torch.cat([flat[:64], flat[-64:]]).double().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The frozen weight W of an adapted layer: all that the equation, merging and the initialisers do with W."""
+"""The frozen weight W of an adapted layer, with every operation that the adapter applies to W."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 class FrozenWeight(NamedTuple):
-    """A dense W (d_out, d_in). A weight that is stored otherwise needs a class with the same methods.
+    """A dense W (d_out, d_in). Another storage format of W needs a class with the same methods.
 
-    The class is a tuple of tensors, so that an autograd function can save `*weight` and build the weight again.
+    The class is a tuple of tensors, so that an autograd function can save `*weight` and rebuild the weight.
     """
 
     tensor: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype that products with W have."""
+        """Return the dtype of products with W."""
         return self.tensor.dtype
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,14 +27,14 @@ class FrozenWeight(NamedTuple):
         return F.linear(x, self.tensor, bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        """Return g·W, (n, d_in), the gradient to x for the gradient g (n, d_out); in the dtype of g."""
+        """Return g·W, (n, d_in), the gradient to x for the gradient g (n, d_out), in the dtype of g."""
         return grad @ self.tensor.to(grad.dtype)
 
     def dense(self) -> Tensor:
-        """Return W as an ordinary tensor, not to be written to."""
+        """Return W as an ordinary tensor. The caller must not write to the tensor."""
         return self.tensor
 
     @torch.no_grad()
     def add_(self, update: Tensor) -> None:
-        """Add an update (d_out, d_in) in place: in float32 or more, then rounded once to W's dtype."""
+        """Add an update (d_out, d_in) to W in place, in at least float32, and round the sum to W's dtype once."""
         self.tensor.copy_(self.tensor.to(torch.promote_types(self.dtype, torch.float32)) + update)

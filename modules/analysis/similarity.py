@@ -1,6 +1,7 @@
-"""Similarity of the subspaces that two runs have learnt, with its chance level and a permutation interval.
+"""Similarity of the subspaces that two runs have learnt, with chance level and permutation interval.
 
-The row space of A and the column space of B are unchanged by B·A = (B·C)·(C⁻¹·A), and so is their similarity.
+B·A = (B·C)·(C⁻¹·A) for any invertible C. The row space of A and the column space of B do not depend on C, so neither
+does the similarity.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def chance_level(dimension: int, first: int, second: int) -> float:
-    """Return the expected similarity of two independent random subspaces of one space, each of uniform direction.
+    """Return the expected similarity of two independent, uniformly random subspaces.
 
-    E[U_X·U_Xᵀ] is (r_x/d)·I, as no direction is preferred. So E‖U_Yᵀ·U_X‖²_F = Tr[U_Yᵀ·(r_x/d)·U_Y] = r_x·r_y/d.
-    Division by min(r_x, r_y) leaves max(r_x, r_y)/d, which is r/d for equal ranks.
+    E[U_X·U_Xᵀ] is (r_x/d)·I, since no direction is preferred. So E‖U_Yᵀ·U_X‖²_F = Tr[U_Yᵀ·(r_x/d)·U_Y] = r_x·r_y/d.
+    Division by min(r_x, r_y) gives max(r_x, r_y)/d, or r/d for equal ranks.
 
     Args:
         dimension: Dimension d of the space.
@@ -34,8 +35,7 @@ def orthonormal_basis(tall: Tensor) -> Tensor:
         tall: B (d_out, r), or Aᵀ (d_in, r) for the row space of A; any floating dtype.
 
     Returns:
-        (d, rank) float64. Rank is the numerical rank of float32 values, which factors are trained in; a zero factor has
-        rank 0.
+        (d, rank) float64, with the numerical rank in float32, the dtype of training. A zero factor has rank 0.
     """
     u, s, _ = torch.linalg.svd(tall.double(), full_matrices=False)
     return u[:, s > s[0] * max(tall.shape) * torch.finfo(torch.float32).eps]
@@ -44,14 +44,14 @@ def orthonormal_basis(tall: Tensor) -> Tensor:
 def subspace_similarity(x: Tensor, y: Tensor) -> float:
     """Return ‖U_Yᵀ·U_X‖²_F / min(r_x, r_y), the mean squared cosine of the principal angles between two subspaces.
 
-    This is the measure of Zhu et al. 2024 (arXiv 2402.16842), figure 1, there for equal ranks.
+    For equal ranks, this is the measure of Zhu et al. 2024 (arXiv 2402.16842), figure 1.
 
     Args:
         x: U_X, orthonormal columns, (d, r_x).
         y: U_Y, orthonormal columns, (d, r_y).
 
     Returns:
-        A number in [0, 1]: 1 if one subspace lies within the other, 0 if they are orthogonal, NaN if either is empty.
+        A number in [0, 1]: 1 if one subspace contains the other, 0 if they are orthogonal, NaN if either is empty.
     """
     return float(cross_similarities([x], [y]))
 
@@ -61,8 +61,8 @@ def cross_similarities(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     """Return the similarity of each subspace in x with each subspace in y.
 
     Args:
-        x: n bases with orthonormal columns, each (d, its rank).
-        y: m bases of the same space.
+        x: n bases with orthonormal columns, each (d, rank).
+        y: m bases with orthonormal columns, in the same space.
 
     Returns:
         (n, m), with the entries of `subspace_similarity`.
@@ -70,16 +70,16 @@ def cross_similarities(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     padded = pad_sequence([basis.T for basis in y], batch_first=True)  # (m, largest rank, d)
     ranks = torch.tensor([basis.shape[1] for basis in y])
     rows = [(padded @ basis).square().sum((1, 2)) / ranks.clamp(max=basis.shape[1]) for basis in x]
-    return torch.stack(rows).clamp(max=1)  # 0 / 0 is NaN
+    return torch.stack(rows).clamp(max=1)
 
 
 def random_orders(kinds: Sequence[str], draws: int, seed: int) -> Tensor:
-    """Return random orders of a run's projections, in which only projections of one kind change places.
+    """Return random permutations of a run's projections within each kind.
 
     Args:
         kinds: Kind of each projection, (n,).
-        draws: Number of orders.
-        seed: Seed of the random numbers; another one for each run.
+        draws: Number of permutations.
+        seed: Seed of the random numbers; use another seed for each run.
 
     Returns:
         (draws, n) int64.
@@ -87,46 +87,48 @@ def random_orders(kinds: Sequence[str], draws: int, seed: int) -> Tensor:
     numbers = torch.tensor([sorted(set(kinds)).index(kind) for kind in kinds])
     keys = torch.rand(draws, len(kinds), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     orders = torch.empty(draws, len(kinds), dtype=torch.int64)
-    orders[:, numbers.argsort(stable=True)] = (numbers + keys).argsort(1)  # sorted by kind, at random within a kind
+    orders[:, numbers.argsort(stable=True)] = (numbers + keys).argsort(1)  # By kind, and at random within a kind.
     return orders
 
 
 def permuted_means(similarities: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Return the mean similarity of two runs after each permutation of their projections.
 
-    The null hypothesis: the subspaces of one run are independent of those of the other run. What is permuted: the
-    assignment of subspaces to blocks, in each run on its own and within one kind of projection (role and shape). Why
-    that is valid: if the subspaces of one kind are exchangeable among the blocks of a run, no permutation changes the
-    joint distribution under the null hypothesis. So the observed mean is one more draw from these means. All pairs
-    with a run use the same permutations of the run. So the mean over pairs keeps the dependence of pairs that share a
-    run, as in Mantel's test of distance matrices (Mantel 1967).
+    The null hypothesis is that the subspaces of the two runs are independent. A permutation assigns the subspaces of a
+    run to other blocks, within one kind of projection (role and shape). Assume that the subspaces of one kind are
+    exchangeable among the blocks of a run. Then no permutation changes the joint distribution under the null
+    hypothesis, and the observed mean is one more draw from the permuted means. All pairs of a run use the same
+    permutations of the run. The mean over pairs thus keeps the dependence between pairs that share a run, as in
+    Mantel's test of distance matrices (Mantel 1967).
 
-    Directions that all blocks share raise the observed and the permuted means alike. Only `chance_level` shows those.
+    Directions that all blocks share raise the observed and the permuted means equally. Only a comparison with
+    `chance_level` reveals shared directions.
 
     Args:
-        similarities: Of each projection of one run with each of the other, (n, n); other kinds are not read.
-        first: Orders of the one run from `random_orders`, (draws, n).
-        second: Orders of the other run, (draws, n).
+        similarities: Similarity of each projection of the first run with each projection of the second run, (n, n).
+            Entries of different kinds are not used.
+        first: Permutations of the first run from `random_orders`, (draws, n).
+        second: Permutations of the second run, (draws, n).
 
     Returns:
-        (draws,) float64. A NaN in `similarities`, which a zero factor causes, is left out of the mean.
+        (draws,) float64. The mean ignores NaN in `similarities`, which a zero factor causes.
     """
     return similarities[first, second].nanmean(1)
 
 
 def jackknife_error(values: Tensor, first: Tensor, second: Tensor) -> float:
-    """Return the standard error of a mean over pairs of runs, by leaving out one run at a time.
+    """Return the jackknife standard error of a mean over pairs of runs.
 
-    Pairs that share a run are not independent, so the number of runs counts and not the number of pairs. The mean over
-    pairs is a U-statistic, whose variance the jackknife over runs estimates (Arvesen 1969).
+    Pairs that share a run are not independent, so the sample size is the number of runs, not of pairs. The mean over
+    pairs is a U-statistic. The jackknife over runs estimates its variance (Arvesen 1969).
 
     Args:
-        values: One a pair, (pairs,).
-        first: Number of each pair's first run, (pairs,) int64.
-        second: Number of each pair's second run, (pairs,) int64.
+        values: Value of each pair, (pairs,).
+        first: Index of each pair's first run, (pairs,) int64.
+        second: Index of each pair's second run, (pairs,) int64.
 
     Returns:
-        The standard error; NaN if there are fewer than three runs, or all pairs share one run.
+        The standard error; NaN for fewer than three runs, or if all pairs share one run.
     """
     values = values.double()
     runs = torch.cat([first, second]).unique()

@@ -1,6 +1,6 @@
-"""Spectra of updates: intruder dimensions, and the share of an update that a smaller rank keeps.
+"""Spectra of updates: intruder dimensions, and the share of an update that a truncation to a smaller rank keeps.
 
-Effective and stable rank are in `modules.adapters.spectrum`.
+`modules.adapters.spectrum` has the effective and the stable rank.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def kept_shares(sigma: Tensor) -> Tensor:
-    """Return the share of a matrix's squared Frobenius norm that its best approximation of each smaller rank keeps.
+    """Return the share of a matrix's squared Frobenius norm that its best rank-k approximation keeps, for k = 1 to r.
 
-    The best approximation of rank k keeps the k largest singular values (Eckart and Young 1936), so its share is
-    σ₁² + … + σ_k² over the sum of all σ².
+    The best approximation keeps the k largest singular values (Eckart and Young 1936). The share is therefore
+    (σ₁² + … + σ_k²) / (σ₁² + … + σ_r²).
 
     Args:
         sigma: Singular values of the matrix, (r,), not negative, in any order.
 
     Returns:
-        (r,) float64, ascending to 1, of the ranks 1 to r. A zero matrix has NaN.
+        (r,) float64, ascending to 1; NaN for a zero matrix.
     """
     energy = sigma.double().square().sort(descending=True).values
     return energy.cumsum(0) / energy.sum()
@@ -27,14 +27,14 @@ def kept_shares(sigma: Tensor) -> Tensor:
 
 @torch.no_grad()
 def left_singular_vectors(weight: Tensor) -> Tensor:
-    """Return the left singular vectors of a matrix that belong to singular values above zero.
+    """Return the left singular vectors of a matrix for its nonzero singular values.
 
     Args:
         weight: (d_out, d_in), any floating dtype.
 
     Returns:
-        (d_out, rank) float64, in the order of falling singular values. Rank is the numerical rank: singular values at
-        the rounding error of the largest count as zero, since the vectors that belong to them are arbitrary.
+        (d_out, rank) float64, in the order of descending singular values, with the numerical rank. Singular values
+        below the rounding error count as zero, since their vectors are arbitrary.
     """
     u, s, _ = torch.linalg.svd(weight.double(), full_matrices=False)
     return u[:, s > s[0] * max(weight.shape) * torch.finfo(torch.float64).eps]
@@ -42,25 +42,24 @@ def left_singular_vectors(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def intruder_cosines(left: Tensor, weight: Tensor, update: Tensor, top: int = 10) -> Tensor:
-    """Return how well W knows each leading left singular vector of W + ΔW.
+    """Return for each leading left singular vector of W + ΔW the largest |cos| to a left singular vector of W.
 
-    An intruder dimension is one of the `top` leading left singular vectors of W + ΔW whose largest |cos| to all left
-    singular vectors of W is below a threshold ε (Shuttleworth et al. 2024, arXiv 2410.21228). The paper
-    takes top = 10 and looks at a range of ε. W itself has no intruders unless singular values of W coincide, in which
-    case their vectors are arbitrary.
+    A vector whose largest |cos| is below a threshold ε is an intruder dimension (Shuttleworth et al. 2024, arXiv
+    2410.21228). The paper uses the 10 leading vectors and a range of ε. For ΔW = 0 there are no intruders, unless
+    singular values of W are equal, since their vectors are then arbitrary.
 
     Args:
         left: Left singular vectors of W, (d_out, rank), from `left_singular_vectors`.
         weight: W, (d_out, d_in).
         update: ΔW = s·B·A, (d_out, d_in).
-        top: Number of leading singular vectors k; fewer if W + ΔW has fewer.
+        top: Number of leading singular vectors.
 
     Returns:
-        (k,) float64 in [0, 1], in the order of falling singular values of W + ΔW.
+        (k,) float64 in [0, 1], in the order of descending singular values of W + ΔW, with k = min(top, rank).
     """
     tuned = left_singular_vectors(weight.double() + update.double())[:, :top]
     cosines = left.T @ tuned  # (rank, k)
-    if not len(cosines):  # W = 0 knows no direction
+    if not len(cosines):  # W = 0 has no singular vectors.
         return cosines.new_zeros(tuned.shape[1])
     return cosines.abs().amax(0).clamp(max=1.0)
 
@@ -73,6 +72,6 @@ def intruder_counts(cosines: Tensor, thresholds: Tensor) -> Tensor:
         thresholds: Values of ε, (n,).
 
     Returns:
-        (n,) int64: the number of cosines that are below ε.
+        Number of cosines below each ε, (n,) int64.
     """
     return (cosines[:, None] < thresholds.to(cosines)).sum(0)

@@ -1,16 +1,16 @@
 """Closed forms of one-sided adapters in linear regression (Zhu et al. 2024, arXiv 2402.16842, section 4).
 
-The regression has inputs x with second moment Σ (d_in, d_in), a pretrained weight W, and the target (W + Δ)·x plus
-noise of variance σ² in each of the d_out outputs. An update ΔW of W has the loss
+The regression has inputs x with second moment Σ (d_in, d_in) and a pretrained weight W. The target is (W + Δ)·x plus
+noise of variance σ² in each of the d_out outputs. The loss of an update ΔW is
 
     d_out·σ² + Tr[(ΔW − Δ)·Σ·(ΔW − Δ)ᵀ].
 
-Without an update the loss is d_out·σ² + Tr[ΔΣΔᵀ]. The second term is the *removable loss*. The best update of rank r
+Without an update, the loss is d_out·σ² + Tr[ΔΣΔᵀ]. The second term is the *removable loss*. The best update of rank r
 with one factor frozen removes a *share* of the removable loss. In whitened coordinates, T = Δ·Σ^½, a frozen A projects
-the rows of T on the span of A·Σ^½, and a frozen B projects the columns of T on the span of B. The removed loss is the
-squared norm of the projection, and equals ‖ΔW·Σ^½‖² of the best update.
+the rows of T on the span of A·Σ^½. A frozen B projects the columns of T on the span of B. The removed loss is the
+squared norm of the projection, which equals ‖ΔW·Σ^½‖² of the best update.
 
-A network is no regression. `Moments` collects what stands for Σ and Δ there; docs/theory.md gives the derivation.
+In a network, `Moments` measures estimates of Σ and Δ; docs/theory.md has the derivation.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Trained = Literal["B", "A", "both"]
 Target = Literal["least squares", "gradient step"]
 Outputs = Literal["equal", "gradients"]
 
-DRAWS = 32  # of a random factor
-STUDENT = 2.0395  # 97.5 % quantile of Student's distribution with DRAWS - 1 degrees of freedom
+DRAWS = 32  # Samples of a random factor.
+STUDENT = 2.0395  # 97.5 % quantile of Student's distribution with DRAWS - 1 degrees of freedom.
 
 
 # --------------------------------------------------------------------------------------------------------- closed forms
@@ -95,12 +95,12 @@ def loss_over_b(delta: Tensor, sigma: Tensor, b: Tensor, noise: float = 0.0) -> 
 
 @dataclass(frozen=True)
 class Share:
-    """Share of the removable loss that is removed at each rank 1, 2, …; each field is (ranks,) float64 in [0, 1].
+    """Removed share of the removable loss at ranks 1, 2, …. Each field is (ranks,) float64 in [0, 1].
 
     Args:
         mean: Mean over random factors.
-        low: Lower end of the 95 % interval of that mean.
-        high: Upper end.
+        low: Lower end of the 95 % confidence interval of the mean.
+        high: Upper end of the interval.
     """
 
     mean: Tensor
@@ -110,7 +110,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Root:
-    """Eigenvalues λ of a second moment above rounding, and their eigenvectors: R = diag(√λ)·Vᵀ has RᵀR = Σ.
+    """Root R = diag(√λ)·Vᵀ of a second moment Σ = RᵀR, by the eigenvalues λ above the rounding error.
 
     Args:
         values: λ (k,), descending, above 0.
@@ -126,7 +126,7 @@ class Root:
 
 
 def root_of(moment: Tensor) -> Root:
-    """Return the root of a second moment; eigenvalues that rounding in float64 may have made are left out.
+    """Return the root of a second moment without eigenvalues at the rounding error of float64.
 
     Args:
         moment: (d, d), symmetric and positive semidefinite.
@@ -137,41 +137,40 @@ def root_of(moment: Tensor) -> Root:
 
 
 def identity_root(size: int) -> Root:
-    """Return the root of the identity: every direction counts the same."""
+    """Return the root of the identity matrix."""
     return Root(torch.ones(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64))
 
 
 def removed_shares(whitened: Tensor, directions: Tensor) -> Tensor:
-    """Return the share that a frozen factor removes at each of its leading ranks.
+    """Return the share that a frozen factor removes, at each rank up to the factor's rank.
 
     Args:
-        whitened: T with the frozen factor's side first: Tᵀ = R·Δᵀ (k, d_out) for a frozen A, T (k, d_in) for a frozen
-            B.
+        whitened: Tᵀ = R·Δᵀ (k, d_out) for a frozen A, T (k, d_in) for a frozen B.
         directions: R·Aᵀ or R·B, (…, k, r).
 
     Returns:
-        (…, r): of the first factor vector alone, of the first two, and so on.
+        (…, r): share of the first factor vector, of the first two vectors, and so on.
     """
-    basis = torch.linalg.qr(directions).Q  # (…, k, min(k, r)); its leading columns span those of `directions`
+    basis = torch.linalg.qr(directions).Q  # (…, k, min(k, r)); leading columns span leading columns of `directions`
     shares = (basis.mT @ whitened).square().sum(-1).cumsum(-1) / whitened.square().sum()
-    missing = directions.shape[-1] - shares.shape[-1]  # k vectors reach everything
+    missing = directions.shape[-1] - shares.shape[-1]  # k vectors span the whole space, so the share stays constant.
     return torch.cat([shares, shares[..., -1:].expand(*shares.shape[:-1], missing)], -1)
 
 
 def random_factors(size: int, rank: int, seed: int) -> Tensor:
-    """Return random orthonormal columns, (DRAWS, size, rank) float64; the leading ones are as random."""
+    """Return random orthonormal columns, (DRAWS, size, rank) float64. Leading columns are uniformly random too."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(DRAWS, size, rank, generator=generator, dtype=torch.float64)).Q
 
 
 def expected_share(whitened: Tensor, root: Root, rank: int, seed: int = 0) -> Share:
-    """Return the expected share over random orthonormal factors, at each rank up to the given one.
+    """Return the expected share over random orthonormal factors, at ranks 1 to `rank`.
 
     Args:
         whitened: As for `removed_shares`.
         root: Root of the second moment on the frozen factor's side; `identity_root` for B in the paper's regression.
-        rank: Largest rank, at most d of the frozen side.
-        seed: Of the factors that are sampled.
+        rank: Largest rank, at most the dimension on the frozen factor's side.
+        seed: Seed of the sampled factors.
     """
     draws = removed_shares(whitened, root.directions(random_factors(root.vectors.shape[0], rank, seed)))
     mean, half = draws.mean(0), STUDENT * draws.std(0) / math.sqrt(DRAWS)
@@ -200,13 +199,14 @@ def simulate(spectrum: str, size: int = 512, rank: int = 4, seed: int = 0) -> di
     Σ is diagonal without loss of generality, since the frozen factors have no preferred direction.
 
     Args:
-        spectrum: Eigenvalues of Σ: `isotropic` all 1, `1/i` the i-th 1/i, `rank r` 1 for the first `rank` and then 0.
+        spectrum: Eigenvalues of Σ: `isotropic` is 1 for all, `1/i` is 1/i for the i-th, `rank r` is 1 for the first
+            `rank` and 0 for the others.
         size: d_in and d_out.
         rank: r.
-        seed: Of target and factors.
+        seed: Seed of target and factors.
 
     Returns:
-        By the trained factor, `B` (over a random A) and `A` (over a random B), at ranks 1 to r.
+        Shares by trained factor, `B` (over a random A) and `A` (over a random B), at ranks 1 to r.
     """
     index = torch.arange(1, size + 1, dtype=torch.float64)
     values = {"isotropic": torch.ones_like(index), "1/i": 1 / index, "rank r": (index <= rank).double()}[spectrum]
@@ -223,14 +223,14 @@ def simulate(spectrum: str, size: int = 512, rank: int = 4, seed: int = 0) -> di
 
 
 class Moments:
-    """Sums over tokens at one projection: of x·xᵀ, g·xᵀ and g·gᵀ, with x its input and g the gradient to its output.
+    """Sums of x·xᵀ, g·xᵀ and g·gᵀ over tokens, with x a projection's input and g the gradient to its output.
 
-    A token whose gradient is zero everywhere cannot change the loss, such as padding. It is counted, not summed.
+    Tokens with zero gradient, such as padding, cannot change the loss. These tokens are counted in `idle`, not summed.
 
     Args:
         d_in: Width of the input.
         d_out: Width of the output.
-        device: Where the sums are kept, in float64: 8·(d_in² + d_in·d_out + d_out²) bytes.
+        device: Device of the float64 sums, which take 8·(d_in² + d_in·d_out + d_out²) bytes.
     """
 
     def __init__(self, d_in: int, d_out: int, device: torch.device | str = "cpu") -> None:
@@ -246,7 +246,7 @@ class Moments:
 
         Args:
             x: (n, d_in), any floating dtype.
-            gradient: (n, d_out), of the loss with respect to the projection's output.
+            gradient: Gradient of the loss to the projection's output, (n, d_out).
         """
         reached = gradient.ne(0).any(1)
         x = x[reached].to(self.inputs.device).double()  # (m, d_in)
@@ -260,13 +260,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Shares of one projection for one reading of Δ.
+    """Expected shares of one projection for one definition of Δ and one weighting of the outputs.
 
     Args:
-        trained: Factor that is trained; the other one is random and frozen.
-        target: `least squares`: Δ = −G·Σ⁻¹. `gradient step`: Δ ∝ −G.
-        outputs: `equal`: every output weighs the same, as in the paper. `gradients`: outputs weigh by F.
-        removable: Tr[ΔΣΔᵀ] up to a factor that all projections of a network share for the same target and outputs.
+        trained: The trained factor; the other factor is random and frozen.
+        target: Definition of Δ: `least squares` is Δ = −G·Σ⁻¹, `gradient step` is Δ ∝ −G, with G the mean of g·xᵀ.
+        outputs: Weighting of the outputs: `equal` as in the paper, or `gradients` by F, the mean of g·gᵀ.
+        removable: Tr[ΔΣΔᵀ], up to a factor that all projections of a network share for the same target and outputs.
         share: Expected share at each rank.
     """
 
@@ -282,12 +282,12 @@ class ProjectionTheory:
     """Results of the closed forms for one projection.
 
     Args:
-        eigenvalues: Of Σ, the mean of x·xᵀ over tokens, (d_in,), descending; 0 where rounding leaves nothing.
+        eigenvalues: Eigenvalues of Σ, the mean of x·xᵀ over tokens, (d_in,), descending; 0 below the rounding error.
         input_rank: Effective rank of Σ: exp of the entropy of its normalised eigenvalues, in [1, d_in].
         gradient_rank: Effective rank of F, the mean of g·gᵀ.
-        explained: Tr[GΣ⁻¹Gᵀ] / Tr[F] in [0, 1]: share of the tokens' gradients that is linear in their inputs.
-        explained_by_chance: The same for gradients that are independent of the inputs: rank(Σ) / tokens.
-        forecasts: The shares.
+        explained: Tr[GΣ⁻¹Gᵀ] / Tr[F] in [0, 1]: share of the gradients that is linear in the inputs.
+        explained_by_chance: Value of `explained` for gradients independent of the inputs: rank(Σ) / tokens.
+        forecasts: Shares for each trained factor, target and weighting of outputs.
     """
 
     eigenvalues: Tensor
@@ -299,22 +299,22 @@ class ProjectionTheory:
 
 
 def theory_of(moments: Moments, rank: int, seed: int = 0) -> ProjectionTheory:
-    """Return the closed forms for what was measured at a projection.
+    """Return the closed forms for the measured moments of a projection.
 
     Args:
-        moments: Of at least one token.
+        moments: Moments of at least one token.
         rank: Largest rank of the shares, at most min(d_in, d_out).
-        seed: Of the random factors.
+        seed: Seed of the random factors.
     """
     d_out, d_in = moments.gradient.shape
     inputs, gradients = root_of(moments.inputs.cpu()), root_of(moments.outputs.cpu())
-    turned = inputs.vectors.T @ moments.gradient.cpu().T  # Vᵀ·Gᵀ (k, d_out)
+    rotated = inputs.vectors.T @ moments.gradient.cpu().T  # Vᵀ·Gᵀ (k, d_out)
     weights: dict[Outputs, Root] = {"equal": identity_root(d_out), "gradients": gradients}
     targets: tuple[Target, ...] = ("least squares", "gradient step")
     forecasts = []
     for (name, outputs), target in itertools.product(weights.items(), targets):
         power = -0.5 if target == "least squares" else 0.5
-        whitened = inputs.values.pow(power)[:, None] * (turned @ outputs.vectors) * outputs.values.pow(power)
+        whitened = inputs.values.pow(power)[:, None] * (rotated @ outputs.vectors) * outputs.values.pow(power)
         removable = float(whitened.square().sum())
         over_a = expected_share(whitened, inputs, rank, seed)
         over_b = share_over_b(d_out, rank) if name == "equal" else expected_share(whitened.T, outputs, rank, seed)
@@ -322,7 +322,7 @@ def theory_of(moments: Moments, rank: int, seed: int = 0) -> ProjectionTheory:
         forecasts.append(Forecast("A", target, name, removable, over_b))
     eigenvalues = torch.zeros(d_in, dtype=torch.float64)
     eigenvalues[: len(inputs.values)] = inputs.values / moments.tokens
-    linear = float((turned / inputs.values.sqrt()[:, None]).square().sum())
+    linear = float((rotated / inputs.values.sqrt()[:, None]).square().sum())
     return ProjectionTheory(
         eigenvalues=eigenvalues,
         input_rank=summarize(inputs.values).effective_rank,
@@ -341,15 +341,15 @@ def generalisation_bound(
 ) -> float:
     """Return the bound on |expected loss − training loss|: sqrt((2·q·σ²·ln 2 / n)·Σ r·D).
 
-    D is d_out if B is trained, d_in if A is, and their sum if both are (Zhu et al. 2024, section 4, from Xu and
-    Raginsky 2017).
+    D is d_out if B is trained, d_in if A is trained, and d_in + d_out if both are trained (Zhu et al. 2024, section 4,
+    from Xu and Raginsky 2017).
 
     Args:
         shapes: Rank, d_in and d_out of each adapted projection.
-        trained: Factor that is trained.
+        trained: The trained factor.
         samples: Number n of training samples.
-        bits: Bits q of a parameter.
-        sigma: σ of a σ-sub-Gaussian loss; 0.5 for every loss in [0, 1], such as the share of errors.
+        bits: Number q of bits of a parameter.
+        sigma: σ of a σ-sub-Gaussian loss; 0.5 for every loss in [0, 1], such as the error rate.
     """
     numbers = sum(rank * (d_in * (trained != "B") + d_out * (trained != "A")) for rank, d_in, d_out in shapes)
     return math.sqrt(2 * bits * sigma**2 * math.log(2) / samples * numbers)

@@ -1,1 +1,1 @@
-"""Backbones of timm and transformers, by name, directory or file."""
+"""Backbones from timm and transformers, by name, directory or file."""

@@ -1,4 +1,4 @@
-"""Backbones in a GGUF file, llama.cpp's format; transformers unpacks what is quantised in it."""
+"""Backbones from GGUF files, llama.cpp's format. transformers dequantises the weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from datamodules.errors import ModelError
 
 
 def is_gguf(name: str) -> bool:
-    """Return True if the name of a backbone is that of a GGUF file."""
+    """Return True if a backbone's name is the name of a GGUF file."""
     return name.endswith(".gguf")
 
 
 def located(name: str) -> tuple[str, dict[str, str]]:
-    """Return the directory or repository of a backbone, and the arguments of `from_pretrained` that name its file."""
+    """Return a backbone's directory or repository, and the arguments of `from_pretrained` that select its file."""
     if not is_gguf(name):
         return name, {}
     parts = Path(name).parts
-    split = len(parts) - 1 if Path(name).is_file() else 2  # a repository has two, and may have folders
+    split = len(parts) - 1 if Path(name).is_file() else 2  # A repository is OWNER/NAME, and may have folders.
     return str(Path(*parts[:split])), {"gguf_file": "/".join(parts[split:])}
 
 
@@ -39,21 +39,25 @@ def check_readable(name: str) -> None:
         ModelError: If a package or a local file is missing.
     """
     if not (is_gguf_available() and is_accelerate_available()):
-        raise ModelError(f"model.backbone: {name} takes the packages gguf and accelerate; pip install gguf accelerate.")
+        raise ModelError(
+            f"model.backbone: {name} needs the packages gguf and accelerate. Run: pip install gguf accelerate"
+        )
     local = name.startswith((".", "/", "~")) or name.count("/") < 2 or Path(name).parent.is_dir()
     if local and not Path(name).is_file():
-        raise ModelError(f"model.backbone: there is no file {name}; on the hub it would be OWNER/NAME/FILE.gguf.")
+        raise ModelError(f"model.backbone: there is no file {name}. For a file on the hub use OWNER/NAME/FILE.gguf.")
 
 
 def check_positions(name: str, config: PreTrainedConfig) -> None:
-    """Check that the configuration read from a file has the file's rotary positions: it leaves out their scaling.
+    """Check that a configuration from a GGUF file has the right rotary positions.
+
+    transformers does not read the scaling of rotary positions from GGUF.
 
     Args:
         name: The file.
         config: The configuration read from the file.
 
     Raises:
-        ModelError: If the positions are scaled, as LLaMA's since 3.1, and the configuration does not say how.
+        ModelError: If the file scales its rotary positions, as LLaMA since 3.1 does, and the configuration does not.
     """
     folder, file = located(name)
     path = cached_file(folder, file["gguf_file"])
@@ -63,25 +67,28 @@ def check_positions(name: str, config: PreTrainedConfig) -> None:
     scaled = kind != "none" or any(tensor.startswith("rope_f") for tensor in tensors)  # rope_freqs, rope_factors_…
     if scaled and (config.to_dict().get("rope_parameters") or {}).get("rope_type") == "default":
         raise ModelError(
-            f"model.backbone: {name} scales its rotary positions, and transformers does not read from GGUF how; give "
-            "rope_parameters of the original's config.json in model.backbone_args, or take the original."
+            f"model.backbone: {name} scales its rotary positions, but transformers cannot read the scaling from GGUF. "
+            "Copy rope_parameters from the original model's config.json to model.backbone_args, or use the original."
         )
 
 
 @contextlib.contextmanager
 def unpacking(name: str) -> Iterator[dict[str, Any]]:
-    """Give the arguments of `from_pretrained` that unpack a GGUF file, and hide its progress bar; otherwise nothing."""
+    """Yield the arguments of `from_pretrained` that dequantise a GGUF file, and hide the progress bar.
+
+    For other backbones, the arguments are empty.
+    """
     if not is_gguf(name):
         yield {}
         return
-    # the library's progress bar cannot be switched off
+    # The library's progress bar cannot be switched off.
     with contextlib.redirect_stderr(io.StringIO()):
-        # or where there are kernels for packed weights they stay packed, and cannot be adapted or saved
+        # By default, weights stay quantised if kernels are installed, and could not be adapted or saved.
         yield {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def forget_invented_tokens(tokenizer: Any) -> None:
-    """Remove GPT-2's end token, which the library adds to a file's vocabulary: the model has no embedding for it."""
+    """Remove GPT-2's end token from a tokenizer. The library adds the token, but the model has no embedding for it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     size = len(state["model"]["vocab"])
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]

@@ -1,1 +1,1 @@
-"""Adapters in files: PEFT's two files in both directions, compact files, and what rounding does to a merged weight."""
+"""File formats of adapters: PEFT, compact files, and the rounding error of merged weights."""

@@ -1,4 +1,4 @@
-"""Load an adapter for a module: a directory of PEFT's files or a compact one, local or on the hub; never a pickle."""
+"""Load an adapter from a local directory or the hub, in PEFT's format or as a compact file. Pickles are never read."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _log = logging.getLogger(__name__)
 
 
 class LoadedAdapter(NamedTuple):
-    """An adapter that was read for a module.
+    """Content of an adapter directory.
 
     Args:
-        config: The configuration to attach it with.
-        factors: Both factors of every adapter under the names of `adapter_state`.
-        heads: Tensors of the heads under the module's names.
+        config: The configuration to attach the adapter with.
+        factors: Both factors of every adapter by the names of `adapter_state`.
+        heads: Tensors of the heads by the module's names.
     """
 
     config: AdapterConfig
@@ -39,18 +39,18 @@ class LoadedAdapter(NamedTuple):
 def read_adapter(
     source: str,
     backbone: nn.Module,
-    own: AdapterConfig,
+    configured: AdapterConfig,
     exclude: Collection[str],
-    homes: Mapping[str, Collection[str]],
+    head_names: Mapping[str, Collection[str]],
 ) -> LoadedAdapter:
-    """Read an adapter for a backbone that has none yet.
+    """Read an adapter for a backbone without adapters.
 
     Args:
-        source: A directory as PEFT or `export` writes it, or a name on the hub.
-        backbone: The backbone; it is not changed.
-        own: Its `train` says which factor is trained; all other keys come from the file.
+        source: A directory in the format of PEFT or `export`, or a name on the hub.
+        backbone: The backbone, which is not changed.
+        configured: The configured adapter. Only `train` is used; the file has the other keys.
         exclude: Names of the backbone's modules that are heads.
-        homes: For each head of the module, its names in the model that PEFT wraps.
+        head_names: For each head of the module, its possible names in the model that PEFT wraps.
 
     Raises:
         AdapterError: If the adapter cannot be found, is damaged, does not fit, or is not supported.
@@ -60,71 +60,74 @@ def read_adapter(
         compact = load_compact(folder, backbone, exclude)
         if compact.fingerprint not in (None, frozen_fingerprint(backbone)):
             _log.warning(
-                f"{WHERE}: {source} was trained over other frozen weights than this backbone's, or over the same in "
-                "another dtype; only over its own does it compute what it did."
+                f"{WHERE}: {source} was trained over other frozen weights than this backbone's, or over another dtype. "
+                "The outputs will differ from the training's. Use the backbone and dtype of the training."
             )
         config = compact.adapter
-        # the SVD of every W would take long, and what it gives is in the file
-        if config.train != own.train or {"svd", "svd_minor"} & {config.init_a, config.init_b}:
-            config = replace(config, train=own.train, init_a="given", init_b="given")
+        # The file has the factors, so skip the slow SVD of every W.
+        if config.train != configured.train or {"svd", "svd_minor"} & {config.init_a, config.init_b}:
+            config = replace(config, train=configured.train, init_a="given", init_b="given")
         return LoadedAdapter(config, compact.factors, compact.heads)
-    names = [name for of_head in homes.values() for name in of_head]
+    names = [name for names_of_head in head_names.values() for name in names_of_head]
     content, tensors = read_peft_files(folder)
-    config, factors, wholes = from_peft(backbone, content, tensors, own, exclude, names)
-    if str(content.get("init_lora_weights")).lower() == "mica" and own.train != "A":
+    config, factors, heads = from_peft(backbone, content, tensors, configured, exclude, names)
+    if str(content.get("init_lora_weights")).lower() == "mica" and configured.train != "A":
         _log.warning(
-            f"{WHERE}: {source} is a MiCA adapter, of which PEFT freezes B and trains A, and model.adapter.train is "
-            f"{own.train}. Set it to A to train what PEFT trains."
+            f"{WHERE}: {source} is a MiCA adapter, for which PEFT freezes B and trains A, but model.adapter.train is "
+            f"{configured.train}. Set it to A to train the same factor as PEFT."
         )
-    return LoadedAdapter(config, factors, _rename_heads(wholes, homes))
+    return LoadedAdapter(config, factors, _rename_heads(heads, head_names))
 
 
 def _local_folder(source: str) -> Path:
-    """Return the local directory of an adapter, after a download if the name is one of the hub."""
+    """Return the local directory of an adapter, after a download if the name is not a local path."""
     folder = Path(source)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise AdapterError(f"{WHERE}: {source} is a file; give the directory with {CONFIG} and {WEIGHTS}.")
+        raise AdapterError(f"{WHERE}: {source} is a file. Give the directory with {CONFIG} and {WEIGHTS}.")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, COMPACT]))
-    except Exception as error:  # whatever a network or a name can raise
+    except Exception as error:  # The network and an invalid name can raise many exceptions.
         raise AdapterError(
-            f"{WHERE}: {source} is no directory here, and from the hub it could not be had ({first_line(error)}). "
+            f"{WHERE}: {source} is no directory here, and could not be loaded from the hub ({first_line(error)}). "
             f"Give a directory with {CONFIG} and {WEIGHTS}."
         ) from error
 
 
-def _rename_heads(wholes: Heads, homes: Mapping[str, Collection[str]]) -> dict[str, Tensor]:
-    """Return tensors of heads under the module's names; PEFT may have a head several times, if the copies are equal."""
-    found: dict[str, Tensor] = {}
-    for head, names in homes.items():
-        for content in (wholes[name] for name in names if name in wholes):
+def _rename_heads(heads: Heads, head_names: Mapping[str, Collection[str]]) -> dict[str, Tensor]:
+    """Return tensors of heads by the module's names. A PEFT file may have several equal copies of a head."""
+    renamed: dict[str, Tensor] = {}
+    for head, names in head_names.items():
+        for content in (heads[name] for name in names if name in heads):
             for key, tensor in content.items():
-                known = found.setdefault(f"{head}.{key}", tensor)
-                if known.shape != tensor.shape or not torch.equal(known, tensor):
-                    raise AdapterError(f"{WHERE}: {' and '.join(names)} differ in {key}, and here they are one head.")
-    return found
+                first = renamed.setdefault(f"{head}.{key}", tensor)
+                if first.shape != tensor.shape or not torch.equal(first, tensor):
+                    raise AdapterError(
+                        f"{WHERE}: {' and '.join(names)} differ in {key}, but this model has one head for both. Use an "
+                        "adapter with equal heads."
+                    )
+    return renamed
 
 
 @torch.no_grad()
-def load_heads(module: nn.Module, heads: Collection[str], given: Mapping[str, Tensor]) -> list[str]:
-    """Copy the heads of an adapter file into a module; all or nothing.
+def load_heads(module: nn.Module, heads: Collection[str], state: Mapping[str, Tensor]) -> list[str]:
+    """Copy the heads of an adapter file into a module. If a tensor does not fit, nothing is copied.
 
     Args:
         module: The task.
         heads: Names of the task's heads.
-        given: Tensors under the module's names. Heads without a tensor stay as they are.
+        state: Tensors by the module's names. Heads without tensors are not changed.
 
     Returns:
-        The names that do not fit; an empty list if all tensors are copied.
+        Descriptions of the names that do not fit; an empty list if all tensors are copied.
     """
-    had = {head for head in heads if any(name.startswith(f"{head}.") for name in given)}
-    own = {n: t for n, t in module.state_dict().items() if any(n.startswith(f"{head}.") for head in had)}
-    problems = state_problems(own, given)
+    loaded_heads = {head for head in heads if any(name.startswith(f"{head}.") for name in state)}
+    targets = {n: t for n, t in module.state_dict().items() if any(n.startswith(f"{head}.") for head in loaded_heads)}
+    problems = state_problems(targets, state)
     if not problems:
-        for name, tensor in given.items():
-            own[name].copy_(tensor)
+        for name, tensor in state.items():
+            targets[name].copy_(tensor)
     return problems

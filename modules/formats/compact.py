@@ -1,22 +1,22 @@
-"""Compact files: the trained factor, and a recipe that draws the frozen factor again.
+"""Compact files: the trained factors, and a recipe to redraw the frozen factors.
 
-A compact directory holds `adapter_compact.safetensors`, complete in itself. Its tensors are
+A compact directory holds one file, `adapter_compact.safetensors`. The tensors of the file are
 
-- `adapter.<projection>.A` and `.B`, the factors that are stored, float32 or bfloat16,
-- `head.<name>`, tensors of modules that were trained whole, by their names in the task's module,
+- `adapter.<projection>.A` and `.B`: the stored factors, float32 or bfloat16;
+- `head.<name>`: tensors of fully trained modules, by their names in the task's module.
 
-and its metadata has, under `recipe`, a JSON object:
+The metadata key `recipe` holds a JSON object:
 
-- `version`: 1,
-- `adapter`: the keys of `AdapterConfig`, of `rank_pattern` and `alpha_pattern` those that are not empty, with one key
-  for each projection (`modules.adapters.patterns.exact_key`),
-- `redrawn`: for each projection whose frozen factor is not stored `{"shape": [rows, columns], "sha256": …}`, the digest
-  being that of its float32 bytes, little-endian, row by row,
+- `version`: 1;
+- `adapter`: the keys of `AdapterConfig`. `rank_pattern` and `alpha_pattern` have one key for each projection
+  (`modules.adapters.patterns.exact_key`), and are missing if they are empty;
+- `redrawn`: `{"shape": [rows, columns], "sha256": …}` for each projection whose frozen factor is not stored. The digest
+  is of the factor's float32 bytes, little-endian, row by row;
 - `frozen_fingerprint`: fingerprint of the backbone (`modules.adapters.state`); may be missing.
 
-A frozen factor is left out only if its initialiser is `signs`, which is reproducible by construction, and the factor is
-to the bit what the recipe draws. Loading draws the factor again and refuses any other digest. All other factors are
-stored, so that a compact file can always be loaded.
+A frozen factor is omitted only if its initialiser is `signs`, which is reproducible, and the redrawn factor is
+bit-identical. Loading redraws the factor and rejects another digest. All other factors are stored, so that every
+compact file can be loaded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from modules.formats.peft import WHERE
 FILE_NAME = "adapter_compact.safetensors"
 VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16)
-_AGAIN = "Get the file anew, or export the run again (--format peft stores both factors)."
+_AGAIN = "Get the file again, or export the run again (--format peft stores both factors)."
 
 
 class Compact(NamedTuple):
@@ -54,9 +54,9 @@ class Compact(NamedTuple):
 
     Args:
         adapter: The adapter's configuration.
-        factors: Both factors of every adapter under the names of `adapter_state`, float32.
-        heads: Tensors of modules that were trained whole, under the names of the task's module; floats as float32.
-        fingerprint: Fingerprint of the frozen weights of the training; None if the file has none.
+        factors: Both factors of every adapter by the names of `adapter_state`, float32.
+        heads: Tensors of fully trained modules by the names of the task's module; floats are float32.
+        fingerprint: Fingerprint of the frozen weights in training; None if the file has none.
     """
 
     adapter: AdapterConfig
@@ -86,21 +86,21 @@ def save_compact(
     Args:
         folder: An existing directory.
         model: A model with adapters.
-        config: Configuration that the adapters were attached with.
-        heads: Tensors of modules that were trained whole, by name.
-        dtype: Dtype in the file, float32 or bfloat16. A factor that is drawn again is float32 in any case.
+        config: Configuration of the attached adapters.
+        heads: Tensors of fully trained modules by name.
+        dtype: Dtype in the file, float32 or bfloat16. A redrawn factor is always float32.
 
     Returns:
-        The projections whose frozen factor is not stored.
+        Names of the projections whose frozen factor is not stored.
 
     Raises:
-        AdapterError: If the model has no adapters, or for another dtype.
+        AdapterError: If the model has no adapters, or the dtype is not supported.
     """
     projections = adapted_projections(model)
     if not projections:
-        raise AdapterError("There are no adapters to write in this model.")
+        raise AdapterError("The model has no adapters to write. Attach adapters first.")
     if dtype not in DTYPES:
-        raise AdapterError(f"A compact file stores float32 or bfloat16, not {dtype}.")
+        raise AdapterError(f"A compact file cannot store {dtype}. Use float32 or bfloat16.")
     tensors = {f"head.{name}": tensor for name, tensor in heads.items()}
     redrawn: dict[str, dict[str, Any]] = {}
     for name, (_, factors) in projections.items():
@@ -120,7 +120,7 @@ def save_compact(
         "redrawn": redrawn,
         "frozen_fingerprint": fingerprint,
     }
-    stored = {  # copies: safetensors takes no tensors that share memory
+    stored = {  # Copies, since safetensors rejects tensors that share memory.
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for name, tensor in tensors.items()
     }
@@ -129,7 +129,7 @@ def save_compact(
 
 
 def _recipe_keys(config: AdapterConfig, projections: list[Projection]) -> dict[str, Any]:
-    """Return the keys of the configuration, empty patterns left out, so that older programs read the file."""
+    """Return the configuration as JSON values without empty patterns, so that older versions can read the file."""
     patterns = {
         "rank_pattern": exact_patterns({p.name: config.rank_of(p) for p in projections}, config.rank),
         "alpha_pattern": exact_patterns({p.name: config.alpha_of(p) for p in projections}, config.alpha),
@@ -142,7 +142,7 @@ def _init(config: AdapterConfig, factor: str) -> str:
 
 
 def _redraw(config: AdapterConfig, name: str, shape: Collection[int]) -> Tensor:
-    """Return the frozen factor that a configuration with `signs` gives a projection."""
+    """Draw the frozen factor of a projection for a configuration with `signs`."""
     factor: Factor = "B" if config.train == "A" else "A"
     return sign_factor(factor, max(shape), min(shape), config.seed, name)
 
@@ -153,17 +153,17 @@ def _redraw(config: AdapterConfig, name: str, shape: Collection[int]) -> Tensor:
 def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ()) -> Compact:
     """Read a compact directory for a model. The file is not trusted.
 
-    Names and shapes are compared with the model's before a tensor is read or drawn. So the file never decides how much
-    memory is taken. Targets that are patterns are replaced by names, and never matched.
+    Names and shapes are compared with the model before a tensor is read or drawn, so a file cannot exhaust the memory.
+    Patterns among the targets are replaced by names and never matched, since matching could take forever.
 
     Args:
         path: The directory.
-        backbone: The model that the adapter is for, with or without adapters; it is not changed.
+        backbone: The model to adapt, with or without adapters; the model is not changed.
         exclude: Names of modules that take no adapter, as for `attach`.
 
     Raises:
-        AdapterError: If the file is damaged, is no compact file or is of another model, or if a factor that is drawn
-            again has another digest than the file says.
+        AdapterError: If the file is damaged, is no compact file or does not fit the model, or a redrawn factor has
+            another digest.
     """
     file = f"{WHERE}: {path / FILE_NAME}"
     projections = find_projections(backbone, exclude)
@@ -179,8 +179,8 @@ def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ())
         factor = _redraw(config, name, entry["shape"])
         if factor_digest(factor) != entry["sha256"]:
             raise AdapterError(
-                f"{file}: the frozen factor of {name}, drawn again from its recipe (signs, seed {config.seed}), has "
-                f"another digest than the file gives. {_AGAIN}"
+                f"{file}: the frozen factor of {name}, redrawn with signs and seed {config.seed}, has another digest "
+                f"than in the file. {_AGAIN}"
             )
         tensors[f"adapter.{name}.{'B' if config.train == 'A' else 'A'}"] = factor
     targets, last = _targets(file, config, projections, list(layers))
@@ -195,12 +195,12 @@ def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ())
 
 
 def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], str | None]:
-    """Return the configuration, the redrawn factors and the fingerprint of a file's metadata, of the right types."""
-    problem = f"{file} is no compact file that this version reads"
+    """Validate a file's recipe, and return its configuration, redrawn factors and fingerprint."""
+    problem = f"{file} is no compact file of this version"
     try:
         recipe = json.loads(text)
         if recipe["version"] != VERSION:
-            raise ValueError(f"version {recipe['version']!r:.20}, which a newer program may read")
+            raise ValueError(f"version {recipe['version']!r:.20} may need a newer program")
         keys, redrawn, fingerprint = recipe["adapter"], recipe["redrawn"], recipe.get("frozen_fingerprint")
         known = {field.name for field in fields(AdapterConfig)}
         numbers = [type(keys[key]) in (int, float) for key in ("alpha", "dropout")]
@@ -211,11 +211,11 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], s
             and [type(size) for size in entry["shape"]] == [int, int]
             for entry in redrawn.values()
         ]
-        # an older file is of all layers and has no patterns
+        # Older files have no `layers` and no patterns.
         named = known - {"layers", "rank_pattern", "alpha_pattern"} <= set(keys) <= known
         fits = named and type(keys["seed"]) is int and isinstance(keys["targets"], list)
         if not (fits and isinstance(fingerprint, str | None) and all(numbers + targets + entries)):
-            raise TypeError("its recipe has other keys or values")
+            raise TypeError("the recipe has unknown keys or values")
         config = AdapterConfig(**keys)
     except AdapterError as error:
         raise AdapterError(f"{file}: {error!s:.500}") from error
@@ -223,7 +223,7 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], s
         raise AdapterError(f"{problem} ({type(error).__name__}: {error}). {_AGAIN}") from error
     frozen = {"A": config.init_b, "B": config.init_a}.get(config.train)
     if redrawn and frozen != "signs":
-        raise AdapterError(f"{file}: its frozen factor ({frozen}) cannot be drawn again. {_AGAIN}")
+        raise AdapterError(f"{file}: a frozen factor with initialiser {frozen} cannot be redrawn. {_AGAIN}")
     return config, redrawn, fingerprint
 
 
@@ -235,23 +235,23 @@ def _check_factors(
     stored: Mapping[str, tuple[int, ...]],
     redrawn: Mapping[str, Any],
 ) -> dict[str, Projection]:
-    """Return the projections that a file has factors of, by name; check that each factor has the model's shape.
+    """Check the names and shapes of a file's factors, and return the adapted projections by name.
 
     Raises:
         AdapterError: With the names that are missing, unexpected or of another shape.
     """
     frozen = "B" if config.train == "A" else "A"
-    given = {name: shape for name, shape in stored.items() if not name.startswith("head.")}
-    twice = [name for name in redrawn if f"adapter.{name}.{frozen}" in given]
-    given |= {f"adapter.{name}.{frozen}": tuple(entry["shape"]) for name, entry in redrawn.items()}
+    shapes = {name: shape for name, shape in stored.items() if not name.startswith("head.")}
+    twice = [name for name in redrawn if f"adapter.{name}.{frozen}" in shapes]
+    shapes |= {f"adapter.{name}.{frozen}": tuple(entry["shape"]) for name, entry in redrawn.items()}
     layers = {
         p.name: p
         for p in [*projections, *fused_layers(projections)]
-        if any(f"adapter.{p.name}.{factor}" in given for factor in "AB")
+        if any(f"adapter.{p.name}.{factor}" in shapes for factor in "AB")
     }
     exact = {exact_key(name) for name in layers}
     if others := [key for key in {**config.rank_pattern, **config.alpha_pattern} if key not in exact]:
-        # a stranger's regular expression could take for ever to match
+        # The regular expressions of an untrusted file could take forever to match.
         raise AdapterError(f"{file}: a pattern names no projection of the file ({_listed(others)}). {_AGAIN}")
     expected: dict[str, tuple[int, ...]] = {}
     for name, p in layers.items():
@@ -259,15 +259,17 @@ def _check_factors(
         rank = check_rank(config, p, d_in)
         expected |= {f"adapter.{name}.A": (rank, d_in), f"adapter.{name}.B": (p.stop - p.start, rank)}
     kinds = {
-        "unexpected": [name for name in given if name not in expected],
-        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in shapes if name not in expected],
+        "missing": [name for name in expected if name not in shapes],
         "both stored and to be drawn": twice,
         "of another shape": [
-            f"{name} {given[name]}, not {shape}" for name, shape in expected.items() if given.get(name, shape) != shape
+            f"{name} {shapes[name]}, not {shape}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
         ],
     }
     if problems := [f"{len(names)} {kind} ({_listed(names)})" for kind, names in kinds.items() if names]:
-        raise AdapterError(f"{file} does not fit this model: {'; '.join(problems)}. Take the backbone it was made for.")
+        raise AdapterError(f"{file} does not fit this model: {'; '.join(problems)}. Use the backbone of the training.")
     if not layers:
         raise AdapterError(f"{file} has no adapters. {_AGAIN}")
     return layers
@@ -276,25 +278,26 @@ def _check_factors(
 def _targets(
     file: str, config: AdapterConfig, projections: list[Projection], names: list[str]
 ) -> tuple[list[str], int | None]:
-    """Return the targets and `layers` of a configuration if they are roles that select the named projections.
+    """Return targets and `layers` that select the named projections.
 
-    Otherwise the targets are the names of the projections.
+    The file's targets are returned if they are roles and select exactly the named projections. Otherwise the targets
+    are the names of the projections.
 
     Raises:
-        AdapterError: If a layer has an adapter as a whole and adapters of its parts.
+        AdapterError: If the file adapts both a fused layer and its parts.
     """
     by_name = [f"regex:{re.escape(name)}" for name in names]
     by_role = {*ROLES, "attention", "all"}.issuperset(config.targets)
-    own = (list(config.targets), config.layers)
-    for targets, layers in (own, (by_name, None)) if by_role else ((by_name, None),):
-        with suppress(AdapterError):  # a role or a number of blocks that this model does not have
+    in_file = (list(config.targets), config.layers)
+    for targets, layers in (in_file, (by_name, None)) if by_role else ((by_name, None),):
+        with suppress(AdapterError):  # The model may lack a role or have fewer blocks.
             if {p.name for p in select(projections, targets, layers)} == set(names):
                 return targets, layers
-    raise AdapterError(f"{file}: it has factors of a layer and of its parts. {_AGAIN}")
+    raise AdapterError(f"{file}: the file has factors of a layer and of its parts. {_AGAIN}")
 
 
 def _listed(names: list[str], most: int = 3) -> str:
-    """Return names from an untrusted file, escaped and cut."""
+    """Return names from an untrusted file, escaped and truncated."""
     return ", ".join(f"{name!r:.120}" for name in names[:most]) + (", …" if len(names) > most else "")
 
 
@@ -302,11 +305,11 @@ def _read_tensor(file: str, name: str, tensor: Tensor) -> Tensor:
     """Return a tensor of a file, floats as float32.
 
     Raises:
-        AdapterError: For a dtype that no compact file has, or values that are not finite.
+        AdapterError: If the dtype is not supported, or values are not finite.
     """
     head = name.startswith("head.")
     if tensor.dtype not in DTYPES and not (head and not tensor.is_floating_point() and not tensor.is_complex()):
-        raise AdapterError(f"{file}: {name} is of {tensor.dtype}, not float32 or bfloat16. {_AGAIN}")
+        raise AdapterError(f"{file}: {name} has dtype {tensor.dtype}, not float32 or bfloat16. {_AGAIN}")
     if not tensor.isfinite().all():
         raise AdapterError(f"{file}: {name} holds values that are not finite. {_AGAIN}")
     return tensor.float() if tensor.is_floating_point() else tensor

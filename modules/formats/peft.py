@@ -1,17 +1,18 @@
-"""PEFT's LoRA files: their names, the keys that are supported, reading and writing. Pure torch, without PEFT.
+"""PEFT's LoRA format: file names, supported keys, reading and writing, without PEFT.
 
-A PEFT directory has adapter_config.json and adapter_model.safetensors. Its tensors are `lora_A` (R, d_in) and `lora_B`
-(d_out, R) of each layer, and the modules that were trained whole (`modules_to_save`), all below `base_model.model.`.
-The update is alpha / R · B·A, or alpha / √R · B·A with `use_rslora`. `rank_pattern` and `alpha_pattern` name the layers
-whose R or alpha differs from the common one.
+A PEFT directory has adapter_config.json and adapter_model.safetensors. The tensors are `lora_A` (R, d_in) and `lora_B`
+(d_out, R) of each layer, and fully trained modules (`modules_to_save`). All names start with `base_model.model.`. The
+update is alpha / R · B·A, or alpha / √R · B·A with `use_rslora`. `rank_pattern` and `alpha_pattern` list the layers
+with another R or alpha.
 
-PEFT knows no parts of a fused layer. `peft_writing` makes one LoRA of the parts. Its rank R is the sum of their ranks,
-with A stacked and B on a block diagonal (`modules.adapters.functional.block_diagonal`). Alpha grows so that the scale
-stays. Parts of different scales share the scale of the first part, and the B of each other part is multiplied.
-`peft_reading` takes such a B apart again, since the zeros of B say where the parts are. Any other LoRA of a fused layer
-becomes an adapter of the whole layer.
+PEFT cannot adapt parts of a fused layer. `peft_writing` combines the parts into one LoRA. Its rank R is the sum of the
+parts' ranks, with A stacked and B block-diagonal (`modules.adapters.functional.block_diagonal`). Alpha is multiplied so
+that the scale does not change. If the scales of the parts differ, the LoRA has the scale of the first part. The B of
+each other part is then multiplied by the ratio of the scales. `peft_reading` splits such a B at its zeros. Any other
+LoRA of a fused layer becomes an adapter of the whole layer.
 
-vLLM ignores both patterns. It takes one rank and one scale for all layers, so it serves only adapters without patterns.
+vLLM ignores both patterns and uses one rank and one scale for all layers. vLLM therefore supports only adapters without
+patterns.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from modules.adapters import AdapterError
 from modules.adapters.config import Scaling
 
-Heads = dict[str, dict[str, Tensor]]  # tensors of modules that are trained whole, by the module's name and their own
+Heads = dict[str, dict[str, Tensor]]  # Tensors of fully trained modules, by module name and tensor name.
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -46,11 +47,10 @@ NO_MATTER = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
     *("qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "runtime_config"),
 }
-# The values of init_lora_weights in PEFT 0.21.2, besides true, false and null. The first leave the base weights as they
-# are. PEFT subtracts the first B·A of the second from the base weights, and can undo that in what it saves.
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
-SUBTRACTED_STARTS = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga")
-QUANTISED_STARTS = ("loftq",)  # the base weights are quantised, and B·A makes up for the error
+# Values of init_lora_weights in PEFT 0.21.2, besides true, false and null.
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # The base weights do not change.
+SUBTRACTED_STARTS = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga")  # PEFT subtracts the initial B·A from W.
+QUANTISED_STARTS = ("loftq",)  # PEFT quantises the base weights, and B·A compensates the error.
 
 
 def alpha_at(scaling: Scaling, alpha: float, ratio: float) -> float:
@@ -66,24 +66,25 @@ def read_peft_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     config, weights = folder / CONFIG, folder / WEIGHTS
     if not config.is_file():
-        raise AdapterError(f"{WHERE}: {folder} has no {CONFIG}; give a directory as PEFT's save_pretrained writes it.")
+        raise AdapterError(f"{WHERE}: {folder} has no {CONFIG}. Give a directory from PEFT's save_pretrained.")
     if not weights.is_file():
         pickled = f"; its {PICKLE} is not read, since a pickle can run code" if (folder / PICKLE).exists() else ""
         raise AdapterError(
-            f"{WHERE}: {folder} has no {WEIGHTS}{pickled}. Load it with PEFT where you trust it, and save_pretrained "
-            "writes safetensors."
+            f"{WHERE}: {folder} has no {WEIGHTS}{pickled}. If you trust the adapter, load it with PEFT and save "
+            "it with save_pretrained."
         )
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{WHERE}: {config} cannot be read as JSON ({error}). Get the file anew.") from error
+        raise AdapterError(f"{WHERE}: {config} cannot be read as JSON ({error}). Get the file again.") from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{WHERE}: {config} holds no JSON object. Get the file anew.")
+        raise AdapterError(f"{WHERE}: {config} holds no JSON object. Get the file again.")
     try:
         return content, load_file(weights)
     except (SafetensorError, OSError) as error:
         raise AdapterError(
-            f"{WHERE}: {weights} cannot be read as safetensors ({error}): it is damaged, or cut off. Get the file anew."
+            f"{WHERE}: {weights} cannot be read as safetensors ({error}). The file is damaged or truncated. Get the "
+            "file again."
         ) from error
 
 
@@ -98,7 +99,7 @@ def write_peft_files(
         tensors: Content of adapter_model.safetensors.
         dtype: Dtype of the floating-point tensors in the file.
     """
-    copies = {  # safetensors takes no tensors that share memory
+    copies = {  # safetensors rejects tensors that share memory.
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for name, tensor in tensors.items()
     }
@@ -107,14 +108,16 @@ def write_peft_files(
 
 
 def check_supported(content: Mapping[str, Any]) -> None:
-    """Check that an adapter's configuration is supported.
+    """Check that the content of adapter_config.json is supported.
 
     Raises:
-        AdapterError: With the key of adapter_config.json and its value.
+        AdapterError: With the key and its value.
     """
     kind = content.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{WHERE}: peft_type is {kind!r:.80}, and only LORA can be loaded; merge it with PEFT.")
+        raise AdapterError(
+            f"{WHERE}: peft_type is {kind!r:.80}, and only LORA can be loaded. Merge the adapter with PEFT."
+        )
     numbers: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
     for key, types in numbers.items():
         value: Any = content.get(key)
@@ -126,25 +129,25 @@ def check_supported(content: Mapping[str, Any]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = content.get(key) or {}
         if not (isinstance(patterns, dict) and all(type(v) in (int, float) and 0 < v < 1e9 for v in patterns.values())):
-            raise AdapterError(f"{WHERE}: {key} of adapter_config.json does not give names numbers above 0.")
+            raise AdapterError(f"{WHERE}: {key} of adapter_config.json does not map names to numbers above 0.")
     _check_start(content.get("init_lora_weights", True))
     if content.get("bias", "none") != "none":
         raise AdapterError(
-            f"{WHERE}: bias is {content['bias']!r:.80}, and only 'none' can be loaded; merge it with PEFT."
+            f"{WHERE}: bias is {content['bias']!r:.80}, and only 'none' can be loaded. Merge the adapter with PEFT."
         )
     for key, value in content.items():
         if value and key not in READ | NO_MATTER:
             raise AdapterError(
-                f"{WHERE}: {key} ({value!r:.80}) is not supported here; merge the adapter with PEFT "
-                "and give the result as model.backbone. Delete the key if it changes nothing of what is computed."
+                f"{WHERE}: {key} ({value!r:.80}) is not supported. Merge the adapter with PEFT and give the result as "
+                "model.backbone. If the key does not change the adapter's output, delete the key."
             )
 
 
 def _check_start(start: Any) -> None:
-    """Check that an adapter belongs to the published base weights: some starts change the weights.
+    """Check that an initialisation has not changed the base weights.
 
     Raises:
-        AdapterError: With the value, why, and what to do.
+        AdapterError: With the value, the reason and advice.
     """
     name = start.lower() if isinstance(start, str) else start
     if name is None or isinstance(name, bool) or name in PLAIN_STARTS:
@@ -152,16 +155,16 @@ def _check_start(start: Any) -> None:
     key = f"{WHERE}: init_lora_weights is {start!r:.80}"
     if isinstance(name, str) and SUBTRACTED_STARTS.fullmatch(name):
         raise AdapterError(
-            f"{key}, which changed the weights of the base model: PEFT subtracted the first B·A from them. Save the "
-            "adapter again as ordinary LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
+            f"{key}, which changed the weights of the base model: PEFT subtracted the initial B·A from the weights. "
+            "Save the adapter again as LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
         )
     if name in QUANTISED_STARTS:
         raise AdapterError(
-            f"{key}, which changed the weights of the base model: PEFT quantised them. Merge the adapter with PEFT "
-            "into those weights, and give the result as model.backbone."
+            f"{key}, which changed the weights of the base model: PEFT quantised the weights. Merge the adapter with "
+            "PEFT into the quantised weights, and give the result as model.backbone."
         )
     raise AdapterError(
-        f"{key}, which is not known here (known are true, false, {', '.join(PLAIN_STARTS)}). It may have changed the "
-        "weights of the base model. If it did not, set the key to true; if it did, merge the adapter with PEFT and "
-        "give the result as model.backbone."
+        f"{key}, which is unknown here (known: true, false, {', '.join(PLAIN_STARTS)}). The initialisation may have "
+        "changed the weights of the base model. If the weights did not change, set the key to true. Otherwise merge "
+        "the adapter with PEFT and give the result as model.backbone."
     )

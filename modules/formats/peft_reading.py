@@ -22,12 +22,12 @@ Number = TypeVar("Number", int, float)
 
 
 class PeftAdapter(NamedTuple):
-    """An adapter that was read.
+    """An adapter from PEFT's files.
 
     Args:
-        config: The configuration to attach it with; both factors are `given`.
-        factors: Both factors of every adapter under the names of `adapter_state`, float32.
-        heads: Tensors of the modules that were trained whole, by module and name.
+        config: The configuration to attach the adapter with; both factors are `given`.
+        factors: Both factors of every adapter by the names of `adapter_state`, float32.
+        heads: Tensors of fully trained modules by module name and tensor name.
     """
 
     config: AdapterConfig
@@ -39,25 +39,25 @@ def from_peft(
     model: nn.Module,
     content: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    own: AdapterConfig,
+    configured: AdapterConfig,
     exclude: Collection[str] = (),
     heads: Collection[str] = (),
 ) -> PeftAdapter:
-    """Return the adapter of a PEFT directory as an adapter of a model.
+    """Convert the content of PEFT's files to an adapter of a model.
 
     Args:
-        model: The model without adapters; it is not changed.
+        model: The model without adapters, which is not changed.
         content: Content of adapter_config.json.
         tensors: Content of adapter_model.safetensors.
-        own: Its `train` says which factor is trained; all other keys come from the file.
+        configured: The configured adapter. Only `train` is used; the file has the other keys.
         exclude: Names of modules that take no adapter, as for `attach`.
-        heads: Names, in the model that PEFT wrapped, of the modules that may be in the file whole.
+        heads: Names of fully trained modules that the file may have, in the model that PEFT wrapped.
 
     Raises:
-        AdapterError: With the key, for what is not supported here, and for names and shapes that do not fit the model.
+        AdapterError: If a key is not supported, or names or shapes do not fit the model.
     """
     check_supported(content)
-    factors, wholes, unexpected = _sorted_out(tensors, heads)
+    factors, head_tensors, unexpected = _split_tensors(tensors, heads)
     projections = find_projections(model, exclude)
     _check_layers(model, factors, projections, unexpected)
     _check_patterns(content)
@@ -66,7 +66,7 @@ def from_peft(
     sizes = _sizes(content, factors, parts, scaling)
     try:
         config = replace(
-            own,
+            configured,
             scaling=scaling,
             dropout=float(content.get("lora_dropout") or 0.0),
             init_a="given",
@@ -76,82 +76,86 @@ def from_peft(
             **sizes,
         )
     except AdapterError as error:
-        raise AdapterError(f"{WHERE}: adapter_config.json has a value out of range ({error}).") from error
+        raise AdapterError(
+            f"{WHERE}: adapter_config.json has a value out of range ({error}). Correct the value."
+        ) from error
     state: dict[str, Tensor] = {}
     for p, columns in parts:
         a, b = (factors[p.layer][factor].float() for factor in "AB")
         state[f"{p.layer}.adapters.{p.role}.A"] = a[columns].contiguous()
         state[f"{p.layer}.adapters.{p.role}.B"] = b[p.rows, columns].contiguous()
-    return PeftAdapter(config, state, wholes)
+    return PeftAdapter(config, state, head_tensors)
 
 
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 
 
-def _sorted_out(
+def _split_tensors(
     tensors: Mapping[str, Tensor], heads: Collection[str]
 ) -> tuple[dict[str, dict[str, Tensor]], Heads, list[str]]:
-    """Return factors by layer, tensors of whole modules by module, and the names that are neither."""
+    """Return the factors by layer, the tensors of heads by module, and the names of all other tensors."""
     factors: dict[str, dict[str, Tensor]] = {}
-    wholes: Heads = {}
+    head_tensors: Heads = {}
     unexpected: list[str] = []
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise AdapterError(f"{WHERE}: {name!r:.120} holds {tensor.dtype}, which is no dtype of factors or heads.")
+            raise AdapterError(
+                f"{WHERE}: {name!r:.120} has dtype {tensor.dtype}, which is not supported. Save the adapter in float32."
+            )
         if not tensor.isfinite().all():
-            raise AdapterError(f"{WHERE}: {name!r:.120} holds values that are not finite.")
-        own = name.removeprefix(PREFIX)
-        home = next((head for head in heads if own.startswith(f"{head}.")), None)
+            raise AdapterError(f"{WHERE}: {name!r:.120} holds values that are not finite. Use another adapter.")
+        short_name = name.removeprefix(PREFIX)
+        head = next((head for head in heads if short_name.startswith(f"{head}.")), None)
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[match[2]] = tensor
-        elif name.startswith(PREFIX) and home is not None:
-            wholes.setdefault(home, {})[own.removeprefix(f"{home}.")] = tensor
+        elif name.startswith(PREFIX) and head is not None:
+            head_tensors.setdefault(head, {})[short_name.removeprefix(f"{head}.")] = tensor
         else:
             unexpected.append(name)
-    return factors, wholes, unexpected
+    return factors, head_tensors, unexpected
 
 
 def _check_layers(
     model: nn.Module, factors: dict[str, dict[str, Tensor]], projections: list[Projection], unexpected: list[str]
 ) -> None:
-    """Check that each LoRA is complete and of a linear layer with its shape."""
+    """Check that each LoRA is complete and has the shape of its linear layer."""
     modules = dict(model.named_modules())
     known = {p.layer for p in projections}
     expected: dict[str, Tensor] = {}
-    given: dict[str, Tensor] = dict.fromkeys((f"{name!r:.120}" for name in unexpected), torch.empty(0))
+    in_file: dict[str, Tensor] = dict.fromkeys((f"{name!r:.120}" for name in unexpected), torch.empty(0))
     for layer, pair in factors.items():
         module = modules.get(layer)
         if module is not None and layer not in known:
             raise AdapterError(
-                f"{WHERE}: {layer!r:.120} is adapted in the file, and here it cannot be: it is a "
-                f"{type(module).__name__} that is tied, trained whole, or no linear layer. Merge the adapter with PEFT "
-                "and give the result as model.backbone."
+                f"{WHERE}: the file adapts {layer!r:.120}, which cannot be adapted here: a {type(module).__name__} "
+                "that is tied, fully trained, or no linear layer. Merge the adapter with PEFT and give the result as "
+                "model.backbone."
             )
-        shown = layer if module is not None else f"{layer!r:.120}"  # a stranger's name
-        given |= {f"{shown}.lora_{factor}": tensor for factor, tensor in pair.items()}
+        shown = layer if module is not None else f"{layer!r:.120}"  # An unknown name is escaped and truncated.
+        in_file |= {f"{shown}.lora_{factor}": tensor for factor, tensor in pair.items()}
         rank = next((pair[f].shape[i] for f, i in (("A", 0), ("B", 1)) if f in pair and pair[f].ndim == 2), 0)
         if isinstance(module, nn.Linear):
             expected[f"{layer}.lora_A"] = torch.empty(rank, module.in_features, device="meta")
             expected[f"{layer}.lora_B"] = torch.empty(module.out_features, rank, device="meta")
-    if problems := state_problems(expected, given):
+    if problems := state_problems(expected, in_file):
         raise AdapterError(
-            f"{WHERE}: the file does not fit this backbone: {'; '.join(problems)}. Take the model it was made for; "
-            "only LoRA of linear layers and the task's own head can be loaded, no embeddings or norms."
+            f"{WHERE}: the file does not fit this backbone: {'; '.join(problems)}. Use the adapter's base model. Only "
+            "LoRA of linear layers and the task's head can be loaded, no embeddings or norms."
         )
     if not factors:
-        raise AdapterError(f"{WHERE}: the file has no LoRA of any layer.")
+        raise AdapterError(f"{WHERE}: the file has no LoRA of any layer. Use another adapter.")
 
 
 def _check_patterns(content: Mapping[str, Any]) -> None:
-    """Check that the keys of the patterns are regular expressions that match in little time."""
+    """Check that the keys of the patterns are regular expressions that match fast."""
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in content.get(key) or {}:
             if problem := pattern_problem(pattern):
-                raise AdapterError(f"{WHERE}: {key} has {pattern!r:.120}, {problem}.")
+                raise AdapterError(f"{WHERE}: {key} has {pattern!r:.120}, which is {problem}.")
 
 
 class _Part(NamedTuple):
-    """Columns of a LoRA's B, and the projection that they adapt: a layer, or a part of a fused one."""
+    """Columns of a LoRA's B, and the projection that the columns adapt."""
 
     projection: Projection
     columns: slice
@@ -162,33 +166,36 @@ class _Part(NamedTuple):
 
 
 def _parts(factors: Mapping[str, Mapping[str, Tensor]], projections: list[Projection]) -> list[_Part]:
-    """Return what each LoRA adapts. If any LoRA of a fused layer is no block diagonal, they all adapt whole layers."""
+    """Return the projections that each LoRA adapts.
+
+    If the B of any fused layer is not block-diagonal, all LoRAs adapt whole layers.
+    """
     of_layer = {layer: [p for p in projections if p.layer == layer] for layer in factors}
     blocks = {layer: _blocks(factors[layer]["B"], parts) for layer, parts in of_layer.items() if len(parts) > 1}
     if not all(blocks.values()):
         blocks = {}
-    found: list[_Part] = []
+    adapted: list[_Part] = []
     for layer, parts in of_layer.items():
         whole = fused_layers(parts) if len(parts) > 1 else parts
-        found += blocks.get(layer) or [_Part(whole[0], slice(0, factors[layer]["A"].shape[0]))]
-    return found
+        adapted += blocks.get(layer) or [_Part(whole[0], slice(0, factors[layer]["A"].shape[0]))]
+    return adapted
 
 
 def _blocks(b: Tensor, parts: list[Projection]) -> list[_Part]:
-    """Return the parts of a fused layer that B (d_out, R) adapts, by its zeros; [] if B is no block diagonal.
+    """Split B (d_out, R) of a fused layer into the parts that B adapts; return [] if B is not block-diagonal.
 
-    The part of a column of zeros is unknown. Blocks of equal width are preferred. Otherwise the column belongs to the
-    part of the column before.
+    The owner of a column is the part with nonzero entries. A column of zeros has no visible owner. Blocks of equal
+    width are preferred. Otherwise a column of zeros belongs to the owner of the previous column.
     """
     hits = torch.stack([b[p.rows].any(dim=0) for p in parts])  # (parts, R)
     known = hits.any(dim=0)
-    owners = hits.int().argmax(dim=0)  # (R,), where the owner is known
+    owners = hits.int().argmax(dim=0)  # (R,), valid where the owner is known
     present = owners[known].unique_consecutive()
     if (hits.sum(dim=0) > 1).any() or not len(present) or (present.diff() <= 0).any():
         return []
     equal = present.repeat_interleave(b.shape[1] // len(present))
     if len(equal) != len(owners) or (equal != owners)[known].any():
-        last = known.cumsum(0).sub(1).clamp(min=0)  # index of the last known column among the known ones
+        last = known.cumsum(0).sub(1).clamp(min=0)  # Index of the previous known column among all known columns.
         equal = owners[known][last]
     widths = [int((equal == owner).sum()) for owner in present]
     return [
@@ -200,10 +207,10 @@ def _blocks(b: Tensor, parts: list[Projection]) -> list[_Part]:
 def _sizes(
     content: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]], parts: list[_Part], scaling: Scaling
 ) -> dict[str, Any]:
-    """Return ranks and alphas as keys of `AdapterConfig`, the commonest as `rank` and `alpha`.
+    """Return ranks and alphas as keys of `AdapterConfig`. The most frequent values become `rank` and `alpha`.
 
     Raises:
-        AdapterError: If the tensors have other ranks than the configuration says.
+        AdapterError: If ranks of the tensors differ from adapter_config.json.
     """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -213,8 +220,8 @@ def _sizes(
         configured = value_of(content.get("rank_pattern") or {}, layer, content["r"])
         if configured != rank:
             raise AdapterError(
-                f"{WHERE}: {layer!r:.120} has rank {rank} in the file, and {configured} by r and rank_pattern of "
-                "adapter_config.json; the two do not belong together."
+                f"{WHERE}: {layer!r:.120} has rank {rank} in the file, but {configured} by r and rank_pattern of "
+                "adapter_config.json. Use two files of one adapter."
             )
         alpha = float(value_of(content.get("alpha_pattern") or {}, layer, content["lora_alpha"]))
         ranks[name] = part.rank
@@ -233,7 +240,7 @@ def _commonest(values: Iterable[Number]) -> Number:
 
 
 def _targets(chosen: list[Projection], projections: list[Projection]) -> list[str]:
-    """Return the shortest targets that select the chosen projections and no others."""
+    """Return short targets that select exactly the chosen projections."""
     names = [p.name for p in chosen]
     roles = [role for role in ROLES if any(p.role == role for p in chosen)]
     folded = dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names)

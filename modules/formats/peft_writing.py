@@ -13,7 +13,7 @@ from modules.adapters.functional import block_diagonal
 from modules.adapters.patterns import name_endings, short_patterns
 from modules.formats.peft import PREFIX, Heads, alpha_at
 
-SAVED_FOR = {"SEQ_CLS": ("classifier", "score")}  # what PEFT adds to modules_to_save for a task, asked or not
+SAVED_FOR = {"SEQ_CLS": ("classifier", "score")}  # Modules that PEFT adds to modules_to_save for a task type.
 
 
 def to_peft(
@@ -24,21 +24,21 @@ def to_peft(
     task_type: str | None = None,
     base: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the adapters of a model as the content of PEFT's two files.
+    """Convert the adapters of a model to the content of PEFT's two files.
 
     Args:
-        model: A model with adapters; only its names and shapes count.
-        config: Configuration that the adapters were attached with.
-        state: The factors, under the names of `adapter_state`.
-        heads: Tensors of the modules that are trained whole, by their names in the model that PEFT is to wrap.
-        task_type: PEFT's name of the task, `SEQ_CLS`.
-        base: Where the model's weights came from.
+        model: A model with adapters; only names and shapes are used.
+        config: Configuration of the attached adapters.
+        state: The factors by the names of `adapter_state`.
+        heads: Tensors of fully trained modules, by their names in the model that PEFT will wrap.
+        task_type: PEFT's name of the task, such as `SEQ_CLS`.
+        base: Source of the model's weights.
 
     Returns:
         The content of adapter_config.json, and the tensors by name.
 
     Raises:
-        AdapterError: If PEFT, which goes by the ends of names, would take another module for one that is trained whole.
+        AdapterError: If PEFT, which matches the ends of names, would mistake another module for a head.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -49,11 +49,14 @@ def to_peft(
         tensors |= {f"{PREFIX}{layer}.lora_A.weight": a, f"{PREFIX}{layer}.lora_B.weight": b}
         ranks[layer] = a.shape[0]
         alphas[layer] = alpha_at(config.scaling, config.alpha_of(parts[0]), a.shape[0] / config.rank_of(parts[0]))
-    for home, content in heads.items():
-        tensors |= {f"{PREFIX}{home}.{name}": tensor for name, tensor in content.items()}
+    for head, content in heads.items():
+        tensors |= {f"{PREFIX}{head}.{name}": tensor for name, tensor in content.items()}
     others = [n for n, _ in model.named_modules() if n and ".adapters" not in n and not _within(n, heads)]
-    if taken := [n for n in others if f"{PREFIX}{n}".endswith(tuple(heads))]:
-        raise AdapterError(f"PEFT would train {taken[0]} whole too: its name ends as one of {', '.join(heads)} does.")
+    if mistaken := [n for n in others if f"{PREFIX}{n}".endswith(tuple(heads))]:
+        raise AdapterError(
+            f"PEFT would mistake {mistaken[0]} for a head, since its name ends like {' or '.join(heads)}. Export in "
+            "another format."
+        )
     if any(f"{PREFIX}{n}".endswith(ending) for n in others for ending in SAVED_FOR.get(task_type or "", ())):
         task_type = None
     rank = next(iter(ranks.values())) if len(set(ranks.values())) == 1 else config.rank
@@ -78,16 +81,16 @@ def to_peft(
 
 
 def _stacked(layer: str, adapted: AdaptedLinear, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return A (R, d_in) and B (d_out, R) of a whole layer at the scale of its first part."""
+    """Return A (R, d_in) and B (d_out, R) of a whole layer, for the scale of its first part."""
     parts, scale = adapted.factors(), adapted.scale
     a, b = ([state[f"{layer}.adapters.{f.projection.role}.{factor}"] for f in parts] for factor in "AB")
-    b = [own if f.scale == scale else f.scale / scale * own for f, own in zip(parts, b, strict=True)]
+    b = [part_b if f.scale == scale else f.scale / scale * part_b for f, part_b in zip(parts, b, strict=True)]
     rows = [(f.projection.start, f.projection.stop) for f in parts]
     return torch.cat(a), block_diagonal(rows, b, adapted.out_features)
 
 
 def _whole(alpha: float) -> float:
-    """Return a whole alpha as an int, as PEFT declares it."""
+    """Return a whole alpha as an int, the type that PEFT declares."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
 

@@ -1,4 +1,4 @@
-"""Rounding error of an update once the merged weight is written in a dtype of fewer bits."""
+"""Rounding error of an update when the merged weight is cast to a smaller dtype."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from modules.adapters.state import adapted_layers
 
 
 class Rounding(NamedTuple):
-    """Error of the updates of a model, each as a share of the norm of the update itself.
+    """Relative rounding error of a model's updates.
 
     Args:
-        whole: Over all adapted layers together.
-        worst: Of the layer where it is largest.
-        layer: The name of that layer.
+        whole: Error over all adapted layers together.
+        worst: Largest error of a layer.
+        layer: Name of the layer with the largest error.
     """
 
     whole: float
@@ -26,21 +26,21 @@ class Rounding(NamedTuple):
 
 @torch.no_grad()
 def merge_rounding(model: nn.Module, dtype: torch.dtype) -> Rounding | None:
-    """Measure ‖(cast(W + Δ) - cast(W)) - Δ‖ / ‖Δ‖ in the Frobenius norm, for Δ = s·B·A that is merged in float32.
+    """Measure ‖(cast(W + Δ) - cast(W)) - Δ‖ / ‖Δ‖ in the Frobenius norm, with Δ = s·B·A merged in float32.
 
-    The error is 0 if the update survives whole, and 1 if it is rounded away from a W that has the dtype already. If W
-    has more bits, the error can be above 1: the roundings of W and of W + Δ then differ by more than Δ.
+    The error is 0 if the update is preserved. The error is 1 if W has the dtype already and the update is rounded away.
+    If W has more bits, the error can exceed 1: W and W + Δ can round to values that differ by more than Δ.
 
     Args:
-        model: A model with adapters that are not merged; it is not changed.
-        dtype: Dtype that the merged weights are cast to.
+        model: A model whose adapters are not merged; the model is not changed.
+        dtype: Dtype of the merged weights.
 
     Returns:
-        None for float32, in which nothing is rounded a second time, and for a model without updates.
+        The error; None for float32, which causes no further rounding, and for a model without updates.
     """
     if dtype == torch.float32:
         return None
-    squares: dict[str, tuple[float, float]] = {}  # of the error and of the update
+    squares: dict[str, tuple[float, float]] = {}  # Squared norms of error and update by layer.
     for name, layer in adapted_layers(model).items():
         update = layer.delta()
         weight = layer.frozen.dense()

@@ -1,1 +1,1 @@
-"""Generated texts, and the likelihood of given ones."""
+"""Text generation, and likelihoods of multiple-choice answers."""

@@ -1,4 +1,4 @@
-"""Generation of an encoder-decoder's texts by beam search."""
+"""Configuration of beam search for encoder-decoders."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from datamodules.errors import ModelError
 
 @dataclass(frozen=True)
 class Generation:
-    """Keys of beam search; of the backbone's own generation_config.json only the special tokens count.
+    """Keys of beam search. Of the backbone's generation_config.json, only the special tokens are used.
 
     Args:
-        num_beams: Number of hypotheses that are kept, at least 1; 1 is greedy.
-        length_penalty: Exponent of the length that a hypothesis' log-probability is divided by; above 0 favours longer.
-        min_length: Least tokens of a generated text, the start included.
-        max_length: Most tokens of a generated text, start and end included.
-        no_repeat_ngram_size: Size of n-grams that occur once at most; 0 allows all.
-        early_stopping: Whether a search ends as soon as there are `num_beams` finished texts, as BART's authors do.
+        num_beams: Number of hypotheses, at least 1; 1 is greedy search.
+        length_penalty: Exponent of the length by which a log-probability is divided; above 0 favours long texts.
+        min_length: Minimum tokens of a generated text, including the start token.
+        max_length: Maximum tokens of a generated text, including start and end tokens.
+        no_repeat_ngram_size: Size of n-grams that may occur only once; 0 for no limit.
+        early_stopping: If true, stop as soon as `num_beams` texts are complete, as BART's authors do.
 
     Raises:
-        ModelError: For a value out of range.
+        ModelError: If a value is out of range.
     """
 
     num_beams: int = 4
@@ -36,8 +36,8 @@ class Generation:
             raise ModelError(f"model.generation.num_beams: {self.num_beams} must be 1 or more.")
         if not 0 <= self.min_length <= self.max_length or self.max_length < 2:
             raise ModelError(
-                f"model.generation: min_length {self.min_length} and max_length {self.max_length} must be 0 <= min <= "
-                "max, and max 2 or more."
+                f"model.generation: min_length {self.min_length} and max_length {self.max_length} are out of range. "
+                "Use 0 <= min_length <= max_length and max_length 2 or more."
             )
         if not math.isfinite(self.length_penalty):
             raise ModelError(f"model.generation.length_penalty: {self.length_penalty} must be finite.")

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: a decoder's log-probability of each letter behind a question."""
+"""Multiple choice by likelihood: a decoder's log-probability of each answer letter after a question."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from modules.backbones.transformers_backbone import selected_logits
 
 
 class _SharedKeys(Cache):
-    """Keys and values of a prefix (1, heads, P, width) that batches of any size read, and never add to."""
+    """Attention keys and values of a prefix (1, heads, P, width), shared read-only by batches of any size."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Return keys and values of the prefix with a batch's behind them, (batch, heads, P + tokens, width)."""
+        """Return keys and values of the prefix followed by the batch's, (batch, heads, P + tokens, width)."""
         layer = self.layers[layer_idx]
         pairs = ((layer.keys, key_states), (layer.values, value_states))  # type: ignore[union-attr]
-        return tuple(torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2) for kept, new in pairs)  # type: ignore[union-attr]
+        return tuple(torch.cat([shared.expand(len(new), -1, -1, -1), new], dim=-2) for shared, new in pairs)  # type: ignore[union-attr]
 
 
 class PrefixCache:
-    """Keys and values of the prefix that batches share, computed once and kept while prefix and weights are the same.
+    """Cache of the attention keys and values of a prompt prefix that consecutive batches share.
 
-    Weights that change in place are noticed: an optimizer's step, a loaded checkpoint. After any other change, such as
-    adapters that are switched off, use a new cache.
+    The cache detects another prefix, and weights that change in place, such as an optimizer step or a loaded
+    checkpoint. After any other change, such as switching adapters off, create a new cache.
     """
 
     def __init__(self) -> None:
@@ -39,19 +39,19 @@ class PrefixCache:
         """Return keys and values of a prefix, (P,) int64.
 
         Returns:
-            A cache for batches of any size; None if the model keeps a state that cannot be shared in this way.
+            A cache for batches of any size; None if the model's state cannot be shared.
         """
         weights = sum(p._version for p in model.parameters())
-        known = self._prefix is not None and self._prefix.device == prefix.device and self._weights == weights
-        if not (known and torch.equal(self._prefix, prefix)):  # type: ignore[arg-type]
-            self._keys = None  # before the next one's are there
+        valid = self._prefix is not None and self._prefix.device == prefix.device and self._weights == weights
+        if not (valid and torch.equal(self._prefix, prefix)):  # type: ignore[arg-type]
+            self._keys = None  # Free the memory before computing the next keys.
             self._keys, self._prefix, self._weights = _prefix_keys(model, prefix), prefix.clone(), weights
         return self._keys
 
 
 def _prefix_keys(model: PreTrainedModel, prefix: Tensor) -> _SharedKeys | None:
     cache = DynamicCache(config=model.config)
-    # others, of recurrent layers say, hold more than keys and values, or hold it compressed
+    # Other caches, such as of recurrent layers, store more than keys and values, or compress them.
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
     model.base_model(input_ids=prefix[None], past_key_values=cache, use_cache=True)
@@ -61,12 +61,12 @@ def _prefix_keys(model: PreTrainedModel, prefix: Tensor) -> _SharedKeys | None:
 
 @torch.no_grad()
 def choice_log_probabilities(model: PreTrainedModel, batch: QuestionBatch, cache: PrefixCache) -> Tensor:
-    """Return the log-probability of each letter behind each question, among all tokens of the vocabulary.
+    """Return the log-probability of each letter after each question, normalised over the vocabulary.
 
     Args:
         model: A decoder, in eval mode.
         batch: Questions of one subject.
-        cache: Cache of the prefix.
+        cache: Cache of the subject's prefix.
 
     Returns:
         (batch, n_choices) float32.

@@ -1,4 +1,4 @@
-"""Generation of a decoder's responses: greedy, or drawn from the likeliest tokens."""
+"""Configuration of greedy decoding or sampling for decoders."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from datamodules.errors import ModelError
 
 @dataclass(frozen=True)
 class Decoding:
-    """Keys of generation; of the backbone's own generation_config.json only the special tokens count.
+    """Keys of generation. Of the backbone's generation_config.json, only the special tokens are used.
 
     Args:
-        max_new_tokens: Most tokens of a response, at least 1.
-        do_sample: Whether tokens are drawn. Otherwise each is the likeliest (greedy); the keys below have no effect.
+        max_new_tokens: Maximum tokens of a response, at least 1.
+        do_sample: If true, sample tokens. If false, decode greedily and ignore the keys below.
         temperature: Divisor of the logits, above 0.
-        top_k: How many of the likeliest tokens are drawn from; 0 for all.
-        top_p: Probability that the likeliest tokens that are drawn from have together, in (0, 1].
+        top_k: Number of likeliest tokens to sample from; 0 for all tokens.
+        top_p: Total probability of the likeliest tokens to sample from, in (0, 1].
 
     Raises:
-        ModelError: For a value out of range.
+        ModelError: If a value is out of range.
     """
 
     max_new_tokens: int = 256
@@ -36,22 +36,23 @@ class Decoding:
             raise ModelError(f"model.generation.max_new_tokens: {self.max_new_tokens} must be 1 or more.")
         if not 0 < self.temperature < math.inf:
             raise ModelError(
-                f"model.generation.temperature: {self.temperature} must be finite, above 0; do_sample: false is greedy."
+                f"model.generation.temperature: {self.temperature} must be finite and above 0. For greedy decoding set "
+                "do_sample: false."
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ModelError(
                 f"model.generation: top_k {self.top_k} must not be negative, and top_p {self.top_p} must lie in (0, 1]."
             )
 
-    def config(self, own: GenerationConfig, more_ends: set[int], padding: int) -> GenerationConfig:
+    def config(self, pretrained: GenerationConfig, more_ends: set[int], padding: int) -> GenerationConfig:
         """Return the configuration for transformers.
 
         Args:
-            own: The backbone's own configuration, for its special tokens.
-            more_ends: Tokens that end a response besides the backbone's own.
-            padding: Token that fills up a batch.
+            pretrained: The backbone's configuration, for its special tokens.
+            more_ends: Additional token ids that end a response.
+            padding: Padding token id.
         """
-        tokens = {key: value for key, value in own.to_dict().items() if key.endswith("_token_id")}
+        tokens = {key: value for key, value in pretrained.to_dict().items() if key.endswith("_token_id")}
         ends = tokens.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         tokens |= {"eos_token_id": sorted({*ends, *more_ends}), "pad_token_id": padding}

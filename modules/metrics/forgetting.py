@@ -1,4 +1,7 @@
-"""Abilities of a pretrained backbone that fine-tuning may destroy: neighbours of images, perplexity of text."""
+"""Metrics of forgetting: nearest-neighbour accuracy on images, perplexity on text.
+
+The metrics measure abilities of the pretrained backbone that fine-tuning may destroy.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NEIGHBOURS = 20
-TOKENS_A_BATCH = 2048  # logits of a vocabulary of 32,000 then take 250 MiB
+TOKENS_A_BATCH = 2048  # Limits the logits of a vocabulary of 32,000 to 250 MiB.
 
 
 @torch.no_grad()
 def image_scores(model: nn.Module, batches: Iterable[Tensor], labels: Tensor) -> dict[str, float]:
-    """Return the accuracy of the nearest neighbours of a backbone's features.
+    """Return the nearest-neighbour accuracy of a backbone's features.
 
     Args:
         model: Maps a batch (batch, 3, height, width) to features (batch, features).
@@ -31,48 +34,47 @@ def image_scores(model: nn.Module, batches: Iterable[Tensor], labels: Tensor) ->
 
 
 def knn_accuracy(features: Tensor, labels: Tensor, neighbours: int = NEIGHBOURS) -> float:
-    """Return the share of rows whose class is the commonest among their nearest other rows, by cosine similarity.
+    """Return the leave-one-out accuracy of a k-nearest-neighbour classifier by cosine similarity.
 
-    Each row is left out of its own neighbours. Of classes that are equally common, the smallest label is taken, as in
-    scikit-learn.
+    Ties between classes go to the smallest label, as in scikit-learn.
 
     Args:
         features: (rows, features).
         labels: Class of each row, (rows,) int64, 0 or more.
-        neighbours: Number of nearest rows, at least 1 and fewer than the rows.
+        neighbours: Number k of neighbours, at least 1 and less than the number of rows.
     """
     unit = F.normalize(features, dim=1)
     classes = int(labels.max()) + 1
-    chosen: list[Tensor] = []
-    for first in range(0, len(unit), 1024):  # so that memory grows with the rows, not with their square
-        similarity = unit[first : first + 1024] @ unit.T  # (rows of the part, rows)
+    predicted: list[Tensor] = []
+    for first in range(0, len(unit), 1024):  # Chunks keep the memory linear in the number of rows.
+        similarity = unit[first : first + 1024] @ unit.T  # (chunk, rows)
         similarity.diagonal(first).fill_(-torch.inf)
-        nearest = similarity.topk(neighbours).indices  # (rows of the part, neighbours)
-        votes = F.one_hot(labels[nearest], classes).sum(1)  # (rows of the part, classes)
-        chosen.append(votes.argmax(1))
-    return float((torch.cat(chosen) == labels).double().mean())
+        nearest = similarity.topk(neighbours).indices  # (chunk, neighbours)
+        votes = F.one_hot(labels[nearest], classes).sum(1)  # (chunk, classes)
+        predicted.append(votes.argmax(1))
+    return float((torch.cat(predicted) == labels).double().mean())
 
 
 @torch.no_grad()
 def text_scores(model: nn.Module, sequences: Sequence[Tensor], device: torch.device) -> dict[str, float]:
-    """Return the loss and the perplexity of a decoder on texts, every predicted token weighted equally.
+    """Return the loss and the perplexity of a decoder on texts. All predicted tokens have equal weight.
 
-    Texts of one length share a batch, so that no batch has padding.
+    A batch has texts of one length, so that no batch has padding.
 
     Args:
-        model: Maps a batch with `input_ids`, `attention_mask` and `labels` to the logits of the tokens behind the first
-            (learnt tokens, vocabulary) and these tokens (learnt tokens,), as `LanguageModel` does.
+        model: Maps a batch with `input_ids`, `attention_mask` and `labels` to the logits (predicted tokens, vocabulary)
+            and the predicted tokens (predicted tokens,), as `LanguageModel` does.
         sequences: Tokens of each text, (tokens,) int64, at least two.
         device: Device of the model.
 
     Returns:
-        `loss`, in nats a token, and `perplexity`, its exponential.
+        `loss`, in nats per token, and its exponential `perplexity`.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in _equal_lengths(sequences):
         ids = batch.to(device)  # (batch, tokens)
-        given: dict[str, Any] = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        logits, targets = model(given)
+        inputs: dict[str, Any] = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        logits, targets = model(inputs)
         total += F.cross_entropy(logits, targets, reduction="sum").double().cpu()
         count += len(targets)
     loss = total / count
@@ -80,7 +82,7 @@ def text_scores(model: nn.Module, sequences: Sequence[Tensor], device: torch.dev
 
 
 def _equal_lengths(sequences: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Give the sequences in batches (batch, tokens) of one length, the shortest first."""
+    """Yield the sequences in batches (batch, tokens) of one length, shortest first."""
     by_length: dict[int, list[Tensor]] = defaultdict(list)
     for sequence in sequences:
         by_length[len(sequence)].append(sequence)

@@ -1,4 +1,4 @@
-"""Accuracy of multiple choice as MMLU reports it."""
+"""Multiple-choice accuracy in MMLU's groups."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _SUBJECTS = {  # categories.py of Hendrycks et al. 2021, "Measuring Massive Mult
     """,
 }
 CATEGORIES = {subject: category for category, subjects in _SUBJECTS.items() for subject in subjects.split()}
-_END = b"\0"  # of a subject's name among bytes
+_END = b"\0"  # Terminates a subject's name.
 
 
 class MultipleChoiceAccuracy(Metric):
-    """Share of questions whose likeliest letter is the answer: of all, by subject, and by MMLU's categories.
+    """Share of questions whose likeliest letter is the answer: overall, by subject and by MMLU category.
 
-    The state is a name and two counts for each update, so that processes may have seen different subjects.
+    The state has a name and two counts for each update, so that processes may evaluate different subjects.
     """
 
     full_state_update = False
@@ -45,14 +45,14 @@ class MultipleChoiceAccuracy(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("names", [], dist_reduce_fx="cat")  # uint8, each ends with a zero
-        self.add_state("counts", [], dist_reduce_fx="cat")  # hits and questions in turn
+        self.add_state("names", [], dist_reduce_fx="cat")  # UTF-8 bytes, each name terminated by `_END`.
+        self.add_state("counts", [], dist_reduce_fx="cat")  # Pairs of hits and questions.
 
     def update(self, log_probabilities: Tensor, answers: Tensor, subject: str) -> None:
         """Add questions of one subject.
 
         Args:
-            log_probabilities: Of each letter, (batch, n_choices).
+            log_probabilities: Log-probability of each letter, (batch, n_choices).
             answers: Index of the right letter, (batch,) int64.
             subject: Subject of the questions.
         """
@@ -65,9 +65,9 @@ class MultipleChoiceAccuracy(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return accuracies by name, each in [0, 1].
 
-        `acc` is over all questions, with its standard error `acc_stderr` (of a proportion); `acc_subjects` the mean
-        over subjects; `acc_humanities`, `acc_stem`, `acc_social_sciences` and `acc_other` are over the questions of
-        MMLU's categories, as far as they occur; `subjects/NAME` over those of a subject, if there are several.
+        `acc` is the accuracy over all questions, and `acc_stderr` its standard error as a proportion. `acc_subjects` is
+        the mean over subjects. `acc_humanities`, `acc_stem`, `acc_social_sciences` and `acc_other` are the accuracies
+        of MMLU's categories, if questions occur. `subjects/NAME` is the accuracy of a subject, if there are several.
         """
         counts = self._by_subject()
 
@@ -85,7 +85,7 @@ class MultipleChoiceAccuracy(Metric):
         return values
 
     def _by_subject(self) -> dict[str, Tensor]:
-        """Return the numbers of hits and of questions of each subject, (2,) int64."""
+        """Return the numbers of hits and questions (2,) int64 by subject."""
         names = bytes(dim_zero_cat(self.names).tolist()).split(_END)[:-1]
         counts: dict[str, Tensor] = {}
         for name, pair in zip(names, dim_zero_cat(self.counts).view(-1, 2), strict=True):

@@ -1,4 +1,4 @@
-"""ROUGE as the field reports it: Google's `rouge_score`, gathered as a metric, with tokens for every script."""
+"""ROUGE by Google's `rouge_score` as a torchmetrics metric, with tokens for all scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchmetrics import Metric
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-# nltk's trained splitter knows more of them, and downloads what it knows
+# nltk's trained sentence splitter has more abbreviations, but needs a download.
 ABBREVIATIONS = """
 mr mrs ms messrs dr prof rev hon st sr jr gen sen rep gov lt col capt sgt maj cmdr
 jan feb mar apr jun jul aug sept sep oct nov dec mon tue wed thu fri sat sun
@@ -25,26 +25,26 @@ a.m p.m e.g i.e u.s u.k u.n d.c vs etc al nos vol pp fig approx est inc ltd co c
 """
 
 
-# Scripts without spaces between words: Han, kana, and the scripts whose line breaks need a dictionary (Unicode's class
-# SA: Thai, Lao, Khmer, Burmese). ROUGE over characters needs no dictionary (Hu et al. 2015, LCSTS, for Chinese).
+# Scripts without spaces between words: Han, kana, and Unicode's class SA (Thai, Lao, Khmer, Burmese). Word boundaries
+# would need a dictionary; characters need none (Hu et al. 2015, LCSTS, for Chinese).
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc\p{lb=SA}]"
-# A run of letters and digits outside the Latin script; marks, joiners and the Arabic tatweel continue it.
+# Letters and digits outside the Latin script. In `_RUN`, marks, joiners and the Arabic tatweel may follow.
 _NOT_LATIN = r"[[\p{L}--\p{Latin}--\p{Common}--\p{Inherited}][\p{Nd}--[0-9]]\u30fc\uff70]"
 _RUN = regex.compile(rf"(?:{_NOT_LATIN}[\p{{M}}\u0640\u200c\u200d\uff9e\uff9f]*)+", regex.V1)
 _TOKEN = regex.compile(rf"{_UNSPACED}[\p{{M}}\u200d]*|(?:(?!{_UNSPACED}).)+", regex.V1)
-# Ends of sentences outside ASCII: the ideographic full stop, the danda, the Arabic question mark
+# Ends of sentences outside ASCII: ideographic full stop, danda, Arabic question mark.
 _SENTENCE_END = regex.compile(r"([\p{STerm}--[.!?]]+[\p{Pe}\p{Pf}]*)(?=.)\s*", regex.V1)
 
 
 class ScriptTokenizer:
-    """Tokens of a text in any script.
+    """Tokenizer for ROUGE in any script.
 
-    Latin letters and ASCII digits become the tokens of `rouge_score`: lower case, split at every other character ("ü"
-    included), and stemmed by Porter's rules. A text in Latin script scores exactly as it does there.
+    Latin letters and ASCII digits become the tokens of `rouge_score`: in lower case, split at all other characters
+    (also at "ü"), with Porter stemming. The score of a text in Latin script equals the score of `rouge_score`.
 
-    `rouge_score` drops all other scripts. Here they become words by Unicode's categories, as in XL-Sum's multilingual
-    ROUGE (Hasan et al. 2021), with combining marks, NFKC-normalized and case-folded, without stemming. Scripts without
-    spaces between words become characters with their marks.
+    `rouge_score` drops all other scripts. This tokenizer splits them into words by Unicode's categories, as in XL-Sum's
+    multilingual ROUGE (Hasan et al. 2021). The words keep combining marks, are NFKC-normalized and case-folded, and are
+    not stemmed. In scripts without spaces between words, each character with its marks is a token.
     """
 
     def __init__(self) -> None:
@@ -70,10 +70,10 @@ def _splitter() -> PunktSentenceTokenizer:
 
 
 def in_lines(text: str) -> str:
-    """Write each sentence of a text on a line of its own, which ROUGE-Lsum needs; a text with lines keeps them.
+    """Write each sentence of a text on a separate line, as ROUGE-Lsum needs. A text with several lines is unchanged.
 
-    Sentences are found by Punkt's rules with a list of English abbreviations, and end at the sentence marks of other
-    scripts (`。`, `।`, `؟`). nltk's `sent_tokenize`, which others use, is trained and can split at other places.
+    Punkt's rules with a list of English abbreviations find the sentences. The sentence marks of other scripts (`。`,
+    `।`, `؟`) end a sentence too. nltk's `sent_tokenize` is a trained splitter and can split at other places.
     """
     text = text.strip()
     if "\n" in text:
@@ -83,9 +83,9 @@ def in_lines(text: str) -> str:
 
 
 class Rouge(Metric):
-    """Mean F-measures of ROUGE-1, -2, -L and -Lsum over pairs (Lin 2004), each in [0, 1].
+    """Mean F-measures of ROUGE-1, -2, -L and -Lsum over pairs of texts (Lin 2004), each in [0, 1].
 
-    `ScriptTokenizer` makes the tokens. torchmetrics' own ROUGE needs data that nltk downloads; this one needs none.
+    The tokens come from `ScriptTokenizer`. In contrast to the ROUGE of torchmetrics, this class needs no download.
     """
 
     full_state_update = False
@@ -99,12 +99,12 @@ class Rouge(Metric):
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
-        """Take in texts and the texts they should be like, one each."""
+        """Add predictions, each with its reference."""
         for prediction, reference in zip(predictions, references, strict=True):
             scores = self.scorer.score(in_lines(reference), in_lines(prediction))
             self.scores += self.scores.new_tensor([scores[kind].fmeasure for kind in KINDS])
         self.pairs += len(predictions)
 
     def compute(self) -> dict[str, Tensor]:
-        """The means by name."""
+        """Return the mean F-measures by name."""
         return dict(zip(KINDS, (self.scores / self.pairs).float(), strict=True))

@@ -1,4 +1,4 @@
-"""The metrics that GLUE and its like are scored by, from torchmetrics."""
+"""Metrics of text classification and regression, as GLUE defines the metrics."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from datamodules.errors import ModelError
 
 
 class PositiveF1(BinaryF1Score):
-    """F1 of the class with label 1, of logits (batch, 2): as GLUE scores MRPC and QQP."""
+    """F1 score of label 1, as in GLUE's MRPC and QQP."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Take in a batch: logits (batch, 2) and labels (batch,)."""
+        """Add a batch of logits (batch, 2) and labels (batch,)."""
         super().update(preds.argmax(-1), target)
 
 
 class Matthews(MulticlassMatthewsCorrCoef):
-    """Matthews' correlation of logits (batch, classes), 0 for a constant guess, as GLUE scores CoLA.
+    """Matthews correlation, as in GLUE's CoLA; 0 for a constant prediction.
 
-    It counts a class more than there are, which nothing is in: of exactly two classes torchmetrics would give a
-    constant guess a small number of either sign instead.
+    The class has one more, empty class. With exactly two classes, torchmetrics would give a constant prediction a small
+    nonzero correlation.
     """
 
     def __init__(self, classes: int) -> None:
         super().__init__(classes + 1)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Take in a batch: logits (batch, classes) and labels (batch,)."""
+        """Add a batch of logits (batch, classes) and labels (batch,)."""
         super().update(preds.argmax(-1), target)
 
 
@@ -50,21 +50,21 @@ REGRESSION: dict[str, Callable[[], Metric]] = {"pearson": PearsonCorrCoef, "spea
 
 
 def build_metrics(names: Sequence[str], classes: int) -> MetricCollection:
-    """A collection of metrics.
+    """Return a collection of metrics.
 
     Args:
-        names: Of `accuracy`, `f1` (of label 1 if there are two classes, otherwise the macro average), `macro_f1`,
-            `matthews`, or, in regression, `pearson` and `spearman`.
+        names: For classification `accuracy`, `f1` (of label 1 with two classes, otherwise the macro average),
+            `macro_f1` and `matthews`; for regression `pearson` and `spearman`.
         classes: Number of classes; 0 for regression.
 
     Raises:
-        ModelError: If there is none, or one that is not for this kind of task.
+        ModelError: If the list is empty, or a metric is not for this kind of task.
     """
     known = list(CLASSIFICATION if classes else REGRESSION)
     if not names or (wrong := [name for name in names if name not in known]):
-        given = ", ".join(wrong) if names else "[]"
+        rejected = ", ".join(wrong) if names else "[]"
         kind = f"classification into {classes} classes" if classes else "regression"
-        raise ModelError(f"model.metrics: {given} is not for {kind}; choose from {', '.join(known)}.")
+        raise ModelError(f"model.metrics: {rejected} is not for {kind}. Choose from {', '.join(known)}.")
     built: dict[str, Metric | MetricCollection] = {
         name: CLASSIFICATION[name](classes) if classes else REGRESSION[name]() for name in names
     }

@@ -1,1 +1,1 @@
-"""Larger models: blocks that are divided among processes, compiled, or computed once."""
+"""Scaling to larger models: sharded, compiled or cached blocks."""

@@ -1,8 +1,8 @@
-"""Blocks compiled by torch.compile: one by one and in place, so that no name in a state dict changes.
+"""Compilation of a backbone's blocks by torch.compile, one by one and in place. State-dict names do not change.
 
-All blocks of a stack share what is compiled of the first ("regional compilation" in PyTorch's recipes), so a deep
-backbone takes no longer to compile than a shallow one. Only training is compiled: evaluation runs as it is written,
-since generation has another shape at every token.
+All blocks of a stack share the compiled code of the first block ("regional compilation" in PyTorch's recipes). A deep
+backbone therefore compiles as fast as a shallow backbone. Only training is compiled. Evaluation is not, since
+generation has another shape at every token.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ BACKEND = "inductor"
 def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
     """Compile the blocks of a backbone at their first call, in place.
 
-    The first batch is compiled for its shape. A second shape, as of batches by length, compiles once more for any
-    shape. Blocks that differ in a constant, such as their rate of drop path, are compiled one by one.
+    The first batch compiles code for its shape. A batch of another shape compiles code for all shapes. Blocks that
+    differ in a constant, such as the drop-path rate, are compiled separately.
 
     Args:
         backbone: A model of timm or transformers, with its adapters.
         device: The device that trains.
 
     Raises:
-        ModelError: If the backbone has no blocks, or there is no compiler for the generated code.
+        ModelError: If the backbone has no stack of blocks, or no compiler is installed.
     """
     stacks = block_stacks(backbone)
     if not stacks:
         raise ModelError(
-            f"model.compile: {type(backbone).__name__} has no stack of blocks to compile; set it to false."
+            f"model.compile: {type(backbone).__name__} has no stack of blocks to compile. Set the key to false."
         )
     check_compiler(device)
-    import torch._dynamo.config as dynamo  # seconds of imports that other runs do not need
+    import torch._dynamo.config as dynamo  # This import takes seconds.
 
-    # each block is a graph of its own already, and DDP's splitting of graphs refuses autograd functions
+    # Each block is a separate graph. DDP's splitting of graphs does not support autograd functions.
     dynamo.optimize_ddp = False
-    # blocks of one class count together, of both stacks and with and without adapters
+    # The limit counts all blocks of a class together, with and without adapters.
     dynamo.recompile_limit = 64
     for stack in stacks:
         for block in stack.blocks:
@@ -50,10 +50,10 @@ def compile_blocks(backbone: nn.Module, device: torch.device) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Check that there is a compiler: of C++ for the CPU, of C for the code that Triton puts around a GPU's kernels.
+    """Check that a compiler is installed: C++ for code on the CPU, C for Triton's launchers of GPU kernels.
 
     Raises:
-        ModelError: If there is no compiler.
+        ModelError: If no compiler is installed.
     """
     if BACKEND != "inductor":
         return
@@ -65,13 +65,13 @@ def check_compiler(device: torch.device) -> None:
             get_cpp_compiler()
             return
     except InvalidCxxCompiler:
-        found = False
+        has_compiler = False
     else:
-        found = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    if not found:
+        has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    if not has_compiler:
         raise ModelError(
-            "model.compile: torch.compile needs a compiler, and there is none; install g++ (or name another one in the "
-            "environment variable CXX, a C compiler in CC), or set the key to false."
+            "model.compile: torch.compile needs a compiler, and there is none. Install g++, or set the environment "
+            "variable CXX to a C++ compiler and CC to a C compiler. Or set the key to false."
         )
 
 

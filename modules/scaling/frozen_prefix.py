@@ -1,8 +1,8 @@
 """The frozen prefix of a backbone: its embeddings and the blocks below the lowest adapter.
 
-In eval mode the prefix computes the same output for a row each time, so that the output can be kept. Whether a backbone
-can go on from that output is checked: for the first batch, with padding, the next block must receive the same bits both
-ways, and both ways must end in the same output.
+In eval mode, the output of the prefix for a row never changes, so the output can be cached. The first batch checks that
+the backbone can continue from a cached output. With and without the cache, the next block must receive identical bits,
+and the outputs of the backbone must agree.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ from modules.adapters.roles import block_of
 from modules.scaling.blocks import Stack, block_stacks
 
 KEY = "data.cache_prefix"
-TOLERANCE = 1e-3  # of outputs, relative: the last blocks get the same hidden states except at padding
+TOLERANCE = 1e-3  # Relative tolerance of the outputs, since the hidden states differ at padding.
 Batch = dict[str, Any]
 
 
 class _Reached(Exception):
-    """The forward pass has reached the end of the prefix."""
+    """Raised to stop a forward pass at the end of the prefix."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
 
 
 class FrozenPrefix:
-    """The blocks below the lowest adapter and the embeddings before them; with no adapter, all blocks.
+    """The embeddings and the blocks below the lowest adapter; without adapters, all blocks.
 
     Args:
         backbone: The backbone, with its adapters.
         projections: The adapted projections.
-        heads: Names of the backbone's modules that are trained whole.
-        embeddings: Modules before the blocks that are called with the hidden states when a forward pass goes on from
-            there.
-        inputs: Keys of a batch that the hidden states take the place of.
-        padding: Values at a token of padding, by key of a batch.
-        identity: Facts besides the weights that decide what the prefix computes; JSON can hold them.
-        outputs: Returns the output of the whole backbone for a batch.
-        context: Gives the context of forward passes, that of the trainer's precision.
+        heads: Names of the backbone's modules that are fully trained.
+        embeddings: Modules before the blocks that receive the hidden states when a forward pass starts from a cached
+            output.
+        inputs: Keys of a batch that the hidden states replace.
+        padding: Values of a padding token by key of a batch.
+        identity: JSON-serialisable values that, besides the weights, determine the output of the prefix.
+        outputs: Function from a batch to the output of the whole backbone.
+        context: Function that returns the context of a forward pass, for the trainer's precision.
 
     Raises:
-        ModelError: If the backbone has several stacks of blocks, an adapter in the first block, or adapters outside.
+        ModelError: If the backbone has not exactly one stack of blocks, an adapter is in the first block, or an adapter
+            is outside the blocks.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
-        """Return the output (batch, tokens, width) for a batch, in eval mode and in the dtype that the next block gets.
+        """Return the output of the prefix (batch, tokens, width) in eval mode, in the dtype of the next block's input.
 
         Raises:
-            ModelError: If the backbone cannot go on from that output.
+            ModelError: If the backbone cannot continue from the output.
         """
         with evaluating(self.backbone), self._context():
             hidden = self._run(batch)
@@ -105,10 +106,13 @@ class FrozenPrefix:
             return reached.hidden
         finally:
             hook.remove()
-        raise ModelError(f"{KEY}: the backbone does not call its blocks in order; set it to false.")
+        raise ModelError(f"{KEY}: the backbone does not call its blocks in order. Set the key to false.")
 
     def _padded(self, batch: Batch) -> Batch:
-        """Return the batch with its last token as padding: another token could be beyond the backbone's positions."""
+        """Return the batch with its last token replaced by padding.
+
+        An appended token could exceed the backbone's positions.
+        """
         if MASK not in batch or batch[MASK].shape[1] == 1:
             return batch
         padded = dict(batch)
@@ -118,46 +122,46 @@ class FrozenPrefix:
         return padded
 
     def _check(self, batch: Batch) -> None:
-        """Check that going on from the hidden states, without those of padding, gives the output of the backbone."""
+        """Check that continuing from the hidden states, zeroed at padding, gives the output of the backbone."""
         whole, reason = self._watch(batch), None
         mask = batch[MASK].bool() if MASK in batch else whole.hidden.new_ones(whole.hidden.shape[:2], dtype=torch.bool)
         rest = {key: value for key, value in batch.items() if key not in self.inputs}
         try:
-            other = self._watch({**rest, HIDDEN: whole.hidden * mask[..., None].to(whole.hidden.dtype)})
-            same = self.depth == len(self.blocks) or torch.equal(whole.received[mask], other.received[mask])
-            same = same and bool((whole.outputs - other.outputs).norm() <= TOLERANCE * whole.outputs.norm())
+            resumed = self._watch({**rest, HIDDEN: whole.hidden * mask[..., None].to(whole.hidden.dtype)})
+            agrees = self.depth == len(self.blocks) or torch.equal(whole.received[mask], resumed.received[mask])
+            agrees = agrees and bool((whole.outputs - resumed.outputs).norm() <= TOLERANCE * whole.outputs.norm())
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a backbone with another interface may raise anything
-            same, reason = False, error
-        if not same:
+        except Exception as error:  # A backbone with another interface may raise any exception.
+            agrees, reason = False, error
+        if not agrees:
             raise ModelError(
-                f"{KEY}: {type(self.backbone).__name__} cannot go on from the output of one of its blocks; set it to "
-                "false."
+                f"{KEY}: {type(self.backbone).__name__} cannot continue from the output of one of its blocks. Set the "
+                "key to false."
             ) from reason
 
     def _watch(self, batch: Batch) -> SimpleNamespace:
-        """Return for a batch the `outputs`, the `hidden` of the prefix, and what the next block `received`."""
-        seen = SimpleNamespace()
+        """Record a forward pass: `hidden` of the prefix, the input `received` by the next block, and `outputs`."""
+        recorded = SimpleNamespace()
 
-        def gives(module: nn.Module, args: Any, output: Any) -> None:
-            seen.hidden = output[0] if isinstance(output, tuple) else output
+        def record_output(module: nn.Module, args: Any, output: Any) -> None:
+            recorded.hidden = output[0] if isinstance(output, tuple) else output
 
-        def receives(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.received = args[0] if args else kwargs.get("hidden_states")
+        def record_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+            recorded.received = args[0] if args else kwargs.get("hidden_states")
 
-        hooks = [self.blocks[self.depth - 1].register_forward_hook(gives)]
-        hooks += [b.register_forward_pre_hook(receives, with_kwargs=True) for b in self.blocks[self.depth :][:1]]
+        hooks = [self.blocks[self.depth - 1].register_forward_hook(record_output)]
+        hooks += [b.register_forward_pre_hook(record_input, with_kwargs=True) for b in self.blocks[self.depth :][:1]]
         try:
-            seen.outputs = self._outputs(batch).float()
+            recorded.outputs = self._outputs(batch).float()
         finally:
             for hook in hooks:
                 hook.remove()
-        return seen
+        return recorded
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
-        """Make the prefix hand on the hidden states that it is given, within the context."""
+        """Make the prefix return its input unchanged, within the context."""
         modules = [*self.embeddings, *self.blocks[: self.depth]]
         for module in modules:
             module.forward = _hand_on
@@ -184,9 +188,9 @@ def transformers_prefix(
     Args:
         backbone: The backbone, with its adapters.
         projections: The adapted projections.
-        heads: Names of its modules that are trained whole.
-        trainer: Knows the precision.
-        outputs: Returns the output of the whole backbone for a batch.
+        heads: Names of the backbone's modules that are fully trained.
+        trainer: The trainer, which has the precision.
+        outputs: Function from a batch to the output of the whole backbone.
     """
     names = {"id2label", "label2id", "_name_or_path", "architectures", "dtype", "transformers_version"}
     parts = dict(backbone.base_model.named_children())
@@ -194,7 +198,8 @@ def transformers_prefix(
         backbone,
         projections,
         heads,
-        embeddings=[parts["embeddings"]] if "embeddings" in parts else [],  # an encoder's, with positions and a norm
+        # The embeddings of an encoder add positions and a norm to `inputs_embeds`, so the prefix must skip them.
+        embeddings=[parts["embeddings"]] if "embeddings" in parts else [],
         inputs=("input_ids", "token_type_ids"),
         padding={"input_ids": backbone.config.pad_token_id or 0, "token_type_ids": 0, MASK: 0, "labels": IGNORE_INDEX},
         identity={
@@ -207,14 +212,14 @@ def transformers_prefix(
 
 
 @contextmanager
-def backbone_inputs(prefix: FrozenPrefix | None, given: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Give the arguments of a backbone of transformers; hidden states among them enter behind the prefix."""
-    if HIDDEN not in given:
-        yield given
+def backbone_inputs(prefix: FrozenPrefix | None, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the arguments of a backbone of transformers; the prefix is skipped if they include hidden states."""
+    if HIDDEN not in arguments:
+        yield arguments
         return
     assert prefix is not None
     with prefix.skipped():
-        yield {"inputs_embeds" if key == HIDDEN else key: value for key, value in given.items()}
+        yield {"inputs_embeds" if key == HIDDEN else key: value for key, value in arguments.items()}
 
 
 def _only_stack(backbone: nn.Module) -> Stack:
@@ -222,8 +227,8 @@ def _only_stack(backbone: nn.Module) -> Stack:
     if len(stacks) != 1:
         names = ", ".join(stack.name for stack in stacks) or "none"
         raise ModelError(
-            f"{KEY}: is for backbones with one stack of blocks, and {type(backbone).__name__} has {names}; set it to "
-            "false."
+            f"{KEY}: true needs a backbone with one stack of blocks, and {type(backbone).__name__} has {names}. Set "
+            "the key to false."
         )
     return stacks[0]
 
@@ -235,20 +240,20 @@ def _depth(stack: Stack, projections: Sequence[Projection]) -> int:
         block = block_of(projection.layer)
         if block is None or block[0] != stack.name:
             raise ModelError(
-                f"{KEY}: {projection.name}, which is adapted, lies in no block of {stack.name}; choose other "
+                f"{KEY}: the adapted projection {projection.name} is in no block of {stack.name}. Choose other "
                 "model.adapter.targets."
             )
         lowest, name = min((lowest, name), (block[1], projection.name))
     if lowest == 0:
         raise ModelError(
-            f"{KEY}: nothing would be cached, since there is an adapter in the first block ({name}). Adapt the last "
-            f"blocks alone with model.adapter.layers, which can be up to {len(stack.blocks) - 1} here."
+            f"{KEY}: nothing would be cached, since there is an adapter in the first block ({name}). Adapt only the "
+            f"last blocks with model.adapter.layers: {len(stack.blocks) - 1} or less."
         )
     return lowest
 
 
 def _digest(backbone: nn.Module, skipped: tuple[str, ...], identity: Mapping[str, Any]) -> str:
-    """Return a hash of the weights that are not skipped, to the last byte, and of the facts besides them."""
+    """Return a hash of every byte of the weights that are not skipped, of `identity`, and of library versions."""
     libraries = {name: version(name) for name in ("torch", "timm", "transformers")}
     digest = hashlib.sha256(json.dumps({**identity, **libraries}, sort_keys=True, default=str).encode())
     for name, tensor in backbone.state_dict().items():
@@ -260,7 +265,7 @@ def _digest(backbone: nn.Module, skipped: tuple[str, ...], identity: Mapping[str
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode; at the end every part has the mode it had."""
+    """Put a module in eval mode within the context; restore the mode of every submodule on exit."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -1,1 +1,1 @@
-"""Training: what is frozen, learning rates and optimizer, checks, and what a checkpoint holds."""
+"""Training: freezing, learning rates and optimizer, checks, and checkpoint contents."""

@@ -18,13 +18,13 @@ from modules.training.optimization import Groups, OptimizerSpec
 
 POSITION = {"epoch", "samples", "seed"}  # keys of a position in the data
 AFTER_DIVERGENCE = (
-    "Nothing of it was saved: resume from the last checkpoint with --ckpt_path last and a lower --model.learning_rate, "
-    "a longer --model.warmup_ratio or --trainer.gradient_clip_val 1.0."
+    "The weights of this step were not saved. Resume with --ckpt_path last and a lower --model.learning_rate, a larger "
+    "--model.warmup_ratio or --trainer.gradient_clip_val 1.0."
 )
 
 
 class CheckpointedModule(L.LightningModule):
-    """Save and restore all but the frozen backbone, of which a checkpoint has a digest.
+    """Save and restore everything but the frozen backbone. A checkpoint has a digest of the frozen backbone.
 
     `AdaptedModule` sets the attributes.
     """
@@ -33,15 +33,15 @@ class CheckpointedModule(L.LightningModule):
     tuning: str
     optimizer_spec: OptimizerSpec
     head_names: list[str]
-    fingerprint: str  # of the first and last values of what is frozen
-    frozen_digest: FrozenDigest  # of all of it
+    fingerprint: str  # Of the first and last values of each frozen tensor. Older checkpoints have no digest.
+    frozen_digest: FrozenDigest
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Return the tensors to save: every trained parameter, both factors of each adapter, heads, live buffers."""
+        """Return the tensors to save: trained parameters, both factors of each adapter, heads, changing buffers."""
         full = self.state_dict()
         keep = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         keep |= {f"backbone.{name}" for name in adapter_state(self.backbone)}
-        frozen = self.tuning != "full"  # then the backbone's buffers are what was loaded
+        frozen = self.tuning != "full"  # The buffers of a frozen backbone do not change.
         keep |= {name for name, _ in self.named_buffers() if not (frozen and name.startswith("backbone."))}
         return {name: tensor for name, tensor in full.items() if name in keep or self._in_head(name)}
 
@@ -49,68 +49,69 @@ class CheckpointedModule(L.LightningModule):
         return any(name.startswith(f"{head}.") for head in self.head_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen backbone out, but for its digests.
+        """Replace the frozen backbone in a checkpoint by its digest.
 
-        Callbacks are called before: what they made of the saved tensors, such as an average, is kept.
+        Lightning calls callbacks before this hook. Values that a callback has changed, such as averaged weights, are
+        saved.
 
         Raises:
-            ModelError: If anything is not finite, or a callback changed which tensors are saved, or added more of the
-                backbone; what is on disk stays.
+            ModelError: If a saved tensor is not finite, or a callback has added, removed or reshaped tensors. No file
+                is written.
         """
         self.check_weights()
-        saved, given, full = self.saved_state(), checkpoint["state_dict"], self.state_dict()
-        problems = state_problems({n: t for n, t in full.items() if n in saved or n in given}, given)
+        saved, state, full = self.saved_state(), checkpoint["state_dict"], self.state_dict()
+        problems = state_problems({n: t for n, t in full.items() if n in saved or n in state}, state)
         others = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         copied = has_keys(others, full.keys() - saved.keys())
         if problems or copied:
-            change = "; ".join(problems) or "it adds the frozen backbone"
+            change = "; ".join(problems) or "the frozen backbone was added"
             raise ModelError(
-                f"trainer.callbacks: a callback has changed the weights that a checkpoint holds ({change}); a run "
-                "could not be resumed from it. Remove the callback; for averaged weights use AdapterAveraging."
+                f"trainer.callbacks: a callback has changed the tensors of a checkpoint ({change}), so a run could "
+                "not resume. Remove the callback; for averaged weights use AdapterAveraging."
             )
-        checkpoint["state_dict"] = {name: given[name] for name in saved}
+        checkpoint["state_dict"] = {name: state[name] for name in saved}
         checkpoint["frozen_digest"] = self.frozen_digest.hexdigest()
-        keys = checkpoint["hyper_parameters"]  # plain dicts for dataclasses, or weights_only refuses them
+        keys = checkpoint["hyper_parameters"]  # torch.load with weights_only=True rejects dataclasses.
         keys.update({n: asdict(v) for n, v in keys.items() if is_dataclass(v) and not isinstance(v, type)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the frozen weights match the checkpoint's digest.
 
         Raises:
-            ModelError: If the checkpoint is of another tuning, or was trained over other weights. Older checkpoints
+            ModelError: If the checkpoint has another tuning, other tensors or other frozen weights. Older checkpoints
                 have a fingerprint of the first and last values of each weight instead of the digest.
         """
-        tuned = checkpoint["hyper_parameters"].get("tuning", self.tuning)
-        if tuned != self.tuning:
+        checkpoint_tuning = checkpoint["hyper_parameters"].get("tuning", self.tuning)
+        if checkpoint_tuning != self.tuning:
             raise ModelError(
-                f"model.tuning: the checkpoint is of tuning {tuned}, and this model is set up for {self.tuning}; leave "
-                "the key as it was."
+                f"model.tuning: the checkpoint was trained with tuning {checkpoint_tuning}, and this model has tuning "
+                f"{self.tuning}. Set the key to {checkpoint_tuning}."
             )
         self._check_names(checkpoint["state_dict"])
         if "frozen_digest" in checkpoint:
-            same = checkpoint["frozen_digest"] == self.frozen_digest.hexdigest()
+            matches = checkpoint["frozen_digest"] == self.frozen_digest.hexdigest()
         else:
-            same = checkpoint.get("frozen_fingerprint", self.fingerprint) == self.fingerprint
-        if not same:
+            matches = checkpoint.get("frozen_fingerprint", self.fingerprint) == self.fingerprint
+        if not matches:
             raise ModelError(
                 "ckpt_path: the checkpoint was trained over other frozen weights than this backbone's. Set "
-                "model.backbone, model.weights, model.backbone_args, model.backbone_dtype (and model.image_size; with "
-                "weights: none, seed_everything) as they were; the run's config.yaml has them. If the file of weights "
-                "itself has changed, start a new run from the adapter with --model.adapter_path RUN/adapter."
+                "model.backbone, model.weights, model.backbone_args, model.backbone_dtype and model.image_size to the "
+                "values in the run's config.yaml (with weights: none, also seed_everything). If the file of weights "
+                "has changed, start a new run from the adapter with --model.adapter_path RUN/adapter."
             )
         if (trainer := self._trainer) is not None and trainer.state.fn == "fit":
             check_training_state(checkpoint, self.optimizer_spec, self.trained_groups())
-            # the position in the data lies under the class name of the data module, which may have been another
+            # The key of the position in the data is the class name of the data module. Older runs have older names.
             name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
             positions = [v for v in checkpoint.values() if isinstance(v, Mapping) and v.keys() >= POSITION]
             if positions:
                 checkpoint.setdefault(name, positions[0])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `saved_state` saves, and nothing else, whatever `strict` says.
+        """Load exactly the tensors that `saved_state` returns. `strict` has no effect.
 
         Raises:
-            ModelError: With the list of what is missing, unexpected or of another shape; nothing is then loaded.
+            ModelError: If tensors are missing, unexpected or of another shape. No tensor is then loaded.
             AdapterError: If the adapters are merged.
         """
         refuse_merged(self.backbone)
@@ -122,7 +123,7 @@ class CheckpointedModule(L.LightningModule):
             raise ModelError(
                 "The checkpoint is of another model than the one configured: "
                 + "; ".join(problems)
-                + ". Use the config.yaml of the checkpoint's run, or its backbone, tuning and adapter keys."
+                + ". Use the config.yaml of the checkpoint's run, or the same backbone, tuning and adapter keys."
             )
 
     def trained_groups(self) -> Groups:
@@ -130,10 +131,10 @@ class CheckpointedModule(L.LightningModule):
         raise NotImplementedError
 
     def check_weights(self) -> None:
-        """Stop before weights that are not finite are kept or looked at: a finite loss may have had such a gradient.
+        """Check that all saved tensors are finite. A finite loss does not guarantee finite weights.
 
         Raises:
-            ModelError: With the step, the first such tensor and what to try.
+            ModelError: With the step, the first tensor that is not finite, and advice.
         """
         for name, tensor in self.saved_state().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -141,14 +142,14 @@ class CheckpointedModule(L.LightningModule):
 
 
 def has_keys(tree: Any, names: Set[str]) -> bool:
-    """Return True if a tree of mappings has any of the names as a key of a tensor."""
+    """Return True if nested mappings have a tensor under any of the names."""
     if not isinstance(tree, Mapping):
         return False
     return any((isinstance(v, Tensor) and k in names) or has_keys(v, names) for k, v in tree.items())
 
 
 def check_training_state(checkpoint: Mapping[str, Any], spec: OptimizerSpec, groups: Groups) -> None:
-    """Check that the states of optimizer and schedule in a checkpoint are of the parameters that are trained.
+    """Check that the optimizer and schedule states of a checkpoint match the parameters of this run.
 
     Args:
         checkpoint: With `optimizer_states` and `lr_schedulers`.
@@ -156,7 +157,7 @@ def check_training_state(checkpoint: Mapping[str, Any], spec: OptimizerSpec, gro
         groups: Parameter groups of this run.
 
     Raises:
-        ModelError: If they are of another optimizer, other groups or other parameters, or damaged.
+        ModelError: If the states are damaged, or belong to another optimizer, other groups or other parameters.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     fresh = spec.build([dict(group) for group in groups])
@@ -176,14 +177,14 @@ def check_training_state(checkpoint: Mapping[str, Any], spec: OptimizerSpec, gro
         fits = False
     if not fits:
         raise ModelError(
-            "ckpt_path: the states of optimizer and schedule in the checkpoint are not those of the parameters trained "
-            "now. Set model.tuning, model.adapter, model.optimizer and model.lr_ratio_role as they were, or use "
-            "another checkpoint; a new run starts from the adapter with --model.adapter_path RUN/adapter."
+            "ckpt_path: the optimizer and schedule states of the checkpoint do not match the parameters of this run. "
+            "Set model.tuning, model.adapter, model.optimizer and model.lr_ratio_role as in the run's config.yaml, or "
+            "use another checkpoint. Or start a new run from the adapter with --model.adapter_path RUN/adapter."
         )
 
 
 def _like(values: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
-    """Return True if values have the types of a template's, numbers being of one type, and all its keys."""
+    """Return True if values have the keys and types of a template. Integers and floats count as one type."""
 
     def kind(value: Any) -> type:
         return float if type(value) is int else type(value)

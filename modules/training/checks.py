@@ -1,4 +1,4 @@
-"""Callbacks that stop a fit which cannot learn: a loss that diverged, adapters that take no part."""
+"""Callbacks that stop a fit that cannot learn: a diverged loss, adapters without gradient."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from modules.training.checkpoints import AFTER_DIVERGENCE
 
 
 class DivergenceCheck(L.Callback):
-    """Stop a fit before a loss that is not finite reaches the weights; checkpoints on disk stay as they are."""
+    """Stop a fit before a loss that is not finite changes the weights."""
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Check the loss.
+        """Check that the loss is finite.
 
         Raises:
-            ModelError: With the step and what to try.
+            ModelError: With the step and advice.
         """
         if not torch.isfinite(loss):
             step = trainer.global_step
@@ -28,9 +28,9 @@ class DivergenceCheck(L.Callback):
 
 
 class IdleAdapterCheck(L.Callback):
-    """Check at the first step that every trained factor takes part in the forward pass.
+    """Check at the first step that every trained factor gets a gradient.
 
-    Not for backbones that leave out blocks at random (layerdrop): a block that a step left out has no gradient either.
+    The check is not for backbones with layerdrop, since a dropped block gets no gradient either.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class IdleAdapterCheck(L.Callback):
         """Check that every trained factor has a gradient.
 
         Raises:
-            ModelError: With the projections whose adapters have none.
+            ModelError: With the projections whose factors have no gradient.
         """
         if self._done:
             return
@@ -56,5 +56,6 @@ class IdleAdapterCheck(L.Callback):
         if idle:
             raise ModelError(
                 f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
-                f"({', '.join(idle[:3])}, …): it uses their weights without calling the layer. Choose other targets."
+                f"({', '.join(idle[:3])}, …): the backbone reads the weights without calling the layers. Choose other "
+                "targets."
             )

@@ -1,4 +1,4 @@
-"""A digest of all frozen weights, computed in a thread while the data are read."""
+"""Digest of all frozen weights, computed in a thread while the data load."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from modules.adapters import adapter_state
 
-CHUNK = 1 << 26  # bytes that are copied at a time from an accelerator
+CHUNK = 1 << 26  # Bytes per copy from an accelerator, to limit the memory on the host.
 
 
 class FrozenDigest:
-    """Digest of a model's frozen parameters and of its buffers: every bit, by name, dtype and shape.
+    """Digest of the names, dtypes, shapes and all bits of a model's frozen parameters and buffers.
 
-    XXH3 (128 bits) reads memory at its full speed and finds any accidental change; it is no protection against somebody
-    who makes two files of weights with one digest. Factors do not count, and neither does anything that is trained.
+    XXH3 (128 bits) is as fast as memory and detects accidental changes. XXH3 does not protect against a deliberate
+    collision. Factors and trained parameters are excluded.
 
-    A copy of the model has the same digest, without a thread of its own.
+    A copy of the model shares the digest and starts no thread.
 
     Args:
-        model: The model; it keeps its weights as they are from here on, and may move them to another device.
+        model: The model. Its frozen weights must not change after this call, but may move to another device.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,12 +35,12 @@ class FrozenDigest:
 
     def _compute(self) -> None:
         self._digest = digest_of(self._tensors)
-        self._tensors = {}  # an accelerator may hold them by now
+        self._tensors = {}  # Release the host memory: the model may have moved to an accelerator.
 
     def hexdigest(self) -> str:
-        """Return the digest, 32 hexadecimal digits, once it is there."""
+        """Wait for the thread and return the digest, 32 hexadecimal digits."""
         self._thread.join()
-        if self._digest is None:  # the thread has ended with an error, or was of the process that forked this one
+        if self._digest is None:  # The thread has failed, or has run in the parent of this forked process.
             self._compute()
         assert self._digest is not None
         return self._digest
@@ -53,22 +53,22 @@ class FrozenDigest:
 
 
 def _known_digest(digest: str) -> FrozenDigest:
-    known = FrozenDigest(nn.Module())
-    known._thread.join()
-    known._digest = digest
-    return known
+    frozen_digest = FrozenDigest(nn.Module())
+    frozen_digest._thread.join()
+    frozen_digest._digest = digest
+    return frozen_digest
 
 
 def _frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     factors = adapter_state(model)
-    # tied ones under all their names, as in the state
+    # The state dict below has tied parameters under all their names.
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if name not in trained and name not in factors}
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the digest of tensors by name; of those on the meta device there is a shape alone."""
+    """Return the digest of tensors by name. A tensor on the meta device contributes only its dtype and shape."""
     digest = xxhash.xxh3_128()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

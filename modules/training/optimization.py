@@ -1,4 +1,4 @@
-"""Optimizer, parameter groups and the schedule of their learning rates."""
+"""Optimizer, parameter groups and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modules.adapters import adapted_layers
 Schedule = Literal["cosine", "linear", "constant"]
 Groups = list[dict[str, Any]]
 PACKAGE = "torch.optim"
-WITHOUT_GROUPS = ("LBFGS", "SparseAdam")  # one needs a single group, the other sparse gradients
+WITHOUT_GROUPS = ("LBFGS", "SparseAdam")  # LBFGS supports only one group, SparseAdam only sparse gradients.
 OPTIMIZERS = {
     name: kind
     for name, kind in vars(torch.optim).items()
@@ -28,57 +28,58 @@ OPTIMIZERS = {
 
 
 class OptimizerSpec:
-    """An optimizer of torch.optim, by the name of its class and its own arguments.
+    """An optimizer class of torch.optim and its arguments.
 
     Args:
-        given: `class_path`, such as `torch.optim.SGD`, and `init_args`; None is AdamW with torch's defaults.
+        optimizer: `class_path`, such as `torch.optim.SGD`, and `init_args`; None is AdamW with torch's defaults.
         weight_decay: Weight decay of the parameter groups.
 
     Raises:
-        ModelError: If there is no such optimizer, or an argument is not for it.
+        ModelError: If the class is unknown, or does not accept an argument.
     """
 
-    def __init__(self, given: Mapping[str, Any] | None, weight_decay: float) -> None:
-        given = {"class_path": f"{PACKAGE}.AdamW"} if given is None else given
-        self.args: dict[str, Any] = dict(given.get("init_args") or {})
-        path = str(given.get("class_path"))
+    def __init__(self, optimizer: Mapping[str, Any] | None, weight_decay: float) -> None:
+        optimizer = {"class_path": f"{PACKAGE}.AdamW"} if optimizer is None else optimizer
+        self.args: dict[str, Any] = dict(optimizer.get("init_args") or {})
+        path = str(optimizer.get("class_path"))
         package, _, name = path.rpartition(".")
-        if unknown := given.keys() - {"class_path", "init_args"}:
+        if unknown := optimizer.keys() - {"class_path", "init_args"}:
             raise ModelError(
                 f"model.optimizer: {', '.join(sorted(unknown))} is unknown. Give class_path and init_args."
             )
         if package != PACKAGE or name not in OPTIMIZERS:
             raise ModelError(
-                f"model.optimizer.class_path: {path} is no optimizer that can be used here. Choose of {PACKAGE}: "
+                f"model.optimizer.class_path: {path} is not a supported optimizer. Choose one of {PACKAGE}: "
                 f"{', '.join(OPTIMIZERS)}."
             )
-        if own := {"params", "lr", "weight_decay"} & self.args.keys():
+        if reserved := {"params", "lr", "weight_decay"} & self.args.keys():
             raise ModelError(
-                f"model.optimizer.init_args: {', '.join(sorted(own))} is not for here. Set model.learning_rate and "
-                "model.weight_decay."
+                f"model.optimizer.init_args: {', '.join(sorted(reserved))} cannot be set here. Set model.learning_rate "
+                "and model.weight_decay."
             )
         self.kind = OPTIMIZERS[name]
         if weight_decay and "weight_decay" not in inspect.signature(self.kind).parameters:
-            raise ModelError(f"model.weight_decay: {weight_decay} is not for {name}, which has none. Set it to 0.")
+            raise ModelError(f"model.weight_decay: {weight_decay} is set, but {name} has no weight decay. Use 0.")
         self._example_states: dict[int, dict[str, Any]] = {}
         self.build([{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": 0.0}])
 
     def build(self, groups: Groups) -> Optimizer:
-        """Return the optimizer of some parameter groups.
+        """Return the optimizer for parameter groups.
 
         Raises:
-            ModelError: If torch refuses an argument or a parameter.
+            ModelError: If torch rejects an argument or a parameter.
         """
         build: Callable[..., Optimizer] = self.kind
         try:
             return build(groups, **self.args)
         except (TypeError, ValueError) as error:
             raise ModelError(
-                f"model.optimizer: {self.kind.__name__} cannot be created with {self.args} ({first_line(error)})."
+                f"model.optimizer: {self.kind.__name__} cannot be created with {self.args} ({first_line(error)}). "
+                "Correct model.optimizer.init_args."
             ) from error
 
     def is_state(self, state: Mapping[str, Any], parameter: Tensor) -> bool:
-        """Return True if a state has the names, types and shapes of this optimizer's state of a parameter."""
+        """Return True if a state has the names, types and shapes of this optimizer's state for a parameter."""
         shape = (2,) * parameter.ndim
         if parameter.ndim not in self._example_states:
             example = nn.Parameter(torch.zeros(shape))
@@ -86,19 +87,28 @@ class OptimizerSpec:
             optimizer = self.build([{"params": [example], "lr": 0.0}])
             optimizer.step()
             self._example_states[parameter.ndim] = dict(optimizer.state[example])
-        known = self._example_states[parameter.ndim]
-        return state.keys() == known.keys() and all(_is_like(state[k], v, shape, parameter) for k, v in known.items())
+        example_state = self._example_states[parameter.ndim]
+        return state.keys() == example_state.keys() and all(
+            _is_like(state[key], value, shape, parameter) for key, value in example_state.items()
+        )
 
 
 def _is_like(value: Any, example: Any, shape: tuple[int, ...], parameter: Tensor) -> bool:
-    """Return True if a value may stand in the place of another, which belongs to a parameter of a shape."""
+    """Return True if a value of a parameter's state has the type and dimensions of an example.
+
+    Args:
+        value: The value.
+        example: The same value of an example state.
+        shape: Shape of the example's parameter.
+        parameter: The parameter of the value.
+    """
     if not isinstance(example, Tensor):
         return type(value) is type(example)
     if not isinstance(value, Tensor) or value.is_floating_point() != example.is_floating_point():
         return False
     if tuple(example.shape) in ((), shape):
         return value.shape == (parameter.shape if example.ndim else ())
-    return value.ndim == example.ndim  # a factored moment
+    return value.ndim == example.ndim  # Factored moments, as of Adafactor, have other shapes than the parameter.
 
 
 # ------------------------------------------------------------------------------------------------------ learning rates
@@ -110,13 +120,13 @@ def check_rates(
     warmup_ratio: float,
     ratios: Mapping[str, float],
 ) -> None:
-    """Check the keys of learning rates.
+    """Validate learning rates, weight decay and warm-up.
 
     Args:
         learning_rate: Peak learning rate.
         weight_decay: Weight decay.
-        warmup_ratio: Share of the warm-up.
-        ratios: Ratios of learning rates by key.
+        warmup_ratio: Share of the steps that warm up.
+        ratios: Learning rate ratios by key.
 
     Raises:
         ModelError: With the key that is out of range.
@@ -141,23 +151,23 @@ def parameter_groups(
     lr_ratio_head: float,
     lr_ratio_role: Mapping[str, float] | None = None,
 ) -> Groups:
-    """Return parameter groups named A, B, head and backbone, each split into decayed and not decayed.
+    """Return parameter groups named A, B, head and backbone, each split by weight decay.
 
-    What is trained follows from the configuration, not from `requires_grad` flags that somebody may have flipped. A
-    role with a ratio has groups of its own, such as `B/value`.
+    The trained parameters follow from the configuration, not from `requires_grad` flags. A role with a ratio has
+    separate groups, such as `B/value`.
 
     Args:
-        backbone: With adapters or without.
-        head: Parameters of the task's heads by name, which may lie inside the backbone.
+        backbone: A backbone with or without adapters.
+        head: Parameters of the heads by name; a head may be a module of the backbone.
         tuning: `adapter`, `head` or `full`.
         learning_rate: Base learning rate.
-        weight_decay: Decay of matrices; vectors, biases, position embeddings and class tokens have none.
-        lr_ratio_b: Learning rate of B over the base one.
-        lr_ratio_head: Learning rate of the head over the base one.
-        lr_ratio_role: Further ratios by role, of both factors.
+        weight_decay: Decay of matrices. Vectors, biases, position embeddings and class tokens have no decay.
+        lr_ratio_b: Learning rate of B divided by the base learning rate.
+        lr_ratio_head: Learning rate of the head divided by the base learning rate.
+        lr_ratio_role: Additional ratio of both factors by role.
 
     Returns:
-        Groups with `name`, `params`, `lr`, `initial_lr` and `weight_decay`; empty ones are left out.
+        Groups with `name`, `params`, `lr`, `initial_lr` and `weight_decay`; no group is empty.
     """
     ratios = {"A": 1.0, "B": lr_ratio_b, "head": lr_ratio_head, "backbone": 1.0}
     by_role = lr_ratio_role or {}
@@ -185,17 +195,17 @@ def parameter_groups(
 
 
 def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -> Callable[[int], float]:
-    """Return the learning rate at an optimizer step over its peak: a linear climb, then the chosen descent.
+    """Return a schedule: a linear warm-up, then a decay to zero or a constant learning rate.
 
     Args:
         schedule: Shape after the warm-up; cosine and linear end at zero.
-        warmup_ratio: Share of the steps that climb, in [0, 1).
+        warmup_ratio: Share of the steps that warm up, in [0, 1).
         total_steps: Optimizer steps of the whole run.
 
     Returns:
-        Function from the step, 0 for the first, to a factor in [0, 1].
+        Function from the step, counted from 0, to the learning rate divided by its peak, in [0, 1].
     """
-    warmup = min(round(warmup_ratio * total_steps), total_steps - 1)  # some descent is left
+    warmup = min(round(warmup_ratio * total_steps), total_steps - 1)  # At least one step reaches the peak.
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -209,7 +219,7 @@ def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -
 
 
 def restart_schedule(scheduler: LambdaLR, groups: Groups, factor_of: Callable[[int], float]) -> None:
-    """Put the learning rates and weight decays of this run in the place of those that a checkpoint has restored.
+    """Overwrite the learning rates and weight decays from a checkpoint by the values of this run.
 
     Args:
         scheduler: The restored schedule, at its step.
@@ -219,16 +229,16 @@ def restart_schedule(scheduler: LambdaLR, groups: Groups, factor_of: Callable[[i
     scheduler.lr_lambdas = [factor_of for _ in scheduler.lr_lambdas]
     scheduler.base_lrs = [group["initial_lr"] for group in groups]
     factor = factor_of(scheduler.last_epoch)
-    for group, own in zip(scheduler.optimizer.param_groups, groups, strict=True):
-        group.update({key: own[key] for key in ("initial_lr", "weight_decay")}, lr=own["initial_lr"] * factor)
+    for restored, group in zip(scheduler.optimizer.param_groups, groups, strict=True):
+        restored.update({key: group[key] for key in ("initial_lr", "weight_decay")}, lr=group["initial_lr"] * factor)
 
 
 class RangeTest:
-    """Keep the ratios of the groups' learning rates while LearningRateFinder tries one learning rate for all of them.
+    """Keep the ratios between the groups' learning rates while LearningRateFinder sets one value for all groups.
 
     Args:
         optimizer: The optimizer.
-        base: Learning rate before the test.
+        base: Base learning rate before the test.
         rates: Learning rates of the groups before the test.
     """
 
@@ -251,23 +261,23 @@ class RangeTest:
             group["lr"] = rate
 
     def end(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
 
 
 def steps_left(trainer: L.Trainer) -> int:
-    """Return the number of optimizer steps from the place that a run goes on from to its end."""
+    """Return the number of optimizer steps from the current position to the end of the run."""
     loop, accumulated = trainer.fit_loop, trainer.accumulate_grad_batches
     epochs: Any = loop.epoch_progress.current
     batches: Any = loop.epoch_loop.batch_progress.current
-    an_epoch = math.ceil(trainer.num_training_batches / accumulated)
-    over = batches.processed >= trainer.num_training_batches
-    # a place between two steps is before the step: Lightning takes one at each multiple, and at the end
-    within = an_epoch if over else batches.processed // accumulated
-    done = within if epochs.ready > epochs.processed else 0
-    left = ((trainer.max_epochs or 0) - epochs.processed) * an_epoch - done
+    steps_per_epoch = math.ceil(trainer.num_training_batches / accumulated)
+    epoch_is_over = batches.processed >= trainer.num_training_batches
+    # Lightning steps after every `accumulated` batches and after the last batch of an epoch.
+    steps_so_far = steps_per_epoch if epoch_is_over else batches.processed // accumulated
+    steps_in_epoch = steps_so_far if epochs.ready > epochs.processed else 0
+    remaining = ((trainer.max_epochs or 0) - epochs.processed) * steps_per_epoch - steps_in_epoch
     if trainer.max_epochs == -1 or trainer.max_steps != -1:
-        most = trainer.max_steps - trainer.global_step
-        return most if trainer.max_epochs == -1 else min(left, most)
-    return left
+        limit = trainer.max_steps - trainer.global_step
+        return limit if trainer.max_epochs == -1 else min(remaining, limit)
+    return remaining

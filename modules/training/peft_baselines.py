@@ -1,4 +1,4 @@
-"""AdaLoRA and IA3 through PEFT's own classes, to compare the adapters of this project with."""
+"""AdaLoRA and IA3 from PEFT, as baselines for comparison."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ _log = logging.getLogger(__name__)
 
 
 class PeftBaseline:
-    """A backbone whose targeted layers PEFT has wrapped, in place.
+    """A PEFT method attached to a backbone in place.
 
-    PEFT wraps whole layers. A layer that holds several projections, such as timm's `attn.qkv`, has one adapter.
+    PEFT wraps whole layers. A fused layer, such as timm's `attn.qkv`, has one adapter.
 
     AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) starts at 1.5 times `adapter.rank` and prunes to `adapter.rank` on
-    average. It prunes between the first tenth of the optimizer steps and the last half, as in the paper's experiments.
-    IA3 (Liu et al. 2022, arXiv 2205.05638) multiplies the outputs of the targeted layers, and of `mlp_out` the inputs.
+    average. Pruning begins after the first tenth of the optimizer steps and ends before the last half, as in the
+    paper's experiments. IA3 (Liu et al. 2022, arXiv 2205.05638) rescales the outputs of the targeted layers. For
+    `mlp_out`, IA3 rescales the inputs.
 
     Args:
         method: `adalora` or `ia3`.
         backbone: A frozen backbone without adapters.
-        config: Its `targets`, `layers` and `seed` count; for AdaLoRA also `rank`, `alpha` and `dropout`.
-        heads: Names of the backbone's modules that are trained whole.
+        config: Only `targets`, `layers` and `seed` are used, and for AdaLoRA also `rank`, `alpha` and `dropout`.
+        heads: Names of the backbone's modules that are fully trained.
 
     Raises:
-        ModelError: If PEFT is not installed, or the method cannot be used with the backbone or the configuration.
-        AdapterError: If a target matches nothing, or a rank does not fit.
+        ModelError: If PEFT is not installed.
+        AdapterError: If a target matches nothing, a rank is too large, or the configuration has a pattern.
     """
 
     def __init__(self, method: Method, backbone: nn.Module, config: AdapterConfig, heads: Sequence[str]) -> None:
         if patterns := [key for key in ("rank_pattern", "alpha_pattern") if asdict(config)[key]]:
             raise AdapterError(
-                f"adapter.{patterns[0]}: {method} has one rank and alpha for all layers. Leave the key out."
+                f"adapter.{patterns[0]}: {method} has one rank and alpha for all layers. Remove the key."
             )
         self.projections = select(find_projections(backbone, heads), config.targets, config.layers)
         layers = dict.fromkeys(projection.layer for projection in self.projections)
@@ -58,13 +59,13 @@ class PeftBaseline:
             for projection in self.projections:
                 check_rank(config, projection, cast(nn.Linear, backbone.get_submodule(projection.layer)).in_features)
         self._method, self._backbone = method, backbone
-        with torch.random.fork_rng(devices=[]):  # the head and the order of the data are those of other tunings
+        with torch.random.fork_rng(devices=[]):  # The head and the data order must not depend on the tuning.
             torch.manual_seed(config.seed)
             self.tuner: Any = _inject(method, backbone, config, list(layers), self.projections)
         self._names = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
-        for parameter in self.parameters().values():  # PEFT gives them the dtype of the frozen weights
+        for parameter in self.parameters().values():  # PEFT creates adapters in the dtype of the frozen weights.
             parameter.data = parameter.data.float()
-        for head in heads:  # which PEFT has frozen with the backbone
+        for head in heads:  # PEFT has frozen the heads with the backbone.
             backbone.get_submodule(head).requires_grad_(True)
         self._started = False
         _log.info(f"model.tuning: {method} of PEFT wraps {len(layers)} layers: {', '.join(_kinds(list(layers)))}.")
@@ -75,7 +76,7 @@ class PeftBaseline:
         return {name: parameters[name] for name in self._names}
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the parameters as a group for AdamW; IA3's have no decay, since they start at one and not at zero."""
+        """Return the parameter group for AdamW. IA3's parameters start at one, not at zero, so they have no decay."""
         decay = 0.0 if self._method == "ia3" else weight_decay
         rates = {"lr": learning_rate, "initial_lr": learning_rate, "weight_decay": decay}
         return [{"name": self._method, "params": list(self.parameters().values()), **rates}]
@@ -83,7 +84,7 @@ class PeftBaseline:
     # --------------------------------------------------------------------------------------------- AdaLoRA's training
 
     def start(self, total_steps: int) -> None:
-        """Plan the pruning over a run, unless a checkpoint has planned it.
+        """Plan AdaLoRA's pruning for a run, unless a checkpoint has restored a plan.
 
         Args:
             total_steps: Optimizer steps of the whole run.
@@ -100,12 +101,13 @@ class PeftBaseline:
         schedule = self._schedule
         schedule.total_step = total_steps
         schedule.tinit = total_steps // 10
-        schedule.tfinal = max(min(total_steps // 2, total_steps - 2), 0)  # importance needs a step before the last mask
+        # The last pruning needs an importance score, which takes one step.
+        schedule.tfinal = max(min(total_steps // 2, total_steps - 2), 0)
         schedule.deltaT = max(total_steps // 100, 1)
         self._started = True
 
     def penalty(self) -> Tensor | float:
-        """Return AdaLoRA's orthogonal regularisation (equation 4), weighted; 0 for IA3."""
+        """Return AdaLoRA's weighted orthogonal regularisation (equation 4); 0 for IA3."""
         if self._method != "adalora":
             return 0.0
         terms = []
@@ -116,10 +118,10 @@ class PeftBaseline:
         return self._schedule.orth_reg_weight * torch.stack(terms).mean()
 
     def after_step(self, step: int) -> None:
-        """Let AdaLoRA prune, while the gradients of the step are still there.
+        """Prune with AdaLoRA after an optimizer step, before the gradients are cleared.
 
         Args:
-            step: Optimizer steps that are done, this one included.
+            step: Number of optimizer steps so far, including this step.
         """
         if self._method == "adalora" and (self._schedule.total_step or 0) >= 2:
             self.tuner.update_and_allocate(step)
@@ -127,7 +129,7 @@ class PeftBaseline:
     # ----------------------------------------------------------------------------------------------------- checkpoint
 
     def state(self) -> dict[str, Any]:
-        """Return what AdaLoRA needs to go on besides its parameters: importance, ranks and plan; empty for IA3."""
+        """Return AdaLoRA's importance scores, ranks and pruning plan for a checkpoint; empty for IA3."""
         if self._method != "adalora":
             return {}
         allocator = self._allocator
@@ -139,10 +141,10 @@ class PeftBaseline:
         }
 
     def load_state(self, state: Any) -> None:
-        """Go on from a checkpoint.
+        """Restore AdaLoRA's state from a checkpoint.
 
         Raises:
-            ModelError: If the state is damaged or of other layers.
+            ModelError: If the state is damaged or belongs to other layers.
         """
         if self._method != "adalora":
             return
@@ -150,16 +152,15 @@ class PeftBaseline:
         ranks = {name: len(parameter) for name, parameter in parameters.items() if "lora_E" in name}
         if not _is_state(state, {name: parameter.shape for name, parameter in parameters.items()}, ranks):
             raise ModelError(
-                "ckpt_path: the checkpoint has no state of AdaLoRA for these layers. Use another checkpoint, or start "
-                "a new run."
+                "ckpt_path: the checkpoint has no state of AdaLoRA for these layers. Use another checkpoint or start a "
+                "new run."
             )
         self._plan(state["total_steps"])
         self._schedule.rank_pattern = state["rank_pattern"] or None
         self._allocator.exp_avg_ipt = dict(state["exp_avg_ipt"])
         self._allocator.exp_avg_unc = dict(state["exp_avg_unc"])
-        self._allocator.ipt = {
-            name: torch.zeros_like(t) for name, t in state["exp_avg_ipt"].items()
-        }  # PEFT asks for it
+        # PEFT reads `ipt` before computing new scores.
+        self._allocator.ipt = {name: torch.zeros_like(t) for name, t in state["exp_avg_ipt"].items()}
 
     @property
     def _allocator(self) -> Any:
@@ -182,8 +183,7 @@ def _inject(
         from peft import AdaLoraConfig, AdaLoraModel, IA3Config, IA3Model
     except ImportError as error:
         raise ModelError(
-            f"model.tuning: {method} is a method of PEFT, which is not installed. Install it with: "
-            "pip install 'peft>=0.21.2'"
+            f"model.tuning: {method} needs PEFT, which is not installed. Run: pip install 'peft>=0.21.2'"
         ) from error
     if method == "ia3":
         feedforward = list(dict.fromkeys(p.layer for p in projections if p.role == "mlp_out"))
@@ -194,25 +194,25 @@ def _inject(
         target_modules=_exactly(layers),
         target_r=config.rank,
         init_r=math.ceil(1.5 * config.rank),
-        lora_alpha=cast(int, config.alpha),  # which PEFT divides by the rank, as a float
+        lora_alpha=cast(int, config.alpha),  # PEFT declares an int, but a float works too.
         lora_dropout=config.dropout,
-        total_step=1,  # until the trainer knows
+        total_step=1,  # `_plan` sets the number when the trainer knows.
     )
     return AdaLoraModel(backbone, adalora, ADAPTER)  # type: ignore[no-untyped-call]
 
 
 def _exactly(names: list[str]) -> str:
-    """Return a regular expression for whole names; PEFT takes a list of names as ends of names."""
+    """Return a regular expression that matches whole names. PEFT would match a list against the ends of names."""
     return "|".join(re.escape(name) for name in names)
 
 
 def _kinds(layers: list[str]) -> list[str]:
-    """Return the layers' names with block numbers folded."""
+    """Return the layers' names without duplicates, with `*` in place of block numbers."""
     return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in layers))
 
 
 def _is_state(state: Any, shapes: Mapping[str, torch.Size], ranks: Mapping[str, int]) -> bool:
-    """Return True if a checkpoint's value is a state of AdaLoRA for parameters of these shapes and initial ranks."""
+    """Return True if a value is a state of AdaLoRA for parameters with these shapes and initial ranks."""
     if not isinstance(state, dict) or type(state.get("total_steps")) is not int or state["total_steps"] < 1:
         return False
     moments: list[Any] = [state.get("exp_avg_ipt"), state.get("exp_avg_unc")]

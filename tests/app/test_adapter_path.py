@@ -166,8 +166,8 @@ def edit(folder: Path, **keys: Any) -> None:
         (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), [CONFIG, "JSON"]),
         (lambda folder: (folder / CONFIG).write_text("[" * 100_000), [CONFIG, "JSON"]),
         (lambda folder: (folder / CONFIG).write_text("[]"), [CONFIG, "object"]),
-        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]), [WEIGHTS, "cut off"]),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b""), [WEIGHTS, "cut off"]),
+        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]), [WEIGHTS, "truncated"]),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b""), [WEIGHTS, "truncated"]),
         (lambda folder: edit(folder, peft_type="PREFIX_TUNING"), ["peft_type", "PREFIX_TUNING", "LORA"]),
         (lambda folder: edit(folder, use_dora=True), ["use_dora"]),
         (lambda folder: edit(folder, r=5), ["rank 4", "5 by r"]),
@@ -202,4 +202,4 @@ def test_bad_files_end_the_command(fitted_text_cli: CommandLine, capsys: pytest.
     refused(capsys, code, "model.adapter_path", "no adapter_config.json")
     starts = ("--model.adapter.init_a=given", "--model.adapter.init_b=given")
     refused(capsys, fitted_text_cli("fit", *NO_TRAINING, *starts), "adapter.init_a", "model.adapter_path")
-    refused(capsys, fitted_text_cli("fit", *NO_TRAINING, starts[0]), "adapter.init_a", "both or not at all")
+    refused(capsys, fitted_text_cli("fit", *NO_TRAINING, starts[0]), "adapter.init_a", "only one of them is `given`")

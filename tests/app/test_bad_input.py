@@ -88,7 +88,7 @@ def test_config_without_a_file_name(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model.adapter.rank=33", ["adapter.rank", "33", "blocks.0.attn.qkv.query", "32 × 32"]),
         ("--model.adapter.init_b=orthogonal", ["adapter.init_a", "adapter.init_b", "zero"]),
         ("--model.adapter.train=A", ["adapter.train", "init_b: orthogonal"]),
-        ("--model.adapter.init_a=zero", ["adapter.init_a", "saddle"]),
+        ("--model.adapter.init_a=zero", ["adapter.init_a", "neither factor"]),
         ("--model.adapter.dropout=1.0", ["adapter.dropout", "[0, 1)"]),
         ("--model.adapter.alpha=-1", ["adapter.alpha"]),
         ("--model.adapter.targets=[quary]", ["adapter.targets", "quary", "query"]),
@@ -240,7 +240,7 @@ def test_truncated_checkpoint(fitted_cli: CommandLine, capsys: pytest.CaptureFix
         ("--model.adapter.rank=2", ["of another shape", "is (4, 32), not (2, 32)"]),
         ("--model.adapter.targets=[query, value, key]", ["4 missing", "adapters.key.A"]),
         ("--model.adapter.targets=[query]", ["4 unexpected", "adapters.value.B"]),
-        ("--model.tuning=head", ["model.tuning", "of tuning adapter", "for head"]),
+        ("--model.tuning=head", ["model.tuning", "with tuning adapter", "has tuning head"]),
         ("--model.class_names=[a, b, c]", ["a, b, c", "red, green, blue"]),
     ],
 )

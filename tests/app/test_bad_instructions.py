@@ -309,7 +309,7 @@ def encoder(path: Path) -> list[str]:
     shutil.rmtree(path)
     BertForMaskedLM(CONFIGS["bert"]).save_pretrained(path)
     word_tokenizer().save_pretrained(path)
-    return ["model.backbone", str(path), "bert", "choose a decoder"]
+    return ["model.backbone", str(path), "bert", "Choose a decoder"]
 
 
 def encoder_and_decoder(path: Path) -> list[str]:
@@ -372,8 +372,12 @@ OTHERS: dict[str, PreTrainedConfig] = {
 @pytest.mark.parametrize(
     ("kind", "option", "parts"),
     [
-        ("bloom", "--data.packing=true", ["data.packing", "BloomForCausalLM", "set it to false"]),
-        ("ctrl", "--model.gradient_checkpointing=true", ["model.gradient_checkpointing", "CTRL", "set it to false"]),
+        ("bloom", "--data.packing=true", ["data.packing", "BloomForCausalLM", "Set the key to false"]),
+        (
+            "ctrl",
+            "--model.gradient_checkpointing=true",
+            ["model.gradient_checkpointing", "CTRL", "Set the key"],
+        ),
     ],
 )
 def test_what_a_backbone_cannot_do(
@@ -404,11 +408,11 @@ def test_checkpoint_of_another_model(
     for command, option, *parts in (
         ("fit", "model.adapter.rank=2", "of another shape", "is (4, 32), not (2, 32)", "config.yaml"),
         ("predict", "model.adapter.targets=[query, value, key]", "missing", "adapters.key.A"),
-        ("test", "model.tuning=full", "model.tuning", "of tuning adapter"),
+        ("test", "model.tuning=full", "model.tuning", "with tuning adapter"),
         ("validate", f"model.backbone={other}", "other frozen weights", "model.backbone"),
         ("predict", "model.backbone_dtype=bfloat16", "other frozen weights", "model.backbone_dtype"),
-        ("fit", "data.template=alpaca", "data.template", "another prompt template", "as it was"),
-        ("predict", "data.template=alpaca", "data.template", "another prompt template", "as it was"),
+        ("fit", "data.template=alpaca", "data.template", "another prompt template", "Set data.template"),
+        ("predict", "data.template=alpaca", "data.template", "another prompt template", "Set data.template"),
     ):
         refused(capsys, cli(command, "--ckpt_path=last", f"--{option}"), *parts)
     assert (cli.run() / "checkpoints" / "last.ckpt").read_bytes() == before
@@ -550,5 +554,5 @@ def test_a_run_that_diverges_saves_nothing(
 ) -> None:
     data = write_instructions(folder, {"train": 30})
     code = instruction_cli("fit", f"--data.path={data}", "--model.learning_rate=1e37", "--trainer.max_epochs=1")
-    refused(capsys, code, "at step", "Nothing of it was saved", "learning_rate")
+    refused(capsys, code, "at step", "were not saved", "learning_rate")
     assert not list(instruction_cli.run().rglob("*.ckpt"))

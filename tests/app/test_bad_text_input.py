@@ -549,7 +549,7 @@ def test_checkpoint_of_another_tuning(fitted_language_cli: CommandLine, capsys: 
     refused(capsys, fitted_language_cli("validate", "--ckpt_path=last", "--model.tuning=full"), "tuning")
     if fitted_language_cli.config == "text":
         code = fitted_language_cli("validate", "--ckpt_path=last", "--model.tuning=head")
-        refused(capsys, code, "model.tuning", "of tuning adapter", "for head")
+        refused(capsys, code, "model.tuning", "with tuning adapter", "has tuning head")
 
 
 def test_checkpoint_for_another_task(

@@ -223,10 +223,10 @@ def failure(cli: CommandLine, capsys: pytest.CaptureFixture[str], *options: str)
         (
             "image",
             ["--model.adapter.layers=3"],
-            "(blocks.0.attn.qkv.query). Adapt the last blocks alone with model.adapter.layers, which can be up to 2",
+            "(blocks.0.attn.qkv.query). Adapt only the last blocks with model.adapter.layers: 2",
         ),
         ("image", ["--model.tuning=full"], "data.cache_prefix: with model.tuning: full"),
-        ("text", ["--model.adapter.layers=3"], "adapter.layers: 3 are more blocks than this backbone has (2 in rob"),
+        ("text", ["--model.adapter.layers=3"], "adapter.layers: 3 is more than the number of blocks"),
         ("text", ["--model.adapter.layers=0"], "adapter.layers: 0 must be a whole number"),
         ("instructions", ["--model.shard_frozen=true"], "data.cache_prefix: with model.shard_frozen: true"),
     ],
@@ -250,10 +250,10 @@ def test_backbones_that_cannot_go_on(
 ) -> None:
     other = ["--model.backbone=vit_relpos_small_patch16_224", *OPTIONS["image"]]
     error = failure(cli, capsys, *other)
-    assert "is for timm's plain ViTs, and vit_relpos_small_patch16_224 is a VisionTransformerRelPos" in error
+    assert "supports only timm's plain ViTs, and vit_relpos_small_patch16_224 is a VisionTransformerRelPos" in error
     folder = save_backbone(tmp_path / "deberta", "deberta")
     error = failure(text_cli, capsys, f"--model.backbone={folder}", "--model.adapter.layers=1")
-    assert "data.cache_prefix: DebertaV2ForSequenceClassification cannot go on from the output of one" in error
+    assert "data.cache_prefix: DebertaV2ForSequenceClassification cannot continue from the output of one" in error
 
 
 def test_a_task_without_the_key(summary_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:

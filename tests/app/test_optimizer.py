@@ -33,7 +33,7 @@ def test_sgd_with_a_ratio_for_a_role_trains_and_resumes(family: str, request: py
     ("option", "words"),
     [
         ("--model.optimizer.class_path=torch.optim.LBFGS", ["model.optimizer.class_path", "LBFGS", "AdamW", "SGD"]),
-        ("--model.optimizer.class_path=os.system", ["os.system is no optimizer", "AdamW"]),
+        ("--model.optimizer.class_path=os.system", ["os.system is not a supported optimizer", "AdamW"]),
         (
             '--model.optimizer={"class_path": "torch.optim.Adam", "init_args": {"beta": 1}}',
             ["model.optimizer", "Adam", "beta"],

@@ -22,7 +22,7 @@ def test_a_deadline_names_what_was_not_begun(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stop:
         spent.exit()
     assert stop.value.code == 3
-    assert "left: second; third." in capsys.readouterr().err
+    assert "Skipped: second; third." in capsys.readouterr().err
 
 
 def test_sections_written_before_the_budget_is_spent_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_runs_are_grouped_by_setting_at_the_best_rate(runs: Path, capsys: pytest
     (setting,) = settings(find_runs([runs]))
     assert {trained: [run.seed for run in of] for trained, of in setting.items()} == {"B": [0, 1], "A": [0, 1]}
     assert all(run.rate == 0.01 for of in setting.values() for run in of)
-    assert "it trains both" in capsys.readouterr().out
+    assert "the run trains both" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -236,7 +236,7 @@ def test_case_20_the_learning_rate_finder_finds_the_base_rate(
     finder = ["--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=30"]
     options = ["--model.lr_ratio_b=4", "--model.lr_ratio_head=2", "--trainer.max_epochs=4"]
     assert cli("fit", *options, *finder) == 0
-    assert "found by LearningRateFinder" in capsys.readouterr().err
+    assert "from LearningRateFinder" in capsys.readouterr().err
     found = cli.checkpoint()["hyper_parameters"]["learning_rate"]
     assert found != 0.01
     groups = {group["name"]: group["initial_lr"] for group in cli.checkpoint()["optimizer_states"][0]["param_groups"]}

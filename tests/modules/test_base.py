@@ -61,7 +61,7 @@ def test_a_checkpoint_is_not_loaded_into_merged_adapters(trained: tuple[ImageCla
     model, path = trained
     state = torch.load(path, weights_only=True)["state_dict"]
     merge(model.backbone)
-    with pytest.raises(AdapterError, match="unmerge before loading"):
+    with pytest.raises(AdapterError, match="Unmerge the adapters before loading"):
         model.load_state_dict(state)
 
 

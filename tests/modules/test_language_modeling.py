@@ -293,7 +293,7 @@ def test_checkpointing_is_said_to_be_impossible_or_nothing_is(
     decoder(llama, gradient_checkpointing=True)
     assert not [w for w in recwarn if "checkpointing" in str(w.message)]
     monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
-    with pytest.raises(ModelError, match=r"^model\.gradient_checkpointing: LlamaForCausalLM cannot do it"):
+    with pytest.raises(ModelError, match=r"^model\.gradient_checkpointing: LlamaForCausalLM does not support it"):
         decoder(llama, gradient_checkpointing=True)
 
 
@@ -543,7 +543,7 @@ def test_decoders_that_keep_packed_sequences_apart(folders: dict[str, Path], kin
     assert not any(module.training for module in model.modules())
 
 
-MIXED = r"^data\.packing: \w+ForCausalLM does not keep packed sequences apart; set it to false"
+MIXED = r"^data\.packing: \w+ForCausalLM does not keep packed sequences apart. Set the key to false"
 
 
 def test_a_decoder_that_ignores_positions(tmp_path: Path) -> None:
@@ -592,7 +592,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end(tmp_path: Path) -> None:
 def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path)
     byte_tokenizer(eos_token=None).save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"^model\.backbone: the tokenizer of .* no token for the end.*eos_token in"):
+    with pytest.raises(ModelError, match=r"^model\.backbone: the tokenizer of .* no end-of-text token.*eos_token in"):
         decoder(folder)
 
 
@@ -619,7 +619,7 @@ def test_an_output_layer_without_weights(tmp_path: Path) -> None:
 def test_an_encoder_that_sees_what_it_is_to_predict(tmp_path: Path) -> None:
     RobertaForCausalLM(ENCODERS["roberta"]).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"^model\.backbone: .* is a roberta, whose tokens see those behind them"):
+    with pytest.raises(ModelError, match=r"^model\.backbone: .* is a roberta, an encoder whose tokens attend to later"):
         decoder(tmp_path)
 
 
@@ -629,7 +629,7 @@ def test_an_encoder_that_sees_what_it_is_to_predict(tmp_path: Path) -> None:
         ({"max_new_tokens": 0}, r"^model\.generation\.max_new_tokens: 0 must be 1 or more"),
         (
             {"temperature": 0.0},
-            r"^model\.generation\.temperature: 0\.0 must be finite, above 0; do_sample: false is greedy",
+            r"^model\.generation\.temperature: 0\.0 must be finite and above 0",
         ),
         ({"temperature": math.nan}, r"^model\.generation\.temperature: nan must be finite"),
         ({"top_k": -1}, r"^model\.generation: top_k -1 must not be negative"),

@@ -611,7 +611,7 @@ def test_predictions_need_no_target(bart: Path) -> None:
         ({"num_beams": 0}, r"^model\.generation\.num_beams: 0 must be 1 or more"),
         ({"min_length": 11, "max_length": 10}, r"^model\.generation: min_length 11 and max_length 10"),
         ({"min_length": -1}, r"^model\.generation: min_length -1"),
-        ({"max_length": 1}, r"^model\.generation: .* max 2 or more"),
+        ({"max_length": 1}, r"^model\.generation: .* max_length 2 or more"),
         ({"no_repeat_ngram_size": -1}, r"^model\.generation\.no_repeat_ngram_size: -1 must not be negative"),
     ],
     ids=str,
@@ -669,7 +669,7 @@ def test_an_encoder_or_a_decoder_alone_is_refused(
     line = refused(capsys, tmp_path, pairs_path, f"--model.backbone={folder}")
     name = "deberta-v2" if kind == "deberta" else kind
     assert line == (
-        f"error: model.backbone: {folder} is a {name}, which has no model for Seq2SeqLM; choose another backbone."
+        f"error: model.backbone: {folder} is a {name}, which has no model for Seq2SeqLM. Choose another backbone."
     )
 
 

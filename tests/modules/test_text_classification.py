@@ -403,12 +403,12 @@ def test_the_configuration_remembers_the_classes(roberta: Path) -> None:
 
 
 def test_one_class_is_refused(roberta: Path) -> None:
-    with pytest.raises(ModelError, match=r"^model\.class_names: \['good'\] leaves nothing to tell apart; give two"):
+    with pytest.raises(ModelError, match=r"^model\.class_names: \['good'\] has fewer than two classes\. Give two"):
         classifier(roberta, class_names=["good"])
 
 
 def test_a_rank_that_does_not_fit_is_refused_before_any_data(roberta: Path) -> None:
-    with pytest.raises(ValueError, match=r"adapter\.rank: 33 exceeds"):
+    with pytest.raises(ValueError, match=r"adapter\.rank: 33 is larger"):
         classifier(roberta, class_names=None, adapter=AdapterConfig(rank=33))
 
 

@@ -36,7 +36,7 @@ def errors(logs: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--model.adapter.rank=500", "adapter.rank: 500 exceeds"),  # before they find each other
+        ("--model.adapter.rank=500", "adapter.rank: 500 is larger"),  # before they find each other
         ("--data.path=/nowhere", "data.path: /nowhere is not here"),  # and behind it
     ],
 )

@@ -38,7 +38,7 @@ def test_value_out_of_range_names_its_key(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("key", "choices"), [("train", "B, A, both"), ("scaling", "standard, rslora")])
 def test_unknown_choice_lists_the_choices(key: str, choices: str) -> None:
-    with pytest.raises(AdapterError, match=f"'nope' is not known; choose one of {choices}"):
+    with pytest.raises(AdapterError, match=f"'nope' is unknown. Choose one of {choices}"):
         AdapterConfig(**{key: "nope"})
 
 
@@ -66,7 +66,7 @@ def test_pair_that_cannot_learn_names_the_keys(train: Any, init_a: Any, init_b: 
     if (init_a == "zero") != (init_b == "zero"):  # a trained factor over a frozen zero: the advice has to work
         assert "adapter.train" in message
         frozen, trained = ("init_a", "init_b") if train == "B" else ("init_b", "init_a")
-        assert f"set {frozen}: orthogonal and {trained}: zero" in message
+        assert f"Set {frozen}: orthogonal and {trained}: zero" in message
         AdapterConfig(**{"train": train, frozen: "orthogonal", trained: "zero"})
 
 
@@ -106,9 +106,9 @@ def test_a_config_cannot_be_changed() -> None:
 def test_factors_are_given_both_or_not_at_all(train: Any) -> None:
     assert AdapterConfig(train=train, init_a="given", init_b="given").train == train
     for other in get_args(Init):
-        with pytest.raises(AdapterError, match="both or not at all"):
+        with pytest.raises(AdapterError, match="only one of them is `given`"):
             AdapterConfig(train=train, init_a="given", init_b=other)
-        with pytest.raises(AdapterError, match="both or not at all"):
+        with pytest.raises(AdapterError, match="only one of them is `given`"):
             AdapterConfig(train=train, init_a=other, init_b="given")
 
 
@@ -116,17 +116,17 @@ def test_factors_are_given_both_or_not_at_all(train: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (["query"], "must give names a value each"),
-        (None, "must give names a value each"),
-        ({1: 4}, "must give names a value each"),
+        (["query"], "must map names to values"),
+        (None, "must map names to values"),
+        ({1: 4}, "must map names to values"),
         ({"query": 0}, "0 of 'query' must be"),
         ({"query": "4"}, "'4' of 'query' must be"),
         ({"query": True}, "True of 'query' must be"),
         ({"query": math.inf}, "inf of 'query' must be"),
         ({"query": math.nan}, "nan of 'query' must be"),
         ({"query": 10**400}, "of 'query' must be"),
-        ({"(": 4}, "no regular expression"),
-        ({"(a+)+b": 4}, "too involved"),
+        ({"(": 4}, "not a valid regular expression"),
+        ({"(a+)+b": 4}, "too complex"),
     ],
 )
 def test_a_pattern_that_cannot_be_used_names_its_key(key: str, value: Any, message: str) -> None:

@@ -471,7 +471,7 @@ def test_only_the_trained_factors_require_a_gradient(train: Any) -> None:
 def test_rank_is_bounded_by_the_smaller_side(projection: Projection, d_in: int, limit: int) -> None:
     base = nn.Linear(d_in, 24)
     AdaptedLinear(base, AdapterConfig(rank=limit), [projection])
-    message = rf"adapter\.rank: {limit + 1} exceeds what {projection.name} .* choose {limit} or less"
+    message = rf"adapter\.rank: {limit + 1} is larger than {projection.name} .* Use {limit} or less"
     with pytest.raises(AdapterError, match=message):
         AdaptedLinear(base, AdapterConfig(rank=limit + 1), [projection])
 

@@ -202,9 +202,9 @@ def refuses(*parts: str) -> Any:
 
 
 def test_an_unknown_name_comes_with_near_ones() -> None:
-    with refuses("model.backbone", "'resnet10x'", "Near it: ") as caught:
+    with refuses("model.backbone", "'resnet10x'", "Similar names: ") as caught:
         build_timm_backbone("resnet10x", "none", None, {})
-    near = re.findall(r"Near it: ([^.]*)\.", str(caught.value))[0].split(", ")
+    near = re.findall(r"Similar names: ([^.]*)\.", str(caught.value))[0].split(", ")
     assert all(timm.is_model(name) for name in near)
 
 

@@ -299,7 +299,7 @@ def test_a_directory_without_configuration(roberta: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "", '{"model_type": "no-such-type"}', "{}"])
 def test_a_damaged_configuration(roberta: Path, text: str) -> None:
     (roberta / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=r"^model\.backbone: .*roberta is no directory here, or a damaged one"):
+    with pytest.raises(ModelError, match=r"^model\.backbone: .*roberta is no intact directory here"):
         build(roberta)
 
 

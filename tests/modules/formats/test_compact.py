@@ -219,7 +219,7 @@ def rewrite(
 def test_another_digest_is_refused(written: tuple[Path, nn.Module]) -> None:
     folder, model = written
     rewrite(folder, lambda r: r["redrawn"][NAME].update(sha256="0" * 64))
-    with pytest.raises(AdapterError, match=rf"{NAME}.*signs, seed 5.*digest.*--format peft"):
+    with pytest.raises(AdapterError, match=rf"{NAME}.*signs and seed 5.*digest.*--format peft"):
         load_compact(folder, model)
 
 
@@ -242,9 +242,9 @@ def test_another_seed_is_refused(written: tuple[Path, nn.Module]) -> None:
         (lambda r: r.update(redrawn=[]), "AttributeError"),
         (lambda r: r["redrawn"].pop(NAME), "1 missing.*query.A"),
         (lambda r: r["redrawn"].update({"../\x1b[2J" + "x" * 10**6: r["redrawn"][NAME]}), r"1 unexpected.*\\x1b"),
-        (lambda r: r["adapter"].update(init_a="orthogonal"), "orthogonal.*cannot be drawn again"),
-        (lambda r: r["adapter"].update(train="both"), "cannot be drawn again"),
-        (lambda r: r["adapter"].update(rank=10**9), "rank.*exceeds"),
+        (lambda r: r["adapter"].update(init_a="orthogonal"), "orthogonal.*cannot be redrawn"),
+        (lambda r: r["adapter"].update(train="both"), "cannot be redrawn"),
+        (lambda r: r["adapter"].update(rank=10**9), "rank.*larger"),
         (lambda r: r["adapter"].update(rank=3), "8 of another shape"),
         (lambda r: r["adapter"].update(rank="8"), "adapter.rank"),
         (lambda r: r["adapter"].update(alpha="1"), "TypeError"),
@@ -257,11 +257,11 @@ def test_another_seed_is_refused(written: tuple[Path, nn.Module]) -> None:
         (lambda r: r["adapter"].update(targets=[["query"]]), "TypeError"),
         (lambda r: r["adapter"].update(targets=[]), "adapter.targets"),
         (lambda r: r["adapter"].update(init_a="x" * 10**6), "adapter.init_a"),
-        (lambda r: r["adapter"].update(class_path="os.system"), "other keys"),
-        (lambda r: r["adapter"].popitem(), "other keys|KeyError"),
+        (lambda r: r["adapter"].update(class_path="os.system"), "unknown keys"),
+        (lambda r: r["adapter"].popitem(), "unknown keys|KeyError"),
         (lambda r: r.pop("adapter"), "KeyError"),
         (lambda r: r.update(adapter=None), "TypeError"),
-        (lambda r: r.update(frozen_fingerprint=[1]), "other keys"),
+        (lambda r: r.update(frozen_fingerprint=[1]), "unknown keys"),
         (lambda r: r.update(version=2), "version 2"),
         (lambda r: r.update(version="x" * 10**6), "version 'xxx"),
         (lambda r: "", "JSONDecodeError"),
@@ -277,7 +277,7 @@ def test_a_recipe_is_not_believed(
     rewrite(folder, change)
     with pytest.raises(AdapterError, match=message) as caught:
         load_compact(folder, model)
-    assert f"model.adapter_path: {folder / FILE_NAME}" in str(caught.value) or "exceeds" in str(caught.value)
+    assert f"model.adapter_path: {folder / FILE_NAME}" in str(caught.value) or "larger" in str(caught.value)
     assert len(str(caught.value)) < 1000
     assert "\x1b" not in str(caught.value)
 
@@ -318,7 +318,7 @@ def test_tensors_are_checked(
 
 def test_another_model_is_refused(written: tuple[Path, nn.Module]) -> None:
     folder, _ = written
-    with pytest.raises(AdapterError, match=r"8 unexpected.*backbone it was made for"):
+    with pytest.raises(AdapterError, match=r"8 unexpected.*backbone of the training"):
         load_compact(folder, nn.Sequential(nn.Linear(3, 3)))
 
 
@@ -343,7 +343,7 @@ def test_a_file_cut_short(written: tuple[Path, nn.Module], share: float) -> None
     folder, model = written
     data = (folder / FILE_NAME).read_bytes()
     (folder / FILE_NAME).write_bytes(data[: int(share * len(data))])
-    with pytest.raises(AdapterError, match=r"cannot be read.*anew"):
+    with pytest.raises(AdapterError, match=r"cannot be read.*again"):
         load_compact(folder, model)
 
 

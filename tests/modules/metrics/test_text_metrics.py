@@ -148,4 +148,4 @@ def test_a_metric_of_another_task_is_refused_with_a_choice(
     with pytest.raises(ModelError) as error:
         build_metrics(names, classes)
     assert str(error.value).startswith(f"model.metrics: {given}")
-    assert str(error.value).endswith(f"choose from {', '.join(known)}.")
+    assert str(error.value).endswith(f"Choose from {', '.join(known)}.")

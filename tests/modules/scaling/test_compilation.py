@@ -168,5 +168,5 @@ def test_without_a_compiler_it_is_refused(kind: str, monkeypatch: pytest.MonkeyP
     cpp_builder.cpp_compiler_search.cache_clear()
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ModelError, match=r"model\.compile: torch\.compile needs a compiler.*install g\+\+"):
+    with pytest.raises(ModelError, match=r"model\.compile: torch\.compile needs a compiler.*Install g\+\+"):
         check_compiler(torch.device(kind))

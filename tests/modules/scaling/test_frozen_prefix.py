@@ -129,7 +129,9 @@ def barely_positioned() -> OPTForCausalLM:
 def test_backbones_that_do_something_else_with_what_they_are_given(build: Callable[[], Any]) -> None:
     prefix = task(build().eval()).build()
     whole = {"input_ids": torch.randint(4, 30, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
-    with pytest.raises(ModelError, match=r"data\.cache_prefix: .* cannot go on from the output of one of its blocks"):
+    with pytest.raises(
+        ModelError, match=r"data\.cache_prefix: .* cannot continue from the output of one of its blocks"
+    ):
         prefix.states(whole)  # a batch without padding, as the longest rows are
 
 
@@ -178,7 +180,7 @@ def test_all_blocks_are_frozen_without_adapters() -> None:
 def test_adapters_outside_the_blocks() -> None:
     backbone = encoder()
     module = task(backbone, None, [r"regex:.*layer\.2\.output\.dense", "regex:classifier.dense"])
-    with pytest.raises(ModelError, match=r"classifier\.dense, which is adapted, lies in no block of roberta\.encoder"):
+    with pytest.raises(ModelError, match=r"projection .*classifier\.dense is in no block of roberta\.encoder"):
         module.build()
 
 

@@ -381,7 +381,7 @@ def test_blocks_are_those_of_the_outer_lists(number: int) -> None:
 
 
 def test_a_backbone_without_a_stack_is_refused() -> None:
-    with pytest.raises(ModelError, match="Experts has no stack of blocks to divide"):
+    with pytest.raises(ModelError, match="Experts has no stack of blocks to shard"):
         sharded_stacks(Experts(0))
 
 

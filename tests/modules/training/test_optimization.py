@@ -266,7 +266,7 @@ def test_optimizer_follows_the_schedule_in_every_group() -> None:
 
 
 def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"model\.lr_ratio_role: .* role mlp_in, mlp_out\. .* are query, value"):
+    with pytest.raises(ModelError, match=r"model\.lr_ratio_role: .* role mlp_in, mlp_out\. Choose from query, value"):
         classifier(lr_ratio_role={"value": 2.0, "mlp_out": 2.0, "mlp_in": 1.0})
     with pytest.raises(ModelError, match=r"model\.lr_ratio_role\.value: 0\.0 must be finite and above 0"):
         classifier(lr_ratio_role={"value": 0.0})
@@ -281,20 +281,20 @@ def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
     [
         ({"class_path": "torch.optim.Lion"}, r"model\.optimizer\.class_path: torch\.optim\.Lion .*AdamW.*SGD"),
         ({"class_path": "os.system"}, r"model\.optimizer\.class_path: os\.system"),
-        ({"class_path": "SGD"}, r"model\.optimizer\.class_path: SGD .*Choose of torch\.optim: "),
+        ({"class_path": "SGD"}, r"model\.optimizer\.class_path: SGD .*Choose one of torch\.optim: "),
         ({"class_path": "torch.optim.Optimizer"}, r"model\.optimizer\.class_path"),
         ({"class_path": "torch.optim.LBFGS"}, r"model\.optimizer\.class_path"),  # takes a single group
         ({"class_path": "torch.optim.SGD", "lr": 1.0}, r"model\.optimizer: lr is unknown"),
         (
             {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
-            r"init_args: lr is not for here.*model\.learning_rate",
+            r"init_args: lr cannot be set here.*model\.learning_rate",
         ),
         (
             {"class_path": "torch.optim.SGD", "init_args": {"momentum": -1}},
             r"model\.optimizer: SGD cannot be created .*momentum",
         ),
         ({"class_path": "torch.optim.SGD", "init_args": {"betas": [0.9, 0.99]}}, r"model\.optimizer: SGD .*betas"),
-        ({"class_path": "torch.optim.Rprop"}, r"model\.weight_decay: 0\.01 is not for Rprop"),
+        ({"class_path": "torch.optim.Rprop"}, r"model\.weight_decay: 0\.01 is set, but Rprop"),
     ],
 )
 def test_optimizers_that_are_refused(given: dict[str, Any], message: str) -> None:
@@ -342,7 +342,7 @@ def test_no_optimizer_is_adamw_with_torchs_defaults(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, given: dict[str, Any] | None) -> None:
     fitted(tmp_path, 1, optimizer=given)
     other = {"class_path": "torch.optim.Adam", "init_args": {"amsgrad": True}}
-    with pytest.raises(ModelError, match=r"ckpt_path: the states of optimizer .*model\.optimizer"):
+    with pytest.raises(ModelError, match=r"ckpt_path: the optimizer .*model\.optimizer"):
         fitted(tmp_path, 2, tmp_path / "fitted.ckpt", optimizer=other)
 
 

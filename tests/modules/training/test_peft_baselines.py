@@ -213,7 +213,7 @@ def test_layers_are_those_of_the_last_blocks(roberta: Path) -> None:
     [
         ({"adapter": AdapterConfig(rank_pattern={"key": 2}, targets=["key"])}, AdapterError, "adapter.rank_pattern"),
         ({"adapter": AdapterConfig(rank=100, targets=["key"])}, AdapterError, "100"),
-        ({"shard_frozen": True}, ModelError, r"model\.shard_frozen: tuning adalora has layers of PEFT"),
+        ({"shard_frozen": True}, ModelError, r"model\.shard_frozen: layers of tuning adalora are PEFT's"),
         ({"adapter_path": "somewhere"}, ModelError, "model.adapter_path: with tuning adalora"),
     ],
 )
@@ -224,9 +224,7 @@ def test_what_is_refused(roberta: Path, keys: dict[str, Any], error: type[Except
 
 def test_without_peft_there_is_one_message(roberta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(
-        ModelError, match=r"model\.tuning: ia3 is a method of PEFT, which is not installed.*pip install"
-    ):
+    with pytest.raises(ModelError, match=r"model\.tuning: ia3 needs PEFT, which is not installed.*pip install"):
         text_model(roberta, "ia3")
 
 
