@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from app.callbacks import (
     Forgetting,
     GeneralizationGap,
     GeneratedSamples,
+    LearningRateSearch,
     PredictionWriter,
     RunSummary,
     SaveRunConfig,
@@ -41,6 +43,7 @@ from app.config.imports import OPTION as ALLOW_IMPORTS
 from app.config.messages import parser_message
 from app.config.precedence import (
     SECTIONS,
+    dotted,
     expanded_path,
     ignore_adapter_path,
     report_changes,
@@ -63,7 +66,7 @@ from app.config.validation import (
 )
 from app.config.variants import HELP as VARIANT_HELP
 from app.config.variants import OPTION as VARIANT
-from app.config.variants import option_words, split_variant, variant_keys
+from app.config.variants import option_words, split_variant, variant_keys, variant_name
 from app.config.yaml_files import check_file, checked_yaml, read_yaml
 from app.console import (
     console_logging,
@@ -230,6 +233,7 @@ class AsymmetryCLI(HookedCLI):
         self.loaded: dict[str, Any] = {}  # the checkpoint's content, until Lightning takes it
         self.failure: Exception | None = None  # the error to report for a constructor that has failed
         self.run_directory = Path()
+        self.variant: str | None = None
         commands = self.subcommands()
         if args and args[0] in commands:  # the parsers of the other commands would take most of the time of --help
             commands = {args[0]: commands[args[0]]}
@@ -273,6 +277,10 @@ class AsymmetryCLI(HookedCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when fit has ended."
         )
+        parser.add_argument(
+            "--find_lr", type=bool, default=False, help="Search for model.learning_rate before a new fit trains."
+        )
+        parser.add_argument("--name", type=str | None, default=None, help="Name of a new run, part of its directory's.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; the latter two may come from a checkpoint."""
@@ -288,6 +296,7 @@ class AsymmetryCLI(HookedCLI):
             check_file(name)
         files = [word for name in names for word in ("--config", name)]
         variant, options = split_variant(command, options)
+        self.variant = variant
         of_variant = [] if variant is None else option_words(variant_keys(variant))
         self.config = self._parse_without_checkpoint([*command, *files], [*of_variant, *options])
         self.subcommand = self.config["subcommand"]
@@ -409,7 +418,9 @@ class AsymmetryCLI(HookedCLI):
             if config[key] is not None and config[key] < 1:
                 raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
         resumed = self.checkpoint is not None and self.subcommand == "fit"
-        own_callbacks = usable_callbacks(_as_list(config.callbacks), resumed)
+        searches = self.subcommand == "fit" and self.config_init.fit.find_lr
+        finder = [LearningRateSearch()] if searches else []
+        own_callbacks = usable_callbacks([*finder, *_as_list(config.callbacks)], resumed)
         self.run_directory = run = self._enter_run_directory()
         logs = self.subcommand != "predict" and not config.fast_dev_run
         if self.subcommand == "predict":
@@ -453,12 +464,31 @@ class AsymmetryCLI(HookedCLI):
         if run is not None and is_first_rank():
             remove_links(run)
         elif run is None and is_first_rank():
-            run = new_run_directory(self.root)
+            run = new_run_directory(self.root, self._label())
             if self.subcommand == "fit":
                 self._lock(run)
             self.contexts.enter_context(remove_if_empty(run))
         self.contexts.enter_context(reraise_disk_full(run or self.root))
         return run or self.root
+
+    def _label(self) -> str:
+        """Return the end of a new run's name: the name that --name gives, and the variant if either option is given.
+
+        Raises:
+            ArgumentError: For a name that is no single part of a path.
+        """
+        config = self.config[self.subcommand]
+        name = config.name
+        if name is not None and not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ArgumentError(
+                None,
+                f"name: {name!r} may have letters, digits and . _ + - alone, and begins with a letter or digit. Choose another name.",
+            )
+        variant = self.variant
+        if variant is None and name is not None:
+            found = variant_name(dotted({"model": config.model.init_args.as_dict()}))
+            variant = None if found == "custom" else found
+        return "".join(f"-{part}" for part in (name, variant) if part is not None)
 
     # ------------------------------------------------------------------------------------------------------- commands
 

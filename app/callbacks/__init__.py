@@ -10,6 +10,7 @@ from app.callbacks.data_report import DataReport
 from app.callbacks.forgetting import Forgetting
 from app.callbacks.generalization_gap import GeneralizationGap
 from app.callbacks.generated_samples import GeneratedSamples
+from app.callbacks.learning_rate_search import LearningRateSearch
 from app.callbacks.metric_recorder import MetricRecorder
 from app.callbacks.prediction_writer import PredictionWriter
 from app.callbacks.run_summary import RunSummary
@@ -28,6 +29,7 @@ __all__ = [
     "Forgetting",
     "GeneralizationGap",
     "GeneratedSamples",
+    "LearningRateSearch",
     "MetricRecorder",
     "PredictionWriter",
     "RunSummary",

@@ -19,7 +19,7 @@ from app.config.variants import variant_name
 from app.config.yaml_files import read_yaml
 from app.run.checkpoint_io import CHECKPOINTS
 from app.run.evaluations import METRICS, read_metrics
-from app.run.run_directory import LOCK
+from app.run.run_directory import LOCK, VERSION
 
 CONFIG = "config.yaml"
 LARGEST = 1e300  # integers of JSON have no limit, and floats do
@@ -76,7 +76,7 @@ def find_runs(root: Path) -> Iterator[Path]:
     A run directory is named version_K, or holds config.yaml beside other files of a run.
     """
     for folder, folders, files in os.walk(root):
-        is_version = re.fullmatch(r"version_\d+", os.path.basename(os.path.abspath(folder)))
+        is_version = VERSION.fullmatch(os.path.basename(os.path.abspath(folder)))
         if is_version or (CONFIG in files and {METRICS, LOCK, CHECKPOINTS} & {*files, *folders}):
             folders.clear()
             yield Path(folder)

@@ -25,6 +25,7 @@ ADAPTER = "adapter"  # folder of the adapter in PEFT's format
 READ = re.compile(
     r"checkpoints/(best|last|previous)\.ckpt|config(-[\dT]+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet"
 )
+VERSION = re.compile(r"version_(\d+)(-.*)?")  # name of a run directory: its number, and the label of the run
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
@@ -38,23 +39,24 @@ class RunTaken(CheckpointError):
 
 def versions(root: Path) -> list[Path]:
     """Return the run directories below a root, oldest first."""
-    found = [p for p in root.glob("version_*") if p.is_dir() and p.name.removeprefix("version_").isdigit()]
-    return sorted(found, key=_number)
+    found = {p: match for p in root.glob("version_*") if (match := VERSION.fullmatch(p.name)) and p.is_dir()}
+    return sorted(found, key=lambda path: int(found[path][1]))
 
 
-def _number(run: Path) -> int:
-    return int(run.name.removeprefix("version_"))
-
-
-def new_run_directory(root: Path) -> Path:
+def new_run_directory(root: Path, label: str = "") -> Path:
     """Create the next version directory below a root; two runs that start at once get two.
+
+    Args:
+        root: Directory of the recipe's runs.
+        label: End of the directory's name, behind the number.
 
     Raises:
         RunDirectoryError: If no directory can be made there.
     """
-    number = max(map(_number, versions(root)), default=-1) + 1
+    found = versions(root)
+    number = int(VERSION.fullmatch(found[-1].name)[1]) + 1 if found else 0  # type: ignore[index]
     while True:
-        path = root / f"version_{number}"
+        path = root / f"version_{number}{label}"
         try:
             path.mkdir(parents=True)
             return path

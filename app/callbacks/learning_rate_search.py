@@ -1,0 +1,49 @@
+"""Search for a learning rate to start from: Lightning's range test, with a picture of its curve."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+from datamodules.atomic import atomic_write
+
+FILE = "learning_rate.png"
+_log = logging.getLogger(__name__)
+
+
+class LearningRateSearch(LearningRateFinder):
+    """Try learning rates from 1e-5 to 0.3 over 100 steps, and take the one at which the loss falls most steeply.
+
+    All parameter groups keep their ratios (Smith 2017, arXiv 1506.01186). Weights, optimizer and data are restored
+    afterwards. RUN/learning_rate.png shows the loss over the learning rate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(min_lr=1e-5, max_lr=0.3, num_training_steps=100)
+
+    def lr_find(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Search, then draw the curve."""
+        super().lr_find(trainer, pl_module)
+        self._draw(trainer)
+
+    @rank_zero_only
+    def _draw(self, trainer: L.Trainer) -> None:
+        if self.optimal_lr is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        from app.reports.range_test import draw_range_test  # other runs import no matplotlib
+
+        results = self.optimal_lr.results
+        picture = draw_range_test(results["lr"], results["loss"], self.optimal_lr.suggestion())
+        path = Path(trainer.default_root_dir) / FILE
+        with atomic_write(path) as file:
+            Image.fromarray(picture).save(file, "PNG")
+        _log.info(f"find_lr: {path} shows the training loss over the learning rate.")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("train/learning_rate_search", picture, 0, dataformats="HWC")

@@ -1,0 +1,55 @@
+"""Names of runs, the search for a learning rate, and their messages, through the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.app.conftest import CommandLine
+from tests.app.test_bad_input import refused
+
+SHORT = ("--trainer.max_epochs=1", "--trainer.logger=false")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--name=first"], "version_0-first-B"),
+        (["--variant=lora"], "version_0-lora"),
+        (["--name=x.1", "--variant=A"], "version_0-x.1-A"),
+        (["--name=custom", "--model.adapter.scaling=rslora"], "version_0-custom"),
+    ],
+)
+def test_the_run_directory_has_name_and_variant(cli: CommandLine, options: list[str], name: str) -> None:
+    assert cli("fit", *SHORT, *options) == 0
+    assert [path.name for path in cli.root.iterdir()] == [name]
+    assert cli("fit", *SHORT) == 0
+    assert sorted(path.name for path in cli.root.iterdir()) == [name, "version_1"]
+    assert cli("validate", f"--ckpt_path={cli.root / name}") == 0
+    assert cli("fit", *SHORT, "--trainer.max_epochs=2", f"--ckpt_path={cli.root / name}") == 0
+    assert len(list(cli.root.iterdir())) == 2
+
+
+def test_last_is_the_newest_number(cli: CommandLine) -> None:
+    assert cli("fit", *SHORT, "--name=b") == cli("fit", *SHORT, "--name=a") == 0
+    assert cli("validate", "--ckpt_path=last") == 0
+    assert "val/loss" in (cli.root / "version_1-a-B" / "metrics.json").read_text()
+    assert not (cli.root / "version_0-b-B" / "evaluations.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a b"])
+def test_a_name_that_is_no_part_of_a_path(cli: CommandLine, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    refused(capsys, cli("fit", f"--name={name}"), "name", "Choose another name")
+    assert not cli.root.exists() or not list(cli.root.iterdir())
+
+
+@pytest.mark.drawn
+def test_the_search_for_a_learning_rate_is_drawn(cli: CommandLine, tmp_path: Path) -> None:
+    assert cli("fit", "--trainer.max_epochs=4", "--find_lr=true") == 0
+    found = cli.checkpoint()["hyper_parameters"]["learning_rate"]
+    assert 1e-5 < found < 0.3
+    with Image.open(cli.run() / "learning_rate.png") as image:
+        assert min(image.size) >= 400
+    assert "train/learning_rate_search" in cli.events().Tags()["images"]
