@@ -482,7 +482,8 @@ class AsymmetryCLI(HookedCLI):
         if name is not None and not re.fullmatch(r"\w[\w.+-]*", name):
             raise ArgumentError(
                 None,
-                f"name: {name!r} may have letters, digits and . _ + - alone, and begins with a letter or digit. Choose another name.",
+                f"name: {name!r} may have letters, digits and . _ + - alone, and begins with a letter or digit. Choose "
+                "another name.",
             )
         variant = self.variant
         if variant is None and name is not None:
