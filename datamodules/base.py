@@ -77,8 +77,6 @@ class ResumableDataModule(L.LightningDataModule):
         """Number of processes, and which is this one."""
         trainer = self.trainer
         assert trainer is not None
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise DataError("These loaders split among processes themselves: Trainer(use_distributed_sampler=False).")
         return trainer.world_size, trainer.global_rank
 
     @property

@@ -74,7 +74,6 @@ def stub_trainer(
         "local_rank": rank,
         "is_global_zero": rank == 0,
         "strategy": SimpleNamespace(broadcast=_alone, root_device=torch.device("cpu"), reduce_boolean_decision=_alone),
-        "_accelerator_connector": SimpleNamespace(use_distributed_sampler=False),
         "fit_loop": SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
         "num_training_batches": epoch_batches,
         "current_epoch": epoch,

@@ -417,13 +417,6 @@ def test_a_nodes_first_process_comes_first(
 
 
 def test_loaders_that_cannot_be_are_refused() -> None:
-    own = SimpleNamespace(use_distributed_sampler=True)
-    for rank in range(2):
-        made = module(world=2, rank=rank, _accelerator_connector=own)
-        for loader in (made.train_loader, made.evaluation_loader):
-            with refuses("Trainer(use_distributed_sampler=False)"):
-                loader(Keys(12))
-    assert len(module(_accelerator_connector=own).train_loader(Keys(12))) == 4  # Lightning adds none for one process
     with refuses("2 samples to evaluate are fewer than the 3 processes"):
         module(world=3).evaluation_loader(Keys(2))
     for size, world in ((2, 1), (8, 3)):
