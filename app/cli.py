@@ -410,7 +410,7 @@ class AsymmetryCLI(HookedCLI):
         if config.use_distributed_sampler:
             raise ArgumentError(
                 None,
-                "trainer.use_distributed_sampler: true would split the rows a second time, since the data modules split "
+                "trainer.use_distributed_sampler: true would split the rows twice, since the data modules split "
                 "them among the processes. Set it to false.",
             )
         resumed = self.checkpoint is not None and self.subcommand == "fit"
