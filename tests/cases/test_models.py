@@ -270,7 +270,7 @@ def test_case_10_only_the_checkpoints_own_data_are_published(
     assert fitted_cli("test", *run) == 0
     assert "metrics were computed with other values" not in capsys.readouterr().err
     own = fitted_cli.metrics()
-    for option in ("--data.max_test_samples=5", "--trainer.limit_test_batches=1"):
+    for option in ("--data.max_test_samples=5", "--trainer.limit_test_batches=0.2"):
         assert fitted_cli("test", option, *run) == 0
         assert f"other values of {option[2:].partition('=')[0]} than" in capsys.readouterr().err
         assert fitted_cli.metrics()["test/loss"] != own["test/loss"]
