@@ -181,10 +181,12 @@ class LanguageModelingData(TrainingTextData):
     def _choose_columns(self, table: Table, learnt: bool) -> None:
         """Choose columns of the usual names where those of the keys are missing."""
         names, chosen = table.data.column_names, {}
-        keys = {"instruction_column": PROMPTS} | ({"response_column": RESPONSES} if learnt else {})
-        for key, known in keys.items():
+        keys = {"instruction_column": ("instruction", PROMPTS)}
+        keys |= {"response_column": ("output", RESPONSES)} if learnt else {}
+        for key, (default, known) in keys.items():
             column = self.hparams[key]
-            if column in names or (found := named_column(table, [n for n in known if n != self.input_column])) is None:
+            found = named_column(table, [name for name in known if name != self.input_column])
+            if column != default or column in names or found is None:
                 continue
             chosen[key] = found
             self.findings.add(f"the column {found} of {table.where} is read as data.{key}, since {column} is not there")

@@ -227,14 +227,16 @@ class TextData(ResumableDataModule):
         return self.trainer is not None and self.trainer.state.fn == "predict"
 
     def tables_of_any_split(self) -> dict[str, Table]:
-        """Return the sets to predict, or else the training rows, or else those of another split that is there.
+        """Return the sets to predict, the training rows of a fit, or the rows of another split that is there.
 
         Raises:
             DataError: If there are none.
         """
         if self.predicts:
             return self._tables_to_predict()
-        return self.stored("train") or self.stored("val") or self.stored("test") or {"": self.training_table()}
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            return {"": self.training_table()}
+        return self.stored("test") or self.stored("val") or {"": self.training_table()}
 
     def training_table(self) -> Table:
         """Return the training rows.

@@ -269,7 +269,7 @@ def test_prompts_to_predict_are_padded_at_the_left(folder: Path, bucket_by_lengt
             assert seen.tolist() == sorted(seen.tolist())
             found[index] = TOKENIZER.decode(ids[seen.bool()])
     assert found == {i: alpaca(row) for i, row in enumerate(rows_of("test"))}
-    assert data.prediction_files == ("predictions.jsonl",)
+    assert data.prediction_files == ("predictions.csv",)
     expected = [{**row, "response": f"r{i}", "reference": row["output"]} for i, row in enumerate(rows_of("test"))]
     assert completed(data) == [
         {"index": i} | {k: v for k, v in row.items() if k != "output"} for i, row in enumerate(expected)
@@ -410,7 +410,7 @@ def test_a_message_has_the_row_of_the_file(tmp_path: Path, shuffled: str) -> Non
 
 
 BAD: list[tuple[Row, Row, tuple[str, ...]]] = [  # columns beside the response, keys, message
-    ({"prompt": "a"}, {}, ("neither a column messages of messages nor a column instruction; it has output, prompt",)),
+    ({"k": "a"}, {}, ("neither a column messages of messages nor a column instruction; it has", "k")),
     ({"instruction": "a"}, {"input_column": "context"}, ("data.input_column:", "has no column context")),
     ({"instruction": "a"}, {"response_column": "answer"}, ("data.response_column:", "has no column answer; it has")),
     ({"instruction": None}, {}, ("data.instruction_column:", "is empty in every row")),

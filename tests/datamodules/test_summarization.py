@@ -129,7 +129,7 @@ def test_the_test_split_is_predicted_with_its_references(folder: Path) -> None:
     data = prepared(folder, "predict")
     expected = [{"id": r["id"], "summary": f"s{i}", "reference": r["summary"]} for i, r in enumerate(rows_of("test"))]
     assert completed(data) == expected
-    assert data.prediction_files == ("predictions.jsonl",)
+    assert data.prediction_files == ("predictions.csv",)
 
 
 @pytest.mark.parametrize("cells", [[None, None], [1, 2], ["good", None]])

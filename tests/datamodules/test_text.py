@@ -23,7 +23,7 @@ from tests.causal_backbones import CHAT, byte_tokenizer
 from tests.support.data import fake_hub, set_up
 from tests.support.refusals import refuses
 from tests.support.rows import write_rows
-from tests.support.trainers import text_model
+from tests.support.trainers import stub_trainer, text_model
 
 Row = dict[str, Any]
 Tokens = dict[str, Any]  # input_ids, and label or labels
@@ -151,7 +151,7 @@ def write(family: Family, folder: Path, *splits: str) -> Path:
 
 def made(family: Family, path: Path, **keys: Any) -> Any:
     data = family.kind(str(path), **{"batch_size": 4, **family.keys, **keys})
-    data.trainer = SimpleNamespace(lightning_module=text_model(family.tokenizer))  # type: ignore[assignment]
+    data.trainer = stub_trainer(lightning_module=text_model(family.tokenizer))
     return data
 
 
@@ -407,7 +407,7 @@ def test_a_column_that_is_not_there(tmp_path: Path, key: str, column: str) -> No
     write_rows(
         path / "train.jsonl", [{k: v for k, v in row.items() if k != column} for row in rows_of(family, "train")]
     )
-    with refuses(f"data.{key}: {path / 'train.jsonl'} has n", f"column {column}; it has "):
+    with refuses(f"data.{key}", str(path / "train.jsonl"), "column"):
         prepared(family, path)
 
 

@@ -212,7 +212,7 @@ def test_labels_decide_the_kind_of_task(
         csv(tmp_path / f"{split}.csv", labels)
     data = prepared(tmp_path, **TEXT)
     assert (data.class_names, labels_of(data)) == (names, values)
-    assert data.metrics == (["accuracy", "f1"] if names else ["pearson", "spearman"])
+    assert data.metrics == (["accuracy", "macro_f1"] if names else ["pearson", "spearman"])
 
 
 def test_columns_and_labels_by_key(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def submission(data: Any, file: int, rows: list[dict[str, Any]], folder: Path) -
 
 @pytest.mark.parametrize("task", HUB)
 def test_submissions_are_in_the_form_of_glue(tmp_path: Path, hub: Files, task: str) -> None:
-    data = prepared(hub(task), "predict", task=task)
+    data = prepared(hub(task), "predict", task=task, prediction_format="tsv")
     known = HUB[task]
     assert data.prediction_files == known.files
     rows: list[dict[str, Any]] = [{"index": 0, "prediction": 2.5}, {"index": 6, "prediction": -0.25}]
@@ -347,15 +347,15 @@ def test_scores_of_stsb_are_clipped_in_submissions_alone(
     tmp_path: Path, hub: Files, score: float, clipped: float
 ) -> None:
     row = {"index": 2, "prediction": score}
-    data = prepared(hub("stsb"), "predict", task="stsb")
+    data = prepared(hub("stsb"), "predict", task="stsb", prediction_format="tsv")
     assert data.complete_prediction(row, 0) == {"index": 102, "prediction": clipped}
     lines = prepared(hub("stsb"), "predict", task="stsb", prediction_format="jsonl")
     assert lines.complete_prediction(row, 0)["prediction"] == score
     own = prepared(put(tmp_path / "test.csv", "text\nw0\nw1\nw2\n").parent, "predict", **TEXT)
-    assert own.complete_prediction(row, 0) == {"index": 2, "prediction": score}
+    assert own.complete_prediction(row, 0) == {"id": 2, "text": "w2", "prediction": score}
 
 
-@pytest.mark.parametrize("form", ["tsv", "jsonl"])
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
 @pytest.mark.parametrize(("column", "expected"), [("idx", 7), ("name", "b"), (None, 1)])
 def test_rows_are_named_by_a_column_or_counted(tmp_path: Path, column: str | None, expected: Any, form: str) -> None:
     content = "sentence\nw3\nw4\n" if column is None else "sentence,idx,name\nw3,9,a\nw4,7,b\n"
@@ -363,7 +363,7 @@ def test_rows_are_named_by_a_column_or_counted(tmp_path: Path, column: str | Non
     keys = {} if column is None else {"id_column": column}
     data = prepared(folder, "predict", task="sst2", prediction_format=form, **keys)
     row = {"index": 1, "label": 1, "prediction": "positive", "probability": 1.0}
-    assert data.complete_prediction(row, 0)["index"] == expected
+    assert data.complete_prediction(row, 0)["index" if form == "tsv" else "id"] == expected
 
 
 def test_prediction_needs_no_labels(tmp_path: Path, hub: Files) -> None:
@@ -376,17 +376,18 @@ def test_prediction_needs_no_labels(tmp_path: Path, hub: Files) -> None:
     (line,) = submission(data, 1, [row], tmp_path)
     premise, hypothesis = texts_of("test_mismatched", 3)
     texts = {"premise": premise, "hypothesis": hypothesis}
-    assert json.loads(line) == {"index": 103, **texts, "prediction": "neutral", "probability": 0.5}
+    assert json.loads(line) == {"id": 103, **texts, "prediction": "neutral", "probability": 0.5}
 
 
 @pytest.mark.parametrize("task", [None, "sst2"])
 def test_a_file_of_rows_to_predict(tmp_path: Path, task: Any) -> None:
     file = put(tmp_path / "new.csv", "sentence\ngood w3\nbad w4 a\n")
     data = prepared(tmp_path, "predict", task=task, text_columns=["sentence"], predict_path=str(file))
-    assert data.prediction_files == ["predictions.tsv"]
+    assert data.prediction_files == ["predictions.csv"]
     assert found(data.splits["predict"][0]) == [("good", 3), ("bad", 4)]
     row = {"index": 1, "label": 0, "prediction": "negative", "probability": 0.9}
-    assert data.complete_prediction(row, 0) == {"index": 1, "prediction": 0 if task else "negative"}
+    expected = {"id": 1, "sentence": "bad w4 a", "prediction": "negative", "probability": 0.9}
+    assert data.complete_prediction(row, 0) == expected
 
 
 @pytest.mark.parametrize("stored", [["matched"], ["mismatched"], ["matched", "mismatched"], [""]])
@@ -394,7 +395,7 @@ def test_there_are_as_many_files_as_sets_and_each_has_its_own_name(tmp_path: Pat
     for name in stored:
         columns, split = ["premise", "hypothesis"], f"test_{name}" if name else "test"
         write_rows_of(tmp_path / f"{split}.parquet", split, 3, columns, datasets.Value("int64"), [-1] * 3)
-    data = prepared(tmp_path, "predict", task="mnli")
+    data = prepared(tmp_path, "predict", task="mnli", prediction_format="tsv")
     assert len(data.prediction_files) == len(data.predict_dataloader())
     names = {"matched": "MNLI-m.tsv", "mismatched": "MNLI-mm.tsv"}
     if stored != [""]:
@@ -406,10 +407,14 @@ def test_there_are_as_many_files_as_sets_and_each_has_its_own_name(tmp_path: Pat
 CLASSES = ("a", "b")
 BAD: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, ...]]] = {  # files, keys, message
     "too short": ({}, {"max_length": 1, "task": "cola"}, ("data.max_length: 1 must be 2 or more",)),
-    "no column": ({}, {}, ("data.text_columns", "one or two columns")),
-    "three columns": ({}, {"text_columns": ["a", "b", "c"]}, ("data.text_columns", "one or two columns")),
+    "no column": ({}, {"text_columns": []}, ("data.text_columns", "are 0 columns. Name one or two")),
+    "three columns": ({}, {"text_columns": ["a", "b", "c"]}, ("data.text_columns", "are 3 columns")),
     "a column twice": ({}, {"text_columns": ["a", "a"]}, ("data.text_columns: a is named twice",)),
-    "text is the label": ({}, {"text_columns": ["a", "label"]}, ("data.label_column: label is one of",)),
+    "text is the label": (
+        {},
+        {"text_columns": ["a", "label"], "label_column": "label"},
+        ("data.label_column: label is",),
+    ),
     "no limit": ({}, {"task": "cola", "max_val_samples": 0}, ("data.max_val_samples: 0",)),
     "no batch": ({}, {"task": "cola", "batch_size": 0}, ("data.batch_size",)),
     "another task": (
