@@ -130,15 +130,16 @@ class TextClassificationData(TrainingTextData):
             raise DataError(f"data.text_columns: {text_columns} are {len(columns)} columns. Name one or two.")
         if len(set(columns)) < len(columns):
             raise DataError(f"data.text_columns: {columns[0]} is named twice; name two columns, or one.")
-        if label_column in columns:
+        if label_column is not None and label_column in columns:
             raise DataError(f"data.label_column: {label_column} is one of data.text_columns; name another column.")
         if max_length < 2:
             raise DataError(f"data.max_length: {max_length} must be 2 or more.")
-        self.read_as_written(*columns, label_column)
+        self.read_as_written(*columns, label_column or ("label" if self.task else None))
         self.columns = list(columns)
         self._guessed = False
         self.suffixes = (*self.task.sets, "") if self.task else ("",)
-        self.label_column, self.id_column, self.skip_label = label_column, id_column, skip_label
+        self.label_column = "label" if label_column is None and self.task else label_column
+        self.id_column, self.skip_label = id_column, skip_label
         self.max_length, self.padding = max_length, padding
         self.prediction_format = prediction_format
         self.class_names: list[str] | None = None
@@ -164,10 +165,11 @@ class TextClassificationData(TrainingTextData):
         if self.columns and (self.label_column is not None or self.predicts):
             return
         table = next(iter(self.tables_of_any_split().values()))
+        self._guessed = not self.columns
         self.columns = self.columns or guess_text_columns(table)
         if self.label_column is None and not self.predicts:
             self.label_column = guess_label_column(table, self.columns)
-            self._guessed = True
+            self._guessed |= self.label_column != "label"
         self.keep_columns(text_columns=self.columns, label_column=self.label_column)
 
     def check_test_split(self) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datamodules.errors import DataError
-from datamodules.sources.tables import Table
+from datamodules.sources.tables import Table, check_column
 
 # Names in lower case, the likeliest first.
 TEXTS = (
@@ -52,7 +52,8 @@ def guess_text_columns(table: Table) -> list[str]:
         return [named]
     lengths = {column: _mean_length(table, column) for column in table.data.column_names if _is_text(table, column)}
     if not lengths:
-        raise DataError(f"data.text_columns: no column of {table.where} holds text. {_listed(table)}")
+        listed = ", ".join(table.data.column_names)
+        raise DataError(f"data.text_columns: no column of {table.where} holds text. It has {listed}. Name one or two.")
     return [max(lengths, key=lengths.__getitem__)]
 
 
@@ -71,14 +72,11 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     found = [column for column in table.data.column_names if column not in texts and _holds_classes(table, column)]
     if len(found) == 1:
         return found[0]
-    several = (
-        f"{len(found)} columns may hold the labels ({', '.join(found)})" if found else "no column seems to hold labels"
+    if not found:
+        check_column(table, "label_column", "label")  # raises, with advice about the first line
+    raise DataError(
+        f"data.label_column: {len(found)} columns of {table.where} may hold the labels ({', '.join(found)}). Name one."
     )
-    raise DataError(f"data.label_column: {several} in {table.where}. Name one. {_listed(table)}")
-
-
-def _listed(table: Table) -> str:
-    return f"The table has the columns {', '.join(table.data.column_names)}."
 
 
 def _is_text(table: Table, column: str) -> bool:

@@ -89,7 +89,7 @@ def choose_rows(size: int, split: str, shares: Mapping[str, float], seed: int, l
             held = max(1, round(share * size))
             parts[name], rest = rest[:held], rest[held:]
         rows = parts.get(split, rest)
-        if len(rest) == 0:
+        if len(rows) == 0:
             given = " and ".join(f"data.{name}_fraction {share:g}" for name, share in shares.items())
             raise DataError(f"{given}: of {size} rows none is left to train on. Choose less.")
     if limit is not None and limit < len(rows):

@@ -69,8 +69,7 @@ LATE = ("--model.metrics", "--data.batch_size=51", "--checkpoint.monitor")
         ("--data.max_lenght=3", ["TextClassificationData", "max_lenght", "did you mean max_length"]),
         ("--model.generation.num_beams=3", ["TextClassifier", "generation"]),
         ("--data.task=imdb", ["data", "task", "'cola'", "'wnli'"]),
-        ("--data.text_columns=[a, b, c]", ["data.text_columns", "one or two", "data.task"]),
-        ("--data.task=null", ["data.text_columns", "one or two", "data.task"]),
+        ("--data.text_columns=[a, b, c]", ["data.text_columns", "are 3 columns", "one or two"]),
         (
             "--data.text_columns=[text]",
             ["data.text_columns", "no column text", "train.parquet", "sentence, label, idx"],
@@ -80,7 +79,6 @@ LATE = ("--model.metrics", "--data.batch_size=51", "--checkpoint.monitor")
             ["data.label_column", "no column lable", "train.parquet", "sentence, label, idx"],
         ),
         ("--data.text_columns=[sentence,sentence]", ["data.text_columns", "sentence is named twice"]),
-        ("--data.text_columns=[label]", ["data.label_column", "label is one of data.text_columns"]),
         ("--data.encoding=utf-9", ["data.encoding", "utf-9", "cp1252"]),
         ("--data.skip_bad_rows=-1", ["data.skip_bad_rows", "0 or more"]),
         ("--data.task=rte", ["data.text_columns", "no column sentence1", "train.parquet", "sentence, label, idx"]),
@@ -102,8 +100,8 @@ LATE = ("--model.metrics", "--data.batch_size=51", "--checkpoint.monitor")
         ("--model.weights=nothing.safetensors", ["model.weights", "nothing.safetensors", "`pretrained`", "`none`"]),
         ("--model.backbone_args={hiden_dropout: 0.1}", ["model.backbone_args", "hiden_dropout", "hidden_dropout_prob"]),
         ("--model.backbone_args={hidden_dropout_prob: much}", ["model.backbone_args", "hidden_dropout_prob", "much"]),
-        ("--model.metrics=[pearson]", ["model.metrics", "pearson", "2 classes", "accuracy, f1, matthews"]),
-        ("--model.metrics=[]", ["model.metrics", "[]", "accuracy, f1, matthews"]),
+        ("--model.metrics=[pearson]", ["model.metrics", "pearson", "2 classes", "accuracy, f1, macro_f1, matthews"]),
+        ("--model.metrics=[]", ["model.metrics", "[]", "accuracy, f1, macro_f1, matthews"]),
         ("--model.class_names=[only]", ["model.class_names", "only", "two or more"]),
         ("--model.class_names=[bad, good]", ["train.parquet", "unacceptable", "acceptable", "bad, good"]),
         ("--model.class_names=[yes, no]", ["class_names", "str", "True"]),  # YAML's booleans

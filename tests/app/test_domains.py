@@ -46,6 +46,7 @@ def test_each_environment_is_logged_beside_the_in_domain_test(
     assert {key for key in metrics if key.startswith(("test/", "gap/"))} == {
         *("test/acc1", "test/loss", "test/dark/acc1", "test/all_blue/acc1", "test/ood/acc1"),
         *("gap/ood", "gap/acc1", "gap/loss"),
+        *(f"{part}/{name}" for part in ("test", "gap") for name in ("macro_f1", "ece")),
     }
     each = [metrics["test/dark/acc1"], metrics["test/all_blue/acc1"]]
     assert metrics["test/ood/acc1"] == pytest.approx(sum(each) / 2)
@@ -58,7 +59,7 @@ def test_each_environment_is_logged_beside_the_in_domain_test(
         folder = domains_path / name
         assert domain_cli("predict", f"--ckpt_path={best}", f"--data.predict_path={folder}") == 0
         with (domain_cli.run() / f"predictions{f'-{number}' if number else ''}.csv").open() as file:
-            hits = [row["class"] == Path(row["name"]).parent.name for row in csv.DictReader(file)]
+            hits = [row["prediction"] == Path(row["name"]).parent.name for row in csv.DictReader(file)]
         assert len(hits) == SIZES[name]
         assert np.mean(hits) == pytest.approx(logged)
     (evaluation,) = [e for e in read_evaluations(domain_cli.run()) if e.split == "test"]

@@ -157,5 +157,5 @@ def test_predict_writes_a_table(cli: CommandLine, tmp_path: Path) -> None:
     with (cli.run() / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [r["name"] for r in rows] == [f"{i}.png" for i in range(9)]
-    assert sum(r["class"] == CLASSES[i % 3] for i, r in enumerate(rows)) >= 8
+    assert sum(r["prediction"] == CLASSES[i % 3] for i, r in enumerate(rows)) >= 8
     assert all(1 / 3 <= float(r["probability"]) <= 1 for r in rows)

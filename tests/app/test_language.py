@@ -58,7 +58,8 @@ def test_summarization_learns_and_rouge_is_that_of_rouge_score(summary_cli: Comm
     assert summary_cli("fit", *FULL, *options, "--trainer.check_val_every_n_epoch=6") == 0
     assert summary_cli.metrics()["test/rougeL"] > 0.85  # untrained it is near 0
     assert summary_cli("predict", "--ckpt_path", str(summary_cli.run())) == 0
-    rows = [json.loads(line) for line in (summary_cli.run() / "predictions.jsonl").read_text().splitlines()]
+    with (summary_cli.run() / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
     given = [json.loads(line) for line in (pairs_path / "test.jsonl").read_text().splitlines()]
     assert [(r["id"], r["reference"]) for r in rows] == [(g["id"], g["summary"]) for g in given]
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
@@ -123,7 +124,7 @@ def test_mnli_has_two_validation_sets(text_cli: CommandLine, tmp_path: Path) -> 
     for name in ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched"):
         lines = [row | ({"label": -1} if name.startswith("test") else {}) for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    options = ["--data.task=mnli", f"--data.path={folder}"]
+    options = ["--data.task=mnli", f"--data.path={folder}", "--data.prediction_format=tsv"]
     assert text_cli("fit", *options, "--trainer.max_epochs=1") == 0
     m = text_cli.metrics()
     assert m["val/score"] == pytest.approx((m["val/accuracy_matched"] + m["val/accuracy_mismatched"]) / 2)
@@ -157,7 +158,7 @@ def test_regression_on_any_csv(text_cli: CommandLine, tmp_path: Path) -> None:
 
 
 def test_submission_of_cola(fitted_text_cli: CommandLine) -> None:
-    assert fitted_text_cli("predict", "--ckpt_path=last") == 0
+    assert fitted_text_cli("predict", "--ckpt_path=last", "--data.prediction_format=tsv") == 0
     lines = (fitted_text_cli.run() / "CoLA.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction"
     assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(100, 109)]

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, top_k_accuracy_score
 from torch import Tensor
 
 from datamodules.errors import ModelError
@@ -92,8 +92,8 @@ class Matrix(L.Callback):
 
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_metrics_are_sklearns(tmp_path: Path, stage: str) -> None:
-    model = randomize(classifier(classes=7, label_smoothing=0.3), std=0.3)
-    data = [image_batch(size) | {"label": torch.randint(0, 6, (size,))} for size in (9, 9, 4)]  # the last is absent
+    model = randomize(classifier(classes=21, label_smoothing=0.3), std=0.3)
+    data = [image_batch(size) | {"label": torch.randint(0, 20, (size,))} for size in (49, 49, 4)]  # the last is absent
     with torch.no_grad():
         logits = torch.cat([model.eval()(b["image"]) for b in data])
     label = torch.cat([b["label"] for b in data])
@@ -102,24 +102,26 @@ def test_metrics_are_sklearns(tmp_path: Path, stage: str) -> None:
     run = runner.validate if stage == "val" else runner.test
     expected = {
         "acc1": accuracy_score(label, logits.argmax(-1)),
-        "acc5": top_k_accuracy_score(label, logits, k=5, labels=range(7)),
-        "loss": log_loss(label, logits.softmax(-1).double(), labels=range(7)),  # without smoothing
+        "acc5": top_k_accuracy_score(label, logits, k=5, labels=range(21)),
+        "macro_f1": f1_score(label, logits.argmax(-1), average="macro"),
+        "loss": log_loss(label, logits.softmax(-1).double(), labels=range(21)),  # without smoothing
     }
     assert 0 < expected["acc1"] < expected["acc5"] < 1
     for _ in range(2):  # nothing is carried over
         (metrics,) = run(model, ready_loader(data), verbose=False)
+        assert 0 < metrics.pop(f"{stage}/ece") < 1
         assert metrics == pytest.approx({f"{stage}/{name}": value for name, value in expected.items()}, abs=1e-5)
         if stage == "test":
-            counts = confusion_matrix(label, logits.argmax(-1), labels=range(7))
+            counts = confusion_matrix(label, logits.argmax(-1), labels=range(21))
             assert torch.equal(matrix.matrix, torch.from_numpy(counts))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("classes", "names"), [(2, {"acc1"}), (5, {"acc1"}), (6, {"acc1", "acc5"})])
-def test_top_five_is_of_more_than_five_classes(classes: int, names: set[str]) -> None:
+@pytest.mark.parametrize(("classes", "names"), [(2, {"acc1"}), (19, {"acc1"}), (20, {"acc1", "acc5"})])
+def test_top_five_is_of_twenty_classes_or_more(classes: int, names: set[str]) -> None:
     data = [image_batch(classes=classes)]
     (metrics,) = quiet_trainer().validate(classifier(classes), ready_loader(data), verbose=False)
-    assert set(metrics) == {f"val/{name}" for name in names | {"loss"}}
+    assert set(metrics) == {f"val/{name}" for name in names | {"loss", "macro_f1", "ece"}}
 
 
 @torch.no_grad()
@@ -128,11 +130,13 @@ def test_predictions_are_rows_of_a_table() -> None:
     data = image_batch() | {"index": torch.tensor([4, 0, 2, 11, 3, 7])}
     rows = model.predict_step(data, 0)
     probability = model(data["image"]).softmax(-1)
-    assert list(rows) == ["index", "name", "class", "probability"]
+    assert list(rows) == ["index", "name", "prediction", "probability", "probabilities"]
     assert rows["index"] == [4, 0, 2, 11, 3, 7]
     assert rows["name"] == data["name"]
-    assert rows["class"] == [f"class {i}" for i in probability.argmax(-1)]
+    assert rows["prediction"] == [f"class {i}" for i in probability.argmax(-1)]
     assert rows["probability"] == pytest.approx(probability.max(-1).values.tolist(), abs=1e-6)
+    for named, shares in zip(rows["probabilities"], probability.tolist(), strict=True):
+        assert named == pytest.approx({f"class {i}": share for i, share in enumerate(shares)}, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- state

@@ -162,7 +162,9 @@ def test_metrics_of_a_split_are_scikit_learns_and_score_is_their_mean(tasks: Tas
     logits, label = outputs_and_labels(model, data)
     accuracy, f1 = accuracy_score(label, logits.argmax(-1)), f1_score(label, logits.argmax(-1))
     loss = float(F.cross_entropy(logits, label))
-    expected = {"accuracy": accuracy, "f1": f1, "score": (accuracy + f1) / 2, "loss": loss}
+    macro_f1 = f1_score(label, logits.argmax(-1), average="macro")
+    expected = {"accuracy": accuracy, "f1": f1, "score": (accuracy + f1) / 2, "loss": loss, "macro_f1": macro_f1}
+    assert 0 < found.pop(f"{stage}/ece") < 1
     assert found == pytest.approx({f"{stage}/{name}": value for name, value in expected.items()}, abs=1e-5)
 
 
@@ -184,6 +186,9 @@ def test_each_set_of_a_split_has_its_own_metrics(tasks: TaskFactory) -> None:
     matched, mismatched, _ = (accuracy_score(label, logits.argmax(-1)) for logits, label in each)
     expected = {"val/accuracy_matched": matched, "val/accuracy_mismatched": mismatched}
     expected |= {"val/score": (matched + mismatched) / 2, "val/loss": float(F.cross_entropy(*each[2]))}
+    shared = {f"val/{name}_{part}" for name in ("macro_f1", "ece") for part in names["val"]}
+    assert found.keys() == expected.keys() | shared
+    found = {name: value for name, value in found.items() if name in expected}
     assert found == pytest.approx(expected, abs=1e-5)
 
 

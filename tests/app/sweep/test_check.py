@@ -49,10 +49,18 @@ def test_every_built_in_variant_is_parsed() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "metrics"),
     [
-        ("image", [], ["loss", "acc1", "acc5"]),
-        ("text", ["--data.task=cola"], ["score", "loss", "matthews"]),
-        ("text", ["--data.task=mnli"], ["score", "loss", "accuracy_matched", "accuracy_mismatched"]),
-        ("text", ["--data.task=null", "--model.metrics=[f1]"], ["score", "loss", "f1"]),
+        ("image", [], ["loss", "acc1", "acc5", "macro_f1", "ece"]),
+        ("text", ["--data.task=cola"], ["score", "loss", "matthews", "macro_f1", "ece"]),
+        (
+            "text",
+            ["--data.task=mnli"],
+            [
+                "score",
+                "loss",
+                *(f"{n}_{s}" for n in ("accuracy", "macro_f1", "ece") for s in ("matched", "mismatched")),
+            ],
+        ),
+        ("text", ["--data.task=null", "--model.metrics=[f1]"], ["score", "loss", "f1", "macro_f1", "ece"]),
         ("summary", [], ["loss", "rouge1", "rouge2", "rougeL", "rougeLsum"]),
         ("instructions", [], ["loss", "perplexity", "token_acc"]),
     ],

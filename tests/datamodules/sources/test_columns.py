@@ -43,8 +43,8 @@ def test_columns_of_a_classification(columns: dict[str, list[Any]], texts: list[
     ("columns", "words"),
     [
         ({"a": [1, 2], "b": [0.5, 1.5]}, ["data.text_columns", "no column of a.csv holds text", "a, b"]),
-        ({"text": WORDS, "k": MANY}, ["data.label_column", "no column seems to hold labels", "text, k"]),
-        ({"text": WORDS, "p": FEW, "q": FEW}, ["data.label_column", "2 columns may hold the labels (p, q)"]),
+        ({"text": WORDS, "k": MANY}, ["data.label_column: a.csv has no column label; it has text, k"]),
+        ({"text": WORDS, "p": FEW, "q": FEW}, ["data.label_column", "2 columns of a.csv may hold the labels (p, q)"]),
     ],
 )
 def test_columns_that_cannot_be_told(columns: dict[str, list[Any]], words: list[str]) -> None:
