@@ -173,7 +173,7 @@ def test_case_02_images_outside_the_classes_are_named(tmp_path: Path) -> None:
     assert table is not None
     assert len(table) == 2
     assert findings.take_lines() == [
-        "images of b/deep are of the class that the outer folder names",
+        "images of b/deep belong to the class that the outer folder names",
         f"left out of {tmp_path}: 3 images in no class folder (cover.png, test/y.png, train/x.png)",
     ]
 
@@ -190,7 +190,7 @@ def test_case_02_images_outside_the_classes_are_named(tmp_path: Path) -> None:
         ("train/1.jpg test1/1.jpg", ["look like splits"]),
         ("trainA/1.png trainB/1.png testA/1.png testB/1.png", ["look like splits"]),
         ("ant/train/1.png ant/test/1.png bee/train/1.png bee/test/1.png", ["splits in ant", "<split>/<class>"]),
-        ("test/a/1.png test/b/1.png val/a/1.png", ["none called train", "test/, val/"]),
+        ("test/a/1.png test/b/1.png val/a/1.png", ["no folder called train", "test/, val/"]),
         ("1.png 2.png", ["no images in one folder a class", "1.png, 2.png"]),
     ],
 )

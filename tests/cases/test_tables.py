@@ -119,7 +119,7 @@ def test_case_02_names_that_mean_no_split_are_listed(tmp_path: Path) -> None:
         open_table(str(tmp_path), SPLITS["train"])
     put(tmp_path / "train.csv", csv_of(labelled([0, 1] * 10)))
     found = prepared(tmp_path).findings.take_lines()
-    assert "not read, since no split is called so: reviews.csv" in found
+    assert "not read, since these names mean no split: reviews.csv" in found
     put(tmp_path / "dev.csv", csv_of(labelled([0, 1])))
     put(tmp_path / "validation.csv", csv_of(labelled([0, 1])))
     with pytest.raises(DataError, match="validation under 2 names, dev and validation"):
@@ -419,7 +419,7 @@ def test_case_28_a_pad_token_by_key(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("train.csv", b"text;label\na;1\n", "parted by semicolons"),
+        ("train.csv", b"text;label\na;1\n", "separated by semicolons"),
         ("train.csv", b"good film,1\nbad film,0\n", "The first line of the file must name its columns"),
         ("train.csv", b"text,label\na,1,x\nb,2,y\n", "more cells than its first line has names"),
         ("train.csv", b"text,label\na,1\nb,2,3\n", "Line 3 has 3 cells, and the first line names 2"),

@@ -150,7 +150,7 @@ def test_several_templates_of_a_tokenizer_have_a_default_one(tmp_path: Path) -> 
     for none in (None, {"tool_use": "{{ 1 }}"}):
         model = text_model(byte_tokenizer(none))
         assert module(tmp_path, model=model).prompt_template == ALPACA
-        with refuses("data.template: the backbone's tokenizer has no chat template of its own; use template: alpaca"):
+        with refuses("data.template: the backbone's tokenizer has no chat template. Use template: alpaca"):
             assert module(tmp_path, model=model, template="chat").prompt_template
 
 

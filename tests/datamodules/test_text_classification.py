@@ -659,7 +659,7 @@ def test_there_are_as_many_files_as_sets_and_each_has_its_own_name(tmp_path: Pat
 def test_nothing_to_predict(tmp_path: Path, hub: Files) -> None:
     with refuses("data.predict_path", "has no test split"):
         prepared(hub("rte", test=0), "predict", task="rte")
-    with refuses("data.predict_path", "gone.csv is no file of"):
+    with refuses("data.predict_path", "gone.csv is missing, or is not a file of"):
         prepared(tmp_path, "predict", task="rte", predict_path="gone.csv")
 
 

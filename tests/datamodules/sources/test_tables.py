@@ -270,7 +270,7 @@ def test_a_path_that_is_not_there(path: str) -> None:
 @pytest.mark.parametrize("name", ["some-data", "some/data"])
 def test_a_name_on_the_hub_without_a_connection(name: str) -> None:
     with refuses(
-        "data.path", name, "is no directory here", "from the hub it could not be had", "--data.path DIRECTORY"
+        "data.path", name, "is not a directory here", "could not be loaded from the hub", "--data.path DIRECTORY"
     ):
         open_table(name, ("train",), "config")
 
@@ -408,7 +408,7 @@ def test_a_file_for_prediction(tmp_path: Path, suffix: str) -> None:
 def test_no_file_for_prediction(tmp_path: Path) -> None:
     text = put(tmp_path / "new.txt", "a")
     for path in (text, tmp_path / "gone.csv", tmp_path):
-        with refuses(f"data.predict_path: {path} is no file of .parquet, .csv, .tsv, .jsonl"):
+        with refuses(f"data.predict_path: {path} is missing, or is not a file of .parquet, .csv, .tsv, .jsonl"):
             open_file(str(path), "predict_path")
 
 
