@@ -250,7 +250,7 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
     for text in answers(pairs, tables["runs"]):
         report.add_paragraph(text)
     report.add_table("Runs", shown_runs(runs, _rounded(tables["runs"])))
-    report.add_heading("By what two runs share")
+    report.add_heading("Grouped by what two runs share")
     report.add_figure(
         "groups",
         _groups_figure(pairs, groups),
@@ -267,7 +267,7 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
         "interval over runs leaves out one run at a time (jackknife), since pairs that share a run are not "
         "independent. This interval needs three runs."
     )
-    report.add_heading("By pair and by layer")
+    report.add_heading("For each pair and each layer")
     report.add_figure(
         "pairs",
         _pairs_figure(runs, pairs),

@@ -24,7 +24,7 @@ STATE = "RunSummary"  # Lightning's key of the callback's state in a checkpoint
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one split, and what they were computed with.
+    """Metrics of one split, and the checkpoint and keys with which they were computed.
 
     Args:
         split: `val` or `test`.
@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]:
-    """Return the finite metrics of a split; names of another form than this program's are left out."""
+    """Return the finite metrics of a split. Names that this program would not write are left out."""
     return {
         key: value
         for key, value in metrics.items()
