@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 
 from datamodules.contract import DataKind, HasClasses, HasFrozenPrefix, Prefix
 from datamodules.errors import DataError
@@ -77,8 +77,6 @@ class ResumableDataModule(L.LightningDataModule):
         """Return the number of processes, and the rank of this process."""
         trainer = self.trainer
         assert trainer is not None
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise DataError("These loaders split among processes themselves: Trainer(use_distributed_sampler=False).")
         return trainer.world_size, trainer.global_rank
 
     @property
@@ -272,13 +270,17 @@ class ResumableDataModule(L.LightningDataModule):
         return self.evaluation_loader(sample, None if lengths is None else lengths[rows], collate)
 
     def _loader(
-        self, dataset: Dataset[Any], sampler: EpochSampler | range | list[int], collate: Collate | None
+        self,
+        dataset: Dataset[Any],
+        sampler: EpochSampler | BatchSampler | range | list[int],
+        collate: Collate | None,
     ) -> DataLoader[Any]:
         assert self.trainer is not None
+        whole = isinstance(sampler, BatchSampler)
+        order = {"batch_sampler": sampler} if whole else {"sampler": sampler, "batch_size": self.batch_size}
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            **order,
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from datamodules.contract import DataKind
 from datamodules.errors import DataError
-from datamodules.sources.splits import choose_rows, is_spelling
+from datamodules.sources.splits import is_spelling
 from datamodules.sources.tables import Table, blank_rows, check_column, check_texts
 from datamodules.text import BadRow, TextData
 from datamodules.tokens.questions import (
@@ -132,17 +132,13 @@ class MultipleChoiceData(TextData):
     def _names_read(self) -> tuple[str, ...]:
         return (*super()._names_read(), self.shots_split, "auxiliary_train")
 
-    def _chosen(self, split: str, name: str, table: Table, from_training: bool) -> QuestionDataset:
-        rows = self._rows_of_subjects(table)
-        chosen = choose_rows(len(rows), split, {}, self.val_seed, self.limits[split])
-        dataset = self.build(split, table, rows[chosen])
+    def source(self, table: Table) -> str:
+        """Return where the questions are from, with the number of subjects and shots."""
         asked = "" if self.subjects is None else f" of {len(self.subjects):,} subjects"
-        self.findings.add_split(split, len(dataset), f"{table.source or table.where}{asked}, {self.shots} shots each")
-        self.add_notes(table)
-        return dataset
+        return f"{super().source(table)}{asked}, {self.shots} shots each"
 
     def _to_predict(self, table: Table) -> QuestionDataset:
-        dataset = self.build("predict", table, self._rows_of_subjects(table))
+        dataset = self.build("predict", table, self.eligible_rows(table))
         if failed := self.failed.get(table.where):
             self.findings.add(
                 f"{len(failed):,} rows of {table.where} cannot be predicted; the column `error` gives the reason"
@@ -151,7 +147,7 @@ class MultipleChoiceData(TextData):
         self.add_notes(table)
         return dataset
 
-    def _rows_of_subjects(self, table: Table) -> Tensor:
+    def eligible_rows(self, table: Table) -> Tensor:
         """Return the rows of the subjects in `subjects`, (rows,) int64."""
         if self.subjects is None:
             return torch.arange(len(table))
@@ -326,7 +322,6 @@ class MultipleChoiceData(TextData):
 
     def _loaders(self, split: str) -> list[DataLoader[Any]]:
         world, rank = self.world()
-        assert self.trainer is not None
         loaders = []
         for data in self.splits[split]:
             assert isinstance(data, QuestionDataset)
@@ -335,17 +330,8 @@ class MultipleChoiceData(TextData):
             rows = range(rank, len(data), world)  # a share of each subject, whose questions follow each other
             share = Subset(data, rows)
             groups = [data.groups[i] for i in rows]
-            loaders.append(
-                DataLoader(
-                    share,
-                    batch_sampler=SubjectBatches(SequentialSampler(share), self.batch_size, False, groups),
-                    collate_fn=data.collate,
-                    num_workers=self.num_workers,
-                    persistent_workers=self.num_workers > 0,
-                    pin_memory=self.trainer.strategy.root_device.type == "cuda",
-                    generator=torch.Generator().manual_seed(0),  # or each iterator draws from the global state
-                )
-            )
+            batches = SubjectBatches(SequentialSampler(share), self.batch_size, False, groups)
+            loaders.append(self._loader(share, batches, data.collate))
         return loaders
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:

@@ -16,6 +16,11 @@ POOL = 50  # number of batches whose samples are sorted together
 DECILES = 10
 
 
+def index_of(key: int | Draw) -> int:
+    """Return the index of a sample that a data set is asked for by its index or by a draw."""
+    return key[0] if isinstance(key, tuple) else key
+
+
 class EpochSampler(Sampler[Draw]):
     """Shuffled draws of one process, in whole batches.
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from datamodules.contract import IGNORE_INDEX
-from datamodules.loading.batching import Draw
+from datamodules.loading.batching import Draw, index_of
 from datamodules.tokens.tokenizing import TokenDataset
 
 Row = dict[str, Any]
@@ -95,7 +95,7 @@ class PackedDataset(Dataset[list[Row]]):
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> list[list[Row]]:
         """Return the packs of a batch."""
-        packs = [self.packs[key[0] if isinstance(key, tuple) else key] for key in keys]
+        packs = [self.packs[index_of(key)] for key in keys]
         rows = iter(self.rows.__getitems__([row for pack in packs for row in pack]))
         return [[next(rows) for _ in pack] for pack in packs]
 

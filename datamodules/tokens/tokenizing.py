@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from datamodules.atomic import Digest, WriteError
 from datamodules.errors import DataError
-from datamodules.loading.batching import Draw
+from datamodules.loading.batching import Draw, index_of
 from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 from datamodules.sources.tables import Table
 
@@ -76,7 +76,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> list[dict[str, Any]]:
         """Return the rows of a batch, each with its `index`."""
-        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        indices = [index_of(key) for key in keys]
         columns = self.tokens[indices] | (self.texts[indices] if self.texts is not None else {})
         return [
             {name: values[i] for name, values in columns.items()}
