@@ -136,7 +136,7 @@ def test_a_file_cut_short_under_a_run() -> None:
 def test_a_file_removed_under_a_run() -> None:
     states = filled(Prefix(torch.float32))
     states.path.unlink()
-    with pytest.raises(DataError, match=r"prefix-\w+\.npy can no longer be read \(.*\); run again"):
+    with pytest.raises(DataError, match=r"prefix-\w+\.npy can no longer be read \(.*\)\. Run the command again"):
         states.batch([[0]])
 
 

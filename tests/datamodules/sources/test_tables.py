@@ -207,7 +207,7 @@ def test_encodings(tmp_path: Path, encoding: str, suffix: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["rot13", "base64", "hex", "nonsense"])
 def test_encodings_that_are_not_of_text(encoding: str) -> None:
-    with refuses(f"data.encoding: '{encoding}' is no encoding"):
+    with refuses(f"data.encoding: '{encoding}' is unknown to Python"):
         Reading(encoding)
 
 
@@ -418,7 +418,7 @@ def test_a_bad_file_to_predict_is_told_under_its_key(tmp_path: Path, name: str, 
 
 def test_a_link_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.csv").symlink_to(tmp_path / "gone.csv")
-    with refuses("data.path", "train.csv", "link to one that is not there"):
+    with refuses("data.path", "train.csv", "is a broken link"):
         open_table(str(tmp_path), ("train",))
 
 
