@@ -1,4 +1,4 @@
-"""Terminal output: log and warn in one format, escape control characters, notice output that cannot be written."""
+"""Terminal output: log and warn in one format, escape control characters, detect output that cannot be written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGGERS = ("app", "modules", "datamodules")  # the packages of this program, who
 def escape_controls(text: str) -> str:
     """Return a text in which escape sequences, control and direction characters are visible and have no effect.
 
-    Line breaks and tabs stay. Bytes of a name that are no UTF-8 become visible too.
+    Line breaks and tabs stay. Bytes of a name that are not UTF-8 become visible too.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
@@ -40,7 +40,7 @@ def traceback_hook(kind: type[BaseException], error: BaseException, trace: Trace
 
 
 class ConsoleHandler(logging.Handler):
-    """Print log records of the first rank on stderr, warnings behind `warning: `."""
+    """Print log records of the first rank on stderr, warnings with the prefix `warning: `."""
 
     @rank_zero_only
     def emit(self, record: logging.LogRecord) -> None:
@@ -50,7 +50,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class EscapedRecord(logging.LogRecord):
-    """Log record of this program or of any library, whose message has its control characters escaped."""
+    """Log record of this program or a library, with control characters escaped in its message."""
 
     def getMessage(self) -> str:
         """Return the message."""
@@ -59,7 +59,7 @@ class EscapedRecord(logging.LogRecord):
 
 @contextmanager
 def console_logging() -> Iterator[None]:
-    """Show what this program logs, from INFO on, and format warnings alike; undone on exit."""
+    """Print this program's log records from INFO on, and format warnings alike. Undone on exit."""
     handler, format_before, record_before = ConsoleHandler(), warnings.formatwarning, logging.getLogRecordFactory()
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -92,11 +92,11 @@ def quiet_libraries() -> None:
     for message in (
         r".*does not have many workers.*",  # images in memory need none
         r".*number of training batches .* is smaller than the logging interval.*",
-        r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
+        r".*Checkpoint directory .* exists and is not empty.*",  # expected in a resumed run
         r".*sync_dist=True.*",  # torchmetrics gather on their own
         r".*your dataloader is not resumable.*",  # the data module's state has the position
-        r".*callbacks used to create the checkpoint need to be provided.*",  # of an evaluation on other data
-        r".*isinstance\(treespec, LeafSpec\).*",  # lightning on a newer torch
+        r".*callbacks used to create the checkpoint need to be provided.*",  # expected in an evaluation on other data
+        r".*isinstance\(treespec, LeafSpec\).*",  # a deprecation within Lightning
         r".*Detected pickle protocol .* in the checkpoint.*",  # of a file that is refused
     ):
         warnings.filterwarnings("ignore", message)
@@ -106,7 +106,7 @@ def quiet_libraries() -> None:
 
 
 class WatchedStream:
-    """Standard stream that remembers why it could not be written: a library that catches the error hides the reason."""
+    """Standard stream that keeps the error of a failed write, since a library may catch the error."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -136,9 +136,11 @@ class WatchedStream:
 
 @contextmanager
 def watched_output() -> Iterator[None]:
-    """Watch stdout and stderr for errors, and print `?` for characters that stdout's encoding lacks; undone on exit."""
+    """Watch stdout and stderr for errors, and print `?` for characters that stdout cannot encode. Undone on exit."""
     streams = sys.stdout, sys.stderr
-    stdout = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None  # not every stand-in can be configured
+    stdout = (
+        sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None
+    )  # a replaced stdout may lack `reconfigure`
     before = stdout.errors if stdout else None
     if stdout is not None:
         stdout.reconfigure(errors="replace")
@@ -163,10 +165,10 @@ def output_problem() -> OSError | None:
 
 
 def silence_output() -> None:
-    """Send the rest for a broken stream to the null device, so that the interpreter can flush the stream at exit."""
+    """Redirect a broken stream to the null device, so that the interpreter can flush the stream at exit."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, WatchedStream) and stream.problem is not None:
-            with suppress(OSError, ValueError):  # a stream that stands in for stdout has no file
+            with suppress(OSError, ValueError):  # a replaced stdout may have no file
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)

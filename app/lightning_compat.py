@@ -18,7 +18,7 @@ VERDICTS = "import_path_verdicts"
 
 
 class HookedCLI(LightningCLI):
-    """LightningCLI with a hook around each construction, and with the last word on a checkpoint's values."""
+    """LightningCLI with a hook around each construction, and without Lightning's reading of a checkpoint's values."""
 
     def construct(self, kind: type, build: Callable[[], Any]) -> Any:
         """Return `build()`, a new instance of a class that the configuration names."""
@@ -32,11 +32,11 @@ class HookedCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as `parse_arguments` made it: Lightning would let the checkpoint beat the options."""
+        """Keep the configuration of `parse_arguments`: Lightning would let the checkpoint override the options."""
 
 
 class _SectionInstantiator(_InstantiatorFn):
-    """Lightning's own way to construct the class of a section: it keeps the hyper-parameters for checkpoints."""
+    """Lightning's constructor for the class of a section, which keeps the hyper-parameters for checkpoints."""
 
     cli: HookedCLI
 
@@ -46,7 +46,7 @@ class _SectionInstantiator(_InstantiatorFn):
 
 
 class _Verdicts(Mapping[str, bool]):
-    """Answer jsonargparse's question about each dotted path with a function, instead of with a list of prefixes."""
+    """Let a function decide about the import of each dotted path, instead of a list of prefixes."""
 
     def __init__(self, denial: Callable[[str], str | None]) -> None:
         self.denial = denial
@@ -70,22 +70,22 @@ class _Verdicts(Mapping[str, bool]):
 def import_policy(denial: Callable[[str], str | None], prefixes: list[str]) -> Iterator[None]:
     """Ask a function before any jsonargparse parser of this process imports a dotted path; undone on exit.
 
-    jsonargparse's own lists know prefixes only. Its `import_object` is the one place that imports what a value names.
-    That function asks twice: for the path as written, and for the place where the object is defined.
+    jsonargparse's own lists hold prefixes only. Only its `import_object` imports an object that a value names. That
+    function asks twice: for the path as written, and for the path where the object is defined.
 
     Args:
-        denial: Takes a dotted path, and returns why it may not be imported, or None.
+        denial: Function from a dotted path to the reason why it may not be imported, or None.
         prefixes: Additional prefixes, which jsonargparse validates.
 
     Raises:
-        ValueError: For a prefix that is no dotted path, or that of jsonargparse itself.
+        ValueError: For a prefix that is not a dotted path, or that is jsonargparse itself.
     """
     before = dict(parsing_settings)
     try:
         set_parsing_settings(
             import_path_denylist=["*"],
             import_path_allowlist=prefixes,
-            # where a class takes anything, what looks like the description of an object stays a dict
+            # for an argument of any type, a dict that looks like a class with arguments stays a dict
             instantiate_subclass_spec_in_any=False,
         )
         parsing_settings[VERDICTS] = _Verdicts(denial)
@@ -105,6 +105,6 @@ def stop_after_step(trainer: L.Trainer) -> None:
 
 
 def launched_processes(trainer: L.Trainer | None) -> list[subprocess.Popen[bytes]]:
-    """Return the list of processes that this one started for a distributed run. Lightning watches what is in it."""
+    """Return the list of processes that this process started for a distributed run. Lightning watches the list."""
     launcher = trainer.strategy.launcher if trainer else None
     return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []

@@ -1,9 +1,9 @@
-"""Atomic writes: a file or a directory takes its name when it is complete, and leaves nothing behind if it never is.
+"""Atomic writes: a file or a directory gets its name when it is complete. A failed write leaves nothing behind.
 
-Until then its content lies beside the target as `.NAME.<16 hexadecimal digits>.tmp`, on which its writer holds a lock
-(flock). The kernel releases the lock when the process ends, however the process ends and on whatever machine it ran.
-`remove_stale` therefore tells a killed process's temporary files from files that are being written, without process
-numbers, host names or ages. Where a file system has no locks, nothing is removed.
+Until then the content lies beside the target in a temporary file, `.NAME.<16 hexadecimal digits>.tmp`. The writer holds
+a lock (flock) on this file. The kernel releases the lock when the process ends, also after a kill or on another
+machine. So `remove_stale` removes the temporary files of ended processes alone. Without locks in the file system, it
+removes nothing.
 
 No write follows a link: a temporary name is new, and a rename replaces a link instead of the file behind the link.
 """
@@ -24,17 +24,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-# a disk, a quota or a limit on the size of a file is full
+# error numbers of a full disk, a full quota, and a limit on the size of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
-NAME_BYTES = 200  # of a target's name within its temporary name: file systems allow 255 in all
+NAME_BYTES = 200  # of the target's name that a temporary name keeps: file systems allow 255 bytes for a whole name
 
 _log = logging.getLogger(__name__)
 _held: list[Callable[[], None]] = []  # each closes a file or directory that is locked
 
 
 def _close_inherited() -> None:
-    """Close what a forked worker has inherited, or the worker would hold the locks of a parent that was killed."""
+    """Close inherited handles in a forked worker, which would else hold the locks of a killed parent."""
     while _held:
         _held.pop()()
 
@@ -68,7 +68,7 @@ class AtomicFile(io.FileIO):
 
     Args:
         path: Name of the file.
-        digest: Gets all that is written.
+        digest: Is updated with everything that is written.
     """
 
     def __init__(self, path: Path, digest: Digest | None = None) -> None:
@@ -100,13 +100,13 @@ def _open_new(path: str, flags: int) -> int:
 
 @contextmanager
 def atomic_write(path: Path, digest: Digest | None = None) -> Iterator[AtomicFile]:
-    """Open a temporary file that takes the name `path` at the end of the context, or is gone after any error.
+    """Open a temporary file that is renamed to `path` at the end of the context, and removed after any error.
 
     The content and the name are on disk (fsync) when the context ends.
 
     Args:
         path: The target. A file or a link of that name is replaced.
-        digest: Gets all that is written.
+        digest: Is updated with everything that is written.
 
     Raises:
         WriteError: If the file cannot be written; what was there before is untouched.
@@ -137,7 +137,7 @@ def atomic_write(path: Path, digest: Digest | None = None) -> Iterator[AtomicFil
 def atomic_write_text(path: Path) -> Iterator[TextIO]:
     """Open a temporary text file as `atomic_write` does: UTF-8, line ends as written.
 
-    Characters that UTF-8 does not have, as in names of files that are not UTF-8, are written as escapes.
+    Characters without a UTF-8 encoding, as in file names with other bytes, are written as escapes.
     """
     with atomic_write(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
@@ -147,11 +147,11 @@ def atomic_write_text(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Create a temporary directory that takes the name `path` at the end of the context, or is gone after any error.
+    """Create a temporary directory that is renamed to `path` at the end of the context, and removed after any error.
 
     Args:
         path: The target. An empty directory of that name is replaced.
-        overwrite: Replace whatever has the name.
+        overwrite: Replace a file or directory of that name.
 
     Raises:
         WriteError: If the directory cannot be written.
@@ -172,7 +172,9 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         with _write_errors(path):
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    file.chmod(temporary.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
+                    file.chmod(
+                        temporary.stat().st_mode & 0o666
+                    )  # safetensors makes its files readable for the owner alone
                     _sync(file, os.O_RDONLY)
             _sync_directory(temporary)
             if overwrite and os.path.lexists(path):
@@ -190,9 +192,8 @@ def remove_stale(folder: Path, name: str | None = None) -> None:
     """Remove the temporary files and directories of processes that have ended.
 
     Args:
-        folder: Where they lie.
-        name: Name of their target; None removes those of every target, for folders that hold nothing but this
-            project's files.
+        folder: Folder of the temporary files.
+        name: Name of the target. None means every target, for folders that hold only files of this program.
     """
     wanted = None if name is None else _shortened(name)
     with suppress(OSError):

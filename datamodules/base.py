@@ -1,4 +1,4 @@
-"""Loaders of every data module: they split among processes and continue where a checkpoint left them."""
+"""Base class of the data modules: loaders that split the rows among processes and resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from datamodules.sources.findings import Findings
 _log = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
-BEAT = 20.0  # seconds; a process group gives up after 10 minutes or more
+BEAT = 20.0  # seconds between two collectives while processes wait; a process group times out after 10 minutes or more
 
 
 @runtime_checkable
@@ -38,30 +38,30 @@ class DigestedRows(Protocol):
 class ResumableDataModule(L.LightningDataModule):
     """Loaders for training and evaluation.
 
-    The position in training is part of the data module's own state, (epoch, samples done), which needs no loader to
-    cooperate: it is the same with any number of workers, and Lightning restores it before it builds the loaders.
-    Resumed with another batch size or number of processes, an epoch goes on at the same place, rounded down to a whole
-    batch, and with the last one if none is left; with length buckets, whose order depends on the batch, some samples of
-    that one epoch then come twice and others not.
+    The data module's state holds the position in training: the epoch, and the samples of it that are done. The position
+    does not depend on the number of workers. Lightning restores the position before it builds the loaders. A run may be
+    resumed with another batch size or number of processes: the position is then rounded down to a whole batch. At least
+    one batch of an unfinished epoch is left. The order of length buckets depends on the batch size, so that then some
+    samples of the resumed epoch come twice and others not at all.
 
-    A checkpoint also has a digest of the training rows. If rows were removed, added, edited or put in another order
-    since, a checkpoint in mid-epoch is refused, for nobody knows which rows of that epoch are left. At an epoch's end
-    the change is logged, and training goes on with the new rows. Checkpoints of earlier versions have no digest.
+    A checkpoint also has a digest of the training rows. If the rows have changed since, a checkpoint from mid-epoch is
+    refused, because the rows left in that epoch are unknown. With a checkpoint from an epoch's end, a warning is logged
+    and training goes on with the new rows. Checkpoints of earlier versions have no digest.
 
     Args:
         batch_size: Samples a step and process, at least 1.
-        num_workers: Processes that load, for each process that trains; 0 loads in the training process, which is fast
+        num_workers: Processes that load, for each process that trains. 0 loads in the training process, which is fast
             enough for tokens and small images.
-        skip_bad_rows: Rows of each split that may be skipped because they cannot be used, 0 or more; one more is an
-            error.
+        skip_bad_rows: Largest number of unusable rows that are skipped in each split, 0 or more. A further unusable row
+            is an error.
     """
 
     kind: DataKind
-    cache_prefix = False  # whether a fit reads what the model's frozen prefix makes of its rows; a task's own key
+    cache_prefix = False  # True if a fit reads the output of the model's frozen prefix; a key of some tasks
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0, skip_bad_rows: int = 0) -> None:
         super().__init__()
-        self.save_hyperparameters()  # those of the task too
+        self.save_hyperparameters()  # the arguments of subclasses too
         if batch_size < 1 or num_workers < 0:
             raise DataError("data.batch_size must be 1 or more, and data.num_workers 0 or more.")
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -70,11 +70,11 @@ class ResumableDataModule(L.LightningDataModule):
         self._seed: int | None = None
         self._position: dict[str, Any] = {}
         self._rows_digest: dict[str, Any] = {}  # digest and number of the training rows
-        self._digest_before: dict[str, Any] = {}  # those of the checkpoint that is resumed
+        self._digest_before: dict[str, Any] = {}  # the same in the checkpoint that is resumed
         self._resumed_at: float | None = None  # batches of the epoch that are done; infinite when it is over
 
     def world(self) -> tuple[int, int]:
-        """Number of processes, and which is this one."""
+        """Return the number of processes, and the rank of this process."""
         trainer = self.trainer
         assert trainer is not None
         return trainer.world_size, trainer.global_rank
@@ -88,10 +88,11 @@ class ResumableDataModule(L.LightningDataModule):
 
     @contextmanager
     def first_process_first(self) -> Iterator[Callable[[], None]]:
-        """Let a node's first process fill the caches (downloads, tokenised texts) that the others then read.
+        """Let a node's first process fill the caches (downloads, tokenised texts) before the other processes read them.
 
-        Gives a function to call now and then while they are filled: the others wait in a collective operation, which
-        fails when it takes as long as the process group's timeout, and each `BEAT` seconds gets them into a new one.
+        Yields a function that the first process calls often while it fills the caches. The other processes wait in a
+        collective, which fails after the process group's timeout. The function starts a new collective every `BEAT`
+        seconds.
         """
         trainer = self.trainer
         assert trainer is not None
@@ -112,21 +113,21 @@ class ResumableDataModule(L.LightningDataModule):
             wait()
         try:
             yield beat
-        finally:  # an error is every process's own
+        finally:  # after an error too: the other processes then try, and raise an error of their own
             if first:
                 wait()
 
     def failed_rows(self, file: int) -> list[dict[str, Any]]:
-        """Return the rows of a file that cannot be predicted: `index`, and `error` with the reason.
+        """Return the rows of a loader that cannot be predicted: `index`, and `error` with the reason.
 
         Args:
-            file: Number of the loader that the file is of.
+            file: Number of the loader, whose predictions go to one file.
         """
         return []
 
     @property
     def caches(self) -> bool:
-        """Return True in a fit with `cache_prefix`; what reads each row once has nothing to gain."""
+        """Return True in a fit with `cache_prefix`: other commands read each row once and would gain nothing."""
         assert self.trainer is not None
         return self.cache_prefix and self.trainer.state.fn == "fit"
 
@@ -135,7 +136,7 @@ class ResumableDataModule(L.LightningDataModule):
 
         Raises:
             DataError: If the model does not say what its frozen prefix is.
-            ModelError: If the model has none.
+            ModelError: If the model has no frozen prefix.
         """
         assert self.trainer is not None
         model = self.trainer.lightning_module
@@ -152,15 +153,17 @@ class ResumableDataModule(L.LightningDataModule):
         filling: Collate | None,
         collate: Collate,
     ) -> WithHidden:
-        """Return the function that makes batches with the output of the model's frozen prefix.
+        """Return a collate function that adds the cached output of the frozen prefix to each batch.
+
+        `datamodules.loading.prefix_cache` writes and reads the cache.
 
         Args:
-            name: Of the split.
-            dataset: Its rows as the model takes them.
-            rows_key: Another one for other rows.
-            lengths: Their lengths in tokens; None if all have as many.
-            filling: Makes the batches that the prefix gets; None stacks them.
-            collate: Makes all of a batch that is not from the prefix.
+            name: Name of the split.
+            dataset: Rows of the split, as the model takes them.
+            rows_key: Identifies the rows: other rows have another key.
+            lengths: Length of each row in tokens; None if all rows have the same length.
+            filling: Collate function of the batches for the prefix; None stacks the rows.
+            collate: Collate function of the rest of a batch.
         """
         assert self.trainer is not None
         rows = range(len(dataset)) if lengths is None else filling_order(lengths).tolist()  # type: ignore[arg-type]
@@ -177,17 +180,17 @@ class ResumableDataModule(L.LightningDataModule):
         collate: Collate | None = None,
         labels: Tensor | None = None,
     ) -> DataLoader[Any]:
-        """Return a loader that shuffles by the run's seed, in whole batches, from the position of a resumed checkpoint.
+        """Return the training loader: whole batches, shuffled by the run's seed, from the resumed position on.
 
         Args:
             dataset: The samples.
-            lengths: Their lengths, if samples of like length are to share a batch.
+            lengths: Length of each sample, if samples of similar length are to share a batch.
             collate: Makes a batch of samples; None stacks them.
-            labels: Their classes or scores, if batches by length are to keep the label mix of the data.
+            labels: Class or score of each sample, if batches by length are to keep the label mix of the data.
 
         Raises:
-            DataError: If there is not one whole batch for each process, or if the rows have changed since a checkpoint
-                of mid-epoch.
+            DataError: If the samples do not fill one batch for each process, or if the rows have changed since a
+                checkpoint from mid-epoch.
         """
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
@@ -215,7 +218,7 @@ class ResumableDataModule(L.LightningDataModule):
                     "ckpt_path: another version of this program wrote the checkpoint in mid-epoch, and shuffled in "
                     "another order. In the rest of this epoch some samples come twice and others not at all."
                 )
-            # in samples, since another batch size or number of processes may go on from there
+            # the position counts samples, since the batch size and the number of processes may have changed
             batches = min(self._position["samples"] // (self.batch_size * world), sampler.batches - 1)
             self._resumed_at = batches if self._position["samples"] else math.inf
             sampler.seek(self._position["epoch"], batches)
@@ -225,10 +228,11 @@ class ResumableDataModule(L.LightningDataModule):
     def evaluation_loader(
         self, dataset: Dataset[Any], lengths: Tensor | None = None, collate: Collate | None = None
     ) -> DataLoader[Any]:
-        """Return a loader of every sample once, on whichever process: no sample is repeated to make the shares equal.
+        """Return a loader that evaluates every sample exactly once, on one of the processes.
 
-        In order; or with lengths in batches of like length, so that little is padding: the longest batch first, which
-        shows at once whether it fits, and the others in an order that is shuffled but always the same.
+        Without lengths, the samples come in order. With lengths, samples of similar length share a batch, which saves
+        padding. The longest batch comes first, so that a lack of memory shows at once. The other batches come in a
+        shuffled order, which is the same in every run.
         """
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
@@ -238,16 +242,16 @@ class ResumableDataModule(L.LightningDataModule):
             return self._loader(dataset, range(rank, size, world), collate)
         step = self.batch_size * world
         first, *others = lengths.argsort(descending=True, stable=True).split(step)
-        rest = [others.pop()] if others and len(others[-1]) < step else []  # smaller batches stay the last
+        rest = [others.pop()] if others and len(others[-1]) < step else []  # a smaller batch stays the last one
         shuffled = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).tolist()
-        own = [batches[rank::world] for batches in (first, *(others[i] for i in shuffled), *rest)]
-        return self._loader(dataset, torch.cat(own).tolist(), collate)
+        of_this_rank = [batch[rank::world] for batch in (first, *(others[i] for i in shuffled), *rest)]
+        return self._loader(dataset, torch.cat(of_this_rank).tolist(), collate)
 
     def evaluated_training_rows(self) -> tuple[Dataset[Any], Tensor | None, Collate | None]:
         """Return the training rows as they are evaluated, with the lengths and the collation of `evaluation_loader`.
 
-        A task implements this method. The rows are neither augmented nor packed. If the fit has kept the output of the
-        frozen prefix for them, the batches hold this output.
+        A task implements this method. The rows are neither augmented nor packed. If the fit has cached the output of
+        the frozen prefix for these rows, the batches hold this output.
         """
         raise NotImplementedError
 
@@ -285,10 +289,10 @@ class ResumableDataModule(L.LightningDataModule):
         )
 
     def match_progress(self) -> None:
-        """Count the resumed epoch in batches of this run: Lightning goes on counting in those of the checkpoint.
+        """Count the resumed epoch in batches of this run, since Lightning counts in batches of the checkpoint.
 
-        An epoch that was not over has one batch left at least, without which Lightning would not end it. To be called
-        when training starts, before the first batch.
+        At least one batch of an unfinished epoch is left: without a batch, Lightning would not end the epoch. Call this
+        method when training starts, before the first batch.
         """
         assert self.trainer is not None
         done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
@@ -301,7 +305,7 @@ class ResumableDataModule(L.LightningDataModule):
         self._resumed_at = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in training: epoch, samples of it that are done, seed, order, digest of the rows."""
+        """Return the position in training: epoch, samples done in this epoch, seed, order, digest of the rows."""
         trainer = self.trainer
         assert trainer is not None
         done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
@@ -311,20 +315,20 @@ class ResumableDataModule(L.LightningDataModule):
         return position | {"order": ORDER} | self._rows_digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a position for the training loader that is to come.
+        """Keep a position until the training loader is built.
 
         Raises:
-            DataError: If it is no position.
+            DataError: If the state holds no position.
         """
-        known = state_dict if isinstance(state_dict, dict) else {}
-        numbers = [known.get(key) for key in ("epoch", "samples", "seed")]
+        state = state_dict if isinstance(state_dict, dict) else {}
+        numbers = [state.get(key) for key in ("epoch", "samples", "seed")]
         if not all(type(n) is int for n in numbers) or min(numbers[:2]) < 0:  # type: ignore[type-var, operator]
             raise DataError(
                 f"ckpt_path: the checkpoint's position in the data is damaged ({state_dict}). Use another checkpoint."
             )
         self._seed = state_dict["seed"]
-        self._position = {key: known.get(key) for key in ("epoch", "samples", "order")}
-        self._digest_before = {key: known.get(key) for key in ("rows", "size")}
+        self._position = {key: state.get(key) for key in ("epoch", "samples", "order")}
+        self._digest_before = {key: state.get(key) for key in ("rows", "size")}
 
     def _compare_rows(self) -> None:
         """Compare the training rows with those of the checkpoint that is resumed, once.

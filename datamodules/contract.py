@@ -1,7 +1,8 @@
 """The contract between data and models: kinds of data, batches, and what each side asks of the other.
 
-Modules import nothing else of this package but `datamodules.errors`. Each Protocol names one ability. A side that has
-the attributes has the ability, whatever its class is: `isinstance(model, TextModel)`.
+The package `modules` imports this file and `datamodules.errors`, and nothing else from `datamodules`. Each Protocol
+names one ability. An object with the attributes of a Protocol has the ability, whatever its class: `isinstance(model,
+TextModel)`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any, Final, NotRequired, Protocol, TypedDict, final, runtime_
 
 from torch import Tensor
 
-IGNORE_INDEX: Final = -100  # label of a token that is not learnt: a prompt's, or padding
-HIDDEN: Final = "hidden"  # key of a batch: output of the model's frozen prefix, in the place of the model's input
+IGNORE_INDEX: Final = -100  # label of tokens without loss: prompts and padding
+HIDDEN: Final = "hidden"  # key of a batch: output of the model's frozen prefix, instead of the model's input
 MASK: Final = "attention_mask"  # key of a batch: 1 at tokens and 0 at padding
-INPUTS: Final = ("image", "input_ids", "token_type_ids")  # keys of a batch that `HIDDEN` takes the place of
+INPUTS: Final = ("image", "input_ids", "token_type_ids")  # keys of a batch that `HIDDEN` replaces
 
 
 class DataKind(StrEnum):
-    """Kinds of data: a model names those that its steps take, and a data module names its own."""
+    """Kinds of data. A model lists the kinds that its steps take; a data module names the kind of its batches."""
 
     IMAGES = "images"
     LABELLED_TEXTS = "labelled texts"
@@ -48,7 +49,7 @@ class TextBatch(TypedDict):
     input_ids: NotRequired[Tensor]  # (batch, tokens) int64
     hidden: NotRequired[Tensor]  # (batch, tokens, width)
     attention_mask: Tensor  # (batch, tokens) int64
-    token_type_ids: NotRequired[Tensor]  # (batch, tokens) int64, of tokenizers that tell two sentences apart
+    token_type_ids: NotRequired[Tensor]  # (batch, tokens) int64, of tokenizers that mark the second sentence
     label: NotRequired[Tensor]  # (batch,) int64, or float32 in regression; not in prediction
     index: Tensor  # (batch,) int64
 
@@ -71,7 +72,7 @@ class InstructionBatch(TypedDict):
     hidden: NotRequired[Tensor]  # (batch, tokens, width)
     labels: Tensor  # (batch, tokens) int64, IGNORE_INDEX at prompts and padding; not in prediction
     attention_mask: NotRequired[Tensor]  # (batch, tokens) int64; not of packed sequences
-    position_ids: NotRequired[Tensor]  # (batch, tokens) int64, of packed sequences: each begins anew
+    position_ids: NotRequired[Tensor]  # (batch, tokens) int64, of packed sequences: from 0 in each conversation
     index: NotRequired[Tensor]  # (batch,) int64
 
 
@@ -88,7 +89,7 @@ class QuestionBatch(TypedDict):
     index: Tensor  # (batch,) int64
 
 
-# ------------------------------------------------------------------------------------- what either side may say
+# ------------------------------------------------------------------------------------- what either side may offer
 
 
 @runtime_checkable
@@ -114,7 +115,7 @@ class HasClassCounts(Protocol):
 
 @runtime_checkable
 class HasKinds(Protocol):
-    """A model that says what its steps take."""
+    """A model that lists the kinds of data that its steps take."""
 
     kinds: tuple[DataKind, ...]
 
@@ -131,13 +132,13 @@ class TextModel(Protocol):
     """A model of texts."""
 
     tokenizer: Any
-    position_limit: int | None  # most tokens of a text; None for any number
+    position_limit: int | None  # largest number of tokens of a text; None for no limit
 
 
 class Prefix(Protocol):
-    """The part of a backbone whose output data may keep, since training does not change it."""
+    """The part of a backbone that training does not change, so that data modules may cache its output."""
 
-    key: str  # another for other weights
+    key: str  # changes with the weights
 
     def states(self, batch: Any) -> Tensor:
         """Return the output (batch, tokens, width) for a batch."""
@@ -145,13 +146,13 @@ class Prefix(Protocol):
 
 @runtime_checkable
 class HasFrozenPrefix(Protocol):
-    """A model that may go on from the output of its frozen prefix."""
+    """A model that may take the output of its frozen prefix as input."""
 
     def frozen_prefix(self) -> Prefix:
         """Return the prefix.
 
         Raises:
-            ModelError: If there is none.
+            ModelError: If the model has no frozen prefix.
         """
 
 
@@ -160,14 +161,14 @@ class HasFrozenPrefix(Protocol):
 
 @runtime_checkable
 class HasKind(Protocol):
-    """Data that say of what kind their batches are."""
+    """Data that name the kind of their batches."""
 
     kind: DataKind
 
 
 @runtime_checkable
 class HasMetrics(Protocol):
-    """Data that say what a model of them is scored by."""
+    """Data that name the metrics by which a model is scored."""
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -185,11 +186,11 @@ class HasSets(Protocol):
 
 @runtime_checkable
 class HasDomains(Protocol):
-    """Data that are tested on other domains than they are trained on."""
+    """Data with test domains other than the training domain."""
 
     @property
     def domain_names(self) -> Sequence[str]:
-        """Names of the domains, in the order of the loaders behind the first."""
+        """Names of the domains, in the order of the loaders after the first."""
 
 
 @runtime_checkable
@@ -202,7 +203,7 @@ class HasPrompts(Protocol):
 
     @property
     def response_end(self) -> int:
-        """Token that the template ends a response with."""
+        """Token with which the template ends a response."""
 
 
 @runtime_checkable
@@ -217,23 +218,23 @@ class HasPacking(Protocol):
 
 @runtime_checkable
 class HasPredictionFiles(Protocol):
-    """Data that say how predictions of them are written."""
+    """Data that name the files of their predictions and complete the rows of these files."""
 
     @property
     def prediction_files(self) -> Sequence[str]:
         """A file name for each loader; the suffix decides between CSV, TSV and JSONL."""
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """Return the row to write for a predicted one; `file` is the number of its loader."""
+        """Return the row to write for a predicted row; `file` is the number of the loader."""
 
 
 @runtime_checkable
 class HasTestSplit(Protocol):
-    """Data that can be asked before a long training whether they can be tested."""
+    """Data that can check their test split before a long training."""
 
     def check_test_split(self) -> None:
         """Check that there is a test split, and have the next fit read it before training.
 
         Raises:
-            DataError: If there is none.
+            DataError: If there is no test split.
         """

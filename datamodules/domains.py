@@ -23,16 +23,16 @@ class DomainData(ImageData):
     """One environment of VLCS, PACS, OfficeHome, TerraIncognita or any other data set in DomainBed's layout.
 
     A share of the training environment is held out for the in-domain test. `val_fraction` of the rest is held out to
-    choose the checkpoint, so that no tested image chooses anything. Every image of the other environments is tested
+    choose the checkpoint, so that no test image influences the choice. Every image of the other environments is tested
     (Gulrajani and Lopez-Paz 2021).
 
     Classes are those of the training environment, matched by the names of their folders. Another environment may lack
     classes, which is logged. A class that the training environment lacks is an error.
 
     Args:
-        path: Directory of one folder an environment, with one folder a class in each.
+        path: Directory with one folder for each environment, each with one folder for each class.
         environment: Environment to train on, the name of its folder.
-        test_fraction: Share of its images held out for the in-domain test, in (0, 1).
+        test_fraction: Share of the training environment's images that is held out for the in-domain test, in (0, 1).
     """
 
     def __init__(self, path: str, environment: str, test_fraction: float = 0.2, **kwargs: Any) -> None:
@@ -48,7 +48,8 @@ class DomainData(ImageData):
         """Return the names of all environments, sorted.
 
         Raises:
-            DataError: If there are fewer than two, if they are splits, or if the training one is not among them.
+            DataError: If there are fewer than two environments, if the folders are splits, or if `environment` is not
+                among them.
         """
         if self._environments is None:
             self._environments = self._find_environments()
@@ -59,32 +60,33 @@ class DomainData(ImageData):
         if not root.is_dir():
             raise DataError(f"data.path: {self.path} is not a directory. {LAYOUT}")
         files = find_images(root, "path")
-        found = sorted({parts[0] for parts in files.images if len(parts) > 2})
-        if splits := [name for name in found if split_of(name)]:
+        environments = sorted({parts[0] for parts in files.images if len(parts) > 2})
+        if splits := [name for name in environments if split_of(name)]:
             raise DataError(
                 f"data.path: {root} has splits ({listed(splits)}) where environments are expected. {LAYOUT} For one "
                 "data set with splits use datamodules.image_classification.ImageClassificationData."
             )
-        if len(found) < 2:
+        if len(environments) < 2:
             raise DataError(
-                f"data.path: {root} holds {len(found)} environments, and two or more are needed. {LAYOUT} It holds "
-                f"{files.contents()}."
+                f"data.path: {root} holds {len(environments)} environments, and two or more are needed. {LAYOUT} It "
+                f"holds {files.contents()}."
             )
-        if self.environment not in found:
+        if self.environment not in environments:
             raise DataError(
-                f"data.environment: {root} has no environment {self.environment!r}. Choose one of {listed(found)}."
+                f"data.environment: {root} has no environment {self.environment!r}. Choose one of "
+                f"{listed(environments)}."
             )
-        logged = [logged_name(name) for name in found]
-        if taken := [
-            name for name, short in zip(found, logged, strict=True) if short == "ood" or logged.count(short) > 1
+        logged = [logged_name(name) for name in environments]
+        if clashing := [
+            name for name, short in zip(environments, logged, strict=True) if short == "ood" or logged.count(short) > 1
         ]:
             raise DataError(
-                f"data.path: the metrics of {listed(taken)} would be logged under one name, or as `ood`. Rename these "
-                f"folders of {root}."
+                f"data.path: the metrics of {listed(clashing)} would be logged under one name, or as `ood`. Rename "
+                f"these folders of {root}."
             )
         if stray := sum(len(parts) < 3 for parts in files.images):
             self.findings.add(f"left out of {root}: {stray:,} images in no class folder of an environment")
-        return found
+        return environments
 
     @property
     def others(self) -> list[str]:
@@ -98,7 +100,7 @@ class DomainData(ImageData):
 
     @property
     def domain_names(self) -> list[str]:
-        """Return what each tested set but the first is called in metrics."""
+        """Return the name in metrics of each tested set but the first."""
         return [logged_name(name) for name in self.others]
 
     # ----------------------------------------------------------------------------------------------------- splits
@@ -117,7 +119,7 @@ class DomainData(ImageData):
         """Check that an environment holds classes and no splits.
 
         Raises:
-            DataError: With the splits.
+            DataError: If the environment holds splits, with their names.
         """
         layout = read_layout(files)
         if list(layout.splits) != ["train"] or layout.names["train"] != ".":
@@ -125,7 +127,7 @@ class DomainData(ImageData):
             raise DataError(f"data.path: {files.root} has {names} above the folders of its classes. {LAYOUT}")
 
     def _rows(self, name: str) -> tuple[ImageTable, Tensor, str]:
-        """Return the table that a split is in, the rows that are its own, and where they are from, in words."""
+        """Return the table and the rows of a split, and a description of where the rows are from."""
         table = self._require(name)
         size, limit, source = len(table), self.limits.get(name, self.limits["test"]), table.where
         if name not in ("train", "val", "test"):

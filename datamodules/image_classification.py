@@ -1,4 +1,4 @@
-"""Images for classification, in the preprocessing of the backbone that looks at them."""
+"""Image classification: labelled images in the preprocessing of the backbone."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _log = logging.getLogger(__name__)
 
 
 class ImageData(ResumableDataModule):
-    """Labelled images, decoded, augmented and normalised for the backbone that looks at them.
+    """Labelled images, decoded, augmented and normalised for the backbone.
 
-    Images are decoded once to uint8 and kept in memory when they fit; augmentation runs on these tensors; the batch is
+    Images are decoded once to uint8 and kept in memory if they fit. Augmentation runs on these tensors. The batch is
     normalised with the backbone's own mean and deviation. Batches are `datamodules.contract.ImageBatch`. A task
     implements `_table` and `_rows`.
 
@@ -44,24 +44,24 @@ class ImageData(ResumableDataModule):
         path: The images.
         batch_size: Images a step and process, at least 1.
         val_fraction: Share of the training images held out when the data have no validation split, in (0, 1).
-        val_seed: Seed of what is held out, apart from the run's seed so that runs compare on the same images.
-        crop_scale: Share of the area that a training crop covers, [least, most]; [1, 1] crops nothing.
-        horizontal_flip: Whether training images are mirrored half of the time. Not for digits or text.
+        val_seed: Seed of the held-out images. It is not the run's seed, so that runs compare on the same images.
+        crop_scale: Smallest and largest share of the area that a training crop covers; [1, 1] crops nothing.
+        horizontal_flip: Whether half of the training images are mirrored. Not for digits or text.
         randaugment: Number of random operations on each training image (RandAugment, Cubuk et al. 2020), at magnitude 9
             of 30; 0 for none.
         random_erasing: Probability with which a rectangle of a training image is erased (Zhong et al. 2020).
         mixup: Parameter of the Beta distribution with which pairs of training images are blended (Zhang et al. 2018),
             such as 0.2; 0 for never.
-        cutmix: The same for rectangles pasted from image to image (Yun et al. 2019), such as 1.0. With both keys above
-            0, each batch takes either at random.
+        cutmix: Parameter of the Beta distribution for rectangles pasted from image to image (Yun et al. 2019), such as
+            1.0; 0 for never. If mixup and cutmix are above 0, each batch draws one of the two.
         cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
-            `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
+            `model.adapter.layers`) once for each row, in eval mode. Each epoch and later runs read it from disk.
             Training images must not be augmented: crop_scale [1, 1], no horizontal_flip, and none of the keys above.
-        memory_limit_gb: Decoded images are kept in memory up to this many GiB for each split and process, and decoded
-            anew beyond.
-        max_train_samples: Seeded sample of the training images, for trying out; None takes all.
-        max_val_samples: The same for validation.
-        max_test_samples: The same for testing, of each tested set.
+        memory_limit_gb: GiB of decoded images that each split and process keeps in memory. If a split is larger, its
+            images are decoded in each epoch.
+        max_train_samples: Size of a seeded sample of the training images, for quick trials; None takes all images.
+        max_val_samples: Size of a seeded sample of the validation images; None takes all images.
+        max_test_samples: Size of a seeded sample of each test set; None takes all images.
         predict_path: Image or folder of images for `predict`. Images that cannot be decoded get a row with their error.
     """
 
@@ -101,8 +101,10 @@ class ImageData(ResumableDataModule):
         for key, alpha in {"mixup": mixup, "cutmix": cutmix}.items():
             if not 0 <= alpha < math.inf:
                 raise DataError(f"data.{key}: {alpha} must be finite, 0 or more.")
-        mixes = any((randaugment, random_erasing, mixup, cutmix))
-        if cache_prefix and (horizontal_flip or tuple(crop_scale) != (1.0, 1.0) or mixes):
+        augments = (
+            horizontal_flip or tuple(crop_scale) != (1.0, 1.0) or any((randaugment, random_erasing, mixup, cutmix))
+        )
+        if cache_prefix and augments:
             raise DataError(
                 "data.cache_prefix: training images are augmented, and the cache holds each image once. Set "
                 "data.horizontal_flip to false, data.crop_scale to [1, 1] and the other keys of augmentation to 0, or "
@@ -127,7 +129,7 @@ class ImageData(ResumableDataModule):
         assert self.trainer is not None
         model = self.trainer.lightning_module
         if not isinstance(model, ImageModel):
-            raise DataError("ImageClassificationData needs a model that says how it wants its images (preprocessing).")
+            raise DataError("ImageClassificationData needs a model of images, such as ImageClassifier.")
         if self.caches:  # before the images are read
             self.frozen_prefix()
         self.config = config = model.preprocessing
@@ -142,7 +144,7 @@ class ImageData(ResumableDataModule):
             return
         self.class_names = self.model_classes or self._require("train").class_names
         names = {"fit": ["train", "val"], "validate": ["val"], "test": self.test_sets}[stage]
-        if stage == "fit" and self._tests_after_fit:  # what is wrong with its images and classes shows before training
+        if stage == "fit" and self._tests_after_fit:  # errors in the test images then show before training
             names = [*names, *self.test_sets]
         for name in names:
             transform = training if name == "train" else self.evaluation
@@ -158,7 +160,7 @@ class ImageData(ResumableDataModule):
         table = table.with_classes(self.class_names, f"the {name} split of {self.path}")
         dataset = ImageDataset(table, rows, transform)
         dataset.skip_unlabelled(name, self.findings)
-        if name in self.test_sets or not self.caches:  # the cache of a fit looks at each image once at most
+        if name in self.test_sets or not self.caches:  # a fit with a cache reads each image once at most
             dataset.keep_in_memory(self.memory_limit_gb, name, self.findings)
         if dataset.images is None and self.findings.skip_bad_rows:
             _log.info(
@@ -177,7 +179,7 @@ class ImageData(ResumableDataModule):
         return dataset
 
     def _table(self, name: str) -> ImageTable | None:
-        """Return the table that a split is stored in, opened once; None if there is none."""
+        """Return the table of a split, opened once; None if the data have no such split."""
         raise NotImplementedError
 
     def _require(self, name: str) -> ImageTable:
@@ -193,17 +195,17 @@ class ImageData(ResumableDataModule):
         """Check before a long training that there is a test split, and have the next fit read it before training.
 
         Raises:
-            DataError: If there is none.
+            DataError: If there is no test split.
         """
         self._require("test")
         self._tests_after_fit = True
 
     def _rows(self, name: str) -> tuple[ImageTable, Tensor, str]:
-        """Return the table that a split is in, the rows that are its own, and where they are from, in words."""
+        """Return the table and the rows of a split, and a description of where the rows are from."""
         raise NotImplementedError
 
     def _transforms(self, config: dict[str, Any]) -> tuple[Transform, Transform]:
-        """Return evaluation and training transforms of uint8 images (3, height, width), as timm prepares them."""
+        """Return the evaluation and the training transform of uint8 images (3, height, width), as in timm."""
         size = tuple(config["input_size"][1:])
         kind = config["interpolation"]
         steps = evaluation_steps(config)
@@ -221,7 +223,7 @@ class ImageData(ResumableDataModule):
     # ---------------------------------------------------------------------------------------------------- loaders
 
     def _batches(self, name: str) -> tuple[Dataset[Any], None, Collate | None]:
-        """Return what the loader of a split takes: its images, or the kept output of the frozen prefix for them."""
+        """Return the arguments for the loader of a split: its images, or the cached output of the frozen prefix."""
         data = self.splits[name]
         if not self.caches:
             return data, None, None
@@ -229,7 +231,7 @@ class ImageData(ResumableDataModule):
         return LabelDataset(data), None, self.cached(name, data, key, None, None, default_collate)
 
     def evaluated_training_rows(self) -> tuple[Dataset[Any], None, Collate | None]:
-        """Return the training images in the transforms of evaluation, or the kept output of the frozen prefix."""
+        """Return the training images in the transforms of evaluation, or the cached output of the frozen prefix."""
         if "train" in self.kept_states:
             return LabelDataset(self.splits["train"]), None, WithHidden(default_collate, self.kept_states["train"])
         data = copy.copy(self.splits["train"])
@@ -260,7 +262,10 @@ class ImageData(ResumableDataModule):
         return self._mixed(batch, batch.pop("draw")) if "draw" in batch else batch
 
     def _mixed(self, batch: dict[str, Any], draws: Tensor) -> dict[str, Any]:
-        """Blend the images of a training batch as a function of its draws; its labels become (batch, classes)."""
+        """Blend the images of a training batch with MixUp or CutMix; the labels become (batch, classes).
+
+        The blend is a function of the batch's draws, so that a resumed run blends alike.
+        """
         if not self.mixup and not self.cutmix:
             return batch
         classes = len(self.class_names or ())
@@ -279,8 +284,8 @@ class ImageClassificationData(ImageData):
             cifar-10-batches-py, or a folder of images: one folder a class, below train/, val/ and test/ or without.
         image_column: Column of the images; None takes the first of img, image.
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
-        skip_label: Label of the rows of a table that are left out, by name or number: -1 where it marks hidden labels.
-            For folders, move the folder of a class elsewhere.
+        skip_label: Name or number of a label whose rows are left out, such as -1 for hidden labels. It applies to
+            tables. For folders, move the folder of a class elsewhere.
         test_fraction: Share of the training images held out for testing when the data have no test split, in [0, 1);
             0 holds out none.
     """
@@ -304,16 +309,16 @@ class ImageClassificationData(ImageData):
         """Check before a long training that there are test images, and have the next fit read them before training.
 
         Raises:
-            DataError: If there are none.
+            DataError: If there are no test images.
         """
         if "test" not in self._shares():
             self._require("test")
         self._tests_after_fit = True
 
     def _shares(self) -> dict[str, float]:
-        """Return the shares of the training images that are held out, by the split that they make up."""
-        wanted = {"val": self.val_fraction, "test": self.test_fraction}
-        return {name: share for name, share in wanted.items() if share and self._table(name) is None}
+        """Return the held-out shares of the training images, by split."""
+        fractions = {"val": self.val_fraction, "test": self.test_fraction}
+        return {name: share for name, share in fractions.items() if share and self._table(name) is None}
 
     def _table(self, name: str) -> ImageTable | None:
         """Return a split as it is stored, opened once."""
@@ -322,7 +327,7 @@ class ImageClassificationData(ImageData):
         return self._tables[name]
 
     def _rows(self, name: str) -> tuple[ImageTable, Tensor, str]:
-        """Return the table that a split is in, the rows that are its own, and where they are from, in words."""
+        """Return the table and the rows of a split, and a description of where the rows are from."""
         shares = self._shares()
         from_training = name == "train" or name in shares
         table = self._require("train" if from_training else name)
@@ -333,7 +338,7 @@ class ImageClassificationData(ImageData):
             source += f", held out (no split of its own; {name}_fraction {shares[name]}, val_seed {self.val_seed})"
         elif from_training and shares:
             held = ", ".join(f"{split}_fraction {share}" for split, share in shares.items())
-            source += f", not held out ({held}, val_seed {self.val_seed})"
+            source += f", without held-out rows ({held}, val_seed {self.val_seed})"
         if limit is not None and len(rows) == limit:
             source += f", at most max_{name}_samples {limit}"
         return table, rows, source
@@ -354,7 +359,7 @@ def evaluation_steps(config: dict[str, Any]) -> list[Transform]:
         config["interpolation"],
         config["mean"],
         use_prefetcher=True,
-    ).transforms[:-1]  # the last makes an array of a PIL image
+    ).transforms[:-1]  # without the last step, which converts a PIL image to an array
     if config.get("crop_mode") == "border":
         fill = [round(255 * m) for m in config["mean"]]  # timm's own step cannot fill a tensor with a colour
         steps = [steps[0], partial(pad_to, size=size, fill=fill), v2.CenterCrop(size)]
@@ -369,7 +374,7 @@ def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def pad_to(image: Tensor, size: tuple[int, int], fill: list[int]) -> Tensor:
     """Pad an image (3, height, width) on all sides to at least a size (height, width)."""
-    rows, columns = (max(wanted - given, 0) for wanted, given in zip(size, image.shape[-2:], strict=True))
+    rows, columns = (max(least - length, 0) for least, length in zip(size, image.shape[-2:], strict=True))
     padding = [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2]
     return v2.functional.pad(image, padding, fill=fill)
 
@@ -396,7 +401,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """Leave out the rows without a label.
 
         Raises:
-            DataError: If they are more than may be skipped.
+            DataError: If more rows lack a label than may be skipped.
         """
         table, rows = self.table, self.rows.tolist()
         if not table.unlabelled and not table.left_out:
@@ -409,10 +414,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
             findings.add(f"{split}: {len(left_out):,} rows have the label of data.skip_label and are left out")
 
     def keep_in_memory(self, limit_gb: float, split: str, findings: Findings) -> None:
-        """Decode all images now if, judged by the first 64, they take at most `limit_gb` GiB.
+        """Decode all images now if they take at most `limit_gb` GiB, as estimated from the first 64.
 
         Raises:
-            DataError: If more cannot be decoded than may be skipped.
+            DataError: If more images cannot be decoded than may be skipped.
         """
         images: list[Tensor] = []
         errors: list[tuple[int, ImageError]] = []
@@ -431,10 +436,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.images = images
 
     def skip_undecodable(self, errors: Sequence[tuple[int, ImageError]], split: str, findings: Findings) -> None:
-        """Leave out images by index, each with the error of decoding it.
+        """Leave out images that cannot be decoded.
+
+        Args:
+            errors: Index of each such image, with the error of decoding the image.
+            split: Name of the split.
+            findings: Records the images.
 
         Raises:
-            DataError: If they are more than may be skipped.
+            DataError: If there are more such images than may be skipped.
         """
         good = torch.ones(len(self), dtype=torch.bool)
         for index, error in errors:
@@ -454,8 +464,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def rows_digest(self) -> str:
         """Return a digest of the images and labels, in their order.
 
-        Images in memory count with every pixel. Of images that do not fit there, files count by name and size, and
-        images inside Parquet by their label alone: reading all of them would take longer than the start of a run.
+        For images in memory, the digest covers every pixel. For other files, it covers name and size. For other images
+        inside Parquet, it covers the labels alone: reading all images would slow the start of a run.
         """
         digest = xxhash.xxh3_128(self.table.labels[self.rows].numpy().tobytes() if len(self.table.labels) else b"")
         for index, row in enumerate(self.rows.tolist()):
@@ -470,17 +480,17 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return digest.hexdigest()
 
     def decode(self, index: int) -> Tensor | ImageError:
-        """Return the image of an index, (3, height, width) uint8, or the error if it cannot be decoded."""
+        """Return the image at an index, (3, height, width) uint8, or the error if the image cannot be decoded."""
         try:
             return self.table.decode(int(self.rows[index]))
         except ImageError as error:
             return error
 
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
-        """Return the image of an index; of a draw, with the augmentation that is a function of its seed and index.
+        """Return the image at an index. A draw also has a seed, and seed and index determine the augmentation.
 
         Raises:
-            ImageError: If a labelled image cannot be decoded. One without a label is black, and its `error` not empty.
+            ImageError: If a labelled image cannot be decoded. In prediction, such an image is black and has an `error`.
         """
         index, seed = key if isinstance(key, tuple) else (key, None)
         image = self.decode(index) if self.images is None else self.images[index]
@@ -499,7 +509,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 class DecodingErrors(Dataset[ImageError | None]):
-    """Errors of decoding the images of a data set; None for good ones.
+    """Errors of decoding the images of a data set; None for each good image.
 
     Args:
         images: The images.
@@ -512,7 +522,7 @@ class DecodingErrors(Dataset[ImageError | None]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> ImageError | None:
-        """Decode an image and keep the error alone."""
+        """Decode an image and return only the error, if any."""
         image = self.images.decode(index)
         return image if isinstance(image, ImageError) else None
 
@@ -536,6 +546,6 @@ class LabelDataset(Dataset[dict[str, int]]):
         return self.images.rows_digest()
 
     def __getitem__(self, key: int | Draw) -> dict[str, int]:
-        """Return `label` and `index` of an index or a draw."""
+        """Return `label` and `index` for an index or a draw."""
         index = index_of(key)
         return {"label": int(self.labels[index]), "index": index}

@@ -1,4 +1,4 @@
-"""Instructions and responses: Alpaca's columns, or chat messages."""
+"""Instruction tuning: instructions with responses in Alpaca's columns, or chat messages."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ from datamodules.tokens.tokenizing import TokenDataset, lengths_of, tokenized, t
 
 _log = logging.getLogger(__name__)
 Template = Literal["alpaca", "chat"]
-SHAREGPT = "conversations"  # column of messages that is taken where the usual ones are missing
-LEAST = 16  # tokens of a conversation that is worth learning from
+SHAREGPT = "conversations"  # column of messages that is read where the columns of the keys are missing
+LEAST = 16  # smallest max_length: a shorter conversation is not worth learning from
 
 
 class LanguageModelingData(TrainingTextData):
-    """Prompts and responses, tokenised once; the responses alone are learnt.
+    """Conversations of prompts and responses, tokenised once. Only responses have a loss.
 
     Batches are `datamodules.contract.InstructionBatch`.
 
     Args:
-        template: How a prompt is written: `alpaca`, or `chat` for the tokenizer's own chat template.
-        messages_column: Column of conversations, lists of messages with `role` (system, user, assistant) and
-            `content`, or `from` and `value` as ShareGPT has them; where a table has it, the next three do not count.
-            A table without it and without instructions may have `conversations` instead.
-        instruction_column: Column of the instructions; a table without it may have `prompt`, `question` or the like.
-        input_column: Column of what they are about; a table may be without it.
-        response_column: Column of the responses; a table without it may have `response`, `completion`, `answer` or the
-            like.
-        system_prompt: System message of conversations that have none; with `alpaca` it takes the introduction's place.
-        end_mark: Text that some sets end their responses with; it is taken off, since the template has its own end.
-        empty_responses: What rows without a response are: an `error`, or left out (`skip`).
+        template: Format of prompts: `alpaca`, or `chat` for the tokenizer's own chat template.
+        messages_column: Column of conversations: lists of messages with `role` (system, user, assistant) and
+            `content`, or with ShareGPT's `from` and `value`. If a table has this column, the next three columns are
+            ignored. A table without this column and without instructions may have a column `conversations` instead.
+        instruction_column: Column of the instructions. Without this column, `prompt`, `question` or the like is read.
+        input_column: Column of the text that an instruction is about. A table may lack this column.
+        response_column: Column of the responses. Without this column, `response`, `completion`, `answer` or the like is
+            read.
+        system_prompt: System message for conversations without one. With `alpaca` it replaces the introduction.
+        end_mark: Text at the end of responses in some data sets. It is removed, since the template has its own end.
+        empty_responses: Treatment of rows without a response: `error`, or `skip` to leave the rows out.
         batch_size: Conversations (or packs) a step and process, at least 1.
-        max_length: Most tokens of a conversation, or of a pack. Of longer ones the prompt loses its middle and then
-            the response its end: it keeps half of the room, or all of itself.
-        packing: Whether training puts several conversations into one sequence, which do not see each other.
+        max_length: Largest number of tokens of a conversation, or of a pack. A longer conversation loses the middle of
+            its prompt, and then the end of its response. The response keeps at least half of the tokens.
+        packing: Whether training puts several conversations into one sequence. They do not attend to each other.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
-        prompt: A message for `predict` to respond to, in place of a file.
-        prediction_format: Format of what `predict` writes.
+        prompt: A message to which `predict` responds, in place of a file.
+        prediction_format: Format of the file of predictions.
     """
 
     kind = DataKind.INSTRUCTIONS
@@ -94,7 +94,7 @@ class LanguageModelingData(TrainingTextData):
         self.prediction_files = (f"predictions.{prediction_format}",)
 
     def before_splits(self) -> None:
-        """Check that the model has positions for the length."""
+        """Check that the model has positions for `max_length` tokens."""
         self.check_length("max_length", self.max_length)
 
     @property
@@ -102,28 +102,28 @@ class LanguageModelingData(TrainingTextData):
         """Return the Jinja template of whole conversations.
 
         Raises:
-            DataError: If it is to be the tokenizer's, and that has none.
+            DataError: If `template` is `chat`, and the tokenizer has no chat template.
         """
         if self.template == "alpaca":
             return alpaca_template(self.tokenizer)
-        own = self.tokenizer.chat_template
-        own = own.get("default") if isinstance(own, dict) else own  # some have more, for tools
-        if not own:
+        template = self.tokenizer.chat_template
+        template = template.get("default") if isinstance(template, dict) else template  # some have one for tools too
+        if not template:
             raise DataError(
-                "data.template: the backbone's tokenizer has no chat template of its own; use template: alpaca, or a "
+                "data.template: the backbone's tokenizer has no chat template. Use template: alpaca, or a "
                 "backbone that was tuned for chat."
             )
-        return str(own)
+        return str(template)
 
     @property
     def response_end(self) -> int:
-        """Return the token that the template ends a response with."""
+        """Return the token with which the template ends a response."""
         return response_end(self.tokenizer, self.prompt_template)
 
     # ------------------------------------------------------------------------------------------------------ tokens
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """Return the conversations of some rows of a table; for prediction, the prompts."""
+        """Return the conversations of some rows of a table, or their prompts for prediction."""
         learnt = split != "predict"
         columns, table = self._columns(table, learnt)
         if not learnt:
@@ -134,19 +134,19 @@ class LanguageModelingData(TrainingTextData):
         tokens = self._tokenize(table.select(rows), columns, encoder, learnt)
         refused = self._refused(table, rows, tokens, columns, encoder, learnt)
         if refused:
-            kept = self.without_bad(split, table, rows, refused)
+            usable = self.without_bad(split, table, rows, refused)
             tokens = tokens.select([i for i, row in enumerate(rows.tolist()) if row not in refused])
-            rows = kept
+            rows = usable
         self.warn_of_cut_rows(tokens, table, self.max_length)
         if split == "train":
             self.findings.add(f"columns: conversations of {', '.join(columns.names())}, template {self.template}")
         return TokenDataset(tokens)
 
     def _columns(self, table: Table, learnt: bool) -> tuple[Columns, Table]:
-        """Return the columns to read, and the table with text in these columns."""
+        """Return the columns to read, and the table with these columns as text."""
         names = table.data.column_names
         messages = self.messages_column if self.messages_column in names else None
-        given = self.input_column
+        input_column = self.input_column
         if messages is None and self.instruction_column not in names and SHAREGPT in names:
             messages = SHAREGPT
             self.findings.add(f"the column {SHAREGPT} of {table.where} is read as messages")
@@ -157,11 +157,13 @@ class LanguageModelingData(TrainingTextData):
                     f"data.instruction_column: {table.where} has neither a column {self.messages_column} of messages "
                     f"nor a column {self.instruction_column}; it has {', '.join(names)}."
                 )
-            if given is not None and (_is_empty(table, given) if given in names else given == "input"):
-                given = None
+            if input_column is not None and (
+                _is_empty(table, input_column) if input_column in names else input_column == "input"
+            ):
+                input_column = None
             keys = {
                 "instruction_column": self.instruction_column,
-                "input_column": given,
+                "input_column": input_column,
                 "response_column": self.response_column if learnt else None,
             }
             for key, column in keys.items():
@@ -170,7 +172,7 @@ class LanguageModelingData(TrainingTextData):
         columns = Columns(
             messages=messages,
             instruction=self.instruction_column,
-            input=given,
+            input=input_column,
             response=self.response_column if learnt else None,
             apart=self.template == "alpaca",
             system=self.system_prompt,
@@ -179,17 +181,17 @@ class LanguageModelingData(TrainingTextData):
         return columns, table
 
     def _choose_columns(self, table: Table, learnt: bool) -> None:
-        """Choose columns of the usual names where those of the keys are missing."""
+        """Choose columns with the usual names where the table lacks the columns of the keys."""
         names, chosen = table.data.column_names, {}
         keys = {"instruction_column": ("instruction", PROMPTS)}
         keys |= {"response_column": ("output", RESPONSES)} if learnt else {}
-        for key, (default, known) in keys.items():
+        for key, (default, usual) in keys.items():
             column = self.hparams[key]
-            found = named_column(table, [name for name in known if name != self.input_column])
-            if column != default or column in names or found is None:
+            named = named_column(table, [name for name in usual if name != self.input_column])
+            if column != default or column in names or named is None:
                 continue
-            chosen[key] = found
-            self.findings.add(f"the column {found} of {table.where} is read as data.{key}, since {column} is not there")
+            chosen[key] = named
+            self.findings.add(f"the column {named} of {table.where} is read as data.{key}, since {column} is not there")
         self.instruction_column = chosen.get("instruction_column", self.instruction_column)
         self.response_column = chosen.get("response_column", self.response_column)
 
@@ -202,10 +204,10 @@ class LanguageModelingData(TrainingTextData):
     def _check_rows(
         self, split: str, table: Table, rows: Tensor, columns: Columns, encoder: ConversationEncoder
     ) -> Tensor:
-        """Return the rows that hold a conversation, without those that may be skipped.
+        """Return the rows that hold a conversation, without the rows that `empty_responses: skip` leaves out.
 
         Raises:
-            DataError: If more rows than may be skipped are no conversation, ask nothing, or have no response to learn.
+            DataError: If too many rows hold no conversation, no question or no response.
         """
         bad: dict[int, BadRow] = {}
         silent, cleaned = set(), 0
@@ -235,7 +237,7 @@ class LanguageModelingData(TrainingTextData):
         return self.without_bad(split, table, rows, bad)
 
     def _reason(self, messages: list[dict[str, str]], columns: Columns, learnt: bool) -> BadRow | None:
-        """Return the reason why a conversation cannot be used, or None."""
+        """Return why a conversation cannot be used; None if it can be used."""
         key = "messages_column" if columns.messages else "response_column"
         asked = [m for m in (messages if learnt else question(messages)) if m["role"] == "user"]
         if not learnt and not asked:
@@ -262,7 +264,7 @@ class LanguageModelingData(TrainingTextData):
         encoder: ConversationEncoder,
         learnt: bool,
     ) -> dict[int, BadRow]:
-        """Return the rows that the template refused, which have no tokens, with its reason."""
+        """Return the rows without tokens, which the template refused, with the reason."""
         empty = lengths_of(tokens) == 0
         if not empty.any():
             return {}
@@ -280,13 +282,13 @@ class LanguageModelingData(TrainingTextData):
 
     def _tokenize(self, table: Table, columns: Columns, encoder: ConversationEncoder, learnt: bool) -> datasets.Dataset:
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            made = []
+            conversations = []
             for row in _by_row(batch):
                 try:
-                    made.append(_encoded(encoder, columns, row, learnt))
+                    conversations.append(_encoded(encoder, columns, row, learnt))
                 except DataError:  # `_refused` finds the rows without tokens, in the cache too
-                    made.append(([], []))
-            lists = [tuple(np.asarray(part) for part in parts) for parts in made]
+                    conversations.append(([], []))
+            lists = [tuple(np.asarray(part) for part in parts) for parts in conversations]
             encoded: dict[str, list[Any]] = {
                 "input_ids": [ids.astype(np.int32) for ids, _ in lists],
                 "labels": [np.where(mask, ids, IGNORE_INDEX).astype(np.int32) for ids, mask in lists],
@@ -306,11 +308,11 @@ class LanguageModelingData(TrainingTextData):
     # ----------------------------------------------------------------------------------------------------- batches
 
     def collate(self) -> Collate:
-        """Return the function that pads conversations at the right."""
+        """Return the function that makes batches for training, padded at the right."""
         return PadSequences(self.tokenizer.pad_token_id)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return a loader that shuffles batches of like length, packed or not."""
+        """Return the training conversations, shuffled, in batches of similar length, packed or not."""
         if not self.packing:
             return super().train_dataloader()
         rows = self.splits["train"][0]
@@ -325,7 +327,7 @@ class LanguageModelingData(TrainingTextData):
         return self.train_loader(packed, lengths, collate)
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Return a loader of prompts in batches of like length, padded at the left."""
+        """Return the prompts in batches of similar length, padded at the left."""
         data = self.splits["predict"][0]
         lengths = data.lengths if self.bucket_by_length else None
         return [self.evaluation_loader(data, lengths, PadSequences(self.tokenizer.pad_token_id, "left"))]
@@ -333,7 +335,7 @@ class LanguageModelingData(TrainingTextData):
     # -------------------------------------------------------------------------------------------------- prediction
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """Return the columns of the prompt with the response; a response in the file becomes the reference."""
+        """Return the prompt's columns, the response, and the file's own response as `reference`."""
         source = dict(self.predicted[file].data[row["index"]])
         column = self._asked.messages
         if row.get("error"):
@@ -347,16 +349,16 @@ class LanguageModelingData(TrainingTextData):
             reference = source.pop(self.response_column, None)
         if isinstance(reference, str):
             reference = self._asked.without_mark(reference)
-        made = {"response": row.get("response"), **({"reference": reference} if reference else {})}
-        made |= {"error": row["error"]} if "error" in row else {}
-        plain: dict[str, Any] = json.loads(json.dumps(source, default=str))  # a date, say, as text
-        return {"index": row["index"], **{k: v for k, v in plain.items() if k not in ("index", *made)}, **made}
+        answer = {"response": row.get("response"), **({"reference": reference} if reference else {})}
+        answer |= {"error": row["error"]} if "error" in row else {}
+        plain: dict[str, Any] = json.loads(json.dumps(source, default=str))  # other types, such as dates, as text
+        return {"index": row["index"], **{k: v for k, v in plain.items() if k not in ("index", *answer)}, **answer}
 
 
 def _encoded(
     encoder: ConversationEncoder, columns: Columns, row: dict[str, Any], learnt: bool
 ) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a row, or of the prompt to predict, and which of them are learnt."""
+    """Return the tokens of a row, and a mask of the learnt tokens; in prediction, the tokens of the prompt."""
     messages = columns.conversation(row)
     if learnt:
         return encoder.conversation(messages)
@@ -365,7 +367,7 @@ def _encoded(
 
 
 def _is_empty(table: Table, column: str) -> bool:
-    """Return True if no row has a value; the libraries that read text then take the column for one of another type."""
+    """Return True if no row has a value. Readers of text files give such a column another type than text."""
     rows = table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000)
     return all(batch[column].null_count == len(batch) for batch in rows)
 

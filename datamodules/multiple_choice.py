@@ -1,4 +1,4 @@
-"""Multiple choice in MMLU's format: prompts with a few shots, batched by subject over the tokens that they share."""
+"""Multiple choice in MMLU's format: prompts with a few shots. A batch shares the prefix of one subject."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from datamodules.tokens.questions import (
 
 _log = logging.getLogger(__name__)
 
-HIDDEN = (None, -1, "")  # answers of which prediction can do without
+HIDDEN = (None, -1, "")  # cells without an answer, which only prediction accepts
 
 
 class MultipleChoiceData(TextData):
-    """Questions with choices, asked in MMLU's format behind a few answered ones (Hendrycks et al. 2021).
+    """Questions with choices, asked in MMLU's format after a few answered questions (Hendrycks et al. 2021).
 
-    For validation, testing and prediction. A batch is of one subject, and a subject's batches come together. Batches
-    are `datamodules.contract.QuestionBatch`.
+    For validation, testing and prediction. A batch holds questions of one subject, and the batches of a subject follow
+    each other. Batches are `datamodules.contract.QuestionBatch`.
 
     Args:
         path: A data set's name on the hub, or a directory of validation.*, test.* and a split of shots as Parquet or
             JSONL.
         config: The data set's configuration: on the hub, or a folder in the directory.
         shots_split: Split of the answered questions.
-        shots: How many of them a prompt has: the first ones of its subject, 0 or more.
+        shots: Number of answered questions in a prompt, 0 or more: the first questions of the subject in that split.
         question_column: Column of the questions.
         choices_column: Column of the lists of 2 to 26 choices, as many in each row.
         answer_column: Column of the answers: indices from 0, or letters.
-        subject_column: Column of the subjects; if there is none, all questions are of one.
+        subject_column: Column of the subjects; without this column, all questions are of one subject.
         batch_size: Questions a step and process, at least 1.
-        max_length: Most tokens of a prompt; a subject with a longer one takes fewer shots. None for as many as the
-            model has positions for.
+        max_length: Largest number of tokens of a prompt. A subject with longer prompts gets fewer shots. None takes
+            the number of the model's positions.
         subjects: Subjects to ask; None for all.
     """
 
@@ -102,8 +102,8 @@ class MultipleChoiceData(TextData):
         """
         if stage == "fit":
             raise DataError(
-                "data: MultipleChoiceData has no training rows; it is for validate, test and predict. Train on other "
-                "data, LanguageModelingData say, and give the run's --ckpt_path to test."
+                "data: MultipleChoiceData has no training rows and works in validate, test and predict alone. Train on "
+                "other data, such as LanguageModelingData, and test that run with --ckpt_path."
             )
         super().setup(stage)
 
@@ -113,10 +113,10 @@ class MultipleChoiceData(TextData):
             self.check_length("max_length", self.max_length)
 
     def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
-        """Return the one set of a split, which is never held out from another.
+        """Return the only set of a split. Nothing is held out from training rows.
 
         Raises:
-            DataError: If there is none.
+            DataError: If there is no such split.
         """
         tables = self.stored(split)
         if not tables:
@@ -125,7 +125,7 @@ class MultipleChoiceData(TextData):
         return {suffix: (table, False) for suffix, table in tables.items()}
 
     def split_names(self, split: str, suffix: str = "") -> tuple[str, ...]:
-        """Return the spellings of a split without that of the shots: MMLU's `dev` is no validation split."""
+        """Return the spellings of a split but the split of the shots: MMLU's `dev` is no validation split."""
         usual, *others = super().split_names(split, suffix)
         return (usual, *(name for name in others if not is_spelling(name, [self.shots_split])))
 
@@ -138,15 +138,17 @@ class MultipleChoiceData(TextData):
         return f"{super().source(table)}{asked}, {self.shots} shots each"
 
     def _to_predict(self, table: Table) -> QuestionDataset:
-        made = self.build("predict", table, self.eligible_rows(table))
+        dataset = self.build("predict", table, self.eligible_rows(table))
         if failed := self.failed.get(table.where):
-            self.findings.add(f"{len(failed):,} rows of {table.where} cannot be predicted; their column error says why")
-        self.findings.add_split("predict", len(made), table.source or table.where)
+            self.findings.add(
+                f"{len(failed):,} rows of {table.where} cannot be predicted; the column `error` gives the reason"
+            )
+        self.findings.add_split("predict", len(dataset), table.source or table.where)
         self.add_notes(table)
-        return made
+        return dataset
 
     def eligible_rows(self, table: Table) -> Tensor:
-        """Return the rows of the subjects that are asked, (rows,) int64."""
+        """Return the rows of the subjects in `subjects`, (rows,) int64."""
         if self.subjects is None:
             return torch.arange(len(table))
         of_row = self._subjects_of(table)
@@ -158,7 +160,7 @@ class MultipleChoiceData(TextData):
         return torch.tensor([row for row, subject in enumerate(of_row) if subject in self.subjects])
 
     def build(self, split: str, table: Table, rows: Tensor) -> QuestionDataset:
-        """Return the questions of some rows of a table; for prediction, answers may be missing."""
+        """Return the questions of some rows of a table with their answers, which may be missing in prediction."""
         of_row = self._subjects_of(table)
         asked, bad = self._read(table, rows.tolist(), answered=split != "predict")
         rows = self.without_bad(split, table, rows, bad | self._too_long(asked, of_row))
@@ -171,7 +173,9 @@ class MultipleChoiceData(TextData):
             for subject, members in groups.items():
                 fitted[subject] = self._fitted(subject, [asked[row].prompt() for row in members], shots[subject])
         self._warn_of_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})
-        names = sorted(groups, key=lambda subject: -fitted[subject][0].longest)  # shows at once whether it fits
+        names = sorted(
+            groups, key=lambda subject: -fitted[subject][0].longest
+        )  # the longest first, so that a lack of memory shows at once
         first = names[0]
         prompt = header(first) + "".join(shots[first][: fitted[first][1]]) + asked[groups[first][0]].prompt()
         return QuestionDataset(
@@ -192,9 +196,9 @@ class MultipleChoiceData(TextData):
         return [UNKNOWN if subject is None else subject for subject in texts.data[column][:]]
 
     def _read(self, table: Table, rows: list[int], answered: bool) -> tuple[dict[int, Question], dict[int, BadRow]]:
-        """Return the questions by row, and the rows that hold no question, no choices or no answer.
+        """Return the questions of some rows by row, and the rows that lack a question, choices or an answer.
 
-        The number of choices is that of most rows.
+        A question must have as many choices as most rows have.
         """
         texts = check_texts(table, "question_column", self.question_column)
         check_column(table, "choices_column", self.choices_column)
@@ -230,10 +234,10 @@ class MultipleChoiceData(TextData):
         return read, bad
 
     def _shots(self, asked: Table, subjects: list[str]) -> dict[str, list[str]]:
-        """Return the examples of each subject.
+        """Return the shots of each subject.
 
         Raises:
-            DataError: If there are too few, or they are among the questions that are asked.
+            DataError: If there are too few shots, or if the shots are among the questions to ask.
         """
         if self.shots == 0:
             return {subject: [] for subject in subjects}
@@ -266,7 +270,7 @@ class MultipleChoiceData(TextData):
         return self.text_model.position_limit if self.max_length is None else self.max_length
 
     def _fitted(self, subject: str, questions: list[str], shots: list[str]) -> tuple[SharedPrompts, int]:
-        """Return the prompts of a subject with as many shots as fit before each prompt, and the number of shots."""
+        """Return the prompts of a subject with as many shots as fit before every question, and the number of shots."""
         for count in range(len(shots), -1, -1):
             start = header(subject) + "".join(shots[:count])
             prompts = shared_prompts([start + question for question in questions], self.tokenizer)
@@ -275,7 +279,7 @@ class MultipleChoiceData(TextData):
         return prompts, count
 
     def _too_long(self, asked: dict[int, Question], subjects: list[str]) -> dict[int, BadRow]:
-        """Return the questions that do not fit without a shot, by row."""
+        """Return the questions that do not fit even without shots, by row."""
         if self._limit is None or not asked:
             return {}
         limit = "positions of the backbone" if self.max_length is None else "that data.max_length allows"
@@ -300,17 +304,17 @@ class MultipleChoiceData(TextData):
             )
 
     def _letters(self, prompt: str, size: int) -> Tensor:
-        """Return the tokens of the letters behind a prompt, (size,) int64.
+        """Return the tokens of the letters after a prompt, (size,) int64.
 
         Raises:
-            DataError: If they are not one token each, apart from the prompt's and from one another.
+            DataError: If a letter is not one token of its own after the prompt, or two letters share a token.
         """
         base, *longer = self.tokenizer([prompt, *(f"{prompt} {x}" for x in LETTERS[:size])], **PLAIN)["input_ids"]
         ends = [ids[len(base) :] for ids in longer if ids[: len(base)] == base]
         if any(len(end) != 1 for end in ends) or len({*map(tuple, ends)}) < size:
             raise DataError(
                 f"data: the tokenizer of this backbone does not make one token of each of the answers A to "
-                f"{LETTERS[size - 1]} behind `Answer:`, which multiple choice goes by; choose another backbone."
+                f"{LETTERS[size - 1]} after `Answer:`. Multiple choice compares these tokens. Choose another backbone."
             )
         return torch.tensor(ends).flatten()
 
@@ -323,15 +327,15 @@ class MultipleChoiceData(TextData):
             assert isinstance(data, QuestionDataset)
             if len(data) < world:
                 raise DataError(f"{len(data)} questions are fewer than the {world} processes; use fewer processes.")
-            own = range(rank, len(data), world)  # of each subject, since a subject's lie together
-            share = Subset(data, own)
-            groups = [data.groups[i] for i in own]
+            rows = range(rank, len(data), world)  # a share of each subject, whose questions follow each other
+            share = Subset(data, rows)
+            groups = [data.groups[i] for i in rows]
             batches = SubjectBatches(SequentialSampler(share), self.batch_size, False, groups)
             loaders.append(self._loader(share, batches, data.collate))
         return loaders
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """Return the number and subject of a row, the predicted and the right letter, and each log-probability."""
+        """Return the row's number, subject and predicted letter, the known answer, and each log-probability."""
         source = self.predicted[file].data[row["index"]]
         if row.get("error"):
             subject = source.get(self.subject_column, UNKNOWN)

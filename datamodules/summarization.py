@@ -1,4 +1,4 @@
-"""Pairs of a text and its summary: XSum, CNN/DailyMail, and any two columns."""
+"""Summarization: texts with their summaries from XSum, CNN/DailyMail, or any two columns."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from datamodules.tokens.tokenizing import TokenDataset, tokenized, tokenizer_sta
 
 @dataclass(frozen=True)
 class PadPairs:
-    """Makes a batch of rows of source and target tokens."""
+    """Collate rows of source and target tokens into a padded batch."""
 
     tokenizer: Any
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return tokens (batch, source tokens) with mask, `labels` (batch, target tokens), `reference`, `index`."""
+        """Return tokens (batch, source tokens), mask, `labels` (batch, target tokens), `reference` and `index`."""
         batch: dict[str, Any] = dict(
             self.tokenizer.pad(
                 [{"input_ids": row["input_ids"]} for row in rows], padding="longest", return_tensors="pt"
@@ -49,12 +49,12 @@ class SummarizationData(TrainingTextData):
         source_column: Column of the texts to summarise. None takes the first of `document`, `article`, `dialogue`,
             `source`, `text` and the like.
         target_column: Column of the summaries. None takes the first of `summary`, `highlights`, `target` and the like.
-        id_column: Column that names a row in predictions; without it they have the row's number.
-        prediction_format: Format of what `predict` writes.
-        source_prefix: What is put before each source, such as T5's `summarize: `.
+        id_column: Column that identifies a row in predictions; without this column, predictions have the row's number.
+        prediction_format: Format of the file of predictions.
+        source_prefix: Text before each source, such as T5's `summarize: `.
         batch_size: Samples a step and process, at least 1.
-        max_source_length: Most tokens of a source; longer ones are cut.
-        max_target_length: Most tokens of a target in training; ROUGE goes by the whole text.
+        max_source_length: Largest number of tokens of a source. Longer sources are cut.
+        max_target_length: Largest number of tokens of a target in training. ROUGE uses the whole text.
     """
 
     kind = DataKind.SUMMARIES
@@ -85,23 +85,23 @@ class SummarizationData(TrainingTextData):
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 
     def before_splits(self) -> None:
-        """Check that the model has positions for the lengths."""
+        """Check that the model has positions for the lengths, and guess the columns that no key names."""
         self.check_length("max_source_length", self.max_source_length)
         self.check_length("max_target_length", self.max_target_length)
         if self.source_column is None or self.target_column is None:
             self._guess_columns()
 
     def _guess_columns(self) -> None:
-        """Choose the columns that no key names by their names.
+        """Guess the columns that no key names, from the usual names.
 
         Raises:
-            DataError: If no column has a name that is known.
+            DataError: If no column has a usual name.
         """
         predicts = self.predicts
         table = next(iter(self.tables_of_any_split().values()))
         columns = {"source_column": (self.source_column, SOURCES), "target_column": (self.target_column, TARGETS)}
-        for key, (given, names) in columns.items():
-            column = given or named_column(table, [name for name in names if name != self.source_column])
+        for key, (configured, names) in columns.items():
+            column = configured or named_column(table, [name for name in names if name != self.source_column])
             if column is None and not (predicts and key == "target_column"):
                 raise DataError(
                     f"data.{key}: no column of {table.where} has a name such as {', '.join(names[:3])}. Name one of "
@@ -115,7 +115,7 @@ class SummarizationData(TrainingTextData):
         self.keep_columns(source_column=self.source_column, target_column=self.target_column)
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """Return the tokens of some rows of a table with the targets' texts; for prediction, without targets."""
+        """Return the tokens of some rows of a table, with the targets' texts; without targets for prediction."""
         assert self.source_column is not None
         columns = {"source_column": self.source_column}
         if split != "predict":
@@ -165,13 +165,13 @@ class SummarizationData(TrainingTextData):
         return tokens
 
     def collate(self) -> Collate:
-        """Return the function that pads sources and targets, each to the longest of the batch."""
+        """Return the function that pads the sources and the targets of a batch."""
         return PadPairs(self.tokenizer)
 
     # -------------------------------------------------------------------------------------------------- prediction
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """Return the document's id, its summary, and the reference, if there is one."""
+        """Return the document's id, its summary, and its reference, if the file has references."""
         source = self.predicted[file].data[row["index"]]
         name = source.get(self.id_column, row["index"])
         error = {"error": row["error"]} if "error" in row else {}

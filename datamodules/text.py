@@ -40,11 +40,11 @@ class BadRow(NamedTuple):
 
 
 class NumberedRows(TokenDataset):
-    """Rows of tokens whose `index` is their row in the table: that of rows to predict, some of which are left out.
+    """Rows of tokens with their row numbers in the table as `index`, for predictions that leave out some rows.
 
     Args:
         rows: The rows of tokens.
-        numbers: Row of each in the table, (rows,) int64.
+        numbers: Row number of each row in the table, (rows,) int64.
     """
 
     def __init__(self, rows: TokenDataset, numbers: Tensor) -> None:
@@ -59,25 +59,25 @@ class NumberedRows(TokenDataset):
 class TextData(ResumableDataModule):
     """Parts that data modules of texts share: splits of tables, limits of length, loaders over length buckets.
 
-    A task implements `build`, which makes a data set of a table's rows, and `collate`. It names the columns whose cells
-    are text as it is written by `read_as_written`.
+    A task implements `build`, which makes a data set of a table's rows, and `collate`. The task calls `read_as_written`
+    with the columns whose cells must stay text.
 
-    Rows are chosen first, by `val_seed` and the limits, and bad rows among them are skipped then: `skip_bad_rows`
-    changes neither which rows are held out nor the order of the good rows.
+    Rows are chosen first, by `val_seed` and the limits. Bad rows among the chosen rows are skipped afterwards. So
+    `skip_bad_rows` changes neither the choice of held-out rows nor the order of the good rows.
 
     Args:
         path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or JSONL;
             or one such file of training rows.
         config: The data set's configuration: on the hub, or a folder in the directory.
         revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
-        max_val_samples: Seeded sample of the validation rows, of each of their sets, for trying out; None takes all.
-        max_test_samples: The same for testing.
+        max_val_samples: Size of a seeded sample of each validation set, for quick trials; None takes all rows.
+        max_test_samples: Size of a seeded sample of each test set; None takes all rows.
         predict_path: File of rows for `predict`; None takes the test split.
         encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
     """
 
-    suffixes: tuple[str, ...] = ("",)  # of the validation and test splits that a data set has several of
-    # what a data module without training rows does with them
+    suffixes: tuple[str, ...] = ("",)  # suffixes of the sets of a validation or test split, such as MNLI's
+    # values for data modules without training rows, which do not have these keys
     bucket_by_length = True
     test_on_validation = False
     val_fraction, test_fraction, val_seed = 0.1, 0.0, 0
@@ -134,7 +134,7 @@ class TextData(ResumableDataModule):
                 self.splits["predict"] = [self._to_predict(table) for table in self.predicted]
                 return
             names = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
-            if stage == "fit" and self._tests_after_fit:  # what is wrong with its rows shows before training
+            if stage == "fit" and self._tests_after_fit:  # errors in the test rows then show before training
                 names.append("test")
             for split in names:
                 if split not in self.splits:
@@ -147,54 +147,54 @@ class TextData(ResumableDataModule):
         """Check keys and learn classes before the first split is read; a task overrides this."""
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """Return a data set of some rows of a table, with their targets unless they are to be predicted.
+        """Return a data set of some rows of a table, with targets unless the split is `predict`.
 
         Args:
             split: `train`, `val`, `test` or `predict`.
             table: The table.
-            rows: Rows of it, (rows,) int64, of which `without_bad` takes out those that cannot be used.
+            rows: Row numbers, (rows,) int64; `without_bad` removes the unusable rows.
         """
         raise NotImplementedError
 
     def without_bad(self, split: str, table: Table, rows: Tensor, bad: Mapping[int, BadRow]) -> Tensor:
-        """Return the rows that can be used; others are skipped, or in prediction kept with the reason.
+        """Return the usable rows. Other rows are skipped, or in prediction recorded with the reason.
 
         Args:
             split: As for `build`.
             table: The table, for messages.
             rows: Rows of the split, (rows,) int64.
-            bad: Rows that cannot be used, among others.
+            bad: Unusable rows of the table; they need not be rows of the split.
 
         Raises:
-            DataError: If more are bad than may be skipped, or all.
+            DataError: If more rows are bad than may be skipped, or all rows.
         """
         chosen = rows.tolist()
-        found = {row: bad[row] for row in sorted(chosen) if row in bad}
+        unusable = {row: bad[row] for row in sorted(chosen) if row in bad}
         if split == "predict":
-            self.failed.setdefault(table.where, {}).update({row: reason for row, (_, reason) in found.items()})
+            self.failed.setdefault(table.where, {}).update({row: reason for row, (_, reason) in unusable.items()})
         else:
-            for row, (key, reason) in found.items():
+            for row, (key, reason) in unusable.items():
                 advice = "Fix or drop such rows, or skip them with data.skip_bad_rows."
                 error = DataError(f"data.{key}: row {row} of {table.where} {reason}. {advice}")
                 self.findings.skip(SkippedRow(split, table.where, f"row {row}", reason), error)
-        if len(found) == len(chosen):
-            row, (key, reason) = next(iter(found.items()))
-            raise DataError(f"data.{key}: row {row} of {table.where} {reason}, and no other can be used.")
-        return rows[[row not in found for row in chosen]] if found else rows
+        if len(unusable) == len(chosen):
+            row, (key, reason) = next(iter(unusable.items()))
+            raise DataError(f"data.{key}: row {row} of {table.where} {reason}, and no other row can be used.")
+        return rows[[row not in unusable for row in chosen]] if unusable else rows
 
     def check_columns(self, **keys: str | None) -> None:
         """Check that no column is named by two keys.
 
         Raises:
-            DataError: With both.
+            DataError: With both keys.
         """
-        known: dict[str, str] = {}
+        key_of: dict[str, str] = {}
         for key, column in keys.items():
-            if column is not None and known.setdefault(column, key) != key:
-                raise DataError(f"data.{key}: {column} is data.{known[column]} already; name another column.")
+            if column is not None and key_of.setdefault(column, key) != key:
+                raise DataError(f"data.{key}: {column} is data.{key_of[column]} already; name another column.")
 
     def add_notes(self, table: Table) -> None:
-        """Add what was assumed in reading a table to the findings."""
+        """Add the notes of a table, which tell what was assumed in reading it, to the findings."""
         for note in table.notes:
             self.findings.add(note)
 
@@ -202,13 +202,13 @@ class TextData(ResumableDataModule):
         """Check before a long training that there is a test split, and have the next fit read it before training.
 
         Raises:
-            DataError: If there is none.
+            DataError: If there is no test split.
         """
         self.sets("test")
         self._tests_after_fit = True
 
     def split_names(self, split: str, suffix: str = "") -> tuple[str, ...]:
-        """Return the spellings of a split, with the suffix of one of its sets."""
+        """Return the spellings of a split's name, each with the suffix of one of the split's sets."""
         return tuple(f"{name}_{suffix}" if suffix else name for name in SPLITS[split])
 
     def _names_read(self) -> tuple[str, ...]:
@@ -216,21 +216,21 @@ class TextData(ResumableDataModule):
         return tuple(name for split, suffix in sets for name in self.split_names(split, suffix))
 
     def stored(self, split: str) -> dict[str, Table]:
-        """Return the sets that a split is stored in, by suffix: MNLI's two, otherwise one without suffix."""
+        """Return the tables of a split by suffix: MNLI has two, other data one without a suffix."""
         suffixes = ("",) if split == "train" else self.suffixes
-        found = {s: self._table(self.split_names(split, s)) for s in suffixes}
-        return {s: table for s, table in found.items() if table is not None}
+        tables = {suffix: self._table(self.split_names(split, suffix)) for suffix in suffixes}
+        return {suffix: table for suffix, table in tables.items() if table is not None}
 
     @property
     def predicts(self) -> bool:
-        """Return True in a prediction, for which no targets are read."""
+        """Return True in the command `predict`, which reads no targets."""
         return self.trainer is not None and self.trainer.state.fn == "predict"
 
     def tables_of_any_split(self) -> dict[str, Table]:
         """Return the sets to predict, the training rows of a fit, or the rows of another split that is there.
 
         Raises:
-            DataError: If there are none.
+            DataError: If there are no rows.
         """
         if self.predicts:
             return self._tables_to_predict()
@@ -242,7 +242,7 @@ class TextData(ResumableDataModule):
         """Return the training rows.
 
         Raises:
-            DataError: If there are none.
+            DataError: If there is no training split.
         """
         tables = self.stored("train")
         if not tables:
@@ -250,10 +250,10 @@ class TextData(ResumableDataModule):
         return tables[""]
 
     def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
-        """Return the sets of a split by suffix, each with whether its table is that of the training rows.
+        """Return the sets of a split by suffix. Each set is a table, and True if the table holds the training rows.
 
         Raises:
-            DataError: If there is none.
+            DataError: If there is no set.
         """
         if split == "train" or split in self.shares():
             return {"": (self.training_table(), True)}
@@ -269,17 +269,17 @@ class TextData(ResumableDataModule):
         return {suffix: (table, False) for suffix, table in tables.items()}
 
     def shares(self) -> dict[str, float]:
-        """Return the shares of the training rows that are held out, by the split that they make up."""
+        """Return the held-out shares of the training rows, by split."""
         shares = {"val": self.val_fraction} if self.test_on_validation or not self.stored("val") else {}
         if self.test_fraction and not self.test_on_validation and not self.stored("test"):
             shares["test"] = self.test_fraction
         return shares
 
     def _table(self, names: tuple[str, ...]) -> Table | None:
-        """Return the first split that is there among some names, opened once.
+        """Return the table of the first existing name among spellings of a split, opened once.
 
         Raises:
-            DataError: If it has no rows.
+            DataError: If the table has no rows.
         """
         if names not in self._tables:
             table = open_table(self.path, names, self.config, self.revision, self.reading)
@@ -293,37 +293,39 @@ class TextData(ResumableDataModule):
         rows = self.eligible_rows(table)
         shares = self.shares() if from_training else {}
         chosen = choose_rows(len(rows), split, shares, self.val_seed, limit)
-        made = self.build(split, table, rows[chosen])
+        dataset = self.build(split, table, rows[chosen])
         source = self.source(table)
         if split in shares:
             source += f", the share of {shares[split]:g} held out with val_seed {self.val_seed}"
         elif shares:
             held = " and ".join(f"{share:g} for {name}" for name, share in shares.items())
-            source += f", without what is held out ({held}, val_seed {self.val_seed})"
+            source += f", without held-out rows ({held}, val_seed {self.val_seed})"
         if limit is not None:
             source += f", at most {limit:,} of them"
-        self.findings.add_split(f"{split} {name}".strip(), len(made), source)
+        self.findings.add_split(f"{split} {name}".strip(), len(dataset), source)
         self.add_notes(table)
-        return made
+        return dataset
 
     def source(self, table: Table) -> str:
         """Return where the rows of a table are from, for the report of a fit."""
         return table.source or table.where
 
     def eligible_rows(self, table: Table) -> Tensor:
-        """Return the rows of a table that a split is chosen from, (rows,) int64."""
+        """Return the rows of a table from which a split is chosen, (rows,) int64."""
         return torch.arange(len(table))
 
     def _to_predict(self, table: Table) -> TokenDataset:
         rows = torch.arange(len(table))
-        made = self.build("predict", table, rows)
+        dataset = self.build("predict", table, rows)
         failed = self.failed.get(table.where)
         if failed:
-            made = NumberedRows(made, rows[[row not in failed for row in rows.tolist()]])
-            self.findings.add(f"{len(failed):,} rows of {table.where} cannot be predicted; their column error says why")
-        self.findings.add_split("predict", len(made), table.source or table.where)
+            dataset = NumberedRows(dataset, rows[[row not in failed for row in rows.tolist()]])
+            self.findings.add(
+                f"{len(failed):,} rows of {table.where} cannot be predicted; the column `error` gives the reason"
+            )
+        self.findings.add_split("predict", len(dataset), table.source or table.where)
         self.add_notes(table)
-        return made
+        return dataset
 
     def failed_rows(self, file: int) -> list[dict[str, Any]]:
         """Return the rows of a table that cannot be predicted: `index`, and `error` with the reason."""
@@ -359,15 +361,15 @@ class TextData(ResumableDataModule):
         return self.text_model.tokenizer
 
     def warn_of_cut_rows(self, tokens: datasets.Dataset, table: Table, limit: int) -> None:
-        """Warn if rows reach their limit of tokens."""
+        """Warn if rows reach the limit of tokens, since they may be cut."""
         if cut := int((lengths_of(tokens) >= limit).sum()):
             _log.warning(f"{cut:,} of {len(tokens):,} rows of {table.where} reach {limit} tokens and may be cut.")
 
     def check_length(self, key: str, length: int) -> None:
-        """Check that a length is not above the positions of the model.
+        """Check that the model has positions for a length.
 
         Raises:
-            DataError: Under the given key, with the limit.
+            DataError: If the model has fewer positions, with `key` and the limit.
         """
         limit = self.text_model.position_limit
         if limit is not None and length > limit:
@@ -376,7 +378,7 @@ class TextData(ResumableDataModule):
             )
 
     def collate(self) -> Collate:
-        """Return the function that makes a padded batch; it works without the trainer, for workers that do not fork."""
+        """Return the function that makes a padded batch. Workers that do not fork pickle it, so it holds no trainer."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------- loaders
@@ -388,12 +390,12 @@ class TextData(ResumableDataModule):
         ]
 
     def collated(self, name: str, rows: TokenDataset, collate: Collate | None = None) -> Collate:
-        """Return the function that makes a batch, with the kept output of the frozen prefix if there is to be one.
+        """Return the function that makes a batch, with the cached output of the frozen prefix if the fit caches it.
 
         Args:
-            name: Of the split, for messages.
-            rows: The rows.
-            collate: Makes a batch of them; None takes the task's own.
+            name: Name of the split, for messages.
+            rows: Rows of the split.
+            collate: Makes a batch of rows; None takes `self.collate()`.
         """
         collate = collate or self.collate()
         if not self.caches:
@@ -401,7 +403,7 @@ class TextData(ResumableDataModule):
         return self.cached(name.strip(), rows, rows.digest(), rows.lengths, self.collate(), collate)
 
     def evaluated_training_rows(self) -> tuple[TokenDataset, Tensor | None, Collate]:
-        """Return the training rows with what their evaluation takes."""
+        """Return the training rows, with the lengths and the collation for their evaluation."""
         data = self.splits["train"][0]
         collate = self.collate()
         if "train" in self.kept_states:
@@ -409,7 +411,7 @@ class TextData(ResumableDataModule):
         return data, data.lengths if self.bucket_by_length else None, collate
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training rows, shuffled, in batches of like length."""
+        """Return the training rows, shuffled, in batches of similar length."""
         data = self.splits["train"][0]
         lengths = data.lengths if self.bucket_by_length else None
         return self.train_loader(data, lengths, self.collated("train", data), data.targets.get("label"))
@@ -431,15 +433,15 @@ class TrainingTextData(TextData):
     """Texts to train on, with a share of the rows held out for validation.
 
     Args:
-        bucket_by_length: Whether samples of like length share a batch, which saves most of the padding.
+        bucket_by_length: Whether samples of similar length share a batch, which saves most of the padding.
         cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
-            `model.adapter.layers`) once a row, in eval mode, and reads it from disk in each epoch and in later runs.
-        test_on_validation: Whether the validation split is tested on, and a share of the training rows is held out to
-            validate on: for sets without a test split, and for GLUE, whose test labels are hidden.
+            `model.adapter.layers`) once for each row, in eval mode. Each epoch and later runs read it from disk.
+        test_on_validation: Whether the validation split serves as the test split, and a held-out share of the training
+            rows as the validation split. For data without a test split, and for GLUE, whose test labels are hidden.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
-        test_fraction: The same for testing, in [0, 1); 0 holds out none.
-        val_seed: Seed of both shares, apart from the run's seed so that runs compare on the same rows.
-        max_train_samples: Seeded sample of the training rows, for trying out; None takes all.
+        test_fraction: Share of the training rows held out when there is no test split, in [0, 1); 0 holds out none.
+        val_seed: Seed of both shares. It is not the run's seed, so that runs compare on the same rows.
+        max_train_samples: Size of a seeded sample of the training rows, for quick trials; None takes all rows.
     """
 
     def __init__(

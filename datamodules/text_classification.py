@@ -1,4 +1,4 @@
-"""GLUE's tasks, and any other set of one or two sentences with a label."""
+"""Text classification and regression: GLUE's tasks, and any other data with one or two texts and a label."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class GlueTask:
 
     Args:
         columns: Columns of the sentences.
-        class_names: Names by label; none for regression.
-        metrics: What it is scored by.
+        class_names: Names by label; empty for a regression.
+        metrics: Names of the metrics of the task.
         files: Submission files, one for each set of the test split.
-        by_name: Whether a submission has the class's name rather than its number.
-        limits: Least and most of a regression's predictions.
-        sets: Suffixes of the validation and test splits that it has several of.
+        by_name: Whether a submission has the name of a class rather than its number.
+        limits: Smallest and largest prediction of a regression.
+        sets: Suffixes of the sets of the validation and test splits; MNLI has two.
     """
 
     columns: tuple[str, ...]
@@ -46,19 +46,19 @@ class GlueTask:
 
 @dataclass(frozen=True)
 class Pad:
-    """Makes a batch of rows of tokens."""
+    """Collate rows of tokens into a padded batch."""
 
     tokenizer: Any
     padding: Padding
     max_length: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the tokens (batch, tokens) with their mask, and `label` and `index` (batch,)."""
+        """Return tokens (batch, tokens) with their mask, and `label` and `index` (batch,)."""
         tokens = [{k: v for k, v in row.items() if k not in ("label", "index")} for row in rows]
         length = self.max_length if self.padding == "max_length" else None
         batch = dict(self.tokenizer.pad(tokens, padding=self.padding, max_length=length, return_tensors="pt"))
-        others = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "index") if name in rows[0]}
-        return {**batch, **others}
+        numbers = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "index") if name in rows[0]}
+        return {**batch, **numbers}
 
 
 PAIR = ("sentence1", "sentence2")
@@ -86,23 +86,22 @@ TASKS: dict[str, GlueTask] = {
 class TextClassificationData(TrainingTextData):
     """One or two sentences with a label, tokenised once and batched by length.
 
-    Labels are whole numbers, booleans, names, or decimal numbers, which make a regression. The classes are those that
-    occur in the training rows, unless the column or the task names them. Batches are dicts of what the
-    backbone's tokenizer gives, (batch, tokens) int64, of `index` (batch,) and `label` (batch,).
+    Labels are whole numbers, booleans or names. Decimal numbers make a regression. The classes are the labels of the
+    training rows, unless the column or the task names the classes. Batches are `datamodules.contract.TextBatch`.
 
     Args:
         path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
             JSONL, or with one such directory for each task; or one such file of training rows.
-        task: A task of GLUE, which brings columns, classes and metrics along; None for another set.
+        task: A task of GLUE, which sets columns, classes and metrics; None for other data.
         config: The data set's configuration: on the hub, or a folder in the directory; None takes the task's.
-        text_columns: One or two columns of text. None takes the task's, or guesses them from names and cells.
-        label_column: Column of the labels. None guesses it from names and cells; see `datamodules.sources.columns`.
-        id_column: Column that names a row in predictions. None takes `idx` or `id`, or else the row's number.
-        max_length: Most tokens of a sample, both sentences and special tokens together; longer ones are cut.
-        padding: To the `longest` of the batch, or all to `max_length`, for devices that need one shape.
-        prediction_format: Format of what `predict` writes: `csv` or `jsonl`, with texts, prediction and the probability
-            of every class, or `tsv`, GLUE's submission.
-        skip_label: Label of rows that are left out, by name or number: -1 where a set marks rows without one so.
+        text_columns: One or two columns of text. None takes the task's, or guesses the columns from names and cells.
+        label_column: Column of the labels. None guesses the column, see `datamodules.sources.columns`.
+        id_column: Column that identifies a row in predictions. None takes `idx` or `id`, or else the row's number.
+        max_length: Largest number of tokens of a row, with both texts and special tokens. Longer rows are cut.
+        padding: Pad each batch to its `longest` row, or every row to `max_length`, for devices that need one shape.
+        prediction_format: Format of the predictions: `csv` or `jsonl`, with texts, prediction and the probability of
+            every class, or `tsv`, GLUE's submission.
+        skip_label: Name or number of a label whose rows are left out, such as -1 for hidden labels.
     """
 
     kind = DataKind.LABELLED_TEXTS
@@ -157,10 +156,10 @@ class TextClassificationData(TrainingTextData):
             self.class_names = known if known is not None else self._labels(self.training_table()).class_names
 
     def _guess_columns(self) -> None:
-        """Guess the columns that no key names from the training rows, or from other rows where there are none.
+        """Guess the columns that no key names, from the training rows or else from another split.
 
         Raises:
-            DataError: If the columns cannot be told.
+            DataError: If no column fits, or several columns do.
         """
         if self.columns and (self.label_column is not None or self.predicts):
             return
@@ -176,7 +175,7 @@ class TextClassificationData(TrainingTextData):
         """Check before a long training that there is a test split with labels.
 
         Raises:
-            SplitError: If there is none, or its labels are hidden.
+            SplitError: If there is no test split, or if its labels are hidden.
         """
         super().check_test_split()
         self._guess_columns()
@@ -186,20 +185,21 @@ class TextClassificationData(TrainingTextData):
 
     @property
     def metrics(self) -> list[str]:
-        """Return the names of the task's metrics, unless the model has others."""
+        """Return the names of the task's metrics, which apply unless the model has metrics of its own."""
         if self.task:
             return list(self.task.metrics)
         return ["accuracy", "macro_f1"] if self.class_names else ["pearson", "spearman"]
 
     def _labels(self, table: Table) -> Labels:
-        known = self.task.class_names if self.task else None
-        # the training rows decide: a validation split of 1, 2 and 3 belongs to the same regression
+        task_names = self.task.class_names if self.task else None
+        # the training rows decide: a validation split with the scores 1, 2 and 3 belongs to the same regression
         assert self.label_column is not None
         regression = [] in (self.model_classes, self.class_names)
-        return parse_labels(table, self.label_column, () if regression and known is None else known, self.skip_label)
+        class_names = () if regression and task_names is None else task_names
+        return parse_labels(table, self.label_column, class_names, self.skip_label)
 
     def eligible_rows(self, table: Table) -> Tensor:
-        """Return all rows but those with the label to skip."""
+        """Return all rows but the rows with the label of `skip_label`."""
         rows = super().eligible_rows(table)
         if self.skip_label is None:
             return rows
@@ -209,19 +209,19 @@ class TextClassificationData(TrainingTextData):
         return rows[[row not in left_out for row in rows.tolist()]]
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """Return the tokens of some rows of a table with their labels; for prediction, without labels."""
+        """Return the tokens of some rows of a table with their labels; without labels for prediction."""
         for column in self.columns:
             table = check_texts(table, "text_columns", column)
         self.add_notes(table)
         if split == "predict":
             if self.id_column not in (None, "idx"):
                 check_column(table, "id_column", self.id_column)
-            kept = self.without_bad(split, table, rows, self._bad_texts(table))
-            return TokenDataset(self._tokenize(table.select(kept)))
+            usable = self.without_bad(split, table, rows, self._bad_texts(table))
+            return TokenDataset(self._tokenize(table.select(usable)))
         assert self.class_names is not None
         labels = self._labels(table)
         values = labels.matched(self.class_names)
-        advice = "" if self.skip_label is not None else "; data.skip_label leaves out rows of a label"
+        advice = "" if self.skip_label is not None else "; data.skip_label leaves out the rows with a label"
         bad = {
             row: BadRow("label_column", f"has a label that {why}{advice if why.startswith('is -1,') else ''}")
             for row, why in labels.bad.items()
@@ -238,7 +238,7 @@ class TextClassificationData(TrainingTextData):
         return TokenDataset(self._tokenize(table.select(rows)), {"label": values})
 
     def _bad_texts(self, table: Table) -> dict[int, BadRow]:
-        """Return the rows without text: a missing value in either column, or blanks alone in all columns."""
+        """Return the rows without a text. With two columns, one of the two cells may be blank, but not missing."""
         bad = {
             row: BadRow("text_columns", f"has no text in column {c}")
             for c in self.columns
@@ -273,14 +273,14 @@ class TextClassificationData(TrainingTextData):
 
     @property
     def prediction_files(self) -> list[str]:
-        """Return a file for each set: GLUE's names for its test sets."""
-        own = self.predict_path is None and self.prediction_format == "tsv" and self.task
-        known = dict(zip(self.task.sets, self.task.files, strict=True)) if own and self.task else {}
-        names = [known.get(s, f"predictions_{s}" if s else "predictions") for s in self.set_names["predict"]]
+        """Return a file name for each set: GLUE's names for GLUE's test sets."""
+        submits = self.predict_path is None and self.prediction_format == "tsv"
+        glue_names = dict(zip(self.task.sets, self.task.files, strict=True)) if submits and self.task else {}
+        names = [glue_names.get(s, f"predictions_{s}" if s else "predictions") for s in self.set_names["predict"]]
         return [f"{name}.{self.prediction_format}" for name in names]
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """Return a row with id, texts, prediction and probabilities, or of a submission: index and prediction."""
+        """Return a row with id, texts, prediction and probabilities; for a submission, with index and prediction."""
         table = self.predicted[file]
         source = table.data[row["index"]]
         column = self.id_column or named_column(table, ("idx", "id"))
@@ -293,12 +293,12 @@ class TextClassificationData(TrainingTextData):
         return {"id": name, **texts, **answer, **error}
 
     def _submitted(self, row: dict[str, Any]) -> Any:
-        """Return a prediction as GLUE takes it."""
+        """Return a prediction in the form of a GLUE submission."""
         if self.task is None:
             return row["prediction"]
         if "label" in row and not self.task.by_name:
             return row["label"]
         if self.task.limits:
-            least, most = self.task.limits
-            return min(max(row["prediction"], least), most)
+            smallest, largest = self.task.limits
+            return min(max(row["prediction"], smallest), largest)
         return row["prediction"]

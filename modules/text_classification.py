@@ -45,8 +45,8 @@ class TextClassifier(AdaptedModule):
         backbone: A name on the hub, such as `roberta-base`, or a directory in the hub's layout.
         class_names: Class names by label, [] for regression; None takes the names from the data. A checkpoint contains
             the names.
-        metrics: List of `accuracy`, `f1`, `macro_f1`, `matthews`, `pearson`, `spearman`; None takes those of the
-            data. `val/score` is the mean of the metrics. Every classification also logs `macro_f1` and `ece`.
+        metrics: List of `accuracy`, `f1`, `macro_f1`, `matthews`, `pearson`, `spearman`; None takes the data's
+            metrics. `val/score` is the mean of the metrics. Every classification also logs `macro_f1` and `ece`.
         class_weights: Weights of the classes in the training loss: `balanced` (inverse to their counts), a list in the
             order of the labels, or None for equal weights. Evaluation is never weighted.
         schedule: Shape of the learning rate; see `AdaptedModule`.
@@ -196,7 +196,7 @@ class TextClassifier(AdaptedModule):
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Any]]:
         """Return rows of a table: index, label, class, and probabilities in [0, 1]; in regression the score.
 
-        `probability` is that of the class, and `probabilities` has those of all classes by name.
+        `probability` belongs to the predicted class, and `probabilities` holds all classes by name.
         """
         outputs, index = self(batch), batch["index"].tolist()
         if not self.class_names:

@@ -16,12 +16,12 @@ TRAINED = "trained_weights"  # key of the checkpoint
 class AdapterAveraging(L.Callback):
     """Keep an exponential moving average of factors and heads (Polyak and Juditsky 1992).
 
-    Validation, best.ckpt, last.ckpt and RUN/adapter have the average. A checkpoint also keeps the trained weights, so
+    Validation, best.ckpt, last.ckpt and RUN/adapter use the average. A checkpoint also keeps the trained weights, so
     that a resumed run continues bit for bit. The frozen backbone is never copied.
 
     Args:
-        decay: Share of the average that stays at each optimizer step, in [0, 1). At the n-th step it is at most
-            (1 + n) / (10 + n), so that the first weights do not last.
+        decay: Share of the average that stays at each optimizer step, in [0, 1). At the n-th step the share is at most
+            (1 + n) / (10 + n), so that the initial weights fade quickly.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -35,7 +35,7 @@ class AdapterAveraging(L.Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the average with the weights of the model: after a resume they are the average."""
+        """Start the average with the weights of the model. After a resume, these weights are the saved average."""
         trained = _trained(pl_module)
         self._average = {name: parameter.detach().clone() for name, parameter in trained.items()}
         self._step = trainer.global_step
@@ -69,7 +69,7 @@ class AdapterAveraging(L.Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: L.LightningModule, swapped: bool) -> None:
-        """Exchange weights and average, unless that is done or there is no average yet."""
+        """Exchange weights and average, unless they are exchanged already or there is no average yet."""
         if not self._average or self._swapped == swapped:
             return
         for name, parameter in _trained(pl_module).items():
@@ -91,13 +91,13 @@ class AdapterAveraging(L.Callback):
         """Keep the trained weights of the checkpoint until training starts.
 
         Raises:
-            CallbackError: If they belong to other parameters.
+            CallbackError: If the saved weights do not match the model's trained parameters.
         """
         self._resumed = checkpoint.get(TRAINED, {}) if trainer.state.fn == "fit" else {}
         trained = _trained(pl_module)
         fits = isinstance(self._resumed, dict) and self._resumed.keys() <= trained.keys()
         if not fits or any(not isinstance(t, Tensor) or t.shape != trained[n].shape for n, t in self._resumed.items()):
-            raise CallbackError(f"ckpt_path: {TRAINED} of the checkpoint is of other weights than the model's.")
+            raise CallbackError(f"ckpt_path: {TRAINED} of the checkpoint does not match the model's trained weights.")
 
 
 def _trained(module: L.LightningModule) -> dict[str, torch.nn.Parameter]:

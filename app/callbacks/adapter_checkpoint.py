@@ -42,9 +42,9 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Args:
         monitor: Metric that decides which checkpoint is best; None makes the newest the best.
-        mode: Whether the metric is to be large or small.
-        last_every_n_steps: Save last.ckpt after every so many optimizer steps, at least 1, besides at every epoch's
-            end and a step before: a run that is cut off in a validation, however long, loses one step.
+        mode: `max` if a larger metric is better, `min` if a smaller metric is better.
+        last_every_n_steps: Number of optimizer steps between two saves of last.ckpt, at least 1. last.ckpt is also
+            saved at every epoch's end and one step earlier, so that a kill during a validation loses one step.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score, wherever the run directory lies now and however its path is spelt.
+        """Restore the best score, also if the run directory has moved or its path is spelt differently.
 
-        If the best checkpoint is not usable (`on_load_checkpoint` checks), the best one from here on is kept.
+        If best.ckpt is not usable (`on_load_checkpoint` checks), the best checkpoint from here on is kept.
         """
         here = Path(str(self.dirpath))
 
@@ -121,7 +121,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             accumulated = trainer.accumulate_grad_batches
             left = trainer.num_training_batches - (batch_idx + 1)
             due = trainer.global_step % self.last_every_n_steps == 0 or left <= accumulated or stops
-            # a run that is cut off in a validation, however long, loses one step at most
+            # a kill during the next validation then loses one step at most
             due = due or _validates_within(trainer, batch_idx + 1, batch_idx + accumulated)
             if due and trainer.global_step > self._last_saved_step:
                 self._save_last(trainer)
@@ -200,10 +200,10 @@ class AdapterCheckpoint(ModelCheckpoint):
         checkpoint["samples_a_step"] = _samples_a_step(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember this rank's random-number state; with another number of ranks there is none to continue from.
+        """Keep this rank's random-number state. With another number of ranks, random numbers are drawn anew.
 
         Raises:
-            CheckpointError: If the ranks have chosen different checkpoints, or this one cannot be restored.
+            CheckpointError: If the ranks have chosen different checkpoints, or the checkpoint cannot be restored.
         """
         fits = trainer.state.fn == TrainerFn.FITTING
         if fits:
@@ -216,10 +216,12 @@ class AdapterCheckpoint(ModelCheckpoint):
         chosen = f"{Path(str(trainer.ckpt_path)).name} of step {step}"
         first = trainer.strategy.broadcast(chosen)
         if not trainer.strategy.reduce_boolean_decision(chosen == first):
-            other = "another one something else" if chosen == first else f"process {trainer.global_rank} {chosen}"
+            other = (
+                "another process took another" if chosen == first else f"process {trainer.global_rank} took {chosen}"
+            )
             raise CheckpointError(
-                f"ckpt_path: the processes do not see the same checkpoints: the first one took {first}, {other}. Let "
-                "them share the run directory, or name a file."
+                f"ckpt_path: the processes do not see the same checkpoints: process 0 took {first}, {other}. Let "
+                "the processes share the run directory, or name a file."
             )
         problem = self._problem_of_best(step) if fits and trainer.is_global_zero else None
         self._best_problem = trainer.strategy.broadcast(problem)
@@ -230,13 +232,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._has_trained = True
         epochs = trainer.fit_loop.epoch_progress.current
         if epochs.ready == epochs.processed:  # type: ignore[attr-defined]
-            # with max_steps, Lightning would take the start of an epoch for the end of the one that is over
+            # with max_steps, Lightning would mistake the start of an epoch for the end of the previous epoch
             trainer.fit_loop.epoch_loop.restarting = False
         if isinstance(data := trainer.datamodule, ResumableDataModule):  # type: ignore[attr-defined]
             data.match_progress()
 
     def _problem_of_best(self, step: int) -> str | None:
-        """Return why the best checkpoint on disk is not that of a run resumed from a step; None if it may be."""
+        """Return why best.ckpt cannot be kept by a run that resumes from a step; None if it can be kept."""
         best = Path(str(self.dirpath)) / BEST
         problem = checkpoint_problem(best)
         step_of_best = saved_step(best) if problem is None else None
@@ -257,7 +259,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 
 def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Warn where training continues otherwise than before: from averaged weights, or with another batch of a step."""
+    """Warn if training resumes from averaged weights, or with another number of samples a step."""
     if TRAINED in checkpoint and find_callback(trainer, AdapterAveraging) is None:
         _log.warning(
             "ckpt_path: the weights of the checkpoint are averages of AdapterAveraging, which this run lacks. "
@@ -265,10 +267,9 @@ def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         )
     before, now = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)
     if before and now and before != now:
-        others = trainer.world_size * trainer.accumulate_grad_batches
-        keeps = f": with the learning rates as they are, --data.batch_size {before // others} trains as before"
-        known = "" if before % others else keeps
-        _log.warning(f"The batch of a step is {now} samples now and was {before}{known}.")
+        batches = trainer.world_size * trainer.accumulate_grad_batches
+        advice = f": with the learning rates as they are, --data.batch_size {before // batches} trains as before"
+        _log.warning(f"The batch of a step is {now} samples now and was {before}{'' if before % batches else advice}.")
 
 
 def _is_step_end(trainer: L.Trainer, batch_idx: int) -> bool:
@@ -307,14 +308,14 @@ def _check_progress(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Check that the counters, the callbacks' states and the random numbers of a checkpoint can be restored.
 
     Raises:
-        CheckpointError: With the first part that cannot.
+        CheckpointError: If a part cannot be restored, with the first such part.
     """
     saved, data = checkpoint["callbacks"], trainer.datamodule  # type: ignore[attr-defined]
     parts = {"loops": ({"fit_loop": trainer.fit_loop.state_dict()}, checkpoint["loops"])}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in saved:
             parts[f"callbacks.{type(callback).__name__}"] = (callback.state_dict(), saved[callback.state_key])
-    problems = (structure_problem(expected, found, where) for where, (expected, found) in parts.items())
+    problems = (structure_problem(expected, state, where) for where, (expected, state) in parts.items())
     problem = next((problem for problem in problems if problem is not None), None)
     if isinstance(data, ResumableDataModule) and type(data).__qualname__ not in checkpoint:
         problem = problem or f"{type(data).__qualname__}, the position in the data, is missing"
@@ -352,7 +353,7 @@ def _repair_epoch_counts(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None
 
 @contextmanager
 def _epoch_not_counted(trainer: L.Trainer) -> Iterator[None]:
-    """Take back, for a checkpoint, that Lightning has counted an epoch in whose middle it stops."""
+    """Undo, for a checkpoint in mid-epoch, that Lightning has counted the unfinished epoch."""
     progress = trainer.fit_loop.epoch_progress
     for counts in (progress.total, progress.current):
         counts.processed -= 1  # type: ignore[attr-defined]
@@ -363,14 +364,14 @@ def _epoch_not_counted(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _samples_a_step(trainer: L.Trainer) -> int:
-    """Return the samples of an optimizer step, of all ranks; 0 for data of other programs."""
+    """Return the number of samples of an optimizer step over all ranks; 0 for a data module of another program."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     batch = data.batch_size if isinstance(data, ResumableDataModule) else 0
     return batch * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def _write_events(trainer: L.Trainer) -> None:
-    """Flush TensorBoard, which keeps events for up to two minutes: else a killed run is resumed with a gap."""
+    """Flush TensorBoard, which buffers events for up to two minutes, or a resumed run would have a gap."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()

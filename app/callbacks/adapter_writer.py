@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 class AdapterWriter(L.Callback):
     """Write adapter and head of the best checkpoint, or else of the last weights, to `adapter/` when a fit ends.
 
-    If the folder cannot be written, a warning says why and the run ends as usual: the checkpoints hold the same.
+    If the folder cannot be written, a warning gives the reason, and the run ends as usual: the checkpoints hold the
+    same weights.
     """
 
     @rank_zero_only
@@ -43,4 +44,4 @@ class AdapterWriter(L.Callback):
             with atomic_directory(folder, overwrite=True) as temporary:
                 write_peft(pl_module, torch.float32, temporary, state)
         except (ArgumentError, AdapterError, CheckpointError, OSError, RuntimeError, KeyError) as error:
-            _log.warning(f"{folder} was not written, and the checkpoints were: {error}")
+            _log.warning(f"{folder} could not be written: {error} The checkpoints are complete.")

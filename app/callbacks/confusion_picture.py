@@ -32,7 +32,7 @@ class ConfusionPicture(L.Callback):
     """Draw the confusion matrix in the run directory and in TensorBoard."""
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw it when all batches are counted."""
+        """Draw the picture when all batches are counted."""
         if not isinstance(pl_module, HasConfusion):
             return
         matrix = pl_module.confusion.compute()  # on every rank: it gathers

@@ -1,4 +1,4 @@
-"""Print what the data module found, and list the rows that it skipped."""
+"""Log the findings of the data module, and list the rows that it skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 class DataReport(L.Callback):
     """Log the splits, classes and assumptions of the data before the first batch; write RUN/skipped.csv.
 
-    The file keeps the rows of splits that an earlier command skipped.
+    The file keeps the rows that an earlier command skipped in other splits.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class DataReport(L.Callback):
         for line in data.findings.take_lines():
             _log.info(line)
         skipped = data.findings.skipped
-        if len(skipped) > self._reported:  # the test after a fit may have found no more
+        if len(skipped) > self._reported:  # the test after a fit may have skipped no further rows
             self._reported = len(skipped)
             path = Path(trainer.default_root_dir) / FILE
             _log.warning(f"{len(skipped):,} bad rows are skipped; {path} lists them.")

@@ -32,16 +32,16 @@ class Forgetting(L.Callback):
     `forgetting/before/<score>` belongs to the untouched backbone: the adapters are switched off. With tuning `full`
     this score is measured before the first step, and checkpoints keep it. `forgetting/after/<score>` belongs to the
     weights that are tested: the best checkpoint with `test_after_fit`, else the last weights. `forgetting/<score>` is
-    the loss of ability: before less after for `knn_acc`, after less before for `loss` and `perplexity`. Tuning `head`
+    the loss of ability: before minus after for `knn_acc`, after minus before for `loss` and `perplexity`. Tuning `head`
     gives 0.
 
     The scores draw no random numbers and change nothing of the fit. In a distributed run every process scores all rows.
 
     Args:
-        path: Data to score on; None scores nothing. Images: whatever `ImageClassificationData` reads, its training
-            split. Text: a file or directory of tables, or a name on the hub; its test split, or else the first of
-            validation and training.
-        rows: Most rows, a seeded sample; more than 20 for images.
+        path: Data to score on; None scores nothing. Images: the training split of anything that
+            `ImageClassificationData` reads. Text: the test, else validation, else training split of a file, a
+            directory of tables, or a name on the hub.
+        rows: Size of a seeded sample of the rows; more than 20 for images.
         text_column: Column of the text in a table.
     """
 
@@ -67,9 +67,7 @@ class Forgetting(L.Callback):
             return
         assert isinstance(pl_module, AdaptedModule)
         self._keeps_before = pl_module.tuning == "full"
-        from app.callbacks.forgetting_probes import (
-            open_probe,  # imports what reads images, which other runs do not need
-        )
+        from app.callbacks.forgetting_probes import open_probe  # imports readers of images, which other runs lack
 
         with _own_keys():
             self._probe = open_probe(pl_module, self.path, self.rows, self.text_column)
@@ -136,7 +134,7 @@ class Forgetting(L.Callback):
         return [self.path, self.rows, self.text_column]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scores from before, where they cannot be measured again."""
+        """Return the scores before the fit, if they cannot be measured again."""
         return {"before": self._before, "source": self._source()} if self._keeps_before and self._before else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,7 +142,7 @@ class Forgetting(L.Callback):
         self._saved = state_dict
 
     def _scores_of_checkpoint(self) -> dict[str, float]:
-        """Return the scores from before in the checkpoint that is resumed; none if they are of other rows."""
+        """Return the scores before the fit from the resumed checkpoint; empty if they belong to other rows."""
         before = self._saved.get("before")
         if self._saved.get("source") != self._source() or not isinstance(before, dict):
             return {}
@@ -153,10 +151,10 @@ class Forgetting(L.Callback):
 
 @contextmanager
 def _own_keys() -> Iterator[None]:
-    """Name the keys of this callback in the errors of what reads data, which name those of data modules.
+    """Replace the keys of data modules by the keys of this callback in errors of the readers of data.
 
     Raises:
-        CallbackError: In the place of a DataError.
+        CallbackError: Instead of a DataError.
     """
     try:
         yield

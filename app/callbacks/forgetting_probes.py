@@ -33,7 +33,7 @@ def open_probe(module: AdaptedModule, path: str, rows: int, text_column: str) ->
     Args:
         module: The task.
         path: Images or a table of text.
-        rows: Most rows.
+        rows: Largest number of rows.
         text_column: Column of the text in a table.
 
     Raises:
@@ -45,8 +45,8 @@ def open_probe(module: AdaptedModule, path: str, rows: int, text_column: str) ->
     if DataKind.INSTRUCTIONS in module.kinds:
         return _open_texts(cast("LanguageModel", module), path, rows, text_column)
     raise CallbackError(
-        f"forgetting.path: {type(module).__name__} has no score of forgetting. ImageClassifier and LanguageModel have "
-        "one. Leave the key out."
+        f"forgetting.path: {type(module).__name__} has no score of forgetting. Use ImageClassifier or LanguageModel, "
+        "or leave the key out."
     )
 
 
@@ -62,12 +62,12 @@ def _report(findings: Findings, rows: int, where: str) -> None:
 
 
 class ImageProbe:
-    """Labelled images.
+    """Score the features of labelled images by their nearest neighbours.
 
     Args:
         images: The images in the transforms of evaluation.
-        mean: The backbone's, (3,).
-        std: The backbone's, (3,).
+        mean: Mean of the backbone's preprocessing, (3,).
+        std: Standard deviation of the backbone's preprocessing, (3,).
     """
 
     def __init__(self, images: ImageDataset, mean: Tensor, std: Tensor) -> None:
@@ -107,7 +107,7 @@ def _open_images(module: ImageClassifier, path: str, rows: int) -> ImageProbe:
 
 
 class TextProbe:
-    """Tokens of texts.
+    """Score a decoder by its perplexity on texts.
 
     Args:
         sequences: Tokens of each text, (tokens,) int64.
@@ -124,8 +124,8 @@ class TextProbe:
 def _open_texts(module: LanguageModel, path: str, rows: int, column: str) -> TextProbe:
     from datamodules.sources.tables import check_texts, open_table
 
-    found = (open_table(path, SPLITS[split]) for split in ("test", "val", "train"))
-    table = next((table for table in found if table is not None), None)
+    tables = (open_table(path, SPLITS[split]) for split in ("test", "val", "train"))
+    table = next((table for table in tables if table is not None), None)
     if table is None:
         raise CallbackError(f"forgetting.path: {path} has no split of text. Give a file or a directory of tables.")
     table = check_texts(table, "text_column", column)

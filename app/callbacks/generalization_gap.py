@@ -23,18 +23,19 @@ class GeneralizationGap(L.Callback):
 
     A sample of the training rows is evaluated as the held-out rows are: in eval mode, without augmentation, dropout or
     packing, by the same metrics. `train_eval/<metric>` is the metric on the sample. `gap/<metric>` is
-    `train_eval/<metric>` less `test/<metric>` after a fit with `test_after_fit`, and less `val/<metric>` after any
-    other fit. The gap of an accuracy is positive, and that of a loss negative, if the model overfits.
+    `train_eval/<metric>` minus `test/<metric>` after a fit with `test_after_fit`, and minus `val/<metric>` after any
+    other fit. If the model overfits, the gap of an accuracy is positive, and the gap of a loss is negative.
 
-    The weights are those that the held-out metric belongs to: the best checkpoint with `test_after_fit`, else the last
-    weights. If the last validation was of earlier weights, there is no gap. The sample depends on the rows and on its
-    size alone, so that runs with other seeds are measured on the same rows.
+    The sample and the held-out rows are evaluated with the same weights: the best checkpoint with `test_after_fit`,
+    else the last weights. If the last validation evaluated earlier weights, there is no gap. The sample depends only on
+    the rows and on `rows`, so that runs with other seeds are measured on the same rows.
 
     The measurement begins when everything else of the fit is saved, and changes nothing of the fit. It takes about as
     long as one validation.
 
     Args:
-        rows: Most training rows, 0 or more, and never more than a validation has; 0 measures nothing.
+        rows: Largest number of training rows, 0 or more; 0 measures nothing. The sample is at most as large as the
+            validation data.
     """
 
     def __init__(self, rows: int = 1000) -> None:
@@ -47,7 +48,7 @@ class GeneralizationGap(L.Callback):
         self._trains = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember that there was something to train: a finished run that is resumed keeps its figures."""
+        """Remember that training ran. A finished run that is resumed trains nothing, and keeps its figures."""
         self._trains = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,7 +89,7 @@ class GeneralizationGap(L.Callback):
         metrics = _evaluate(trainer, module, TrainingSample(data, rows), split)
         if not metrics:
             _log.info(
-                f"generalization.rows: trainer.limit_{split}_batches lets nothing be evaluated; no gap is measured."
+                f"generalization.rows: trainer.limit_{split}_batches leaves no batch to evaluate. No gap is measured."
             )
             return {}
         values = {f"train_eval/{name}": value for name, value in metrics.items()}
@@ -130,9 +131,9 @@ class TrainingSample(L.LightningDataModule):
 
 
 def _evaluate(trainer: L.Trainer, module: L.LightningModule, sample: TrainingSample, split: str) -> dict[str, float]:
-    """Return the metrics of the weights at hand by name, without their split.
+    """Return the metrics of the current weights by name, without their split.
 
-    Callbacks and loggers would take the metrics for those of the split, so that none but the one for signals is called.
+    Callbacks and loggers would mistake the metrics for metrics of the split, so that only `Termination` is called.
     """
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     trainer.callbacks = [callback for callback in callbacks if isinstance(callback, Termination)]  # type: ignore[attr-defined]

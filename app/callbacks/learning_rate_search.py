@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class LearningRateSearch(LearningRateFinder):
-    """Try learning rates from 1e-5 to 0.3 over 100 steps, and take the one at which the loss falls most steeply.
+    """Try learning rates from 1e-5 to 0.3 over 100 steps, and take the one with the steepest fall of the loss.
 
     All parameter groups keep their ratios (Smith 2017, arXiv 1506.01186). Weights, optimizer and data are restored
     afterwards. RUN/learning_rate.png shows the loss over the learning rate.

@@ -21,14 +21,14 @@ from datamodules.errors import CallbackError
 class MetricRecorder(L.Callback):
     """Append a metric of each validation to a file of JSON lines, and stop the run when its sweep has died.
 
-    The first line of each attempt has `started`, the step from which it goes on, `steps`, the number at which it ends,
-    and the metric and mode by which the best checkpoint is kept. Each validation adds `step`, `value` of the metric and
-    `monitor`, that of the metric by which checkpoints are kept. Values that are not finite are null.
+    The first line of each attempt has the keys `started` (the step at which the attempt starts), `steps` (the last step
+    of the fit), and `monitor` and `mode` of the best checkpoint. Each validation adds a line with `step`, `value` of
+    the metric, and the value of the monitor. Values that are not finite are null.
 
     Args:
         path: The file.
         metric: Name of the metric, such as `val/score`.
-        check_test: Whether a data set without a test split is refused, as a later run is to be tested.
+        check_test: Whether data without a test split are refused, since a later trial is tested.
     """
 
     def __init__(self, path: str, metric: str, check_test: bool = False) -> None:
@@ -36,7 +36,7 @@ class MetricRecorder(L.Callback):
         self._owner = int(os.environ.get(SWEEP_PROCESS, 0))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that what is to be tested later can be."""
+        """Check the test split if a later trial is tested."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and self.check_test and isinstance(data, HasTestSplit):
             data.check_test_split()
@@ -51,7 +51,7 @@ class MetricRecorder(L.Callback):
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop like a preempted run if nobody waits for this one any more."""
+        """Stop as on SIGTERM if the process of the sweep has ended."""
         if self._owner and os.getppid() != self._owner:
             self._owner = 0
             os.kill(os.getpid(), signal.SIGTERM)
@@ -60,7 +60,7 @@ class MetricRecorder(L.Callback):
         """Record the metric.
 
         Raises:
-            CallbackError: If the model does not log the metric, already in the check before training.
+            CallbackError: If the model does not log the metric; the sanity check before training finds this.
         """
         if trainer.state.fn != "fit":
             return

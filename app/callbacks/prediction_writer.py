@@ -26,12 +26,12 @@ _log = logging.getLogger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write what `predict_step` returns, a dict of columns for each batch with `index` among them, in the data's order.
+    """Write predictions in the order of the data. `predict_step` returns a dict of columns, with `index`.
 
     A data module may name the files and complete their rows (`datamodules.contract.HasPredictionFiles`). Otherwise
     everything but the index goes to `predictions.csv`.
 
-    Files of an earlier prediction stay: the next ones are called `predictions-1.csv`, `predictions-2.csv`, …
+    Files of an earlier prediction stay: later files are called `predictions-1.csv`, `predictions-2.csv`, …
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ def _flat(row: Row) -> Row:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write rows as the suffix says: .csv, .tsv or .jsonl; all of them, or none.
+    """Write rows atomically, in the format of the suffix: .csv, .tsv or .jsonl.
 
     In CSV and TSV, `probabilities` by class become a column for each class.
     """

@@ -1,4 +1,4 @@
-"""Stop on a signal: on SIGTERM, as a preempted node gets it, or Ctrl-C, finish the step, save, set the exit code."""
+"""Stop on a signal, SIGTERM (preemption) or SIGINT (Ctrl-C): finish the step, save, and set the exit code."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Termination(L.Callback):
     - During training, a signal takes effect at the end of the optimizer step, where `AdapterCheckpoint` asks for it.
       All ranks agree there, whichever rank got the signal. (Lightning's own handler enters a collective wherever the
       signal finds it, so this one replaces it.)
-    - In an evaluation, a signal takes effect at the end of the batch; in a distributed fit, at the end of the
-      validation, since the other ranks could wait for this one for ever.
-    - At any other time, as while something is loaded, the process stops at once. A destructor swallows an exception:
-      the signal is then sent again a little later, and `main` asks in the end whether there was one.
-    - A second signal ends the process as the system does by default.
+    - In an evaluation, a signal takes effect at the end of the batch. In a distributed fit, it takes effect at the end
+      of the validation, since the other ranks could otherwise wait for this rank for ever.
+    - At any other time, such as during loading, the process stops at once. If a destructor swallows the exception, the
+      signal is sent again a little later. `main` checks at the end whether a signal was received.
+    - A second signal ends the process at once, as by default.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class Termination(L.Callback):
 
     def __enter__(self) -> Termination:
         """Install the handler."""
-        if threading.current_thread() is threading.main_thread():  # no other may
-            # what is ignored stays so: Ctrl-C in a job that a script has started with `&`
+        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
+            # an ignored signal stays ignored: Ctrl-C in a job that a script has started with `&`
             taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in taken}
             self._hook_before, sys.unraisablehook = sys.unraisablehook, self._resend
@@ -78,7 +78,7 @@ class Termination(L.Callback):
             if not self._deferred:
                 raise SIGTERMException
             return
-        if self.requested or os.getpid() != self._process:  # a second one, or in a worker process that was forked
+        if self.requested or os.getpid() != self._process:  # a second signal, or a signal in a forked worker process
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -96,13 +96,13 @@ class Termination(L.Callback):
         self._timer.start()
 
     def has_lost_process(self) -> bool:
-        """Return True if a process that this one started was killed or ended by a defect."""
+        """Return True if a process that this process started was killed or ended by a defect."""
         if launched := launched_processes(self._trainer):
-            time.sleep(0.5)  # its connections are closed a little before it has ended
+            time.sleep(0.5)  # a process closes its connections shortly before it ends
         return any(process.poll() not in (None, 0, 2, *EXIT_CODES) for process in launched)
 
     def report(self, going_on: str = "") -> int:
-        """Print the signal with the checkpoint to resume from, or with a command's own words; return the exit code."""
+        """Print the signal and the checkpoint to resume from, or the text `going_on`. Return the exit code."""
         if not going_on:
             going_on = f"training goes on from {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
         if is_first_rank():
@@ -110,7 +110,7 @@ class Termination(L.Callback):
         return 128 + self._signal
 
     def is_requested_on_any_rank(self, trainer: L.Trainer) -> bool:
-        """Return True if any process was asked to stop; all of them must call it together."""
+        """Return True if any rank was asked to stop. All ranks must call this method, which is a collective."""
         return trainer.strategy.reduce_boolean_decision(self.requested, all=False)
 
     def stop(self, trainer: L.Trainer) -> None:
@@ -119,7 +119,9 @@ class Termination(L.Callback):
         # perhaps only one rank got the signal, and all ranks return the same code
         if trainer.strategy.reduce_boolean_decision(self._signal == signal.SIGINT, all=False):
             self._signal = signal.SIGINT
-        launched_processes(trainer).clear()  # Lightning's observer would kill this one when another ends with a code
+        launched_processes(
+            trainer
+        ).clear()  # Lightning's observer would kill this process when another ends with an error code
         trainer.strategy.barrier("sigterm")
         stop_after_step(trainer)
 
@@ -149,7 +151,7 @@ class Termination(L.Callback):
             self._stop_if_requested()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finish what follows in a fit: the best checkpoint may be saved next."""
+        """Stop in an evaluation. In a fit, wait: the best checkpoint may be saved next."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             self._deferred = False
             self._stop_if_requested()
@@ -164,17 +166,17 @@ class Termination(L.Callback):
         self._stop_if_requested()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing is left to finish."""
+        """Stop at once from here on, since nothing is left to finish."""
         self._install(trainer, deferred=False)
 
     on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training is over and saved."""
+        """Stop at once from here on, since training is over and saved."""
         self._install(trainer, deferred=False)
 
     def _stop_if_requested(self) -> None:
-        """End the processes that this one started, and leave whatever is running."""
+        """If a signal was received, end the processes that this process started, and raise."""
         if self.requested:
             for process in launched_processes(self._trainer):
                 process.terminate()

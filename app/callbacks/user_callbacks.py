@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 REFUSED: dict[type[L.Callback], str] = {
     WeightAveraging: "copies the frozen backbone, and does so before the head exists. Use AdapterAveraging instead, "
-    "which averages what is trained.",
+    "which averages the trained weights.",
     StochasticWeightAveraging: "copies the frozen backbone and replaces the learning rate schedule. Use "
-    "AdapterAveraging instead, which averages what is trained.",
-    GradientAccumulationScheduler: "changes the number of steps of an epoch, for which the learning rate schedule "
-    "and a resumed run have one number. Use trainer.accumulate_grad_batches instead.",
+    "AdapterAveraging instead, which averages the trained weights.",
+    GradientAccumulationScheduler: "changes the number of steps of an epoch, which the learning rate schedule "
+    "and a resumed run take as constant. Use trainer.accumulate_grad_batches instead.",
     BackboneFinetuning: "freezes the backbone together with its adapters. Use model.tuning instead: adapter, head or "
     "full.",
     ModelPruning: "replaces the weights by masked copies, which no checkpoint or export holds. Remove the callback.",

@@ -28,8 +28,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--system", metavar="TEXT", type=str | None, help="System message. Default: data.system_prompt of the run."
     )
     parser.add_argument("--temperature", type=float | None, help="Draw tokens at this temperature. Default: the run's.")
-    parser.add_argument("--max_new_tokens", type=int | None, help="Most tokens of a response. Default: the run's.")
-    parser.add_argument("--seed", type=int | None, help="Seed of the drawn tokens. Default: another in each call.")
+    parser.add_argument(
+        "--max_new_tokens", type=int | None, help="Largest number of tokens of a response. Default: the run's."
+    )
+    parser.add_argument("--seed", type=int | None, help="Seed of the drawn tokens. Default: a new seed in each call.")
     parser.add_argument("--device", type=str | None, help="Device such as cuda or cpu. Default: an accelerator if any.")
 
 
@@ -37,8 +39,8 @@ def run(arguments: Namespace) -> None:
     """Answer each line of the standard input.
 
     Raises:
-        ArgumentError: If the run is no instruction tuning, or if the device does not exist.
-        CheckpointError: If there is no checkpoint, or a damaged one.
+        ArgumentError: If the run is not an instruction tuning, or if the device does not exist.
+        CheckpointError: If the checkpoint is missing or damaged.
     """
     import torch
 
@@ -57,10 +59,10 @@ def run(arguments: Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(None, f"--device: {arguments.device} cannot be used ({error}).") from error
     changes = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    given = {key: value for key, value in changes.items() if value is not None}
-    if "temperature" in given:
-        given["do_sample"] = True
-    module.generation = replace(module.generation, **given)
+    options: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    if "temperature" in options:
+        options["do_sample"] = True
+    module.generation = replace(module.generation, **options)
     module.configure_generation()
     data = saved_configuration(read_checkpoint(checkpoint)).get("data", {}).get("init_args", {})
     system = arguments.system if arguments.system is not None else data.get("system_prompt")
@@ -97,7 +99,7 @@ def _lines() -> Iterator[str]:
     if interactive:
         import readline  # noqa: F401 - input() then has history and editing keys
 
-        print("/reset begins a new conversation; /exit ends.", file=sys.stderr)
+        print("/reset begins a new conversation; /exit ends the chat.", file=sys.stderr)
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -110,7 +112,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(module: LanguageModel, encoder: ConversationEncoder, messages: list[Message]) -> str:
-    """Stream a response, and return it; the oldest turns are dropped while the prompt is too long.
+    """Stream a response and return it. While the prompt is too long, the oldest turns are dropped.
 
     Raises:
         ArgumentError: If a single message is longer than the positions of the backbone allow.
@@ -126,7 +128,7 @@ def _answer(module: LanguageModel, encoder: ConversationEncoder, messages: list[
             raise ArgumentError(
                 None,
                 f"The message has {len(tokens)} tokens. With a response of --max_new_tokens {most} it does not fit in "
-                f"the {limit} positions of the backbone. Shorten either.",
+                f"the {limit} positions of the backbone. Shorten one of the two.",
             )
         del messages[first : first + 2]
         _log.warning("The conversation no longer fits: its oldest message and response are left out.")

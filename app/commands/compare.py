@@ -34,7 +34,7 @@ def run(arguments: Namespace) -> None:
 
     Raises:
         ArgumentError: For fewer than two runs.
-        CheckpointError: If one of them is no run, or is damaged.
+        CheckpointError: If a run is missing or damaged.
     """
     from rich.console import Console
 
@@ -63,7 +63,9 @@ def _read(name: str) -> RunRecord:
     path = Path(name)
     directory = path if path.is_dir() else run_of_checkpoint(path)
     if directory is None or not directory.is_dir():
-        raise CheckpointError(f"RUN: {name} is no run directory, and no checkpoint in one. `runs` lists the runs.")
+        raise CheckpointError(
+            f"RUN: {name} is neither a run directory nor a checkpoint in a run directory. `runs` lists the runs."
+        )
     record = read_record(directory)
     if record.state == "damaged":
         raise CheckpointError(f"RUN: config.yaml or metrics.json of {name} cannot be read. Restore or leave it out.")
@@ -73,12 +75,12 @@ def _read(name: str) -> RunRecord:
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
-    """Return the paths of runs without the folders that all of them begin with."""
+    """Return the paths of runs without their common leading folders."""
     parts = [directory.absolute().parts for directory in directories]
     shared = 0
-    while all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
+    while all(len(path) > shared + 1 and path[shared] == parts[0][shared] for path in parts):
         shared += 1
-    return ["/".join(own[shared:]) for own in parts]
+    return ["/".join(path[shared:]) for path in parts]
 
 
 def compare_values(runs: Sequence[Mapping[str, Any]], with_equal: bool) -> dict[str, list[str]]:
@@ -86,11 +88,11 @@ def compare_values(runs: Sequence[Mapping[str, Any]], with_equal: bool) -> dict[
 
     Args:
         runs: Values of each run by key.
-        with_equal: Whether keys with one value in all runs are returned, too.
+        with_equal: Whether keys with equal values in all runs are returned too.
     """
-    found = dict.fromkeys(key for values in runs for key in values)
-    sections = list(dict.fromkeys(_section(key) for key in found))
-    keys = sorted(found, key=lambda key: sections.index(_section(key)))
+    unsorted = dict.fromkeys(key for values in runs for key in values)
+    sections = list(dict.fromkeys(_section(key) for key in unsorted))
+    keys = sorted(unsorted, key=lambda key: sections.index(_section(key)))
     texts = {key: [_text(values[key]) if key in values else ABSENT for values in runs] for key in keys}
     return {key: row for key, row in texts.items() if with_equal or len(set(row)) > 1}
 
@@ -101,7 +103,7 @@ def _section(key: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text; floats that agree in six digits have one text, which is shorter than they are."""
+    """Return a value as text. Floats have six digits, so that floats with equal digits count as equal."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Finished runs as analyses read them: factors, configuration and spectra, without the frozen backbone."""
+"""Read finished runs for analyses: factors, configuration and spectra, without the frozen backbone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TrainedFactors:
         return self.a if name == "A" else self.b
 
     def columns(self, name: Factor) -> Tensor:
-        """Return the matrix whose column space counts, (d, r): B, or Aᵀ for the row space of A."""
+        """Return the matrix whose column space is compared, (d, r): B, or Aᵀ for the row space of A."""
         return self.a.T if name == "A" else self.b
 
 
@@ -83,7 +83,7 @@ class FinishedRun:
         digest: Digest of the frozen weights; None if the source has none.
         model: Arguments of the model's class.
         data: Arguments of the data module's class, with its `class_path`.
-        seed: `seed_everything`; None if it is not known.
+        seed: `seed_everything`; None if it is unknown.
         label: Name in figures; `read_runs` sets it.
     """
 
@@ -107,7 +107,7 @@ class FinishedRun:
         return self.adapter.init_a if factor == "A" else self.adapter.init_b
 
     def start(self, factor: Factor) -> tuple[Any, ...] | None:
-        """Return what decides the values that a factor starts from over a given backbone; None if that is not known.
+        """Return everything that determines the initial values of a factor over a given backbone; None if unknown.
 
         The vectors of `svd`, `svd_minor` and `signs` at a smaller rank are among those at a larger rank.
         """
@@ -121,18 +121,18 @@ class FinishedRun:
         return (init, adapter.seed, adapter.rank, *adapter.rank_pattern.items())
 
     def drawn_start(self, factor: Factor, name: str) -> Tensor | None:
-        """Draw again the values that a factor of a projection started from; None unless they were drawn at random."""
+        """Draw the initial values of a factor of a projection again; None unless they were drawn at random."""
         init = self.init(factor)
         if init in ("zero", "given", "svd", "svd_minor"):
             return None
         trained = self.factors[name]
-        weight = torch.empty(trained.b.shape[0], trained.a.shape[1], device="meta")  # only its shape counts
+        weight = torch.empty(trained.b.shape[0], trained.a.shape[1], device="meta")  # only the shape is used
         drawn = init_factor(init, factor, weight, trained.a.shape[0], self.adapter.seed, name)  # type: ignore[arg-type]
         return drawn.T if factor == "A" else drawn
 
     @property
     def data_key(self) -> tuple[str, str]:
-        """Place and task of the data: two runs with the same key were trained on the same data."""
+        """Return path and task of the data. Two runs with the same key were trained on the same data."""
         path = str(self.data.get("path"))
         place = os.path.realpath(path) if os.path.exists(path) else path
         return place, str(self.data.get("task"))
@@ -194,10 +194,10 @@ def read_runs(names: Sequence[str], least: int, most: int | None = None) -> list
 
 
 def read_run(name: str) -> FinishedRun | None:
-    """Read one run; a run without adapters is None, and a warning says so.
+    """Read one run. For a run without adapters, warn and return None.
 
     Raises:
-        CheckpointError: If there is no such run, or it cannot be read.
+        CheckpointError: If the run is missing or cannot be read.
     """
     path = Path(name)
     if (path / CONFIG).is_file():
@@ -237,19 +237,19 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
 
 
 def _from_peft_folder(folder: Path) -> FinishedRun:
-    """Read a directory in PEFT's format; the config.yaml of its run says what PEFT's files do not."""
+    """Read a directory in PEFT's format, and the config.yaml of its run for the keys that PEFT's files lack."""
     inside = (folder.absolute().parent / "config.yaml").is_file() and folder.absolute().name == ADAPTER
     directory = folder.absolute().parent if inside else None
     configuration = _run_configuration(directory)
     model, data = (configuration.get(section) or {} for section in ("model", "data"))
-    given = (model.get("init_args") or {}).get("adapter")
-    own = _adapter_config(folder, given) if given else AdapterConfig(train="both", init_a="given", init_b="given")
-    if given is None:
-        _log.warning(f"RUN: {folder} does not say which factor was frozen. Both are taken for trained ones.")
+    saved = (model.get("init_args") or {}).get("adapter")
+    adapter = _adapter_config(folder, saved) if saved else AdapterConfig(train="both", init_a="given", init_b="given")
+    if saved is None:
+        _log.warning(f"RUN: {folder} does not say which factor was frozen. Both factors are treated as trained.")
     try:
         content, tensors = read_peft_files(folder)
         tensors = {key: tensor for key, tensor in tensors.items() if PEFT_NAME.fullmatch(key)}
-        loaded = from_peft(_skeleton(folder, tensors), content, tensors, own)
+        loaded = from_peft(_skeleton(folder, tensors), content, tensors, adapter)
     except AdapterError as error:
         raise CheckpointError(f"RUN: {str(error).removeprefix(f'{WHERE}: ')}") from error
     state = {f"backbone.{key}": tensor for key, tensor in loaded.factors.items()}
@@ -257,7 +257,7 @@ def _from_peft_folder(folder: Path) -> FinishedRun:
         source=folder,
         directory=directory,
         step=None,
-        adapter=own if given else loaded.config,
+        adapter=adapter if saved else loaded.config,
         factors=_factors(folder, state, loaded.config),
         digest=None,
         model=model.get("init_args") or {},
@@ -283,13 +283,13 @@ def _factors(path: Path, state: Mapping[str, Tensor], adapter: AdapterConfig) ->
     """Return the factors in a state by projection.
 
     Raises:
-        CheckpointError: If there are none, or their shapes do not belong together.
+        CheckpointError: If there are no factors, or the shapes of A and B do not match.
     """
     pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if match := STATE_NAME.fullmatch(name):
             pairs.setdefault((match[1], match[2]), {})[match[3]] = tensor.float()
-    found = {}
+    factors = {}
     for (layer, role), pair in pairs.items():
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
@@ -302,10 +302,10 @@ def _factors(path: Path, state: Mapping[str, Tensor], adapter: AdapterConfig) ->
                 f"RUN: {path} has rank {a.shape[0]} for {projection.name}, and its model.adapter says "
                 f"{adapter.rank_of(projection)}. Use another checkpoint."
             )
-        found[projection.name] = TrainedFactors(projection, a, b, adapter.scale_of(projection))
-    if not found:
+        factors[projection.name] = TrainedFactors(projection, a, b, adapter.scale_of(projection))
+    if not factors:
         raise CheckpointError(f"RUN: {path} has no factors of adapters. Use another checkpoint.")
-    return found
+    return factors
 
 
 def _is_fused(layer: str, role: str) -> bool:
@@ -315,7 +315,7 @@ def _is_fused(layer: str, role: str) -> bool:
 
 
 def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a model that has the adapted layers alone, by name and shape, without weights."""
+    """Return a model of the adapted layers alone, with their names and shapes and without weights."""
     root = nn.Module()
     for layer in dict.fromkeys(match[1] for name in tensors if (match := PEFT_NAME.fullmatch(name))):
         a, b = (tensors.get(f"{PREFIX}{layer}.lora_{factor}.weight") for factor in FACTORS)
@@ -335,7 +335,7 @@ def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _labels(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return short names: the variant, and of the other facts those in which the runs differ."""
+    """Return short names: the variant, and the other facts in which the runs differ."""
     facts = [
         {
             "data": run.data_name,
@@ -375,7 +375,7 @@ def check_same_backbone(runs: Sequence[FinishedRun]) -> None:
     """Check that all runs were trained over the same frozen weights.
 
     Raises:
-        ArgumentError: With what differs.
+        ArgumentError: If the backbones differ, with the differences.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -417,12 +417,12 @@ def _differing_shape(first: FinishedRun, second: FinishedRun) -> str | None:
 
 
 def frozen_weights(run: FinishedRun, names: Sequence[str], labels: Sequence[str]) -> dict[str, Tensor] | None:
-    """Return W of projections of a run's backbone; None if the backbone cannot be built, and a warning says why.
+    """Return W of projections of a run's backbone. If the backbone cannot be built, warn and return None.
 
     Args:
         run: The run.
         names: Names of projections.
-        labels: Of all runs over this backbone, for the warning.
+        labels: Labels of all runs over this backbone, for the warning.
 
     Returns:
         W by the name of the projection, (d_out, d_in).
@@ -442,7 +442,7 @@ def frozen_weights(run: FinishedRun, names: Sequence[str], labels: Sequence[str]
             projections = {p.name: p for p in [*parts, *fused_layers(parts)]}
             return {name: _weight(module.backbone, projections[name]) for name in names}
     _log.warning(
-        f"The frozen weights of run {', '.join(labels)} are not at hand, so intruder dimensions are left out: {reason}"
+        f"The frozen weights of run {', '.join(labels)} cannot be loaded, so intruder dimensions are left out: {reason}"
     )
     return None
 
@@ -458,8 +458,8 @@ def read_spectra(run: FinishedRun) -> list[dict[str, Any]]:
     """Return the rows of a run's spectrum.parquet.
 
     Returns:
-        One row a step, projection and factor: `step`, `projection`, `role`, `factor` (A, B or BA, which is without the
-        scale s), `singular_values` and `relative_norm`. Empty if there is no usable file, which a warning says.
+        One row for each step, projection and factor: `step`, `projection`, `role`, `factor` (A, B, or BA without the
+        scale s), `singular_values` and `relative_norm`. Empty, with a warning, if there is no usable file.
     """
     path = None if run.directory is None else run.directory / SPECTRUM
     if path is None or not path.is_file():
@@ -511,7 +511,7 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
 
 
 def shown_runs(runs: Sequence[FinishedRun], table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of runs as a page shows it: the path shortened and last, and no empty columns."""
+    """Return a table of runs for a page: the path is shortened and last, and empty columns are dropped."""
     shown = table.drop(columns=["path", "step"]).replace("", None).dropna(axis="columns", how="all")
     return shown.assign(path=[_short_path(run) for run in runs])
 
@@ -540,8 +540,8 @@ def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFram
         output: Directory; made if missing.
         report: The page.
         tables: Tables by the stem of their Parquet file.
-        own_names: Names of all files that the command may write. Those of an earlier report that this one lacks are
-            removed.
+        own_names: Names of all files that the command may write. Files of an earlier report that the new report lacks
+            are removed.
 
     Returns:
         Path of the page.

@@ -55,7 +55,7 @@ def run(arguments: Namespace) -> None:
     """Predict the memory of a fit and print it.
 
     Raises:
-        ArgumentError: For a wrong value, or data that nothing is trained on.
+        ArgumentError: For a wrong value, or for data without training rows.
         ModelError: If the model cannot be built from its configuration, or its memory cannot be predicted.
     """
     import torch
@@ -69,7 +69,7 @@ def run(arguments: Namespace) -> None:
     Console().print(table_of(prediction))
     print(escape_controls(f"For {prediction.setting}."))
     print(f"{prediction.trained:,} of {prediction.total:,} parameters are trained.")
-    print("The CUDA context, kernels' workspaces and unused parts of the allocator's blocks come on top.")
+    print("The CUDA context, kernels' workspaces and unused parts of the allocator's blocks need further memory.")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         print(device_line(properties.name, properties.total_memory, prediction.estimate.total), flush=True)

@@ -1,11 +1,11 @@
-"""Memory that a fit takes, predicted by running one training step that computes nothing.
+"""Predict the memory of a fit by running one training step on fake tensors.
 
-The step is the real one, of the real model under its adapters, on fake tensors: these have a shape, a dtype and a place
-in autograd's graph, but no numbers. So whatever autograd keeps is counted, for every architecture, and a model of 7
-billion weights takes seconds and no memory. `docs/results/memory.json` has measured runs beside the predictions.
+The step runs the real model with its adapters. Fake tensors have a shape, a dtype and a place in autograd's graph, but
+no numbers. So everything that autograd keeps is counted, for every architecture. A model of 7 billion weights takes
+seconds and no memory. `docs/results/memory.json` compares predictions with measured runs.
 
-Not counted is what PyTorch does not allocate as a tensor: the CUDA context, workspaces of kernels, buffers of
-communication, and what an allocator loses between its blocks.
+Memory that PyTorch does not allocate as a tensor is not counted: the CUDA context, workspaces of kernels, buffers of
+communication, and unused parts of the allocator's blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from modules.base import AdaptedModule, BackboneDtype
 from modules.generation.choices import PrefixCache
 from modules.scaling.sharding import sharded_stacks
 
-if TYPE_CHECKING:  # the recipe decides which of them is imported
+if TYPE_CHECKING:  # the recipe decides which class is imported
     from modules.image_classification import ImageClassifier
     from modules.language_modeling import LanguageModel
     from modules.summarization import Summarizer
@@ -46,18 +46,18 @@ AUTOCAST: dict[Precision, torch.dtype] = {"bf16-mixed": torch.bfloat16, "16-mixe
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process in the fullest moment of a training step, by what they are for.
+    """Bytes of one process at the peak of a training step, by purpose.
 
     Args:
-        weights: Weights and buffers of the backbone, or this process' share of them; frozen unless tuned in full.
-        gathered: Frozen weights of other processes' shares that are here while they are used.
-        factors: Both factors of all adapters, the frozen one too.
-        gradients: Of all that is trained.
-        optimizer: State of the optimizer, such as AdamW's two moments of all that is trained.
-        activations: What backward needs of each layer, and what is on the way.
-        logits: What has an entry for each token of the vocabulary: logits, log-probabilities and their gradients. 0 if
-            the fullest moment is elsewhere: under gradient checkpointing it may be in a layer.
-        heads: Heads, which are trained whole.
+        weights: Weights and buffers of the backbone, or this process's share of them. Frozen except in full tuning.
+        gathered: Frozen weights gathered from other processes, while they are used.
+        factors: Both factors of all adapters, trained or frozen.
+        gradients: Gradients of all trained parameters.
+        optimizer: State of the optimizer, such as AdamW's two moments of all trained parameters.
+        activations: Activations kept for backward, and temporary tensors.
+        logits: Tensors with an entry for each token of the vocabulary: logits, log-probabilities and their gradients.
+            0 if the peak is elsewhere, such as in a layer under gradient checkpointing.
+        heads: Trained heads.
     """
 
     weights: int
@@ -71,7 +71,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum of all parts, in bytes."""
+        """Return the sum of all parts, in bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __str__(self) -> str:
@@ -80,10 +80,10 @@ class MemoryEstimate:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that are alive, real or fake, and keeps the parts of the fullest moment.
+    """Track the bytes of all live tensors, real or fake, and keep the parts at the peak.
 
     Args:
-        kind: What a new tensor is for.
+        kind: Returns the part to which a new tensor belongs.
     """
 
     def __init__(self, kind: Callable[[Tensor], str]) -> None:
@@ -94,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count tensors that were made before, unless they share the memory of one that is counted."""
+        """Count existing tensors, unless they share memory with a counted tensor."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
@@ -111,12 +111,12 @@ class LiveBytes(TorchDispatchMode):
             self.peak = self.now.copy()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it has made."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        """Run an operation and count its results."""
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor):
                 self.hold([tensor], self._kind(tensor))
-        return made
+        return results
 
 
 def training_memory(
@@ -131,34 +131,33 @@ def training_memory(
     gradient_checkpointing: bool = False,
     shard_frozen: int = 1,
 ) -> MemoryEstimate:
-    """Bytes that a step of training a decoder's adapters takes, by part.
+    """Predict the bytes of a training step of a decoder's adapters, by part.
 
-    Gradients and moments are there throughout, as they are in every step but the first. Attention is given a mask, as
-    for padded batches; the kernels that a GPU has keep what those that are run here keep: queries, keys, values, the
-    result and a number a row.
+    Gradients and moments exist throughout the step, as in every step but the first. Attention gets a mask, as for
+    padded batches. Its kernels keep the same tensors here and on a GPU: queries, keys, values, the result and a number
+    for each row.
 
     Args:
-        config: The backbone's; `LlamaConfig()` is LLaMA-2-7B.
+        config: Configuration of the backbone; `LlamaConfig()` is LLaMA-2-7B.
         adapter: The adapters.
-        batch_size: Sequences a process and step (not accumulated ones).
+        batch_size: Sequences of a batch on a process, without accumulation.
         tokens: Length of a sequence, padding included.
-        response_tokens: Positions of a sequence that are learnt, to which alone the output layer is applied; all if
-            None.
-        backbone_dtype: Of the frozen weights; the factors are float32.
-        precision: Lightning's.
+        response_tokens: Learnt positions of a sequence; the output layer is applied to them alone. None means all.
+        backbone_dtype: Dtype of the frozen weights; the factors are float32.
+        precision: Lightning's precision.
         gradient_checkpointing: Whether activations within a layer are computed again in backward.
-        shard_frozen: Processes over which the layers' frozen weights are divided (`modules.scaling.sharding`); what is
-            in no layer, and the factors, are on all of them. Two layers at a time are gathered, the one that is used
-            and the next.
+        shard_frozen: Processes over which the layers' frozen weights are divided (`modules.scaling.sharding`). The
+            factors and weights outside of layers are on every process. Two layers at a time are gathered: the current
+            layer and the next.
 
     Raises:
-        ModelError: If a number is out of range, the configuration is no decoder's, or its layers cannot be divided.
+        ModelError: If a number is out of range, the model is not a decoder, or its layers cannot be divided.
     """
     positions = tokens if response_tokens is None else response_tokens
     if min(batch_size, shard_frozen) < 1 or not 1 <= positions <= tokens:
         raise ModelError(
             f"Memory of {batch_size} sequences, {positions} of {tokens} tokens learnt, {shard_frozen} processes: all "
-            "must be 1 or more, and of the tokens no more are learnt than there are."
+            "must be 1 or more, and no more tokens can be learnt than there are."
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"Memory of a {config.model_type}: transformers has no decoder of this kind.")
@@ -184,14 +183,14 @@ def training_memory(
 def scoring_memory(
     config: PreTrainedConfig, *, batch_size: int, prefix: int, tokens: int, backbone_dtype: BackboneDtype = "bfloat16"
 ) -> MemoryEstimate:
-    """Predict the memory of scoring multiple choice (`modules.generation.choices`), without the adapters' hundredth.
+    """Predict the memory of scoring multiple choice (`modules.generation.choices`), without the adapters.
 
     Args:
-        config: The backbone's.
+        config: Configuration of the backbone.
         batch_size: Questions at a time.
-        prefix: Tokens that all prompts begin with, 1 or more.
-        tokens: Those of the longest question behind them.
-        backbone_dtype: Of the weights.
+        prefix: Number of tokens with which all prompts begin, 1 or more.
+        tokens: Number of tokens of the longest question after the prefix.
+        backbone_dtype: Dtype of the weights.
 
     Raises:
         ModelError: If a number is out of range, or the backbone's keys and values cannot be shared.
@@ -201,7 +200,7 @@ def scoring_memory(
     vocabulary = config.get_text_config().vocab_size
     with FakeTensorMode(), torch.no_grad():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, backbone_dtype))  # type: ignore[no-untyped-call]
-        live = LiveBytes(lambda made: "logits" if made.shape == (batch_size, vocabulary) else "activations")
+        live = LiveBytes(lambda result: "logits" if result.shape == (batch_size, vocabulary) else "activations")
         live.hold([*model.parameters(), *model.buffers()], "weights")
         with live:
             keys = PrefixCache().keys_of(model.eval(), torch.zeros(prefix, dtype=torch.long))  # type: ignore[no-untyped-call]
@@ -227,8 +226,8 @@ class BatchSize:
 
     Args:
         samples: Images, texts or conversations.
-        tokens: Of each text or conversation, padding included; 0 for images.
-        targets: Tokens of each summary; 0 for other tasks.
+        tokens: Number of tokens of each text or conversation, with padding; 0 for images.
+        targets: Number of tokens of each summary; 0 for other tasks.
     """
 
     samples: int
@@ -240,9 +239,9 @@ def fit_memory(module: AdaptedModule, size: BatchSize, precision: Precision, sha
     """Predict the memory of a training step of a fit, by part.
 
     Args:
-        module: The model, built under `torch.device("meta")`, which reads no weights; it is of no further use.
+        module: The model, built under `torch.device("meta")` without weights. It cannot be used afterwards.
         size: The largest batch. Every token of a conversation counts as learnt.
-        precision: Lightning's.
+        precision: Lightning's precision.
         shard_frozen: Processes that share the blocks' frozen weights, as for `training_memory`.
 
     Raises:
@@ -278,18 +277,18 @@ def fit_memory(module: AdaptedModule, size: BatchSize, precision: Precision, sha
 
 
 def _make_fake(module: nn.Module) -> None:
-    """Replace parameters and buffers on the meta device by fake ones on the CPU; those that are tied stay so.
+    """Replace parameters and buffers on the meta device by fake tensors on the CPU. Tied parameters stay tied.
 
-    On the CPU, attention takes kernels that keep what those of a GPU keep. On the meta device it would not.
+    On the CPU, the kernels of attention keep the same tensors as on a GPU. On the meta device they would not.
     """
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, whose id would be taken again without it
+    fakes: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, which must live, or its id could be reused
     for owner in module.modules():
         for name, old in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-            if id(old) not in made:
+            if id(old) not in fakes:
                 new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
                 is_parameter = isinstance(old, nn.Parameter)
-                made[id(old)] = old, nn.Parameter(new, old.requires_grad) if is_parameter else new
-            setattr(owner, name, made[id(old)][1])
+                fakes[id(old)] = old, nn.Parameter(new, old.requires_grad) if is_parameter else new
+            setattr(owner, name, fakes[id(old)][1])
 
 
 Step = tuple[Callable[[], Tensor], list[tuple[int, ...]]]  # the loss of a batch, and the shapes of logits
@@ -371,22 +370,22 @@ def _peak_of_step(
     loss: Callable[[], Tensor],
     precision: Precision,
 ) -> Counter[str]:
-    """Return the bytes of the fullest moment of a step by what they are for, gradients and moments kept throughout.
+    """Return the bytes at the peak of a step by part. Gradients and moments exist throughout the step.
 
     Args:
         model: The model, in train mode.
-        optimizer: The optimizer of all that is trained; it makes its moments here.
+        optimizer: The optimizer of all trained parameters. Its moments are created here.
         factors: Factors of the adapters.
         heads: Parameters of the heads.
         logits: Shapes of the tensors that count as logits.
-        loss: Makes a batch and returns its loss.
-        precision: Lightning's.
+        loss: Function that makes a batch and returns its loss.
+        precision: Lightning's precision.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes the moments
-    live = LiveBytes(lambda made: "logits" if tuple(made.shape) in logits else "activations")
+    live = LiveBytes(lambda result: "logits" if tuple(result.shape) in logits else "activations")
     live.hold(factors, "factors")
     live.hold(heads, "heads")
     live.hold([*model.parameters(), *model.buffers()], "weights")
@@ -410,14 +409,14 @@ def _decoder_loss(model: PreTrainedModel, batch_size: int, tokens: int, position
     ids = torch.zeros(batch_size, tokens, dtype=torch.long)
     rows = torch.arange(batch_size).repeat_interleave(positions)
     columns = torch.arange(tokens - positions, tokens).repeat(batch_size)
-    # numbers of the positions in place of a mask, which on fake tensors has no values to count
+    # positions instead of a mask, since a fake mask has no values to count
     selected = cast(Tensor, (rows, columns))
     logits = selected_logits(model, selected, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return F.cross_entropy(logits, ids[selected])
 
 
 def _sharded(model: nn.Module, processes: int) -> dict[str, int]:
-    """Return the bytes of frozen weights where each process keeps a share of every block, and of gathered ones."""
+    """Return the bytes of a process's share of the frozen weights of every block, and of the gathered weights."""
     factors = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
 
     def size(module: nn.Module, shares: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Prediction of the memory that a fit needs, from the keys of the fit."""
+"""Predict the memory of a fit from its keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the recipe decides whether timm is imported
 
 @dataclass(frozen=True)
 class Prediction:
-    """Memory of a fit, and what it was predicted for.
+    """Memory of a fit, and the setting of the prediction.
 
     Args:
         estimate: Bytes by part.
@@ -48,10 +48,10 @@ def predict(parse_fit: ParseFit, words: Sequence[str], classes: int) -> Predicti
     Args:
         parse_fit: Parser of `fit`.
         words: Options of `fit`.
-        classes: Classes of the head, where they are not known.
+        classes: Number of classes of the head, if it is unknown.
 
     Raises:
-        ArgumentError: For words that `fit` refuses, or data that nothing is trained on.
+        ArgumentError: For words that `fit` refuses, or for data without training rows.
         DataError: If data on this machine are damaged.
         ModelError: If the model cannot be built from its configuration, or its memory cannot be predicted.
     """
@@ -62,10 +62,10 @@ def predict(parse_fit: ParseFit, words: Sequence[str], classes: int) -> Predicti
     processes = processes_of(config)
     keys = config.model.init_args
     if "class_names" in keys and keys.class_names is None:
-        known = read_classes(config)
-        keys.class_names = [f"class {number}" for number in range(classes)] if known is None else known
+        names = read_classes(config)
+        keys.class_names = [f"class {number}" for number in range(classes)] if names is None else names
         head = f", a head of {len(keys.class_names):,} classes" if keys.class_names else ", a head of one score"
-        head += " (--classes)" if known is None else ""
+        head += " (--classes)" if names is None else ""
     keys.adapter.init_a = keys.adapter.init_b = "given"  # no values are drawn
     with torch.device("meta"):
         module = construct(AdaptedModule, config.model)
@@ -84,7 +84,7 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
     """Return the size of the largest training batch of a fit, and the size in words.
 
     Raises:
-        ArgumentError: For data that nothing is trained on.
+        ArgumentError: For data without training rows.
     """
     data = resolve_name(config.data.class_path)
     kind = data.kind if isinstance(data, HasKind) else "data of no known kind"
@@ -123,7 +123,7 @@ def read_classes(config: Namespace) -> list[str] | None:
     if not Path(keys.path).exists():
         return None
     if resolve_name(config.data.class_path).kind == "images":
-        folder = str(Path(keys.path, keys.get("environment") or ""))  # of several domains, one is trained on
+        folder = str(Path(keys.path, keys.get("environment") or ""))  # the domain to train on, if there are several
         columns = (keys.get("image_column"), keys.get("label_column"))
         table = open_split(folder, "train", *columns, Findings(keys.skip_bad_rows), keys.get("skip_label"))
         return None if table is None else table.class_names
@@ -132,7 +132,7 @@ def read_classes(config: Namespace) -> list[str] | None:
 
 
 def precision_of(value: Any) -> Precision:
-    """Return the name of a precision that Lightning knows under several.
+    """Return the usual name of a precision, for which Lightning has several names.
 
     Raises:
         ArgumentError: For a precision that a fit refuses.
@@ -148,7 +148,7 @@ def precision_of(value: Any) -> Precision:
 
 
 def processes_of(config: Namespace) -> int:
-    """Return the number of processes of a fit; where `trainer.devices` leaves it open, that of this machine's GPUs."""
+    """Return the number of processes of a fit. If `trainer.devices` is `auto`, it is this machine's number of GPUs."""
     devices = config.trainer.devices
     if isinstance(devices, list):
         count = len(devices)

@@ -33,8 +33,8 @@ class Measurement:
     """Model of a recipe, with the moments that were measured.
 
     Args:
-        module: The model; its adapters are as they started, its heads are trained a little.
-        words: Options of `fit` that the model was built with.
+        module: The model. Its adapters have their initial values, and its heads are briefly trained.
+        words: Options of `fit` with which the model was built.
         moments: By projection, in the order of the model's modules.
         samples: Number of training samples that the recipe has.
         steps: Batches that were measured.
@@ -56,10 +56,10 @@ def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps:
         parse_fit: Parser of `fit`.
         words: Options of `fit`.
         batches: Batches to measure.
-        head_steps: Optimizer steps of the heads alone before that; without heads there are none.
+        head_steps: Optimizer steps in which heads are trained alone first. They are skipped without a head.
 
     Raises:
-        ArgumentError: For keys without which there is nothing to measure, or that start elsewhere than at W.
+        ArgumentError: If no projection is adapted, or if a key loads trained adapters.
     """
     config = parse_fit(words)
     for key, value in (
@@ -122,7 +122,7 @@ class MomentCollector(L.Callback):
     """Collect the moments at each adapted projection, while no adapter moves.
 
     Args:
-        head_steps: Optimizer steps in which heads are trained first; afterwards nothing is.
+        head_steps: Optimizer steps in which heads are trained first. Afterwards nothing is trained.
     """
 
     def __init__(self, head_steps: int) -> None:
@@ -150,12 +150,12 @@ class MomentCollector(L.Callback):
             hook.remove()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what a few batches are of the whole."""
+        """Warn if more batches are read than the training data have."""
         loader: Any = trainer.train_dataloader
         self.samples = len(loader.dataset)
         needed, whole = trainer.max_steps, int(trainer.num_training_batches)
         if needed > whole:
-            _log.warning(f"The training data have {whole} batches, and {needed} are read: some rows are seen again.")
+            _log.warning(f"The training data have {whole} batches, and {needed} are read: some rows are read twice.")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -166,7 +166,7 @@ class MomentCollector(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Keep the factors where they started, and during the measurement the heads too."""
+        """Keep the factors at their initial values, and during the measurement the heads too."""
         for group in optimizer.param_groups:
             if self._active or group["name"].partition("/")[0] != "head":
                 group["lr"] = 0.0  # until the schedule sets the next step's

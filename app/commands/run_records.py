@@ -65,7 +65,7 @@ class RunRecord:
         return None if value is None else (name.removeprefix("best/"), value)
 
     def number(self, name: str) -> int | float | None:
-        """Return a metric; None if it is missing, no number, or none that can be shown."""
+        """Return a metric; None if it is missing, not a number, or too large to show."""
         value: Any = self.metrics.get(name)
         return value if type(value) in (int, float) and abs(value) < LARGEST else None
 
@@ -118,8 +118,8 @@ def _state(directory: Path, keys: Mapping[str, Any], metrics: Mapping[str, Any])
 def _is_locked(path: Path) -> bool:
     """Return True if another process holds the lock of a run.
 
-    The query takes no lock. In the process that holds the lock it would release the lock, as each closing of the file
-    does.
+    The query takes no lock. Do not call this function in the process that holds the lock: closing the file would
+    release the lock.
     """
     question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # Linux's struct flock
     try:

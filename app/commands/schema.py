@@ -1,4 +1,4 @@
-"""Print the JSON schema of a recipe, by which editors complete, explain and check its keys."""
+"""Print the JSON schema of a recipe, with which editors complete, explain and check its keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(arguments: Namespace) -> None:
     Raises:
         ArgumentError: Without a recipe or with two, or if the recipe cannot be read.
     """
-    given = [name for name in (arguments.recipe, arguments.config) if name is not None]
-    if len(given) != 1:
-        raise ArgumentError(None, f"RECIPE: {len(given)} are given. Give one file, such as conf/vit_cifar.yaml.")
-    print(json.dumps(recipe_schema(given[0], arguments.fit), indent=2), flush=True)
+    recipes = [name for name in (arguments.recipe, arguments.config) if name is not None]
+    if len(recipes) != 1:
+        raise ArgumentError(None, f"RECIPE: {len(recipes)} are given. Give one file, such as conf/vit_cifar.yaml.")
+    print(json.dumps(recipe_schema(recipes[0], arguments.fit), indent=2), flush=True)

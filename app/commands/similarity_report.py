@@ -64,7 +64,7 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
     pairs: list[dict[str, Any]] = []
     for factor in FACTORS:
         bases = {run.label: [orthonormal_basis(run.factors[name].columns(factor)) for name in names] for run in runs}
-        ranks = {label: [basis.shape[1] for basis in own] for label, own in bases.items()}
+        ranks = {label: [basis.shape[1] for basis in of_run] for label, of_run in bases.items()}
         dimensions = [basis.shape[0] for basis in bases[runs[0].label]]
         kinds = [f"{role} {dimension}" for role, dimension in zip(roles, dimensions, strict=True)]
         orders = {run.label: random_orders(kinds, PERMUTATIONS, seed) for seed, run in enumerate(runs)}
@@ -72,7 +72,7 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
             key = {"first": first.label, "second": second.label, "factor": factor}
             sizes = {"dimension": dimensions, "rank_first": ranks[first.label], "rank_second": ranks[second.label]}
             similarities = _within_kinds(bases[first.label], bases[second.label], kinds)
-            found = pd.DataFrame(
+            of_pair = pd.DataFrame(
                 {
                     **key,
                     **where,
@@ -81,20 +81,20 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
                     "chance": [chance_level(*size) for size in zip(*sizes.values(), strict=True)],
                 }
             )
-            found = found.dropna(subset="similarity")  # of zero factors
-            if found.empty:
+            of_pair = of_pair.dropna(subset="similarity")  # a zero factor has no similarity
+            if of_pair.empty:
                 _log.warning(
                     f"{factor} of run {first.label} or {second.label} is zero everywhere. The pair is skipped."
                 )
                 continue
-            rows.append(found)
+            rows.append(of_pair)
             permuted = permuted_means(similarities, orders[first.label], orders[second.label]).numpy()
             pairs.append(
                 {
                     **key,
                     **pair_facts(first, second, factor),
-                    **_over_projections(found["similarity"].to_numpy()),
-                    "chance": found["chance"].mean(),
+                    **_over_projections(of_pair["similarity"].to_numpy()),
+                    "chance": of_pair["chance"].mean(),
                     **_permutation_interval(permuted),
                     "permuted": permuted,
                 }
@@ -109,32 +109,34 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
 
 
 def _within_kinds(first: Sequence[Tensor], second: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
-    """Return the similarity of each projection of one run with each of its kind in another, (n, n); NaN elsewhere."""
-    found = torch.full((len(kinds), len(kinds)), math.nan, dtype=torch.float64)
+    """Return the similarities of projections of one kind between two runs, (n, n); NaN between different kinds."""
+    similarities = torch.full((len(kinds), len(kinds)), math.nan, dtype=torch.float64)
     for kind in set(kinds):
         members = [i for i, other in enumerate(kinds) if other == kind]
         values = cross_similarities([first[i] for i in members], [second[i] for i in members])
-        found[torch.tensor(members)[:, None], members] = values
-    return found
+        similarities[torch.tensor(members)[:, None], members] = values
+    return similarities
 
 
 def _common_projections(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the projections that all runs adapt; a warning names the number of the others."""
+    """Return the projections that all runs adapt. Warn with the number of other projections."""
     shared = set.intersection(*(set(run.factors) for run in runs))
-    every = set.union(*(set(run.factors) for run in runs))
+    adapted = set.union(*(set(run.factors) for run in runs))
     if not shared:
         raise ArgumentError(
             None,
             "RUN: no projection is adapted by all runs. Give runs with the same model.adapter.targets, or targets that "
             "overlap.",
         )
-    if len(shared) < len(every):
-        _log.warning(f"{len(every - shared)} of {len(every)} projections are not adapted by all runs and are left out.")
+    if len(shared) < len(adapted):
+        _log.warning(
+            f"{len(adapted - shared)} of {len(adapted)} projections are not adapted by all runs and are left out."
+        )
     return [name for name in runs[0].factors if name in shared]
 
 
 def pair_facts(first: FinishedRun, second: FinishedRun, factor: Factor) -> dict[str, str]:
-    """Return what two runs share, as far as one factor is concerned."""
+    """Return the facts about one factor of two runs: state, start, and whether data, variant and seed are equal."""
     states = [run.trains(factor) for run in (first, second)]
     state = "trained" if all(states) else "one trained" if any(states) else "frozen"
     starts = [run.start(factor) for run in (first, second)]
@@ -176,18 +178,18 @@ def _permutation_interval(permuted: np.ndarray) -> dict[str, float]:
 def _groups(pairs: pd.DataFrame) -> pd.DataFrame:
     """Return the mean over the pairs of each group, with the columns of `_summary`.
 
-    Of the facts, those that are the same for all pairs of a factor do not name a group.
+    Facts that are equal for all pairs of a factor are not part of the names of the groups.
     """
-    found = []
+    rows: list[dict[str, Any]] = []
     for factor, of_factor in pairs.groupby("factor"):
         varying = [fact for fact in FACTS if fact == "state" or of_factor[fact].nunique() > 1]
         for keys, group in of_factor.groupby(varying, sort=False):
             name = ", ".join(keys)
             if {"frozen", "same start"} <= set(keys):
                 name += " (equal by construction)"
-            found.append({"factor": factor, "group": name, **_summary(group), **dict.fromkeys(FACTS, "")})
-            found[-1] |= {fact: group[fact].iloc[0] for fact in varying}
-    frame = pd.DataFrame(found)
+            rows.append({"factor": factor, "group": name, **_summary(group), **dict.fromkeys(FACTS, "")})
+            rows[-1] |= {fact: group[fact].iloc[0] for fact in varying}
+    frame = pd.DataFrame(rows)
     return frame.sort_values(["factor", "similarity"], ascending=[True, False], ignore_index=True)
 
 
@@ -209,7 +211,7 @@ def _summary(pairs: pd.DataFrame) -> dict[str, Any]:
 
 
 def _with_own_starts(runs: Sequence[FinishedRun], names: Sequence[str]) -> pd.DataFrame:
-    """Return the table of runs, with the similarity of each trained factor to the values that it started from."""
+    """Return the table of runs, with the similarity of each trained factor to its initial values."""
     table = runs_table(runs)
     for factor in FACTORS:
         table[f"{factor} to its start"] = [_own_start(run, factor, names) for run in runs]
@@ -248,7 +250,7 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
     for text in answers(pairs, tables["runs"]):
         report.add_paragraph(text)
     report.add_table("Runs", shown_runs(runs, _rounded(tables["runs"])))
-    report.add_heading("By what two runs share")
+    report.add_heading("Grouped by what two runs share")
     report.add_figure(
         "groups",
         _groups_figure(pairs, groups),
@@ -265,7 +267,7 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
         "interval over runs leaves out one run at a time (jackknife), since pairs that share a run are not "
         "independent. This interval needs three runs."
     )
-    report.add_heading("By pair and by layer")
+    report.add_heading("For each pair and each layer")
     report.add_figure(
         "pairs",
         _pairs_figure(runs, pairs),
@@ -291,19 +293,20 @@ def answers(pairs: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     """Return sentences that answer the paper's questions from the numbers."""
     trained = pairs[(pairs["factor"] == "A") & (pairs["state"] == "trained")]
     other, same = (trained[trained["start"] == start] for start in ("other start", "same start"))
-    found = [_verdict(other, same)]
+    sentences = [_verdict(other, same)]
     if other["data"].nunique() > 1:
-        found.append(f"From different starts, A has {_by_data(other)}.")
-    own = runs["A to its start"].dropna()
-    if len(own):
-        counted = f"{len(own)} run{'s' * (len(own) > 1)}"
-        found.append(
-            f"At the end of training, A has a mean similarity of {own.mean():.3f} to its own random start ({counted})."
+        sentences.append(f"From different starts, A has {_by_data(other)}.")
+    to_start = runs["A to its start"].dropna()
+    if len(to_start):
+        counted = f"{len(to_start)} run{'s' * (len(to_start) > 1)}"
+        sentences.append(
+            f"At the end of training, A has a mean similarity of {to_start.mean():.3f} to its own random start "
+            f"({counted})."
         )
     learnt = pairs[(pairs["factor"] == "B") & (pairs["state"] == "trained") & (pairs["start"] == "both from zero")]
     if len(learnt):
-        found.append(f"B, trained from zero in both runs, has {_by_data(learnt)}.")
-    return found
+        sentences.append(f"B, trained from zero in both runs, has {_by_data(learnt)}.")
+    return sentences
 
 
 def _by_data(pairs: pd.DataFrame) -> str:
@@ -317,28 +320,28 @@ def _by_data(pairs: pd.DataFrame) -> str:
 
 
 def _verdict(other: pd.DataFrame, same: pd.DataFrame) -> str:
-    """Answer whether the similarity of A vanishes, from pairs of runs that train A from other starts and the same."""
+    """Answer whether the similarity of A vanishes between runs that train A from different starts."""
     beside = f" From the same start it is {_in_words(same)}." if len(same) else ""
     if other.empty:
         return (
             "These runs cannot tell: no two of them train A from different random starts. Give runs with "
             "model.adapter.train both and several values of model.adapter.seed." + beside
         )
-    found = _summary(other)
-    low, high = found["permutation_low"], found["permutation_high"]
+    summary = _summary(other)
+    low, high = summary["permutation_low"], summary["permutation_high"]
     text = f"trained from different starts, A has a mean similarity of {_in_words(other)}. "
-    text += f"The chance level is {found['chance']:.3f}."
+    text += f"The chance level is {summary['chance']:.3f}."
     text += "" if math.isnan(low) else f" With blocks permuted, 95 % of means lie between {low:.3f} and {high:.3f}."
-    limit = high if low <= found["chance"] else found["chance"]  # else all blocks are alike, beyond chance
-    if found["similarity"] <= limit:
+    limit = high if low <= summary["chance"] else summary["chance"]  # else all blocks are alike, beyond chance
+    if summary["similarity"] <= limit:
         return f"Yes: {text}{beside}"
-    if found["low"] <= limit:
+    if summary["low"] <= limit:
         return f"Yes, as far as these runs can tell: {text} The interval over runs reaches chance.{beside}"
-    if math.isnan(found["low"]):
+    if math.isnan(summary["low"]):
         text += " These runs are too few for an interval over runs."
     if same.empty:
         return f"Not entirely: {text}"
-    left = (found["similarity"] - found["chance"]) / (same["similarity"].mean() - found["chance"])
+    left = (summary["similarity"] - summary["chance"]) / (same["similarity"].mean() - summary["chance"])
     beside += f" Of the similarity above chance, different starts leave {left:.0%}."
     return f"{'Almost' if left < ALMOST else 'Not entirely'}: {text}{beside}"
 
@@ -387,21 +390,21 @@ def _chance_title(factor: str, pairs: pd.DataFrame) -> str:
 
 
 def _shown_groups(groups: pd.DataFrame, factor: str) -> pd.DataFrame:
-    """Return the groups of a factor that a figure shows: trained factors first, then those with the most pairs."""
-    own = groups[groups["factor"] == factor]
-    ranks = pd.DataFrame({"state": own["state"].map(STATES.index), "pairs": -own["pairs"]}).sort_values(
+    """Return the groups of a factor that a figure shows: trained factors first, then the groups with most pairs."""
+    of_factor = groups[groups["factor"] == factor]
+    ranks = pd.DataFrame({"state": of_factor["state"].map(STATES.index), "pairs": -of_factor["pairs"]}).sort_values(
         ["state", "pairs"]
     )
-    return own.loc[ranks.index[:MOST_GROUPS]].sort_values("similarity", ascending=False)
+    return of_factor.loc[ranks.index[:MOST_GROUPS]].sort_values("similarity", ascending=False)
 
 
 def _members(pairs: pd.DataFrame, group: Any) -> pd.DataFrame:
     """Return the pairs of a group."""
-    own = pairs[pairs["factor"] == group.factor]
+    members = pairs[pairs["factor"] == group.factor]
     for fact in FACTS:
         if getattr(group, fact):
-            own = own[own[fact] == getattr(group, fact)]
-    return own
+            members = members[members[fact] == getattr(group, fact)]
+    return members
 
 
 def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
@@ -438,13 +441,13 @@ def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
         grid = np.eye(len(labels))
         frozen = np.zeros_like(grid, dtype=bool)
         missing = np.zeros_like(grid, dtype=bool)
-        known = pairs[pairs["factor"] == factor].set_index(["first", "second"])
+        by_runs = pairs[pairs["factor"] == factor].set_index(["first", "second"])
         for i, j in combinations(range(len(labels)), 2):
             pair = (labels[i], labels[j])
-            missing[i, j] = missing[j, i] = pair not in known.index
-            if pair in known.index:
-                grid[i, j] = grid[j, i] = known.loc[pair, "similarity"]
-                frozen[i, j] = frozen[j, i] = known.loc[pair, "state"] == "frozen"
+            missing[i, j] = missing[j, i] = pair not in by_runs.index
+            if pair in by_runs.index:
+                grid[i, j] = grid[j, i] = by_runs.loc[pair, "similarity"]
+                frozen[i, j] = frozen[j, i] = by_runs.loc[pair, "state"] == "frozen"
         image = axes.imshow(np.where(missing, np.nan, grid), cmap="viridis", vmin=0, vmax=1, aspect="auto")
         if len(labels) <= MOST_ANNOTATED:
             for i, j in np.ndindex(grid.shape):
@@ -469,11 +472,13 @@ def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame
     with figure_style():
         panels = figure.subplots(2, 1, sharex=True)
     for axes, factor in zip(panels, FACTORS, strict=True):
-        own = rows[rows["factor"] == factor]
-        axes.plot(range(len(blocks)), own.groupby("block")["chance"].mean().reindex(blocks), color="#888888", lw=4)
+        of_factor = rows[rows["factor"] == factor]
+        axes.plot(
+            range(len(blocks)), of_factor.groupby("block")["chance"].mean().reindex(blocks), color="#888888", lw=4
+        )
         for index, group in enumerate(_shown_groups(groups, factor).itertuples()):
             members = _members(pairs, group)[["first", "second", "factor"]]
-            mean = own.merge(members).groupby("block")["similarity"].mean().reindex(blocks)
+            mean = of_factor.merge(members).groupby("block")["similarity"].mean().reindex(blocks)
             dash = ("-", "--", "-.", ":")[index % 4]
             axes.plot(
                 range(len(blocks)),

@@ -31,7 +31,7 @@ TABLES = ("runs", "spectra", "ranks", "kept_shares", "intruders")
 OWN_FILES = (FILE, *(f"{name}.png" for name in PICTURES), *(f"{name}.parquet" for name in TABLES))
 THRESHOLDS = torch.linspace(0, 1, 101, dtype=torch.float64)
 TABLE_THRESHOLD = 0.6
-MOST_BANDS = 3  # of more runs, bands hide one another
+MOST_BANDS = 3  # largest number of runs with bands, which hide one another if there are more
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -41,9 +41,9 @@ class WeightMeasures(NamedTuple):
     """Measures that need the frozen weights.
 
     Args:
-        norms: For each run ‖W‖_F by projection; empty where the backbone is not at hand.
-        cosines: For each run what `intruder_cosines` returns, by projection; likewise.
-        missing: Labels of the runs whose backbone is not at hand.
+        norms: ‖W‖_F by projection, for each run; empty if the backbone cannot be loaded.
+        cosines: Result of `intruder_cosines` by projection, for each run; empty if the backbone cannot be loaded.
+        missing: Labels of the runs whose backbone cannot be loaded.
     """
 
     norms: list[dict[str, float]]
@@ -60,9 +60,9 @@ def measure_weights(runs: Sequence[FinishedRun], top: int) -> WeightMeasures:
         runs: The runs.
         top: Number of leading singular vectors; 0 for no intruder dimensions, which needs no backbone.
     """
-    found = WeightMeasures([{} for _ in runs], [{} for _ in runs], [])
+    measures = WeightMeasures([{} for _ in runs], [{} for _ in runs], [])
     if top == 0:
-        return found
+        return measures
     by_backbone: dict[str, list[int]] = defaultdict(list)
     for index, run in enumerate(runs):
         by_backbone[run.digest or str(run.source)].append(index)
@@ -70,7 +70,7 @@ def measure_weights(runs: Sequence[FinishedRun], top: int) -> WeightMeasures:
         names = dict.fromkeys(name for index in indices for name in runs[index].factors)
         weights = frozen_weights(runs[indices[0]], list(names), [runs[index].label for index in indices])
         if weights is None:
-            found.missing.extend(runs[index].label for index in indices)
+            measures.missing.extend(runs[index].label for index in indices)
             continue
         _log.info(f"Decomposing {len(names)} frozen weights, for the intruder dimensions of {len(indices)} runs.")
         for name in names:
@@ -78,9 +78,9 @@ def measure_weights(runs: Sequence[FinishedRun], top: int) -> WeightMeasures:
             for index in indices:
                 if (trained := runs[index].factors.get(name)) is not None:
                     update = trained.scale * (trained.b.double() @ trained.a.double())
-                    found.norms[index][name] = float(weights[name].double().norm())
-                    found.cosines[index][name] = intruder_cosines(left, weights[name], update, top)
-    return found
+                    measures.norms[index][name] = float(weights[name].double().norm())
+                    measures.cosines[index][name] = intruder_cosines(left, weights[name], update, top)
+    return measures
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -98,8 +98,8 @@ def build_tables(
 
     Returns:
         `runs`; `spectra`, a row a singular value; `ranks`, a row a spectrum; `kept_shares`; `intruders`. Rows with
-        `at_checkpoint` are of the factors in the checkpoint, all others of spectrum.parquet. The factor `s·BA` is the
-        update with its scale.
+        `at_checkpoint` describe the factors in the checkpoint, other rows come from spectrum.parquet. The factor `s·BA`
+        is the update with its scale.
     """
     values: list[dict[str, Any]] = []
     ranks: list[dict[str, Any]] = []
@@ -126,8 +126,8 @@ def build_tables(
             if row["factor"] == UPDATE:
                 shares = kept_shares(torch.tensor(row["singular_values"])).tolist()
                 kept += [{**key, "rank": i, "kept_share": share} for i, share in enumerate(shares, 1)]
-                known = of_vectors.get(row["projection"], torch.empty(0)).tolist()
-                intruders += [{**key, "index": i, "largest_cosine": c} for i, c in enumerate(known, 1)]
+                cosines = of_vectors.get(row["projection"], torch.empty(0)).tolist()
+                intruders += [{**key, "index": i, "largest_cosine": c} for i, c in enumerate(cosines, 1)]
     keys = ["run", "projection", "block", "role"]
     return {
         "runs": runs_table(runs),
@@ -151,20 +151,20 @@ def _checkpoint_spectra(run: FinishedRun) -> list[dict[str, Any]]:
 
 
 def _scaled(run: FinishedRun, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of spectrum.parquet with the scale s in those of B·A."""
-    found = []
+    """Return the rows of spectrum.parquet, with the rows of B·A multiplied by the scale s."""
+    scaled_rows = []
     for row in rows:
         trained = run.factors.get(row["projection"])
         if trained is not None:
             is_update = row["factor"] == "BA"
             scaled = [trained.scale * value if is_update else value for value in row["singular_values"]]
             name = UPDATE if is_update else row["factor"]
-            found.append({**row, "at_checkpoint": False, "factor": name, "singular_values": scaled})
-    return found
+            scaled_rows.append({**row, "at_checkpoint": False, "factor": name, "singular_values": scaled})
+    return scaled_rows
 
 
 def _norms_from_spectra(run: FinishedRun, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return ‖W‖_F by projection from what spectrum.parquet knows: ‖s·BA‖_F and its ratio to ‖W‖_F."""
+    """Return ‖W‖_F by projection, from ‖s·BA‖_F and its ratio to ‖W‖_F in spectrum.parquet."""
     norms = {}
     for row in rows:
         ratio, trained = row["relative_norm"], run.factors.get(row["projection"])
@@ -184,8 +184,8 @@ def build_report(
     Args:
         runs: The runs.
         tables: From `build_tables`.
-        top: Number of leading singular vectors that may be intruders; 0 if they were not asked for.
-        missing: Labels of the runs whose backbone is not at hand.
+        top: Number of leading singular vectors that may be intruders; 0 for no intruder dimensions.
+        missing: Labels of the runs whose backbone cannot be loaded.
     """
     report = Report("Spectra of " + ("a run" if len(runs) == 1 else f"{len(runs)} runs"))
     labels = [run.label for run in runs]
@@ -254,15 +254,15 @@ def _left_out(
     runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame], top: int, missing: Sequence[str]
 ) -> list[str]:
     """Return a sentence for each part that this page lacks."""
-    found = []
+    sentences = []
     traced = set(tables["ranks"].query("not at_checkpoint")["run"])
     if untraced := [run.label for run in runs if run.label not in traced]:
-        found.append(f"No usable spectrum.parquet: run {', '.join(untraced)}. Its checkpoint alone is shown.")
+        sentences.append(f"No usable spectrum.parquet: run {', '.join(untraced)}. Its checkpoint alone is shown.")
     if top == 0:
-        found.append("Intruder dimensions were left out by --top 0.")
+        sentences.append("Intruder dimensions were left out by --top 0.")
     if missing:
-        found.append(f"Frozen weights not at hand: run {', '.join(missing)}. Its intruder dimensions are left out.")
-    return found
+        sentences.append(f"Frozen weights not loaded: run {', '.join(missing)}. Its intruder dimensions are left out.")
+    return sentences
 
 
 def _summary(labels: Sequence[str], tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -339,10 +339,10 @@ def _singular_values_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figur
 
 
 def _trace(ranks: pd.DataFrame, label: str, factor: str) -> pd.DataFrame:
-    """Return the spectra of a run over training; of its checkpoint, if there are no others."""
-    own = ranks[(ranks["run"] == label) & (ranks["factor"] == factor)]
-    trained = own[~own["at_checkpoint"]]
-    return (trained if len(trained) else own).fillna({"step": 0})
+    """Return the spectra of a run over training, or of its checkpoint alone if there are no others."""
+    of_run = ranks[(ranks["run"] == label) & (ranks["factor"] == factor)]
+    over_training = of_run[~of_run["at_checkpoint"]]
+    return (over_training if len(over_training) else of_run).fillna({"step": 0})
 
 
 def _ranks_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figure:
@@ -384,13 +384,13 @@ def _kept_figure(labels: Sequence[str], kept: pd.DataFrame) -> Figure:
 def _intruders_figure(labels: Sequence[str], intruders: pd.DataFrame, top: int) -> Figure:
     figure, (axes,) = _panels(1, 3.6 + 0.12 * len(labels))
     for index, label in enumerate(labels):
-        own = intruders[intruders["run"] == label]
-        if own.empty:
+        of_run = intruders[intruders["run"] == label]
+        if of_run.empty:
             continue
         counts = np.array(
             [
                 intruder_counts(torch.tensor(cosines.to_numpy()), THRESHOLDS).numpy()
-                for _, cosines in own.groupby("projection")["largest_cosine"]
+                for _, cosines in of_run.groupby("projection")["largest_cosine"]
             ]
         )
         axes.plot(THRESHOLDS, counts.mean(0), label=label, **_style(index))
@@ -415,8 +415,8 @@ def _norms_figure(labels: Sequence[str], norms: pd.DataFrame) -> Figure:
     largest = float(norms["relative_norm"].max())
     image = None
     for axes, label in zip(panels, labels, strict=False):
-        own = norms[norms["run"] == label]
-        grid = own.pivot_table(index="role", columns="block", values="relative_norm").reindex(roles, columns=blocks)
+        of_run = norms[norms["run"] == label]
+        grid = of_run.pivot_table(index="role", columns="block", values="relative_norm").reindex(roles, columns=blocks)
         image = axes.imshow(grid.to_numpy(), cmap="viridis", vmin=0, vmax=largest, aspect="auto")
         axes.set_title(label, fontsize=9, loc="left")
         axes.set_yticks(range(len(roles)), roles)

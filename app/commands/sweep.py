@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         action="append",
         default=[],
-        help="Recipe in the place of the file's `base`. Give --base again for overlays.",
+        help="Recipe that replaces the file's `base`. Give --base again for overlays.",
     )
     parser.add_argument(
         "--set",
@@ -41,10 +41,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--minutes",
         metavar="M",
         type=float,
-        help="Time of this command. First the choice is made. Then seed after seed confirms it, as long as a seed of "
-        "all variants fits. The same command goes on for as long again.",
+        help="Minutes that this command may take. First each variant's point is chosen. Then one seed after another "
+        "confirms the choice, as long as a seed of all variants fits into the time. The same command continues.",
     )
-    parser.add_argument("--workers", metavar="N", type=int, default=1, help="Trials at once on this machine.")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=1, help="Number of trials that run at once on this machine."
+    )
     parser.add_argument(
         "--storage",
         metavar="URL",
@@ -57,10 +59,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    """Run a sweep, or go on with one.
+    """Run or continue a sweep.
 
     Raises:
-        SweepError: If the file of the sweep is wrong, or the sweep was started with another one.
+        SweepError: If the file of the sweep is wrong, or the sweep was started with another file.
     """
     from rich.console import Console
 
@@ -76,7 +78,7 @@ def run(arguments: Namespace) -> None:
     if arguments.workers < 1:
         raise SweepError(f"--workers: {arguments.workers} must be 1 or more.")
     if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
-        raise SweepError(f"--minutes: {arguments.minutes:g} must be above 0. Leave it out for as long as it takes.")
+        raise SweepError(f"--minutes: {arguments.minutes:g} must be above 0. Leave the option out to run to the end.")
     plan = read_plan(arguments.config, arguments.fit.parse, arguments.base, arguments.set)
     for note in plan.notes:
         _log.info(note)
@@ -98,7 +100,7 @@ def run(arguments: Namespace) -> None:
 
 
 def _words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> list[str]:
-    """Return the words of a command with some of the options as they were given."""
+    """Return the words of this command with some of its options."""
     from sqlalchemy import make_url
 
     words = [*program_words(), *imports, "sweep"]
@@ -109,5 +111,5 @@ def _words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> l
         if key == "minutes" and value is not None:
             value = f"{value:g}"
         values = value if isinstance(value, list) else [] if value is None else [value]
-        words += [word for one in values for word in (f"--{key}", str(one))]
+        words += [word for item in values for word in (f"--{key}", str(item))]
     return words

@@ -1,8 +1,8 @@
-"""Measure what the closed forms of linear regression say of a recipe's frozen backbone, before any training.
+"""Apply the closed forms of linear regression to a recipe's frozen backbone, before any training.
 
 Data and model are built as `fit` builds them. A few training batches give, at every projection that the recipe adapts,
 the second moment of its inputs, the gradient to its weight, and the second moment of the gradients to its outputs.
-docs/theory.md tells what follows from them for a network, and what does not.
+docs/theory.md explains what these moments say about a network, and what they do not say.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--head_steps",
         type=int,
         default=32,
-        help="Optimizer steps in which a new head is trained alone before the measurement. With 0 the gradients are "
-        "those of a random head.",
+        help="Optimizer steps in which a new head is trained alone before the measurement. With 0, the gradients "
+        "come from a random head.",
     )
     parser.add_argument(
         "fit_words",
@@ -39,7 +39,7 @@ def run(arguments: Namespace) -> None:
     """Measure a recipe and write its report.
 
     Raises:
-        ArgumentError: For a wrong value, or keys with which there is nothing to measure.
+        ArgumentError: For a wrong value, or for keys that leave nothing to measure.
     """
     from app.commands.moments import measure
     from app.commands.theory_report import analyse, write_report  # pandas and matplotlib

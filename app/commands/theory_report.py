@@ -26,12 +26,12 @@ from modules.analysis.theory import DRAWS, Trained, generalisation_bound, theory
 _log = logging.getLogger(__name__)
 SHARES, PROJECTIONS = "theory.parquet", "projections.parquet"
 LARGEST_RANK = 64
-# Okabe and Ito's colours, and a marker each, so that colour alone carries nothing
+# Okabe and Ito's colours, each with a marker, so that no meaning depends on colour alone
 STYLES = (
     ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"),
     ("#000000", "X"), ("#999999", "*"),
 )  # fmt: skip
-BITS, SIGMA = 32, 0.5  # of float32 factors; of a loss in [0, 1]
+BITS, SIGMA = 32, 0.5  # bits of a float32 factor; sigma of a loss in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Analysis:
     """Closed forms of all projections of a recipe.
 
     Args:
-        measured: What they come from.
+        measured: The measurement from which they are computed.
         projections: A row for each projection.
         shares: A row for each projection, trained factor, target, weighting of outputs and rank.
     """
@@ -50,8 +50,8 @@ class Analysis:
 
     def at_own_rank(self) -> pd.DataFrame:
         """Return the rows of `shares` at the rank that the recipe gives each projection."""
-        own = self.projections.set_index("projection")["adapter_rank"]
-        return self.shares[self.shares["rank"] == self.shares["projection"].map(own)]
+        ranks = self.projections.set_index("projection")["adapter_rank"]
+        return self.shares[self.shares["rank"] == self.shares["projection"].map(ranks)]
 
 
 def analyse(measured: Measurement) -> Analysis:
@@ -127,7 +127,7 @@ def role_shares(analysis: Analysis) -> pd.DataFrame:
 
 
 def bounds(analysis: Analysis) -> pd.DataFrame:
-    """Return the generalisation bound for each trained factor, at the recipe's rank and at twice that."""
+    """Return the generalisation bound for each trained factor, at the recipe's rank and at twice that rank."""
     table = analysis.projections
     rows = []
     for factor in (1, 2):
@@ -169,7 +169,7 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def spectrum_figure(analysis: Analysis) -> Figure:
-    """Draw the eigenvalues of Σ over the largest, the median over the projections of a role."""
+    """Draw the eigenvalues of Σ, divided by the largest: for each role the median over its projections."""
     figure, (axes,) = _panels(["Eigenvalues of the inputs' second moment, largest = 1"])
     for role, rows in analysis.projections.groupby("role", sort=False):
         for width, same in rows.groupby("d_in"):
@@ -242,9 +242,9 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
     )
     report.add_paragraph(
         "All shares are of a linear regression that has the measured second moment Σ of a projection's inputs and one "
-        "of two targets Δ: the least-squares target −GΣ⁻¹, or the gradient step −G. They say how much of that "
-        "regression's loss a factor can remove. They are no forecast of a network's accuracy, and they do not tell "
-        "which frozen factor to choose."
+        "of two targets Δ: the least-squares target −GΣ⁻¹, or the gradient step −G. A share tells how much of that "
+        "regression's loss a factor can remove. The shares do not predict a network's accuracy, and do not tell which "
+        "frozen factor to choose."
     )
     shares = network_shares(analysis)
     report.add_heading("Both sides at the recipe's rank")
@@ -306,5 +306,5 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame whose floats have three digits that count."""
+    """Return a frame whose floats have three significant digits."""
     return frame.map(lambda value: f"{value:,.3g}" if isinstance(value, float) else value)

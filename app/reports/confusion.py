@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-MOST_NAMES = 20  # of classes that are written out
+MOST_NAMES = 20  # largest number of classes whose names and counts are written
 
 
 def draw_confusion(matrix: Tensor, names: Sequence[str]) -> np.ndarray:
@@ -42,7 +42,7 @@ def draw_confusion(matrix: Tensor, names: Sequence[str]) -> np.ndarray:
         rows = [f"{name}  {recall}" for name, recall in zip(names, recalls, strict=True)]
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=10, parse_math=False)
         axes.set_yticks(range(len(names)), rows, fontsize=10, parse_math=False)
-        size = min(15, 150 // len(names))  # of the type, in points
+        size = min(15, 150 // len(names))  # size of the font in points
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=size, color=colour)

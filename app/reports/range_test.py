@@ -1,4 +1,4 @@
-"""The picture of a learning rate range test."""
+"""Draw a learning rate range test."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILE = "report.html"
-RC: Any = {  # of matplotlib, whose type of keys is a list of all names
+RC: Any = {  # settings of matplotlib; Any, since matplotlib types the keys as a list of all names
     "text.parse_math": False,  # names of files and classes may hold dollar signs
     "svg.hashsalt": "onesided",  # the same figure gives the same file
     "axes.spines.top": False,
@@ -89,7 +89,7 @@ class _Part:
 
 
 class Report:
-    """A page that is filled from top to bottom and then written.
+    """A page that is built from top to bottom and then written.
 
     All text is escaped: it may come from a configuration, a data set or an error message.
 
@@ -111,16 +111,16 @@ class Report:
         self._parts.append(_Part("paragraph", text))
 
     def add_code(self, text: str) -> None:
-        """Add a command or a piece of a file, set in a fixed width."""
+        """Add a command or a piece of a file in a monospaced font."""
         self._parts.append(_Part("code", text))
 
     def add_table(self, caption: str, frame: pd.DataFrame, text_columns: Collection[str] = ()) -> None:
-        """Add a table: the frame's columns without its index, each cell as `str` gives it, a missing one empty.
+        """Add a table of a frame's columns, without its index. Cells are converted by `str`; missing cells are empty.
 
         Args:
             caption: Title above the table.
-            frame: Its cells.
-            text_columns: Columns that are aligned to the left, as the first one always is; numbers go to the right.
+            frame: Cells of the table.
+            text_columns: Columns to align to the left, besides the first column; other columns go to the right.
         """
         cells = frame.astype(object).where(frame.notna(), "")
         rows = [[str(cell) for cell in row] for row in cells.itertuples(index=False)]
@@ -131,10 +131,10 @@ class Report:
         """Add a picture.
 
         Args:
-            name: Stem of its PNG; unique in the report.
-            figure: What to draw; make it with `new_figure`.
-            title: What it shows, as a whole phrase.
-            reading: How to read it and what to look for, in two sentences.
+            name: Stem of the PNG file; unique in the report.
+            figure: The figure, made with `new_figure`.
+            title: What the figure shows, as a whole phrase.
+            reading: How to read the figure and what to look for, in two sentences.
         """
         picture = io.BytesIO()
         with mpl.rc_context(RC):
@@ -157,7 +157,7 @@ class Report:
         if pictures:
             for name, figure in self._pictures.items():
                 with mpl.rc_context(RC), atomic_write(folder / f"{name}.png") as file:
-                    figure.set_dpi(150)  # which drawing SVG has set to 72
+                    figure.set_dpi(150)  # drawing the SVG has set the resolution to 72
                     FigureCanvasAgg(figure).print_png(file)
         page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
         with atomic_write(folder / FILE) as file:
@@ -166,11 +166,11 @@ class Report:
 
 
 def new_figure(width: float = 9.0, height: float = 4.0) -> Figure:
-    """Return an empty figure in the reports' style, sizes in inches; add axes within `figure_style`."""
+    """Return an empty figure in the style of reports, with sizes in inches. Add axes within `figure_style`."""
     with mpl.rc_context(RC):
         return Figure(figsize=(width, height), dpi=150)
 
 
 def figure_style() -> AbstractContextManager[None]:
-    """Return a context to create axes in, so that they take the style of reports."""
+    """Return a context in which new axes get the style of reports."""
     return mpl.rc_context(RC)

@@ -2,10 +2,10 @@
 
 A checkpoint is a file of torch.save with one more line at its end, which torch.load ignores:
 
-    onesided sha256=<of all before it>
+    onesided sha256=<SHA-256 of the content before the line>
 
 The line is part of the file, so that no kill separates the two. A file that was truncated or altered fails the digest
-before anything is unpickled. A file without the line is one of plain Lightning. Earlier versions added the identity of
+before anything is unpickled. A file without the line comes from plain Lightning. Earlier versions added the identity of
 the run to the line and to the digest.
 """
 
@@ -54,7 +54,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"ckpt_path: there is no file {path}; checkpoints lie in RUN/checkpoints.")
     try:
-        with Path(path).open("rb") as file:  # one file for both: another may take its name in between
+        with Path(path).open("rb") as file:  # one handle for both reads, since another file may get the name in between
             problem = _file_problem(file)
             checkpoint = None if problem else torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -168,16 +168,16 @@ def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None
 
     Args:
         path: Path of the checkpoint.
-        checkpoint: Content of the checkpoint, as `read_checkpoint` gave it.
-        trains: Whether training goes on from it.
+        checkpoint: Content of the checkpoint, from `read_checkpoint`.
+        trains: Whether training resumes from the checkpoint.
 
     Raises:
-        CheckpointError: With the first key that is missing or of another type.
+        CheckpointError: If a key is missing or of another type, with the first such key.
     """
     if trains and (missing := [key for key in TRAINING if key not in checkpoint]):
         raise CheckpointError(
-            f"ckpt_path: {path} has weights alone ({', '.join(missing)} are missing), so no training can go on from "
-            "it. Start a new run from its adapter with --model.adapter_path, after `export --format peft`."
+            f"ckpt_path: {path} has weights alone ({', '.join(missing)} are missing), so training cannot "
+            "resume from it. Start a new run from its adapter with --model.adapter_path, after `export --format peft`."
         )
     expected = {key: value for key, value in TYPES.items() if key in REQUIRED or key in checkpoint}
     if trains:
@@ -219,30 +219,30 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def structure_problem(expected: Any, found: Any, where: str = "") -> str | None:
-    """Return where a saved state is of another structure than a fresh one; None if it can be loaded.
+def structure_problem(expected: Any, saved: Any, where: str = "") -> str | None:
+    """Return how the structure of a saved state differs from a fresh state; None if the saved state can be loaded.
 
     Args:
-        expected: The fresh state: mappings of the keys that must be there, down to values of the types that they have.
-            None allows any type, and an empty mapping any keys.
-        found: The saved state. It may have more keys.
-        where: Name of the state.
+        expected: The fresh state: nested mappings of the required keys, with values of the required types. None allows
+            any type, and an empty mapping any keys.
+        saved: The saved state. It may have further keys.
+        where: Name of the state in the message.
     """
     if isinstance(expected, Mapping):
-        if not isinstance(found, Mapping):
-            return f"{where} must be a group of keys, and is {shortened(found)}"
+        if not isinstance(saved, Mapping):
+            return f"{where} must be a group of keys, and is {shortened(saved)}"
         for key, value in expected.items():
             inner = f"{where}.{key}".removeprefix(".")
-            problem = structure_problem(value, found[key], inner) if key in found else f"{inner} is missing"
+            problem = structure_problem(value, saved[key], inner) if key in saved else f"{inner} is missing"
             if problem is not None:
                 return problem
         return None
-    if type(found) is int and found < 0:
-        return f"{where} must be 0 or more, and is {found}"
-    are_numbers = type(expected) in (int, float) and type(found) in (int, float)
-    if expected is None or found is None or type(expected) is type(found) or are_numbers:
+    if type(saved) is int and saved < 0:
+        return f"{where} must be 0 or more, and is {saved}"
+    are_numbers = type(expected) in (int, float) and type(saved) in (int, float)
+    if expected is None or saved is None or type(expected) is type(saved) or are_numbers:
         return None
-    return f"{where} must be {type(expected).__name__}, and is {shortened(found)}"
+    return f"{where} must be {type(expected).__name__}, and is {shortened(saved)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -251,26 +251,26 @@ def structure_problem(expected: Any, found: Any, where: str = "") -> str | None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically, so that a kill or a full disk leaves the old file.
 
-    - The last.ckpt that a new one replaces stays as previous.ckpt, unless it is damaged.
-    - Where a run is resumed from an older checkpoint of its own, the first save renames the newer ones to `*.stale`:
-      otherwise a damaged last.ckpt would bring back steps that the run has undone.
+    - Before a new last.ckpt replaces the old file, the old file becomes previous.ckpt, unless it is damaged.
+    - If a run is resumed from an older checkpoint of its own, the first save renames its newer checkpoints to
+      `*.stale`. Otherwise the fallback for a damaged last.ckpt could return to steps that the run has undone.
 
     Args:
         given: The checkpoint that a command was given.
-        content: Content of that checkpoint, as `read_checkpoint` gave it: handed out once, and not read again.
+        content: Content of that checkpoint, from `read_checkpoint`, so that the file is not read a second time.
     """
 
     def __init__(self, given: Path | None = None, content: dict[str, Any] | None = None) -> None:
         super().__init__()
         self._content = {given: content} if given and content else {}
-        self._intact = set(self._content)  # read or written by this process: need not be checked before they are kept
+        self._intact = set(self._content)  # checkpoints that this process has read or written, and need not check again
         self._resumed = (given, int(content.get("global_step", 0))) if given and content else None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint.
 
         Raises:
-            CheckpointError: If it cannot be written; the previous file is untouched.
+            CheckpointError: If the checkpoint cannot be written; the previous file is untouched.
         """
         target = Path(path)
         try:
@@ -290,7 +290,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def _set_newer_aside(self, folder: Path) -> None:
-        """At a resumed run's first save, rename the checkpoints in the folder that are ahead of the resumed one."""
+        """At a resumed run's first save, rename the checkpoints that are newer than the checkpoint it resumed from."""
         if self._resumed is None or self._resumed[0].parent.resolve() != folder.resolve():
             return
         step, self._resumed = self._resumed[1], None
@@ -317,12 +317,12 @@ def _seal(file: AtomicFile) -> None:
 
 
 def _link_or_move(target: Path, name: Path) -> None:
-    """Give a file a second name, which replaces the file of that name; at no moment is either name missing."""
+    """Give a file a second name, which replaces a file of that name. Neither name is ever missing."""
     spare = temporary_name(name)
     try:
         os.link(target, spare)
-    except OSError:  # a file system without hard links: for a moment there is the second name alone
+    except OSError:  # a file system without hard links: for a moment only the second name exists
         target.replace(name)
         return
     spare.replace(name)
-    spare.unlink(missing_ok=True)  # it stays if both were names of one file already
+    spare.unlink(missing_ok=True)  # a rename between two names of the same file does nothing

@@ -24,12 +24,12 @@ STATE = "RunSummary"  # Lightning's key of the callback's state in a checkpoint
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one split, and what they were computed with.
+    """Metrics of one split, and the checkpoint and keys with which they were computed.
 
     Args:
         split: `val` or `test`.
         step: Optimizer steps of the checkpoint that was evaluated.
-        differences: Keys by which the evaluation differs from the checkpoint's own data and settings; () if none.
+        differences: Keys whose values differ from the checkpoint's data and settings.
         metrics: Finite values by full name, `test/acc1`.
     """
 
@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]:
-    """Return the finite metrics of a split; names of another form than this program's are left out."""
+    """Return the finite metrics of a split. Names that this program would not write are left out."""
     return {
         key: value
         for key, value in metrics.items()
@@ -50,7 +50,7 @@ def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """Return the content of a run's metrics.json; nothing if the file is not there or damaged."""
+    """Return the content of a run's metrics.json; empty if the file is missing or damaged."""
     content = _read_json(run / METRICS)
     return content if isinstance(content, dict) else {}
 
@@ -91,7 +91,7 @@ def write_evaluations(run: Path, evaluations: list[Evaluation]) -> None:
 
 
 def add_evaluation(run: Path, new: Evaluation) -> None:
-    """Add an evaluation to those of a run; it replaces an earlier one of the same split, checkpoint and settings."""
+    """Add an evaluation to a run. It replaces an earlier evaluation of the same split, checkpoint and settings."""
     others = [
         old
         for old in read_evaluations(run)
@@ -101,7 +101,7 @@ def add_evaluation(run: Path, new: Evaluation) -> None:
 
 
 def drop_evaluations_after(run: Path, step: int) -> None:
-    """Remove the evaluations of checkpoints ahead of a step, from which training goes on."""
+    """Remove the evaluations of checkpoints after a step, when training resumes from this step."""
     before = read_evaluations(run)
     kept = [evaluation for evaluation in before if evaluation.step <= step]
     if len(kept) < len(before):

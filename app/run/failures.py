@@ -1,4 +1,4 @@
-"""Classify errors: bad input, which gets one message, a lost process, or a defect, which gets a traceback."""
+"""Classify errors as bad input (one message), a lost process, or a defect (traceback)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from modules.adapters import AdapterError
 
 _log = logging.getLogger(__name__)
 
-# Errors that a user can fix, and that say how. Anything else is a defect of this program and shows its traceback.
+# Errors that a user can fix; their messages tell how. Any other error is a defect and shows its traceback.
 OWN_ERRORS = (ArgumentError, AdapterError, InputError, OSError)
 BAD_INPUT = (*OWN_ERRORS, MisconfigurationException)
 LOADERS = ("torch.utils.data.dataloader", "torch.utils.data._utils.signal_handling")
-GLOO = "/gloo/transport/"  # in each message of gloo's transport, for which torch has no class
+GLOO = "/gloo/transport/"  # part of every message of gloo's transport, for whose errors torch has no class
 
 
 def bad_input(error: Exception) -> Exception | None:
@@ -64,19 +64,19 @@ def is_worker_lost(error: BaseException) -> bool:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Return True if an error is what a lost worker, or another lost process of the run, leaves on this rank."""
+    """Return True if an error on this rank comes from the loss of a worker or of another process of the run."""
     return isinstance(error, ConnectionError | dist.DistError) or (
         isinstance(error, RuntimeError) and (is_worker_lost(error) or GLOO in str(error))
     )
 
 
 def is_caused_by(error: BaseException, problem: OSError) -> bool:
-    """Return True if an error, or one that it was raised from or after, has the number of an operating system error."""
+    """Return True if an error, or an error that led to it, has the errno of `problem`."""
     return any(isinstance(link, OSError) and link.errno == problem.errno for link in causes(error, contexts=True))
 
 
 def is_caused_by_signal(error: BaseException) -> bool:
-    """Return True if an error was raised while a signal was handled, or in place of the signal's exception."""
+    """Return True if an error was raised while the exception of a signal was handled, or instead of it."""
     return any(isinstance(link, SIGTERMException) for link in causes(error, contexts=True))
 
 
@@ -97,21 +97,21 @@ def _raising_module(error: BaseException) -> str:
 
 
 def construction_error(config: Namespace, kind: type, error: Exception) -> Exception:
-    """Return the error to report where the constructor of a class of the configuration raised one.
+    """Return the error to report if the constructor of a class in the configuration fails.
 
-    Errors of this program name a key already. Errors of Lightning and of other packages get the key and the class.
+    Errors of this program name their key. To errors of Lightning and other packages, the key and the class are added.
 
     Args:
         config: The command's values.
         kind: The class.
         error: The constructor's error.
     """
-    known = bad_input(error)
-    if isinstance(known, OWN_ERRORS):
-        return known
+    fixable = bad_input(error)
+    if isinstance(fixable, OWN_ERRORS):
+        return fixable
     _log.debug("%s cannot be created.", kind.__name__, exc_info=error)
     key = _key_of(config.as_dict(), kind.__name__)
-    reason = str(known) if known else f"{type(error).__name__}: {error}".removesuffix(": ")
+    reason = str(fixable) if fixable else f"{type(error).__name__}: {error}".removesuffix(": ")
     message = f"{f'{key}: ' if key else ''}{kind.__name__} cannot be created ({reason})."
     if isinstance(error, ModuleNotFoundError) and error.name:
         message += f" Install the package: pip install {error.name.partition('.')[0]}."
@@ -129,5 +129,5 @@ def _key_of(tree: Any, class_name: str, prefix: str = "") -> str | None:
         parts = [(f"{prefix}.{key}".strip("."), value) for key, value in inner]
     else:
         return None
-    found = (_key_of(value, class_name, key) for key, value in parts)
-    return next((key for key in found if key), None)
+    keys = (_key_of(value, class_name, key) for key, value in parts)
+    return next((key for key in keys if key), None)

@@ -1,4 +1,4 @@
-"""Full disks during a command."""
+"""Report a full disk during a command."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from datamodules.atomic import FULL
 
 
 class DiskFullError(OSError):
-    """No more can be written to a run directory; the message names it and the remedy."""
+    """The disk of a run directory is full; the message names the directory and the remedy."""
 
 
 @contextmanager
 def reraise_disk_full(folder: Path) -> Iterator[None]:
-    """Name the run directory in an error of a full disk, which a logger's own error does not name.
+    """Name the run directory in an error of a full disk, since a logger's error does not name it.
 
-    A logger that writes in a thread hands its error on to this thread; the traceback of its own thread is left out.
+    A logger's thread passes its error to this thread. The traceback of the logger's thread is not printed.
 
     Raises:
         DiskFullError: In place of the error of a full disk.
@@ -36,7 +36,7 @@ def reraise_disk_full(folder: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise DiskFullError(
-            f"{folder} takes no more ({error.strerror}). Checkpoints written before are untouched. Free some space and "
+            f"{folder} cannot be written ({error.strerror}). Earlier checkpoints are untouched. Free some space and "
             "resume with --ckpt_path last."
         ) from error
     finally:

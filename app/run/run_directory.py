@@ -21,7 +21,7 @@ from datamodules.errors import CheckpointError
 _log = logging.getLogger(__name__)
 LOCK = ".lock"
 ADAPTER = "adapter"  # folder of the adapter in PEFT's format
-# files of a run that are read, and replaced by a rename, which does not follow a link
+# files of a run that are only read, or replaced by a rename, which does not follow links
 READ = re.compile(
     r"checkpoints/(best|last|previous)\.ckpt|config(-[\dT]+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet"
 )
@@ -39,22 +39,22 @@ class RunTaken(CheckpointError):
 
 def versions(root: Path) -> list[Path]:
     """Return the run directories below a root, oldest first."""
-    found = {p: match for p in root.glob("version_*") if (match := VERSION.fullmatch(p.name)) and p.is_dir()}
-    return sorted(found, key=lambda path: int(found[path][1]))
+    matches = {p: match for p in root.glob("version_*") if (match := VERSION.fullmatch(p.name)) and p.is_dir()}
+    return sorted(matches, key=lambda path: int(matches[path][1]))
 
 
 def new_run_directory(root: Path, label: str = "") -> Path:
-    """Create the next version directory below a root; two runs that start at once get two.
+    """Create the next version directory below a root. Runs that start at the same moment get different directories.
 
     Args:
         root: Directory of the recipe's runs.
-        label: End of the directory's name, behind the number.
+        label: End of the directory's name, after the number.
 
     Raises:
         RunDirectoryError: If no directory can be made there.
     """
-    found = versions(root)
-    number = int(VERSION.fullmatch(found[-1].name)[1]) + 1 if found else 0  # type: ignore[index]
+    earlier = versions(root)
+    number = int(VERSION.fullmatch(earlier[-1].name)[1]) + 1 if earlier else 0  # type: ignore[index]
     while True:
         path = root / f"version_{number}{label}"
         try:
@@ -97,7 +97,7 @@ def remove_links(run: Path) -> None:
 
 @contextmanager
 def remove_if_empty(run: Path | None) -> Iterator[None]:
-    """Remove a run directory that was made for a command which is refused before it wrote more than empty events."""
+    """Remove a new run directory if its command fails before it has written a configuration or metrics."""
     try:
         yield
     except BaseException:
@@ -108,7 +108,7 @@ def remove_if_empty(run: Path | None) -> Iterator[None]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Lock a run directory against other processes that would train in it. The kernel unlocks it when this one ends.
+    """Lock a run directory against training by other processes. The kernel releases the lock when this process ends.
 
     The lock belongs to this process, not to the file's handle: worker processes inherit the handle, and may live on for
     seconds after this process was killed.
@@ -168,7 +168,7 @@ def load_checkpoint(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]
     """Return the checkpoint to use, and its content.
 
     Args:
-        ckpt_path: The option as it was given. A file that it names itself is used or is an error.
+        ckpt_path: The option `--ckpt_path`. If it names a file, this file is used or is an error.
         wanted: The file that the option means. If that file is damaged or missing, the newest intact checkpoint of its
             run is used, with a warning.
 
@@ -206,5 +206,5 @@ def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoints; of two of the same step, the first is preferred."""
+    """Return a run's checkpoints. Between checkpoints of the same step, the first is preferred."""
     return [p for p in (run / CHECKPOINTS / name for name in (LAST, PREVIOUS, BEST)) if p.is_file()]

@@ -1,4 +1,4 @@
-"""Time that a sweep may take: confirming seeds begin one at a time, and only if all variants have time for the seed."""
+"""Time limit of a sweep: confirming seeds start one at a time, and only if all variants have time for the seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Budget:
 
     Args:
         plan: The sweep.
-        minutes: Time from `began` on.
+        minutes: Time limit, counted from `began`.
         workers: Number of trials at once.
         began: Value of `time.monotonic` when the command began.
     """
@@ -44,11 +44,11 @@ class Budget:
     def allowed(self, left: Outline, trials: Trials, busy: Mapping[Job, float]) -> list[Job]:
         """Return the needed jobs that may run now.
 
-        These are all jobs of the choice. Of the confirming seeds, the next one is begun when no job of the previous
-        seeds is left to take, if all its jobs fit into the time.
+        All jobs of the choice may run. The next confirming seed starts when no job of the previous seeds is left to
+        take, and if all jobs of the seed fit into the time.
 
         Args:
-            left: What is left to do.
+            left: The jobs that are left.
             trials: The trials so far.
             busy: Jobs that this process runs, with the seconds since their start.
         """
@@ -70,7 +70,7 @@ class Budget:
         return jobs
 
     def seconds_for(self, jobs: Iterable[Job], trials: Trials, busy: Mapping[Job, float]) -> float | None:
-        """Return the seconds until jobs are finished, behind those that run now; None if no trial is complete yet."""
+        """Return the seconds until jobs finish, after the jobs that run now; None if no trial is complete yet."""
         seconds = _Seconds(trials)
         free_in = [max(0.0, (seconds.of(job) or 0.0) - age) for job, age in busy.items()]
         free_in += [0.0] * (self.workers - len(free_in))
@@ -90,19 +90,19 @@ class Budget:
             self._refused.add(seed)
             _log.info(
                 f"Seed {seed} of all variants would take about {seconds_text(seconds)}, and {seconds_text(self.left)} "
-                "are left: it is not begun."
+                "are left: the seed is not begun."
             )
 
 
 class _Seconds:
-    """Estimates how long a job takes, from complete trials.
+    """Estimate the duration of a job from complete trials.
 
     Args:
         trials: The trials so far.
     """
 
     def __init__(self, trials: Trials) -> None:
-        self._known = {
+        self._seconds = {
             job: float(trial.user_attrs["seconds"])
             for job, trial in trials.items()
             if STATES[trial.state] == "complete" and "seconds" in trial.user_attrs
@@ -110,6 +110,6 @@ class _Seconds:
 
     def of(self, job: Job) -> float | None:
         """Return the mean of the trials that are most like a job."""
-        own = [known for known in self._known if known.variant == job.variant]
-        alike = [known for known in own if known.phase == job.phase] or own or list(self._known)
-        return fmean(self._known[known] for known in alike) if alike else None
+        of_variant = [timed for timed in self._seconds if timed.variant == job.variant]
+        alike = [timed for timed in of_variant if timed.phase == job.phase] or of_variant or list(self._seconds)
+        return fmean(self._seconds[timed] for timed in alike) if alike else None

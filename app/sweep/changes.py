@@ -1,4 +1,4 @@
-"""Differences between the plan of a started sweep and its file now."""
+"""Compare the plan of a started sweep with its file now."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.sweep.schedule import Job
 
 
 def plan_content(plan: Plan) -> dict[str, Any]:
-    """Return all that decides about the trials of a plan as plain values, the content of its recipes too."""
+    """Return everything that determines the trials of a plan as plain values, with the content of its recipes."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(plan), default=str))
     content["variants"] = {variant["name"]: variant for variant in content["variants"]}
     content["recipes"] = {file: json.loads(json.dumps(read_yaml(file), default=str)) for file in plan.base}
@@ -21,7 +21,7 @@ def plan_content(plan: Plan) -> dict[str, Any]:
 
 
 def plan_differences(before: Mapping[str, Any], plan: Plan, tried: Iterable[Job]) -> list[str]:
-    """Return the changes that a sweep with trials cannot take, each in a few words; additions are none.
+    """Return the changes that a sweep with trials does not allow, each in a few words. Additions are allowed.
 
     Args:
         before: `plan_content` of the plan that the sweep began with.

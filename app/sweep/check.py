@@ -1,4 +1,4 @@
-"""Refuse a sweep before its first trial if a trial could not run: each variant is parsed as `fit` would parse it."""
+"""Validate a sweep before its first trial: each variant is parsed as `fit` would parse it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from app.config.variants import option_words
 from app.sweep.plan import Plan, Point, Range, SweepError, Variant, grid_points
 from app.sweep.schedule import readable_point
 
-SHARED = ["macro_f1", "ece"]  # of every classification
+SHARED = ["macro_f1", "ece"]  # metrics of every classification
 
 
 def fit_words(plan: Plan, variant: Variant, point: Point, seed: int) -> list[str]:
-    """Return the words of `main.py` for a fit of a sweep, without those that say where it writes."""
+    """Return the words of `main.py` for a fit of a sweep, without its output directory."""
     keys = {**plan.set, **variant.keys, **point, "seed_everything": seed, "model.adapter.seed": seed}
     files = [word for file in plan.base for word in ("--config", file)]
     return ["fit", *files, *option_words(keys)]
 
 
 def check_plan(plan: Plan, parse_fit: ParseFit) -> None:
-    """Check the configuration of each variant, each value that is searched, and the metrics that the sweep asks for.
+    """Check the configuration of each variant, each searched value, and the metrics of the sweep.
 
     Raises:
-        SweepError: With the variant and what is wrong.
+        SweepError: If a check fails, with the variant and the problem.
     """
     for i, variant in enumerate(plan.variants):
         points = [_corner(variant)] if plan.is_sampled else grid_points(variant)
@@ -45,21 +45,21 @@ def _corner(variant: Variant) -> Point:
 
 
 def _check_metrics(plan: Plan, config: Namespace) -> None:
-    known = logged_metrics(config)
-    if known is None:  # a model of another package: the first trial tells, before its first step
+    logged = logged_metrics(config)
+    if logged is None:  # a model of another package: the first trial finds a missing metric before its first step
         return
     for key, split, names in (("select.metric", "val", [plan.metric]), ("confirm.report", "test", plan.report)):
         for name in names:
             section, _, metric = name.partition("/")
-            if section == split and metric not in known:
-                close = difflib.get_close_matches(metric, known, n=1)
+            if section == split and metric not in logged:
+                close = difflib.get_close_matches(metric, logged, n=1)
                 hint = f"; did you mean {split}/{close[0]}?" if close else "."
-                listed = ", ".join(f"{split}/{metric}" for metric in known)
+                listed = ", ".join(f"{split}/{metric}" for metric in logged)
                 raise SweepError(f"{key}: no trial would log {name}{hint} This model and data log {listed}.")
 
 
 def logged_metrics(config: Namespace) -> list[str] | None:
-    """Return what a model logs of each evaluation, without the name of the split; None for other packages' models."""
+    """Return the metrics that a model logs, without the name of the split; None for a model of another package."""
     model, data = config["model"], config["data"]
     name: str = model.class_path.rpartition(".")[2] if model.class_path.startswith("modules.") else ""
     if name == "ImageClassifier":

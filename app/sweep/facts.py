@@ -26,7 +26,7 @@ class PlanFacts:
         trials_per_variant: Points that each variant tries, beside an extension of the grid.
         prune: Rule that stops poor trials early.
         command: Words of the command that repeats the sweep.
-        time: The time that the sweep was given; None for as long as it takes.
+        time: Facts about the time limit; None without a limit.
     """
 
     name: str
@@ -55,13 +55,13 @@ class PlanFacts:
 
 @dataclass(frozen=True)
 class TimeFacts:
-    """Time that a sweep was given, and what it was not enough for.
+    """Time limit of a sweep, and the work that did not fit into it.
 
     Args:
-        minutes: The time.
-        is_over: True when the sweep has ended for want of time.
-        left_out_seeds: Confirming seeds that not all variants have finished. The table leaves these out.
-        missing_seconds: About how long the choice would still take, or the next confirming seed; None if not known.
+        minutes: The time limit.
+        is_over: True if the sweep has ended because of the limit.
+        left_out_seeds: Confirming seeds that not all variants have finished. The table leaves these seeds out.
+        missing_seconds: Estimated time for the rest of the choice, or for the next confirming seed; None if unknown.
     """
 
     minutes: float

@@ -20,9 +20,9 @@ from app.sweep.statistics import PairedDifference
 # Okabe and Ito's colours without the yellow, which white paper hides
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vP*"
-PANEL = 7  # variants in one pair of axes; more go to a second one with the same scales
-COLUMNS = 3  # panels side by side, where each variant has its own
-FOREST = 15  # rows of a forest plot; with more pairs, it shows those with the best variant
+PANEL = 7  # variants in one pair of axes; further variants go to a second pair with the same scales
+COLUMNS = 3  # panels side by side, if each variant has a panel
+FOREST = 15  # rows of a forest plot; with more pairs, only the pairs with the best variant are shown
 
 
 def color(outcome: Outcome, variant: str) -> str:
@@ -54,12 +54,12 @@ def response(outcome: Outcome, key: str) -> Figure | None:
     for axes, variants in panels:
         for place, variant in enumerate(variants):
             style: dict[str, Any] = {"color": color(outcome, variant), "marker": marker(outcome, variant)}
-            own = trials[trials["variant"] == variant]
-            x = positions.of(own[column], place - (len(variants) - 1) / 2)
-            kept = own.index.isin(shown.index)
-            y = (own[metric] * scale.factor).clip(*sorted(limits))
-            beyond = kept & ((own[metric] * scale.factor) != y).to_numpy()
-            lost = (own["state"] == "failed").to_numpy() | ((own["state"] == "complete").to_numpy() & ~kept) | beyond
+            rows = trials[trials["variant"] == variant]
+            x = positions.of(rows[column], place - (len(variants) - 1) / 2)
+            kept = rows.index.isin(shown.index)
+            y = (rows[metric] * scale.factor).clip(*sorted(limits))
+            beyond = kept & ((rows[metric] * scale.factor) != y).to_numpy()
+            lost = (rows["state"] == "failed").to_numpy() | ((rows["state"] == "complete").to_numpy() & ~kept) | beyond
             inside = kept & ~beyond
             axes.scatter(
                 x[inside], y[inside], s=30, facecolors="none", edgecolors=style["color"], marker=style["marker"]
@@ -76,7 +76,7 @@ def response(outcome: Outcome, key: str) -> Figure | None:
                 clip_on=False,
                 zorder=4,
             )
-            means = pd.DataFrame({"x": x[inside], "y": y[inside], "point": own["point"][inside]})
+            means = pd.DataFrame({"x": x[inside], "y": y[inside], "point": rows["point"][inside]})
             means = means.groupby("point").agg({"x": "first", "y": "mean"})
             best = means.groupby("x")["y"].agg(better).sort_index()
             axes.plot(best.index, best, label=variant, lw=1.6 if lines else 0, ms=5, **style)
@@ -156,7 +156,7 @@ def quality_by_parameters(outcome: Outcome) -> Figure | None:
 
 
 def forest_pairs(outcome: Outcome) -> list[PairedDifference]:
-    """Return the pairs of the forest plot: all that have an interval, or those with the best variant if too many."""
+    """Return the pairs of the forest plot: all pairs with an interval, or only the best variant's if there are many."""
     pairs = [pair for pair in outcome.differences if pair.student]
     return pairs if len(pairs) <= FOREST else [pair for pair in pairs if pair.first == outcome.ranked[0]]
 
@@ -232,7 +232,7 @@ class _Positions:
 
 
 def _plain_ticks(axes: Axes, values: Sequence[float], text: Any) -> None:
-    """Put ticks at the values that occur, without those that would touch their left neighbour on a logarithmic axis."""
+    """Put ticks at the given values, except where a tick label would touch its left neighbour."""
     ticks: list[float] = []
     ordered = sorted(set(values))
     reach = np.log(ordered[-1] / ordered[0]) if axes.get_xscale() == "log" else ordered[-1] - ordered[0]
@@ -256,7 +256,7 @@ def count_label(count: float) -> str:
 
 
 def _limits(values: pd.Series[float], higher_is_better: bool) -> tuple[float, float]:
-    """Return the worse and the better end of an axis, so that a diverged run does not squeeze all others."""
+    """Return the worse and the better end of an axis, without outliers such as diverged runs."""
     ordered = values.sort_values(ascending=not higher_is_better).to_numpy()  # best first
     best = ordered[0]
     reach = 5 * abs(best - np.median(ordered)) or np.inf
@@ -266,7 +266,7 @@ def _limits(values: pd.Series[float], higher_is_better: bool) -> tuple[float, fl
 
 
 def _seed_curves(outcome: Outcome, variant: str) -> pd.DataFrame:
-    """Return values by step, a column for each seed of the chosen point: of the confirmed seeds if there are any."""
+    """Return the metric by step at the chosen point, a column for each confirmed seed, or else each selecting seed."""
     scale = outcome.scale(outcome.facts.metric)
     for phase in ("confirm", "select"):
         trials = outcome.at_choice(variant, phase)
@@ -278,7 +278,7 @@ def _seed_curves(outcome: Outcome, variant: str) -> pd.DataFrame:
             if state == "complete" and _has_items(steps) and _has_items(values)
         ]
         if series:
-            joined = pd.concat([one[~one.index.duplicated(keep="last")] for one in series], axis=1).sort_index()
+            joined = pd.concat([curve[~curve.index.duplicated(keep="last")] for curve in series], axis=1).sort_index()
             return joined.replace([np.inf, -np.inf], np.nan).dropna(how="all") * scale.factor
     return pd.DataFrame()
 

@@ -1,4 +1,4 @@
-"""Findings of a sweep in words, none stronger than its intervals allow."""
+"""Express the findings of a sweep in words, none stronger than its intervals allow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from app.sweep.facts import PlanFacts
 from app.sweep.outcome import COSTS, Outcome, count_text, join_words, plural, seconds_text
 from app.sweep.statistics import STUDENT_SEEDS, PairedDifference
 
-PRUNING = {  # rule that stops trials early: its words
+PRUNING = {  # names of the rules that stop trials early
     "median": "the median rule",
     "halving": "successive halving",
     "hyperband": "hyperband",
@@ -16,7 +16,7 @@ PRUNING = {  # rule that stops trials early: its words
 
 
 def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
-    """Return what was compared, on what, and what was chosen on which seeds."""
+    """Return a paragraph on the variants, the recipe, and the seeds that chose and confirmed."""
     outcome = Outcome(facts, results)
     settings = ", ".join(f"{key} = {value}" for key, value in facts.set.items())
     searched = join_words([outcome.short(key) for key in outcome.keys]) if outcome.keys else "nothing"
@@ -31,7 +31,7 @@ def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
     if facts.counted_seeds:
         sentences.append(f"The rows of the table come from other seeds: {_numbers(facts.counted_seeds)}.")
     elif facts.confirm_seeds:
-        sentences.append("Other seeds are to confirm the choice, and none has yet with all variants.")
+        sentences.append("Other seeds are to confirm the choice, but none is complete for all variants yet.")
     else:
         sentences.append(
             "No other seeds confirm the choice. The rows of the table are the trials that made the choice, so they "
@@ -46,11 +46,11 @@ def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
 
 
 def findings(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
-    """Return what the sweep found and how certain the findings are, one paragraph each."""
+    """Return the findings of the sweep and their certainty, one paragraph each."""
     outcome = Outcome(facts, results)
-    found = [*time_used(facts, results), *_progress(outcome)]
+    paragraphs = [*time_used(facts, results), *_progress(outcome)]
     if outcome.ranked:
-        found += [
+        paragraphs += [
             *_enough(outcome),
             *_order(outcome),
             *_one_side(outcome),
@@ -58,11 +58,11 @@ def findings(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
             *_cheapest(outcome),
             *_chance(outcome),
         ]
-    return [*found, *_gaps(outcome)]
+    return [*paragraphs, *_gaps(outcome)]
 
 
 def time_used(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
-    """Return sentences about what the time was enough for, if the sweep has ended for want of time."""
+    """Return sentences about the completed work, if the sweep has ended because of its time limit."""
     time = facts.time
     if time is None or not time.is_over:
         return []
@@ -72,23 +72,23 @@ def time_used(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
         complete = plural(len(outcome.complete), "trial")
         verb = "is" if len(outcome.complete) == 1 else "are"
         sentences = [f"The time of {minutes} has ended before the choice: {complete} {verb} complete."]
-        more = "The choice"
+        next_step = "The choice"
     else:
         seeds = f"{count_text(done)} of {plural(planned, 'confirming seed')}"
         few = f": too few for an interval, which needs {count_text(STUDENT_SEEDS)}" if done < STUDENT_SEEDS else ""
         sentences = [f"The time of {minutes} was enough for {seeds}{few}."]
-        more = "Another seed of all variants"
+        next_step = "Another seed of all variants"
     in_part = outcome.complete[outcome.complete["phase"] == "confirm"]["seed"]
     if cut := [seed for seed in time.left_out_seeds if (in_part == seed).any()]:
         sentences.append(f"The table leaves out {_seeds(cut)}, which not all variants have finished.")
     if time.missing_seconds is not None:
-        sentences.append(f"{more} would take about {seconds_text(time.missing_seconds)} more.")
+        sentences.append(f"{next_step} would take about {seconds_text(time.missing_seconds)} more.")
     sentences.append("The same command goes on from here.")
     return [" ".join(sentences)]
 
 
 def _progress(outcome: Outcome) -> list[str]:
-    """Return sentences about what is still to come, and about a sweep without anything to compare."""
+    """Return sentences about trials that are still to run, and about a sweep without results to compare."""
     sentences = []
     failed, left = outcome.state("failed"), outcome.state("running", "waiting")
     if not outcome.facts.finished and not (outcome.facts.time and outcome.facts.time.is_over):
@@ -112,10 +112,10 @@ def _progress(outcome: Outcome) -> list[str]:
 
 
 def _selected(outcome: Outcome) -> list[str]:
-    """List the best value of each variant on the selecting seeds, for want of confirmed ones."""
+    """List the best value of each variant on the selecting seeds, if there are no confirmed values."""
     scale = outcome.scale(outcome.facts.metric)
     best = {variant: outcome.best_selected(variant) for variant in outcome.variants}
-    listed = [f"{name} {scale.text(found[0])} ({outcome.point(found[1])})" for name, found in best.items() if found]
+    listed = [f"{name} {scale.text(pair[0])} ({outcome.point(pair[1])})" for name, pair in best.items() if pair]
     if not listed:
         return []
     return [
@@ -124,7 +124,7 @@ def _selected(outcome: Outcome) -> list[str]:
 
 
 def _order(outcome: Outcome) -> list[str]:
-    """Name the best mean, what is clearly worse and what cannot be told apart."""
+    """Name the best mean, the clearly worse variants, and the variants that cannot be told apart."""
     scale, best, others = outcome.scale(outcome.metric), outcome.ranked[0], outcome.ranked[1:]
     mean = outcome.mean(best, outcome.metric)
     of = "mean ± standard error, " if mean.error is not None else ""
@@ -169,16 +169,16 @@ def _sides(outcome: Outcome) -> list[str]:
 
 
 def _enough(outcome: Outcome) -> list[str]:
-    """Answer whether one side is enough, as far as the intervals do."""
+    """Answer whether one side is enough, as far as the intervals tell."""
     lora, sides = outcome.lora, _sides(outcome)
     if lora is None or not sides:
         return []
     pairs = [outcome.difference(side, lora) for side in sides]
-    known = [pair for pair in pairs if pair.student is not None]
-    if not known:
+    judged = [pair for pair in pairs if pair.student is not None]
+    if not judged:
         return [f"Whether one side is enough cannot be said from so few seeds: no interval is given against {lora}."]
-    better = [pair for pair in known if outcome.verdict(pair) > 0]
-    equal = [pair for pair in known if outcome.verdict(pair) == 0]
+    better = [pair for pair in judged if outcome.verdict(pair) > 0]
+    equal = [pair for pair in judged if outcome.verdict(pair) == 0]
     if better:
         names = join_words([pair.first for pair in better])
         return [f"One side is enough by this sweep: {names} {_is(better)} clearly better than {lora}."]
@@ -189,8 +189,8 @@ def _enough(outcome: Outcome) -> list[str]:
             f"One side may be enough: {join_words([pair.first for pair in equal])} cannot be told from {lora}. By the "
             f"interval, {safest.first} may be up to {loss}{outcome.scale(outcome.metric).unit} worse than {lora}."
         ]
-    names = join_words([pair.first for pair in known])
-    return [f"One side is not enough by this sweep: {names} {_is(known)} clearly worse than {lora}."]
+    names = join_words([pair.first for pair in judged])
+    return [f"One side is not enough by this sweep: {names} {_is(judged)} clearly worse than {lora}."]
 
 
 def _is(pairs: list[PairedDifference]) -> str:
@@ -228,7 +228,7 @@ def _head(outcome: Outcome) -> list[str]:
 
 
 def _cheapest(outcome: Outcome) -> list[str]:
-    """Name the variant with the fewest parameters of those that cannot be told from the best."""
+    """Name the variant with the fewest parameters among those that cannot be told from the best variant."""
     best = outcome.ranked[0]
     parameters = {variant: outcome.cost(variant, "params/trainable") for variant in outcome.ranked}
     pairs = [outcome.difference(other, best) for other in outcome.ranked[1:]]
@@ -253,13 +253,13 @@ def _cheapest(outcome: Outcome) -> list[str]:
 
 
 def _chance(outcome: Outcome) -> list[str]:
-    """Return the sentence about the number of pairs that were compared, and its meaning."""
+    """Return a sentence about the number of compared pairs, and the chance findings to expect."""
     pairs = sum(pair.student is not None for pair in outcome.differences)
     if pairs < 2:
         return []
     return [
-        f"{pairs} pairs of variants were compared, and no interval is corrected for that. If no variants differed, "
-        f"about {pairs * 0.05:.2g} of the {pairs} intervals would still exclude zero by chance."
+        f"{pairs} pairs of variants were compared, and no interval is corrected for their number. If no variants "
+        f"differed, about {pairs * 0.05:.2g} of the {pairs} intervals would still exclude zero by chance."
     ]
 
 
@@ -270,9 +270,9 @@ def _gaps(outcome: Outcome) -> list[str]:
         trials = outcome.at_choice(variant, outcome.phase)
         failed = int((trials["state"] == "failed").sum())
         if variant not in outcome.ranked and not outcome.complete.empty:
-            own = outcome.trials[outcome.trials["variant"] == variant]
-            lost = int((own["state"] == "failed").sum())
-            reason = f": {lost} of its {len(own)} trials failed" if lost else ""
+            rows = outcome.trials[outcome.trials["variant"] == variant]
+            lost = int((rows["state"] == "failed").sum())
+            reason = f": {lost} of its {len(rows)} trials failed" if lost else ""
             sentences.append(f"{variant} is missing from the comparison, without a confirmed result{reason}.")
         elif failed:
             sentences.append(
@@ -296,7 +296,7 @@ def _compared(outcome: Outcome, first: str, second: str) -> str:
 
 
 def _costs(outcome: Outcome, first: str, second: str) -> str:
-    """Return a sentence about the costs of a variant in per cent of another's, or nothing where none is known."""
+    """Return a sentence about the costs of a variant in per cent of another variant's; empty if none is known."""
     shares = []
     for metric, words in COSTS.items():
         cost, other = outcome.cost(first, metric), outcome.cost(second, metric)
@@ -330,7 +330,7 @@ def _interval(outcome: Outcome, pair: PairedDifference) -> str:
 
 
 def _share(value: float, whole: float | None) -> str:
-    """Return a value in per cent of another."""
+    """Return a value as a percentage of another value."""
     share = 100 * value / whole if whole else float("nan")
     return f"{share:.0f} %" if share >= 1 else f"{share:.2g} %"
 

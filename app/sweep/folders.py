@@ -1,4 +1,4 @@
-"""Where the trials of a sweep lie, and who works there."""
+"""Folders and locks of a sweep's trials."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def job_folder(job: Job) -> Path:
 
 
 def try_lock(path: Path) -> int | None:
-    """Lock a file, made with its folders if missing; return the open handle, or None if another process holds it.
+    """Lock a file, and create the file if it is missing. Return the handle, or None if another process has the lock.
 
     The lock (flock) is held until all copies of the handle are closed, in child processes too.
     """
@@ -54,7 +54,7 @@ def is_locked(path: Path) -> bool:
 
 
 def place_of(output: Path) -> str:
-    """Return the identity of an output directory, by which machines know whether they share the directory."""
+    """Return the identity of an output directory. Machines with the same identity share the directory."""
     path = output / PLACE
     with suppress(FileNotFoundError):
         return path.read_text(encoding="utf-8").strip()

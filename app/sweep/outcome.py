@@ -1,4 +1,4 @@
-"""Outcome of a sweep: its table of trials, read as chosen points and confirmed values."""
+"""Outcome of a sweep: chosen points, confirmed values and costs, read from the table of trials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.sweep.statistics import Mean, PairedDifference, mean_over_seeds, paired
 
 Kind = Literal["one side", "both", "head", "full", "other"]
 TRIAL = ("variant", "phase", "point", "seed", "state", "error", "run", "chosen", "curve_steps", "curve_values")
-COSTS = {  # column: its words
+COSTS = {  # column, and its name in a sentence
     "params/trainable": "trained parameters",
     "adapter/bytes": "adapter file size",
     "time/fit_seconds": "fit time",
@@ -43,7 +43,7 @@ class Scale:
 
     @property
     def factor(self) -> float:
-        """Return what a value is multiplied by before it is shown."""
+        """Return the factor for showing a value."""
         return 100.0 if self.hundredfold else 1.0
 
     @property
@@ -77,7 +77,7 @@ class Scale:
 
 
 class Outcome:
-    """A sweep's trials, read as its report needs them.
+    """A sweep's trials, as its report needs them.
 
     Args:
         facts: The plan.
@@ -118,8 +118,8 @@ class Outcome:
     def at_choice(self, variant: str, phase: str) -> pd.DataFrame:
         """Return the variant's trials of a phase at its chosen point.
 
-        A point that was confirmed and then lost the choice, since values were added to the search, is left out. So is
-        a confirming seed that not all variants had the time for.
+        A confirmed point that lost the choice, after values were added to the search, is left out. A confirming seed
+        that not all variants had time for is left out too.
         """
         chosen = self.chosen(variant)
         point = None if chosen is None else chosen["point"]
@@ -129,7 +129,7 @@ class Outcome:
         return rows[~rows["seed"].isin(left_out)]
 
     def best_selected(self, variant: str) -> tuple[float, pd.Series[Any]] | None:
-        """Return the best mean of the metric of the choice at any point with all selecting seeds, and a trial there."""
+        """Return the best mean of the selecting metric over all selecting seeds, and a trial at its point."""
         rows = self.complete[(self.complete["variant"] == variant) & (self.complete["phase"] == "select")]
         means = rows.groupby("point", sort=False)[self.facts.metric].agg(["mean", "count"])
         means = means.loc[means["count"] == len(self.facts.select_seeds), "mean"].dropna()
@@ -201,7 +201,7 @@ class Outcome:
 
     @cached_property
     def lora(self) -> str | None:
-        """Return the confirmed variant that stands for LoRA: the one of that name, or the first that trains both."""
+        """Return the confirmed variant `lora`, or else the first confirmed variant that trains both factors."""
         both = [variant for variant in self.variants if self.kind(variant) == "both" and variant in self.ranked]
         return "lora" if "lora" in both else next(iter(both), None)
 
@@ -229,7 +229,7 @@ class Outcome:
 
 
 def is_value(value: Any) -> bool:
-    """Return False for what a table holds where nothing was set."""
+    """Return False for a missing cell (None or NaN)."""
     return isinstance(value, list | tuple | dict) or not pd.isna(value)
 
 

@@ -1,4 +1,4 @@
-"""The file of a sweep: what is compared, searched, chosen by and confirmed with, validated before anything runs."""
+"""Read and validate the file of a sweep: variants, search, selection and confirmation."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ MONITOR = "checkpoint.monitor"  # as select.metric: the metric by which the reci
 RANK = ("model.adapter.rank", "model.adapter.alpha")  # what times_rank multiplies
 # keys that the sweep itself sets in each trial
 RESERVED = ("seed_everything", "model.adapter.seed", "test_after_fit", "ckpt_path", "trainer.default_root_dir")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # of a variant, which names a folder too
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # which YAML 1.1 takes for text if it lacks a dot or a sign
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # name of a variant, which is also the name of a folder
+NUMBER = re.compile(
+    r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
+)  # YAML 1.1 reads such numbers as text if they lack a dot or a sign
 
 
 class SweepError(ArgumentError):
@@ -64,8 +66,8 @@ class Variant:
 
     Args:
         name: Name in the table.
-        keys: Keys that make the variant, those of a built-in one included.
-        search: Values of the searched keys: the sweep's, unless the variant has its own.
+        keys: Keys of the variant, with the keys of the built-in variant.
+        search: Values of the searched keys, from the variant or else from the sweep.
     """
 
     name: str
@@ -82,15 +84,15 @@ class Plan:
         base: Recipes and overlays under every trial.
         set: Keys that every trial sets.
         variants: The arms, in the order of the table.
-        search: Values or ranges of the searched keys, where a variant has none of its own.
+        search: Values or ranges of the searched keys, for variants without their own.
         metric: Validation metric that chooses a variant's point.
         mode: Direction in which the metric is better: `max` or `min`.
         select_seeds: Seeds of the trials that choose.
         confirm_seeds: Seeds of the trials at the chosen point, which are tested.
         report: Metrics of the table.
-        trials_per_variant: Points that each variant tries; None for a grid, which brings its own number.
+        trials_per_variant: Points that each variant tries; None takes the number of points of the grid.
         prune: Rule that stops poor trials early: one of `PRUNERS`.
-        notes: Whole sentences about what was read out of the recipe, for the report.
+        notes: Whole sentences about facts from the recipe, for the report.
     """
 
     name: str
@@ -147,11 +149,11 @@ def read_plan(path: str, parse_fit: ParseFit, base: Sequence[str] = (), assignme
     Args:
         path: The file.
         parse_fit: Parser of `fit`.
-        base: Recipes and overlays that take the place of the file's.
+        base: Recipes and overlays that replace the file's `base`.
         assignments: Keys with their values, such as `data.task=rte`, that are added to the file's `set`.
 
     Raises:
-        ArgumentError: If the file is missing or broken, or with the key that is wrong.
+        ArgumentError: If the file is missing or damaged, or if a key is wrong, with the key.
     """
     return parse_plan(read_yaml(find_program_file(path)), Path(path).stem, parse_fit, base, assignments)
 
@@ -166,7 +168,7 @@ def parse_plan(
     """Validate the content of a sweep's file, with the recipes and keys of the command line.
 
     Raises:
-        SweepError: With the key that is wrong.
+        SweepError: If a key is wrong, with the key.
     """
     _check_keys("", content, KEYS, required=("variants", "select"))
     if not base and "base" not in content:
@@ -192,13 +194,13 @@ def parse_plan(
     if shared := sorted({*select_seeds} & {*confirm_seeds}):
         raise SweepError(
             f"confirm.seeds: {shared[0]} is in select.seeds too. Confirm with other seeds than those that chose the "
-            "point, or the table favours what was lucky."
+            "point, or the table favours lucky points."
         )
     report = tuple(_words("confirm.report", confirm.get("report", []), least=0))
     variants, notes = _variants(content["variants"], keys, search, recipe)
     if confirm_seeds and not report:
-        report, more = _default_report(metric, recipe)
-        notes += more
+        report, report_notes = _default_report(metric, recipe)
+        notes += report_notes
     plan = Plan(
         name=name,
         base=recipes,
@@ -218,13 +220,13 @@ def parse_plan(
     return plan
 
 
-def _check_keys(section: str, content: Mapping[str, Any], known: Sequence[str], required: Sequence[str] = ()) -> None:
+def _check_keys(section: str, content: Mapping[str, Any], allowed: Sequence[str], required: Sequence[str] = ()) -> None:
     prefix = f"{section}." if section else ""
     for key in content:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+        if key not in allowed:
+            close = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else "."
-            raise SweepError(f"There is no key {prefix}{key} in a sweep{hint} There are {', '.join(known)}.")
+            raise SweepError(f"There is no key {prefix}{key} in a sweep{hint} There are {', '.join(allowed)}.")
     for key in required:
         if key not in content:
             raise SweepError(f"{prefix}{key}: the key is missing in the sweep's file.")
@@ -300,10 +302,10 @@ def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _flat_keys(prefix: str, content: Any) -> dict[str, Any]:
-    """Return keys by dotted name, without the `init_args` that they may be written with.
+    """Return keys by dotted name, without `init_args`.
 
     Args:
-        prefix: What stands before a key in messages.
+        prefix: Prefix of a key in messages.
         content: The keys.
     """
     keys: dict[str, Any] = {}
@@ -322,7 +324,7 @@ def _space(section: str, content: Any) -> dict[str, tuple[Any, ...] | Range]:
     for key, values in _mapping(section, content).items():
         where = f"{section}.{key}"
         if key in RESERVED:
-            raise SweepError(f"{where}: the sweep sets this key in each trial. Search another one.")
+            raise SweepError(f"{where}: the sweep sets this key in each trial. Search another key.")
         if isinstance(values, Mapping):
             space[key] = _range(where, values)
         elif isinstance(values, list) and values:
@@ -360,7 +362,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _metric_and_mode(select: Mapping[str, Any], recipe: Recipe) -> tuple[str, str]:
-    """Return the metric that chooses and its direction; `checkpoint.monitor` stands for the recipe's."""
+    """Return the selecting metric and its direction. `checkpoint.monitor` means the recipe's metric."""
     if select["metric"] != MONITOR:
         return _select_metric(select["metric"]), _choice("select.mode", select.get("mode", "max"), MODES)
     metric, mode = recipe.monitor()
@@ -376,7 +378,7 @@ def _metric_and_mode(select: Mapping[str, Any], recipe: Recipe) -> tuple[str, st
 
 
 def _default_report(metric: str, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the metrics of a table for which the file names none, and notes."""
+    """Return the default metrics of the table, and notes."""
     if recipe.has_test_split():
         return (f"test/{metric.removeprefix('val/')}",), ()
     return (metric,), (
@@ -403,7 +405,7 @@ def _scaled_rank(where: str, factor: Any, keys: Mapping[str, Any], recipe: Recip
 def _variants(
     content: Any, common: Mapping[str, Any], search: Space, recipe: Recipe
 ) -> tuple[tuple[Variant, ...], tuple[str, ...]]:
-    """Return the variants, and notes on those that the recipe's model cannot have."""
+    """Return the variants, and notes on variants that the recipe's model does not support."""
     if isinstance(content, list):  # names alone
         content = {name: {} for name in content if isinstance(name, str)}
     variants: list[Variant] = []
@@ -412,15 +414,15 @@ def _variants(
         where = f"variants.{name}"
         if not NAME.fullmatch(name):
             raise SweepError(f"{where}: {name!r} cannot name a variant. Use letters, digits, _, +, - and .")
-        given = dict(_mapping(where, value or {}))
-        built_in = given.pop("variant", name if name in VARIANTS or not given else None)
-        own_search = _space(f"{where}.search", given.pop("search", {}))
-        factor = given.pop("times_rank", None)
+        entries = dict(_mapping(where, value or {}))
+        built_in = entries.pop("variant", name if name in VARIANTS or not entries else None)
+        own_search = _space(f"{where}.search", entries.pop("search", {}))
+        factor = entries.pop("times_rank", None)
         try:
             keys = variant_keys(str(built_in)) if built_in is not None else {}
         except VariantError as error:
             raise SweepError(f"variants.{name}: {str(error).removeprefix('variant: ')}") from error
-        keys |= _flat_keys(f"{where}.", given)
+        keys |= _flat_keys(f"{where}.", entries)
         if factor is not None:
             keys |= _scaled_rank(where, factor, keys, recipe)
         if unsearched := [key for key in own_search if key not in search]:

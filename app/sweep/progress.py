@@ -18,11 +18,11 @@ _log = logging.getLogger(__name__)
 
 
 class SweepProgress:
-    """Show what each worker does, how many trials are done and how long the rest will take.
+    """Show the trial of each worker, the number of finished trials, and the estimated time left.
 
     Args:
         workers: Number of trials that run at once.
-        metric: Metric that is shown of each.
+        metric: Metric to show for each trial.
         deadline: Value of `time.monotonic` at which the sweep ends; infinite for none.
     """
 

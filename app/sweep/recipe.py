@@ -1,4 +1,4 @@
-"""Facts that a sweep reads out of its recipe, parsed as `fit` would parse it: monitor, rank, head, test split."""
+"""Read facts from a sweep's recipe, parsed as `fit` would parse it: monitor, adapter rank, head, test split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from datamodules.errors import SplitError
 
 
 class Recipe:
-    """The configuration under all trials, parsed when a part of it is first asked for.
+    """The configuration that all trials share, parsed when a fact is first needed.
 
     Args:
         base: Recipes and overlays.
@@ -39,7 +39,7 @@ class Recipe:
         """Return the parsed configuration.
 
         Raises:
-            ArgumentError: With the files, if `fit` would refuse them.
+            ArgumentError: If `fit` would refuse the files, with their names.
         """
         files = [word for file in self.base for word in ("--config", file)]
         try:
@@ -57,7 +57,7 @@ class Recipe:
         return None if adapter is None else (adapter.rank, adapter.alpha)
 
     def has_new_head(self) -> bool:
-        """Return False if the type of the model's key `tuning` does not allow to train a head alone."""
+        """Return False if the type of the model's key `tuning` does not allow `head`."""
         tuning = constructor_parameters(resolve_name(self.config.model.class_path)).get("tuning")
         return tuning is None or "head" in get_args(tuning.annotation)
 

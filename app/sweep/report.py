@@ -24,9 +24,9 @@ from datamodules.atomic import atomic_write
 FAILURE_TEXT = ("point", "seeds", "error", "run")
 TABLE_FILE = "table.md"
 INTERVALS = (
-    f"Student intervals need {STUDENT_SEEDS} shared seeds and decide what the text calls clear. Bootstrap intervals "
-    f"(percentile method, seeds resampled in pairs) need {BOOTSTRAP_SEEDS}. From so few seeds they are too narrow: of "
-    "95 % intervals from five normal differences, 84 % hold the true difference."
+    f"Student intervals need {STUDENT_SEEDS} shared seeds, and decide which differences are called clear. Bootstrap "
+    f"intervals (percentile method, seeds resampled in pairs) need {BOOTSTRAP_SEEDS}. From so few seeds, bootstrap "
+    "intervals are too narrow: of 95 % intervals from five normal differences, 84 % hold the true difference."
 )
 COSTS_NOTE = (
     "Fit time and peak memory are medians over the confirmed seeds. They were measured while other trials of the sweep "
@@ -113,7 +113,7 @@ def difference_table(outcome: Outcome) -> pd.DataFrame:
 
 
 def _caption(outcome: Outcome) -> str:
-    """Return what the table of variants shows."""
+    """Return the caption of the table of variants."""
     return (
         "Chosen points and their confirmed results: mean ± standard error over the confirmed seeds "
         f"(↑ higher is better, ↓ lower is better). {outcome.metric} decides the comparison."
@@ -289,7 +289,7 @@ def _add_lost(report: Report, outcome: Outcome) -> None:
 
 def _add_repetition(report: Report, outcome: Outcome) -> None:
     facts = outcome.facts
-    report.add_heading("How to repeat it")
+    report.add_heading("How to repeat the sweep")
     report.add_paragraph(
         "Run the command with the sweep's file and its recipes. Each trial is one main.py fit. results.parquet "
         "beside this page names the run directory of every trial, whose config.yaml repeats that trial alone."
@@ -304,15 +304,18 @@ def _add_repetition(report: Report, outcome: Outcome) -> None:
     if facts.time is not None:
         shared.append(("minutes", f"{facts.time.minutes:g}"))
     report.add_table("What all trials share", pd.DataFrame(shared, columns=["section", "value"]), ["value"])
-    keys = list(dict.fromkeys(key for own in facts.variants.values() for key in own))
+    keys = list(dict.fromkeys(key for of_variant in facts.variants.values() for key in of_variant))
     if keys:
-        cells = {name: [_json(own[key]) if key in own else "–" for key in keys] for name, own in facts.variants.items()}
+        cells = {
+            name: [_json(values[key]) if key in values else "–" for key in keys]
+            for name, values in facts.variants.items()
+        }
         report.add_table("Keys of each variant", pd.DataFrame({"key": keys, **cells}), list(cells))
 
 
-def _grouped(trials: pd.DataFrame, *more: str) -> Any:
-    """Group trials by variant and point, in the order in which they come."""
-    return trials.assign(point=trials["point"].fillna("")).groupby(["variant", "point", *more], sort=False)
+def _grouped(trials: pd.DataFrame, *columns: str) -> Any:
+    """Group trials by variant, point and further columns, in the order of the trials."""
+    return trials.assign(point=trials["point"].fillna("")).groupby(["variant", "point", *columns], sort=False)
 
 
 def _seeds(seeds: pd.Series[int]) -> str:

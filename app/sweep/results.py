@@ -1,4 +1,4 @@
-"""Results of a sweep: one tidy row a trial, and the facts that its report states."""
+"""Results of a sweep: a table with one row for each trial, and the facts that the report states."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ COLUMNS = ("variant", "phase", "point", "seed", "state", "error", "run", "chosen
 def results_frame(plan: Plan, trials: Mapping[Job, FrozenTrial], left: Outline) -> pd.DataFrame:
     """Return one row a trial, in the order of the variants, phases, points and seeds.
 
-    The columns are those of `COLUMNS`, `search/<key>` for each searched key, `curve_steps` and `curve_values`, and each
-    metric under its own name. The metric of the choice has its value at the checkpoint that was kept as the best.
+    The columns are `COLUMNS`, `search/<key>` for each searched key, `curve_steps`, `curve_values`, and one for each
+    metric, under its name. The selecting metric has its value at the best checkpoint.
     """
     order = {variant.name: i for i, variant in enumerate(plan.variants)}
     points = {job.point: json.loads(job.point) for job in trials}
@@ -73,15 +73,15 @@ def write_results(frame: pd.DataFrame, output: Path) -> None:
 
 
 def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFacts | None = None) -> PlanFacts:
-    """Return what the report says about the plan.
+    """Return the facts about the plan that the report states.
 
     Args:
         plan: The sweep.
-        left: What is left to do.
+        left: The jobs that are left.
         command: Words of the command that repeats the sweep.
-        time: The time that the sweep was given.
+        time: Facts about the time limit, if there is one.
     """
-    own = [
+    own_searches = [
         f"{variant.name}: {key} was searched over values of its own: {_listed(values)}."
         for variant in plan.variants
         for key, values in variant.search.items()
@@ -98,7 +98,7 @@ def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFact
         set=dict(plan.set),
         variants={variant.name: dict(variant.keys) for variant in plan.variants},
         search={key: _plain(values) for key, values in plan.search.items()},
-        notes=[*plan.notes, *own, *left.notes],
+        notes=[*plan.notes, *own_searches, *left.notes],
         finished=left.is_finished,
         trials_per_variant=plan.trials_per_variant or len(grid_points(plan.variants[0])),
         prune=plan.prune,

@@ -1,4 +1,4 @@
-"""Run a sweep: workers that take trials from the study, report, prune, and leave nothing half done."""
+"""Run a sweep: workers take trials from the study, report their validations, prune them, and record their ends."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from app.sweep.schedule import FINISHED, Job, Outline
 from app.sweep.storage import HEARTBEAT, STATES, Claim, Ledger, describe, storage_problem
 from app.sweep.trial import Curve, End, TrialProcess
 
-POLL = 0.2  # seconds between two looks at the trials of this process
-LOOK = 2.0  # seconds between two looks at the study while there is nothing to take
+POLL = 0.2  # seconds between two checks of this process's trials
+LOOK = 2.0  # seconds between two checks of the study while there is no trial to take
 REPORT = 30.0  # seconds between two reports while the sweep runs
-PRUNED_FROM = 0.25  # part of a trial's steps before which it is not pruned
+PRUNED_FROM = 0.25  # share of a trial's steps before which the trial is not pruned
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Worker:
-    """A place for one trial at a time.
+    """A slot for one trial at a time.
 
     Args:
-        number: Its number, from 0.
-        environment: Variables of its trials: threads, GPU.
+        number: Number of the worker, from 0.
+        environment: Environment variables of its trials: threads, GPU.
     """
 
     number: int
@@ -55,17 +55,17 @@ class Worker:
 
 
 class Sweep:
-    """All that this process does for a sweep.
+    """The part of a sweep that this process runs.
 
     Args:
         plan: The sweep.
-        ledger: Its trials.
+        ledger: Trials of the sweep.
         output: Directory of the results.
-        workers: Number of trials at once.
+        workers: Number of trials that run at once.
         imports: Words of the command line that allow imports, for the trials.
         command: Words of the command that repeats the sweep.
         again: Command that continues the sweep.
-        budget: Time that this process may take; None for as long as it takes.
+        budget: Time limit of this process; None without a limit.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class Sweep:
         self._is_waiting = False
 
     def run(self) -> tuple[PlanFacts, pd.DataFrame]:
-        """Run trials until none is left anywhere or the time is over; return what `report` returns.
+        """Run trials until no trial is left on any machine, or the time is over. Return the result of `report`.
 
         Raises:
             SweepError: If a trial shows that the sweep's file is wrong, or the disk is full.
-            SIGTERMException: After a signal, with the command that continues.
+            SIGTERMException: After a signal, with the command that continues the sweep.
         """
         try:
             self._save_time(ended=False)
@@ -111,13 +111,13 @@ class Sweep:
             if (problem := storage_problem(error)) is None:
                 raise
             raise SweepError(
-                f"{problem}. The finished trials are kept, and the others are saved: when that is put right, the same "
-                f"command continues: {self.again}"
+                f"{problem}. The finished trials are kept, and the others are saved. Fix the problem and continue "
+                f"with the same command: {self.again}"
             ) from error
         return self._report()
 
     def _step(self) -> bool:
-        """Look after the trials and start new ones; return False when nothing is left or the time is over."""
+        """Check the running trials and start new ones. Return False when no trial is left or the time is over."""
         if self.budget is not None and self.budget.left <= 0:
             return False
         now = time.monotonic()
@@ -134,7 +134,7 @@ class Sweep:
         return any(worker.claim is not None for worker in self.workers) or not self._is_finished()
 
     def _beat(self) -> None:
-        """Tell other machines now and then that this one is alive."""
+        """Record heartbeats, so that other machines know that this process is alive."""
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + HEARTBEAT
             for worker in self.workers:
@@ -204,7 +204,7 @@ class Sweep:
             worker.trial.stop()
 
     def _may_prune(self, worker: Worker, curve: Curve) -> bool:
-        """Return True if a trial is past its first part, in which a warm-up misleads, and not at its last step."""
+        """Return True if a trial may be pruned: after its first quarter, which has the warm-up, and before its end."""
         assert worker.claim is not None
         step, steps = max(curve.points), curve.steps
         in_time = steps is None or PRUNED_FROM * steps <= step < steps
@@ -232,8 +232,8 @@ class Sweep:
             self._free(worker)
             problem = "refused before its first step" if end == "refused" else "stopped, since the disk is full"
             raise SweepError(
-                f"{describe(job)}: {problem} ({trial.error().rstrip('.')}). Nothing is lost: put that right, and the "
-                f"same command continues. The trial's log is {trial.folder / 'log.txt'}."
+                f"{describe(job)}: {problem} ({trial.error().rstrip('.')}). Nothing is lost: fix the problem and run "
+                f"the same command again. The trial's log is {trial.folder / 'log.txt'}."
             )
         elif end == "stopped" and worker.is_pruned:
             self._finish(worker, "pruned", curve)
@@ -242,7 +242,7 @@ class Sweep:
         elif end == "failed":
             self._finish(worker, "failed", curve, trial.error())
         elif trial.resumes and not (trial.run is not None and trial.has_finished(trial.run)):
-            trial.clear()  # it was killed between its last checkpoint and its summary, and has no figures of training
+            trial.clear()  # killed between its last checkpoint and its summary, so the metrics of training are missing
             trial.start()
         elif curve.kept() is None:
             self._finish(worker, "failed", curve, f"{self.plan.metric} is not finite at the best checkpoint")
@@ -250,7 +250,7 @@ class Sweep:
             self._finish(worker, "complete", curve)
 
     def _is_extra(self, claim: Claim) -> bool:
-        """Return True for a point that was chosen by rule, and not by who wrote the file."""
+        """Return True for a point that the sweep chose by a rule, not the author of the file."""
         left = self.ledger.outline(self.ledger.trials())
         return self.plan.is_sampled or left.extra.get(claim.job.variant) == claim.job.point
 
@@ -284,7 +284,7 @@ class Sweep:
         worker.claim = worker.trial = None
 
     def _stop(self) -> None:
-        """Let the trials save and stop, and queue them again."""
+        """Let the running trials save and stop, and queue them again."""
         busy = [worker for worker in self.workers if worker.trial is not None]
         for worker in busy:
             assert worker.trial is not None
@@ -308,7 +308,7 @@ class Sweep:
     # ---------------------------------------------------------------------------------------------------------- report
 
     def _save_time(self, ended: bool) -> None:
-        """Save the time that this command has for reports, and in the end what the time was not enough for."""
+        """Save the time limit for reports, and at the end the estimated time for the next work."""
         if self.budget is None:
             self.ledger.save_time(None)
             return
@@ -327,27 +327,27 @@ class Sweep:
 
 
 def report(plan: Plan, ledger: Ledger, output: Path, command: Sequence[str]) -> tuple[PlanFacts, pd.DataFrame]:
-    """Write the results and the report of a sweep, also of one that runs.
+    """Write the results and the report of a finished or running sweep.
 
     Args:
         plan: The sweep.
-        ledger: Its trials.
+        ledger: Trials of the sweep.
         output: Directory of the results.
         command: Words of the command that repeats the sweep, without `--minutes`.
 
     Returns:
-        What the report says of the plan, and the results.
+        The facts that the report states about the plan, and the results.
     """
     trials = ledger.trials()
     left = ledger.outline(trials)
     frame = results_frame(plan, trials, left)
-    given, time_facts = ledger.saved_time(), None
-    if given is not None:
+    saved_time, time_facts = ledger.saved_time(), None
+    if saved_time is not None:
         jobs = {s: [Job(name, "confirm", p, s) for name, p in left.chosen.items()] for s in plan.confirm_seeds}
         done = [
             s for s in jobs if jobs[s] and all(j in trials and STATES[trials[j].state] in FINISHED for j in jobs[s])
         ]
-        time_facts = TimeFacts(left_out_seeds=[s for s in plan.confirm_seeds if s not in done], **given)
+        time_facts = TimeFacts(left_out_seeds=[s for s in plan.confirm_seeds if s not in done], **saved_time)
         command = [*command, "--minutes", f"{time_facts.minutes:g}"]
     facts = plan_facts(plan, left, command, time_facts)
     write_results(frame, output)
@@ -356,9 +356,9 @@ def report(plan: Plan, ledger: Ledger, output: Path, command: Sequence[str]) -> 
 
 
 def environments(workers: int) -> list[dict[str, str]]:
-    """Return the environment variables of each worker's trials: its share of the threads, and a GPU in turn.
+    """Return the environment variables of each worker's trials: a share of the threads, and one of the GPUs.
 
-    A variable that is set already stays, and a single worker has all GPUs.
+    A variable that is already set is kept, and a single worker uses all GPUs.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))

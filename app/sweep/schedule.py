@@ -1,4 +1,4 @@
-"""Which trials a sweep needs next: a function of its plan and of the trials so far, the same in every process."""
+"""Compute the trials that a sweep needs next, from its plan and its trials so far, the same in every process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Record:
     Args:
         job: The job.
         state: Its state.
-        value: The metric of the choice, finite; None unless the trial is complete.
+        value: The selecting metric, a finite number; None unless the trial is complete.
     """
 
     job: Job
@@ -53,10 +53,10 @@ class Outline:
     """The jobs that are left.
 
     Args:
-        needed: Jobs that must be finished before more is known, in the order to run them.
+        needed: Jobs that must be finished before the next jobs are known, in the order to run them.
         sampling: Variants that need another sampled point.
-        chosen: Each variant's point, once all have been tried.
-        extra: Points beside the grid, by variant.
+        chosen: Chosen point of each variant, after all its points have been tried.
+        extra: Points added to the grid, by variant.
         notes: Whole sentences about the search.
         expected: Number of jobs of the whole sweep, as far as known.
     """
@@ -75,18 +75,18 @@ class Outline:
 
 
 def outline(plan: Plan, records: Iterable[Record], sampled: Mapping[str, list[str]]) -> Outline:
-    """Return what a sweep needs next.
+    """Return the jobs that a sweep needs next.
 
-    A variant's point is chosen by the mean of the metric over the seeds of the choice. A point with a trial that failed
-    or was pruned ranks behind all others, in the order of the grid.
+    A variant's point is chosen by the mean of the metric over the selecting seeds. Points with a failed or pruned trial
+    rank after all other points.
 
-    If any variant's best value lies at the end of its grid, the grid of that variant gets one more value there; each of
-    the other variants gets a value between its best one and the better neighbour. All have tried the same number then.
+    If a variant's best value lies at an end of its grid, the grid of this variant gets one more value there. Each other
+    variant gets a value between its best value and the better neighbour. So all variants try the same number of points.
 
     Args:
         plan: The sweep.
-        records: Its trials so far.
-        sampled: Points of each variant, if the plan samples them; a point that was drawn twice is there twice.
+        records: Trials of the sweep so far.
+        sampled: Points of each variant, if the plan samples points. A point that was drawn twice is listed twice.
     """
     known = {record.job: record for record in records}
     result = Outline()
@@ -127,7 +127,7 @@ def _need(result: Outline, known: Mapping[Job, Record], jobs: list[Job]) -> None
 
 
 def _select_jobs(plan: Plan, points: Mapping[str, list[str]]) -> list[Job]:
-    """Return jobs point by point rather than variant by variant, so that a slow spell of the machine hits all alike."""
+    """Return jobs point by point, not variant by variant, so that a slow phase of the machine affects all variants."""
     longest = max((len(listed) for listed in points.values()), default=0)
     return [
         Job(name, "select", listed[i], seed)
@@ -139,7 +139,7 @@ def _select_jobs(plan: Plan, points: Mapping[str, list[str]]) -> list[Job]:
 
 
 def score(plan: Plan, variant: str, point: str, known: Mapping[Job, Record]) -> float | None:
-    """Return the mean of the metric over the seeds of the choice; None unless all of them have finished well."""
+    """Return the mean of the metric over the selecting seeds; None unless the trials of all seeds are complete."""
     records = [known.get(Job(variant, "select", point, seed)) for seed in plan.select_seeds]
     values = [record.value for record in records if record is not None and record.state == "complete"]
     finite = [value for value in values if value is not None]
@@ -161,7 +161,7 @@ def _best(plan: Plan, variant: str, points: Iterable[str], known: Mapping[Job, R
 def _extra_points(
     plan: Plan, known: Mapping[Job, Record], tried: Mapping[str, list[str]]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return one more point for each variant, and why, if the best value of any lies at the end of a grid."""
+    """Return one more point for each variant with a note, if the best value of any variant lies at an end of a grid."""
     points: dict[str, Point] = {}
     notes: dict[str, str] = {}
     for variant in plan.variants:
@@ -224,7 +224,7 @@ def _is_geometric(values: tuple[float, ...]) -> bool:
 def _next_value(values: tuple[float, ...], above: bool) -> float | None:
     """Return the value that continues a grid above its last or below its first value; None if there is none.
 
-    A grid of numbers that are not negative is not continued below zero.
+    A grid without negative numbers is not continued below zero.
     """
     end, before = (values[-1], values[-2]) if above else (values[0], values[1])
     value = _rounded(end * end / before if _is_geometric(values) else 2 * end - before, values)
@@ -236,7 +236,7 @@ def _next_value(values: tuple[float, ...], above: bool) -> float | None:
 def _value_between(
     plan: Plan, variant: Variant, known: Mapping[Job, Record], best: Point, key: str, values: tuple[float, ...]
 ) -> float | None:
-    """Return a value between a point's and the better one of its neighbours; None if there is no such number."""
+    """Return a value between the best value of a key and its better neighbour; None if there is no such number."""
     i = values.index(best[key])
     neighbours = [values[j] for j in (i - 1, i + 1) if 0 <= j < len(values)]
     scores = {v: score(plan, variant.name, point_id({**best, key: v}), known) for v in neighbours}
@@ -251,10 +251,10 @@ def _value_between(
 
 
 def _rounded(value: float, values: tuple[float, ...]) -> float:
-    """Return a number as people write it in a grid: whole if the grid is, otherwise of two significant digits."""
+    """Round a number: to a whole number if the grid has whole numbers, otherwise to two significant digits."""
     return round(value) if all(isinstance(v, int) for v in values) else float(f"{value:.2g}")
 
 
 def readable_point(point: Mapping[str, Any]) -> str:
-    """Return a point in few words, such as `learning_rate 0.001`."""
+    """Return a point as short text, such as `learning_rate 0.001`."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in point.items())

@@ -1,4 +1,4 @@
-"""Open the study of a sweep, new or begun before, and refuse a plan that does not fit its trials."""
+"""Open the new or existing study of a sweep, and refuse a plan that does not fit the trials of the study."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from app.sweep.changes import plan_content, plan_differences
 from app.sweep.plan import Plan, SweepError
 from app.sweep.storage import JOURNAL, Ledger, open_storage
 
-PLAN = "plan"  # attribute of the study that has the plan
+PLAN = "plan"  # attribute of the study that holds the plan
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
     """Return the trials of a sweep.
 
     Args:
-        plan: The sweep, as its file has it now.
+        plan: The sweep, from its current file.
         url: URL of a database; None takes the journal in the output directory.
         output: Directory of the results, made if missing.
         must_exist: Whether a sweep without trials is an error.
@@ -30,14 +30,16 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
         SweepError: If the sweep was started with a plan that differs by more than additions, or cannot be opened.
     """
     if must_exist and not (output.is_dir() if url else (output / JOURNAL).is_file()):
-        raise SweepError(f"--report: there is no sweep in {output}. Give its directory with --output, or run it first.")
+        raise SweepError(
+            f"--report: there is no sweep in {output}. Give the directory with --output, or run the sweep first."
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SweepError(f"--output: {output} cannot be made ({error.strerror}). Choose another place.") from error
     storage = open_storage(url, output)
     if must_exist and plan.name not in optuna.get_all_study_names(storage):
-        raise SweepError(f"--storage: there is no sweep named {plan.name} in it yet. Run it first.")
+        raise SweepError(f"--storage: the database has no sweep named {plan.name} yet. Run the sweep first.")
     ledger = Ledger(plan, storage, output)
     saved = ledger.head.user_attrs.get(PLAN)
     trials = ledger.trials()
@@ -46,7 +48,7 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
         place = "storage under this name" if url else str(output)
         other = "under another file name" if url else "with another --output"
         raise SweepError(
-            f"--config: the sweep in {place} has trials that do not fit the file and the options as they are now: "
+            f"--config: the sweep in {place} has trials that do not fit the current file and options: "
             f"{'; '.join(differences)}. Undo the change, or start a new sweep {other}. Variants, values and seeds may "
             "be added."
         )

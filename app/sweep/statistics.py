@@ -10,8 +10,8 @@ import pandas as pd
 from scipy import stats
 
 LEVEL = 0.95
-STUDENT_SEEDS = 3  # fewest for an interval: of two seeds it is 12.7 standard errors wide to either side
-BOOTSTRAP_SEEDS = 5  # fewest for a bootstrap interval: of four, all resamples together have 35 distinct means
+STUDENT_SEEDS = 3  # fewest seeds for an interval: with two seeds it reaches 12.7 standard errors to either side
+BOOTSTRAP_SEEDS = 5  # fewest seeds for a bootstrap interval: with four seeds, resamples have only 35 distinct means
 RESAMPLES = 9999
 
 
@@ -20,8 +20,8 @@ class Mean:
     """Mean over seeds.
 
     Args:
-        value: The mean; NaN of no seeds.
-        error: Standard error of the mean, s / sqrt(n) with the sample's standard deviation s; None of one seed.
+        value: The mean; NaN without seeds.
+        error: Standard error of the mean, s / sqrt(n) with the sample's standard deviation s; None for one seed.
         seeds: Number of seeds n.
     """
 
@@ -37,7 +37,7 @@ class PairedDifference:
     Args:
         first: Name of a variant.
         second: Name of the variant that is subtracted.
-        mean: Mean of the differences; NaN of no seeds.
+        mean: Mean of the differences; NaN without seeds.
         seeds: Number of shared seeds.
         student: 95 % Student interval of the mean difference; None below `STUDENT_SEEDS`.
         bootstrap: 95 % percentile interval of the bootstrap; None below `BOOTSTRAP_SEEDS`.
@@ -54,9 +54,9 @@ class PairedDifference:
     def sign(self) -> int:
         """Return 1 or -1 if the Student interval lies on one side of zero, otherwise 0.
 
-        The Student interval decides and the bootstrap interval does not, since a bootstrap of few seeds is too narrow:
-        for normal differences, 84 % of its intervals from five seeds and 92 % of those from twenty hold the true
-        difference, where Student's hold it in 95 %.
+        The Student interval decides, since a bootstrap interval from few seeds is too narrow. For normal differences, a
+        bootstrap interval holds the true difference in 84 % of cases with five seeds and in 92 % with twenty. A Student
+        interval holds the true difference in 95 %.
         """
         if self.student is None:
             return 0
@@ -65,7 +65,7 @@ class PairedDifference:
 
 
 def mean_over_seeds(values: pd.Series[float]) -> Mean:
-    """Return the mean and its standard error of one value a seed."""
+    """Return the mean and its standard error of values, one for each seed."""
     count = len(values)
     if not count:
         return Mean(float("nan"), None, 0)
@@ -79,9 +79,9 @@ def paired_difference(
 
     Args:
         first: Name of a variant.
-        first_values: Its metric, indexed by seed.
+        first_values: Metric of the first variant, indexed by seed.
         second: Name of the variant that is subtracted.
-        second_values: Its metric, indexed by seed.
+        second_values: Metric of the second variant, indexed by seed.
 
     Returns:
         The mean difference with a Student interval and a bootstrap interval (Efron, 1979, percentile method).
@@ -96,14 +96,14 @@ def paired_difference(
 
 
 def student_interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean by Student's t; equal values give an interval of no width."""
+    """Return the 95 % interval of the mean by Student's t. Equal values give an interval of zero width."""
     reach = stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
 def bootstrap_interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean's bootstrap; the same values give the same interval."""
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (values,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=0
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)

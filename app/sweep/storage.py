@@ -1,9 +1,9 @@
 """The study of a sweep in Optuna's storage, which several processes and machines share.
 
-Each variant has a study of its own, so that its sampler and its pruner learn from its trials alone. A trial's job is in
-its user attributes. A trial that failed without an `error` counts for nothing: its owner was stopped or killed, or the
-trial was a duplicate. The trial of a job is the one with the lowest number among those that count, so that all
-processes agree on it without a lock.
+Each variant has its own Optuna study, so that its sampler and pruner learn from its trials alone. The user attributes
+of a trial hold its job. A failed trial without an `error` is void: its owner was stopped or killed, or the trial was a
+duplicate. Among the other trials of a job, the trial with the lowest number counts. So all processes agree on the trial
+of a job without a lock.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from app.sweep.schedule import Job, Outline, Record, State, outline, readable_po
 from datamodules.errors import first_line
 
 JOURNAL, CLAIMS = "study.journal", ".claims"
-TIME = "time"  # attribute of the study
+TIME = "time"  # attribute of the study: the time limit of the newest command
 SAMPLED = "sampled"  # attribute of a trial at a new point
 SURPLUS = "surplus"  # attribute of a sampled trial beyond the number of the plan
 HEARTBEAT = 20  # seconds between two heartbeats of a trial in a database
@@ -54,9 +54,9 @@ _log = logging.getLogger(__name__)
 
 
 class JournalLock:
-    """Lock of a journal that the kernel releases when its holder dies; Optuna's own block others for 30 seconds then.
+    """Lock of a journal. The kernel releases the lock when its holder dies; Optuna's locks would block for 30 seconds.
 
-    A line that a full disk has torn is removed before the next line is written.
+    A line that a full disk has truncated is removed before the next line is written.
 
     Args:
         journal: Path of the journal.
@@ -68,7 +68,7 @@ class JournalLock:
 
     def acquire(self) -> bool:
         """Wait for the lock."""
-        self.release()  # of an append that a signal has interrupted
+        self.release()  # a signal may have interrupted an earlier append
         self._handle = os.open(self.journal.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(self._handle, fcntl.LOCK_EX)
         with suppress(FileNotFoundError), self.journal.open("rb+") as file:
@@ -108,7 +108,7 @@ def open_storage(url: str | None, output: Path) -> BaseStorage:
             problem = error
             if not isinstance(error, DBAPIError):  # no such driver, no URL
                 break
-            time.sleep(1)  # machines that make the tables at the same time get in each other's way
+            time.sleep(1)  # machines that create the tables at the same time may conflict
     assert problem is not None
     raise SweepError(
         f"--storage: the database cannot be used ({first_line(problem)}). Give a URL such as "
@@ -117,7 +117,7 @@ def open_storage(url: str | None, output: Path) -> BaseStorage:
 
 
 def storage_problem(error: Exception) -> str | None:
-    """Return what keeps a storage or the output directory from being written; None for any other error."""
+    """Return why the storage or the output directory cannot be written; None for any other error."""
     if isinstance(error, OSError):
         return f"{error.filename or 'The output directory'} cannot be written ({error.strerror or error})"
     wrapped = isinstance(error, StorageInternalError)
@@ -131,7 +131,7 @@ class Claim:
     """A trial that this process runs.
 
     Args:
-        job: Its job.
+        job: Job of the trial.
         trial: Optuna's trial.
         lock: Handle that locks the trial's folder.
     """
@@ -148,11 +148,11 @@ class Claim:
 
 
 class Ledger:
-    """The trials of a sweep, as all its processes see them.
+    """The trials of a sweep, shared by all its processes.
 
     Args:
         plan: The sweep.
-        storage: Where the trials are recorded.
+        storage: Storage of the trials.
         output: Directory of the trials' folders.
     """
 
@@ -176,45 +176,45 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------------------ time
 
     def save_time(self, facts: dict[str, Any] | None) -> None:
-        """Save what `TimeFacts` says of the newest command's time; None for a command without `--minutes`."""
+        """Save the fields of `TimeFacts` for the newest command; None for a command without `--minutes`."""
         self.head.set_user_attr(TIME, facts)
 
     def saved_time(self) -> dict[str, Any] | None:
-        """Return what `save_time` has saved."""
-        found: dict[str, Any] | None = self.head.user_attrs.get(TIME)
-        return found
+        """Return the facts that `save_time` saved."""
+        facts: dict[str, Any] | None = self.head.user_attrs.get(TIME)
+        return facts
 
     # ------------------------------------------------------------------------------------------------------------ read
 
     def trials(self) -> dict[Job, FrozenTrial]:
         """Return the trial of each job."""
-        found: dict[Job, FrozenTrial] = {}
+        by_job: dict[Job, FrozenTrial] = {}
         for study in self.studies.values():
             for trial in study.get_trials(deepcopy=False):
                 job = job_of(trial)
                 if job is not None and not is_void(trial):
-                    found.setdefault(job, trial)
-        return found
+                    by_job.setdefault(job, trial)
+        return by_job
 
     def outline(self, trials: Mapping[Job, FrozenTrial]) -> Outline:
-        """Return what is left to do."""
+        """Return the jobs that are left."""
         sampled = {name: self._sampled(name) for name in self.studies} if self.plan.is_sampled else {}
         return outline(self.plan, (record_of(job, trial) for job, trial in trials.items()), sampled)
 
     def _sampled(self, name: str) -> list[str]:
-        """Return the points that were sampled for a variant, interrupted and repeated ones included."""
+        """Return the points that were sampled for a variant, with interrupted and repeated points."""
         trials = self.studies[name].get_trials(deepcopy=False)
         return [t.user_attrs["job"]["point"] for t in trials if SAMPLED in t.user_attrs and SURPLUS not in t.user_attrs]
 
     # ----------------------------------------------------------------------------------------------------------- claim
 
     def claim(self, allowed: Allowed = lambda left, _: left.needed) -> Claim | None:
-        """Return a trial to run, recorded as this process's own; None if there is nothing to do now.
+        """Claim a trial for this process and return the claim; None if there is no trial to run now.
 
         Trials of processes that have died are queued again first.
 
         Args:
-            allowed: Returns those of the needed jobs that may run.
+            allowed: Function that returns the needed jobs that may run.
         """
         with self._claiming():
             self._release_stale()
@@ -239,7 +239,7 @@ class Ledger:
                     return claim
 
     def _accept(self, name: str, trial: Trial, needed: set[Job]) -> Claim | None:
-        """Return the claim on a trial, or void the trial if another process was faster or nobody needs it now."""
+        """Return the claim on a trial; void the trial if another process was faster or the trial is not needed."""
         study = self.studies[name]
         job = job_of(study.get_trials(deepcopy=False)[trial.number])
         mine = job is not None and self.trials()[job].number == trial.number
@@ -282,11 +282,11 @@ class Ledger:
             return self.studies[name].ask()
 
     def _sample(self, name: str) -> Trial:
-        """Return a trial at a new point; another process may have queued one meanwhile, which is returned then."""
+        """Return a trial at a new point, or a trial that another process has queued in the meantime."""
         study, variant = self.studies[name], self._variant(name)
         assert self.plan.trials_per_variant is not None
         first = len(self.plan.select_seeds) * max(3, self.plan.trials_per_variant // 3)
-        # machines that sample at the same time are to draw different points
+        # machines that sample at the same time must draw different points
         machine = self.place if isinstance(self.storage, RDBStorage) else ""
         seed = zlib.crc32(f"{name} {len(study.get_trials(deepcopy=False))} {machine}".encode())
         with warnings.catch_warnings():
@@ -302,9 +302,9 @@ class Ledger:
     # ---------------------------------------------------------------------------------------------------------- finish
 
     def finish(self, claim: Claim, state: State, value: float | None, facts: Mapping[str, Any]) -> None:
-        """Record the end of a trial, with facts for the table; a failed one needs an `error` among them."""
+        """Record the end of a trial, with facts for the table. A failed trial needs the fact `error`."""
         study = self.studies[claim.job.variant]
-        with suppress(UpdateFinishedTrialError):  # a signal came between this and the next line of the caller
+        with suppress(UpdateFinishedTrialError):  # a signal may have interrupted the caller after an earlier call
             for key, fact in facts.items():
                 claim.trial.set_user_attr(key, fact)
             if state == "complete":
@@ -315,12 +315,12 @@ class Ledger:
         claim.unlock()
 
     def release(self, claim: Claim) -> None:
-        """Queue a trial again that this process does not finish."""
+        """Queue a trial again if this process does not finish it."""
         _void(self.studies[claim.job.variant], claim.trial.number)
         claim.unlock()
 
     def report(self, claim: Claim, value: float, validation: int) -> bool:
-        """Record a validation of a trial, counted from 1; return False if another process took this one for dead."""
+        """Record a validation of a trial, counted from 1. Return False if another process has taken over the trial."""
         try:
             claim.trial.report(value, validation)
         except UpdateFinishedTrialError:
@@ -328,14 +328,14 @@ class Ledger:
         return True
 
     def beat(self, claim: Claim) -> None:
-        """Tell the processes on other machines that this one is alive."""
+        """Record a heartbeat, so that other machines know that this process is alive."""
         if isinstance(self.storage, RDBStorage):
             study_id = self.storage.get_study_id_from_name(f"{self.plan.name}/{claim.job.variant}")
             trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, claim.trial.number)
             self.storage.record_heartbeat(trial_id)
 
     def _release_stale(self) -> None:
-        """Void the running trials whose owner has died: its lock is free here, or its heartbeats have stopped."""
+        """Void the running trials whose owner has died: the lock is free, or the heartbeats have stopped."""
         for name, study in self.studies.items():
             if isinstance(self.storage, RDBStorage):
                 with warnings.catch_warnings():  # "experimental"
@@ -343,7 +343,7 @@ class Ledger:
                     optuna.storages.fail_stale_trials(study)
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 job, place = job_of(trial), trial.user_attrs.get("place")
-                if place is None and isinstance(self.storage, RDBStorage):  # claimed a moment ago, or never to be run
+                if place is None and isinstance(self.storage, RDBStorage):  # just claimed, or its owner has died
                     seen = self._seen_without_place.setdefault((name, trial.number), time.monotonic())
                     is_stale = time.monotonic() - seen > GRACE
                 else:
@@ -357,7 +357,7 @@ class Ledger:
 
     @contextmanager
     def _claiming(self) -> Iterator[None]:
-        """Let no other process claim in this output directory meanwhile."""
+        """Prevent claims by other processes in this output directory."""
         with (self.output / CLAIMS).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -370,29 +370,29 @@ class Ledger:
 
 
 def _void(study: optuna.Study, number: int) -> None:
-    """End a trial so that it counts for nothing, unless another process has ended it."""
+    """End a trial as void, unless another process has ended it."""
     with suppress(UpdateFinishedTrialError):
         study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def is_void(trial: FrozenTrial) -> bool:
-    """Return True for a trial that counts for nothing."""
+    """Return True for a void trial: it failed without an `error`."""
     return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
 
 
 def job_of(trial: FrozenTrial) -> Job | None:
-    """Return the job of a trial; None for one that another process has just asked for."""
+    """Return the job of a trial; None for a trial that another process is just creating."""
     job = trial.user_attrs.get("job")
     return None if job is None else Job(**job)
 
 
 def record_of(job: Job, trial: FrozenTrial) -> Record:
-    """Return what decides about the rest of the sweep."""
+    """Return the record of a trial, from which the rest of the sweep is computed."""
     return Record(job, STATES[trial.state], trial.value if trial.state == TrialState.COMPLETE else None)
 
 
 def describe(job: Job) -> str:
-    """Return a job in words, such as `B learning_rate 0.001 seed 0`."""
+    """Return a job as text, such as `B learning_rate 0.001 seed 0`."""
     return " ".join(word for word in (job.variant, readable_point(json.loads(job.point)), f"seed {job.seed}") if word)
 
 

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a `main.py fit` in a process, a session and a run directory of its own."""
+"""Run one trial of a sweep: a `main.py fit` with its own process, session and run directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from datamodules.atomic import FULL
 
 MAIN = Path(__file__).parents[2] / "main.py"
 LOG, CURVE = "log.txt", "curve.jsonl"
-PATIENCE = 120  # seconds that a trial gets to save and stop
+PATIENCE = 120  # seconds that a trial has to save and stop before it is killed
 
 End = Literal["complete", "failed", "refused", "stopped", "killed", "disk full"]
 
@@ -33,11 +33,11 @@ class Curve:
     """Validations of a trial.
 
     Args:
-        started: Step from which the newest attempt went on; None before training.
+        started: Step at which the newest attempt started; None before training.
         steps: Number of steps of the whole fit, if known.
         monitor: Metric by which the best checkpoint is kept; None keeps the newest.
-        mode: Direction in which that metric is better.
-        points: Values by step: of the choice's metric, and of `monitor`.
+        mode: Direction in which the monitored metric is better.
+        points: Values of the selecting metric and of `monitor`, by step.
     """
 
     started: int | None = None
@@ -47,7 +47,7 @@ class Curve:
     points: dict[int, tuple[float | None, float | None]] = field(default_factory=dict)
 
     def kept(self) -> float | None:
-        """Return the metric at the validation whose checkpoint was kept as the best; None if that is not finite."""
+        """Return the selecting metric at the best checkpoint's validation; None if it is not finite."""
         best: tuple[float, float | None] | None = None
         for value, monitored in self.points.values():
             if self.monitor is None:
@@ -64,7 +64,7 @@ def read_curve(path: Path, skip: int = 0) -> Curve:
 
     Args:
         path: The file, which may not exist yet.
-        skip: Bytes that earlier attempts have written: `started` is that of the attempt behind them.
+        skip: Bytes that earlier attempts have written. `started` is set only by a later attempt.
     """
     curve = Curve()
     with suppress(FileNotFoundError), path.open("rb") as file:
@@ -81,15 +81,15 @@ def read_curve(path: Path, skip: int = 0) -> Curve:
 
 
 class TrialProcess:
-    """A fit that runs.
+    """A running fit.
 
     Args:
-        words: Words of `main.py fit`, without those that say where it writes.
+        words: Words of `main.py fit`, without its output directory.
         folder: Folder of the trial.
-        recorder: Arguments of `MetricRecorder` beside the path.
-        tests: Whether the best checkpoint is tested in the end.
-        environment: Variables that differ from this process's.
-        lock: Handle that is held open as long as the fit runs.
+        recorder: Arguments of `MetricRecorder` besides the path.
+        tests: Whether the best checkpoint is tested at the end.
+        environment: Environment variables that differ from this process's.
+        lock: Handle of the lock, which the fit inherits and keeps open.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TrialProcess:
     ) -> None:
         self.folder, self.curve_file = folder, folder / CURVE
         self.asked_to_stop = self.resumes = False
-        self.signal = ""  # by which the fit was killed
+        self.signal = ""  # name of the signal that killed the fit
         self._lock, self._tests, self._environment = lock, tests, dict(environment)
         arguments = {"path": str(self.curve_file), **recorder}
         callback = {"class_path": "app.callbacks.MetricRecorder", "init_args": arguments}
@@ -146,13 +146,13 @@ class TrialProcess:
             )
 
     def has_finished(self, run: Path) -> bool:
-        """Return True if a run has the figures of its training, and of its test where there is to be one."""
+        """Return True if a run has the metrics of its training, and of its test if the trial is tested."""
         metrics = read_metrics(run)
         tested = any(name.startswith("test/") for name in metrics)
         return "time/fit_seconds" in metrics and (tested or not self._tests)
 
     def clear(self) -> None:
-        """Remove what an attempt has left that cannot be resumed."""
+        """Remove the files of an attempt that cannot be resumed."""
         for version in versions(self.folder):
             shutil.rmtree(version)
         self.curve_file.unlink(missing_ok=True)
@@ -190,8 +190,8 @@ class TrialProcess:
     @property
     def run(self) -> Path | None:
         """Return the run directory, if there is one yet."""
-        found = versions(self.folder)
-        return found[-1] if found else None
+        runs = versions(self.folder)
+        return runs[-1] if runs else None
 
     def curve(self) -> Curve:
         """Return the validations so far."""
@@ -206,5 +206,5 @@ class TrialProcess:
         return (marked or lines or ["The fit ended without a message."])[-1]
 
     def seconds(self) -> float:
-        """Return the seconds since this process has taken up the trial."""
+        """Return the seconds since this process took the trial."""
         return round(time.monotonic() - self._began, 1)

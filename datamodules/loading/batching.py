@@ -1,4 +1,4 @@
-"""Which sample comes when: the same order for any number of processes, and from any batch on."""
+"""Order of the samples: shuffling and length buckets, the same for any number of processes and after a resume."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 Draw = tuple[int, int]  # (index of the sample, seed of the epoch's augmentation)
-ORDER = 2  # version of the order; one more whenever a seed and an epoch mean another order
-POOL = 50  # batches that are sorted together
+ORDER = 2  # version of the order; raise it whenever the order for a seed and an epoch changes
+POOL = 50  # number of batches whose samples are sorted together
 DECILES = 10
 
 
@@ -22,14 +22,13 @@ def index_of(key: int | Draw) -> int:
 
 
 class EpochSampler(Sampler[Draw]):
-    """Shuffled draws of one process, whole batches only.
+    """Shuffled draws of one process, in whole batches.
 
-    The order is a function of (seed, epoch): the k-th batches of all processes together are the k-th batch of one
-    process with a batch as large as theirs. A draw carries a seed made of (seed, epoch) to the data set, whose
-    augmentation is a function of it and of the index, so that it too is the same for any number of processes and
-    workers. With lengths, samples of like length share a batch, so that little of the batch is padding. With labels
-    too, a sample's length is ranked among the samples of its own class: then each batch keeps the label mix of the
-    data, however much the lengths differ between classes.
+    The order is a function of (seed, epoch). The k-th batches of all processes together equal the k-th batch of a
+    single process with the same total batch size. A draw also carries a seed, derived from (seed, epoch). Augmentation
+    is a function of this seed and the index: like the order, it does not depend on processes or workers. With lengths,
+    samples of similar length share a batch, which saves padding. With labels too, lengths are ranked within each class.
+    Each batch then keeps the label mix of the data, even if the lengths differ between classes.
 
     Args:
         size: Number of samples.
@@ -67,7 +66,7 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = epoch
 
     def seek(self, epoch: int, batches: int) -> None:
-        """Begin the next iterator behind so many batches of an epoch; an epoch's end is the next one's start."""
+        """Start the next iterator after a number of batches of an epoch. After the last one, the next epoch starts."""
         self.epoch, self._skip = epoch + batches // self.batches, batches % self.batches
 
     def __iter__(self) -> Iterator[Draw]:
@@ -79,18 +78,18 @@ class EpochSampler(Sampler[Draw]):
         if self.lengths is not None:
             key = self.lengths if self.classes is None else rank_in_class(self.lengths, self.classes, generator)
             order = bucketed(order, key, step, generator)
-        own = order[self.rank :: self.world]
-        return iter([(index, seed) for index in own[skip * self.batch_size :].tolist()])
+        of_this_rank = order[self.rank :: self.world]
+        return iter([(index, seed) for index in of_this_rank[skip * self.batch_size :].tolist()])
 
 
 def bucketed(order: Tensor, key: Tensor, step: int, generator: torch.Generator) -> Tensor:
-    """Rearrange a shuffled order so that every `step` neighbours have like keys, in batches that come shuffled.
+    """Rearrange a shuffled order into batches of samples with similar keys. The batches are shuffled.
 
-    Samples are sorted within pools of 50 batches, which leaves the company that a sample is in to chance.
+    Samples are sorted within pools of 50 batches only, so that a sample shares its batch with random others.
 
     Args:
         order: Whole batches, (batches · step,).
-        key: Length of each sample by index, or its rank.
+        key: Length of each sample, or rank of the length, by index.
         step: Samples in a batch of all processes.
         generator: Source of the shuffling.
     """
@@ -102,12 +101,12 @@ def bucketed(order: Tensor, key: Tensor, step: int, generator: torch.Generator) 
 def rank_in_class(lengths: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
     """Return the rank of each length among the samples of its class, scaled to (0, 1).
 
-    The ranks of every class are spread evenly over (0, 1), so that neighbours by rank have the classes of a random
-    draw. Equal lengths are ranked at random.
+    The ranks of every class are spread evenly over (0, 1), so that samples of similar rank have the label mix of the
+    data. Equal lengths are ranked at random.
 
     Args:
         lengths: Length of each sample, (size,).
-        classes: Number of its class, 0 or more, (size,).
+        classes: Class of each sample, 0 or more, (size,).
         generator: Source of the random ranks, and of a random place within each rank.
 
     Returns:
@@ -133,16 +132,16 @@ def as_classes(labels: Tensor) -> Tensor:
 
 
 def derive_seed(*keys: int) -> int:
-    """Return a seed for torch, a function of the keys alone (BLAKE2b): the same in every process and Python."""
+    """Return a seed for torch, a function of the keys alone (BLAKE2b). It is the same in every process."""
     return int.from_bytes(blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
 
 
 @contextmanager
 def seeded(*keys: int) -> Iterator[None]:
-    """Draw from torch's global CPU generator as a function of the keys; its state before comes back at the end.
+    """Seed torch's global CPU generator with a function of the keys, and restore its state at the end.
 
-    For transforms that take no generator of their own. A `torch.random.fork_rng` would also visit every accelerator, at
-    15 times the cost of this.
+    For transforms that take no generator. `torch.random.fork_rng` would also save the state of every accelerator, which
+    takes 15 times as long.
     """
     generator = torch.default_generator
     state = generator.get_state()

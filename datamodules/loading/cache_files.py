@@ -1,13 +1,12 @@
 """Files of the caches: written atomically, verified when they are opened, rebuilt when they are damaged.
 
-A cache file is an Arrow stream or a .npy array with one line behind the content, which readers of both formats skip:
+A cache file is an Arrow stream or a .npy array with one line after the content, which readers of both formats skip:
 
-    onesided cache=<version> bytes=<length of the content> xxh3=<its XXH3, 128 bits>
+    onesided cache=<version> bytes=<length of the content> xxh3=<XXH3 of the content, 128 bits>
 
-`is_intact` reads the whole file and compares length and digest: any change of the content or of the line is found. The
-check is of the moment at which a command opens the file; what a disk does to the file later in the run is not noticed.
-XXH3 finds accidental damage. Like any digest in the file itself, the digest is no protection against somebody who wants
-to deceive: keep the cache folder writable for trusted users alone.
+`is_intact` reads the whole file and compares length and digest. So it detects any change of the content or the line. A
+command checks a file once, when it opens the file. Later damage by the disk is not detected. XXH3 detects accidental
+damage, not forgery: keep the cache folder writable for trusted users alone.
 """
 
 from __future__ import annotations
@@ -25,27 +24,29 @@ import xxhash
 
 from datamodules.atomic import AtomicFile, WriteError, atomic_write, remove_stale
 
-VERSION = 1  # of the line
+VERSION = 1  # version of the line
 SEAL = re.compile(rb"\nonesided cache=(\d{4}) bytes=(\d{20}) xxh3=([0-9a-f]{32})\n")
 SEAL_BYTES = len("\nonesided cache= bytes= xxh3=\n") + 4 + 20 + 32
 CHUNK = 1 << 22
 LEGACY = re.compile(r"tmp\w{8}|\.prefix-[0-9a-f]{40}\..+\.\d+\.npy")
 DAY = 24 * 60 * 60
-ANNOUNCED = 1 << 30  # bytes from which the verification is announced: it may take seconds
+ANNOUNCED = 1 << 30  # bytes of a file whose verification is logged, since it may take seconds
 
 _log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return the folder of this project's caches, below that of the `datasets` library (HF_DATASETS_CACHE)."""
-    import datasets  # here alone: a run on a folder of images without a cache does not import the library
+    """Return the folder of this program's caches, in the cache folder of the `datasets` library."""
+    import datasets  # imported here, since a run on a folder of images without a cache does not need the library
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "onesided"
 
 
 @contextmanager
 def write_cache(path: Path) -> Iterator[AtomicFile]:
-    """Open a cache file for writing; it takes its name, sealed, at the end of the context, or is gone after any error.
+    """Open a temporary file that becomes the cache file, with its digest, at the end of the context.
+
+    After any error the file is removed.
 
     Raises:
         WriteError: If the file cannot be written.
@@ -62,13 +63,13 @@ def write_cache(path: Path) -> Iterator[AtomicFile]:
 
 
 def is_intact(path: Path, verify: bool = True) -> bool:
-    """Return True if a cache file can be used; log a warning if the file is there and cannot.
+    """Return True if a cache file can be used. Warn if the file exists and cannot be used.
 
-    What killed processes have left in its folder is removed on the way.
+    Temporary files that killed processes left in the folder are removed.
 
     Args:
         path: The file.
-        verify: Compare the digest too, not the length alone: for the first process of a node.
+        verify: Whether the digest is compared too, not only the length. One process of a node does so.
     """
     remove_stale(path.parent)
     _remove_legacy(path.parent)
@@ -110,7 +111,7 @@ def _problem(path: Path, file: BinaryIO, verify: bool) -> str | None:
 
 
 def _remove_legacy(folder: Path) -> None:
-    """Remove temporary files of earlier versions, which held no lock, once nobody has written to them for a day."""
+    """Remove temporary files of earlier versions, which had no lock, if they are older than a day."""
     with suppress(OSError):
         for path in folder.iterdir():
             if LEGACY.fullmatch(path.name) and time.time() - path.stat().st_mtime > DAY:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 STRONG_ETA_SQUARED = 0.25
-STRONG_RHO = 0.5  # its square is the same share of the ranks' variance
+STRONG_RHO = 0.5  # the square root of STRONG_ETA_SQUARED: the same share of the ranks' variance
 
 
 def midranks(values: Tensor) -> Tensor:
-    """Return ranks from 1 on, (size,) float64; equal values share the mean of their ranks."""
+    """Return ranks from 1 on, (size,) float64. Equal values share the mean of their ranks."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse]
@@ -25,7 +25,7 @@ def rank_eta_squared(values: Tensor, classes: Tensor) -> float:
 
     Args:
         values: Numbers, (size,).
-        classes: Class of each, (size,).
+        classes: Class of each number, (size,).
     """
     _, inverse, counts = classes.unique(return_inverse=True, return_counts=True)
     ranks = midranks(values)
@@ -40,14 +40,14 @@ def rank_eta_squared(values: Tensor, classes: Tensor) -> float:
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation of two (size,), in [-1, 1]; 0 if all values of one are equal."""
+    """Return Spearman's rank correlation of two tensors (size,), in [-1, 1]; 0 if one tensor is constant."""
     a, b = (ranks - ranks.mean() for ranks in (midranks(first), midranks(second)))
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm else 0.0
 
 
 def strong_effect(lengths: Tensor, labels: Tensor) -> str | None:
-    """Return the name and value of the statistic if length and label correlate strongly; otherwise None.
+    """Return name and value of the statistic if length and label correlate strongly; otherwise None.
 
     Args:
         lengths: Length of each sample, (size,).

@@ -1,12 +1,12 @@
-"""The output of a model's frozen prefix for every row, computed once, kept on disk and read batch by batch.
+"""Cache the output of a model's frozen prefix: computed once for every row, kept on disk, read batch by batch.
 
-The model says what its prefix is (`datamodules.contract.Prefix`), and the data say which rows the prefix gets. A batch
-then has `hidden` (batch, tokens, width) in the place of the input, zeros at padding, and all else as it was.
+The model defines the prefix (`datamodules.contract.Prefix`), and the data module defines the rows. A batch then has
+`hidden` (batch, tokens, width) instead of the input, with zeros at padding. Its other keys stay the same.
 
-A file holds one split: a .npy array (tokens of all rows, width), in the dtype that the prefix gives, bfloat16 as int16.
-The file lies with the `datasets` library's cache (HF_DATASETS_CACHE), named by the hash of the prefix and of the rows,
-and is written and verified as `datamodules.loading.cache_files` says: a changed model or data set, an interrupted run
-or a damaged file never gives wrong rows.
+A file holds one split: a .npy array (tokens of all rows, width) in the dtype of the prefix's output, bfloat16 as int16.
+The file lies in the folder of the `datasets` library (HF_DATASETS_CACHE). Its name is a hash of the prefix and the
+rows. `datamodules.loading.cache_files` writes and verifies the file. A changed model, changed data, an interrupted run
+or a damaged file therefore never give wrong rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from datamodules.errors import DataError
 from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 
 _log = logging.getLogger(__name__)
-FORMAT = 1  # of files; one more whenever their rows would be others
+FORMAT = 1  # version of the files; raise it whenever the content of the rows changes
 GIB = 2**30
 STORED = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<i2"}
 REMEDY = "free some space, set HF_DATASETS_CACHE to another folder, or data.cache_prefix to false"
@@ -43,13 +43,13 @@ REMEDY = "free some space, set HF_DATASETS_CACHE to another folder, or data.cach
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Hidden states of the rows of a data set, read when asked for; worker processes may have it.
+    """Hidden states of the rows of a data set, read when needed. Worker processes may hold this object.
 
     Args:
         path: The file.
-        starts: First token of each row in it, (rows,).
+        starts: Position of each row's first token in the file, (rows,).
         lengths: Tokens of each row, (rows,).
-        dtype: Of the hidden states.
+        dtype: Dtype of the hidden states.
     """
 
     path: Path
@@ -62,25 +62,25 @@ class HiddenStates:
 
     @cached_property
     def _opened(self) -> tuple[BinaryIO, int, int]:
-        """Return the file, where its rows begin in bytes, and their width."""
+        """Return the open file, the offset of the first row in bytes, and the width of the rows."""
         try:
             file = self.path.open("rb", buffering=0)
             (_, width), _, _ = _read_header(file)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"data.cache_prefix: {self.path} can no longer be read ({error}); run again, and it is written anew."
+                f"data.cache_prefix: {self.path} can no longer be read ({error}). Run the command again to rebuild it."
             ) from error
         return file, file.tell(), width
 
     def batch(self, packs: list[list[int]], tokens: int = 0) -> Tensor:
-        """Return hidden states (packs, tokens, width): the rows of each pack one behind the other, then zeros.
+        """Return the hidden states of packs of rows, (packs, tokens, width). Zeros follow the last row of a pack.
 
         Args:
-            packs: Numbers of the rows.
-            tokens: Least length; the longest pack has it or more.
+            packs: Row numbers of each pack.
+            tokens: Smallest number of tokens of the result.
 
         Raises:
-            DataError: If the file is no longer there, or no longer whole.
+            DataError: If the file is missing or truncated.
         """
         file, offset, width = self._opened
         longest = max(sum(int(self.lengths[row]) for row in pack) for pack in packs)
@@ -89,21 +89,23 @@ class HiddenStates:
             filled = 0
             for row in pack:
                 length = int(self.lengths[row])
-                # not mapped into memory: pages that were read would count as this process's own
+                # read, not memory-mapped: mapped pages would count as memory of this process
                 place = offset + int(self.starts[row]) * width * hidden.itemsize
                 target = values[filled : filled + length]
                 if os.preadv(file.fileno(), [target.data], place) != target.nbytes:
-                    raise DataError(f"data.cache_prefix: {self.path} has been cut short; remove it and run again.")
+                    raise DataError(
+                        f"data.cache_prefix: {self.path} is truncated. Remove the file and run the command again."
+                    )
                 filled += length
         return torch.from_numpy(hidden).view(self.dtype)
 
 
 @dataclass(frozen=True)
 class WithHidden:
-    """Makes a batch as another collate function does, with hidden states in the place of the backbone's input.
+    """Collate rows with another collate function, and replace the backbone's input by hidden states.
 
     Args:
-        collate: Makes a batch of rows, or of packs of rows; each row has its `index`.
+        collate: Collate function of rows, or of packs of rows. Each row has its `index`.
         states: The hidden states by index.
     """
 
@@ -114,7 +116,7 @@ class WithHidden:
         """Return the batch.
 
         Raises:
-            DataError: If it is padded at the left.
+            DataError: If the batch is padded at the left.
         """
         batch = dict(self.collate(rows))
         _check_padding(batch)
@@ -133,16 +135,16 @@ def hidden_states(
     where: str,
     beat: Callable[[], None],
 ) -> HiddenStates:
-    """Return the hidden states of all rows, from the file of an earlier run or computed and written now.
+    """Return the hidden states of all rows of a data set, from an earlier run's file or computed and written now.
 
     Args:
-        trainer: Knows the device.
+        trainer: Trainer with the device of the model.
         prefix: The model's frozen prefix.
-        loader: Gives each row once, in the order of `filling_order`.
-        lengths: Tokens of each row; None if all have as many.
-        rows_key: Another one for other rows, or rows prepared in another way.
-        where: What to call them in a message.
-        beat: Is called with each batch that is computed.
+        loader: Loader of each row once, in the order of `filling_order`.
+        lengths: Number of tokens of each row; None if all rows have the same number.
+        rows_key: Identifies the rows and their preparation: other rows have another key.
+        where: Name of the rows in messages.
+        beat: Function to call for each computed batch.
 
     Raises:
         DataError: If the file cannot be written, or rows are padded at the left.
@@ -150,7 +152,7 @@ def hidden_states(
     digest = hashlib.sha256(f"{FORMAT} {prefix.key} {rows_key}".encode()).hexdigest()[:40]
     path = cache_folder() / f"prefix-{digest}.npy"
     size = len(loader.dataset)  # type: ignore[arg-type]
-    if not (done := is_intact(path, verify=trainer.local_rank == 0)):
+    if not (is_cached := is_intact(path, verify=trainer.local_rank == 0)):
         try:
             with write_cache(path) as file:
                 _fill(trainer, prefix, loader, lengths, file, f"{size:,} rows of {where}", path.parent, beat)
@@ -158,7 +160,7 @@ def hidden_states(
             raise DataError(f"data.cache_prefix: {path} could not be written ({error.reason}); {REMEDY}.") from error
     with path.open("rb") as file:
         (tokens, _), _, dtype = _read_header(file)
-    if done:
+    if is_cached:
         _log.info(f"The frozen prefix's output for {size:,} rows of {where} is read from {path}.")
     if lengths is None:
         lengths = torch.full((size,), tokens // size)
@@ -170,7 +172,7 @@ def hidden_states(
 
 
 def filling_order(lengths: Tensor) -> Tensor:
-    """Return the rows in the order in which a file has them: the longest first, so that little is padding."""
+    """Return the order of the rows in a file: the longest row first, which saves padding."""
     return lengths.argsort(descending=True, stable=True)
 
 
@@ -184,7 +186,7 @@ def _fill(
     folder: Path,
     beat: Callable[[], None],
 ) -> None:
-    """Run the prefix over all rows and write what it gives."""
+    """Run the prefix over all rows and write its output."""
     size = len(loader.dataset)  # type: ignore[arg-type]
     ordered = None if lengths is None else lengths[filling_order(lengths)].tolist()
     written = 0
@@ -195,25 +197,27 @@ def _fill(
         if written == 0:
             tokens = size * hidden.shape[1] if ordered is None else sum(ordered)
             _begin(file, (tokens, hidden.shape[2]), hidden.dtype, f"{what} ({prefix})", folder)
-        own = [hidden.shape[1]] * len(hidden) if ordered is None else ordered[written : written + len(hidden)]
-        for states, length in zip(hidden, own, strict=True):
+        tokens_of_rows = (
+            [hidden.shape[1]] * len(hidden) if ordered is None else ordered[written : written + len(hidden)]
+        )
+        for states, length in zip(hidden, tokens_of_rows, strict=True):
             stored = states[:length].contiguous()
             file.write((stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored).numpy().data)
         written += len(hidden)
 
 
 def _check_padding(batch: dict[str, Any]) -> None:
-    """Check that padding is behind the tokens: rows are kept, and put in, from the first token on."""
+    """Check that a batch is padded at the right, since rows are cached from their first token on."""
     mask = batch.get(MASK)
     if mask is not None and not (mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
         raise DataError(
-            "data.cache_prefix: is for texts that are padded at the right, and the tokenizer pads elsewhere; give it "
-            "padding_side: right in tokenizer_config.json, or set data.cache_prefix to false."
+            "data.cache_prefix: the cache needs texts that are padded at the right, and the tokenizer pads elsewhere. "
+            "Set padding_side: right in tokenizer_config.json, or data.cache_prefix to false."
         )
 
 
 def _begin(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, what: str, folder: Path) -> None:
-    """Log the size of the file, check the free space, and write the header."""
+    """Log the size of the file, check that the disk has room, and write the header."""
     size = shape[0] * shape[1] * dtype.itemsize
     _log.info(f"The frozen prefix's output for {what} is kept in {folder}: {size / GIB:.2f} GiB.")
     if (free := shutil.disk_usage(folder).free) < size:

@@ -1,4 +1,4 @@
-"""Guesses of what the columns of a table hold, from their names first and from their cells second."""
+"""Guess which columns of a table hold texts and labels: from their names, or else from their cells."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SOURCES = ("document", "article", "dialogue", "source", "text", "body", "content
 TARGETS = ("summary", "highlights", "target", "abstract", "headline", "title", "output")
 PROMPTS = ("instruction", "prompt", "question", "query", "input", "user")
 RESPONSES = ("output", "response", "completion", "answer", "assistant", "reply")
-MOST_CLASSES = 100  # of a column that is taken for labels by its cells
+MOST_CLASSES = 100  # largest number of values of a column that its cells alone make a column of labels
 
 
 def named_column(table: Table, names: Sequence[str]) -> str | None:
-    """Return the column with the first of some names that occurs, whatever its case; None if none occurs."""
+    """Return the column for the first of some names that the table has, in any case; None if it has none."""
     columns = {column.strip().lower(): column for column in reversed(table.data.column_names)}
     return next((columns[name] for name in names if name in columns), None)
 
@@ -42,7 +42,7 @@ def guess_text_columns(table: Table) -> list[str]:
     """Return the column of the texts, or the two columns of a table of pairs.
 
     Raises:
-        DataError: If no column is called so and none holds text.
+        DataError: If no column has a usual name, and no column holds text.
     """
     columns = {column.strip().lower(): column for column in table.data.column_names}
     for first, second in PAIRS:
@@ -58,24 +58,24 @@ def guess_text_columns(table: Table) -> list[str]:
 
 
 def guess_label_column(table: Table, texts: Sequence[str]) -> str:
-    """Return the column of the labels: by name, or else the only column with few different values that recur.
+    """Return the column of the labels: by its name, or else the only column with few, recurring values.
 
     Args:
         table: The training rows.
         texts: Columns of the texts.
 
     Raises:
-        DataError: If there is none, or more than one.
+        DataError: If there is no such column, or more than one.
     """
     if (named := named_column(table, [name for name in LABELS if name not in texts])) is not None:
         return named
-    found = [column for column in table.data.column_names if column not in texts and _holds_classes(table, column)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    candidates = [column for column in table.data.column_names if column not in texts and _holds_classes(table, column)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
         check_column(table, "label_column", "label")  # raises, with advice about the first line
     raise DataError(
-        f"data.label_column: {len(found)} columns of {table.where} may hold the labels ({', '.join(found)}). Name one."
+        f"data.label_column: {len(candidates)} columns of {table.where} may hold the labels ({', '.join(candidates)}). Name one."
     )
 
 

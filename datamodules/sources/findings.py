@@ -11,9 +11,9 @@ MOST_LINES = 10
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names, and the number of those that are left out."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    """Return the first names, and how many more there are."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 class SkippedRow(NamedTuple):
@@ -22,7 +22,7 @@ class SkippedRow(NamedTuple):
     Args:
         split: `train`, `val`, `test` or `predict`.
         source: File or data set.
-        row: Name or number of the row in it.
+        row: Name or number of the row in its source.
         reason: Why it cannot be used.
     """
 
@@ -33,13 +33,13 @@ class SkippedRow(NamedTuple):
 
 
 class Findings:
-    """Collects what a data module read, assumed and skipped.
+    """Collect the lines about the data that a run prints, and the rows that it skips.
 
     Args:
         skip_bad_rows: Rows of a split that may be skipped, 0 or more.
 
     Raises:
-        DataError: If that is negative.
+        DataError: If `skip_bad_rows` is negative.
     """
 
     def __init__(self, skip_bad_rows: int = 0) -> None:
@@ -51,16 +51,16 @@ class Findings:
         self._taken: set[str] = set()
 
     def add(self, line: str) -> None:
-        """Add a line; a line that was printed before, in an earlier stage too, is left out."""
+        """Add a line, unless the same line was added before, in this stage or an earlier stage."""
         if line not in self._lines and line not in self._taken:
             self._lines.append(line)
 
     def add_split(self, split: str, rows: int, source: str) -> None:
-        """Add the line of a split: its number of rows and where they are from."""
+        """Add the line of a split: the number of rows, and their source."""
         self.add(f"{split}: {rows:,} rows of {source}")
 
     def add_classes(self, class_names: Sequence[str], counts: Sequence[int]) -> None:
-        """Add the line of the classes with their counts in the training rows; no class means a regression."""
+        """Add the line of the classes and their counts in the training rows. A regression has no classes."""
         if not class_names:
             self.add("labels: numbers, read as a regression")
             return
@@ -70,14 +70,14 @@ class Findings:
     def add_unread(self, files: Sequence[str]) -> None:
         """Add the line of the files that belong to no split, if there are any."""
         if files:
-            self.add(f"not read, since no split is called so: {listed(files, 3)}")
+            self.add(f"not read, since these names mean no split: {listed(files, 3)}")
 
     def skip(self, row: SkippedRow, error: Exception | None = None) -> None:
         """Skip a row.
 
         Args:
             row: The row.
-            error: What is raised if no more rows may be skipped; None makes a message of the row.
+            error: The error to raise if no more rows may be skipped; None raises an error about the row.
 
         Raises:
             DataError: If `skip_bad_rows` rows of its split have been skipped already.
@@ -92,7 +92,7 @@ class Findings:
         self.skipped.append(row)
 
     def take_lines(self) -> list[str]:
-        """Return the lines found since the last call, at most ten, the last of which counts what is left out."""
+        """Return the lines added since the last call. From the tenth on, one line gives their number."""
         lines, self._lines = self._lines, []
         self._taken.update(lines)
         if len(lines) > MOST_LINES:

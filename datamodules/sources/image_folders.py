@@ -1,4 +1,4 @@
-"""Folders of image files: the images in them, and the splits and classes that the folders' names mean."""
+"""Find images in folders, and read splits and classes from the names of the folders."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ImageFiles:
     Args:
         root: The folder.
         images: Image files.
-        left_out: Count of all other files, by suffix or by what they are.
-        empty: Folders without an image in them, the outermost alone.
+        left_out: Number of other files, by suffix or description.
+        empty: Folders without an image, but not the folders inside such a folder.
     """
 
     root: Path
@@ -43,16 +43,16 @@ class ImageFiles:
     empty: list[Parts]
 
     def summary(self) -> str:
-        """Return one line about the files and folders that are left out; empty if there are none."""
+        """Return one line about the files and folders that are left out; empty if nothing is left out."""
         kinds = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
-        more = [f"{len(kinds) - MOST_NAMES} more kinds"] if len(kinds) > MOST_NAMES else []
+        rest = [f"{len(kinds) - MOST_NAMES} more kinds"] if len(kinds) > MOST_NAMES else []
         empty = listed([os.sep.join(parts) for parts in self.empty])
         folders = [f"{len(self.empty):,} folders without an image ({empty})"] if self.empty else []
         if not kinds and not folders:
             return ""
         heic = any(kind.startswith(UNDECODABLE) for kind in self.left_out)
         hint = " Convert .heic files to JPEG or PNG to use them." if heic else ""
-        return f"left out of {self.root}: {', '.join([*kinds[:MOST_NAMES], *more, *folders])}.{hint}"
+        return f"left out of {self.root}: {', '.join([*kinds[:MOST_NAMES], *rest, *folders])}.{hint}"
 
     def contents(self) -> str:
         """Return the names of the files and folders at the top, for a message."""
@@ -61,10 +61,9 @@ class ImageFiles:
 
 
 def find_images(root: Path, key: str) -> ImageFiles:
-    """Find all image files below a folder by their suffixes; files without a suffix by their first bytes.
+    """Find all image files below a folder, by suffix, or by their first bytes if they have no suffix.
 
-    Links are followed, except those that lead back to a folder above. Helper files and folders (`is_helper`) are left
-    out.
+    Links are followed, except links to a folder above. Helper files and folders (`is_helper`) are left out.
 
     Args:
         root: The folder.
@@ -123,7 +122,7 @@ class Layout:
         files: All files.
         splits: For each split the depth of its class folders and its images.
         names: For each split its folder below the root; empty for the root.
-        notes: Lines about what was assumed.
+        notes: Lines about the assumptions that were made.
     """
 
     files: ImageFiles
@@ -135,7 +134,7 @@ class Layout:
         """Return the image files of a split by class, in torchvision's order.
 
         Raises:
-            DataError: If the images are not in one folder a class.
+            DataError: If the images are not in one folder for each class.
         """
         depth, images = self.splits[split]
         classes = _folders(images, depth)
@@ -152,13 +151,13 @@ class Layout:
 
 
 def read_layout(files: ImageFiles) -> Layout:
-    """Find out which folders are splits and which are classes.
+    """Return which folders are splits and which are classes.
 
-    Splits are folders of class folders whose names mean a split (`split_of`). Single folders around all
-    images are looked through. Without splits all images are for training.
+    A split is a folder of class folders whose name means a split (`split_of`). A single folder around all images is
+    skipped. Without splits, all images are training images.
 
     Raises:
-        DataError: If there is no image in a folder, or if the names can be read in two ways.
+        DataError: If no folder holds an image, or if the names are ambiguous.
     """
     root, images, depth = files.root, files.images, 0
     folders = _folders(images, depth)
@@ -192,10 +191,10 @@ def read_layout(files: ImageFiles) -> Layout:
             f"data.path: in {here}, {splits[0]} may be a split or a class beside {listed(others)}. Rename it, or move "
             "the other folders elsewhere."
         )
-    found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
+    splits_found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
     aside = [parts for name in others for parts in folders[name]]
     notes = [f"left out of {here}: {len(aside):,} images in {listed(others)}, beside the splits"] if others else []
-    return _layout(files, found, {s: str(Path(*base, names[0])) for s, names in by_split.items()}, aside, notes)
+    return _layout(files, splits_found, {s: str(Path(*base, names[0])) for s, names in by_split.items()}, aside, notes)
 
 
 def _layout(
@@ -205,11 +204,13 @@ def _layout(
     aside: list[Parts],
     notes: list[str],
 ) -> Layout:
-    """Return a layout with notes about images in no class folder, unless left aside, and in folders below a class."""
+    """Return a layout. Its notes name images below a class folder, and images in no class folder.
+
+    Images in `aside` have a note already.
+    """
     inner = sorted({os.sep.join(p[depth:-1]) for depth, kept in splits.values() for p in kept if len(p) > depth + 2})
     if inner:
-        more = f" and {len(inner) - 3:,} more" if len(inner) > 3 else ""
-        notes = [*notes, f"images of {', '.join(inner[:3])}{more} are of the class that the outer folder names"]
+        notes = [*notes, f"images of {listed(inner, 3)} belong to the class that the outer folder names"]
     placed = {parts for depth, images in splits.values() for parts in images if len(parts) > depth + 1}.union(aside)
     if stray := [os.sep.join(parts) for parts in files.images if parts not in placed]:
         notes = [*notes, f"left out of {files.root}: {len(stray):,} images in no class folder ({listed(stray)})"]
@@ -217,7 +218,7 @@ def _layout(
 
 
 def _folders(images: list[Parts], depth: int) -> dict[str, list[Parts]]:
-    """Group images by the folder at a depth; images that lie above it are left out."""
+    """Group images by the folder at a depth; images above this depth are left out."""
     folders: dict[str, list[Parts]] = defaultdict(list)
     for parts in images:
         if len(parts) > depth + 1:
@@ -226,12 +227,12 @@ def _folders(images: list[Parts], depth: int) -> dict[str, list[Parts]]:
 
 
 def _nested_splits(folders: dict[str, list[Parts]], depth: int) -> list[str]:
-    """Return the folders whose name means a split and that hold folders of images."""
+    """Return the folders that hold folders of images, and whose name means a split."""
     return sorted(name for name, images in folders.items() if split_of(name) and _folders(images, depth + 1))
 
 
 def _unwrapped(name: str, images: list[Parts], depth: int) -> tuple[int, list[Parts]]:
-    """Look through a split's folder that holds a folder of the same meaning alone, as train/train/<class>."""
+    """Return the depth of the classes and the images of a split's folder, which may be doubled: train/train/<class>."""
     classes = _folders(images, depth + 1)
     if len(classes) == 1 and split_of(next(iter(classes))) == split_of(name):
         return depth + 2, next(iter(classes.values()))
@@ -242,7 +243,7 @@ def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> N
     """Check that folders without splits among them are classes.
 
     Raises:
-        DataError: If their names look like splits, or splits lie in them.
+        DataError: If the names look like splits, or if the folders contain splits.
     """
     resembling = {name: split for name in sorted(folders) if (split := _resembled_split(name))}
     several = len(set(resembling.values())) > 1 and 2 * len(resembling) >= len(folders)
@@ -264,7 +265,7 @@ def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> N
 
 
 def _resembled_split(name: str) -> str | None:
-    """Return the split that a word of a name means: `seg_train`, `test1`, `trainA`."""
+    """Return the split that one word of a name means, as in `seg_train`, `test1` or `trainA`."""
     words = [name, *re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
     return next((split for word in words if (split := split_of(word))), None)
 

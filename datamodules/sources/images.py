@@ -1,4 +1,4 @@
-"""Sources of images (the hub, Parquet, CIFAR-10's own folder, folders of image files), as one kind of table."""
+"""Open images from the hub, Parquet, CIFAR-10's own folder or folders of image files, as one kind of table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # a run on a folder of images imports no datasets
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # a value of TIFF, and the tag that has it
+WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # a value of a TIFF tag, and the number of this tag
 
 
 class ImageError(DataError):
@@ -45,16 +45,16 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageTable:
-    """Images that are decoded when asked for, with their labels.
+    """Images with their labels; each image is decoded when it is needed.
 
     Args:
-        read: Gives the encoded bytes, the path or the pixels (height, width, 3) of the image in a row.
-        names: Names of the images for messages and tables of predictions; one a row.
+        read: Function that returns the encoded bytes, the path or the pixels (height, width, 3) of a row's image.
+        names: Name of each row's image, for messages and tables of predictions.
         labels: (rows,) int64, -1 in rows without a label; empty when no row has one.
         class_names: Names by label; empty when there are no labels.
         where: Folder, file or data set that the images are from.
-        unlabelled: Reasons by row why a row has no label.
-        left_out: Rows that have the label to skip.
+        unlabelled: Rows without a label, with the reason.
+        left_out: Rows with the label of `skip_label`.
     """
 
     read: Callable[[int], bytes | Path | np.ndarray]
@@ -72,7 +72,7 @@ class ImageTable:
         """Return the image in a row as (3, height, width) uint8.
 
         Raises:
-            ImageError: If it cannot be decoded.
+            ImageError: If the image cannot be decoded.
         """
         source = self.read(row)
         if isinstance(source, np.ndarray):
@@ -91,7 +91,7 @@ class ImageTable:
         return SkippedRow(split, self.where, name, reason)
 
     def with_classes(self, class_names: list[str], where: str) -> ImageTable:
-        """Return the same images with labels that count in another list of classes, matched by name.
+        """Return the same images with labels as indices into another list of classes, matched by name.
 
         Raises:
             DataError: If a class of this table is not in the list.
@@ -101,13 +101,13 @@ class ImageTable:
 
 
 def decode_image(source: bytes | Path) -> Tensor:
-    """Decode an image file upright, as (3, height, width) uint8.
+    """Decode an image file as (3, height, width) uint8, turned upright by its EXIF orientation.
 
-    Transparency is dropped: transparent pixels have the colour that is stored for them. Of an animation, the first
-    frame is taken. Channels of 16 bits are scaled to 8.
+    Transparency is dropped: transparent pixels get their stored colour. An animation gives its first frame. Channels
+    of 16 bits are scaled to 8 bits.
 
     Raises:
-        Exception: Any kind, if the file is damaged, of another format, or of a mode without a known range.
+        Exception: Any kind, if the file is damaged, or if its format or the range of its values is unknown.
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
         image.load()
@@ -134,17 +134,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB.
 
     Raises:
-        ValueError: If the mode does not say which value is white.
+        ValueError: If the mode does not define which value is white.
     """
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
         pixels = (np.asarray(image).astype(np.uint32) + 128) // 257  # 0…65535 to 0…255, rounded
         if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # type: ignore[attr-defined]
-            pixels = 255 - pixels  # Pillow inverts 8 bits by itself, and 16 bits not
+            pixels = 255 - pixels  # Pillow inverts 8-bit channels itself, but not 16-bit channels
         image = Image.fromarray(pixels.astype(np.uint8))
     elif mode in ("I", "F"):
         kind = "32-bit whole numbers" if mode == "I" else "floating-point numbers"
-        raise ValueError(f"mode {mode}: {kind} do not say which value is white; save it with 8 or 16 bits a channel")
+        raise ValueError(
+            f"mode {mode}: {kind} do not define which value is white; save the image with 8 or 16 bits a channel"
+        )
     elif mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of the direct way
     return image.convert("RGB")
@@ -159,7 +161,7 @@ def _reason(source: bytes | Path, error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-# Readers are classes, not closures, so that worker processes that do not fork can have them.
+# Readers are classes, not closures, since worker processes that do not fork receive them pickled.
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class _ColumnReader:
 
 @dataclass(frozen=True)
 class _RowNames(Sequence[str]):
-    """`<where> row <k>`, made when asked for."""
+    """Names `<where> row <k>` of all rows, without a list of them in memory."""
 
     where: str
     rows: int
@@ -219,15 +221,15 @@ def open_split(
         split: `train`, `val` or `test`.
         image_column: Column of the images; None takes the first of img, image.
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
-        findings: Takes lines about what was assumed and left out. Rows without a label are kept if it lets rows be
-            skipped.
-        skip_label: Label of rows of a table to leave out.
+        findings: Gets lines about assumptions and files that are left out. If it allows bad rows to be skipped, rows
+            without a label are no error here.
+        skip_label: Label of a table whose rows are left out.
 
     Returns:
         The split; None when the data set has no such split.
 
     Raises:
-        DataError: If nothing is there, a column is missing, or a label is out of range.
+        DataError: If the data are missing, a column is missing, or a label is out of range.
     """
     findings = Findings() if findings is None else findings
     folder = Path(path)
@@ -238,11 +240,11 @@ def open_split(
     files = find_images(folder, "path") if folder.exists() else None
     if files is not None and ".parquet files" not in files.left_out:
         return from_image_folder(files, split, findings)
-    found = open_table(path, SPLITS[split])
-    if found is None:
+    table = open_table(path, SPLITS[split])
+    if table is None:
         return None
     findings.add_unread(unread_files(path, [name for names in SPLITS.values() for name in names]))
-    return _from_table(found, image_column, label_column, findings, skip_label)
+    return _from_table(table, image_column, label_column, findings, skip_label)
 
 
 def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
@@ -250,10 +252,10 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
 
     Args:
         path: The file or folder.
-        findings: Takes a line about the files that are left out.
+        findings: Gets a line about the files that are left out.
 
     Raises:
-        DataError: If nothing is there, or no image.
+        DataError: If the path does not exist, or holds no image.
     """
     folder = Path(path)
     unlabelled = torch.empty(0, dtype=torch.int64)
@@ -300,17 +302,18 @@ def _from_table(
     return ImageTable(reader, names, labels.values, labels.class_names, where, bad, labels.left_out)
 
 
-def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[str, ...], where: str) -> str:
-    column = given or next((c for c in usual if c in data.column_names), None)
+def _column(data: datasets.Dataset, key: str, configured: str | None, usual: tuple[str, ...], where: str) -> str:
+    column = configured or next((c for c in usual if c in data.column_names), None)
     if column is None or column not in data.column_names:
         raise DataError(
-            f"data.{key}: {where} has no column {given or ' or '.join(usual)}; it has {', '.join(data.column_names)}."
+            f"data.{key}: {where} has no column {configured or ' or '.join(usual)}; it has "
+            f"{', '.join(data.column_names)}."
         )
     return column
 
 
 def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
-    """Open CIFAR-10 as its authors publish it: pickles, which torchvision opens only if their MD5 is right."""
+    """Open CIFAR-10 as its authors publish it. torchvision opens its pickles only if their MD5 is the published one."""
     if split == "val":
         return None
     root = folder.parent if folder.name == "cifar-10-batches-py" else folder
@@ -318,7 +321,7 @@ def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
         data = CIFAR10(str(root), train=split == "train", download=False)
     except RuntimeError as error:
         raise DataError(
-            f"data.path: {folder} is not the original CIFAR-10, or a file of it is damaged; fetch it again."
+            f"data.path: {folder} is not the original CIFAR-10, or one of its files is damaged. Download it again."
         ) from error
     where = f"{folder} {split}"
     labels = torch.tensor(data.targets)
@@ -326,20 +329,22 @@ def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
 
 
 def from_image_folder(files: ImageFiles, split: str, findings: Findings) -> ImageTable | None:
-    """Open image files in one folder a class, below one folder a split; without splits all of them are for training.
+    """Open image files in one folder for each class, below one folder for each split, if there are splits.
+
+    Without splits, all images are training images.
 
     Raises:
-        DataError: If the folders' names can be read in two ways, or if there is no split for training.
+        DataError: If the folders' names are ambiguous, or if there is no training split.
     """
     layout = read_layout(files)
     for line in filter(None, (*layout.notes, files.summary())):
         findings.add(line)
     if split not in layout.splits:
         if split == "train":
-            found = ", ".join(layout.names.values())
+            others = ", ".join(layout.names.values())
             raise DataError(
-                f"data.path: {files.root} has folders for other splits ({found}), but none called train. It holds "
-                f"{files.contents()}."
+                f"data.path: {files.root} has folders for other splits ({others}), but no folder called train. It "
+                f"holds {files.contents()}."
             )
         return None
     classes = layout.classes(split)

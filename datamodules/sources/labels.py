@@ -1,4 +1,4 @@
-"""Labels of a table: whole numbers, names, or the numbers of a regression."""
+"""Parse the labels of a table: whole numbers, booleans, names, or the numbers of a regression."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from datamodules.errors import DataError, SplitError
 from datamodules.sources.tables import Table, check_column
 
-HIDDEN = " They are hidden: predict is for such a split; GLUE is tested with data.test_on_validation: true."
+HIDDEN = " They are hidden: use predict for such a split; to test on GLUE, set data.test_on_validation: true."
 BOOLEANS = ["False", "True"]
 UNKNOWN = -1  # value of a row without a label
 
@@ -23,12 +23,12 @@ class Labels:
     """Targets by row.
 
     Args:
-        values: (rows,) int64, or float32 in regression; -1 or no number where a row has none.
+        values: (rows,) int64, or float32 in regression. A row without a label has -1, or NaN in regression.
         class_names: Names by label; empty in regression.
-        where: What to call the table in a message.
-        bad: Why a row has no label, by row.
-        left_out: Rows that have the label to skip.
-        notes: Lines about what was assumed in reading them.
+        where: Name of the table in messages.
+        bad: Rows without a label, with the reason.
+        left_out: Rows with the label of `skip_label`.
+        notes: Lines about assumptions in reading the labels.
     """
 
     values: Tensor
@@ -39,18 +39,18 @@ class Labels:
     notes: tuple[str, ...] = ()
 
     def matched(self, class_names: list[str]) -> Tensor:
-        """Return the labels counted in another list of classes, matched by name.
+        """Return the labels as indices into another list of classes, matched by name.
 
         Booleans match `True` and `False` in any case, and 0 and 1.
 
         Raises:
-            DataError: If a class that occurs is not in the list, or only one of the two is a regression.
+            DataError: If a class of the rows is not in the list, or if only one of the two is a regression.
         """
         if bool(class_names) != bool(self.class_names):
             kinds = ("regression", f"classification into {', '.join((class_names or self.class_names)[:10])}")
             model, data = kinds if not class_names else kinds[::-1]
             raise DataError(
-                f"data.label_column: the model is for {model}, and the labels of {self.where} are for {data}."
+                f"data.label_column: the model is for {model}, but the labels of {self.where} are for {data}."
             )
         if class_names == self.class_names:
             return self.values
@@ -87,18 +87,19 @@ def parse_labels(
     class_names: tuple[str, ...] | None = None,
     skip_label: str | int | None = None,
 ) -> Labels:
-    """Return the labels of a column, and the rows that have none.
+    """Return the labels of a column, and the rows without a label.
 
     Args:
         table: The rows.
-        column: Whole numbers (of a ClassLabel, with its names), names, booleans, or decimal numbers for a regression.
-        class_names: Names by label, where the column has none of its own; None takes the classes that occur: whole
-            numbers in their order, called by their digits, booleans as False and True, names sorted; () is a
+        column: Column of whole numbers (of a ClassLabel, with names), names, booleans, or decimal numbers, which make a
             regression.
-        skip_label: Label of rows to leave out.
+        class_names: Names by label, for a column without names of its own. None takes the classes of the rows: whole
+            numbers in order, False and True, or names sorted. () makes a regression.
+        skip_label: Label whose rows are left out.
 
     Raises:
-        DataError: If the column is missing, of another type, without any label, or has a name that is not given.
+        DataError: If the column is missing, of another type, without any label, or has a name that is not in
+            `class_names`.
     """
     import pyarrow as pa
 
@@ -110,7 +111,9 @@ def parse_labels(
         cells = pa.array(np.where(_mask(left_out, len(cells)), None, cells.to_numpy(zero_copy_only=False)), cells.type)
     null = {int(row) for row in cells.is_null().to_numpy(zero_copy_only=False).nonzero()[0]}
     if len(left_out) == len(cells):
-        raise DataError(f"data.skip_label: every label of {table.where} is {skip_label}. Choose another, or none.")
+        raise DataError(
+            f"data.skip_label: every label of {table.where} is {skip_label}. Choose another label, or remove the key."
+        )
     if len(null) == len(cells):
         raise DataError(f"data.label_column: {column} in {table.where} is empty in row 0 and in all others.")
     bad = dict.fromkeys(sorted(null - left_out), "is empty")
@@ -127,12 +130,12 @@ def parse_labels(
             )
         return Labels(values, [], table.where, dict(sorted((bad | wrong).items())), frozenset(left_out), notes)
     if pa.types.is_integer(kind):
-        given = stored or class_names
+        known_names = stored or class_names
         if set(cells.unique().to_pylist()) <= {-1, None}:
             rows = f"is -1 in row 0 and in all others; {len(cells):,} of {len(cells):,} labels cannot be used"
             raise SplitError(f"data.label_column: {column} in {table.where} {rows}.{HIDDEN}")
-        values, names, wrong = _from_numbers(cells, given) if given else _from_digits(cells)
-        if not given:
+        values, names, wrong = _from_numbers(cells, known_names) if known_names else _from_digits(cells)
+        if not known_names:
             notes += _doubts(column, table.where, names, len(cells))
     elif class_names != () and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         values, names = _from_names(cells, column, table.where, class_names)
@@ -148,7 +151,7 @@ def parse_labels(
 
 
 def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
-    """Return the cells of a column as one arrow array of their own type, blank names as null."""
+    """Return the cells of a column as one arrow array, with blank names as null, and notes about their type."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Json
@@ -158,7 +161,7 @@ def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
         if any(isinstance(value, list | dict) for value in values):
             row = next(i for i, value in enumerate(values) if isinstance(value, list | dict))
             raise DataError(
-                f"data.label_column: {column} in {table.where} must hold numbers or names, and row {row} holds "
+                f"data.label_column: {column} in {table.where} must hold numbers or names, but row {row} holds "
                 f"{values[row]!r:.80}. A row has one label."
             )
         cells = pa.array([None if value is None else str(value) for value in values], pa.string())
@@ -175,7 +178,7 @@ def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
 
 
 def _typed(cells: Any) -> Any:
-    """Return text of a file without types as whole numbers, decimal numbers or booleans, if it is such."""
+    """Convert the text cells of CSV or TSV to whole numbers, decimal numbers or booleans, if all cells allow it."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -194,16 +197,16 @@ def _typed(cells: Any) -> Any:
 
 
 def _booleans(cells: Any) -> Any:
-    """Return text that is true or false in each row as booleans; None for other text."""
+    """Return cells that are all `true` or `false`, in any case, as booleans; None for other text."""
     import pyarrow.compute as pc
 
     words = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
-    found = set(pc.unique(words).to_pylist()) - {None}
-    return pc.equal(words, "true") if found and found <= {"true", "false"} else None
+    values = set(pc.unique(words).to_pylist()) - {None}
+    return pc.equal(words, "true") if values and values <= {"true", "false"} else None
 
 
 def _equal_rows(cells: Any, stored: Sequence[str] | None, label: str | int | None) -> set[int]:
-    """Return the rows that have a label, given by its name or its number."""
+    """Return the rows with a label, which is given by its name or its number."""
     if label is None:
         return set()
     coded = cells.dictionary_encode()
@@ -237,7 +240,7 @@ def _targets(cells: Any, column: str, where: str, null: set[int]) -> tuple[Tenso
 
 
 def _from_digits(cells: Any) -> tuple[Tensor, list[str], dict[int, str]]:
-    """Return whole numbers as the classes that occur; memory grows with the rows, not with the numbers."""
+    """Return whole numbers as classes in numerical order. Memory does not grow with the size of the numbers."""
     coded = cells.dictionary_encode()
     numbers = coded.dictionary.to_pylist()
     order = sorted(numbers)
@@ -245,7 +248,7 @@ def _from_digits(cells: Any) -> tuple[Tensor, list[str], dict[int, str]]:
 
 
 def _from_numbers(cells: Any, names: Sequence[str]) -> tuple[Tensor, list[str], dict[int, str]]:
-    """Return whole numbers with given names, and the rows whose number has none."""
+    """Return whole numbers as indices of names, and the rows whose number has no name."""
     coded = cells.dictionary_encode()
     numbers = coded.dictionary.to_pylist()
     places = {number: number for number in numbers if 0 <= number < len(names)}
@@ -256,12 +259,12 @@ def _from_numbers(cells: Any, names: Sequence[str]) -> tuple[Tensor, list[str], 
     return values, list(names), reasons
 
 
-def _from_names(cells: Any, column: str, where: str, given: Sequence[str] | None) -> tuple[Tensor, list[str]]:
+def _from_names(cells: Any, column: str, where: str, class_names: Sequence[str] | None) -> tuple[Tensor, list[str]]:
     coded = cells.dictionary_encode()
-    found = coded.dictionary.to_pylist()
-    names = list(given or sorted(found))
+    present = coded.dictionary.to_pylist()
+    names = list(class_names or sorted(present))
     places = {name: place for place, name in enumerate(names)}
-    if unknown := [name for name in found if name not in places]:
+    if unknown := [name for name in present if name not in places]:
         raise DataError(
             f"data.label_column: {column} in {where} has {', '.join(unknown[:5])}; the classes of this task "
             f"are {', '.join(names)}."
@@ -270,13 +273,13 @@ def _from_names(cells: Any, column: str, where: str, given: Sequence[str] | None
 
 
 def _placed(coded: Any, places: Mapping[Any, int]) -> Tensor:
-    """Return the place of each row's value, -1 for a value without one and for no value."""
+    """Return the place of each row's value; -1 for a value without a place, and for an empty cell."""
     order = np.array([*(places.get(value, UNKNOWN) for value in coded.dictionary.to_pylist()), UNKNOWN], np.int64)
     return torch.from_numpy(order[coded.indices.fill_null(len(order) - 1).to_numpy()])
 
 
 def _doubts(column: str, where: str, names: list[str], rows: int) -> tuple[str, ...]:
-    """Return lines about whole numbers that may be no classes."""
+    """Return lines about whole numbers that may not be classes."""
     lines: tuple[str, ...] = ()
     if len(names) > max(10, rows // 10):
         lines += (
@@ -289,18 +292,18 @@ def _doubts(column: str, where: str, names: list[str], rows: int) -> tuple[str, 
 
 
 def _alike(column: str, where: str, names: list[str]) -> tuple[str, ...]:
-    """Return a line about names that differ in case or spaces alone."""
+    """Return a line about class names that differ only in case or spaces; empty if there are none."""
     by_word: dict[str, list[str]] = {}
     for name in names:
         by_word.setdefault(" ".join(name.casefold().split()), []).append(name)
     alike = next((group for group in by_word.values() if len(group) > 1), None)
     if alike is None:
         return ()
-    return (f"{column} of {where}: the classes {' and '.join(map(repr, alike))} differ in case or spaces alone",)
+    return (f"{column} of {where}: the classes {' and '.join(map(repr, alike))} differ only in case or spaces",)
 
 
 def _stored_names(table: Table, column: str) -> list[str] | None:
-    """Return the names of a ClassLabel; None for a column of another kind."""
+    """Return the names of a ClassLabel column; None for a column of another kind."""
     from datasets import ClassLabel
 
     feature = table.data.features[column]

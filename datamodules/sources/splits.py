@@ -1,4 +1,4 @@
-"""Splits: the file and folder names that mean one, and the rows of a table that belong to each."""
+"""Splits: which file and folder names mean a split, and which rows of a table belong to each split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules.errors import DataError
 
-# Spellings of each split, the usual one first, in lower case.
+# Spellings of each split's name in lower case, the usual spelling first.
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "val": ("validation", "val", "valid", "dev", "development", "eval", "evaluation"),
@@ -32,7 +32,7 @@ def split_of(name: str) -> str | None:
 
 
 def is_spelling(name: str, spellings: Iterable[str]) -> bool:
-    """Return True if a name is one of some spellings, whatever its case, separators and words such as `data`."""
+    """Return True if a name is one of some spellings, apart from case, separators and words such as `data`."""
     words = "|".join(_letters(spelling) for spelling in spellings)
     return re.fullmatch(f"{_FILLER}(?:{words}){_FILLER}", _letters(name)) is not None
 
@@ -42,12 +42,12 @@ def _letters(name: str) -> str:
 
 
 def is_helper(name: str) -> bool:
-    """Return True for files and folders that systems and editors leave beside data: dot-names, __MACOSX, Thumbs.db."""
+    """Return True for helper files of systems and editors beside data: hidden files, __MACOSX, Thumbs.db."""
     return name.startswith(".") or name.casefold() in HELPER_NAMES
 
 
 def check_limits(limits: Mapping[str, int | None]) -> None:
-    """Check the most rows of each split.
+    """Check the largest number of rows of each split.
 
     Raises:
         DataError: For a limit below 1.
@@ -58,10 +58,10 @@ def check_limits(limits: Mapping[str, int | None]) -> None:
 
 
 def check_fraction(key: str, fraction: float) -> None:
-    """Check the share of rows that are held out.
+    """Check a share of rows to hold out.
 
     Raises:
-        DataError: If the share leaves nothing.
+        DataError: If the share is not between 0 and 1.
     """
     if not 0 < fraction < 1:
         raise DataError(f"data.{key}: {fraction} must lie in (0, 1).")
@@ -75,11 +75,11 @@ def choose_rows(size: int, split: str, shares: Mapping[str, float], seed: int, l
         split: `train`, `val` or `test`.
         shares: Shares of the table that are held out for `val` and `test`, `val` first; the rest is for training.
             Empty if the whole table belongs to the split.
-        seed: Seed of what is held out, and of what a limit keeps.
-        limit: Most rows; None takes all.
+        seed: Seed of the held-out rows, and of the rows that a limit keeps.
+        limit: Largest number of rows; None takes all rows.
 
     Raises:
-        DataError: If no rows are left.
+        DataError: If no training rows are left.
     """
     rows = torch.arange(size)
     if shares:
@@ -90,8 +90,8 @@ def choose_rows(size: int, split: str, shares: Mapping[str, float], seed: int, l
             parts[name], rest = rest[:held], rest[held:]
         rows = parts.get(split, rest)
         if len(rows) == 0:
-            given = " and ".join(f"data.{name}_fraction {share:g}" for name, share in shares.items())
-            raise DataError(f"{given}: of {size} rows none is left to train on. Choose less.")
+            keys = " and ".join(f"data.{name}_fraction {share:g}" for name, share in shares.items())
+            raise DataError(f"{keys}: of {size} rows none is left to train on. Choose smaller shares.")
     if limit is not None and limit < len(rows):
         keep = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit]
         rows = rows[keep]

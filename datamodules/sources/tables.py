@@ -1,4 +1,4 @@
-"""Tables by split from the hub or from Parquet, CSV, TSV and JSONL files, memory-mapped by the `datasets` library."""
+"""Open tables by split, from the hub or from Parquet, CSV, TSV and JSON files. Rows stay on disk (memory-mapped)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # a run on a folder of images imports no datasets
     import datasets
 
 ROWS = ("data", "rows", "examples", "records")  # keys of a JSON object that holds a list of rows
-OVERFLOW = "__index_level_0__"  # where pandas puts the first cell of rows that are longer than the header
+OVERFLOW = "__index_level_0__"  # column into which pandas puts the first cell if rows are longer than the header
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Reading:
         """Check the encoding.
 
         Raises:
-            DataError: If Python does not know it.
+            DataError: If Python does not know the encoding.
         """
         try:
-            "".encode(self.encoding)  # `codecs.lookup` knows rot13 and base64 too, which are not of text
+            "".encode(self.encoding)  # `codecs.lookup` would accept rot13 and base64, which encode no text
         except (LookupError, ValueError) as error:
             raise DataError(
-                f"data.encoding: {self.encoding!r} is no encoding of Python. Use utf-8, utf-16 or cp1252, for example."
+                f"data.encoding: {self.encoding!r} is unknown to Python. Use utf-8, utf-16 or cp1252, for example."
             ) from error
 
     @property
@@ -69,7 +69,7 @@ def _as_written(cell: str) -> str | None:
 
 
 def _patterns(files: list[Path]) -> list[str]:
-    return [glob.escape(str(file)) for file in files]  # the library takes names for patterns
+    return [glob.escape(str(file)) for file in files]  # the library reads names as patterns
 
 
 def _read_parquet(files: list[Path], reading: Reading) -> Any:
@@ -81,7 +81,7 @@ def _read_parquet(files: list[Path], reading: Reading) -> Any:
 def _read_csv(files: list[Path], reading: Reading, separator: str = ",") -> Any:
     import datasets
 
-    # empty cells alone are missing: "null" and "NA" are words
+    # only empty cells are missing values: "null" and "NA" are words
     return datasets.Dataset.from_csv(
         _patterns(files),
         sep=separator,
@@ -100,9 +100,11 @@ def _read_json(files: list[Path], reading: Reading) -> Any:
     import datasets
 
     if reading.is_utf8:
-        return datasets.Dataset.from_json(_patterns(files))  # the library takes a byte order mark off
-    whole = max(file.stat().st_size for file in files) + 1  # so that no character is parted in two
-    return datasets.Dataset.from_json(_patterns(files), encoding=reading.encoding, chunksize=whole)
+        return datasets.Dataset.from_json(_patterns(files))  # the library removes a byte order mark
+    largest = (
+        max(file.stat().st_size for file in files) + 1
+    )  # one chunk for each file, since a chunk may split a character
+    return datasets.Dataset.from_json(_patterns(files), encoding=reading.encoding, chunksize=largest)
 
 
 READERS: dict[str, Reader] = {
@@ -113,11 +115,11 @@ READERS: dict[str, Reader] = {
     ".ndjson": _read_json,
     ".json": _read_json,
 }
-PACKED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # kinds that are read with .gz behind their suffix too
+PACKED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # kinds that may be gzipped, such as .csv.gz
 
 
 def kind_of(file: Path) -> str | None:
-    """Return the suffix in lower case that decides how a file is read; None if it is no table."""
+    """Return the suffix, in lower case, that decides how a file is read; None if the file is no table."""
     suffix = file.suffix.lower()
     if suffix == ".gz":
         inner = Path(file.stem).suffix.lower()
@@ -131,10 +133,10 @@ class Table:
 
     Args:
         data: The rows.
-        where: What to call them in a message: a file, or a name on the hub with its split.
-        source: Where they are from, in full: all files, or the revision; empty is `where`.
-        notes: Lines about what was assumed in reading them.
-        as_written: Columns whose cells are text only because the file has no types.
+        where: Name of the table in messages: a file, or a name on the hub with the split.
+        source: Full name of the source, with all files or the revision; if empty, the same as `where`.
+        notes: Lines about assumptions in reading the rows.
+        as_written: Columns that were read as text although their cells may be numbers or booleans.
     """
 
     data: datasets.Dataset
@@ -147,7 +149,7 @@ class Table:
         return len(self.data)
 
     def select(self, rows: Tensor) -> Table:
-        """Return some rows, (rows,) int64, in the given order; all rows in order are the table itself."""
+        """Return the table of some rows, (rows,) int64, in the order given."""
         if torch.equal(rows, torch.arange(len(self))):
             return self
         return replace(self, data=self.data.select(rows.tolist()))
@@ -156,23 +158,21 @@ class Table:
 def open_table(
     path: str, splits: Sequence[str], config: str | None = None, revision: str | None = None, reading: Reading = PLAIN
 ) -> Table | None:
-    """Open the first of some splits that there is.
+    """Open the split with one of some spellings.
 
     Args:
-        path: A directory with files named `train.parquet`, `Train.csv`, `train-00000-of-00001.csv` or
-            `training/0000.jsonl`, one file of one of these kinds, which is its own and only training split, or a name
-            on the hub.
+        path: A directory, a file, or a name on the hub. Files in a directory are named as `train.parquet`, `Train.csv`,
+            `train-00000-of-00001.csv` or `training/0000.jsonl`. A single file is a training split.
         splits: Spellings of the split, best first; case, separators and words such as `data` do not matter.
         config: The data set's configuration: on the hub, or a folder of that name in the directory.
         revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
-        reading: How cells are read.
+        reading: Options for reading cells.
 
     Returns:
         The table; None if there is no such split.
 
     Raises:
-        DataError: If the path cannot be had, holds nothing of this kind, holds the split under two spellings, or is
-            damaged.
+        DataError: If the path cannot be read, holds no table, holds the split under two spellings, or is damaged.
     """
     folder = Path(path)
     if folder.is_file():
@@ -186,33 +186,33 @@ def open_table(
 
 def _from_folder(folder: Path, splits: Sequence[str], config: str | None, reading: Reading) -> Table | None:
     """Open the files of a folder whose names, or whose folders' names, are spellings of a split."""
-    every = tables_below(folder)
-    spelt = [(name, file) for file in every if (name := _split_name(file, folder, splits))]
+    files = tables_below(folder)
+    spelt = [(name, file) for file in files if (name := _split_name(file, folder, splits))]
     if spelt:
         _check_one_set([file for _, file in spelt], splits, folder, config)
         if len(names := sorted({name for name, _ in spelt})) > 1:
             raise DataError(
                 f"data.path: {folder} has rows of {splits[0]} under {len(names)} names, {' and '.join(names)}. "
-                "Keep one of them, or rename the other."
+                "Keep one name."
             )
         kinds = [[file for _, file in spelt if kind_of(file) == kind] for kind in READERS]
-        first, *others = [files for files in kinds if files]
+        first, *others = [group for group in kinds if group]
         table = _read(first, reading)
         if others:
-            left = ", ".join(str(file.relative_to(folder)) for files in others for file in files[:1])
+            left = ", ".join(str(file.relative_to(folder)) for group in others for file in group[:1])
             table = replace(table, notes=(*table.notes, f"{splits[0]}: {first[0].name} is read, and {left} is not"))
         return table
     if "train" in splits:
-        shown = listed([str(file.relative_to(folder)) for file in every]) or "no file of a table"
+        shown = listed([str(file.relative_to(folder)) for file in files]) or "no file of a table"
         raise DataError(
             f"data.path: {folder} holds no file of training rows, such as train.parquet, train.csv, train.jsonl, "
-            f"train-*.parquet or train/*.parquet. It holds {shown}. Rename the files, or give one as data.path."
+            f"train-*.parquet or train/*.parquet. It holds {shown}. Rename the files, or give one file as data.path."
         )
     return None
 
 
 def unread_files(path: str, splits: Sequence[str], config: str | None = None) -> list[str]:
-    """Return the files of a directory that are tables of none of some splits, for a line to the user.
+    """Return the tables of a directory that belong to none of some splits.
 
     Args:
         path: As for `open_table`; anything but a directory has no such files.
@@ -227,7 +227,7 @@ def unread_files(path: str, splits: Sequence[str], config: str | None = None) ->
 
 
 def tables_below(folder: Path) -> list[Path]:
-    """Return the files of a folder that are tables, sorted, without the copies that editors and systems keep."""
+    """Return the files of a folder that are tables, sorted, without helper files of editors and systems."""
     return sorted(
         file
         for file in folder.rglob("*")
@@ -239,18 +239,18 @@ def open_file(path: str, key: str, reading: Reading = PLAIN) -> Table:
     """Open one file, for prediction.
 
     Raises:
-        DataError: Under the given key, if it is not there, of another kind, or damaged.
+        DataError: If the file is missing, of another kind, or damaged; the message begins with `key`.
     """
     if not Path(path).is_file() or kind_of(Path(path)) is None:
-        raise DataError(f"data.{key}: {path} is no file of {', '.join(READERS)} here.")
+        raise DataError(f"data.{key}: {path} is missing, or is not a file of {', '.join(READERS)}.")
     return _read([Path(path)], reading, key)
 
 
 def check_column(table: Table, key: str, column: str) -> None:
-    """Check that a column is there.
+    """Check that a table has a column.
 
     Raises:
-        DataError: Under the given key, with the columns there are.
+        DataError: If the column is missing; the message begins with `key` and lists the columns.
     """
     names = table.data.column_names
     if column in names:
@@ -258,7 +258,7 @@ def check_column(table: Table, key: str, column: str) -> None:
     advice = ""
     if len(names) == 1 and (mark := next((m for m in ";\t|," if m in names[0]), None)):
         marks = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
-        advice = f" Its cells seem to be parted by {marks[mark]}: save it with commas as .csv, or with tabs as .tsv."
+        advice = f" Its cells seem to be separated by {marks[mark]}: save it with commas as .csv, or with tabs as .tsv."
     elif padded := next((name for name in names if name.strip() == column), None):
         advice = f" Remove the spaces around {padded!r} in the first line."
     elif kind_of(Path(table.where)) in (".csv", ".tsv"):
@@ -271,11 +271,11 @@ def check_texts(table: Table, key: str, column: str) -> Table:
 
     Args:
         table: The rows.
-        key: What a message names.
+        key: Key with which an error message begins.
         column: The column.
 
     Raises:
-        DataError: Under the given key, if the column is missing, empty in every row or of another type.
+        DataError: If the column is missing, empty in every row, or of another type.
     """
     import datasets
     import pyarrow as pa
@@ -293,7 +293,7 @@ def check_texts(table: Table, key: str, column: str) -> Table:
     if isinstance(feature, datasets.Json) and any(isinstance(cell, dict | list) for cell in cells):
         row = next(i for i, cell in enumerate(cells) if isinstance(cell, dict | list))
         raise DataError(
-            f"data.{key}: {column} in {table.where} must hold text, and row {row} holds {cells[row]!r:.80}."
+            f"data.{key}: {column} in {table.where} must hold text, but row {row} holds {cells[row]!r:.80}."
         )
     texts = pa.array([None if cell is None else str(cell) for cell in cells], pa.large_string())
     described = "values of several types" if isinstance(feature, datasets.Json) else kind
@@ -305,7 +305,7 @@ def check_texts(table: Table, key: str, column: str) -> Table:
 
 
 def blank_rows(table: Table, column: str) -> set[int]:
-    """Return the rows in which a column of text is empty, or holds spaces alone."""
+    """Return the rows in which a column of text is empty or holds only spaces."""
     import pyarrow.compute as pc
 
     return _rows_where(table, column, lambda cells: pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), ""), True))
@@ -317,39 +317,45 @@ def null_rows(table: Table, column: str) -> set[int]:
 
 
 def _rows_where(table: Table, column: str, test: Callable[[Any], Any]) -> set[int]:
-    """Return the rows whose cells pass a test of an arrow array, which gives booleans."""
-    found: set[int] = set()
+    """Return the rows whose cells pass a test, a function from an arrow array to booleans."""
+    passing: set[int] = set()
     first = 0
     for rows in table.data.select_columns(column).with_format("arrow").iter(batch_size=10_000):
-        found.update(first + int(i) for i in test(rows[column]).to_numpy().nonzero()[0])
+        passing.update(first + int(i) for i in test(rows[column]).to_numpy().nonzero()[0])
         first += len(rows)
-    return found
+    return passing
 
 
 # -------------------------------------------------------------------------------------------------------------- files
 
 
 def _configured(folder: Path, config: str | None) -> Path:
-    """Return the folder of a configuration, if there is one."""
+    """Return the folder of a configuration, if there is one, or else the folder itself."""
     if config is None:
         return folder
     return next((f for f in (folder / config, folder / "data" / config) if f.is_dir()), folder)
 
 
 def _split_name(file: Path, root: Path, splits: Sequence[str]) -> str | None:
-    """Return the part of a file's or folder's name that is one of some spellings; None if there is none."""
+    """Return the part of a file's or its folder's name that is one of some spellings; None if there is none."""
     stem = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
     unnumbered = re.sub(r"[-_. ]?\d+(?:[-_. ]?of[-_. ]?\d+)?(?:-\w+)?$", "", stem)  # of train-00000-of-00001, train_0
     candidates = (unnumbered, stem.partition("-")[0])
     for name in candidates:
         if is_spelling(name, splits):
             return name
-    meant = any(split_of(name) for name in candidates)  # by itself, whatever the folder is called
+    meant = any(
+        split_of(name) for name in candidates
+    )  # the file's own name means a split, which takes precedence over the folder's name
     return file.parent.name if file.parent != root and not meant and is_spelling(file.parent.name, splits) else None
 
 
 def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config: str | None) -> None:
-    """Refuse files of several data sets, or of another one than asked for."""
+    """Check that the files belong to one data set, and to the configuration if one is given.
+
+    Raises:
+        DataError: If they belong to several data sets, or to another configuration.
+    """
     sets = {
         "/".join(p for p in f.relative_to(root).parts[:-1] if not (is_spelling(p, splits) or p in ("data", "default")))
         or "."
@@ -369,24 +375,24 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
     if kind is None:
         raise DataError(f"data.{key}: {first} must be one of {', '.join(READERS)}.")
     if gone := [f for f in files if not f.is_file()]:
-        raise DataError(f"data.{key}: {gone[0]} is no file, or a link to one that is not there.")
+        raise DataError(f"data.{key}: {gone[0]} is not a file, or is a broken link.")
     if empty := [f for f in files if f.stat().st_size == 0]:
         raise DataError(f"data.{key}: {empty[0]} is an empty file.")
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error has the text that it would log
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors have the same text as its log
     notes: list[str] = []
     try:
         if kind in PACKED:
             for file in files:
                 _check_width(file, reading)
         data = READERS[kind](files, reading)
-        if READERS[kind] is _read_json:  # the library takes any bytes for text
+        if READERS[kind] is _read_json:  # the library does not check that text is UTF-8
             for rows in data.with_format("arrow").iter(batch_size=10_000):
                 rows.validate(full=True)
         if kind == ".json" and len(data) == 1 and (field := _only_list(data[0])):
             data = datasets.Dataset.from_json(_patterns(files), field=field, encoding=reading.encoding)
-            notes.append(f"the rows of {first} are those of its key {field}")
+            notes.append(f"the rows of {first} are read from its key {field}")
     except DataError:
         raise
     except Exception as error:  # truncated, another format, columns of mixed types; the library raises many kinds
@@ -411,14 +417,16 @@ def _reading_error(error: Exception, files: list[Path], kind: str, reading: Read
     """Return the error for files that the library cannot read.
 
     Raises:
-        DataError: With the line, if one of another encoding, or one that is no JSON, is found.
+        DataError: If a line has another encoding or is not JSON, with the number of the line.
     """
     import datasets
 
     if "corresponds to no data" in str(error):
         return DataError(f"data.{key}: {files[0]} has no rows.")
     cause: BaseException = error.__cause__ or error
-    if isinstance(cause, OSError) and cause.errno:  # the library copies what it reads; a damaged file has no errno
+    if (
+        isinstance(cause, OSError) and cause.errno
+    ):  # the cache cannot be written: errors from a damaged file have no errno
         return DataError(
             f"data.{key}: {files[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} ({cause}); "
             "free some space, or set HF_DATASETS_CACHE to another folder."
@@ -433,7 +441,7 @@ def _reading_error(error: Exception, files: list[Path], kind: str, reading: Read
 
 
 def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
-    """Check that no column that is read stands twice in the first line: the library would rename the second.
+    """Check that the first line has no column of text twice, since the library would rename the second.
 
     Raises:
         DataError: With the column.
@@ -447,11 +455,11 @@ def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
 
 
 def _quoting_advice(reason: str) -> str | None:
-    """Return what to do about quotation marks and separators; None if pandas complains about something else."""
+    """Return advice about quotation marks and separators; None if the reason is another one."""
     if opened := re.search(r"EOF inside string starting at row (\d+)", reason):
         return (
             f"A quotation mark that opens a cell, near line {int(opened[1]) + 1}, is never closed. Put the cell in "
-            'quotation marks and double those inside ("").'
+            'quotation marks and double the marks inside ("").'
         )
     if longer := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", reason):
         return (
@@ -462,7 +470,7 @@ def _quoting_advice(reason: str) -> str | None:
 
 
 def _joined_rows(data: Any, columns: Sequence[str], name: str) -> list[str]:
-    """Return a line for each column with cells that a stray quotation mark seems to have joined of several rows."""
+    """Return a line for each column in which a stray quotation mark seems to have joined several rows."""
     import pyarrow.compute as pc
 
     lines = []
@@ -474,25 +482,25 @@ def _joined_rows(data: Any, columns: Sequence[str], name: str) -> list[str]:
         if count := pc.sum(pc.and_(tabs, breaks)).as_py():
             lines.append(
                 f"{column} of {name}: {count:,} cells hold tabs and line breaks; a quotation mark at the beginning of "
-                'a cell may have joined rows. Put such cells in quotation marks and double those inside ("")'
+                'a cell may have joined rows. Put such cells in quotation marks and double the marks inside ("")'
             )
     return lines
 
 
 def _only_list(row: dict[str, Any]) -> str | None:
-    """Return the key of a JSON object that holds the list of all rows."""
+    """Return the key of a JSON object that holds the list of all rows; None if there is none."""
     lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     return next((key for key in lists if key in ROWS), None)
 
 
 def _check_text_file(file: Path, kind: str, reading: Reading, key: str) -> None:
-    """Find the first line of a file that is of another encoding or no JSON.
+    """Check the encoding of each line of a file, and that each line of JSONL is JSON.
 
     Raises:
-        DataError: With the line and what to do, if there is one.
+        DataError: For the first line that fails, with its number and advice.
     """
     if codecs.lookup(reading.encoding).name.startswith(("utf-16", "utf-32")):
-        return  # whose lines do not end in one byte
+        return  # a line does not end with a single byte in these encodings
     encoding, likely = ("utf-8-sig", "cp1252") if reading.is_utf8 else (reading.encoding, "utf-8")
     with _open(file) as stream:
         for number, line in enumerate(stream, 1):
@@ -515,10 +523,10 @@ def _check_text_file(file: Path, kind: str, reading: Reading, key: str) -> None:
 
 
 def _check_width(file: Path, reading: Reading) -> None:
-    """Check that a file of text does not take two or four bytes for each character, unless the encoding does.
+    """Check that a file is not UTF-16 or UTF-32, unless the encoding says so.
 
     Raises:
-        DataError: With the likely encoding.
+        DataError: If it is, with the likely encoding.
     """
     with _open(file) as stream:
         likely = _likely_wide(stream.read(4096))
@@ -531,7 +539,7 @@ def _open(file: Path) -> Any:
 
 
 def _likely_wide(head: bytes) -> str | None:
-    """Return the encoding that the first bytes of a file speak for, if its characters take two or four bytes each."""
+    """Return the likely encoding, UTF-16 or UTF-32, from the first bytes of a file; None for other encodings."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -546,16 +554,17 @@ def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: st
 
     try:
         available = datasets.get_dataset_split_names(name, config, revision=revision)
-        found = [s for wanted in splits for s in available if is_spelling(s, [wanted])]
-        if not found:
+        matching = [s for spelling in splits for s in available if is_spelling(s, [spelling])]
+        if not matching:
             return None
-        data = datasets.load_dataset(name, config, split=found[0], revision=revision)
+        data = datasets.load_dataset(name, config, split=matching[0], revision=revision)
     except Exception as error:  # whatever a network or a repository can raise
         raise DataError(
-            f"data.path: {name} is no directory here, and from the hub it could not be had ({first_line(error)}). "
+            f"data.path: {name} is not a directory here, and could not be loaded from the hub ({first_line(error)}). "
             "Without a connection the data and the model each take a local path: --data.path DIRECTORY and "
             "--model.weights FILE.safetensors for images, --model.backbone DIRECTORY for text."
         ) from error
-    where = f"{name}/{config}/{found[0]}" if config else f"{name}/{found[0]}"
-    notes = [f"{found[0]} of {name} is read, and {', '.join(found[1:])} is not"] if len(found) > 1 else []
+    first, *others = matching
+    where = f"{name}/{config}/{first}" if config else f"{name}/{first}"
+    notes = [f"{first} of {name} is read, and {', '.join(others)} is not"] if others else []
     return Table(data, where, f"{where} at revision {revision}" if revision else where, tuple(notes))

@@ -1,4 +1,4 @@
-"""Conversations as tokens: Alpaca's columns or chat messages, through a Jinja template, with what is to be learnt."""
+"""Encode conversations: Alpaca's columns or chat messages become tokens through a Jinja template, with a loss mask."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from datamodules.errors import DataError
 
-Message = dict[str, str]  # role, content, and of a user's perhaps Alpaca's input
+Message = dict[str, str]  # role, content, and in a user's message also Alpaca's input, if any
 ROLES = ("system", "user", "assistant")
 SENDERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")}  # ShareGPT's roles
 
-# Alpaca's prompts (Taori et al. 2023) as a chat template, so that one code serves both and any tokenizer can carry it.
+# Alpaca's prompts (Taori et al. 2023) as a chat template: the same code serves both, and a tokenizer can store it.
 _INTRODUCTION = (
     "'Below is an instruction that describes a task' + (', paired with an input that provides further context' if "
     "message['input'] else '') + '. Write a response that appropriately completes the request.\\n\\n'"
@@ -33,23 +33,23 @@ ALPACA = (
 
 
 def alpaca_template(tokenizer: Any) -> str:
-    """Return Alpaca's template, beginning a text as the tokenizer does."""
+    """Return Alpaca's template, with the token with which the tokenizer begins a text, if there is one."""
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # LLaMA's does, GPT-2's does not
     return ("{{ bos_token }}" if begins else "") + ALPACA
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Makes conversations of rows.
+    """Columns of a table, and how a row becomes a conversation.
 
     Args:
-        messages: Column of whole conversations, or None for the others.
-        instruction: Column of what is asked.
-        input: Column of what the instruction is about, or None.
-        response: Column of the answers, or None if they are not to be learnt.
-        apart: Whether the template has a place of its own for the input; otherwise it follows the instruction.
-        system: What a conversation begins with that has no system message.
-        end_mark: Text that ends responses and does not belong to them.
+        messages: Column of whole conversations; None if the next three columns are read.
+        instruction: Column of the instructions.
+        input: Column of the text that an instruction is about, or None.
+        response: Column of the responses; None in prediction.
+        apart: Whether the template has a section for the input. Otherwise the input follows the instruction.
+        system: System message for conversations without one.
+        end_mark: Text to remove from the end of responses.
     """
 
     messages: str | None
@@ -61,12 +61,12 @@ class Columns:
     end_mark: str | None
 
     def names(self) -> list[str]:
-        """Return the columns that are read, each once."""
+        """Return the columns to read, each once."""
         names = [self.messages] if self.messages else [self.instruction, self.input, self.response]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def conversation(self, row: dict[str, Any]) -> list[Message]:
-        """Return the messages of a row, with or without responses.
+        """Return the messages of a row, with the response if `response` is set.
 
         Raises:
             DataError: If a cell of messages holds something else.
@@ -85,10 +85,10 @@ class Columns:
         return messages
 
     def _question(self, row: dict[str, Any]) -> Message:
-        asked, given = row[self.instruction], (row[self.input] or "") if self.input else ""
-        if not given.strip():
-            return {"content": asked}
-        return {"content": asked, "input": given} if self.apart else {"content": f"{asked}\n\n{given}"}
+        instruction, text = row[self.instruction], (row[self.input] or "") if self.input else ""
+        if not text.strip():
+            return {"content": instruction}
+        return {"content": instruction, "input": text} if self.apart else {"content": f"{instruction}\n\n{text}"}
 
     def without_mark(self, response: str) -> str:
         """Return a response without the mark at its end and the space before the mark."""
@@ -98,15 +98,15 @@ class Columns:
 
 
 def read_messages(cell: Any) -> list[Message]:
-    """Return the messages of a cell: of `role` and `content`, or of `from` and `value` as ShareGPT has them.
+    """Return the messages of a cell, with `role` and `content`, or with ShareGPT's `from` and `value`.
 
-    A message of an assistant may be without content.
+    An assistant's message may lack content.
 
     Args:
         cell: Content of a column of conversations.
 
     Raises:
-        DataError: If it is no list of such messages.
+        DataError: If the cell is not a list of such messages.
     """
     if not isinstance(cell, list):
         raise DataError(f"it must be a list of messages; it is {str(cell)[:80]}")
@@ -126,21 +126,21 @@ def read_messages(cell: Any) -> list[Message]:
 
 
 def response_end(tokenizer: Any, template: str) -> int:
-    """Return the token that a template ends a response with; it need not be the tokenizer's own end.
+    """Return the token with which a template ends a response. It may differ from the tokenizer's own end token.
 
     Raises:
-        DataError: If it ends them with plain text.
+        DataError: If the template ends responses with plain text.
     """
     mark = "§"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    behind = render(tokenizer, template, messages, waiting=False).rpartition(mark)[2]
+    ending = render(tokenizer, template, messages, waiting=False).rpartition(mark)[2]
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+    for token in tokenizer(ending, add_special_tokens=False)["input_ids"]:
         if token in special:
             return int(token)
     raise DataError(
-        "data.template: the chat template has no special token behind a response, so that none would ever end; use "
-        "template: alpaca."
+        "data.template: the chat template has no special token after a response, so that generation would never end. "
+        "Use template: alpaca."
     )
 
 
@@ -148,13 +148,13 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: 
     """Return a conversation as text.
 
     Args:
-        tokenizer: The backbone's.
-        template: Jinja template, which runs in the library's sandbox.
+        tokenizer: Tokenizer of the backbone.
+        template: Jinja template, which runs in the sandbox of transformers.
         messages: The conversation.
-        waiting: Whether a response is to come.
+        waiting: Whether the text ends where a response is to begin.
 
     Raises:
-        DataError: If the template refuses it.
+        DataError: If the template refuses the conversation.
     """
     try:
         text: str = tokenizer.apply_chat_template(
@@ -168,18 +168,18 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: 
 
 
 def question(messages: list[Message]) -> list[Message]:
-    """Return a conversation without its last response, which is asked for."""
+    """Return a conversation without its last response: the prompt for this response."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
 @dataclass(frozen=True)
 class ConversationEncoder:
-    """Makes tokens of conversations.
+    """Convert conversations to tokens.
 
     Args:
-        tokenizer: The backbone's.
+        tokenizer: Tokenizer of the backbone.
         template: Jinja template of the whole text, special tokens included.
-        max_length: Most tokens of a conversation.
+        max_length: Largest number of tokens of a conversation.
         end: Token that ends a response, from `response_end`.
     """
 
@@ -189,23 +189,23 @@ class ConversationEncoder:
     end: int
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of a prompt that waits for a response; a prompt that is too long loses its middle."""
+        """Return the tokens of a prompt for a response. A prompt that is too long loses its middle."""
         return _without_middle(self._tokens(self._render(self.clean(messages), waiting=True)), self.max_length)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a conversation, and which are learnt: responses, each to the token that ends it.
+        """Return the tokens of a conversation, and a mask of the learnt tokens: responses up to their end tokens.
 
-        They are the tokens of the text as a whole, unless the last of a prompt would then be others than those of
-        `prompt`: text is parted there.
+        The text is tokenised as a whole, if the tokens of each prompt are then the tokens that `prompt` returns.
+        Otherwise the text is split between prompt and response.
 
         Raises:
-            DataError: If it begins with the assistant; or if the template refuses it, rewrites earlier turns in view of
-                later ones, or leaves all responses out.
+            DataError: If the conversation begins with the assistant. Also if the template refuses the conversation,
+                rewrites earlier turns, or leaves out all responses.
         """
         messages = self.clean(messages)
         if messages and messages[0]["role"] == "assistant":
             raise DataError(
-                "data.messages_column: the conversation begins with the assistant, who has nothing to answer."
+                "data.messages_column: the conversation begins with the assistant; it must begin with the user."
             )
         tokens: list[int] = []
         learnt: list[bool] = []
@@ -218,10 +218,10 @@ class ConversationEncoder:
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise DataError(
                     "data.template: the chat template does not write a conversation turn by turn, so that prompts and "
-                    f"responses cannot be told apart, as in that which begins {_begin(messages)!r}; give it in single "
+                    f"responses cannot be told apart in the conversation that begins {_begin(messages)!r}. Give single "
                     "turns, or use template: alpaca."
                 )
-            prompt, response = self._behind(done, asked), self._behind(asked, answered)
+            prompt, response = self._tokens_after(done, asked), self._tokens_after(asked, answered)
             ends = [i for i, token in enumerate(response) if token == self.end]
             taught = ends[-1] + 1 if ends else len(response)
             tokens += prompt + response
@@ -235,7 +235,7 @@ class ConversationEncoder:
         return cut(tokens, learnt, self.max_length)
 
     def clean(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the messages without special tokens, which the tokenizer would take for the template's own."""
+        """Return the messages without special tokens, which the tokenizer would read as tokens of the template."""
         return [{key: self._clean(text) for key, text in message.items()} for message in messages]
 
     @cached_property
@@ -245,27 +245,27 @@ class ConversationEncoder:
         return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     def _clean(self, text: str) -> str:
-        while self._special.search(text):  # again, since what is left may form another
+        while self._special.search(text):  # repeat, since the remaining text may form another special token
             text = self._special.sub("", text)
         return text
 
     def _render(self, messages: Sequence[Message], waiting: bool) -> str:
         return render(self.tokenizer, self.template, messages, waiting)
 
-    def _behind(self, before: str, text: str) -> list[int]:
-        """Return the tokens that a text has behind the tokens of its beginning."""
+    def _tokens_after(self, before: str, text: str) -> list[int]:
+        """Return the tokens of a text without the tokens of its beginning `before`."""
         start = max((match.start() for match in self._special.finditer(before)), default=0)
-        # a special token parts texts: what is before it is of no effect on the tokens behind
-        known, whole = self._tokens(before[start:]), self._tokens(text[start:])
-        if whole[: len(known)] == known:
-            return whole[len(known) :]
+        # text before a special token has no effect on the tokens after it
+        beginning, whole = self._tokens(before[start:]), self._tokens(text[start:])
+        if whole[: len(beginning)] == beginning:
+            return whole[len(beginning) :]
         return self._tokens(text[len(before) :])
 
     @cached_property
     def _tokens(self) -> Callable[[str], list[int]]:
         plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 
-        @lru_cache(maxsize=2)  # what is behind a prompt is asked for right after the prompt
+        @lru_cache(maxsize=2)  # a prompt is tokenised again with its response, right after the prompt alone
         def tokens(text: str) -> list[int]:
             ids: list[int] = self.tokenizer(text, **plain)["input_ids"] if text else []
             return ids
@@ -274,15 +274,15 @@ class ConversationEncoder:
 
 
 def cut(tokens: list[int], learnt: list[bool], most: int) -> tuple[list[int], list[bool]]:
-    """Cut a conversation so that the first response keeps half of the room, or all of itself if it takes less.
+    """Cut a conversation so that the first response keeps half of the tokens, or is whole if it is shorter.
 
-    The first prompt loses its middle, as in LongBench (Bai et al. 2023), since a template has its say at both ends;
-    what is still too long behind it loses its end.
+    The first prompt loses its middle, as in LongBench (Bai et al. 2023), since a template writes at both ends of a
+    prompt. If the rest is still too long, it loses its end.
 
     Args:
         tokens: The conversation.
-        learnt: Which of them are to be learnt, at least one.
-        most: Tokens to keep, 2 or more.
+        learnt: Mask of the learnt tokens, with at least one True.
+        most: Number of tokens to keep, 2 or more.
     """
     if len(tokens) <= most:
         return tokens, learnt

@@ -1,4 +1,4 @@
-"""Batches of sequences for decoders: padded at either side, or packed one behind the other without padding."""
+"""Collate sequences for decoders: padded at the right or left, or packed one after the other without padding."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PadSequences:
-    """Makes a batch of rows of tokens; what fills it up is not seen, and not learnt.
+    """Collate rows of tokens into a padded batch. Padding is masked, and has no loss.
 
     Args:
-        token: What it is filled up with.
-        side: `right` to learn, `left` to continue.
+        token: Padding token.
+        side: Side of the padding: `right` for training, `left` for generation.
     """
 
     token: int
     side: str = "right"
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Return `input_ids`, `attention_mask`, perhaps `labels` (batch, tokens), and `index` (batch,)."""
+        """Return `input_ids`, `attention_mask`, `labels` of rows with labels (batch, tokens), and `index` (batch,)."""
         filling = {"input_ids": self.token, "attention_mask": 0, "labels": IGNORE_INDEX}
         rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
         batch = {
@@ -45,18 +45,18 @@ class PadSequences:
 
 @dataclass(frozen=True)
 class PadPacks:
-    """Makes a batch of packs of rows.
+    """Collate packs of rows into a batch.
 
     Args:
-        token: What the shorter packs are filled up with, as one more sequence that nothing is learnt of.
+        token: Padding token. The padding of a shorter pack is one more sequence, without a loss.
     """
 
     token: int
 
     def __call__(self, packs: list[list[Row]]) -> dict[str, Tensor]:
-        """Return `input_ids`, `labels` and `position_ids` (batch, tokens); positions begin anew with each sequence.
+        """Return `input_ids`, `labels` and `position_ids` (batch, tokens). Each sequence has positions from 0 on.
 
-        The first token of a sequence is not learnt, since what is before it is another.
+        The first token of a sequence has no loss, since the token before it belongs to another sequence.
         """
         longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
         batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
@@ -74,7 +74,7 @@ class PackedDataset(Dataset[list[Row]]):
 
     Args:
         rows: The rows.
-        length: Most tokens of a pack, no less than those of the longest row.
+        length: Largest number of tokens of a pack, at least the length of the longest row.
     """
 
     def __init__(self, rows: TokenDataset, length: int) -> None:
@@ -86,7 +86,7 @@ class PackedDataset(Dataset[list[Row]]):
         return len(self.packs)
 
     def rows_digest(self) -> str:
-        """Return a digest of the rows and of how many packs they make."""
+        """Return a digest of the rows and of the number of packs."""
         return f"{self.rows.rows_digest()} {len(self)}"
 
     def __getitem__(self, key: int | Draw) -> list[Row]:
@@ -101,14 +101,14 @@ class PackedDataset(Dataset[list[Row]]):
 
 
 def best_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Pack by best fit, longest first (Johnson 1973): at most 11/9 of the fewest packs, and a few more.
+    """Pack by best fit, longest first (Johnson 1973). There are at most 11/9 as many packs as needed, plus a few.
 
     Args:
         lengths: Lengths by index, each at most `most`.
-        most: What a pack holds.
+        most: Largest sum of lengths in a pack.
 
     Returns:
-        Indices by pack.
+        The indices of each pack.
     """
     packs: list[list[int]] = []
     shortest = min(lengths, default=0)

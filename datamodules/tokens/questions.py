@@ -1,4 +1,4 @@
-"""Questions with choices: their words, their tokens behind what they share, and batches of one subject."""
+"""Multiple-choice questions: prompts, their tokens after a shared prefix, and batches of one subject."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler
 from datamodules.tokens.tokenizing import TokenDataset
 
 UNKNOWN = "unknown"  # subject of tables that name none
-CHUNK = 256  # prompts that are tokenised together: the tokenizer's own records take far more memory than the tokens
+CHUNK = 256  # prompts that are tokenised together: the tokenizer's records need far more memory than the tokens
 PLAIN = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -28,8 +28,8 @@ class Question:
 
     Args:
         text: The question.
-        choices: What to choose from.
-        answer: Index of the right choice; None if it is not known.
+        choices: The choices.
+        answer: Index of the right choice; None if it is unknown.
     """
 
     text: str
@@ -37,29 +37,29 @@ class Question:
     answer: int | None
 
     def prompt(self) -> str:
-        """Return the question as it is asked, up to the answer."""
+        """Return the question with its choices, up to the answer."""
         lines = [self.text, *(f"{letter}. {text}" for letter, text in zip(LETTERS, self.choices, strict=False))]
         return "\n".join([*lines, "Answer:"])
 
     def shot(self) -> str:
-        """Return the question as an example."""
+        """Return the question with its answer, as a shot."""
         assert self.answer is not None
         return f"{self.prompt()} {LETTERS[self.answer]}\n\n"
 
 
 def header(subject: str) -> str:
-    """Return the first words of all prompts of a subject (Hendrycks et al. 2021)."""
+    """Return the first line of all prompts of a subject (Hendrycks et al. 2021)."""
     about = "" if subject == UNKNOWN else f" about {subject.replace('_', ' ')}"
     return f"The following are multiple choice questions (with answers){about}.\n\n"
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Prompts as what they all begin with, and what follows in each.
+    """Prompts, split into their common prefix and the rest of each prompt.
 
     Args:
-        prefix: Tokens that all prompts share, (P,).
-        rests: The others, one or more for each prompt.
+        prefix: Tokens with which all prompts begin, (prefix tokens,).
+        rests: Remaining tokens of each prompt, one or more.
     """
 
     prefix: Tokens
@@ -67,17 +67,17 @@ class SharedPrompts:
 
     @property
     def longest(self) -> int:
-        """Return the tokens of the longest prompt."""
+        """Return the number of tokens of the longest prompt."""
         return len(self.prefix) + max(len(rest) for rest in self.rests)
 
 
 def shared_prompts(prompts: Sequence[str], tokenizer: Any) -> SharedPrompts:
-    """Tokenise whole prompts and part them behind their longest common prefix, which leaves a token of each at least.
+    """Tokenise whole prompts, and split them after their longest common prefix. Each prompt keeps at least one token.
 
-    No more than 256 prompts are there as a whole at a time.
+    At most 256 whole prompts are in memory at a time.
     """
     first: Tokens | None = None
-    common, tails = [], []  # with the first prompt; and what is behind that
+    common, tails = [], []  # number of tokens shared with the first prompt, and the tokens after them
     for i in range(0, len(prompts), CHUNK):
         for ids in tokenizer(list(prompts[i : i + CHUNK]), **PLAIN)["input_ids"]:
             tokens: Tokens = np.asarray(ids, np.int32)
@@ -93,13 +93,13 @@ def shared_prompts(prompts: Sequence[str], tokenizer: Any) -> SharedPrompts:
 
 
 class QuestionDataset(TokenDataset):
-    """Questions as tokens behind the prefix of their subject, a subject's together and its longest first.
+    """Questions as tokens after the prefix of their subject, ordered by subject, the longest question first.
 
     Args:
         subjects: Names of the subjects, in the order of the questions.
-        prompts: Their prompts.
-        rows: Row in the table of each prompt of each subject.
-        answers: Index of the right choice by row, -1 if it is not known.
+        prompts: Prompts of each subject.
+        rows: For each subject, the row in the table of each prompt.
+        answers: Index of the right choice by row, -1 if it is unknown.
         choices: Tokens of the letters, (n_choices,) int64.
     """
 
@@ -129,7 +129,7 @@ class QuestionDataset(TokenDataset):
         super().__init__(data, targets)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch of one subject; see `MultipleChoiceData`."""
+        """Collate questions of one subject into a `QuestionBatch`."""
         group = rows[0]["group"]
         tokens = [torch.tensor(row["input_ids"]) for row in rows]
         return {
@@ -144,12 +144,12 @@ class QuestionDataset(TokenDataset):
 
 
 class SubjectBatches(BatchSampler):
-    """Neighbours of one subject, at most `batch_size` of them.
+    """Group neighbouring questions of one subject into batches of at most `batch_size`.
 
     Args:
         sampler: Order of the questions.
-        batch_size: Most questions of a batch.
-        drop_last: Of no effect, every question is asked; it is what Lightning sets in prediction.
+        batch_size: Largest number of questions in a batch.
+        drop_last: Ignored, since every question is asked. Lightning passes this argument in prediction.
         groups: Subject of each question.
     """
 
@@ -168,15 +168,15 @@ class SubjectBatches(BatchSampler):
             yield batch
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return sum(1 for _ in self)
 
 
 def answer_index(answer: Any, size: int) -> int | None:
-    """Return the index of an answer that is an index or a letter; None for anything else.
+    """Return the index of an answer, which is an index or a letter; None if it is neither.
 
     Args:
-        answer: What a row holds.
+        answer: Content of the cell.
         size: Number of choices.
     """
     if isinstance(answer, str) and len(letter := answer.strip()) == 1 and letter in LETTERS[:size]:

@@ -1,4 +1,4 @@
-"""Texts as tokens: tokenised once, cached by content, read from disk."""
+"""Tokenise texts once, and read the tokens from a cache on disk, keyed by content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from datamodules.loading.batching import Draw, index_of
 from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 from datamodules.sources.tables import Table
 
-FORMAT = 1  # of cached tokens; one more whenever a task's encoding changes
+FORMAT = 1  # version of cached tokens; raise it whenever the encoding of a task changes
 BATCH = 1000  # rows that are encoded at once
 Encode = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
@@ -34,8 +34,8 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
     Args:
         data: Columns of token lists, and `length`.
-        targets: Numbers by name, one a row.
-        texts: Columns of text that a batch has beside its tokens.
+        targets: One number for each row, by name.
+        texts: Columns of text that a batch also holds.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         return digest.hexdigest()
 
     def rows_digest(self) -> str:
-        """Return a digest of the rows as the model gets them: tokens, targets and texts, in their order."""
+        """Return a digest of everything that the model gets of the rows: tokens, targets and texts, in order."""
         digest = xxhash.xxh3_128()
         _add_rows(digest, self.tokens)
         if self.texts is not None:
@@ -87,24 +87,25 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
 
 def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping[str, Any]) -> datasets.Dataset:
-    """Return rows of tokens, from the cache if the same texts were encoded in the same way before.
+    """Return rows of tokens, from the cache if the same texts were encoded with the same key before.
 
-    The cache lies with the `datasets` library's own (HF_DATASETS_CACHE). A file is named by the hash of the texts and
-    of the key, so that a moved table is found again and a changed one is not taken for it. A damaged file is rebuilt
-    (`datamodules.loading.cache_files`). Rows are read and written in batches: memory does not grow with their number.
+    The cache lies in the folder of the `datasets` library (HF_DATASETS_CACHE). The name of a cache file is a hash of
+    the texts and the key: a moved table finds its file, and a changed table gets a new file. A damaged file is rebuilt
+    (`datamodules.loading.cache_files`). Rows are read and written in batches, so that memory does not grow with the
+    number of rows.
 
     Args:
         table: Rows of text.
         columns: Columns that `encode` gets.
-        encode: From a batch of columns to a batch of token lists, with `length` among them.
-        key: What the encoding depends on besides the texts: `tokenizer_state`, lengths.
+        encode: Function from a batch of columns to a batch of token lists, with their `length`.
+        key: Everything besides the texts that determines the tokens: `tokenizer_state`, lengths.
 
     Raises:
         DataError: If the cache cannot be written.
     """
     texts = table.data.select_columns(list(columns))
-    made_by = [FORMAT, datasets.__version__, version("tokenizers"), version("transformers")]
-    digest = hashlib.sha256(json.dumps([dict(key), list(columns), made_by], sort_keys=True).encode())
+    versions = [FORMAT, datasets.__version__, version("tokenizers"), version("transformers")]
+    digest = hashlib.sha256(json.dumps([dict(key), list(columns), versions], sort_keys=True).encode())
     _add_rows(digest, texts)
     name = digest.hexdigest()[:40]
     cache = cache_folder() / f"{name}.arrow"
@@ -129,7 +130,7 @@ def _add_rows(digest: Digest, data: datasets.Dataset) -> None:
 
 
 def lengths_of(data: datasets.Dataset) -> Tensor:
-    """Return the column `length` of rows of tokens, (rows,) int32: the one column that is read into memory."""
+    """Return the column `length` of rows of tokens, (rows,) int32. Only this column is read into memory."""
     return torch.from_numpy(data.with_format("numpy", columns=["length"])["length"][:]).to(torch.int32)
 
 
@@ -144,7 +145,7 @@ def _write_tokens(texts: datasets.Dataset, encode: Encode, file: BinaryIO) -> No
 
 
 def tokenizer_state(tokenizer: Any) -> str:
-    """Return a hash of everything that decides how a tokenizer splits a text."""
+    """Return a hash of everything that determines how a tokenizer splits a text."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # set anew by each call
@@ -155,5 +156,5 @@ def tokenizer_state(tokenizer: Any) -> str:
         tokenizer.model_input_names,
         tokenizer.truncation_side,
         {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_or_path", "local", "only"))},
-    ]  # but not where its files lie
+    ]  # without the paths of its files
     return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()

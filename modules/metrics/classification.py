@@ -1,4 +1,4 @@
-"""Metrics that every classification has besides its own: macro-averaged F1, calibration error, scores of each class."""
+"""Metrics of every classification: macro-averaged F1, calibration error, scores and weights of the classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ClassWeights = Literal["balanced"] | list[float] | None
 class CalibrationError(MulticlassCalibrationError):
     """Expected calibration error of logits (batch, classes), in 15 bins of confidence (Guo et al. 2017).
 
-    torchmetrics takes logits that happen to lie in [0, 1] for probabilities. This class always takes the softmax.
+    torchmetrics treats inputs in [0, 1] as probabilities. This class always applies the softmax.
     """
 
     def update(self, preds: Tensor, target: Tensor) -> None:

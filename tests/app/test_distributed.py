@@ -88,5 +88,5 @@ def test_the_first_process_judges_checkpoints(
     monkeypatch.setattr("app.cli.load_checkpoint", read)
     run_on_two(fitted_cli.words("fit", *options), tmp_path, code=2)
     said = "".join((tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1))  # by one of them
-    assert said.count("the first one took last.ckpt of step") == 1
-    assert "process 1 previous.ckpt of step" in said or "another one something else" in said
+    assert said.count("process 0 took last.ckpt of step") == 1
+    assert "process 1 took previous.ckpt of step" in said or "another process took another" in said

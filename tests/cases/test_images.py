@@ -181,7 +181,7 @@ def test_case_02_classes_that_are_called_like_a_split(tmp_path: Path, files: str
             "cover.png train/a/1.png train/b/deep/1.png train/x.png test/y.png",
             2,
             [
-                "images of b/deep are of the class that the outer folder names",
+                "images of b/deep belong to the class that the outer folder names",
                 "left out of {}: 3 images in no class folder (cover.png, test/y.png, train/x.png)",
             ],
         ),
@@ -205,7 +205,7 @@ def test_case_02_images_beside_the_classes_are_named(tmp_path: Path, files: str,
         ("train/1.jpg test1/1.jpg", ["look like splits"]),
         ("trainA/1.png trainB/1.png testA/1.png testB/1.png", ["look like splits"]),
         ("ant/train/1.png ant/test/1.png bee/train/1.png bee/test/1.png", ["splits in ant", "<split>/<class>"]),
-        ("test/a/1.png test/b/1.png val/a/1.png", ["none called train", "test/, val/"]),
+        ("test/a/1.png test/b/1.png val/a/1.png", ["no folder called train", "test/, val/"]),
         ("1.png 2.png", ["no images in one folder a class", "1.png, 2.png"]),
     ],
 )
@@ -226,8 +226,9 @@ def test_case_02_a_fit_on_folders_in_any_spelling(tmp_path: Path, capsys: pytest
     data = coloured(tmp_path / "data", train_name="Training", test_name="Testing")
     assert run(tmp_path / "runs", data, "fit", "--test_after_fit", "true") == 0
     lines = capsys.readouterr().err.splitlines()
-    assert f"train: 14 rows of {data}/Training, not held out" in "\n".join(lines)
-    assert f"val: 4 rows of {data}/Training, held out (no split for validation; val_fraction 0.2, val_seed 0)" in lines
+    train = f"train: 14 rows of {data}/Training, without held-out rows (val_fraction 0.2, val_seed 0)"
+    assert train in "\n".join(lines)
+    assert f"val: 4 rows of {data}/Training, held out (no split of its own; val_fraction 0.2, val_seed 0)" in lines
     assert f"test: 6 rows of {data}/Testing" in lines
     classes = next(line for line in lines if line.startswith("labels: 3 classes: blue "))
     assert sum(int(word.rstrip(",")) for word in classes.split() if word.rstrip(",").isdigit()) == 14 + 3

@@ -43,9 +43,9 @@ def test_case_02_what_is_read_and_what_is_not_is_reported(tmp_path: Path) -> Non
     assert findings_of(tmp_path) == [
         "labels: 2 classes: a 9, b 9",
         "columns: text of text; labels of label",
-        f"train: 18 rows of {train}, without the share of 0.1 held out with val_seed 0",
+        f"train: 18 rows of {train}, without held-out rows (0.1 for val, val_seed 0)",
         f"val: 2 rows of {train}, the share of 0.1 held out with val_seed 0",
-        "not read, since no split is called so: reviews.csv",
+        "not read, since these names mean no split: reviews.csv",
     ]
     (tmp_path / "reviews.csv").unlink()
     assert not any("not read" in line for line in findings_of(tmp_path))
@@ -54,7 +54,7 @@ def test_case_02_what_is_read_and_what_is_not_is_reported(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("text;label\na;1\n", "parted by semicolons"),
+        ("text;label\na;1\n", "separated by semicolons"),
         ("good film,1\nbad film,0\n", "The first line of the file must name its columns"),
     ],
 )

@@ -137,7 +137,7 @@ def test_several_templates_of_a_tokenizer_have_a_default_one() -> None:
     assert template({"tool_use": "{{ 1 }}", "default": CHAT}) == CHAT
     for none in (None, {"tool_use": "{{ 1 }}"}):
         assert template(none, "alpaca") == ALPACA
-        with refuses("data.template: the backbone's tokenizer has no chat template of its own; use template: alpaca"):
+        with refuses("data.template: the backbone's tokenizer has no chat template. Use template: alpaca"):
             template(none)
 
 

@@ -186,7 +186,7 @@ def test_decoders_are_scored_by_perplexity(
         (
             "text_cli",
             ["--forgetting.path=x"],
-            "TextClassifier has no score of forgetting. ImageClassifier and Language",
+            "TextClassifier has no score of forgetting. Use ImageClassifier or Language",
         ),
         ("summary_cli", ["--forgetting.path=x"], "Summarizer has no score of forgetting"),
         ("cli", ["--forgetting.path=./nowhere"], "forgetting.path: ./nowhere is not here"),

@@ -87,7 +87,7 @@ def test_a_validation_of_earlier_weights_gives_no_gap(cli: CommandLine, capsys: 
 def test_without_any_evaluation_nothing_is_measured(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("fit", "--trainer.max_epochs=1", "--trainer.limit_val_batches=0") == 0
     assert gaps(cli) == {}
-    assert "trainer.limit_val_batches lets nothing be evaluated" in capsys.readouterr().err
+    assert "trainer.limit_val_batches leaves no batch to evaluate" in capsys.readouterr().err
 
 
 def test_a_later_test_removes_the_gap_to_the_earlier_one(cli: CommandLine) -> None:

@@ -104,7 +104,7 @@ def test_without_its_backbone_a_run_has_all_but_intruders(
     assert "intruder dimensions are left out: " in error
     assert str(weights) in error
     page = assert_page_has_pictures(tmp_path / "without", *ALWAYS, "relative_norms")
-    assert "Frozen weights not at hand: run 1: B." in page
+    assert "Frozen weights not loaded: run 1: B." in page
     rows = pq.read_table(cli.run() / "spectrum.parquet").to_pylist()
     last = [row["relative_norm"] for row in rows if row["factor"] == "BA" and row["step"] == rows[-1]["step"]]
     ranks = pd.read_parquet(tmp_path / "without" / "ranks.parquet").query("at_checkpoint and factor == 's·BA'")

@@ -129,19 +129,19 @@ def test_a_file_cut_short_under_a_run() -> None:
     states = filled(Prefix(torch.float32))
     with states.path.open("r+b") as file:
         file.truncate(states.path.stat().st_size // 2)
-    with pytest.raises(DataError, match=r"data\.cache_prefix: .* has been cut short; remove it and run again"):
+    with pytest.raises(DataError, match=r"data\.cache_prefix: .* is truncated\. Remove the file and run"):
         states.batch([[row] for row in range(5)])
 
 
 def test_a_file_removed_under_a_run() -> None:
     states = filled(Prefix(torch.float32))
     states.path.unlink()
-    with pytest.raises(DataError, match=r"prefix-\w+\.npy can no longer be read \(.*\); run again"):
+    with pytest.raises(DataError, match=r"prefix-\w+\.npy can no longer be read \(.*\)\. Run the command again"):
         states.batch([[0]])
 
 
 def test_padding_at_the_left() -> None:
-    with pytest.raises(DataError, match=r"data\.cache_prefix: is for texts that are padded at the right"):
+    with pytest.raises(DataError, match=r"data\.cache_prefix: the cache needs texts that are padded at the right"):
         filled(Prefix(torch.float32), side="left")
     batches = WithHidden(PadSequences(0, "left"), filled(Prefix(torch.float32)))
     assert torch.equal(batches([Rows()[1], Rows()[3]])["hidden"], expected([[1], [3]], 5))  # without padding

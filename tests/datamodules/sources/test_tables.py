@@ -207,7 +207,7 @@ def test_encodings(tmp_path: Path, encoding: str, suffix: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["rot13", "base64", "hex", "nonsense"])
 def test_encodings_that_are_not_of_text(encoding: str) -> None:
-    with refuses(f"data.encoding: '{encoding}' is no encoding"):
+    with refuses(f"data.encoding: '{encoding}' is unknown to Python"):
         Reading(encoding)
 
 
@@ -389,7 +389,7 @@ def test_truncated_parquet(tmp_path: Path, keep: int) -> None:
     ("path", "said"),
     [
         *((path, "is not here") for path in ("/nowhere/at/all", "./nowhere", "~/nowhere", "some/other/folder")),
-        *((path, "from the hub it could not be had") for path in ("some-data", "some/data")),
+        *((path, "could not be loaded from the hub") for path in ("some-data", "some/data")),
     ],
 )
 def test_a_path_that_is_not_there(path: str, said: str) -> None:
@@ -400,8 +400,8 @@ def test_a_path_that_is_not_there(path: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("new.txt", "a", "new.txt is no file of .parquet, .csv, .tsv, .jsonl"),
-        ("gone.csv", None, "gone.csv is no file of"),
+        ("new.txt", "a", "new.txt is missing, or is not a file of .parquet, .csv, .tsv, .jsonl"),
+        ("gone.csv", None, "gone.csv is missing, or is not a file of"),
         ("new.csv", "", "is an empty file"),
         ("new.jsonl", '{"text', "cannot be read as jsonl"),
     ],
@@ -418,7 +418,7 @@ def test_a_bad_file_to_predict_is_told_under_its_key(tmp_path: Path, name: str, 
 
 def test_a_link_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.csv").symlink_to(tmp_path / "gone.csv")
-    with refuses("data.path", "train.csv", "link to one that is not there"):
+    with refuses("data.path", "train.csv", "is a broken link"):
         open_table(str(tmp_path), ("train",))
 
 

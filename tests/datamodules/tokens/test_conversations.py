@@ -211,7 +211,7 @@ def test_a_response_ends_where_its_template_says() -> None:
     tokens, learnt = encoder(template).conversation(talk("Hi", "Yo"))
     assert text(tokens) == "<user>Hi</><assistant>Yo</>"
     assert learnt_runs(tokens, learnt) == ["<assistant>Yo</>"]  # all that the prompt does not have
-    with refuses("no special token behind a response"):
+    with refuses("no special token after a response"):
         response_end(byte_tokenizer(), template)
     tokenizer = byte_tokenizer(eos_token="<unk>")  # as in Qwen's base models, another than the template's
     assert tokenizer.eos_token_id != response_end(tokenizer, CHAT) == END
