@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 import resource
 import sys
@@ -23,6 +24,8 @@ from rich.table import Table
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.callbacks.lookup import find_callback
 from app.config.differences import compare_configurations
+from app.config.precedence import dotted
+from app.config.variants import variant_name
 from app.console import escape_controls
 from app.lightning_compat import move_run_directory
 from app.run.checkpoint_io import saved_configuration
@@ -34,11 +37,14 @@ from app.run.evaluations import (
     metrics_of_split,
     read_metrics,
 )
+from app.run.logger import how_to_look, log_results
 from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
+# results to compare runs by: without those of each category or environment
+RESULTS = re.compile(r"best/.+|test/[^/]+|params/trainable|time/fit_seconds|memory/peak_bytes")
 
 
 class RunSummary(L.Callback):
@@ -172,18 +178,26 @@ class RunSummary(L.Callback):
         self.values |= {k: v.item() for k, v in metrics if "/" in k and not k.startswith("lr-")}
 
     @rank_zero_only
-    def report(self, run_directory: Path) -> None:
-        """Print the closing table and write metrics.json. Figures of earlier commands stay unless they are outdated."""
+    def report(self, trainer: L.Trainer, run_directory: Path) -> None:
+        """Print the closing table, write metrics.json, and log the results beside the settings of the run.
+
+        Figures of earlier commands stay unless they are outdated.
+        """
         self._write(run_directory)
         if not self.values:  # a prediction has logged its files
             return
+        loggers = [] if trainer.fast_dev_run else trainer.loggers  # type: ignore[attr-defined]
+        known = read_metrics(run_directory)
+        if "time/fit_seconds" in known and loggers:
+            results = {key: value for key, value in known.items() if RESULTS.fullmatch(key) and _finite(value)}
+            log_results(trainer, _settings(trainer), results)
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
             table.add_row(escape_controls(key), _readable(key, value))
         console = Console()
         console.print(table)
-        where = escape_controls(str(run_directory))
-        console.print(f"Look inside: tensorboard --logdir {where}", soft_wrap=True, markup=False)
+        for logger in loggers:
+            console.print(f"Look inside: {escape_controls(how_to_look(logger))}", soft_wrap=True, markup=False)
 
     def _write(self, run_directory: Path) -> None:
         known = read_metrics(run_directory)
@@ -194,6 +208,28 @@ class RunSummary(L.Callback):
         merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
         with atomic_write(run_directory / METRICS) as file:
             file.write(f"{json.dumps(merged, indent=2)}\n".encode())
+
+
+def _settings(trainer: L.Trainer) -> dict[str, str | float]:
+    """Return what tells runs apart, by short names. All runs have all names: TensorBoard shows the first run's."""
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(module, AdaptedModule)
+    hparams = {"hyper_parameters": dict(module.hparams), "datamodule_hyper_parameters": dict(data.hparams)}
+    keys = dotted(saved_configuration(hparams)) | dotted(dataclasses.asdict(module.adapter), "model.adapter")
+    adapter = module.adapter if module.tuning == "adapter" else None
+    targets = [] if adapter is None else adapter.targets
+    return {
+        "variant": variant_name(keys),
+        "trains": module.tuning if adapter is None else adapter.train,
+        "rank": 0 if adapter is None else adapter.rank,
+        "targets": targets if isinstance(targets, str) else " ".join(targets),
+        "lr": module.learning_rate,
+        "batch_size": keys.get("data.batch_size", 0),
+        "epochs": trainer.max_epochs or 0,
+        "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        "backbone": Path(module.hparams["backbone"]).name,
+        "data": " ".join(filter(None, (Path(keys.get("data.path") or "").name, keys.get("data.task")))),
+    }
 
 
 def _is_limited(trainer: L.Trainer, key: str) -> bool:
