@@ -26,6 +26,7 @@ VIRIDIS = np.array(
 LOWEST, HIGHEST = 1e-3, 10.0  # ends of the colours of singular values, which are the same for all steps and runs
 WIDTH, HEIGHT = 300, 280  # of the matrix, in pixels
 TOP, BOTTOM, GAP, BAR, NUMBERS = 34, 46, 7, 16, 66  # title; indices and label; spaces; bar of colours; its numbers
+TYPE = 15  # height of the type
 INK, PAPER = (0, 0, 0), (255, 255, 255)
 
 
@@ -43,7 +44,7 @@ class HeatMap:
 
     def __init__(self, rows: Sequence[str], is_share: bool = False) -> None:
         self.is_share = is_share
-        self.font, self.title_font = ImageFont.load_default(15), ImageFont.load_default(17)
+        self.font, self.title_font = ImageFont.load_default(TYPE), ImageFont.load_default(TYPE + 2)
         self.left = 2 * GAP + max(int(self.font.getlength(name)) for name in rows)
         self.bar = self.left + WIDTH + 2 * GAP
         self.empty = Image.new("RGB", (self.bar + BAR + NUMBERS, TOP + HEIGHT + BOTTOM), PAPER)
@@ -62,7 +63,7 @@ class HeatMap:
         self.empty.paste(colours.resize((BAR, HEIGHT), Image.Resampling.NEAREST), (self.bar, TOP))
         ticks = ("0", "0.5", "1") if is_share else ("< 0.001", "0.01", "0.1", "1", "> 10")  # the font has no ≤
         for i, tick in enumerate(ticks):
-            y = TOP + (1 - i / (len(ticks) - 1)) * (HEIGHT - self.font.size) + self.font.size / 2
+            y = TOP + (1 - i / (len(ticks) - 1)) * (HEIGHT - TYPE) + TYPE / 2
             draw.text((self.bar + BAR + GAP, y), tick, INK, self.font, anchor="lm")
 
     def render(self, values: Sequence[Sequence[float]] | np.ndarray, title: str) -> np.ndarray:

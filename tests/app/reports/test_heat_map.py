@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.reports.heat_map import HEIGHT, TOP, HeatMap
+from app.reports.heat_map import HEIGHT, TOP, TYPE, HeatMap
 
 pytestmark = pytest.mark.drawn
 BRIGHTEST = np.array([253, 231, 36])  # the end of viridis
@@ -38,7 +38,7 @@ def test_a_value_has_one_colour_whatever_else_is_shown() -> None:
 def test_the_type_is_legible_where_tensorboard_shows_a_picture() -> None:
     """At 400 pixels across, a letter is 10 pixels high or more, whatever the number of layers."""
     chart = HeatMap([role for role in ("query", "key", "value", "output", "mlp_gate") for _ in range(32)])
-    assert chart.font.size * 400 / chart.empty.width > 10
+    assert TYPE * 400 / chart.empty.width > 10
 
 
 def test_nothing_but_zeros_can_be_drawn() -> None:
