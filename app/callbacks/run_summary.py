@@ -214,8 +214,7 @@ def _settings(trainer: L.Trainer) -> dict[str, str | float]:
     """Return what tells runs apart, by short names. All runs have all names: TensorBoard shows the first run's."""
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(module, AdaptedModule)
-    hparams = {"hyper_parameters": dict(module.hparams), "datamodule_hyper_parameters": dict(data.hparams)}
-    keys = dotted(saved_configuration(hparams)) | dotted(dataclasses.asdict(module.adapter), "model.adapter")
+    keys = dotted({**module.hparams, "adapter": dataclasses.asdict(module.adapter)}, "model")
     adapter = module.adapter if module.tuning == "adapter" else None
     targets = [] if adapter is None else adapter.targets
     return {
@@ -224,11 +223,11 @@ def _settings(trainer: L.Trainer) -> dict[str, str | float]:
         "rank": 0 if adapter is None else adapter.rank,
         "targets": targets if isinstance(targets, str) else " ".join(targets),
         "lr": module.learning_rate,
-        "batch_size": keys.get("data.batch_size", 0),
+        "batch_size": data.hparams.get("batch_size", 0),
         "epochs": trainer.max_epochs or 0,
         "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         "backbone": Path(module.hparams["backbone"]).name,
-        "data": " ".join(filter(None, (Path(keys.get("data.path") or "").name, keys.get("data.task")))),
+        "data": " ".join(filter(None, (Path(data.hparams.get("path") or "").name, data.hparams.get("task")))),
     }
 
 
