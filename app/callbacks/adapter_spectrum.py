@@ -218,7 +218,7 @@ class AdapterSpectrum(L.Callback):
             padded *= row["scale"]
         largest = values[:, :1]
         name = "s·BA" if factor == "BA" else factor
-        titles = (f"{name}, largest {largest.max():.3g}", f"{name}, relative to each layer's largest")
+        titles = (f"{name}, largest {largest.max():.3g}", f"{name} over each layer's largest")
         for chart, kind, data, title in zip(
             self._maps, ("map", "ratio"), (values, values / np.where(largest > 0, largest, 1)), titles, strict=True
         ):

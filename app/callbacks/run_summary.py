@@ -44,7 +44,7 @@ from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
 # results to compare runs by: without those of each category or environment
-RESULTS = re.compile(r"best/.+|test/[^/]+|params/trainable|time/fit_seconds|memory/peak_bytes")
+RESULTS = re.compile(r"best/.+|test/[^/]+|params/trainable|time/fit_seconds")
 
 
 class RunSummary(L.Callback):
@@ -65,6 +65,7 @@ class RunSummary(L.Callback):
         self._earlier_seconds = 0.0  # of the legs before the checkpoint that is resumed
         self._earlier_peak = 0
         self._device = torch.device("cpu")
+        self._settings: dict[str, str | float] = {}  # of a fit that has ended
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Broadcast the run directory, which rank zero has made."""
@@ -131,6 +132,7 @@ class RunSummary(L.Callback):
         if trainer.global_step > self._first_step:
             self._outdated |= {"train", "val", "test", "best", "train_eval", "gap", "forgetting"}
         self._loaded = None
+        self._settings = _settings(trainer)
         self._keep_metrics(trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(Path(trainer.default_root_dir))  # a run that is killed in its test keeps them
@@ -179,7 +181,7 @@ class RunSummary(L.Callback):
 
     @rank_zero_only
     def report(self, trainer: L.Trainer, run_directory: Path) -> None:
-        """Print the closing table, write metrics.json, and log the results beside the settings of the run.
+        """Print the closing table, write metrics.json, and log the results of a fit beside its settings.
 
         Figures of earlier commands stay unless they are outdated.
         """
@@ -187,10 +189,9 @@ class RunSummary(L.Callback):
         if not self.values:  # a prediction has logged its files
             return
         loggers = [] if trainer.fast_dev_run else trainer.loggers  # type: ignore[attr-defined]
-        known = read_metrics(run_directory)
-        if "time/fit_seconds" in known and loggers:
-            results = {key: value for key, value in known.items() if RESULTS.fullmatch(key) and _finite(value)}
-            log_results(trainer, _settings(trainer), results)
+        if self._settings and loggers:
+            results = {key: value for key, value in self.values.items() if RESULTS.fullmatch(key) and _finite(value)}
+            log_results(trainer, self._settings, results)
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
             table.add_row(escape_controls(key), _readable(key, value))
@@ -211,23 +212,26 @@ class RunSummary(L.Callback):
 
 
 def _settings(trainer: L.Trainer) -> dict[str, str | float]:
-    """Return what tells runs apart, by short names. All runs have all names: TensorBoard shows the first run's."""
+    """Return what tells runs apart, by short names.
+
+    All runs have all names, since TensorBoard takes the columns from the first run. It shows the first five names of
+    the alphabet: data, lr, rank, seed and train.
+    """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(module, AdaptedModule)
     keys = dotted({**module.hparams, "adapter": dataclasses.asdict(module.adapter)}, "model")
     adapter = module.adapter if module.tuning == "adapter" else None
     targets = [] if adapter is None else adapter.targets
     return {
-        "variant": variant_name(keys),
-        "trains": module.tuning if adapter is None else adapter.train,
-        "rank": 0 if adapter is None else adapter.rank,
-        "targets": targets if isinstance(targets, str) else " ".join(targets),
-        "lr": module.learning_rate,
-        "batch_size": data.hparams.get("batch_size", 0),
-        "epochs": trainer.max_epochs or 0,
-        "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
-        "backbone": Path(module.hparams["backbone"]).name,
         "data": " ".join(filter(None, (Path(data.hparams.get("path") or "").name, data.hparams.get("task")))),
+        "lr": module.learning_rate,
+        "rank": 0 if adapter is None else adapter.rank,
+        "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        "train": module.tuning if adapter is None else adapter.train,
+        "train_batch_size": data.hparams.get("batch_size", 0),
+        "train_epochs": trainer.max_epochs or 0,
+        "train_targets": targets if isinstance(targets, str) else " ".join(targets),
+        "variant": variant_name(keys),
     }
 
 

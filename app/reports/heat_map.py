@@ -23,28 +23,29 @@ VIRIDIS = np.array(
         (253, 231, 37),
     ]
 )
-LOWEST, HIGHEST = 1e-3, 10.0  # ends of the colours of singular values, which are the same for all steps and runs
-WIDTH, HEIGHT = 300, 280  # of the matrix, in pixels
-TOP, BOTTOM, GAP, BAR, NUMBERS = 34, 46, 7, 16, 66  # title; indices and label; spaces; bar of colours; its numbers
-TYPE = 15  # height of the type
+LOWEST, HIGHEST = 0.01, 10.0  # ends of the colours of singular values, which are the same for all steps and runs
+WIDTH, HEIGHT = 210, 216  # of the matrix, in pixels
+TOP, BOTTOM, GAP, BAR, NUMBERS = 28, 40, 6, 12, 52  # title; indices and label; spaces; bar of colours; its numbers
+TYPE = 13  # height of the type
 INK, PAPER = (0, 0, 0), (255, 255, 255)
 
 
 class HeatMap:
     """A matrix of layers × index; names, frame and bar of colours are drawn once.
 
-    TensorBoard shows pictures about 400 pixels wide: consecutive rows of one name share one label in large type.
+    TensorBoard shows pictures about 350 pixels wide, and scales with loss of detail: a picture is as wide as that, and
+    consecutive rows of one name share one label.
     Drawn with Pillow, since importing matplotlib and laying out its figures would be most of a measurement's time.
 
     Args:
         rows: Names of the rows.
         is_share: Whether the values are shares in [0, 1], with colours in equal steps. Otherwise the colours are those
-            of the logarithm, from 0.001 to 10. Values outside take the colours of the ends.
+            of the logarithm, from 0.01 to 10. Values outside take the colours of the ends.
     """
 
     def __init__(self, rows: Sequence[str], is_share: bool = False) -> None:
         self.is_share = is_share
-        self.font, self.title_font = ImageFont.load_default(TYPE), ImageFont.load_default(TYPE + 2)
+        self.font, self.title_font = ImageFont.load_default(TYPE), ImageFont.load_default(TYPE + 1)
         self.left = 2 * GAP + max(int(self.font.getlength(name)) for name in rows)
         self.bar = self.left + WIDTH + 2 * GAP
         self.empty = Image.new("RGB", (self.bar + BAR + NUMBERS, TOP + HEIGHT + BOTTOM), PAPER)
@@ -61,7 +62,7 @@ class HeatMap:
         draw.text((self.left + WIDTH / 2, TOP + HEIGHT + BOTTOM - GAP), label, INK, self.font, anchor="ms")
         colours = _coloured(np.linspace(1, 0, HEIGHT)[:, None])
         self.empty.paste(colours.resize((BAR, HEIGHT), Image.Resampling.NEAREST), (self.bar, TOP))
-        ticks = ("0", "0.5", "1") if is_share else ("< 0.001", "0.01", "0.1", "1", "> 10")  # the font has no ≤
+        ticks = ("0", "0.5", "1") if is_share else ("< 0.01", "0.1", "1", "> 10")  # the font has no ≤
         for i, tick in enumerate(ticks):
             y = TOP + (1 - i / (len(ticks) - 1)) * (HEIGHT - TYPE) + TYPE / 2
             draw.text((self.bar + BAR + GAP, y), tick, INK, self.font, anchor="lm")

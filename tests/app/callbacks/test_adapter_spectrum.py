@@ -176,9 +176,9 @@ def test_pictures_have_the_scale_and_one_colour_for_one_value(
     ]
     largest = 2 * np.max(sigma)
     assert drawn[f"s·BA, largest {largest:.3g}, step 16"] == pytest.approx(2 * np.array(sigma), rel=1e-5)
-    ratios = drawn["s·BA, relative to each layer's largest, step 16"]
+    ratios = drawn["s·BA over each layer's largest, step 16"]
     assert ratios == pytest.approx(np.array(sigma) / np.max(sigma, axis=1, keepdims=True), rel=1e-5)
-    assert not drawn["s·BA, relative to each layer's largest, step 0"].any()  # B starts at zero
+    assert not drawn["s·BA over each layer's largest, step 0"].any()  # B starts at zero
 
 
 def test_relative_norm_is_that_of_the_update(cli: CommandLine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from app.run.logger import how_to_look, log_picture, log_results, log_text
@@ -125,29 +127,30 @@ def test_how_to_look(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), {"variant": "B", "trains": "B", "rank": 4, "targets": "query value"}),
-        (("--variant=lora",), {"variant": "lora", "trains": "both", "rank": 4, "targets": "query value"}),
-        (("--variant=head",), {"variant": "head", "trains": "head", "rank": 0, "targets": ""}),
+        ((), {"variant": "B", "train": "B", "rank": 4, "train_targets": "query value"}),
+        (("--variant=lora",), {"variant": "lora", "train": "both", "rank": 4, "train_targets": "query value"}),
+        (("--variant=head",), {"variant": "head", "train": "head", "rank": 0, "train_targets": ""}),
     ],
 )
 def test_hparams_have_settings_and_final_metrics(
     cli: CommandLine, options: tuple[str, ...], expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli("fit", "--test_after_fit=true", "--seed_everything=3", *options) == 0
-    assert f"Look inside: tensorboard --logdir {cli.run()}\n" in capsys.readouterr().out
-    events = cli.events()
+    (run,) = cli.root.glob("version_0*")
+    assert f"Look inside: tensorboard --logdir {run}\n" in capsys.readouterr().out
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     content = {
         tag: plugin_data_pb2.HParamsPluginData.FromString(data)
         for tag, data in events.PluginTagToContent("hparams").items()
     }
     start = content["_hparams_/session_start_info"].session_start_info.hparams
     settings = {key: getattr(value, value.WhichOneof("kind")) for key, value in start.items()}
-    others = {"lr": 0.01, "batch_size": 6, "epochs": 2, "seed": 3, "backbone": "vit_tiny_patch16_224"}
+    others = {"lr": 0.01, "seed": 3, "train_batch_size": 6, "train_epochs": 2}
     assert settings == {**expected, **others, "data": cli.data.name}
     metrics = {info.name.tag for info in content["_hparams_/experiment"].experiment.metric_infos}
     assert {"params/trainable", "time/fit_seconds", "test/acc1", "test/loss"} <= metrics
     assert any(name.startswith("best/val/") for name in metrics)
     assert len(metrics) <= 10
-    saved = cli.metrics()
+    saved = json.loads((run / "metrics.json").read_text())
     for name in metrics:
-        assert list(cli.scalars(name).values())[-1] == pytest.approx(saved[name], rel=1e-6)
+        assert events.Scalars(name)[-1].value == pytest.approx(saved[name], rel=1e-6)
