@@ -227,14 +227,16 @@ class TextData(ResumableDataModule):
         return self.trainer is not None and self.trainer.state.fn == "predict"
 
     def tables_of_any_split(self) -> dict[str, Table]:
-        """Return the sets to predict, or else the training rows, or else those of another split that is there.
+        """Return the sets to predict, the training rows of a fit, or the rows of another split that is there.
 
         Raises:
             DataError: If there are none.
         """
         if self.predicts:
             return self._tables_to_predict()
-        return self.stored("train") or self.stored("val") or self.stored("test") or {"": self.training_table()}
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            return {"": self.training_table()}
+        return self.stored("test") or self.stored("val") or {"": self.training_table()}
 
     def training_table(self) -> Table:
         """Return the training rows.
@@ -292,7 +294,7 @@ class TextData(ResumableDataModule):
         shares = self.shares() if from_training else {}
         chosen = choose_rows(len(rows), split, shares, self.val_seed, limit)
         made = self.build(split, table, rows[chosen])
-        source = table.source or table.where
+        source = self.source(table)
         if split in shares:
             source += f", the share of {shares[split]:g} held out with val_seed {self.val_seed}"
         elif shares:
@@ -303,6 +305,10 @@ class TextData(ResumableDataModule):
         self.findings.add_split(f"{split} {name}".strip(), len(made), source)
         self.add_notes(table)
         return made
+
+    def source(self, table: Table) -> str:
+        """Return where the rows of a table are from, for the report of a fit."""
+        return table.source or table.where
 
     def eligible_rows(self, table: Table) -> Tensor:
         """Return the rows of a table that a split is chosen from, (rows,) int64."""
