@@ -540,7 +540,7 @@ class AsymmetryCLI(HookedCLI):
 
     def _sum_up(self) -> None:
         if self.trainer.is_global_zero:
-            self.summary.report(self.run_directory)
+            self.summary.report(self.trainer, self.run_directory)
             print(f"Run directory: {escape_controls(str(self.run_directory))}", flush=True)
 
 

@@ -8,14 +8,16 @@ import math
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from app.reports.heat_map import HeatMap
+from app.run.logger import log_picture, log_text
 from app.run.spectrum_file import FILE, DamagedSpectra, read_spectra, write_spectra
 from datamodules.errors import CallbackError
 from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
@@ -24,36 +26,51 @@ from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
+MOST_SCALARS = 40  # of a run with detail `roles`
+# the most telling first: means over the run have all of them, means by role as many of the first as the limit allows
+QUANTITIES = (
+    *("BA/relative_norm", "B/largest", "A/largest", "BA/effective_rank", "BA/largest"),
+    *("B/effective_rank", "A/effective_rank", "B/smallest", "A/smallest", "B/stable_rank", "A/stable_rank"),
+    *("BA/stable_rank", "B/frobenius", "A/frobenius", "BA/frobenius", "BA/smallest"),
+)
+BY_ROLE = QUANTITIES[:4]  # that have charts by role
 Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
-QUANTITIES = ("largest", "smallest", "effective_rank", "stable_rank", "frobenius")
+Detail = Literal["roles", "layers", "off", False]  # YAML reads a bare off as false
 
 
 class AdapterSpectrum(L.Callback):
     """Log the spectra at the start of training, at intervals, and at its end.
 
-    - Every logger gets the mean over layers of each quantity: `spectrum/<role>/<factor>/<quantity>`.
-    - TensorBoard also gets a histogram of each layer (`spectrum_layers/`), a heat map of layers × index for each factor
-      (`spectrum_map/`), and a layout of custom scalars that opens grouped.
+    - Every logger gets the mean over all projections of each quantity, `spectrum/<factor>/<quantity>`, and means over
+      the projections of a role, `spectrum/<role>/<factor>/<quantity>`: in all at most 40 scalars.
+    - Loggers with pictures get heat maps of layers × index: the singular values (`spectrum_map/<factor>`), and their
+      ratios to the largest of each layer (`spectrum_ratio/<factor>`).
+    - TensorBoard also gets a histogram of B·A for each role (`spectrum_roles/`), and a layout of custom scalars, which
+      is the same for all runs.
     - `spectrum.parquet` in the run directory gets all singular values.
 
-    B·A is without the scale s. A frozen factor is measured once. `relative_norm` is ‖sBA‖_F / ‖W‖_F. It is 0 for
-    B·A = 0, and infinite for any other update of W = 0. Means over layers leave infinite ratios out.
+    Scalars, histograms and the file have B·A without the scale s; the heat maps show s·B·A. A frozen factor is measured
+    once and logged as a text. `relative_norm` is ‖sBA‖_F / ‖W‖_F. It is 0 for B·A = 0, and infinite for any other
+    update of W = 0. Means leave infinite ratios out.
 
     Args:
         every_n_epochs: Interval in epochs, at least 1; None measures at the start, by steps, and at the end only.
         every_n_steps: Interval in optimizer steps, at least 1, besides; None for none.
+        detail: `roles`; `layers` for scalars and a histogram of each layer too; `off` writes the file alone.
     """
 
-    def __init__(self, every_n_epochs: int | None = 1, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self, every_n_epochs: int | None = 1, every_n_steps: int | None = None, detail: Detail = "roles"
+    ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             if value is not None and value < 1:
                 raise CallbackError(f"spectrum.{name}: {value} must be 1 or more, or null.")
-        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.every_n_epochs, self.every_n_steps, self.detail = every_n_epochs, every_n_steps, detail or "off"
         self.seconds = 0.0
         self._rows: list[dict[str, Any]] = []
         self._frozen: dict[tuple[str, str], Tensor] = {}
         self._weight_norms: dict[str, float] = {}
-        self._maps: dict[str, HeatMap] = {}
+        self._maps: tuple[HeatMap, HeatMap] | None = None
         self._last_step = -1
         self._warned_of_zero_weights = False
 
@@ -84,9 +101,12 @@ class AdapterSpectrum(L.Callback):
             if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
                 self._measure(trainer, pl_module)
             return
-        for board in _boards(trainer):
-            board.add_custom_scalars(_layout(pl_module))
         self._measure(trainer, pl_module)
+        if self.detail != "off":
+            for board in _boards(trainer):
+                board.add_custom_scalars(_layout())
+            for factor in _factors(pl_module, trained=False):
+                log_text(trainer, f"spectrum/{factor}", _description(factor, self._rows))
         self._write(trainer)  # now, for a run that is cut off in its first epoch
 
     def on_train_batch_end(
@@ -122,27 +142,22 @@ class AdapterSpectrum(L.Callback):
         self._last_step = step
         assert isinstance(module, AdaptedModule)
         module.check_weights()
-        fresh: set[str] = set()  # factors that are measured now, since they were not measured before or are trained
         rows: list[dict[str, Any]] = []
         for name, (layer, factors) in adapted_projections(module.backbone).items():
-            r_a, r_b = (self._triangular(name, factor, factors, fresh) for factor in ("A", "B"))
+            r_a, r_b = (self._triangular(name, factor, factors) for factor in ("A", "B"))
             spectra = {"A": singular_values(r_a), "B": singular_values(r_b), "BA": product_singular_values(r_b, r_a.T)}
             ratio = _ratio(factors.scale * float(spectra["BA"].norm()), self._weight_norm(name, layer, factors))
             for factor, sigma in spectra.items():
                 row = {"step": step, "projection": name, "role": factors.projection.role, "factor": factor}
-                rows.append(
-                    row | {"singular_values": sigma.tolist(), "relative_norm": ratio if factor == "BA" else None}
-                )
+                row |= {"singular_values": sigma.tolist(), "relative_norm": ratio if factor == "BA" else None}
+                rows.append(row | {"scale": factors.scale if factor == "BA" else 1.0})
         self._rows += rows
         self._warn_of_zero_weights([row["projection"] for row in rows if row["relative_norm"] == math.inf])
-        scalars = _scalars(rows)
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
-        for board in _boards(trainer):
-            self._draw(board, rows, fresh | {"BA"}, step)
+        if self.detail != "off":
+            self._log_step(trainer, [row for row in rows if row["factor"] in _factors(module, trained=True)])
         self.seconds += time.perf_counter() - start
 
-    def _triangular(self, name: str, factor: str, factors: LowRankFactors, fresh: set[str]) -> Tensor:
+    def _triangular(self, name: str, factor: str, factors: LowRankFactors) -> Tensor:
         """Return R_A or R_B, (r, r) on the CPU; for a frozen factor, the one of the first time."""
         if (name, factor) in self._frozen:
             return self._frozen[name, factor]
@@ -153,7 +168,6 @@ class AdapterSpectrum(L.Callback):
             r = triangular_factor((tensor.T if factor == "A" else tensor).cpu())
         finally:
             torch.set_num_threads(threads)
-        fresh.add(factor)
         if factor in factors.named_factors(trained=False):
             self._frozen[name, factor] = r
         return r
@@ -176,24 +190,40 @@ class AdapterSpectrum(L.Callback):
 
     # ------------------------------------------------------------------------------------------------- where
 
-    def _draw(self, board: Board, rows: list[dict[str, Any]], factors: set[str], step: int) -> None:
-        """Draw histograms and heat maps of the given factors."""
-        for factor in sorted(factors):
-            # by role and then by depth, so that a role's change with depth shows as a band
-            chosen = sorted((r for r in rows if r["factor"] == factor), key=lambda r: ROLE_ORDER.get(r["role"], 99))
-            for row in chosen:
+    def _log_step(self, trainer: L.Trainer, rows: list[dict[str, Any]]) -> None:
+        """Log scalars, heat maps and histograms of one step; the rows are those of B·A and of trained factors."""
+        scalars = _scalars(rows, self.detail == "layers")
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+        for board in _boards(trainer):
+            for name, values in _samples(rows, self.detail == "layers").items():
                 # without the last digits' noise, which would fill the histogram of an orthonormal factor; the number of
                 # bins depends on the adapter rank alone ("auto" makes millions for one large value among equal ones)
-                rounded = torch.tensor(row["singular_values"]).round(decimals=4)
-                board.add_histogram(f"spectrum_layers/{row['projection']}/{factor}", rounded, step, bins="sturges")
-            if factor not in self._maps:
-                self._maps[factor] = HeatMap([row["projection"] for row in chosen])
-            title = f"Singular values of {factor}, step {step}"
-            longest = max(len(row["singular_values"]) for row in chosen)
-            # the picture is a rectangle: zeros pad the rows of projections of a lower adapter rank
-            values = [row["singular_values"] + [0.0] * (longest - len(row["singular_values"])) for row in chosen]
-            image = self._maps[factor].render(values, title)
-            board.add_image(f"spectrum_map/{factor}", image, step, dataformats="HWC")
+                rounded = torch.tensor(values).round(decimals=4)
+                board.add_histogram(name, rounded, trainer.global_step, bins="sturges")
+        for factor in dict.fromkeys(row["factor"] for row in rows) if trainer.loggers else ():
+            self._draw(trainer, factor, [row for row in rows if row["factor"] == factor])
+
+    def _draw(self, trainer: L.Trainer, factor: str, rows: list[dict[str, Any]]) -> None:
+        """Draw the heat maps of a factor."""
+        # by role and then by depth, so that a role's change with depth shows as a band
+        rows = sorted(rows, key=lambda row: ROLE_ORDER.get(row["role"], len(ROLES)))
+        if self._maps is None:
+            roles = [row["role"] for row in rows]
+            self._maps = HeatMap(roles), HeatMap(roles, True)
+        # the picture is a rectangle: zeros pad the rows of projections of a lower adapter rank
+        values = np.zeros((len(rows), max(len(row["singular_values"]) for row in rows)))
+        for padded, row in zip(values, rows, strict=True):
+            padded[: len(row["singular_values"])] = row["singular_values"]
+            padded *= row["scale"]
+        largest = values[:, :1]
+        name = "s·BA" if factor == "BA" else factor
+        titles = (f"{name}, largest {largest.max():.3g}", f"{name} over each layer's largest")
+        for chart, kind, data, title in zip(
+            self._maps, ("map", "ratio"), (values, values / np.where(largest > 0, largest, 1)), titles, strict=True
+        ):
+            picture = chart.render(data, f"{title}, step {trainer.global_step}")
+            log_picture(trainer, f"spectrum_{kind}/{factor}", picture, f"spectrum_{kind}_{factor}.png")
 
     def _write(self, trainer: L.Trainer) -> None:
         """Write all rows to the file."""
@@ -219,33 +249,71 @@ def _boards(trainer: L.Trainer) -> list[Board]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def _scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return means over layers, by role, factor and quantity."""
+def _factors(module: L.LightningModule, trained: bool) -> list[str]:
+    """Return the factors whose spectra change in training, B·A among them, or the frozen factors."""
+    assert isinstance(module, AdaptedModule)
+    states = {"BA": True, "B": module.adapter.trains_b, "A": module.adapter.trains_a}
+    return [factor for factor, state in states.items() if state == trained]
+
+
+def _summary(row: dict[str, Any]) -> dict[str, float]:
+    """Return the quantities of one spectrum, by factor and quantity."""
+    values = dataclasses.asdict(summarize(torch.tensor(row["singular_values"])))
+    if row["relative_norm"] is not None and math.isfinite(row["relative_norm"]):
+        values["relative_norm"] = row["relative_norm"]
+    return {f"{row['factor']}/{quantity}": value for quantity, value in values.items()}
+
+
+def _scalars(rows: list[dict[str, Any]], of_layers: bool) -> dict[str, float]:
+    """Return means over the run and by role, and the values of each layer if asked."""
+    quantities = [name for name in QUANTITIES if name.partition("/")[0] in {row["factor"] for row in rows}]
+    by_role = (MOST_SCALARS - len(quantities)) // len({row["role"] for row in rows})
     values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        tag = f"spectrum/{row['role']}/{row['factor']}"
-        for quantity, value in dataclasses.asdict(summarize(torch.tensor(row["singular_values"]))).items():
-            values[f"{tag}/{quantity}"].append(value)
-        if row["relative_norm"] is not None and math.isfinite(row["relative_norm"]):
-            values[f"{tag}/relative_norm"].append(row["relative_norm"])
+        summary = _summary(row)
+        for i, name in enumerate(quantities):
+            if name in summary:
+                values[f"spectrum/{name}"].append(summary[name])
+                if of_layers or i < by_role:
+                    values[f"spectrum/{row['role']}/{name}"].append(summary[name])
+                if of_layers:
+                    values[f"spectrum_layers/{row['projection']}/{name}"].append(summary[name])
     return {tag: sum(v) / len(v) for tag, v in values.items()}
 
 
-def _layout(module: L.LightningModule) -> dict[str, dict[str, list[Any]]]:
-    """Return the layout of custom scalars: a group a factor, a chart a quantity, a line a role."""
-    assert isinstance(module, AdaptedModule)
-    roles = list(dict.fromkeys(p.role for p in module.projections))
+def _samples(rows: list[dict[str, Any]], of_layers: bool) -> dict[str, list[float]]:
+    """Return the singular values of each histogram: B·A by role, or each factor of each layer."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if of_layers:
+            values[f"spectrum_layers/{row['projection']}/{row['factor']}"] += row["singular_values"]
+        elif row["factor"] == "BA":
+            values[f"spectrum_roles/{row['role']}/BA"] += row["singular_values"]
+    return values
 
-    def charts(factor: str, quantities: tuple[str, ...]) -> dict[str, list[Any]]:
-        tags = {q: [f"spectrum/{role}/{factor}/{q}" for role in roles] for q in quantities}
-        return {q.replace("_", " "): ["Multiline", lines] for q, lines in tags.items()}
 
-    states = {"A": module.adapter.trains_a, "B": module.adapter.trains_b}
-    trained = {f"{f}, trained": charts(f, QUANTITIES) for f, state in states.items() if state}
-    frozen = {f"{f}, frozen": charts(f, QUANTITIES) for f, state in states.items() if not state}
-    return {
-        "Loss": {"loss": ["Multiline", ["train/loss", "val/loss"]]},
-        "BA, the update": charts("BA", ("relative_norm", *QUANTITIES)),
-        **trained,
-        **frozen,
-    }
+def _description(factor: str, rows: list[dict[str, Any]]) -> str:
+    """Return a table of a frozen factor's means by role, in Markdown."""
+    rows = [row for row in rows if row["factor"] == factor]
+    means = _scalars(rows, of_layers=True)
+    quantities = [name.partition("/")[2] for name in QUANTITIES if name.startswith(f"{factor}/")]
+    table = [["role", *(name.replace("_", " ") for name in quantities)], ["---"] * (1 + len(quantities))]
+    for role in dict.fromkeys(row["role"] for row in rows):
+        table.append([role, *(f"{means[f'spectrum/{role}/{factor}/{name}']:.4g}" for name in quantities)])
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"{factor} is frozen: its singular values stay as they are. Means over the layers of a role:\n\n{lines}"
+
+
+def _layout() -> dict[str, dict[str, list[Any]]]:
+    """Return the layout of custom scalars: charts with one line a run, and charts with a line for each role below.
+
+    TensorBoard merges the layouts of the runs that it shows. It therefore is the same for all.
+    """
+    layout: dict[str, dict[str, list[Any]]] = {"Loss": {"loss": ["Multiline", ["train/loss", "val/loss"]]}}
+    for title, roles, quantities in (("{}", "", QUANTITIES), ("{} by role", "[^/]+/", BY_ROLE)):
+        for factor in ("BA", "B", "A"):
+            names = [name for name in quantities if name.startswith(f"{factor}/")]
+            layout[title.format(factor)] = {
+                name.partition("/")[2].replace("_", " "): ["Multiline", [f"spectrum/{roles}{name}$"]] for name in names
+            }
+    return layout

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from torchmetrics import Metric
 
-from datamodules.atomic import atomic_write
+from app.run.logger import log_picture, write_picture
 
 FILE = "confusion_matrix.png"
 
@@ -29,7 +27,7 @@ class HasConfusion(Protocol):
 
 
 class ConfusionPicture(L.Callback):
-    """Draw the confusion matrix in the run directory and in TensorBoard."""
+    """Draw the confusion matrix in the run directory and for the loggers."""
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the picture when all batches are counted."""
@@ -41,8 +39,5 @@ class ConfusionPicture(L.Callback):
         from app.reports.confusion import draw_confusion  # a run without a test imports no matplotlib
 
         picture = draw_confusion(matrix, pl_module.class_names or ())
-        with atomic_write(Path(trainer.default_root_dir) / FILE) as file:
-            Image.fromarray(picture).save(file, "PNG")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("test/confusion_matrix", picture, trainer.global_step, dataformats="HWC")
+        write_picture(Path(trainer.default_root_dir) / FILE, picture)
+        log_picture(trainer, "test/confusion_matrix", picture)

@@ -1,12 +1,12 @@
-"""Generated texts in TensorBoard."""
+"""Generated texts for the loggers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from app.run.logger import log_text
 from datamodules.contract import TextModel
 
 SAMPLES = 4  # of the first rows of validation
@@ -38,6 +38,4 @@ class GeneratedSamples(L.Callback):
         texts, self._texts = self._texts, []
         if trainer.sanity_checking or not trainer.is_global_zero or not texts:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("val/samples", "\n\n---\n\n".join(texts), trainer.global_step)
+        log_text(trainer, "val/samples", "\n\n---\n\n".join(texts))

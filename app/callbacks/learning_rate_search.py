@@ -7,11 +7,9 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateFinder
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
 
-from datamodules.atomic import atomic_write
+from app.run.logger import log_picture, write_picture
 
 FILE = "learning_rate.png"
 _log = logging.getLogger(__name__)
@@ -41,9 +39,6 @@ class LearningRateSearch(LearningRateFinder):
         results = self.optimal_lr.results
         picture = draw_range_test(results["lr"], results["loss"], self.optimal_lr.suggestion())
         path = Path(trainer.default_root_dir) / FILE
-        with atomic_write(path) as file:
-            Image.fromarray(picture).save(file, "PNG")
+        write_picture(path, picture)
         _log.info(f"find_lr: {path} shows the training loss over the learning rate.")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("train/learning_rate_search", picture, 0, dataformats="HWC")
+        log_picture(trainer, "train/learning_rate_search", picture)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 import resource
 import sys
@@ -23,6 +24,8 @@ from rich.table import Table
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.callbacks.lookup import find_callback
 from app.config.differences import compare_configurations
+from app.config.precedence import dotted
+from app.config.variants import variant_name
 from app.console import escape_controls
 from app.lightning_compat import move_run_directory
 from app.run.checkpoint_io import saved_configuration
@@ -34,11 +37,14 @@ from app.run.evaluations import (
     metrics_of_split,
     read_metrics,
 )
+from app.run.logger import how_to_look, log_results
 from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
+# results to compare runs by: without those of each category or environment
+RESULTS = re.compile(r"best/.+|test/[^/]+|params/trainable|time/fit_seconds")
 
 
 class RunSummary(L.Callback):
@@ -59,6 +65,7 @@ class RunSummary(L.Callback):
         self._earlier_seconds = 0.0  # of the legs before the checkpoint that is resumed
         self._earlier_peak = 0
         self._device = torch.device("cpu")
+        self._settings: dict[str, str | float] = {}  # of a fit that has ended
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Broadcast the run directory, which rank zero has made."""
@@ -125,6 +132,7 @@ class RunSummary(L.Callback):
         if trainer.global_step > self._first_step:
             self._outdated |= {"train", "val", "test", "best", "train_eval", "gap", "forgetting"}
         self._loaded = None
+        self._settings = _settings(trainer)
         self._keep_metrics(trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(Path(trainer.default_root_dir))  # a run that is killed in its test keeps them
@@ -172,18 +180,25 @@ class RunSummary(L.Callback):
         self.values |= {k: v.item() for k, v in metrics if "/" in k and not k.startswith("lr-")}
 
     @rank_zero_only
-    def report(self, run_directory: Path) -> None:
-        """Print the closing table and write metrics.json. Figures of earlier commands stay unless they are outdated."""
+    def report(self, trainer: L.Trainer, run_directory: Path) -> None:
+        """Print the closing table, write metrics.json, and log the results of a fit beside its settings.
+
+        Figures of earlier commands stay unless they are outdated.
+        """
         self._write(run_directory)
         if not self.values:  # a prediction has logged its files
             return
+        loggers = [] if trainer.fast_dev_run else trainer.loggers  # type: ignore[attr-defined]
+        if self._settings and loggers:
+            results = {key: value for key, value in self.values.items() if RESULTS.fullmatch(key) and _finite(value)}
+            log_results(trainer, self._settings, results)
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
             table.add_row(escape_controls(key), _readable(key, value))
         console = Console()
         console.print(table)
-        where = escape_controls(str(run_directory))
-        console.print(f"Look inside: tensorboard --logdir {where}", soft_wrap=True, markup=False)
+        for logger in loggers:
+            console.print(f"Look inside: {escape_controls(how_to_look(logger))}", soft_wrap=True, markup=False)
 
     def _write(self, run_directory: Path) -> None:
         known = read_metrics(run_directory)
@@ -194,6 +209,30 @@ class RunSummary(L.Callback):
         merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
         with atomic_write(run_directory / METRICS) as file:
             file.write(f"{json.dumps(merged, indent=2)}\n".encode())
+
+
+def _settings(trainer: L.Trainer) -> dict[str, str | float]:
+    """Return what tells runs apart, by short names.
+
+    All runs have all names, since TensorBoard takes the columns from the first run. It shows the first five names of
+    the alphabet: data, lr, rank, seed and train.
+    """
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(module, AdaptedModule)
+    keys = dotted({**module.hparams, "adapter": dataclasses.asdict(module.adapter)}, "model")
+    adapter = module.adapter if module.tuning == "adapter" else None
+    targets = [] if adapter is None else adapter.targets
+    return {
+        "data": " ".join(filter(None, (Path(data.hparams.get("path") or "").name, data.hparams.get("task")))),
+        "lr": module.learning_rate,
+        "rank": 0 if adapter is None else adapter.rank,
+        "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        "train": module.tuning if adapter is None else adapter.train,
+        "train_batch_size": data.hparams.get("batch_size", 0),
+        "train_epochs": trainer.max_epochs or 0,
+        "train_targets": targets if isinstance(targets, str) else " ".join(targets),
+        "variant": variant_name(keys),
+    }
 
 
 def _is_limited(trainer: L.Trainer, key: str) -> bool:

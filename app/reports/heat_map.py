@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -22,70 +23,73 @@ VIRIDIS = np.array(
         (253, 231, 37),
     ]
 )
-WIDTH, ROW, MOST_ROWS, MOST_NAMES = (
-    360,
-    19,
-    40,
-    24,
-)  # of the matrix in pixels; a row's height; rows at that height; names
-TOP, BOTTOM, GAP, BAR, NUMBERS = (
-    28,
-    40,
-    6,
-    14,
-    56,
-)  # title; indices and their label; spaces; bar of colours; its numbers
+LOWEST, HIGHEST = 0.01, 10.0  # ends of the colours of singular values, which are the same for all steps and runs
+WIDTH, HEIGHT = 210, 216  # of the matrix, in pixels
+TOP, BOTTOM, GAP, BAR, NUMBERS = 28, 40, 6, 12, 52  # title; indices and label; spaces; bar of colours; its numbers
+TYPE = 13  # height of the type
 INK, PAPER = (0, 0, 0), (255, 255, 255)
 
 
 class HeatMap:
     """A matrix of layers × index; names, frame and bar of colours are drawn once.
 
+    TensorBoard shows pictures about 350 pixels wide, and scales with loss of detail: a picture is as wide as that, and
+    consecutive rows of one name share one label.
     Drawn with Pillow, since importing matplotlib and laying out its figures would be most of a measurement's time.
 
     Args:
-        rows: Names of the rows; of more than 24, some are left out.
+        rows: Names of the rows.
+        is_share: Whether the values are shares in [0, 1], with colours in equal steps. Otherwise the colours are those
+            of the logarithm, from 0.01 to 10. Values outside take the colours of the ends.
     """
 
-    def __init__(self, rows: Sequence[str]) -> None:
-        self.small, self.large = ImageFont.load_default(10), ImageFont.load_default(13)
-        self.left = GAP + max(int(self.small.getlength(name)) for name in rows) + GAP
-        self.height = ROW * min(len(rows), MOST_ROWS)
+    def __init__(self, rows: Sequence[str], is_share: bool = False) -> None:
+        self.is_share = is_share
+        self.font, self.title_font = ImageFont.load_default(TYPE), ImageFont.load_default(TYPE + 1)
+        self.left = 2 * GAP + max(int(self.font.getlength(name)) for name in rows)
         self.bar = self.left + WIDTH + 2 * GAP
-        size = (self.bar + BAR + NUMBERS, TOP + self.height + BOTTOM)
-        self.empty = Image.new("RGB", size, PAPER)
+        self.empty = Image.new("RGB", (self.bar + BAR + NUMBERS, TOP + HEIGHT + BOTTOM), PAPER)
         draw = ImageDraw.Draw(self.empty)
-        for i in range(0, len(rows), -(-len(rows) // MOST_NAMES)):
-            y = TOP + (i + 0.5) * self.height / len(rows)
-            draw.text((self.left - GAP, y), rows[i], INK, self.small, anchor="rm")
+        first = 0
+        self.borders: list[float] = []  # between rows of different names
+        for name, equal in groupby(rows):
+            after = first + len(list(equal))
+            y = TOP + (first + after) / 2 * HEIGHT / len(rows)
+            draw.text((self.left - GAP, y), name, INK, self.font, anchor="rm")
+            self.borders.append(TOP + after * HEIGHT / len(rows))
+            first = after
         label = "index of the singular value"
-        draw.text((self.left + WIDTH / 2, size[1] - GAP), label, INK, self.small, anchor="ms")
-        bar = _coloured(np.linspace(1, 0, self.height)[:, None]).resize((BAR, self.height), Image.Resampling.NEAREST)
-        self.empty.paste(bar, (self.bar, TOP))
+        draw.text((self.left + WIDTH / 2, TOP + HEIGHT + BOTTOM - GAP), label, INK, self.font, anchor="ms")
+        colours = _coloured(np.linspace(1, 0, HEIGHT)[:, None])
+        self.empty.paste(colours.resize((BAR, HEIGHT), Image.Resampling.NEAREST), (self.bar, TOP))
+        ticks = ("0", "0.5", "1") if is_share else ("< 0.01", "0.1", "1", "> 10")  # the font has no ≤
+        for i, tick in enumerate(ticks):
+            y = TOP + (1 - i / (len(ticks) - 1)) * (HEIGHT - TYPE) + TYPE / 2
+            draw.text((self.bar + BAR + GAP, y), tick, INK, self.font, anchor="lm")
 
-    def render(self, values: Sequence[Sequence[float]], title: str) -> np.ndarray:
+    def render(self, values: Sequence[Sequence[float]] | np.ndarray, title: str) -> np.ndarray:
         """Draw.
 
         Args:
-            values: (rows, columns), not negative; the colours run from 0 to the largest.
+            values: (rows, columns), not negative.
             title: Shown above.
 
         Returns:
             (height, width, 3) uint8.
         """
         data = np.asarray(values, dtype=float)
-        columns, largest = data.shape[1], float(data.max())
+        if not self.is_share:
+            data = np.log10(np.clip(data, LOWEST, HIGHEST) / LOWEST) / np.log10(HIGHEST / LOWEST)
+        columns = data.shape[1]
         picture = self.empty.copy()
-        cells = _coloured(data / (largest or 1.0)).resize((WIDTH, self.height), Image.Resampling.NEAREST)
-        picture.paste(cells, (self.left, TOP))
+        picture.paste(_coloured(data).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST), (self.left, TOP))
         draw = ImageDraw.Draw(picture)
-        draw.text((self.left + WIDTH / 2, TOP / 2), title, INK, self.large, anchor="mm")
-        for i in range(0, columns, -(-columns // 16)):
+        for y in self.borders[:-1]:
+            draw.line((self.left, y, self.left + WIDTH, y), PAPER, 2)
+        draw.text((picture.width / 2, TOP / 2), title, INK, self.title_font, anchor="mm")
+        for i in range(0, columns, -(-columns // 8)):
             x = self.left + (i + 0.5) * WIDTH / columns
-            draw.text((x, TOP + self.height + GAP), str(i + 1), INK, self.small, anchor="mt")
-        for share in (0.0, 0.5, 1.0) if len(data) > 1 else (0.0, 1.0):
-            y = TOP + (1 - share) * self.height
-            draw.text((self.bar + BAR + GAP, y), f"{share * largest:.3g}", INK, self.small, anchor="lm")
+            draw.text((x, TOP + HEIGHT + GAP), str(i + 1), INK, self.font, anchor="mt")
         return np.asarray(picture).copy()
 
 

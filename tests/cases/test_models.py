@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -19,12 +20,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from app.callbacks.adapter_spectrum import AdapterSpectrum, _ratio
@@ -693,10 +694,11 @@ def test_case_35_heat_maps_of_equal_and_tiny_values(
 
 @pytest.mark.parametrize("values", [[0.0] * 4, [1.5] * 4, [1e5, *[1e-4] * 40, *[2e-4] * 40]])
 def test_case_35_histograms_have_few_bins(values: list[float], tmp_path: Path) -> None:
-    writer = SummaryWriter(tmp_path)
-    rows = [{"projection": "a", "role": "query", "factor": "B", "singular_values": values}]
-    AdapterSpectrum()._draw(writer, rows, {"B"}, 0)
-    writer.close()
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer: Any = SimpleNamespace(loggers=[logger], global_step=0)
+    row = {"projection": "a", "role": "query", "factor": "B", "singular_values": values, "relative_norm": None}
+    AdapterSpectrum(detail="layers")._log_step(trainer, [{**row, "scale": 1.0}])
+    logger.finalize("success")
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
     (histogram,) = events.Histograms("spectrum_layers/a/B")
     assert histogram.histogram_value.num == len(values)
