@@ -74,8 +74,9 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
         return candidates[0]
     if not candidates:
         check_column(table, "label_column", "label")  # raises, with advice about the first line
+    listed = ", ".join(candidates)
     raise DataError(
-        f"data.label_column: {len(candidates)} columns of {table.where} may hold the labels ({', '.join(candidates)}). Name one."
+        f"data.label_column: {len(candidates)} columns of {table.where} may hold the labels ({listed}). Name one."
     )
 
 
