@@ -28,6 +28,10 @@ ALLOWED = {
 }
 LIBRARIES = ("lightning", "timm", "transformers")  # which adapters and their analysis do without
 SHARED = {*CONTRACT, "datamodules/atomic.py"}  # what every file may import, whatever room it is in
+# a task has a file of the same name in both packages; each further task imports more, and nothing below imports it
+TASKS = {path.name for path in (ROOT / "modules").glob("*.py")} & {
+    path.name for path in (ROOT / "datamodules").glob("*.py") if path.stem not in ("__init__", "base")
+}
 # modules with nothing but an earlier name of a class, for saved runs and recipes
 OLD_NAMES = {f"datamodules/{name}.py" for name in ("glue", "instructions", "mmlu")}
 
@@ -121,9 +125,9 @@ def levels(graph: dict[str, set[str]]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("package", "most_levels", "most_arrows"), [("app", 4, 30), ("modules", 4, 30), ("datamodules", 4, 30)]
+    ("package", "most_levels", "most_arrows"), [("app", 4, 30), ("modules", 4, 12), ("datamodules", 4, 15)]
 )
 def test_the_rooms_of_a_package_stand_on_few_levels(package: str, most_levels: int, most_arrows: int) -> None:
     graph = rooms(package)
     assert levels(graph) <= most_levels
-    assert sum(len(below) for below in graph.values()) <= most_arrows, graph
+    assert sum(len(below) for room, below in graph.items() if room not in TASKS) <= most_arrows, graph
