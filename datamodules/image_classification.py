@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.contract import DataKind, ImageModel
 from datamodules.errors import DataError, SplitError
-from datamodules.loading.batching import Draw, seeded
+from datamodules.loading.batching import Draw, index_of, seeded
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import Findings
 from datamodules.sources.images import ImageError, ImageTable, open_folder, open_split
@@ -470,5 +470,5 @@ class LabelDataset(Dataset[dict[str, int]]):
 
     def __getitem__(self, key: int | Draw) -> dict[str, int]:
         """Return `label` and `index` of an index or a draw."""
-        index = key[0] if isinstance(key, tuple) else key
+        index = index_of(key)
         return {"label": int(self.labels[index]), "index": index}

@@ -25,7 +25,7 @@ class PadPairs:
     tokenizer: Any
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokens (batch, source tokens) with their mask, `labels` (batch, target tokens), `reference` and `index`."""
+        """Return tokens (batch, source tokens) with mask, `labels` (batch, target tokens), `reference`, `index`."""
         batch: dict[str, Any] = dict(
             self.tokenizer.pad(
                 [{"input_ids": row["input_ids"]} for row in rows], padding="longest", return_tensors="pt"
@@ -84,7 +84,7 @@ class SummarizationData(TrainingTextData):
         self.check_length("max_target_length", self.max_target_length)
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """Tokens of some rows of a table, with the targets' texts; without targets for prediction."""
+        """Return the tokens of some rows of a table with the targets' texts; for prediction, without targets."""
         columns = {"source_column": self.source_column, "target_column": self.target_column}
         if split == "predict":
             columns.pop("target_column")
@@ -129,7 +129,7 @@ class SummarizationData(TrainingTextData):
         return tokens
 
     def collate(self) -> Collate:
-        """Batches with sources and targets padded each to the longest."""
+        """Return the function that pads sources and targets, each to the longest of the batch."""
         return PadPairs(self.tokenizer)
 
     # -------------------------------------------------------------------------------------------------- prediction
@@ -137,7 +137,7 @@ class SummarizationData(TrainingTextData):
     prediction_files = ("predictions.jsonl",)
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """The document's id, its summary, and the reference, if there is one."""
+        """Return the document's id, its summary, and the reference, if there is one."""
         source = self.predicted[file].data[row["index"]]
         name = source.get(self.id_column, row["index"])
         error = {"error": row["error"]} if "error" in row else {}

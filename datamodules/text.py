@@ -257,7 +257,7 @@ class TextData(ResumableDataModule):
         rows = self.eligible_rows(table)
         chosen = choose_rows(len(rows), split, held_out, self.val_fraction, self.val_seed, limit)
         made = self.build(split, table, rows[chosen])
-        source = table.source or table.where
+        source = self.source(table)
         if held_out:
             left = "" if split == "val" else "without "
             source += f", {left}the share of {self.val_fraction:g} held out with val_seed {self.val_seed}"
@@ -266,6 +266,10 @@ class TextData(ResumableDataModule):
         self.findings.add_split(f"{split} {name}".strip(), len(made), source)
         self.add_notes(table)
         return made
+
+    def source(self, table: Table) -> str:
+        """Return where the rows of a table are from, for the report of a fit."""
+        return table.source or table.where
 
     def eligible_rows(self, table: Table) -> Tensor:
         """Return the rows of a table that a split is chosen from, (rows,) int64."""

@@ -307,7 +307,7 @@ def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[st
 
 
 def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
-    """CIFAR-10 as its authors publish it. Its files are pickles: torchvision opens them only if their MD5 is right."""
+    """Open CIFAR-10 as its authors publish it: pickles, which torchvision opens only if their MD5 is right."""
     if split == "val":
         return None
     root = folder.parent if folder.name == "cifar-10-batches-py" else folder

@@ -68,7 +68,7 @@ def check_fraction(key: str, fraction: float) -> None:
 
 
 def choose_rows(size: int, split: str, held_out: bool, val_fraction: float, seed: int, limit: int | None) -> Tensor:
-    """Rows of a split, (rows,) int64.
+    """Return the rows of a split, (rows,) int64.
 
     Args:
         size: Rows of the table.
