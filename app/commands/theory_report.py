@@ -149,7 +149,7 @@ def _roles(table: pd.DataFrame) -> list[str]:
 
 
 def _style(role: str) -> dict[str, Any]:
-    color, marker = STYLES[(*ROLES, "other").index(role)]
+    color, marker = STYLES[(*ROLES, "other").index(role) % len(STYLES)]  # later roles take the first styles again
     return {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.4, "label": role}
 
 

@@ -17,7 +17,7 @@ from app.run.checkpoint_io import read_checkpoint, run_of_checkpoint, saved_conf
 from app.run.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split, read_metrics
 from modules.base import AdaptedModule
 
-TASKS = {
+TASKS = {  # pipelines of the hub; the card of another kind names none and quotes no scores for the hub
     "images": "image-classification",
     "labelled texts": "text-classification",
     "summaries": "summarization",
@@ -105,7 +105,7 @@ def _front_matter(
     """Return the front matter for the hub, without a license: that is the base model's."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = TASKS[module.kinds[0]]
+    task = TASKS.get(module.kinds[0])
     results = [
         EvalResult(
             task_type=task,
@@ -118,7 +118,7 @@ def _front_matter(
         )
         for key, value in metrics.items()
         for split, _, name in [key.partition("/")]
-        if split in SPLITS
+        if task is not None and split in SPLITS
     ]
     base = _hub_name(model, library)
     relation = "finetune" if form == "merged" else "adapter"

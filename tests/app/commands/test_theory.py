@@ -8,7 +8,8 @@ import torch
 
 from app.cli import main, parse_fit
 from app.commands.moments import measure
-from modules.adapters import adapter_state
+from app.commands.theory_report import STYLES, _style
+from modules.adapters import ROLES, adapter_state
 from tests.app.commands.conftest import assert_page_has_pictures
 from tests.app.conftest import CommandLine
 
@@ -42,6 +43,11 @@ def test_report_is_one_page_with_its_figures_and_tables(
     np.testing.assert_allclose(shares["share"][random_b], exact[random_b])
     at_full = shares[(shares["rank"] == shares["d_in"]) & (shares["trained"] == "B")]
     np.testing.assert_allclose(at_full["share"], 1)
+
+
+def test_a_role_beyond_the_styles_has_a_style(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.commands.theory_report.STYLES", STYLES[:3])
+    assert [_style(role)["label"] for role in (*ROLES, "other")] == [*ROLES, "other"]
 
 
 def test_moments_are_those_of_the_batches_of_fit(text_cli: CommandLine) -> None:

@@ -178,6 +178,17 @@ def uniform(fitted_text_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Co
     return fitted_text_cli
 
 
+def test_the_card_of_a_kind_without_a_pipeline_of_the_hub(
+    fitted_text_cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.export.model_card.TASKS", {})
+    assert run_export(fitted_text_cli.run(), tmp_path / "model") == 0
+    _, front, body = (tmp_path / "model" / "README.md").read_text().split("---\n", 2)
+    assert "pipeline_tag" not in front
+    assert "model-index" not in front
+    assert "val/score" in body
+
+
 QUARTER = "roberta.encoder.layer.1.attention.self.query"
 
 
