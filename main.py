@@ -7,6 +7,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # the command `onesided` imports this file from site-packages
 
 gc.disable()  # imports create a million objects that stay: to look for garbage among them takes a tenth of the start
+from app.startup import PAGES, skip_optional_packages  # noqa: E402
+
+if not PAGES.isdisjoint(sys.argv):
+    skip_optional_packages()
 from app.cli import main  # noqa: E402
 
 gc.freeze()

@@ -44,7 +44,7 @@ def test_metadata_name_the_command() -> None:
     assert project["name"] == "onesided"
     module, _, function = project["scripts"]["onesided"].partition(":")
     assert (module, function) == ("onesided.program.main", "main")
-    assert re.search(rf"^from app.cli import {function}$", (ROOT / "main.py").read_text(), re.MULTILINE)
+    assert re.search(rf"^from app.cli import {function}\b", (ROOT / "main.py").read_text(), re.MULTILINE)
 
 
 def test_every_file_of_the_program_is_packaged_below_onesided(layout: dict[str, Any]) -> None:
