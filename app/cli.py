@@ -451,6 +451,12 @@ class AsymmetryCLI(HookedCLI):
         for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if config[key] is not None and config[key] < 1:
                 raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
+        if config.use_distributed_sampler:
+            raise ArgumentError(
+                None,
+                "trainer.use_distributed_sampler: true would split the rows twice, since the data modules split "
+                "them among the processes. Set it to false.",
+            )
         resumed = self.checkpoint is not None and self.subcommand == "fit"
         searches = self.subcommand == "fit" and self.config_init.fit.find_lr
         finder = [LearningRateSearch()] if searches else []

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 
 from datamodules.contract import DataKind, HasClasses, HasFrozenPrefix, Prefix
 from datamodules.errors import DataError
@@ -77,8 +77,6 @@ class ResumableDataModule(L.LightningDataModule):
         """Number of processes, and which is this one."""
         trainer = self.trainer
         assert trainer is not None
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise DataError("These loaders split among processes themselves: Trainer(use_distributed_sampler=False).")
         return trainer.world_size, trainer.global_rank
 
     @property
@@ -119,7 +117,7 @@ class ResumableDataModule(L.LightningDataModule):
                 wait()
 
     def failed_rows(self, file: int) -> list[dict[str, Any]]:
-        """Rows of a file of predictions that cannot be predicted: `index`, and `error` with the reason.
+        """Return the rows of a file that cannot be predicted: `index`, and `error` with the reason.
 
         Args:
             file: Number of the loader that the file is of.
@@ -154,7 +152,7 @@ class ResumableDataModule(L.LightningDataModule):
         filling: Collate | None,
         collate: Collate,
     ) -> WithHidden:
-        """Batches with what the model's frozen prefix makes of them; see `datamodules.loading.prefix_cache`.
+        """Return the function that makes batches with the output of the model's frozen prefix.
 
         Args:
             name: Of the split.
@@ -179,7 +177,7 @@ class ResumableDataModule(L.LightningDataModule):
         collate: Collate | None = None,
         labels: Tensor | None = None,
     ) -> DataLoader[Any]:
-        """Shuffled by the run's seed, whole batches only, from the position of the checkpoint that is resumed.
+        """Return a loader that shuffles by the run's seed, in whole batches, from the position of a resumed checkpoint.
 
         Args:
             dataset: The samples.
@@ -227,7 +225,7 @@ class ResumableDataModule(L.LightningDataModule):
     def evaluation_loader(
         self, dataset: Dataset[Any], lengths: Tensor | None = None, collate: Collate | None = None
     ) -> DataLoader[Any]:
-        """Every sample once, on whichever process: nothing is repeated to make the shares equal.
+        """Return a loader of every sample once, on whichever process: no sample is repeated to make the shares equal.
 
         In order; or with lengths in batches of like length, so that little is padding: the longest batch first, which
         shows at once whether it fits, and the others in an order that is shuffled but always the same.
@@ -268,13 +266,17 @@ class ResumableDataModule(L.LightningDataModule):
         return self.evaluation_loader(sample, None if lengths is None else lengths[rows], collate)
 
     def _loader(
-        self, dataset: Dataset[Any], sampler: EpochSampler | range | list[int], collate: Collate | None
+        self,
+        dataset: Dataset[Any],
+        sampler: EpochSampler | BatchSampler | range | list[int],
+        collate: Collate | None,
     ) -> DataLoader[Any]:
         assert self.trainer is not None
+        whole = isinstance(sampler, BatchSampler)
+        order = {"batch_sampler": sampler} if whole else {"sampler": sampler, "batch_size": self.batch_size}
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            **order,
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.contract import DataKind, ImageModel
 from datamodules.errors import DataError, SplitError
-from datamodules.loading.batching import Draw, derive_seed, seeded
+from datamodules.loading.batching import Draw, derive_seed, index_of, seeded
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import Findings
 from datamodules.sources.images import ImageError, ImageTable, open_folder, open_split
@@ -62,7 +62,7 @@ class ImageData(ResumableDataModule):
         max_train_samples: Seeded sample of the training images, for trying out; None takes all.
         max_val_samples: The same for validation.
         max_test_samples: The same for testing, of each tested set.
-        predict_path: Folder of images for `predict`. Images that cannot be decoded get a row with their error.
+        predict_path: Image or folder of images for `predict`. Images that cannot be decoded get a row with their error.
     """
 
     kind = DataKind.IMAGES
@@ -135,7 +135,7 @@ class ImageData(ResumableDataModule):
         self.evaluation, training = self._transforms(config)
         if stage == "predict":
             if self.predict_path is None:
-                raise DataError("data.predict_path: name the folder of images to predict.")
+                raise DataError("data.predict_path: name the image or the folder of images to predict.")
             table = open_folder(self.predict_path, self.findings)
             self.findings.add_split("predict", len(table), table.where)
             self.splits["predict"] = ImageDataset(table, None, self.evaluation)
@@ -537,5 +537,5 @@ class LabelDataset(Dataset[dict[str, int]]):
 
     def __getitem__(self, key: int | Draw) -> dict[str, int]:
         """Return `label` and `index` of an index or a draw."""
-        index = key[0] if isinstance(key, tuple) else key
+        index = index_of(key)
         return {"label": int(self.labels[index]), "index": index}

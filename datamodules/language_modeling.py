@@ -99,7 +99,7 @@ class LanguageModelingData(TrainingTextData):
 
     @property
     def prompt_template(self) -> str:
-        """The Jinja template of whole conversations.
+        """Return the Jinja template of whole conversations.
 
         Raises:
             DataError: If it is to be the tokenizer's, and that has none.
@@ -117,13 +117,13 @@ class LanguageModelingData(TrainingTextData):
 
     @property
     def response_end(self) -> int:
-        """The token that the template ends a response with."""
+        """Return the token that the template ends a response with."""
         return response_end(self.tokenizer, self.prompt_template)
 
     # ------------------------------------------------------------------------------------------------------ tokens
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """Conversations of some rows of a table; their prompts, for prediction."""
+        """Return the conversations of some rows of a table; for prediction, the prompts."""
         learnt = split != "predict"
         columns, table = self._columns(table, learnt)
         if not learnt:
@@ -143,7 +143,7 @@ class LanguageModelingData(TrainingTextData):
         return TokenDataset(tokens)
 
     def _columns(self, table: Table, learnt: bool) -> tuple[Columns, Table]:
-        """The columns to read, and the table with text in them."""
+        """Return the columns to read, and the table with text in these columns."""
         names = table.data.column_names
         messages = self.messages_column if self.messages_column in names else None
         given = self.input_column
@@ -200,7 +200,7 @@ class LanguageModelingData(TrainingTextData):
     def _check_rows(
         self, split: str, table: Table, rows: Tensor, columns: Columns, encoder: ConversationEncoder
     ) -> Tensor:
-        """The rows that hold a conversation; those without a response are left out if they may be.
+        """Return the rows that hold a conversation, without those that may be skipped.
 
         Raises:
             DataError: If more rows than may be skipped are no conversation, ask nothing, or have no response to learn.
@@ -233,7 +233,7 @@ class LanguageModelingData(TrainingTextData):
         return self.without_bad(split, table, rows, bad)
 
     def _reason(self, messages: list[dict[str, str]], columns: Columns, learnt: bool) -> BadRow | None:
-        """Why a conversation cannot be used; None if it can."""
+        """Return the reason why a conversation cannot be used, or None."""
         key = "messages_column" if columns.messages else "response_column"
         asked = [m for m in (messages if learnt else question(messages)) if m["role"] == "user"]
         if not learnt and not asked:
@@ -260,7 +260,7 @@ class LanguageModelingData(TrainingTextData):
         encoder: ConversationEncoder,
         learnt: bool,
     ) -> dict[int, BadRow]:
-        """The rows that the template refused, which have no tokens, with its reason."""
+        """Return the rows that the template refused, which have no tokens, with its reason."""
         empty = lengths_of(tokens) == 0
         if not empty.any():
             return {}
@@ -304,11 +304,11 @@ class LanguageModelingData(TrainingTextData):
     # ----------------------------------------------------------------------------------------------------- batches
 
     def collate(self) -> Collate:
-        """Batches to learn, padded at the right."""
+        """Return the function that pads conversations at the right."""
         return PadSequences(self.tokenizer.pad_token_id)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled, in batches of like length, packed or not."""
+        """Return a loader that shuffles batches of like length, packed or not."""
         if not self.packing:
             return super().train_dataloader()
         rows = self.splits["train"][0]
@@ -323,7 +323,7 @@ class LanguageModelingData(TrainingTextData):
         return self.train_loader(packed, lengths, collate)
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Prompts in batches of like length, padded at the left."""
+        """Return a loader of prompts in batches of like length, padded at the left."""
         data = self.splits["predict"][0]
         lengths = data.lengths if self.bucket_by_length else None
         return [self.evaluation_loader(data, lengths, PadSequences(self.tokenizer.pad_token_id, "left"))]
@@ -331,7 +331,7 @@ class LanguageModelingData(TrainingTextData):
     # -------------------------------------------------------------------------------------------------- prediction
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """The prompt's columns as they were, and the response; what the file has for one becomes the reference."""
+        """Return the columns of the prompt with the response; a response in the file becomes the reference."""
         source = dict(self.predicted[file].data[row["index"]])
         column = self._asked.messages
         if row.get("error"):
@@ -354,7 +354,7 @@ class LanguageModelingData(TrainingTextData):
 def _encoded(
     encoder: ConversationEncoder, columns: Columns, row: dict[str, Any], learnt: bool
 ) -> tuple[list[int], list[bool]]:
-    """Tokens of a row, and which are learnt; of its prompt, if it is to be predicted."""
+    """Return the tokens of a row, or of the prompt to predict, and which of them are learnt."""
     messages = columns.conversation(row)
     if learnt:
         return encoder.conversation(messages)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from datamodules.contract import DataKind
 from datamodules.errors import DataError
-from datamodules.sources.splits import choose_rows, is_spelling
+from datamodules.sources.splits import is_spelling
 from datamodules.sources.tables import Table, blank_rows, check_column, check_texts
 from datamodules.text import BadRow, TextData
 from datamodules.tokens.questions import (
@@ -113,7 +113,7 @@ class MultipleChoiceData(TextData):
             self.check_length("max_length", self.max_length)
 
     def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
-        """The one set of a split, which is never held out from another.
+        """Return the one set of a split, which is never held out from another.
 
         Raises:
             DataError: If there is none.
@@ -125,32 +125,28 @@ class MultipleChoiceData(TextData):
         return {suffix: (table, False) for suffix, table in tables.items()}
 
     def split_names(self, split: str, suffix: str = "") -> tuple[str, ...]:
-        """The spellings of a split but for that of the shots: MMLU's `dev` is no validation split."""
+        """Return the spellings of a split without that of the shots: MMLU's `dev` is no validation split."""
         usual, *others = super().split_names(split, suffix)
         return (usual, *(name for name in others if not is_spelling(name, [self.shots_split])))
 
     def _names_read(self) -> tuple[str, ...]:
         return (*super()._names_read(), self.shots_split, "auxiliary_train")
 
-    def _chosen(self, split: str, name: str, table: Table, from_training: bool) -> QuestionDataset:
-        rows = self._rows_of_subjects(table)
-        chosen = choose_rows(len(rows), split, {}, self.val_seed, self.limits[split])
-        made = self.build(split, table, rows[chosen])
+    def source(self, table: Table) -> str:
+        """Return where the questions are from, with the number of subjects and shots."""
         asked = "" if self.subjects is None else f" of {len(self.subjects):,} subjects"
-        self.findings.add_split(split, len(made), f"{table.source or table.where}{asked}, {self.shots} shots each")
-        self.add_notes(table)
-        return made
+        return f"{super().source(table)}{asked}, {self.shots} shots each"
 
     def _to_predict(self, table: Table) -> QuestionDataset:
-        made = self.build("predict", table, self._rows_of_subjects(table))
+        made = self.build("predict", table, self.eligible_rows(table))
         if failed := self.failed.get(table.where):
             self.findings.add(f"{len(failed):,} rows of {table.where} cannot be predicted; their column error says why")
         self.findings.add_split("predict", len(made), table.source or table.where)
         self.add_notes(table)
         return made
 
-    def _rows_of_subjects(self, table: Table) -> Tensor:
-        """Rows of the subjects that are asked, (rows,) int64."""
+    def eligible_rows(self, table: Table) -> Tensor:
+        """Return the rows of the subjects that are asked, (rows,) int64."""
         if self.subjects is None:
             return torch.arange(len(table))
         of_row = self._subjects_of(table)
@@ -162,7 +158,7 @@ class MultipleChoiceData(TextData):
         return torch.tensor([row for row, subject in enumerate(of_row) if subject in self.subjects])
 
     def build(self, split: str, table: Table, rows: Tensor) -> QuestionDataset:
-        """The questions of some rows of a table, with answers or, for prediction, perhaps without."""
+        """Return the questions of some rows of a table; for prediction, answers may be missing."""
         of_row = self._subjects_of(table)
         asked, bad = self._read(table, rows.tolist(), answered=split != "predict")
         rows = self.without_bad(split, table, rows, bad | self._too_long(asked, of_row))
@@ -196,7 +192,7 @@ class MultipleChoiceData(TextData):
         return [UNKNOWN if subject is None else subject for subject in texts.data[column][:]]
 
     def _read(self, table: Table, rows: list[int], answered: bool) -> tuple[dict[int, Question], dict[int, BadRow]]:
-        """The questions of some rows by row, and the rows that hold no question with choices, or no answer.
+        """Return the questions by row, and the rows that hold no question, no choices or no answer.
 
         The number of choices is that of most rows.
         """
@@ -234,7 +230,7 @@ class MultipleChoiceData(TextData):
         return read, bad
 
     def _shots(self, asked: Table, subjects: list[str]) -> dict[str, list[str]]:
-        """The examples of each subject.
+        """Return the examples of each subject.
 
         Raises:
             DataError: If there are too few, or they are among the questions that are asked.
@@ -270,7 +266,7 @@ class MultipleChoiceData(TextData):
         return self.text_model.position_limit if self.max_length is None else self.max_length
 
     def _fitted(self, subject: str, questions: list[str], shots: list[str]) -> tuple[SharedPrompts, int]:
-        """Prompts of a subject with as many shots as fit before all of them, and that number."""
+        """Return the prompts of a subject with as many shots as fit before each prompt, and the number of shots."""
         for count in range(len(shots), -1, -1):
             start = header(subject) + "".join(shots[:count])
             prompts = shared_prompts([start + question for question in questions], self.tokenizer)
@@ -279,7 +275,7 @@ class MultipleChoiceData(TextData):
         return prompts, count
 
     def _too_long(self, asked: dict[int, Question], subjects: list[str]) -> dict[int, BadRow]:
-        """The questions that do not fit without a shot, by row."""
+        """Return the questions that do not fit without a shot, by row."""
         if self._limit is None or not asked:
             return {}
         limit = "positions of the backbone" if self.max_length is None else "that data.max_length allows"
@@ -304,7 +300,7 @@ class MultipleChoiceData(TextData):
             )
 
     def _letters(self, prompt: str, size: int) -> Tensor:
-        """Tokens of the letters behind a prompt, (size,) int64.
+        """Return the tokens of the letters behind a prompt, (size,) int64.
 
         Raises:
             DataError: If they are not one token each, apart from the prompt's and from one another.
@@ -322,7 +318,6 @@ class MultipleChoiceData(TextData):
 
     def _loaders(self, split: str) -> list[DataLoader[Any]]:
         world, rank = self.world()
-        assert self.trainer is not None
         loaders = []
         for data in self.splits[split]:
             assert isinstance(data, QuestionDataset)
@@ -331,21 +326,12 @@ class MultipleChoiceData(TextData):
             own = range(rank, len(data), world)  # of each subject, since a subject's lie together
             share = Subset(data, own)
             groups = [data.groups[i] for i in own]
-            loaders.append(
-                DataLoader(
-                    share,
-                    batch_sampler=SubjectBatches(SequentialSampler(share), self.batch_size, False, groups),
-                    collate_fn=data.collate,
-                    num_workers=self.num_workers,
-                    persistent_workers=self.num_workers > 0,
-                    pin_memory=self.trainer.strategy.root_device.type == "cuda",
-                    generator=torch.Generator().manual_seed(0),  # or each iterator draws from the global state
-                )
-            )
+            batches = SubjectBatches(SequentialSampler(share), self.batch_size, False, groups)
+            loaders.append(self._loader(share, batches, data.collate))
         return loaders
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """The row's number and subject, the predicted letter, the answer's if known, and each log-probability."""
+        """Return the number and subject of a row, the predicted and the right letter, and each log-probability."""
         source = self.predicted[file].data[row["index"]]
         if row.get("error"):
             subject = source.get(self.subject_column, UNKNOWN)

@@ -26,7 +26,7 @@ class PadPairs:
     tokenizer: Any
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokens (batch, source tokens) with their mask, `labels` (batch, target tokens), `reference` and `index`."""
+        """Return tokens (batch, source tokens) with mask, `labels` (batch, target tokens), `reference`, `index`."""
         batch: dict[str, Any] = dict(
             self.tokenizer.pad(
                 [{"input_ids": row["input_ids"]} for row in rows], padding="longest", return_tensors="pt"
@@ -115,7 +115,7 @@ class SummarizationData(TrainingTextData):
         self.keep_columns(source_column=self.source_column, target_column=self.target_column)
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """Tokens of some rows of a table, with the targets' texts; without targets for prediction."""
+        """Return the tokens of some rows of a table with the targets' texts; for prediction, without targets."""
         assert self.source_column is not None
         columns = {"source_column": self.source_column}
         if split != "predict":
@@ -165,7 +165,7 @@ class SummarizationData(TrainingTextData):
         return tokens
 
     def collate(self) -> Collate:
-        """Batches with sources and targets padded each to the longest."""
+        """Return the function that pads sources and targets, each to the longest of the batch."""
         return PadPairs(self.tokenizer)
 
     # -------------------------------------------------------------------------------------------------- prediction

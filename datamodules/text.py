@@ -292,7 +292,7 @@ class TextData(ResumableDataModule):
         shares = self.shares() if from_training else {}
         chosen = choose_rows(len(rows), split, shares, self.val_seed, limit)
         made = self.build(split, table, rows[chosen])
-        source = table.source or table.where
+        source = self.source(table)
         if split in shares:
             source += f", the share of {shares[split]:g} held out with val_seed {self.val_seed}"
         elif shares:
@@ -303,6 +303,10 @@ class TextData(ResumableDataModule):
         self.findings.add_split(f"{split} {name}".strip(), len(made), source)
         self.add_notes(table)
         return made
+
+    def source(self, table: Table) -> str:
+        """Return where the rows of a table are from, for the report of a fit."""
+        return table.source or table.where
 
     def eligible_rows(self, table: Table) -> Tensor:
         """Return the rows of a table that a split is chosen from, (rows,) int64."""

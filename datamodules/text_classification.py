@@ -53,7 +53,7 @@ class Pad:
     max_length: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Tokens (batch, tokens) with their mask, and `label` and `index` (batch,)."""
+        """Return the tokens (batch, tokens) with their mask, and `label` and `index` (batch,)."""
         tokens = [{k: v for k, v in row.items() if k not in ("label", "index")} for row in rows]
         length = self.max_length if self.padding == "max_length" else None
         batch = dict(self.tokenizer.pad(tokens, padding=self.padding, max_length=length, return_tensors="pt"))
@@ -197,7 +197,7 @@ class TextClassificationData(TrainingTextData):
         return parse_labels(table, self.label_column, () if regression and known is None else known, self.skip_label)
 
     def eligible_rows(self, table: Table) -> Tensor:
-        """All rows but those with the label to skip."""
+        """Return all rows but those with the label to skip."""
         rows = super().eligible_rows(table)
         if self.skip_label is None:
             return rows
@@ -207,7 +207,7 @@ class TextClassificationData(TrainingTextData):
         return rows[[row not in left_out for row in rows.tolist()]]
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
-        """Tokens of some rows of a table with their labels; without labels for prediction."""
+        """Return the tokens of some rows of a table with their labels; for prediction, without labels."""
         for column in self.columns:
             table = check_texts(table, "text_columns", column)
         self.add_notes(table)
@@ -236,7 +236,7 @@ class TextClassificationData(TrainingTextData):
         return TokenDataset(self._tokenize(table.select(rows)), {"label": values})
 
     def _bad_texts(self, table: Table) -> dict[int, BadRow]:
-        """Rows without a text: with one column that is blank, or of two one without a value or both blank."""
+        """Return the rows without text: a missing value in either column, or blanks alone in all columns."""
         bad = {
             row: BadRow("text_columns", f"has no text in column {c}")
             for c in self.columns
@@ -264,14 +264,14 @@ class TextClassificationData(TrainingTextData):
         return tokens
 
     def collate(self) -> Collate:
-        """Batches padded to their longest row or to `max_length`."""
+        """Return the function that pads batches to their longest row or to `max_length`."""
         return Pad(self.tokenizer, self.padding, self.max_length)
 
     # -------------------------------------------------------------------------------------------------- prediction
 
     @property
     def prediction_files(self) -> list[str]:
-        """A file for each set: GLUE's names for its test sets."""
+        """Return a file for each set: GLUE's names for its test sets."""
         own = self.predict_path is None and self.prediction_format == "tsv" and self.task
         known = dict(zip(self.task.sets, self.task.files, strict=True)) if own and self.task else {}
         names = [known.get(s, f"predictions_{s}" if s else "predictions") for s in self.set_names["predict"]]

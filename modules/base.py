@@ -212,8 +212,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self.hparams.update(adapter=self.adapter, adapter_path=None)
         if missing := [head for head in names if not any(n.startswith(f"{head}.") for n in loaded.heads)]:
             _log.warning(
-                f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}. The head starts from random "
-                "weights."
+                f"model.adapter_path: {self.adapter_path} has no {', '.join(missing)}, which starts untrained."
             )
 
     def peft_head_names(self) -> dict[str, tuple[str, ...]]:

@@ -32,6 +32,7 @@ from app.commands import COMMANDS, command_parser
 from app.config.classes import expand_class_names
 from app.config.variants import split_variant
 from app.config.yaml_files import checked_yaml
+from app.run.run_directory import versions
 from app.sweep.plan import read_plan
 from tests.conftest import ROOT
 
@@ -207,6 +208,7 @@ OPTIONS = r"--(\w[\w.]*)"
 def test_options_in_backticks_are_options_of_a_command(page: Path) -> None:
     others = {key for command in COMMANDS for key in command_parser(command).get_defaults().as_dict()}
     others |= {"help", "config", "variant", "allow_imports", "ckpt_path", "test_after_fit", "seed_everything"}
+    others |= {"name", "find_lr", "prompt"}
     others |= {"print_config", "print_shtab", "version", "node_rank"}  # the last is torchrun's
     for span in spans(page):
         if "benchmarks" not in span:
@@ -328,7 +330,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         patch.setattr("huggingface_hub.get_token", lambda: "hf_token")
         patch.setattr(HfApi, "create_repo", lambda _, name, **__: RepoUrl(f"https://huggingface.co/{name}"))
         patch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
-        yield [str(root / f"version_{number}") for number in (0, 1)]
+        yield [str(run) for run in versions(root)]
 
 
 def small() -> list[list[str]]:
@@ -356,7 +358,8 @@ def test_files_of_a_run_are_as_listed(runs: list[str]) -> None:
     listed = [re.sub("/$", "/*", file) for row in rows for file in re.findall("`(.+?)`", row)]
     files = [str(path.relative_to(runs[0])) for path in Path(runs[0]).rglob("[!.]*") if path.is_file()]
     assert [file for file in files if not any(fnmatch(file, pattern) for pattern in listed)] == []
-    of_others = {"confusion_matrix.png", "evaluations.json", "predictions.*", "skipped.csv"}  # commands and data
+    of_others = {"confusion_matrix.png", "per_class.csv", "evaluations.json", "predictions.*", "skipped.csv"}
+    of_others |= {"config-*.yaml"}  # commands and data
     assert [
         pattern for pattern in listed if not any(fnmatch(file, pattern) for file in files) and pattern not in of_others
     ] == []

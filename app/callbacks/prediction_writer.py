@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from app.console import escape_controls
 from datamodules.atomic import atomic_write_text
 from datamodules.base import ResumableDataModule
 from datamodules.contract import HasPredictionFiles
@@ -66,6 +67,14 @@ class PredictionWriter(BasePredictionWriter):
                 write_rows(path, [complete(row, number) for row in ordered])
                 kept = "" if path.name == files[number] else f" ({files[number]} of an earlier prediction is kept)"
                 _log.info(f"{len(ordered):,} predictions: {path}{kept}")
+                if len(ordered) == 1:
+                    _print(complete(ordered[0], number))
+
+
+def _print(row: Row) -> None:
+    """Print the only prediction, a cell a line."""
+    for name, cell in _flat(row).items():
+        print(escape_controls(f"{name}: {cell}"))
 
 
 def _check_errors(rows: list[Row]) -> None:

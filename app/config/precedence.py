@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,10 +30,14 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.repres
 def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Split the command line into the command, the names of the configuration files, and the options.
 
+    `predict --prompt TEXT` is short for --data.prompt.
+
     Raises:
         ArgumentError: For `--config` without a name.
     """
     command = [words[0]] if words and not words[0].startswith("-") else []
+    if command == ["predict"]:
+        words = [re.sub(r"^--prompt(?==|$)", "--data.prompt", word) for word in words]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     known, options = parser.parse_known_args(words[len(command) :])

@@ -16,6 +16,11 @@ POOL = 50  # batches that are sorted together
 DECILES = 10
 
 
+def index_of(key: int | Draw) -> int:
+    """Return the index of a sample that a data set is asked for by its index or by a draw."""
+    return key[0] if isinstance(key, tuple) else key
+
+
 class EpochSampler(Sampler[Draw]):
     """Shuffled draws of one process, whole batches only.
 
@@ -54,7 +59,7 @@ class EpochSampler(Sampler[Draw]):
         self._skip = 0
 
     def __len__(self) -> int:
-        """Draws of this process in a whole epoch."""
+        """Return the number of draws of this process in a whole epoch."""
         return self.batches * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:

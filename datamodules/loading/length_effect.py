@@ -10,7 +10,7 @@ STRONG_RHO = 0.5  # its square is the same share of the ranks' variance
 
 
 def midranks(values: Tensor) -> Tensor:
-    """Ranks from 1 on, (size,) float64; equal values share the mean of their ranks."""
+    """Return ranks from 1 on, (size,) float64; equal values share the mean of their ranks."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse]
@@ -47,7 +47,7 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
 
 def strong_effect(lengths: Tensor, labels: Tensor) -> str | None:
-    """Name and value of the statistic if length and label correlate strongly; otherwise None.
+    """Return the name and value of the statistic if length and label correlate strongly; otherwise None.
 
     Args:
         lengths: Length of each sample, (size,).

@@ -62,7 +62,7 @@ class HiddenStates:
 
     @cached_property
     def _opened(self) -> tuple[BinaryIO, int, int]:
-        """The file, where its rows begin in bytes, and their width."""
+        """Return the file, where its rows begin in bytes, and their width."""
         try:
             file = self.path.open("rb", buffering=0)
             (_, width), _, _ = _read_header(file)
@@ -73,7 +73,7 @@ class HiddenStates:
         return file, file.tell(), width
 
     def batch(self, packs: list[list[int]], tokens: int = 0) -> Tensor:
-        """Hidden states (packs, tokens, width) of rows, those of a pack one behind the other, zeros behind the last.
+        """Return hidden states (packs, tokens, width): the rows of each pack one behind the other, then zeros.
 
         Args:
             packs: Numbers of the rows.
@@ -111,7 +111,7 @@ class WithHidden:
     states: HiddenStates
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        """The batch.
+        """Return the batch.
 
         Raises:
             DataError: If it is padded at the left.
@@ -133,7 +133,7 @@ def hidden_states(
     where: str,
     beat: Callable[[], None],
 ) -> HiddenStates:
-    """Hidden states of all rows of a data set: from the file of an earlier run, or computed and written now.
+    """Return the hidden states of all rows, from the file of an earlier run or computed and written now.
 
     Args:
         trainer: Knows the device.
@@ -170,7 +170,7 @@ def hidden_states(
 
 
 def filling_order(lengths: Tensor) -> Tensor:
-    """Rows in the order in which a file has them: the longest first, so that little is padding."""
+    """Return the rows in the order in which a file has them: the longest first, so that little is padding."""
     return lengths.argsort(descending=True, stable=True)
 
 
@@ -213,7 +213,7 @@ def _check_padding(batch: dict[str, Any]) -> None:
 
 
 def _begin(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, what: str, folder: Path) -> None:
-    """Say how large the file will be, see that there is room, and write its header."""
+    """Log the size of the file, check the free space, and write the header."""
     size = shape[0] * shape[1] * dtype.itemsize
     _log.info(f"The frozen prefix's output for {what} is kept in {folder}: {size / GIB:.2f} GiB.")
     if (free := shutil.disk_usage(folder).free) < size:

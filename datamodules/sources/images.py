@@ -246,18 +246,21 @@ def open_split(
 
 
 def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
-    """Open all image files below a folder, without labels, in the order of their names.
+    """Open one image file, or all image files below a folder in the order of their names, without labels.
 
     Args:
-        path: The folder.
+        path: The file or folder.
         findings: Takes a line about the files that are left out.
 
     Raises:
-        DataError: If the folder is not there or holds no image.
+        DataError: If nothing is there, or no image.
     """
     folder = Path(path)
+    unlabelled = torch.empty(0, dtype=torch.int64)
+    if folder.is_file():
+        return ImageTable(_FileReader([folder]), [folder.name], unlabelled, [], path)
     if not folder.is_dir():
-        raise DataError(f"data.predict_path: {path} is not a directory; give a folder of images.")
+        raise DataError(f"data.predict_path: {path} is not there. Give an image or a folder of images.")
     files = find_images(folder, "predict_path")
     if not files.images:
         raise DataError(
@@ -268,7 +271,7 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
         findings.add(files.summary())
     names = [str(Path(*parts)) for parts in files.images]
     paths = [folder.joinpath(*parts) for parts in files.images]
-    return ImageTable(_FileReader(paths), names, torch.empty(0, dtype=torch.int64), [], path)
+    return ImageTable(_FileReader(paths), names, unlabelled, [], path)
 
 
 def _from_table(
@@ -307,7 +310,7 @@ def _column(data: datasets.Dataset, key: str, given: str | None, usual: tuple[st
 
 
 def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
-    """CIFAR-10 as its authors publish it. Its files are pickles: torchvision opens them only if their MD5 is right."""
+    """Open CIFAR-10 as its authors publish it: pickles, which torchvision opens only if their MD5 is right."""
     if split == "val":
         return None
     root = folder.parent if folder.name == "cifar-10-batches-py" else folder

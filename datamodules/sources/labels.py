@@ -39,7 +39,7 @@ class Labels:
     notes: tuple[str, ...] = ()
 
     def matched(self, class_names: list[str]) -> Tensor:
-        """The labels counted in another list of classes, matched by name.
+        """Return the labels counted in another list of classes, matched by name.
 
         Booleans match `True` and `False` in any case, and 0 and 1.
 
@@ -87,7 +87,7 @@ def parse_labels(
     class_names: tuple[str, ...] | None = None,
     skip_label: str | int | None = None,
 ) -> Labels:
-    """Labels of a column, and the rows that have none.
+    """Return the labels of a column, and the rows that have none.
 
     Args:
         table: The rows.
@@ -148,7 +148,7 @@ def parse_labels(
 
 
 def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
-    """The cells of a column as one arrow array of their own type, blank names as null."""
+    """Return the cells of a column as one arrow array of their own type, blank names as null."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Json
@@ -175,7 +175,7 @@ def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
 
 
 def _typed(cells: Any) -> Any:
-    """Text of a file without types as whole numbers, decimal numbers, booleans, or as it is."""
+    """Return text of a file without types as whole numbers, decimal numbers or booleans, if it is such."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -194,7 +194,7 @@ def _typed(cells: Any) -> Any:
 
 
 def _booleans(cells: Any) -> Any:
-    """Text that is true or false in each row, in any case, as booleans; None for other text."""
+    """Return text that is true or false in each row as booleans; None for other text."""
     import pyarrow.compute as pc
 
     words = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
@@ -203,7 +203,7 @@ def _booleans(cells: Any) -> Any:
 
 
 def _equal_rows(cells: Any, stored: Sequence[str] | None, label: str | int | None) -> set[int]:
-    """The rows that have a label, given by its name or its number."""
+    """Return the rows that have a label, given by its name or its number."""
     if label is None:
         return set()
     coded = cells.dictionary_encode()
@@ -228,7 +228,7 @@ def _mask(rows: set[int], size: int) -> Any:
 
 
 def _targets(cells: Any, column: str, where: str, null: set[int]) -> tuple[Tensor, dict[int, str]]:
-    """Numbers of a regression, and the rows whose number is not finite."""
+    """Return the numbers of a regression, and the rows whose number is not finite."""
     values = torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.float32))
     if not null and bool((values == -1).all()):
         raise SplitError(f"data.label_column: {column} in {where} is -1 throughout.{HIDDEN}")
@@ -237,7 +237,7 @@ def _targets(cells: Any, column: str, where: str, null: set[int]) -> tuple[Tenso
 
 
 def _from_digits(cells: Any) -> tuple[Tensor, list[str], dict[int, str]]:
-    """Whole numbers as the classes that occur, in their order; memory grows with the rows, not with the numbers."""
+    """Return whole numbers as the classes that occur; memory grows with the rows, not with the numbers."""
     coded = cells.dictionary_encode()
     numbers = coded.dictionary.to_pylist()
     order = sorted(numbers)
@@ -245,7 +245,7 @@ def _from_digits(cells: Any) -> tuple[Tensor, list[str], dict[int, str]]:
 
 
 def _from_numbers(cells: Any, names: Sequence[str]) -> tuple[Tensor, list[str], dict[int, str]]:
-    """Whole numbers with given names, and the rows whose number has none."""
+    """Return whole numbers with given names, and the rows whose number has none."""
     coded = cells.dictionary_encode()
     numbers = coded.dictionary.to_pylist()
     places = {number: number for number in numbers if 0 <= number < len(names)}
@@ -270,13 +270,13 @@ def _from_names(cells: Any, column: str, where: str, given: Sequence[str] | None
 
 
 def _placed(coded: Any, places: Mapping[Any, int]) -> Tensor:
-    """The place of each row's value, -1 for a value without one and for no value."""
+    """Return the place of each row's value, -1 for a value without one and for no value."""
     order = np.array([*(places.get(value, UNKNOWN) for value in coded.dictionary.to_pylist()), UNKNOWN], np.int64)
     return torch.from_numpy(order[coded.indices.fill_null(len(order) - 1).to_numpy()])
 
 
 def _doubts(column: str, where: str, names: list[str], rows: int) -> tuple[str, ...]:
-    """Lines about whole numbers that may be no classes."""
+    """Return lines about whole numbers that may be no classes."""
     lines: tuple[str, ...] = ()
     if len(names) > max(10, rows // 10):
         lines += (
@@ -289,7 +289,7 @@ def _doubts(column: str, where: str, names: list[str], rows: int) -> tuple[str, 
 
 
 def _alike(column: str, where: str, names: list[str]) -> tuple[str, ...]:
-    """A line about names that differ in case or spaces alone."""
+    """Return a line about names that differ in case or spaces alone."""
     by_word: dict[str, list[str]] = {}
     for name in names:
         by_word.setdefault(" ".join(name.casefold().split()), []).append(name)
@@ -300,7 +300,7 @@ def _alike(column: str, where: str, names: list[str]) -> tuple[str, ...]:
 
 
 def _stored_names(table: Table, column: str) -> list[str] | None:
-    """The names of a ClassLabel; None for a column of another kind."""
+    """Return the names of a ClassLabel; None for a column of another kind."""
     from datasets import ClassLabel
 
     feature = table.data.features[column]

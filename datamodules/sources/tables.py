@@ -147,7 +147,7 @@ class Table:
         return len(self.data)
 
     def select(self, rows: Tensor) -> Table:
-        """Some rows, (rows,) int64, in their order; all in order are the table itself."""
+        """Return some rows, (rows,) int64, in the given order; all rows in order are the table itself."""
         if torch.equal(rows, torch.arange(len(self))):
             return self
         return replace(self, data=self.data.select(rows.tolist()))
@@ -330,14 +330,14 @@ def _rows_where(table: Table, column: str, test: Callable[[Any], Any]) -> set[in
 
 
 def _configured(folder: Path, config: str | None) -> Path:
-    """The folder of a configuration, if there is one."""
+    """Return the folder of a configuration, if there is one."""
     if config is None:
         return folder
     return next((f for f in (folder / config, folder / "data" / config) if f.is_dir()), folder)
 
 
 def _split_name(file: Path, root: Path, splits: Sequence[str]) -> str | None:
-    """The part of a file's name, or of its folder's, that is one of some spellings; None if neither is."""
+    """Return the part of a file's or folder's name that is one of some spellings; None if there is none."""
     stem = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
     unnumbered = re.sub(r"[-_. ]?\d+(?:[-_. ]?of[-_. ]?\d+)?(?:-\w+)?$", "", stem)  # of train-00000-of-00001, train_0
     candidates = (unnumbered, stem.partition("-")[0])
@@ -480,7 +480,7 @@ def _joined_rows(data: Any, columns: Sequence[str], name: str) -> list[str]:
 
 
 def _only_list(row: dict[str, Any]) -> str | None:
-    """The key of a JSON object that holds the list of all rows."""
+    """Return the key of a JSON object that holds the list of all rows."""
     lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     return next((key for key in lists if key in ROWS), None)
 
@@ -531,7 +531,7 @@ def _open(file: Path) -> Any:
 
 
 def _likely_wide(head: bytes) -> str | None:
-    """The encoding that the first bytes of a file speak for, if its characters take two or four bytes each."""
+    """Return the encoding that the first bytes of a file speak for, if its characters take two or four bytes each."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

@@ -33,7 +33,7 @@ ALPACA = (
 
 
 def alpaca_template(tokenizer: Any) -> str:
-    """Alpaca's template for a tokenizer, which begins a text as the tokenizer does."""
+    """Return Alpaca's template, beginning a text as the tokenizer does."""
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # LLaMA's does, GPT-2's does not
     return ("{{ bos_token }}" if begins else "") + ALPACA
 
@@ -61,12 +61,12 @@ class Columns:
     end_mark: str | None
 
     def names(self) -> list[str]:
-        """The columns that are read; one may be two things."""
+        """Return the columns that are read, each once."""
         names = [self.messages] if self.messages else [self.instruction, self.input, self.response]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def conversation(self, row: dict[str, Any]) -> list[Message]:
-        """The messages of a row, responses among them or not.
+        """Return the messages of a row, with or without responses.
 
         Raises:
             DataError: If a cell of messages holds something else.
@@ -91,7 +91,7 @@ class Columns:
         return {"content": asked, "input": given} if self.apart else {"content": f"{asked}\n\n{given}"}
 
     def without_mark(self, response: str) -> str:
-        """A response without the mark at its end and the space before it; others stay as they are."""
+        """Return a response without the mark at its end and the space before the mark."""
         if self.end_mark and response.rstrip().endswith(self.end_mark):
             return response.rstrip().removesuffix(self.end_mark).rstrip()
         return response
@@ -126,7 +126,7 @@ def read_messages(cell: Any) -> list[Message]:
 
 
 def response_end(tokenizer: Any, template: str) -> int:
-    """The token that a template ends a response with; it need not be the tokenizer's own end.
+    """Return the token that a template ends a response with; it need not be the tokenizer's own end.
 
     Raises:
         DataError: If it ends them with plain text.
@@ -145,7 +145,7 @@ def response_end(tokenizer: Any, template: str) -> int:
 
 
 def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: bool) -> str:
-    """A conversation as text.
+    """Return a conversation as text.
 
     Args:
         tokenizer: The backbone's.
@@ -168,7 +168,7 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: 
 
 
 def question(messages: list[Message]) -> list[Message]:
-    """A conversation up to the last response, which is the one asked for."""
+    """Return a conversation without its last response, which is asked for."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
@@ -189,11 +189,11 @@ class ConversationEncoder:
     end: int
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a prompt that waits for a response; one that is too long loses its middle."""
+        """Return the tokens of a prompt that waits for a response; a prompt that is too long loses its middle."""
         return _without_middle(self._tokens(self._render(self.clean(messages), waiting=True)), self.max_length)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation, and which are to be learnt: those of responses, to the token that ends each.
+        """Return the tokens of a conversation, and which are learnt: responses, each to the token that ends it.
 
         They are the tokens of the text as a whole, unless the last of a prompt would then be others than those of
         `prompt`: text is parted there.
@@ -235,7 +235,7 @@ class ConversationEncoder:
         return cut(tokens, learnt, self.max_length)
 
     def clean(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages without special tokens, which the tokenizer would take for the template's own."""
+        """Return the messages without special tokens, which the tokenizer would take for the template's own."""
         return [{key: self._clean(text) for key, text in message.items()} for message in messages]
 
     @cached_property
@@ -253,7 +253,7 @@ class ConversationEncoder:
         return render(self.tokenizer, self.template, messages, waiting)
 
     def _behind(self, before: str, text: str) -> list[int]:
-        """Tokens that a text has behind those of its beginning."""
+        """Return the tokens that a text has behind the tokens of its beginning."""
         start = max((match.start() for match in self._special.finditer(before)), default=0)
         # a special token parts texts: what is before it is of no effect on the tokens behind
         known, whole = self._tokens(before[start:]), self._tokens(text[start:])

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from datamodules.contract import IGNORE_INDEX
-from datamodules.loading.batching import Draw
+from datamodules.loading.batching import Draw, index_of
 from datamodules.tokens.tokenizing import TokenDataset
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ class PadSequences:
     side: str = "right"
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and, if the rows have them, `labels` (batch, tokens), and `index` (batch,)."""
+        """Return `input_ids`, `attention_mask`, perhaps `labels` (batch, tokens), and `index` (batch,)."""
         filling = {"input_ids": self.token, "attention_mask": 0, "labels": IGNORE_INDEX}
         rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
         batch = {
@@ -54,7 +54,7 @@ class PadPacks:
     token: int
 
     def __call__(self, packs: list[list[Row]]) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and `position_ids` (batch, tokens), the positions beginning anew with each sequence.
+        """Return `input_ids`, `labels` and `position_ids` (batch, tokens); positions begin anew with each sequence.
 
         The first token of a sequence is not learnt, since what is before it is another.
         """
@@ -90,12 +90,12 @@ class PackedDataset(Dataset[list[Row]]):
         return f"{self.rows.rows_digest()} {len(self)}"
 
     def __getitem__(self, key: int | Draw) -> list[Row]:
-        """The rows of one pack."""
+        """Return the rows of one pack."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> list[list[Row]]:
-        """The packs of a batch."""
-        packs = [self.packs[key[0] if isinstance(key, tuple) else key] for key in keys]
+        """Return the packs of a batch."""
+        packs = [self.packs[index_of(key)] for key in keys]
         rows = iter(self.rows.__getitems__([row for pack in packs for row in pack]))
         return [[next(rows) for _ in pack] for pack in packs]
 

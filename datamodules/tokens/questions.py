@@ -37,18 +37,18 @@ class Question:
     answer: int | None
 
     def prompt(self) -> str:
-        """The question as it is asked, up to the answer."""
+        """Return the question as it is asked, up to the answer."""
         lines = [self.text, *(f"{letter}. {text}" for letter, text in zip(LETTERS, self.choices, strict=False))]
         return "\n".join([*lines, "Answer:"])
 
     def shot(self) -> str:
-        """The question as an example."""
+        """Return the question as an example."""
         assert self.answer is not None
         return f"{self.prompt()} {LETTERS[self.answer]}\n\n"
 
 
 def header(subject: str) -> str:
-    """The first words of all prompts of a subject (Hendrycks et al. 2021)."""
+    """Return the first words of all prompts of a subject (Hendrycks et al. 2021)."""
     about = "" if subject == UNKNOWN else f" about {subject.replace('_', ' ')}"
     return f"The following are multiple choice questions (with answers){about}.\n\n"
 
@@ -67,7 +67,7 @@ class SharedPrompts:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Return the tokens of the longest prompt."""
         return len(self.prefix) + max(len(rest) for rest in self.rests)
 
 
@@ -129,7 +129,7 @@ class QuestionDataset(TokenDataset):
         super().__init__(data, targets)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of one subject; see `MultipleChoiceData`."""
+        """Return a batch of one subject; see `MultipleChoiceData`."""
         group = rows[0]["group"]
         tokens = [torch.tensor(row["input_ids"]) for row in rows]
         return {
@@ -173,7 +173,7 @@ class SubjectBatches(BatchSampler):
 
 
 def answer_index(answer: Any, size: int) -> int | None:
-    """Index of an answer that is one, or a letter; None if it is neither.
+    """Return the index of an answer that is an index or a letter; None for anything else.
 
     Args:
         answer: What a row holds.

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from datamodules.atomic import Digest, WriteError
 from datamodules.errors import DataError
-from datamodules.loading.batching import Draw
+from datamodules.loading.batching import Draw, index_of
 from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 from datamodules.sources.tables import Table
 
@@ -71,12 +71,12 @@ class TokenDataset(Dataset[dict[str, Any]]):
         return digest.hexdigest()
 
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
-        """One row."""
+        """Return one row."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> list[dict[str, Any]]:
-        """The rows of a batch, each with its `index`."""
-        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        """Return the rows of a batch, each with its `index`."""
+        indices = [index_of(key) for key in keys]
         columns = self.tokens[indices] | (self.texts[indices] if self.texts is not None else {})
         return [
             {name: values[i] for name, values in columns.items()}
@@ -87,7 +87,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
 
 def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping[str, Any]) -> datasets.Dataset:
-    """Rows of tokens, from the cache if the same texts were encoded in the same way before.
+    """Return rows of tokens, from the cache if the same texts were encoded in the same way before.
 
     The cache lies with the `datasets` library's own (HF_DATASETS_CACHE). A file is named by the hash of the texts and
     of the key, so that a moved table is found again and a changed one is not taken for it. A damaged file is rebuilt

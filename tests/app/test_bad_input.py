@@ -116,6 +116,7 @@ def test_config_without_a_file_name(capsys: pytest.CaptureFixture[str]) -> None:
         ("--trainer.precision=bf16-true", ["trainer.precision", "bf16-mixed"]),
         ("--trainer.max_epochs=-1", ["trainer.max_epochs"]),
         ("--trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches"]),
+        ("--trainer.use_distributed_sampler=true", ["trainer.use_distributed_sampler", "Set it to false"]),
         ("--trainer.val_check_interval=100", ["val_check_interval", "100"]),
         ("--checkpoint.monitor=val/f1", ["val/f1", "val/acc1"]),
         ("--ckpt_path=last", ["ckpt_path", "no run"]),

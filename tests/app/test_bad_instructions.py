@@ -316,7 +316,7 @@ def encoder_and_decoder(path: Path) -> list[str]:
     shutil.rmtree(path)
     BartForConditionalGeneration(CONFIGS["bart"]).save_pretrained(path)
     word_tokenizer().save_pretrained(path)
-    return ["model.backbone", str(path), "is a bart", "no model for CausalLM", "choose another"]
+    return ["model.backbone", str(path), "is a bart", "no model for CausalLM", "Choose another"]
 
 
 @pytest.mark.parametrize(

@@ -512,7 +512,7 @@ def test_backbone_of_another_kind(
     paths = {"vit": tmp_path / "vit"} | ({"roberta": roberta_path} if language_cli.config == "summary" else {})
     for kind, path in paths.items():
         code = language_cli("fit", f"--model.backbone={path}")
-        refused_without_a_run(language_cli, capsys, code, "model.backbone", str(path), kind, "choose another")
+        refused_without_a_run(language_cli, capsys, code, "model.backbone", str(path), kind, "Choose another")
 
 
 def test_weights_of_another_shape(

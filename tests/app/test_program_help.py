@@ -16,8 +16,8 @@ from app.commands import COMMANDS
 from app.config import program_files
 from app.config.messages import closest_key
 from app.program_help import DESCRIPTION, EXAMPLES, TRAINER_COMMANDS
-from tests.app.test_bad_input import refused
 from tests.conftest import ROOT
+from tests.support.refusals import refused
 
 RECIPE = ("--config", "conf/quickstart.yaml")
 

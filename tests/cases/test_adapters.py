@@ -32,8 +32,9 @@ from modules.formats.compact import load_compact, save_compact
 from modules.formats.peft import check_supported, write_peft_files
 from modules.text_classification import TextClassifier
 from tests.app.conftest import CommandLine, cli, recording, text_cli, undrawn  # noqa: F401 - fixtures
-from tests.modules.adapters.conftest import BACKBONES, Backbone
-from tests.modules.formats.test_peft import exported, imported, pefts_output, read
+from tests.support.bare_backbones import BACKBONES, Backbone
+from tests.support.compact_files import rewrite
+from tests.support.peft_files import exported, imported, pefts_output, read
 
 FAMILIES = ("vit", "roberta", "bart", "llama")
 QUERY = "roberta.encoder.layer.{}.attention.self.query"
@@ -359,8 +360,6 @@ def test_case_30_wrong_patterns(
 
 
 def test_case_30_a_compact_file_runs_no_pattern_of_a_stranger(tmp_path: Path) -> None:
-    from tests.modules.formats.test_compact import rewrite
-
     backbone = family("vit")
     config = AdapterConfig(rank=4, init_a="signs", rank_pattern={"query": 2})
     attach(backbone.model, config, exclude=backbone.head)

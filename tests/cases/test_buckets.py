@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -18,7 +17,8 @@ from datamodules.base import ResumableDataModule
 from datamodules.loading.batching import EpochSampler
 from tests.backbones import WORDS
 from tests.datamodules.loading.test_batching import Keys
-from tests.datamodules.stub import stub_trainer
+from tests.support.rows import write_rows
+from tests.support.trainers import stub_trainer
 
 MIXES = {
     "equal": [0.25, 0.25, 0.25, 0.25],
@@ -96,24 +96,6 @@ def test_padding_of_large_data_stays_near_that_of_length_alone(classes: int) -> 
     assert padding_share(epoch(lengths, labels), lengths) < by_length + 0.03 < 0.12
 
 
-@pytest.mark.parametrize("size", [560, 5000])
-@pytest.mark.parametrize("scores", [False, True])
-def test_the_order_is_a_function_of_seed_and_epoch_for_any_number_of_processes(size: int, scores: bool) -> None:
-    lengths, labels = separable(size, MIXES["rare"])
-    targets = labels.double() if scores else labels
-    whole = epoch(lengths, targets, 32, seed=3, number=2)
-    assert torch.equal(whole, epoch(lengths, targets, 32, seed=3, number=2))
-    others = [epoch(lengths, targets, 32, seed, number) for seed, number in [(3, 1), (2, 2)]]
-    assert not any(torch.equal(whole, other) for other in others)
-    for world in (2, 4):
-        shares = []
-        for rank in range(world):
-            sampler = EpochSampler(size, world, rank, 32 // world, 3, lengths, targets)
-            sampler.seek(2, 5)  # resumed in mid-epoch
-            shares.append(torch.tensor([index for index, _ in sampler]).view(-1, 32 // world))
-        assert torch.equal(torch.cat(shares, 1).sort(1).values, whole[5:].sort(1).values)
-
-
 def test_a_checkpoint_of_the_order_before_resumes_in_mid_epoch() -> None:
     lengths, labels = separable(560, MIXES["equal"])
     made = ResumableDataModule(8, 0)
@@ -121,13 +103,6 @@ def test_a_checkpoint_of_the_order_before_resumes_in_mid_epoch() -> None:
     made.load_state_dict({"epoch": 1, "samples": 400, "seed": 8})  # written before orders depended on labels
     rows = [index for indices, _ in made.train_loader(Keys(560), lengths, labels=labels) for index in indices.tolist()]
     assert rows == epoch(lengths, labels, 8, seed=8, number=1)[50:].flatten().tolist()
-
-
-def test_batch_mates_differ_from_epoch_to_epoch() -> None:
-    lengths, labels = separable(560, MIXES["equal"])
-    first, second = ([frozenset(row.tolist()) for row in epoch(lengths, labels, number=n)] for n in range(2))
-    shared = max(len(a & b) for a in first for b in second)
-    assert shared < 32
 
 
 def warned(caplog: pytest.LogCaptureFixture, lengths: Tensor | None, labels: Tensor, **keys: Any) -> list[str]:
@@ -156,27 +131,16 @@ def test_independent_lengths_no_buckets_and_other_processes_warn_of_nothing(capl
     assert warned(caplog, lengths, labels, world=2, rank=1) == []
 
 
-def write_rows(folder: Path) -> Path:
-    """Two classes, of one to three words and of eight to ten."""
-    for split, size in {"train": 48, "validation": 16}.items():
-        rows = [
-            {
-                "text": " ".join(WORDS[(i + j) % 40] for j in range(1 + i % 3 + 7 * (i % 2))),
-                "label": ["short", "long"][i % 2],
-            }
-            for i in range(size)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 @pytest.mark.parametrize("bucket", [True, False])
 def test_fit_warns_of_lengths_that_tell_the_class(
     tmp_path: Path, roberta_path: Path, caplog: pytest.LogCaptureFixture, bucket: bool
 ) -> None:
-    (tmp_path / "data").mkdir()
+    for split, size in {"train": 48, "validation": 16}.items():  # one to three words, or eight to ten
+        texts = [" ".join(WORDS[(i + j) % 40] for j in range(1 + i % 3 + 7 * (i % 2))) for i in range(size)]
+        rows = [{"text": text, "label": ["short", "long"][i % 2]} for i, text in enumerate(texts)]
+        write_rows(tmp_path / f"data/{split}.jsonl", rows)
     words = ["fit", "--config", "tests/conf/text.yaml", "--trainer.default_root_dir", str(tmp_path / "runs")]
-    words += ["--data.path", str(write_rows(tmp_path / "data")), "--model.backbone", str(roberta_path)]
+    words += ["--data.path", str(tmp_path / "data"), "--model.backbone", str(roberta_path)]
     words += ["--data.task=null", "--data.text_columns=[text]", "--trainer.max_epochs=1"]
     with caplog.at_level(logging.WARNING, logger="datamodules.base"):
         assert main([*words, f"--data.bucket_by_length={str(bucket).lower()}"]) == 0

@@ -251,7 +251,7 @@ def test_case_24_predict_with_adapters(fitted_cli: CommandLine, capsys: Capture,
     save_file({k: t for k, t in tensors.items() if "head" not in k}, adapter / "adapter_model.safetensors")
     fitted_cli("test", f"--model.adapter_path={adapter}", *quick)
     err = capsys.readouterr().err
-    assert "has no head. The head starts from random" in err
+    assert "has no head, which starts untrained" in err
     assert "random" not in err
     assert fitted_cli("test", *quick) == 0
     assert "Its head (head) has random weights" in capsys.readouterr().err

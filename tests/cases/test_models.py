@@ -24,7 +24,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
@@ -46,7 +45,7 @@ from app.run.evaluations import (
     read_evaluations,
 )
 from datamodules.contract import TextModel
-from modules.adapters import AdapterConfig, adapted_layers, adapter_state, adapters_disabled
+from modules.adapters import AdapterConfig, adapted_layers, adapters_disabled
 from modules.generation.beam_search import Generation
 from modules.generation.decoding import Decoding
 from modules.image_classification import ImageClassifier
@@ -67,22 +66,23 @@ from tests.app.conftest import (  # noqa: F401 - fixtures
 )
 from tests.app.processes import run_on_two
 from tests.app.test_language_distributed import assert_same_weights
-from tests.backbones import save_backbone, save_classifier, word_tokenizer
+from tests.backbones import save_backbone, save_classifier
 from tests.causal_backbones import byte_tokenizer, save_decoder
 from tests.conftest import write_parquet
-from tests.modules.backbones.test_gguf import write_gguf
+from tests.support.adapters import randomize
+from tests.support.gguf_files import write_gguf
+from tests.support.rows import write_rows
+from tests.support.tasks import encode, summary_batch
+from tests.support.trainers import quiet_trainer, ready_loader
 
 EVERY = AdapterConfig(rank=2, targets=["all"])
 TEXTS = ["w1 good film w2 w3", "the film was bad ."]
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-@torch.no_grad()
-def randomize(module: Any) -> Any:
+def moved(module: Any) -> Any:
     """Move the factors away from the start, where one is zero, and switch dropout off."""
-    generator = torch.Generator().manual_seed(1)
-    for tensor in adapter_state(module.backbone).values():
-        tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+    randomize(module.backbone)
     return module.eval()
 
 
@@ -92,29 +92,10 @@ SOURCES = ["w1 w2 w3", "good film", "w4 w5 bad", "w6", "w7 w8 w9 good", "bad bad
 TARGETS = ["w1", "w1 w2 w3 w4 w5 w6 w7", "good", "w1 w2", "the film was good . w3 w4 w5", "bad", "w2 w3 w4", "w9"]
 
 
-def encode(texts: list[str]) -> dict[str, Tensor]:
-    return {
-        k: v for k, v in word_tokenizer()(texts, padding=True, return_tensors="pt").items() if k != "token_type_ids"
-    }
-
-
-def summary_batch(rows: slice) -> dict[str, Tensor]:
-    targets = encode(TARGETS[rows])
-    return {**encode(SOURCES[rows]), "labels": targets["input_ids"].masked_fill(targets["attention_mask"] == 0, -100)}
-
-
-def gradients_of_one_update(module: Any, batches: list[Any], accumulated: int, **keys: Any) -> dict[str, Tensor]:
+def gradients_of_one_update(module: Any, batches: list[Any], accumulated: int) -> dict[str, Tensor]:
     """Gradients that reach the optimizer in the one update of an epoch."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        accumulate_grad_batches=accumulated,
-        enable_checkpointing=False,
-        **quiet,  # type: ignore[arg-type]
-        **keys,
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    trainer = quiet_trainer(accumulate_grad_batches=accumulated)
+    trainer.fit(module, ready_loader(batches))
     assert trainer.global_step == 1
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
@@ -126,13 +107,13 @@ def test_case_08_each_token_weighs_the_same(tmp_path: Path, smoothing: float, ac
 
     def module() -> Any:
         keys = {"adapter": EVERY, "generation": Generation(max_length=12)}
-        return randomize(Summarizer(str(folder), label_smoothing=smoothing, **keys))  # type: ignore[arg-type]
+        return moved(Summarizer(str(folder), label_smoothing=smoothing, **keys))  # type: ignore[arg-type]
 
-    halves = [summary_batch(slice(0, 4)), summary_batch(slice(4, 8))]
+    halves = [summary_batch(SOURCES[rows], TARGETS[rows]) for rows in (slice(0, 4), slice(4, 8))]
     lengths = [int((half["labels"] != -100).sum()) for half in halves]
     assert lengths[0] != lengths[1]
     reference = module()
-    every = summary_batch(slice(0, 8))
+    every = summary_batch(SOURCES, TARGETS)
     logits = reference(every).flatten(0, 1)[every["labels"].flatten() != -100]
     tokens = every["labels"][every["labels"] != -100]
     F.cross_entropy(logits, tokens, label_smoothing=smoothing).backward()
@@ -157,10 +138,9 @@ def test_case_08_the_sum_over_tokens_stays_in_the_range_of_float16(monkeypatch: 
 @pytest.mark.slow
 def test_case_08_two_processes_train_summaries_as_one(summary_cli: CommandLine, tmp_path: Path) -> None:  # noqa: F811
     data = tmp_path / "data"
-    data.mkdir()
     for split, size in (("train", 50), ("validation", 10), ("test", 9)):
         rows = [{"document": TEXTS[i % 2], "summary": " ".join(["good"] * (1 + i % 7))} for i in range(size)]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(data / f"{split}.jsonl", rows)
     options = [f"--data.path={data}", "--model.adapter.dropout=0", "--model.backbone_args={dropout: 0.0}"]
     options += ["--trainer.max_epochs=1"]
     assert summary_cli("fit", *options, "--data.batch_size=12") == 0
@@ -173,7 +153,7 @@ def test_case_08_a_last_group_of_fewer_batches_is_a_mean_too(accumulated: int) -
     """Batches of labelled samples have one size; Lightning would divide the last group's sum by `accumulated`."""
     torch.manual_seed(0)
     names = ["a", "b", "c"]
-    module: Any = randomize(
+    module: Any = moved(
         ImageClassifier("vit_tiny_patch16_224", weights="none", backbone_args=TINY, image_size=16, class_names=names)
     )
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 3
@@ -304,7 +284,7 @@ def test_case_10_only_the_checkpoints_own_data_are_published(
 
 @pytest.mark.parametrize(("limit", "limited"), [(1, True), (1.0, False), (0.5, True), (0, False), (7, True)], ids=repr)
 def test_case_10_a_whole_split_is_told_from_one_batch(limit: float, limited: bool) -> None:
-    trainer = L.Trainer(limit_test_batches=limit, logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer = quiet_trainer(limit_test_batches=limit)
     assert _is_limited(trainer, "limit_test_batches") == limited
 
 
@@ -500,7 +480,7 @@ def texts_for(loader: Loader, folder: Path, module: Any) -> Iterator[str]:
     ],
 )
 def test_case_13_code_gives_the_same_logits(tmp_path: Path, name: str, form: Callable[..., Loader]) -> None:
-    module = randomize(MODULES[name](tmp_path))
+    module = moved(MODULES[name](tmp_path))
     expected = own_logits(module)
     with adapters_disabled(module.backbone):
         frozen = own_logits(module)
@@ -529,7 +509,7 @@ def test_case_13_weights_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """timm's own loading, with a file in the place of the hub."""
     file = vit_file(tmp_path, ".safetensors", size=224)  # that of timm's own
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: load_file(file))
-    module = randomize(image_module("pretrained"))
+    module = moved(image_module("pretrained"))
     (tmp_path / "peft").mkdir()
     code = export_peft(module, torch.float32, tmp_path / "peft")(str(tmp_path / "peft"))
     torch.testing.assert_close(run_code(code)(images()), module(images()), atol=1e-5, rtol=1e-4)
@@ -580,7 +560,7 @@ def test_case_13_the_printed_command_of_a_compact_export(
 
 def merged(module: Any, folder: Path) -> Path:
     folder.mkdir()
-    write_merged(randomize(module), torch.float32, folder)
+    write_merged(moved(module), torch.float32, folder)
     return folder
 
 
@@ -725,9 +705,8 @@ def test_case_35_ratio_of_nothing(trains: str) -> None:
     )
     for layer in adapted_layers(module.backbone).values():
         nn.init.zeros_(layer.weight)
-    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     callback = AdapterSpectrum()
-    callback._measure(trainer, module)
+    callback._measure(quiet_trainer(), module)
     ratios = [row["relative_norm"] for row in callback._rows if row["factor"] == "BA"]
     assert ratios == [0.0] * len(ratios)
 

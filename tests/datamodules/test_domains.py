@@ -14,8 +14,8 @@ from PIL import Image
 
 from datamodules.domains import DomainData
 from datamodules.errors import DataError
-from tests.datamodules.stub import stub_trainer
 from tests.datamodules.test_image_classification import CONFIG
+from tests.support.trainers import stub_trainer
 
 ENVIRONMENTS = {"art": 40, "location_100": 30, "Real World": 20}
 CLASSES = ("bird", "dog")

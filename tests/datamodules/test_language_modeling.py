@@ -1,14 +1,11 @@
-"""Instructions and chats as tokens: what is learnt of the rows of a file, and which of them are refused."""
+"""Instructions and chats: what is learnt of the rows of a file, packs, prompts to continue, rows that are refused."""
 
 from __future__ import annotations
 
-import csv
 import json
 import random
-import re
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -17,21 +14,21 @@ import torch
 
 from datamodules.errors import DataError
 from datamodules.language_modeling import LanguageModelingData
-from datamodules.tokens.conversations import ALPACA, ConversationEncoder
+from datamodules.tokens.conversations import ALPACA
 from tests.causal_backbones import CHAT, byte_tokenizer
-from tests.datamodules.stub import stub_trainer, text_model
+from tests.support.data import put, set_up
+from tests.support.refusals import refuses
+from tests.support.rows import write_rows
+from tests.support.trainers import stub_trainer, text_model
 
 Row = dict[str, Any]
 SIZES = {"train": 24, "validation": 7, "test": 5}
 TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that no other test has written to."""
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
+# a template that refuses some conversations, as those of several models do
+STRICT = (
+    "{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% endfor %}" + CHAT
+)
 
 
 def row_of(split: str, i: int) -> Row:
@@ -43,50 +40,36 @@ def row_of(split: str, i: int) -> Row:
 def chat_of(row: Row) -> list[Row]:
     """The same as messages."""
     asked = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    return turns(asked, row["output"])
+
+
+def turns(*contents: Any) -> list[Row]:
+    """Messages of a user and an assistant by turns."""
+    return [{"role": ["user", "assistant"][i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def rows_of(split: str, size: int | None = None) -> list[Row]:
     return [row_of(split, i) for i in range(SIZES[split] if size is None else size)]
 
 
-def write(file: Path, rows: list[Row]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for split in SIZES:
-        write(tmp_path / "data" / f"{split}.jsonl", rows_of(split))
+        write_rows(tmp_path / "data" / f"{split}.jsonl", rows_of(split))
     return tmp_path / "data"
 
 
-def module(path: Path, *, stage: str = "fit", model: Any = None, **keys: Any) -> Any:
-    data = LanguageModelingData(str(path), **{"batch_size": 4, **keys})
-    data.trainer = stub_trainer(lightning_module=model or text_model(TOKENIZER), state=SimpleNamespace(fn=stage))
-    return data
-
-
-def prepared(path: Path, stage: str = "fit", **keys: Any) -> Any:
-    data = module(path, stage=stage, **keys)
-    data.setup(stage)
-    return data
+def prepared(path: Path, stage: str = "fit", *, model: Any = None, **keys: Any) -> Any:
+    return set_up(LanguageModelingData(str(path), **{"batch_size": 4, **keys}), model or text_model(TOKENIZER), stage)
 
 
 def dataset_of(path: Path, rows: list[Row], **keys: Any) -> Any:
     """The data set of a test split of these rows."""
-    return prepared(write(path / "rows" / "test.jsonl", rows).parent, "test", **keys).splits["test"][0]
+    return prepared(write_rows(path / "rows" / "test.jsonl", rows).parent, "test", **keys).splits["test"][0]
 
 
 def texts(dataset: Any, column: str = "input_ids") -> list[str]:
     return [TOKENIZER.decode([t for t in ids if t != -100]) for ids in dataset.data[column]]
-
-
-def refuses(*parts: str) -> Any:
-    """A DataError whose message has all the parts, in this order."""
-    return pytest.raises(DataError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
@@ -102,35 +85,36 @@ def alpaca(row: Row) -> str:
     )
 
 
-def test_alpacas_columns_in_alpacas_template(folder: Path) -> None:
-    data = prepared(folder)
-    data.setup("test")
-    assert data.prompt_template == ALPACA
-    for name, split in (("train", "train"), ("val", "validation"), ("test", "test")):
-        (dataset,) = data.splits[name]
-        assert texts(dataset) == [f"{alpaca(row)}{row['output']}<|im_end|>" for row in rows_of(split)]
-        assert texts(dataset, "labels") == [f"{row['output']}<|im_end|>" for row in rows_of(split)]
-        assert dataset.lengths.tolist() == [len(ids) for ids in dataset.data["input_ids"]]
-        for ids, labels in zip(dataset.data["input_ids"], dataset.data["labels"], strict=True):
-            learnt = labels.count(-100)
-            assert labels == [-100] * learnt + ids[learnt:]
+def test_alpacas_columns_in_alpacas_template(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, rows_of("test"))
+    assert texts(dataset) == [f"{alpaca(row)}{row['output']}<|im_end|>" for row in rows_of("test")]
+    assert texts(dataset, "labels") == [f"{row['output']}<|im_end|>" for row in rows_of("test")]
+    for ids, labels in zip(dataset.data["input_ids"], dataset.data["labels"], strict=True):
+        masked = labels.count(-100)
+        assert labels == [-100] * masked + ids[masked:]
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_tokenizers_own_chat_template(tmp_path: Path, whole: bool) -> None:
+@pytest.mark.parametrize("stored", ["columns", "messages", "ShareGPT"])
+def test_the_tokenizers_own_chat_template(tmp_path: Path, stored: str) -> None:
     rows = rows_of("test")
-    stored = [{"messages": chat_of(row), "instruction": "x", "id": 3} for row in rows] if whole else rows
-    dataset = dataset_of(tmp_path, stored, template="chat")
-    assert dataset.data["input_ids"][:] == [
-        TOKENIZER.apply_chat_template(chat_of(row), return_dict=False) for row in rows
-    ]
+    made = {
+        "columns": lambda row: row,
+        "messages": lambda row: {"messages": chat_of(row), "instruction": "x", "id": 3},
+        "ShareGPT": lambda row: {
+            "conversations": [
+                {"from": {"user": "human", "assistant": "chatgpt"}[m["role"]], "value": m["content"]}
+                for m in chat_of(row)
+            ]
+        },
+    }[stored]
+    dataset = dataset_of(tmp_path, [made(row) for row in rows], template="chat")
+    expected = [TOKENIZER.apply_chat_template(chat_of(row), return_dict=False) for row in rows]
+    assert dataset.data["input_ids"][:] == expected
     assert texts(dataset, "labels") == [f"{row['output']}<|im_end|>" for row in rows]
 
 
 def test_every_response_of_a_chat_is_learnt_and_no_prompt(tmp_path: Path) -> None:
-    turns = ["Hi", "Yo", "Why?", "So", "And?"]
-    chat = [{"role": ["user", "assistant"][i % 2], "content": turn} for i, turn in enumerate(turns)]
-    named = [{"talk": [{"role": "system", "content": "S"}, *chat]}]
+    named = [{"talk": [{"role": "system", "content": "S"}, *turns("Hi", "Yo", "Why?", "So", "And?")]}]
     dataset = dataset_of(tmp_path, named, template="chat", messages_column="talk", system_prompt="not this")
     assert texts(dataset, "labels") == ["Yo<|im_end|>So<|im_end|>"]
     assert texts(dataset)[0].startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi")
@@ -144,17 +128,20 @@ def test_the_system_prompt_is_before_the_question(tmp_path: Path, template: str)
     assert text.startswith(begins[template])
 
 
-def test_several_templates_of_a_tokenizer_have_a_default_one(tmp_path: Path) -> None:
-    model = text_model(byte_tokenizer({"tool_use": "{{ 1 }}", "default": CHAT}))
-    assert module(tmp_path, model=model, template="chat").prompt_template == CHAT
+def test_several_templates_of_a_tokenizer_have_a_default_one() -> None:
+    def template(of_tokenizer: Any, name: Any = "chat") -> str:
+        data = LanguageModelingData("somewhere", template=name)
+        data.trainer = stub_trainer(lightning_module=text_model(byte_tokenizer(of_tokenizer)))
+        return data.prompt_template
+
+    assert template({"tool_use": "{{ 1 }}", "default": CHAT}) == CHAT
     for none in (None, {"tool_use": "{{ 1 }}"}):
-        model = text_model(byte_tokenizer(none))
-        assert module(tmp_path, model=model).prompt_template == ALPACA
+        assert template(none, "alpaca") == ALPACA
         with refuses("data.template: the backbone's tokenizer has no chat template of its own; use template: alpaca"):
-            assert module(tmp_path, model=model, template="chat").prompt_template
+            template(none)
 
 
-def test_the_end_mark_of_a_set_is_taken_off(tmp_path: Path) -> None:
+def test_end_marks_are_taken_off(tmp_path: Path) -> None:
     rows = [{"instruction": "a", "input": "", "output": text} for text in ("b<|endoftext|>", " b ", "b END")]
     assert texts(dataset_of(tmp_path, rows), "labels") == ["b<|im_end|>", " b <|im_end|>", "b END<|im_end|>"]
     others = texts(dataset_of(tmp_path, rows, end_mark="END"), "labels")
@@ -171,16 +158,13 @@ def test_special_tokens_in_texts_are_taken_out_and_counted(tmp_path: Path, capsy
     assert f"warning: 1 rows of {where} hold special tokens of the tokenizer, which are removed." in said
 
 
-def test_long_conversations_keep_their_response(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"instruction": "a" * 300, "input": "", "output": "b" * 20}, {"instruction": "a", "output": "b" * 300}]
-    rows += [{"instruction": "a", "output": "b"}]
+def test_long_conversations_keep_their_response(tmp_path: Path) -> None:
+    rows = [{"instruction": "a" * n, "input": "", "output": "b" * k} for n, k in ((300, 20), (1, 300), (1, 1))]
     dataset = dataset_of(tmp_path, rows, template="chat", max_length=64)
     assert dataset.lengths.tolist()[:2] == [64, 64]
     assert texts(dataset, "labels") == ["b" * 20 + "<|im_end|>", "b" * 44, "b<|im_end|>"]
     assert texts(dataset)[0].endswith("a<|im_end|>\n<|im_start|>assistant\n" + "b" * 20 + "<|im_end|>\n")
     assert texts(dataset)[0].startswith("<|im_start|>user\naaa")
-    said = f"warning: 2 of 3 rows of {tmp_path / 'rows/test.jsonl'} reach 64 tokens and may be cut."
-    assert said in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize("nothing", [None, "", "no column"])
@@ -191,15 +175,8 @@ def test_inputs_may_be_missing(tmp_path: Path, nothing: Any) -> None:
     assert texts(dataset_of(tmp_path, rows)) == expected
     some = [{"instruction": "a", "input": "c", "output": "b"}, *rows]
     assert texts(dataset_of(tmp_path / "some", some))[1:] == expected
-
-
-def test_a_csv_without_any_input(tmp_path: Path) -> None:
-    with (tmp_path / "train.csv").open("w") as file:
-        table = csv.DictWriter(file, ["instruction", "input", "output"])
-        table.writeheader()
-        table.writerows([{"instruction": "a", "input": "", "output": "b"}] * 4)
-    dataset = prepared(tmp_path / "train.csv", val_fraction=0.5).splits["train"][0]
-    assert texts(dataset) == [alpaca({"instruction": "a", "input": ""}) + "b<|im_end|>"] * 2
+    table = put(tmp_path / "csv/test.csv", "instruction,input,output\n" + "a,,b\n" * 2)
+    assert texts(prepared(table.parent, "test").splits["test"][0]) == expected
 
 
 def test_columns_of_other_names(tmp_path: Path) -> None:
@@ -220,41 +197,7 @@ def test_a_response_column_of_any_name(tmp_path: Path, name: str) -> None:
     assert texts(dataset)[1] == alpaca({"instruction": asked, "input": ""}) + "b1<|im_end|>"
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-def check(batch: dict[str, Any], rows: list[Row]) -> None:
-    for i, index in enumerate(batch["index"].tolist()):
-        seen = batch["attention_mask"][i].bool()
-        assert seen.tolist() == sorted(seen.tolist(), reverse=True)  # padding is at the right
-        assert (
-            TOKENIZER.decode(batch["input_ids"][i][seen]) == f"{alpaca(rows[index])}{rows[index]['output']}<|im_end|>"
-        )
-        learnt = batch["labels"][i] != -100
-        assert TOKENIZER.decode(batch["labels"][i][learnt]) == f"{rows[index]['output']}<|im_end|>"
-        assert (batch["labels"][i][~seen] == -100).all()
-    assert batch["attention_mask"].any(0).all()  # no wider than the longest
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_batches_for_evaluation(folder: Path, num_workers: int) -> None:
-    batches = list(prepared(folder, num_workers=num_workers).val_dataloader()[0])
-    for batch in batches:
-        check(batch, rows_of("validation"))
-        assert set(batch) == {"input_ids", "attention_mask", "labels", "index"}
-    assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(7))
-    assert any((batch["attention_mask"] == 0).any() for batch in batches)
-
-
-def test_batches_for_training_are_of_like_length(folder: Path) -> None:
-    def padding(bucket_by_length: bool) -> int:
-        batches = list(prepared(folder, bucket_by_length=bucket_by_length).train_dataloader())
-        assert [len(batch["index"]) for batch in batches] == [4] * 6
-        for batch in batches:
-            check(batch, rows_of("train"))
-        return sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
-
-    assert padding(True) < 0.7 * padding(False)
+# ------------------------------------------------------------------------------------------------------------- packing
 
 
 def sequences(batch: dict[str, Any]) -> list[tuple[str, str]]:
@@ -272,9 +215,12 @@ def sequences(batch: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+PACKED: Row = {"packing": True, "template": "chat"}
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_packs_are_whole_conversations(folder: Path, num_workers: int) -> None:
-    data = prepared(folder, packing=True, template="chat", max_length=200, batch_size=2, num_workers=num_workers)
+    data = prepared(folder, **PACKED, max_length=200, batch_size=2, num_workers=num_workers)
     batches = list(data.train_dataloader())
     assert all(set(batch) == {"input_ids", "labels", "position_ids"} for batch in batches)
     assert all(batch["input_ids"].shape[1] <= 200 for batch in batches)
@@ -286,27 +232,23 @@ def test_packs_are_whole_conversations(folder: Path, num_workers: int) -> None:
     assert all(known[text] == learnt for text, learnt in found)
     assert len(set(found)) == len(found) > 3 * sum(len(batch["input_ids"]) for batch in batches) / 2
     assert "attention_mask" in next(iter(data.val_dataloader()[0]))  # evaluation is the same with and without
-
-
-def test_training_goes_on_in_the_middle_of_an_epoch_of_packs(folder: Path) -> None:
-    keys = {"packing": True, "template": "chat", "max_length": 150, "batch_size": 1}
-    data = prepared(folder, **keys)
-    whole = list(data.train_dataloader())
-    resumed = module(folder, **keys)
-    data.trainer = stub_trainer(lightning_module=text_model(TOKENIZER), batches_done=3, epoch_batches=len(whole))
-    resumed.load_state_dict(data.state_dict())
-    resumed.setup("fit")
-    rest = list(resumed.train_dataloader())
-    assert len(rest) == len(whole) - 3 > 2
-    for one, other in zip(rest, whole[3:], strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in whole[0])
-
-
-def test_too_few_packs_for_a_batch(folder: Path) -> None:
     with refuses(
         "data.packing: 24 conversations fill", "packs of 400 tokens, fewer than one batch of 16 × 1 processes"
     ):
-        prepared(folder, packing=True, max_length=400, template="chat", batch_size=16).train_dataloader()
+        prepared(folder, **PACKED, max_length=400, batch_size=16).train_dataloader()
+
+
+def test_training_goes_on_in_the_middle_of_an_epoch_of_packs(folder: Path) -> None:
+    keys = {**PACKED, "max_length": 150, "batch_size": 1}
+    data, model = prepared(folder, **keys), text_model(TOKENIZER)
+    whole = list(data.train_dataloader())
+    data.trainer = stub_trainer(lightning_module=model, batches_done=3, epoch_batches=len(whole))
+    resumed = LanguageModelingData(str(folder), **keys)
+    resumed.load_state_dict(data.state_dict())
+    rest = list(set_up(resumed, model).train_dataloader())
+    assert len(rest) == len(whole) - 3 > 2
+    for one, other in zip(rest, whole[3:], strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in whole[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- prediction
@@ -322,37 +264,23 @@ def test_prompts_to_predict_are_padded_at_the_left(folder: Path, bucket_by_lengt
     data = prepared(folder, "predict", bucket_by_length=bucket_by_length)
     found = {}
     for batch in data.predict_dataloader()[0]:
-        assert set(batch) == {"input_ids", "attention_mask", "index"}
         assert batch["attention_mask"][:, -1].all()
         for ids, seen, index in zip(batch["input_ids"], batch["attention_mask"], batch["index"].tolist(), strict=True):
             assert seen.tolist() == sorted(seen.tolist())
             found[index] = TOKENIZER.decode(ids[seen.bool()])
     assert found == {i: alpaca(row) for i, row in enumerate(rows_of("test"))}
     assert data.prediction_files == ("predictions.jsonl",)
-
-
-def test_predictions_have_the_prompts_columns_and_the_reference(folder: Path) -> None:
-    assert completed(prepared(folder, "predict")) == [
-        {
-            "index": i,
-            "instruction": row["instruction"],
-            "input": row["input"],
-            "response": f"r{i}",
-            "reference": row["output"],
-        }
-        for i, row in enumerate(rows_of("test"))
+    expected = [{**row, "response": f"r{i}", "reference": row["output"]} for i, row in enumerate(rows_of("test"))]
+    assert completed(data) == [
+        {"index": i} | {k: v for k, v in row.items() if k != "output"} for i, row in enumerate(expected)
     ]
 
 
-def test_a_chat_is_continued_where_its_last_response_was(folder: Path, tmp_path: Path) -> None:
-    asked = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Yo"},
-        {"role": "user", "content": "?"},
-    ]
-    answer = [{"role": "assistant", "content": "So<|endoftext|>"}]
-    path = write(tmp_path / "new.jsonl", [{"messages": asked + answer}, {"messages": asked}])
-    data = prepared(folder, "predict", predict_path=str(path), template="chat")
+def test_a_chat_is_continued_where_its_last_response_was(tmp_path: Path) -> None:
+    asked = turns("Hi", "Yo", "?")
+    rows = [{"messages": [*asked, {"role": "assistant", "content": "So<|endoftext|>"}]}, {"messages": asked}]
+    path = write_rows(tmp_path / "new.jsonl", rows)
+    data = prepared(tmp_path, "predict", predict_path=str(path), template="chat")
     prompt = TOKENIZER.apply_chat_template(asked, return_dict=False, add_generation_prompt=True)
     assert data.splits["predict"][0].data["input_ids"][:] == [prompt, prompt]
     assert completed(data) == [
@@ -361,112 +289,103 @@ def test_a_chat_is_continued_where_its_last_response_was(folder: Path, tmp_path:
     ]
 
 
-def test_other_columns_of_a_file_to_predict_stay_but_for_our_own(folder: Path, tmp_path: Path) -> None:
+def test_other_columns_of_a_file_to_predict_stay_but_for_our_own(tmp_path: Path) -> None:
     rows = {"instruction": ["a"], "index": [7], "response": ["x"], "reference": ["y"], "day": ["2026-01-02"]}
     table = datasets.Dataset.from_dict(rows)
     table.cast_column("day", datasets.Value("date32")).to_parquet(tmp_path / "new.parquet")
-    data = prepared(folder, "predict", predict_path=str(tmp_path / "new.parquet"))
-    (row,) = completed(data)
+    (row,) = completed(prepared(tmp_path, "predict", predict_path=str(tmp_path / "new.parquet")))
     assert row == {"index": 0, "instruction": "a", "reference": "y", "day": "2026-01-02", "response": "r0"}
     assert json.loads(json.dumps(row)) == row
 
 
 @pytest.mark.parametrize("output", [None, "", "no column", 3])
-def test_references_are_not_needed_for_prediction(folder: Path, tmp_path: Path, output: Any) -> None:
-    row = {"instruction": "a", "input": None, "output": output}
-    path = write(tmp_path / "new.jsonl", [{k: v for k, v in row.items() if v != "no column"}])
-    (row,) = completed(prepared(folder, "predict", predict_path=str(path)))
-    assert row["response"] == "r0"
-    assert row.get("reference") == (3 if output == 3 else None)
-
-
-def test_a_prompt_that_is_too_long_loses_its_middle(folder: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "new.jsonl", [{"instruction": "a" * 900}])
-    (dataset,) = prepared(folder, "predict", predict_path=str(path), max_length=100).splits["predict"]
-    (text,) = texts(dataset)
-    assert dataset.lengths.tolist() == [100]
+def test_references_are_not_needed_for_prediction(tmp_path: Path, output: Any) -> None:
+    row = {"instruction": "a" * 900, "input": None, "output": output}
+    path = write_rows(tmp_path / "new.jsonl", [{k: v for k, v in row.items() if v != "no column"}])
+    data = prepared(tmp_path, "predict", predict_path=str(path), max_length=100)
+    (row,) = completed(data)
+    assert (row["response"], row.get("reference")) == ("r0", 3 if output == 3 else None)
+    (text,) = texts(data.splits["predict"][0])  # which has lost its middle
+    assert data.splits["predict"][0].lengths.tolist() == [100]
     assert text.startswith("Below is") and text.endswith("aaa\n\n### Response:")
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 
+GOOD = {"messages": turns("Hi", "Yo")}
+ROLE = "must have `role`"
+BAD_CHATS: dict[str, tuple[Any, str]] = {
+    "nothing": ([], "has no response to learn"),
+    "a system message": ([{"role": "system", "content": "S"}], "has no response to learn"),
+    "no response": (turns("Hi"), "has no response to learn"),
+    "a response of None": (turns("Hi", None), "has no response to learn"),
+    "an empty response before another": (turns("Hi", "", "Why?", "So"), "has no response to learn"),
+    "an empty question": (turns(" ", "c"), "has an empty message of a user"),
+    "an assistant first": ([{"role": "assistant", "content": "a"}, *turns("b", "c")], "begins with the assistant"),
+    "two users": ([*turns("a"), *turns("b", "c")], "roles must alternate"),
+    "a system in the middle": ([*turns("a"), {"role": "system", "content": "b"}, *turns("c", "d")], "must alternate"),
+    "no role": ([{"content": "Hi"}], "must have `role` (system, user, assistant) and text as `content`, or ShareGPT's"),
+    "a tool": ([*turns("a"), {"role": "tool", "content": "b"}], ROLE),
+    "an observation": ([{"from": "observation", "value": "Hi"}], ROLE),
+    "a user of None": (turns(None, "Yo"), ROLE),
+    "a number": (turns("Hi", 3), "it is {'role': 'assistant', 'content': 3}"),
+    "parts": (turns([{"type": "text", "text": "Hi"}]), "text as `content`"),
+    "texts": (["Hi", "Yo"], "it is Hi"),
+    "a text": ("Hi", "must be a list of messages; it is Hi"),
+    "JSON": ('[{"role": "user", "content": "Hi"}]', "must be a list of messages"),
+    "no cell": (None, "must be a list of messages; it is None"),
+    "one message": (turns("Hi")[0], "must be a list of messages"),
+}
 
-def without_response(i: int) -> list[Row]:
-    return [{**row, "output": " \n" if j == i else row["output"]} for j, row in enumerate(rows_of("train"))]
+
+@pytest.mark.parametrize("case", BAD_CHATS)
+def test_a_chat_that_cannot_be_used_is_refused_skipped_or_predicted_as_an_error(tmp_path: Path, case: str) -> None:
+    chat, said = BAD_CHATS[case]
+    keys = {"model": text_model(byte_tokenizer(STRICT)), "template": "chat", "max_length": 64}
+    mixed = isinstance(chat, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str | None) for m in chat
+    )
+    rows = [GOOD, {"messages": chat}, GOOD] if mixed else [{"messages": chat}]  # a column has one type
+    bad = int(mixed)
+    with refuses("data.", f"row {bad} of", "test.jsonl", said):
+        dataset_of(tmp_path, rows, **keys)
+    if not mixed:
+        with refuses("data.messages_column:", "row 0", "holds no conversation in column messages: ", said):
+            prepared(tmp_path / "rows", "predict", **keys)
+        return
+    for _ in range(2):  # then from the cache of tokens
+        data = prepared(tmp_path / "rows", "test", skip_bad_rows=1, **keys)
+        assert [(row.split, row.row) for row in data.findings.skipped] == [("test", "row 1")]
+        assert said in data.findings.skipped[0].reason
+        assert len(data.splits["test"][0]) == 2
+    if "no response" in said:
+        assert len(dataset_of(tmp_path, rows, empty_responses="skip", **keys)) == 2
 
 
-def test_a_row_without_a_response(tmp_path: Path) -> None:
-    where = tmp_path / "rows/test.jsonl"
-    for response in (None, "", " \n", "<|endoftext|>", "<unk> <|im_end|>"):
-        rows = [*rows_of("test", 2), {"instruction": "a", "input": "", "output": response}]
+@pytest.mark.parametrize("chat", [[], [{"role": "system", "content": "S"}], [{"role": "assistant", "content": "Hi"}]])
+def test_a_chat_that_asks_nothing_is_an_error_in_its_row(tmp_path: Path, chat: list[Row]) -> None:
+    said = "has no message of a user to respond to"
+    path = write_rows(tmp_path / "new.jsonl", [{"messages": chat}])
+    with refuses("data.messages_column: row 0 of", f"{said}, and no other"):
+        prepared(tmp_path, "predict", predict_path=str(path))
+    write_rows(path, [{"messages": chat}, GOOD])
+    data = prepared(tmp_path, "predict", predict_path=str(path))
+    assert [batch["index"].tolist() for batch in data.predict_dataloader()[0]] == [[1]]
+    assert data.failed_rows(0) == [{"index": 0, "error": said}]
+
+
+def test_rows_without_a_response_are_refused_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, where = rows_of("test"), tmp_path / "rows/test.jsonl"
+    empty = [{**rows[1], "output": output} for output in (None, "", " \n", "<|endoftext|>", "<unk> <|im_end|>")]
+    for row in empty:
         with refuses(f"data.response_column: row 2 of {where} has no response to learn", "empty_responses skip"):
-            dataset_of(tmp_path, rows)
-
-
-def test_rows_without_a_response_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = rows_of("test")
-    empty = [{**rows[0], "output": None}, {**rows[1], "output": "<|endoftext|>"}]
-    dataset = dataset_of(tmp_path, [rows[0], empty[0], rows[2], empty[1], rows[4]], empty_responses="skip")
+            dataset_of(tmp_path, [*rows[:2], row])
+    dataset = dataset_of(tmp_path, [rows[0], empty[0], rows[2], empty[3], rows[4]], empty_responses="skip")
     assert texts(dataset, "labels") == [f"{rows[i]['output']}<|im_end|>" for i in (0, 2, 4)]
     said = capsys.readouterr().err.splitlines()
-    assert f"warning: 2 of 5 rows of {tmp_path / 'rows/test.jsonl'} have no response and are left out." in said
-    with refuses(f"data.path: {tmp_path / 'rows/test.jsonl'} has no row with a response."):
-        dataset_of(tmp_path, [*empty, empty[0]], empty_responses="skip")
-
-
-CHATS_WITHOUT = [
-    [],
-    [{"role": "system", "content": "S"}],
-    [{"role": "user", "content": "Hi"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}, *chat_of(row_of("train", 1))],
-]
-
-
-@pytest.mark.parametrize("chat", CHATS_WITHOUT)
-def test_a_chat_without_a_response(tmp_path: Path, chat: list[Row]) -> None:
-    rows = [{"messages": chat_of(row_of("test", 1))}, {"messages": chat}]
-    with refuses("data.messages_column: row 1 of", "test.jsonl has no response to learn"):
-        dataset_of(tmp_path, rows)
-    dataset = dataset_of(tmp_path, rows, empty_responses="skip", system_prompt="S")
-    assert len(dataset) == 1
-
-
-@pytest.mark.parametrize("chat", [*CHATS_WITHOUT[:2], [{"role": "assistant", "content": "Hi"}]])
-def test_a_chat_that_asks_nothing(folder: Path, tmp_path: Path, chat: list[Row]) -> None:
-    path = write(tmp_path / "new.jsonl", [{"messages": chat}])
-    with refuses("data.messages_column: row 0 of", "has no message of a user to respond to, and no other"):
-        prepared(folder, "predict", predict_path=str(path))
-    path = write(tmp_path / "more.jsonl", [{"messages": chat}, {"messages": chat_of(row_of("test", 1))}])
-    data = prepared(folder, "predict", predict_path=str(path))
-    assert [batch["index"].tolist() for batch in data.predict_dataloader()[0]] == [[1]]
-    assert data.failed_rows(0) == [{"index": 0, "error": "has no message of a user to respond to"}]
-
-
-@pytest.mark.parametrize(
-    ("cell", "reason"),
-    [
-        (
-            [{"content": "Hi"}],
-            "must have `role` (system, user, assistant) and text as `content`, or ShareGPT's `from`",
-        ),
-        ([{"role": "tool", "content": "Hi"}], "must have `role`"),
-        ([{"from": "observation", "value": "Hi"}], "must have `role`"),
-        ([{"role": "user", "content": None}], "must have `role`"),
-        ([{"role": "assistant", "content": 3}], "it is {'role': 'assistant', 'content': 3}"),
-        ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "text as `content`"),
-        (["Hi", "Yo"], "it is Hi"),
-        ("Hi", "must be a list of messages; it is Hi"),
-        ('[{"role": "user", "content": "Hi"}]', "must be a list of messages"),
-        (None, "must be a list of messages; it is None"),
-        ({"role": "user", "content": "Hi"}, "must be a list of messages"),
-    ],
-)
-@pytest.mark.parametrize("stage", ["test", "predict"])
-def test_messages_of_another_shape(tmp_path: Path, stage: str, cell: Any, reason: str) -> None:
-    path = write(tmp_path / "rows/test.jsonl", [{"messages": cell}])
-    with refuses("data.messages_column:", "row 0", "holds no conversation in column messages: ", reason):
-        prepared(path.parent, stage)
+    assert f"warning: 2 of 5 rows of {where} have no response and are left out." in said
+    with refuses(f"data.path: {where} has no row with a response."):
+        dataset_of(tmp_path, empty, empty_responses="skip")
 
 
 @pytest.mark.parametrize("shuffled", ["sampled", "held out", "both"])
@@ -474,9 +393,10 @@ def test_a_message_has_the_row_of_the_file(tmp_path: Path, shuffled: str) -> Non
     draw = random.Random(0)
     for _ in range(3):
         bad = draw.randrange(24)
-        path = write(tmp_path / f"{bad}/train.jsonl", without_response(bad))
+        rows = [{**row, "output": " \n" if i == bad else row["output"]} for i, row in enumerate(rows_of("train"))]
+        path = write_rows(tmp_path / f"{bad}/train.jsonl", rows)
         if shuffled == "sampled":
-            write(tmp_path / f"{bad}/validation.jsonl", rows_of("validation"))
+            write_rows(tmp_path / f"{bad}/validation.jsonl", rows_of("validation"))
         limits = {} if shuffled == "held out" else {"max_train_samples": 23}
         where = path.parent if shuffled == "sampled" else path
         for val_seed in range(2):  # or the bad row may happen to be left out
@@ -489,114 +409,22 @@ def test_a_message_has_the_row_of_the_file(tmp_path: Path, shuffled: str) -> Non
             pytest.fail("the row was never seen")
 
 
-@pytest.mark.parametrize(
-    ("rows", "keys", "parts"),
-    [
-        (
-            {"prompt": "a"},
-            {},
-            ("neither a column messages of messages nor a column instruction; it has output, prompt",),
-        ),
-        ({"instruction": "a"}, {"input_column": "context"}, ("data.input_column:", "has no column context")),
-        (
-            {"instruction": "a"},
-            {"response_column": "answer"},
-            ("data.response_column:", "has no column answer; it has"),
-        ),
-        ({"instruction": None}, {}, ("data.instruction_column:", "is empty in every row")),
-        ({"instruction": ["a"]}, {}, ("data.instruction_column: instruction in", "must hold text, and it holds List")),
-    ],
-)
-def test_columns_that_cannot_be_used(tmp_path: Path, rows: Row, keys: Row, parts: tuple[str, ...]) -> None:
+BAD: list[tuple[Row, Row, tuple[str, ...]]] = [  # columns beside the response, keys, message
+    ({"prompt": "a"}, {}, ("neither a column messages of messages nor a column instruction; it has output, prompt",)),
+    ({"instruction": "a"}, {"input_column": "context"}, ("data.input_column:", "has no column context")),
+    ({"instruction": "a"}, {"response_column": "answer"}, ("data.response_column:", "has no column answer; it has")),
+    ({"instruction": None}, {}, ("data.instruction_column:", "is empty in every row")),
+    ({"instruction": ["a"]}, {}, ("data.instruction_column: instruction in", "must hold text, and it holds List")),
+    ({"instruction": "a"}, {"max_length": 15}, ("data.max_length: 15 must be 16 or more.",)),
+    (
+        {"instruction": "a"},
+        {"template": "chat", "system_prompt": "S"},
+        ("data.template: row 0 of", "refuses the conversation that begins 'a'", "roles must alternate"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("columns", "keys", "parts"), BAD)
+def test_bad_input_is_refused(tmp_path: Path, columns: Row, keys: Row, parts: tuple[str, ...]) -> None:
     with refuses(*parts):
-        dataset_of(tmp_path, [{"output": "b", **rows}] * 3, **keys)
-
-
-def test_an_empty_instruction(tmp_path: Path) -> None:
-    rows = [*rows_of("test", 3), {"instruction": None, "input": "a", "output": "b"}]
-    with refuses("data.instruction_column: row 3 of", "test.jsonl has no text in column instruction"):
-        dataset_of(tmp_path, rows)
-
-
-def test_a_chat_template_that_refuses_a_row(tmp_path: Path) -> None:
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
-    model = text_model(byte_tokenizer(strict))
-    assert len(dataset_of(tmp_path, rows_of("test"), model=model, template="chat")) == 5
-    with refuses("data.template: row 0 of", "refuses the conversation that begins 'Do 0", "no system"):
-        dataset_of(tmp_path, rows_of("test"), model=model, template="chat", system_prompt="S")
-
-
-def test_lengths_that_cannot_be(folder: Path) -> None:
-    with refuses("data.max_length: 15 must be 16 or more."):
-        module(folder, max_length=15)
-    model = text_model(TOKENIZER, position_limit=100)
-    assert prepared(folder, model=model, max_length=100).splits
-    for stage in ("fit", "predict"):
-        with refuses("data.max_length: 101 tokens are more than the 100 that the backbone has positions for."):
-            prepared(folder, stage, model=model, max_length=101)
-
-
-# --------------------------------------------------------------------------------------------------------------- cache
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry for each conversation or prompt that is tokenised."""
-    found: list[str] = []
-    for name in ("conversation", "prompt"):
-        method = getattr(ConversationEncoder, name)
-
-        def counted(self: Any, messages: Any, name: str = name, method: Any = method) -> Any:
-            found.append(name)
-            return method(self, messages)
-
-        monkeypatch.setattr(ConversationEncoder, name, counted)
-    return found
-
-
-def test_tokens_are_made_once(folder: Path, made: list[str]) -> None:
-    first = prepared(folder)
-    assert made == ["conversation"] * 31
-    second = prepared(folder)
-    second.setup("validate")
-    assert len(made) == 31
-    assert second.splits["train"][0].data[:] == first.splits["train"][0].data[:]
-    prepared(folder, "test")
-    prepared(folder, "predict")
-    assert made == ["conversation"] * 36 + ["prompt"] * 5
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"template": "chat"},
-        {"max_length": 100},
-        {"system_prompt": "S"},
-        {"end_mark": "yes"},
-        {"input_column": None},
-        {"instruction_column": "output"},
-        {"model": text_model(byte_tokenizer(eos_token="<unk>"))},
-    ],
-    ids=str,
-)
-def test_whatever_changes_the_tokens_makes_new_ones(folder: Path, made: list[str], keys: Row) -> None:
-    before = prepared(folder, "test").splits["test"][0]
-    after = prepared(folder, "test", **keys).splits["test"][0]
-    assert len(made) == 10
-    assert after.data["input_ids"][:] != before.data["input_ids"][:]
-
-
-def test_another_chat_template_makes_new_tokens(folder: Path, made: list[str]) -> None:
-    found = []
-    for template in (CHAT, CHAT.replace("message['role']", "message['role'][0]")):
-        model = text_model(byte_tokenizer(template))
-        found.append(texts(prepared(folder, "predict", model=model, template="chat").splits["predict"][0])[0])
-    assert len(made) == 10
-    assert found[1] == found[0].replace("user\n", "u\n") != found[0]
-
-
-def test_new_texts_make_new_tokens(folder: Path, made: list[str]) -> None:
-    prepared(folder, "test")
-    write(folder / "test.jsonl", [*rows_of("test", 4), {**row_of("test", 4), "output": "new"}])
-    assert texts(prepared(folder, "test").splits["test"][0], "labels")[4] == "new<|im_end|>"
-    assert len(made) == 10
+        dataset_of(tmp_path, [{"output": "b", **columns}] * 3, model=text_model(byte_tokenizer(STRICT)), **keys)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -13,11 +13,12 @@ import pytest
 import torch
 from tokenizers import processors
 
-from datamodules.errors import DataError
 from datamodules.multiple_choice import MultipleChoiceData
 from datamodules.tokens.questions import shared_prompts
 from tests.causal_backbones import VOCABULARY, byte_tokenizer
-from tests.datamodules.stub import stub_trainer, text_model
+from tests.support.data import set_up
+from tests.support.refusals import refuses
+from tests.support.trainers import quiet_trainer, text_model
 
 Row = dict[str, Any]
 SUBJECTS = ["world_religions", "anatomy", "us_foreign_policy"]
@@ -26,10 +27,9 @@ SIZES = {"dev": 9, "validation": 7, "test": 23}
 
 def row_of(split: str, i: int) -> Row:
     """A row that says where it comes from; lengths differ, and the subjects take turns."""
-    choices = [f"{split} {i}", "Always A", "", "none\nof these"]
     return {
         "question": f"{split} {i}: which" + " one" * (i * 7 % 11) + "?",
-        "choices": choices,
+        "choices": [f"{split} {i}", "Always A", "", "none\nof these"],
         "answer": i * 5 % 4,
         "subject": SUBJECTS[i % 3],
     }
@@ -53,28 +53,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def changed(folder: Path, split: str = "test", **columns: Any) -> Path:
-    """Dev and another split in which some columns are made anew of each row, or dropped by None."""
+def changed(folder: Path, **columns: Callable[[Row], Any] | None) -> Path:
+    """Dev and test in which some columns of test are made anew of each row, or dropped by None."""
     write(folder / "dev.parquet", rows_of("dev"))
-    made = [{**row, **{k: v(row) for k, v in columns.items() if v}} for row in rows_of(split)]
-    write(folder / f"{split}.parquet", [{k: v for k, v in row.items() if columns.get(k, 1)} for row in made])
+    made = [{**row, **{k: v(row) for k, v in columns.items() if v}} for row in rows_of("test")]
+    write(folder / "test.parquet", [{k: v for k, v in row.items() if columns.get(k, 1)} for row in made])
     return folder
 
 
-def prepared(
-    path: Path,
-    stage: str = "test",
-    world: int = 1,
-    rank: int = 0,
-    tokenizer: Any = None,
-    limit: int | None = None,
-    **keys: Any,
-) -> MultipleChoiceData:
-    data = MultipleChoiceData(str(path), **{"shots": 2, "batch_size": 3, **keys})
+def prepared(path: Path, stage: str = "test", *, tokenizer: Any = None, limit: int | None = None, **keys: Any) -> Any:
+    place = {name: keys.pop(name) for name in ("world", "rank") if name in keys}
     model = text_model(tokenizer or byte_tokenizer(), position_limit=limit)
-    data.trainer = stub_trainer(world, rank, lightning_module=model, state=SimpleNamespace(fn=stage))
-    data.setup(stage)
-    return data
+    return set_up(MultipleChoiceData(str(path), **{"shots": 2, "batch_size": 3, **keys}), model, stage, **place)
 
 
 def batches_of(path: Path, stage: str = "test", **keys: Any) -> list[dict[str, Any]]:
@@ -103,11 +93,6 @@ def prompts_of(batches: list[dict[str, Any]]) -> dict[int, str]:
 
 def indices(batches: list[dict[str, Any]]) -> list[int]:
     return [row for batch in batches for row in batch["index"].tolist()]
-
-
-def refuses(*parts: str) -> Any:
-    """A DataError whose message has all the parts, in this order."""
-    return pytest.raises(DataError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -159,11 +144,6 @@ def test_no_shots_and_no_subject(tmp_path: Path) -> None:
         batches = batches_of(path, shots=0, **keys)
         assert prompts_of(batches)[8].startswith(text)
         assert {batch["subject"] for batch in batches} == {"unknown"}
-
-
-def test_a_subject_column_that_is_not_there_is_refused(folder: Path) -> None:
-    with refuses("data.subject_column", "subjct", "subject"):
-        batches_of(folder, subject_column="subjct")
 
 
 def test_letters_for_as_many_choices_as_there_are(tmp_path: Path) -> None:
@@ -237,6 +217,7 @@ def test_batches_are_of_one_subject_and_of_like_length(folder: Path) -> None:
     subjects = [batch["subject"] for batch in batches]
     assert subjects == sorted(subjects, key=subjects.index)  # those of a subject come together
     assert sorted(indices(batches)) == list(range(23))
+    assert all(batch["answers"].tolist() == [row * 5 % 4 for row in batch["index"].tolist()] for batch in batches)
     for subject in SUBJECTS:
         own = [batch for batch in batches if batch["subject"] == subject]
         assert {row % 3 for row in indices(own)} == {SUBJECTS.index(subject)}
@@ -247,13 +228,7 @@ def test_batches_are_of_one_subject_and_of_like_length(folder: Path) -> None:
         max(len(ids) for batch in batches if batch["subject"] == s for ids in tokens_of(batch)) for s in SUBJECTS
     ]
     assert max(len(ids) for ids in tokens_of(batches[0])) == max(longest)
-    again = batches_of(folder)
-    assert indices(again) == indices(batches)
-
-
-def test_answers_are_the_rows_own(folder: Path) -> None:
-    for batch in batches_of(folder):
-        assert batch["answers"].tolist() == [row * 5 % 4 for row in batch["index"].tolist()]
+    assert indices(batches_of(folder)) == indices(batches)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -265,8 +240,6 @@ def test_processes_share_each_subject(folder: Path, world: int) -> None:
         assert all(text == alone[row] for row, text in prompts_of(share).items())
         counts = [sum(row % 3 == i for row in indices(share)) for i in range(3)]
         assert all(abs(count - size / world) < 1 for count, size in zip(counts, (8, 8, 7), strict=True))
-    with refuses("4 questions are fewer than the 5 processes"):
-        batches_of(folder, max_test_samples=4, world=5)
 
 
 class Echo(L.LightningModule):
@@ -286,16 +259,8 @@ class Echo(L.LightningModule):
 def test_lightning_keeps_the_batches(folder: Path, workers: int) -> None:
     """In prediction it builds the loaders anew."""
     data = MultipleChoiceData(str(folder), shots=2, batch_size=3, num_workers=workers)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-    )
     expected = [(batch["subject"], batch["index"].tolist()) for batch in batches_of(folder)]
-    assert trainer.predict(Echo(), data) == expected
+    assert quiet_trainer(use_distributed_sampler=False).predict(Echo(), data) == expected
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
@@ -342,8 +307,6 @@ def test_a_question_that_fits_nowhere_is_refused(folder: Path) -> None:
     assert [row.reason.split(",")[0] for row in skipping.findings.skipped] == [f"takes {longest} tokens without a shot"]
     predicting = prepared(folder, "predict", max_length=longest - 1)
     assert [row["index"] for row in predicting.failed_rows(0)] == [int(skipping.findings.skipped[0].row.split()[1])]
-    with refuses("data.max_length", "600 tokens are more than the 500"):
-        batches_of(folder, max_length=600, limit=500)
 
 
 def test_some_subjects_and_some_rows(folder: Path) -> None:
@@ -353,25 +316,20 @@ def test_some_subjects_and_some_rows(folder: Path) -> None:
     assert len(some) == 3
     assert set(some) <= set(indices(batches))
     assert sorted(indices(batches_of(folder, "validate", max_val_samples=50))) == list(range(7))
-    with refuses("data.subjects", "no questions of astronomy, virology", "anatomy, us_foreign_policy"):
-        batches_of(folder, subjects=["virology", "anatomy", "astronomy"])
 
 
 # ------------------------------------------------------------------------------------------------- answers, prediction
 
 
-def test_letters_are_answers_too(tmp_path: Path, folder: Path) -> None:
-    path = changed(tmp_path, answer=lambda row: f" {'ABCD'[row['answer']]}")
-    for ours, theirs in zip(batches_of(path), batches_of(folder), strict=True):
-        assert torch.equal(ours["answers"], theirs["answers"])
-
-
-def test_class_labels_are_answers_too(tmp_path: Path, folder: Path) -> None:
-    """As cais/mmlu has them."""
-    labels = datasets.ClassLabel(names=list("ABCD"))
-    for split in ("dev", "test"):
-        rows = datasets.Dataset.from_list(rows_of(split)).cast_column("answer", labels)
-        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
+@pytest.mark.parametrize("kind", ["letters", "class labels"])
+def test_letters_are_answers_too(tmp_path: Path, folder: Path, kind: str) -> None:
+    if kind == "letters":
+        changed(tmp_path, answer=lambda row: f" {'ABCD'[row['answer']]}")
+    else:  # as cais/mmlu has them
+        labels = datasets.ClassLabel(names=list("ABCD"))
+        for split in ("dev", "test"):
+            rows = datasets.Dataset.from_list(rows_of(split)).cast_column("answer", labels)
+            rows.to_parquet(str(tmp_path / f"{split}.parquet"))
     for ours, theirs in zip(batches_of(tmp_path), batches_of(folder), strict=True):
         assert torch.equal(ours["answers"], theirs["answers"])
 
@@ -398,58 +356,84 @@ def test_questions_without_answers_can_be_predicted_and_not_tested(tmp_path: Pat
         batches_of(path)
 
 
-# --------------------------------------------------------------------------------------------------------------- wrong
+# ----------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("answer", [4, -1, "E", "", "AB", "a", None, 1.5])
-def test_an_answer_that_is_none_is_refused(tmp_path: Path, answer: Any) -> None:
-    made: Any = {str: str, type(None): int, float: float}.get(type(answer), int)
+def only(change: Any, row: Row, column: str) -> Any:
+    """A cell of row 5 alone; the others stay."""
+    return change if "test 5:" in row["question"] else row[column]
 
-    def answers(row: Row) -> Any:
-        return answer if "test 1:" in row["question"] else {str: "ABCD"[row["answer"]]}.get(made, made(row["answer"]))
 
-    with refuses("data.answer_column", "row ", "indices from 0 to 3 or letters from A to D"):
-        batches_of(changed(tmp_path, answer=answers))
+ANSWERS: list[Any] = [4, -1, "E", "", "AB", "a", None, 1.5]
+CHOICES: list[Callable[[Row], Any]] = [
+    lambda row: row["choices"] + ["more"] * ("test 5:" in row["question"]),
+    lambda row: row["choices"][:1],
+    lambda row: ["x"] * 27,
+    lambda row: [*row["choices"][:3], only(None, row, "question")],
+    lambda row: only(None, row, "choices"),
+    lambda row: "a text",
+    lambda row: [1, 2, 3, 4],
+]
+SAID = {
+    "answer": ("data.answer_column: row ", "indices from 0 to 3 or letters from A to D"),
+    "choices": ("data.choices_column: row ", "must hold lists of 2 to 26 texts, as many in each row"),
+    "question": ("data.question_column: row 5", "has no text in column question"),
+}
+
+
+def answers(wrong: Any) -> Callable[[Row], Any]:
+    """A column of the type of a wrong answer, which row 5 has."""
+    if isinstance(wrong, str):
+        return lambda row: only(wrong, {**row, "answer": "ABCD"[row["answer"]]}, "answer")
+    return lambda row: only(wrong, {**row, "answer": type(wrong or 0)(row["answer"])}, "answer")
 
 
 @pytest.mark.parametrize(
-    "choices",
+    ("column", "made"),
     [
-        lambda row: row["choices"] + ["more"] * ("test 5:" in row["question"]),
-        lambda row: row["choices"][:1],
-        lambda row: ["x"] * 27,
-        lambda row: [*row["choices"][:3], None if "test 5:" in row["question"] else "x"],
-        lambda row: None if "test 5:" in row["question"] else row["choices"],
-        lambda row: "a text",
-        lambda row: [1, 2, 3, 4],
+        *(("answer", answers(wrong)) for wrong in ANSWERS),
+        *(("choices", made) for made in CHOICES),
+        ("question", lambda row: only(" ", row, "question")),
     ],
-    ids=["uneven", "one", "27", "an empty one", "an empty row", "text", "numbers"],
 )
-def test_choices_that_are_none_are_refused(tmp_path: Path, choices: Any) -> None:
-    with refuses("data.choices_column", "row ", "must hold lists of 2 to 26 texts, as many in each row"):
-        batches_of(changed(tmp_path, choices=choices))
+def test_a_row_that_is_no_question_is_refused(tmp_path: Path, column: str, made: Callable[[Row], Any]) -> None:
+    path = changed(tmp_path, **{column: made})
+    with refuses(*SAID[column]):
+        batches_of(path)
+    if column == "question":
+        assert sorted(indices(batches_of(path, skip_bad_rows=1))) == [row for row in range(23) if row != 5]
+        assert [row["index"] for row in prepared(path, "predict").failed_rows(0)] == [5]
 
 
-def test_splits_that_are_not_there(tmp_path: Path, folder: Path) -> None:
-    with refuses("MultipleChoiceData has no training rows", "validate, test and predict"):
-        prepared(folder, "fit")
-    path = changed(tmp_path)
-    with refuses("data.path", "no validation split"):
-        batches_of(path, "validate")
-    with refuses("data.shots_split", "no few split for the shots", "data.shots"):
-        batches_of(path, shots_split="few")
-    with refuses("data.shots_split", "among the questions to ask"):
-        batches_of(path, shots_split="test")
-    with refuses("data.shots", "3 questions of", "for 4 shots"):
-        batches_of(path, shots=4)
-    with refuses("data.question_column", "no column text"):
-        batches_of(path, question_column="text")
+BAD: list[tuple[str, Row, tuple[str, ...]]] = [  # stage, keys, message
+    ("fit", {}, ("MultipleChoiceData has no training rows", "validate, test and predict")),
+    ("validate", {}, ("data.path", "no validation split")),
+    ("test", {"shots_split": "few"}, ("data.shots_split", "no few split for the shots", "data.shots")),
+    ("test", {"shots_split": "test"}, ("data.shots_split", "among the questions to ask")),
+    ("test", {"shots": 4}, ("data.shots", "3 questions of", "for 4 shots")),
+    ("test", {"question_column": "text"}, ("data.question_column", "no column text")),
+    ("test", {"answer_column": "text"}, ("data.answer_column", "no column text")),
+    ("test", {"subject_column": "subjct"}, ("data.subject_column", "subjct", "subject")),
+    ("test", {"max_length": 600, "limit": 500}, ("data.max_length", "600 tokens are more than the 500")),
+    ("test", {"max_test_samples": 4, "world": 5}, ("4 questions are fewer than the 5 processes",)),
+    (
+        "test",
+        {"subjects": ["virology", "anatomy", "astronomy"]},
+        ("data.subjects", "no questions of astronomy, virology", "anatomy, us_foreign_policy"),
+    ),
+    ("test", {"shots": -1}, ("data.shots",)),
+    ("test", {"max_length": 0}, ("data.max_length",)),
+    ("test", {"max_test_samples": 0}, ("data.max_test_samples",)),
+    ("test", {"batch_size": 0}, ("data.batch_size",)),
+    ("test", {"question_column": "a", "choices_column": "a"}, ("data.choices_column: a is data.question_column",)),
+]
 
 
-@pytest.mark.parametrize("keys", [{"shots": -1}, {"max_length": 0}, {"max_test_samples": 0}, {"batch_size": 0}])
-def test_numbers_out_of_range(keys: dict[str, int]) -> None:
-    with refuses(f"data.{next(iter(keys))}"):
-        MultipleChoiceData("some/data", **keys)
+@pytest.mark.parametrize(("stage", "keys", "parts"), BAD)
+def test_bad_input_is_refused(tmp_path: Path, stage: str, keys: Row, parts: tuple[str, ...]) -> None:
+    data = changed(tmp_path)
+    with refuses(*parts):
+        prepared(data, stage, **keys).test_dataloader()
 
 
 def test_letters_must_be_one_token_each(folder: Path) -> None:

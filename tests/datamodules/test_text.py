@@ -1,452 +1,434 @@
-"""Texts become the tokens that the tokenizer makes of them, once, and come back from disk as they were."""
+"""Behaviour that all tasks of texts share: splits, limits, batches, caches, and rows that cannot be used."""
 
 from __future__ import annotations
 
 import pickle
-import re
-import shutil
 from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
-import pyarrow as pa
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from transformers import AutoTokenizer
 
 from datamodules.errors import DataError
-from datamodules.sources.tables import Table, blank_rows, check_texts, null_rows, open_table
-from datamodules.text import TextData
-from datamodules.tokens.tokenizing import FORMAT, TokenDataset, tokenized, tokenizer_state
+from datamodules.language_modeling import LanguageModelingData
+from datamodules.summarization import SummarizationData
+from datamodules.text import TrainingTextData
+from datamodules.text_classification import TextClassificationData
 from tests.backbones import word_tokenizer
-from tests.datamodules.stub import stub_trainer, text_model
+from tests.causal_backbones import CHAT, byte_tokenizer
+from tests.support.data import fake_hub, set_up
+from tests.support.refusals import refuses
+from tests.support.rows import write_rows
+from tests.support.trainers import text_model
 
-TEXTS = ["the film was good .", "bad", "it is not bad .", "", "w1 w2 w3 w4 w5 w6 w7", "unheard of"]
+Row = dict[str, Any]
+Tokens = dict[str, Any]  # input_ids, and label or labels
+SIZES = {"train": 24, "validation": 9, "test": 7}
+SPLITS = {"train": "train", "val": "validation", "test": "test"}  # name in the data module, and of the file
+MARKS = {"train": "good", "validation": "bad", "test": "film"}  # words of the vocabulary
+WORDS, BYTES = word_tokenizer(), byte_tokenizer()
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that no other test has written to."""
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+@dataclass(frozen=True)
+class Family:
+    """A task with rows whose tokens say which row of which split they are.
+
+    Args:
+        kind: The data module.
+        keys: What it needs besides a path.
+        tokenizer: The backbone's.
+        row: Makes row `i` of a split.
+        tokens: Makes what the data module should make of a row.
+        lengths: Keys of the longest text that is not cut.
+        cut: A length that some rows reach, for the first of these keys.
+        bad: For each column, the key that an error names and what is wrong with an empty cell.
+        changes: Keys that change the tokens.
+    """
+
+    kind: type[TrainingTextData]
+    keys: Row
+    tokenizer: Any
+    row: Callable[[str, int], Row]
+    tokens: Callable[[Row], Tokens]
+    lengths: tuple[str, ...]
+    cut: int
+    bad: dict[str, tuple[str, str]]
+    changes: list[Row] = field(default_factory=list)
+
+
+def labelled(split: str, i: int) -> Row:
+    return {"text": f"{MARKS[split]} w{i}" + " a" * (i * 7 % 11), "label": ["no", "yes"][i % 2]}
+
+
+def pair(split: str, i: int) -> Row:
+    summary = f"  the film w{i} Unheard\n" + "is not . " * (i % 4)
+    return {"document": f"{MARKS[split]} w{i}" + " a" * (i * 7 % 11), "summary": summary}
+
+
+def instruction(split: str, i: int) -> Row:
+    return {"instruction": f"{split} {i}" + "!" * (i * 7 % 11), "input": "", "output": f"yes {i}" + " so" * (i % 5)}
+
+
+def chat_tokens(row: Row) -> Tokens:
+    chat = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+    ids = BYTES.apply_chat_template(chat, return_dict=False)
+    prompt = len(BYTES.apply_chat_template(chat[:1], return_dict=False, add_generation_prompt=True))
+    return {
+        "input_ids": ids,
+        "labels": [-100] * prompt + ids[prompt:-1] + [-100],
+    }  # the end is learnt, what follows not
+
+
+FAMILIES = {
+    "classification": Family(
+        TextClassificationData,
+        {"text_columns": ["text"]},
+        WORDS,
+        labelled,
+        lambda row: {"input_ids": WORDS(row["text"])["input_ids"], "label": int(row["label"] == "yes")},
+        ("max_length",),
+        6,
+        {"text": ("text_columns", "has no text in column text"), "label": ("label_column", "is empty")},
+        [{"max_length": 6}, {"model": text_model(word_tokenizer(pad_token="</s>"))}],
+    ),
+    "summarization": Family(
+        SummarizationData,
+        {},
+        WORDS,
+        pair,
+        lambda row: {"input_ids": WORDS(row["document"])["input_ids"], "labels": WORDS(row["summary"])["input_ids"]},
+        ("max_source_length", "max_target_length"),
+        6,
+        {
+            "document": ("source_column", "has no text in column document"),
+            "summary": ("target_column", "has no text in column summary"),
+        },
+        [
+            {"source_prefix": "bad "},
+            {"max_source_length": 6},
+            {"max_target_length": 6},
+            {"source_column": "summary", "target_column": "document"},
+        ],
+    ),
+    "language modeling": Family(
+        LanguageModelingData,
+        {"template": "chat"},
+        BYTES,
+        instruction,
+        chat_tokens,
+        ("max_length",),
+        50,
+        {
+            "instruction": ("instruction_column", "has no text in column instruction"),
+            "output": ("response_column", "has no response to learn"),
+        },
+        [
+            {"template": "alpaca"},
+            {"max_length": 50},
+            {"system_prompt": "S"},
+            {"end_mark": "so"},
+            {"instruction_column": "output"},
+            {"model": text_model(byte_tokenizer(CHAT.replace("\n", " ")))},
+        ],
+    ),
+}
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def rows_of(family: Family, split: str) -> list[Row]:
+    return [family.row(split, i) for i in range(SIZES[split])]
+
+
+def write(family: Family, folder: Path, *splits: str) -> Path:
+    for split in splits or SIZES:
+        write_rows(folder / f"{split}.jsonl", rows_of(family, split))
     return folder
 
 
-def table(texts: list[Any], feature: str = "string", where: str = "here") -> Table:
-    return Table(
-        datasets.Dataset.from_dict({"text": texts}, features=datasets.Features({"text": datasets.Value(feature)})),
-        where,
-    )
+def made(family: Family, path: Path, **keys: Any) -> Any:
+    data = family.kind(str(path), **{"batch_size": 4, **family.keys, **keys})
+    data.trainer = SimpleNamespace(lightning_module=text_model(family.tokenizer))  # type: ignore[assignment]
+    return data
 
 
-class Encoder:
-    """Cuts to `limit` tokens, and counts its calls."""
-
-    def __init__(self, tokenizer: Any = None, limit: int = 6) -> None:
-        self.tokenizer, self.limit, self.calls = tokenizer or word_tokenizer(), limit, 0
-
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        self.calls += 1
-        tokens = self.tokenizer(*rows.values(), truncation=True, max_length=self.limit)
-        return {"input_ids": tokens["input_ids"], "length": [len(ids) for ids in tokens["input_ids"]]}
-
-    @property
-    def key(self) -> dict[str, Any]:
-        return {"tokenizer": tokenizer_state(self.tokenizer), "max_length": self.limit}
+def prepared(family: Family, path: Path, stage: str = "fit", *, model: Any = None, **keys: Any) -> Any:
+    return set_up(made(family, path, **keys), model or text_model(family.tokenizer), stage)
 
 
-def encoded(of: Table, encode: Encoder, columns: list[str] | None = None) -> tuple[datasets.Dataset, int]:
-    """The tokens, and how often the tokenizer was called for them."""
-    before = encode.calls
-    data = tokenized(of, columns or ["text"], encode, encode.key)
-    return data, encode.calls - before
+def check(family: Family, dataset: Any, split: str) -> list[int]:
+    """Assert that each row has the tokens and targets of its text; return the numbers of the rows."""
+    known = {tuple(family.tokens(row)["input_ids"]): i for i, row in enumerate(rows_of(family, split))}
+    numbers = [known[tuple(ids)] for ids in dataset.data["input_ids"]]
+    wanted = [family.tokens(family.row(split, i)) for i in numbers]
+    for name in wanted[0]:
+        values = dataset.targets[name].tolist() if name in dataset.targets else dataset.data[name][:]
+        assert values == [tokens[name] for tokens in wanted]
+    assert dataset.lengths.tolist() == [len(tokens["input_ids"]) for tokens in wanted]
+    return numbers
 
 
-def refuses(*parts: str) -> Any:
-    """A DataError whose message has all the parts, in this order."""
-    return pytest.raises(DataError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+# -------------------------------------------------------------------------------------------------------------- splits
 
 
-# -------------------------------------------------------------------------------------------------------- tokenisation
+@each_family
+def test_each_split_is_its_own_file_and_is_read_once(family: Family, tmp_path: Path) -> None:
+    data = made(family, write(family, tmp_path))
+    data.check_test_split()
+    set_up(data, text_model(family.tokenizer))
+    assert list(data.splits) == ["train", "val", "test"]  # the test split too, since it was asked for
+    before = {name: list(parts) for name, parts in data.splits.items()}
+    for stage in ("fit", "validate", "test"):
+        data.setup(stage)
+    assert data.splits == before
+    for name, split in SPLITS.items():
+        assert check(family, data.splits[name][0], split) == list(range(SIZES[split]))
 
 
-@pytest.mark.parametrize("limit", [3, 6, 64])
-def test_tokens_are_those_of_the_tokenizer(limit: int) -> None:
-    data, calls = encoded(table(TEXTS), Encoder(limit=limit))
-    expected = word_tokenizer()(TEXTS, truncation=True, max_length=limit)["input_ids"]
-    assert data["input_ids"][:] == expected
-    assert data["length"][:] == [len(ids) for ids in expected]
-    assert set(data.column_names) == {"input_ids", "length"}
-    assert calls > 0
+@each_family
+def test_without_a_validation_split_training_rows_are_held_out(family: Family, tmp_path: Path) -> None:
+    path = write(family, tmp_path, "train") / "train.jsonl"
+
+    def held_out(**keys: Any) -> tuple[list[int], list[int]]:
+        data = prepared(family, path, val_fraction=0.25, **keys)
+        return check(family, data.splits["train"][0], "train"), check(family, data.splits["val"][0], "train")
+
+    train, val = held_out()
+    assert sorted(train + val) == list(range(24))
+    assert len(val) == 6
+    assert held_out() == (train, val)
+    assert set(held_out(val_seed=1)[1]) != set(val)
+    for asked in (lambda: made(family, path).check_test_split(), lambda: prepared(family, path, "test")):
+        with refuses("data.path", "has no test split"):
+            asked()
 
 
-def test_pairs_come_in_the_order_that_was_asked_for() -> None:
-    data = Table(datasets.Dataset.from_dict({"b": TEXTS[::-1], "more": TEXTS, "a": TEXTS}), "here")
-    encode = Encoder(limit=64)
-    expected = word_tokenizer()(TEXTS, TEXTS[::-1])["input_ids"]
-    assert encoded(data, encode, ["a", "b"])[0]["input_ids"][:] == expected
-    assert encoded(data, encode, ["b", "a"])[0]["input_ids"][:] == word_tokenizer()(TEXTS[::-1], TEXTS)["input_ids"]
+@each_family
+def test_the_validation_split_may_be_tested_on(family: Family, tmp_path: Path) -> None:
+    data = prepared(family, write(family, tmp_path), val_fraction=0.25, test_on_validation=True)
+    data.setup("test")
+    assert check(family, data.splits["test"][0], "validation") == list(range(9))
+    train, val = (check(family, data.splits[name][0], "train") for name in ("train", "val"))
+    assert sorted(train + val) == list(range(24))
+    assert len(val) == 6
 
 
-def test_more_rows_than_a_batch_of_the_cache() -> None:
-    texts = [f"w{i % 40} w{i // 40 % 40} w{i // 1600 % 40}" for i in range(10_050)]
-    encode = Encoder()
-    data, calls = encoded(table(texts), encode)
-    assert calls > 1
-    picked = [0, 9_999, 10_000, 10_049]
-    assert data[picked]["input_ids"] == word_tokenizer()([texts[i] for i in picked])["input_ids"]
-    changed = [*texts[:-1], "bad"]  # in the last row alone
-    assert encoded(table(texts), encode)[1] == 0
-    assert encoded(table(changed), encode)[0][10_049]["input_ids"] == word_tokenizer()("bad")["input_ids"]
+@each_family
+def test_limits_take_a_seeded_sample(family: Family, tmp_path: Path) -> None:
+    path = write(family, tmp_path)
+    sizes = {"train": 5, "val": 4, "test": 3}
+    samples = []
+    for seed in (0, 0, 1):
+        data = prepared(family, path, val_seed=seed, **{f"max_{name}_samples": size for name, size in sizes.items()})
+        data.setup("test")
+        samples.append({name: check(family, data.splits[name][0], split) for name, split in SPLITS.items()})
+    first, again, other = samples
+    assert {name: len(set(rows)) for name, rows in first.items()} == sizes
+    assert first == again
+    assert first["train"] not in (other["train"], list(range(5)))
+
+
+@each_family
+def test_the_hub_is_asked_for_the_configuration_and_the_revision(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = fake_hub(monkeypatch, lambda split: rows_of(family, split), "train", "validation")
+    prepared(family, Path("some/data"), config="3.0.0", revision="refs/convert/parquet")
+    assert set(asked) == {("some/data", "3.0.0", "refs/convert/parquet")}
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def check_batch(family: Family, batch: dict[str, Any], split: str) -> list[int]:
+    """Assert that a batch holds the tokens of its rows, padded at the right; return the numbers of the rows."""
+    numbers: list[int] = batch["index"].tolist()
+    wanted = [family.tokens(family.row(split, i)) for i in numbers]
+    padding = {"input_ids": family.tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
+    for tokens in wanted:
+        tokens["attention_mask"] = [1] * len(tokens["input_ids"])
+    for name in wanted[0]:
+        values = [tokens[name] for tokens in wanted]
+        if name in padding:
+            longest = max(map(len, values))
+            values = [ids + [padding[name]] * (longest - len(ids)) for ids in values]
+        assert batch[name].tolist() == values
+        assert batch[name].dtype == torch.int64
+    if "reference" in batch:
+        assert batch["reference"] == [family.row(split, i)["summary"] for i in numbers]
+    assert set(batch) - {"reference", "index"} == set(wanted[0])
+    return numbers
+
+
+@each_family
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_padded_and_whole(family: Family, tmp_path: Path, workers: int) -> None:
+    data = prepared(family, write(family, tmp_path), num_workers=workers)
+    train = [check_batch(family, batch, "train") for batch in data.train_dataloader()]
+    assert sorted(i for rows in train for i in rows) == list(range(24))
+    assert {len(rows) for rows in train} == {4}
+    val = [i for batch in data.val_dataloader()[0] for i in check_batch(family, batch, "validation")]
+    assert sorted(val) == list(range(9))
+
+
+@each_family
+def test_buckets_pad_less_and_without_them_evaluation_is_in_order(family: Family, tmp_path: Path) -> None:
+    path = write(family, tmp_path)
+
+    def padding(bucket_by_length: bool) -> int:
+        data = prepared(family, path, bucket_by_length=bucket_by_length)
+        return sum(int((batch["attention_mask"] == 0).sum()) for batch in data.train_dataloader())
+
+    assert padding(True) < 0.7 * padding(False)
+    plain, by_length = (prepared(family, path, "test", bucket_by_length=b).test_dataloader()[0] for b in (False, True))
+    assert [i for batch in plain for i in batch["index"].tolist()] == list(range(7))
+    lengths = [batch["attention_mask"].sum(1).tolist() for batch in by_length]
+    assert lengths[0] == sorted((n for batch in lengths for n in batch), reverse=True)[:4]
+
+
+@each_family
+def test_workers_that_do_not_fork_can_pad(family: Family, tmp_path: Path) -> None:
+    data = prepared(family, write(family, tmp_path), "validate")
+    data.trainer.schedule = lambda step: 1.0  # a real trainer has such closures, which cannot be sent
+    loader = data.val_dataloader()[0]
+    collate, dataset = pickle.loads(pickle.dumps((loader.collate_fn, loader.dataset)))
+    assert check_batch(family, collate(dataset.__getitems__([3, (0, 99)])), "validation") == [3, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+
+@each_family
+def test_rows_that_reach_the_limit_are_counted(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(family, tmp_path / f"{'of-a-long-name/' * 9}[a]")  # neither wrapped nor taken for markup
+    lengths = [len(family.tokens(row)["input_ids"]) for row in rows_of(family, "validation")]
+    cut = sum(length >= family.cut for length in lengths)
+    assert 0 < cut < 9
+    data = prepared(family, path, "validate", **{family.lengths[0]: family.cut})
+    assert data.splits["val"][0].lengths.max() == family.cut
+    said = f"warning: {cut} of 9 rows of {path / 'validation.jsonl'} reach {family.cut} tokens and may be cut."
+    assert said in capsys.readouterr().err.splitlines()
+    prepared(family, path, "validate", **{family.lengths[0]: max(lengths) + 1})
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    prepared(family, path, "validate", **{family.lengths[0]: family.cut})
+    assert "may be cut" not in capsys.readouterr().err
+
+
+@each_family
+@pytest.mark.parametrize("stage", ["fit", "predict"])
+def test_no_text_is_longer_than_the_model_has_positions_for(family: Family, tmp_path: Path, stage: str) -> None:
+    path, model = write(family, tmp_path), text_model(family.tokenizer, position_limit=64)
+    fitting = dict.fromkeys(family.lengths, 64)
+    assert prepared(family, path, stage, model=model, **fitting).splits
+    for key in family.lengths:
+        with refuses(f"data.{key}: 65 tokens are more than the 64 that the backbone has positions for."):
+            prepared(family, path, stage, model=model, **{**fitting, key: 65})
+
+
+@each_family
+def test_a_model_without_a_tokenizer(family: Family, tmp_path: Path) -> None:
+    with refuses(f"{family.kind.__name__} needs a model that has a tokenizer"):
+        prepared(family, write(family, tmp_path), model=SimpleNamespace(class_names=None))
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
-def test_the_same_texts_are_not_tokenised_again(cache: Path) -> None:
-    encode = Encoder()
-    first, calls = encoded(table(TEXTS), encode)
-    second, again = encoded(table(TEXTS), encode)
-    assert (calls > 0, again) == (True, 0)
-    assert second[:] == first[:]
-    assert len(list((cache / "onesided").glob("*.arrow"))) == 1
+def files(cache: Path) -> dict[str, int]:
+    """Files of tokens, with the time at which they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in (cache / "onesided").iterdir()}
 
 
-def csv(file: Path, texts: list[str], more: str = "") -> Table:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"text{',more' if more else ''}\n" + "".join(f'"{t}"{more and f",{more}"}\n' for t in texts))
-    opened = open_table(str(file), ("train",))
-    assert opened is not None
-    return opened
-
-
-def test_a_file_that_was_copied_or_moved_is_not_tokenised_again(tmp_path: Path) -> None:
-    encode = Encoder()
-    texts = [text for text in TEXTS if text]
-    assert encoded(csv(tmp_path / "one/train.csv", texts), encode)[1] > 0
-    shutil.copy(tmp_path / "one/train.csv", tmp_path / "copy.csv")
-    shutil.move(tmp_path / "one", tmp_path / "another")
-    for file in (tmp_path / "copy.csv", tmp_path / "another"):
-        opened = open_table(str(file), ("train",))
-        assert opened is not None
-        assert encoded(opened, encode)[1] == 0
-
-
-def test_neither_other_columns_nor_shards_nor_rows_in_between_matter(tmp_path: Path) -> None:
-    encode = Encoder()
-    texts = [text for text in TEXTS if text]
-    data, calls = encoded(csv(tmp_path / "train.csv", texts), encode)
-    assert calls > 0
-    csv(tmp_path / "shards/train-0.csv", texts[:2])
-    csv(tmp_path / "shards/train-1.csv", texts[2:])
-    shards = open_table(str(tmp_path / "shards"), ("train",))
-    longer = csv(tmp_path / "longer.csv", ["w0", *texts[::-1], "w9"])
-    chosen = longer.select(torch.arange(len(texts), 0, -1))
-    assert shards is not None
-    for other in (csv(tmp_path / "more.csv", texts, more="7"), shards, chosen):
-        same, again = encoded(other, encode)
-        assert again == 0
-        assert same[:] == data[:]
+@each_family
+def test_texts_are_tokenised_once(family: Family, tmp_path: Path, cache: Path) -> None:
+    path = write(family, tmp_path / "data")
+    prepared(family, path)
+    before = files(cache)
+    assert len(before) == 2
+    data = prepared(family, path)
+    assert files(cache) == before
+    assert check(family, data.splits["train"][0], "train") == list(range(24))
+    rows = rows_of(family, "train")
+    write_rows(path / "train.jsonl", [*rows[:-1], family.row("train", 30)])
+    changed = prepared(family, path).splits["train"][0]
+    assert len(files(cache)) == 3
+    assert changed.data[23]["input_ids"] == family.tokens(family.row("train", 30))["input_ids"]
 
 
 @pytest.mark.parametrize(
-    "texts",
-    [
-        ["the film was bad .", *TEXTS[1:]],
-        TEXTS[:-1],
-        [*TEXTS, ""],
-        TEXTS[::-1],
-        ["the film was good .bad", "", *TEXTS[2:]],  # the same letters
-    ],
+    ("family", "keys"),
+    [pytest.param(f, keys, id=f"{n} {[*keys]}") for n, f in FAMILIES.items() for keys in f.changes],
 )
-def test_other_texts_are_tokenised_anew(texts: list[str]) -> None:
-    encode = Encoder()
-    encoded(table(TEXTS), encode)
-    data, calls = encoded(table(texts), encode)
-    assert calls > 0
-    assert data["input_ids"][:] == word_tokenizer()(texts, truncation=True, max_length=6)["input_ids"]
+def test_whatever_changes_the_tokens_makes_new_ones(family: Family, tmp_path: Path, cache: Path, keys: Row) -> None:
+    path = write(family, tmp_path / "data")
+    prepared(family, path, "validate")
+    prepared(family, path, "validate", **keys)
+    assert len(files(cache)) == 2
 
 
-def test_the_two_sentences_of_a_pair_are_not_taken_for_each_other() -> None:
-    encode = Encoder(limit=64)
-    pairs = {"a": ["bad", "w1"], "b": ["good", "w2"]}
-    encoded(Table(datasets.Dataset.from_dict(pairs), "here"), encode, ["a", "b"])
-    turned = Table(datasets.Dataset.from_dict({"a": pairs["b"], "b": pairs["a"]}), "here")
-    data, calls = encoded(turned, encode, ["a", "b"])
-    assert calls > 0
-    assert data["input_ids"][:] == word_tokenizer()(pairs["b"], pairs["a"])["input_ids"]
+# ------------------------------------------------------------------------------------------------------- bad rows
 
 
-def test_another_length_is_tokenised_anew() -> None:
-    assert encoded(table(TEXTS), Encoder(limit=6))[1] > 0
-    data, calls = encoded(table(TEXTS), Encoder(limit=7))
-    assert calls > 0
-    assert max(data["length"]) == 7
+EMPTY = [(family, column) for family in FAMILIES.values() for column in family.bad]
 
 
-def test_another_format_is_tokenised_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = Encoder()
-    assert encoded(table(TEXTS), encode)[1] > 0
-    monkeypatch.setattr("datamodules.tokens.tokenizing.FORMAT", FORMAT + 1)
-    assert encoded(table(TEXTS), encode)[1] > 0
-    assert encoded(table(TEXTS), encode)[1] == 0
-    monkeypatch.setattr("datamodules.tokens.tokenizing.FORMAT", FORMAT)
-    assert encoded(table(TEXTS), encode)[1] == 0
-
-
-@pytest.mark.parametrize("library", ["tokenizers", "transformers"])
-def test_another_version_of_a_library_tokenises_anew(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    encode = Encoder()
-    assert encoded(table(TEXTS), encode)[1] > 0
-    monkeypatch.setattr(
-        "datamodules.tokens.tokenizing.version", lambda name: "0.0" if name == library else version(name)
-    )
-    assert encoded(table(TEXTS), encode)[1] > 0
-
-
-def test_another_version_of_datasets_tokenises_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = Encoder()
-    assert encoded(table(TEXTS), encode)[1] > 0
-    monkeypatch.setattr(datasets, "__version__", "0.0")
-    assert encoded(table(TEXTS), encode)[1] > 0
-
-
-def with_words(*words: str) -> Any:
-    tokenizer = word_tokenizer()
-    tokenizer.add_tokens(list(words))
-    return tokenizer
-
-
-OTHERS: dict[str, Callable[[], Any]] = {
-    "words": lambda: with_words("unheard"),
-    "side": lambda: word_tokenizer(truncation_side="left"),
-    "columns": lambda: word_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"]),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_another_tokenizer_has_another_state_and_tokenises_anew(other: str) -> None:
-    made = OTHERS[other]()
-    assert tokenizer_state(made) != tokenizer_state(word_tokenizer())
-    assert tokenizer_state(made) == tokenizer_state(OTHERS[other]())
-    encoded(table(TEXTS), Encoder())
-    data, calls = encoded(table(TEXTS), Encoder(made))
-    assert calls > 0
-    assert data["input_ids"][:] == made(TEXTS, truncation=True, max_length=6)["input_ids"]
-
-
-def test_calls_do_not_change_the_state_of_a_tokenizer() -> None:
-    tokenizer = word_tokenizer()
-    state = tokenizer_state(tokenizer)
-    tokenizer(TEXTS, truncation=True, max_length=4, padding="max_length")
-    assert tokenizer_state(tokenizer) == state
-
-
-def test_a_tokenizer_that_was_copied_elsewhere_has_the_same_state(tmp_path: Path) -> None:
-    for name in ("one", "another"):
-        word_tokenizer().save_pretrained(tmp_path / name)
-    one, another = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("one", "another"))
-    assert tokenizer_state(one) == tokenizer_state(another)
-
-
-# ------------------------------------------------------------------------------------------------------------- columns
-
-
-@pytest.mark.parametrize("feature", ["string", "large_string"])
-def test_texts_that_will_do(feature: str) -> None:
-    check_texts(table(TEXTS, feature), "text_columns", "text")
-
-
-def test_no_such_column() -> None:
-    with refuses("data.text_columns", "here has no column body; it has text."):
-        check_texts(table(TEXTS), "text_columns", "body")
-
-
-@pytest.mark.parametrize(
-    ("cells", "feature", "texts"),
-    [
-        ([7, None], datasets.Value("int64"), ["7", None]),
-        ([0.5, 2.0], datasets.Value("float64"), ["0.5", "2.0"]),
-        ([True, False], datasets.Value("bool"), ["True", "False"]),
-    ],
-)
-def test_numbers_are_text_where_text_is_asked_for(cells: list[Any], feature: Any, texts: list[Any]) -> None:
-    data = datasets.Dataset.from_dict({"text": cells, "more": cells}).cast_column("text", feature)
-    read = check_texts(Table(data, "here"), "source_column", "text")
-    assert read.data["text"][:] == texts
-    assert read.data.column_names == ["text", "more"]
-    assert read.notes == (f"text of here holds {feature.dtype}, read as text",)
-
-
-@pytest.mark.parametrize(
-    ("cells", "feature", "said"),
-    [
-        ([None, None], datasets.Value("null"), "text in here is empty in every row"),
-        ([0, 1], datasets.ClassLabel(names=["a", "b"]), "must hold text, and it holds"),
-        ([["a"], ["b"]], datasets.List(datasets.Value("string")), "must hold text, and it holds List"),
-    ],
-)
-def test_a_column_that_holds_no_text(cells: list[Any], feature: Any, said: str) -> None:
-    data = datasets.Dataset.from_dict({"text": cells}, features=datasets.Features({"text": feature}))
-    with refuses("data.source_column", said):
-        check_texts(Table(data, "here"), "source_column", "text")
-
-
-def test_texts_and_numbers_in_one_column_of_jsonl(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
-    opened = open_table(str(tmp_path), ("train",))
-    assert opened is not None
-    assert check_texts(opened, "text_columns", "text").data["text"][:] == ["a", "3"]
-
-
-@pytest.mark.parametrize(("empty", "size"), [([0], 3), ([2, 4], 6), ([10_000, 10_001], 10_100)])
-def test_rows_without_text_are_found(empty: list[int], size: int) -> None:
-    texts = [None if i in empty else " " if i == 1 else "a" for i in range(size)]
-    assert null_rows(table(texts), "text") == set(empty)
-    assert blank_rows(table(texts), "text") == {*empty, 1}
-
-
-def test_rows_are_counted_in_what_was_selected() -> None:
-    data = table([None, "a", "b", None, "c"]).data.select([1, 4, 3])
-    assert null_rows(Table(data, "here"), "text") == {2}
-
-
-# ------------------------------------------------------------------------------------------------------------ data set
-
-
-def dataset(**targets: list[Any]) -> TokenDataset:
-    ids = [[i] * (i % 3 + 1) for i in range(7)]
-    data = datasets.Dataset.from_dict(
-        {"input_ids": ids, "token_type_ids": [[0] * len(row) for row in ids], "length": [len(row) for row in ids]}
-    )
-    return TokenDataset(data, {name: torch.tensor(values) for name, values in targets.items()})
-
-
-def test_lengths_are_at_hand() -> None:
-    lengths = dataset().lengths
-    assert lengths.tolist() == [1, 2, 3, 1, 2, 3, 1]
-    assert not lengths.is_floating_point()
-
-
-def test_lengths_follow_a_selection() -> None:
-    chosen = TokenDataset(dataset().data.select([5, 0, 1]))
-    assert chosen.lengths.tolist() == [3, 1, 2]
-    assert [row["input_ids"] for row in chosen.__getitems__([0, 2])] == [[5, 5, 5], [1, 1]]
-
-
-def test_rows_by_number_and_by_draw() -> None:
-    data = dataset(label=[10 * i for i in range(7)])
-    expected = [
-        {"input_ids": [i] * n, "token_type_ids": [0] * n, "label": 10 * i, "index": i}
-        for i, n in ((4, 2), (0, 1), (5, 3), (4, 2))
-    ]
-    assert data.__getitems__([4, 0, 5, 4]) == expected
-    assert data.__getitems__([(4, 99), (0, 99), (5, 98), (4, 1)]) == expected
-    assert data[5] == data[5, 123] == expected[2]
-    assert len(data) == 7
-
-
-def test_targets_are_plain_numbers_of_their_kind() -> None:
-    (row,) = dataset(label=[0.5] * 7, other=[3] * 7).__getitems__([6])
-    assert (row["label"], row["other"]) == (0.5, 3)
-    assert (type(row["label"]), type(row["other"])) == (float, int)
-
-
-def test_rows_without_targets_have_none() -> None:
-    assert set(dataset()[0]) == {"input_ids", "token_type_ids", "index"}
-
-
-def test_texts_stand_beside_the_tokens() -> None:
-    texts = datasets.Dataset.from_dict({"target": [f"text {i}" for i in range(7)]})
-    data = TokenDataset(dataset().data, {"label": torch.arange(7)}, texts)
-    assert [row["target"] for row in data.__getitems__([4, (0, 99), 4])] == ["text 4", "text 0", "text 4"]
-    assert data[5] == {**dataset(label=list(range(7)))[5], "target": "text 5"}
-
-
-def test_a_data_set_goes_to_another_process() -> None:
-    data = pickle.loads(pickle.dumps(dataset(label=list(range(7)))))
-    assert data.__getitems__([6, 1]) == dataset(label=list(range(7))).__getitems__([6, 1])
-
-
-# --------------------------------------------------------------------------------------------------------- data module
-
-
-def text_data(**model: Any) -> TextData:
-    data = TextData(path="here", config="some", revision="main", batch_size=2)
-    data.read_as_written("text")
-    data.trainer = stub_trainer(lightning_module=text_model(word_tokenizer(), **model))
-    return data
-
-
-@pytest.mark.parametrize(("limit", "length"), [(64, 64), (None, 10**6)])
-def test_lengths_that_the_model_has_positions_for(limit: int | None, length: int) -> None:
-    text_data(position_limit=limit).check_length("max_length", length)
-
-
-def test_a_length_beyond_the_positions_of_the_model() -> None:
-    with refuses("data.max_source_length: 65 tokens are more than the 64 that the backbone has positions for"):
-        text_data(position_limit=64).check_length("max_source_length", 65)
-
-
-def test_a_model_without_a_tokenizer() -> None:
-    data = text_data()
-    data.trainer = stub_trainer(lightning_module=SimpleNamespace())
-    with refuses("TextData needs a model that has a tokenizer"):
-        _ = data.tokenizer
-
-
-def test_the_hub_is_asked_for_the_configuration_and_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def names(name: str, config: str | None, revision: str | None) -> list[str]:
-        asked.append((name, config, revision))
-        return ["train"]
-
-    def load(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
-        asked.append((name, config, revision))
-        return datasets.Dataset.from_dict({"text": TEXTS})
-
-    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert len(text_data().training_table()) == len(TEXTS)
-    assert asked == [("here", "some", "main")] * 2
-
-
-def of_lengths(lengths: list[int]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"input_ids": [[0] * n for n in lengths], "length": lengths})
-
-
-@pytest.mark.parametrize(
-    ("lengths", "said"),
-    [([3, 6, 5, 7], "2 of 4"), ([6], "1 of 1"), ([1, 6] * 1_500, "1,500 of 3,000")],
-)
-def test_rows_that_reach_the_limit_are_counted(
-    capsys: pytest.CaptureFixture[str], lengths: list[int], said: str
+@pytest.mark.parametrize(("family", "column"), EMPTY, ids=[column for _, column in EMPTY])
+@pytest.mark.parametrize("cell", [None, " \n"])
+def test_a_row_with_an_empty_cell_is_refused_or_skipped(
+    family: Family, column: str, cell: str | None, tmp_path: Path
 ) -> None:
-    where = f"/a/folder/{'of-a-long-name/' * 9}[a]/train.csv"  # neither wrapped nor taken for markup
-    text_data().warn_of_cut_rows(of_lengths(lengths), table(TEXTS, where=where), 6)
-    told = capsys.readouterr()
-    assert told.err == f"warning: {said} rows of {where} reach 6 tokens and may be cut.\n"
-    assert told.out == ""
+    path, (key, said) = write(family, tmp_path), family.bad[column]
+    rows = rows_of(family, "train")
+    rows[4][column] = cell
+    write_rows(path / "train.jsonl", rows)
+    if key == "instruction_column" and cell is not None:
+        said = "has an empty message of a user"
+    with refuses(f"data.{key}: row 4 of", "train.jsonl", said, "data.skip_bad_rows"):
+        prepared(family, path)
+    data = prepared(family, path, skip_bad_rows=1)
+    (skipped,) = data.findings.skipped
+    assert (skipped.split, skipped.source, skipped.row) == ("train", str(path / "train.jsonl"), "row 4")
+    assert said in skipped.reason
+    assert check(family, data.splits["train"][0], "train") == [i for i in range(24) if i != 4]
+    write_rows(path / "train.jsonl", [rows[4]] * 3)
+    with pytest.raises(DataError):
+        prepared(family, path, skip_bad_rows=9)
 
 
-def test_nothing_is_said_of_rows_below_the_limit_nor_by_other_processes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = text_data()
-    data.warn_of_cut_rows(of_lengths([3, 5]), table(TEXTS), 6)
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    data.warn_of_cut_rows(of_lengths([3, 6]), table(TEXTS), 6)
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize(("key", "column"), [(k, c) for f in FAMILIES.values() for c, (k, _) in f.bad.items()])
+def test_a_column_that_is_not_there(tmp_path: Path, key: str, column: str) -> None:
+    family = next(family for family in FAMILIES.values() if column in family.bad)
+    path = write(family, tmp_path)
+    write_rows(
+        path / "train.jsonl", [{k: v for k, v in row.items() if k != column} for row in rows_of(family, "train")]
+    )
+    with refuses(f"data.{key}: {path / 'train.jsonl'} has n", f"column {column}; it has "):
+        prepared(family, path)
 
 
-def test_null_bits_of_a_column_without_nulls_are_no_difference() -> None:
-    encode = Encoder()
-    plain = pa.table({"text": TEXTS})
-    sliced = pa.table({"text": [None, *TEXTS]}).slice(1)
-    assert encoded(Table(datasets.Dataset(plain), "here"), encode)[1] > 0
-    assert encoded(Table(datasets.Dataset(sliced), "here"), encode)[1] == 0
+@each_family
+def test_rows_to_predict_keep_their_numbers_when_some_are_bad(family: Family, tmp_path: Path) -> None:
+    path, column = write(family, tmp_path), next(iter(family.bad))
+    rows = [{column: cell} for cell in (None, family.row("test", 1)[column], " ", family.row("test", 3)[column])]
+    data = prepared(family, path, "predict", predict_path=str(write_rows(tmp_path / "new.jsonl", rows)))
+    batches = list(data.predict_dataloader()[0])
+    assert sorted(i for batch in batches for i in batch["index"].tolist()) == [1, 3]
+    assert all(set(batch) == {"input_ids", "attention_mask", "index"} for batch in batches)
+    failed = data.failed_rows(0)
+    assert [row["index"] for row in failed] == [0, 2]
+    assert all(data.complete_prediction(row, 0)["error"] == row["error"] != "" for row in failed)
+
+
+@each_family
+def test_the_order_of_good_rows_does_not_depend_on_how_many_may_be_skipped(family: Family, tmp_path: Path) -> None:
+    rows = rows_of(family, "train")
+    rows[4][next(iter(family.bad))] = None
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    first, second = (prepared(family, path, skip_bad_rows=n, max_train_samples=20, val_fraction=0.2) for n in (1, 7))
+    for split in ("train", "val"):
+        assert check(family, first.splits[split][0], "train") == check(family, second.splits[split][0], "train")

@@ -141,7 +141,8 @@ def test_run_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_checkpoint_of_another_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    refused(capsys, run_export(tmp_path / "other.ckpt", tmp_path / "model"), "RUN", "other.ckpt", "what model")
+    code = run_export(tmp_path / "other.ckpt", tmp_path / "model")
+    refused(capsys, code, "RUN", "other.ckpt", "does not name its model")
 
 
 def test_output_is_never_written_over(

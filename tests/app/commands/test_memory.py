@@ -19,9 +19,9 @@ from app.commands.memory_prediction import Prediction, predict
 from modules.adapters import AdapterConfig, adapter_state
 from modules.base import AdaptedModule
 from tests.app.conftest import CommandLine
-from tests.app.test_bad_input import refused
 from tests.causal_backbones import CONFIGS
 from tests.support.allocations import peak_of
+from tests.support.refusals import refused
 
 GIB = 2**30
 BATCH = 6
@@ -68,16 +68,16 @@ def predicted(words: list[str]) -> Prediction:
     return predict(parse_fit, words, classes=1000)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_real_step_of_each_family_allocates_what_was_predicted(
-    name: str, precision: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_real_step_of_each_family_allocates_what_was_predicted(name: str, request: pytest.FixtureRequest) -> None:
     cli: CommandLine = request.getfixturevalue(name)
-    words = fit_words(cli, f"--trainer.precision={precision}")
-    found = predicted(words)
-    module = real_module(words, CLASSES[name])
-    batch = real_batch(name)
+    module, batch = real_module(fit_words(cli), CLASSES[name]), real_batch(name)
+    for precision in ("32-true", "bf16-mixed"):
+        found = predicted(fit_words(cli, f"--trainer.precision={precision}"))
+        check_real_step(module, batch, precision, found)
+
+
+def check_real_step(module: AdaptedModule, batch: dict[str, Tensor], precision: str, found: Prediction) -> None:
     optimizer = torch.optim.AdamW(module.trained_groups())
 
     def step() -> None:
@@ -112,14 +112,15 @@ def parts(module: AdaptedModule) -> dict[str, list[Tensor]]:
 
 
 def test_a_recipe_is_predicted_without_weights_and_data(capsys: pytest.CaptureFixture[str]) -> None:
-    """ViT-B/16 of conf/vit_cifar.yaml against its closed form; the tests have no network."""
-    width, depth, tokens, classes, rank = 768, 12, 197, 1000, 8
+    """Two blocks of conf/vit_cifar.yaml's ViT-B/16 against their closed form; the tests have no network."""
+    width, depth, tokens, classes, rank = 768, 2, 197, 1000, 8
+    words = ["--config", "conf/vit_cifar.yaml", f"--model.backbone_args={{depth: {depth}}}"]
     block = 4 * width**2 + 4 * width + 8 * width**2 + 5 * width + 4 * width  # attention, MLP, two norms
     patches = 3 * 16 * 16 * width + width + width + tokens * width  # embedding, class token, positions
     frozen = depth * block + patches + 2 * width
     head = classes * (width + 1)
     trained = depth * 2 * rank * width + head
-    found = predict(parse_fit, ["--config", "conf/vit_cifar.yaml"], classes)
+    found = predict(parse_fit, words, classes)
     assert found.estimate.weights == 4 * frozen
     assert found.estimate.factors == 2 * 4 * depth * 2 * rank * width
     assert found.estimate.heads == 4 * head
@@ -127,9 +128,7 @@ def test_a_recipe_is_predicted_without_weights_and_data(capsys: pytest.CaptureFi
     assert found.setting == (
         "64 images a step of 224 × 224 pixels, a head of 1,000 classes (--classes), precision bf16-mixed"
     )
-    other = predict(
-        parse_fit, ["--config", "conf/vit_cifar.yaml", "--model.adapter.train=both", "--data.batch_size=32"], classes
-    )
+    other = predict(parse_fit, [*words, "--model.adapter.train=both", "--data.batch_size=32"], classes)
     assert other.estimate.gradients == 4 * (trained + depth * 2 * rank * width)
     assert 0.4 * found.estimate.activations < other.estimate.activations < 0.8 * found.estimate.activations
 

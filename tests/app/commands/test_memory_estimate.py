@@ -14,7 +14,7 @@ from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
 from modules.generation.choices import PrefixCache, choice_log_probabilities
 from modules.language_modeling import LanguageModel
-from tests.causal_backbones import CONFIGS, save_decoder
+from tests.causal_backbones import CONFIGS
 from tests.support.allocations import peak_of
 
 WIDTH, INNER, DEPTH, RANK, VOCABULARY = 32, 64, 3, 4, 100
@@ -89,11 +89,6 @@ def test_shards_divide_the_frozen_weights_and_nothing_else() -> None:
     for part in ("factors", "gradients", "optimizer", "activations", "logits"):
         assert getattr(shared, part) == getattr(alone, part)
     assert shared.total == sum(getattr(shared, part) for part in MemoryEstimate.__dataclass_fields__)
-
-
-@pytest.fixture(scope="module")
-def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_decoder(tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from app.cli import main, parse_fit
 from app.config.classes import BASES, CLASS_PATHS, class_keys, expand_class_names, find_classes
 from datamodules.base import ResumableDataModule
 from modules.base import AdaptedModule
-from tests.app.test_bad_input import refused
 from tests.conftest import ROOT
+from tests.support.refusals import refused
 
 IMAGES = CLASS_PATHS["model"]["ImageClassifier"]
 TEXTS = CLASS_PATHS["data"]["TextClassificationData"]

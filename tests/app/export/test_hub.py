@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, RepoUrl
 
 from app.cli import main
 from tests.app.conftest import CommandLine
-from tests.app.test_bad_input import refused
+from tests.support.refusals import refused
 
 NAME = "someone/cola-adapter"
 

@@ -115,11 +115,12 @@ def test_batches_have_hidden_states_for_tokens() -> None:
     assert torch.equal(packed["hidden"], expected([[0, 4], [2]], 5))
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"nothing of the kind"])
-def test_a_damaged_file_is_written_anew(folder: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"nothing of the kind", None])
+def test_a_damaged_file_is_written_anew(content: bytes | None) -> None:
     prefix = Prefix(torch.float32)
     states = filled(prefix)
-    states.path.write_bytes(content)
+    whole = states.path.read_bytes()
+    states.path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:] if content is None else content)
     assert torch.equal(filled(prefix).batch([[1]]), states.batch([[1]]))
     assert prefix.calls == 6
 

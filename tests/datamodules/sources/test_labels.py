@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,234 +12,201 @@ import pyarrow as pa
 import pytest
 import torch
 
-from datamodules.errors import DataError
 from datamodules.sources.labels import Labels, missing_label, parse_labels
-from datamodules.sources.tables import Table, open_table
+from datamodules.sources.tables import Reading, Table
+from tests.support.data import opened, put
+from tests.support.refusals import refuses
 
 NAMED = datasets.ClassLabel(names=["no", "maybe", "yes"])
+WHOLE, DECIMAL, TEXT, BOOLEAN = (datasets.Value(kind) for kind in ("int64", "float32", "string", "bool"))
+Given = tuple[str, ...] | None
 
 
-def table(labels: list[Any], feature: Any = None) -> Table:
-    """A table called `here` with a column `label`; None for the feature lets the library choose."""
-    features = None if feature is None else datasets.Features({"label": feature})
-    return Table(datasets.Dataset.from_dict({"label": labels}, features=features), "here")
+def read_table(cells: list[Any], feature: Any) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"label": cells}, features=datasets.Features({"label": feature}))
 
 
-def read_labels(table: Table, column: str, class_names: tuple[str, ...] | None = None) -> Labels:
-    """Labels of a column, where each row must have one."""
-    labels = parse_labels(table, column, class_names)
-    if labels.bad:
-        raise missing_label(labels, column)
-    return labels
+def read(labels: Any, feature: Any = None, given: Given = None, column: str = "label") -> Labels:
+    """Labels of a table called `here`, or of another one, where each row must have a label.
 
-
-def read(labels: list[Any], feature: Any = None, class_names: tuple[str, ...] | None = None) -> Labels:
-    return read_labels(table(labels, feature), "label", class_names)
-
-
-def refuses(*parts: str) -> Any:
-    """A DataError whose message has all the parts, in this order."""
-    return pytest.raises(DataError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+    Args:
+        labels: Cells of the column, or the table.
+        feature: Type of the column, whose values are not checked against it; None lets the library choose.
+        given: Names of the classes.
+        column: Name of the column.
+    """
+    if not isinstance(labels, Table):
+        data = datasets.Dataset.from_dict({"label": labels})
+        if feature is NAMED:  # the library would refuse to store numbers out of range
+            data = datasets.Dataset(data.data, datasets.DatasetInfo(features=datasets.Features({"label": feature})))
+        elif feature is not None:
+            data = read_table(labels, feature)
+        labels = Table(data, "here")
+    found = parse_labels(labels, column, given)
+    if found.bad:
+        raise missing_label(found, column)
+    return found
 
 
 def same(labels: Labels, values: list[Any], class_names: list[str]) -> bool:
-    dtype = torch.int64 if class_names else torch.float32
-    return (
-        torch.equal(labels.values, torch.tensor(values, dtype=dtype))
-        and labels.values.dtype == dtype
-        and labels.class_names == class_names
-        and labels.where == "here"
-    )
+    wanted = torch.tensor(values, dtype=torch.int64 if class_names else torch.float32)
+    equal = torch.equal(labels.values, wanted) and labels.values.dtype == wanted.dtype
+    return equal and labels.class_names == class_names
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("kind", ["int64", "int8", "int32", "uint8", "uint64"])
-def test_whole_numbers_are_called_by_their_digits(kind: str) -> None:
-    assert same(read([2, 0, 0, 3], datasets.Value(kind)), [1, 0, 0, 2], ["0", "2", "3"])
-
-
-def test_whole_numbers_take_the_names_that_are_given() -> None:
-    assert same(read([1, 0, 1], class_names=("bad", "good")), [1, 0, 1], ["bad", "good"])
-    assert same(read([0, 0], class_names=("bad", "good")), [0, 0], ["bad", "good"])
-
-
-@pytest.mark.parametrize(("given", "names"), [(None, ["False", "True"]), (("bad", "good"), ["bad", "good"])])
-def test_booleans_are_classes(given: tuple[str, ...] | None, names: list[str]) -> None:
-    assert same(read([True, False, True], datasets.Value("bool"), given), [1, 0, 1], names)
-
-
-def test_booleans_of_files_are_classes(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text("label\nTrue\nFalse\nTrue\n")
-    (tmp_path / "test.jsonl").write_text('{"label": true}\n{"label": false}\n{"label": true}\n')
-    for split in ("train", "test"):
-        opened = open_table(str(tmp_path), (split,))
-        assert opened is not None
-        found = read_labels(opened, "label")
-        assert (found.values.tolist(), found.class_names) == ([1, 0, 1], ["False", "True"])
-
-
-@pytest.mark.parametrize("given", [None, ("a", "b", "c"), ("a", "b")])
-def test_the_names_of_the_column_come_first(given: tuple[str, ...] | None) -> None:
-    assert same(read([2, 0, 1], NAMED, given), [2, 0, 1], ["no", "maybe", "yes"])
-
-
-@pytest.mark.parametrize("kind", ["string", "large_string"])
-def test_names_count_in_their_own_order(kind: str) -> None:
-    labels = ["neutral", "entailment", "neutral", "contradiction"]
-    assert same(read(labels, datasets.Value(kind)), [2, 1, 2, 0], ["contradiction", "entailment", "neutral"])
-
-
-def test_names_that_are_digits_are_names() -> None:
-    assert same(read(["10", "9", "10"], datasets.Value("string")), [0, 1, 0], ["10", "9"])
-
-
-@pytest.mark.parametrize("given", [None, ()])
-@pytest.mark.parametrize("kind", ["float64", "float32"])
-def test_decimal_numbers_are_a_regression(kind: str, given: tuple[str, ...] | None) -> None:
-    assert same(read([0.25, -3.5, 4.0], datasets.Value(kind), given), [0.25, -3.5, 4.0], [])
-
-
-def test_decimal_numbers_that_are_whole_are_a_regression_too() -> None:
-    assert same(read([1.0, 0.0], datasets.Value("float64")), [1.0, 0.0], [])
-
-
-def test_whole_numbers_become_a_regression_on_demand() -> None:
-    assert same(read([2, 0, 1], datasets.Value("int64"), ()), [2.0, 0.0, 1.0], [])
-
-
-def test_classes_with_names_become_no_regression() -> None:
-    assert same(read([2, 0, 1], NAMED, ()), [2, 0, 1], ["no", "maybe", "yes"])
-
-
-def test_another_column_and_a_selection_of_rows() -> None:
-    data = datasets.Dataset.from_dict({"label": [9, 9, 9, 9], "stars": [0, 1, 2, 1]}).select([3, 0, 2])
-    assert same(read_labels(Table(data, "here"), "stars"), [1, 0, 2], ["0", "1", "2"])
-
-
-@pytest.mark.parametrize("feature", [NAMED, datasets.Value("float32"), datasets.Value("string")])
-def test_shards_are_one_column(feature: Any) -> None:
-    cells: list[list[Any]] = [[2, 0], [1, 1, 2]]
-    if feature.dtype == "string":
-        cells = [[NAMED.names[i] for i in part] for part in cells]
-    parts = datasets.concatenate_datasets([table(part, feature).data for part in cells])
-    values, names = {
-        "int64": ([2, 0, 1, 1, 2], ["no", "maybe", "yes"]),
-        "float32": ([2.0, 0.0, 1.0, 1.0, 2.0], []),
-        "string": ([2, 1, 0, 0, 2], ["maybe", "no", "yes"]),
-    }[feature.dtype]
-    assert same(read_labels(Table(parts, "here"), "label"), values, names)
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize(
-    ("feature", "labels"),
+    ("cells", "feature", "given", "values", "names"),
     [
-        (NAMED, [0, None, 2, None]),
-        (datasets.Value("float32"), [0.5, None]),
-        (datasets.Value("string"), ["a", None]),
-        (datasets.Value("int64"), [3, None]),
-        (datasets.Value("bool"), [True, None]),
+        *(
+            ([2, 0, 0, 3], datasets.Value(f"{u}int{n}"), None, [1, 0, 0, 2], ["0", "2", "3"])
+            for u, n in (("", 8), ("u", 64))
+        ),
+        ([10**15, -5, 2], WHOLE, None, [2, 0, 1], ["-5", "2", str(10**15)]),
+        ([1, 0, 1], WHOLE, ("bad", "good"), [1, 0, 1], ["bad", "good"]),
+        ([0, 0], WHOLE, ("bad", "good"), [0, 0], ["bad", "good"]),
+        ([2, 0, 1], WHOLE, (), [2.0, 0.0, 1.0], []),
+        ([True, False, True], BOOLEAN, None, [1, 0, 1], ["False", "True"]),
+        ([True, False, True], BOOLEAN, ("bad", "good"), [1, 0, 1], ["bad", "good"]),
+        (["TRUE", "False", "true"], TEXT, None, [1, 0, 1], ["False", "True"]),
+        # the names of the column come first
+        *(([2, 0, 1], NAMED, given, [2, 0, 1], NAMED.names) for given in (None, (), ("a", "b", "c"), ("a", "b"))),
+        *(
+            (["b", "a", "b", "c"], datasets.Value(kind), None, [1, 0, 1, 2], ["a", "b", "c"])
+            for kind in ("string", "large_string")
+        ),
+        (["10", "9", "10"], TEXT, None, [0, 1, 0], ["10", "9"]),
+        *(
+            ([0.25, -3.5, 4.0], datasets.Value(k), given, [0.25, -3.5, 4.0], [])
+            for k in ("float64", "float32")
+            for given in (None, ())
+        ),
+        ([1.0, 0.0], DECIMAL, None, [1.0, 0.0], []),
+        ([-1.0, 0.5], DECIMAL, None, [-1.0, 0.5], []),
     ],
 )
-@pytest.mark.parametrize("given", [None, (), ("a", "b", "c", "d")])
-def test_an_empty_cell_names_its_row(feature: Any, labels: list[Any], given: tuple[str, ...] | None) -> None:
-    if (given, feature.dtype) in (((), "string"), (("a", "b", "c", "d"), "float32")):
-        return  # refused for its type
-    with refuses("data.label_column", "label in here is empty in row 1"):
-        read(labels, feature, given)
-
-
-@pytest.mark.parametrize(("wrong", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")])
-@pytest.mark.parametrize("kind", ["float32", "float64"])
-def test_targets_that_are_not_finite_name_their_row(kind: str, wrong: float, said: str) -> None:
-    cells = np.array([0.5, 1.0, wrong, 2.0, wrong], kind)
-    data = datasets.Dataset.from_dict({"label": pa.array(cells)})
-    with refuses("data.label_column", f"label in here is {said} in row 2; 2 of 5 labels cannot be used"):
-        read_labels(Table(data, "here"), "label")
-
-
-@pytest.mark.parametrize(
-    ("feature", "labels", "given", "parts"),
-    [
-        (datasets.Value("int64"), [0, 1, 2, 2], ("a", "b"), ("is 2 in row 2, outside 0 to 1; 2 of 4 labels",)),
-        (NAMED, [0, 1, 3], None, ("is 3 in row 2, outside 0 to 2; 1 of 3 labels",)),
-    ],
-)
-def test_labels_out_of_range(
-    feature: Any, labels: list[int], given: tuple[str, ...] | None, parts: tuple[str, ...]
+def test_labels_of_every_type(
+    cells: list[Any], feature: Any, given: Given, values: list[Any], names: list[str]
 ) -> None:
-    plain = datasets.Dataset.from_dict({"label": labels})  # the library would refuse to store such a label by name
-    data = datasets.Dataset(plain.data, datasets.DatasetInfo(features=datasets.Features({"label": feature})))
-    with refuses("data.label_column", "label in here", *parts) as told:
-        read_labels(Table(data, "here"), "label", given)
-    assert "hidden" not in str(told.value)
+    assert same(read(cells, feature, given), values, names)
+    half = len(cells) // 2  # shards are one column, and rows may be chosen
+    shards = [read_table(part, feature) for part in (cells[:half], cells[half:]) if part]
+    whole = datasets.concatenate_datasets(shards).add_column("other", range(len(cells)))
+    assert same(read(Table(whole, "here"), given=given), values, names)
+    if names and given is None and feature is not NAMED:
+        assert read(Table(whole.select([0, 0]), "here")).values.tolist() in ([0, 0], [1, 1])
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 @pytest.mark.parametrize(
-    ("feature", "given"), [(NAMED, None), (datasets.Value("int64"), ("a", "b")), (datasets.Value("int64"), None)]
-)
-def test_labels_of_minus_one_are_called_hidden(feature: Any, given: tuple[str, ...] | None) -> None:
-    with refuses("is -1 in row 0", "3 of 3 labels", "hidden", "predict", "data.test_on_validation: true"):
-        read([-1, -1, -1], feature, given)
-
-
-@pytest.mark.parametrize("feature", [datasets.Value("int64"), datasets.Value("float32")])
-def test_targets_of_minus_one_are_called_hidden(feature: Any) -> None:
-    with refuses("label in here is -1 throughout", "hidden", "predict", "data.test_on_validation: true"):
-        read([-1, -1], feature, ())
-
-
-@pytest.mark.parametrize(("feature", "given"), [(NAMED, None), (datasets.Value("int64"), ("a", "b"))])
-def test_one_label_of_minus_one_is_not_called_hidden(feature: Any, given: tuple[str, ...] | None) -> None:
-    with refuses("is -1 in row 1, outside 0 to ", "; 1 of 4 labels", "data.skip_label: -1.") as told:
-        read([0, -1, 1, 0], feature, given)
-    assert "hidden" not in str(told.value)
-    assert "test_on_validation" not in str(told.value)
-
-
-def test_targets_of_a_regression_may_be_negative() -> None:
-    assert same(read([-1.0, 0.5]), [-1.0, 0.5], [])
-
-
-@pytest.mark.parametrize(
-    ("feature", "labels", "given", "wanted"),
+    ("cells", "values", "names"),
     [
-        (datasets.List(datasets.Value("int64")), [[0, 1], [1]], None, "numbers or names"),
-        (datasets.Value("float32"), [0.0, 1.0], ("a", "b"), "whole numbers or names"),
-        (datasets.Value("string"), ["a", "b"], (), "numbers"),
+        ([True, False, True], [1, 0, 1], ["False", "True"]),
+        (["true", " false", "TRUE"], [1, 0, 1], ["False", "True"]),
+        ([1001, 2000], [0, 1], ["1001", "2000"]),
+        (["1", "9" * 24], [0, 1], ["1", "9" * 24]),
+        ([0, "yes", 0], [0, 1, 0], ["0", "yes"]),
+        ([0.5, 2.0], [0.5, 2.0], []),
     ],
 )
-def test_columns_of_another_type(feature: Any, labels: list[Any], given: tuple[str, ...] | None, wanted: str) -> None:
-    with refuses("data.label_column", f"label in here must hold {wanted}, and it holds"):
-        read(labels, feature, given)
+def test_labels_of_files(tmp_path: Path, suffix: str, cells: list[Any], values: list[Any], names: list[str]) -> None:
+    lines = "label\n" + "".join(f"{cell}\n" for cell in cells)
+    content = lines if suffix == ".csv" else "".join(json.dumps({"label": cell}) + "\n" for cell in cells)
+    reading = Reading(as_written=("label",))
+    assert same(read(opened(put(tmp_path / f"train{suffix}", content), reading=reading)), values, names)
 
 
-def test_a_column_that_is_not_there() -> None:
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (["Yes", "yes ", "no"], "'Yes' and 'yes '"),
+        ([1.0, 2.0], "all whole, read as a regression"),
+        ([7 * i for i in range(40)], "40 different whole numbers in 40 rows are read as classes; for a regression"),
+        ([0, 1, -1], "-1 is read as a class; data.skip_label: -1"),
+        ([i % 5 for i in range(40)], None),
+    ],
+)
+def test_labels_that_leave_a_doubt_are_told(cells: list[Any], said: str | None) -> None:
+    notes = read(cells).notes
+    assert notes == () if said is None else said in notes[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+HIDDEN = ("hidden", "predict", "data.test_on_validation: true")
+FOUR = ("a", "b", "c", "d")
+LISTS = datasets.List(WHOLE)
+BAD: list[tuple[Any, Any, Given, tuple[str, ...]]] = [
+    # an empty cell names its row
+    *(([0, None, 2, None], NAMED, given, ("is empty in row 1",)) for given in (None, (), FOUR)),
+    *(([0.5, None], DECIMAL, given, ("is empty in row 1",)) for given in (None, ())),
+    *((["a", None], TEXT, given, ("is empty in row 1",)) for given in (None, FOUR)),
+    *(([3, None], WHOLE, given, ("is empty in row 1",)) for given in (None, (), FOUR)),
+    *(([True, None], BOOLEAN, given, ("is empty in row 1",)) for given in (None, (), FOUR)),
+    ([None, None], WHOLE, None, ("is empty in row 0 and in all others",)),
+    # numbers that are none
+    *(
+        (pa.array(np.array([0.5, 1, x, 2, x], kind)), None, None, (f"is {x} in row 2; 2 of 5 labels cannot be used",))
+        for x in (float("nan"), float("inf"), -float("inf"))
+        for kind in ("float32", "float64")
+    ),
+    # numbers out of range
+    ([0, 1, 2, 2], WHOLE, ("a", "b"), ("is 2 in row 2, outside 0 to 1; 2 of 4 labels",)),
+    ([0, 1, 3], NAMED, None, ("is 3 in row 2, outside 0 to 2; 1 of 3 labels",)),
+    ([0, -1, 1, 0], NAMED, None, ("is -1 in row 1, outside 0 to 2; 1 of 4 labels", "data.skip_label: -1.")),
+    ([0, -1, 1, 0], WHOLE, ("a", "b"), ("is -1 in row 1, outside 0 to 1; 1 of 4 labels", "data.skip_label: -1.")),
+    # hidden labels
+    *(
+        ([-1] * 3, feature, given, ("is -1 in row 0", "3 of 3 labels", *HIDDEN))
+        for feature, given in ((NAMED, None), (WHOLE, ("a", "b")), (WHOLE, None))
+    ),
+    *(([-1, -1], feature, (), ("is -1 throughout", *HIDDEN)) for feature in (WHOLE, DECIMAL)),
+    # other types
+    ([[0, 1], [1]], LISTS, None, ("must hold numbers or names, and it holds", "lists of labels are not supported")),
+    ([0.0, 1.0], DECIMAL, ("a", "b"), ("must hold whole numbers or names, and it holds",)),
+    (["a", "b"], TEXT, (), ("must hold numbers, and it holds",)),
+    (["a", "z"], TEXT, ("a", "b"), ("has z; the classes of this task are a, b",)),
+]
+
+
+@pytest.mark.parametrize(("cells", "feature", "given", "parts"), BAD)
+def test_bad_labels_are_refused(cells: Any, feature: Any, given: Given, parts: tuple[str, ...]) -> None:
+    with refuses("data.label_column: label in here", *parts) as told:
+        read(cells, feature, given)
+    assert ("hidden" in str(told.value)) is (HIDDEN[0] in parts)
+
+
+def test_bad_files_and_columns(tmp_path: Path) -> None:
     with refuses("data.label_column", "here has no column stars; it has label"):
-        read_labels(table([0]), "stars")
+        read([0], column="stars")
+    table = opened(put(tmp_path / "train.csv", "label\n0.5\nnan\n1.25\n"))
+    with refuses("data.label_column", "must hold numbers, and it holds"):  # a word among numbers
+        read(table, given=())
+    whole = {str(i): "a" for i in range(99)}
+    table = opened(put(tmp_path / "train.json", json.dumps({"label": whole})))
+    with refuses("must hold numbers or names, and it holds struct<") as told:
+        read(table)
+    assert len(str(told.value)) < 300
+    with refuses("data.skip_label: every label of here is 1"):
+        parse_labels(Table(read_table([1, 1], WHOLE), "here"), "label", skip_label="1")
 
 
-def test_labels_of_mixed_types_in_jsonl_are_names(tmp_path: Path) -> None:
-    file = tmp_path / "train.jsonl"
-    file.write_text('{"label": 0}\n{"label": "yes"}\n')
-    opened = open_table(str(file), ("train",))
-    assert opened is not None
-    found = read_labels(opened, "label")
-    assert (found.values.tolist(), found.class_names) == ([0, 1], ["0", "yes"])
-    assert "several types" in found.notes[0]
-
-
-def test_a_word_among_the_numbers_of_a_csv_is_no_class(tmp_path: Path) -> None:
-    file = tmp_path / "train.csv"
-    file.write_text("label\n0.5\nnan\n1.25\n")
-    opened = open_table(str(file), ("train",))
-    assert opened is not None
-    with refuses("data.label_column"):
-        read_labels(opened, "label", ())  # as STS-B asks for
+@pytest.mark.parametrize(
+    ("cells", "feature", "skip"),
+    [
+        ([0, -1, 1], WHOLE, -1),
+        (["a", " none", "b"], TEXT, "none"),
+        ([0, 1, 2], NAMED, "maybe"),
+        ([0, 1, 2], NAMED, 1),
+        ([0.5, 3.0, 1.5], DECIMAL, 3),
+    ],
+)
+def test_rows_of_a_label_are_left_out(cells: list[Any], feature: Any, skip: Any) -> None:
+    found = parse_labels(Table(read_table(cells, feature), "here"), "label", skip_label=skip)
+    assert (found.left_out, found.bad) == ({1}, {})
+    assert "none" not in found.class_names and "-1" not in found.class_names
 
 
 # ------------------------------------------------------------------------------------------------------------ matching
@@ -249,42 +216,44 @@ def labels(values: list[float], class_names: list[str]) -> Labels:
     return Labels(torch.tensor(values), class_names, "here")
 
 
-def test_labels_are_matched_by_the_names_of_their_classes() -> None:
-    read = labels([0, 1, 1, 0], ["b", "c"])
-    assert read.matched(["c", "a", "b"]).tolist() == [2, 0, 0, 2]
-    assert read.matched(["c", "a", "b"]).dtype == torch.int64
-    assert read.values.tolist() == [0, 1, 1, 0]
+@pytest.mark.parametrize(
+    ("values", "names", "known", "matched"),
+    [
+        ([0, 1, 1, 0], ["b", "c"], ["c", "a", "b"], [2, 0, 0, 2]),
+        ([1, 0], ["b", "c"], ["b", "c"], [1, 0]),
+        ([0, 2], ["a", "b", "c"], ["c", "a"], [1, 0]),  # b does not occur
+        ([0, -1], ["b"], ["a", "b"], [1, -1]),
+        ([0.5, 2.0], [], [], [0.5, 2.0]),
+        *(([1, 0, 1], ["False", "True"], known, [1, 0, 1]) for known in (["0", "1"], ["false", "true"])),
+        ([1, 0], ["False", "True"], ["true", "maybe", "FALSE"], [0, 2]),
+        ([1, 0, 1], ["0", "1"], ["False", "True"], [1, 0, 1]),
+    ],
+)
+def test_labels_are_matched_by_the_names_of_their_classes(
+    values: list[float], names: list[str], known: list[str], matched: list[float]
+) -> None:
+    read = labels(values, names)
+    assert read.matched(known).tolist() == matched
+    assert read.matched(known).dtype == read.values.dtype
+    assert read.values.tolist() == values
 
 
-def test_the_same_classes_leave_the_labels_as_they_are() -> None:
-    read = labels([1, 0], ["b", "c"])
-    assert read.matched(["b", "c"]) is read.values
-
-
-def test_a_class_that_does_not_occur_may_be_unknown() -> None:
-    assert labels([0, 2], ["a", "b", "c"]).matched(["c", "a"]).tolist() == [1, 0]
-
-
-def test_a_class_that_occurs_must_be_known() -> None:
-    with refuses("data.path", "here", "not trained on (b, d)", "it knows 2: a, c."):
-        labels([3, 0, 1], ["a", "b", "c", "d"]).matched(["a", "c"])
-
-
-def test_a_list_of_many_classes_is_cut() -> None:
-    with refuses("not trained on (z)", "it knows 12: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …"):
-        labels([0], ["z"]).matched([str(i) for i in range(12)])
-
-
-def test_a_regression_matches_a_regression() -> None:
-    read = labels([0.5, 2.0], [])
-    assert read.matched([]) is read.values
-
-
-def test_a_model_of_classes_over_targets_of_a_regression() -> None:
-    with refuses("data.label_column", "model is for classification into a, b", "labels of here are for regression"):
-        labels([0.5], []).matched(["a", "b"])
-
-
-def test_a_model_of_a_regression_over_classes() -> None:
-    with refuses("data.label_column", "model is for regression", "labels of here are for classification into a, b"):
-        labels([0], ["a", "b"]).matched([])
+@pytest.mark.parametrize(
+    ("values", "names", "known", "parts"),
+    [
+        (
+            [3, 0, 1],
+            ["a", "b", "c", "d"],
+            ["a", "c"],
+            ("path: here", "not trained on (b, d)", "it knows 2: a, c."),
+        ),
+        ([0], ["z"], [*"0123456789", "x"], ("not trained on (z)", "it knows 11: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …")),
+        ([0.5], [], ["a", "b"], ("model is for classification into a, b", "labels of here are for regression")),
+        ([0], ["a", "b"], [], ("model is for regression", "labels of here are for classification into a, b")),
+    ],
+)
+def test_labels_that_match_nothing(
+    values: list[float], names: list[str], known: list[str], parts: tuple[str, ...]
+) -> None:
+    with refuses("data.", *parts):
+        labels(values, names).matched(known)

@@ -1,20 +1,25 @@
-"""Rows of a split: held out by a seed of their own, and cut to a limit."""
+"""Rows of a split: held out by a seed of their own, and cut to a limit; names that mean a split."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from datamodules.errors import DataError
 from datamodules.sources.splits import check_fraction, check_limits, choose_rows, is_helper, split_of
+from tests.support.refusals import refuses
 
 
 def rows(split: str, size: int = 50, **keys: Any) -> list[int]:
     options = {"held_out": True, "val_fraction": 0.2, "seed": 0, "limit": None, **keys}
+    state = torch.get_rng_state()
     chosen = choose_rows(size, split, **options)
     assert chosen.dtype == torch.int64
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(choose_rows(size, split, **options), chosen)
     return chosen.tolist()
 
 
@@ -27,63 +32,46 @@ def test_held_out_rows_and_training_rows_are_disjoint_and_cover_the_table(
     assert sorted(train + val) == list(range(size))
 
 
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_split_of_its_own_is_taken_whole_and_in_order(split: str) -> None:
-    assert rows(split, held_out=False) == list(range(50))
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_what_is_held_out_follows_from_the_seed_alone(split: str) -> None:
-    expected = rows(split)
-    torch.manual_seed(99)
-    state = torch.get_rng_state()
-    assert rows(split) == expected
-    assert torch.equal(torch.get_rng_state(), state)
-    assert len({tuple(sorted(rows(split, seed=seed))) for seed in range(5)}) == 5
-
-
-def test_held_out_rows_are_no_stretch_of_the_table() -> None:
+def test_what_is_held_out_is_drawn_by_the_seed() -> None:
+    assert len({tuple(sorted(rows("val", seed=seed))) for seed in range(5)}) == 5
     held = rows("val", 1000)
     assert all(abs(sum(low <= row < low + 250 for row in held) - 50) < 20 for low in range(0, 1000, 250))
 
 
-@pytest.mark.parametrize("held_out", [True, False])
-@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize(
+    ("split", "held_out"), [("train", True), ("val", True), ("train", False), ("val", False), ("test", False)]
+)
 def test_a_limit_keeps_a_seeded_sample(split: str, held_out: bool) -> None:
-    held_out = held_out and split != "test"
-    whole = rows(split, held_out=held_out)
-    kept = rows(split, held_out=held_out, limit=5)
+    several: tuple[dict[str, int], ...] = ({}, {"limit": 5}, {"limit": 5, "seed": 1})
+    whole, kept, other = (rows(split, held_out=held_out, **keys) for keys in several)
+    assert held_out or whole == list(range(50))
     assert len(set(kept)) == len(kept) == 5
     assert set(kept) < set(whole)
-    assert kept != whole[:5]
-    assert rows(split, held_out=held_out, limit=5) == kept
-    assert rows(split, held_out=held_out, limit=5, seed=1) != kept
+    assert kept not in (whole[:5], other)
+    for limit in (len(whole), 10**9):
+        assert rows(split, held_out=held_out, limit=limit) == whole
 
 
-@pytest.mark.parametrize("limit", [40, 41, 10**9])
-def test_a_limit_that_does_not_bind_changes_nothing(limit: int) -> None:
-    assert rows("train", limit=limit) == rows("train")
-
-
-@pytest.mark.parametrize(("size", "fraction"), [(1, 0.1), (2, 0.8), (10, 0.99)])
-def test_no_row_left_to_train_on(size: int, fraction: float) -> None:
-    with pytest.raises(DataError, match=rf"data\.val_fraction: {fraction} of {size} samples leaves none to train on"):
-        rows("train", size, val_fraction=fraction)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
-def test_a_fraction_that_is_none(fraction: float) -> None:
-    with pytest.raises(DataError, match=r"data\.val_fraction: .* must lie in \(0, 1\)"):
-        check_fraction("val_fraction", fraction)
-
-
-@pytest.mark.parametrize("limit", [0, -3])
-def test_a_limit_below_one_is_named(limit: int) -> None:
-    with pytest.raises(DataError, match=rf"data\.max_val_samples: {limit} must be 1 or more"):
-        check_limits({"train": None, "val": limit, "test": 1})
-
-
-def test_keys_that_will_do() -> None:
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        *(
+            (
+                partial(rows, "train", size, val_fraction=f),
+                f"val_fraction: {f} of {size} samples leaves none to train on",
+            )
+            for size, f in ((1, 0.1), (2, 0.8), (10, 0.99))
+        ),
+        *(
+            (partial(check_fraction, "val_fraction", f), f"val_fraction: {f} must lie in (0, 1)")
+            for f in (0.0, 1.0, -0.1, 1.5, float("nan"))
+        ),
+        *((partial(check_limits, {"val": n, "test": 1}), f"max_val_samples: {n} must be 1 or more") for n in (0, -3)),
+    ],
+)
+def test_bad_values_are_refused(check: Callable[[], Any], said: str) -> None:
+    with refuses(f"data.{said}"):
+        check()
     check_fraction("val_fraction", 0.5)
     check_limits({"train": 1, "val": None, "test": 10**9})
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +15,38 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from datamodules.errors import DataError
 from datamodules.sources.splits import SPLITS
-from datamodules.sources.tables import READERS, Reading, Table, check_column, open_file, open_table
+from datamodules.sources.tables import (
+    READERS,
+    Reading,
+    Table,
+    blank_rows,
+    check_column,
+    check_texts,
+    null_rows,
+    open_file,
+    open_table,
+)
+from tests.support.data import fake_hub, opened, put
+from tests.support.refusals import refuses
+from tests.support.rows import write_rows
 
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 Rows = list[tuple[str, int]]
 ROWS: Rows = [("a film", 0), ("the film, it was", 1), ('it "is" not', 0), ("ü\u2028 – 日本", 1)]
+each_suffix = pytest.mark.parametrize("suffix", SUFFIXES)
 
 
 def write(file: Path, rows: Rows) -> Path:
     """Columns `text` and `label` as the suffix says."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".parquet":
+        file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"text": [t for t, _ in rows], "label": [i for _, i in rows]}), file)
-    elif file.suffix == ".csv":
-        mark = ","
+        return file
+    if file.suffix == ".csv":
         quoted = [(t.replace('"', '""'), i) for t, i in rows]
-        file.write_text(f"text{mark}label\n" + "".join(f'"{t}"{mark}{i}\n' for t, i in quoted), "utf-8")
-    else:
-        lines = (json.dumps({"text": t, "label": i}, ensure_ascii=False) for t, i in rows)
-        file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    return file
-
-
-def put(file: Path, content: str) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(content, "utf-8")
-    return file
-
-
-def opened(path: Path, splits: Sequence[str] = ("train",), config: str | None = None) -> Table:
-    table = open_table(str(path), splits, config)
-    assert table is not None
-    return table
+        return put(file, "text,label\n" + "".join(f'"{t}",{i}\n' for t, i in quoted))
+    return put(file, "".join(json.dumps({"text": t, "label": i}, ensure_ascii=False) + "\n" for t, i in rows))
 
 
 def rows_of(table: Table) -> Rows:
@@ -57,15 +55,10 @@ def rows_of(table: Table) -> Rows:
     return list(zip(columns["text"], columns["label"], strict=True))
 
 
-def refuses(*parts: str) -> Any:
-    """A DataError whose message has all the parts, in this order."""
-    return pytest.raises(DataError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
-
-
 # ------------------------------------------------------------------------------------------------------------- layouts
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@each_suffix
 @pytest.mark.parametrize("name", ["{}", "{}-00000-of-00001", "data/{}-0", "{}/0000", "default/{}/0000"])
 def test_splits_by_name(tmp_path: Path, name: str, suffix: str) -> None:
     for split, rows in (("train", ROWS[:3]), ("test", ROWS[3:])):
@@ -76,7 +69,49 @@ def test_splits_by_name(tmp_path: Path, name: str, suffix: str) -> None:
     assert open_table(str(tmp_path), ("validation", "val")) is None
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train.csv", "Dev.csv", "TEST.csv"),
+        ("train.CSV", "val.CSV", "Testing.Csv"),
+        ("training.csv", "dev.csv", "test_data.csv"),
+        ("wrapped/Training/0.csv", "wrapped/Validation/0.csv", "wrapped/Testing/0.csv"),
+        ("train_set.csv", "evaluation.csv", "test-set.csv"),
+        ("train.jsonl", "validation.csv", "test.jsonl"),
+    ],
+)
+def test_names_that_mean_a_split(tmp_path: Path, train: str, val: str, test: str) -> None:
+    for i, name in enumerate((train, val, test)):
+        write(tmp_path / name.replace(".CSV", ".csv").replace(".Csv", ".csv"), ROWS[i : i + 1]).rename(tmp_path / name)
+    for name in ("train_matched.csv", "mytrain.csv", "train.txt", "train.csv.bak", "__MACOSX/train.csv"):
+        put(tmp_path / name, "text,label\nno,9\n")
+    for i, split in enumerate(("train", "val", "test")):
+        assert rows_of(opened(tmp_path, SPLITS[split])) == ROWS[i : i + 1]
+
+
+LINES = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS)
+TABLE = "text,label\n" + "".join(f"w{i},{i}\n" for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("Train.TSV", TABLE.replace(",", "\t").encode(), None),
+        ("train.csv.gz", gzip.compress(TABLE.encode(), mtime=0), None),
+        ("train.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), ROWS),
+        ("train.ndjson", LINES.encode(), ROWS),
+        ("train.json", f"[{LINES.strip().replace(chr(10), ',')}]".encode(), ROWS),
+        ("train.json", f'{{"data": [{LINES.strip().replace(chr(10), ",")}], "version": 2}}'.encode(), ROWS),
+        ("train.csv", TABLE.replace("\n", "\r\n").encode(), None),
+        ("train.csv", b"\xef\xbb\xbf" + TABLE.encode(), None),
+    ],
+)
+def test_kinds_of_files(tmp_path: Path, name: str, content: bytes, rows: Rows | None) -> None:
+    put(tmp_path / name, content)
+    assert rows_of(opened(tmp_path)) == (rows or [(f"w{i}", i) for i in range(3)])
+
+
+@each_suffix
 @pytest.mark.parametrize("name", ["train-0000{}", "train-0000{}-of-00004", "train/0000{}"])
 def test_shards_follow_each_other(tmp_path: Path, name: str, suffix: str) -> None:
     for i in (2, 0, 3, 1):
@@ -84,37 +119,16 @@ def test_shards_follow_each_other(tmp_path: Path, name: str, suffix: str) -> Non
     assert rows_of(opened(tmp_path)) == ROWS
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_one_file_is_training_rows(tmp_path: Path, suffix: str) -> None:
-    file = write(tmp_path / f"reviews{suffix}", ROWS)
-    assert rows_of(opened(file)) == ROWS
-    assert rows_of(opened(file, ("other", "train"))) == ROWS
-    for splits in (SPLITS["val"], SPLITS["test"]):
-        assert open_table(str(file), splits) is None
-
-
-def test_a_split_under_two_names_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "dev.csv", ROWS[:1])
-    assert rows_of(opened(tmp_path, SPLITS["val"])) == ROWS[:1]
-    write(tmp_path / "validation.csv", ROWS[1:2])
-    with refuses("data.path", "rows of validation under 2 names, dev and validation"):
-        open_table(str(tmp_path), SPLITS["val"])
-    others = [name for name in SPLITS["val"] if name != "dev"]
-    assert rows_of(opened(tmp_path, others)) == ROWS[1:2]  # as for the shots of MMLU
-
-
-def test_splits_may_be_of_different_kinds(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", ROWS[:2])
-    write(tmp_path / "validation.csv", ROWS[2:])
-    assert rows_of(opened(tmp_path)) == ROWS[:2]
-    assert rows_of(opened(tmp_path, SPLITS["val"])) == ROWS[2:]
-
-
-def test_other_files_are_none_of_the_splits(tmp_path: Path) -> None:
-    write(tmp_path / "train.csv", ROWS[:1])
-    for name in ("train_matched.csv", "mytrain.csv", "train.txt", "train.csv.bak"):
-        put(tmp_path / name, "text,label\nno,9\n")
-    assert rows_of(opened(tmp_path)) == ROWS[:1]
+@each_suffix
+def test_one_file_is_training_rows_or_rows_to_predict(tmp_path: Path, suffix: str) -> None:
+    file = write(tmp_path / f"run[1]/reviews{suffix}", ROWS)  # the signs of a pattern are taken literally
+    write(tmp_path / f"run1/reviews{suffix}", ROWS[:1])
+    assert rows_of(opened(file)) == rows_of(opened(file, ("other", "train"))) == ROWS
+    assert [open_table(str(file), SPLITS[split]) for split in ("val", "test")] == [None, None]
+    table = open_file(str(file), "predict_path")
+    assert (rows_of(table), table.where) == (ROWS, str(file))
+    write(file, ROWS[1:])  # a changed file is read anew
+    assert rows_of(opened(file)) == ROWS[1:]
 
 
 def test_a_directory_called_train_is_not_the_split(tmp_path: Path) -> None:
@@ -122,20 +136,6 @@ def test_a_directory_called_train_is_not_the_split(tmp_path: Path) -> None:
     write(tmp_path / "train/test.csv", ROWS[1:])
     assert rows_of(opened(tmp_path / "train")) == ROWS[:1]
     assert rows_of(opened(tmp_path / "train", ("test",))) == ROWS[1:]
-
-
-def test_a_file_that_was_changed_is_read_anew(tmp_path: Path) -> None:
-    file = write(tmp_path / "train.csv", ROWS[:2])
-    assert rows_of(opened(file)) == ROWS[:2]
-    write(file, ROWS[1:])
-    assert rows_of(opened(file)) == ROWS[1:]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_path_with_the_signs_of_a_pattern_is_taken_literally(tmp_path: Path, suffix: str) -> None:
-    write(tmp_path / f"run1/train{suffix}", ROWS[:1])
-    write(tmp_path / f"run[1]/train{suffix}", ROWS[1:])
-    assert rows_of(opened(tmp_path / "run[1]")) == ROWS[1:]
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -149,308 +149,303 @@ def write_configs(folder: Path, *configs: str) -> Path:
     return folder
 
 
-def test_a_folder_of_the_configuration_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["", "data/"])
+def test_a_folder_of_the_configuration_is_taken(tmp_path: Path, below: str) -> None:
     configs = ("1.0.0", "2.0.0", "3.0.0")
-    write_configs(tmp_path, *configs)
+    write_configs(tmp_path, *(below + config for config in configs))
     for i, config in enumerate(configs):
         assert rows_of(opened(tmp_path, config=config)) == ROWS[i : i + 1]
         assert rows_of(opened(tmp_path, SPLITS["test"], config)) == ROWS[i + 1 : i + 2]
-        assert rows_of(opened(tmp_path / config, config=config)) == ROWS[i : i + 1]  # the folder itself
+        assert rows_of(opened(tmp_path / below / config, config=config)) == ROWS[i : i + 1]  # the folder itself
         assert open_table(str(tmp_path), SPLITS["val"], config) is None
 
 
-@pytest.mark.parametrize("name", ["train", "data/train-0", "train/0000", "default/train/0000"])
-def test_a_folder_of_the_configuration_has_any_layout(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["train", "data/train-0", "train/0000", "default/train/0000", "data/train/0000"])
+def test_folders_that_are_no_configuration_do_not_count(tmp_path: Path, name: str) -> None:
     write(tmp_path / f"rte/{name}.csv", ROWS[:1])
     write(tmp_path / f"mrpc/{name}.csv", ROWS[1:])
     assert rows_of(opened(tmp_path, config="mrpc")) == ROWS[1:]
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_split_in_the_folders_of_several_configurations(tmp_path: Path, split: str) -> None:
-    write_configs(tmp_path, "3.0.0", "1.0.0", "2.0.0")
-    with refuses("data.path", f"{tmp_path} has rows of {split} in the folders 1.0.0, 2.0.0, 3.0.0", "give the folder"):
-        open_table(str(tmp_path), (split,))
-    with refuses("data.path", "in the folders 1.0.0, 2.0.0, 3.0.0", "none of them is 4.0.0", "give the folder"):
-        open_table(str(tmp_path), (split,), "4.0.0")
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_the_only_folder_is_of_another_configuration(tmp_path: Path, split: str) -> None:
-    write_configs(tmp_path, "rte")
-    with refuses("data.path", f"{tmp_path} has rows of {split} in the folders rte", "none of them is mrpc"):
-        open_table(str(tmp_path), (split,), "mrpc")
-    assert len(opened(tmp_path, (split,))) == 1  # no other was asked for
-
-
-def test_a_folder_of_the_configuration_without_rows(tmp_path: Path) -> None:
-    write_configs(tmp_path, "rte")
-    (tmp_path / "mrpc").mkdir()
-    with refuses("data.path", f"{tmp_path / 'mrpc'} holds no file of training rows"):
-        open_table(str(tmp_path), ("train",), "mrpc")
-
-
-@pytest.mark.parametrize("config", [None, "rte"])
-def test_rows_beside_a_folder_of_other_rows(tmp_path: Path, config: str | None) -> None:
-    write(tmp_path / "train.csv", ROWS[:1])
-    write(tmp_path / "old/train.csv", ROWS[1:])
-    with refuses("data.path", f"{tmp_path} has rows of train in the folders", "old", "give the folder"):
-        open_table(str(tmp_path), ("train",), config)
-
-
-@pytest.mark.parametrize("config", [None, "rte"])
-@pytest.mark.parametrize("name", ["train", "data/train-0", "train/0000", "default/train/0000", "data/train/0000"])
-def test_folders_that_are_no_configuration_do_not_count(tmp_path: Path, name: str, config: str | None) -> None:
-    write(tmp_path / f"{name}.csv", ROWS[:2])
-    assert rows_of(opened(tmp_path, config=config)) == ROWS[:2]
-    write(tmp_path / "data/train-9.csv", ROWS[2:])
-    assert sorted(rows_of(opened(tmp_path, config=config))) == sorted(ROWS)
+    for config in (None, "rte"):
+        write(tmp_path / f"{config}/plain/{name}.csv", ROWS[:2])
+        write(tmp_path / f"{config}/plain/data/train-9.csv", ROWS[2:])
+        assert sorted(rows_of(opened(tmp_path / f"{config}/plain", config=config))) == sorted(ROWS)
 
 
 # --------------------------------------------------------------------------------------------------------------- cells
 
 
-@pytest.mark.parametrize(("suffix", "mark"), [(".csv", ",")])
-def test_words_for_nothing_are_words_and_empty_cells_are_missing(tmp_path: Path, suffix: str, mark: str) -> None:
+def test_words_for_nothing_are_words_and_empty_cells_are_missing(tmp_path: Path) -> None:
     words = ["NA", "null", "None", "nan", "N/A", "NULL", "#N/A", "NaN", "<NA>", "n/a"]
-    lines = [f"{word}{mark}{i}" for i, word in enumerate(words)]
-    file = put(tmp_path / f"train{suffix}", "\n".join([f"text{mark}label", *lines, f"{mark}10", f'""{mark}11']) + "\n")
-    columns = opened(file).data[:]
-    assert columns["text"] == [*words, None, None]
-    assert columns["label"] == list(range(12))
+    lines = [f"{word},{i}" for i, word in enumerate(words)]
+    file = put(tmp_path / "train.csv", "\n".join(["text,label", *lines, ",10", '"",11', '"a, ""b""\nc",12']) + "\n")
+    assert rows_of(opened(file)) == [*((word, i) for i, word in enumerate([*words, None, None, 'a, "b"\nc']))]
+    write_rows(tmp_path / "train.jsonl", [{"text": ""}, {"text": None}, {"text": "NA"}, {}])
+    assert opened(tmp_path / "train.jsonl").data["text"][:] == ["", None, "NA", None]
 
 
-def test_empty_text_and_null_of_jsonl_are_told_apart(tmp_path: Path) -> None:
-    file = put(tmp_path / "train.jsonl", '{"text": ""}\n{"text": null}\n{"text": "NA"}\n{}\n')
-    assert opened(file).data[:]["text"] == ["", None, "NA", None]
+def test_types_of_columns(tmp_path: Path) -> None:
+    for suffix in (".csv", ".jsonl"):
+        features = opened(write(tmp_path / f"train{suffix}", ROWS)).data.features
+        assert (features["label"].dtype, features["text"].dtype.removeprefix("large_")) == ("int64", "string")
+    named = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    datasets.Dataset.from_dict({"text": ["a"], "label": [1]}, named).to_parquet(str(tmp_path / "train.parquet"))
+    assert opened(tmp_path / "train.parquet").data.features["label"].names == ["no", "yes"]
+    put(tmp_path / "digits.csv", "text,label\n007,1\n1.50,0\n")
+    assert opened(tmp_path / "digits.csv", reading=Reading(as_written=("text",))).data["text"][:] == ["007", "1.50"]
 
 
-def test_separators_and_line_ends_inside_quotes_belong_to_the_text(tmp_path: Path) -> None:
-    put(tmp_path / "train.csv", 'text,label\n"a, ""b""\nc",1\n')
-    put(tmp_path / "test.csv", 'text,label\n"a,b",1\n')
-    assert opened(tmp_path).data[:]["text"] == ['a, "b"\nc']
-    assert opened(tmp_path, ("test",)).data[:]["text"] == ["a,b"]
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_encodings(tmp_path: Path, encoding: str, suffix: str) -> None:
+    content = 'text\ncafé\n"Straße"\n' if suffix == "csv" else '{"text": "café"}\n{"text": "Straße"}\n'
+    put(tmp_path / f"train.{suffix}", content, encoding)
+    likely = "cp1252" if encoding == "latin-1" else encoding
+    with refuses("data.encoding: ", f"train.{suffix} is not utf-8", f"likely {likely}"):
+        open_table(str(tmp_path), ["train"])
+    assert opened(tmp_path, reading=Reading(encoding)).data["text"][:] == ["café", "Straße"]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_numbers_are_numbers(tmp_path: Path, suffix: str) -> None:
-    features = opened(write(tmp_path / f"train{suffix}", ROWS)).data.features
-    assert features["label"].dtype == "int64"
-    assert features["text"].dtype in ("string", "large_string")
+@pytest.mark.parametrize("encoding", ["rot13", "base64", "hex", "nonsense"])
+def test_encodings_that_are_not_of_text(encoding: str) -> None:
+    with refuses(f"data.encoding: '{encoding}' is no encoding"):
+        Reading(encoding)
 
 
-def test_parquet_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    data = datasets.Dataset.from_dict({"text": ["a"], "label": [1]}, features=features)
-    data.to_parquet(str(tmp_path / "train.parquet"))
-    assert opened(tmp_path).data.features["label"].names == ["no", "yes"]
-
-
-# ----------------------------------------------------------------------------------------------------------- selection
+def test_rows_of_a_tsv_that_a_stray_quotation_mark_joins_are_told(tmp_path: Path) -> None:
+    put(tmp_path / "train.tsv", 'text\tlabel\na\t0\n"b\t1\nc\t0\n"d\t1\ne\t0\n')
+    (note,) = opened(tmp_path, reading=Reading(as_written=("text", "label"))).notes
+    assert "text of" in note and "1 cells hold tabs and line breaks" in note
 
 
 def test_rows_of_a_table_are_taken_in_the_order_that_is_given(tmp_path: Path) -> None:
     table = opened(write(tmp_path / "train.csv", ROWS))
     chosen = table.select(torch.tensor([2, 0]))
-    assert rows_of(chosen) == [ROWS[2], ROWS[0]]
-    assert chosen.where == table.where
+    assert (rows_of(chosen), chosen.where) == ([ROWS[2], ROWS[0]], table.where)
     assert rows_of(table.select(torch.tensor([3, 2, 1, 0]))) == ROWS[::-1]  # as many, in another order
     assert table.select(torch.arange(4)) is table
+    check_column(table, "label_column", "label")
+    with refuses("data.label_column", table.where, "has no column lable; it has text, label."):
+        check_column(table, "label_column", "lable")
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ---------------------------------------------------------------------------------------------------- columns of text
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere", "some/other/folder"])
-def test_a_path_that_is_not_there(path: str) -> None:
-    with refuses("data.path", path, "is not here"):
-        open_table(path, ("train",))
+def column(cells: list[Any], feature: Any = None) -> Table:
+    features = None if feature is None else datasets.Features({"text": feature})
+    return Table(datasets.Dataset.from_dict({"text": cells}, features=features), "here")
 
 
-@pytest.mark.parametrize("name", ["some-data", "some/data"])
-def test_a_name_on_the_hub_without_a_connection(name: str) -> None:
-    with refuses(
-        "data.path", name, "is no directory here", "from the hub it could not be had", "--data.path DIRECTORY"
-    ):
-        open_table(name, ("train",), "config")
+@pytest.mark.parametrize(
+    ("cells", "kind", "texts"),
+    [
+        (["a", None], "string", ["a", None]),
+        (["a", None], "large_string", ["a", None]),
+        ([7, None], "int64", ["7", None]),
+        ([0.5, 2.0], "float64", ["0.5", "2.0"]),
+        ([True, False], "bool", ["True", "False"]),
+    ],
+)
+def test_numbers_are_text_where_text_is_asked_for(cells: list[Any], kind: str, texts: list[Any]) -> None:
+    table = column(cells, datasets.Value(kind))
+    more = Table(table.data.add_column("more", cells), "here")
+    read = check_texts(more, "source_column", "text")
+    assert (read.data["text"][:], read.data.column_names) == (texts, ["text", "more"])
+    assert read.notes == (() if "string" in kind else (f"text of here holds {kind}, read as text",))
+
+
+@pytest.mark.parametrize(
+    ("cells", "feature", "said"),
+    [
+        ([None, None], datasets.Value("null"), "text in here is empty in every row"),
+        ([0, 1], datasets.ClassLabel(names=["a", "b"]), "must hold text, and it holds"),
+        ([["a"], ["b"]], datasets.List(datasets.Value("string")), "must hold text, and it holds List"),
+        ([b"a"], datasets.Value("binary"), "must hold text, and it holds binary"),
+    ],
+)
+def test_a_column_that_holds_no_text(cells: list[Any], feature: Any, said: str) -> None:
+    with refuses("data.source_column", said):
+        check_texts(column(cells, feature), "source_column", "text")
+
+
+def test_texts_and_numbers_in_one_column_of_jsonl(tmp_path: Path) -> None:
+    mixed = opened(write_rows(tmp_path / "train.jsonl", [{"text": "a"}, {"text": 3}]))
+    assert check_texts(mixed, "text_columns", "text").data["text"][:] == ["a", "3"]
+
+
+@pytest.mark.parametrize(("empty", "size"), [([0], 3), ([2, 4], 6), ([10_000, 10_001], 10_100)])
+def test_rows_without_text_are_found(empty: list[int], size: int) -> None:
+    table = column([None if i in empty else " " if i == 1 else "a" for i in range(size)])
+    assert null_rows(table, "text") == set(empty)
+    assert blank_rows(table, "text") == {*empty, 1}
+    chosen = Table(table.data.select([1, empty[0]]), "here")
+    assert null_rows(chosen, "text") == {1}
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
 
 
 def test_the_hub_is_asked_for_a_split_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = datasets.Dataset.from_dict({"text": ["a"]})
-    asked = []
-
-    def names(name: str, config: str | None, revision: str | None) -> list[str]:
-        asked.append((name, config, revision))
-        return ["train", "valid", "val"]
-
-    def load(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
-        asked.append((name, config, revision, split))
-        return data
-
-    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    table = open_table("some/data", SPLITS["val"], "rte", "refs/convert/parquet")
-    assert table is not None
-    assert (table.data, table.where) == (data, "some/data/rte/val")
+    asked = fake_hub(monkeypatch, lambda split: [{"text": split}], "train", "valid", "val")
+    table = opened(Path("some/data"), SPLITS["val"], "rte", revision="refs/convert/parquet")
+    assert (table.data["text"][:], table.where) == (["val"], "some/data/rte/val")
     assert open_table("some/data", SPLITS["test"], "rte") is None
-    plain = open_table("some/data", SPLITS["train"])
-    assert plain is not None
-    assert plain.where == "some/data/train"
-    assert asked == [
-        ("some/data", "rte", "refs/convert/parquet"),
-        ("some/data", "rte", "refs/convert/parquet", "val"),
-        ("some/data", "rte", None),
-        ("some/data", None, None),
-        ("some/data", None, None, "train"),
-    ]
+    assert opened(Path("some/data"), SPLITS["train"]).where == "some/data/train"
+    first, second = ("some/data", "rte", "refs/convert/parquet"), ("some/data", None, None)
+    assert asked == [first, first, ("some/data", "rte", None), second, second]
 
 
-def test_a_directory_without_training_rows(tmp_path: Path) -> None:
-    write(tmp_path / "test.csv", ROWS)
-    with refuses("data.path", str(tmp_path), "no file of training rows", "train.parquet", "train/*.parquet"):
-        open_table(str(tmp_path), ("train",))
-    assert rows_of(opened(tmp_path, ("test",))) == ROWS
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+Files = dict[str, str | bytes]
+PARQUET = "train.parquet"
+BAD: dict[str, tuple[Files, dict[str, Any], tuple[str, ...]]] = {  # files, arguments of open_table, message
+    "a split twice": (
+        {"dev.csv": TABLE, "validation.csv": TABLE},
+        {"splits": SPLITS["val"]},
+        ("rows of validation under 2 names, dev and validation",),
+    ),
+    "several configurations": (
+        {f"{name}/train.csv": TABLE for name in ("3.0.0", "1.0.0")},
+        {},
+        ("has rows of train in the folders 1.0.0, 3.0.0", "give the folder"),
+    ),
+    "another configuration": (
+        {f"{name}/test.csv": TABLE for name in ("3.0.0", "1.0.0")},
+        {"splits": ("test",), "config": "4.0.0"},
+        ("in the folders 1.0.0, 3.0.0", "none of them is 4.0.0", "give the folder"),
+    ),
+    "the only one is another": (
+        {"rte/train.csv": TABLE},
+        {"config": "mrpc"},
+        ("has rows of train in the folders rte", "none of them is mrpc"),
+    ),
+    "a configuration without rows": (
+        {"rte/train.csv": TABLE, "mrpc/notes.txt": ""},
+        {"config": "mrpc"},
+        ("mrpc holds no file of training rows",),
+    ),
+    "rows beside a folder": ({"train.csv": TABLE, "old/train.csv": TABLE}, {}, ("in the folders", "old", "give the")),
+    "rows beside another folder": ({"train.csv": TABLE, "old/train.csv": TABLE}, {"config": "rte"}, ("old",)),
+    "kinds of two sets": ({"one/train.jsonl": LINES, "two/train.csv": TABLE}, {}, ("one, two", "data.config")),
+    "names of two sets": (
+        {"one/validation.csv": TABLE, "two/val.csv": TABLE},
+        {"splits": SPLITS["val"]},
+        ("in the folders one, two",),
+    ),
+    "no training rows": ({"test.csv": TABLE}, {}, ("no file of training rows", "train.parquet", "train/*.parquet")),
+    "an unknown name": ({"reviews.csv": TABLE}, {}, ("It holds reviews.csv. Rename the files, or give one",)),
+    **{
+        f"an empty {suffix}": ({f"train-0{suffix}": b"PAR1", f"train-1{suffix}": ""}, {}, ("is an empty file",))
+        for suffix in SUFFIXES
+    },
+    "cut lines": ({"train.jsonl": '{"text": "a"}\n{"text": "b", "la'}, {}, ("line 2 of", "cannot be read as jsonl")),
+    "no lines": ({"train.jsonl": TABLE}, {}, ("cannot be read as jsonl",)),
+    "a cut cell": (
+        {"train.csv": 'text,label\na,1\n"b,2\nc,1\n'},
+        {},
+        ("cannot be read as csv", "near line 3, is never"),
+    ),
+    "more cells": ({"train.csv": "text,label\na,1\nb,2,3\n"}, {}, ("Line 3 has 3 cells, and the first line names 2",)),
+    "longer rows": ({"train.csv": "text,label\na,1,x\nb,2,y\n"}, {}, ("more cells than its first line has names",)),
+    "a column twice": (
+        {"train.csv": "text,text,label\na,b,1\n"},
+        {"reading": Reading(as_written=("text",))},
+        ("has 2 columns text",),
+    ),
+    "no Parquet": ({PARQUET: TABLE}, {}, (PARQUET, "cannot be read as parquet", "damaged")),
+    "no text": (
+        {"train.csv": b"\xff\xfe\x00\x81,\xb5\n\xa0,1\n"},
+        {},
+        ("encoding", "is not utf-8", "likely utf-16"),
+    ),
+    "a byte of no text": ({"train.jsonl": b'{"text": "a"}\n\xff\n'}, {}, ("line 2 of",)),
+    "shards of other columns": (
+        {"train-0.csv": TABLE, "train-1.csv": "body,stars\na,1\n"},
+        {},
+        ("train-0.csv", "train-1.csv", "cannot be read as csv"),
+    ),
+}
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_empty_file(tmp_path: Path, suffix: str) -> None:
-    write(tmp_path / f"train-0{suffix}", ROWS)
-    file = put(tmp_path / f"train-1{suffix}", "")
-    with refuses("data.path", f"{file} is an empty file"):
-        open_table(str(tmp_path), ("train",))
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(tmp_path: Path, case: str) -> None:
+    files, arguments, parts = BAD[case]
+    for name, content in files.items():
+        put(tmp_path / name, content)
+    with refuses("data.", *parts):
+        open_table(str(tmp_path), **{"splits": ("train",), **arguments})
 
 
 @pytest.mark.parametrize("keep", [3, 60, -20])
 def test_truncated_parquet(tmp_path: Path, keep: int) -> None:
-    file = write(tmp_path / "train.parquet", ROWS)
+    file = write(tmp_path / PARQUET, ROWS)
     file.write_bytes(file.read_bytes()[:keep])
     with refuses("data.path", str(file), "cannot be read as parquet", "damaged"):
         open_table(str(tmp_path), ("train",))
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("path", "said"),
     [
-        ("train.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "la'),
-        ("train.jsonl", "text,label\na,1\n"),
-        ("train.csv", 'text,label\na,1\n"b'),
-        ("train.csv", "text,label\na,1\nb,2,3\n"),
-        ("train.csv", 'text,label\na,1\n"b'),
-        ("train.parquet", "text,label\na,1\n"),
+        *((path, "is not here") for path in ("/nowhere/at/all", "./nowhere", "~/nowhere", "some/other/folder")),
+        *((path, "from the hub it could not be had") for path in ("some-data", "some/data")),
     ],
 )
-def test_files_that_are_cut_or_of_another_kind(tmp_path: Path, name: str, content: str) -> None:
-    file = put(tmp_path / name, content)
-    with refuses("data.path", str(file), f"cannot be read as {file.suffix[1:]}"):
-        open_table(str(tmp_path), ("train",))
-
-
-def test_a_csv_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00\x81,\xb5\n\xa0,1\n")
-    with refuses("data.encoding", "train.csv", "is not utf-8", "likely utf-16"):
-        open_table(str(tmp_path), ("train",))
-
-
-def test_shards_of_other_columns_are_named(tmp_path: Path) -> None:
-    files = [put(tmp_path / "train-0.csv", "text,label\na,1\n"), put(tmp_path / "train-1.csv", "body,stars\na,1\n")]
-    with refuses("data.path", str(files[0]), str(files[1]), "cannot be read as csv"):
-        open_table(str(tmp_path), ("train",))
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "train"])
-def test_a_file_of_an_unknown_kind(tmp_path: Path, name: str) -> None:
-    file = put(tmp_path / name, "a")
-    with refuses("data.path", str(file), "must be one of .parquet, .csv, .tsv, .jsonl"):
-        open_table(str(file), ("train",))
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_full_disk_is_not_taken_for_a_damaged_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
-) -> None:
-    full = OSError(errno.ENOSPC, "No space left on device")
-
-    def read(files: list[Path], reading: Reading) -> Any:
-        if wrapped:
-            raise datasets.exceptions.DatasetGenerationError("An error occurred") from full
-        raise full
-
-    monkeypatch.setitem(READERS, ".csv", read)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    file = write(tmp_path / "train.csv", ROWS)
-    with refuses(
-        "data.path", str(file), f"the cache {tmp_path / 'cache'}", "No space left", "set HF_DATASETS_CACHE"
-    ) as told:
-        open_table(str(file), ("train",))
-    assert "damaged" not in str(told.value)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    cache = put(tmp_path / "cache", "a file in its place")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    file = write(tmp_path / f"new{suffix}", ROWS)
-    with refuses("data.predict_path", str(file), f"the cache {cache}", "set HF_DATASETS_CACHE"):
-        open_file(str(file), "predict_path")
-
-
-# ------------------------------------------------------------------------------------------------------------ one file
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_for_prediction(tmp_path: Path, suffix: str) -> None:
-    file = write(tmp_path / f"new{suffix}", ROWS)
-    table = open_file(str(file), "predict_path")
-    assert rows_of(table) == ROWS
-    assert table.where == str(file)
-
-
-def test_no_file_for_prediction(tmp_path: Path) -> None:
-    text = put(tmp_path / "new.txt", "a")
-    for path in (text, tmp_path / "gone.csv", tmp_path):
-        with refuses(f"data.predict_path: {path} is no file of .parquet, .csv, .tsv, .jsonl"):
-            open_file(str(path), "predict_path")
+def test_a_path_that_is_not_there(path: str, said: str) -> None:
+    with refuses("data.path", path, said, *(["--data.path DIRECTORY"] if "hub" in said else [])):
+        open_table(path, ("train",), "config")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "part"),
-    [("new.csv", "", "is an empty file"), ("new.jsonl", '{"text', "cannot be read as jsonl")],
+    ("name", "content", "said"),
+    [
+        ("new.txt", "a", "new.txt is no file of .parquet, .csv, .tsv, .jsonl"),
+        ("gone.csv", None, "gone.csv is no file of"),
+        ("new.csv", "", "is an empty file"),
+        ("new.jsonl", '{"text', "cannot be read as jsonl"),
+    ],
 )
-def test_a_damaged_file_for_prediction_is_told_under_its_key(
-    tmp_path: Path, name: str, content: str, part: str
-) -> None:
-    file = put(tmp_path / name, content)
-    with refuses("data.predict_path", str(file), part):
-        open_file(str(file), "predict_path")
-
-
-def test_a_column_that_is_there_and_one_that_is_not(tmp_path: Path) -> None:
-    table = opened(write(tmp_path / "train.csv", ROWS))
-    check_column(table, "label_column", "label")
-    with refuses("data.label_column", table.where, "has no column lable; it has text, label."):
-        check_column(table, "label_column", "lable")
-
-
-def test_a_configuration_below_data(tmp_path: Path) -> None:
-    for name in ("rte", "mrpc"):
-        put(tmp_path / "data" / name / "train.csv", f"text,label\n{name},1\n")
-    table = open_table(str(tmp_path), ("train",), "rte")
-    assert table is not None
-    assert table.data["text"][:] == ["rte"]
-
-
-def test_folders_of_several_data_sets_are_told_whatever_their_kinds_and_names(tmp_path: Path) -> None:
-    put(tmp_path / "one" / "train.jsonl", '{"text": "a"}\n')
-    put(tmp_path / "two" / "train.csv", "text\nb\n")
-    with refuses("data.path", "in the folders one, two", "data.config"):
-        open_table(str(tmp_path), ("train",))
-    put(tmp_path / "one" / "validation.csv", "text\na\n")
-    put(tmp_path / "two" / "val.csv", "text\nb\n")
-    with refuses("data.path", "in the folders one, two"):
-        open_table(str(tmp_path), ("validation", "val"))
+def test_a_bad_file_to_predict_is_told_under_its_key(tmp_path: Path, name: str, content: Any, said: str) -> None:
+    if content is not None:
+        put(tmp_path / name, content)
+    with refuses("data.predict_path", str(tmp_path / name) if "is no" not in said else said):
+        open_file(str(tmp_path / name), "predict_path")
+    if name == "new.txt":
+        with refuses("data.path", str(tmp_path / name), "must be one of .parquet, .csv, .tsv, .jsonl"):
+            open_table(str(tmp_path / name), ("train",))
 
 
 def test_a_link_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.csv").symlink_to(tmp_path / "gone.csv")
     with refuses("data.path", "train.csv", "link to one that is not there"):
         open_table(str(tmp_path), ("train",))
+
+
+def no_room(wrapped: bool) -> Callable[[list[Path], Reading], Any]:
+    def read(files: list[Path], reading: Reading) -> Any:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        if wrapped:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from full
+        raise full
+
+    return read
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_not_taken_for_a_damaged_file(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    monkeypatch.setitem(READERS, ".csv", no_room(wrapped))
+    file = write(tmp_path / "train.csv", ROWS)
+    with refuses("data.path", str(file), f"the cache {cache}", "No space left", "set HF_DATASETS_CACHE") as told:
+        open_table(str(file), ("train",))
+    assert "damaged" not in str(told.value)
+
+
+@each_suffix
+def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Path, suffix: str) -> None:
+    put(cache, "a file in its place")
+    file = write(tmp_path / f"new{suffix}", ROWS)
+    with refuses("data.predict_path", str(file), f"the cache {cache}", "set HF_DATASETS_CACHE"):
+        open_file(str(file), "predict_path")

@@ -10,7 +10,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from datamodules.errors import DataError
 from datamodules.tokens.conversations import (
     ALPACA,
     Columns,
@@ -22,6 +21,7 @@ from datamodules.tokens.conversations import (
     response_end,
 )
 from tests.causal_backbones import CHAT, byte_tokenizer
+from tests.support.refusals import refuses
 
 END = 2  # <|im_end|>, which pads too
 ALPACA_COLUMNS: dict[str, Any] = {
@@ -59,10 +59,6 @@ def learnt_runs(tokens: list[int], learnt: list[bool]) -> list[str]:
     """Texts of the stretches that are to be learnt."""
     edges = [0, *(i for i in range(1, len(tokens)) if learnt[i] != learnt[i - 1]), len(tokens)]
     return [text(tokens[a:b]) for a, b in pairwise(edges) if learnt[a]]
-
-
-def refuses(*parts: str) -> Any:
-    return pytest.raises(DataError, match="(?s)" + ".*".join(parts))
 
 
 # -------------------------------------------------------------------------------------------------------------- Alpaca
@@ -106,17 +102,13 @@ def test_prompts_are_alpacas_to_the_letter(row: dict[str, Any], prompt: str) -> 
     assert tokens[: learnt.index(True)] == made.prompt(columns(response=None).conversation(row))
 
 
-def test_an_alpaca_table_without_inputs() -> None:
+def test_alpaca_without_inputs_and_with_a_system_message_in_the_place_of_its_introduction() -> None:
     messages = columns(input=None, response=None).conversation({"instruction": "Name a colour."})
     assert text(encoder(ALPACA).prompt(messages)) == WITHOUT
-
-
-def test_a_system_message_takes_the_place_of_alpacas_introduction() -> None:
-    messages = columns(system="Be brief.").conversation({"instruction": "Hi", "input": "", "output": "Yo"})
-    tokens, _ = encoder(ALPACA).conversation(messages)
-    assert text(tokens) == "Be brief.\n\n### Instruction:\nHi\n\n### Response:Yo<|im_end|>"
-    silent = columns(system="").conversation({"instruction": "Hi", "input": "", "output": "Yo"})
-    assert text(encoder(ALPACA).conversation(silent)[0]) == "### Instruction:\nHi\n\n### Response:Yo<|im_end|>"
+    for system, begin in (("Be brief.", "Be brief.\n\n"), ("", "")):
+        messages = columns(system=system).conversation({"instruction": "Hi", "input": "", "output": "Yo"})
+        tokens, _ = encoder(ALPACA).conversation(messages)
+        assert text(tokens) == f"{begin}### Instruction:\nHi\n\n### Response:Yo<|im_end|>"
 
 
 def test_alpacas_template_takes_several_turns() -> None:
@@ -203,19 +195,29 @@ def test_a_prompt_keeps_its_tokens_where_the_response_would_join_them() -> None:
         assert (tokens != byte_tokenizer()(text(tokens))["input_ids"]) == joins
 
 
-def test_every_response_ends_with_the_end_that_pads() -> None:
+TWICE = CHAT.replace("<|im_end|>\n", "<|im_end|>{{ '<|im_end|>' if message['role'] == 'assistant' }}\n")
+
+
+@pytest.mark.parametrize(("template", "end"), [(CHAT, "<|im_end|>"), (TWICE, "<|im_end|><|im_end|>")])
+def test_every_response_is_learnt_to_its_last_end(template: str, end: str) -> None:
     assert byte_tokenizer().pad_token_id == byte_tokenizer().eos_token_id == END
-    tokens, learnt = encoder().conversation(talk("Hi", "Yo", "Go", "No"))
-    ends = [i for i, token in enumerate(tokens) if token == END]
-    assert [learnt[i] for i in ends] == [False, True, False, True]  # the users' are not
+    tokens, learnt = encoder(template).conversation(talk("Hi", "Yo", "Go", "No"))
+    assert learnt_runs(tokens, learnt) == [f"Yo{end}", f"No{end}"]  # the users' ends are not learnt
     assert text([tokens[-1]]) == "\n" and not learnt[-1]  # what the template puts behind the end
 
 
-def test_a_template_without_the_tokenizers_end() -> None:
+def test_a_response_ends_where_its_template_says() -> None:
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
     tokens, learnt = encoder(template).conversation(talk("Hi", "Yo"))
     assert text(tokens) == "<user>Hi</><assistant>Yo</>"
     assert learnt_runs(tokens, learnt) == ["<assistant>Yo</>"]  # all that the prompt does not have
+    with refuses("no special token behind a response"):
+        response_end(byte_tokenizer(), template)
+    tokenizer = byte_tokenizer(eos_token="<unk>")  # as in Qwen's base models, another than the template's
+    assert tokenizer.eos_token_id != response_end(tokenizer, CHAT) == END
+    made = ConversationEncoder(tokenizer, CHAT, 200, response_end(tokenizer, CHAT))
+    assert learnt_runs(*made.conversation(talk("a", "bc"))) == ["bc<|im_end|>"]
+    assert response_end(tokenizer, alpaca_template(tokenizer)) == tokenizer.eos_token_id
 
 
 def test_what_a_user_says_last_is_left_out_of_training() -> None:
@@ -226,44 +228,44 @@ def test_what_a_user_says_last_is_left_out_of_training() -> None:
     assert question([]) == []
 
 
-def test_a_template_that_rewrites_earlier_turns() -> None:
-    forgets = (
-        "{% for m in messages %}{{ m['role'] + ':' }}"
-        "{% if m['role'] == 'user' or loop.last %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    assert text(encoder(forgets).conversation(talk("Hi", "Yo"))[0]) == "user:Hi<|im_end|>assistant:Yo<|im_end|>"
-    with refuses("data.template:", "does not write a conversation turn by turn", "'Hi'", "template: alpaca"):
-        encoder(forgets).conversation(talk("Hi", "Yo", "Why?", "So", system="Be brief."))
-
-
-def test_a_template_whose_prompt_is_not_the_beginning_of_its_conversation() -> None:
-    other = CHAT.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}")
-    with refuses("data.template:", "does not write a conversation turn by turn", "'Hi'"):
-        encoder(other).conversation(talk("Hi", "Yo"))
+FORGETS = (
+    "{% for m in messages %}{{ m['role'] + ':' }}"
+    "{% if m['role'] == 'user' or loop.last %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+BOT = CHAT.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}")
+RAISES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+IN_TURNS = "does not write a conversation turn by turn"
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
+    ("template", "contents", "parts"),
     [
-        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}", "no system"),
-        ("{{ messages[0]['content'] + 1 }}", "str"),
-        ("{{ messages[9].content.upper() }}", "element 9"),
-        ("{% for m in messages %}", "end"),
+        (FORGETS, ("Hi", "Yo", "Why?", "So"), (IN_TURNS, "'Hi'", "template: alpaca")),
+        (BOT, ("Hi", "Yo"), (IN_TURNS, "'Hi'")),
+        (
+            "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
+            ("Hi", "Yo"),
+            ("leaves out the",),
+        ),
+        *(
+            (template, ("Hi", "Yo"), ("the chat template refuses the conversation that begins 'Hi'", reason))
+            for template, reason in (
+                (RAISES, "no system"),
+                ("{{ messages[0]['content'] + 1 }}", "str"),
+                ("{{ messages[9].content.upper() }}", "element 9"),
+                ("{% for m in messages %}", "end"),
+            )
+        ),
     ],
 )
-def test_a_template_that_raises(template: str, reason: str) -> None:
-    messages = talk("Hi", "Yo", system="Be brief.")
-    with refuses("data.template: the chat template refuses the conversation that begins 'Hi'", reason):
+def test_templates_that_are_refused(template: str, contents: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    messages = talk(*contents, system="Be brief.")
+    with refuses("data.template:", *parts):
         encoder(template).conversation(messages)
-    with refuses("data.template: the chat template refuses the conversation that begins 'Hi'", reason):
-        encoder(template).prompt(messages[:2])
-
-
-def test_a_template_that_leaves_responses_out() -> None:
-    deaf = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    with refuses("data.template:", "leaves out the responses", "'Hi'"):
-        encoder(deaf).conversation(talk("Hi", "Yo"))
+    if "refuses" in parts[0]:
+        with refuses("data.template:", *parts):
+            encoder(template).prompt(messages[:2])
 
 
 # ------------------------------------------------------------------------------------------------------ special tokens
@@ -376,18 +378,3 @@ def test_any_cut_fits_and_keeps_half_of_the_room_or_the_whole_first_response() -
         spared = sum(token in first for token in kept)
         assert spared >= min(len(first), most // 2)
         assert [token for token in kept if token in first] == [*first][:spared]
-
-
-def test_a_response_ends_where_its_template_says() -> None:
-    tokenizer = byte_tokenizer(eos_token="<unk>")  # as in Qwen's base models, another than the template's
-    assert tokenizer.eos_token_id != response_end(tokenizer, CHAT) == 2
-    encoder = ConversationEncoder(tokenizer, CHAT, 200, response_end(tokenizer, CHAT))
-    tokens, learnt = encoder.conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}])
-    assert tokenizer.decode([t for t, known in zip(tokens, learnt, strict=True) if known]) == "bc<|im_end|>"
-    assert response_end(tokenizer, alpaca_template(tokenizer)) == tokenizer.eos_token_id
-
-
-def test_a_template_without_an_end_is_refused() -> None:
-    plain = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    with pytest.raises(DataError, match="no special token behind a response"):
-        response_end(byte_tokenizer(), plain)

@@ -1,8 +1,9 @@
+"""Configuration of adapters: ranges, scales, and pairs of initialisers that can learn."""
+
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import FrozenInstanceError
 from typing import Any, get_args
 
 import pytest
@@ -34,12 +35,6 @@ from modules.adapters.config import AdapterConfig, AdapterError, Init, Projectio
 def test_value_out_of_range_names_its_key(key: str, value: Any) -> None:
     with pytest.raises(AdapterError, match=rf"adapter\.{key}"):
         AdapterConfig(**{key: value})
-
-
-@pytest.mark.parametrize(("key", "choices"), [("train", "B, A, both"), ("scaling", "standard, rslora")])
-def test_unknown_choice_lists_the_choices(key: str, choices: str) -> None:
-    with pytest.raises(AdapterError, match=f"'nope' is unknown. Choose one of {choices}"):
-        AdapterConfig(**{key: "nope"})
 
 
 PAIRS = list(itertools.product(("B", "A", "both"), get_args(Init), get_args(Init)))
@@ -88,18 +83,6 @@ def test_defaults_are_what_the_paper_recommends() -> None:
 def test_targets_as_a_string_become_a_list() -> None:
     assert AdapterConfig(targets="attention").targets == ["attention"]
     assert AdapterConfig(targets="attention") == AdapterConfig(targets=["attention"])
-
-
-def test_default_targets_are_not_shared() -> None:
-    first = AdapterConfig()
-    assert isinstance(first.targets, list)
-    first.targets.append("key")
-    assert AdapterConfig().targets == ["query", "value"]
-
-
-def test_a_config_cannot_be_changed() -> None:
-    with pytest.raises(FrozenInstanceError):
-        AdapterConfig().rank = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("train", ["A", "B", "both"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -29,8 +28,9 @@ from modules.adapters.roles import block_of, find_projections, select
 from modules.backbones.transformers_backbone import checkpoint_activations
 from modules.formats.compact import load_compact, save_compact
 from modules.formats.peft import write_peft_files
-from tests.modules.adapters.conftest import TEXT, Backbone
-from tests.modules.formats.test_peft import exported, imported, pefts_output
+from tests.support.adapters import randomize
+from tests.support.bare_backbones import TEXT, Backbone
+from tests.support.peft_files import exported, imported, pefts_output
 
 THREE = {**TEXT, "num_hidden_layers": 3}
 
@@ -197,9 +197,7 @@ def test_nothing_below_is_differentiated(
 @every_family
 @pytest.mark.parametrize("targets", [["query", "value"], "all"])
 @torch.no_grad()
-def test_peft_adapts_the_same_layers(
-    backbone: Backbone, randomize: Callable[[nn.Module], None], tmp_path: Path, targets: Any
-) -> None:
+def test_peft_adapts_the_same_layers(backbone: Backbone, tmp_path: Path, targets: Any) -> None:
     config = AdapterConfig(rank=2, targets=targets, layers=2)
     attach(backbone.model, config, exclude=backbone.head)
     randomize(backbone.model)
@@ -221,9 +219,7 @@ def test_peft_adapts_the_same_layers(
 
 @every_family
 @pytest.mark.parametrize("targets", [["query", "value"], [r"regex:.*(attn|attention).*"]])
-def test_compact_files_keep_the_layers(
-    backbone: Backbone, randomize: Callable[[nn.Module], None], tmp_path: Path, targets: Any
-) -> None:
+def test_compact_files_keep_the_layers(backbone: Backbone, tmp_path: Path, targets: Any) -> None:
     config = AdapterConfig(rank=2, targets=targets, layers=2, init_a="signs")
     attach(backbone.model, config, exclude=backbone.head)
     state = adapter_state(backbone.model)

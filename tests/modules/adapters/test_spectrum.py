@@ -1,3 +1,5 @@
+"""Spectra of factors and products against the dense SVD."""
+
 from __future__ import annotations
 
 import math
@@ -27,32 +29,12 @@ def test_product_equals_the_dense_svd(d_out: int, d_in: int, rank: int, scale: f
     torch.testing.assert_close(sigma.double(), dense[:rank], rtol=1e-5, atol=1e-5)
 
 
-def test_product_at_scale_with_decaying_spectrum() -> None:
-    b, a = factors(300, 400, 8)
-    b = b * torch.logspace(0, -3, 8)
-    dense = torch.linalg.svdvals(b.double() @ a.double())[:8]
-    torch.testing.assert_close(product_singular_values(b, a).double(), dense, rtol=1e-4, atol=0)
-
-
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), SIZES)
 def test_factor_equals_the_dense_svd(d_out: int, d_in: int, rank: int) -> None:
     for factor in factors(d_out, d_in, rank):
         sigma = singular_values(factor)
         assert sigma.shape == (rank,)
         torch.testing.assert_close(sigma.double(), torch.linalg.svdvals(factor.double()), rtol=1e-5, atol=1e-5)
-
-
-def test_orthonormal_a_leaves_the_spectrum_of_b() -> None:
-    b, a = factors(20, 30, 4)
-    a = torch.linalg.qr(a.T).Q.T
-    torch.testing.assert_close(product_singular_values(b, a, 2.0), 2.0 * singular_values(b), rtol=1e-5, atol=1e-5)
-
-
-def test_spectrum_does_not_change_with_the_basis_between_the_factors() -> None:
-    b, a = factors(20, 30, 4)
-    c = torch.eye(4) + 0.3 * torch.randn(4, 4)
-    moved = product_singular_values(b @ c, torch.linalg.solve(c, a))
-    torch.testing.assert_close(product_singular_values(b, a), moved, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -106,18 +88,5 @@ def test_summary_equals_its_definitions() -> None:
     assert summary.frobenius == pytest.approx(math.sqrt(21), rel=1e-12)
 
 
-def test_single_direction_has_rank_one() -> None:
-    summary = summarize(torch.tensor([5.0, 0.0, 0.0]))
-    assert summary.effective_rank == pytest.approx(1)
-    assert summary.stable_rank == pytest.approx(1)
-
-
 def test_zero_matrix_is_all_zeros() -> None:
     assert summarize(torch.zeros(4)) == SpectrumSummary(0.0, 0.0, 0.0, 0.0, 0.0)
-
-
-def test_frobenius_is_that_of_the_product() -> None:
-    b, a = factors(20, 30, 4)
-    summary = summarize(product_singular_values(b, a, 0.5))
-    assert summary.frobenius == pytest.approx(float((0.5 * b @ a).norm()), rel=1e-5)
-    assert summary.largest == pytest.approx(float(torch.linalg.matrix_norm(0.5 * b @ a, 2)), rel=1e-5)

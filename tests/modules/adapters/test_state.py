@@ -1,10 +1,12 @@
+"""Factors of a model as tensors by name: read, load, and what does not fit."""
+
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,16 +25,12 @@ from modules.adapters import (
     unmerge,
 )
 from modules.adapters.state import frozen_fingerprint, state_problems
+from tests.support.adapters import copied, randomize
 
 if TYPE_CHECKING:
-    from tests.modules.adapters.conftest import Backbone
+    from tests.support.bare_backbones import Backbone
 
-Randomize = Callable[[nn.Module], None]
 only_vit = pytest.mark.parametrize("backbone", ["vit"], indirect=True)
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in adapter_state(model).items()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -72,7 +70,7 @@ def test_a_plain_model_has_no_state(backbone: Backbone) -> None:
     assert adapted_layers(backbone.model) == {}
 
 
-def test_round_trip_is_bit_exact(backbone: Backbone, randomize: Randomize, tmp_path: Path) -> None:
+def test_round_trip_is_bit_exact(backbone: Backbone, tmp_path: Path) -> None:
     other = copy.deepcopy(backbone.model)
     model = backbone.attach(targets="all")
     randomize(model)
@@ -83,22 +81,6 @@ def test_round_trip_is_bit_exact(backbone: Backbone, randomize: Randomize, tmp_p
     load_adapter_state(other, load_file(tmp_path / "adapter.safetensors"))
     assert_same(adapter_state(other), adapter_state(model))
     assert torch.equal(backbone.run(other), backbone.run())
-
-
-@only_vit
-@pytest.mark.parametrize(
-    ("train", "init_a", "init_b"),
-    [
-        ("B", "orthogonal", "zero"),
-        ("A", "zero", "orthogonal"),
-        ("A", "zero", "svd"),
-        ("both", "zero", "gaussian"),
-    ],
-)
-def test_a_fresh_adapter_can_be_saved(backbone: Backbone, tmp_path: Path, train: Any, init_a: Any, init_b: Any) -> None:
-    model = backbone.attach(train=train, init_a=init_a, init_b=init_b)
-    save_file(adapter_state(model), tmp_path / "adapter.safetensors")
-    assert_same(load_file(tmp_path / "adapter.safetensors"), adapter_state(model))
 
 
 @only_vit
@@ -155,7 +137,7 @@ def test_state_that_does_not_fit_is_named_and_not_loaded(
     backbone: Backbone, spoil: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     model = backbone.attach()
-    before = copied(model)
+    before = copied(adapter_state(model))
     state = {name: torch.full_like(tensor, 7.0) for name, tensor in before.items()}
     spoil(state)
     with pytest.raises(AdapterError) as error:
@@ -168,18 +150,12 @@ def test_state_that_does_not_fit_is_named_and_not_loaded(
 @only_vit
 def test_all_kinds_of_misfit_are_told_at_once(backbone: Backbone) -> None:
     model = backbone.attach()
-    state = copied(model)
+    state = copied(adapter_state(model))
     with_another_rank(state)
     without(state)
     with_more(state)
     with pytest.raises(AdapterError, match=r"1 missing.*; 1 unexpected.*; 1 of another shape"):
         load_adapter_state(model, state)
-
-
-@only_vit
-def test_a_model_without_adapters_expects_nothing(backbone: Backbone) -> None:
-    with pytest.raises(AdapterError, match="1 unexpected"):
-        load_adapter_state(backbone.model, {f"{Q0}.A": torch.zeros(4, 24)})
 
 
 def test_long_lists_are_cut_but_counted() -> None:
@@ -191,7 +167,7 @@ def test_long_lists_are_cut_but_counted() -> None:
 
 
 @only_vit
-def test_loading_over_merged_adapters_does_not_spoil_the_weight(backbone: Backbone, randomize: Randomize) -> None:
+def test_loading_over_merged_adapters_does_not_spoil_the_weight(backbone: Backbone) -> None:
     model = backbone.attach()
     randomize(model)
     state = {name: 2 * tensor for name, tensor in adapter_state(model).items()}

@@ -12,88 +12,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 import modules.backbones.gguf
 from datamodules.errors import ModelError
-from modules.adapters import AdapterConfig
 from modules.backbones.gguf import located
 from modules.backbones.transformers_backbone import Built, build_transformers_model, load_tokenizer
-from modules.language_modeling import LanguageModel
-from tests.causal_backbones import CHAT, SPECIAL, byte_tokenizer, save_decoder
+from tests.causal_backbones import CHAT, byte_tokenizer, save_decoder
+from tests.support.gguf_files import write_gguf
 
 TEXTS = ["Hello there,\n  it's 12345.", "北京 é <|im_start|>user\nA B<|im_end|>", " Answer: C"]
-NAMES = {  # transformers' names in llama.cpp's words
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers.": "blk.",
-}
 KEYS: dict[str, Any] = {"rms_norm_eps": 1e-4, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
-
-
-def in_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys as llama.cpp turns them: the halves of a head alternate."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(
-    folder: Path,
-    architecture: str = "llama",
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
-    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
-) -> Path:
-    """A directory's decoder and tokenizer as one file; only its matrices are quantised."""
-    config = json.loads((folder / "config.json").read_text())
-    path = folder.with_name(f"{folder.name}-gguf") / "model.gguf"
-    path.parent.mkdir(exist_ok=True)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
-    vocabulary = byte_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([control if token in SPECIAL else normal for token in tokens])
-    writer.add_token_merges([f"Ġ {letter}" for letter in "ABCDE"])
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(CHAT)
-    more(writer)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        weight = tensor.numpy()
-        for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
-            weight = in_halves(weight, heads) if part in name and architecture == "llama" else weight
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
-        used = kind if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quantize(weight, used), raw_dtype=used)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def build(name: Path | str, weights: str | Path = "pretrained", **keys: Any) -> Built:
@@ -226,18 +156,6 @@ def test_the_configuration_can_be_changed(shared_file: Path) -> None:
     assert build(shared_file, args={"attention_dropout": 0.5}).model.config.attention_dropout == 0.5
     with pytest.raises(ModelError, match=r"^model\.backbone_args: dropuot is no key of a llama's config\.json"):
         build(shared_file, args={"dropuot": 0.5})
-
-
-def test_it_is_tuned_like_a_directory(folder: Path, shared_file: Path) -> None:
-    one, other = (
-        LanguageModel(str(name), backbone_dtype="float32", adapter=AdapterConfig(rank=2, targets="all")).eval()
-        for name in (folder, shared_file)
-    )
-    assert [p.name for p in one.projections] == [p.name for p in other.projections]
-    batch = {"input_ids": torch.arange(3, 40).view(1, -1), "labels": torch.arange(3, 40).view(1, -1)}
-    assert float(one.loss(batch).detach()) == pytest.approx(float(other.loss(batch).detach()), abs=1e-5)
-    prompts = {"input_ids": batch["input_ids"], "attention_mask": torch.ones(1, 37, dtype=torch.int64)}
-    assert one.generate(prompts) == other.generate(prompts)
 
 
 # --------------------------------------------------------------------------------------------------------------- names

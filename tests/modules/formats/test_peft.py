@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modules.adapters import AdapterConfig, AdapterError, adapter_state, attach, load_adapter_state
+from modules.adapters import AdapterConfig, AdapterError, adapter_state, attach
 from modules.formats.peft import PREFIX, Heads, check_supported, write_peft_files
-from modules.formats.peft_reading import PeftAdapter, from_peft
 from modules.formats.peft_writing import to_peft
-from tests.modules.adapters.conftest import BACKBONES, Backbone
+from tests.support.adapters import copied, randomize
+from tests.support.bare_backbones import BACKBONES, Backbone
+from tests.support.peft_files import exported, imported, pefts_output, read
 
 STARTS: dict[str, dict[str, Any]] = {
     "B": {"train": "B"},
@@ -38,28 +39,6 @@ def heads_of(backbone: Backbone) -> Heads:
     return {n: {k: t + 1 for k, t in model.get_submodule(n).state_dict().items()} for n in backbone.head}
 
 
-def exported(backbone: Backbone, config: AdapterConfig, heads: Heads) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    content, tensors = to_peft(backbone.model, config, adapter_state(backbone.model), heads)
-    return json.loads(json.dumps(content)), tensors
-
-
-def pefts_output(backbone: Backbone, folder: Path) -> Tensor:
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(backbone.reference), folder).eval()
-    return backbone.run(model)
-
-
-def imported(backbone: Backbone, content: Any, tensors: Any, **own: Any) -> PeftAdapter:
-    """Read for a fresh model, and attached to it."""
-    own_config = AdapterConfig(**({"init_a": "given", "init_b": "given"} | own))
-    backbone.model = copy.deepcopy(backbone.reference)
-    given = from_peft(backbone.model, content, tensors, own_config, backbone.head, backbone.head)
-    attach(backbone.model, given.config, exclude=backbone.head)
-    load_adapter_state(backbone.model, given.factors)
-    for name, tensors_of_head in given.heads.items():
-        backbone.model.get_submodule(name).load_state_dict(tensors_of_head)
-    return given
-
-
 # ------------------------------------------------------------------------------------------------------- ours for PEFT
 
 
@@ -71,7 +50,7 @@ def imported(backbone: Backbone, content: Any, tensors: Any, **own: Any) -> Peft
 )
 @torch.no_grad()
 def test_peft_computes_what_we_do_and_the_round_trip_is_exact(
-    backbone: Backbone, randomize: Callable[[nn.Module], None], tmp_path: Path, train: str, targets: Any, scaling: Any
+    backbone: Backbone, tmp_path: Path, train: str, targets: Any, scaling: Any
 ) -> None:
     config = AdapterConfig(**STARTS[train], rank=2, alpha=3.0, targets=targets, scaling=scaling, dropout=0.25)
     attach(backbone.model, config, exclude=backbone.head)
@@ -82,7 +61,7 @@ def test_peft_computes_what_we_do_and_the_round_trip_is_exact(
     for name, of_head in heads.items():
         backbone.model.get_submodule(name).load_state_dict(of_head)
     expected = backbone.run()
-    before = {name: tensor.clone() for name, tensor in adapter_state(backbone.model).items()}
+    before = copied(adapter_state(backbone.model))
     torch.testing.assert_close(pefts_output(backbone, tmp_path), expected, atol=1e-5, rtol=1e-5)
     assert (expected - backbone.pretrained_output()).abs().max() > 1e-3
 
@@ -97,9 +76,7 @@ def test_peft_computes_what_we_do_and_the_round_trip_is_exact(
 
 
 @only_vit
-def test_a_fused_layer_is_one_lora_with_a_block_for_each_part(
-    backbone: Backbone, randomize: Callable[[nn.Module], None]
-) -> None:
+def test_a_fused_layer_is_one_lora_with_a_block_for_each_part(backbone: Backbone) -> None:
     config = AdapterConfig(rank=2, alpha=3.0, targets=["query", "value", "output"])
     attach(backbone.model, config, exclude=backbone.head)
     randomize(backbone.model)
@@ -159,10 +136,6 @@ def pefts_own(backbone: Backbone, folder: Path, **keys: Any) -> nn.Module:
             nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return model
-
-
-def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
 
 
 @ALL_FAMILIES

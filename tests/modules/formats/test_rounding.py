@@ -13,7 +13,7 @@ from modules.adapters import AdapterConfig, adapted_layers, attach, merge
 from modules.formats.rounding import merge_rounding
 
 if TYPE_CHECKING:
-    from tests.modules.adapters.conftest import Backbone
+    from tests.support.bare_backbones import Backbone
 
 STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # between 1 and the next number
 DTYPES = pytest.mark.parametrize("dtype", list(STEPS))

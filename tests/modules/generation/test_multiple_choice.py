@@ -272,14 +272,6 @@ def test_processes_with_subjects_of_their_own(cut: int) -> None:
     assert values(own) == pytest.approx(EXPECTED)
 
 
-def test_a_reset_forgets() -> None:
-    metric = updated(*SEEN)
-    metric.reset()
-    metric.update(torch.tensor([[0.0, -1.0]]), torch.tensor([0]), "virology")
-    assert values(metric)["acc"] == 1.0
-    assert "subjects/anatomy" not in values(metric)
-
-
 def test_the_categories_are_mmlus() -> None:
     counts = {name: list(CATEGORIES.values()).count(name) for name in CATEGORIES.values()}
     assert counts == {"humanities": 13, "stem": 18, "social_sciences": 12, "other": 14}

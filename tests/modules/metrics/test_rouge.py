@@ -19,6 +19,7 @@ PAIRS = [  # prediction, reference
     ("Über 3.5 million £ were paid!", "over 3.5 million $ are paid"),
     ("same text here", "same text here"),
     ("nothing in common", "w1 w2 w3"),
+    ("a b c\na d c", "a c d b\nc b a"),  # of rougeLsum alone turned round another score
 ]
 
 
@@ -49,30 +50,13 @@ def test_the_pairs_tell_the_kinds_apart() -> None:
 
 
 def test_values_are_means_of_all_pairs() -> None:
-    assert values(updated(PAIRS)) == pytest.approx(direct(PAIRS), abs=1e-7)
+    assert values(updated(PAIRS[:4], [], PAIRS[4:])) == pytest.approx(direct(PAIRS), abs=1e-7)
     assert list(updated(PAIRS).compute()) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-
-
-def test_prediction_and_reference_do_not_change_places_in_the_sum() -> None:
-    """F-measures alone would not show it but for rougeLsum, whose union goes over the reference's sentences."""
-    pair = ("a b c\na d c", "a c d b\nc b a")
-    turned = (pair[1], pair[0])
-    assert direct([pair]) != direct([turned])
-    assert values(updated([pair])) == pytest.approx(direct([pair]), abs=1e-7)
 
 
 def test_an_empty_prediction_scores_nothing_and_counts() -> None:
     assert values(updated([("", "good")])) == dict.fromkeys(KINDS, 0.0)
     assert values(updated([("", "good"), ("good film", "good film")])) == dict.fromkeys(KINDS, 0.5)
-
-
-@pytest.mark.parametrize("cut", [1, 4, len(PAIRS) - 1])
-def test_several_batches_are_one(cut: int) -> None:
-    assert values(updated(PAIRS[:cut], PAIRS[cut:])) == pytest.approx(values(updated(PAIRS)), abs=1e-7)
-
-
-def test_an_empty_batch_changes_nothing() -> None:
-    assert values(updated(PAIRS, [])) == values(updated(PAIRS))
 
 
 @pytest.mark.parametrize("cut", [1, 4])
@@ -85,13 +69,6 @@ def test_two_processes_halves_are_the_whole(cut: int) -> None:
     first.merge_state(second)
     assert values(first) == pytest.approx(values(updated(PAIRS)), abs=1e-7)
     assert first.pairs == len(PAIRS)
-
-
-def test_a_reset_forgets() -> None:
-    metric = updated(PAIRS)
-    metric.reset()
-    metric.update(["good"], ["good film"])
-    assert values(metric) == pytest.approx(direct([("good", "good film")]), abs=1e-7)
 
 
 def test_pairs_that_are_no_pairs_are_refused() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datamodules.errors import ModelError
 from modules.metrics.text_metrics import CLASSIFICATION, REGRESSION, build_metrics
+from tests.support.refusals import refuses
 
 Reference = Callable[[Any, Any], float]
 
@@ -73,12 +74,6 @@ def test_f1_of_two_classes_is_that_of_label_one() -> None:
     assert compute("f1", 2, logits.flip(-1), 1 - label) == pytest.approx(5 / 6)
 
 
-def test_macro_f1_leaves_out_classes_that_nobody_named() -> None:
-    label, preds = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
-    expected = macro_f1(label.numpy(), preds.numpy())
-    assert compute("f1", 3, torch.eye(3)[preds], label) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("preds", [0, 1])
 @pytest.mark.parametrize(("name", "reference"), [("f1", f1_score), ("matthews", matthews_corrcoef)])
 def test_a_model_that_always_says_the_same(name: str, reference: Reference, preds: int) -> None:
@@ -88,31 +83,6 @@ def test_a_model_that_always_says_the_same(name: str, reference: Reference, pred
     assert compute(name, 2, torch.eye(2)[always], label) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 0])
-def test_batches_of_unequal_size_add_up_to_the_whole(classes: int) -> None:
-    names = list(CLASSIFICATION if classes else REGRESSION)
-    preds, label = guesses(classes) if classes else scores()
-    whole, parts = build_metrics(names, classes), build_metrics(names, classes)
-    whole.update(preds, label)
-    for some, of_them in zip(preds.split([1, 120, 79]), label.split([1, 120, 79]), strict=True):
-        parts.update(some, of_them)
-    expected, actual = whole.compute(), parts.compute()
-    assert list(actual) == list(expected) == names
-    for name in names:
-        torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-5)
-
-
-def test_a_reset_forgets_what_was_seen() -> None:
-    metrics = build_metrics(["accuracy", "f1"], 2)
-    metrics.update(*guesses(2))
-    metrics.reset()
-    logits, label = guesses(2, 50)
-    metrics.update(logits, label)
-    preds = logits.argmax(-1)
-    expected = {"accuracy": accuracy_score(label, preds), "f1": f1_score(label, preds)}
-    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(expected, abs=1e-6)
-
-
 def test_each_metric_of_a_collection_is_its_own() -> None:
     preds, label = guesses(3)
     together = build_metrics(list(CLASSIFICATION), 3)
@@ -120,15 +90,6 @@ def test_each_metric_of_a_collection_is_its_own() -> None:
     alone = {name: compute(name, 3, preds, label) for name in CLASSIFICATION}
     assert {name: float(value) for name, value in together.compute().items()} == pytest.approx(alone)
     assert len(set(np.round(list(alone.values()), 6))) == 3
-
-
-def test_clones_with_a_prefix_do_not_share_their_state() -> None:
-    first = build_metrics(["accuracy"], 2)
-    second = first.clone(prefix="val/", postfix="_matched")
-    first.update(torch.eye(2), torch.tensor([0, 1]))
-    second.update(torch.eye(2), torch.tensor([0, 0]))
-    assert first.compute() == {"accuracy": torch.tensor(1.0)}
-    assert second.compute() == {"val/accuracy_matched": torch.tensor(0.5)}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +106,5 @@ def test_clones_with_a_prefix_do_not_share_their_state() -> None:
 def test_a_metric_of_another_task_is_refused_with_a_choice(
     names: list[str], classes: int, given: str, known: dict[str, Any]
 ) -> None:
-    with pytest.raises(ModelError) as error:
+    with refuses(f"model.metrics: {given}", f"Choose from {', '.join(known)}.", error=ModelError):
         build_metrics(names, classes)
-    assert str(error.value).startswith(f"model.metrics: {given}")
-    assert str(error.value).endswith(f"Choose from {', '.join(known)}.")

@@ -1,4 +1,4 @@
-"""Two processes that share the frozen weights compute what two with copies of them do, and what one does."""
+"""Two processes that share the frozen weights compute what one process does, and what two with copies do."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from modules.generation.decoding import Decoding
 from modules.language_modeling import LanguageModel
 from modules.scaling.sharding import FrozenShards, sharded_stacks
 from tests.causal_backbones import save_decoder
+from tests.support.refusals import refuses
+from tests.support.trainers import quiet_trainer, stub_trainer
 
 TRAIN, VAL, TEST, PREDICT = 16, 5, 9, 7  # in batches of 2 on 2 processes, all but the first are ragged
 
@@ -107,32 +109,30 @@ def language_model(backbone: Path, shard: bool, **keys: Any) -> LanguageModel:
 
 
 def trainer(world: int, folder: Path, **keys: Any) -> L.Trainer:
-    strategy = "ddp" if world > 1 else "auto"
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    keys = {"max_epochs": 1, "accumulate_grad_batches": 2, "enable_checkpointing": False, **quiet, **keys}
-    return L.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=strategy,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        **keys,
-    )
+    keys = {"accumulate_grad_batches": 2, "strategy": "ddp" if world > 1 else "auto", **keys}
+    return quiet_trainer(devices=world, use_distributed_sampler=False, default_root_dir=folder, **keys)
 
 
-def everything(world: int, shard: bool, backbone: Path, folder: Path, **keys: Any) -> dict[str, Any]:
-    """Fit with validation, test from the checkpoint, resume, generate, and answer multiple choice."""
+Fitted = tuple[LanguageModel, L.Trainer, dict[str, float]]
+
+
+def fitted(world: int, shard: bool, backbone: Path, folder: Path, **keys: Any) -> Fitted:
+    """Fit for an epoch with validation; the model, its trainer and the metrics."""
     folder.mkdir(exist_ok=True)
-    data, model, runner = Sequences(4 // world), language_model(backbone, shard, **keys), trainer(world, folder)
-    runner.fit(model, datamodule=data)
+    model, runner = language_model(backbone, shard, **keys), trainer(world, folder)
+    runner.fit(model, datamodule=Sequences(4 // world))
     assert (model.shards is not None) is (shard and world > 1)
-    metrics = {k: v.item() for k, v in runner.callback_metrics.items() if k.startswith("val/")}
     runner.save_checkpoint(folder / "fitted.ckpt")
-    metrics |= runner.test(model, datamodule=data, ckpt_path=folder / "fitted.ckpt", verbose=False, weights_only=True)[
-        0
-    ]
+    return model, runner, {k: v.item() for k, v in runner.callback_metrics.items() if k.startswith("val/")}
+
+
+def everything(world: int, backbone: Path, folder: Path) -> dict[str, Any]:
+    """Fit with shares, test from the checkpoint, resume, generate, and answer multiple choice."""
+    model, runner, metrics = fitted(world, True, backbone, folder)
+    data, saved = Sequences(4 // world), folder / "fitted.ckpt"
+    metrics |= runner.test(model, datamodule=data, ckpt_path=saved, verbose=False, weights_only=True)[0]
     generated = runner.predict(model, datamodule=data)
-    again = language_model(backbone, shard, **keys)
+    again = language_model(backbone, True)
     resumed = trainer(world, folder, max_epochs=2)
     resumed.fit(again, datamodule=data, ckpt_path=folder / "fitted.ckpt", weights_only=True)
     resumed.save_checkpoint(folder / "resumed.ckpt")
@@ -159,15 +159,14 @@ def resumed_from(start: Path, world: int, shard: bool, backbone: Path, folder: P
 
 
 def process(rank: int, port: int, backbone: Path, folder: Path) -> None:
-    """What one of two processes does, without and with sharding."""
+    """All that one of two processes does."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
     torch.set_num_threads(1)
     small = {"backbone_dtype": "bfloat16", "gradient_checkpointing": True}
     found = {
-        "copies": everything(2, False, backbone, folder / "copies"),
-        "shards": everything(2, True, backbone, folder / "shards"),
-        "small copies": everything(2, False, backbone, folder / "small copies", **small),
-        "small shards": everything(2, True, backbone, folder / "small shards", **small),
+        "shards": everything(2, backbone, folder / "shards"),
+        "small copies": fitted(2, False, backbone, folder / "small copies", **small)[2],
+        "small shards": fitted(2, True, backbone, folder / "small shards", **small)[2],
         "refusal": refusal(backbone, folder, rank),
     }
     resumed_from(folder / "one" / "fitted.ckpt", 2, True, backbone, folder / "one to shards")
@@ -204,10 +203,10 @@ def in_two_processes(target: Callable[..., None], *args: Any) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of one process, and of two with copies and with shares, in float32 and in bfloat16 with checkpointing."""
+    """Files of one process, and of two with shares; in bfloat16 with checkpointing also of two with copies."""
     folder = tmp_path_factory.mktemp("sharding")
     backbone = save_decoder(folder / "llama")
-    torch.save({"one": everything(1, True, backbone, folder / "one")}, folder / "one.pt")
+    torch.save({"one": everything(1, backbone, folder / "one")}, folder / "one.pt")
     in_two_processes(process, backbone, folder)
     resumed_from(folder / "shards" / "fitted.ckpt", 1, False, backbone, folder / "shards to one")
     return folder
@@ -231,7 +230,8 @@ def checkpoint(folder: Path, run: str, name: str) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- two processes
 
 
-def test_each_process_holds_half_of_the_blocks_frozen_weights(found: list[dict[str, Any]]) -> None:
+def test_each_process_holds_half_of_the_blocks_frozen_weights(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    assert one["sharded"] == {}
     for rank in found:
         shards, whole = rank["shards"]["sharded"], rank["shards"]["whole"]
         blocks = {name for name in whole if ".layers." in name and name not in rank["shards"]["factors"]}
@@ -239,26 +239,30 @@ def test_each_process_holds_half_of_the_blocks_frozen_weights(found: list[dict[s
         assert len(blocks) == 2 * 9
         for name, (rows, *others) in shards.items():
             assert [2 * rows, *others] == list(whole[name]), name
-        assert rank["copies"]["sharded"] == {}
-        assert rank["shards"]["counts"] == rank["copies"]["counts"]
+        assert rank["shards"]["counts"] == one["counts"]
 
 
-@pytest.mark.parametrize("name", ["fitted.ckpt", "resumed.ckpt"])
-def test_sharding_changes_no_checkpoint(folder: Path, found: list[dict[str, Any]], name: str) -> None:
-    one, copies, shards = (checkpoint(folder, run, name) for run in ("one", "copies", "shards"))
-    small_copies, small_shards = (checkpoint(folder, f"small {run}", name) for run in ("copies", "shards"))
+@pytest.mark.parametrize(
+    ("runs", "name", "steps"),
+    [
+        (("one", "shards"), "fitted.ckpt", 2),
+        (("one", "shards"), "resumed.ckpt", 4),
+        (("small copies", "small shards"), "fitted.ckpt", 2),
+    ],
+)
+def test_sharding_changes_no_checkpoint(
+    folder: Path, found: list[dict[str, Any]], runs: tuple[str, str], name: str, steps: int
+) -> None:
+    whole, shards = (checkpoint(folder, run, name) for run in runs)
     assert sorted(shards["state_dict"]) == found[0]["shards"]["factors"]  # with the frozen ones
-    assert shards["global_step"] == one["global_step"] == (2 if name == "fitted.ckpt" else 4)
-    for one_more, other in ((copies, shards), (one, shards), (small_copies, small_shards)):
-        assert one_more.keys() == other.keys()
-        assert one_more["frozen_digest"] == other["frozen_digest"]
-        assert one_more["state_dict"].keys() == other["state_dict"].keys()
-        for key, tensor in one_more["state_dict"].items():
-            torch.testing.assert_close(other["state_dict"][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
-        moments = [c["optimizer_states"][0]["state"] for c in (one_more, other)]
-        assert {k: v["exp_avg"].shape for k, v in moments[0].items()} == {
-            k: v["exp_avg"].shape for k, v in moments[1].items()
-        }
+    assert shards["global_step"] == whole["global_step"] == steps
+    assert whole.keys() == shards.keys()
+    assert whole["frozen_digest"] == shards["frozen_digest"]
+    assert whole["state_dict"].keys() == shards["state_dict"].keys()
+    for key, tensor in whole["state_dict"].items():
+        torch.testing.assert_close(shards["state_dict"][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+    shapes = [{k: v["exp_avg"].shape for k, v in c["optimizer_states"][0]["state"].items()} for c in (whole, shards)]
+    assert shapes[0] == shapes[1]
     trained = [tensor for key, tensor in shards["state_dict"].items() if key.endswith(".B")]
     assert all(tensor.abs().max() > 1e-3 for tensor in trained)
 
@@ -283,8 +287,7 @@ def test_ragged_evaluation_ends_with_the_metrics_of_one_process(
     found: list[dict[str, Any]], one: dict[str, Any]
 ) -> None:
     for rank in found:
-        for copies, shards in (("copies", "shards"), ("small copies", "small shards")):
-            assert rank[shards]["metrics"] == pytest.approx(rank[copies]["metrics"], rel=1e-5)
+        assert rank["small shards"] == pytest.approx(rank["small copies"], rel=1e-5)
         assert rank["shards"]["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
     assert {"val/loss", "test/loss", "choices/val/acc"} <= one["metrics"].keys()
 
@@ -314,13 +317,9 @@ def test_processes_with_different_frozen_weights_are_refused(found: list[dict[st
 # ---------------------------------------------------------------------------------------------------------- one process
 
 
-def test_one_process_has_no_shares(one: dict[str, Any]) -> None:
-    assert one["sharded"] == {}
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_decoder(tmp_path_factory.mktemp("llama"))
+@pytest.fixture
+def backbone(folder: Path) -> Path:
+    return folder / "llama"
 
 
 def test_full_tuning_has_nothing_to_shard() -> None:
@@ -330,12 +329,12 @@ def test_full_tuning_has_nothing_to_shard() -> None:
 
 def test_merged_adapters_and_other_strategies_are_refused(backbone: Path) -> None:
     model = language_model(backbone, True)
-    model._trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace())  # type: ignore[assignment]
-    with pytest.raises(ModelError, match=r"needs --trainer\.strategy ddp, not SimpleNamespace"):
+    model._trainer = stub_trainer(world=2)
+    with refuses("needs --trainer.strategy ddp, not SimpleNamespace", error=ModelError):
         model.configure_model()
-    model._trainer = SimpleNamespace(world_size=2, strategy=DDPStrategy())  # type: ignore[assignment]
+    model._trainer = stub_trainer(world=2, strategy=DDPStrategy())
     merge(model.backbone)
-    with pytest.raises(ModelError, match="adapters are merged"):
+    with refuses("adapters are merged", error=ModelError):
         model.configure_model()
 
 

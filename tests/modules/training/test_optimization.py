@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import timm
 import torch
@@ -20,13 +18,15 @@ from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, attach
 from modules.image_classification import ImageClassifier
 from modules.training.optimization import OPTIMIZERS, OptimizerSpec, parameter_groups, schedule_factor
+from tests.support.tasks import TINY, VIT
+from tests.support.trainers import quiet_trainer, stub_trainer
 
-TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SIZED = TINY | {"img_size": 16}
 STARTS = {"A": {"init_a": "zero", "init_b": "orthogonal"}}
 
 
 def vit(**options: Any) -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **TINY, **options)
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **SIZED, **options)
 
 
 def adapted(train: str) -> nn.Module:
@@ -126,9 +126,9 @@ def test_every_trainable_parameter_is_in_one_group_and_no_frozen_one(tuning: str
 @pytest.mark.parametrize(
     ("name", "options", "undecayed"),
     [
-        ("vit_tiny_patch16_224", TINY, {"cls_token", "pos_embed"}),
-        ("vit_small_patch14_reg4_dinov2", TINY, {"cls_token", "pos_embed", "reg_token", "blocks.0.ls1.gamma"}),
-        ("beit_base_patch16_224", TINY, {"cls_token", "blocks.1.attn.relative_position_bias_table"}),
+        (VIT, SIZED, {"cls_token", "pos_embed"}),
+        ("vit_small_patch14_reg4_dinov2", SIZED, {"cls_token", "pos_embed", "reg_token", "blocks.0.ls1.gamma"}),
+        ("beit_base_patch16_224", SIZED, {"cls_token", "blocks.1.attn.relative_position_bias_table"}),
         ("resnet10t", {}, {"layer1.0.bn1.weight", "layer1.0.bn1.bias"}),
     ],
 )
@@ -149,13 +149,6 @@ def test_decay_in_full_tuning_is_of_the_matrices_that_timm_decays(
     assert not any(n.endswith("bias") or ".norm" in n for n in ours)
 
 
-def test_only_the_matrix_of_the_head_is_decayed() -> None:
-    head = nn.Linear(32, 3)
-    groups = groups_of(adapted("B"), head)
-    assert ids(groups["head"]) == [id(head.weight)]
-    assert ids(groups["head/no_decay"]) == [id(head.bias)]
-
-
 @pytest.mark.parametrize("tuning", ["head", "full"])
 def test_a_head_inside_the_backbone_is_in_the_groups_of_the_head_alone(tuning: str) -> None:
     backbone = vit()
@@ -170,17 +163,6 @@ def test_a_head_inside_the_backbone_is_in_the_groups_of_the_head_alone(tuning: s
     in_head = {name for name in names.values() if name.startswith("head.")}
     assert {names[i] for i in everything} == (set(names.values()) if tuning == "full" else in_head)
     assert {groups[name]["lr"] for name in ("head", "head/no_decay")} == {2.0}
-
-
-def test_only_trained_factors_move_when_everything_may_have_a_gradient() -> None:
-    backbone, head = adapted("B"), nn.Linear(32, 3)
-    backbone.requires_grad_(True)
-    before = {name: p.clone() for name, p in backbone.named_parameters()}
-    optimizer = torch.optim.AdamW(groups_of(backbone, head).values())
-    head(backbone(torch.randn(4, 3, 16, 16))).square().sum().backward()
-    optimizer.step()
-    moved = {name for name, p in backbone.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if name.endswith(".B")}
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
@@ -234,10 +216,7 @@ def test_a_long_warm_up_leaves_a_descent() -> None:
 
 
 def classifier(**keys: Any) -> ImageClassifier:
-    args = {k: v for k, v in TINY.items() if k != "img_size"}
-    return ImageClassifier(
-        "vit_tiny_patch16_224", weights="none", backbone_args=args, image_size=16, class_names=["a", "b"], **keys
-    )
+    return ImageClassifier(VIT, weights="none", backbone_args=TINY, image_size=16, class_names=["a", "b"], **keys)
 
 
 def test_optimizer_follows_the_schedule_in_every_group() -> None:
@@ -250,7 +229,7 @@ def test_optimizer_follows_the_schedule_in_every_group() -> None:
         lr_ratio_b=2.0,
         lr_ratio_head=3.0,
     )
-    model._trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
+    model._trainer = stub_trainer(estimated_stepping_batches=10)
     configured: Any = model.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
     assert schedule["interval"] == "step"
@@ -314,15 +293,14 @@ def fitted(folder: Path, epochs: int, checkpoint: Path | None = None, **keys: An
     model = classifier(adapter=AdapterConfig(rank=2), **keys)
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     rows = [{"image": images[i], "label": i % 2} for i in range(8)]
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    trainer = L.Trainer(accelerator="cpu", max_epochs=epochs, **quiet)  # type: ignore[arg-type]
+    trainer = quiet_trainer(max_epochs=epochs)
     trainer.fit(model, DataLoader(rows, batch_size=4), ckpt_path=checkpoint, weights_only=True)  # type: ignore[arg-type]
     trainer.save_checkpoint(folder / "fitted.ckpt")
     return model
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"Muon"}))
-def test_every_optimizer_trains_and_resumes(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["SGD", "ASGD", "Adafactor"])  # no state, averages, factored moments
+def test_other_optimizers_train_and_resume(tmp_path: Path, name: str) -> None:
     keys = {"optimizer": {"class_path": f"torch.optim.{name}"}, "schedule": "constant", "weight_decay": 0.0}
     whole = fitted(tmp_path, 2, **keys)
     once = fitted(tmp_path, 1, **keys)

@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from peft import AdaLoraConfig, IA3Config, get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, AdapterError
 from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.backbones import save_backbone
+from tests.support.tasks import TINY, VIT
+from tests.support.trainers import quiet_trainer, ready_loader
 
 Batch = dict[str, Tensor]
 RATE, STEPS = 0.01, 6
 CONFIG = AdapterConfig(rank=4, alpha=10.0, targets=["key", "value", "mlp_out"])
-QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -53,9 +53,9 @@ def text_model(folder: Path, tuning: str, **keys: Any) -> TextClassifier:
 def image_model(tuning: str, **keys: Any) -> ImageClassifier:
     torch.manual_seed(0)
     return ImageClassifier(
-        "vit_tiny_patch16_224",
+        VIT,
         weights="none",
-        backbone_args={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        backbone_args=TINY,
         image_size=16,
         class_names=["a", "b", "c"],
         tuning=tuning,  # type: ignore[arg-type]
@@ -85,8 +85,7 @@ def images(steps: int = STEPS) -> list[Batch]:
 
 
 def train(model: L.LightningModule, batches: list[Batch], **keys: Any) -> None:
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **QUIET, **keys)
-    trainer.fit(model, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    quiet_trainer(**keys).fit(model, ready_loader(batches))
 
 
 def peft_config(method: str, names: str, feedforward: str) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import timm
 import torch
 from timm.layers import SwiGLU
@@ -31,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modules.adapters import AdapterConfig, adapter_state, attach
+from modules.adapters import AdapterConfig, attach
 
 TEXT = {
     "vocab_size": 30,
@@ -175,21 +174,3 @@ def _two_texts() -> dict[str, Tensor]:
 FAMILIES = (vit, vit_swiglu, bert, roberta, deberta_v2, distilbert, bart, t5_gated, llama)
 VARIANTS = (deberta_v3, pegasus, t5)  # near enough to one above to be tested where they differ
 BACKBONES: dict[str, Callable[[], Backbone]] = {f.__name__: f for f in FAMILIES + VARIANTS}
-
-
-@pytest.fixture(params=[f.__name__ for f in FAMILIES])
-def backbone(request: pytest.FixtureRequest, deterministic: None) -> Backbone:
-    """Each family in turn; `parametrize("backbone", ["vit"], indirect=True)` for one of them, or a variant."""
-    return BACKBONES[request.param]()
-
-
-@pytest.fixture
-def randomize() -> Callable[[nn.Module], None]:
-    """Fill all factors with noise: at the start one is zero, which hides errors."""
-
-    @torch.no_grad()
-    def fill(model: nn.Module) -> None:
-        for factor in adapter_state(model).values():
-            factor.normal_(std=0.2)
-
-    return fill

@@ -1,0 +1,170 @@
+"""Own data with nothing else to say: recipes for texts, images, summaries and chats on ordinary files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.cli import main
+from tests.conftest import CLASSES, colour_image, png
+
+Fit = Callable[..., Path]
+TINY_VIT = (
+    "--model.backbone=vit_tiny_patch16_224",
+    "--model.weights=none",
+    "--model.image_size=16",
+    "--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 1, num_heads: 2}",
+    "--data.num_workers=0",
+)
+QUICK = ("--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.precision=32-true", "--data.batch_size=4")
+
+
+@pytest.fixture
+def fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fit:
+    """Fit a recipe of conf/ on a path, and return the run directory."""
+
+    def run(recipe: str, path: Path, *options: str) -> Path:
+        root = f"--trainer.default_root_dir={tmp_path / 'runs'}"
+        assert main(["fit", "--config", f"conf/{recipe}.yaml", *QUICK, root, f"--data.path={path}", *options]) == 0
+        return tmp_path / "runs" / "version_0"
+
+    return run
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def predicted(run: Path, *options: str) -> list[dict[str, str]]:
+    before = set(run.glob("predictions*.csv"))
+    config = f"--config={run / 'config.yaml'}"
+    assert main(["predict", config, f"--ckpt_path={run}", "--trainer.accelerator=cpu", *options]) == 0
+    (new,) = set(run.glob("predictions*.csv")) - before
+    with new.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+WORDS = ["good film", "bad film", "very good book", "very bad book"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "answers"),
+    [
+        (
+            [{"id": f"r{i}", "Review": WORDS[i % 4], "Sentiment": ["up", "down"][i % 2]} for i in range(40)],
+            "text of Review; labels of Sentiment (guessed",
+            {"prediction", "probability", "probability_down", "probability_up"},
+        ),
+        (
+            [{"text1": WORDS[i % 4], "text2": WORDS[i % 3], "label": i % 3} for i in range(40)],
+            "text of text1, text2; labels of label (guessed",
+            {"prediction", "probability", "probability_0", "probability_1", "probability_2"},
+        ),
+        (
+            [{"k": i, "sentence": WORDS[i % 4], "score": i / 8} for i in range(40)],
+            "text of sentence; labels of score (guessed",
+            {"prediction"},
+        ),
+    ],
+)
+def test_texts_in_a_csv(
+    fit: Fit,
+    tmp_path: Path,
+    roberta_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: list[dict[str, object]],
+    columns: str,
+    answers: set[str],
+) -> None:
+    run = fit(
+        "texts", write_csv(tmp_path / "own.csv", rows), f"--model.backbone={roberta_path}", "--data.max_length=32"
+    )
+    assert columns in capsys.readouterr().err
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"val/score", "test/score"} <= metrics.keys()
+    texts = [name for name in rows[0] if name.lower() in ("review", "text1", "text2", "sentence")]
+    new = write_csv(
+        tmp_path / "new.csv", [{name: row[name] for name in ("id", *texts) if name in row} for row in rows[:3]]
+    )
+    table = predicted(run, f"--data.predict_path={new}")
+    assert len(table) == 3
+    assert table[0].keys() == {"id", *texts, *answers}
+    assert table[1]["id"] == str(rows[1].get("id", 1))
+    assert [table[2][name] for name in texts] == [rows[2][name] for name in texts]
+    if "probability" in answers:
+        shares = [float(value) for name, value in table[0].items() if name.startswith("probability_")]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+        assert max(shares) == float(table[0]["probability"])
+
+
+def test_held_out_rows_of_a_single_file_are_disjoint(fit: Fit, tmp_path: Path, roberta_path: Path) -> None:
+    from datamodules.text_classification import TextClassificationData
+
+    path = write_csv(tmp_path / "own.csv", [{"text": f"word {i}", "label": i % 2} for i in range(50)])
+    data = TextClassificationData(str(path), val_fraction=0.2, test_fraction=0.3)
+    assert data.shares() == {"val": 0.2, "test": 0.3}
+    run = fit("texts", path, f"--model.backbone={roberta_path}", "--data.max_length=32", "--data.test_fraction=0.3")
+    predictions = json.loads((run / "metrics.json").read_text())
+    assert "test/score" in predictions
+
+
+def test_photos_in_a_folder_for_each_class(fit: Fit, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    photos = tmp_path / "photos"
+    for label, name in enumerate(CLASSES):
+        (photos / name).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(colour_image(label, random)).save(photos / name / f"{i}.jpg")
+    run = fit("images", photos, *TINY_VIT)
+    assert {"val/acc1", "test/acc1"} <= json.loads((run / "metrics.json").read_text()).keys()
+    picture = tmp_path / "one.png"
+    picture.write_bytes(png(colour_image(0, random)))
+    (row,) = predicted(run, f"--data.predict_path={picture}")
+    assert row.keys() == {"name", "prediction", "probability", *(f"probability_{name}" for name in CLASSES)}
+    assert row["name"] == "one.png" and row["prediction"] in CLASSES
+    assert len(predicted(run, f"--data.predict_path={photos}")) == 36
+
+
+def test_pairs_of_text_and_summary(
+    fit: Fit, tmp_path: Path, bart_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, object]] = [{"Article": f"{WORDS[i % 4]} one", "headline": WORDS[i % 4]} for i in range(20)]
+    path = write_csv(tmp_path / "pairs.csv", rows)
+    lengths = ("--data.max_source_length=16", "--data.max_target_length=8", "--model.generation.max_length=8")
+    run = fit("summaries", path, f"--model.backbone={bart_path}", *lengths)
+    assert "sources of Article, targets of headline (guessed" in capsys.readouterr().err
+    table = predicted(run, f"--data.predict_path={path}")
+    assert table[0].keys() == {"id", "summary", "reference"} and len(table) == 20
+
+
+@pytest.mark.parametrize("shape", ["messages", "columns"])
+def test_chats_and_a_single_prompt(
+    fit: Fit, tmp_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str], shape: str
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    if shape == "messages":
+        turns = [[{"role": "user", "content": w}, {"role": "assistant", "content": "yes"}] for w in WORDS * 5]
+        path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in turns))
+    else:
+        path.write_text("".join(json.dumps({"prompt": w, "completion": "yes"}) + "\n" for w in WORDS * 5))
+    short = (
+        "--data.max_length=64",
+        "--model.generation.max_new_tokens=4",
+        "--model.backbone_dtype=float32",
+        "--model.adapter.rank=2",
+    )
+    run = fit("chats", path, f"--model.backbone={llama_path}", *short)
+    capsys.readouterr()
+    (row,) = predicted(run, "--prompt=a good film?")
+    assert "response" in row and row["instruction"] == "a good film?"
+    assert f"response: {row['response']}" in capsys.readouterr().out
