@@ -177,8 +177,7 @@ def _run(args: Sequence[str], termination: Termination) -> None:
         elif words and words[0] in COMMANDS:
             run_command(words[0], words[1:], FitKeys(parse_fit, fit_parser), allowed)
         else:
-            for word in words[:1]:
-                check_command(word)
+            check_command(words)
             AsymmetryCLI(words, termination, contexts)
 
 
@@ -644,14 +643,14 @@ def completion_script(words: Sequence[str], contexts: ExitStack) -> str:
         ArgumentError: Without the name of a shell, or for a shell that shtab does not know.
     """
     if len(words) != 1:
-        raise ArgumentError(None, "--print_shtab: give one shell, bash, zsh or tcsh.")
+        raise ArgumentError(None, "--print_shtab: give one shell, such as bash or zsh.")
     for path in (path for paths in CLASS_PATHS.values() for path in paths.values()):
         resolve(path)  # the parser completes the keys of classes that are imported
     parser: ArgumentParser = _result(partial(_WholeParser, contexts))
     try:
         return parser.get_completion_script(f"shtab-{words[0]}")
     except ValueError as error:
-        raise ArgumentError(None, f"--print_shtab: {error} Give bash, zsh or tcsh; pip install shtab.") from error
+        raise ArgumentError(None, f"--print_shtab: {error} Give a shell that the package shtab supports.") from error
 
 
 def parse_fit(words: Sequence[str]) -> Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from jsonargparse import ArgumentError
 
@@ -27,7 +28,7 @@ EXAMPLES = {
 OPTIONS = {
     "--help": "Show this page. COMMAND --help lists the keys of a command.",
     "--version": "Show the version.",
-    "--print_shtab SHELL": "Print the completion script for bash, zsh or tcsh.",
+    "--print_shtab SHELL": "Print the completion script for bash, zsh and others.",
 }
 
 
@@ -54,18 +55,20 @@ def program_help() -> str:
     return text.replace(":\n\n", ":\n")
 
 
-def check_command(word: str) -> None:
+def check_command(words: Sequence[str]) -> None:
     """Check the first word of the command line.
 
     Raises:
-        ArgumentError: If the word is neither an option nor a command.
+        ArgumentError: If there is no word, or the first word is neither an option nor a command.
     """
     names = command_names()
-    if word.startswith("-") or word in names:
-        return
-    close = difflib.get_close_matches(word, names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    raise ArgumentError(None, f"There is no command {word!r:.80}{hint} Choose one of {', '.join(names)}.")
+    choices = f"Choose one of {', '.join(names)}."
+    if not words:
+        raise ArgumentError(None, f"No command is given. {choices} --help describes them.")
+    if not words[0].startswith("-") and words[0] not in names:
+        close = difflib.get_close_matches(words[0], names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "."
+        raise ArgumentError(None, f"There is no command {words[0]!r:.80}{hint} {choices}")
 
 
 def _columns(rows: dict[str, str]) -> str:

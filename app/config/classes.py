@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pkgutil import resolve_name
 from types import MappingProxyType
 
@@ -80,7 +81,7 @@ def find_classes(files: Sequence[str], options: Sequence[str]) -> dict[str, type
             if isinstance(part, dict) and isinstance(part.get("class_path"), str):
                 paths[section] = part["class_path"]
     words = expand_class_names(options)
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         option, equals, value = word.partition("=")
         if option in _NAMING and not option.endswith(".help"):
             paths[_NAMING[option]] = value if equals else following
