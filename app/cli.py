@@ -36,6 +36,7 @@ from app.callbacks import (
 )
 from app.callbacks.lookup import find_callback
 from app.commands import COMMANDS, command_help, command_parser, run_command
+from app.commands.program_help import check_command, program_help
 from app.config.classes import CLASS_PATHS, class_keys, expand_class_names, find_classes
 from app.config.constructors import constructor_parameters
 from app.config.fit_keys import FitKeys
@@ -80,7 +81,6 @@ from app.console import (
     watched_output,
 )
 from app.lightning_compat import HookedCLI, import_policy
-from app.program_help import check_command, program_help
 from app.run.checkpoint_io import (
     AtomicCheckpointIO,
     check_contents,

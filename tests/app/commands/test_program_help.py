@@ -13,9 +13,9 @@ import pytest
 
 from app.cli import main
 from app.commands import COMMANDS
+from app.commands.program_help import DESCRIPTION, EXAMPLES, TRAINER_COMMANDS
 from app.config import program_files
 from app.config.messages import closest_key
-from app.program_help import DESCRIPTION, EXAMPLES, TRAINER_COMMANDS
 from tests.conftest import ROOT
 from tests.support.refusals import refused
 
