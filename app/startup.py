@@ -26,4 +26,4 @@ def skip_optional_packages() -> None:
         return name not in OPTIONAL and is_package(name)
 
     imports.RequirementCache.__bool__ = is_needed  # type: ignore[assignment, method-assign]
-    imports.package_available = is_needed_package
+    imports.package_available = is_needed_package  # type: ignore[assignment]
