@@ -36,9 +36,11 @@ from app.callbacks import (
 )
 from app.callbacks.lookup import find_callback
 from app.commands import COMMANDS, command_help, command_parser, run_command
+from app.commands.program_help import check_command, program_help
+from app.config.classes import CLASS_PATHS, class_keys, expand_class_names, find_classes
 from app.config.constructors import constructor_parameters
 from app.config.fit_keys import FitKeys
-from app.config.imports import HELP, denial, split_imports
+from app.config.imports import HELP, denial, resolve, split_imports
 from app.config.imports import OPTION as ALLOW_IMPORTS
 from app.config.messages import parser_message
 from app.config.precedence import (
@@ -54,8 +56,8 @@ from app.config.precedence import (
     temporary_yaml,
     without_sections,
 )
-from app.config.program_files import find_program_files
-from app.config.schema import add_recipe_keys
+from app.config.program_files import find_program_files, program_version, program_words
+from app.config.schema import add_recipe_keys, add_section_keys
 from app.config.validation import (
     check_classes,
     check_plain_values,
@@ -111,6 +113,11 @@ from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T", bound=L.Callback)
+PAGES: Mapping[str, Callable[[], str]] = {  # options before a command, which print a text
+    "-h": program_help,
+    "--help": program_help,
+    "--version": lambda: f"onesided {program_version()}",
+}
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as with `| head -1`
 
 
@@ -163,9 +170,14 @@ def _run(args: Sequence[str], termination: Termination) -> None:
         allowed, words = split_imports(args)
         contexts.enter_context(restricted_imports(allowed))
         contexts.enter_context(checked_yaml())
-        if words and words[0] in COMMANDS:
+        if words[:1] == ["--print_shtab"]:
+            print(completion_script(words[1:], contexts))
+        elif words and words[0] in PAGES:
+            print(PAGES[words[0]]())
+        elif words and words[0] in COMMANDS:
             run_command(words[0], words[1:], FitKeys(parse_fit, fit_parser), allowed)
         else:
+            check_command(words)
             AsymmetryCLI(words, termination, contexts)
 
 
@@ -234,7 +246,10 @@ class AsymmetryCLI(HookedCLI):
         self.failure: Exception | None = None  # the error to report for a constructor that has failed
         self.run_directory = Path()
         self.variant: str | None = None
+        self.files: list[str] = []
+        self.options: list[str] = []
         commands = self.subcommands()
+        self.helps = bool(args) and args[0] in commands and not {"-h", "--help"}.isdisjoint(args)
         if args and args[0] in commands:  # the parsers of the other commands would take most of the time of --help
             commands = {args[0]: commands[args[0]]}
             self.subcommands = lambda: commands  # type: ignore[method-assign]
@@ -242,6 +257,11 @@ class AsymmetryCLI(HookedCLI):
         of_commands = {name: dict(strict) for name in commands}
         if "fit" in commands:
             of_commands["fit"]["epilog"] = f"{VARIANT_HELP} {HELP}"
+        if self.helps:
+            _, self.files, self.options = split_arguments(args)
+            for name, keys in of_commands.items():
+                program = " ".join(program_words())
+                keys["usage"] = f"{program} {name} --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]"
         super().__init__(
             AdaptedModule,
             L.LightningDataModule,
@@ -283,20 +303,31 @@ class AsymmetryCLI(HookedCLI):
         parser.add_argument("--name", type=str | None, default=None, help="Name of a new run, part of its directory's.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add trainer, model and data; the latter two may come from a checkpoint."""
+        """Add trainer, model and data; the latter two may come from a checkpoint.
+
+        For --help, the keys of model and data stand before the trainer's, one by one.
+        """
+        if self.helps:
+            add_section_keys(parser, find_classes(self.files, self.options))
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        if self.helps:
+            return
         for section, kind in zip(SECTIONS, (AdaptedModule, L.LightningDataModule), strict=True):
             parser.add_lightning_class_args(kind, section, subclass_mode=True, required=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files and command line; if they name a checkpoint, parse again with its values in between."""
+        if self.helps:
+            self.command_parser.print_help()
+            raise SystemExit(0)
         command, names, options = split_arguments(args)
         for name in names:
             check_file(name)
         files = [word for name in names for word in ("--config", name)]
         variant, options = split_variant(command, options)
-        self.variant = variant
+        options = expand_class_names(options)
+        self.variant, self.files, self.options = variant, names, options
         of_variant = [] if variant is None else option_words(variant_keys(variant))
         self.config = self._parse_without_checkpoint([*command, *files], [*of_variant, *options])
         self.subcommand = self.config["subcommand"]
@@ -357,6 +388,8 @@ class AsymmetryCLI(HookedCLI):
             if cause is not None and not isinstance(cause, ArgumentError):
                 raise
             known = list(self.command_parser.get_defaults().keys())
+            for section, kind in find_classes(self.files, self.options).items():
+                known += class_keys(kind, section)
             raise ArgumentError(None, parser_message(cause or error, known)) from error
 
     def _lock(self, run: Path | None) -> None:
@@ -586,6 +619,38 @@ class _RecipeParser(AsymmetryCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Raise the parser."""
         raise _Result(parser)
+
+
+class _WholeParser(AsymmetryCLI):
+    """The parser of all commands, under the name of the installed program; parses nothing."""
+
+    def __init__(self, contexts: ExitStack) -> None:
+        super().__init__([], Termination(), contexts)
+
+    def init_parser(self, **keys: Any) -> LightningArgumentParser:
+        """Name the parser."""
+        return super().init_parser(prog="onesided", **keys)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Raise the parser."""
+        raise _Result(parser)
+
+
+def completion_script(words: Sequence[str], contexts: ExitStack) -> str:
+    """Return the script by which a shell completes commands and keys of `onesided`.
+
+    Raises:
+        ArgumentError: Without the name of a shell, or for a shell that shtab does not know.
+    """
+    if len(words) != 1:
+        raise ArgumentError(None, "--print_shtab: give one shell, such as bash or zsh.")
+    for path in (path for paths in CLASS_PATHS.values() for path in paths.values()):
+        resolve(path)  # the parser completes the keys of classes that are imported
+    parser: ArgumentParser = _result(partial(_WholeParser, contexts))
+    try:
+        return parser.get_completion_script(f"shtab-{words[0]}")
+    except ValueError as error:
+        raise ArgumentError(None, f"--print_shtab: {error} Give a shell that the package shtab supports.") from error
 
 
 def parse_fit(words: Sequence[str]) -> Namespace:

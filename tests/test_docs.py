@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import HfApi, RepoUrl
 from jsonargparse import Namespace
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -28,6 +29,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from app.callbacks import Termination
 from app.cli import AsymmetryCLI, main, parse_fit, restricted_imports
 from app.commands import COMMANDS, command_parser
+from app.config.classes import expand_class_names
 from app.config.variants import split_variant
 from app.config.yaml_files import checked_yaml
 from app.run.run_directory import versions
@@ -43,7 +45,7 @@ SECTIONS = ("model", "data", "trainer", "spectrum", "checkpoint", "generalizatio
 OF_CLASSES = ("trainer.callbacks.", "trainer.logger.")  # keys that depend on the class, which blocks parse
 FITS = ("fit", "validate", "test", "predict")
 ON_RUNS = ("export", "similarity", "spectrum")  # commands whose other arguments may be anything
-FREE = ("pip", "source", "tensorboard")  # programs of others
+FREE = ("onesided", "pip", "source", "tensorboard")  # the installed program, and programs of others
 QUICK = (
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"),
     *("--test_after_fit=false", "--generalization.rows=0", "--trainer.enable_progress_bar=false"),
@@ -207,7 +209,7 @@ def test_options_in_backticks_are_options_of_a_command(page: Path) -> None:
     others = {key for command in COMMANDS for key in command_parser(command).get_defaults().as_dict()}
     others |= {"help", "config", "variant", "allow_imports", "ckpt_path", "test_after_fit", "seed_everything"}
     others |= {"name", "find_lr", "prompt"}
-    others |= {"print_config", "node_rank"}  # torchrun's
+    others |= {"print_config", "print_shtab", "version", "node_rank"}  # the last is torchrun's
     for span in spans(page):
         if "benchmarks" not in span:
             unknown = [o for o in re.findall(OPTIONS, span) if o.split(".")[0] not in SECTIONS and o not in others]
@@ -255,7 +257,8 @@ def groups() -> dict[tuple[str, ...], list[str]]:
                 next(left)  # no such run or package is here
             elif word.endswith(".help"):
                 assert word in ("--model.help", "--data.help"), words
-                resolve_name(next(left))
+                (path,) = expand_class_names([word, next(left)])[1:]
+                resolve_name(path)
             elif word not in ("--help", "--print_config"):
                 options.append(word.replace("my_package.MyCallback", "RichProgressBar"))
         found[command, *(files or [DIGITS])] += options
@@ -316,7 +319,7 @@ def test_other_programs_are_known() -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Short runs of the embedded digits, B and LoRA; while they are there, reports draw no pictures."""
+    """Short runs of the embedded digits, B and LoRA; meanwhile reports draw no pictures, and the hub takes all."""
     root = tmp_path_factory.mktemp("documented")
     for variant, *others in (["B"], ["lora", "--trainer.logger=false"]):
         words = ["fit", "--config", DIGITS, "--variant", variant, f"--trainer.default_root_dir={root}", *QUICK, *others]
@@ -324,6 +327,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FigureCanvasSVG, "print_svg", lambda *_, **__: None)
         patch.setattr(FigureCanvasAgg, "print_png", lambda *_, **__: None)
+        patch.setattr("huggingface_hub.get_token", lambda: "hf_token")
+        patch.setattr(HfApi, "create_repo", lambda _, name, **__: RepoUrl(f"https://huggingface.co/{name}"))
+        patch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
         yield [str(run) for run in versions(root)]
 
 

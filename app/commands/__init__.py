@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from itertools import islice
 from types import ModuleType
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from app.commands import chat, compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
 from app.config.fit_keys import FitKeys
+from app.config.messages import parser_message
 from app.config.program_files import program_words
 
 COMMANDS: dict[str, ModuleType] = {
@@ -52,10 +53,16 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
         words: Words after the command's name.
         fit: Access to the keys of `fit`.
         allowed_imports: Prefixes of --allow_imports, for a command that starts others.
+
+    Raises:
+        ArgumentError: For a word that the command does not take, with the closest key.
     """
     parser = command_parser(name)
     given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
-    arguments = parser.parse_args(given)
+    try:
+        arguments = parser.parse_args(given)
+    except ArgumentError as error:
+        raise ArgumentError(None, parser_message(error, list(parser.get_defaults().keys()))) from error
     arguments.fit, arguments.allowed_imports = fit, list(allowed_imports)
     COMMANDS[name].run(arguments)
 

@@ -1,7 +1,7 @@
-"""Write a finished run as a model that needs nothing of this project: the adapters merged into the weights.
+"""Write a finished run for other programs: its adapter for PEFT, or the whole model with the adapter merged.
 
-Backbones of transformers become a directory for `from_pretrained` (model, tokenizer, generation settings), those of
-timm one for `timm.create_model("local-dir:DIR", pretrained=True)`.
+A merged backbone of transformers becomes a directory for `from_pretrained` (model, tokenizer, generation settings). A
+merged backbone of timm becomes a directory for `timm.create_model("local-dir:DIR", pretrained=True)`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.console import escape_controls
 from app.export.compact import write_compact
+from app.export.hub import OPTION, check_repository, push_to_hub
 from app.export.load_run import find_checkpoint, load_module
 from app.export.loader_code import Loader
 from app.export.merged import write_merged
 from app.export.model_card import write_card
-from app.export.peft import write_peft
+from app.export.peft import export_peft
 from app.run.checkpoint_io import run_of_checkpoint
 from datamodules.atomic import WriteError, atomic_directory
 from modules.base import AdaptedModule
@@ -61,19 +62,28 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model.weights", metavar="FILE", type=str | None, help="Where its file of weights lies now, likewise."
     )
+    parser.add_argument(
+        OPTION,
+        metavar="NAME",
+        type=str | None,
+        help="Upload DIR to this repository of the Hugging Face hub, such as OWNER/NAME. A new repository is private.",
+    )
 
 
 def run(arguments: Namespace) -> None:
     """Export a run.
 
     Raises:
-        ArgumentError: For an output that is taken or cannot be written, or a model that has no such form.
+        ArgumentError: For an output that is taken or cannot be written, a model that has no such form, or an upload
+            that fails. The directory stays after a failed upload.
         CheckpointError: If there is no checkpoint, or a damaged one.
         ModelError: If the backbone is not to be had, or not the one that was trained.
     """
     output = Path(arguments.output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ArgumentError(None, f"--output: {output} is there already; give a new directory, or an empty one.")
+    if arguments.push_to_hub is not None:
+        check_repository(arguments.push_to_hub)
     changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
     checkpoint = find_checkpoint(arguments.run)
     module = load_module(checkpoint, changes)
@@ -83,11 +93,12 @@ def run(arguments: Namespace) -> None:
     dtype_name = str(dtype).removeprefix("torch.")
     notes = {f"Update, rounded to {dtype_name}": _in_words(rounding)} if rounding else {}
     compact = partial(write_compact, run=run_of_checkpoint(checkpoint))
-    writers: dict[str, Writer] = {"peft": write_peft, "merged": write_merged, "compact": compact}
+    writers: dict[str, Writer] = {"peft": export_peft, "merged": write_merged, "compact": compact}
     try:
         with atomic_directory(output) as folder:
             loader = writers[arguments.format](module, dtype, folder)
-            write_card(folder, module, checkpoint, arguments.format, loader(output.name), notes)
+            load = loader(arguments.push_to_hub or output.name, shared=True)
+            write_card(folder, module, checkpoint, arguments.format, load, notes)
     except WriteError as error:
         raise ArgumentError(None, f"--output: {error}") from error
     files = sorted(output.iterdir())
@@ -99,6 +110,8 @@ def run(arguments: Namespace) -> None:
             f"Rounded to {dtype_name}, the merged update is {_in_words(rounding)}. With --dtype float32 it is what was "
             "trained; --format peft keeps it beside weights of any dtype."
         )
+    if arguments.push_to_hub is not None:
+        print(escape_controls(f"Uploaded to {push_to_hub(output, arguments.push_to_hub)}"))
     print(escape_controls(f"Exported: {output}"), flush=True)
 
 

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError
+
+from app.config.classes import class_keys
 
 LONGEST = 2000  # characters of a message
 # the parser's nested text: lines that enclose others, or that no reader needs
@@ -23,7 +25,41 @@ _UNKNOWN = re.compile(
     r""" ['"](?P<key>[^'"]+)|(?:[Uu]nrecognized arguments|ambiguous option): --(?P<option>[^\s=+]+)"""
 )
 _VALUE = re.compile(r"(?:\. Got value: |Given value: )(?:NestedArg\(key='[^']*', val=(.*)\)|(.*))$")
+SECTION_ORDER = ("data", "model", "trainer")  # of keys in different sections that share a last part
+# The names that other programs have for a key, where the key's own name is not similar.
+OTHER_NAMES = {
+    "lr": "model.learning_rate",
+    "epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "steps": "trainer.max_steps",
+    "batch": "data.batch_size",
+    "bs": "data.batch_size",
+    "per_device_train_batch_size": "data.batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "workers": "data.num_workers",
+    "gpus": "trainer.devices",
+    "fp16": "trainer.precision",
+    "bf16": "trainer.precision",
+    "r": "model.adapter.rank",
+    "lora_r": "model.adapter.rank",
+    "lora_alpha": "model.adapter.alpha",
+    "lora_dropout": "model.adapter.dropout",
+    "target_modules": "model.adapter.targets",
+    "seed": "seed_everything",
+    "resume": "ckpt_path",
+    "resume_from_checkpoint": "ckpt_path",
+    "checkpoint": "ckpt_path",
+    "output_dir": "trainer.default_root_dir",
+}
 NAMED, TYPE, OTHER_CLASS = range(3)  # kinds of reasons; the lowest is reported
+
+
+class ListError(ArgumentError):
+    """Error with a list of choices, one a line, below the message."""
+
+    def __init__(self, message: str, choices: Sequence[str]) -> None:
+        super().__init__(None, "\n".join([message, *(f"  {choice}" for choice in choices)]))
 
 
 @dataclass
@@ -52,8 +88,11 @@ class _Reason:
 def parser_message(error: Exception, known: Sequence[str] = ()) -> str:
     """Return an error in one line; `known` has the keys of the command, for a key that is unknown.
 
-    Of the reasons that the parser gives, the line has the one for the alternative that was meant.
+    Of the reasons that the parser gives, the line has the one for the alternative that was meant. A `ListError` keeps
+    its lines.
     """
+    if isinstance(error, ListError):
+        return str(error)
     lines = str(error).split("\n")
     reasons = list(_reasons(lines))
     if not reasons:
@@ -109,19 +148,52 @@ def _unknown_key(reason: _Reason, known: Sequence[str]) -> str | None:
     name = match["option"] or ".".join(filter(None, (match["group"], match["key"])))
     names = known if reason.class_path is None else _keys_of_class(reason.class_path)
     owner = "There is" if reason.class_path is None else f"{reason.class_path.rpartition('.')[2]} has"
-    group, _, last = name.rpartition(".")
-    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == group}
-    pool, word = (siblings, last) if siblings else (dict(zip(names, names, strict=True)), name)
-    close = [key for key in pool if key.startswith(word)] or difflib.get_close_matches(word, pool, n=1)
-    listed = f". There are {', '.join(siblings.values())}." if siblings else "."
-    return f"{owner} no key {name}{f'; did you mean {pool[close[0]]}?' if close else listed}"
+    close = closest_key(name, names)
+    siblings = _siblings(name, names)
+    listed = f". There are {', '.join(siblings)}." if siblings else "."
+    return f"{owner} no key {name}{f'; did you mean {close}?' if close else listed}"
+
+
+def closest_key(name: str, names: Sequence[str]) -> str | None:
+    """Return the key that an unknown key most likely stands for; None if no key is similar.
+
+    Args:
+        name: The unknown key.
+        names: All keys by dotted name.
+    """
+    ordered = sorted(names, key=_depth_and_section)
+    leaves = {key.rpartition(".")[2]: key for key in reversed(ordered)}  # the least deep of the keys that share a leaf
+    joined = {_joined(key): key for key in reversed(ordered)}
+    leaf = _joined(name.rpartition(".")[2])
+    other = OTHER_NAMES.get(name, "")
+    for key in (other if other in names else None, joined.get(_joined(name)), leaves.get(leaf)):
+        if key is not None:
+            return key
+    siblings = {key.rpartition(".")[2]: key for key in _siblings(name, names)}
+    for pool, word, cutoff in ((siblings, leaf, 0.6), (joined, _joined(name), 0.75), (leaves, leaf, 0.75)):
+        close = [key for key in pool if key.startswith(word)] or difflib.get_close_matches(word, pool, 1, cutoff)
+        if close:
+            return pool[close[0]]
+    return None
+
+
+def _siblings(name: str, names: Sequence[str]) -> list[str]:
+    """Return the keys of the group that an unknown key would be in."""
+    group = name.rpartition(".")[0]
+    return [key for key in names if key.rpartition(".")[0] == group]
+
+
+def _joined(key: str) -> str:
+    return re.sub("[.-]", "_", key).lower()
+
+
+def _depth_and_section(key: str) -> tuple[int, int]:
+    section = key.partition(".")[0]
+    return key.count("."), SECTION_ORDER.index(section) if section in SECTION_ORDER else len(SECTION_ORDER)
 
 
 def _keys_of_class(class_path: str) -> list[str]:
     """Return the dotted keys of a class that the parser has imported; none for a class that a value only quotes."""
     module_name, _, name = class_path.rpartition(".")
     kind = vars(sys.modules[module_name]).get(name) if module_name in sys.modules else None
-    parser = ArgumentParser()
-    if isinstance(kind, type):
-        parser.add_class_arguments(kind, fail_untyped=False)
-    return list(parser.get_defaults().keys())
+    return class_keys(kind) if isinstance(kind, type) else []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -23,6 +25,25 @@ def find_program_files(config: Namespace) -> None:
     for key, value in list(config.items()):
         if isinstance(value, str):
             config[key] = find_program_file(value)
+
+
+def list_recipes() -> list[str]:
+    """Return the program's recipes, each with the first sentence of its first comment. Overlays are no recipes."""
+    described = {
+        f"conf/{file.name}": file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        for file in sorted((ROOT / "conf").glob("*.yaml"))
+    }
+    recipes = {name: line for name, line in described.items() if not line.startswith("Overlay")}
+    width = max(map(len, recipes))
+    return [f"{name:{width}}  {line.partition('. ')[0].rstrip('.')}" for name, line in recipes.items()]
+
+
+def program_version() -> str:
+    """Return the version: pyproject.toml's beside main.py, or the installed package's."""
+    project = ROOT / "pyproject.toml"
+    if project.is_file():
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    return version("onesided")
 
 
 def program_words() -> list[str]:

@@ -10,6 +10,7 @@ import lightning as L
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 
+from app.config.classes import CLASS_PATHS
 from app.config.fit_keys import FitKeys
 from app.config.imports import resolve
 from app.config.precedence import SECTIONS
@@ -38,6 +39,19 @@ def add_recipe_keys(parser: LightningArgumentParser, classes: Mapping[str, type]
             parser.add_class_arguments(classes[section], f"{section}.init_args")
         else:
             parser.add_argument(f"--{section}", type=dict)
+
+
+def add_section_keys(parser: LightningArgumentParser, classes: Mapping[str, type]) -> None:
+    """Add the keys of data and model one by one, as --help shows them."""
+    for section in reversed(SECTIONS):
+        kind = classes[section]
+        parser.add_class_arguments(kind, section, fail_untyped=False)
+        own = "" if kind.__name__ in CLASS_PATHS[section] else " of every task"
+        names = ", ".join(CLASS_PATHS[section])
+        assert parser.groups is not None
+        group = parser.groups[section]
+        group.title = f"Keys of {section}{own}"
+        group.description = f"--{section}.help NAME lists the keys of {names}." if own else f"Those of {kind.__name__}."
 
 
 def recipe_schema(name: str, fit: FitKeys) -> dict[str, Any]:

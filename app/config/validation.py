@@ -10,7 +10,9 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
 from app.config.imports import same_class
+from app.config.messages import ListError
 from app.config.precedence import SECTIONS, comparable, dotted, section_keys
+from app.config.program_files import list_recipes
 from app.config.variants import OPTION, variant_keys
 
 LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -27,8 +29,8 @@ def check_sections(config: Namespace) -> None:
     """Check that a command has a model and data; raise ArgumentError with the section that is missing."""
     for section in SECTIONS:
         if class_of(config, section) is None:
-            raise ArgumentError(
-                None, f"{section}: no class is given. Add --config FILE with a recipe of conf/, or --{section} CLASS."
+            raise ListError(
+                f"{section}: no class is given. Add --{section} CLASS, or --config FILE with a recipe:", list_recipes()
             )
 
 

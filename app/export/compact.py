@@ -48,8 +48,12 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: 
     size = (folder / COMPACT).stat().st_size
     peft = _peft_bytes(module, dtype)
     print(f"Size: {size / 1e6:.3g} MB; as --format peft: {peft / 1e6:.3g} MB, heads included in both.")
-    config = "RUN/config.yaml" if run is None else str(run / "config.yaml")
-    return lambda output: shlex.join([*program_words(), "test", "--config", config, "--model.adapter_path", output])
+
+    def load(place: str, shared: bool = False) -> str:
+        config = "RUN/config.yaml" if run is None or shared else str(run / "config.yaml")
+        return shlex.join([*program_words(), "test", "--config", config, "--model.adapter_path", place])
+
+    return load
 
 
 def _peft_bytes(module: AdaptedModule, dtype: torch.dtype) -> int:

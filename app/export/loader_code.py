@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from datamodules.contract import ImageModel
+from datamodules.contract import ImageModel, TextModel
 from modules.base import AdaptedModule
 
 if TYPE_CHECKING:  # a run on text imports no timm
     from modules.image_classification import ImageClassifier
 
 LOCAL = "local-dir:"  # timm's prefix of a directory
-Loader = Callable[[str], str]  # the text that loads an export, given its directory
+
+
+class Loader(Protocol):
+    """The text that loads an export.
+
+    Args:
+        place: Directory of the export, or its name on the hub.
+        shared: True for a text that others read: local paths appear by their last part.
+    """
+
+    def __call__(self, place: str, shared: bool = False) -> str:
+        """Return the text."""
+
 
 AUTO_CLASSES = {  # by PEFT's name of the task
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -31,25 +44,61 @@ def is_timm(module: AdaptedModule) -> bool:
 
 def merged_transformers_loader(model_class: str) -> Loader:
     """Return the loader of a directory that transformers reads."""
-    return lambda folder: _program(["transformers"], f"model = transformers.{model_class}.from_pretrained({folder!r})")
+
+    def load(place: str, shared: bool = False) -> str:
+        return _program(["transformers"], f"model = transformers.{model_class}.from_pretrained({place!r})")
+
+    return load
 
 
 def merged_timm_loader() -> Loader:
     """Return the loader of a directory that timm reads."""
-    return lambda folder: _program(
-        ["timm"], f"model = timm.create_model({f'{LOCAL}{folder}'!r}, pretrained=True).eval()"
-    )
+
+    def load(place: str, shared: bool = False) -> str:
+        return _program(["timm"], f"model = timm.create_model({f'{LOCAL}{place}'!r}, pretrained=True).eval()")
+
+    return load
 
 
 def peft_loader(module: AdaptedModule) -> Loader:
     """Return the loader of a PEFT directory: it builds the frozen backbone as the run had it, then adds the adapter.
 
-    A backbone with `weights: none` is drawn again from the run's seed, which must be the process's last.
+    The names that a reader may have to change stand on top, as variables. A backbone with `weights: none` is drawn
+    again from the run's seed, which must be the process's last.
     """
-    imports, lines = _timm_base(cast("ImageClassifier", module)) if is_timm(module) else _transformers_base(module)
-    return lambda folder: _program(
-        ["peft", *imports], *lines, f"model = peft.PeftModel.from_pretrained(base, {folder!r})"
-    )
+    timm = is_timm(module)
+    imports, lines = _timm_base(cast("ImageClassifier", module)) if timm else _transformers_base(module)
+    code = [*lines, "model = peft.PeftModel.from_pretrained(base, ADAPTER)"]
+    if isinstance(module, TextModel):
+        code.append("tokenizer = transformers.AutoTokenizer.from_pretrained(ADAPTER)")
+    sources = {"BACKBONE": _source(module)[0]}
+    if (weights := module.hparams["weights"]) not in ("pretrained", "none"):
+        sources["WEIGHTS"] = absolute_name(weights)
+    labels = [f"LABELS = {module.class_names!r}"] if module.class_names else []
+
+    def load(place: str, shared: bool = False) -> str:
+        names = [f"ADAPTER = {place!r}", *(_assignment(name, path, shared) for name, path in sources.items()), *labels]
+        return _program(["peft", *imports], *names, "", *code)
+
+    return load
+
+
+def _source(module: AdaptedModule) -> tuple[str, dict[str, str]]:
+    """Return the backbone's name, repository or directory, and the arguments that select its file."""
+    name = absolute_name(module.hparams["backbone"])
+    if is_timm(module):
+        return name, {}
+    from modules.backbones.gguf import located
+
+    return located(name)
+
+
+def _assignment(variable: str, name: str, shared: bool) -> str:
+    """Return the line that names a source of weights; a reader elsewhere must give the place of a local one."""
+    if not (shared and is_local(name)):
+        return f"{variable} = {name!r}"
+    kind = "backbone was" if variable == "BACKBONE" else "weights were"
+    return f"{variable} = {short_name(name)!r}  # The {kind} read from a local path: give its place."
 
 
 def _program(imports: list[str], *lines: str) -> str:
@@ -70,10 +119,24 @@ class _Expression(str):
         return str(self)
 
 
-def _absolute(name: str) -> str:
+BACKBONE, WEIGHTS = _Expression("BACKBONE"), _Expression("WEIGHTS")  # the program's variables
+
+
+def absolute_name(name: str) -> str:
     """Return a local path from the root, also behind timm's `local-dir:`, and any other name as it is."""
     path = name.removeprefix(LOCAL)
     return name.removesuffix(path) + os.path.abspath(path) if os.path.exists(path) else name
+
+
+def is_local(name: str) -> bool:
+    """Return True for an absolute path, also behind timm's `local-dir:`."""
+    return os.path.isabs(name.removeprefix(LOCAL))
+
+
+def short_name(name: str) -> str:
+    """Return an absolute path by its last part, and any other name as it is."""
+    path = name.removeprefix(LOCAL)
+    return name.removesuffix(path) + Path(path).name if is_local(name) else name
 
 
 # ----------------------------------------------------------------------------------------------------------------- timm
@@ -83,19 +146,19 @@ def _timm_base(module: ImageClassifier) -> tuple[list[str], list[str]]:
     from timm.models import get_model_args
 
     assert module.class_names is not None  # a checkpoint has them
-    name, weights, classes = _absolute(module.hparams["backbone"]), module.hparams["weights"], len(module.class_names)
+    weights, classes = module.hparams["weights"], len(module.class_names)
     arguments = {key: value for key, value in get_model_args(module.backbone).items() if key != "num_classes"}
     imports, after = ["timm"], []
     if weights == "none":  # without a head, whose draws would come in between
         imports.append("torch")
         lines = [f"torch.manual_seed({torch.initial_seed()})"]
-        lines.append(f"base = {_call('timm.create_model', name, pretrained=False, num_classes=0, **arguments)}")
+        lines.append(f"base = {_call('timm.create_model', BACKBONE, pretrained=False, num_classes=0, **arguments)}")
         after = [f"base.reset_classifier({classes})"]
     else:
         if weights != "pretrained":  # the file instead of timm's own, loaded and resized as timm does for the family
-            overlay = {"file": os.path.abspath(weights), "custom_load": False, "num_classes": 0, "source": "timm"}
+            overlay = {"file": WEIGHTS, "custom_load": False, "num_classes": 0, "source": "timm"}
             arguments["pretrained_cfg_overlay"] = overlay
-        lines = [f"base = {_call('timm.create_model', name, pretrained=True, num_classes=classes, **arguments)}"]
+        lines = [f"base = {_call('timm.create_model', BACKBONE, pretrained=True, num_classes=classes, **arguments)}"]
     if module.backbone_dtype == torch.bfloat16:
         after.append("base = base.bfloat16().float()  # frozen weights rounded as in training")
     return imports, [*lines, *after]
@@ -105,35 +168,41 @@ def _timm_base(module: ImageClassifier) -> tuple[list[str], list[str]]:
 
 
 def _transformers_base(module: AdaptedModule) -> tuple[list[str], list[str]]:
-    from modules.backbones.gguf import located
-
     backbone: Any = module.backbone
     weights = module.hparams["weights"]
-    source, file = located(_absolute(module.hparams["backbone"]))
+    _, file = _source(module)
     keys = _config_changes(module) | file
     dtype = str(module.backbone_dtype).removeprefix("torch.")
     library_class = f"transformers.{type(backbone).__name__}"
     if weights == "none":
-        return _drawn_base(module, source, keys)
+        return _drawn_base(module, keys)
     if weights != "pretrained":
-        config = _Expression(_call("transformers.AutoConfig.from_pretrained", source, **keys))
-        state = _Expression(_call("safetensors.torch.load_file", os.path.abspath(weights)))
+        config = _Expression(_call("transformers.AutoConfig.from_pretrained", BACKBONE, **keys))
+        state = _Expression(_call("safetensors.torch.load_file", WEIGHTS))
         options = {"config": config, "state_dict": state, "dtype": dtype, **_head_options(module)}
         lines = [f"base = {_call(f'{library_class}.from_pretrained', None, **options)}"]
         return ["safetensors.torch", "transformers"], lines
     if file:
         keys["quantization_config"] = _Expression("transformers.GgufConfig(dequantize=True)")
     options = {**keys, "dtype": dtype, **_head_options(module)}
-    return ["transformers"], [f"base = {_call(f'{library_class}.from_pretrained', source, **options)}"]
+    return ["transformers"], [f"base = {_call(f'{library_class}.from_pretrained', BACKBONE, **options)}"]
 
 
 def _config_changes(module: AdaptedModule) -> dict[str, Any]:
     """Return what the backbone's configuration has otherwise than its repository: given values, classes, padding."""
     changes: dict[str, Any] = dict(module.hparams.get("backbone_args") or {})
     if module.class_names is not None:
-        changes["num_labels"] = len(module.class_names) or 1
+        changes |= _label_keys(module)
         changes["pad_token_id"] = cast(Any, module.backbone).config.pad_token_id  # decoders classify the last token
     return changes
+
+
+def _label_keys(module: AdaptedModule) -> dict[str, Any]:
+    """Return the classes of a configuration of transformers: their names, or one output for a number."""
+    if not module.class_names:
+        return {"num_labels": 1}
+    names = {"id2label": "dict(enumerate(LABELS))", "label2id": "{name: i for i, name in enumerate(LABELS)}"}
+    return {key: _Expression(value) for key, value in names.items()}
 
 
 def _head_options(module: AdaptedModule) -> dict[str, bool]:
@@ -141,10 +210,11 @@ def _head_options(module: AdaptedModule) -> dict[str, bool]:
     return {"ignore_mismatched_sizes": True} if module.class_names is not None else {}
 
 
-def _drawn_base(module: AdaptedModule, source: str, keys: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _drawn_base(module: AdaptedModule, keys: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return the code that draws a random backbone as the run did, before its head got the data's classes."""
-    config_keys = {key: value for key, value in keys.items() if key != "num_labels"}
-    config = _Expression(_call("transformers.AutoConfig.from_pretrained", source, **config_keys))
+    labels = _label_keys(module) if module.class_names is not None else {}
+    config_keys = {key: value for key, value in keys.items() if key not in labels}
+    config = _Expression(_call("transformers.AutoConfig.from_pretrained", BACKBONE, **config_keys))
     drawn_in = torch.float32 if module.head_names else module.backbone_dtype
     auto_class = f"transformers.{AUTO_CLASSES[str(module.peft_task)]}"
     lines = [
@@ -156,6 +226,7 @@ def _drawn_base(module: AdaptedModule, source: str, keys: Mapping[str, Any]) -> 
             if isinstance(layer, torch.nn.Linear):  # of the data's number of classes
                 sizes = _call("torch.nn.Linear", layer.in_features, layer.out_features, bias=layer.bias is not None)
                 lines.append(f"base.set_submodule({name!r}, {sizes})")
+    lines += [f"base.config.{key} = {value!r}" for key, value in labels.items()]
     if drawn_in != module.backbone_dtype:
         lines.append(f"base = base.to({module.backbone_dtype})")
     return ["torch", "transformers"], lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +10,7 @@ from jsonargparse import ArgumentError
 
 from app.export.loader_code import Loader, is_timm, merged_timm_loader, merged_transformers_loader
 from app.export.timm_head import timm_model
+from app.export.tokenizer import complete_tokenizer
 from datamodules.contract import TextModel
 from modules.adapters import detach
 from modules.base import AdaptedModule
@@ -53,7 +53,7 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Loa
 
 def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> Loader:
     tokenizer: Any = module.tokenizer
-    _complete_tokenizer(module, tokenizer)
+    complete_tokenizer(module, tokenizer)
     config = backbone.config
     config.task_specific_params = None  # pipelines would generate by these
     classes = module.class_names
@@ -64,23 +64,6 @@ def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> L
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return merged_transformers_loader(type(backbone).__name__)
-
-
-def _complete_tokenizer(module: AdaptedModule, tokenizer: Any) -> None:
-    """Give a tokenizer what its own files lack: the model's inputs and length, the prompts' template, padding.
-
-    `save_pretrained` keeps what stands in `init_kwargs`.
-    """
-    accepted = inspect.signature(cast(Any, module.backbone).forward).parameters
-    names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or name in accepted]
-    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    if module.position_limit is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, module.position_limit)
-    template = module.hparams.get("prompt_template")
-    if template is not None:  # what the model was trained on
-        tokenizer.chat_template = template
-    if module.peft_task == "CAUSAL_LM":  # a response follows the last token
-        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
 
 def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> Loader:

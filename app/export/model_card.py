@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from app.export.loader_code import LOCAL, is_timm
+from app.export.loader_code import LOCAL, is_timm, short_name
 from app.run.checkpoint_io import read_checkpoint, run_of_checkpoint, saved_configuration
 from app.run.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split, read_metrics
 from modules.base import AdaptedModule
@@ -58,10 +58,10 @@ def write_card(
     metrics = _published_metrics(evaluations_of_checkpoint(content, run))
     limits = [f"data.{key} {n}" for split in SPLITS for key, n in _limits(data, split).items()]
     library = "timm" if is_timm(module) else "transformers"
-    dataset = str(data.get("task") or _short(data.get("path") or "unknown"))
+    dataset = str(data.get("task") or short_name(str(data.get("path") or "unknown")))
     facts = {
-        "Base model": _short(model["backbone"]),
-        "Its weights": _short(model.get("weights", "pretrained")),
+        "Base model": short_name(model["backbone"]),
+        "Its weights": short_name(model.get("weights", "pretrained")),
         "Data": dataset,
         "Tuning": module.tuning,
         **(_variant(module) if module.tuning == "adapter" else {}),
@@ -71,7 +71,7 @@ def write_card(
     }
     versions = {name: version(name) for name in ("torch", "lightning", library)}
     body = [
-        f"# {_quoted(_short(model['backbone']))}, tuned on {_quoted(dataset)}",
+        f"# {_quoted(short_name(model['backbone']))}, tuned on {_quoted(dataset)}",
         "Tuned with Onesided, after [Asymmetry in Low-Rank Adapters](https://arxiv.org/abs/2402.16842).",
         _table(("", ""), facts),
         "## Load it",
@@ -192,20 +192,13 @@ def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
     return name if re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name) else None
 
 
-def _short(path: Any) -> str:
-    """Return a path without the folders of its owner's machine, and any other text as it is."""
-    text = str(path)
-    prefix = LOCAL if text.startswith(LOCAL) else ""
-    return prefix + Path(text).name if text.removeprefix(prefix).startswith("/") else text
-
-
 def _plain(value: Any) -> Any:
     """Return values of a configuration as YAML has them, with paths shortened."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float) else _short(value)
+    return value if value is None or isinstance(value, bool | int | float) else short_name(str(value))
 
 
 def _labels(names: list[str]) -> str:

@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *parts: str) -> None:
 
 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, main([]), "fit,validate,test,predict")
+    refused(capsys, main([]), "No command is given", "fit, validate, test, predict")
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,18 @@ def test_help_and_a_run_on_images_import_nothing_else(tmp_path: Path) -> None:
     assert fitted & (LATE | TEXTS | {"scipy"}) == set()
 
 
+def test_a_page_of_help_imports_no_optional_package_of_torchmetrics() -> None:
+    script = """
+import runpy, sys
+sys.argv = ["main.py", "fit", "--help"]
+assert runpy.run_path("main.py")["main"]() == 0
+print(sorted({"matplotlib", "nltk", "scipy", "torchvision", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--trainer.max_epochs" in done.stdout
+
+
 def test_torchmetrics_knows_every_package_and_garbage_is_collected_after_the_imports() -> None:
     script = """
 import gc, main

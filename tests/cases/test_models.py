@@ -6,11 +6,11 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -34,8 +34,9 @@ from app.callbacks.run_summary import _is_limited
 from app.cli import main
 from app.config.differences import compare_configurations
 from app.export.load_run import find_checkpoint, load_module
+from app.export.loader_code import Loader
 from app.export.merged import write_merged
-from app.export.peft import write_peft
+from app.export.peft import export_peft
 from app.reports.heat_map import HeatMap
 from app.run.evaluations import (
     FILE,
@@ -44,6 +45,7 @@ from app.run.evaluations import (
     evaluations_of_checkpoint,
     read_evaluations,
 )
+from datamodules.contract import TextModel
 from modules.adapters import AdapterConfig, adapted_layers, adapters_disabled
 from modules.generation.beam_search import Generation
 from modules.generation.decoding import Decoding
@@ -352,11 +354,16 @@ IDS = torch.arange(4, 18).view(2, 7)
 START = torch.tensor([[2, 0, 44], [2, 0, 49]])
 
 
-def run_code(code: str) -> Any:
-    """Run printed code in a namespace of its own; the model that it makes."""
+def run_program(code: str) -> dict[str, Any]:
+    """Run code in a namespace of its own; the names that the code defines."""
     namespace: dict[str, Any] = {}
     exec(code, namespace)
-    return namespace["model"]
+    return namespace
+
+
+def run_code(code: str) -> Any:
+    """Run code in a namespace of its own; the model that the code makes."""
+    return run_program(code)["model"]
 
 
 def images() -> Tensor:
@@ -449,30 +456,53 @@ def own_logits(module: Any) -> Tensor:
     return module(images()) if isinstance(module, ImageClassifier) else ask(module, module.backbone)
 
 
+def texts_for(loader: Loader, folder: Path, module: Any) -> Iterator[str]:
+    """The printed code, and then the card's in another folder, where local weights have the names in the card."""
+    yield loader(str(folder))
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    folder.rename(elsewhere / folder.name)
+    for source in (Path(module.hparams["backbone"]), Path(module.hparams["weights"])):
+        source = source.parent if source.suffix == ".gguf" else source  # which stands beside its directory
+        if source.exists():
+            (elsewhere / source.name).symlink_to(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(elsewhere)
+        yield loader(folder.name, shared=True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *((name, write_peft) for name in MODULES),
+        *((name, export_peft) for name in MODULES),
         *((name, write_merged) for name in MERGED),
         *(pytest.param(name, write_merged, marks=pytest.mark.slow) for name in MODULES if name not in MERGED),
     ],
 )
-def test_case_13_printed_code_gives_the_same_logits(
-    tmp_path: Path, name: str, form: Callable[..., Callable[[str], str]]
-) -> None:
+def test_case_13_code_gives_the_same_logits(tmp_path: Path, name: str, form: Callable[..., Loader]) -> None:
     module = moved(MODULES[name](tmp_path))
     expected = own_logits(module)
     with adapters_disabled(module.backbone):
         frozen = own_logits(module)
     folder = tmp_path / "it's"
     folder.mkdir()
-    code = form(module, torch.float32, folder)(str(folder))
-    torch.rand(3)  # the code depends on no random numbers of this process
-    model = run_code(code)
-    assert not model.training
-    error, update = (float((logits - expected).norm()) for logits in (ask(module, model), frozen))
-    assert error < (0.1 if "bfloat16" in name else 1e-3) * update
+    for place, code in enumerate(texts_for(form(module, torch.float32, folder), folder, module)):
+        torch.rand(3)  # the code depends on no random numbers of this process
+        names = run_program(code)
+        assert not names["model"].training
+        error, update = (float((logits - expected).norm()) for logits in (ask(module, names["model"]), frozen))
+        assert error < (0.1 if "bfloat16" in name else 1e-3) * update
+        if form is export_peft:
+            assert names.get("LABELS", []) == (module.class_names or [])
+            if isinstance(module, TextModel):
+                text = "the cat sat"
+                assert names["tokenizer"](text)["input_ids"] == cast(Any, module.tokenizer)(text)["input_ids"]
+                if module.class_names:
+                    assert names["model"].config.id2label == dict(enumerate(module.class_names))
+        assert place == 0 or str(tmp_path) not in code
+    written = [file for file in (tmp_path / "elsewhere" / "it's").iterdir() if file.is_file()]
+    assert {file.name for file in written if str(tmp_path).encode() in file.read_bytes()} == set()
 
 
 @torch.no_grad()
@@ -482,7 +512,7 @@ def test_case_13_weights_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: load_file(file))
     module = moved(image_module("pretrained"))
     (tmp_path / "peft").mkdir()
-    code = write_peft(module, torch.float32, tmp_path / "peft")(str(tmp_path / "peft"))
+    code = export_peft(module, torch.float32, tmp_path / "peft")(str(tmp_path / "peft"))
     torch.testing.assert_close(run_code(code)(images()), module(images()), atol=1e-5, rtol=1e-4)
 
 

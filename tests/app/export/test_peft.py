@@ -88,10 +88,17 @@ def test_every_task(request: pytest.FixtureRequest, name: str, tmp_path: Path) -
     cli: CommandLine = request.getfixturevalue(f"fitted_{name}")
     output = tmp_path / "peft"
     assert run_export(cli.run(), output) == 0
-    assert_only(output, CONFIG, WEIGHTS, "README.md")
+    texts = () if name == "cli" else ("tokenizer.json", "tokenizer_config.json")
+    labels = ("labels.json",) if name in ("cli", "text_cli") else ()
+    templates = ("chat_template.jinja",) if name == "instruction_cli" else ()
+    assert_only(output, CONFIG, WEIGHTS, "README.md", *texts, *labels, *templates)
     assert_only(cli.run() / "adapter", CONFIG, WEIGHTS)  # written when the fit ended
-    for file in (CONFIG, WEIGHTS):
-        assert (cli.run() / "adapter" / file).read_bytes() == (output / file).read_bytes()
+    assert (cli.run() / "adapter" / WEIGHTS).read_bytes() == (output / WEIGHTS).read_bytes()
+    own, shared = (json.loads((folder / CONFIG).read_text()) for folder in (cli.run() / "adapter", output))
+    base = "base_model_name_or_path"
+    assert own | {base: None} == shared | {base: None}
+    assert own[base] == (cli.backbone[1] if cli.backbone else "vit_tiny_patch16_224")
+    assert shared[base] == (Path(cli.backbone[1]).name if cli.backbone else None)  # weights: none
     module = module_of(cli.run())
     make_base, ask = TASKS[name]
     base = make_base(module, Path(cli.backbone[1]) if cli.backbone else Path()).eval()
@@ -103,6 +110,33 @@ def test_every_task(request: pytest.FixtureRequest, name: str, tmp_path: Path) -
     kinds = {"text_cli": "SEQ_CLS", "summary_cli": "SEQ_2_SEQ_LM", "instruction_cli": "CAUSAL_LM"}
     content = json.loads((output / CONFIG).read_text())
     assert (content["task_type"], content["lora_dropout"]) == (kinds.get(name), 0.1)
+
+
+AUTO = {
+    "text_cli": peft.AutoPeftModelForSequenceClassification,
+    "summary_cli": peft.AutoPeftModelForSeq2SeqLM,
+    "instruction_cli": peft.AutoPeftModelForCausalLM,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_classes_of_peft_find_the_backbone_by_its_name(
+    request: pytest.FixtureRequest, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli: CommandLine = request.getfixturevalue(f"fitted_{name}")
+    output = tmp_path / "peft"
+    assert run_export(cli.run(), output) == 0
+    monkeypatch.chdir(Path(cli.backbone[1]).parent)  # in the place of the hub
+    keys = {}
+    if name == "text_cli":
+        names = json.loads((output / "labels.json").read_text())
+        keys = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
+    model = AUTO[name].from_pretrained(output, **keys).eval()
+    module = module_of(cli.run())
+    torch.testing.assert_close(TASKS[name][1](model), logits(name, module), atol=1e-5, rtol=1e-5)
+    if keys:
+        assert model.config.id2label == dict(enumerate(module.class_names))
 
 
 def test_the_adapter_is_of_the_best_checkpoint(text_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

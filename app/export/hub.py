@@ -1,0 +1,57 @@
+"""Upload an export to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentError
+
+from datamodules.errors import first_line
+
+OPTION = "--push_to_hub"
+
+
+def check_repository(name: str) -> None:
+    """Check the name of a repository before anything is exported.
+
+    Raises:
+        ArgumentError: If the hub takes no such name.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ArgumentError(None, f"{OPTION}: {name!r:.120} is no name of a repository ({error}).") from error
+
+
+def push_to_hub(folder: Path, name: str) -> str:
+    """Upload a directory to a repository of the hub, which is created as a private one if it is missing.
+
+    Args:
+        folder: The directory.
+        name: `OWNER/NAME`, or a name below the owner of the token.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ArgumentError: Without a token, without a network, or if the hub refuses the upload.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    kept = f"The export is complete in {folder}"
+    if get_token() is None:
+        raise ArgumentError(None, f"{OPTION}: there is no token. Run `hf auth login` or set HF_TOKEN. {kept}.")
+    api = HfApi()
+    try:
+        repository = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id, folder_path=folder, commit_message="Upload an adapter trained with Onesided"
+        )
+    except Exception as error:  # The network and the hub can raise many exceptions.
+        raise ArgumentError(
+            None, f"{OPTION}: {name} could not be uploaded ({first_line(error)}). {kept}; upload it later."
+        ) from error
+    return str(repository)
