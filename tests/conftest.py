@@ -51,6 +51,8 @@ __all__ = [  # which other tests import from here
 ]
 ROOT = Path(__file__).parents[1]
 datasets.disable_progress_bars()
+# the first backward decides whether autograd has threads, and with them no test could fork a process that trains
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -1,0 +1,44 @@
+"""Adapters through the content of PEFT's files and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modules.adapters import AdapterConfig, adapter_state, attach, load_adapter_state
+from modules.formats.peft import Heads
+from modules.formats.peft_reading import PeftAdapter, from_peft
+from modules.formats.peft_writing import to_peft
+from tests.support.bare_backbones import Backbone
+
+
+def exported(backbone: Backbone, config: AdapterConfig, heads: Heads) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    content, tensors = to_peft(backbone.model, config, adapter_state(backbone.model), heads)
+    return json.loads(json.dumps(content)), tensors
+
+
+def pefts_output(backbone: Backbone, folder: Path) -> Tensor:
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(backbone.reference), folder).eval()
+    return backbone.run(model)
+
+
+def imported(backbone: Backbone, content: Any, tensors: Any, **own: Any) -> PeftAdapter:
+    """Read for a fresh model, and attached to it."""
+    own_config = AdapterConfig(**({"init_a": "given", "init_b": "given"} | own))
+    backbone.model = copy.deepcopy(backbone.reference)
+    given = from_peft(backbone.model, content, tensors, own_config, backbone.head, backbone.head)
+    attach(backbone.model, given.config, exclude=backbone.head)
+    load_adapter_state(backbone.model, given.factors)
+    for name, tensors_of_head in given.heads.items():
+        backbone.model.get_submodule(name).load_state_dict(tensors_of_head)
+    return given
+
+
+def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
