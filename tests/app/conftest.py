@@ -88,6 +88,12 @@ def question_cli(tmp_path: Path, questions_path: Path, llama_path: Path) -> Comm
     return CommandLine(tmp_path / "runs", questions_path, "questions", llama_path)
 
 
+@pytest.fixture
+def any_cli(request: pytest.FixtureRequest) -> CommandLine:
+    """Return the command line of the fixture that the test names, with a finished run for `fitted_…`."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(params=["text", "summary"])
 def language_cli(request: pytest.FixtureRequest) -> CommandLine:
     return request.getfixturevalue(f"{request.param}_cli")
