@@ -94,11 +94,6 @@ def any_cli(request: pytest.FixtureRequest) -> CommandLine:
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(params=["text", "summary"])
-def language_cli(request: pytest.FixtureRequest) -> CommandLine:
-    return request.getfixturevalue(f"{request.param}_cli")
-
-
 @pytest.fixture(scope="session")
 def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CommandLine], None]:
     """Puts a run of one epoch below a command line's root; each configuration's is fitted once a session."""
@@ -133,11 +128,6 @@ fitted_cli = _fitted("cli")
 fitted_text_cli = _fitted("text_cli")
 fitted_summary_cli = _fitted("summary_cli")
 fitted_instruction_cli = _fitted("instruction_cli")
-
-
-@pytest.fixture(params=["text", "summary"])
-def fitted_language_cli(request: pytest.FixtureRequest) -> CommandLine:
-    return request.getfixturevalue(f"fitted_{request.param}_cli")
 
 
 States = dict[str, dict[str, Tensor]]
