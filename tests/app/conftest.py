@@ -88,9 +88,10 @@ def question_cli(tmp_path: Path, questions_path: Path, llama_path: Path) -> Comm
     return CommandLine(tmp_path / "runs", questions_path, "questions", llama_path)
 
 
-@pytest.fixture(params=["text", "summary"])
-def language_cli(request: pytest.FixtureRequest) -> CommandLine:
-    return request.getfixturevalue(f"{request.param}_cli")
+@pytest.fixture
+def any_cli(request: pytest.FixtureRequest) -> CommandLine:
+    """Return the command line of the fixture that the test names, with a finished run for `fitted_…`."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -127,11 +128,6 @@ fitted_cli = _fitted("cli")
 fitted_text_cli = _fitted("text_cli")
 fitted_summary_cli = _fitted("summary_cli")
 fitted_instruction_cli = _fitted("instruction_cli")
-
-
-@pytest.fixture(params=["text", "summary"])
-def fitted_language_cli(request: pytest.FixtureRequest) -> CommandLine:
-    return request.getfixturevalue(f"fitted_{request.param}_cli")
 
 
 States = dict[str, dict[str, Tensor]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,9 @@ from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.app.conftest import CommandLine, recording
 from tests.app.export.test_peft import CONFIG, NO_TRAINING, VIT, WEIGHTS, module_of, run_export
-from tests.app.test_bad_input import refused
 from tests.backbones import save_backbone
+from tests.support.refusals import refused
+from tests.support.rows import edit_json
 
 
 def test_training_goes_on_from_a_file_and_resumes_without_it(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
@@ -147,11 +147,6 @@ def test_from_the_hub(fitted_text_cli: CommandLine, monkeypatch: pytest.MonkeyPa
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def edit(folder: Path, **keys: Any) -> None:
-    content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(content | keys))
-
-
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
@@ -168,9 +163,9 @@ def edit(folder: Path, **keys: Any) -> None:
         (lambda folder: (folder / CONFIG).write_text("[]"), [CONFIG, "object"]),
         (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]), [WEIGHTS, "truncated"]),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), [WEIGHTS, "truncated"]),
-        (lambda folder: edit(folder, peft_type="PREFIX_TUNING"), ["peft_type", "PREFIX_TUNING", "LORA"]),
-        (lambda folder: edit(folder, use_dora=True), ["use_dora"]),
-        (lambda folder: edit(folder, r=5), ["rank 4", "5 by r"]),
+        (lambda folder: edit_json(folder / CONFIG, peft_type="PREFIX_TUNING"), ["peft_type", "PREFIX_TUNING", "LORA"]),
+        (lambda folder: edit_json(folder / CONFIG, use_dora=True), ["use_dora"]),
+        (lambda folder: edit_json(folder / CONFIG, r=5), ["rank 4", "5 by r"]),
     ],
 )
 def test_damaged(fitted_text_cli: CommandLine, tmp_path: Path, damage: Callable[[Path], Any], parts: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from datamodules.loading import prefix_cache
 from tests.app.processes import run_on_two
 from tests.app.test_resume import interrupt_and_resume
 from tests.backbones import save_backbone
-from tests.conftest import write_parquet, write_sentences
+from tests.support.small_data import write_parquet, write_sentences
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -43,16 +43,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of hidden states for each test; that of tokens stays the session's."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache" / "onesided"
-
-
-@pytest.fixture
-def lines(request: pytest.FixtureRequest) -> Callable[[str], CommandLine]:
-    names = {"image": "cli", "text": "text_cli", "instructions": "instruction_cli"}
-
-    def line(kind: str) -> CommandLine:
-        return request.getfixturevalue(names[kind])  # type: ignore[no-any-return]
-
-    return line
 
 
 @pytest.fixture
@@ -93,26 +83,22 @@ def same_fit(cli: CommandLine, one: int, other: int, exact: bool = True) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("any_cli", "more"),
     [
-        ("image", []),
-        ("image", ["--model.tuning=head", "--data.num_workers=1"]),
-        ("text", ["--model.backbone_dtype=bfloat16", "--trainer.precision=bf16-mixed"]),
-        ("text", ["--model.tuning=head", "--data.padding=max_length", "--data.bucket_by_length=false"]),
-        ("instructions", ["--model.gradient_checkpointing=true"]),
-        ("instructions", ["--data.packing=true", "--data.batch_size=2"]),
+        ("cli", []),
+        ("cli", ["--model.tuning=head", "--data.num_workers=1"]),
+        ("text_cli", ["--model.backbone_dtype=bfloat16", "--trainer.precision=bf16-mixed"]),
+        ("text_cli", ["--model.tuning=head", "--data.padding=max_length", "--data.bucket_by_length=false"]),
+        ("instruction_cli", ["--model.gradient_checkpointing=true"]),
+        ("instruction_cli", ["--data.packing=true", "--data.batch_size=2"]),
     ],
+    indirect=["any_cli"],
 )
 def test_losses_are_those_of_the_uncached_fit(
-    lines: Callable[[str], CommandLine],
-    cache: Path,
-    ran: list[bool],
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-    more: list[str],
+    any_cli: CommandLine, cache: Path, ran: list[bool], capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
-    cli = lines(kind)
-    options = [*OPTIONS[kind], *more]
+    cli, kind = any_cli, any_cli.config
+    options = [*OPTIONS[kind], *more, "--trainer.max_epochs=1"]
     assert cli("fit", *options) == 0
     assert any(ran)
     assert not files(cache)
@@ -132,10 +118,11 @@ def test_losses_are_those_of_the_uncached_fit(
 def test_the_next_run_reads_what_the_first_has_written(
     cli: CommandLine, cache: Path, ran: list[bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli("fit", *OPTIONS["image"], CACHED) == 0
+    options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=1"]
+    assert cli("fit", *options) == 0
     ran.clear()
     capsys.readouterr()
-    assert cli("fit", *OPTIONS["image"], CACHED) == 0
+    assert cli("fit", *options) == 0
     same_fit(cli, 0, 1)
     assert not ran
     assert len(files(cache)) == 2
@@ -154,7 +141,7 @@ def test_validate_and_test_go_by_the_whole_backbone(cli: CommandLine, cache: Pat
 
 
 def test_resume_in_the_middle_of_an_epoch(cli: CommandLine) -> None:
-    options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=3", "--checkpoint.last_every_n_steps=3"]
+    options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=2", "--checkpoint.last_every_n_steps=3"]
     assert interrupt_and_resume(cli, options, cut=11) == 9
 
 
@@ -163,6 +150,7 @@ def test_resume_in_the_middle_of_an_epoch(cli: CommandLine) -> None:
 
 def test_other_weights_data_or_depth_are_computed_anew(cli: CommandLine, cache: Path, tmp_path: Path) -> None:
     short = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    short += ["--trainer.limit_val_batches=1", "--trainer.logger=false", "--generalization.rows=0"]
     counts = []
     for more in (
         ["--data.batch_size=4"],
@@ -181,6 +169,7 @@ def test_other_weights_data_or_depth_are_computed_anew(cli: CommandLine, cache: 
 
 def test_one_changed_weight_or_word_is_enough(text_cli: CommandLine, cache: Path, tmp_path: Path) -> None:
     short = [*OPTIONS["text"], CACHED, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    short += ["--trainer.limit_val_batches=1", "--trainer.logger=false", "--generalization.rows=0"]
     folder = Path(shutil.copytree(text_cli.backbone[1], tmp_path / "moved"))
     assert text_cli("fit", *short) == 0
     assert text_cli("fit", *short, f"--model.backbone={folder}") == 0  # wherever it lies
@@ -216,30 +205,21 @@ def failure(cli: CommandLine, capsys: pytest.CaptureFixture[str], *options: str)
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
+    ("options", "message"),
     [
-        ("image", ["--data.horizontal_flip=true"], r"data.cache_prefix: training images are augmented"),
-        ("image", ["--data.crop_scale=[0.5, 1]"], r"data.horizontal_flip to false and data.crop_scale to [1, 1]"),
+        (["--data.crop_scale=[0.5, 1]"], "data.horizontal_flip to false and data.crop_scale to [1, 1]"),
         (
-            "image",
             ["--model.adapter.layers=3"],
             "(blocks.0.attn.qkv.query). Adapt only the last blocks with model.adapter.layers: 2",
         ),
-        ("image", ["--model.tuning=full"], "data.cache_prefix: with model.tuning: full"),
-        ("text", ["--model.adapter.layers=3"], "adapter.layers: 3 is more than the number of blocks"),
-        ("text", ["--model.adapter.layers=0"], "adapter.layers: 0 must be a whole number"),
-        ("instructions", ["--model.shard_frozen=true"], "data.cache_prefix: with model.shard_frozen: true"),
+        (["--model.tuning=full"], "data.cache_prefix: with model.tuning: full"),
+        (["--model.compile=true"], "model.compile: true does not support"),
     ],
 )
 def test_what_cannot_be_cached(
-    lines: Callable[[str], CommandLine],
-    cache: Path,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-    options: list[str],
-    message: str,
+    cli: CommandLine, cache: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    error = failure(lines(kind), capsys, *OPTIONS[kind], *options)
+    error = failure(cli, capsys, *OPTIONS["image"], *options)
     assert message in " ".join(error.split())
     assert "Traceback" not in error
     assert not files(cache)
@@ -254,10 +234,6 @@ def test_backbones_that_cannot_go_on(
     folder = save_backbone(tmp_path / "deberta", "deberta")
     error = failure(text_cli, capsys, f"--model.backbone={folder}", "--model.adapter.layers=1")
     assert "data.cache_prefix: DebertaV2ForSequenceClassification cannot continue from the output of one" in error
-
-
-def test_a_task_without_the_key(summary_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "cache_prefix" in failure(summary_cli, capsys)
 
 
 def test_a_full_disk(
@@ -282,7 +258,7 @@ def test_two_processes_share_what_the_first_writes(
     cli: CommandLine, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "BEAT", 0.0)  # the second is told of each batch
-    options = [*OPTIONS["image"], CACHED, "--model.adapter.dropout=0"]
+    options = [*OPTIONS["image"], CACHED, "--model.adapter.dropout=0", "--trainer.max_epochs=1"]
     assert cli("fit", *options, "--data.batch_size=12") == 0
     shutil.rmtree(cache)
     run_on_two(cli.words("fit", *options, "--data.batch_size=6"), tmp_path)

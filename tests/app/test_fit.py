@@ -1,8 +1,12 @@
-"""Runs through the real command line: what is trained, what is written, what stays as it was."""
+"""Runs of every family through the real command line: what is trained, what is written, what stays as it was."""
 
 from __future__ import annotations
 
 import csv
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,49 +16,59 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
-from tests.conftest import CLASSES, colour_image
+from tests.conftest import ROOT
+from tests.support.rows import write_rows
+from tests.support.small_data import CLASSES, colour_image, write_sentences
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
 
+ONE_EPOCH = "--trainer.max_epochs=1"
+A = ("--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal")
+BOTH = ("--model.adapter.train=both", "--model.adapter.init_a=kaiming")
+HALF = ("--trainer.precision=bf16-mixed", "--model.backbone_dtype=bfloat16")
+HEAD = ("head.weight", "head.bias")
+CLASSIFIER = tuple(f"classifier.{name}" for name in ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"))
+EVERYTHING = ("",)
+
 
 @pytest.mark.parametrize(
-    ("options", "trained"),
+    ("any_cli", "options", "trained"),
     [
-        ((), ("adapters.query.B", "adapters.value.B", "head.weight", "head.bias")),
+        ("cli", ("--test_after_fit=true", *HALF), ("query.B", "value.B", *HEAD)),
+        ("cli", ("--model.tuning=head",), HEAD),
+        ("text_cli", A, (".A", *CLASSIFIER)),
+        ("summary_cli", (*BOTH, *HALF), (".A", ".B")),
         (
-            ("--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"),
-            ("adapters.query.A", "adapters.value.A", "head.weight", "head.bias"),
+            "instruction_cli",
+            (*BOTH, *HALF, "--model.gradient_checkpointing=true", "--data.packing=true", "--data.batch_size=2"),
+            (".A", ".B"),
         ),
-        (
-            ("--model.adapter.train=both", "--model.adapter.init_a=kaiming"),
-            (".A", ".B", "head.weight", "head.bias"),
-        ),
-        (("--model.tuning=head",), ("head.weight", "head.bias")),
+        ("instruction_cli", ("--model.tuning=full", "--data.template=alpaca", "--data.max_length=400"), EVERYTHING),
     ],
+    indirect=["any_cli"],
 )
 def test_only_what_is_trained_changes(
-    cli: CommandLine, recorded: dict[str, dict[str, Tensor]], options: tuple[str, ...], trained: tuple[str, ...]
+    any_cli: CommandLine, recorded: dict[str, dict[str, Tensor]], options: tuple[str, ...], trained: tuple[str, ...]
 ) -> None:
-    assert cli("fit", *options, "--test_after_fit=true") == 0
+    assert any_cli("fit", ONE_EPOCH, *options) == 0
     before, after = recorded["on_fit_start"], recorded["on_fit_end"]
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) is not name.endswith(trained), name
+    saved = any_cli.checkpoint()["state_dict"]
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    frozen = {name for name in before if not name.endswith(trained) and ".adapters." not in name}
+    tied = {"backbone.lm_head.weight"}  # the embeddings are saved once
+    assert saved.keys() - tied == before.keys() - frozen - tied
 
 
-def test_full_tuning_changes_everything_and_has_no_adapter(
-    cli: CommandLine, recorded: dict[str, dict[str, Tensor]]
+def test_a_run_learns_and_leaves_what_the_contract_names(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert cli("fit", "--model.tuning=full") == 0
-    assert not any("adapters" in name for name in recorded["on_fit_start"])
-    unchanged = [n for n, t in recorded["on_fit_start"].items() if torch.equal(t, recorded["on_fit_end"][n])]
-    assert unchanged == []
-
-
-def test_a_run_learns_and_leaves_what_the_contract_names(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("fit", "--trainer.max_epochs=8", "--test_after_fit=true", "--model.adapter.targets=all") == 0
     out = capsys.readouterr().out
     assert out.strip().splitlines()[-1] == f"Run directory: {cli.run()}"
@@ -68,43 +82,62 @@ def test_a_run_learns_and_leaves_what_the_contract_names(cli: CommandLine, capsy
     config = yaml.safe_load((cli.run() / "config.yaml").read_text())
     assert config["model"]["init_args"]["adapter"]["rank"] == 4
     assert sorted(p.name for p in (cli.run() / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    # no labelled data is needed to predict: the checkpoint knows its classes
+    rng, folder = np.random.default_rng(7), tmp_path / "unknown"
+    folder.mkdir()
+    for i in range(9):
+        Image.fromarray(colour_image(i % 3, rng)).save(folder / f"{i}.png")
+    assert cli("predict", "--ckpt_path=last", f"--data.predict_path={folder}", "--data.path=/nowhere") == 0
+    with (cli.run() / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["name"] for r in rows] == [f"{i}.png" for i in range(9)]
+    assert sum(r["prediction"] == CLASSES[i % 3] for i, r in enumerate(rows)) >= 8
+    assert all(1 / 3 <= float(r["probability"]) <= 1 for r in rows)
 
 
-def test_a_checkpoint_holds_no_frozen_backbone(fitted_cli: CommandLine) -> None:
-    state = fitted_cli.checkpoint()["state_dict"]
-    factors = {
-        f"backbone.blocks.{i}.attn.qkv.adapters.{r}.{f}" for i in (0, 1) for r in ("query", "value") for f in "AB"
-    }
-    assert set(state) == factors | {"head.weight", "head.bias"}
+FULL = ("--model.tuning=full", "--model.learning_rate=0.003")  # these backbones were never pretrained
+
+
+def test_summarization_learns_and_rouge_is_that_of_rouge_score(summary_cli: CommandLine, pairs_path: Path) -> None:
+    options = ["--trainer.max_epochs=12", "--model.label_smoothing=0", "--test_after_fit=true"]
+    assert summary_cli("fit", *FULL, *options, "--trainer.check_val_every_n_epoch=6") == 0
+    assert summary_cli.metrics()["test/rougeL"] > 0.85  # untrained it is near 0
+    assert summary_cli("predict", "--ckpt_path", str(summary_cli.run())) == 0
+    with (summary_cli.run() / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    given = [json.loads(line) for line in (pairs_path / "test.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["reference"]) for r in rows] == [(g["id"], g["summary"]) for g in given]
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(r["reference"], r["summary"]) for r in rows]
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        mean = sum(s[kind].fmeasure for s in scores) / len(scores)
+        assert summary_cli.metrics()[f"test/{kind}"] == pytest.approx(mean, abs=1e-6)
 
 
 def test_each_run_has_a_directory_of_its_own(fitted_cli: CommandLine) -> None:
-    assert fitted_cli("fit", "--trainer.max_epochs=1") == 0
-    assert fitted_cli.run(0).is_dir()
-    assert fitted_cli.run(1).is_dir()
+    assert fitted_cli("fit", ONE_EPOCH) == 0
     # two runs of one configuration are one run
     first, second = fitted_cli.checkpoint(0)["state_dict"], fitted_cli.checkpoint(1)["state_dict"]
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_a_checkpoint_evaluates_to_what_fit_said(cli: CommandLine) -> None:
-    assert cli("fit", "--test_after_fit=true") == 0
-    before = cli.metrics()
-    # after training, last.ckpt is the validated model and best.ckpt the tested one
-    for command, name, loss in (("validate", "last", "val/loss"), ("test", "best", "test/loss")):
-        (cli.run() / "metrics.json").unlink()
-        assert cli(command, "--ckpt_path", str(cli.run() / "checkpoints" / f"{name}.ckpt")) == 0
-        assert cli.metrics()[loss] == before[loss]
-    assert not cli.run(1).exists()
+@pytest.mark.parametrize(
+    ("any_cli", "options"),
+    [("fitted_cli", ("--data.max_test_samples=12",)), ("fitted_summary_cli", ())],
+    indirect=["any_cli"],
+)
+def test_a_checkpoint_evaluates_to_what_fit_said(any_cli: CommandLine, options: tuple[str, ...]) -> None:
+    assert any_cli("fit", ONE_EPOCH, "--test_after_fit=true", *options) == 0
+    before = any_cli.metrics(1)
+    assert any_cli("validate", "--ckpt_path", str(any_cli.run(1) / "checkpoints" / "last.ckpt")) == 0
+    assert any_cli.metrics(1) == before
+    (any_cli.run(1) / "metrics.json").unlink()
+    assert any_cli("test", "--ckpt_path", str(any_cli.run(1)), *options) == 0
+    assert any_cli.metrics(1)["test/loss"] == before["test/loss"]
+    assert not any_cli.run(2).exists()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_precisions_train(cli: CommandLine, precision: str, dtype: str) -> None:
-    assert cli("fit", f"--trainer.precision={precision}", f"--model.backbone_dtype={dtype}") == 0
-    state = cli.checkpoint()["state_dict"]
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    assert cli.metrics()["train/loss"] < 1.5
+# ----------------------------------------------------------------------------------------------------- what is logged
 
 
 @pytest.mark.drawn
@@ -150,18 +183,100 @@ def test_another_logger_by_config(cli: CommandLine, capsys: pytest.CaptureFixtur
     assert not list(cli.run().glob("events*"))
 
 
-def test_predict_writes_a_table(cli: CommandLine, tmp_path: Path) -> None:
-    assert cli("fit", "--trainer.max_epochs=8", "--model.adapter.targets=all") == 0
-    folder = tmp_path / "unknown"
-    rng = np.random.default_rng(7)
-    for i in range(9):
-        target = folder / f"{i}.png"
-        target.parent.mkdir(exist_ok=True)
-        Image.fromarray(colour_image(i % 3, rng)).save(target)
-    # no labelled data is needed: the checkpoint knows its classes
-    assert cli("predict", "--ckpt_path=last", f"--data.predict_path={folder}", "--data.path=/nowhere") == 0
-    with (cli.run() / "predictions.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [r["name"] for r in rows] == [f"{i}.png" for i in range(9)]
-    assert sum(r["prediction"] == CLASSES[i % 3] for i, r in enumerate(rows)) >= 8
-    assert all(1 / 3 <= float(r["probability"]) <= 1 for r in rows)
+def test_generated_texts_and_spectra_are_in_tensorboard(fitted_summary_cli: CommandLine) -> None:
+    events = fitted_summary_cli.events()
+    text = events.Tensors("val/samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.count("**Generated**") == 4
+    assert "**Reference** the film was" in text
+    last = fitted_summary_cli.scalars("spectrum/query/A/smallest")
+    assert last[max(last)] == pytest.approx(1.0, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ tasks of text
+
+
+def test_blocks_that_are_left_out_at_random_are_no_mistake(summary_cli: CommandLine) -> None:
+    options = ["--model.backbone_args.encoder_layerdrop=0.95", "--trainer.max_steps=1"]  # the first step has neither
+    assert summary_cli("fit", *options) == 0
+    assert summary_cli.checkpoint()["global_step"] == 1
+
+
+def test_one_key_switches_task(text_cli: CommandLine, tmp_path: Path) -> None:
+    glue = tmp_path / "glue"
+    for version, (task, metric) in enumerate((("cola", "val/matthews"), ("sst2", "val/accuracy"))):
+        write_sentences(glue / task, {"train": 12, "validation": 10})
+        assert text_cli("fit", f"--data.path={glue}", f"--data.task={task}", ONE_EPOCH) == 0
+        assert metric in text_cli.metrics(version)
+
+
+def test_mnli_has_two_validation_sets(text_cli: CommandLine, tmp_path: Path) -> None:
+    rows = [
+        {"premise": f"w{i} w1", "hypothesis": "good" if i % 2 else "bad", "label": i % 3, "idx": i} for i in range(30)
+    ]
+    for name in ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched"):
+        hidden = {"label": -1} if name.startswith("test") else {}
+        write_rows(tmp_path / "mnli" / f"{name}.jsonl", [row | hidden for row in rows])
+    options = ["--data.task=mnli", f"--data.path={tmp_path / 'mnli'}", "--data.prediction_format=tsv"]
+    assert text_cli("fit", *options, ONE_EPOCH) == 0
+    m = text_cli.metrics()
+    assert m["val/score"] == pytest.approx((m["val/accuracy_matched"] + m["val/accuracy_mismatched"]) / 2)
+    assert text_cli("predict", *options, "--ckpt_path=last") == 0
+    for name in ("MNLI-m.tsv", "MNLI-mm.tsv"):
+        with (text_cli.run() / name).open() as file:
+            table = list(csv.DictReader(file, delimiter="\t"))
+        assert [r["index"] for r in table] == [str(i) for i in range(30)]
+        assert {r["prediction"] for r in table} <= {"entailment", "neutral", "contradiction"}
+
+
+def test_regression_on_any_csv(text_cli: CommandLine, tmp_path: Path) -> None:
+    for split, size in (("train", 40), ("validation", 12)):
+        rows = [f"w{i},{'good,4.5' if i % 2 else 'bad,0.5'}\n" for i in range(size)]
+        (tmp_path / f"{split}.csv").write_text("left,right,score\n" + "".join(rows))
+    options = [f"--data.path={tmp_path}", "--data.task=null", "--data.text_columns=[left, right]"]
+    options += ["--data.label_column=score"]
+    assert text_cli("fit", *options, *FULL, "--trainer.max_epochs=12") == 0
+    metrics = text_cli.metrics()
+    assert metrics["val/pearson"] > 0.9
+    assert metrics["val/score"] == pytest.approx((metrics["val/pearson"] + metrics["val/spearman"]) / 2)
+    answers = ["--data.prediction_format=jsonl", f"--data.predict_path={tmp_path / 'validation.csv'}"]
+    assert text_cli("predict", *options, *answers, "--ckpt_path=last") == 0
+    rows = [json.loads(line) for line in (text_cli.run() / "predictions.jsonl").read_text().splitlines()]
+    assert [r["left"] for r in rows] == [f"w{i}" for i in range(12)]
+    assert all(isinstance(r["prediction"], float) for r in rows)
+
+
+def test_submission_of_cola(fitted_text_cli: CommandLine) -> None:
+    assert fitted_text_cli("predict", "--ckpt_path=last", "--data.prediction_format=tsv") == 0
+    lines = (fitted_text_cli.run() / "CoLA.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(100, 109)]
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
+
+
+@pytest.mark.slow
+def test_a_hub_name_and_a_directory_are_the_same_model(
+    text_cli: CommandLine, roberta_path: Path, tmp_path: Path
+) -> None:
+    """The hub's cache, as it is after a download, against a directory in the hub's layout."""
+    repository = tmp_path / "hub" / "models--someone--tiny-roberta"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / ("0" * 40)).symlink_to(roberta_path)
+    words = text_cli.words("fit", "--model.backbone=someone/tiny-roberta")
+    # in a process of its own, since the place of the cache is read once
+    script = "import sys\nfrom app.cli import main\nassert main(sys.argv[1:]) == 0\nassert 'timm' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert text_cli("fit") == 0
+    one, other = text_cli.checkpoint(0), text_cli.checkpoint(1)
+    assert one["frozen_digest"] == other["frozen_digest"]
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, other["state_dict"][name]), name

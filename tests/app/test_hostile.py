@@ -20,9 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from app.cli import main, restricted_imports
-from tests.app.test_bad_input import Malicious, refused
 from tests.backbones import save_backbone
-from tests.conftest import CLASSES, colour_image, png, write_parquet
+from tests.support.malicious import Malicious
+from tests.support.refusals import refused
+from tests.support.rows import edit_json
+from tests.support.small_data import CLASSES, colour_image, png, write_parquet
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -227,31 +229,25 @@ def test_hyperparameters_that_are_none(
         refused(capsys, code, "does not name its model")
 
 
-@pytest.mark.parametrize("suffix", ["pth", "bin", "safetensors"])
-@pytest.mark.parametrize("pickled", ["in a file of torch", "alone"])
-def test_a_pickle_for_weights(
-    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path, suffix: str, pickled: str
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("evil.pth", "--model.weights={}"),
+        ("evil.pth", "--model.backbone_args={{checkpoint_path: {}}}"),  # a key of timm's own that loads
+        ("evil.safetensors", "--model.weights={}"),
+        ("evil.ckpt", "--ckpt_path={}"),
+    ],
+)
+def test_a_pickle_in_place_of_weights(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path, name: str, option: str
 ) -> None:
-    path = tmp_path / f"evil.{suffix}"
-    if pickled == "alone":
-        path.write_bytes(pickle.dumps(Malicious(canary)))
-    else:
-        torch.save({"state_dict": {"w": Malicious(canary)}}, path)
-    refused(capsys, cli("fit", f"--model.weights={path}"), "model.weights", path.name)
-    if suffix == "pth":  # a key of timm's own that loads
-        code = cli("fit", f"--model.backbone_args={{checkpoint_path: {path}}}")
-        refused(capsys, code, "model.backbone")
-
-
-def test_a_pickle_in_a_repository(
-    text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path
-) -> None:
-    folder = shutil.copytree(text_cli.backbone[1], tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    torch.save({"embeddings.word_embeddings.weight": Malicious(canary)}, folder / "pytorch_model.bin")
-    refused(capsys, text_cli("fit", f"--model.backbone={folder}"), "model.weights")
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(canary)))
-    refused(capsys, text_cli("fit", f"--model.backbone={folder}"), "model.weights")
+    path = tmp_path / name
+    for content in ({"state_dict": {"w": Malicious(canary)}}, Malicious(canary)):
+        if isinstance(content, dict):
+            torch.save(content, path)
+        else:
+            path.write_bytes(pickle.dumps(content))
+        refused(capsys, cli("fit", option.format(path)), "model.backbone" if "args" in option else name)
 
 
 def test_names_in_safetensors_are_no_paths(
@@ -291,52 +287,36 @@ def generate(*args, **kwargs): pass
 """
 
 
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def test_code_that_a_repository_brings(
-    text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path
-) -> None:
-    folder = shutil.copytree(text_cli.backbone[1], tmp_path / "model")
-    (folder / "evil.py").write_text(EVIL_MODULE.format(canary=str(canary)))
-    classes = {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.Evil"}
-    edit(folder / "config.json", auto_map={**classes, "AutoModelForSequenceClassification": "evil.Evil"})
-    edit(
-        folder / "tokenizer_config.json",
-        auto_map={"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]},
-        tokenizer_class="EvilTokenizer",
-    )
-    assert text_cli("fit", f"--model.backbone={folder}", "--trainer.fast_dev_run=true") in (0, 2)
-    edit(folder / "config.json", model_type="evil")  # one that the library does not know without the code
-    refused(capsys, text_cli("fit", f"--model.backbone={folder}"), "model.backbone")
-
-
-@pytest.mark.parametrize("name", ["os.system", "evil.Evil"])
-def test_a_class_that_a_tokenizer_names(
-    text_cli: CommandLine, tmp_path: Path, canary: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = shutil.copytree(text_cli.backbone[1], tmp_path / "model")
-    (folder / "evil.py").write_text(EVIL_MODULE.format(canary=str(canary)))
-    edit(folder / "tokenizer_config.json", tokenizer_class=name, command=f"touch {canary}")
-    assert text_cli("fit", f"--model.backbone={folder}", "--trainer.fast_dev_run=true") in (0, 2)
-    assert "Traceback" not in capsys.readouterr().err
-
-
-def test_code_for_generation(instruction_cli: CommandLine, tmp_path: Path, canary: Path) -> None:
-    folder = shutil.copytree(instruction_cli.backbone[1], tmp_path / "model")
+def add_generation(folder: Path, canary: Path) -> None:
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(EVIL_MODULE.format(canary=str(canary)))
-    code = instruction_cli("fit", f"--model.backbone={folder}", "--trainer.fast_dev_run=true")
-    assert code in (0, 2)
 
 
-@pytest.mark.parametrize("kernel", ["stranger/kernel:run"])
-def test_kernels_are_not_fetched(
-    instruction_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, kernel: str
+def name_kernel(folder: Path, canary: Path) -> None:
+    kernel = "stranger/kernel:run"
+    edit_json(folder / "config.json", attn_implementation=kernel, _attn_implementation=kernel)
+
+
+def name_function(folder: Path, canary: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="os.system", command=f"touch {canary}")
+
+
+def name_class(folder: Path, canary: Path) -> None:
+    (folder / "evil.py").write_text(EVIL_MODULE.format(canary=str(canary)))
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="evil.EvilTokenizer")
+
+
+@pytest.mark.parametrize("bring", [add_generation, name_kernel, name_function, name_class])
+def test_code_that_a_repository_brings(
+    instruction_cli: CommandLine,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    canary: Path,
+    bring: Callable[[Path, Path], None],
 ) -> None:
+    """Tests of modules.backbones have the code of models."""
     folder = shutil.copytree(instruction_cli.backbone[1], tmp_path / "model")
-    edit(folder / "config.json", attn_implementation=kernel, _attn_implementation=kernel)
+    bring(folder, canary)
     assert instruction_cli("fit", f"--model.backbone={folder}", "--trainer.fast_dev_run=true") in (0, 2)
     assert "Traceback" not in capsys.readouterr().err
 
@@ -364,7 +344,7 @@ def test_the_name_of_a_chat_template_is_no_path(
 ) -> None:
     folder = save_backbone(tmp_path / "model", "roberta")
     template = {"name": f"../../../{outside.name}/x", "template": "x"}
-    edit(folder / "tokenizer_config.json", chat_template=[template, template | {"name": f"{outside}/y"}])
+    edit_json(folder / "tokenizer_config.json", chat_template=[template, template | {"name": f"{outside}/y"}])
     refused(capsys, text_cli("fit", f"--model.backbone={folder}"), "chat template", outside.name)
 
 
@@ -387,8 +367,7 @@ def hostile_zip(path: Path, outside: Path) -> None:
             archive.writestr(name, "a,b\n1,2\n")
 
 
-@pytest.mark.parametrize("write", [hostile_tar, hostile_zip])
-@pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
+@pytest.mark.parametrize(("name", "write"), [("train.csv", hostile_tar), ("train.jsonl", hostile_zip)])
 def test_an_archive_in_place_of_a_table(
     text_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
@@ -402,16 +381,6 @@ def test_an_archive_in_place_of_a_table(
     folder.mkdir()
     write(folder / name, outside)
     refused(capsys, text_cli("fit", f"--data.path={folder}"), "data.")
-
-
-def test_pickles_in_the_place_of_cifar(
-    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path
-) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
-        (folder / name).write_bytes(pickle.dumps(Malicious(canary)))
-    refused(capsys, cli("fit", f"--data.path={folder}"), "not the original CIFAR-10")
 
 
 def test_an_image_that_another_program_would_draw(
@@ -454,7 +423,7 @@ LABELS = [
 def test_labels_in_a_model_card(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.conftest.CLASSES", LABELS)
+    monkeypatch.setattr("tests.support.small_data.CLASSES", LABELS)
     data = write_parquet(tmp_path / "da`ta<b>", {"train": 30, "test": 6})
     short = ("--trainer.limit_train_batches=1", "--trainer.max_epochs=1", "--trainer.logger=false")
     assert cli("fit", f"--data.path={data}", "--test_after_fit=true", *short) == 0

@@ -19,7 +19,9 @@ from app.cli import main
 from modules.language_modeling import LanguageModel
 from tests.app.conftest import CommandLine, States, recording
 from tests.app.processes import run_on_two
-from tests.conftest import ROOT, write_instructions
+from tests.conftest import ROOT
+from tests.support.rows import write_rows
+from tests.support.small_data import write_instructions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,9 +75,8 @@ def read_table(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"--data.predict_path={path}"
+def asking(path: Path, rows: list[dict[str, Any]]) -> str:
+    return f"--data.predict_path={write_rows(path, rows)}"
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -121,29 +122,6 @@ def test_frozen_weights_keep_their_bits_through_every_command(tuned: Tuned, llam
     assert tuned.cli.metrics() == before
 
 
-HALF = ["--trainer.precision=bf16-mixed", "--model.backbone_dtype=bfloat16", "--model.gradient_checkpointing=true"]
-PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=200"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"],
-        ["--model.adapter.train=both", *HALF, *PACKED],
-        ["--model.tuning=full", "--data.template=alpaca", "--data.max_length=400"],
-    ],
-    ids=["A", "both", "full"],
-)
-def test_only_what_is_trained_changes(instruction_cli: CommandLine, recorded: States, options: list[str]) -> None:
-    assert instruction_cli("fit", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", *options) == 0
-    before, after = recorded["on_fit_start"], recorded["on_fit_end"]
-    ends = {"A": (".A",), "both": (".A", ".B")}.get(options[0].rpartition("=")[2], ("",))
-    for name, tensor in before.items():
-        trained = name.startswith("backbone.") and name.endswith(ends)
-        assert torch.equal(tensor, after[name]) is not trained, name
-    assert {tensor.dtype for tensor in instruction_cli.checkpoint()["state_dict"].values()} == {torch.float32}
-
-
 # ----------------------------------------------------------------------------------------------------------- prediction
 
 
@@ -154,7 +132,7 @@ def test_prompts_are_answered_in_the_files_order(tuned: Tuned, tmp_path: Path) -
         {"instruction": "Say w3.", "input": "", "output": "w3"},
         {"instruction": "Say w4 please.", "input": "2 times"},
     ]
-    ask = write_rows(tmp_path / "prompts.jsonl", asked)
+    ask = asking(tmp_path / "prompts.jsonl", asked)
     assert tuned.cli("predict", tuned.run, ask) == 0
     rows = tuned.predictions()
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
@@ -165,7 +143,7 @@ def test_prompts_are_answered_in_the_files_order(tuned: Tuned, tmp_path: Path) -
     contents = [f"{row['instruction']}\n\n{row.get('input', '')}".rstrip() for row in asked]
     messages = [{"messages": [{"role": "user", "content": content}]} for content in contents]
     messages[2]["messages"].append({"role": "assistant", "content": "w3"})  # what is to be said instead
-    assert tuned.cli("predict", tuned.run, write_rows(tmp_path / "messages.jsonl", messages)) == 0
+    assert tuned.cli("predict", tuned.run, asking(tmp_path / "messages.jsonl", messages)) == 0
     assert [row["response"] for row in tuned.predictions()] == [row["response"] for row in rows]
     with (tmp_path / "prompts.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["instruction", "input"])
@@ -176,7 +154,7 @@ def test_prompts_are_answered_in_the_files_order(tuned: Tuned, tmp_path: Path) -
 
 
 def test_sampling_goes_by_the_seed(tuned: Tuned, tmp_path: Path) -> None:
-    ask = [tuned.run, write_rows(tmp_path / "prompts.jsonl", [{"instruction": f"Say w{i}."} for i in range(4)])]
+    ask = [tuned.run, asking(tmp_path / "prompts.jsonl", [{"instruction": f"Say w{i}."} for i in range(4)])]
     ask += ["--model.generation.do_sample=true", "--model.generation.temperature=1.5"]
     found = []
     for seed in (1, 1, 2):
@@ -203,7 +181,7 @@ def test_the_template_trained_with_is_the_one_asked_with(
     assert instruction_cli("fit", *alpaca, *short) == 0
     template = instruction_cli.checkpoint()["hyper_parameters"]["prompt_template"]
     assert "### Response:" in template
-    ask = write_rows(tmp_path / "prompts.jsonl", [{"instruction": "Say w1.", "input": "2 times"}])
+    ask = asking(tmp_path / "prompts.jsonl", [{"instruction": "Say w1.", "input": "2 times"}])
     prompts: list[Tensor] = []
     capsys.readouterr()
     original = LanguageModel.generate
@@ -222,7 +200,7 @@ def test_the_template_trained_with_is_the_one_asked_with(
 
 def test_an_export_says_what_predict_says(tuned: Tuned, tmp_path: Path) -> None:
     asked = [f"Say w{i}." for i in range(5)]
-    ask = write_rows(tmp_path / "prompts.jsonl", [{"instruction": text} for text in asked])
+    ask = asking(tmp_path / "prompts.jsonl", [{"instruction": text} for text in asked])
     assert tuned.cli("predict", tuned.run, ask) == 0
     folder = tmp_path / "model"
     assert main(["export", str(tuned.cli.run()), "--format", "merged", "--output", str(folder)]) == 0
@@ -317,7 +295,7 @@ def test_the_shipped_recipe_asks_a_tuned_run(tuned: Tuned, asked_cli: CommandLin
 
 def test_questions_without_answers_are_predicted(tuned: Tuned, asked_cli: CommandLine, tmp_path: Path) -> None:
     row = {"question": "Which is w1?", "subject": "astronomy", "choices": list("wxyz")}
-    ask = write_rows(tmp_path / "questions.jsonl", [row, row | {"subject": "philosophy"}])
+    ask = asking(tmp_path / "questions.jsonl", [row, row | {"subject": "philosophy"}])
     assert asked_cli("predict", tuned.run, ask) == 0
     assert [(row["subject"], row["answer"]) for row in read_table(tuned.cli.run())] == [
         ("astronomy", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 
 from app.callbacks import AdapterCheckpoint
-from tests.conftest import ROOT, png
+from app.cli import main
+from app.run.evaluations import read_evaluations
+from tests.conftest import ROOT
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -72,32 +74,62 @@ def interrupt_and_resume(cli: CommandLine, options: list[str], cut: int) -> int:
     return saved
 
 
+# dropout of backbone and adapters is on; 50 texts are 8 batches of 6 an epoch, two left over
+EVERY_3 = ["--checkpoint.last_every_n_steps=3"]
+PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=128", "--model.gradient_checkpointing=true"]
+
+
 @pytest.mark.parametrize(
-    ("cut", "every", "batch", "workers"),
+    ("any_cli", "options", "cut", "saved"),
     [
-        (5, 3, 6, 0),  # in the first epoch, two steps behind the checkpoint
-        (8, 3, 6, 0),  # at the start of the second: the checkpoint is that of the first epoch's end
-        (13, 4, 6, 0),  # in the second epoch, checkpoint in its middle
-        pytest.param(21, 1, 6, 0, marks=pytest.mark.slow),  # in the third, right behind a checkpoint
-        pytest.param(13, 4, 6, 2, marks=pytest.mark.slow),  # with worker processes that load ahead
-        (6, 5, 7, 0),  # an epoch's end with images left over
-        (6, 5, 7, 2),  # the same with workers
+        ("cli", EVERY_3, 5, 3),  # in the first epoch, two steps behind the checkpoint
+        ("cli", EVERY_3, 8, 8),  # at the start of the second: the checkpoint is that of the first epoch's end
+        ("cli", ["--checkpoint.last_every_n_steps=4"], 13, 12),  # in the second epoch, checkpoint in its middle
+        # an epoch's end with images left over, and worker processes that load ahead
+        ("cli", ["--checkpoint.last_every_n_steps=5", "--data.batch_size=7", "--data.num_workers=1"], 6, 6),
+        ("text_cli", [*EVERY_3, "--trainer.max_epochs=1"], 5, 3),
+        # steps of three batches and one of the two that remain: 3 an epoch, of which the last but one is saved
+        (
+            "text_cli",
+            ["--checkpoint.last_every_n_steps=4", "--trainer.accumulate_grad_batches=3"],
+            5,
+            5,
+        ),
+        (
+            "summary_cli",
+            ["--checkpoint.last_every_n_steps=2", "--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=1"],
+            3,
+            3,
+        ),
+        # the packs of 50 conversations are 4 steps of two batches, of which the third is saved in any case
+        (
+            "instruction_cli",
+            [
+                *PACKED,
+                *EVERY_3,
+                "--data.num_workers=1",
+                "--trainer.accumulate_grad_batches=2",
+                "--trainer.max_epochs=1",
+            ],
+            3,
+            3,
+        ),
+        pytest.param("instruction_cli", [*EVERY_3, "--trainer.max_epochs=1"], 5, 3, marks=pytest.mark.slow),
+        pytest.param("summary_cli", ["--data.num_workers=1", *EVERY_3], 12, 11, marks=pytest.mark.slow),
     ],
+    indirect=["any_cli"],
 )
-def test_resume_equals_uninterrupted(cli: CommandLine, cut: int, every: int, batch: int, workers: int) -> None:
-    options = ["--trainer.max_epochs=3", f"--checkpoint.last_every_n_steps={every}", f"--data.batch_size={batch}"]
-    saved = interrupt_and_resume(cli, [*options, f"--data.num_workers={workers}"], cut)
-    assert saved == max(s for s in range(cut + 1) if s % every == 0 or s % (48 // batch) == 0)
+def test_resume_equals_uninterrupted(any_cli: CommandLine, options: list[str], cut: int, saved: int) -> None:
+    assert interrupt_and_resume(any_cli, options, cut) == saved
 
 
-def test_resume_from_best_continues_behind_its_epoch(cli: CommandLine) -> None:
-    options = ["--trainer.max_epochs=2", "--checkpoint.monitor=null"]
-    assert cli("fit", *options) == 0
-    whole = cli.checkpoint()["state_dict"]
-    assert cli("fit", "--trainer.max_epochs=1", "--checkpoint.monitor=null") == 0
-    assert cli("fit", *options, "--ckpt_path", str(cli.run(1) / "checkpoints" / "best.ckpt")) == 0
-    assert cli.checkpoint(1)["global_step"] == 2 * STEPS_AN_EPOCH
-    assert whole.keys() == cli.checkpoint(1)["state_dict"].keys()
+def test_the_last_step_but_one_of_an_epoch_is_saved_without_a_validation(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_power(monkeypatch, STEPS_AN_EPOCH - 1)
+    with pytest.raises(PowerCut):
+        cli("fit", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null")
+    assert cli.checkpoint()["global_step"] == STEPS_AN_EPOCH - 1
 
 
 def kill_and_resume(cli: CommandLine, options: list[str]) -> int:
@@ -118,9 +150,14 @@ def kill_and_resume(cli: CommandLine, options: list[str]) -> int:
 
 
 @pytest.mark.slow
-def test_killed_process_resumes_to_the_same_bits(cli: CommandLine) -> None:
-    options = ["--trainer.max_epochs=40", "--checkpoint.last_every_n_steps=3", "--model.adapter.targets=all"]
-    assert 0 < kill_and_resume(cli, options) < 40 * STEPS_AN_EPOCH
+@pytest.mark.parametrize(
+    ("any_cli", "epochs"),
+    [("cli", 40), ("text_cli", 60), ("summary_cli", 30), ("instruction_cli", 30)],
+    indirect=["any_cli"],
+)
+def test_killed_process_resumes_to_the_same_bits(any_cli: CommandLine, epochs: int) -> None:
+    options = [f"--trainer.max_epochs={epochs}", *EVERY_3, "--model.adapter.targets=all"]
+    assert 0 < kill_and_resume(any_cli, options) < epochs * STEPS_AN_EPOCH
 
 
 def test_command_line_beats_checkpoint_beats_file(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,28 +176,22 @@ def test_command_line_beats_checkpoint_beats_file(cli: CommandLine, capsys: pyte
     assert cli.checkpoint()["state_dict"]["head.weight"].isfinite().all()
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["fit", "validate"])
 def test_a_checkpoint_beats_adapters_to_start_from(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
 ) -> None:
     """Even those that are not there: the checkpoint has all."""
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "one.png").write_bytes(png(np.zeros((16, 16, 3), np.uint8)))
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("model: {init_args: {adapter_path: nowhere}}\n")
-    options = ["--ckpt_path=last", "--trainer.max_epochs=1"]
-    options += [f"--data.predict_path={tmp_path / 'pictures'}"] if command == "predict" else []
-    given = f"--model.adapter_path={tmp_path}" if command in ("fit", "test") else f"--config={overlay}"
-    assert fitted_cli(command, *options, given) == 0
+    given = f"--model.adapter_path={tmp_path}" if command == "fit" else f"--config={overlay}"
+    assert fitted_cli(command, "--ckpt_path=last", "--trainer.max_epochs=1", given) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "adapter_path" in line]
     assert said == ["model.adapter_path is not read: the checkpoint has the adapters."]
     assert fitted_cli.checkpoint()["hyper_parameters"]["adapter_path"] is None
 
 
 def test_order_of_words_does_not_matter(cli: CommandLine) -> None:
-    words = ["fit", "--model.learning_rate=0.05", *cli.words("fit", "--trainer.max_epochs=1")[1:]]
-    from app.cli import main
-
+    words = ["fit", "--model.learning_rate=0.05", *cli.words("fit", "--trainer.max_steps=1")[1:]]
     assert main(words) == 0
     assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == 0.05
 
@@ -190,8 +221,9 @@ def test_peak_memory_is_that_of_all_legs(fitted_cli: CommandLine, monkeypatch: p
     assert 1 < fitted_cli.metrics()["memory/peak_bytes"] <= before
 
 
-def test_more_epochs_than_first_meant_can_be_added(fitted_cli: CommandLine) -> None:
-    assert fitted_cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+def test_more_epochs_can_be_added_behind_the_best(fitted_cli: CommandLine) -> None:
+    best = fitted_cli.run() / "checkpoints" / "best.ckpt"
+    assert fitted_cli("fit", "--trainer.max_epochs=3", f"--ckpt_path={best}") == 0
     assert fitted_cli.checkpoint()["global_step"] == 3 * STEPS_AN_EPOCH
     assert sorted(fitted_cli.scalars("val/loss")) == [7, 15, 23]
 
@@ -218,12 +250,20 @@ def test_a_moved_run_keeps_its_best(fitted_cli: CommandLine) -> None:
     assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
 
 
-def test_a_checkpoint_alone_says_enough(cli: CommandLine) -> None:
-    from app.cli import main
-
-    assert cli("fit", "--test_after_fit=true") == 0
-    before = cli.metrics()["test/loss"]
-    (cli.run() / "metrics.json").unlink()
+def test_a_checkpoint_alone_says_enough(fitted_cli: CommandLine) -> None:
+    before = fitted_cli.metrics()["val/loss"]
+    (fitted_cli.run() / "metrics.json").unlink()
     # neither a recipe nor the path of the data: the checkpoint holds both
-    assert main(["test", "--ckpt_path", str(cli.run()), "--trainer.accelerator=cpu"]) == 0
-    assert cli.metrics()["test/loss"] == before
+    assert main(["validate", "--ckpt_path", str(fitted_cli.run()), "--trainer.accelerator=cpu"]) == 0
+    assert fitted_cli.metrics()["val/loss"] == before
+
+
+def test_a_run_directory_means_its_last_checkpoint_to_fit_and_its_best_to_validate(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fitted_cli.run()
+    shutil.copy(run / "checkpoints" / "previous.ckpt", run / "checkpoints" / "best.ckpt")
+    assert fitted_cli("fit", f"--ckpt_path={run}", "--trainer.max_epochs=1") == 0
+    assert f"Nothing left to do: 1 epochs and {STEPS_AN_EPOCH} steps are done" in capsys.readouterr().err
+    assert fitted_cli("validate", f"--ckpt_path={run}") == 0
+    assert [evaluation.step for evaluation in read_evaluations(run)] == [STEPS_AN_EPOCH - 1]

@@ -42,10 +42,10 @@ from datamodules.atomic import WriteError
 from datamodules.errors import CheckpointError
 from tests.app.processes import DDP, run_on_two
 from tests.app.run.test_failures import raise_in
-from tests.app.test_bad_input import refused
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
 from tests.conftest import ROOT, png
 from tests.support.disks import no_file_larger_than
+from tests.support.refusals import refused
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -85,49 +85,37 @@ def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------- digest, rotation
 
 
-def cut_line(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
+def flipped(content: bytes, position: float = 0.5) -> bytes:
+    """One bit of the content is another."""
+    changed = bytearray(content)
+    changed[int(position * (len(content) - 1))] ^= 4
+    return bytes(changed)
 
 
-def cut_content(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
+def flip(path: Path) -> None:
+    path.write_bytes(flipped(path.read_bytes()))
 
 
-def flip(position: float) -> Callable[[Path], None]:
-    def flip_one_bit(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[int(position * (len(content) - 1))] ^= 4
-        path.write_bytes(content)
-
-    return flip_one_bit
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def cut_start_of_line(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: content.rindex(SEAL_START) + 3])
-
-
-DAMAGE = {
-    "line cut": (cut_line, "digest is truncated"),
-    "start of the line left": (cut_start_of_line, "truncated"),
-    "content cut": (cut_content, "truncated"),
-    "first bit": (flip(0.0), "does not match its digest"),
-    "a bit": (flip(0.6), "does not match its digest"),
-    "last bit": (flip(1.0), "digest is truncated or altered"),
-    "emptied": (empty, "truncated"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda content: content[:-20], "digest is truncated"),
+        (lambda content: content[: content.rindex(SEAL_START) + 3], "truncated"),
+        (lambda content: content[:-200], "truncated"),
+        (lambda content: flipped(content, 0.0), "does not match its digest"),
+        (lambda content: flipped(content, 0.6), "does not match its digest"),
+        (lambda content: flipped(content, 1.0), "digest is truncated or altered"),
+        (lambda content: b"", "truncated"),
+    ],
+)
 def test_damage_is_found_before_anything_is_unpickled(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[bytes], bytes],
+    reason: str,
 ) -> None:
-    inflict, reason = DAMAGE[kind]
-    inflict(last(run))
+    last(run).write_bytes(damage(last(run).read_bytes()))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", mock.Mock(side_effect=AssertionError))
         with pytest.raises(CheckpointError, match=reason):
@@ -165,19 +153,14 @@ def test_what_lightning_and_an_earlier_version_wrote_is_read(tmp_path: Path, sea
     path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {}, "global_step": 5}, path)
-    path.write_bytes(seal(path.read_bytes()))
+    content = seal(path.read_bytes())
+    if seal is with_identity:
+        path.write_bytes(flipped(content))
+        assert "does not match its digest" in str(checkpoint_problem(path))
+    path.write_bytes(content)
     assert resolve_checkpoint("last", tmp_path, prefer_best=False) == path
     save(tmp_path / "version_0", 6)
     assert steps(tmp_path / "version_0") == {"last.ckpt": 6, "previous.ckpt": 5}
-
-
-def test_damage_to_what_an_earlier_version_wrote_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    torch.save({"state_dict": {}, "global_step": 5}, path)
-    path.write_bytes(with_identity(path.read_bytes()))
-    assert checkpoint_problem(path) is None
-    flip(0.5)(path)
-    assert "does not match its digest" in str(checkpoint_problem(path))
 
 
 def test_newest_intact_one_of_the_newest_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +193,7 @@ def test_steps_that_a_run_has_taken_back_are_kept_and_never_used(run: Path, caps
     assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, **stale}
     said = capsys.readouterr().err
     assert "previous.ckpt of step 1 is now previous.ckpt.stale: the run was resumed from step 0." in said
-    flip(0.5)(last(run))
+    flip(last(run))
     assert resolve_checkpoint(str(run), run.parent, prefer_best=False) == best
     save(run, 2)
     writer.save_checkpoint(state, last(run))  # no longer its first
@@ -294,21 +277,15 @@ def test_a_file_system_without_hard_links(run: Path, monkeypatch: pytest.MonkeyP
     assert steps(run) == {"last.ckpt": 3, "previous.ckpt": 2}
 
 
-@pytest.mark.parametrize("command", ["fit", "test"])
-def test_an_explicitly_named_damaged_file_is_an_error(
-    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    flip(0.5)(last(fitted_cli.run()))
-    before = last(fitted_cli.run()).read_bytes()
-    refused(capsys, fitted_cli(command, f"--ckpt_path={last(fitted_cli.run())}"), "last.ckpt is damaged", "digest")
-    assert last(fitted_cli.run()).read_bytes() == before
-
-
-def test_training_goes_on_from_the_newest_intact_one(
+def test_training_goes_on_from_the_newest_intact_one_but_not_from_a_named_damaged_file(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = fitted_cli.checkpoint()
-    flip(0.5)(last(fitted_cli.run()))
+    flip(last(fitted_cli.run()))
+    before = last(fitted_cli.run()).read_bytes()
+    for command in ("fit", "test"):
+        refused(capsys, fitted_cli(command, f"--ckpt_path={last(fitted_cli.run())}"), "last.ckpt is damaged", "digest")
+    assert last(fitted_cli.run()).read_bytes() == before
     (fitted_cli.run() / "checkpoints" / "best.ckpt").write_bytes(b"")
     capsys.readouterr()
     assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
@@ -346,13 +323,13 @@ def heeds_ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("hook", "step", "saved"),
+    ("hook", "step", "saved", "number"),
     [
-        ("on_train_batch_start", 4, 5),  # the step that has begun is finished
-        ("on_train_batch_start", 7, 7),  # the last of an epoch would have a validation to follow
-        ("on_validation_batch_start", 8, 7),  # and one that has begun is stopped
+        ("on_train_batch_start", 4, 5, signal.SIGTERM),  # the step that has begun is finished
+        ("on_train_batch_start", 4, 5, signal.SIGINT),
+        ("on_train_batch_start", 7, 7, signal.SIGTERM),  # the last of an epoch would have a validation to follow
+        ("on_validation_batch_start", 8, 7, signal.SIGTERM),  # and one that has begun is stopped
     ],
 )
 def test_sigterm_and_ctrl_c_save_and_say_so(
@@ -378,15 +355,16 @@ def test_sigterm_and_ctrl_c_save_and_say_so(
 
 
 @pytest.mark.parametrize(
-    ("hook", "step", "accumulated", "saved"),
+    ("hook", "step", "option", "saved"),
     [
-        ("on_train_batch_start", 1, 3, 2),  # in the first of three batches of a step
-        ("on_train_epoch_end", 8, 1, 8),
+        ("on_train_batch_start", 1, "accumulate_grad_batches=3", 2),  # in the first of three batches of a step
+        ("on_train_epoch_end", 8, "accumulate_grad_batches=1", 8),
+        ("on_validation_batch_start", 4, "val_check_interval=2", 3),  # which loses one step
     ],
 )
-def test_sigterm_ends_with_whole_steps(cli: CommandLine, hook: str, step: int, accumulated: int, saved: int) -> None:
+def test_sigterm_ends_with_whole_steps(cli: CommandLine, hook: str, step: int, option: str, saved: int) -> None:
     with sigterm(hook, step):
-        assert cli("fit", f"--trainer.accumulate_grad_batches={accumulated}") == 143
+        assert cli("fit", f"--trainer.{option}") == 143
     assert cli.checkpoint()["global_step"] == saved
 
 
@@ -416,34 +394,23 @@ def test_a_ctrl_c_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_an_error_after_sigterm_is_of_it(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the worker processes got the signal too: torch raises for each that is gone."""
+def test_an_error_after_sigterm_is_of_it_and_a_defect_is_shown(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is as when the worker processes got the signal too: torch raises for each that is gone."""
+    lost = raise_in(LOADERS[1], RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated."))
 
-    def lose_worker(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
-        if trainer.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise raise_in(LOADERS[1], RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated."))
-
-    monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", lose_worker)
-    assert cli("fit", "--checkpoint.last_every_n_steps=2") == 143
-    assert cli.checkpoint()["global_step"] == 2
-
-
-def test_a_defect_after_sigterm_is_shown(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
         if trainer.global_step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-            raise KeyError("a defect")
+            raise errors.pop(0)
 
+    errors: list[Exception] = [lost, KeyError("a defect")]
     monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", fail)
+    assert cli("fit", "--checkpoint.last_every_n_steps=2") == 143
+    assert cli.checkpoint()["global_step"] == 2
     with pytest.raises(KeyError, match="a defect"):
         cli("fit")
-
-
-def test_a_validation_in_mid_epoch_loses_one_step(cli: CommandLine) -> None:
-    with sigterm("on_validation_batch_start", 4):
-        assert cli("fit", "--trainer.val_check_interval=2") == 143
-    assert cli.checkpoint()["global_step"] == 3
 
 
 def test_the_adapter_is_that_of_the_best_checkpoint(cli: CommandLine, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ from tests.app.conftest import (  # noqa: F401 - fixtures
     undrawn,
 )
 from tests.app.processes import run_on_two
-from tests.app.test_language_distributed import assert_same_weights
+from tests.app.test_distributed import assert_same_weights
 from tests.backbones import save_backbone, save_classifier
 from tests.causal_backbones import byte_tokenizer, save_decoder
 from tests.conftest import write_parquet

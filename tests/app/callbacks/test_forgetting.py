@@ -15,7 +15,8 @@ from app.callbacks.forgetting_probes import open_probe
 from modules.image_classification import ImageClassifier
 from modules.language_modeling import LanguageModel
 from tests.app.conftest import CommandLine
-from tests.conftest import sentences, write_parquet
+from tests.support.rows import write_rows
+from tests.support.small_data import sentences, write_parquet
 
 A_TRAINED = ("--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal")
 
@@ -28,8 +29,7 @@ def second_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
-    rows = [{"text": text} for text in [*sentences(30, seed=8), "", "good"]]
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "test.jsonl", ({"text": text} for text in [*sentences(30, seed=8), "", "good"]))
     return folder
 
 
@@ -106,13 +106,12 @@ def test_a_tuned_head_forgets_nothing(cli: CommandLine, second_images: Path) -> 
     assert before == after > 1 / 3
 
 
-def test_the_fit_is_the_same_without_it(cli: CommandLine, second_images: Path) -> None:
-    assert cli("fit", f"--forgetting.path={second_images}") == 0
-    assert cli("fit") == 0
-    one, other = cli.checkpoint(0)["state_dict"], cli.checkpoint(1)["state_dict"]
+def test_the_fit_is_the_same_without_it(fitted_cli: CommandLine, second_images: Path) -> None:
+    assert fitted_cli("fit", "--trainer.max_epochs=1", f"--forgetting.path={second_images}") == 0
+    one, other = fitted_cli.checkpoint(0)["state_dict"], fitted_cli.checkpoint(1)["state_dict"]
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    assert cli.scalars("train/loss", 0) == cli.scalars("train/loss", 1)
-    assert not any(key.startswith("forgetting") for key in cli.metrics(1))
+    assert fitted_cli.scalars("train/loss", 0) == fitted_cli.scalars("train/loss", 1)
+    assert not any(key.startswith("forgetting") for key in fitted_cli.metrics(0))
 
 
 def test_a_resumed_fit_has_the_same_scores(cli: CommandLine, second_images: Path) -> None:
@@ -181,35 +180,26 @@ def test_decoders_are_scored_by_perplexity(
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "message"),
+    ("any_cli", "options", "message"),
     [
-        (
-            "text_cli",
-            ["--forgetting.path=x"],
-            "TextClassifier has no score of forgetting. Use ImageClassifier or Language",
-        ),
-        ("summary_cli", ["--forgetting.path=x"], "Summarizer has no score of forgetting"),
-        ("cli", ["--forgetting.path=./nowhere"], "forgetting.path: ./nowhere is not here"),
         ("cli", ["--forgetting.path={images}", "--forgetting.rows=20"], "20 images of"),
-        ("cli", ["--forgetting.rows=0"], "forgetting.rows: 0 must be 1 or more"),
         (
             "instruction_cli",
             ["--forgetting.path={texts}", "--forgetting.text_column=words"],
             "forgetting.text_column: ",
         ),
-        ("instruction_cli", ["--forgetting.path=./nowhere"], "forgetting.path: ./nowhere is not here"),
     ],
+    indirect=["any_cli"],
 )
 def test_refused_before_training(
-    request: pytest.FixtureRequest,
+    any_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
     second_images: Path,
     texts: Path,
-    family: str,
     options: list[str],
     message: str,
 ) -> None:
-    cli: CommandLine = request.getfixturevalue(family)
+    cli = any_cli
     assert cli("fit", *(option.format(images=second_images, texts=texts) for option in options)) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert message in error

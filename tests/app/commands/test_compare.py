@@ -10,7 +10,7 @@ import pytest
 from app.cli import main
 from app.commands.compare import ABSENT, compare_values, short_names
 from tests.app.commands.test_runs import write_run
-from tests.app.test_bad_input import refused
+from tests.support.refusals import refused
 
 
 def rows(out: str) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from app.commands.run_records import dotted, find_runs, read_record
 from app.commands.runs import sort_records
 from app.config.variants import VARIANTS, variant_keys, variant_name
 from app.run.run_directory import locked
-from tests.app.test_bad_input import refused
+from tests.support.refusals import refused
 
 
 def write_run(

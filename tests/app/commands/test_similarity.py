@@ -16,7 +16,7 @@ from scipy.stats import t
 from app.cli import main
 from app.commands.similarity_report import answers
 from tests.app.commands.conftest import assert_page_has_pictures
-from tests.app.test_bad_input import refused
+from tests.support.refusals import refused
 
 PICTURES = ("groups", "layers", "pairs")
 GIVEN = ("both", "both_other_seed", "b", "b_other_rate", "b_other_rank")

@@ -19,7 +19,7 @@ from app.export.load_run import load_module
 from modules.adapters import adapted_projections
 from tests.app.commands.conftest import QUICK, assert_page_has_pictures
 from tests.app.conftest import CommandLine
-from tests.app.test_bad_input import refused
+from tests.support.refusals import refused
 
 ALWAYS = ("kept_shares", "ranks", "singular_values")
 

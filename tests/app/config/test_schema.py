@@ -14,9 +14,9 @@ import yaml
 from app.cli import fit_parser, main, parse_fit, restricted_imports
 from app.config.fit_keys import FitKeys
 from app.config.schema import recipe_schema
-from tests.app.test_bad_input import refused
 from tests.conftest import ROOT
 from tests.support.json_schema import problems
+from tests.support.refusals import refused
 
 RECIPES = ("vit_cifar", "roberta_glue", "bart_xsum", "llama2_alpaca")  # one a family
 

@@ -22,8 +22,8 @@ from modules.formats.compact import FILE_NAME, load_compact
 from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.app.conftest import CommandLine
-from tests.app.test_bad_input import refused
 from tests.backbones import save_backbone
+from tests.support.refusals import refused
 
 SHORT = (
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"),
@@ -48,7 +48,9 @@ def read_back(folder: Path, module: AdaptedModule) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_signs_are_left_out(text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_signs_are_left_out_and_other_frozen_weights_are_told(
+    text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     assert text_cli("fit", *SHORT) == 0
     capsys.readouterr()
     assert run_export(text_cli.run(), tmp_path / "compact") == 0
@@ -67,6 +69,14 @@ def test_signs_are_left_out(text_cli: CommandLine, tmp_path: Path, capsys: pytes
     fresh.load_state_dict(read_back(tmp_path / "compact", fresh))
     assert torch.equal(fresh(batch), module(batch))
     assert (fresh(batch) - before).abs().max() > 1e-3
+
+    args: dict[str, Any] = {**module.hparams, "adapter_path": str(tmp_path / "compact")}
+    told = r"model.adapter_path: .*compact was trained over other frozen weights"
+    other = save_backbone(tmp_path / "other", "roberta", seed=1)
+    for change in ({}, {"backbone": str(other)}, {"backbone_dtype": "bfloat16"}):
+        caplog.clear()
+        TextClassifier(**{**args, **change})
+        assert bool(re.search(told, caplog.text)) is bool(change)
 
 
 def test_training_and_testing_go_on_from_a_compact_directory(
@@ -110,25 +120,11 @@ def test_singular_vectors_are_read_and_not_computed_again(
     assert (again.adapter.init_a, again.adapter.init_b, again.adapter.train) == ("given", "given", "B")
 
 
-def test_other_frozen_weights_are_told(text_cli: CommandLine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert text_cli("fit", *SHORT) == 0
-    assert run_export(text_cli.run(), tmp_path / "compact") == 0
-    args: dict[str, Any] = {**trained_module(text_cli).hparams, "adapter_path": str(tmp_path / "compact")}
-    told = r"model.adapter_path: .*compact was trained over other frozen weights"
-    TextClassifier(**args)
-    assert "frozen weights" not in caplog.text
-    other = save_backbone(tmp_path / "other", "roberta", seed=1)
-    for change in ({"backbone": str(other)}, {"backbone_dtype": "bfloat16"}):
-        caplog.clear()
-        TextClassifier(**{**args, **change})
-        assert re.search(told, caplog.text)
-
-
 def test_a_damaged_directory_is_refused(
     text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"damage")
-    code = text_cli("fit", *SHORT, f"--model.adapter_path={tmp_path}")
+    code = text_cli("fit", f"--model.adapter_path={tmp_path}")
     refused(capsys, code, "model.adapter_path", str(tmp_path / FILE_NAME), "cannot be read")
 
 

@@ -26,7 +26,7 @@ from modules.adapters import adapter_state
 from modules.image_classification import ImageClassifier
 from modules.text_classification import TextClassifier
 from tests.app.conftest import CommandLine
-from tests.app.test_bad_input import refused
+from tests.support.refusals import refused
 
 NO_TRAINING = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.logger=false")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -102,24 +102,6 @@ def test_a_process_that_was_started_is_lost_by_a_defect_or_killed(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        ("ddp_spawn", "trainer.strategy: ddp_spawn starts its processes from within this one; use ddp"),
-        ("fsdp", "conf/fsdp.yaml"),
-        ("deepspeed_stage_2", "conf/fsdp.yaml"),
-        ("lightning.pytorch.strategies.ModelParallelStrategy", "ModelParallelStrategy would shard or move"),
-        ("nothing", "nothing"),
-    ],
-)
-def test_strategies_that_shard_what_is_trained_are_refused(
-    cli: CommandLine, capsys: pytest.CaptureFixture[str], strategy: str, message: str
-) -> None:
-    assert cli("fit", f"--trainer.strategy={strategy}") == 2
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert message in said
-
-
-@pytest.mark.parametrize(
     ("strategy", "start"),
     [("ddp_fork", None), ("ddp_notebook_find_unused_parameters_true", None), (DDP_STRATEGY, "spawn")],
 )

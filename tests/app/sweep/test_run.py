@@ -89,19 +89,6 @@ def test_report_without_running(sweep: SweepCommand, capsys: pytest.CaptureFixtu
     assert sweep.history() == history
 
 
-def test_variants_that_end_inside_the_grid_try_as_many_points(sweep: SweepCommand) -> None:
-    sweep.content["variants"]["low"] = {"variant": "B", "search": {"model.learning_rate": [0.002, 0.004, 0.008]}}
-    assert sweep("--workers=2") == 0
-    rows = sweep.results()
-    tried = rows[rows["phase"] == "select"].groupby("variant")["search/model.learning_rate"].unique()
-    # best 0.004 with equal scores at 0.002 and 0.008: the lower neighbour is taken, and the geometric mean of both
-    assert {name: list(values) for name, values in tried.items()} == {
-        "B": [0.001, 0.002, 0.004, 0.008],
-        "B16": [0.001, 0.002, 0.004, 0.008],
-        "low": [0.002, 0.0028, 0.004, 0.008],
-    }
-
-
 def test_diverging_trials_are_kept_and_rank_last(sweep: SweepCommand) -> None:
     sweep.content["search"]["model.learning_rate"] = [0.002, 0.004, 4.0]
     assert sweep("--workers=2") == 0
@@ -111,14 +98,6 @@ def test_diverging_trials_are_kept_and_rank_last(sweep: SweepCommand) -> None:
     assert set(failed["error"]) == {"train/loss is nan at step 1. Lower model.learning_rate."}
     assert not failed["chosen"].any()
     assert set(rows[rows["phase"] == "confirm"].index) == {0.004}
-
-
-def test_no_point_worked(sweep: SweepCommand) -> None:
-    sweep.content["variants"]["wild"] = {"variant": "B", "search": {"model.learning_rate": [1.0, 2.0, 4.0]}}
-    assert sweep("--workers=2") == 0
-    rows = sweep.results()
-    assert set(rows["phase"][rows["variant"] == "wild"]) == {"select"}
-    assert "wild: no point has finished" in (sweep.output / "table.md").read_text()
 
 
 def test_trial_that_is_killed_twice_is_kept_as_failed(sweep: SweepCommand) -> None:
@@ -154,13 +133,13 @@ def test_refused_before_the_first_step(sweep: SweepCommand, capsys: pytest.Captu
 
 def test_search_that_is_sampled(sweep: SweepCommand) -> None:
     sweep.content["search"] = {"model.learning_rate": {"low": 0.0005, "high": 0.05, "log": True}}
-    sweep.content["trials_per_variant"] = 5
+    sweep.content["trials_per_variant"] = 4
     sweep.content["select"]["seeds"] = [0, 1]
     assert sweep("--workers=2") == 0
     rows = sweep.results()
     selected = rows[rows["phase"] == "select"]
     assert (selected.groupby(["variant", "point"])["seed"].nunique() == 2).all()
-    assert (selected.groupby("variant")["point"].nunique() == 5).all()
+    assert (selected.groupby("variant")["point"].nunique() == 4).all()
     assert selected["search/model.learning_rate"].between(0.0005, 0.05).all()
     best = selected.groupby(["variant", "point"])["val/acc1"].mean()
     chosen = rows[rows["phase"] == "confirm"].groupby("variant")["point"].unique()
