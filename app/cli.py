@@ -113,7 +113,7 @@ from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T", bound=L.Callback)
-PAGES: Mapping[str, Callable[[], str]] = {  # options before a command, which print a text
+PAGES: Mapping[str, Callable[[], str]] = {  # Options in place of a command. Each option prints a text.
     "-h": program_help,
     "--help": program_help,
     "--version": lambda: f"onesided {program_version()}",
@@ -128,9 +128,13 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Words of the command line after the program's name; None takes those of the process.
 
     Returns:
-        Exit code: 0 for success; 2 for wrong use or bad input, reported in one message on stderr; 1 when a process that
-        this one started was killed or shows a traceback; 143 when SIGTERM stopped it and 130 when Ctrl-C
-        did, with a line on stderr that names the checkpoint.
+        Exit code:
+
+        - 0 for success;
+        - 1 if a child process was killed or printed a traceback;
+        - 2 for wrong use or bad input, with one message on stderr;
+        - 130 after Ctrl-C and 143 after SIGTERM, with a line on stderr that names the checkpoint.
+        - 141 if the reader of the output closed the pipe.
     """
     if args is None:
         sys.excepthook = traceback_hook
@@ -142,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> int:
         except SystemExit as stop:  # --help
             if termination.requested:
                 return termination.report(stop.code if isinstance(stop.code, str) else "")
-            if (problem := output_problem()) is not None:  # after which rich exits
+            if (problem := output_problem()) is not None:  # Rich exits after a failed write.
                 return _report_lost_output(problem)
             return stop.code if isinstance(stop.code, int) else 2
         except Exception as error:
@@ -161,11 +165,11 @@ def main(args: Sequence[str] | None = None) -> int:
             return 1 if is_worker_lost(error) or (is_peer_lost(error) and termination.has_lost_process()) else 2
         finally:
             leave_process_group()
-        return termination.report() if termination.requested else 0  # something has swallowed what the signal raised
+        return termination.report() if termination.requested else 0  # Other code may catch the signal's exception.
 
 
 def _run(args: Sequence[str], termination: Termination) -> None:
-    """Run one command with the guards of its configuration and of its run directory."""
+    """Run one command with restricted imports and checked YAML. Close all contexts at the end."""
     with ExitStack() as contexts:
         allowed, words = split_imports(args)
         contexts.enter_context(restricted_imports(allowed))
@@ -183,13 +187,13 @@ def _run(args: Sequence[str], termination: Termination) -> None:
 
 @contextmanager
 def restricted_imports(prefixes: Sequence[str] = ()) -> Iterator[None]:
-    """Let every parser of the process import only what `app.config.imports` allows; undone on exit.
+    """Restrict all parsers of this process to the imports that `app.config.imports` allows, inside the context.
 
     Args:
-        prefixes: Modules and packages that are allowed besides, with their functions.
+        prefixes: Additional modules and packages that are allowed, with their functions.
 
     Raises:
-        ArgumentError: For a prefix that is no dotted path, or that of the parser itself.
+        ArgumentError: For a prefix that is not a dotted path, or that is jsonargparse itself.
     """
     with ExitStack() as policy:
         try:
@@ -200,7 +204,7 @@ def restricted_imports(prefixes: Sequence[str] = ()) -> Iterator[None]:
 
 
 def _report_lost_output(problem: OSError) -> int:
-    """Report why output cannot be written, if a reader is left; return the exit code."""
+    """Return the exit code for lost output. Report the reason, except for a broken pipe."""
     silence_output()
     if isinstance(problem, BrokenPipeError):
         return BROKEN_PIPE
@@ -212,13 +216,13 @@ def _report_lost_output(problem: OSError) -> int:
 
 
 class _CommandParser(LightningArgumentParser):
-    """Parser that guesses no abbreviated keys, in groups of keys neither, and keeps its subcommands within reach."""
+    """Parser that rejects abbreviated keys, also in groups of keys. `commands` holds the subcommands."""
 
     def __init__(self, *args: Any, **keys: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | keys)
 
     def add_subcommands(self, *args: Any, **keys: Any) -> Any:
-        """Add subcommands, and return what takes them."""
+        """Store and return the action that subcommands are added to."""
         self.commands = super().add_subcommands(*args, **keys)
         return self.commands
 
@@ -226,12 +230,14 @@ class _CommandParser(LightningArgumentParser):
 class AsymmetryCLI(HookedCLI):
     """`fit`, `validate`, `test` and `predict` for every task.
 
-    - The command line beats the checkpoint of `--ckpt_path`, which beats the files of `--config`, whatever their order.
-      Differences to the checkpoint are logged.
-    - `--variant` of a new fit stands between the files and the other options; on resume it must fit the checkpoint.
-    - A run writes to runs/<recipe>/version_K, a new one each time; a command on a checkpoint writes to its run.
-    - `spectrum`, `checkpoint`, `generalization`, `forgetting` and `test_after_fit` are keys beside `model`, `data` and
-      `trainer`.
+    - The command line beats the checkpoint of `--ckpt_path`. The checkpoint beats the files of `--config`. Options beat
+      files even if `--config` comes last. Differences from the checkpoint are logged.
+    - In a new fit, `--variant` beats the files, and the other options beat `--variant`. On resume, the variant must
+      match the checkpoint.
+    - Each new run writes to a new directory runs/<recipe>/version_K. A command on a checkpoint writes to the run
+      directory of the checkpoint.
+    - `spectrum`, `checkpoint`, `generalization`, `forgetting` and `test_after_fit` are top-level keys, like `model`,
+      `data` and `trainer`.
 
     Args:
         args: Words of the command line.
@@ -243,14 +249,15 @@ class AsymmetryCLI(HookedCLI):
         self.termination, self.contexts = termination, contexts
         self.checkpoint: Path | None = None
         self.loaded: dict[str, Any] = {}  # the checkpoint's content, until Lightning takes it
-        self.failure: Exception | None = None  # the error to report for a constructor that has failed
+        self.failure: Exception | None = None  # the error of a failed constructor, to report
         self.run_directory = Path()
         self.variant: str | None = None
         self.files: list[str] = []
         self.options: list[str] = []
         commands = self.subcommands()
         self.helps = bool(args) and args[0] in commands and not {"-h", "--help"}.isdisjoint(args)
-        if args and args[0] in commands:  # the parsers of the other commands would take most of the time of --help
+        # Building the parsers of the other commands would take most of the time of --help.
+        if args and args[0] in commands:
             commands = {args[0]: commands[args[0]]}
             self.subcommands = lambda: commands  # type: ignore[method-assign]
         strict = {"exit_on_error": False, "epilog": HELP}
@@ -280,7 +287,7 @@ class AsymmetryCLI(HookedCLI):
     # ----------------------------------------------------------------------------------------------------- arguments
 
     def setup_parser(self, *args: Any, **keys: Any) -> None:
-        """Create the parsers; without a command, also those of the commands that `main` runs, for --help."""
+        """Create the parsers. Without a command, add the parsers of `COMMANDS`, so that --help lists each command."""
         super().setup_parser(*args, **keys)
         if len(self.subcommands()) > 1:
             assert isinstance(self.parser, _CommandParser)
@@ -288,8 +295,8 @@ class AsymmetryCLI(HookedCLI):
                 self.parser.commands.add_subcommand(name, command_parser(name), help=command_help(name))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the keys beside Lightning's own."""
-        self.command_parser = parser  # if the command line names a command, there is no other
+        """Add the top-level keys that Lightning does not have."""
+        self.command_parser = parser  # the only one if the command line names a command
         parser.add_lightning_class_args(AdapterSpectrum, "spectrum")
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(GeneralizationGap, "generalization")
@@ -303,9 +310,9 @@ class AsymmetryCLI(HookedCLI):
         parser.add_argument("--name", type=str | None, default=None, help="Name of a new run, part of its directory's.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add trainer, model and data; the latter two may come from a checkpoint.
+        """Add trainer, model and data. Model and data are optional, since a checkpoint may contain them.
 
-        For --help, the keys of model and data stand before the trainer's, one by one.
+        For --help, each key of model and data is added, before the keys of the trainer.
         """
         if self.helps:
             add_section_keys(parser, find_classes(self.files, self.options))
@@ -317,7 +324,7 @@ class AsymmetryCLI(HookedCLI):
             parser.add_lightning_class_args(kind, section, subclass_mode=True, required=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse files and command line; if they name a checkpoint, parse again with its values in between."""
+        """Parse files and command line. With a checkpoint, parse again with the checkpoint's values in between."""
         if self.helps:
             self.command_parser.print_help()
             raise SystemExit(0)
@@ -367,7 +374,7 @@ class AsymmetryCLI(HookedCLI):
             report_changes(read_yaml(str(run / "config.yaml")), final)
 
     def _parse_without_checkpoint(self, words: list[str], options: list[str]) -> Namespace:
-        """Parse files and command line, without options of a class that only the checkpoint names."""
+        """Parse files and command line. Leave out model and data options if only a checkpoint names the class."""
         try:
             return self._parse([*words, *options])
         except ArgumentError:
@@ -380,7 +387,7 @@ class AsymmetryCLI(HookedCLI):
             return config
 
     def _parse(self, words: list[str], **keys: Any) -> Namespace:
-        """Parse words; raise ArgumentError for whatever goes wrong, since a value is at fault."""
+        """Parse words. Raise ArgumentError for an unexpected exception too, since a value caused the exception."""
         try:
             return self.parser.parse_args(words, **keys)
         except Exception as error:
@@ -393,14 +400,17 @@ class AsymmetryCLI(HookedCLI):
             raise ArgumentError(None, parser_message(cause or error, known)) from error
 
     def _lock(self, run: Path | None) -> None:
-        """Lock a run directory against other processes that would train there; only the first rank does so."""
+        """On the first rank, lock a run directory against training by other processes."""
         if run is not None and run.is_dir() and is_first_rank():
             self.contexts.enter_context(locked(run))
 
     # ------------------------------------------------------------------------------------------------------- classes
 
     def before_instantiate_classes(self) -> None:
-        """Check that the data are of a kind that the model takes; an adapter file brings both factors."""
+        """Check the values of model and data, and check that the model accepts the kind of data.
+
+        An adapter file contains both factors, so `init_a` and `init_b` become `given`.
+        """
         config = self.config[self.subcommand]
         check_strategy(config.trainer.strategy)
         values = config.model.init_args
@@ -409,7 +419,7 @@ class AsymmetryCLI(HookedCLI):
         paths = [config[section].class_path for section in SECTIONS]
         model, data = classes = [resolve_name(path) for path in paths]
         for section, owner in zip(SECTIONS, classes, strict=True):
-            # an earlier name of the class is not written to the run
+            # Save the current class path, even if the recipe has an earlier name of the class.
             config[section].class_path = f"{owner.__module__}.{owner.__qualname__}"
             hints = {name: parameter.annotation for name, parameter in constructor_parameters(owner).items()}
             for name, value in config[section].init_args.items(branches=True, nested=False):
@@ -421,7 +431,7 @@ class AsymmetryCLI(HookedCLI):
             )
 
     def construct(self, kind: type, build: Callable[[], Any]) -> Any:
-        """Construct a class, and remember the error if that fails: a parser of unions would hide the error."""
+        """Construct a class. Store an error, since the parser of a union would hide the error."""
         try:
             return super().construct(kind, build)
         except Exception as error:
@@ -432,20 +442,20 @@ class AsymmetryCLI(HookedCLI):
         """Construct the classes that the configuration names, and the trainer.
 
         Raises:
-            ArgumentError: With the class, for an error of a constructor.
+            ArgumentError: If a constructor fails. The message names the class.
         """
         try:
             super().instantiate_classes()
         except Exception as error:
             if self.failure is not None:
-                raise self.failure from None  # it may be a cause of `error`
+                raise self.failure from None  # The failure may itself be a cause of `error`.
             if bad_input(error) is None:
                 raise ArgumentError(None, parser_message(error)) from error
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Choose the run directory, its logger, and the callbacks that every run has."""
-        self.failure = None  # of an alternative of a union; another one was constructed
+        self.failure = None  # A failed alternative of a union is harmless if another alternative was constructed.
         config = self.config_init[self.subcommand].trainer
         for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if config[key] is not None and config[key] < 1:
@@ -470,7 +480,7 @@ class AsymmetryCLI(HookedCLI):
             kwargs["logger"] = RunLogger(run, name="", version="", default_hp_metric=False, **purge)
         self.summary = RunSummary()
         callbacks = [
-            self.summary,  # first: its setup tells the other ranks the run directory
+            self.summary,  # First, since the setup of RunSummary broadcasts the run directory.
             DataReport(),
             *own_callbacks,
             ConfusionPicture(),
@@ -495,9 +505,10 @@ class AsymmetryCLI(HookedCLI):
             raise ArgumentError(None, f"trainer: {error}{hint}") from error
 
     def _enter_run_directory(self) -> Path:
-        """Return the checkpoint's run directory, or a new one, which is removed if the command is refused.
+        """Return the checkpoint's run directory, or a new run directory.
 
-        On other ranks than the first it is the root, until `RunSummary` tells them.
+        A new run directory is removed if the command fails before a configuration or metrics are written. For a
+        new run, the other ranks return the root until `RunSummary` broadcasts the run directory.
         """
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
         if run is not None and is_first_rank():
@@ -511,10 +522,12 @@ class AsymmetryCLI(HookedCLI):
         return run or self.root
 
     def _label(self) -> str:
-        """Return the end of a new run's name: the name that --name gives, and the variant if either option is given.
+        """Return the suffix of a new run directory: `--name` and the variant.
+
+        Without `--name` and `--variant`, the suffix is empty.
 
         Raises:
-            ArgumentError: For a name that is no single part of a path.
+            ArgumentError: If the name has a character that is not allowed.
         """
         config = self.config[self.subcommand]
         name = config.name
@@ -533,11 +546,12 @@ class AsymmetryCLI(HookedCLI):
     # ------------------------------------------------------------------------------------------------------- commands
 
     def fit(self, **arguments: Any) -> None:
-        """Train, test the best checkpoint if the recipe says so, compare with training rows, and sum up."""
+        """Train, test the best checkpoint if `test_after_fit` is true, and report the results."""
         trainer, tests = self.trainer, bool(self.config[self.subcommand].test_after_fit)
         forgetting = self._callback(Forgetting)
         forgetting.waits_for_test = tests
-        if tests and isinstance(self.datamodule, HasTestSplit):  # before a long training
+        # A missing test split must fail before a long training.
+        if tests and isinstance(self.datamodule, HasTestSplit):
             self.datamodule.check_test_split()
         trainer.fit(**arguments | {"weights_only": True})
         if tests and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -549,15 +563,15 @@ class AsymmetryCLI(HookedCLI):
         self._sum_up()
 
     def validate(self, **arguments: Any) -> None:
-        """Validate, and sum up."""
+        """Validate, and report the results."""
         self._evaluate(self.trainer.validate, arguments, verbose=False)
 
     def test(self, **arguments: Any) -> None:
-        """Test, and sum up."""
+        """Test, and report the results."""
         self._evaluate(self.trainer.test, arguments, verbose=False)
 
     def predict(self, **arguments: Any) -> None:
-        """Write predictions, and sum up."""
+        """Write predictions, and report the results."""
         self._evaluate(self.trainer.predict, arguments, return_predictions=False)
 
     def _evaluate(self, command: Callable[..., Any], arguments: dict[str, Any], **options: bool) -> None:
@@ -592,21 +606,21 @@ def _as_list(value: Any) -> list[Any]:
 
 
 class _Result(Exception):
-    """Carries a result out of the constructor of a command line."""
+    """Exception that carries a result out of the constructor of a command line."""
 
 
 class _ParsedFit(AsymmetryCLI):
-    """A fit whose words are parsed and validated, and no more."""
+    """Command line of a fit that is only parsed and validated."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Raise the configuration."""
+        """Raise a `_Result` with the configuration."""
         super().parse_arguments(parser, args)
         self.before_instantiate_classes()
         raise _Result(self.config["fit"])
 
 
 class _RecipeParser(AsymmetryCLI):
-    """A fit whose parser has the keys of given classes, and parses nothing."""
+    """Command line that only builds the parser of a fit, with the keys of given classes."""
 
     def __init__(self, classes: Mapping[str, type], contexts: ExitStack) -> None:
         self.classes = classes
@@ -617,22 +631,22 @@ class _RecipeParser(AsymmetryCLI):
         add_recipe_keys(parser, self.classes)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Raise the parser."""
+        """Raise a `_Result` with the parser."""
         raise _Result(parser)
 
 
 class _WholeParser(AsymmetryCLI):
-    """The parser of all commands, under the name of the installed program; parses nothing."""
+    """Command line that only builds the parser of all commands, named after the installed program."""
 
     def __init__(self, contexts: ExitStack) -> None:
         super().__init__([], Termination(), contexts)
 
     def init_parser(self, **keys: Any) -> LightningArgumentParser:
-        """Name the parser."""
+        """Create the parser with the program name `onesided`."""
         return super().init_parser(prog="onesided", **keys)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Raise the parser."""
+        """Raise a `_Result` with the parser."""
         raise _Result(parser)
 
 
@@ -645,7 +659,7 @@ def completion_script(words: Sequence[str], contexts: ExitStack) -> str:
     if len(words) != 1:
         raise ArgumentError(None, "--print_shtab: give one shell, such as bash or zsh.")
     for path in (path for paths in CLASS_PATHS.values() for path in paths.values()):
-        resolve(path)  # the parser completes the keys of classes that are imported
+        resolve(path)  # The parser completes only the keys of imported classes.
     parser: ArgumentParser = _result(partial(_WholeParser, contexts))
     try:
         return parser.get_completion_script(f"shtab-{words[0]}")
@@ -665,7 +679,7 @@ def parse_fit(words: Sequence[str]) -> Namespace:
 
 
 def fit_parser(classes: Mapping[str, type]) -> ArgumentParser:
-    """Return a parser of fit's keys with the keys of given classes, by section."""
+    """Return a parser of `fit` with the keys of a class for each section."""
     with ExitStack() as contexts:
         parser: ArgumentParser = _result(partial(_RecipeParser, classes, contexts))
     return parser

@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: arms that run in shuffled rounds, paired ratios, tables, and a JSON file of results.
+"""Tools of all benchmarks: arms in shuffled rounds, paired ratios, tables, and a JSON file of results.
 
     arguments = parse(parser(__doc__, rounds=20))
     with section(arguments, "vit, bfloat16") as record:
@@ -133,7 +133,7 @@ def take_turns(
 
 
 def paired_ratio(of: Sequence[float], over: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Return the median of the ratios of / over, paired by round, with its interval (see `interval`)."""
+    """Return the median of the ratios `of` / `over`, paired by round, with an interval (see `interval`)."""
     return interval([a / b for a, b in zip(of, over, strict=True)], seed)
 
 

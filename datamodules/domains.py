@@ -1,4 +1,4 @@
-"""DomainBed's data sets: train on one environment, test on a held-out share of it and on every other environment."""
+"""DomainBed's data sets: train on one environment; test on its held-out share and on every other environment."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class DomainData(ImageData):
     choose the checkpoint, so that no test image influences the choice. Every image of the other environments is tested
     (Gulrajani and Lopez-Paz 2021).
 
-    Classes are those of the training environment, matched by the names of their folders. Another environment may lack
-    classes, which is logged. A class that the training environment lacks is an error.
+    The class folders of the training environment define the classes. Classes that another environment lacks are logged.
+    A class that the training environment lacks is an error.
 
     Args:
         path: Directory with one folder for each environment, each with one folder for each class.
@@ -48,8 +48,8 @@ class DomainData(ImageData):
         """Return the names of all environments, sorted.
 
         Raises:
-            DataError: If there are fewer than two environments, if the folders are splits, or if `environment` is not
-                among them.
+            DataError: If there are fewer than two environments, if the folders are splits, or if no folder has the
+                name `environment`.
         """
         if self._environments is None:
             self._environments = self._find_environments()
@@ -94,19 +94,19 @@ class DomainData(ImageData):
         return [name for name in self.environments if name != self.environment]
 
     @property
-    def test_sets(self) -> list[str]:  # type: ignore[override]  # the names are known once the folder is read
+    def test_sets(self) -> list[str]:  # type: ignore[override]  # unknown before the folder is read
         """Return the names of the splits that are tested: the in-domain test, then each other environment."""
         return ["test", *self.others]
 
     @property
     def domain_names(self) -> list[str]:
-        """Return the name in metrics of each tested set but the first."""
+        """Return the names of the other environments, as the metrics contain them."""
         return [logged_name(name) for name in self.others]
 
     # ----------------------------------------------------------------------------------------------------- splits
 
     def _table(self, name: str) -> ImageTable | None:
-        """Return the images of an environment; splits of the training environment share its images."""
+        """Return the images for a split. All splits of the training environment share one table."""
         environment = self.environment if name in ("train", "val", "test") else name
         if environment not in self._tables:
             folders = {known: Path(self.path, known) for known in self.environments}
@@ -119,7 +119,7 @@ class DomainData(ImageData):
         """Check that an environment holds classes and no splits.
 
         Raises:
-            DataError: If the environment holds splits, with their names.
+            DataError: If the environment holds splits. The message names the splits.
         """
         layout = read_layout(files)
         if list(layout.splits) != ["train"] or layout.names["train"] != ".":
@@ -157,7 +157,7 @@ class DomainData(ImageData):
         return dataset
 
     def test_dataloader(self) -> list[DataLoader[Any]]:  # type: ignore[override]
-        """Return a loader for the in-domain test, then one for each other environment; each in order."""
+        """Return a loader for the in-domain test, then a loader for each other environment. No loader shuffles."""
         return [self.evaluation_loader(self.splits[name]) for name in self.test_sets]
 
 

@@ -1,4 +1,4 @@
-"""Search for a learning rate to start from: Lightning's range test, with a picture of its curve."""
+"""Search for a learning rate with Lightning's range test, and draw the curve of the loss."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _log = logging.getLogger(__name__)
 
 
 class LearningRateSearch(LearningRateFinder):
-    """Try learning rates from 1e-5 to 0.3 over 100 steps, and take the one with the steepest fall of the loss.
+    """Try learning rates from 1e-5 to 0.3 in 100 steps, and choose the steepest decrease of the loss.
 
-    All parameter groups keep their ratios (Smith 2017, arXiv 1506.01186). Weights, optimizer and data are restored
-    afterwards. RUN/learning_rate.png shows the loss over the learning rate.
+    The learning rates of the parameter groups keep their ratios (Smith 2017, arXiv 1506.01186). Weights, optimizer and
+    data are restored afterwards. RUN/learning_rate.png shows the loss over the learning rate.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class LearningRateSearch(LearningRateFinder):
     def _draw(self, trainer: L.Trainer) -> None:
         if self.optimal_lr is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        from app.reports.range_test import draw_range_test  # other runs import no matplotlib
+        from app.reports.range_test import draw_range_test  # so that other runs do not import matplotlib
 
         results = self.optimal_lr.results
         picture = draw_range_test(results["lr"], results["loss"], self.optimal_lr.suggestion())

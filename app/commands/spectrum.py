@@ -1,4 +1,4 @@
-"""Report how the singular values of finished runs' adapters grew, and what their updates do to the frozen weights."""
+"""Report the growth of the adapters' singular values in finished runs, and the effect on the frozen weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from app.config.precedence import output_directory
 from app.console import escape_controls
 
-MOST_RUNS = 8  # colours that can be told apart
+MOST_RUNS = 8  # number of colours that a reader can distinguish
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> None:
         ArgumentError: If no run has adapters, or the output cannot be used.
         CheckpointError: If a run cannot be read.
     """
-    # here, since pandas and matplotlib take a second
+    # Imported here, since the import of pandas and matplotlib takes a second.
     from app.commands.finished_runs import read_runs, read_spectra, write_results
     from app.commands.spectrum_report import OWN_FILES, build_report, build_tables, measure_weights
 

@@ -14,7 +14,7 @@ from app.config.imports import resolve
 from app.config.precedence import SECTIONS
 from app.config.yaml_files import read_yaml
 
-# The parser knows short names of imported classes alone, and a run imports the classes of its own task.
+# The parser knows the short names of imported classes only. A run imports only the classes of its task.
 CLASS_PATHS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "model": {
@@ -41,10 +41,10 @@ def expand_class_names(options: Sequence[str]) -> list[str]:
     """Return the options with the short names of classes replaced by class paths.
 
     Raises:
-        ArgumentError: For a short name that resembles the name of a class.
+        ArgumentError: For an unknown short name that resembles a known short name.
     """
     expanded: list[str] = []
-    section: str | None = None  # that the previous word belongs to
+    section: str | None = None  # the section that the previous word names, if the class is the next word
     for word in options:
         option, equals, value = word.partition("=")
         if section is not None and not word.startswith("-"):
@@ -69,7 +69,7 @@ def _class_path(section: str, name: str) -> str:
 
 
 def find_classes(files: Sequence[str], options: Sequence[str]) -> dict[str, type]:
-    """Return the class of each section that files and options name, or else the base class of all tasks or data.
+    """Return the class that files and options name for each section, or the base class of the section.
 
     A class that cannot be imported counts as not named: the caller only describes keys.
     """
@@ -97,7 +97,7 @@ def _class(path: str) -> type | None:
 
 
 def class_keys(kind: type, section: str = "") -> list[str]:
-    """Return the dotted keys of a class, behind the name of its section."""
+    """Return the keys of a class, prefixed with the name of its section."""
     parser = ArgumentParser()
     parser.add_class_arguments(kind, section or None, fail_untyped=False)
     return list(parser.get_defaults().keys())

@@ -15,7 +15,7 @@ def check_repository(name: str) -> None:
     """Check the name of a repository before anything is exported.
 
     Raises:
-        ArgumentError: If the hub takes no such name.
+        ArgumentError: If the hub does not accept the name.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
@@ -27,7 +27,7 @@ def check_repository(name: str) -> None:
 
 
 def push_to_hub(folder: Path, name: str) -> str:
-    """Upload a directory to a repository of the hub, which is created as a private one if it is missing.
+    """Upload a directory to a repository of the hub. A missing repository is created as private.
 
     Args:
         folder: The directory.

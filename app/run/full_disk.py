@@ -16,7 +16,7 @@ class DiskFullError(OSError):
 
 @contextmanager
 def reraise_disk_full(folder: Path) -> Iterator[None]:
-    """Name the run directory in an error of a full disk, since a logger's error does not name it.
+    """Name the run directory in an error of a full disk, since a logger's error names no directory.
 
     A logger's thread passes its error to this thread. The traceback of the logger's thread is not printed.
 

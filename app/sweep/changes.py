@@ -1,4 +1,4 @@
-"""Compare the plan of a started sweep with its file now."""
+"""Compare the plan that a sweep started with and the current plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.sweep.schedule import Job
 
 
 def plan_content(plan: Plan) -> dict[str, Any]:
-    """Return everything that determines the trials of a plan as plain values, with the content of its recipes."""
+    """Return a plan and the content of its recipes as JSON values. These values determine the trials."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(plan), default=str))
     content["variants"] = {variant["name"]: variant for variant in content["variants"]}
     content["recipes"] = {file: json.loads(json.dumps(read_yaml(file), default=str)) for file in plan.base}

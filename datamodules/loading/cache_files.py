@@ -1,12 +1,12 @@
 """Files of the caches: written atomically, verified when they are opened, rebuilt when they are damaged.
 
-A cache file is an Arrow stream or a .npy array with one line after the content, which readers of both formats skip:
+A cache file is an Arrow stream or a .npy array. One line follows the content. Readers of both formats skip the line:
 
     onesided cache=<version> bytes=<length of the content> xxh3=<XXH3 of the content, 128 bits>
 
-`is_intact` reads the whole file and compares length and digest. So it detects any change of the content or the line. A
-command checks a file once, when it opens the file. Later damage by the disk is not detected. XXH3 detects accidental
-damage, not forgery: keep the cache folder writable for trusted users alone.
+`is_intact` reads the whole file and compares length and digest. Any change of the content or the line is detected. A
+command checks a file once, when the command opens the file. Later damage by the disk is not detected. XXH3 detects
+accidental damage, not forgery. Only trusted users may have write access to the cache folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEAL_BYTES = len("\nonesided cache= bytes= xxh3=\n") + 4 + 20 + 32
 CHUNK = 1 << 22
 LEGACY = re.compile(r"tmp\w{8}|\.prefix-[0-9a-f]{40}\..+\.\d+\.npy")
 DAY = 24 * 60 * 60
-ANNOUNCED = 1 << 30  # bytes of a file whose verification is logged, since it may take seconds
+ANNOUNCED = 1 << 30  # Verifying a file of this many bytes takes seconds, and is logged.
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def is_intact(path: Path, verify: bool = True) -> bool:
 
     Args:
         path: The file.
-        verify: Whether the digest is compared too, not only the length. One process of a node does so.
+        verify: If true, compare the digest and the length, else only the length. One process of a node verifies files.
     """
     remove_stale(path.parent)
     _remove_legacy(path.parent)
@@ -111,7 +111,7 @@ def _problem(path: Path, file: BinaryIO, verify: bool) -> str | None:
 
 
 def _remove_legacy(folder: Path) -> None:
-    """Remove temporary files of earlier versions, which had no lock, if they are older than a day."""
+    """Remove temporary files of earlier versions after a day. Earlier versions did not lock these files."""
     with suppress(OSError):
         for path in folder.iterdir():
             if LEGACY.fullmatch(path.name) and time.time() - path.stat().st_mtime > DAY:

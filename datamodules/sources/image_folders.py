@@ -14,7 +14,7 @@ from datamodules.errors import DataError
 from datamodules.sources.findings import listed
 from datamodules.sources.splits import is_helper, split_of
 
-# Raster formats that Pillow decodes by itself. Pillow passes others on to external programs (PostScript).
+# Raster formats that Pillow decodes by itself. Pillow passes formats such as PostScript to external programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".bmp"),
@@ -67,7 +67,7 @@ def find_images(root: Path, key: str) -> ImageFiles:
 
     Args:
         root: The folder.
-        key: Key of the data module that a message names.
+        key: Key of the data module, for error messages.
 
     Raises:
         DataError: If a folder cannot be read.
@@ -110,7 +110,7 @@ def _is_image(path: str) -> bool:
     try:
         with Image.open(path, formats=FORMATS):
             return True
-    except Exception:  # the decoders' headers raise many kinds
+    except Exception:  # Decoders raise many kinds of exceptions for a damaged header.
         return False
 
 
@@ -120,8 +120,8 @@ class Layout:
 
     Args:
         files: All files.
-        splits: For each split the depth of its class folders and its images.
-        names: For each split its folder below the root; empty for the root.
+        splits: For each split, the depth of the class folders, and the images.
+        names: For each split, the folder's path relative to the root.
         notes: Lines about the assumptions that were made.
     """
 
@@ -153,8 +153,8 @@ class Layout:
 def read_layout(files: ImageFiles) -> Layout:
     """Return which folders are splits and which are classes.
 
-    A split is a folder of class folders whose name means a split (`split_of`). A single folder around all images is
-    skipped. Without splits, all images are training images.
+    A split is a folder that contains class folders and whose name means a split (`split_of`). A single folder
+    around all images is skipped. Without splits, all images are training images.
 
     Raises:
         DataError: If no folder holds an image, or if the names are ambiguous.
@@ -204,7 +204,7 @@ def _layout(
     aside: list[Parts],
     notes: list[str],
 ) -> Layout:
-    """Return a layout. Its notes name images below a class folder, and images in no class folder.
+    """Return a layout. Add notes on images in subfolders of a class folder and on images in no class folder.
 
     Images in `aside` have a note already.
     """
@@ -218,7 +218,7 @@ def _layout(
 
 
 def _folders(images: list[Parts], depth: int) -> dict[str, list[Parts]]:
-    """Group images by the folder at a depth; images above this depth are left out."""
+    """Group images by the folder at a depth. Images above this depth are left out."""
     folders: dict[str, list[Parts]] = defaultdict(list)
     for parts in images:
         if len(parts) > depth + 1:
@@ -232,7 +232,7 @@ def _nested_splits(folders: dict[str, list[Parts]], depth: int) -> list[str]:
 
 
 def _unwrapped(name: str, images: list[Parts], depth: int) -> tuple[int, list[Parts]]:
-    """Return the depth of the classes and the images of a split's folder, which may be doubled: train/train/<class>."""
+    """Return the depth of a split's class folders, and the images. The split may be doubled: train/train/<class>."""
     classes = _folders(images, depth + 1)
     if len(classes) == 1 and split_of(next(iter(classes))) == split_of(name):
         return depth + 2, next(iter(classes.values()))
@@ -240,7 +240,7 @@ def _unwrapped(name: str, images: list[Parts], depth: int) -> tuple[int, list[Pa
 
 
 def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> None:
-    """Check that folders without splits among them are classes.
+    """Check that class folders are not splits with unexpected names or at a wrong depth.
 
     Raises:
         DataError: If the names look like splits, or if the folders contain splits.

@@ -1,1 +1,1 @@
-"""Texts as tokens: tokenised rows, conversations, packs of several, questions with choices."""
+"""Texts as tokens: tokenised rows, conversations, padded or packed batches, multiple-choice questions."""

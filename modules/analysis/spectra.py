@@ -33,7 +33,7 @@ def left_singular_vectors(weight: Tensor) -> Tensor:
         weight: (d_out, d_in), any floating dtype.
 
     Returns:
-        (d_out, rank) float64, in the order of descending singular values, with the numerical rank. Singular values
+        (d_out, rank) float64, ordered by descending singular value, where `rank` is the numerical rank. Singular values
         below the rounding error count as zero, since their vectors are arbitrary.
     """
     u, s, _ = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -46,7 +46,7 @@ def intruder_cosines(left: Tensor, weight: Tensor, update: Tensor, top: int = 10
 
     A vector whose largest |cos| is below a threshold ε is an intruder dimension (Shuttleworth et al. 2024, arXiv
     2410.21228). The paper uses the 10 leading vectors and a range of ε. For ΔW = 0 there are no intruders, unless
-    singular values of W are equal, since their vectors are then arbitrary.
+    singular values of W are equal. The vectors of equal singular values are arbitrary.
 
     Args:
         left: Left singular vectors of W, (d_out, rank), from `left_singular_vectors`.

@@ -17,7 +17,7 @@ class _SharedKeys(Cache):
     """Attention keys and values of a prefix (1, heads, P, width), shared read-only by batches of any size."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Return keys and values of the prefix followed by the batch's, (batch, heads, P + tokens, width)."""
+        """Concatenate the prefix's and the batch's keys and values to (batch, heads, P + tokens, width)."""
         layer = self.layers[layer_idx]
         pairs = ((layer.keys, key_states), (layer.values, value_states))  # type: ignore[union-attr]
         return tuple(torch.cat([shared.expand(len(new), -1, -1, -1), new], dim=-2) for shared, new in pairs)  # type: ignore[union-attr]
@@ -26,8 +26,8 @@ class _SharedKeys(Cache):
 class PrefixCache:
     """Cache of the attention keys and values of a prompt prefix that consecutive batches share.
 
-    The cache detects another prefix, and weights that change in place, such as an optimizer step or a loaded
-    checkpoint. After any other change, such as switching adapters off, create a new cache.
+    The cache detects a different prefix. The cache also detects weights that an optimizer step or a loaded checkpoint
+    changes in place. After any other change, such as switching adapters off, create a new cache.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class PrefixCache:
 
 def _prefix_keys(model: PreTrainedModel, prefix: Tensor) -> _SharedKeys | None:
     cache = DynamicCache(config=model.config)
-    # Other caches, such as of recurrent layers, store more than keys and values, or compress them.
+    # Caches of other layers, such as recurrent layers, do not store plain keys and values.
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
     model.base_model(input_ids=prefix[None], past_key_values=cache, use_cache=True)

@@ -63,7 +63,7 @@ def text_scores(model: nn.Module, sequences: Sequence[Tensor], device: torch.dev
 
     Args:
         model: Maps a batch with `input_ids`, `attention_mask` and `labels` to the logits (predicted tokens, vocabulary)
-            and the predicted tokens (predicted tokens,), as `LanguageModel` does.
+            and the target tokens (predicted tokens,), as `LanguageModel` does.
         sequences: Tokens of each text, (tokens,) int64, at least two.
         device: Device of the model.
 

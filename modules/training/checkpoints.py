@@ -33,7 +33,7 @@ class CheckpointedModule(L.LightningModule):
     tuning: str
     optimizer_spec: OptimizerSpec
     head_names: list[str]
-    fingerprint: str  # Of the first and last values of each frozen tensor. Older checkpoints have no digest.
+    fingerprint: str  # Of each frozen tensor's first and last values, for older checkpoints without a digest.
     frozen_digest: FrozenDigest
 
     def saved_state(self) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ class CheckpointedModule(L.LightningModule):
             )
         if (trainer := self._trainer) is not None and trainer.state.fn == "fit":
             check_training_state(checkpoint, self.optimizer_spec, self.trained_groups())
-            # The key of the position in the data is the class name of the data module. Older runs have older names.
+            # Lightning stores the position in the data under the data module's class name. Older runs have older names.
             name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
             positions = [v for v in checkpoint.values() if isinstance(v, Mapping) and v.keys() >= POSITION]
             if positions:
