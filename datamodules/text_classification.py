@@ -150,12 +150,12 @@ class TextClassificationData(TrainingTextData):
         """Take the classes of the trainer's model, or else of the training rows."""
         self.check_length("max_length", self.max_length)
         assert self.trainer is not None
-        self._guess_columns()
+        self.guess_columns()
         if not self.predicts:
             known = self.model_classes
             self.class_names = known if known is not None else self._labels(self.training_table()).class_names
 
-    def _guess_columns(self) -> None:
+    def guess_columns(self) -> None:
         """Guess the columns that no key names, from the training rows or else from another split.
 
         Raises:
@@ -178,7 +178,7 @@ class TextClassificationData(TrainingTextData):
             SplitError: If there is no test split, or if its labels are hidden.
         """
         super().check_test_split()
-        self._guess_columns()
+        self.guess_columns()
         assert self.label_column is not None
         for table, _ in self.sets("test").values():
             parse_labels(table, self.label_column, self.task.class_names if self.task else None, self.skip_label)

@@ -128,7 +128,8 @@ def read_classes(config: Namespace) -> list[str] | None:
         table = open_split(folder, "train", *columns, Findings(keys.skip_bad_rows), keys.get("skip_label"))
         return None if table is None else table.class_names
     data: Any = construct(L.LightningDataModule, config.data)
-    return parse_labels(data.training_table(), data.label_column, None, data.skip_label).class_names
+    data.guess_columns()
+    return parse_labels(data.training_table(), str(data.label_column), None, data.skip_label).class_names
 
 
 def precision_of(value: Any) -> Precision:

@@ -38,7 +38,9 @@ class CommandLine:
         return main(self.words(command, *options))
 
     def run(self, version: int = 0) -> Path:
-        return self.root / f"version_{version}"
+        """Return the directory of a run, whose name may end with a name and a variant."""
+        named = self.root.glob(f"version_{version}-*")
+        return next(named, self.root / f"version_{version}")
 
     def checkpoint(self, version: int = 0, name: str = "last") -> dict[str, Any]:
         return torch.load(self.run(version) / "checkpoints" / f"{name}.ckpt", weights_only=True)

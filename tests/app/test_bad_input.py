@@ -61,7 +61,7 @@ IMAGE, TEXT, SUMMARY, INSTRUCTIONS, QUESTIONS = "cli", "text_cli", "summary_cli"
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ([], "fit,validate,test,predict"),
+        ([], "fit, validate, test, predict"),
         (["frobnicate"], "frobnicate"),
         (["fit", "--config", "conf/nothing.yaml"], "conf/nothing.yaml"),
         (["fit", "--config", "{folder}/broken.yaml"], "broken.yaml"),
@@ -173,7 +173,7 @@ WRONG_VALUES: dict[str, list[tuple[str, str]]] = {
         ("--model.adapter.layers=0", "adapter.layers: 0 must be a whole number"),
         ("--model.adapter.layers=3", "adapter.layers: 3 is more than the number of blocks"),
         ("--checkpoint.monitor=val/acc1", "val/acc1 | val/score | val/matthews"),
-        ("--forgetting.path=x", "TextClassifier has no score of forgetting. ImageClassifier and Language"),
+        ("--forgetting.path=x", "TextClassifier has no score of forgetting. Use ImageClassifier or Language"),
         ("--test_after_fit=true", "data.label_column | test.parquet | -1 | hidden"),
     ],
     SUMMARY: [
@@ -479,7 +479,7 @@ NOT_PREDICTED: list[tuple[str, dict[str, str], str]] = [
     ("fitted_text_cli", {"rows.csv": "words\nw1\n"}, "rows.csv | no column | words"),
     ("fitted_text_cli", {"hole.csv": "sentence,document\n,\n,\n"}, "hole.csv | empty in every row"),
     ("instruction_cli", {"rows.jsonl": "Say w1.\nSay w2.\n"}, "data. | rows.jsonl | cannot be read | json"),
-    ("instruction_cli", {"rows.jsonl": '{"question": "w1"}\n'}, "data.instruction_column | it has question"),
+    ("instruction_cli", {"rows.jsonl": '{"k": "w1"}\n'}, "data.instruction_column | it has k"),
     (
         "instruction_cli",
         {"rows.jsonl": json.dumps(turns(("assistant", "w1"))) + "\n"},

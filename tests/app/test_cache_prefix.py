@@ -207,7 +207,7 @@ def failure(cli: CommandLine, capsys: pytest.CaptureFixture[str], *options: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.crop_scale=[0.5, 1]"], "data.horizontal_flip to false and data.crop_scale to [1, 1]"),
+        (["--data.crop_scale=[0.5, 1]"], "data.horizontal_flip to false, data.crop_scale to [1, 1]"),
         (
             ["--model.adapter.layers=3"],
             "(blocks.0.attn.qkv.query). Adapt only the last blocks with model.adapter.layers: 2",

@@ -613,8 +613,8 @@ def test_a_file_in_the_place_of_a_directory(cli: CommandLine, capsys: pytest.Cap
     refused(capsys, cli("fit"), "trainer.default_root_dir", str(cli.root), "choose another place")
     cli.root.unlink()
 
-    def spoilt(root: Path) -> Path:
-        directory = new_run_directory(root)
+    def spoilt(root: Path, label: str) -> Path:
+        directory = new_run_directory(root, label)
         (directory / "checkpoints").write_text("")
         return directory
 

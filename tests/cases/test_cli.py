@@ -132,7 +132,7 @@ def roots(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
     """Roots below which a command would make its run directory; the command stops there."""
     found: list[Path] = []
 
-    def new_run_directory(root: Path) -> Path:
+    def new_run_directory(root: Path, label: str) -> Path:
         found.append(root)
         raise WriteError("stopped by the test")
 

@@ -410,7 +410,7 @@ def test_bad_input_is_refused(
 
 
 def test_a_model_without_preprocessing(parquet_path: Path) -> None:
-    with refuses("preprocessing"):
+    with refuses("needs a model of images"):
         set_up(ImageClassificationData(str(parquet_path)), SimpleNamespace(class_names=None))
 
 

@@ -438,7 +438,11 @@ BAD: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, ...]]] = {  # fi
         {**TEXT, "stage": "test", "known": CLASSES},
         ("data.label_column", "the model is for classification into a, b"),
     ),
-    "nothing to predict": ({}, {"task": "rte", "stage": "predict", "predict_path": "gone.csv"}, ("gone.csv is no",)),
+    "nothing to predict": (
+        {},
+        {"task": "rte", "stage": "predict", "predict_path": "gone.csv"},
+        ("gone.csv is missing",),
+    ),
     "no rows to predict": (
         {"new.csv": "sentence\n"},
         {"task": "cola", "stage": "predict", "predict_path": "new.csv"},

@@ -19,8 +19,8 @@ def gaps(cli: CommandLine, version: int = 0) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("any_cli", "names"),
     [
-        ("fitted_cli", {"loss", "acc1"}),
-        ("fitted_text_cli", {"loss", "matthews", "score"}),
+        ("fitted_cli", {"loss", "acc1", "macro_f1", "ece"}),
+        ("fitted_text_cli", {"loss", "matthews", "score", "macro_f1", "ece"}),
         ("fitted_summary_cli", {"loss", "rouge1", "rouge2", "rougeL", "rougeLsum"}),
         ("fitted_instruction_cli", {"loss", "perplexity", "token_acc"}),
     ],
@@ -78,7 +78,7 @@ def test_the_fit_is_the_same_without_it(fitted_cli: CommandLine) -> None:
 
 def test_a_validation_of_earlier_weights_gives_no_gap(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("fit", "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2") == 0
-    assert set(gaps(cli)) == {"train_eval/loss", "train_eval/acc1"}
+    assert set(gaps(cli)) == {f"train_eval/{name}" for name in ("loss", "acc1", "macro_f1", "ece")}
     assert "the last validation was of step 16, and the fit has ended at step 24" in capsys.readouterr().err
 
 

@@ -60,7 +60,7 @@ def test_equal_runs_are_said_to_be_equal(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_is_no_run_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, other = (str(write_run(tmp_path / name)) for name in "ab")
     refused(capsys, main(["compare", run]), "RUN: one run is given, and two or more are needed.")
-    refused(capsys, main(["compare", run, str(tmp_path / "c")]), "is no run directory")
+    refused(capsys, main(["compare", run, str(tmp_path / "c")]), "is neither a run directory")
     refused(capsys, main(["compare", run, str(tmp_path)]), "has no config.yaml and no metrics.json")
     (tmp_path / "b" / "config.yaml").write_text("\x1b[2J: [")
     refused(capsys, main(["compare", run, other]), "config.yaml or metrics.json of", "cannot be read")

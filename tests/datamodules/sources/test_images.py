@@ -291,7 +291,7 @@ def test_no_pickle_of_a_tampered_cifar10_is_opened(
 def test_a_directory_that_is_not_there(path: str) -> None:
     with refuses("data.path", path, *(["--data.path DIRECTORY"] if path in ("beans", "hub/name") else ["is not here"])):
         open_split(path, "train", None, None)
-    with refuses("data.predict_path", path, "is not a directory"):
+    with refuses("data.predict_path", path, "is not there. Give an image or a folder"):
         open_folder(path)
 
 

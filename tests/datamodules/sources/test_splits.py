@@ -14,7 +14,7 @@ from tests.support.refusals import refuses
 
 
 def rows(split: str, size: int = 50, **keys: Any) -> list[int]:
-    options = {"held_out": True, "val_fraction": 0.2, "seed": 0, "limit": None, **keys}
+    options = {"shares": {"val": 0.2}, "seed": 0, "limit": None, **keys}
     state = torch.get_rng_state()
     chosen = choose_rows(size, split, **options)
     assert chosen.dtype == torch.int64
@@ -27,9 +27,17 @@ def rows(split: str, size: int = 50, **keys: Any) -> list[int]:
 def test_held_out_rows_and_training_rows_are_disjoint_and_cover_the_table(
     size: int, fraction: float, held: int
 ) -> None:
-    train, val = (rows(split, size, val_fraction=fraction) for split in ("train", "val"))
+    train, val = (rows(split, size, shares={"val": fraction}) for split in ("train", "val"))
     assert len(val) == held  # rounded, and never none
     assert sorted(train + val) == list(range(size))
+
+
+def test_rows_to_test_are_held_out_besides_and_leave_the_validation_rows_as_they_are() -> None:
+    shares = {"val": 0.2, "test": 0.3}
+    train, val, test = (rows(split, shares=shares) for split in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (25, 10, 15)
+    assert sorted(train + val + test) == list(range(50))
+    assert val == rows("val")
 
 
 def test_what_is_held_out_is_drawn_by_the_seed() -> None:
@@ -42,14 +50,15 @@ def test_what_is_held_out_is_drawn_by_the_seed() -> None:
     ("split", "held_out"), [("train", True), ("val", True), ("train", False), ("val", False), ("test", False)]
 )
 def test_a_limit_keeps_a_seeded_sample(split: str, held_out: bool) -> None:
-    several: tuple[dict[str, int], ...] = ({}, {"limit": 5}, {"limit": 5, "seed": 1})
-    whole, kept, other = (rows(split, held_out=held_out, **keys) for keys in several)
+    several: tuple[dict[str, Any], ...] = ({}, {"limit": 5}, {"limit": 5, "seed": 1})
+    shares = {"val": 0.2} if held_out else {}
+    whole, kept, other = (rows(split, shares=shares, **keys) for keys in several)
     assert held_out or whole == list(range(50))
     assert len(set(kept)) == len(kept) == 5
     assert set(kept) < set(whole)
     assert kept not in (whole[:5], other)
     for limit in (len(whole), 10**9):
-        assert rows(split, held_out=held_out, limit=limit) == whole
+        assert rows(split, shares=shares, limit=limit) == whole
 
 
 @pytest.mark.parametrize(
@@ -57,8 +66,8 @@ def test_a_limit_keeps_a_seeded_sample(split: str, held_out: bool) -> None:
     [
         *(
             (
-                partial(rows, "train", size, val_fraction=f),
-                f"val_fraction: {f} of {size} samples leaves none to train on",
+                partial(rows, "train", size, shares={"val": f}),
+                f"val_fraction {f}: of {size} rows none is left to train on",
             )
             for size, f in ((1, 0.1), (2, 0.8), (10, 0.99))
         ),
