@@ -81,7 +81,7 @@ def test_abilities_of_models(roberta_path: Path, bart_path: Path, llama_path: Pa
 
 @pytest.mark.parametrize(("folders", "most"), [(("modules", "datamodules"), 8)])
 def test_few_attributes_are_looked_up_by_a_name_in_quotes(folders: tuple[str, ...], most: int) -> None:
-    """What is left asks a backbone of timm or transformers, never a task or its data."""
+    """The remaining probes ask a backbone of timm or transformers, never a task or its data."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for folder in folders

@@ -32,7 +32,7 @@ def training_loop() -> str:
 
 @pytest.fixture
 def layout(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What setup.py gives to setuptools."""
+    """Arguments that setup.py gives to setuptools."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", given.update)
     exec((ROOT / "setup.py").read_text(), {})

@@ -65,7 +65,7 @@ ENDS = ("--trainer.max_epochs=1", "--trainer.max_steps=3", "--trainer.limit_val_
 
 
 def keys(family: str) -> list[str]:
-    """What a configuration of a family may have, and some that it may not."""
+    """Valid values of a family's configuration, and some invalid ones."""
     found = []
     for section, path in zip(("model", "data"), FAMILIES[family], strict=True):
         names = list(constructor_parameters(resolve_name(path)))
@@ -92,7 +92,7 @@ class Case:
 
 
 def usable(key: str, value: Any) -> bool:
-    """Whether a value lets the run end soon."""
+    """Return True if a run with the value ends soon."""
     big = isinstance(value, int | float) and not isinstance(value, bool) and (math.isinf(value) or value > 100)
     return not (big and key.rpartition(".")[2] in NOT_MANY)
 

@@ -1,4 +1,4 @@
-"""What a stranger may send: nothing of it runs, and nothing is written but where it belongs."""
+"""A stranger's files run no code, and write nothing outside of the run directory."""
 
 from __future__ import annotations
 

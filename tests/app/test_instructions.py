@@ -99,7 +99,7 @@ def test_a_run_learns_and_leaves_what_the_contract_names(tuned: Tuned) -> None:
 
 
 def assert_frozen(state: dict[str, Tensor], start: dict[str, Tensor], backbone: Path) -> None:
-    """What is not trained is as it was drawn, and of the backbone as it lies on disk."""
+    """Frozen factors stay as drawn, and frozen weights stay as on disk."""
     stored = load_file(backbone / "model.safetensors")
     frozen = {name for name in start if name.startswith("backbone.") and not name.endswith(".B")}
     assert {name for name, tensor in state.items() if not torch.equal(tensor, start[name])} == start.keys() - frozen

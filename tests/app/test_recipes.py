@@ -50,7 +50,7 @@ def keys_of(overlay: Path, part: str) -> dict[str, Any]:
 
 
 def has_keys(recipe: Path, overlay: Path) -> bool:
-    """Whether a recipe's model and data have the keys that an overlay sets."""
+    """Return True if a recipe's model and data have the keys that an overlay sets."""
     for part in ("model", "data"):
         module, _, cls = read(recipe)[part]["class_path"].rpartition(".")
         if not keys_of(overlay, part).keys() <= constructor_parameters(getattr(import_module(module), cls)).keys():

@@ -23,7 +23,7 @@ QUIET = ["--trainer.limit_val_batches=0", "--checkpoint.monitor=null", "--traine
 
 
 def record(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Have every process write what it trains on: (epoch, batch, rate, a number of each sample's own) of each step."""
+    """Make every process write what it trains on: (epoch, batch, rate, a number of each sample's own) of each step."""
     original = AdapterCheckpoint.on_train_batch_start
 
     def hook(self: AdapterCheckpoint, trainer: Any, module: AdaptedModule, batch: Any, batch_idx: int) -> None:
@@ -37,7 +37,7 @@ def record(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def steps(folder: Path) -> list[list[Any]]:
-    """What all processes have trained on since the last call, step by step."""
+    """Return the samples of all processes since the last call, step by step."""
     files = sorted(folder.glob("steps*.jsonl"))
     ranks = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     for file in files:

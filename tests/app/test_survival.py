@@ -1,4 +1,4 @@
-"""What a run survives: damaged checkpoints, SIGTERM, a full disk, a second process in its directory."""
+"""A run survives damaged checkpoints, SIGTERM, a full disk, a second process in its directory."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_training_goes_on_from_the_newest_intact_one_but_not_from_a_named_damage
 
 @contextmanager
 def sigterm(hook: str, step: int, number: int = signal.SIGTERM) -> Iterator[None]:
-    """Have the process get a signal once in a hook of AdapterCheckpoint, when so many steps are done."""
+    """Send the process a signal once, in a hook of AdapterCheckpoint, when so many steps are done."""
 
     def send(self: AdapterCheckpoint, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == step and not trainer.sanity_checking and not sent:

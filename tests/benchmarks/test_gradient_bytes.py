@@ -1,4 +1,4 @@
-"""What two processes reduce a step is what is trained and nothing else."""
+"""Two processes reduce the gradients of trained parameters and nothing else."""
 
 from __future__ import annotations
 

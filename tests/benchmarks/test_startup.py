@@ -1,4 +1,4 @@
-"""What the benchmarks of start-up and of loaders would run."""
+"""Commands of the benchmarks of start-up and of loaders."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def csv_of(rows: list[Row]) -> str:
 
 
 def findings_of(path: Path) -> list[str]:
-    """What a fit reports about its data."""
+    """Return the lines of a fit about its data."""
     data = TextClassificationData(str(path), text_columns=["text"], batch_size=2)
     lines: list[str] = set_up(data, text_model(word_tokenizer())).findings.take_lines()
     return lines

@@ -84,7 +84,7 @@ def noise(height: int, width: int) -> np.ndarray:
 
 
 def difference(folder: Path, pixels: np.ndarray, config: dict[str, Any]) -> Tensor:
-    """What `predict` makes of an image less what timm's own evaluation transform does, in levels of 255."""
+    """Return the image of `predict` minus the image of timm's own evaluation transform, in levels of 255."""
     data = prepared(saved(folder, [pixels]), "predict", config=config, predict_path=str(folder))
     ours = data.on_after_batch_transfer(next(iter(data.predict_dataloader())), 0)["image"][0]
     config = {**CONFIG, **config}

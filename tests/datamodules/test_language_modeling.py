@@ -201,7 +201,7 @@ def test_a_response_column_of_any_name(tmp_path: Path, name: str) -> None:
 
 
 def sequences(batch: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the packs of a batch consist of: whole texts and what is learnt of them."""
+    """Return the whole texts of a batch of packs, and the parts that are learnt."""
     found = []
     for ids, labels, positions in zip(batch["input_ids"], batch["labels"], batch["position_ids"], strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]

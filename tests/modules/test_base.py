@@ -1,4 +1,4 @@
-"""What the base class does for every task: checkpoints over frozen weights, frozen normalisation, and refusals."""
+"""The base class of every task: checkpoints over frozen weights, frozen normalisation, and refusals."""
 
 from __future__ import annotations
 

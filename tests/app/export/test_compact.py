@@ -40,7 +40,7 @@ def trained_module(cli: CommandLine) -> AdaptedModule:
 
 
 def read_back(folder: Path, module: AdaptedModule) -> dict[str, Tensor]:
-    """What a compact directory has for a module, under the names of its state."""
+    """Return the tensors of a compact directory under the names of the module's state."""
     heads = [name.removeprefix("backbone.") for name in module.head_names if name.startswith("backbone.")]
     compact = load_compact(folder, module.backbone, exclude=heads)
     assert compact.adapter == module.adapter

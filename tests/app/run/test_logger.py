@@ -1,4 +1,4 @@
-"""What each logger receives: pictures, texts, and the results of a run beside its settings."""
+"""Contents of each logger: pictures, texts, and the results of a run beside its settings."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ DDP_STRATEGY = "lightning.pytorch.strategies.DDPStrategy"
 
 
 def errors(logs: Path) -> list[str]:
-    """What both processes said, tracebacks being none of it."""
+    """Return the output of both processes, which has no traceback."""
     said = "".join((logs / f"rank{rank}.log").read_text() for rank in (0, 1))
     assert "Traceback" not in said
     return [line for line in said.splitlines() if line.startswith("error:")]

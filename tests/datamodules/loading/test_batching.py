@@ -208,7 +208,7 @@ def module(batch: int = 3, workers: int = 0, world: int = 1, rank: int = 0, **ke
 
 
 def batches(loader: DataLoader[Any], begun: int = 0, epochs: int = 3) -> Iterator[list[Draw]]:
-    """What Lightning takes from batch `begun` on.
+    """Batches that Lightning takes from batch `begun` on.
 
     It makes its first iterator before it tells the sampler the epoch, and stops at the length without looking on.
     """

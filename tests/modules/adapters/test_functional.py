@@ -72,7 +72,7 @@ class Case:
 
 
 def kept(run: Any) -> list[Tensor]:
-    """What a forward pass keeps for its backward pass."""
+    """Tensors that a forward pass keeps for its backward pass."""
     tensors: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def test_autocast_is_close_and_gradients_are_float32(train: Any, roles: tuple[st
 
 
 class CountCasts(TorchDispatchMode):
-    """How often a tensor of one shape is cast."""
+    """Number of casts of tensors of one shape."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()

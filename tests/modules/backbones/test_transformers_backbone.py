@@ -330,7 +330,7 @@ def test_a_name_that_is_nowhere(name: str) -> None:
 
 
 class Payload:
-    """What pickle would run."""
+    """A function that unpickling would call."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

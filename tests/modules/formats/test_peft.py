@@ -34,7 +34,7 @@ only_roberta = pytest.mark.parametrize("backbone", ["roberta"], indirect=True)
 
 
 def heads_of(backbone: Backbone) -> Heads:
-    """What is trained whole, other than the reference has it."""
+    """Heads with other values than those of the reference."""
     model = backbone.model
     return {n: {k: t + 1 for k, t in model.get_submodule(n).state_dict().items()} for n in backbone.head}
 
