@@ -112,6 +112,8 @@ class SummarizationData(TrainingTextData):
             else:
                 self.target_column = column
         self._guessed = True
+        if predicts and self.hparams["source_column"] is None:
+            self.findings.add(f"columns: sources of {self.source_column} (guessed; data.source_column overrides)")
         self.keep_columns(source_column=self.source_column, target_column=self.target_column)
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:

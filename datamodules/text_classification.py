@@ -169,6 +169,8 @@ class TextClassificationData(TrainingTextData):
         if self.label_column is None and not self.predicts:
             self.label_column = guess_label_column(table, self.columns)
             self._guessed |= self.label_column != "label"
+        if self.predicts:
+            self.findings.add(f"columns: text of {', '.join(self.columns)} (guessed; data.text_columns overrides)")
         self.keep_columns(text_columns=self.columns, label_column=self.label_column)
 
     def check_test_split(self) -> None:

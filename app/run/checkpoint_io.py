@@ -38,7 +38,7 @@ CHUNK = 1 << 20
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path | None:
-    """Return the run directory that a checkpoint lies in, if it lies in one."""
+    """Return the run directory that contains a checkpoint; None for a checkpoint outside of run directories."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
 
 

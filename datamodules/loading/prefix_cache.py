@@ -4,7 +4,7 @@ The model defines the prefix (`datamodules.contract.Prefix`), and the data modul
 `hidden` (batch, tokens, width) instead of the input, with zeros at padding. Its other keys stay the same.
 
 A file holds one split: a .npy array (tokens of all rows, width) in the dtype of the prefix's output, bfloat16 as int16.
-The file lies in the folder of the `datasets` library (HF_DATASETS_CACHE). Its name is a hash of the prefix and the
+The file is in the folder of the `datasets` library (HF_DATASETS_CACHE). Its name is a hash of the prefix and the
 rows. `datamodules.loading.cache_files` writes and verifies the file. A changed model, changed data, an interrupted run
 or a damaged file therefore never give wrong rows.
 """

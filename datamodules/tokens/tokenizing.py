@@ -89,8 +89,8 @@ class TokenDataset(Dataset[dict[str, Any]]):
 def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping[str, Any]) -> datasets.Dataset:
     """Return rows of tokens, from the cache if the same texts were encoded with the same key before.
 
-    The cache lies in the folder of the `datasets` library (HF_DATASETS_CACHE). The name of a cache file is a hash of
-    the texts and the key: a moved table finds its file, and a changed table gets a new file. A damaged file is rebuilt
+    The cache is in the folder of the `datasets` library (HF_DATASETS_CACHE). The name of a cache file is a hash of the
+    texts and the key: a moved table finds its file, and a changed table gets a new file. A damaged file is rebuilt
     (`datamodules.loading.cache_files`). Rows are read and written in batches, so that memory does not grow with the
     number of rows.
 

@@ -390,6 +390,13 @@ def test_a_file_of_rows_to_predict(tmp_path: Path, task: Any) -> None:
     assert data.complete_prediction(row, 0) == expected
 
 
+def test_a_guess_for_a_prediction_is_reported(tmp_path: Path) -> None:
+    file = put(tmp_path / "new.csv", "review,k\ngood w3,1\nbad w4 a,2\n")
+    data = prepared(tmp_path, "predict", predict_path=str(file))
+    assert "columns: text of review (guessed; data.text_columns overrides)" in data.findings.take_lines()
+    assert found(data.splits["predict"][0]) == [("good", 3), ("bad", 4)]
+
+
 @pytest.mark.parametrize("stored", [["matched"], ["mismatched"], ["matched", "mismatched"], [""]])
 def test_there_are_as_many_files_as_sets_and_each_has_its_own_name(tmp_path: Path, stored: list[str]) -> None:
     for name in stored:
