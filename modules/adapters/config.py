@@ -26,7 +26,7 @@ class Projection:
 
     Args:
         layer: Name of the linear layer in the model, such as `blocks.0.attn.qkv`.
-        role: One of `ROLES`, or `other` for a layer that is not in the table of `roles`.
+        role: One of `ROLES`, or `other` for a layer that is not in the table of the module `roles`.
         start: First row of the projection in the layer's weight.
         stop: Last row of the projection, plus 1.
         fused: True if the layer holds several projections.
@@ -64,7 +64,7 @@ class AdapterConfig:
         dropout: Probability in [0, 1) of zeroing an entry of the adapter's input.
         init_a: Initialiser of A, from the table in the module `init`.
         init_b: Initialiser of B, with the same choices. Exactly one factor starts at zero, so that training starts at
-            W. Or both factors are `given`: zero until a file or a checkpoint is loaded.
+            W. Alternatively, both factors are `given`: zero until a file or a checkpoint is loaded.
         targets: Roles (`query`, `key`, `value`, `output`, `mlp_in`, `mlp_gate`, `mlp_out`), `attention` for the first
             four, `all`, or `regex:PATTERN` that must match the whole name of a projection.
         layers: Adapt only the targeted projections in this number of last blocks, at least 1; None adapts all. A block
@@ -103,9 +103,9 @@ class AdapterConfig:
                     f"adapter.{key}: {getattr(self, key)!r} is unknown. Choose one of {', '.join(get_args(choices))}."
                 )
         if type(self.rank) is not int:
-            raise AdapterError(f"adapter.rank: {self.rank!r} must be a whole number.")
+            raise AdapterError(f"adapter.rank: {self.rank!r} must be a whole number, 1 or more.")
         if self.rank < 1:
-            raise AdapterError(f"adapter.rank: {self.rank} is too small; it must be 1 or more.")
+            raise AdapterError(f"adapter.rank: {self.rank} is too small. Use 1 or more.")
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise AdapterError(f"adapter.alpha: {self.alpha} must be a finite number above 0.")
         if not 0 <= self.dropout < 1:
@@ -121,7 +121,7 @@ class AdapterConfig:
         self._check_starts()
 
     def _check_starts(self) -> None:
-        """Check that the pair of initialisers can learn and starts at the pretrained weight."""
+        """Check that training starts at the pretrained weight, and that the trained factor gets a gradient."""
         if "given" in (self.init_a, self.init_b):
             if self.init_a != self.init_b:
                 raise AdapterError(

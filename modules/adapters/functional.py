@@ -14,7 +14,7 @@ activation.
 
 `plain` consists of ordinary autograd operations. `plain` is the reference, and is faster without gradients. `fused` is
 one autograd function for training. `fused` casts W again in backward, so autocast over float32 weights keeps no second
-copy of W. `fused` adds s·(g·B)·A to g·W within the small product (`addmm_`); autograd needs a separate addition.
+copy of W. `fused` computes s·(g·B)·A and adds the result to g·W in one operation (`addmm_`). Autograd needs two.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def fused(
     bs: Sequence[Tensor],
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """Compute the same as `plain` in one autograd function.
+    """Return the result of `plain`, computed by one autograd function.
 
     `fused` is differentiable once, gives W and b no gradient, and does not support `torch.func`.
 
@@ -119,21 +119,21 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = x.dtype
         out = weight.matmul(x, bias)  # (n, d_out)
-        read = x if dropped is None else dropped
-        h = F.linear(read, a.to(dtype))  # (n, k·r)
+        a_input = x if dropped is None else dropped
+        h = F.linear(a_input, a.to(dtype))  # (n, k·r)
         ranks = [b.shape[1] for b in bs]
         for part, part_h, b in zip(_slices(out, rows), _ranks(h, ranks), bs, strict=True):
             part.addmm_(part_h, b.to(dtype).T, alpha=scale)
         needs_x, needs_dropped, *_, needs_a = ctx.needs_input_grad[:7]
         needs_b = any(ctx.needs_input_grad[7:])
-        passes = needs_x if dropped is None else needs_dropped  # A gradient passes on through A to its input.
+        passes_a = needs_x if dropped is None else needs_dropped  # The gradient to the input of A passes through A.
         ctx.scale, ctx.rows, ctx.ranks = scale, rows, ranks
         ctx.dtypes, ctx.drops = (a.dtype, *(b.dtype for b in bs)), dropped is not None
         ctx.save_for_backward(
-            read if needs_a else None,
+            a_input if needs_a else None,
             h if needs_b else None,
-            a if passes else None,
-            *(b if passes or needs_a else None for b in bs),
+            a if passes_a else None,
+            *(b if passes_a or needs_a else None for b in bs),
             *(weight if needs_x else ()),
         )
         return out
@@ -149,21 +149,21 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients to the arguments of `_LowRankLinear.forward`; None for an argument without gradient."""
-    read, h, a, *others = ctx.saved_tensors
+    a_input, h, a, *others = ctx.saved_tensors
     bs, weight = others[: len(ctx.ranks)], others[len(ctx.ranks) :]
     dtype, scale, rows = grad.dtype, ctx.scale, ctx.rows
     parts = _slices(grad, rows)  # each (n, rows)
     gd = ga = None
     gx = FrozenWeight(*weight).input_gradient(grad) if weight else None  # (n, d_in)
-    if a is not None or read is not None:
+    if a is not None or a_input is not None:
         ghs = [part @ b.to(dtype) for part, b in zip(parts, bs, strict=True)]
         gh = ghs[0] if len(ghs) == 1 else torch.cat(ghs, dim=1)  # (n, k·r)
         if a is not None and ctx.drops:
             gd = (gh @ a.to(dtype)).mul_(scale)
         elif a is not None and gx is not None:
             gx.addmm_(gh, a.to(dtype), alpha=scale)
-        if read is not None:
-            ga = (gh.T @ read).to(ctx.dtypes[0]).mul_(scale)
+        if a_input is not None:
+            ga = (gh.T @ a_input).to(ctx.dtypes[0]).mul_(scale)
     gbs: list[Tensor | None] = [None] * len(bs)
     if h is not None:
         operands = zip(_ranks(h, ctx.ranks), parts, ctx.dtypes[1:], ctx.needs_input_grad[7:], strict=True)

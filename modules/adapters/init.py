@@ -3,17 +3,17 @@
 Every factor is drawn in float32 on the CPU. Each factor has its own generator, seeded by (seed, name of the projection,
 factor). A factor therefore does not depend on the device, the precision, the order or the other targets.
 
-A factor has r vectors of length n: rows of A with n = d_in, columns of B with n = d_out. The vectors are
+A factor has r vectors of length n: rows of A with n = d_in, columns of B with n = d_out. The initialisers are
 
 | name       | entries                                   | norm of a vector                     |
 |------------|-------------------------------------------|--------------------------------------|
 | orthogonal | reduced QR of a Gaussian (Haar)           | 1                                    |
-| signs      | ±1/√n with equal odds                     | 1                                    |
+| signs      | ±1/√n with equal probability              | 1                                    |
 | gaussian   | N(0, 1/n)                                 | 1 in the mean square                 |
 | uniform    | U(-√(3/n), √(3/n))                        | 1 in the mean square                 |
 | kaiming    | LoRA's kaiming_uniform_(a=√5): U(-1/√fan_in, 1/√fan_in) | A: 1/√3, B: √(d_out/3r) |
-| svd        | top singular vectors of W, right for A, left for B | 1 (seconds a layer from 2048² on) |
-| svd_minor  | minor singular vectors of W, right for A, left for B | 1 (seconds a layer from 2048² on) |
+| svd        | top singular vectors of W, right for A, left for B | 1                                    |
+| svd_minor  | minor singular vectors of W, right for A, left for B | 1                                    |
 | zero       | 0                                         | 0                                    |
 | given      | 0 until a file or a checkpoint is loaded  |                                      |
 
@@ -23,13 +23,13 @@ times as large as with `orthogonal`, 5.7 times at r = 8 and d_out = 768. This sc
 
 W has min(d_out, d_in) singular vectors on each side. `svd` selects the r vectors with the largest singular values.
 `svd_minor` selects the r vectors with the smallest. MiCA (arXiv 2604.01694, PEFT's `mica`) is `svd_minor` for a frozen
-B, with A trained from zero.
+B, with A trained from zero. For a W of 2048² or more, both take seconds.
 
-A factor of `signs` is bit-identical on every machine and with every library version, so it need not be saved. Its bits
-are the output of SHAKE-256 (FIPS 202), one stream for each vector. Its only arithmetic is √ and ÷, for which IEEE 754
-prescribes the rounding. The other initialisers use torch's generators or LAPACK, which do not guarantee identical bits.
-The vectors of `signs` are orthogonal only on average: the cosine of two vectors has mean 0 and standard deviation 1/√n.
-Below about ten entries two vectors may even be equal.
+A factor of `signs` is bit-identical on every machine and with every library version, so it need not be saved. The
+bits are the output of SHAKE-256 (FIPS 202), one stream for each vector. The only arithmetic is √ and ÷, for which IEEE
+754 prescribes the rounding. The other initialisers use torch's generators or LAPACK, which do not guarantee identical
+bits. The vectors of `signs` are orthogonal only on average: the cosine of two vectors has mean 0 and standard
+deviation 1/√n. Two vectors of fewer than about ten entries may even be equal.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .weight import FrozenWeight
 
 
 def check_rank(config: AdapterConfig, projection: Projection, d_in: int) -> int:
-    """Return the rank of a projection, and check that it is at most min(d_in, d_out).
+    """Check that the rank of a projection is at most min(d_in, d_out), and return the rank.
 
     Raises:
         AdapterError: With the projection and its shape.
@@ -130,7 +130,7 @@ class AdaptedLinear(nn.Linear):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _takes_plain(self) -> bool:
-        """Return True without gradients, where `fused` saves nothing, and if W or b is trained."""
+        """Return True if gradients are off, or if W or b is trained. `fused` gives W and b no gradient."""
         trains_base = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         return trains_base or not torch.is_grad_enabled()
 

@@ -1,7 +1,7 @@
 """Values by name, as PEFT's `rank_pattern` and `alpha_pattern` give them.
 
-A key of such a dictionary is the end of a name (`q_proj`, `layers.0.self_attn.q_proj`), or a regular expression for the
-end. The first matching key applies. A name that no key matches has the default value.
+A key is the end of a name (`q_proj`, `layers.0.self_attn.q_proj`), or a regular expression for the end of a name. The
+first matching key applies. A name that no key matches has the default value.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def short_patterns(values: Mapping[str, Value], default: Value, reserved: Collec
     """
     patterns: dict[str, Value] = {}
     for value in sorted(set(values.values()) - {default}):
-        chosen = [name for name, other in values.items() if other == value]
+        chosen = [name for name in values if values[name] == value]
         keys = name_endings(chosen, values, reserved) or [exact_key(name) for name in chosen]
         patterns |= dict.fromkeys(keys, value)
     hits = {name: {value for key, value in patterns.items() if matches(key, name)} for name in values}

@@ -116,8 +116,8 @@ def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 def _computes_product(kind: type[nn.Linear]) -> bool:
     """Return True if a class computes exactly x·Wᵀ + b.
 
-    The function calls `forward` of a small layer that has only the attributes of nn.Linear. A `forward` that needs
-    another attribute fails, so the class computes something else.
+    The function calls `forward` of a small layer that has only the attributes of nn.Linear. If `forward`
+    needs another attribute, the call fails and the result is False.
     """
     if kind.forward is nn.Linear.forward:
         return True
@@ -148,7 +148,7 @@ def select(projections: list[Projection], targets: Collection[str], layers: int 
     """Return the projections that the targets match.
 
     A pattern that matches the name of a fused layer selects the whole layer, with the role `other`. If a target matches
-    a part of the layer, only the parts are selected.
+    parts of the layer, only the matched parts are selected.
 
     Args:
         projections: All projections of the model, from `find_projections`.
@@ -218,7 +218,9 @@ def _matches(projection: Projection, target: str) -> bool:
         try:
             return re.fullmatch(target.removeprefix("regex:"), projection.name) is not None
         except re.error as error:
-            raise AdapterError(f"adapter.targets: {target!r} is not a regular expression: {error}.") from error
+            raise AdapterError(
+                f"adapter.targets: {target!r} is not a regular expression: {error}. Correct the pattern."
+            ) from error
     groups = {"attention": ATTENTION, "all": ROLES, **{role: (role,) for role in ROLES}}
     if target not in groups:
         raise AdapterError(
@@ -252,4 +254,4 @@ def _inventory(projections: list[Projection]) -> str:
     kinds = _kinds(projections)
     if not kinds:
         return "The backbone has no linear layer to adapt."
-    return "The linear layers are " + ", ".join(f"{kind} ({role})" for kind, role in kinds.items()) + "."
+    return "Target one of the linear layers: " + ", ".join(f"{kind} ({role})" for kind, role in kinds.items()) + "."

@@ -62,7 +62,10 @@ def refuse_merged(model: nn.Module) -> None:
 
 
 def state_problems(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], most: int = 5) -> list[str]:
-    """Return why a state cannot be loaded: missing or unexpected names and other shapes, at most `most` of each."""
+    """Return the reasons why a state cannot be loaded: missing or unexpected names, and different shapes.
+
+    Each reason lists at most `most` names.
+    """
     misshapen = [
         f"{name} is {tuple(actual[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
