@@ -132,8 +132,8 @@ def jackknife_error(values: Tensor, first: Tensor, second: Tensor) -> float:
     """
     values = values.double()
     runs = torch.cat([first, second]).unique()
-    without = torch.stack([values[(first != run) & (second != run)].mean() for run in runs])
+    left_out_means = torch.stack([values[(first != run) & (second != run)].mean() for run in runs])
     if len(runs) < 3:
         return float("nan")
     n = len(runs)
-    return float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
+    return float(((n - 1) / n * (left_out_means - left_out_means.mean()).square().sum()).sqrt())

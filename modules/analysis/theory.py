@@ -38,7 +38,7 @@ STUDENT = 2.0395  # 97.5 % quantile of Student's distribution with DRAWS - 1 deg
 
 
 def regression_loss(update: Tensor, delta: Tensor, sigma: Tensor, noise: float = 0.0) -> Tensor:
-    """Return the loss of an update ΔW.
+    """Return the loss of an update ΔW, a scalar.
 
     Args:
         update: ΔW (d_out, d_in).
@@ -78,16 +78,16 @@ def optimal_a(delta: Tensor, b: Tensor) -> Tensor:
 
 
 def loss_over_a(delta: Tensor, sigma: Tensor, a: Tensor, noise: float = 0.0) -> Tensor:
-    """Return the least loss over a frozen A: d_out·σ² + Tr[ΔΣΔᵀ] − Tr[AΣΔᵀΔΣAᵀ(AΣAᵀ)⁻¹]; arguments as above."""
+    """Return the least loss over a frozen A: d_out·σ² + Tr[ΔΣΔᵀ] − Tr[AΣΔᵀΔΣAᵀ(AΣAᵀ)⁻¹]. Arguments as above."""
     cross = delta @ sigma @ a.T  # (d_out, r)
     removed = torch.trace(cross.T @ cross @ torch.linalg.pinv(a @ sigma @ a.T, hermitian=True))
     return delta.shape[0] * noise + torch.trace(delta @ sigma @ delta.T) - removed
 
 
 def loss_over_b(delta: Tensor, sigma: Tensor, b: Tensor, noise: float = 0.0) -> Tensor:
-    """Return the least loss over a frozen B: d_out·σ² + Tr[ΔΣΔᵀ] − Tr[BᵀΔΣΔᵀB]; arguments as above."""
-    whole = delta @ sigma @ delta.T  # (d_out, d_out)
-    return delta.shape[0] * noise + torch.trace(whole) - torch.trace(b.T @ whole @ b)
+    """Return the least loss over a frozen B: d_out·σ² + Tr[ΔΣΔᵀ] − Tr[BᵀΔΣΔᵀB]. Arguments as above."""
+    target_moment = delta @ sigma @ delta.T  # (d_out, d_out)
+    return delta.shape[0] * noise + torch.trace(target_moment) - torch.trace(b.T @ target_moment @ b)
 
 
 # ------------------------------------------------------------------------------------------------ random frozen factors
@@ -173,8 +173,8 @@ def expected_share(whitened: Tensor, root: Root, rank: int, seed: int = 0) -> Sh
         seed: Seed of the sampled factors.
     """
     draws = removed_shares(whitened, root.directions(random_factors(root.vectors.shape[0], rank, seed)))
-    mean, half = draws.mean(0), STUDENT * draws.std(0) / math.sqrt(DRAWS)
-    return Share(mean, mean - half, mean + half)
+    mean, half_width = draws.mean(0), STUDENT * draws.std(0) / math.sqrt(DRAWS)
+    return Share(mean, mean - half_width, mean + half_width)
 
 
 def share_over_b(size: int, rank: int) -> Share:
@@ -351,5 +351,5 @@ def generalisation_bound(
         bits: Number q of bits of a parameter.
         sigma: σ of a σ-sub-Gaussian loss; 0.5 for every loss in [0, 1], such as the error rate.
     """
-    numbers = sum(rank * (d_in * (trained != "B") + d_out * (trained != "A")) for rank, d_in, d_out in shapes)
-    return math.sqrt(2 * bits * sigma**2 * math.log(2) / samples * numbers)
+    parameters = sum(rank * (d_in * (trained != "B") + d_out * (trained != "A")) for rank, d_in, d_out in shapes)
+    return math.sqrt(2 * bits * sigma**2 * math.log(2) / samples * parameters)
