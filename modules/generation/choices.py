@@ -26,8 +26,8 @@ class _SharedKeys(Cache):
 class PrefixCache:
     """Cache of the attention keys and values of a prompt prefix that consecutive batches share.
 
-    The cache detects a different prefix. The cache also detects weights that an optimizer step or a loaded checkpoint
-    changes in place. After any other change, such as switching adapters off, create a new cache.
+    The keys and values are computed again for a different prefix, and after an optimizer step or a loaded checkpoint
+    changed weights in place. After any other change, such as switching adapters off, create a new cache.
     """
 
     def __init__(self) -> None:
