@@ -41,7 +41,7 @@ def class_scores(confusion: Tensor) -> dict[str, Tensor]:
         confusion: Counts (classes, classes), a row for each true class.
 
     Returns:
-        `precision`, `recall`, `f1` (classes,) float64 in [0, 1], 0 where nothing was predicted or true; `support`
+        `precision`, `recall`, `f1` (classes,) float64 in [0, 1], 0 if a denominator is 0; `support`
         (classes,) int64, the number of true samples.
     """
     counts = confusion.double()
@@ -70,7 +70,7 @@ def loss_weights(weights: ClassWeights, class_names: Sequence[str], counts: Sequ
     Args:
         weights: `balanced`, a weight for each class, or None for equal weights.
         class_names: Names by label.
-        counts: Number of training rows of each class; None if the data do not know it.
+        counts: Number of training rows of each class; None if unknown.
 
     Returns:
         (classes,) float32. Balanced weights are n / (classes · count), as in scikit-learn; a class without rows has 0.
@@ -84,7 +84,9 @@ def loss_weights(weights: ClassWeights, class_names: Sequence[str], counts: Sequ
         raise ModelError("model.class_weights: a regression has no classes. Remove the key.")
     if weights == "balanced":
         if counts is None:
-            raise ModelError("model.class_weights: the data do not count their classes. Give a list of weights.")
+            raise ModelError(
+                "model.class_weights: these data have no counts of their classes for `balanced`. Give a list."
+            )
         count = torch.tensor(counts, dtype=torch.float64)
         return torch.where(count > 0, count.sum() / (len(counts) * count.clamp(min=1)), 0.0).float()
     if len(weights) != len(class_names):

@@ -67,7 +67,7 @@ class MultipleChoiceAccuracy(Metric):
 
         `acc` is the accuracy over all questions, and `acc_stderr` its standard error as a proportion. `acc_subjects` is
         the mean over subjects. `acc_humanities`, `acc_stem`, `acc_social_sciences` and `acc_other` are the accuracies
-        of MMLU's categories, if questions occur. `subjects/NAME` is the accuracy of a subject, if there are several.
+        of MMLU's categories that have questions. With several subjects, `subjects/NAME` is the accuracy of a subject.
         """
         counts = self._by_subject()
 

@@ -28,8 +28,8 @@ class PositiveF1(BinaryF1Score):
 class Matthews(MulticlassMatthewsCorrCoef):
     """Matthews correlation, as in GLUE's CoLA; 0 for a constant prediction.
 
-    The class has one more, empty class. With exactly two classes, torchmetrics would give a constant prediction a small
-    nonzero correlation.
+    The metric counts one extra class, which never occurs. With exactly two classes, torchmetrics would give a constant
+    prediction a small nonzero correlation.
     """
 
     def __init__(self, classes: int) -> None:

@@ -67,7 +67,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
     ("weights", "names", "counts", "words"),
     [
         ("balanced", [], [], "regression"),
-        ("balanced", ["a", "b"], None, "do not count"),
+        ("balanced", ["a", "b"], None, "no counts of their classes"),
         ([1.0], ["a", "b"], [1, 2], "1 weights for 2 classes"),
         ([-1.0, 1.0], ["a", "b"], [1, 2], "0 or more"),
         ([0.0, 0.0], ["a", "b"], [1, 2], "above 0"),
