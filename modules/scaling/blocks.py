@@ -40,7 +40,8 @@ def block_stacks(backbone: nn.Module) -> list[Stack]:
     """
     stacks: list[Stack] = []
     for name, module in backbone.named_modules():
-        nested = any(name.startswith(f"{stack.name}.") for stack in stacks)  # Such as a block's mixture of experts.
+        # A block may contain a list, such as a mixture of experts.
+        nested = any(name.startswith(f"{stack.name}.") for stack in stacks)
         if nested or not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         blocks = list(module)

@@ -53,8 +53,8 @@ class FrozenPrefix:
         context: Function that returns the context of a forward pass, for the trainer's precision.
 
     Raises:
-        ModelError: If the backbone has not exactly one stack of blocks, an adapter is in the first block, or an adapter
-            is outside the blocks.
+        ModelError: If the backbone does not have exactly one stack of blocks, an adapter is in the first block, or an
+            adapter is outside the blocks.
     """
 
     def __init__(
@@ -123,13 +123,13 @@ class FrozenPrefix:
 
     def _check(self, batch: Batch) -> None:
         """Check that continuing from the hidden states, zeroed at padding, gives the output of the backbone."""
-        whole, reason = self._watch(batch), None
-        mask = batch[MASK].bool() if MASK in batch else whole.hidden.new_ones(whole.hidden.shape[:2], dtype=torch.bool)
+        full, reason = self._watch(batch), None
+        mask = batch[MASK].bool() if MASK in batch else full.hidden.new_ones(full.hidden.shape[:2], dtype=torch.bool)
         rest = {key: value for key, value in batch.items() if key not in self.inputs}
         try:
-            resumed = self._watch({**rest, HIDDEN: whole.hidden * mask[..., None].to(whole.hidden.dtype)})
-            agrees = self.depth == len(self.blocks) or torch.equal(whole.received[mask], resumed.received[mask])
-            agrees = agrees and bool((whole.outputs - resumed.outputs).norm() <= TOLERANCE * whole.outputs.norm())
+            resumed = self._watch({**rest, HIDDEN: full.hidden * mask[..., None].to(full.hidden.dtype)})
+            agrees = self.depth == len(self.blocks) or torch.equal(full.received[mask], resumed.received[mask])
+            agrees = agrees and bool((full.outputs - resumed.outputs).norm() <= TOLERANCE * full.outputs.norm())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # A backbone with another interface may raise any exception.
@@ -164,7 +164,7 @@ class FrozenPrefix:
         """Make the prefix return its input unchanged, within the context."""
         modules = [*self.embeddings, *self.blocks[: self.depth]]
         for module in modules:
-            module.forward = _hand_on
+            module.forward = _return_input
         try:
             yield
         finally:
@@ -172,7 +172,7 @@ class FrozenPrefix:
                 del module.forward
 
 
-def _hand_on(*args: Any, **kwargs: Any) -> Any:
+def _return_input(*args: Any, **kwargs: Any) -> Any:
     return args[0] if args else kwargs["inputs_embeds"]
 
 
@@ -192,7 +192,7 @@ def transformers_prefix(
         trainer: The trainer, which has the precision.
         outputs: Function from a batch to the output of the whole backbone.
     """
-    names = {"id2label", "label2id", "_name_or_path", "architectures", "dtype", "transformers_version"}
+    irrelevant = {"id2label", "label2id", "_name_or_path", "architectures", "dtype", "transformers_version"}
     parts = dict(backbone.base_model.named_children())
     return FrozenPrefix(
         backbone,
@@ -203,7 +203,7 @@ def transformers_prefix(
         inputs=("input_ids", "token_type_ids"),
         padding={"input_ids": backbone.config.pad_token_id or 0, "token_type_ids": 0, MASK: 0, "labels": IGNORE_INDEX},
         identity={
-            "config": {key: value for key, value in backbone.config.to_dict().items() if key not in names},
+            "config": {key: value for key, value in backbone.config.to_dict().items() if key not in irrelevant},
             "precision": trainer.precision,
         },
         outputs=outputs,

@@ -126,7 +126,7 @@ class FrozenShards:
             block.reshard()
 
     def after_batch(self, trainer: L.Trainer, batch: int, loader: int) -> None:
-        """After the last batch of this process, take part in gathering for peers with more batches.
+        """Take part in gathering for peers that have more batches, after the last batch of this process.
 
         Args:
             trainer: The trainer, in validation, test or prediction.
