@@ -228,8 +228,8 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         heads, self._given_heads = self._given_heads, {}
         if problems := load_heads(self, self.head_names, heads):
             raise ModelError(
-                f"model.adapter_path: the head of {self.adapter_path} is not this task's: {'; '.join(problems)}. Use "
-                "data with the same classes, in the same order, as the head was trained on."
+                f"model.adapter_path: the head of {self.adapter_path} does not fit this task: {'; '.join(problems)}. "
+                "Use data with the same classes, in the same order, as the head was trained on."
             )
 
     def frozen_prefix(self) -> FrozenPrefix:
@@ -240,7 +240,9 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         """
         keys = {"tuning: full": self.tuning == "full", "shard_frozen: true": self.shard_frozen}
         if key := next((key for key, is_set in keys.items() if is_set), None):
-            raise ModelError(f"data.cache_prefix: with model.{key} no process has a frozen prefix. Set it to false.")
+            raise ModelError(
+                f"data.cache_prefix: with model.{key} no process has a frozen prefix. Set the key to false."
+            )
         if self.compiles:
             raise ModelError(
                 "data.cache_prefix: true skips blocks, which model.compile: true does not support. Set one of the keys "
@@ -252,7 +254,9 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
     def build_prefix(self) -> FrozenPrefix:
         """Return the frozen prefix of a task; see `modules.scaling.frozen_prefix`."""
-        raise ModelError(f"data.cache_prefix: {type(self).__name__} cannot use cached hidden states. Set it to false.")
+        raise ModelError(
+            f"data.cache_prefix: {type(self).__name__} cannot use cached hidden states. Set the key to false."
+        )
 
     # ----------------------------------------------------------------------------------------------------------- setup
 
@@ -414,7 +418,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self._log_scores("test")
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """After the last batch, serve sharded weights to the processes that have more batches."""
+        """Serve sharded weights, after the last batch, to the processes that have more batches."""
         if self.shards is not None:
             self.shards.after_batch(self.trainer, batch_idx, dataloader_idx)
 

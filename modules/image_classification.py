@@ -167,7 +167,7 @@ class ImageClassifier(AdaptedModule):
             self.confusion.update(logits, label)
 
     def scores(self, stage: Stage) -> dict[str, Tensor]:
-        """Return `<stage>/loss`, `<stage>/acc1`, `macro_f1`, `ece` and, of 20 classes or more, `acc5`.
+        """Return `<stage>/loss`, `<stage>/acc1`, `macro_f1`, `ece` and, for 20 classes or more, `acc5`.
 
         `test/<domain>/acc1` is the accuracy of a domain. `test/ood/acc1` is the unweighted mean over domains. `gap/ood`
         is the in-domain accuracy minus the mean.
@@ -185,7 +185,7 @@ class ImageClassifier(AdaptedModule):
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, list[Any]]:
         """Return table rows: index and name of the image, predicted class, and probabilities in [0, 1].
 
-        `probability` is that of the predicted class. `probabilities` has every class by name. If an image could not be
+        `probability` belongs to the predicted class. `probabilities` has every class by name. If an image could not be
         decoded, a column `error` has the reason, and class and probabilities are empty.
         """
         assert self.class_names is not None

@@ -39,9 +39,9 @@ class LanguageModel(AdaptedModule):
         gradient_checkpointing: If true, recompute each layer's activations in backward instead of storing them. A step
             then needs one more forward pass, and memory for one layer instead of all layers.
         generation: Decoding of responses in prediction.
-        prompt_template: Jinja template of the training prompts. The data set the template, and a checkpoint contains
-            the template.
-        response_end: Token id that ends a response in the template; from the data or a checkpoint too.
+        prompt_template: Jinja template of the training prompts. None takes the template from the data. A checkpoint
+            contains the template.
+        response_end: Token id that ends a response in the template; None takes the id from the data.
         backbone_dtype: Dtype of the frozen weights; see `AdaptedModule`.
         tuning: `adapter`, `full`, `adalora` or `ia3`; see `AdaptedModule`. The task has no new head.
         adapter: Configuration of the adapters.
@@ -104,7 +104,7 @@ class LanguageModel(AdaptedModule):
                 f"model.generation.max_new_tokens: {self.generation.max_new_tokens} leaves no room for a prompt in the "
                 f"{self.position_limit} positions of the backbone. Use a smaller value."
             )
-        self._own_generation = self.backbone.generation_config
+        self._pretrained_generation = self.backbone.generation_config
         self.configure_generation()
         if gradient_checkpointing:
             self._enable_gradient_checkpointing()
@@ -114,18 +114,18 @@ class LanguageModel(AdaptedModule):
         self.prefix_cache = PrefixCache()
 
     def configure_generation(self) -> None:
-        """Give the keys of `generation` to the backbone."""
+        """Set the backbone's generation configuration from the keys of `generation`."""
         ends = {self.tokenizer.eos_token_id, self.hparams["response_end"]} - {None}
         padding = self.tokenizer.pad_token_id
-        self.backbone.generation_config = self.generation.config(self._own_generation, ends, padding)
+        self.backbone.generation_config = self.generation.config(self._pretrained_generation, ends, padding)
 
     def _enable_gradient_checkpointing(self) -> None:
         try:
             checkpoint_activations(self.backbone)
         except ValueError as error:
             raise ModelError(
-                f"model.gradient_checkpointing: {type(self.backbone).__name__} does not support it. Set the key to "
-                "false."
+                f"model.gradient_checkpointing: {type(self.backbone).__name__} does not support recomputation. Set the "
+                "key to false."
             ) from error
 
     def setup(self, stage: str) -> None:

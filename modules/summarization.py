@@ -65,7 +65,7 @@ class Summarizer(AdaptedModule):
         if self.position_limit is not None and self.generation.max_length > self.position_limit:
             raise ModelError(
                 f"model.generation.max_length: {self.generation.max_length} tokens are more than the "
-                f"{self.position_limit} that the backbone has positions for. Use {self.position_limit} or less."
+                f"backbone's {self.position_limit} positions. Use {self.position_limit} or less."
             )
         # Only the special tokens come from the backbone. `generation` sets the search.
         pretrained = self.backbone.generation_config.to_dict()

@@ -101,7 +101,7 @@ class TextClassifier(AdaptedModule):
         metrics = build_metrics(names, len(classes))
         if classes:
             metrics.add_metrics({k: v for k, v in shared_metrics(len(classes)).items() if k not in names})
-            self.confusion = MulticlassConfusionMatrix(len(classes))  # of all sets together
+            self.confusion = MulticlassConfusionMatrix(len(classes))  # Counts of all sets together.
         self.configure_metrics(metrics, data.set_names if isinstance(data, HasSets) else None)
         if stage == "fit":
             counts = data.class_counts if isinstance(data, HasClassCounts) else None
@@ -117,11 +117,13 @@ class TextClassifier(AdaptedModule):
             raise ModelError(f"model.class_names: {class_names} has fewer than two classes. Give two or more.")
         self.class_names = class_names
         config = self.model_config
-        name, old = self._output_layer(int(config.num_labels or 0))
+        name, pretrained_layer = self._output_layer(int(config.num_labels or 0))
         loaded = [str(label).lower() for _, label in sorted(dict(config.id2label or {}).items())]
         same_classes = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
         if f"{name}.weight" in self._new or not same_classes:
-            output = nn.Linear(old.in_features, max(len(class_names), 1), bias=old.bias is not None)
+            output = nn.Linear(
+                pretrained_layer.in_features, max(len(class_names), 1), bias=pretrained_layer.bias is not None
+            )
             # The head must depend only on the run's seed, and DDP's start draws from the global generator.
             generator = torch.Generator().manual_seed(torch.initial_seed())
             nn.init.normal_(output.weight, std=config_value(config, "initializer_range", 0.02), generator=generator)
@@ -183,15 +185,14 @@ class TextClassifier(AdaptedModule):
     def scores(self, stage: Stage) -> dict[str, Tensor]:
         """Return the loss, the metrics of each set, and `<stage>/score`.
 
-        The score is the mean of the metrics of `metrics` over all sets, as in GLUE. Callbacks have read the confusion
-        matrix by now.
+        The score is the mean of the metrics of `metrics` over all sets, as in GLUE.
         """
         values = super().scores(stage)
         if stage == "test" and self.class_names:
-            self.confusion.reset()
-        ends = [f"_{name}" if name else "" for name in self.set_names[stage]]
-        own = [values[f"{stage}/{name}{end}"] for name in self.hparams["metrics"] for end in ends]
-        return values | {f"{stage}/score": torch.stack(own).mean()}
+            self.confusion.reset()  # Callbacks run before this method and have read the confusion matrix.
+        suffixes = [f"_{name}" if name else "" for name in self.set_names[stage]]
+        configured = [values[f"{stage}/{name}{suffix}"] for name in self.hparams["metrics"] for suffix in suffixes]
+        return values | {f"{stage}/score": torch.stack(configured).mean()}
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Any]]:
         """Return rows of a table: index, label, class, and probabilities in [0, 1]; in regression the score.

@@ -187,7 +187,7 @@ def test_other_backbones_and_other_classes(fitted_text_cli: CommandLine, tmp_pat
     with pytest.raises(AdapterError, match=r"does not fit this backbone: .*roberta\.encoder"):
         TextClassifier(str(bert), adapter_path=folder, class_names=["a", "b"])
     with pytest.raises(
-        ModelError, match=r"head of .* is not this task's: .*out_proj\.weight is \(2, 32\), not \(3, 32\)"
+        ModelError, match=r"head of .* does not fit this task: .*out_proj\.weight is \(2, 32\), not \(3, 32\)"
     ):
         TextClassifier(fitted_text_cli.backbone[1], adapter_path=folder, class_names=["a", "b", "c"])
 

@@ -189,7 +189,7 @@ def test_checkpointing_is_refused_or_works_without_a_warning(
     tasks("llama", gradient_checkpointing=True)
     assert not [w for w in recwarn if "checkpointing" in str(w.message)]
     monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
-    with refuses("model.gradient_checkpointing: LlamaForCausalLM does not support it", error=ModelError):
+    with refuses("model.gradient_checkpointing: LlamaForCausalLM does not support recomputation", error=ModelError):
         tasks("llama", gradient_checkpointing=True)
 
 

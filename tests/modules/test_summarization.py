@@ -226,7 +226,10 @@ def test_predictions_need_no_target(tasks: TaskFactory) -> None:
         ({"max_length": 1}, ": min_length 0 and max_length 1"),
         ({"no_repeat_ngram_size": -1}, ".no_repeat_ngram_size: -1 must not be negative"),
         ({"length_penalty": math.nan}, ".length_penalty: nan must be finite"),
-        ({"max_length": POSITIONS + 1}, f".max_length: {POSITIONS + 1} tokens are more than the {POSITIONS} that"),
+        (
+            {"max_length": POSITIONS + 1},
+            f".max_length: {POSITIONS + 1} tokens are more than the backbone's {POSITIONS} positions",
+        ),
     ],
     ids=str,
 )
