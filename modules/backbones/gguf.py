@@ -81,14 +81,14 @@ def unpacking(name: str) -> Iterator[dict[str, Any]]:
     if not is_gguf(name):
         yield {}
         return
-    # The library's progress bar cannot be switched off.
+    # transformers cannot switch this progress bar off.
     with contextlib.redirect_stderr(io.StringIO()):
         # By default, weights stay quantised if kernels are installed, and could not be adapted or saved.
         yield {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def forget_invented_tokens(tokenizer: Any) -> None:
-    """Remove GPT-2's end token from a tokenizer. The library adds the token, but the model has no embedding for it."""
+    """Remove GPT-2's end token, which transformers adds to a tokenizer although the model has no embedding for it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     size = len(state["model"]["vocab"])
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]

@@ -58,7 +58,8 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
     architecture, source = _resolve(name)
     if reserved := {"img_size", "in_chans", "num_classes"} & args.keys():
         raise ModelError(
-            f"model.backbone_args: {', '.join(reserved)} cannot be set here. Remove it; the size is model.image_size."
+            f"model.backbone_args: {', '.join(reserved)} cannot be set here. Remove the key. The size is "
+            "model.image_size."
         )
     if image_size is not None and image_size < 1:
         raise ModelError(f"model.image_size: {image_size} must be 1 or more.")
@@ -74,7 +75,10 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1) if fixed else 1
     sides = (patch,) if isinstance(patch, int) else tuple(patch)
     if image_size is not None and any(image_size % side for side in sides):
-        raise ModelError(f"model.image_size: {image_size} is not a multiple of {name}'s patches of {sides[0]} pixels.")
+        raise ModelError(
+            f"model.image_size: {image_size} is not a multiple of the patch size of {name}. Use a multiple of "
+            f"{sides[0]}."
+        )
     if torch.empty(0).is_meta:  # On the meta device there are no weights to load.
         return model
     if local:
@@ -124,22 +128,22 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     config: dict[str, Any] = resolved["pretrained_cfg"]
     channels = (config.get("input_size") or (3,))[0]
     if channels != 3:
-        raise ModelError(f"model.backbone: {name} is for images with {channels} channels. Choose one with 3.")
+        raise ModelError(f"model.backbone: {name} is for images with {channels} channels. Choose a backbone with 3.")
     return resolved["model_name"], config
 
 
 def _download(name: str, args: dict[str, Any]) -> dict[str, Tensor]:
     """Return the pretrained weights of a name at the input size of their training. Pickled code is never run."""
     try:
-        source = timm.create_model(name, pretrained=True, num_classes=0, **args)
+        pretrained = timm.create_model(name, pretrained=True, num_classes=0, **args)
     except Exception as error:  # The network and the file can raise many exceptions.
-        reason, place = first_line(error), parse_model_name(name)[0]
-        if place == "local-dir":
+        reason, kind = first_line(error), parse_model_name(name)[0]
+        if kind == "local-dir":
             message = (
                 f"model.weights: the weights in {name} are damaged, missing or hold code ({reason.split('. ')[0]}). "
                 "Give a local .safetensors file."
             )
-        elif place is None and isinstance(error, RuntimeError):
+        elif kind is None and isinstance(error, RuntimeError):
             message = f"model.weights: {name} has no pretrained weights in timm ({reason}). Use another backbone."
         else:
             message = (
@@ -147,7 +151,7 @@ def _download(name: str, args: dict[str, Any]) -> dict[str, Tensor]:
                 "connection give local paths: --model.weights FILE.safetensors and --data.path DIRECTORY."
             )
         raise ModelError(message) from error
-    state: dict[str, Tensor] = source.state_dict()
+    state: dict[str, Tensor] = pretrained.state_dict()
     return state
 
 
@@ -158,9 +162,13 @@ def _read(path: str) -> dict[str, Tensor]:
     except Exception as error:  # The file is truncated, has another format, or is a pickle with code.
         reason = first_line(error)
         if "weights_only" in reason:  # timm's message recommends loading the file with its code.
-            reason = "it holds Python objects that are not tensors or plain values, and loading them could run code"
+            reason = (
+                "the file holds other objects than tensors and plain values, and loading such objects could run code"
+            )
         kind = "safetensors" if isinstance(error, SafetensorError) else "weights-only PyTorch"
-        raise ModelError(f"model.weights: {path} cannot be read as a {kind} file ({reason}).") from error
+        raise ModelError(
+            f"model.weights: {path} cannot be read as a {kind} file ({reason}). Use an intact .safetensors file."
+        ) from error
     return state
 
 
@@ -173,11 +181,13 @@ def _load(model: nn.Module, name: str, state: dict[str, Tensor], source: str) ->
         try:
             state = convert(state, model, **{k: v for k, v in options.items() if k in accepted})
         except Exception as error:  # A converter does not validate shapes and can raise any exception.
-            raise ModelError(f"model.weights: {source} does not fit {name}: {error}") from error
+            raise ModelError(
+                f"model.weights: {source} does not fit {name}: {error}. Use weights of this architecture."
+            ) from error
     head = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]  # timm's own attribute
     heads = (head,) if isinstance(head, str) else tuple(head)
     expected = model.state_dict()
-    state = {  # Without the pretrained classifier.
+    state = {  # The pretrained classifier is dropped.
         key: tensor
         for key, tensor in state.items()
         if key in expected or not any(key.startswith(f"{h}.") for h in heads)

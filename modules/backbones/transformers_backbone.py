@@ -24,7 +24,7 @@ from modules.backbones.gguf import (
     unpacking,
 )
 
-# `_new_poolers` checks for missing weights, so the library's warnings are not needed.
+# `_new_poolers` checks for missing weights, so the warnings of transformers are not needed.
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -70,8 +70,8 @@ def build_transformers_model(
     """
     config = _read_config(name, args)
     # AutoModelForCausalLM can load the decoder of an encoder-decoder, which was not trained to run alone.
-    half = config.is_encoder_decoder and auto_class is transformers.AutoModelForCausalLM
-    if half or type(config) not in auto_class._model_mapping:
+    decoder_alone = config.is_encoder_decoder and auto_class is transformers.AutoModelForCausalLM
+    if decoder_alone or type(config) not in auto_class._model_mapping:
         task = auto_class.__name__.removeprefix("AutoModelFor")
         raise ModelError(
             f"model.backbone: {name} is a {config.model_type}, which has no model for {task}. Choose another backbone."
@@ -89,7 +89,7 @@ def build_transformers_model(
             model, info = _from_pretrained(auto_class, None, config, dtype, state_dict=state)
         return model, {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
 
-    draws = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     try:
         model, absent = load(torch.float32 if trains_heads and weights == "none" else dtype)
     except Exception as error:  # The network, the file and the constructor can raise many exceptions.
@@ -100,7 +100,7 @@ def build_transformers_model(
     heads = [child for child, m in model.named_children() if child != model.base_model_prefix and _is_own(model, m)]
     heads += _new_poolers(model, heads, absent, name if weights == "pretrained" else weights)
     if trains_heads and model.dtype != torch.float32:
-        torch.set_rng_state(draws)  # The random heads must not depend on the dtype.
+        torch.set_rng_state(rng_state)  # The random heads must not depend on the dtype.
         if all(f"{head}.{key}" in absent for head in heads for key in model.get_submodule(head).state_dict()):
             _draw_anew(model, heads)
         else:
@@ -138,14 +138,14 @@ def load_tokenizer(
         ) from error
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     # An export writes a file for each chat template, so a template's name must be a safe file name.
-    if odd := [template for template in templates if not re.fullmatch(r"[\w.-]+", str(template))]:
+    if unsafe := [template for template in templates if not re.fullmatch(r"[\w.-]+", str(template))]:
         raise ModelError(
-            f"model.backbone: the tokenizer of {name} has a chat template {odd[0]!r}, which is no safe file name; "
+            f"model.backbone: the tokenizer of {name} has a chat template {unsafe[0]!r}, which is no safe file name; "
             f"{advice}."
         )
     if is_gguf(name):
         forget_invented_tokens(tokenizer)
-    # Without files, the library invents a tokenizer that has only special tokens.
+    # Without files, transformers invents a tokenizer that has only special tokens.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise ModelError(f"model.backbone: the tokenizer of {name} has no vocabulary; {advice}.")
     if pad_token is not None:
@@ -235,7 +235,7 @@ def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
         raise ModelError(
             f"model.backbone: the directory {name} has no config.json. Give a directory in the hub's layout."
         )
-    if (Path(folder) / "adapter_config.json").is_file():  # The library would silently apply the adapter.
+    if (Path(folder) / "adapter_config.json").is_file():  # transformers would silently apply the adapter.
         raise ModelError(
             f"model.backbone: {name} holds a PEFT adapter. Give the adapter's base model, or merge the adapter."
         )
@@ -298,11 +298,11 @@ def _from_pretrained(
 
 
 def _draw_anew(model: PreTrainedModel, heads: list[str]) -> None:
-    """Draw new heads again in float32, since the library has drawn the heads in the model's dtype."""
-    for name in sorted(heads, key=[n for n, _ in model.named_modules()].index):  # The library's order of drawing.
+    """Draw new heads again in float32, since transformers has drawn the heads in the model's dtype."""
+    for name in sorted(heads, key=[n for n, _ in model.named_modules()].index):  # transformers draws in this order.
         head = model.get_submodule(name).float()
         for parameter in head.parameters():
-            parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # The library skips initialised ones.
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers skips initialised parameters.
         head.apply(model._init_weights)
 
 

@@ -74,7 +74,7 @@ def read_adapter(
     if str(content.get("init_lora_weights")).lower() == "mica" and configured.train != "A":
         _log.warning(
             f"{WHERE}: {source} is a MiCA adapter, for which PEFT freezes B and trains A, but model.adapter.train is "
-            f"{configured.train}. Set it to A to train the same factor as PEFT."
+            f"{configured.train}. Set the key to A to train the same factor as PEFT."
         )
     return LoadedAdapter(config, factors, _rename_heads(heads, head_names))
 

@@ -183,13 +183,13 @@ def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ())
                 f"than in the file. {_AGAIN}"
             )
         tensors[f"adapter.{name}.{'B' if config.train == 'A' else 'A'}"] = factor
-    targets, last = _targets(file, config, projections, list(layers))
+    targets, last_blocks = _targets(file, config, projections, list(layers))
     factors = {
         f"{p.layer}.adapters.{p.role}.{factor}": tensors.pop(f"adapter.{name}.{factor}")
         for name, p in layers.items()
         for factor in "AB"
     }
-    config = replace(config, targets=targets, layers=last)
+    config = replace(config, targets=targets, layers=last_blocks)
     heads = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
     return Compact(config, factors, heads, fingerprint)
 
@@ -212,8 +212,8 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], s
             for entry in redrawn.values()
         ]
         # Older files have no `layers` and no patterns.
-        named = known - {"layers", "rank_pattern", "alpha_pattern"} <= set(keys) <= known
-        fits = named and type(keys["seed"]) is int and isinstance(keys["targets"], list)
+        has_keys = known - {"layers", "rank_pattern", "alpha_pattern"} <= set(keys) <= known
+        fits = has_keys and type(keys["seed"]) is int and isinstance(keys["targets"], list)
         if not (fits and isinstance(fingerprint, str | None) and all(numbers + targets + entries)):
             raise TypeError("the recipe has unknown keys or values")
         config = AdapterConfig(**keys)

@@ -122,14 +122,20 @@ def check_supported(content: Mapping[str, Any]) -> None:
     for key, types in numbers.items():
         value: Any = content.get(key)
         if type(value) not in types or not 0 < value < 1e9:
-            raise AdapterError(f"{WHERE}: {key} of adapter_config.json is {value!r:.80}, not a number above 0.")
+            raise AdapterError(
+                f"{WHERE}: {key} of adapter_config.json is {value!r:.80}, not a number above 0. Correct the value."
+            )
     dropout = content.get("lora_dropout") or 0.0
     if not isinstance(dropout, float | int) or isinstance(dropout, bool):
-        raise AdapterError(f"{WHERE}: lora_dropout of adapter_config.json is {dropout!r:.80}, not a number.")
+        raise AdapterError(
+            f"{WHERE}: lora_dropout of adapter_config.json is {dropout!r:.80}, not a number. Correct the value."
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = content.get(key) or {}
         if not (isinstance(patterns, dict) and all(type(v) in (int, float) and 0 < v < 1e9 for v in patterns.values())):
-            raise AdapterError(f"{WHERE}: {key} of adapter_config.json does not map names to numbers above 0.")
+            raise AdapterError(
+                f"{WHERE}: {key} of adapter_config.json does not map names to numbers above 0. Correct it."
+            )
     _check_start(content.get("init_lora_weights", True))
     if content.get("bias", "none") != "none":
         raise AdapterError(

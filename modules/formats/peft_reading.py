@@ -176,8 +176,8 @@ def _parts(factors: Mapping[str, Mapping[str, Tensor]], projections: list[Projec
         blocks = {}
     adapted: list[_Part] = []
     for layer, parts in of_layer.items():
-        whole = fused_layers(parts) if len(parts) > 1 else parts
-        adapted += blocks.get(layer) or [_Part(whole[0], slice(0, factors[layer]["A"].shape[0]))]
+        unsplit = fused_layers(parts) if len(parts) > 1 else parts
+        adapted += blocks.get(layer) or [_Part(unsplit[0], slice(0, factors[layer]["A"].shape[0]))]
     return adapted
 
 
@@ -221,7 +221,7 @@ def _sizes(
         if configured != rank:
             raise AdapterError(
                 f"{WHERE}: {layer!r:.120} has rank {rank} in the file, but {configured} by r and rank_pattern of "
-                "adapter_config.json. Use two files of one adapter."
+                "adapter_config.json. Use the two files of the same adapter."
             )
         alpha = float(value_of(content.get("alpha_pattern") or {}, layer, content["lora_alpha"]))
         ranks[name] = part.rank

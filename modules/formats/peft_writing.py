@@ -66,12 +66,12 @@ def to_peft(
         "task_type": task_type,
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": _int_if_whole(alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.scaling == "rslora",
         "target_modules": name_endings(list(ranks), others) or sorted(ranks),
         "rank_pattern": short_patterns(ranks, rank),
-        "alpha_pattern": {key: _whole(value) for key, value in short_patterns(alphas, alpha).items()},
+        "alpha_pattern": {key: _int_if_whole(value) for key, value in short_patterns(alphas, alpha).items()},
         "modules_to_save": list(heads) or None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -89,7 +89,7 @@ def _stacked(layer: str, adapted: AdaptedLinear, state: Mapping[str, Tensor]) ->
     return torch.cat(a), block_diagonal(rows, b, adapted.out_features)
 
 
-def _whole(alpha: float) -> float:
+def _int_if_whole(alpha: float) -> float:
     """Return a whole alpha as an int, the type that PEFT declares."""
     return int(alpha) if float(alpha).is_integer() else alpha
 

@@ -16,7 +16,7 @@ from modules.adapters.state import refuse_merged, state_problems
 from modules.training.frozen_digest import FrozenDigest
 from modules.training.optimization import Groups, OptimizerSpec
 
-POSITION = {"epoch", "samples", "seed"}  # keys of a position in the data
+POSITION = {"epoch", "samples", "seed"}  # Keys of a position in the data.
 AFTER_DIVERGENCE = (
     "The weights of this step were not saved. Resume with --ckpt_path last and a lower --model.learning_rate, a larger "
     "--model.warmup_ratio or --trainer.gradient_clip_val 1.0."
@@ -121,7 +121,7 @@ class CheckpointedModule(L.LightningModule):
     def _check_names(self, state_dict: Mapping[str, Any]) -> None:
         if problems := state_problems(self.saved_state(), state_dict):
             raise ModelError(
-                "The checkpoint is of another model than the one configured: "
+                "The checkpoint does not fit the configured model: "
                 + "; ".join(problems)
                 + ". Use the config.yaml of the checkpoint's run, or the same backbone, tuning and adapter keys."
             )

@@ -131,9 +131,9 @@ def check_rates(
     Raises:
         ModelError: With the key that is out of range.
     """
-    for key, rate in {"learning_rate": learning_rate, **ratios}.items():
-        if not 0 < rate < torch.finfo().max:
-            raise ModelError(f"model.{key}: {rate} must be finite and above 0.")
+    for key, value in {"learning_rate": learning_rate, **ratios}.items():
+        if not 0 < value < torch.finfo().max:
+            raise ModelError(f"model.{key}: {value} must be finite and above 0.")
     if not 0 <= weight_decay < math.inf:
         raise ModelError(f"model.weight_decay: {weight_decay} must be finite, 0 or more.")
     if not 0 <= warmup_ratio < 1:
@@ -185,12 +185,12 @@ def parameter_groups(
     undecayed: set[str] = getattr(backbone, "no_weight_decay", set)()  # timm's own list
     groups = []
     for part, parameters in parts.items():
-        rate = learning_rate * ratios[part]
+        lr = learning_rate * ratios[part]
         matrices = [p for name, p in parameters.items() if p.ndim > 1 and name not in undecayed]
         others = [p for name, p in parameters.items() if p.ndim <= 1 or name in undecayed]
         for name, params, decay in ((part, matrices, weight_decay), (f"{part}/no_decay", others, 0.0)):
             if params:
-                groups.append({"name": name, "params": params, "lr": rate, "initial_lr": rate, "weight_decay": decay})
+                groups.append({"name": name, "params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay})
     return groups
 
 
@@ -257,8 +257,8 @@ class RangeTest:
             group["lr"] = group["lr"] * ratio
 
     def _restore(self, *_: Any) -> None:
-        for group, rate in zip(self.groups, self._tried, strict=True):
-            group["lr"] = rate
+        for group, lr in zip(self.groups, self._tried, strict=True):
+            group["lr"] = lr
 
     def end(self) -> None:
         """Remove the hooks from the optimizer."""

@@ -78,8 +78,8 @@ class PeftBaseline:
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return the parameter group for AdamW. IA3's parameters start at one, not at zero, so they have no decay."""
         decay = 0.0 if self._method == "ia3" else weight_decay
-        rates = {"lr": learning_rate, "initial_lr": learning_rate, "weight_decay": decay}
-        return [{"name": self._method, "params": list(self.parameters().values()), **rates}]
+        options = {"lr": learning_rate, "initial_lr": learning_rate, "weight_decay": decay}
+        return [{"name": self._method, "params": list(self.parameters().values()), **options}]
 
     # --------------------------------------------------------------------------------------------- AdaLoRA's training
 
@@ -196,7 +196,7 @@ def _inject(
         init_r=math.ceil(1.5 * config.rank),
         lora_alpha=cast(int, config.alpha),  # PEFT declares an int, but a float works too.
         lora_dropout=config.dropout,
-        total_step=1,  # `_plan` sets the number when the trainer knows.
+        total_step=1,  # `start` sets the number of steps.
     )
     return AdaLoraModel(backbone, adalora, ADAPTER)  # type: ignore[no-untyped-call]
 

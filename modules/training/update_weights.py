@@ -40,8 +40,8 @@ class EqualWeights(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the number of items."""
         if isinstance(self._items_in_update, Tensor):
-            mean = self._items_in_update.to(self.device, torch.float32)
-            items = self.trainer.strategy.reduce(mean, reduce_op="mean")  # DDP has averaged the gradients too.
+            local_items = self._items_in_update.to(self.device, torch.float32)
+            items = self.trainer.strategy.reduce(local_items, reduce_op="mean")  # DDP has averaged the gradients too.
         elif self._items_in_update == 1:  # The loss of a single batch is a mean already.
             return
         else:  # All processes have the same number of batches.

@@ -205,7 +205,7 @@ def test_case_29_frozen_factor_stays_and_another_choice_is_logged(
         np.testing.assert_allclose((ours * theirs).sum(dim=0).abs(), 1, atol=1e-3)  # up to sign
         assert state[f"backbone.{name}.adapters.query.A"].any()
     TextClassifier(text_cli.backbone[1], adapter_path=str(tmp_path / "mica"), class_names=["a", "b"])
-    assert re.search(r"MiCA.*freezes B.*Set it to A", caplog.text)
+    assert re.search(r"MiCA.*freezes B.*Set the key to A", caplog.text)
 
 
 # ------------------------------------------------------------------------------------- 30: a rank for each projection
