@@ -29,11 +29,11 @@ SOURCES = ("document", "article", "dialogue", "source", "text", "body", "content
 TARGETS = ("summary", "highlights", "target", "abstract", "headline", "title", "output")
 PROMPTS = ("instruction", "prompt", "question", "query", "input", "user")
 RESPONSES = ("output", "response", "completion", "answer", "assistant", "reply")
-MOST_CLASSES = 100  # largest number of values of a column that its cells alone make a column of labels
+MOST_CLASSES = 100  # Maximum of different values in a column of labels that is guessed from cells.
 
 
 def named_column(table: Table, names: Sequence[str]) -> str | None:
-    """Return the column for the first of some names that the table has, in any case; None if it has none."""
+    """Return the table's column with the first matching name, in any case; None if no name matches."""
     columns = {column.strip().lower(): column for column in reversed(table.data.column_names)}
     return next((columns[name] for name in names if name in columns), None)
 
@@ -73,7 +73,7 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        check_column(table, "label_column", "label")  # raises, with advice about the first line
+        check_column(table, "label_column", "label")  # Raises, with advice about the first line.
     listed = ", ".join(candidates)
     raise DataError(
         f"data.label_column: {len(candidates)} columns of {table.where} may hold the labels ({listed}). Name one."

@@ -11,7 +11,7 @@ MOST_LINES = 10
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names, and the number of other names."""
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
@@ -23,7 +23,7 @@ class SkippedRow(NamedTuple):
         split: `train`, `val`, `test` or `predict`.
         source: File or data set.
         row: Name or number of the row in its source.
-        reason: Why it cannot be used.
+        reason: Why the row cannot be used.
     """
 
     split: str
@@ -80,7 +80,7 @@ class Findings:
             error: The error to raise if no more rows may be skipped; None raises an error about the row.
 
         Raises:
-            DataError: If `skip_bad_rows` rows of its split have been skipped already.
+            DataError: If `skip_bad_rows` rows of the row's split have been skipped already.
         """
         if sum(other.split == row.split for other in self.skipped) >= self.skip_bad_rows:
             if isinstance(error, DataError) and not self.skip_bad_rows:
@@ -92,7 +92,7 @@ class Findings:
         self.skipped.append(row)
 
     def take_lines(self) -> list[str]:
-        """Return the lines added since the last call. From the tenth on, one line gives their number."""
+        """Return the lines added since the last call. Of more than ten lines, the tenth is the number of the rest."""
         lines, self._lines = self._lines, []
         self._taken.update(lines)
         if len(lines) > MOST_LINES:

@@ -20,10 +20,10 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".bmp"),
     *(".tif", ".tiff", ".webp", ".gif", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 )
-UNDECODABLE = (".heic", ".heif")  # photos that Pillow cannot decode
+UNDECODABLE = (".heic", ".heif")  # Photos that Pillow cannot decode.
 MOST_NAMES = 10
 
-Parts = tuple[str, ...]  # a file's path below the folder: its folders, then its own name
+Parts = tuple[str, ...]  # A file's path below the folder: names of folders, then the file's name.
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ImageFiles:
         root: The folder.
         images: Image files.
         left_out: Number of other files, by suffix or description.
-        empty: Folders without an image, but not the folders inside such a folder.
+        empty: Outermost folders without an image.
     """
 
     root: Path
@@ -141,8 +141,8 @@ class Layout:
         if not classes:
             where = self.files.root / self.names[split]
             raise DataError(
-                f"data.path: {where} holds {len(images):,} images and no folder with images. Give one folder a class; "
-                "use predict for images without labels."
+                f"data.path: {where} holds {len(images):,} images and no folder with images. Put each class into a "
+                "folder. Use predict for images without labels."
             )
         return {
             name: [self.files.root.joinpath(*parts) for parts in sorted(files, key=_torchvision_order)]
@@ -163,8 +163,8 @@ def read_layout(files: ImageFiles) -> Layout:
     folders = _folders(images, depth)
     if not folders:
         raise DataError(
-            f"data.path: {root} holds no images in one folder a class, no Parquet, no cifar-10-batches-py. It holds "
-            f"{files.contents()}. {files.summary()}".rstrip()
+            f"data.path: {root} holds no images in one folder for each class, no Parquet, no cifar-10-batches-py. The "
+            f"directory holds {files.contents()}. {files.summary()}".rstrip()
         )
     while len(folders) == 1 and not (splits := _nested_splits(folders, depth)):
         ((only, inside),) = folders.items()
@@ -185,11 +185,13 @@ def read_layout(files: ImageFiles) -> Layout:
     others = by_split.pop("", [])
     for split, names in by_split.items():
         if len(names) > 1:
-            raise DataError(f"data.path: {here} has several {split} splits: {listed(names)}. Leave one of them there.")
+            raise DataError(
+                f"data.path: {here} has several {split} splits: {listed(names)}. Keep one of these folders."
+            )
     if others and len(by_split) == 1:
         raise DataError(
-            f"data.path: in {here}, {splits[0]} may be a split or a class beside {listed(others)}. Rename it, or move "
-            "the other folders elsewhere."
+            f"data.path: in {here}, {splits[0]} may be a split or a class beside {listed(others)}. Rename {splits[0]}, "
+            "or move the other folders elsewhere."
         )
     splits_found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
     aside = [parts for name in others for parts in folders[name]]
@@ -252,7 +254,7 @@ def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> N
         reason = f" {listed(flat)} hold images and no class folders." if flat else ""
         raise DataError(
             f"data.path: the folders of {here} look like splits: {listed(sorted(folders))}.{reason} Name them train, "
-            "val and test, with one folder a class in each."
+            "val and test, with one folder for each class in each split."
         )
     for name, images in sorted(folders.items()):
         inside = _folders(images, depth + 1)

@@ -22,12 +22,12 @@ from datamodules.sources.labels import Labels, missing_label, parse_labels
 from datamodules.sources.splits import SPLITS
 from datamodules.sources.tables import Table, open_table, unread_files
 
-if TYPE_CHECKING:  # a run on a folder of images imports no datasets
+if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
     import datasets
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # a value of a TIFF tag, and the number of this tag
+WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # A value of a TIFF tag, and the tag's number.
 
 
 class ImageError(DataError):
@@ -35,7 +35,7 @@ class ImageError(DataError):
 
     Args:
         message: The whole message.
-        reason: Why the image cannot be used, without its name.
+        reason: Why the image cannot be used, without the image's name.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -50,8 +50,8 @@ class ImageTable:
     Args:
         read: Function that returns the encoded bytes, the path or the pixels (height, width, 3) of a row's image.
         names: Name of each row's image, for messages and tables of predictions.
-        labels: (rows,) int64, -1 in rows without a label; empty when no row has one.
-        class_names: Names by label; empty when there are no labels.
+        labels: (rows,) int64, -1 in rows without a label; empty if no row has a label.
+        class_names: Names by label; empty if there are no labels.
         where: Folder, file or data set that the images are from.
         unlabelled: Rows without a label, with the reason.
         left_out: Rows with the label of `skip_label`.
@@ -79,10 +79,11 @@ class ImageTable:
             return torch.from_numpy(source).permute(2, 0, 1).contiguous()
         try:
             return decode_image(source)
-        except Exception as error:  # decoders raise many kinds on damaged files
+        except Exception as error:  # Decoders raise many kinds of exceptions for damaged files.
             reason = _reason(source, error)
             raise ImageError(
-                f"data.path: the image {self.names[row]} cannot be decoded ({reason}); remove or replace it.", reason
+                f"data.path: the image {self.names[row]} cannot be decoded ({reason}). Remove or replace the image.",
+                reason,
             ) from error
 
     def skipped(self, split: str, row: int, reason: str) -> SkippedRow:
@@ -116,7 +117,7 @@ def decode_image(source: bytes | Path) -> Tensor:
         if orientation != 1:
             exif = Image.Exif()
             exif[ExifTags.Base.Orientation] = orientation
-            upright.info = {"exif": exif.tobytes()}  # without the file's other tags, which may be malformed
+            upright.info = {"exif": exif.tobytes()}  # The file's other tags may be malformed.
             upright = ImageOps.exif_transpose(upright)
         return pil_to_tensor(upright)
 
@@ -125,7 +126,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, of an image whose pixels are loaded; 1 if it is missing or malformed."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow parses whatever bytes a camera wrote
+    except Exception:  # Pillow parses whatever bytes a camera wrote.
         return 1
     return orientation if orientation in range(1, 9) else 1
 
@@ -138,9 +139,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
-        pixels = (np.asarray(image).astype(np.uint32) + 128) // 257  # 0…65535 to 0…255, rounded
+        pixels = (np.asarray(image).astype(np.uint32) + 128) // 257  # 0…65535 to 0…255, rounded.
         if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # type: ignore[attr-defined]
-            pixels = 255 - pixels  # Pillow inverts 8-bit channels itself, but not 16-bit channels
+            pixels = 255 - pixels  # Pillow inverts 8-bit channels, but not 16-bit channels.
         image = Image.fromarray(pixels.astype(np.uint8))
     elif mode in ("I", "F"):
         kind = "32-bit whole numbers" if mode == "I" else "floating-point numbers"
@@ -148,7 +149,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             f"mode {mode}: {kind} do not define which value is white; save the image with 8 or 16 bits a channel"
         )
     elif mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns of the direct way
+        image = image.convert("RGBA")  # Pillow warns of a direct conversion.
     return image.convert("RGB")
 
 
@@ -161,7 +162,7 @@ def _reason(source: bytes | Path, error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-# Readers are classes, not closures, since worker processes that do not fork receive them pickled.
+# Readers are classes, not closures, since worker processes that do not fork receive pickled readers.
 
 
 @dataclass(frozen=True)
@@ -221,12 +222,12 @@ def open_split(
         split: `train`, `val` or `test`.
         image_column: Column of the images; None takes the first of img, image.
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
-        findings: Gets lines about assumptions and files that are left out. If it allows bad rows to be skipped, rows
-            without a label are no error here.
+        findings: Collects lines about assumptions and files that are left out. If bad rows may be skipped, rows without
+            a label are no error here.
         skip_label: Label of a table whose rows are left out.
 
     Returns:
-        The split; None when the data set has no such split.
+        The split; None if the data set has no such split.
 
     Raises:
         DataError: If the data are missing, a column is missing, or a label is out of range.
@@ -234,7 +235,7 @@ def open_split(
     findings = Findings() if findings is None else findings
     folder = Path(path)
     if folder.is_file():
-        raise DataError(f"data.path: {path} is not a directory; give a directory or a data set's name on the hub.")
+        raise DataError(f"data.path: {path} is not a directory. Give a directory or a data set's name on the hub.")
     if (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
         return _from_cifar10(folder, split)
     files = find_images(folder, "path") if folder.exists() else None
@@ -252,7 +253,7 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
 
     Args:
         path: The file or folder.
-        findings: Gets a line about the files that are left out.
+        findings: Collects a line about the files that are left out.
 
     Raises:
         DataError: If the path does not exist, or holds no image.
@@ -262,12 +263,12 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
     if folder.is_file():
         return ImageTable(_FileReader([folder]), [folder.name], unlabelled, [], path)
     if not folder.is_dir():
-        raise DataError(f"data.predict_path: {path} is not there. Give an image or a folder of images.")
+        raise DataError(f"data.predict_path: {path} does not exist. Give an image or a folder of images.")
     files = find_images(folder, "predict_path")
     if not files.images:
         raise DataError(
-            f"data.predict_path: {path} holds no image. It holds {files.contents()}. {files.summary()} Images have "
-            f"one of the suffixes {', '.join(SUFFIXES)}."
+            f"data.predict_path: {path} holds no image. The folder holds {files.contents()}. {files.summary()} Images "
+            f"have one of the suffixes {', '.join(SUFFIXES)}."
         )
     if findings is not None and files.left_out:
         findings.add(files.summary())
@@ -286,7 +287,7 @@ def _from_table(
     label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
     try:
         encoded = data.select_columns(image).cast_column(image, ImageFeature(decode=False))
-    except Exception as error:  # a column of another type; the library raises many kinds
+    except Exception as error:  # A column of another type. `datasets` raises many kinds of exceptions.
         raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
     if len(data) == 0:
         raise DataError(f"data.path: {where} has no rows.")
@@ -313,7 +314,7 @@ def _column(data: datasets.Dataset, key: str, configured: str | None, usual: tup
 
 
 def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
-    """Open CIFAR-10 as its authors publish it. torchvision opens its pickles only if their MD5 is the published one."""
+    """Open CIFAR-10's original files. torchvision unpickles a file only if the MD5 equals the published MD5."""
     if split == "val":
         return None
     root = folder.parent if folder.name == "cifar-10-batches-py" else folder
@@ -343,8 +344,8 @@ def from_image_folder(files: ImageFiles, split: str, findings: Findings) -> Imag
         if split == "train":
             others = ", ".join(layout.names.values())
             raise DataError(
-                f"data.path: {files.root} has folders for other splits ({others}), but no folder called train. It "
-                f"holds {files.contents()}."
+                f"data.path: {files.root} has folders for other splits ({others}), but no folder called train. The "
+                f"directory holds {files.contents()}."
             )
         return None
     classes = layout.classes(split)

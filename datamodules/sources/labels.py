@@ -13,9 +13,9 @@ from torch import Tensor
 from datamodules.errors import DataError, SplitError
 from datamodules.sources.tables import Table, check_column
 
-HIDDEN = " They are hidden: use predict for such a split; to test on GLUE, set data.test_on_validation: true."
+HIDDEN = " The labels are hidden. Use predict for such a split. To test on GLUE, set data.test_on_validation: true."
 BOOLEANS = ["False", "True"]
-UNKNOWN = -1  # value of a row without a label
+UNKNOWN = -1  # Value of a row without a label.
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Labels:
         Booleans match `True` and `False` in any case, and 0 and 1.
 
         Raises:
-            DataError: If a class of the rows is not in the list, or if only one of the two is a regression.
+            DataError: If a class of the rows is not in the list, or if only one of rows and list is for a regression.
         """
         if bool(class_names) != bool(self.class_names):
             kinds = ("regression", f"classification into {', '.join((class_names or self.class_names)[:10])}")
@@ -56,15 +56,16 @@ class Labels:
             return self.values
         places = {name: place for place, name in enumerate(class_names)}
         if self.class_names == BOOLEANS:
-            words = {name.lower(): place for place, name in enumerate(class_names)}
-            places = {b: words[w] for b, n in zip(BOOLEANS, "01", strict=True) for w in (n, b.lower()) if w in words}
+            lower = {name.lower(): place for place, name in enumerate(class_names)}
+            places = {b: lower[s] for b, n in zip(BOOLEANS, "01", strict=True) for s in (n, b.lower()) if s in lower}
         elif class_names == BOOLEANS:
             places |= {"0": 0, "1": 1}
         used = [self.class_names[i] for i in self.values.unique().tolist() if i != UNKNOWN]
         if unknown := [name for name in used if name not in places]:
             raise DataError(
-                f"data.path: {self.where} has classes that the model was not trained on ({', '.join(unknown[:5])}); it "
-                f"knows {len(class_names)}: {', '.join(class_names[:10])}{', …' if len(class_names) > 10 else ''}."
+                f"data.path: {self.where} has classes that the model was not trained on ({', '.join(unknown[:5])}). "
+                f"The model knows {len(class_names)}: {', '.join(class_names[:10])}"
+                f"{', …' if len(class_names) > 10 else ''}."
             )
         return torch.tensor([*(places.get(name, UNKNOWN) for name in self.class_names), UNKNOWN])[self.values]
 
@@ -77,7 +78,7 @@ def missing_label(labels: Labels, column: str) -> DataError:
     value, comma, limits = reason.partition(",")
     return DataError(
         f"data.label_column: {column} in {labels.where} {value} in row {row}{comma}{limits}; {count}. "
-        f"Fix or drop those rows, or leave them out with data.skip_bad_rows{skip}."
+        f"Fix or drop such rows, or skip such rows with data.skip_bad_rows{skip}."
     )
 
 
@@ -93,7 +94,7 @@ def parse_labels(
         table: The rows.
         column: Column of whole numbers (of a ClassLabel, with names), names, booleans, or decimal numbers, which make a
             regression.
-        class_names: Names by label, for a column without names of its own. None takes the classes of the rows: whole
+        class_names: Names by label, for a column without names. None takes the classes of the rows: whole
             numbers in order, False and True, or names sorted. () makes a regression.
         skip_label: Label whose rows are left out.
 
@@ -115,7 +116,7 @@ def parse_labels(
             f"data.skip_label: every label of {table.where} is {skip_label}. Choose another label, or remove the key."
         )
     if len(null) == len(cells):
-        raise DataError(f"data.label_column: {column} in {table.where} is empty in row 0 and in all others.")
+        raise DataError(f"data.label_column: {column} in {table.where} is empty in every row.")
     bad = dict.fromkeys(sorted(null - left_out), "is empty")
     kind = cells.type
     if pa.types.is_boolean(kind):
@@ -132,8 +133,7 @@ def parse_labels(
     if pa.types.is_integer(kind):
         known_names = stored or class_names
         if set(cells.unique().to_pylist()) <= {-1, None}:
-            rows = f"is -1 in row 0 and in all others; {len(cells):,} of {len(cells):,} labels cannot be used"
-            raise SplitError(f"data.label_column: {column} in {table.where} {rows}.{HIDDEN}")
+            raise SplitError(f"data.label_column: {column} in {table.where} is -1 in every row.{HIDDEN}")
         values, names, wrong = _from_numbers(cells, known_names) if known_names else _from_digits(cells)
         if not known_names:
             notes += _doubts(column, table.where, names, len(cells))
@@ -156,7 +156,7 @@ def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
     import pyarrow.compute as pc
     from datasets import Json
 
-    if isinstance(table.data.features[column], Json):  # values of several types, in JSON
+    if isinstance(table.data.features[column], Json):  # Values of several types, in JSON.
         values = table.data[column][:]
         if any(isinstance(value, list | dict) for value in values):
             row = next(i for i, value in enumerate(values) if isinstance(value, list | dict))
@@ -172,8 +172,8 @@ def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
         cells = pc.if_else(blank, pa.scalar(None, cells.type), cells)
         if column in table.as_written:
             cells = _typed(cells)
-        elif (words := _booleans(cells)) is not None:
-            cells = words
+        elif (booleans := _booleans(cells)) is not None:
+            cells = booleans
     return cells, ()
 
 
@@ -184,7 +184,7 @@ def _typed(cells: Any) -> Any:
 
     trimmed = pc.utf8_trim_whitespace(cells)
     digits = pc.match_substring_regex(trimmed, r"^[+-]?\d+$").fill_null(True)
-    kind = pa.int64() if pc.all(digits).as_py() else pa.float64()  # digits of more than 64 bits stay names
+    kind = pa.int64() if pc.all(digits).as_py() else pa.float64()  # Digits of more than 64 bits stay names.
     try:
         numbers = trimmed.cast(kind)
     except pa.ArrowInvalid:
@@ -200,13 +200,13 @@ def _booleans(cells: Any) -> Any:
     """Return cells that are all `true` or `false`, in any case, as booleans; None for other text."""
     import pyarrow.compute as pc
 
-    words = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
-    values = set(pc.unique(words).to_pylist()) - {None}
-    return pc.equal(words, "true") if values and values <= {"true", "false"} else None
+    texts = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
+    values = set(pc.unique(texts).to_pylist()) - {None}
+    return pc.equal(texts, "true") if values and values <= {"true", "false"} else None
 
 
 def _equal_rows(cells: Any, stored: Sequence[str] | None, label: str | int | None) -> set[int]:
-    """Return the rows with a label, which is given by its name or its number."""
+    """Return the rows whose label has a given name or number."""
     if label is None:
         return set()
     coded = cells.dictionary_encode()
@@ -234,7 +234,7 @@ def _targets(cells: Any, column: str, where: str, null: set[int]) -> tuple[Tenso
     """Return the numbers of a regression, and the rows whose number is not finite."""
     values = torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.float32))
     if not null and bool((values == -1).all()):
-        raise SplitError(f"data.label_column: {column} in {where} is -1 throughout.{HIDDEN}")
+        raise SplitError(f"data.label_column: {column} in {where} is -1 in every row.{HIDDEN}")
     wrong = (~values.isfinite()).nonzero().flatten().tolist()
     return values, {row: f"is {values[row].item()}" for row in wrong if row not in null}
 
@@ -284,7 +284,7 @@ def _doubts(column: str, where: str, names: list[str], rows: int) -> tuple[str, 
     if len(names) > max(10, rows // 10):
         lines += (
             f"{column} of {where}: {len(names):,} different whole numbers in {rows:,} rows are read as classes; for a "
-            "regression write them with a point (3.0) or set model.class_names to []",
+            "regression write the numbers with a point (3.0) or set model.class_names to []",
         )
     if names[0] == "-1" and names[1:] == [str(i) for i in range(len(names) - 1)]:
         lines += (f"{column} of {where}: -1 is read as a class; data.skip_label: -1 leaves such rows out",)

@@ -19,7 +19,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 _FILLER = "(?:data|sets?|images?|imgs?|splits?|files|folder)*"  # train_set, images-val, TestData
 HELPER_NAMES = {
     *("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found"),
-    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),  # of the `datasets` library
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),  # Files of the `datasets` library.
 }
 
 

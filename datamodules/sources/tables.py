@@ -22,11 +22,11 @@ from datamodules.errors import DataError, first_line
 from datamodules.sources.findings import listed
 from datamodules.sources.splits import is_helper, is_spelling, split_of
 
-if TYPE_CHECKING:  # a run on a folder of images imports no datasets
+if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
     import datasets
 
-ROWS = ("data", "rows", "examples", "records")  # keys of a JSON object that holds a list of rows
-OVERFLOW = "__index_level_0__"  # column into which pandas puts the first cell if rows are longer than the header
+ROWS = ("data", "rows", "examples", "records")  # Keys of a JSON object that holds a list of rows.
+OVERFLOW = "__index_level_0__"  # Column of pandas for the first cell if rows are longer than the header.
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Reading:
             DataError: If Python does not know the encoding.
         """
         try:
-            "".encode(self.encoding)  # `codecs.lookup` would accept rot13 and base64, which encode no text
+            "".encode(self.encoding)  # `codecs.lookup` would accept rot13 and base64, which encode no text.
         except (LookupError, ValueError) as error:
             raise DataError(
                 f"data.encoding: {self.encoding!r} is unknown to Python. Use utf-8, utf-16 or cp1252, for example."
@@ -69,7 +69,7 @@ def _as_written(cell: str) -> str | None:
 
 
 def _patterns(files: list[Path]) -> list[str]:
-    return [glob.escape(str(file)) for file in files]  # the library reads names as patterns
+    return [glob.escape(str(file)) for file in files]  # `datasets` reads names as patterns.
 
 
 def _read_parquet(files: list[Path], reading: Reading) -> Any:
@@ -81,7 +81,7 @@ def _read_parquet(files: list[Path], reading: Reading) -> Any:
 def _read_csv(files: list[Path], reading: Reading, separator: str = ",") -> Any:
     import datasets
 
-    # only empty cells are missing values: "null" and "NA" are words
+    # Only empty cells are missing values: "null" and "NA" are text.
     return datasets.Dataset.from_csv(
         _patterns(files),
         sep=separator,
@@ -100,10 +100,9 @@ def _read_json(files: list[Path], reading: Reading) -> Any:
     import datasets
 
     if reading.is_utf8:
-        return datasets.Dataset.from_json(_patterns(files))  # the library removes a byte order mark
-    largest = (
-        max(file.stat().st_size for file in files) + 1
-    )  # one chunk for each file, since a chunk may split a character
+        return datasets.Dataset.from_json(_patterns(files))  # `datasets` removes a byte order mark.
+    # One chunk for each file, since a smaller chunk may split a character.
+    largest = max(file.stat().st_size for file in files) + 1
     return datasets.Dataset.from_json(_patterns(files), encoding=reading.encoding, chunksize=largest)
 
 
@@ -115,7 +114,7 @@ READERS: dict[str, Reader] = {
     ".ndjson": _read_json,
     ".json": _read_json,
 }
-PACKED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # kinds that may be gzipped, such as .csv.gz
+PACKED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # Kinds that may be gzipped, such as .csv.gz.
 
 
 def kind_of(file: Path) -> str | None:
@@ -158,12 +157,12 @@ class Table:
 def open_table(
     path: str, splits: Sequence[str], config: str | None = None, revision: str | None = None, reading: Reading = PLAIN
 ) -> Table | None:
-    """Open the split with one of some spellings.
+    """Open a split by one of its spellings.
 
     Args:
         path: A directory, a file, or a name on the hub. Files in a directory are named as `train.parquet`, `Train.csv`,
             `train-00000-of-00001.csv` or `training/0000.jsonl`. A single file is a training split.
-        splits: Spellings of the split, best first; case, separators and words such as `data` do not matter.
+        splits: Spellings of the split, best first. Case, separators and words such as `data` do not matter.
         config: The data set's configuration: on the hub, or a folder of that name in the directory.
         revision: Branch, tag or commit on the hub, such as `refs/convert/parquet`.
         reading: Options for reading cells.
@@ -179,7 +178,7 @@ def open_table(
         return _read([folder], reading) if "train" in splits else None
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise DataError(f"data.path: {path} is not here; give a directory, a file or a data set's name on the hub.")
+            raise DataError(f"data.path: {path} is not here. Give a directory, a file or a data set's name on the hub.")
         return _from_hub(path, splits, config, revision)
     return _from_folder(_configured(folder, config), splits, config, reading)
 
@@ -199,8 +198,8 @@ def _from_folder(folder: Path, splits: Sequence[str], config: str | None, readin
         first, *others = [group for group in kinds if group]
         table = _read(first, reading)
         if others:
-            left = ", ".join(str(file.relative_to(folder)) for group in others for file in group[:1])
-            table = replace(table, notes=(*table.notes, f"{splits[0]}: {first[0].name} is read, and {left} is not"))
+            unread = ", ".join(str(file.relative_to(folder)) for group in others for file in group[:1])
+            table = replace(table, notes=(*table.notes, f"{splits[0]}: {first[0].name} is read, and {unread} is not"))
         return table
     if "train" in splits:
         shown = listed([str(file.relative_to(folder)) for file in files]) or "no file of a table"
@@ -212,7 +211,7 @@ def _from_folder(folder: Path, splits: Sequence[str], config: str | None, readin
 
 
 def unread_files(path: str, splits: Sequence[str], config: str | None = None) -> list[str]:
-    """Return the tables of a directory that belong to none of some splits.
+    """Return the tables of a directory that belong to no split.
 
     Args:
         path: As for `open_table`; anything but a directory has no such files.
@@ -239,7 +238,7 @@ def open_file(path: str, key: str, reading: Reading = PLAIN) -> Table:
     """Open one file, for prediction.
 
     Raises:
-        DataError: If the file is missing, of another kind, or damaged; the message begins with `key`.
+        DataError: If the file is missing, of another kind, or damaged. The message begins with `key`.
     """
     if not Path(path).is_file() or kind_of(Path(path)) is None:
         raise DataError(f"data.{key}: {path} is missing, or is not a file of {', '.join(READERS)}.")
@@ -250,7 +249,7 @@ def check_column(table: Table, key: str, column: str) -> None:
     """Check that a table has a column.
 
     Raises:
-        DataError: If the column is missing; the message begins with `key` and lists the columns.
+        DataError: If the column is missing. The message begins with `key` and lists the columns.
     """
     names = table.data.column_names
     if column in names:
@@ -258,7 +257,9 @@ def check_column(table: Table, key: str, column: str) -> None:
     advice = ""
     if len(names) == 1 and (mark := next((m for m in ";\t|," if m in names[0]), None)):
         marks = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
-        advice = f" Its cells seem to be separated by {marks[mark]}: save it with commas as .csv, or with tabs as .tsv."
+        advice = (
+            f" The cells seem to be separated by {marks[mark]}. Save the file with commas as .csv or with tabs as .tsv."
+        )
     elif padded := next((name for name in names if name.strip() == column), None):
         advice = f" Remove the spaces around {padded!r} in the first line."
     elif kind_of(Path(table.where)) in (".csv", ".tsv"):
@@ -339,14 +340,15 @@ def _configured(folder: Path, config: str | None) -> Path:
 def _split_name(file: Path, root: Path, splits: Sequence[str]) -> str | None:
     """Return the part of a file's or its folder's name that is one of some spellings; None if there is none."""
     stem = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
-    unnumbered = re.sub(r"[-_. ]?\d+(?:[-_. ]?of[-_. ]?\d+)?(?:-\w+)?$", "", stem)  # of train-00000-of-00001, train_0
+    unnumbered = re.sub(
+        r"[-_. ]?\d+(?:[-_. ]?of[-_. ]?\d+)?(?:-\w+)?$", "", stem
+    )  # From train-00000-of-00001 or train_0.
     candidates = (unnumbered, stem.partition("-")[0])
     for name in candidates:
         if is_spelling(name, splits):
             return name
-    meant = any(
-        split_of(name) for name in candidates
-    )  # the file's own name means a split, which takes precedence over the folder's name
+    # If the file's name means a split, the file's name takes precedence over the folder's name.
+    meant = any(split_of(name) for name in candidates)
     return file.parent.name if file.parent != root and not meant and is_spelling(file.parent.name, splits) else None
 
 
@@ -354,7 +356,7 @@ def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config:
     """Check that the files belong to one data set, and to the configuration if one is given.
 
     Raises:
-        DataError: If they belong to several data sets, or to another configuration.
+        DataError: If the files belong to several data sets, or to another configuration.
     """
     sets = {
         "/".join(p for p in f.relative_to(root).parts[:-1] if not (is_spelling(p, splits) or p in ("data", "default")))
@@ -364,7 +366,7 @@ def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config:
     if len(sets) > 1 or (config is not None and sets != {"."}):
         asked = f", and none of them is {config}" if config is not None else ""
         raise DataError(
-            f"data.path: {root} has rows of {splits[0]} in the folders {', '.join(sorted(sets))}{asked}; give the "
+            f"data.path: {root} has rows of {splits[0]} in the folders {', '.join(sorted(sets))}{asked}. Give the "
             "folder of one data set as data.path, or its name as data.config."
         )
 
@@ -374,20 +376,20 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
     kind = kind_of(files[0])
     if kind is None:
         raise DataError(f"data.{key}: {first} must be one of {', '.join(READERS)}.")
-    if gone := [f for f in files if not f.is_file()]:
-        raise DataError(f"data.{key}: {gone[0]} is not a file, or is a broken link.")
+    if missing := [f for f in files if not f.is_file()]:
+        raise DataError(f"data.{key}: {missing[0]} is not a file, or is a broken link.")
     if empty := [f for f in files if f.stat().st_size == 0]:
         raise DataError(f"data.{key}: {empty[0]} is an empty file.")
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors have the same text as its log
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # The errors of `datasets` have the text of its log.
     notes: list[str] = []
     try:
         if kind in PACKED:
             for file in files:
                 _check_width(file, reading)
         data = READERS[kind](files, reading)
-        if READERS[kind] is _read_json:  # the library does not check that text is UTF-8
+        if READERS[kind] is _read_json:  # `datasets` does not check that text is UTF-8.
             for rows in data.with_format("arrow").iter(batch_size=10_000):
                 rows.validate(full=True)
         if kind == ".json" and len(data) == 1 and (field := _only_list(data[0])):
@@ -395,7 +397,7 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
             notes.append(f"the rows of {first} are read from its key {field}")
     except DataError:
         raise
-    except Exception as error:  # truncated, another format, columns of mixed types; the library raises many kinds
+    except Exception as error:  # `datasets` raises many kinds of exceptions.
         raise _reading_error(error, files, kind, reading, key) from error
     if kind in (".csv", ".tsv"):
         _check_header(files[0], kind, reading, key)
@@ -424,24 +426,23 @@ def _reading_error(error: Exception, files: list[Path], kind: str, reading: Read
     if "corresponds to no data" in str(error):
         return DataError(f"data.{key}: {files[0]} has no rows.")
     cause: BaseException = error.__cause__ or error
-    if (
-        isinstance(cause, OSError) and cause.errno
-    ):  # the cache cannot be written: errors from a damaged file have no errno
+    # An errno means that the cache cannot be written. Errors of a damaged file have no errno.
+    if isinstance(cause, OSError) and cause.errno:
         return DataError(
-            f"data.{key}: {files[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} ({cause}); "
-            "free some space, or set HF_DATASETS_CACHE to another folder."
+            f"data.{key}: {files[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} ({cause}). "
+            "Free some space, or set HF_DATASETS_CACHE to another folder."
         )
-    if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # a damaged .gz
+    if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # These errors mean a damaged .gz.
         for file in files:
             _check_text_file(file, kind, reading, key)
-    advice = _quoting_advice(str(cause)) or "It may be damaged, or a column may hold values of several types."
+    advice = _quoting_advice(str(cause)) or "The file may be damaged, or a column may hold values of several types."
     return DataError(
         f"data.{key}: {', '.join(map(str, files))} cannot be read as {kind[1:]} ({first_line(cause)}). {advice}"
     )
 
 
 def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
-    """Check that the first line has no column of text twice, since the library would rename the second.
+    """Check that the first line has no column of text twice, since `datasets` would rename the second column.
 
     Raises:
         DataError: With the column.
@@ -455,7 +456,7 @@ def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
 
 
 def _quoting_advice(reason: str) -> str | None:
-    """Return advice about quotation marks and separators; None if the reason is another one."""
+    """Return advice about quotation marks and separators; None for other reasons."""
     if opened := re.search(r"EOF inside string starting at row (\d+)", reason):
         return (
             f"A quotation mark that opens a cell, near line {int(opened[1]) + 1}, is never closed. Put the cell in "
@@ -500,7 +501,7 @@ def _check_text_file(file: Path, kind: str, reading: Reading, key: str) -> None:
         DataError: For the first line that fails, with its number and advice.
     """
     if codecs.lookup(reading.encoding).name.startswith(("utf-16", "utf-32")):
-        return  # a line does not end with a single byte in these encodings
+        return  # In these encodings, a line does not end with a single byte.
     encoding, likely = ("utf-8-sig", "cp1252") if reading.is_utf8 else (reading.encoding, "utf-8")
     with _open(file) as stream:
         for number, line in enumerate(stream, 1):
@@ -509,7 +510,7 @@ def _check_text_file(file: Path, kind: str, reading: Reading, key: str) -> None:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"data.encoding: line {number} of {file} is not {reading.encoding} (byte 0x{line[error.start]:02x})"
-                    f". It is likely {likely}: set the key to it, or save the file as utf-8."
+                    f". The file is likely {likely}. Set the key to {likely}, or save the file as utf-8."
                 ) from error
             if kind in (".jsonl", ".ndjson") and text.strip():
                 try:
@@ -523,15 +524,17 @@ def _check_text_file(file: Path, kind: str, reading: Reading, key: str) -> None:
 
 
 def _check_width(file: Path, reading: Reading) -> None:
-    """Check that a file is not UTF-16 or UTF-32, unless the encoding says so.
+    """Check that a file is not UTF-16 or UTF-32, unless this is the configured encoding.
 
     Raises:
-        DataError: If it is, with the likely encoding.
+        DataError: With the likely encoding.
     """
     with _open(file) as stream:
         likely = _likely_wide(stream.read(4096))
     if likely and not codecs.lookup(reading.encoding).name.startswith(likely[:6]):
-        raise DataError(f"data.encoding: {file} is not {reading.encoding}. It is likely {likely}: set the key to it.")
+        raise DataError(
+            f"data.encoding: {file} is not {reading.encoding}, but likely {likely}. Set the key to {likely}."
+        )
 
 
 def _open(file: Path) -> Any:
@@ -558,7 +561,7 @@ def _from_hub(name: str, splits: Sequence[str], config: str | None, revision: st
         if not matching:
             return None
         data = datasets.load_dataset(name, config, split=matching[0], revision=revision)
-    except Exception as error:  # whatever a network or a repository can raise
+    except Exception as error:  # The network and the repository can raise many exceptions.
         raise DataError(
             f"data.path: {name} is not a directory here, and could not be loaded from the hub ({first_line(error)}). "
             "Without a connection the data and the model each take a local path: --data.path DIRECTORY and "

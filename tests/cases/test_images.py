@@ -206,7 +206,7 @@ def test_case_02_images_beside_the_classes_are_named(tmp_path: Path, files: str,
         ("trainA/1.png trainB/1.png testA/1.png testB/1.png", ["look like splits"]),
         ("ant/train/1.png ant/test/1.png bee/train/1.png bee/test/1.png", ["splits in ant", "<split>/<class>"]),
         ("test/a/1.png test/b/1.png val/a/1.png", ["no folder called train", "test/, val/"]),
-        ("1.png 2.png", ["no images in one folder a class", "1.png, 2.png"]),
+        ("1.png 2.png", ["no images in one folder for each class", "1.png, 2.png"]),
     ],
 )
 def test_case_02_names_that_can_be_read_in_two_ways(tmp_path: Path, files: str, parts: list[str]) -> None:

@@ -224,7 +224,7 @@ def test_labels_follow_the_names_of_their_classes() -> None:
     assert (among.labels.tolist(), among.class_names) == ([2, 0, 0], ["c", "a", "b"])
     assert (among.read, among.names) == (table.read, table.names)
     assert table.labels.tolist() == [0, 1, 1]
-    with refuses("data.path", "the val split of x", "(c)", "it knows 2: a, b."):  # d never occurs
+    with refuses("data.path", "the val split of x", "(c)", "The model knows 2: a, b."):  # d never occurs
         table.with_classes(["a", "b"], "the val split of x")
 
 
@@ -291,7 +291,7 @@ def test_no_pickle_of_a_tampered_cifar10_is_opened(
 def test_a_directory_that_is_not_there(path: str) -> None:
     with refuses("data.path", path, *(["--data.path DIRECTORY"] if path in ("beans", "hub/name") else ["is not here"])):
         open_split(path, "train", None, None)
-    with refuses("data.predict_path", path, "is not there. Give an image or a folder"):
+    with refuses("data.predict_path", path, "does not exist. Give an image or a folder"):
         open_folder(path)
 
 
@@ -322,7 +322,7 @@ BAD: list[tuple[dict[str, Any], tuple[str | None, str | None], tuple[str, ...]]]
     ({}, (None, "lable"), ("data.label_column", "train.parquet", "lable", "img, label")),
     ({"labels": [0, 1, 3]}, (None, None), ("is 3 in row 2, outside 0 to 2", "1 of 3")),
     ({"labels": [0, -1, -1]}, (None, None), ("is -1 in row 1, outside 0 to 2", "2 of 3")),
-    ({"labels": [-1] * 3, "named": WHOLE}, (None, None), ("is -1 in row 0", "3 of 3", "hidden")),
+    ({"labels": [-1] * 3, "named": WHOLE}, (None, None), ("is -1 in every row", "hidden")),
     ({"labels": [0.0, 0.7], "named": DECIMAL}, (None, None), ("data.label_column", "not decimal numbers")),
     ({"labels": [0, None], "named": WHOLE}, (None, None), ("data.label_column", "empty in row 1")),
     ({"labels": [[0, 1], [1, 0]], "named": LISTS}, (None, None), ("data.label_column", "must hold numbers or names")),

@@ -145,7 +145,7 @@ BAD: list[tuple[Any, Any, Given, tuple[str, ...]]] = [
     *((["a", None], TEXT, given, ("is empty in row 1",)) for given in (None, FOUR)),
     *(([3, None], WHOLE, given, ("is empty in row 1",)) for given in (None, (), FOUR)),
     *(([True, None], BOOLEAN, given, ("is empty in row 1",)) for given in (None, (), FOUR)),
-    ([None, None], WHOLE, None, ("is empty in row 0 and in all others",)),
+    ([None, None], WHOLE, None, ("is empty in every row",)),
     # numbers that are none
     *(
         (pa.array(np.array([0.5, 1, x, 2, x], kind)), None, None, (f"is {x} in row 2; 2 of 5 labels cannot be used",))
@@ -159,10 +159,10 @@ BAD: list[tuple[Any, Any, Given, tuple[str, ...]]] = [
     ([0, -1, 1, 0], WHOLE, ("a", "b"), ("is -1 in row 1, outside 0 to 1; 1 of 4 labels", "data.skip_label: -1.")),
     # hidden labels
     *(
-        ([-1] * 3, feature, given, ("is -1 in row 0", "3 of 3 labels", *HIDDEN))
+        ([-1] * 3, feature, given, ("is -1 in every row", *HIDDEN))
         for feature, given in ((NAMED, None), (WHOLE, ("a", "b")), (WHOLE, None))
     ),
-    *(([-1, -1], feature, (), ("is -1 throughout", *HIDDEN)) for feature in (WHOLE, DECIMAL)),
+    *(([-1, -1], feature, (), ("is -1 in every row", *HIDDEN)) for feature in (WHOLE, DECIMAL)),
     # other types
     ([[0, 1], [1]], LISTS, None, ("must hold numbers or names, and it holds", "lists of labels are not supported")),
     ([0.0, 1.0], DECIMAL, ("a", "b"), ("must hold whole numbers or names, and it holds",)),
@@ -245,9 +245,14 @@ def test_labels_are_matched_by_the_names_of_their_classes(
             [3, 0, 1],
             ["a", "b", "c", "d"],
             ["a", "c"],
-            ("path: here", "not trained on (b, d)", "it knows 2: a, c."),
+            ("path: here", "not trained on (b, d)", "The model knows 2: a, c."),
         ),
-        ([0], ["z"], [*"0123456789", "x"], ("not trained on (z)", "it knows 11: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …")),
+        (
+            [0],
+            ["z"],
+            [*"0123456789", "x"],
+            ("not trained on (z)", "The model knows 11: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …"),
+        ),
         ([0.5], [], ["a", "b"], ("model is for classification into a, b", "labels of here are for regression")),
         ([0], ["a", "b"], [], ("model is for regression", "labels of here are for classification into a, b")),
     ],

@@ -308,12 +308,12 @@ BAD: dict[str, tuple[Files, dict[str, Any], tuple[str, ...]]] = {  # files, argu
     "several configurations": (
         {f"{name}/train.csv": TABLE for name in ("3.0.0", "1.0.0")},
         {},
-        ("has rows of train in the folders 1.0.0, 3.0.0", "give the folder"),
+        ("has rows of train in the folders 1.0.0, 3.0.0", "Give the folder"),
     ),
     "another configuration": (
         {f"{name}/test.csv": TABLE for name in ("3.0.0", "1.0.0")},
         {"splits": ("test",), "config": "4.0.0"},
-        ("in the folders 1.0.0, 3.0.0", "none of them is 4.0.0", "give the folder"),
+        ("in the folders 1.0.0, 3.0.0", "none of them is 4.0.0", "Give the folder"),
     ),
     "the only one is another": (
         {"rte/train.csv": TABLE},
@@ -325,7 +325,7 @@ BAD: dict[str, tuple[Files, dict[str, Any], tuple[str, ...]]] = {  # files, argu
         {"config": "mrpc"},
         ("mrpc holds no file of training rows",),
     ),
-    "rows beside a folder": ({"train.csv": TABLE, "old/train.csv": TABLE}, {}, ("in the folders", "old", "give the")),
+    "rows beside a folder": ({"train.csv": TABLE, "old/train.csv": TABLE}, {}, ("in the folders", "old", "Give the")),
     "rows beside another folder": ({"train.csv": TABLE, "old/train.csv": TABLE}, {"config": "rte"}, ("old",)),
     "kinds of two sets": ({"one/train.jsonl": LINES, "two/train.csv": TABLE}, {}, ("one, two", "data.config")),
     "names of two sets": (
