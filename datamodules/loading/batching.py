@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 Draw = tuple[int, int]  # (index of the sample, seed of the epoch's augmentation)
-ORDER = 2  # version of the order; raise it whenever the order for a seed and an epoch changes
-POOL = 50  # number of batches whose samples are sorted together
+ORDER = 2  # Version of the order. Increase the version whenever the order for a seed and an epoch changes.
+POOL = 50  # Number of batches whose samples are sorted together.
 DECILES = 10
 
 
 def index_of(key: int | Draw) -> int:
-    """Return the index of a sample that a data set is asked for by its index or by a draw."""
+    """Return the index of a sample for a key, which is an index or a draw."""
     return key[0] if isinstance(key, tuple) else key
 
 
@@ -26,15 +26,16 @@ class EpochSampler(Sampler[Draw]):
 
     The order is a function of (seed, epoch). The k-th batches of all processes together equal the k-th batch of a
     single process with the same total batch size. A draw also carries a seed, derived from (seed, epoch). Augmentation
-    is a function of this seed and the index: like the order, it does not depend on processes or workers. With lengths,
-    samples of similar length share a batch, which saves padding. With labels too, lengths are ranked within each class.
-    Each batch then keeps the label mix of the data, even if the lengths differ between classes.
+    is a function of this seed and the index. Order and augmentation do not depend on processes or workers.
+
+    With lengths, samples of similar length share a batch, which saves padding. With labels too, lengths are ranked
+    within each class. Each batch then keeps the label mix of the data, even if the lengths differ between classes.
 
     Args:
         size: Number of samples.
         world: Number of processes.
         rank: This process.
-        batch_size: Samples a step and process.
+        batch_size: Samples in a batch of one process.
         seed: Seed of the order.
         lengths: Length of each sample, (size,); None for samples of one length.
         labels: Class (int64) or score (floating dtype) of each sample, (size,); None if there are none.
@@ -53,7 +54,7 @@ class EpochSampler(Sampler[Draw]):
         self.size, self.world, self.rank, self.batch_size, self.seed = size, world, rank, batch_size, seed
         self.lengths = lengths
         self.classes = None if labels is None else as_classes(labels)
-        self.batches = size // (world * batch_size)  # in an epoch
+        self.batches = size // (world * batch_size)  # Batches of an epoch.
         self.epoch = 0
         self._skip = 0
 
@@ -62,11 +63,11 @@ class EpochSampler(Sampler[Draw]):
         return self.batches * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iterator; Lightning calls it."""
+        """Set the epoch of the next iterator. Lightning calls this method."""
         self.epoch = epoch
 
     def seek(self, epoch: int, batches: int) -> None:
-        """Start the next iterator after a number of batches of an epoch. After the last one, the next epoch starts."""
+        """Start the next iterator after some batches of an epoch. After the last batch, the next epoch starts."""
         self.epoch, self._skip = epoch + batches // self.batches, batches % self.batches
 
     def __iter__(self) -> Iterator[Draw]:
@@ -115,7 +116,7 @@ def rank_in_class(lengths: Tensor, classes: Tensor, generator: torch.Generator) 
     size = len(lengths)
     rows = torch.randperm(size, generator=generator)
     rows = rows[lengths[rows].argsort(stable=True)]
-    rows = rows[classes[rows].argsort(stable=True)]  # class by class, each from its shortest sample to its longest
+    rows = rows[classes[rows].argsort(stable=True)]  # By class, and by length within a class.
     counts = classes.bincount()
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     within = torch.arange(size) - first + torch.rand(size, generator=generator, dtype=torch.float64)
@@ -132,7 +133,7 @@ def as_classes(labels: Tensor) -> Tensor:
 
 
 def derive_seed(*keys: int) -> int:
-    """Return a seed for torch, a function of the keys alone (BLAKE2b). It is the same in every process."""
+    """Return a seed for torch, a function of the keys alone (BLAKE2b), the same in every process."""
     return int.from_bytes(blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -140,8 +141,8 @@ def derive_seed(*keys: int) -> int:
 def seeded(*keys: int) -> Iterator[None]:
     """Seed torch's global CPU generator with a function of the keys, and restore its state at the end.
 
-    For transforms that take no generator. `torch.random.fork_rng` would also save the state of every accelerator, which
-    takes 15 times as long.
+    Use this context for transforms that take no generator. `torch.random.fork_rng` would take 15 times as long, since
+    `fork_rng` also saves the state of every accelerator.
     """
     generator = torch.default_generator
     state = generator.get_state()

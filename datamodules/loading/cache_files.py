@@ -24,7 +24,7 @@ import xxhash
 
 from datamodules.atomic import AtomicFile, WriteError, atomic_write, remove_stale
 
-VERSION = 1  # version of the line
+VERSION = 1  # Version of the line.
 SEAL = re.compile(rb"\nonesided cache=(\d{4}) bytes=(\d{20}) xxh3=([0-9a-f]{32})\n")
 SEAL_BYTES = len("\nonesided cache= bytes= xxh3=\n") + 4 + 20 + 32
 CHUNK = 1 << 22
@@ -63,13 +63,13 @@ def write_cache(path: Path) -> Iterator[AtomicFile]:
 
 
 def is_intact(path: Path, verify: bool = True) -> bool:
-    """Return True if a cache file can be used. Warn if the file exists and cannot be used.
+    """Return True if a cache file is intact. Warn if the file exists and is not intact.
 
     Temporary files that killed processes left in the folder are removed.
 
     Args:
         path: The file.
-        verify: If true, compare the digest and the length, else only the length. One process of a node verifies files.
+        verify: If true, compare the digest and the length, otherwise only the length. One process of a node verifies.
     """
     remove_stale(path.parent)
     _remove_legacy(path.parent)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 STRONG_ETA_SQUARED = 0.25
-STRONG_RHO = 0.5  # the square root of STRONG_ETA_SQUARED: the same share of the ranks' variance
+STRONG_RHO = 0.5  # The square root of STRONG_ETA_SQUARED: the same share of the ranks' variance.
 
 
 def midranks(values: Tensor) -> Tensor:
@@ -20,8 +20,8 @@ def rank_eta_squared(values: Tensor, classes: Tensor) -> float:
     """Return the effect of the class on the values: the share of the ranks' variance that lies between classes.
 
     The share is (H - k + 1) / (n - k) with H of Kruskal and Wallis for k classes and n values (Tomczak and Tomczak
-    2014, The need to report effect size estimates revisited). It is near 0 if the class has no effect, at most 1, and
-    0 where it is not defined: a single class, a class for each value, or equal values.
+    2014, The need to report effect size estimates revisited). The share is near 0 if the class has no effect, and
+    at most 1. The result is 0 if the share is not defined: a single class, a class for each value, or equal values.
 
     Args:
         values: Numbers, (size,).

@@ -1,10 +1,10 @@
 """Cache the output of a model's frozen prefix: computed once for every row, kept on disk, read batch by batch.
 
 The model defines the prefix (`datamodules.contract.Prefix`), and the data module defines the rows. A batch then has
-`hidden` (batch, tokens, width) instead of the input, with zeros at padding. Its other keys stay the same.
+`hidden` (batch, tokens, width) instead of the input, with zeros at padding. The other keys do not change.
 
 A file holds one split: a .npy array (tokens of all rows, width) in the dtype of the prefix's output, bfloat16 as int16.
-The file is in the folder of the `datasets` library (HF_DATASETS_CACHE). Its name is a hash of the prefix and the
+The file is in the folder of the `datasets` library (HF_DATASETS_CACHE). The name is a hash of the prefix and the
 rows. `datamodules.loading.cache_files` writes and verifies the file. A changed model, changed data, an interrupted run
 or a damaged file therefore never give wrong rows.
 """
@@ -35,7 +35,7 @@ from datamodules.errors import DataError
 from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 
 _log = logging.getLogger(__name__)
-FORMAT = 1  # version of the files; raise it whenever the content of the rows changes
+FORMAT = 1  # Version of the files. Increase the version whenever the content of the rows changes.
 GIB = 2**30
 STORED = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<i2"}
 REMEDY = "free some space, set HF_DATASETS_CACHE to another folder, or data.cache_prefix to false"
@@ -68,7 +68,8 @@ class HiddenStates:
             (_, width), _, _ = _read_header(file)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"data.cache_prefix: {self.path} can no longer be read ({error}). Run the command again to rebuild it."
+                f"data.cache_prefix: {self.path} can no longer be read ({error}). Run the command again to "
+                "rebuild the file."
             ) from error
         return file, file.tell(), width
 
@@ -89,10 +90,10 @@ class HiddenStates:
             filled = 0
             for row in pack:
                 length = int(self.lengths[row])
-                # read, not memory-mapped: mapped pages would count as memory of this process
-                place = offset + int(self.starts[row]) * width * hidden.itemsize
+                # Read instead of memory-mapping: mapped pages would count as memory of this process.
+                position = offset + int(self.starts[row]) * width * hidden.itemsize
                 target = values[filled : filled + length]
-                if os.preadv(file.fileno(), [target.data], place) != target.nbytes:
+                if os.preadv(file.fileno(), [target.data], position) != target.nbytes:
                     raise DataError(
                         f"data.cache_prefix: {self.path} is truncated. Remove the file and run the command again."
                     )
@@ -182,7 +183,7 @@ def _fill(
     loader: DataLoader[Any],
     lengths: Tensor | None,
     file: BinaryIO,
-    what: str,
+    description: str,
     folder: Path,
     beat: Callable[[], None],
 ) -> None:
@@ -196,7 +197,7 @@ def _fill(
         hidden = prefix.states(trainer.strategy.batch_to_device(batch)).cpu()  # (batch, tokens, width)
         if written == 0:
             tokens = size * hidden.shape[1] if ordered is None else sum(ordered)
-            _begin(file, (tokens, hidden.shape[2]), hidden.dtype, f"{what} ({prefix})", folder)
+            _begin(file, (tokens, hidden.shape[2]), hidden.dtype, f"{description} ({prefix})", folder)
         tokens_of_rows = (
             [hidden.shape[1]] * len(hidden) if ordered is None else ordered[written : written + len(hidden)]
         )
@@ -216,13 +217,13 @@ def _check_padding(batch: dict[str, Any]) -> None:
         )
 
 
-def _begin(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, what: str, folder: Path) -> None:
+def _begin(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, description: str, folder: Path) -> None:
     """Log the size of the file, check that the disk has room, and write the header."""
     size = shape[0] * shape[1] * dtype.itemsize
-    _log.info(f"The frozen prefix's output for {what} is kept in {folder}: {size / GIB:.2f} GiB.")
+    _log.info(f"The frozen prefix's output for {description} is kept in {folder}: {size / GIB:.2f} GiB.")
     if (free := shutil.disk_usage(folder).free) < size:
         raise DataError(
-            f"data.cache_prefix: {folder} has {free / GIB:.2f} GiB left, and {what} take {size / GIB:.2f} GiB; "
+            f"data.cache_prefix: {folder} has {free / GIB:.2f} GiB left, and {description} take {size / GIB:.2f} GiB; "
             f"{REMEDY}."
         )
     header = {"descr": STORED[dtype], "fortran_order": False, "shape": shape}

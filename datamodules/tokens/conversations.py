@@ -10,11 +10,11 @@ from typing import Any
 
 from datamodules.errors import DataError
 
-Message = dict[str, str]  # role, content, and in a user's message also Alpaca's input, if any
+Message = dict[str, str]  # Role, content, and in a user's message also Alpaca's input, if any.
 ROLES = ("system", "user", "assistant")
-SENDERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")}  # ShareGPT's roles
+SENDERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")}  # ShareGPT's roles.
 
-# Alpaca's prompts (Taori et al. 2023) as a chat template: the same code serves both, and a tokenizer can store it.
+# Alpaca's prompts (Taori et al. 2023) as a chat template. The same code then renders Alpaca's prompts and chats.
 _INTRODUCTION = (
     "'Below is an instruction that describes a task' + (', paired with an input that provides further context' if "
     "message['input'] else '') + '. Write a response that appropriately completes the request.\\n\\n'"
@@ -33,8 +33,8 @@ ALPACA = (
 
 
 def alpaca_template(tokenizer: Any) -> str:
-    """Return Alpaca's template, with the token with which the tokenizer begins a text, if there is one."""
-    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # LLaMA's does, GPT-2's does not
+    """Return Alpaca's template, preceded by the begin token if the tokenizer puts this token before each text."""
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # True for LLaMA, False for GPT-2.
     return ("{{ bos_token }}" if begins else "") + ALPACA
 
 
@@ -47,7 +47,7 @@ class Columns:
         instruction: Column of the instructions.
         input: Column of the text that an instruction is about, or None.
         response: Column of the responses; None in prediction.
-        apart: Whether the template has a section for the input. Otherwise the input follows the instruction.
+        apart: If true, the template has a section for the input. Otherwise the input follows the instruction.
         system: System message for conversations without one.
         end_mark: Text to remove from the end of responses.
     """
@@ -109,7 +109,7 @@ def read_messages(cell: Any) -> list[Message]:
         DataError: If the cell is not a list of such messages.
     """
     if not isinstance(cell, list):
-        raise DataError(f"it must be a list of messages; it is {str(cell)[:80]}")
+        raise DataError(f"the cell must be a list of messages, not {str(cell)[:80]}")
     messages: list[Message] = []
     for message in cell:
         fields = message if isinstance(message, dict) else {}
@@ -119,14 +119,14 @@ def read_messages(cell: Any) -> list[Message]:
         if role not in ROLES or not (isinstance(content, str) or (role == "assistant" and content is None)):
             raise DataError(
                 f"a message must have `role` ({', '.join(ROLES)}) and text as `content`, or ShareGPT's `from` and "
-                f"`value`; it is {str(message)[:80]}"
+                f"`value`, but the message is {str(message)[:80]}"
             )
         messages.append({"role": role, "content": content or ""})
     return messages
 
 
 def response_end(tokenizer: Any, template: str) -> int:
-    """Return the token with which a template ends a response. It may differ from the tokenizer's own end token.
+    """Return the token with which a template ends a response. The token may differ from the tokenizer's end token.
 
     Raises:
         DataError: If the template ends responses with plain text.
@@ -151,7 +151,7 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: 
         tokenizer: Tokenizer of the backbone.
         template: Jinja template, which runs in the sandbox of transformers.
         messages: The conversation.
-        waiting: Whether the text ends where a response is to begin.
+        waiting: If true, the text ends where a response begins.
 
     Raises:
         DataError: If the template refuses the conversation.
@@ -160,7 +160,7 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: 
         text: str = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=waiting
         )
-    except Exception as error:  # a template is a program, which can raise anything
+    except Exception as error:  # A template is a program and can raise any exception.
         raise DataError(
             f"data.template: the chat template refuses the conversation that begins {_begin(messages)!r}: {error}"
         ) from error
@@ -205,7 +205,7 @@ class ConversationEncoder:
         messages = self.clean(messages)
         if messages and messages[0]["role"] == "assistant":
             raise DataError(
-                "data.messages_column: the conversation begins with the assistant; it must begin with the user."
+                "data.messages_column: the conversation begins with the assistant, but must begin with the user."
             )
         tokens: list[int] = []
         learnt: list[bool] = []
@@ -230,7 +230,7 @@ class ConversationEncoder:
         if True not in learnt:
             raise DataError(
                 f"data.template: the template leaves out the responses of the conversation that begins "
-                f"{_begin(messages)!r}; use template: alpaca."
+                f"{_begin(messages)!r}. Use template: alpaca."
             )
         return cut(tokens, learnt, self.max_length)
 
@@ -245,7 +245,7 @@ class ConversationEncoder:
         return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     def _clean(self, text: str) -> str:
-        while self._special.search(text):  # repeat, since the remaining text may form another special token
+        while self._special.search(text):  # Repeat, since the remaining text may form another special token.
             text = self._special.sub("", text)
         return text
 
@@ -255,17 +255,17 @@ class ConversationEncoder:
     def _tokens_after(self, before: str, text: str) -> list[int]:
         """Return the tokens of a text without the tokens of its beginning `before`."""
         start = max((match.start() for match in self._special.finditer(before)), default=0)
-        # text before a special token has no effect on the tokens after it
-        beginning, whole = self._tokens(before[start:]), self._tokens(text[start:])
-        if whole[: len(beginning)] == beginning:
-            return whole[len(beginning) :]
+        # Text before a special token has no effect on the tokens after the special token.
+        beginning, full = self._tokens(before[start:]), self._tokens(text[start:])
+        if full[: len(beginning)] == beginning:
+            return full[len(beginning) :]
         return self._tokens(text[len(before) :])
 
     @cached_property
     def _tokens(self) -> Callable[[str], list[int]]:
         plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 
-        @lru_cache(maxsize=2)  # a prompt is tokenised again with its response, right after the prompt alone
+        @lru_cache(maxsize=2)  # A prompt is tokenised alone, and then with its response.
         def tokens(text: str) -> list[int]:
             ids: list[int] = self.tokenizer(text, **plain)["input_ids"] if text else []
             return ids
@@ -274,10 +274,10 @@ class ConversationEncoder:
 
 
 def cut(tokens: list[int], learnt: list[bool], most: int) -> tuple[list[int], list[bool]]:
-    """Cut a conversation so that the first response keeps half of the tokens, or is whole if it is shorter.
+    """Cut a conversation so that the first response keeps half of the tokens, or all its tokens if fewer.
 
     The first prompt loses its middle, as in LongBench (Bai et al. 2023), since a template writes at both ends of a
-    prompt. If the rest is still too long, it loses its end.
+    prompt. If the conversation is still too long, its end is cut.
 
     Args:
         tokens: The conversation.

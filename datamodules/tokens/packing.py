@@ -56,7 +56,7 @@ class PadPacks:
     def __call__(self, packs: list[list[Row]]) -> dict[str, Tensor]:
         """Return `input_ids`, `labels` and `position_ids` (batch, tokens). Each sequence has positions from 0 on.
 
-        The first token of a sequence has no loss, since the token before it belongs to another sequence.
+        The first token of a sequence has no loss, since the previous token belongs to another sequence.
         """
         longest = max(sum(len(row["input_ids"]) for row in pack) for pack in packs)
         batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
@@ -112,7 +112,7 @@ def best_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
     """
     packs: list[list[int]] = []
     shortest = min(lengths, default=0)
-    rooms: list[tuple[int, int]] = []  # (room left, pack), ascending
+    rooms: list[tuple[int, int]] = []  # (Room left, pack), ascending.
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect_left(rooms, (lengths[index], -1))
         if place < len(rooms):

@@ -16,8 +16,8 @@ from torch.utils.data import BatchSampler
 
 from datamodules.tokens.tokenizing import TokenDataset
 
-UNKNOWN = "unknown"  # subject of tables that name none
-CHUNK = 256  # prompts that are tokenised together: the tokenizer's records need far more memory than the tokens
+UNKNOWN = "unknown"  # Subject of tables without subjects.
+CHUNK = 256  # Prompts that are tokenised together. The tokenizer's records need far more memory than the tokens.
 PLAIN = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -29,7 +29,7 @@ class Question:
     Args:
         text: The question.
         choices: The choices.
-        answer: Index of the right choice; None if it is unknown.
+        answer: Index of the right choice; None if unknown.
     """
 
     text: str
@@ -77,7 +77,7 @@ def shared_prompts(prompts: Sequence[str], tokenizer: Any) -> SharedPrompts:
     At most 256 whole prompts are in memory at a time.
     """
     first: Tokens | None = None
-    common, tails = [], []  # number of tokens shared with the first prompt, and the tokens after them
+    common, tails = [], []  # Number of tokens shared with the first prompt, and the other tokens.
     for i in range(0, len(prompts), CHUNK):
         for ids in tokenizer(list(prompts[i : i + CHUNK]), **PLAIN)["input_ids"]:
             tokens: Tokens = np.asarray(ids, np.int32)
@@ -99,7 +99,7 @@ class QuestionDataset(TokenDataset):
         subjects: Names of the subjects, in the order of the questions.
         prompts: Prompts of each subject.
         rows: For each subject, the row in the table of each prompt.
-        answers: Index of the right choice by row, -1 if it is unknown.
+        answers: Index of the right choice by row, -1 if unknown.
         choices: Tokens of the letters, (n_choices,) int64.
     """
 
@@ -173,7 +173,7 @@ class SubjectBatches(BatchSampler):
 
 
 def answer_index(answer: Any, size: int) -> int | None:
-    """Return the index of an answer, which is an index or a letter; None if it is neither.
+    """Return the index of an answer, which is an index or a letter; None for other content.
 
     Args:
         answer: Content of the cell.

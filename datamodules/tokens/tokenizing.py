@@ -24,8 +24,8 @@ from datamodules.loading.batching import Draw, index_of
 from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 from datamodules.sources.tables import Table
 
-FORMAT = 1  # version of cached tokens; raise it whenever the encoding of a task changes
-BATCH = 1000  # rows that are encoded at once
+FORMAT = 1  # Version of cached tokens. Increase the version whenever the encoding of a task changes.
+BATCH = 1000  # Rows that are encoded together.
 Encode = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
 
@@ -61,7 +61,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         return digest.hexdigest()
 
     def rows_digest(self) -> str:
-        """Return a digest of everything that the model gets of the rows: tokens, targets and texts, in order."""
+        """Return a digest of all content of the rows: tokens, targets and texts, in order."""
         digest = xxhash.xxh3_128()
         _add_rows(digest, self.tokens)
         if self.texts is not None:
@@ -148,13 +148,13 @@ def tokenizer_state(tokenizer: Any) -> str:
     """Return a hash of everything that determines how a tokenizer splits a text."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # set anew by each call
+        state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # Each call sets both.
     else:
         state = sorted(tokenizer.get_vocab().items())
-    names = [
+    names = [  # Without the paths of the tokenizer's files.
         type(tokenizer).__name__,
         tokenizer.model_input_names,
         tokenizer.truncation_side,
         {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_or_path", "local", "only"))},
-    ]  # without the paths of its files
+    ]
     return hashlib.sha256(json.dumps([state, names], sort_keys=True).encode()).hexdigest()
