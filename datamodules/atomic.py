@@ -1,9 +1,9 @@
 """Atomic writes: a file or a directory gets its name when it is complete. A failed write leaves nothing behind.
 
-Until then the content lies beside the target in a temporary file, `.NAME.<16 hexadecimal digits>.tmp`. The writer holds
-a lock (flock) on this file. The kernel releases the lock when the process ends, also after a kill or on another
-machine. So `remove_stale` removes the temporary files of ended processes alone. Without locks in the file system, it
-removes nothing.
+The content is first written to a temporary file beside the target, `.NAME.<16 hexadecimal digits>.tmp`. The writer
+holds a lock (flock) on the temporary file. The kernel releases the lock when the process ends, also after a kill or on
+another machine. `remove_stale` therefore removes only the temporary files of ended processes. On a file system without
+locks, `remove_stale` removes nothing.
 
 No write follows a link: a temporary name is new, and a rename replaces a link instead of the file behind the link.
 """
@@ -24,17 +24,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-# error numbers of a full disk, a full quota, and a limit on the size of a file
+# Error numbers of a full disk, a full quota, and a limit on the size of a file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
-NAME_BYTES = 200  # of the target's name that a temporary name keeps: file systems allow 255 bytes for a whole name
+NAME_BYTES = 200  # Bytes of the target's name in a temporary name. File systems allow 255 bytes for a name.
 
 _log = logging.getLogger(__name__)
-_held: list[Callable[[], None]] = []  # each closes a file or directory that is locked
+_held: list[Callable[[], None]] = []  # Functions that close the locked files and directories.
 
 
 def _close_inherited() -> None:
-    """Close inherited handles in a forked worker, which would else hold the locks of a killed parent."""
+    """Close inherited handles in a forked worker, which would otherwise hold the locks of a killed parent."""
     while _held:
         _held.pop()()
 
@@ -43,12 +43,12 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 class WriteError(OSError):
-    """A file or a directory cannot be written; the message names the place and the remedy."""
+    """Raised if a file or a directory cannot be written. The message has the path and what to do."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
-            f"{path} could not be written ({reason}). What was there before is untouched. Free some space or choose "
-            "another place."
+            f"{path} could not be written ({reason}). Earlier content is unchanged. Free some space or choose "
+            "another path."
         )
         self.reason = reason
 
@@ -68,7 +68,7 @@ class AtomicFile(io.FileIO):
 
     Args:
         path: Name of the file.
-        digest: Is updated with everything that is written.
+        digest: Hash to update with the written bytes.
     """
 
     def __init__(self, path: Path, digest: Digest | None = None) -> None:
@@ -106,10 +106,10 @@ def atomic_write(path: Path, digest: Digest | None = None) -> Iterator[AtomicFil
 
     Args:
         path: The target. A file or a link of that name is replaced.
-        digest: Is updated with everything that is written.
+        digest: Hash to update with the written bytes.
 
     Raises:
-        WriteError: If the file cannot be written; what was there before is untouched.
+        WriteError: If the file cannot be written. Earlier content is then unchanged.
     """
     with _write_errors(path):
         remove_stale(path.parent, path.name)
@@ -118,7 +118,7 @@ def atomic_write(path: Path, digest: Digest | None = None) -> Iterator[AtomicFil
     try:
         try:
             yield file
-        except Exception as error:  # libraries wrap the disk's error in exceptions of their own
+        except Exception as error:  # Libraries wrap the disk's error in other exceptions.
             if file.error is None and not (isinstance(error, OSError) and error.errno in FULL):
                 raise
             raise WriteError(path, _reason(file.error or error)) from error
@@ -142,7 +142,7 @@ def atomic_write_text(path: Path) -> Iterator[TextIO]:
     with atomic_write(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
         yield text
-        text.detach()  # writes what is left, and leaves the file open
+        text.detach()  # Flush the text. The file stays open.
 
 
 @contextmanager
@@ -160,30 +160,29 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, path.name)
         temporary, handle = _new_directory(path)
-    old, close = temporary_name(path), partial(os.close, handle)
+    replaced, close = temporary_name(path), partial(os.close, handle)
     _held.append(close)
     try:
         try:
             yield temporary
-        except Exception as error:  # safetensors and tokenizers raise exceptions of Rust, which quote the "os error"
+        except Exception as error:  # safetensors and tokenizers raise Rust's errors, which quote "os error".
             if not isinstance(error, OSError) and "os error" not in str(error):
                 raise
             raise WriteError(path, _reason(error)) from error
         with _write_errors(path):
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    file.chmod(
-                        temporary.stat().st_mode & 0o666
-                    )  # safetensors makes its files readable for the owner alone
+                    # Files of safetensors are readable only for the owner.
+                    file.chmod(temporary.stat().st_mode & 0o666)
                     _sync(file, os.O_RDONLY)
             _sync_directory(temporary)
             if overwrite and os.path.lexists(path):
-                os.rename(path, old)
+                os.rename(path, replaced)
             os.rename(temporary, path)
             _sync_directory(path.parent)
     finally:
         _remove(temporary)
-        _remove(old)
+        _remove(replaced)
         _held.remove(close)
         close()
 
@@ -231,8 +230,8 @@ def _new_directory(path: Path) -> tuple[Path, int]:
 
 
 def _lock(handle: int, name: str) -> bool:
-    """Lock a new temporary file; return False if another process has taken it for a stale one and removed it."""
-    with suppress(OSError):  # a file system without locks
+    """Lock a new temporary file. Return False if another process has removed the file as stale."""
+    with suppress(OSError):  # Some file systems have no locks.
         fcntl.flock(handle, fcntl.LOCK_EX)
     with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(name, follow_symlinks=False), os.fstat(handle))
@@ -282,6 +281,6 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def _sync_directory(folder: Path) -> None:
-    """Write new names to disk too, in case of a power cut; some network file systems cannot."""
+    """Write new names to disk, in case of a power cut. Some network file systems do not support this."""
     with suppress(OSError):
         _sync(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -24,32 +24,32 @@ from datamodules.sources.findings import Findings
 _log = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
-BEAT = 20.0  # seconds between two collectives while processes wait; a process group times out after 10 minutes or more
+BEAT = 20.0  # Seconds between two collectives while processes wait. A process group times out after 10 minutes or more.
 
 
 @runtime_checkable
 class DigestedRows(Protocol):
-    """A data set whose rows can be compared with those of an earlier run."""
+    """A data set whose rows can be compared with the rows of an earlier run."""
 
     def rows_digest(self) -> str:
-        """Return a digest of all rows, their order and their labels included."""
+        """Return a digest of all rows in their order, with their labels."""
 
 
 class ResumableDataModule(L.LightningDataModule):
     """Loaders for training and evaluation.
 
-    The data module's state holds the position in training: the epoch, and the samples of it that are done. The position
-    does not depend on the number of workers. Lightning restores the position before it builds the loaders. A run may be
-    resumed with another batch size or number of processes: the position is then rounded down to a whole batch. At least
-    one batch of an unfinished epoch is left. The order of length buckets depends on the batch size, so that then some
-    samples of the resumed epoch come twice and others not at all.
+    The data module's state holds the position in training: the epoch, and the number of samples done in the epoch. The
+    position does not depend on the number of workers. Lightning restores the position before it builds the loaders. A
+    run may be resumed with another batch size or number of processes: the position is then rounded down to a whole
+    batch. At least one batch of an unfinished epoch is left. The order of length buckets depends on both
+    numbers. If either number changes, some samples of the resumed epoch come twice and others not at all.
 
     A checkpoint also has a digest of the training rows. If the rows have changed since, a checkpoint from mid-epoch is
     refused, because the rows left in that epoch are unknown. With a checkpoint from an epoch's end, a warning is logged
     and training goes on with the new rows. Checkpoints of earlier versions have no digest.
 
     Args:
-        batch_size: Samples a step and process, at least 1.
+        batch_size: Samples in a batch of one process, at least 1.
         num_workers: Processes that load, for each process that trains. 0 loads in the training process, which is fast
             enough for tokens and small images.
         skip_bad_rows: Largest number of unusable rows that are skipped in each split, 0 or more. A further unusable row
@@ -57,21 +57,23 @@ class ResumableDataModule(L.LightningDataModule):
     """
 
     kind: DataKind
-    cache_prefix = False  # True if a fit reads the output of the model's frozen prefix; a key of some tasks
+    cache_prefix = False  # True if a fit reads the output of the model's frozen prefix. Some tasks have this key.
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0, skip_bad_rows: int = 0) -> None:
         super().__init__()
-        self.save_hyperparameters()  # the arguments of subclasses too
+        self.save_hyperparameters()  # This call also saves the arguments of subclasses.
         if batch_size < 1 or num_workers < 0:
-            raise DataError("data.batch_size must be 1 or more, and data.num_workers 0 or more.")
+            raise DataError(
+                f"data.batch_size: {batch_size} must be 1 or more, and data.num_workers: {num_workers} 0 or more."
+            )
         self.batch_size, self.num_workers = batch_size, num_workers
         self.findings = Findings(skip_bad_rows)
-        self.kept_states: dict[str, HiddenStates] = {}  # output of the model's frozen prefix, by split
+        self.kept_states: dict[str, HiddenStates] = {}  # Output of the model's frozen prefix, by split.
         self._seed: int | None = None
         self._position: dict[str, Any] = {}
-        self._rows_digest: dict[str, Any] = {}  # digest and number of the training rows
-        self._digest_before: dict[str, Any] = {}  # the same in the checkpoint that is resumed
-        self._resumed_at: float | None = None  # batches of the epoch that are done; infinite when it is over
+        self._rows_digest: dict[str, Any] = {}  # Digest and number of the training rows.
+        self._digest_before: dict[str, Any] = {}  # Digest and number of the checkpoint's training rows.
+        self._resumed_at: float | None = None  # Batches of the epoch that are done; infinite at its end.
 
     def world(self) -> tuple[int, int]:
         """Return the number of processes, and the rank of this process."""
@@ -81,7 +83,7 @@ class ResumableDataModule(L.LightningDataModule):
 
     @property
     def model_classes(self) -> list[str] | None:
-        """Return the class names of the trainer's model; None if the model does not know them."""
+        """Return the class names of the trainer's model; None if unknown."""
         assert self.trainer is not None
         model = self.trainer.lightning_module
         return list(model.class_names) if isinstance(model, HasClasses) and model.class_names is not None else None
@@ -97,13 +99,13 @@ class ResumableDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         first, all_done = trainer.local_rank == 0, trainer.strategy.reduce_boolean_decision
-        before = time.monotonic()
+        last_beat = time.monotonic()
 
         def beat() -> None:
-            nonlocal before
-            if first and time.monotonic() - before >= BEAT:
+            nonlocal last_beat
+            if first and time.monotonic() - last_beat >= BEAT:
                 all_done(False)
-                before = time.monotonic()
+                last_beat = time.monotonic()
 
         def wait() -> None:
             while not all_done(True):
@@ -113,7 +115,7 @@ class ResumableDataModule(L.LightningDataModule):
             wait()
         try:
             yield beat
-        finally:  # after an error too: the other processes then try, and raise an error of their own
+        finally:  # Also after an error, so that the other processes try too and raise their own error.
             if first:
                 wait()
 
@@ -135,13 +137,13 @@ class ResumableDataModule(L.LightningDataModule):
         """Return the frozen prefix of the trainer's model.
 
         Raises:
-            DataError: If the model does not say what its frozen prefix is.
+            DataError: If the model does not define a frozen prefix.
             ModelError: If the model has no frozen prefix.
         """
         assert self.trainer is not None
         model = self.trainer.lightning_module
         if not isinstance(model, HasFrozenPrefix):
-            raise DataError("data.cache_prefix: the model does not say what its frozen prefix is; set it to false.")
+            raise DataError("data.cache_prefix: the model does not define a frozen prefix. Set the key to false.")
         return model.frozen_prefix()
 
     def cached(
@@ -199,14 +201,14 @@ class ResumableDataModule(L.LightningDataModule):
         if size < self.batch_size * world:
             raise DataError(
                 f"data.batch_size: {size} training samples are fewer than one batch of {self.batch_size} × {world} "
-                "processes; choose a smaller batch."
+                "processes. Choose a smaller batch."
             )
         if self._seed is None:
             assert self.trainer is not None
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed()))
         if lengths is not None and labels is not None and rank == 0 and (effect := strong_effect(lengths, labels)):
             _log.warning(
-                "data.bucket_by_length: the length of a training text tells much about its label (%s). A model can "
+                "data.bucket_by_length: the length of a training text correlates with its label (%s). A model can "
                 "learn the length instead of the text, and length buckets save little padding here, because each batch "
                 "keeps the label mix. --data.bucket_by_length false draws batches regardless of length.",
                 effect,
@@ -218,7 +220,7 @@ class ResumableDataModule(L.LightningDataModule):
                     "ckpt_path: another version of this program wrote the checkpoint in mid-epoch, and shuffled in "
                     "another order. In the rest of this epoch some samples come twice and others not at all."
                 )
-            # the position counts samples, since the batch size and the number of processes may have changed
+            # The position counts samples, since the batch size and the number of processes may have changed.
             batches = min(self._position["samples"] // (self.batch_size * world), sampler.batches - 1)
             self._resumed_at = batches if self._position["samples"] else math.inf
             sampler.seek(self._position["epoch"], batches)
@@ -237,18 +239,18 @@ class ResumableDataModule(L.LightningDataModule):
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
         if size < world:
-            raise DataError(f"{size} samples to evaluate are fewer than the {world} processes; use fewer processes.")
+            raise DataError(f"{size} samples to evaluate are fewer than the {world} processes. Use fewer processes.")
         if lengths is None:
             return self._loader(dataset, range(rank, size, world), collate)
         step = self.batch_size * world
         first, *others = lengths.argsort(descending=True, stable=True).split(step)
-        rest = [others.pop()] if others and len(others[-1]) < step else []  # a smaller batch stays the last one
+        rest = [others.pop()] if others and len(others[-1]) < step else []  # A smaller batch stays last.
         shuffled = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).tolist()
         of_this_rank = [batch[rank::world] for batch in (first, *(others[i] for i in shuffled), *rest)]
         return self._loader(dataset, torch.cat(of_this_rank).tolist(), collate)
 
     def evaluated_training_rows(self) -> tuple[Dataset[Any], Tensor | None, Collate | None]:
-        """Return the training rows as they are evaluated, with the lengths and the collation of `evaluation_loader`.
+        """Return the arguments of `evaluation_loader` for the training rows.
 
         A task implements this method. The rows are neither augmented nor packed. If the fit has cached the output of
         the frozen prefix for these rows, the batches hold this output.
@@ -276,8 +278,8 @@ class ResumableDataModule(L.LightningDataModule):
         collate: Collate | None,
     ) -> DataLoader[Any]:
         assert self.trainer is not None
-        whole = isinstance(sampler, BatchSampler)
-        order = {"batch_sampler": sampler} if whole else {"sampler": sampler, "batch_size": self.batch_size}
+        is_batched = isinstance(sampler, BatchSampler)
+        order = {"batch_sampler": sampler} if is_batched else {"sampler": sampler, "batch_size": self.batch_size}
         return DataLoader(
             dataset,
             **order,
@@ -285,7 +287,7 @@ class ResumableDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
-            generator=torch.Generator().manual_seed(0),  # or each iterator draws from the global state, used by dropout
+            generator=torch.Generator().manual_seed(0),  # Otherwise iterators would draw from dropout's state.
         )
 
     def match_progress(self) -> None:
@@ -297,9 +299,9 @@ class ResumableDataModule(L.LightningDataModule):
         assert self.trainer is not None
         done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         if self._resumed_at is not None and done.processed:
-            whole = int(self.trainer.num_training_batches)
-            place = whole if math.isinf(self._resumed_at) else min(int(self._resumed_at), whole - 1)
-            missing = place - done.processed
+            batches = int(self.trainer.num_training_batches)
+            position = batches if math.isinf(self._resumed_at) else min(int(self._resumed_at), batches - 1)
+            missing = position - done.processed
             done.ready, done.started = done.ready + missing, done.started + missing
             done.processed, done.completed = done.processed + missing, done.completed + missing
         self._resumed_at = None
@@ -331,7 +333,7 @@ class ResumableDataModule(L.LightningDataModule):
         self._digest_before = {key: state.get(key) for key in ("rows", "size")}
 
     def _compare_rows(self) -> None:
-        """Compare the training rows with those of the checkpoint that is resumed, once.
+        """Compare the training rows with the checkpoint's training rows, once.
 
         Raises:
             DataError: If the rows differ and the checkpoint is from mid-epoch.
@@ -348,5 +350,5 @@ class ResumableDataModule(L.LightningDataModule):
                 "checkpoint of an epoch's end, or start a new run from the adapter with --model.adapter_path."
             )
         _log.warning(
-            f"data: the training rows have changed since the checkpoint ({change}). Training goes on with them."
+            f"data: the training rows have changed since the checkpoint ({change}). Training uses the new rows."
         )

@@ -1,4 +1,4 @@
-"""The contract between data and models: kinds of data, batches, and what each side asks of the other.
+"""Interface between data and models: kinds of data, batches, and Protocols.
 
 The package `modules` imports this file and `datamodules.errors`, and nothing else from `datamodules`. Each Protocol
 names one ability. An object with the attributes of a Protocol has the ability, whatever its class: `isinstance(model,
@@ -13,14 +13,14 @@ from typing import Any, Final, NotRequired, Protocol, TypedDict, final, runtime_
 
 from torch import Tensor
 
-IGNORE_INDEX: Final = -100  # label of tokens without loss: prompts and padding
-HIDDEN: Final = "hidden"  # key of a batch: output of the model's frozen prefix, instead of the model's input
-MASK: Final = "attention_mask"  # key of a batch: 1 at tokens and 0 at padding
-INPUTS: Final = ("image", "input_ids", "token_type_ids")  # keys of a batch that `HIDDEN` replaces
+IGNORE_INDEX: Final = -100  # Label of tokens without loss: prompts and padding.
+HIDDEN: Final = "hidden"  # Key of a batch: output of the model's frozen prefix, instead of the model's input.
+MASK: Final = "attention_mask"  # Key of a batch: 1 at tokens and 0 at padding.
+INPUTS: Final = ("image", "input_ids", "token_type_ids")  # Keys of a batch that `HIDDEN` replaces.
 
 
 class DataKind(StrEnum):
-    """Kinds of data. A model lists the kinds that its steps take; a data module names the kind of its batches."""
+    """Kinds of data. A model lists the kinds that its steps take. A data module names the kind of its batches."""
 
     IMAGES = "images"
     LABELLED_TEXTS = "labelled texts"
@@ -78,7 +78,7 @@ class InstructionBatch(TypedDict):
 
 @final
 class QuestionBatch(TypedDict):
-    """Multiple choice: questions of one subject, behind the prefix that all their prompts begin with."""
+    """Multiple choice: questions of one subject, after the prefix that all prompts share."""
 
     prefix: Tensor  # (prefix tokens,) int64
     input_ids: Tensor  # (batch, tokens) int64, padded at the right
@@ -89,7 +89,7 @@ class QuestionBatch(TypedDict):
     index: Tensor  # (batch,) int64
 
 
-# ------------------------------------------------------------------------------------- what either side may offer
+# ------------------------------------------------------------------------------------- what data or a model may offer
 
 
 @runtime_checkable
@@ -98,7 +98,7 @@ class HasClasses(Protocol):
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """Names by label; empty for a regression; None if they are not known."""
+        """Names by label; empty for a regression; None if unknown."""
 
 
 @runtime_checkable
@@ -107,7 +107,7 @@ class HasClassCounts(Protocol):
 
     @property
     def class_counts(self) -> Sequence[int]:
-        """Numbers of training rows by label, once the data are set up for a fit."""
+        """Numbers of training rows by label, set by `setup` for a fit."""
 
 
 # ------------------------------------------------------------------------------------- what data ask of a model
@@ -132,7 +132,7 @@ class TextModel(Protocol):
     """A model of texts."""
 
     tokenizer: Any
-    position_limit: int | None  # largest number of tokens of a text; None for no limit
+    position_limit: int | None  # Maximum tokens of a text; None for no limit.
 
 
 class Prefix(Protocol):
@@ -233,7 +233,7 @@ class HasTestSplit(Protocol):
     """Data that can check their test split before a long training."""
 
     def check_test_split(self) -> None:
-        """Check that there is a test split, and have the next fit read it before training.
+        """Check that there is a test split. The next fit then reads the test split before training.
 
         Raises:
             DataError: If there is no test split.

@@ -68,8 +68,8 @@ class DomainData(ImageData):
             )
         if len(environments) < 2:
             raise DataError(
-                f"data.path: {root} holds {len(environments)} environments, and two or more are needed. {LAYOUT} It "
-                f"holds {files.contents()}."
+                f"data.path: {root} holds {len(environments)} environments, and two or more are needed. {LAYOUT} The "
+                f"directory holds {files.contents()}."
             )
         if self.environment not in environments:
             raise DataError(
@@ -78,7 +78,9 @@ class DomainData(ImageData):
             )
         logged = [logged_name(name) for name in environments]
         if clashing := [
-            name for name, short in zip(environments, logged, strict=True) if short == "ood" or logged.count(short) > 1
+            name
+            for name, metric in zip(environments, logged, strict=True)
+            if metric == "ood" or logged.count(metric) > 1
         ]:
             raise DataError(
                 f"data.path: the metrics of {listed(clashing)} would be logged under one name, or as `ood`. Rename "
@@ -132,7 +134,7 @@ class DomainData(ImageData):
         size, limit, source = len(table), self.limits.get(name, self.limits["test"]), table.where
         if name not in ("train", "val", "test"):
             rows = choose_rows(size, name, {}, self.val_seed, limit)
-            source += ", another environment than the one trained on"
+            source += ", not the training environment"
         elif name == "test":
             rows = choose_rows(size, "test", {"test": self.test_fraction}, self.val_seed, limit)
             source += f", held out (test_fraction {self.test_fraction}, val_seed {self.val_seed})"

@@ -1,4 +1,4 @@
-"""Errors that a user can fix; each message says what is wrong, where, and what to do."""
+"""Errors that a user can fix. Each message has what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class DataError(InputError):
     """Data that cannot be found, read or used as asked."""
 
     def __init__(self, message: str) -> None:
-        if message.startswith("Caught "):  # torch raises a worker process's error anew, with its traceback as message
+        if message.startswith("Caught "):  # torch raises a worker's error again, with the traceback as message.
             message = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip()
         super().__init__(message)
 
@@ -33,5 +33,5 @@ class CallbackError(InputError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's class if it has none."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

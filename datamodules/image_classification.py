@@ -42,11 +42,11 @@ class ImageData(ResumableDataModule):
 
     Args:
         path: The images.
-        batch_size: Images a step and process, at least 1.
+        batch_size: Images in a batch of one process, at least 1.
         val_fraction: Share of the training images held out when the data have no validation split, in (0, 1).
-        val_seed: Seed of the held-out images. It is not the run's seed, so that runs compare on the same images.
+        val_seed: Seed of the held-out images, separate from the run's seed, so that all runs hold out the same images.
         crop_scale: Smallest and largest share of the area that a training crop covers; [1, 1] crops nothing.
-        horizontal_flip: Whether half of the training images are mirrored. Not for digits or text.
+        horizontal_flip: If true, mirror half of the training images. Set to false for digits or text.
         randaugment: Number of random operations on each training image (RandAugment, Cubuk et al. 2020), at magnitude 9
             of 30; 0 for none.
         random_erasing: Probability with which a rectangle of a training image is erased (Zhong et al. 2020).
@@ -54,9 +54,10 @@ class ImageData(ResumableDataModule):
             such as 0.2; 0 for never.
         cutmix: Parameter of the Beta distribution for rectangles pasted from image to image (Yun et al. 2019), such as
             1.0; 0 for never. If mixup and cutmix are above 0, each batch draws one of the two.
-        cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
-            `model.adapter.layers`) once for each row, in eval mode. Each epoch and later runs read it from disk.
-            Training images must not be augmented: crop_scale [1, 1], no horizontal_flip, and none of the keys above.
+        cache_prefix: If true, a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
+            `model.adapter.layers`) once for each row, in eval mode. Each epoch and later runs read the output from
+            disk. Training images must not be augmented: crop_scale [1, 1], no horizontal_flip, and none of the keys
+            above.
         memory_limit_gb: GiB of decoded images that each split and process keeps in memory. If a split is larger, its
             images are decoded in each epoch.
         max_train_samples: Size of a seeded sample of the training images, for quick trials; None takes all images.
@@ -66,7 +67,7 @@ class ImageData(ResumableDataModule):
     """
 
     kind = DataKind.IMAGES
-    test_sets: Sequence[str] = ("test",)  # names of the splits that are tested
+    test_sets: Sequence[str] = ("test",)  # Names of the splits that are tested.
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class ImageData(ResumableDataModule):
         check_limits(self.limits)
         check_fraction("val_fraction", val_fraction)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise DataError(f"data.crop_scale: {list(crop_scale)} must be two numbers, 0 < least <= most <= 1.")
+            raise DataError(f"data.crop_scale: {list(crop_scale)} must be two numbers, 0 < smallest <= largest <= 1.")
         if randaugment < 0:
             raise DataError(f"data.randaugment: {randaugment} must be 0 or more.")
         if not 0 <= random_erasing <= 1:
@@ -130,7 +131,7 @@ class ImageData(ResumableDataModule):
         model = self.trainer.lightning_module
         if not isinstance(model, ImageModel):
             raise DataError("ImageClassificationData needs a model of images, such as ImageClassifier.")
-        if self.caches:  # before the images are read
+        if self.caches:  # Raise before the images are read.
             self.frozen_prefix()
         self.config = config = model.preprocessing
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
@@ -144,7 +145,7 @@ class ImageData(ResumableDataModule):
             return
         self.class_names = self.model_classes or self._require("train").class_names
         names = {"fit": ["train", "val"], "validate": ["val"], "test": self.test_sets}[stage]
-        if stage == "fit" and self._tests_after_fit:  # errors in the test images then show before training
+        if stage == "fit" and self._tests_after_fit:  # Errors in the test images then show before training.
             names = [*names, *self.test_sets]
         for name in names:
             transform = training if name == "train" else self.evaluation
@@ -160,11 +161,11 @@ class ImageData(ResumableDataModule):
         table = table.with_classes(self.class_names, f"the {name} split of {self.path}")
         dataset = ImageDataset(table, rows, transform)
         dataset.skip_unlabelled(name, self.findings)
-        if name in self.test_sets or not self.caches:  # a fit with a cache reads each image once at most
+        if name in self.test_sets or not self.caches:  # A fit with a cache reads each image once at most.
             dataset.keep_in_memory(self.memory_limit_gb, name, self.findings)
         if dataset.images is None and self.findings.skip_bad_rows:
             _log.info(
-                f"data.skip_bad_rows: all {len(dataset):,} images of {name} are decoded once to find the bad ones, by "
+                f"data.skip_bad_rows: all {len(dataset):,} images of {name} are decoded once to find bad images, by "
                 f"{max(1, self.num_workers)} process(es) (data.num_workers)."
             )
             checks = self._loader(DecodingErrors(dataset), range(len(dataset)), list)
@@ -186,13 +187,13 @@ class ImageData(ResumableDataModule):
         table = self._table(name)
         if table is None:
             raise SplitError(
-                f"data.path: {self.path} has no {name} split. Leave it out (test_after_fit: false), or "
-                "where there is a key for it, hold images out (--data.test_fraction 0.1)."
+                f"data.path: {self.path} has no {name} split. Skip the test (test_after_fit: false), or "
+                "hold images out (--data.test_fraction 0.1, if the data module has this key)."
             )
         return table
 
     def check_test_split(self) -> None:
-        """Check before a long training that there is a test split, and have the next fit read it before training.
+        """Check that there is a test split. The next fit then reads the test split before training.
 
         Raises:
             DataError: If there is no test split.
@@ -207,11 +208,11 @@ class ImageData(ResumableDataModule):
     def _transforms(self, config: dict[str, Any]) -> tuple[Transform, Transform]:
         """Return the evaluation and the training transform of uint8 images (3, height, width), as in timm."""
         size = tuple(config["input_size"][1:])
-        kind = config["interpolation"]
         steps = evaluation_steps(config)
         evaluation = v2.Compose(steps)
         if tuple(self.crop_scale) != (1.0, 1.0):
-            steps = [v2.RandomResizedCrop(size, scale=self.crop_scale, interpolation=v2.InterpolationMode(kind))]
+            interpolation = v2.InterpolationMode(config["interpolation"])
+            steps = [v2.RandomResizedCrop(size, scale=self.crop_scale, interpolation=interpolation)]
         augmentation: list[nn.Module] = [v2.RandomHorizontalFlip()] if self.horizontal_flip else []
         if self.randaugment:
             augmentation.append(v2.RandAugment(self.randaugment, interpolation=v2.InterpolationMode.BILINEAR))
@@ -264,7 +265,7 @@ class ImageData(ResumableDataModule):
     def _mixed(self, batch: dict[str, Any], draws: Tensor) -> dict[str, Any]:
         """Blend the images of a training batch with MixUp or CutMix; the labels become (batch, classes).
 
-        The blend is a function of the batch's draws, so that a resumed run blends alike.
+        The blend is a function of the batch's draws, so that a resumed run makes the same blends.
         """
         if not self.mixup and not self.cutmix:
             return batch
@@ -281,11 +282,12 @@ class ImageClassificationData(ImageData):
 
     Args:
         path: A data set's name on the hub, a directory of Parquet in the hub's columns, a directory with
-            cifar-10-batches-py, or a folder of images: one folder a class, below train/, val/ and test/ or without.
+            cifar-10-batches-py, or a folder of images: one folder for each class, in train/, val/ and test/ if
+            there are splits.
         image_column: Column of the images; None takes the first of img, image.
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
-        skip_label: Name or number of a label whose rows are left out, such as -1 for hidden labels. It applies to
-            tables. For folders, move the folder of a class elsewhere.
+        skip_label: Name or number of a label whose rows are left out, such as -1 for hidden labels. Only for tables:
+            in a folder of images, move the folder of the class elsewhere.
         test_fraction: Share of the training images held out for testing when the data have no test split, in [0, 1);
             0 holds out none.
     """
@@ -306,7 +308,7 @@ class ImageClassificationData(ImageData):
         self.columns, self.skip_label = (image_column, label_column), skip_label
 
     def check_test_split(self) -> None:
-        """Check before a long training that there are test images, and have the next fit read them before training.
+        """Check that there are test images. The next fit then reads the test images before training.
 
         Raises:
             DataError: If there are no test images.
@@ -359,16 +361,16 @@ def evaluation_steps(config: dict[str, Any]) -> list[Transform]:
         config["interpolation"],
         config["mean"],
         use_prefetcher=True,
-    ).transforms[:-1]  # without the last step, which converts a PIL image to an array
+    ).transforms[:-1]  # The last step converts a PIL image to an array.
     if config.get("crop_mode") == "border":
-        fill = [round(255 * m) for m in config["mean"]]  # timm's own step cannot fill a tensor with a colour
+        fill = [round(255 * m) for m in config["mean"]]  # timm's step cannot fill a tensor with a colour.
         steps = [steps[0], partial(pad_to, size=size, fill=fill), v2.CenterCrop(size)]
     return list(steps)
 
 
 def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return uint8 images (batch, 3, height, width) as float32 with a backbone's mean and deviation, both (3,)."""
-    scaled = image.float().div_(255)  # in [0, 1]
+    scaled = image.float().div_(255)  # In [0, 1].
     return scaled.sub_(mean.to(image.device)[:, None, None]).div_(std.to(image.device)[:, None, None])
 
 
@@ -446,11 +448,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: If there are more such images than may be skipped.
         """
-        good = torch.ones(len(self), dtype=torch.bool)
+        usable = torch.ones(len(self), dtype=torch.bool)
         for index, error in errors:
             findings.skip(self.table.skipped(split, int(self.rows[index]), error.reason), error)
-            good[index] = False
-        self.rows = self.rows[good]
+            usable[index] = False
+        self.rows = self.rows[usable]
 
     def digest(self) -> str:
         """Return a hash of the images as they are stored."""
@@ -464,8 +466,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def rows_digest(self) -> str:
         """Return a digest of the images and labels, in their order.
 
-        For images in memory, the digest covers every pixel. For other files, it covers name and size. For other images
-        inside Parquet, it covers the labels alone: reading all images would slow the start of a run.
+        For images in memory, the digest covers every pixel. For other image files, the digest covers names and sizes.
+        For other images in Parquet, the digest covers only the labels: reading all images would delay the run.
         """
         digest = xxhash.xxh3_128(self.table.labels[self.rows].numpy().tobytes() if len(self.table.labels) else b"")
         for index, row in enumerate(self.rows.tolist()):

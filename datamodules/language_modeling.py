@@ -31,8 +31,8 @@ from datamodules.tokens.tokenizing import TokenDataset, lengths_of, tokenized, t
 
 _log = logging.getLogger(__name__)
 Template = Literal["alpaca", "chat"]
-SHAREGPT = "conversations"  # column of messages that is read where the columns of the keys are missing
-LEAST = 16  # smallest max_length: a shorter conversation is not worth learning from
+SHAREGPT = "conversations"  # Column of messages, read if the table lacks the configured columns.
+LEAST = 16  # Smallest max_length: shorter conversations teach nothing.
 
 
 class LanguageModelingData(TrainingTextData):
@@ -45,19 +45,22 @@ class LanguageModelingData(TrainingTextData):
         messages_column: Column of conversations: lists of messages with `role` (system, user, assistant) and
             `content`, or with ShareGPT's `from` and `value`. If a table has this column, the next three columns are
             ignored. A table without this column and without instructions may have a column `conversations` instead.
-        instruction_column: Column of the instructions. Without this column, `prompt`, `question` or the like is read.
+        instruction_column: Column of the instructions. Without this column, `prompt`, `question` or a similar column
+            is read.
         input_column: Column of the text that an instruction is about. A table may lack this column.
-        response_column: Column of the responses. Without this column, `response`, `completion`, `answer` or the like is
-            read.
-        system_prompt: System message for conversations without one. With `alpaca` it replaces the introduction.
-        end_mark: Text at the end of responses in some data sets. It is removed, since the template has its own end.
+        response_column: Column of the responses. Without this column, `response`, `completion`, `answer` or a similar
+            column is read.
+        system_prompt: System message for conversations without one. With `alpaca`, the message replaces the
+            introduction.
+        end_mark: Text to remove from the end of responses, as in some data sets. The template adds another end.
         empty_responses: Treatment of rows without a response: `error`, or `skip` to leave the rows out.
-        batch_size: Conversations (or packs) a step and process, at least 1.
+        batch_size: Conversations (or packs) in a batch of one process, at least 1.
         max_length: Largest number of tokens of a conversation, or of a pack. A longer conversation loses the middle of
             its prompt, and then the end of its response. The response keeps at least half of the tokens.
-        packing: Whether training puts several conversations into one sequence. They do not attend to each other.
+        packing: If true, training packs several conversations into one sequence. Packed conversations do not attend to
+            each other.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
-        prompt: A message to which `predict` responds, in place of a file.
+        prompt: A message to which `predict` responds, instead of the rows of a file.
         prediction_format: Format of the file of predictions.
     """
 
@@ -107,7 +110,9 @@ class LanguageModelingData(TrainingTextData):
         if self.template == "alpaca":
             return alpaca_template(self.tokenizer)
         template = self.tokenizer.chat_template
-        template = template.get("default") if isinstance(template, dict) else template  # some have one for tools too
+        template = (
+            template.get("default") if isinstance(template, dict) else template
+        )  # The dict may also have a template for tools.
         if not template:
             raise DataError(
                 "data.template: the backbone's tokenizer has no chat template. Use template: alpaca, or a "
@@ -127,7 +132,7 @@ class LanguageModelingData(TrainingTextData):
         learnt = split != "predict"
         columns, table = self._columns(table, learnt)
         if not learnt:
-            self._asked = columns
+            self._prompt_columns = columns
         self.add_notes(table)
         encoder = ConversationEncoder(self.tokenizer, self.prompt_template, self.max_length, self.response_end)
         rows = self._check_rows(split, table, rows, columns, encoder)
@@ -191,7 +196,9 @@ class LanguageModelingData(TrainingTextData):
             if column != default or column in names or named is None:
                 continue
             chosen[key] = named
-            self.findings.add(f"the column {named} of {table.where} is read as data.{key}, since {column} is not there")
+            self.findings.add(
+                f"the column {named} of {table.where} is read as data.{key}, since there is no column {column}"
+            )
         self.instruction_column = chosen.get("instruction_column", self.instruction_column)
         self.response_column = chosen.get("response_column", self.response_column)
 
@@ -210,7 +217,7 @@ class LanguageModelingData(TrainingTextData):
             DataError: If too many rows hold no conversation, no question or no response.
         """
         bad: dict[int, BadRow] = {}
-        silent, cleaned = set(), 0
+        unanswered, cleaned = set(), 0
         for number, row in zip(rows.tolist(), _rows(table.select(rows), columns.names()), strict=True):
             if not columns.messages and row[columns.instruction] is None:
                 bad[number] = BadRow("instruction_column", f"has no text in column {columns.instruction}")
@@ -223,13 +230,15 @@ class LanguageModelingData(TrainingTextData):
             messages = encoder.clean(raw)
             if reason := self._reason(messages, columns, learnt=split != "predict"):
                 if reason.key == "empty_responses":
-                    silent.add(number)
+                    unanswered.add(number)
                 else:
                     bad[number] = reason
             cleaned += messages != raw
-        if silent:
-            _log.warning(f"{len(silent):,} of {len(rows):,} rows of {table.where} have no response and are left out.")
-            rows = rows[[row not in silent for row in rows.tolist()]]
+        if unanswered:
+            _log.warning(
+                f"{len(unanswered):,} of {len(rows):,} rows of {table.where} have no response and are left out."
+            )
+            rows = rows[[row not in unanswered for row in rows.tolist()]]
         if len(rows) == 0:
             raise DataError(f"data.path: {table.where} has no row with a response.")
         if cleaned:
@@ -277,7 +286,7 @@ class LanguageModelingData(TrainingTextData):
                 key, _, reason = str(error).removeprefix("data.").partition(": ")
                 refused[number] = BadRow(key, f"cannot be encoded: {reason.rstrip('.')}")
             else:
-                refused[number] = BadRow("template", "becomes no text in the template")
+                refused[number] = BadRow("template", "is empty after the template")
         return refused
 
     def _tokenize(self, table: Table, columns: Columns, encoder: ConversationEncoder, learnt: bool) -> datasets.Dataset:
@@ -286,7 +295,7 @@ class LanguageModelingData(TrainingTextData):
             for row in _by_row(batch):
                 try:
                     conversations.append(_encoded(encoder, columns, row, learnt))
-                except DataError:  # `_refused` finds the rows without tokens, in the cache too
+                except DataError:  # `_refused` finds the rows without tokens, also in the cache.
                     conversations.append(([], []))
             lists = [tuple(np.asarray(part) for part in parts) for parts in conversations]
             encoded: dict[str, list[Any]] = {
@@ -320,7 +329,7 @@ class LanguageModelingData(TrainingTextData):
         if len(packed) < self.batch_size * self.world()[0]:
             raise DataError(
                 f"data.packing: {len(rows)} conversations fill {len(packed)} packs of {self.max_length} tokens, fewer "
-                f"than one batch of {self.batch_size} × {self.world()[0]} processes; choose a smaller batch."
+                f"than one batch of {self.batch_size} × {self.world()[0]} processes. Choose a smaller batch."
             )
         lengths = packed.lengths if self.bucket_by_length else None
         collate = self.collated("train", rows, PadPacks(self.tokenizer.pad_token_id))
@@ -337,7 +346,7 @@ class LanguageModelingData(TrainingTextData):
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
         """Return the prompt's columns, the response, and the file's own response as `reference`."""
         source = dict(self.predicted[file].data[row["index"]])
-        column = self._asked.messages
+        column = self._prompt_columns.messages
         if row.get("error"):
             reference = None
             source.pop(self.response_column, None)
@@ -348,10 +357,10 @@ class LanguageModelingData(TrainingTextData):
         else:
             reference = source.pop(self.response_column, None)
         if isinstance(reference, str):
-            reference = self._asked.without_mark(reference)
+            reference = self._prompt_columns.without_mark(reference)
         answer = {"response": row.get("response"), **({"reference": reference} if reference else {})}
         answer |= {"error": row["error"]} if "error" in row else {}
-        plain: dict[str, Any] = json.loads(json.dumps(source, default=str))  # other types, such as dates, as text
+        plain: dict[str, Any] = json.loads(json.dumps(source, default=str))  # Other types, such as dates, become text.
         return {"index": row["index"], **{k: v for k, v in plain.items() if k not in ("index", *answer)}, **answer}
 
 

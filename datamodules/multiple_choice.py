@@ -32,14 +32,14 @@ from datamodules.tokens.questions import (
 
 _log = logging.getLogger(__name__)
 
-HIDDEN = (None, -1, "")  # cells without an answer, which only prediction accepts
+HIDDEN = (None, -1, "")  # Cells without an answer, which only prediction accepts.
 
 
 class MultipleChoiceData(TextData):
     """Questions with choices, asked in MMLU's format after a few answered questions (Hendrycks et al. 2021).
 
-    For validation, testing and prediction. A batch holds questions of one subject, and the batches of a subject follow
-    each other. Batches are `datamodules.contract.QuestionBatch`.
+    The data are for validation, test and prediction. A batch holds questions of one subject. The batches of a subject
+    follow each other. Batches are `datamodules.contract.QuestionBatch`.
 
     Args:
         path: A data set's name on the hub, or a directory of validation.*, test.* and a split of shots as Parquet or
@@ -51,7 +51,7 @@ class MultipleChoiceData(TextData):
         choices_column: Column of the lists of 2 to 26 choices, as many in each row.
         answer_column: Column of the answers: indices from 0, or letters.
         subject_column: Column of the subjects; without this column, all questions are of one subject.
-        batch_size: Questions a step and process, at least 1.
+        batch_size: Questions in a batch of one process, at least 1.
         max_length: Largest number of tokens of a prompt. A subject with longer prompts gets fewer shots. None takes
             the number of the model's positions.
         subjects: Subjects to ask; None for all.
@@ -102,7 +102,7 @@ class MultipleChoiceData(TextData):
         """
         if stage == "fit":
             raise DataError(
-                "data: MultipleChoiceData has no training rows and works in validate, test and predict alone. Train on "
+                "data: MultipleChoiceData has no training rows and works only in validate, test and predict. Train on "
                 "other data, such as LanguageModelingData, and test that run with --ckpt_path."
             )
         super().setup(stage)
@@ -125,7 +125,7 @@ class MultipleChoiceData(TextData):
         return {suffix: (table, False) for suffix, table in tables.items()}
 
     def split_names(self, split: str, suffix: str = "") -> tuple[str, ...]:
-        """Return the spellings of a split but the split of the shots: MMLU's `dev` is no validation split."""
+        """Return the spellings of a split except the split of the shots: MMLU's `dev` is no validation split."""
         usual, *others = super().split_names(split, suffix)
         return (usual, *(name for name in others if not is_spelling(name, [self.shots_split])))
 
@@ -173,9 +173,8 @@ class MultipleChoiceData(TextData):
             for subject, members in groups.items():
                 fitted[subject] = self._fitted(subject, [asked[row].prompt() for row in members], shots[subject])
         self._warn_of_fewer_shots(table, {subject: count for subject, (_, count) in fitted.items()})
-        names = sorted(
-            groups, key=lambda subject: -fitted[subject][0].longest
-        )  # the longest first, so that a lack of memory shows at once
+        # The subject with the longest prompt comes first, so that a lack of memory shows at once.
+        names = sorted(groups, key=lambda subject: -fitted[subject][0].longest)
         first = names[0]
         prompt = header(first) + "".join(shots[first][: fitted[first][1]]) + asked[groups[first][0]].prompt()
         return QuestionDataset(
@@ -241,7 +240,7 @@ class MultipleChoiceData(TextData):
         """
         if self.shots == 0:
             return {subject: [] for subject in subjects}
-        advice = "name another split, or ask for fewer with data.shots"
+        advice = "name another split, or use fewer shots with data.shots"
         table = self._table((self.shots_split,))
         if table is None:
             raise DataError(f"data.shots_split: {self.path} has no {self.shots_split} split for the shots; {advice}.")
@@ -307,7 +306,7 @@ class MultipleChoiceData(TextData):
         """Return the tokens of the letters after a prompt, (size,) int64.
 
         Raises:
-            DataError: If a letter is not one token of its own after the prompt, or two letters share a token.
+            DataError: If a letter is not exactly one token after the prompt, or two letters share a token.
         """
         base, *longer = self.tokenizer([prompt, *(f"{prompt} {x}" for x in LETTERS[:size])], **PLAIN)["input_ids"]
         ends = [ids[len(base) :] for ids in longer if ids[: len(base)] == base]
@@ -326,8 +325,8 @@ class MultipleChoiceData(TextData):
         for data in self.splits[split]:
             assert isinstance(data, QuestionDataset)
             if len(data) < world:
-                raise DataError(f"{len(data)} questions are fewer than the {world} processes; use fewer processes.")
-            rows = range(rank, len(data), world)  # a share of each subject, whose questions follow each other
+                raise DataError(f"{len(data)} questions are fewer than the {world} processes. Use fewer processes.")
+            rows = range(rank, len(data), world)  # A share of each subject, since questions are ordered by subject.
             share = Subset(data, rows)
             groups = [data.groups[i] for i in rows]
             batches = SubjectBatches(SequentialSampler(share), self.batch_size, False, groups)

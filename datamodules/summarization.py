@@ -47,12 +47,13 @@ class SummarizationData(TrainingTextData):
 
     Args:
         source_column: Column of the texts to summarise. None takes the first of `document`, `article`, `dialogue`,
-            `source`, `text` and the like.
-        target_column: Column of the summaries. None takes the first of `summary`, `highlights`, `target` and the like.
-        id_column: Column that identifies a row in predictions; without this column, predictions have the row's number.
+            `source`, `text` and similar names.
+        target_column: Column of the summaries. None takes the first of `summary`, `highlights`, `target` and
+            similar names.
+        id_column: Column that identifies a row in predictions. Without this column, predictions have the row's number.
         prediction_format: Format of the file of predictions.
         source_prefix: Text before each source, such as T5's `summarize: `.
-        batch_size: Samples a step and process, at least 1.
+        batch_size: Samples in a batch of one process, at least 1.
         max_source_length: Largest number of tokens of a source. Longer sources are cut.
         max_target_length: Largest number of tokens of a target in training. ROUGE uses the whole text.
     """

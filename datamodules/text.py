@@ -76,8 +76,8 @@ class TextData(ResumableDataModule):
         encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
     """
 
-    suffixes: tuple[str, ...] = ("",)  # suffixes of the sets of a validation or test split, such as MNLI's
-    # values for data modules without training rows, which do not have these keys
+    suffixes: tuple[str, ...] = ("",)  # Suffixes of the sets of a validation or test split, such as MNLI's.
+    # Values for data modules without training rows, which do not have these keys.
     bucket_by_length = True
     test_on_validation = False
     val_fraction, test_fraction, val_seed = 0.1, 0.0, 0
@@ -101,12 +101,12 @@ class TextData(ResumableDataModule):
         self.splits: dict[str, list[TokenDataset]] = {}
         self.set_names: dict[str, list[str]] = {}
         self.predicted: list[Table] = []
-        self.failed: dict[str, dict[int, str]] = {}  # rows of each table that cannot be predicted, with the reason
+        self.failed: dict[str, dict[int, str]] = {}  # Rows of each table that cannot be predicted, with the reason.
         self._tests_after_fit = False
         self._tables: dict[tuple[str, ...], Table | None] = {}
 
     def read_as_written(self, *columns: str | None) -> None:
-        """Read the cells of some columns of CSV and TSV as text, whatever they look like."""
+        """Read the cells of some columns of CSV and TSV as text, even if the cells look like numbers."""
         self.reading = replace(self.reading, as_written=tuple(column for column in columns if column is not None))
 
     def keep_columns(self, **columns: str | list[str] | None) -> None:
@@ -118,13 +118,13 @@ class TextData(ResumableDataModule):
         self.hparams.update(columns)
         names = [[value] if isinstance(value, str) else value or [] for value in columns.values()]
         self.read_as_written(*itertools.chain(*names))
-        self._tables.clear()  # cells that look like numbers were read as numbers
+        self._tables.clear()  # Cells that look like numbers were read as numbers.
 
     # ------------------------------------------------------------------------------------------------------ splits
 
     def setup(self, stage: str) -> None:
         """Tokenise what the stage needs, with the tokenizer of the trainer's model."""
-        if self.caches:  # before the rows are read
+        if self.caches:  # Raise before the rows are read.
             self.frozen_prefix()
         with self.first_process_first():
             self.before_splits()
@@ -134,7 +134,7 @@ class TextData(ResumableDataModule):
                 self.splits["predict"] = [self._to_predict(table) for table in self.predicted]
                 return
             names = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}[stage]
-            if stage == "fit" and self._tests_after_fit:  # errors in the test rows then show before training
+            if stage == "fit" and self._tests_after_fit:  # Errors in the test rows then show before training.
                 names.append("test")
             for split in names:
                 if split not in self.splits:
@@ -144,7 +144,7 @@ class TextData(ResumableDataModule):
             self.findings.add_unread(unread_files(self.path, self._names_read(), self.config))
 
     def before_splits(self) -> None:
-        """Check keys and learn classes before the first split is read; a task overrides this."""
+        """Check keys and find the classes before the first split is read. A task overrides this method."""
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
         """Return a data set of some rows of a table, with targets unless the split is `predict`.
@@ -163,7 +163,7 @@ class TextData(ResumableDataModule):
             split: As for `build`.
             table: The table, for messages.
             rows: Rows of the split, (rows,) int64.
-            bad: Unusable rows of the table; they need not be rows of the split.
+            bad: Unusable rows of the table, also of other splits.
 
         Raises:
             DataError: If more rows are bad than may be skipped, or all rows.
@@ -191,15 +191,15 @@ class TextData(ResumableDataModule):
         key_of: dict[str, str] = {}
         for key, column in keys.items():
             if column is not None and key_of.setdefault(column, key) != key:
-                raise DataError(f"data.{key}: {column} is data.{key_of[column]} already; name another column.")
+                raise DataError(f"data.{key}: {column} is data.{key_of[column]} already. Name another column.")
 
     def add_notes(self, table: Table) -> None:
-        """Add the notes of a table, which tell what was assumed in reading it, to the findings."""
+        """Add a table's notes about assumptions in reading the rows to the findings."""
         for note in table.notes:
             self.findings.add(note)
 
     def check_test_split(self) -> None:
-        """Check before a long training that there is a test split, and have the next fit read it before training.
+        """Check that there is a test split. The next fit then reads the test split before training.
 
         Raises:
             DataError: If there is no test split.
@@ -216,7 +216,7 @@ class TextData(ResumableDataModule):
         return tuple(name for split, suffix in sets for name in self.split_names(split, suffix))
 
     def stored(self, split: str) -> dict[str, Table]:
-        """Return the tables of a split by suffix: MNLI has two, other data one without a suffix."""
+        """Return the tables of a split by suffix: MNLI has two tables, other data have one table without a suffix."""
         suffixes = ("",) if split == "train" else self.suffixes
         tables = {suffix: self._table(self.split_names(split, suffix)) for suffix in suffixes}
         return {suffix: table for suffix, table in tables.items() if table is not None}
@@ -227,7 +227,7 @@ class TextData(ResumableDataModule):
         return self.trainer is not None and self.trainer.state.fn == "predict"
 
     def tables_of_any_split(self) -> dict[str, Table]:
-        """Return the sets to predict, the training rows of a fit, or the rows of another split that is there.
+        """Return the sets to predict, the training rows of a fit, or the rows of any other split.
 
         Raises:
             DataError: If there are no rows.
@@ -262,8 +262,8 @@ class TextData(ResumableDataModule):
         if not tables:
             missing = "validation" if self.test_on_validation else split
             raise SplitError(
-                f"data.path: {self.path} has no {missing} split. Leave it out (test_after_fit: false), or where there "
-                "is a key for it, hold rows out (--data.test_fraction 0.1) or test on the validation split "
+                f"data.path: {self.path} has no {missing} split. Skip the test (test_after_fit: false). If the data "
+                "module has the keys, hold rows out (--data.test_fraction 0.1) or test on the validation split "
                 "(--data.test_on_validation true)."
             )
         return {suffix: (table, False) for suffix, table in tables.items()}
@@ -337,7 +337,7 @@ class TextData(ResumableDataModule):
             return {"": open_file(self.predict_path, "predict_path", self.reading)}
         tables = self.stored("test")
         if not tables:
-            raise DataError(f"data.predict_path: {self.path} has no test split; name a file of rows to predict.")
+            raise DataError(f"data.predict_path: {self.path} has no test split. Name a file of rows to predict.")
         return tables
 
     # ------------------------------------------------------------------------------------------------------ tokens
@@ -374,11 +374,14 @@ class TextData(ResumableDataModule):
         limit = self.text_model.position_limit
         if limit is not None and length > limit:
             raise DataError(
-                f"data.{key}: {length} tokens are more than the {limit} that the backbone has positions for."
+                f"data.{key}: {length} tokens are more than the backbone's {limit} positions. Use {limit} or less."
             )
 
     def collate(self) -> Collate:
-        """Return the function that makes a padded batch. Workers that do not fork pickle it, so it holds no trainer."""
+        """Return the function that makes a padded batch.
+
+        The function holds no trainer, since workers that do not fork pickle the function.
+        """
         raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------- loaders
@@ -390,7 +393,7 @@ class TextData(ResumableDataModule):
         ]
 
     def collated(self, name: str, rows: TokenDataset, collate: Collate | None = None) -> Collate:
-        """Return the function that makes a batch, with the cached output of the frozen prefix if the fit caches it.
+        """Return the function that makes a batch, with the cached output of the frozen prefix if there is a cache.
 
         Args:
             name: Name of the split, for messages.
@@ -433,14 +436,16 @@ class TrainingTextData(TextData):
     """Texts to train on, with a share of the rows held out for validation.
 
     Args:
-        bucket_by_length: Whether samples of similar length share a batch, which saves most of the padding.
-        cache_prefix: Whether a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
-            `model.adapter.layers`) once for each row, in eval mode. Each epoch and later runs read it from disk.
-        test_on_validation: Whether the validation split serves as the test split, and a held-out share of the training
-            rows as the validation split. For data without a test split, and for GLUE, whose test labels are hidden.
+        bucket_by_length: If true, samples of similar length share a batch, which saves most of the padding.
+        cache_prefix: If true, a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
+            `model.adapter.layers`) once for each row, in eval mode. Each epoch and later runs read the output from
+            disk.
+        test_on_validation: If true, the validation split serves as the test split, and a held-out share of the training
+            rows as the validation split. Use this key for data without a test split, and for GLUE, whose test labels
+            are hidden.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
         test_fraction: Share of the training rows held out when there is no test split, in [0, 1); 0 holds out none.
-        val_seed: Seed of both shares. It is not the run's seed, so that runs compare on the same rows.
+        val_seed: Seed of both shares, separate from the run's seed, so that all runs hold out the same rows.
         max_train_samples: Size of a seeded sample of the training rows, for quick trials; None takes all rows.
     """
 

@@ -30,7 +30,7 @@ class GlueTask:
         class_names: Names by label; empty for a regression.
         metrics: Names of the metrics of the task.
         files: Submission files, one for each set of the test split.
-        by_name: Whether a submission has the name of a class rather than its number.
+        by_name: If true, a submission has the names of classes instead of the numbers.
         limits: Smallest and largest prediction of a regression.
         sets: Suffixes of the sets of the validation and test splits; MNLI has two.
     """
@@ -124,13 +124,13 @@ class TextClassificationData(TrainingTextData):
         self.task = TASKS[task] if task else None
         columns = (self.task.columns if self.task else ()) if text_columns is None else text_columns
         if path == "nyu-mll/glue" and task is None:
-            raise DataError("data.path: nyu-mll/glue has several tasks. Name one as data.task, or data of your own.")
+            raise DataError("data.path: nyu-mll/glue has several tasks. Set data.task to one task, or use other data.")
         if text_columns is not None and not 1 <= len(columns) <= 2:
             raise DataError(f"data.text_columns: {text_columns} are {len(columns)} columns. Name one or two.")
         if len(set(columns)) < len(columns):
-            raise DataError(f"data.text_columns: {columns[0]} is named twice; name two columns, or one.")
+            raise DataError(f"data.text_columns: {columns[0]} is named twice. Name two columns, or one.")
         if label_column is not None and label_column in columns:
-            raise DataError(f"data.label_column: {label_column} is one of data.text_columns; name another column.")
+            raise DataError(f"data.label_column: {label_column} is one of data.text_columns. Name another column.")
         if max_length < 2:
             raise DataError(f"data.max_length: {max_length} must be 2 or more.")
         self.read_as_written(*columns, label_column or ("label" if self.task else None))
@@ -187,21 +187,21 @@ class TextClassificationData(TrainingTextData):
 
     @property
     def metrics(self) -> list[str]:
-        """Return the names of the task's metrics, which apply unless the model has metrics of its own."""
+        """Return the names of the task's metrics, which apply unless `model.metrics` is set."""
         if self.task:
             return list(self.task.metrics)
         return ["accuracy", "macro_f1"] if self.class_names else ["pearson", "spearman"]
 
     def _labels(self, table: Table) -> Labels:
         task_names = self.task.class_names if self.task else None
-        # the training rows decide: a validation split with the scores 1, 2 and 3 belongs to the same regression
+        # The training rows decide: a validation split with the scores 1, 2 and 3 belongs to the same regression.
         assert self.label_column is not None
         regression = [] in (self.model_classes, self.class_names)
         class_names = () if regression and task_names is None else task_names
         return parse_labels(table, self.label_column, class_names, self.skip_label)
 
     def eligible_rows(self, table: Table) -> Tensor:
-        """Return all rows but the rows with the label of `skip_label`."""
+        """Return all rows except the rows with the label of `skip_label`."""
         rows = super().eligible_rows(table)
         if self.skip_label is None:
             return rows
@@ -225,8 +225,8 @@ class TextClassificationData(TrainingTextData):
         values = labels.matched(self.class_names)
         advice = "" if self.skip_label is not None else "; data.skip_label leaves out the rows with a label"
         bad = {
-            row: BadRow("label_column", f"has a label that {why}{advice if why.startswith('is -1,') else ''}")
-            for row, why in labels.bad.items()
+            row: BadRow("label_column", f"has a label that {reason}{advice if reason.startswith('is -1,') else ''}")
+            for row, reason in labels.bad.items()
         }
         rows = self.without_bad(split, table, rows, self._bad_texts(table) | bad)
         values = values[rows]

@@ -506,7 +506,7 @@ def test_predict_without_a_test_split(
     fitted_summary_cli: CommandLine, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     code = fitted_summary_cli("predict", "--ckpt_path=last", f"--data.path={write_pairs(folder, {'train': 12})}")
-    refused(capsys, code, "data.predict_path", str(folder), "no test split", "name a file")
+    refused(capsys, code, "data.predict_path", str(folder), "no test split", "Name a file")
 
 
 # ------------------------------------------------------------------------------------------------------------ backbone

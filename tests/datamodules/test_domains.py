@@ -132,7 +132,7 @@ def test_refused(root: Path, change: dict[str, Sequence[str]], keys: dict[str, A
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["art/dog", "art/bird"], "holds 1 environments, and two or more are needed.*It holds art/"),
+        (["art/dog", "art/bird"], "holds 1 environments, and two or more are needed.*directory holds art/"),
         (["dog", "bird"], "holds 0 environments"),
         (["art/train/dog", "art/test/dog", "photo/dog"], "art has test, train above the folders of its classes"),
         (["art/kfold/dog", "art/kfold/bird", "photo/dog"], "art has kfold above the folders of its classes"),

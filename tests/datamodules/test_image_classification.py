@@ -393,9 +393,14 @@ BAD: list[tuple[dict[str, str], str, dict[str, Any], tuple[str, ...]]] = [  # cl
     ({"train": "abc"}, "test", {}, ("data has no test split",)),
     ({"train": "a"}, "fit", {"val_fraction": 0.1}, ("val_fraction",)),
     ({"train": "abcdefghij"}, "fit", {"val_fraction": 0.99}, ("val_fraction",)),
-    ({"train": "abc", "val": "abcd"}, "fit", {}, ("the val split of", "not trained on (d); it knows 3: a, b, c.")),
+    (
+        {"train": "abc", "val": "abcd"},
+        "fit",
+        {},
+        ("the val split of", "not trained on (d). The model knows 3: a, b, c."),
+    ),
     *(
-        (ALL, stage, AB, (f"the {split} split of", "(c); it knows 2: a, b."))
+        (ALL, stage, AB, (f"the {split} split of", "(c). The model knows 2: a, b."))
         for stage, split in (("fit", "train"), ("validate", "val"), ("test", "test"))
     ),
 ]

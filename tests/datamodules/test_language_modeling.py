@@ -328,12 +328,12 @@ BAD_CHATS: dict[str, tuple[Any, str]] = {
     "a tool": ([*turns("a"), {"role": "tool", "content": "b"}], ROLE),
     "an observation": ([{"from": "observation", "value": "Hi"}], ROLE),
     "a user of None": (turns(None, "Yo"), ROLE),
-    "a number": (turns("Hi", 3), "it is {'role': 'assistant', 'content': 3}"),
+    "a number": (turns("Hi", 3), "the message is {'role': 'assistant', 'content': 3}"),
     "parts": (turns([{"type": "text", "text": "Hi"}]), "text as `content`"),
     "texts": (["Hi", "Yo"], "it is Hi"),
-    "a text": ("Hi", "must be a list of messages; it is Hi"),
+    "a text": ("Hi", "must be a list of messages, not Hi"),
     "JSON": ('[{"role": "user", "content": "Hi"}]', "must be a list of messages"),
-    "no cell": (None, "must be a list of messages; it is None"),
+    "no cell": (None, "must be a list of messages, not None"),
     "one message": (turns("Hi")[0], "must be a list of messages"),
 }
 

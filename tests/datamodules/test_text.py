@@ -326,7 +326,7 @@ def test_no_text_is_longer_than_the_model_has_positions_for(family: Family, tmp_
     fitting = dict.fromkeys(family.lengths, 64)
     assert prepared(family, path, stage, model=model, **fitting).splits
     for key in family.lengths:
-        with refuses(f"data.{key}: 65 tokens are more than the 64 that the backbone has positions for."):
+        with refuses(f"data.{key}: 65 tokens are more than the backbone's 64 positions. Use 64 or less."):
             prepared(family, path, stage, model=model, **{**fitting, key: 65})
 
 

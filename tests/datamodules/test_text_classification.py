@@ -432,7 +432,7 @@ BAD: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, ...]]] = {  # fi
     "an unknown class": (
         {"train.csv": "text,label\nw0,a\nw1,b\n", "test.csv": "text,label\nw0,c\n"},
         {**TEXT, "stage": "test"},
-        ("data.path", "test.csv", "not trained on (c)", "it knows 2: a, b"),
+        ("data.path", "test.csv", "not trained on (c)", "The model knows 2: a, b"),
     ),
     "classes unknown": ({"test.csv": "text,label\nw0,c\n"}, {**TEXT, "stage": "test"}, ("no file of training rows",)),
     "names for a regression": (
