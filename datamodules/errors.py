@@ -8,7 +8,7 @@ class InputError(ValueError):
 
 
 class DataError(InputError):
-    """Data that cannot be found, read or used as asked."""
+    """Raised if data cannot be found, read or used as configured."""
 
     def __init__(self, message: str) -> None:
         if message.startswith("Caught "):  # torch raises a worker's error again, with the traceback as message.
@@ -17,19 +17,19 @@ class DataError(InputError):
 
 
 class SplitError(DataError):
-    """A split that the data lack, or whose labels are hidden."""
+    """Raised if the data lack a split, or if the labels of a split are hidden."""
 
 
 class ModelError(InputError):
-    """A model that cannot be built, loaded or trained as asked."""
+    """Raised if a model cannot be built, loaded or trained as configured."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be found, read or written."""
+    """Raised if a checkpoint cannot be found, read or written."""
 
 
 class CallbackError(InputError):
-    """A callback that cannot do what its keys ask for."""
+    """Raised if a callback cannot run as configured."""
 
 
 def first_line(error: BaseException) -> str:

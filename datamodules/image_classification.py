@@ -37,7 +37,7 @@ class ImageData(ResumableDataModule):
     """Labelled images, decoded, augmented and normalised for the backbone.
 
     Images are decoded once to uint8 and kept in memory if they fit. Augmentation runs on these tensors. The batch is
-    normalised with the backbone's own mean and deviation. Batches are `datamodules.contract.ImageBatch`. A task
+    normalised with the backbone's mean and deviation. Batches are `datamodules.contract.ImageBatch`. A task
     implements `_table` and `_rows`.
 
     Args:
@@ -130,7 +130,7 @@ class ImageData(ResumableDataModule):
         assert self.trainer is not None
         model = self.trainer.lightning_module
         if not isinstance(model, ImageModel):
-            raise DataError("ImageClassificationData needs a model of images, such as ImageClassifier.")
+            raise DataError("ImageClassificationData needs a model of images. Use ImageClassifier.")
         if self.caches:  # Raise before the images are read.
             self.frozen_prefix()
         self.config = config = model.preprocessing
@@ -172,7 +172,9 @@ class ImageData(ResumableDataModule):
             errors = [(i, error) for i, error in enumerate(error for batch in checks for error in batch) if error]
             dataset.skip_undecodable(errors, name, self.findings)
         if len(dataset) == 0:
-            raise DataError(f"data.path: no image of the {name} split of {self.path} can be used.")
+            raise DataError(
+                f"data.path: no image of the {name} split of {self.path} can be used. Give labelled images."
+            )
         self.findings.add_split(name, len(dataset), source)
         if name == "train" or "train" not in self.splits:
             self.class_counts = table.labels[dataset.rows].bincount(minlength=len(self.class_names)).tolist()
@@ -278,7 +280,7 @@ class ImageData(ResumableDataModule):
 
 
 class ImageClassificationData(ImageData):
-    """Labelled images from the hub, Parquet, CIFAR-10's own folder, or a folder of image files.
+    """Labelled images from the hub, Parquet, CIFAR-10's original files, or a folder of image files.
 
     Args:
         path: A data set's name on the hub, a directory of Parquet in the hub's columns, a directory with

@@ -240,7 +240,7 @@ class LanguageModelingData(TrainingTextData):
             )
             rows = rows[[row not in unanswered for row in rows.tolist()]]
         if len(rows) == 0:
-            raise DataError(f"data.path: {table.where} has no row with a response.")
+            raise DataError(f"data.path: {table.where} has no row with a response. Give rows with responses.")
         if cleaned:
             _log.warning(f"{cleaned:,} rows of {table.where} hold special tokens of the tokenizer, which are removed.")
         return self.without_bad(split, table, rows, bad)
@@ -344,7 +344,7 @@ class LanguageModelingData(TrainingTextData):
     # -------------------------------------------------------------------------------------------------- prediction
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """Return the prompt's columns, the response, and the file's own response as `reference`."""
+        """Return the prompt's columns, the response, and the file's response as `reference`."""
         source = dict(self.predicted[file].data[row["index"]])
         column = self._prompt_columns.messages
         if row.get("error"):
@@ -367,7 +367,7 @@ class LanguageModelingData(TrainingTextData):
 def _encoded(
     encoder: ConversationEncoder, columns: Columns, row: dict[str, Any], learnt: bool
 ) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a row, and a mask of the learnt tokens; in prediction, the tokens of the prompt."""
+    """Return the tokens of a row, and a mask of the tokens with loss; in prediction, the tokens of the prompt."""
     messages = columns.conversation(row)
     if learnt:
         return encoder.conversation(messages)

@@ -98,7 +98,7 @@ class MultipleChoiceData(TextData):
         """Tokenise what the stage needs, with the tokenizer of the trainer's model.
 
         Raises:
-            DataError: For `fit`, and for questions that cannot be asked.
+            DataError: For `fit`, and for unusable questions.
         """
         if stage == "fit":
             raise DataError(
@@ -121,7 +121,7 @@ class MultipleChoiceData(TextData):
         tables = self.stored(split)
         if not tables:
             name = "validation" if split == "val" else split
-            raise DataError(f"data.path: {self.path} has no {name} split.")
+            raise DataError(f"data.path: {self.path} has no {name} split. Give data with this split.")
         return {suffix: (table, False) for suffix, table in tables.items()}
 
     def split_names(self, split: str, suffix: str = "") -> tuple[str, ...]:

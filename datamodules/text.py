@@ -179,7 +179,9 @@ class TextData(ResumableDataModule):
                 self.findings.skip(SkippedRow(split, table.where, f"row {row}", reason), error)
         if len(unusable) == len(chosen):
             row, (key, reason) = next(iter(unusable.items()))
-            raise DataError(f"data.{key}: row {row} of {table.where} {reason}, and no other row can be used.")
+            raise DataError(
+                f"data.{key}: row {row} of {table.where} {reason}, and no other row can be used. Fix the rows."
+            )
         return rows[[row not in unusable for row in chosen]] if unusable else rows
 
     def check_columns(self, **keys: str | None) -> None:
@@ -246,7 +248,7 @@ class TextData(ResumableDataModule):
         """
         tables = self.stored("train")
         if not tables:
-            raise DataError(f"data.path: {self.path} has no train split.")
+            raise DataError(f"data.path: {self.path} has no train split. Give data with training rows.")
         return tables[""]
 
     def sets(self, split: str) -> dict[str, tuple[Table, bool]]:
@@ -284,7 +286,7 @@ class TextData(ResumableDataModule):
         if names not in self._tables:
             table = open_table(self.path, names, self.config, self.revision, self.reading)
             if table is not None and len(table) == 0:
-                raise DataError(f"data.path: {table.where} has no rows.")
+                raise DataError(f"data.path: {table.where} has no rows. Give a table with rows.")
             self._tables[names] = table
         return self._tables[names]
 

@@ -59,7 +59,7 @@ class EpochSampler(Sampler[Draw]):
         self._skip = 0
 
     def __len__(self) -> int:
-        """Return the number of draws of this process in a whole epoch."""
+        """Return the number of draws of this process in an epoch."""
         return self.batches * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -108,7 +108,7 @@ def rank_in_class(lengths: Tensor, classes: Tensor, generator: torch.Generator) 
     Args:
         lengths: Length of each sample, (size,).
         classes: Class of each sample, 0 or more, (size,).
-        generator: Source of the random ranks, and of a random place within each rank.
+        generator: Source of the random ranks, and of a random offset within each rank.
 
     Returns:
         Ranks, (size,) float64.

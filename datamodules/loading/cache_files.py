@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 def cache_folder() -> Path:
     """Return the folder of this program's caches, in the cache folder of the `datasets` library."""
-    import datasets  # imported here, since a run on a folder of images without a cache does not need the library
+    import datasets  # A run on a folder of images without a cache does not need the library.
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "onesided"
 

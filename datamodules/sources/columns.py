@@ -53,7 +53,9 @@ def guess_text_columns(table: Table) -> list[str]:
     lengths = {column: _mean_length(table, column) for column in table.data.column_names if _is_text(table, column)}
     if not lengths:
         listed = ", ".join(table.data.column_names)
-        raise DataError(f"data.text_columns: no column of {table.where} holds text. It has {listed}. Name one or two.")
+        raise DataError(
+            f"data.text_columns: no column of {table.where} holds text. The columns are {listed}. Name one or two."
+        )
     return [max(lengths, key=lengths.__getitem__)]
 
 

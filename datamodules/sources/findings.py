@@ -92,7 +92,7 @@ class Findings:
         self.skipped.append(row)
 
     def take_lines(self) -> list[str]:
-        """Return the lines added since the last call. Of more than ten lines, the tenth is the number of the rest."""
+        """Return the lines added since the last call, at most ten. The tenth line may count the other lines."""
         lines, self._lines = self._lines, []
         self._taken.update(lines)
         if len(lines) > MOST_LINES:

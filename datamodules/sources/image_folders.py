@@ -83,7 +83,9 @@ def find_images(root: Path, key: str) -> ImageFiles:
             status = path.stat()
             entries = list(os.scandir(path))
         except OSError as error:
-            raise DataError(f"data.{key}: the folder {path} cannot be read ({error.strerror}).") from error
+            raise DataError(
+                f"data.{key}: the folder {path} cannot be read ({error.strerror}). Make the folder readable."
+            ) from error
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             left_out["links to a folder above"] += 1

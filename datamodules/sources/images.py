@@ -1,4 +1,4 @@
-"""Open images from the hub, Parquet, CIFAR-10's own folder or folders of image files, as one kind of table."""
+"""Open images from the hub, Parquet, CIFAR-10's original files or folders of image files, as one kind of table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ImageError(DataError):
     """An image that cannot be used.
 
     Args:
-        message: The whole message.
+        message: The error message.
         reason: Why the image cannot be used, without the image's name.
     """
 
@@ -288,9 +288,11 @@ def _from_table(
     try:
         encoded = data.select_columns(image).cast_column(image, ImageFeature(decode=False))
     except Exception as error:  # A column of another type. `datasets` raises many kinds of exceptions.
-        raise DataError(f"data.image_column: {image} in {where} does not hold images ({error}).") from error
+        raise DataError(
+            f"data.image_column: {image} in {where} does not hold images ({error}). Name another column."
+        ) from error
     if len(data) == 0:
-        raise DataError(f"data.path: {where} has no rows.")
+        raise DataError(f"data.path: {where} has no rows. Give a table with rows.")
     labels = parse_labels(table, label, skip_label=skip_label)
     if not labels.class_names:
         raise DataError(f"data.label_column: {label} in {where} must hold whole numbers or names, not decimal numbers.")
@@ -322,7 +324,7 @@ def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
         data = CIFAR10(str(root), train=split == "train", download=False)
     except RuntimeError as error:
         raise DataError(
-            f"data.path: {folder} is not the original CIFAR-10, or one of its files is damaged. Download it again."
+            f"data.path: {folder} is not the original CIFAR-10, or a file is damaged. Download CIFAR-10 again."
         ) from error
     where = f"{folder} {split}"
     labels = torch.tensor(data.targets)

@@ -50,7 +50,8 @@ class Labels:
             kinds = ("regression", f"classification into {', '.join((class_names or self.class_names)[:10])}")
             model, data = kinds if not class_names else kinds[::-1]
             raise DataError(
-                f"data.label_column: the model is for {model}, but the labels of {self.where} are for {data}."
+                f"data.label_column: the model is for {model}, but the labels of {self.where} are for {data}. "
+                "Use other labels or another model."
             )
         if class_names == self.class_names:
             return self.values
@@ -116,7 +117,7 @@ def parse_labels(
             f"data.skip_label: every label of {table.where} is {skip_label}. Choose another label, or remove the key."
         )
     if len(null) == len(cells):
-        raise DataError(f"data.label_column: {column} in {table.where} is empty in every row.")
+        raise DataError(f"data.label_column: {column} in {table.where} is empty in every row. Name another column.")
     bad = dict.fromkeys(sorted(null - left_out), "is empty")
     kind = cells.type
     if pa.types.is_boolean(kind):
@@ -127,7 +128,7 @@ def parse_labels(
         if class_names is None and bool((values[values.isfinite()] % 1 == 0).all()):
             notes += (
                 f"{column} of {table.where}: decimal numbers that are all whole, read as a regression; "
-                "write them without a point for classes",
+                "write the numbers without a point for classes",
             )
         return Labels(values, [], table.where, dict(sorted((bad | wrong).items())), frozenset(left_out), notes)
     if pa.types.is_integer(kind):
@@ -273,7 +274,7 @@ def _from_names(cells: Any, column: str, where: str, class_names: Sequence[str] 
 
 
 def _placed(coded: Any, places: Mapping[Any, int]) -> Tensor:
-    """Return the place of each row's value; -1 for a value without a place, and for an empty cell."""
+    """Return the index of each row's value; -1 for a value without an index, and for an empty cell."""
     order = np.array([*(places.get(value, UNKNOWN) for value in coded.dictionary.to_pylist()), UNKNOWN], np.int64)
     return torch.from_numpy(order[coded.indices.fill_null(len(order) - 1).to_numpy()])
 

@@ -205,7 +205,8 @@ def _from_folder(folder: Path, splits: Sequence[str], config: str | None, readin
         shown = listed([str(file.relative_to(folder)) for file in files]) or "no file of a table"
         raise DataError(
             f"data.path: {folder} holds no file of training rows, such as train.parquet, train.csv, train.jsonl, "
-            f"train-*.parquet or train/*.parquet. It holds {shown}. Rename the files, or give one file as data.path."
+            f"train-*.parquet or train/*.parquet. The folder holds {shown}. Rename the files, or give one "
+            "file as data.path."
         )
     return None
 
@@ -241,7 +242,7 @@ def open_file(path: str, key: str, reading: Reading = PLAIN) -> Table:
         DataError: If the file is missing, of another kind, or damaged. The message begins with `key`.
     """
     if not Path(path).is_file() or kind_of(Path(path)) is None:
-        raise DataError(f"data.{key}: {path} is missing, or is not a file of {', '.join(READERS)}.")
+        raise DataError(f"data.{key}: {path} is missing, or is not a file of {', '.join(READERS)}. Give such a file.")
     return _read([Path(path)], reading, key)
 
 
@@ -287,7 +288,7 @@ def check_texts(table: Table, key: str, column: str) -> Table:
     if kind in ("string", "large_string"):
         return table
     if kind == "null":
-        raise DataError(f"data.{key}: {column} in {table.where} is empty in every row.")
+        raise DataError(f"data.{key}: {column} in {table.where} is empty in every row. Name another column.")
     if not isinstance(feature, datasets.Value | datasets.Json) or kind.startswith(("binary", "large_binary")):
         raise DataError(f"data.{key}: {column} in {table.where} must hold text, and it holds {kind}.")
     cells = table.data[column][:]
@@ -377,9 +378,9 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
     if kind is None:
         raise DataError(f"data.{key}: {first} must be one of {', '.join(READERS)}.")
     if missing := [f for f in files if not f.is_file()]:
-        raise DataError(f"data.{key}: {missing[0]} is not a file, or is a broken link.")
+        raise DataError(f"data.{key}: {missing[0]} is not a file, or is a broken link. Give an existing file.")
     if empty := [f for f in files if f.stat().st_size == 0]:
-        raise DataError(f"data.{key}: {empty[0]} is an empty file.")
+        raise DataError(f"data.{key}: {empty[0]} is an empty file. Remove or replace the file.")
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # The errors of `datasets` have the text of its log.
@@ -424,7 +425,7 @@ def _reading_error(error: Exception, files: list[Path], kind: str, reading: Read
     import datasets
 
     if "corresponds to no data" in str(error):
-        return DataError(f"data.{key}: {files[0]} has no rows.")
+        return DataError(f"data.{key}: {files[0]} has no rows. Give a file with rows.")
     cause: BaseException = error.__cause__ or error
     # An errno means that the cache cannot be written. Errors of a damaged file have no errno.
     if isinstance(cause, OSError) and cause.errno:

@@ -193,7 +193,7 @@ class ConversationEncoder:
         return _without_middle(self._tokens(self._render(self.clean(messages), waiting=True)), self.max_length)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a conversation, and a mask of the learnt tokens: responses up to their end tokens.
+        """Return the tokens of a conversation, and a mask of the tokens with loss: responses up to their end tokens.
 
         The text is tokenised as a whole, if the tokens of each prompt are then the tokens that `prompt` returns.
         Otherwise the text is split between prompt and response.
@@ -281,7 +281,7 @@ def cut(tokens: list[int], learnt: list[bool], most: int) -> tuple[list[int], li
 
     Args:
         tokens: The conversation.
-        learnt: Mask of the learnt tokens, with at least one True.
+        learnt: Mask of the tokens with loss, with at least one True.
         most: Number of tokens to keep, 2 or more.
     """
     if len(tokens) <= most:

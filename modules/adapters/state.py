@@ -46,7 +46,9 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     refuse_merged(model)
     factors = adapter_state(model)
     if problems := state_problems(factors, state):
-        raise AdapterError("The adapter state does not fit this model: " + "; ".join(problems) + ".")
+        raise AdapterError(
+            "The adapter state does not fit this model: " + "; ".join(problems) + ". Attach the same adapters."
+        )
     for name, tensor in factors.items():
         tensor.copy_(state[name])
 

@@ -134,7 +134,7 @@ def check_supported(content: Mapping[str, Any]) -> None:
         patterns = content.get(key) or {}
         if not (isinstance(patterns, dict) and all(type(v) in (int, float) and 0 < v < 1e9 for v in patterns.values())):
             raise AdapterError(
-                f"{WHERE}: {key} of adapter_config.json does not map names to numbers above 0. Correct it."
+                f"{WHERE}: {key} of adapter_config.json does not map names to numbers above 0. Correct the key."
             )
     _check_start(content.get("init_lora_weights", True))
     if content.get("bias", "none") != "none":

@@ -334,7 +334,7 @@ BAD: dict[str, tuple[Files, dict[str, Any], tuple[str, ...]]] = {  # files, argu
         ("in the folders one, two",),
     ),
     "no training rows": ({"test.csv": TABLE}, {}, ("no file of training rows", "train.parquet", "train/*.parquet")),
-    "an unknown name": ({"reviews.csv": TABLE}, {}, ("It holds reviews.csv. Rename the files, or give one",)),
+    "an unknown name": ({"reviews.csv": TABLE}, {}, ("The folder holds reviews.csv. Rename the files, or give one",)),
     **{
         f"an empty {suffix}": ({f"train-0{suffix}": b"PAR1", f"train-1{suffix}": ""}, {}, ("is an empty file",))
         for suffix in SUFFIXES
