@@ -194,11 +194,11 @@ def remove_stale(folder: Path, name: str | None = None) -> None:
         folder: Folder of the temporary files.
         name: Name of the target. None means every target, for folders that hold only files of this program.
     """
-    wanted = None if name is None else _shortened(name)
+    target = None if name is None else _shortened(name)
     with suppress(OSError):
         for entry in os.listdir(folder):
             match = TEMPORARY.fullmatch(entry)
-            if match and wanted in (None, match[1]):
+            if match and target in (None, match[1]):
                 _remove_unless_locked(folder / entry)
 
 

@@ -338,11 +338,12 @@ class ResumableDataModule(L.LightningDataModule):
         Raises:
             DataError: If the rows differ and the checkpoint is from mid-epoch.
         """
-        now, before, self._digest_before = self._rows_digest, self._digest_before, {}
-        if not now or before.get("rows") is None or now == before:
+        current, previous, self._digest_before = self._rows_digest, self._digest_before, {}
+        if not current or previous.get("rows") is None or current == previous:
             return
-        edited = f"still {now['size']}, but with other content or in another order"
-        change = edited if now["size"] == before["size"] else f"{before['size']} before, {now['size']} now"
+        edited = f"still {current['size']}, but with other content or in another order"
+        resized = f"{previous['size']} before, {current['size']} now"
+        change = edited if current["size"] == previous["size"] else resized
         if self._position.get("samples"):
             raise DataError(
                 f"data: the training rows have changed since the checkpoint ({change}). The checkpoint is from the "

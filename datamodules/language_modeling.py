@@ -248,10 +248,10 @@ class LanguageModelingData(TrainingTextData):
     def _reason(self, messages: list[dict[str, str]], columns: Columns, learnt: bool) -> BadRow | None:
         """Return why a conversation cannot be used; None if it can be used."""
         key = "messages_column" if columns.messages else "response_column"
-        asked = [m for m in (messages if learnt else question(messages)) if m["role"] == "user"]
-        if not learnt and not asked:
+        user_messages = [m for m in (messages if learnt else question(messages)) if m["role"] == "user"]
+        if not learnt and not user_messages:
             return BadRow("messages_column", "has no message of a user to respond to")
-        if any(not m["content"].strip() and not m.get("input") for m in asked):
+        if any(not m["content"].strip() and not m.get("input") for m in user_messages):
             return BadRow(
                 "messages_column" if columns.messages else "instruction_column", "has an empty message of a user"
             )

@@ -210,7 +210,7 @@ class MultipleChoiceData(TextData):
         blank = blank_rows(texts, self.question_column)
         sizes = Counter(len(choices[row]) for row in rows if _are_texts(choices[row]))
         size = sizes.most_common(1)[0][0] if sizes else 0
-        read: dict[int, Question] = {}
+        usable: dict[int, Question] = {}
         bad: dict[int, BadRow] = {}
         for row in rows:
             answer = answer_index(answers[row], size)
@@ -229,8 +229,8 @@ class MultipleChoiceData(TextData):
                     f"{size - 1} or letters from A to {LETTERS[size - 1]}",
                 )
             else:
-                read[row] = Question(questions[row], tuple(choices[row]), answer)
-        return read, bad
+                usable[row] = Question(questions[row], tuple(choices[row]), answer)
+        return usable, bad
 
     def _shots(self, asked: Table, subjects: list[str]) -> dict[str, list[str]]:
         """Return the shots of each subject.
@@ -250,10 +250,10 @@ class MultipleChoiceData(TextData):
         of_row = self._subjects_of(table)
         rows = torch.tensor([row for row, subject in enumerate(of_row) if subject in examples])
         if len(rows):
-            read, bad = self._read(table, rows.tolist(), answered=True)
+            questions, bad = self._read(table, rows.tolist(), answered=True)
             for row in self.without_bad(self.shots_split, table, rows, bad).tolist():
                 if len(examples[of_row[row]]) < self.shots:
-                    examples[of_row[row]].append(read[row].shot())
+                    examples[of_row[row]].append(questions[row].shot())
         for subject, texts in examples.items():
             if len(texts) < self.shots:
                 raise DataError(

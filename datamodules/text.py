@@ -140,7 +140,7 @@ class TextData(ResumableDataModule):
                 if split not in self.splits:
                     sets = self.sets(split)
                     self.set_names[split] = list(sets)
-                    self.splits[split] = [self._chosen(split, name, *which) for name, which in sets.items()]
+                    self.splits[split] = [self._chosen(split, name, *source) for name, source in sets.items()]
             self.findings.add_unread(unread_files(self.path, self._names_read(), self.config))
 
     def before_splits(self) -> None:

@@ -95,18 +95,18 @@ def _problem(path: Path, file: BinaryIO, verify: bool) -> str | None:
         return "has no digest at its end: it is truncated or damaged, or an earlier version wrote it"
     if int(seal[1]) != VERSION:
         return f"is of version {int(seal[1])}, not {VERSION}"
-    left = size - SEAL_BYTES
-    if int(seal[2]) != left:
-        return f"is damaged: it holds {left:,} bytes and should hold {int(seal[2]):,}"
+    remaining = size - SEAL_BYTES
+    if int(seal[2]) != remaining:
+        return f"is damaged: it holds {remaining:,} bytes and should hold {int(seal[2]):,}"
     if not verify:
         return None
     if size >= ANNOUNCED:
         _log.info(f"Verifying the cache file {path}: {size / 2**30:.1f} GiB.")
     file.seek(0)
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK, left)))
-    while left and (count := file.readinto(buffer[: min(len(buffer), left)])):  # type: ignore[attr-defined]
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK, remaining)))
+    while remaining and (count := file.readinto(buffer[: min(len(buffer), remaining)])):  # type: ignore[attr-defined]
         digest.update(buffer[:count])
-        left -= count
+        remaining -= count
     return None if digest.hexdigest() == seal[3].decode() else "is damaged: its content does not match its digest"
 
 

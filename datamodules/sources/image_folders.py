@@ -77,7 +77,7 @@ def find_images(root: Path, key: str) -> ImageFiles:
     folders: list[Parts] = []
     waiting: list[tuple[Parts, frozenset[tuple[int, int]]]] = [((), frozenset())]
     while waiting:
-        folder, above = waiting.pop()
+        folder, ancestors = waiting.pop()
         path = root.joinpath(*folder)
         try:
             status = path.stat()
@@ -87,7 +87,7 @@ def find_images(root: Path, key: str) -> ImageFiles:
                 f"data.{key}: the folder {path} cannot be read ({error.strerror}). Make the folder readable."
             ) from error
         identity = (status.st_dev, status.st_ino)
-        if identity in above:
+        if identity in ancestors:
             left_out["links to a folder above"] += 1
             continue
         folders.append(folder)
@@ -96,7 +96,7 @@ def find_images(root: Path, key: str) -> ImageFiles:
             if is_helper(entry.name):
                 left_out["hidden or helper files and folders"] += 1
             elif os.path.isdir(entry):
-                waiting.append(((*folder, entry.name), above | {identity}))
+                waiting.append(((*folder, entry.name), ancestors | {identity}))
             elif not os.path.isfile(entry):
                 left_out["broken links" if entry.is_symlink() else "special files"] += 1
             elif suffix in SUFFIXES or (not suffix and _is_image(entry.path)):
@@ -169,17 +169,17 @@ def read_layout(files: ImageFiles) -> Layout:
             f"directory holds {files.contents()}. {files.summary()}".rstrip()
         )
     while len(folders) == 1 and not (splits := _nested_splits(folders, depth)):
-        ((only, inside),) = folders.items()
-        if not (deeper := _folders(inside, depth + 1)) or split_of(only):
+        ((name, nested),) = folders.items()
+        if not (nested_folders := _folders(nested, depth + 1)) or split_of(name):
             break
-        images, folders, depth = inside, deeper, depth + 1
+        images, folders, depth = nested, nested_folders, depth + 1
     base = images[0][:depth]
-    here = root.joinpath(*base)
+    folder = root.joinpath(*base)
     splits = _nested_splits(folders, depth)
     if not splits:
-        _check_classes(here, folders, depth)
+        _check_classes(folder, folders, depth)
         named = [name for name in folders if split_of(name)]
-        notes = [f"the folder {name} of {here} is read as a class, as are its neighbours" for name in named]
+        notes = [f"the folder {name} of {folder} is read as a class, as are its neighbours" for name in named]
         return _layout(files, {"train": (depth, images)}, {"train": str(Path(*base))}, [], notes)
     by_split: dict[str, list[str]] = defaultdict(list)
     for name in sorted(folders):
@@ -188,34 +188,35 @@ def read_layout(files: ImageFiles) -> Layout:
     for split, names in by_split.items():
         if len(names) > 1:
             raise DataError(
-                f"data.path: {here} has several {split} splits: {listed(names)}. Keep one of these folders."
+                f"data.path: {folder} has several {split} splits: {listed(names)}. Keep one of these folders."
             )
     if others and len(by_split) == 1:
         raise DataError(
-            f"data.path: in {here}, {splits[0]} may be a split or a class beside {listed(others)}. Rename {splits[0]}, "
-            "or move the other folders elsewhere."
+            f"data.path: in {folder}, {splits[0]} may be a split or a class beside {listed(others)}. Rename "
+            f"{splits[0]}, or move the other folders elsewhere."
         )
     splits_found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
-    aside = [parts for name in others for parts in folders[name]]
-    notes = [f"left out of {here}: {len(aside):,} images in {listed(others)}, beside the splits"] if others else []
-    return _layout(files, splits_found, {s: str(Path(*base, names[0])) for s, names in by_split.items()}, aside, notes)
+    ignored = [parts for name in others for parts in folders[name]]
+    notes = [f"left out of {folder}: {len(ignored):,} images in {listed(others)}, beside the splits"] if others else []
+    paths = {split: str(Path(*base, names[0])) for split, names in by_split.items()}
+    return _layout(files, splits_found, paths, ignored, notes)
 
 
 def _layout(
     files: ImageFiles,
     splits: dict[str, tuple[int, list[Parts]]],
     names: dict[str, str],
-    aside: list[Parts],
+    ignored: list[Parts],
     notes: list[str],
 ) -> Layout:
     """Return a layout. Add notes on images in subfolders of a class folder and on images in no class folder.
 
-    Images in `aside` have a note already.
+    Images in `ignored` have a note already.
     """
     inner = sorted({os.sep.join(p[depth:-1]) for depth, kept in splits.values() for p in kept if len(p) > depth + 2})
     if inner:
         notes = [*notes, f"images of {listed(inner, 3)} belong to the class that the outer folder names"]
-    placed = {parts for depth, images in splits.values() for parts in images if len(parts) > depth + 1}.union(aside)
+    placed = {parts for depth, images in splits.values() for parts in images if len(parts) > depth + 1}.union(ignored)
     if stray := [os.sep.join(parts) for parts in files.images if parts not in placed]:
         notes = [*notes, f"left out of {files.root}: {len(stray):,} images in no class folder ({listed(stray)})"]
     return Layout(files, splits, names, notes)
@@ -259,11 +260,11 @@ def _check_classes(here: Path, folders: dict[str, list[Parts]], depth: int) -> N
             "val and test, with one folder for each class in each split."
         )
     for name, images in sorted(folders.items()):
-        inside = _folders(images, depth + 1)
-        means = [split_of(folder) for folder in inside]
-        if inside and (None not in means or len({*means} - {None}) > 1):
+        nested = _folders(images, depth + 1)
+        means = [split_of(folder) for folder in nested]
+        if nested and (None not in means or len({*means} - {None}) > 1):
             raise DataError(
-                f"data.path: {here} has splits in {name}: {listed(sorted(inside))}. Splits must be the outer folders, "
+                f"data.path: {here} has splits in {name}: {listed(sorted(nested))}. Splits must be the outer folders, "
                 f"<split>/<class>; or give one data set, as {here / name}."
             )
 

@@ -143,10 +143,10 @@ def parse_labels(
         wrong = {}
         notes += _alike(column, table.where, names)
     else:
-        wanted = "whole numbers or names" if class_names else "numbers" if class_names == () else "numbers or names"
+        needed = "whole numbers or names" if class_names else "numbers" if class_names == () else "numbers or names"
         advice = " A row has one label: lists of labels are not supported." if pa.types.is_list(kind) else ""
         raise DataError(
-            f"data.label_column: {column} in {table.where} must hold {wanted}, and it holds {str(kind)[:80]}.{advice}"
+            f"data.label_column: {column} in {table.where} must hold {needed}, and it holds {str(kind)[:80]}.{advice}"
         )
     return Labels(values, names, table.where, dict(sorted((bad | wrong).items())), frozenset(left_out), notes)
 
@@ -211,14 +211,14 @@ def _equal_rows(cells: Any, stored: Sequence[str] | None, label: str | int | Non
     if label is None:
         return set()
     coded = cells.dictionary_encode()
-    wanted = str(label).strip()
-    same = [
+    target = str(label).strip()
+    matches = [
         value is not None
-        and (_name(value) == wanted or (stored is not None and 0 <= value < len(stored) and stored[value] == wanted))
+        and (_name(value) == target or (stored is not None and 0 <= value < len(stored) and stored[value] == target))
         for value in coded.dictionary.to_pylist()
     ]
-    indices = coded.indices.fill_null(len(same)).to_numpy()
-    return {int(row) for row in np.array([*same, False])[indices].nonzero()[0]}
+    indices = coded.indices.fill_null(len(matches)).to_numpy()
+    return {int(row) for row in np.array([*matches, False])[indices].nonzero()[0]}
 
 
 def _name(value: Any) -> str:
@@ -297,10 +297,10 @@ def _alike(column: str, where: str, names: list[str]) -> tuple[str, ...]:
     by_word: dict[str, list[str]] = {}
     for name in names:
         by_word.setdefault(" ".join(name.casefold().split()), []).append(name)
-    alike = next((group for group in by_word.values() if len(group) > 1), None)
-    if alike is None:
+    similar = next((group for group in by_word.values() if len(group) > 1), None)
+    if similar is None:
         return ()
-    return (f"{column} of {where}: the classes {' and '.join(map(repr, alike))} differ only in case or spaces",)
+    return (f"{column} of {where}: the classes {' and '.join(map(repr, similar))} differ only in case or spaces",)
 
 
 def _stored_names(table: Table, column: str) -> list[str] | None:

@@ -341,16 +341,16 @@ def _configured(folder: Path, config: str | None) -> Path:
 def _split_name(file: Path, root: Path, splits: Sequence[str]) -> str | None:
     """Return the part of a file's or its folder's name that is one of some spellings; None if there is none."""
     stem = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
-    unnumbered = re.sub(
-        r"[-_. ]?\d+(?:[-_. ]?of[-_. ]?\d+)?(?:-\w+)?$", "", stem
-    )  # From train-00000-of-00001 or train_0.
+    # Remove the number of train-00000-of-00001 or train_0.
+    unnumbered = re.sub(r"[-_. ]?\d+(?:[-_. ]?of[-_. ]?\d+)?(?:-\w+)?$", "", stem)
     candidates = (unnumbered, stem.partition("-")[0])
     for name in candidates:
         if is_spelling(name, splits):
             return name
     # If the file's name means a split, the file's name takes precedence over the folder's name.
-    meant = any(split_of(name) for name in candidates)
-    return file.parent.name if file.parent != root and not meant and is_spelling(file.parent.name, splits) else None
+    if file.parent == root or any(split_of(name) for name in candidates):
+        return None
+    return file.parent.name if is_spelling(file.parent.name, splits) else None
 
 
 def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config: str | None) -> None:
@@ -365,9 +365,9 @@ def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config:
         for f in files
     }
     if len(sets) > 1 or (config is not None and sets != {"."}):
-        asked = f", and none of them is {config}" if config is not None else ""
+        mismatch = f", and none of them is {config}" if config is not None else ""
         raise DataError(
-            f"data.path: {root} has rows of {splits[0]} in the folders {', '.join(sorted(sets))}{asked}. Give the "
+            f"data.path: {root} has rows of {splits[0]} in the folders {', '.join(sorted(sets))}{mismatch}. Give the "
             "folder of one data set as data.path, or its name as data.config."
         )
 
@@ -450,9 +450,9 @@ def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
     """
     with _open(file) as stream, io.TextIOWrapper(stream, reading.encoding, newline="") as text:
         header = next(csv.reader(text, delimiter="\t" if kind == ".tsv" else ","), [])
-    if twice := [name for name in reading.as_written if header.count(name) > 1]:
+    if duplicates := [name for name in reading.as_written if header.count(name) > 1]:
         raise DataError(
-            f"data.{key}: {file} has {header.count(twice[0])} columns {twice[0]}. Rename or drop all but one."
+            f"data.{key}: {file} has {header.count(duplicates[0])} columns {duplicates[0]}. Rename or drop all but one."
         )
 
 

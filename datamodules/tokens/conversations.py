@@ -209,24 +209,25 @@ class ConversationEncoder:
             )
         tokens: list[int] = []
         learnt: list[bool] = []
-        done = ""
+        previous_text = ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._render(messages[:turn], waiting=True)
-            answered = self._render(messages[: turn + 1], waiting=False)
-            if not asked.startswith(done) or not answered.startswith(asked):
+            prompt_text = self._render(messages[:turn], waiting=True)
+            answered_text = self._render(messages[: turn + 1], waiting=False)
+            if not prompt_text.startswith(previous_text) or not answered_text.startswith(prompt_text):
                 raise DataError(
                     "data.template: the chat template does not write a conversation turn by turn, so that prompts and "
                     f"responses cannot be told apart in the conversation that begins {_begin(messages)!r}. Give single "
                     "turns, or use template: alpaca."
                 )
-            prompt, response = self._tokens_after(done, asked), self._tokens_after(asked, answered)
+            prompt = self._tokens_after(previous_text, prompt_text)
+            response = self._tokens_after(prompt_text, answered_text)
             ends = [i for i, token in enumerate(response) if token == self.end]
-            taught = ends[-1] + 1 if ends else len(response)
+            trained = ends[-1] + 1 if ends else len(response)
             tokens += prompt + response
-            learnt += [False] * len(prompt) + [i < taught for i in range(len(response))]
-            done = answered
+            learnt += [False] * len(prompt) + [i < trained for i in range(len(response))]
+            previous_text = answered_text
         if True not in learnt:
             raise DataError(
                 f"data.template: the template leaves out the responses of the conversation that begins "

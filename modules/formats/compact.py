@@ -242,7 +242,7 @@ def _check_factors(
     """
     frozen = "B" if config.train == "A" else "A"
     shapes = {name: shape for name, shape in stored.items() if not name.startswith("head.")}
-    twice = [name for name in redrawn if f"adapter.{name}.{frozen}" in shapes]
+    duplicates = [name for name in redrawn if f"adapter.{name}.{frozen}" in shapes]
     shapes |= {f"adapter.{name}.{frozen}": tuple(entry["shape"]) for name, entry in redrawn.items()}
     layers = {
         p.name: p
@@ -261,7 +261,7 @@ def _check_factors(
     kinds = {
         "unexpected": [name for name in shapes if name not in expected],
         "missing": [name for name in expected if name not in shapes],
-        "both stored and to be drawn": twice,
+        "both stored and to be drawn": duplicates,
         "of another shape": [
             f"{name} {shapes[name]}, not {shape}"
             for name, shape in expected.items()
