@@ -110,9 +110,8 @@ class LanguageModelingData(TrainingTextData):
         if self.template == "alpaca":
             return alpaca_template(self.tokenizer)
         template = self.tokenizer.chat_template
-        template = (
-            template.get("default") if isinstance(template, dict) else template
-        )  # The dict may also have a template for tools.
+        # A dict has several templates, such as a template for tools.
+        template = template.get("default") if isinstance(template, dict) else template
         if not template:
             raise DataError(
                 "data.template: the backbone's tokenizer has no chat template. Use template: alpaca, or a "
