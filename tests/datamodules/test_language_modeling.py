@@ -330,7 +330,7 @@ BAD_CHATS: dict[str, tuple[Any, str]] = {
     "a user of None": (turns(None, "Yo"), ROLE),
     "a number": (turns("Hi", 3), "the message is {'role': 'assistant', 'content': 3}"),
     "parts": (turns([{"type": "text", "text": "Hi"}]), "text as `content`"),
-    "texts": (["Hi", "Yo"], "it is Hi"),
+    "texts": (["Hi", "Yo"], "the message is Hi"),
     "a text": ("Hi", "must be a list of messages, not Hi"),
     "JSON": ('[{"role": "user", "content": "Hi"}]', "must be a list of messages"),
     "no cell": (None, "must be a list of messages, not None"),
