@@ -414,7 +414,11 @@ BAD: list[tuple[str, Row, tuple[str, ...]]] = [  # stage, keys, message
     ("test", {"question_column": "text"}, ("data.question_column", "no column text")),
     ("test", {"answer_column": "text"}, ("data.answer_column", "no column text")),
     ("test", {"subject_column": "subjct"}, ("data.subject_column", "subjct", "subject")),
-    ("test", {"max_length": 600, "limit": 500}, ("data.max_length", "600 tokens are more than the backbone's 500 positions")),
+    (
+        "test",
+        {"max_length": 600, "limit": 500},
+        ("data.max_length", "600 tokens are more than the backbone's 500 positions"),
+    ),
     ("test", {"max_test_samples": 4, "world": 5}, ("4 questions are fewer than the 5 processes",)),
     (
         "test",
