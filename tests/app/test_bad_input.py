@@ -287,7 +287,7 @@ def test_the_model_is_checked_before_any_data_is_read(
 )
 def test_data_of_another_kind_than_the_model_takes(capsys: pytest.CaptureFixture[str], model: str, data: str) -> None:
     code = main(["fit", f"--model=modules.{model}", f"--data=datamodules.{data}", "--data.path=x"])
-    refused(capsys, code, f"data: datamodules.{data} gives ", f"modules.{model} takes", "change one of them")
+    refused(capsys, code, f"data: datamodules.{data} gives ", f"modules.{model} takes", "Change --data or --model.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
