@@ -369,7 +369,7 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         ("trainer: {callbacks: &c [*c]}", "part of"),
         (BOMB, "expand"),
         ("model: " + 60 * "[" + 60 * "]", "levels"),
-        ("model: {init_args: {tuning: head, tuning: full}}", "tuning stands twice"),
+        ("model: {init_args: {tuning: head, tuning: full}}", "duplicate key tuning"),
         ("model: {dict_kwargs: {a: 1}}", "model"),
         ("data: {dict_kwargs: {a: {b: 1}}}", "data"),
         ("model: {dict_kwargs: 3}", "model.dict_kwargs"),

@@ -27,7 +27,7 @@ def test_values_that_stand_in_two_places_and_dates_are_plain() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: {c: 1, c: 2}", "line 2: the key c stands twice"),
+        ("a: 1\nb: {c: 1, c: 2}", "line 2: duplicate key c"),
         ("a: &a [*a]", "part of"),
         ("a: !!python/name:os.system x", "line 1: the tag .* is not supported"),
         ("{[1]: 2}", "a key must be a word"),
