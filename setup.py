@@ -1,7 +1,7 @@
 """Build one package, `onesided`: the algorithm as `onesided.adapters`, the program in the folder `onesided/program`.
 
-The program imports `app`, `datamodules` and `modules`, and recipes name classes of these packages. As top-level packages
-in site-packages, they could collide with packages of the same names. So `main.py` puts its own folder on the path.
+The program imports `app`, `datamodules` and `modules`, and recipes name classes of these packages. As top-level
+packages in site-packages, these packages could collide with others. So `main.py` puts its own folder on the path.
 """
 
 from setuptools import find_namespace_packages, setup
