@@ -169,7 +169,7 @@ def output_directory(given: str) -> Path:
     """Return the directory of `--output`, which need not exist.
 
     Raises:
-        ArgumentError: If it is a file, or the name is empty.
+        ArgumentError: If the name is empty or names a file.
     """
     output = expanded_path("--output", given)
     if output.exists() and not output.is_dir():
