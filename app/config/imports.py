@@ -44,9 +44,7 @@ FUNCTIONS = (
     f"{_HOOKS}.powerSGD_hook.powerSGD_hook",
 )
 OPTION = "--allow_imports"
-HELP = (
-    f"{OPTION} PREFIX, on the command line only: another module to import classes from, such as my_package.callbacks."
-)
+HELP = f"{OPTION} PREFIX, on the command line only: a further module that configurations may name, such as my_package."
 
 
 def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -123,7 +121,9 @@ def _module(name: str, may_import: bool) -> ModuleType | None:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             package, _, missing = error.name.rpartition(".")
             holder = sys.modules.get(package)
-            if holder is not None and "__path__" in vars(holder) and missing not in vars(holder):  # no attribute either
+            if (
+                holder is not None and "__path__" in vars(holder) and missing not in vars(holder)
+            ):  # neither a module nor an attribute
                 raise ImportError(f"There is no module {error.name}.") from error
             return None
         raise ImportError(f"{name} cannot be imported: {error}. Install it: pip install {error.name}.") from error

@@ -118,7 +118,7 @@ def split_variant(command: Sequence[str], options: Sequence[str]) -> tuple[str |
     if list(command) != ["fit"]:
         raise ArgumentError(
             None,
-            f"{OPTION}: only fit takes a variant. Put {OPTION} after fit. For a checkpoint leave {OPTION} out.",
+            f"{OPTION}: only fit takes a variant. Put {OPTION} after fit, or leave {OPTION} out for another command.",
         )
     if "" in names:
         raise ArgumentError(None, f"{OPTION}: a name is missing. Choose one of {', '.join(VARIANTS)}.")
