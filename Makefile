@@ -1,11 +1,11 @@
-# Two commands do all: `make quickstart` and `make test`. Both install into .venv first if it is missing or stale.
+# Begin with `make quickstart` or `make test`. Every target installs into .venv first, if .venv is missing or stale.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .PHONY: quickstart test test-slow lint lock gpu
 
-quickstart: $(INSTALLED)  ## adapt the embedded ViT to handwritten digits, on the CPU, without a hub
+quickstart: $(INSTALLED)  ## fine-tune the embedded ViT on handwritten digits, on the CPU, without a hub
 	$(BIN)/python main.py fit --config conf/quickstart.yaml
 
 test: $(INSTALLED)  ## all tests but the slow ones
@@ -14,7 +14,7 @@ test: $(INSTALLED)  ## all tests but the slow ones
 test-slow: $(INSTALLED)  ## the tests that kill processes and train for minutes
 	$(BIN)/python -m pytest -m slow -n 0
 
-gpu: $(INSTALLED)  ## everything that only a GPU can show, in nine minutes (benchmarks/gpu.py)
+gpu: $(INSTALLED)  ## checks and benchmarks that need a GPU, in nine minutes (benchmarks/gpu.py)
 	$(BIN)/python -m benchmarks.gpu --output docs/results
 
 lint: $(INSTALLED)

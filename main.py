@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # the command `onesided` imports this file from site-packages
 
-gc.disable()  # imports create a million lasting objects: collecting garbage among them takes a tenth of the start
+gc.disable()  # Imports create a million lasting objects. Garbage collection would take a tenth of the start-up time.
 from app.cli import main  # noqa: E402
 
 gc.freeze()

@@ -118,14 +118,14 @@ PAGES: Mapping[str, Callable[[], str]] = {  # Options in place of a command. Eac
     "--help": program_help,
     "--version": lambda: f"onesided {program_version()}",
 }
-BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as with `| head -1`
+BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output closed the pipe, as `| head -1` does
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: Words of the command line after the program's name; None takes those of the process.
+        args: Words of the command line after the program's name; None takes `sys.argv[1:]`.
 
     Returns:
         Exit code:
@@ -133,7 +133,7 @@ def main(args: Sequence[str] | None = None) -> int:
         - 0 for success;
         - 1 if a child process was killed or printed a traceback;
         - 2 for wrong use or bad input, with one message on stderr;
-        - 130 after Ctrl-C and 143 after SIGTERM, with a line on stderr that names the checkpoint.
+        - 130 after Ctrl-C and 143 after SIGTERM, with a line on stderr that names the checkpoint;
         - 141 if the reader of the output closed the pipe.
     """
     if args is None:
@@ -209,14 +209,14 @@ def _report_lost_output(problem: OSError) -> int:
     if isinstance(problem, BrokenPipeError):
         return BROKEN_PIPE
     print_error(
-        f"Standard output cannot be written ({problem.strerror or problem}). The run directory is not affected: send "
-        "the output elsewhere."
+        f"Standard output cannot be written ({problem.strerror or problem}). The run directory is not affected. "
+        "Redirect the output to another place."
     )
     return 2
 
 
 class _CommandParser(LightningArgumentParser):
-    """Parser that rejects abbreviated keys, also in groups of keys. `commands` holds the subcommands."""
+    """Parser that rejects abbreviated keys, also in groups of keys. `commands` is the action of the subcommands."""
 
     def __init__(self, *args: Any, **keys: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | keys)
@@ -242,14 +242,14 @@ class AsymmetryCLI(HookedCLI):
     Args:
         args: Words of the command line.
         termination: Handler of SIGTERM and Ctrl-C.
-        contexts: Contexts to leave when the command has ended.
+        contexts: Stack of the contexts that are closed when the command ends.
     """
 
     def __init__(self, args: list[str], termination: Termination, contexts: ExitStack) -> None:
         self.termination, self.contexts = termination, contexts
         self.checkpoint: Path | None = None
-        self.loaded: dict[str, Any] = {}  # the checkpoint's content, until Lightning takes it
-        self.failure: Exception | None = None  # the error of a failed constructor, to report
+        self.loaded: dict[str, Any] = {}  # the checkpoint's content, until AtomicCheckpointIO holds the content
+        self.failure: Exception | None = None  # error of a failed constructor
         self.run_directory = Path()
         self.variant: str | None = None
         self.files: list[str] = []
@@ -260,13 +260,13 @@ class AsymmetryCLI(HookedCLI):
         if args and args[0] in commands:
             commands = {args[0]: commands[args[0]]}
             self.subcommands = lambda: commands  # type: ignore[method-assign]
-        strict = {"exit_on_error": False, "epilog": HELP}
-        of_commands = {name: dict(strict) for name in commands}
+        parser_keys = {"exit_on_error": False, "epilog": HELP}
+        command_keys = {name: dict(parser_keys) for name in commands}
         if "fit" in commands:
-            of_commands["fit"]["epilog"] = f"{VARIANT_HELP} {HELP}"
+            command_keys["fit"]["epilog"] = f"{VARIANT_HELP} {HELP}"
         if self.helps:
             _, self.files, self.options = split_arguments(args)
-            for name, keys in of_commands.items():
+            for name, keys in command_keys.items():
                 program = " ".join(program_words())
                 keys["usage"] = f"{program} {name} --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]"
         super().__init__(
@@ -280,7 +280,7 @@ class AsymmetryCLI(HookedCLI):
             auto_configure_optimizers=False,
             trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
             parser_class=_CommandParser,
-            parser_kwargs=of_commands | strict,
+            parser_kwargs=command_keys | parser_keys,
             args=args,
         )
 
@@ -296,7 +296,7 @@ class AsymmetryCLI(HookedCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the top-level keys that Lightning does not have."""
-        self.command_parser = parser  # the only one if the command line names a command
+        self.command_parser = parser  # the parser of the command that the command line names, if any
         parser.add_lightning_class_args(AdapterSpectrum, "spectrum")
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(GeneralizationGap, "generalization")
@@ -307,7 +307,9 @@ class AsymmetryCLI(HookedCLI):
         parser.add_argument(
             "--find_lr", type=bool, default=False, help="Search for model.learning_rate before a new fit trains."
         )
-        parser.add_argument("--name", type=str | None, default=None, help="Name of a new run, part of its directory's.")
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Name of a new run, part of its directory's name."
+        )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data. Model and data are optional, since a checkpoint may contain them.
@@ -324,7 +326,7 @@ class AsymmetryCLI(HookedCLI):
             parser.add_lightning_class_args(kind, section, subclass_mode=True, required=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse files and command line. With a checkpoint, parse again with the checkpoint's values in between."""
+        """Parse files and command line. With a checkpoint, parse again: files, checkpoint, then options."""
         if self.helps:
             self.command_parser.print_help()
             raise SystemExit(0)
@@ -339,7 +341,7 @@ class AsymmetryCLI(HookedCLI):
         self.config = self._parse_without_checkpoint([*command, *files], [*of_variant, *options])
         self.subcommand = self.config["subcommand"]
         if self.subcommand in COMMANDS:
-            raise ArgumentError(None, f"Nothing may stand before {self.subcommand} on the command line.")
+            raise ArgumentError(None, f"{self.subcommand} must come first on the command line, before all options.")
         final = self.config[self.subcommand]
         self.root = runs_root(final.trainer.default_root_dir, names)
         if final.ckpt_path is None:
@@ -348,7 +350,7 @@ class AsymmetryCLI(HookedCLI):
                 _log.info(f"{VARIANT} {variant} sets {', '.join(of_variant).replace('--', '')}.")
             return
         if not command:
-            raise ArgumentError(None, f"Nothing may stand before {self.subcommand} on the command line.")
+            raise ArgumentError(None, f"{self.subcommand} must come first on the command line, before all options.")
         trains = self.subcommand == "fit"
         given = str(expanded_path("ckpt_path", str(final.ckpt_path)))
         wanted = locate_checkpoint(given, self.root, prefer_best=not trains)
@@ -374,7 +376,7 @@ class AsymmetryCLI(HookedCLI):
             report_changes(read_yaml(str(run / "config.yaml")), final)
 
     def _parse_without_checkpoint(self, words: list[str], options: list[str]) -> Namespace:
-        """Parse files and command line. Leave out model and data options if only a checkpoint names the class."""
+        """Parse files and command line. Omit options of model and data if only a checkpoint names their classes."""
         try:
             return self._parse([*words, *options])
         except ArgumentError:
@@ -387,7 +389,7 @@ class AsymmetryCLI(HookedCLI):
             return config
 
     def _parse(self, words: list[str], **keys: Any) -> Namespace:
-        """Parse words. Raise ArgumentError for an unexpected exception too, since a value caused the exception."""
+        """Parse words. Convert an unexpected exception to ArgumentError too, since a value caused the exception."""
         try:
             return self.parser.parse_args(words, **keys)
         except Exception as error:
@@ -409,7 +411,7 @@ class AsymmetryCLI(HookedCLI):
     def before_instantiate_classes(self) -> None:
         """Check the values of model and data, and check that the model accepts the kind of data.
 
-        An adapter file contains both factors, so `init_a` and `init_b` become `given`.
+        With `model.adapter_path`, both factors come from a file, so `init_a` and `init_b` become `given`.
         """
         config = self.config[self.subcommand]
         check_strategy(config.trainer.strategy)
@@ -427,7 +429,7 @@ class AsymmetryCLI(HookedCLI):
         if isinstance(data, HasKind) and isinstance(model, HasKinds) and data.kind not in model.kinds:
             takes = " or ".join(model.kinds)
             raise ArgumentError(
-                None, f"data: {paths[1]} gives {data.kind}, and {paths[0]} takes {takes}; change one of them."
+                None, f"data: {paths[1]} gives {data.kind}, but {paths[0]} takes {takes}. Change --data or --model."
             )
 
     def construct(self, kind: type, build: Callable[[], Any]) -> Any:
@@ -500,15 +502,15 @@ class AsymmetryCLI(HookedCLI):
         except Exception as error:
             if isinstance(bad_input(error), OWN_ERRORS):
                 raise
-            others = config.accelerator not in ("auto", "cpu")
-            hint = " On a machine without this accelerator add --config conf/cpu.yaml." if others else ""
+            needs_accelerator = config.accelerator not in ("auto", "cpu")
+            hint = " On a machine without this accelerator add --config conf/cpu.yaml." if needs_accelerator else ""
             raise ArgumentError(None, f"trainer: {error}{hint}") from error
 
     def _enter_run_directory(self) -> Path:
         """Return the checkpoint's run directory, or a new run directory.
 
-        A new run directory is removed if the command fails before a configuration or metrics are written. For a
-        new run, the other ranks return the root until `RunSummary` broadcasts the run directory.
+        A new run directory is removed if the command fails before a configuration or metrics are written. Only the
+        first rank makes a new directory. The other ranks return the root, and `RunSummary` broadcasts the directory.
         """
         run = run_of_checkpoint(self.checkpoint) if self.checkpoint else None
         if run is not None and is_first_rank():
@@ -527,20 +529,19 @@ class AsymmetryCLI(HookedCLI):
         Without `--name` and `--variant`, the suffix is empty.
 
         Raises:
-            ArgumentError: If the name has a character that is not allowed.
+            ArgumentError: If the name is empty or has a character that is not allowed.
         """
         config = self.config[self.subcommand]
         name = config.name
         if name is not None and not re.fullmatch(r"\w[\w.+-]*", name):
             raise ArgumentError(
                 None,
-                f"name: {name!r} may have letters, digits and . _ + - alone, and begins with a letter or digit. Choose "
-                "another name.",
+                f"name: {name!r} is not allowed. Use letters, digits and . _ + - only. Begin with a letter or digit.",
             )
         variant = self.variant
         if variant is None and name is not None:
-            found = variant_name(dotted({"model": config.model.init_args.as_dict()}))
-            variant = None if found == "custom" else found
+            matching = variant_name(dotted({"model": config.model.init_args.as_dict()}))
+            variant = None if matching == "custom" else matching
         return "".join(f"-{part}" for part in (name, variant) if part is not None)
 
     # ------------------------------------------------------------------------------------------------------- commands
@@ -557,10 +558,10 @@ class AsymmetryCLI(HookedCLI):
         if tests and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             best = self._callback(AdapterCheckpoint).best_model_path or None
             if best is None:
-                _log.warning("There is no best checkpoint, since nothing was validated: the last weights are tested.")
+                _log.warning("Nothing was validated, so there is no best checkpoint. The last weights are tested.")
             trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         self.summary.values |= forgetting.values | self._callback(GeneralizationGap).measure(trainer, self.model)
-        self._sum_up()
+        self._report_results()
 
     def validate(self, **arguments: Any) -> None:
         """Validate, and report the results."""
@@ -578,14 +579,14 @@ class AsymmetryCLI(HookedCLI):
         if self.checkpoint is None:
             report_untrained(str(self.subcommand), self.model.head_names, self.model.adapter_path)
         command(**arguments | options | {"weights_only": True})
-        self._sum_up()
+        self._report_results()
 
     def _callback(self, kind: type[T]) -> T:
         callback = find_callback(self.trainer, kind)
         assert callback is not None
         return callback
 
-    def _sum_up(self) -> None:
+    def _report_results(self) -> None:
         if self.trainer.is_global_zero:
             self.summary.report(self.trainer, self.run_directory)
             print(f"Run directory: {escape_controls(str(self.run_directory))}", flush=True)
@@ -635,8 +636,8 @@ class _RecipeParser(AsymmetryCLI):
         raise _Result(parser)
 
 
-class _WholeParser(AsymmetryCLI):
-    """Command line that only builds the parser of all commands, named after the installed program."""
+class _AllCommandsParser(AsymmetryCLI):
+    """Command line that only builds the parser of all commands, under the name of the installed program."""
 
     def __init__(self, contexts: ExitStack) -> None:
         super().__init__([], Termination(), contexts)
@@ -660,7 +661,7 @@ def completion_script(words: Sequence[str], contexts: ExitStack) -> str:
         raise ArgumentError(None, "--print_shtab: give one shell, such as bash or zsh.")
     for path in (path for paths in CLASS_PATHS.values() for path in paths.values()):
         resolve(path)  # The parser completes only the keys of imported classes.
-    parser: ArgumentParser = _result(partial(_WholeParser, contexts))
+    parser: ArgumentParser = _result(partial(_AllCommandsParser, contexts))
     try:
         return parser.get_completion_script(f"shtab-{words[0]}")
     except ValueError as error:
@@ -671,7 +672,7 @@ def parse_fit(words: Sequence[str]) -> Namespace:
     """Return the configuration of `fit WORDS`, parsed and validated, without constructing anything.
 
     Raises:
-        ArgumentError: If `fit` would refuse the words.
+        ArgumentError: If `fit` would reject the words.
     """
     with ExitStack() as contexts:
         config: Namespace = _result(partial(_ParsedFit, ["fit", *words], Termination(), contexts))
@@ -679,7 +680,7 @@ def parse_fit(words: Sequence[str]) -> Namespace:
 
 
 def fit_parser(classes: Mapping[str, type]) -> ArgumentParser:
-    """Return a parser of `fit` with the keys of a class for each section."""
+    """Return a parser of `fit` with the keys of the given classes, by section."""
     with ExitStack() as contexts:
         parser: ArgumentParser = _result(partial(_RecipeParser, classes, contexts))
     return parser

@@ -353,7 +353,7 @@ def test_commands_on_finished_runs_run(words: list[str], runs: list[str], tmp_pa
 
 
 def test_files_of_a_run_are_as_listed(runs: list[str]) -> None:
-    section = (ROOT / "docs/checkpoints.md").read_text().partition("## What a run leaves")[2].partition("\n## ")[0]
+    section = (ROOT / "docs/checkpoints.md").read_text().partition("## What a run writes")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
     listed = [re.sub("/$", "/*", file) for row in rows for file in re.findall("`(.+?)`", row)]
     files = [str(path.relative_to(runs[0])) for path in Path(runs[0]).rglob("[!.]*") if path.is_file()]

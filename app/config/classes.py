@@ -1,4 +1,4 @@
-"""Tasks and data by their short names: `--model ImageClassifier`, `--data.help TextClassificationData`."""
+"""Short class names of tasks and data, as in `--model ImageClassifier` and `--data.help TextClassificationData`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _class_path(section: str, name: str) -> str:
 def find_classes(files: Sequence[str], options: Sequence[str]) -> dict[str, type]:
     """Return the class that files and options name for each section, or the base class of the section.
 
-    A class that cannot be imported counts as not named: the caller only describes keys.
+    A class that cannot be imported is ignored, since the caller only describes keys.
     """
     paths = dict(BASES)
     for name in files:
@@ -90,10 +90,10 @@ def find_classes(files: Sequence[str], options: Sequence[str]) -> dict[str, type
 
 def _class(path: str) -> type | None:
     try:
-        found = resolve(path)
+        resolved = resolve(path)
     except ImportError:
         return None
-    return found if isinstance(found, type) else None
+    return resolved if isinstance(resolved, type) else None
 
 
 def class_keys(kind: type, section: str = "") -> list[str]:

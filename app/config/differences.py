@@ -32,7 +32,7 @@ def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) ->
 
     Args:
         saved: The sections that a checkpoint was trained with, as `saved_configuration` gives them.
-        used: The sections of the evaluation, whose classes are imported.
+        used: The sections of the evaluation. Their classes must be imported already.
     """
     different: list[str] = []
     for section in [section for section in _WITHOUT_EFFECT if section in saved and section in used]:
@@ -40,7 +40,7 @@ def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) ->
         if not same_class(before["class_path"], now["class_path"]):
             different.append(section)
             continue
-        # an earlier version's checkpoint lacks the keys that came later
+        # A checkpoint of an earlier version lacks newer keys.
         first, second = (_with_defaults(now["class_path"], values["init_args"]) for values in (before, now))
         keys = sorted({*first, *second} - _WITHOUT_EFFECT[section])
         different += [f"{section}.{key}" for key in keys if _canonical(first.get(key)) != _canonical(second.get(key))]
@@ -48,18 +48,18 @@ def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) ->
 
 
 def _with_defaults(class_path: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a class, with the defaults of those that are missing, in groups of keys too."""
+    """Return the arguments of a class. Add the defaults of missing arguments, also inside groups of keys."""
     complete: dict[str, Any] = dict(values)
     for name, parameter in constructor_parameters(resolve_name(class_path)).items():
         default = None if parameter.default is parameter.empty else parameter.default
-        given = complete.setdefault(name, default)
-        if isinstance(given, Mapping) and is_dataclass(default) and not isinstance(default, type):
-            complete[name] = asdict(default) | dict(given)
+        argument = complete.setdefault(name, default)
+        if isinstance(argument, Mapping) and is_dataclass(default) and not isinstance(default, type):
+            complete[name] = asdict(default) | dict(argument)
     return complete
 
 
 def _canonical(value: Any) -> str:
-    """Return one text for a value of a parser, a dataclass or a checkpoint."""
+    """Return a value as JSON. Equal values of a parser, a dataclass and a checkpoint have the same JSON."""
 
     def plain(other: Any) -> Any:
         if isinstance(other, Namespace):

@@ -1,4 +1,4 @@
-"""Keys of `fit` for commands: `app.cli` hands them over, so that no command imports the command line."""
+"""Keys of `fit` for other commands. `app.cli` passes the keys, so that no command imports `app.cli`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jsonargparse import ArgumentParser, Namespace
 
 # Returns the configuration of `fit WORDS`, parsed and validated, without constructing anything. Raises ArgumentError if
-# `fit` would refuse the words.
+# `fit` would reject the words.
 ParseFit = Callable[[Sequence[str]], Namespace]
 
 
@@ -18,7 +18,7 @@ class FitKeys:
 
     Args:
         parse: Parses the words after `fit`.
-        parser: Returns a parser of fit's keys with the keys of given classes, by section.
+        parser: Returns a parser of `fit` with the keys of the given classes, by section.
     """
 
     parse: ParseFit

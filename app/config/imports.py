@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-# A class may be named if its definition lies below one of these packages. Of Lightning, these are the packages whose
-# classes a trainer takes, and not its core, whose load_from_checkpoint unpickles. Of torch, what strategies and the key
-# model.optimizer take.
+# A configuration may name a class that is defined below one of these packages. Lightning's packages are those whose
+# classes a trainer takes. Lightning's core is left out, because load_from_checkpoint unpickles. torch's packages have
+# the classes that strategies and the key model.optimizer take.
 PACKAGES = (
     "app.callbacks",
     "datamodules",
@@ -35,7 +35,7 @@ PACKAGES = (
 # Base class of the section `data`, which the parser itself names.
 CLASSES = ("lightning.pytorch.core.datamodule.LightningDataModule",)
 _HOOKS = "torch.distributed.algorithms.ddp_comm_hooks"
-# The only functions: what DDPStrategy takes as ddp_comm_hook and ddp_comm_wrapper.
+# The only functions that are allowed. DDPStrategy takes these functions as ddp_comm_hook and ddp_comm_wrapper.
 FUNCTIONS = (
     f"{_HOOKS}.default_hooks.bf16_compress_hook",
     f"{_HOOKS}.default_hooks.bf16_compress_wrapper",
@@ -44,11 +44,11 @@ FUNCTIONS = (
     f"{_HOOKS}.powerSGD_hook.powerSGD_hook",
 )
 OPTION = "--allow_imports"
-HELP = f"{OPTION} PREFIX, on the command line only: what else configurations may import, such as my_package.callbacks."
+HELP = f"{OPTION} PREFIX, on the command line only: a further module that configurations may name, such as my_package."
 
 
 def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the command line into the prefixes that it allows and the other words, in their order.
+    """Split the command line into the prefixes of `--allow_imports` and the other words, in their order.
 
     Raises:
         ArgumentError: For the option without a prefix.
@@ -60,7 +60,7 @@ def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def denial(path: str, prefixes: Sequence[str] = ()) -> str | None:
-    """Return why a configuration may not name a dotted path; None if it may.
+    """Return the reason why a configuration may not name a dotted path; None if the path is allowed.
 
     Args:
         path: The dotted path.
@@ -69,14 +69,14 @@ def denial(path: str, prefixes: Sequence[str] = ()) -> str | None:
     if resolve(path, prefixes) is not None:
         return None
     module_name = path.rpartition(".")[0]
-    refused = f"'{path}' is not imported: configurations name classes of this program and of Lightning, no functions."
+    refused = f"'{path}' is not imported: configurations name classes of this program and of Lightning, not functions."
     if _below(module_name, PACKAGES):
         return f"{refused} Attributes of a class or of an imported module are never reached."
-    return f"{refused} If you know what it runs and want that, put {OPTION} {module_name or path} on the command line."
+    return f"{refused} If you trust this code, add {OPTION} {module_name or path} to the command line."
 
 
 def resolve(path: str, prefixes: Sequence[str] = ()) -> type | Callable[..., Any] | None:
-    """Return the class or function that a configuration may name by a dotted path; None if it may not.
+    """Return the class or function of a dotted path; None if a configuration may not name the path.
 
     The path is a module and a name in the module. Attributes of classes, functions and instances are never reached.
     Only modules below an allowed package, or below one of the additional prefixes, are imported.
@@ -94,13 +94,13 @@ def resolve(path: str, prefixes: Sequence[str] = ()) -> type | Callable[..., Any
         if may_import:
             raise ImportError(_missing(module, name))
         return None
-    found = vars(module).get(name) or getattr(module, name)
-    if not isinstance(found, type | FunctionType | BuiltinFunctionType | MethodType):
+    named = vars(module).get(name) or getattr(module, name)
+    if not isinstance(named, type | FunctionType | BuiltinFunctionType | MethodType):
         return None
-    home = f"{found.__module__}.{found.__qualname__}"
-    if isinstance(found, type):
-        return found if _below(home, (*PACKAGES, *prefixes)) or home in CLASSES else None
-    return found if home in FUNCTIONS or _below(home, prefixes) else None
+    definition = f"{named.__module__}.{named.__qualname__}"
+    if isinstance(named, type):
+        return named if _below(definition, (*PACKAGES, *prefixes)) or definition in CLASSES else None
+    return named if definition in FUNCTIONS or _below(definition, prefixes) else None
 
 
 def _below(path: str, prefixes: Sequence[str]) -> bool:
@@ -114,14 +114,16 @@ def _module(name: str, may_import: bool) -> ModuleType | None:
     parent_name, _, leaf = name.rpartition(".")
     parent = sys.modules.get(parent_name)
     if parent is not None and not isinstance(vars(parent).get(leaf, parent), ModuleType):
-        return None  # a class or a function of the module before it
+        return None  # a class or a function of the parent module
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             package, _, missing = error.name.rpartition(".")
             holder = sys.modules.get(package)
-            if holder is not None and "__path__" in vars(holder) and missing not in vars(holder):  # no attribute of it
+            if (
+                holder is not None and "__path__" in vars(holder) and missing not in vars(holder)
+            ):  # neither a module nor an attribute
                 raise ImportError(f"There is no module {error.name}.") from error
             return None
         raise ImportError(f"{name} cannot be imported: {error}. Install it: pip install {error.name}.") from error
@@ -140,7 +142,7 @@ def same_class(first: str, second: str) -> bool:
     if first == second:
         return True
     try:
-        found = resolve(first)
-        return found is not None and found is resolve(second)
+        resolved = resolve(first)
+        return resolved is not None and resolved is resolve(second)
     except ImportError:
         return False

@@ -1,4 +1,4 @@
-"""Errors of the parser in one line: an unknown key gets a suggestion, a value of a wrong type the right type."""
+"""Errors of the parser in one line: a suggestion for an unknown key, the right type for a value of a wrong type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError
 from app.config.classes import class_keys
 
 LONGEST = 2000  # characters of a message
-# the parser's nested text: lines that enclose others, or that no reader needs
+# Patterns of the parser's nested text: lines that enclose other lines, and lines that no reader needs.
 _KEY = re.compile(r'(?:Problem with argument )?Parser key "([^"]+)":\s*')
 _CLASS = re.compile(r"Problem with given class_path '([^']*)':\s*")
 _FRAME = re.compile(
@@ -25,8 +25,8 @@ _UNKNOWN = re.compile(
     r""" ['"](?P<key>[^'"]+)|(?:[Uu]nrecognized arguments|ambiguous option): --(?P<option>[^\s=+]+)"""
 )
 _VALUE = re.compile(r"(?:\. Got value: |Given value: )(?:NestedArg\(key='[^']*', val=(.*)\)|(.*))$")
-SECTION_ORDER = ("data", "model", "trainer")  # of keys in different sections that share a last part
-# The names that other programs have for a key, where the key's own name is not similar.
+SECTION_ORDER = ("data", "model", "trainer")  # preference among keys that have the same last part
+# Names of other programs for a key, if the key's own name is not similar.
 OTHER_NAMES = {
     "lr": "model.learning_rate",
     "epochs": "trainer.max_epochs",
@@ -56,7 +56,7 @@ NAMED, TYPE, OTHER_CLASS = range(3)  # kinds of reasons; the lowest is reported
 
 
 class ListError(ArgumentError):
-    """Error with a list of choices, one a line, below the message."""
+    """Error with a list of choices below the message, one choice a line."""
 
     def __init__(self, message: str, choices: Sequence[str]) -> None:
         super().__init__(None, "\n".join([message, *(f"  {choice}" for choice in choices)]))
@@ -64,7 +64,7 @@ class ListError(ArgumentError):
 
 @dataclass
 class _Reason:
-    """Why one alternative of a union does not take a value."""
+    """Reason why one alternative of a union rejects a value."""
 
     text: str
     key: str
@@ -79,17 +79,17 @@ class _Reason:
 
     @property
     def kind(self) -> int:
-        """Return how little the reason has to do with the alternative that was meant."""
+        """Return the kind of the reason. A lower kind is likelier to be about the alternative that the user meant."""
         if self.text.startswith(("Import path", "Not a valid subclass", "Expected an instantiatable")):
             return OTHER_CLASS
         return TYPE if self.text.startswith("Expected") else NAMED
 
 
 def parser_message(error: Exception, known: Sequence[str] = ()) -> str:
-    """Return an error in one line; `known` has the keys of the command, for a key that is unknown.
+    """Return an error in one line. `known` has the keys of the command, to suggest a key for an unknown key.
 
-    Of the reasons that the parser gives, the line has the one for the alternative that was meant. A `ListError` keeps
-    its lines.
+    The parser gives a reason for each alternative of a union. The line has the reason for the alternative that the
+    user most likely meant. A `ListError` keeps its lines.
     """
     if isinstance(error, ListError):
         return str(error)
@@ -97,25 +97,25 @@ def parser_message(error: Exception, known: Sequence[str] = ()) -> str:
     reasons = list(_reasons(lines))
     if not reasons:
         return one_line(str(error))
-    bases = " ".join(line for line in lines if "Subtypes:" in line)  # a value without a class_path implies one of them
+    bases = " ".join(line for line in lines if "Subtypes:" in line)  # a value without a class_path implies one of these
     best = min(reasons, key=lambda reason: (not reason.names_class(bases), reason.kind, -reason.depth))
     text = _unknown_key(best, known) or best.text
     if best.kind == TYPE:
         types = dict.fromkeys(_type_name(r.text) for r in reasons if (r.kind, r.key) == (TYPE, best.key))
-        found = next((match for line in lines[best.line :] if (match := _VALUE.search(line))), None)
-        value = (found[1] or found[2]) if found else ""
+        value_match = next((match for line in lines[best.line :] if (match := _VALUE.search(line))), None)
+        value = (value_match[1] or value_match[2]) if value_match else ""
         text = f"expected {' or '.join(types)}{f', got {value}' if 0 < len(value) <= 60 else ''}"
     return one_line(f"{best.key}: {text}" if best.key else text)
 
 
 def one_line(text: str) -> str:
-    """Return a text without line breaks and tabs, cut at `LONGEST`."""
+    """Return a text without line breaks and tabs. Cut the text at `LONGEST` characters."""
     text = re.sub(r"\s*\n\s*", " ", text).strip().replace("\t", "\\t")
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
 def _reasons(lines: Sequence[str]) -> Iterator[_Reason]:
-    """Yield the innermost reasons of a text in which each line encloses the lines below that are indented more."""
+    """Yield the innermost reasons of an indented text. A line encloses the lines below that are indented more."""
     parents: list[tuple[int, str]] = []
     for number, line in enumerate(lines):
         text = line.lstrip().removeprefix("- ")
@@ -127,7 +127,7 @@ def _reasons(lines: Sequence[str]) -> Iterator[_Reason]:
             text = text[match.end() :]
         if text and not _FRAME.match(text) and (parents or _UNKNOWN.search(text)):
             keys, classes = (
-                [found[1] for _, parent in parents if (found := pattern.match(parent))] for pattern in (_KEY, _CLASS)
+                [inner[1] for _, parent in parents if (inner := pattern.match(parent))] for pattern in (_KEY, _CLASS)
             )
             yield _Reason(text, ".".join(keys), classes[-1] if classes else None, depth, number)
 
@@ -141,28 +141,28 @@ def _type_name(text: str) -> str:
 
 
 def _unknown_key(reason: _Reason, known: Sequence[str]) -> str | None:
-    """Return the message for a key that is unknown, with a suggestion; None for another complaint."""
+    """Return the message for an unknown key, with a suggestion; None for any other reason."""
     match = _UNKNOWN.search(reason.text)
     if match is None:
         return None
     name = match["option"] or ".".join(filter(None, (match["group"], match["key"])))
     names = known if reason.class_path is None else _keys_of_class(reason.class_path)
-    owner = "There is" if reason.class_path is None else f"{reason.class_path.rpartition('.')[2]} has"
+    beginning = "There is" if reason.class_path is None else f"{reason.class_path.rpartition('.')[2]} has"
     close = closest_key(name, names)
     siblings = _siblings(name, names)
-    listed = f". There are {', '.join(siblings)}." if siblings else "."
-    return f"{owner} no key {name}{f'; did you mean {close}?' if close else listed}"
+    choices = f". Choose one of {', '.join(siblings)}." if siblings else "."
+    return f"{beginning} no key {name}{f'; did you mean {close}?' if close else choices}"
 
 
 def closest_key(name: str, names: Sequence[str]) -> str | None:
-    """Return the key that an unknown key most likely stands for; None if no key is similar.
+    """Return the known key that is most similar to an unknown key; None if no key is similar.
 
     Args:
         name: The unknown key.
         names: All keys by dotted name.
     """
     ordered = sorted(names, key=_depth_and_section)
-    leaves = {key.rpartition(".")[2]: key for key in reversed(ordered)}  # the least deep of the keys that share a leaf
+    leaves = {key.rpartition(".")[2]: key for key in reversed(ordered)}  # the shallowest key for each leaf
     joined = {_joined(key): key for key in reversed(ordered)}
     leaf = _joined(name.rpartition(".")[2])
     other = OTHER_NAMES.get(name, "")
@@ -193,7 +193,7 @@ def _depth_and_section(key: str) -> tuple[int, int]:
 
 
 def _keys_of_class(class_path: str) -> list[str]:
-    """Return the dotted keys of a class that the parser has imported; none for a class that a value only quotes."""
+    """Return the dotted keys of a class that is imported already; an empty list for any other class."""
     module_name, _, name = class_path.rpartition(".")
     kind = vars(sys.modules[module_name]).get(name) if module_name in sys.modules else None
     return class_keys(kind) if isinstance(kind, type) else []

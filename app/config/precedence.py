@@ -18,12 +18,12 @@ from jsonargparse import ArgumentError, Namespace
 
 from app.config.program_files import find_program_file
 
-SECTIONS = ("model", "data")  # which name a class
+SECTIONS = ("model", "data")  # the sections that name a class
 
 _log = logging.getLogger(__name__)
 
 
-# callbacks have members of enumerations among their defaults, which a saved configuration has to hold
+# Some defaults of callbacks are members of enumerations, and a saved configuration contains all defaults.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
@@ -45,7 +45,7 @@ def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def without_sections(options: list[str]) -> list[str]:
-    """Return the options that are not about the model or the data."""
+    """Return the options without those of `SECTIONS`."""
     kept = []
     rest = iter(options)
     for word in rest:
@@ -58,7 +58,7 @@ def without_sections(options: list[str]) -> list[str]:
 
 
 def runs_root(given: str | None, files: list[str]) -> Path:
-    """Return the directory below which a recipe's runs lie.
+    """Return the parent directory of a recipe's runs.
 
     Args:
         given: `trainer.default_root_dir`.
@@ -85,7 +85,7 @@ def expanded_path(key: str, given: str) -> Path:
     try:
         return Path(given).expanduser()
     except RuntimeError as error:
-        raise ArgumentError(None, f"{key}: {given} cannot be expanded ({error}).") from error
+        raise ArgumentError(None, f"{key}: {given} cannot be expanded ({error}). Give a path without ~.") from error
 
 
 @contextmanager
@@ -93,16 +93,16 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
     """Write `content` to a temporary YAML file; delete it on exit.
 
     Raises:
-        ArgumentError: If the content, a checkpoint's, is no plain values.
+        ArgumentError: If the content, which comes from a checkpoint, has other values than plain ones.
     """
     handle, name = tempfile.mkstemp(suffix=".yaml")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             try:
-                yaml.safe_dump(content, file, sort_keys=False)  # the first key of a rank_pattern that matches decides
+                yaml.safe_dump(content, file, sort_keys=False)  # the first matching key of rank_pattern decides
             except (yaml.YAMLError, RecursionError, ValueError) as error:
                 raise ArgumentError(
-                    None, "ckpt_path: the hyper-parameters in the checkpoint are no plain values. Use another one."
+                    None, "ckpt_path: the hyper-parameters are not plain values. Use another checkpoint."
                 ) from error
         yield name
     finally:
@@ -110,21 +110,21 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
 
 
 def ignore_adapter_path(from_files: Namespace, final: Namespace) -> None:
-    """Ignore `model.adapter_path` when a checkpoint is used: set the command's value to null, and log that."""
+    """Set `model.adapter_path` to null when a checkpoint is used, and log that the key is ignored."""
     values = final["model"].init_args
     if values.get("adapter_path") is not None or section_keys(from_files, "model").get("adapter_path") is not None:
         values["adapter_path"] = None
-        _log.info("model.adapter_path is not read: the checkpoint has the adapters.")
+        _log.info("model.adapter_path is ignored, since the checkpoint contains the adapters.")
 
 
 def report_untrained(command: str, heads: list[str], adapter_path: str | None) -> None:
     """Log which weights a command without a checkpoint uses; `heads` are the names of the model's heads."""
     used = "the backbone without training"
     if adapter_path is not None:
-        used = f"the backbone with the adapters of {adapter_path}, and with the heads that lie there"
+        used = f"the backbone with the adapters of {adapter_path} and any heads that are saved there"
     elif heads:
         used += (
-            f". Its head ({', '.join(heads)}) has random weights, unless the backbone's own files bring a head for the "
+            f". Its head ({', '.join(heads)}) has random weights, unless the backbone's files contain a head for the "
             "same classes"
         )
     _log.info(f"{command} without --ckpt_path uses {used}.")
@@ -133,32 +133,32 @@ def report_untrained(command: str, heads: list[str], adapter_path: str | None) -
 def report_differences(
     saved: dict[str, Any], from_files: Namespace, of_variant: dict[str, Any], final: Namespace
 ) -> None:
-    """Log which values of the command line replace the checkpoint's, and which of the checkpoint's replace a file's.
+    """Log values of the command line that replace a checkpoint's, and values of the checkpoint that replace a file's.
 
     Args:
         saved: The sections that the checkpoint was trained with.
         from_files: Values of the configuration files.
-        of_variant: Keys that the variant sets, which replace a file's: the checkpoint was checked against them.
+        of_variant: Keys that the variant sets. They replace keys of the configuration files.
         final: Values of the command.
     """
     for section, content in saved.items():
-        ours = dotted(final[section].init_args.as_dict())
-        theirs = {f"{section}.{key}": value for key, value in section_keys(from_files, section).items()} | of_variant
+        used = dotted(final[section].init_args.as_dict())
+        in_files = {f"{section}.{key}": value for key, value in section_keys(from_files, section).items()} | of_variant
         for key, value in dotted(content["init_args"]).items():
             name = f"{section}.{key}"
-            if name in ("data.predict_path", "model.adapter_path"):  # new each time; never read
+            if name in ("data.predict_path", "model.adapter_path"):  # different in each command; ignored
                 continue
-            if key in ours and comparable(ours[key]) != comparable(value):
-                _log.info(f"{name}: {ours[key]} from the command line; the checkpoint had {value}.")
-            elif theirs.get(name) is not None and comparable(theirs[name]) != comparable(value):
-                _log.info(f"{name}: {value} from the checkpoint; the configuration file has {theirs[name]}.")
+            if key in used and comparable(used[key]) != comparable(value):
+                _log.info(f"{name}: {used[key]} from the command line; the checkpoint had {value}.")
+            elif in_files.get(name) is not None and comparable(in_files[name]) != comparable(value):
+                _log.info(f"{name}: {value} from the checkpoint; the configuration file has {in_files[name]}.")
 
 
 def report_changes(before: dict[str, Any], final: Namespace) -> None:
-    """Log which keys of the trainer a resumed run has otherwise than it began; these are not in a checkpoint."""
-    unlike = {"default_root_dir", "logger", "callbacks"}  # they differ whenever a run is resumed
-    ours = {k: v for k, v in final["trainer"].as_dict().items() if k not in unlike}
-    now, began = (dotted({"trainer": t}) for t in (ours, before.get("trainer", {})))
+    """Log the keys of the trainer that changed since a resumed run began. A checkpoint does not contain these keys."""
+    always_differ = {"default_root_dir", "logger", "callbacks"}
+    trainer = {k: v for k, v in final["trainer"].as_dict().items() if k not in always_differ}
+    now, began = (dotted({"trainer": t}) for t in (trainer, before.get("trainer", {})))
     now["seed_everything"], began["seed_everything"] = final.get("seed_everything"), before.get("seed_everything")
     for key, value in now.items():
         if key in began and comparable(began[key]) != comparable(value):
@@ -169,7 +169,7 @@ def output_directory(given: str) -> Path:
     """Return the directory of `--output`, which need not exist.
 
     Raises:
-        ArgumentError: If it is a file, or the name is empty.
+        ArgumentError: If the name is empty or names a file.
     """
     output = expanded_path("--output", given)
     if output.exists() and not output.is_dir():
@@ -178,7 +178,7 @@ def output_directory(given: str) -> Path:
 
 
 def dotted(value: Any, key: str = "") -> dict[str, Any]:
-    """Return nested values by the dotted keys that name them on the command line, without `init_args`."""
+    """Return nested values by dotted key, as on the command line: without `init_args`."""
     if not isinstance(value, dict) or not value:
         return {key: value} if key else {}
     flat: dict[str, Any] = {}
@@ -188,12 +188,12 @@ def dotted(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def section_keys(config: Namespace, section: str) -> dict[str, Any]:
-    """Return the arguments of a section's class by dotted key; none if the section is not there."""
+    """Return the arguments of a section's class by dotted key; an empty dictionary if the section is missing."""
     content = config.get(section)
     values = content.get("init_args") if isinstance(content, Namespace) else None
     return dotted(values.as_dict()) if isinstance(values, Namespace) else {}
 
 
 def comparable(value: Any) -> Any:
-    """Return a value such that a tuple equals a list: a checkpoint has tuples where YAML has lists."""
+    """Return a tuple as a list, since a checkpoint has tuples where YAML has lists. Return other values unchanged."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Recipes, assets and name of the program itself, from any working directory, as after `pip install .`."""
+"""Recipes, assets, version and name of the program, for any working directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def find_program_files(config: Namespace) -> None:
 
 
 def list_recipes() -> list[str]:
-    """Return the program's recipes, each with the first sentence of its first comment. Overlays are no recipes."""
+    """Return the program's recipes, each with the first sentence of its first comment. Leave out overlays."""
     described = {
         f"conf/{file.name}": file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         for file in sorted((ROOT / "conf").glob("*.yaml"))
@@ -39,7 +39,7 @@ def list_recipes() -> list[str]:
 
 
 def program_version() -> str:
-    """Return the version: pyproject.toml's beside main.py, or the installed package's."""
+    """Return the version from pyproject.toml beside main.py, or else the version of the installed package."""
     project = ROOT / "pyproject.toml"
     if project.is_file():
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])

@@ -1,4 +1,4 @@
-"""JSON schema of a recipe: jsonargparse's own, of fit's parser with the recipe's model and data."""
+"""JSON schema of a recipe, made by jsonargparse from a parser of `fit` with the recipe's model and data."""
 
 from __future__ import annotations
 
@@ -46,25 +46,26 @@ def add_section_keys(parser: LightningArgumentParser, classes: Mapping[str, type
     for section in reversed(SECTIONS):
         kind = classes[section]
         parser.add_class_arguments(kind, section, fail_untyped=False)
-        own = "" if kind.__name__ in CLASS_PATHS[section] else " of every task"
+        is_base = kind.__name__ not in CLASS_PATHS[section]
         names = ", ".join(CLASS_PATHS[section])
+        listing = f"--{section}.help NAME lists the keys of {names}."
         assert parser.groups is not None
         group = parser.groups[section]
-        group.title = f"Keys of {section}{own}"
-        group.description = f"--{section}.help NAME lists the keys of {names}." if own else f"Those of {kind.__name__}."
+        group.title = f"Keys of {section}{' of every task' if is_base else ''}"
+        group.description = listing if is_base else f"Keys of {kind.__name__}."
 
 
 def recipe_schema(name: str, fit: FitKeys) -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a recipe and of all overlays for it.
 
-    Every key may be left out: an overlay has a few of them, and the command line may add others.
+    No key is required: an overlay has only a few keys, and the command line may add other keys.
 
     Args:
         name: The recipe's file.
         fit: Access to the keys of `fit`.
 
     Raises:
-        ArgumentError: If the file is missing or broken, or names a class that there is not.
+        ArgumentError: If the file is missing or broken, or names a class that does not exist.
     """
     check_file(name)
     sections = {key: part for key, part in read_yaml(name).items() if key in SECTIONS and isinstance(part, dict)}
@@ -84,12 +85,15 @@ def _class(section: str, path: str) -> type:
     """Return the class of a section.
 
     Raises:
-        ArgumentError: If there is none, or a configuration may not name it.
+        ArgumentError: If the class does not exist, or a configuration may not name the class.
     """
     try:
-        found = resolve(path)
+        resolved = resolve(path)
     except ImportError as error:
         raise ArgumentError(None, f"{section}.class_path: {error}") from error
-    if not isinstance(found, type):
-        raise ArgumentError(None, f"{section}.class_path: {path} is no class that a recipe may name.")
-    return found
+    if not isinstance(resolved, type):
+        choices = ", ".join(CLASS_PATHS[section].values())
+        raise ArgumentError(
+            None, f"{section}.class_path: {path} is no class that a recipe may name. Choose one of {choices}."
+        )
+    return resolved

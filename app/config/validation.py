@@ -15,8 +15,8 @@ from app.config.precedence import SECTIONS, comparable, dotted, section_keys
 from app.config.program_files import list_recipes
 from app.config.variants import OPTION, variant_keys
 
-LARGEST_SEED = 2**32 - 1  # NumPy's
-LARGEST_NUMBER = 2**63 - 1  # torch's
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+LARGEST_NUMBER = 2**63 - 1  # that torch takes
 
 
 def class_of(config: Namespace, section: str) -> str | None:
@@ -26,7 +26,7 @@ def class_of(config: Namespace, section: str) -> str | None:
 
 
 def check_sections(config: Namespace) -> None:
-    """Check that a command has a model and data; raise ArgumentError with the section that is missing."""
+    """Check that a command has a model and data. Raise ArgumentError with the section that is missing."""
     for section in SECTIONS:
         if class_of(config, section) is None:
             raise ListError(
@@ -35,12 +35,12 @@ def check_sections(config: Namespace) -> None:
 
 
 def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dict[str, Any]:
-    """Check that a checkpoint is of the task that the configuration is for.
+    """Check that a checkpoint was trained with the classes that the configuration names.
 
     Args:
         saved: The sections that the checkpoint was trained with.
         config: Files and command line, parsed without the checkpoint.
-        trains: Whether training goes on. To evaluate, data of another kind is as good, such as MMLU.
+        trains: True to resume training. An evaluation may use another class of data, such as MMLU's.
 
     Returns:
         The saved sections that the configuration does not replace.
@@ -56,7 +56,7 @@ def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dic
         if section == "model" or trains:
             raise ArgumentError(
                 None,
-                f"ckpt_path: the checkpoint was trained with {content['class_path']}, and the configuration is for "
+                f"ckpt_path: the checkpoint was trained with {content['class_path']}, but the configuration names "
                 f"{wanted}. Use the config.yaml of the checkpoint's run, or another checkpoint.",
             )
         del kept[section]
@@ -64,7 +64,7 @@ def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dic
 
 
 def check_values(key: str, hint: Any, value: Any) -> None:
-    """Check what the parser lets through: null where a class takes none, and a single value for a group of keys.
+    """Reject values that the parser accepts: null where a class takes no null, and a single value for a group of keys.
 
     Args:
         key: The value's key.
@@ -75,7 +75,7 @@ def check_values(key: str, hint: Any, value: Any) -> None:
         ArgumentError: With the key.
     """
     if value is None and hint is not Any and type(None) not in get_args(hint):
-        raise ArgumentError(None, f"{key}: the value cannot be null. Leave the key out to have its default.")
+        raise ArgumentError(None, f"{key}: the value cannot be null. Leave the key out to use its default.")
     if dataclasses.is_dataclass(hint) and value is not None:
         if not isinstance(value, Namespace):
             names = ", ".join(field.name for field in dataclasses.fields(hint))
@@ -86,10 +86,10 @@ def check_values(key: str, hint: Any, value: Any) -> None:
 
 
 def check_plain_values(key: str, value: Any) -> None:
-    """Check all numbers and words below a key.
+    """Check all numbers and strings below a key.
 
-    NaN is refused, and so are integers that no library holds, seeds that NumPy refuses, and names that are no UTF-8:
-    neither YAML nor TensorBoard can write them.
+    NaN, integers that torch cannot hold, and seeds that NumPy refuses are rejected. Strings that are not UTF-8 are
+    rejected too, since neither YAML nor TensorBoard can write such strings.
 
     Raises:
         ArgumentError: With the key.
@@ -105,21 +105,21 @@ def check_plain_values(key: str, value: Any) -> None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ArgumentError(None, f"{key}: {value} is no UTF-8. Rename the file or folder.") from error
+            raise ArgumentError(None, f"{key}: {value} is not UTF-8. Rename the file or folder.") from error
     elif isinstance(value, float) and math.isnan(value):
-        raise ArgumentError(None, f"{key}: nan is no number. Give a finite one.")
+        raise ArgumentError(None, f"{key}: nan is not allowed. Give a finite number.")
     elif isinstance(value, int) and not isinstance(value, bool):
         is_seed = key.rpartition(".")[2] in ("seed_everything", "seed") or key.endswith("_seed")
         least, most = (0, LARGEST_SEED) if is_seed else (-LARGEST_NUMBER, LARGEST_NUMBER)
         if not least <= value <= most:
-            raise ArgumentError(None, f"{key}: {value} lies outside {least} to {most}.")
+            raise ArgumentError(None, f"{key}: {value} is outside of the range {least} to {most}.")
 
 
 def check_strategy(strategy: Any) -> None:
-    """Refuse strategies of Lightning that shard or move the trained parameters, or that fork this process.
+    """Reject strategies of Lightning that shard or move the trained parameters, or that fork this process.
 
     Args:
-        strategy: A name, or a class with its arguments. Strategies from elsewhere pass.
+        strategy: A name, or a class with its arguments. Strategies of other packages are accepted.
 
     Raises:
         ArgumentError: With the strategy to use instead.
@@ -128,26 +128,26 @@ def check_strategy(strategy: Any) -> None:
     name = path.rpartition(".")[2]
     values = strategy.get("init_args") if isinstance(strategy, Namespace) else None
     started = name if values is None else f"{name} with start_method {values.get('start_method') or 'popen'}"
-    if name.startswith(("ddp_", "DDPStrategy")) and any(way in started for way in ("spawn", "fork", "notebook")):
+    if name.startswith(("ddp_", "DDPStrategy")) and any(method in started for method in ("spawn", "fork", "notebook")):
         raise ArgumentError(
             None,
-            f"trainer.strategy: {started} starts its processes from within this one; use ddp, which starts them anew.",
+            f"trainer.strategy: {started} forks or spawns this process, which is not supported. Use ddp.",
         )
     replicates = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
-    is_lightnings = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
-    if is_lightnings and not replicates:  # Lightning reports a strategy that does not exist
+    is_lightning = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
+    if is_lightning and not replicates:  # Lightning reports a strategy that does not exist.
         raise ArgumentError(
             None,
-            f"trainer.strategy: {name} would shard or move what is trained, which is little and stays whole on each "
-            "device; use ddp, and where the frozen weights are too large for one device --model.shard_frozen true with "
-            "it (conf/fsdp.yaml).",
+            f"trainer.strategy: {name} would shard or move the trained parameters, which every device needs whole. Use "
+            "ddp. If the frozen weights are too large for one device, add --model.shard_frozen true (conf/fsdp.yaml).",
         )
 
 
 def check_variant(variant: str, from_words: Namespace, saved: dict[str, Any]) -> None:
     """Check that a checkpoint is of the variant that a resumed fit names.
 
-    Keys that the command line sets beside the variant do not count, nor do factors that `model.adapter_path` gave.
+    Two kinds of keys are not compared: keys that the command line sets to another value than the variant, and
+    initialisers of factors that `model.adapter_path` gave.
 
     Args:
         variant: The variant's name.

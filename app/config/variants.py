@@ -1,4 +1,4 @@
-"""Built-in variants: what is trained, by name, as keys that turn any recipe into that variant."""
+"""Built-in variants: named sets of keys that decide which weights a recipe trains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTION = "--variant"
 
 
 class VariantError(ValueError):
-    """A variant that does not exist; the message lists those that do."""
+    """Error for a variant that does not exist. The message lists all variants."""
 
 
 def _adapter(train: str, init_a: str, init_b: str, **others: Any) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def _adapter(train: str, init_a: str, init_b: str, **others: Any) -> dict[str, A
     }
 
 
-# A variant sets every key that belongs to it, so that no value of a recipe is left to change what its name promises.
-# Rank, alpha, dropout, targets, layers, seed and learning rate are the recipe's.
+# A variant sets every key that belongs to its definition, so that no value of a recipe can contradict the name.
+# Rank, alpha, dropout, targets, layers, seed and learning rate stay the recipe's.
 VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "B": _adapter("B", "orthogonal", "zero"),  # Zhu et al. 2024, arXiv 2402.16842
@@ -43,7 +43,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "rslora": _adapter("both", "kaiming", "zero", **{"adapter.scaling": "rslora"}),
         "lora+": _adapter("both", "kaiming", "zero", lr_ratio_b=16.0),  # Hayou et al. 2024, arXiv 2402.12354, section 5
         "head": {"model.tuning": "head"},
-        # what is trained is neither bfloat16 nor sharded
+        # Trained weights must be float32 and whole on each device.
         "full": {"model.tuning": "full", "model.backbone_dtype": "float32", "model.shard_frozen": False},
         "adalora": {"model.tuning": "adalora", "model.shard_frozen": False},  # Zhang et al. 2023, arXiv 2303.10512
         # keys, values and the input of the feed-forward layer's second half: Liu et al. 2022, arXiv 2205.05638
@@ -55,8 +55,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 HELP = (
-    f"{OPTION} NAME, of fit: turn the recipe into {', '.join(VARIANTS)}; other options of the command line beat the "
-    "keys of the variant."
+    f"{OPTION} NAME (fit only): train as {', '.join(VARIANTS)}. Other options of the command line override the variant."
 )
 
 
@@ -75,14 +74,16 @@ def variant_keys(name: str) -> dict[str, Any]:
 
 
 def variant_name(keys: Mapping[str, Any]) -> str:
-    """Return the name of the variant that a configuration is of; `custom` if it is of none.
+    """Return the name of the variant whose keys a configuration has; `custom` if no variant matches.
 
     Args:
-        keys: All values of the configuration by dotted name. A key that is missing, since the version that saved the
-            configuration did not have it, is taken to be as the variant sets it.
+        keys: All values of the configuration by dotted name. A missing key counts as a match, since an earlier version
+            may have saved the configuration without the key.
     """
-    known = (name for name, own in VARIANTS.items() if all(keys.get(key, value) == value for key, value in own.items()))
-    return next(known, "custom") if "model.tuning" in keys else "custom"
+    matching = (
+        name for name, sets in VARIANTS.items() if all(keys.get(k, value) == value for k, value in sets.items())
+    )
+    return next(matching, "custom") if "model.tuning" in keys else "custom"
 
 
 def option_words(keys: Mapping[str, Any]) -> list[str]:
@@ -91,7 +92,7 @@ def option_words(keys: Mapping[str, Any]) -> list[str]:
 
 
 def split_variant(command: Sequence[str], options: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Split the options of a command into the variant that they name and the other options, in their order.
+    """Split the options of a command into the variant and the other options, in their order.
 
     Args:
         command: The command, or an empty list if something else stands first on the command line.
@@ -101,7 +102,7 @@ def split_variant(command: Sequence[str], options: Sequence[str]) -> tuple[str |
         The last `--variant`, or None; the other options.
 
     Raises:
-        ArgumentError: For the option of another command than fit, without a name, or with an unknown one.
+        ArgumentError: If the command is not fit, or if the variant's name is missing or unknown.
     """
     names, others = [], []
     rest = iter(options)
@@ -116,7 +117,8 @@ def split_variant(command: Sequence[str], options: Sequence[str]) -> tuple[str |
         return None, others
     if list(command) != ["fit"]:
         raise ArgumentError(
-            None, f"{OPTION}: only fit takes a variant, and fit stands before it; a checkpoint has its own variant."
+            None,
+            f"{OPTION}: only fit takes a variant. Put {OPTION} after fit, or leave {OPTION} out for another command.",
         )
     if "" in names:
         raise ArgumentError(None, f"{OPTION}: a name is missing. Choose one of {', '.join(VARIANTS)}.")

@@ -18,19 +18,19 @@ TAGS = {
     f"tag:yaml.org,2002:{name}"
     for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value", "timestamp")
 }
-GROUPS = ("trainer", "checkpoint", "spectrum")  # sections that are no classes
+GROUPS = ("trainer", "checkpoint", "spectrum")  # sections without a class_path
 
 
 @contextmanager
 def checked_yaml() -> Iterator[None]:
-    """Check each YAML text (file, nested file or option) before jsonargparse loads the text; undone on exit."""
+    """Check each YAML text (file, nested file or option) before jsonargparse loads the text, until exit."""
     before = get_loader("yaml")
 
     def load(text: str) -> Any:
         check_yaml(text)
         try:
             return before(text)
-        except (ValueError, RecursionError) as error:  # PyYAML's constructors raise bare ones
+        except (ValueError, RecursionError) as error:  # PyYAML's constructors raise built-in errors
             raise yaml.YAMLError(str(error)) from error
 
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))
@@ -41,7 +41,7 @@ def checked_yaml() -> Iterator[None]:
 
 
 def check_yaml(text: str) -> None:
-    """Check that a text holds plain values only: no cycles, no doubled keys, no types that a configuration lacks.
+    """Check that a text has only plain values: no cycles, no duplicate keys, no types that a configuration lacks.
 
     Raises:
         yaml.YAMLError: With the line.
@@ -70,9 +70,9 @@ def _check_depth(text: str) -> None:
 
 
 def _check_node(node: Any, level: int, nodes: Iterator[int]) -> None:
-    """Check a node and the nodes below. An alias is the node that it refers to, so that cycles have endless levels."""
+    """Check a node and the nodes below. An alias is the same object as its anchor, so a cycle has endless levels."""
     if level > MOST_LEVELS + 1:  # a value in the innermost collection
-        raise _refused(node, f"an alias nests more than {MOST_LEVELS} levels, or refers to what it is part of")
+        raise _refused(node, f"an alias nests more than {MOST_LEVELS} levels or forms a cycle")
     if next(nodes) > MOST_NODES:
         raise _refused(node, f"aliases expand to more than {MOST_NODES:,} values")
     if node.tag not in TAGS:
@@ -86,7 +86,7 @@ def _check_node(node: Any, level: int, nodes: Iterator[int]) -> None:
             if not isinstance(key, yaml.ScalarNode):
                 raise _refused(key, "a key must be a word")
             if key.value in seen:
-                raise _refused(key, f"the key {key.value} stands twice in one mapping")
+                raise _refused(key, f"duplicate key {key.value} in one mapping")
             seen.add(key.value)
             _check_node(value, level + 1, nodes)
 
@@ -112,7 +112,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8; 2024-13-45, 0b_
         raise ArgumentError(None, f"--config: {name} is not YAML that can be used: {error}") from error
     if not isinstance(content, dict):
-        raise ArgumentError(None, f"--config: {name} has no keys.")
+        raise ArgumentError(None, f"--config: {name} has no keys. Give a recipe such as conf/quickstart.yaml.")
     return content
 
 
@@ -120,19 +120,19 @@ def check_file(name: str) -> None:
     """Check a configuration file before it is parsed.
 
     Raises:
-        ArgumentError: With the file's name, if it is missing or broken, or has a value where keys belong.
+        ArgumentError: With the file's name, if the file is missing or broken, or has a value where keys belong.
     """
     for key, value in read_yaml(name).items():
         if not isinstance(key, str):
             raise ArgumentError(None, f"--config: {name} has the key {key!r}; a key must be a word.")
         if key in GROUPS and not isinstance(value, dict | str):
-            raise ArgumentError(None, f"--config: {name} has {key}: {_shown(value)}. Give it keys of its own.")
+            raise ArgumentError(None, f"--config: {name} has {key}: {_shown(value)}. Write keys below {key}.")
         if problem := _class_problem(value, key):
             raise ArgumentError(None, f"--config: {name} has {problem}")
 
 
 def _class_problem(value: Any, key: str) -> str | None:
-    """Return what is wrong with the description of a class, at any depth; None if nothing is."""
+    """Return what is wrong with the description of a class, at any depth; None for a valid description."""
     if isinstance(value, list):
         return next((problem for part in value if (problem := _class_problem(part, key))), None)
     if not isinstance(value, dict):
@@ -141,10 +141,10 @@ def _class_problem(value: Any, key: str) -> str | None:
         if not isinstance(value["class_path"], str) or not value["class_path"]:
             return f"{key}.class_path: {_shown(value['class_path'])}. Give the name of a class."
         if others := [str(name) for name in value if name not in ("class_path", "init_args", "dict_kwargs")]:
-            return f"{', '.join(others)} beside {key}.class_path. Put it below {key}.init_args."
+            return f"{', '.join(others)} beside {key}.class_path. Move these keys below {key}.init_args."
     for name in ("init_args", "dict_kwargs"):
         if name in value and not isinstance(value[name], dict):
-            return f"{key}.{name}: {_shown(value[name])}. Give it keys of its own."
+            return f"{key}.{name}: {_shown(value[name])}. Write keys below {name}."
     parts = ((part, key if name == "init_args" else f"{key}.{name}") for name, part in value.items())
     return next((problem for part, inner in parts if (problem := _class_problem(part, inner))), None)
 

@@ -129,7 +129,7 @@ WRONG_VALUES: dict[str, list[tuple[str, str]]] = {
         ("--data.cache_prefix=true", "data.cache_prefix: training images are augmented | data.crop_scale to [1, 1]"),
         ("--trainer.accelerator=gpu", "accelerator | conf/cpu.yaml"),
         ("--trainer.strategy=ddpp", "ddpp"),
-        ("--trainer.strategy=ddp_spawn", "trainer.strategy: ddp_spawn starts its processes from within this one"),
+        ("--trainer.strategy=ddp_spawn", "trainer.strategy: ddp_spawn forks or spawns this process"),
         ("--trainer.strategy=fsdp", "conf/fsdp.yaml"),
         ("--trainer.strategy=deepspeed_stage_2", "conf/fsdp.yaml"),
         ("--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy", "would shard or move"),
@@ -287,7 +287,7 @@ def test_the_model_is_checked_before_any_data_is_read(
 )
 def test_data_of_another_kind_than_the_model_takes(capsys: pytest.CaptureFixture[str], model: str, data: str) -> None:
     code = main(["fit", f"--model=modules.{model}", f"--data=datamodules.{data}", "--data.path=x"])
-    refused(capsys, code, f"data: datamodules.{data} gives ", f"modules.{model} takes", "change one of them")
+    refused(capsys, code, f"data: datamodules.{data} gives ", f"modules.{model} takes", "Change --data or --model.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -186,7 +186,7 @@ def test_a_checkpoint_beats_adapters_to_start_from(
     given = f"--model.adapter_path={tmp_path}" if command == "fit" else f"--config={overlay}"
     assert fitted_cli(command, "--ckpt_path=last", "--trainer.max_epochs=1", given) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "adapter_path" in line]
-    assert said == ["model.adapter_path is not read: the checkpoint has the adapters."]
+    assert said == ["model.adapter_path is ignored, since the checkpoint contains the adapters."]
     assert fitted_cli.checkpoint()["hyper_parameters"]["adapter_path"] is None
 
 

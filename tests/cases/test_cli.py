@@ -364,12 +364,12 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("model: &a {init_args: *a}", "part of"),
-        ("model: {init_args: {backbone_args: &b {x: *b}}}", "part of"),
-        ("trainer: {callbacks: &c [*c]}", "part of"),
+        ("model: &a {init_args: *a}", "forms a cycle"),
+        ("model: {init_args: {backbone_args: &b {x: *b}}}", "forms a cycle"),
+        ("trainer: {callbacks: &c [*c]}", "forms a cycle"),
         (BOMB, "expand"),
         ("model: " + 60 * "[" + 60 * "]", "levels"),
-        ("model: {init_args: {tuning: head, tuning: full}}", "tuning stands twice"),
+        ("model: {init_args: {tuning: head, tuning: full}}", "duplicate key tuning"),
         ("model: {dict_kwargs: {a: 1}}", "model"),
         ("data: {dict_kwargs: {a: {b: 1}}}", "data"),
         ("model: {dict_kwargs: 3}", "model.dict_kwargs"),

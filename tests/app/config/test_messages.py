@@ -56,7 +56,7 @@ PARTS = f"--whole.parts={__name__}.Part"
     ("words", "expected"),
     [
         (["--cout=3"], "There is no key cout; did you mean count?"),
-        (["--xyz=3"], "There is no key xyz. There are count, pair."),
+        (["--xyz=3"], "There is no key xyz. Choose one of count, pair."),
         (["--whole.prat=3"], "There is no key whole.prat; did you mean whole.part?"),
         (["--count=x"], "count: expected int or float, got x"),
         (["--pair=[1, x]"], "pair: expected int, got x"),
