@@ -235,7 +235,7 @@ def main() -> None:
     common.add_argument("--weights", help="local file of the backbone's weights")
     common.add_argument("--layers", type=int, nargs="+", default=[4], help="numbers of last blocks")
     common.add_argument("--epochs", type=int, default=3, help="number of epochs, 2 or more")
-    common.add_argument("--rates", nargs="*", default=[], metavar="ARM=RATE", help="such as all=0.001 'last 4=0.003'")
+    common.add_argument("--rates", nargs="*", default=[], metavar="ARM=RATE", help="learning rates, such as all=0.001")
     common.add_argument("--cache", help="folder for caches (default: the system's temporary folder)")
     common.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="additional options of every fit")
     common.set_defaults(inputs=["path", "backbone", "weights", "options"])

@@ -45,7 +45,7 @@ class Budget:
         """Return the needed jobs that may run now.
 
         All jobs of the phase `select` may run. The next confirming seed starts when no job of the previous seeds is
-        waiting, and only if all jobs of the seed fit into the time.
+        waiting. All jobs of the seed must fit into the time.
 
         Args:
             left: The jobs that are left.
