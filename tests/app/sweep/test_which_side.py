@@ -114,7 +114,7 @@ def test_head_is_left_out_where_there_is_no_new_one(sweep: SweepCommand, capsys:
 
 WRONG: list[tuple[list[str], dict[str, Any], str]] = [
     (["trainer.max_epochs"], {}, "--set: 'trainer.max_epochs' has no value. Write KEY=VALUE"),
-    (["data.x={a"], {}, "--set data.x: '{a' is not YAML"),
+    (["data.x={a"], {}, "--set data.x: '{a' cannot be read as YAML"),
     (["task=cola"], {}, "--set task: write the key with dots"),
     (["seed_everything=1"], {}, "--set seed_everything: the sweep sets this key"),
     ([], {"variants": {"b": {"variant": "B", "times_rank": 0.5}}}, "variants.b.times_rank: 0.5 is no factor"),
