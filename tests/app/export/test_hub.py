@@ -97,5 +97,5 @@ def test_a_name_that_the_hub_refuses_exports_nothing(
     hub: FakeHub, fitted_text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = push(fitted_text_cli.run(), tmp_path / "peft", "a/b/c")
-    refused(capsys, code, "--push_to_hub: 'a/b/c' is no name of a repository")
+    refused(capsys, code, "--push_to_hub: 'a/b/c' cannot name a repository")
     assert not (tmp_path / "peft").exists()
