@@ -66,7 +66,7 @@ def adapted_model(build: Callable[[], nn.Module], config: AdapterConfig) -> nn.M
 
 
 def peft_tensors(model: nn.Module, fused: bool) -> dict[str, Tensor]:
-    """Return factors by PEFT's names: with `fused` one pair for each layer, as PEFT loads, else for each projection."""
+    """Return factors by PEFT's names: one pair for each layer if `fused`, as PEFT loads them, else each projection."""
     tensors = {}
     for name, layer in adapted_layers(model).items():
         factors = layer.factors()
@@ -79,7 +79,7 @@ def peft_tensors(model: nn.Module, fused: bool) -> dict[str, Tensor]:
 
 
 def measure(build: Callable[[], nn.Module], rank: int, folder: Path) -> dict[str, Any]:
-    """Return the bytes of each file, and the seconds to load the compact file with redrawing and digests."""
+    """Return the bytes of each file, and the seconds to load the compact file, redraw factors and check digests."""
     config = AdapterConfig(rank=rank, init_a="signs")
     model = adapted_model(build, config)
     row: dict[str, Any] = {"rank": rank, "projections": len(adapted_projections(model))}

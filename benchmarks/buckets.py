@@ -61,7 +61,7 @@ class Strategy:
         pools: Minimum pools in an epoch. A pool has at least one batch.
         noise: Relative noise on the sort key, the length (AllenNLP's `padding_noise`).
         balanced: If true, sort by the rank of the length among rows of the same class.
-        least: Minimum batches in an epoch; below, nothing is sorted.
+        least: Minimum batches in an epoch. With fewer batches, nothing is sorted.
     """
 
     pool: int = 50
@@ -126,10 +126,10 @@ def epoch_figures(strategy: Strategy, lengths: Tensor, labels: Tensor, seed: int
     """Return the padding share of an epoch, and the mean share of the most frequent class in a batch."""
     batches = epoch_order(strategy, lengths, labels, seed)
     tokens = lengths[batches].long()
-    commonest = F.one_hot(labels[batches]).sum(1).amax(1).double().mean() / BATCH
+    largest_share = F.one_hot(labels[batches]).sum(1).amax(1).double().mean() / BATCH
     return {
         "padding_share": 1 - float(tokens.sum() / (tokens.amax(1).sum() * BATCH)),
-        "largest_class_share": float(commonest),
+        "largest_class_share": float(largest_share),
     }
 
 
@@ -143,7 +143,7 @@ def mean_interval(values: list[float]) -> dict[str, float]:
 
 
 def quartiles(lengths: Tensor) -> list[float]:
-    """Quartiles of the lengths."""
+    """Return the quartiles of the lengths."""
     return lengths.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
 
 
@@ -227,7 +227,7 @@ def show(name: str, record: Mapping[str, Any]) -> None:
         f"{record['metric']}, %",
         "against no buckets",
         "padding, %",
-        "commonest class in a batch, %",
+        "most frequent class in a batch, %",
     ]
     table(f"{name}: {record['rows']:,} rows", columns, rows)
 
@@ -382,9 +382,9 @@ def mnli_like(size: int, seed: int, scales: tuple[float, float, float] = (1.0, 1
     for first in range(0, size, 50_000):
         part = slice(first, first + 50_000)
         shape = tokens[part].shape
-        telling = torch.rand(shape, generator=generator) < 0.03
-        words = torch.randint(SIGNALS, shape, generator=generator) + 1 + SIGNALS * labels[part, None]
-        tokens[part] = torch.where(telling, words.short(), tokens[part])
+        is_signal = torch.rand(shape, generator=generator) < 0.03
+        signals = torch.randint(SIGNALS, shape, generator=generator) + 1 + SIGNALS * labels[part, None]
+        tokens[part] = torch.where(is_signal, signals.short(), tokens[part])
         tokens[part][torch.arange(WIDTH) >= lengths[part, None]] = 0
     return Rows(tokens, lengths, labels)
 

@@ -39,7 +39,7 @@ def measure(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dic
     counters.clear()
     compile_blocks(arms["compiled"].model, torch.device("cpu"))
     passes = []
-    for _ in range(3):  # The second pass may still compile, if a length came before the compiler knew that it varies.
+    for _ in range(3):  # The second pass may still compile a length that came before lengths were known to vary.
         start = time.perf_counter()  # Not CPU time, since the compiler also runs in other processes.
         arms["compiled"].step(batches)
         passes.append(time.perf_counter() - start)

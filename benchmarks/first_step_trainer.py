@@ -1,4 +1,4 @@
-"""Hugging Face Trainer with PEFT on CoLA, as in their documentation, up to the first step (`benchmarks.startup`).
+"""Run Hugging Face Trainer with PEFT on CoLA, as in PEFT's documentation, up to the first step (`benchmarks.startup`).
 
 python -m benchmarks.first_step_trainer BACKBONE DIRECTORY
 """
@@ -28,7 +28,7 @@ class EndAtFirstStep(TrainerCallback):
     """End the process after the first step."""
 
     def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
-        """Exit at once, without the end of training."""
+        """Exit at once, and skip the end of training."""
         shutil.rmtree(args.output_dir, ignore_errors=True)
         os._exit(0)
 

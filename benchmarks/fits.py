@@ -2,8 +2,8 @@
 
 `run(fit)` starts the process (`python -m benchmarks.fits JSON`). Memory and seconds of the whole process are measured,
 so the process imports only the modules of its arm. Both families use AdamW with weight decay 0.01, a linear schedule
-with 6 % warm-up, and gradient clipping at 1. The backbone has its dropout, the adapters have none. Both families use
-only full batches and no loader processes. Both validate and write a checkpoint at the end of every epoch.
+with 6 % warm-up, and gradient clipping at 1. Backbones have dropout, adapters have no dropout. Both families use only
+full batches and no loader processes. Both validate and write a checkpoint at the end of every epoch.
 
 The task `cola` is CoLA on a backbone in the hub's layout. The task `images` is a timm backbone without pretrained
 weights on the Parquet files of `write_images`.
@@ -36,7 +36,7 @@ class Arm:
         precision: `bf16-mixed` (autocast) or `32-true`.
         rank: Adapter rank; alpha is twice the rank, as in the paper.
         padded: For Trainer on texts: if true, pad to 128 tokens, in random order. If false, group by length and pad to
-            the longest text of a batch, as ours always does.
+            the longest text of a batch, as our fits always do.
     """
 
     family: Literal["ours", "trainer"]
@@ -75,7 +75,7 @@ class Fit:
 
 
 class Clock:
-    """Clock of each epoch, from the start of its first step to the end of its last step, and of memory use."""
+    """Record the seconds of each epoch, from the start of its first step to the end of its last step, and memory."""
 
     def __init__(self) -> None:
         self.libraries = 0

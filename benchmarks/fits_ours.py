@@ -1,4 +1,4 @@
-"""Our fit through the command line, `main(["fit", ...])`, and the recipes."""
+"""Run our fit through the command line, `main(["fit", ...])`, with the recipes."""
 
 from __future__ import annotations
 

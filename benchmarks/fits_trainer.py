@@ -1,4 +1,4 @@
-"""Hugging Face Trainer with PEFT's LoRA as in their documentation: query and value for texts, all layers of a ViT."""
+"""Run Hugging Face Trainer with PEFT's LoRA as in PEFT's documentation: query and value for texts, all ViT layers."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def score(prediction: Any) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    guess, label = logits.argmax(-1), prediction.label_ids
-    return {"cola": float(matthews_corrcoef(label, guess)), "images": float(accuracy_score(label, guess))}
+    predicted, label = logits.argmax(-1), prediction.label_ids
+    return {"cola": float(matthews_corrcoef(label, predicted)), "images": float(accuracy_score(label, predicted))}
 
 
 def fit(fit: Fit) -> dict[str, Any]:

@@ -107,9 +107,9 @@ def mean(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "standard_error": error, "values": len(values)}
 
 
-def mean_text(of: dict[str, float]) -> str:
+def mean_text(figure: dict[str, float]) -> str:
     """Format a mean and its standard error in percent."""
-    return f"{100 * of['mean']:.2f} ± {100 * of['standard_error']:.2f}"
+    return f"{100 * figure['mean']:.2f} ± {100 * figure['standard_error']:.2f}"
 
 
 def summarize(results: list[dict[str, Record]], arguments: argparse.Namespace) -> Record:
@@ -138,8 +138,8 @@ def summarize(results: list[dict[str, Record]], arguments: argparse.Namespace) -
             pairs = [(result[reference], result[name]) for result in results if name in result and reference in result]
             if pairs and name != reference:
                 common = min(record["epochs"] for record in pairs[0])
-                of, over = ([epoch(pair[i], epochs=common) for pair in pairs] for i in (0, 1))
-                row[f"{reference} over this"] = paired_ratio(of, over)
+                reference_seconds, seconds = ([epoch(pair[i], epochs=common) for pair in pairs] for i in (0, 1))
+                row[f"{reference} over this"] = paired_ratio(reference_seconds, seconds)
     return summary
 
 
@@ -163,7 +163,7 @@ def show(summary: Record) -> None:
         )
     heads = ["arm", "epoch, s", "process, s", *(f"times faster than {r}" for r in REFERENCES)]
     table("Time", heads, times)
-    heads = ["arm", "Matthews, %", "peak, MiB", "of it over libraries, MiB", "trained", "file, KiB", "spectra"]
+    heads = ["arm", "Matthews, %", "peak, MiB", "training over libraries, MiB", "trained", "file, KiB", "spectra"]
     table("Score and size", heads, sizes)
 
 
@@ -177,7 +177,7 @@ def main() -> None:
     common.add_argument("--padded_epochs", type=int, default=1, help="epochs of the padded arm")
     common.add_argument("--padded_rounds", type=int, default=1, help="rounds of the padded arm")
     common.add_argument("--rows", type=int, help="maximum training rows (default: all; with --quick 320)")
-    common.add_argument("--rates", nargs="+", type=rate, default=[], help="of B, B16, both, peft, such as B=0.003")
+    common.add_argument("--rates", nargs="+", type=rate, default=[], help="learning rates, such as B=0.003 peft=0.001")
     common.set_defaults(inputs=["backbone", "path"])
     arguments = parse(common)
     arguments.rates = dict(arguments.rates)

@@ -1,9 +1,9 @@
 """Run all GPU benchmarks: correctness, training steps, a profile, and quality on real data.
 
-    bash benchmarks/gpu_wheels.sh .whl        # on a machine with a registry: get the wheels for a bare machine
+    bash benchmarks/gpu_wheels.sh .whl        # on a machine with a registry: download wheels for the GPU machine
     python -m benchmarks.gpu --output docs/results --budget 540 \
         --images DIR --vision_weights FILE --texts DIR --text_backbone DIR
-    python -m benchmarks.gpu --output /tmp/gpu --quick --device cpu      # checks that it runs: 5 minutes on 2 cores
+    python -m benchmarks.gpu --output /tmp/gpu --quick --device cpu      # quick check: 5 minutes on 2 cores
 
 The parts run in this order, each in a separate process, so that a crash does not affect the other parts:
 
@@ -13,7 +13,7 @@ The parts run in this order, each in a separate process, so that a crash does no
 - `quality`: scores of real fits over variants, learning rates and seeds, with many parallel fits on one GPU.
 
 Each part writes DIR/gpu_<part>.json section by section, and starts no section after its share of the budget. Skipped
-parts are printed. --resume skips the sections that the files have already, so a second call continues the first call.
+parts are printed. --resume skips sections that are in the files already, so a second call continues the first call.
 
 For a lent GPU with 15 minutes, copy the wheels, weights and data into folders that .git/info/exclude names. Carry the
 folders to the machine, and run this command once with --budget 540.
@@ -32,18 +32,18 @@ from pathlib import Path
 import torch
 
 PARTS = {"correctness": 0.35, "steps": 0.6, "profile": 0.3, "quality": 1.0}  # Maximum share of the remaining budget.
-GRACE = 15.0  # Seconds for a part to write its results after it was told to stop.
+GRACE = 15.0  # Seconds for a part to write its results after its budget is spent, and again after SIGTERM.
 
 
 def arguments_of(words: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the JSON files")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, for a quick check")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--resume", action="store_true", help="skip the sections that the files have already")
+    parser.add_argument("--resume", action="store_true", help="skip sections that are in the files already")
     parser.add_argument("--images", type=Path, help="CIFAR-10 as Parquet in the hub's columns, for quality")
     parser.add_argument("--vision_weights", type=Path, help="weights of vit_small_patch14_dinov2, for quality")
     parser.add_argument("--texts", type=Path, help="directory with CoLA, for quality")
@@ -57,7 +57,8 @@ def run_part(name: str, arguments: argparse.Namespace, seconds: float) -> bool:
     Args:
         name: The part.
         arguments: From `arguments_of`.
-        seconds: The part's budget. The part stops by itself then, and is terminated `GRACE` seconds later.
+        seconds: The part's budget, after which the part stops. A part that still runs `GRACE` seconds later is
+            terminated.
     """
     command = [sys.executable, "-m", f"benchmarks.gpu_{name}", "--output", str(arguments.output / f"gpu_{name}.json")]
     command += ["--device", arguments.device, "--budget", f"{seconds:.0f}"]
@@ -98,9 +99,10 @@ def main(words: list[str] | None = None) -> int:
     for name in arguments.parts:
         path = arguments.output / f"gpu_{name}.json"
         sections = json.loads(path.read_text()) if path.is_file() else {}
-        print(f"{path}: {len(sections)} sections" + (", not all of the part" if name in unfinished else ""))
+        print(f"{path}: {len(sections)} sections" + (", incomplete" if name in unfinished else ""))
     print(
-        f"Left: {', '.join(unfinished)}. Run again with --resume." if unfinished else "All parts are done.", flush=True
+        f"Unfinished: {', '.join(unfinished)}. Run again with --resume." if unfinished else "All parts are finished.",
+        flush=True,
     )
     return 1 if unfinished else 0
 

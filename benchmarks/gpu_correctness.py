@@ -239,10 +239,10 @@ def compare(fixtures: Fixtures, check: Check, reference: Fit, device: str, folde
     if not fit.predict_code:
         predictions, expected_predictions = fit.predictions(), reference.predictions()
         agree = sum(a == b for a, b in zip(predictions, expected_predictions, strict=False)) / len(expected_predictions)
-        enough = len(predictions) == fixtures.rows[check.family]
-        text = check.family in ("summaries", "instructions")  # Generated texts diverge at the first near tie.
-        results.append({"name": "rows predicted", "passed": enough, "figure": len(predictions)})
-        results.append({"name": "predictions like the CPU's", "passed": text or agree >= AGREE, "figure": agree})
+        is_complete = len(predictions) == fixtures.rows[check.family]
+        generates = check.family in ("summaries", "instructions")  # Generated texts diverge at the first near tie.
+        results.append({"name": "rows predicted", "passed": is_complete, "figure": len(predictions)})
+        results.append({"name": "predictions like the CPU's", "passed": generates or agree >= AGREE, "figure": agree})
     for form in ("merged", "peft"):
         target = folder / form
         results.append(
@@ -302,7 +302,7 @@ def diverges(fixtures: Fixtures, device: str, folder: Path) -> list[dict[str, An
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the checks, print and write, until the budget is spent."""
+    """Run the checks until the budget is spent, print and write."""
     arguments = parse(parser(__doc__, rounds=1, quick_rounds=1, device=True), words)
     deadline = Deadline(arguments.budget)
     checks = {name: check for name, check in CHECKS.items() if name in QUICK or not arguments.quick}
@@ -320,10 +320,10 @@ def main(words: Sequence[str] | None = None) -> None:
                     continue
                 with section(arguments, name) as record:
                     started = time.monotonic()
-                    here = folder / f"check_{number}"
-                    here.mkdir()
+                    check_folder = folder / f"check_{number}"
+                    check_folder.mkdir()
                     if check is None:
-                        record["checks"] = diverges(fixtures, arguments.device, here)
+                        record["checks"] = diverges(fixtures, arguments.device, check_folder)
                     else:
                         if check.family not in references:
                             plain = Check(check.family, "32-true")
@@ -331,7 +331,7 @@ def main(words: Sequence[str] | None = None) -> None:
                             if references[check.family].fit_code:
                                 sys.exit(f"The CPU's fit failed:\n{references[check.family].log.read_text()[-3000:]}")
                         reference = references[check.family]
-                        record["checks"] = compare(fixtures, check, reference, arguments.device, here)
+                        record["checks"] = compare(fixtures, check, reference, arguments.device, check_folder)
                     record["section_seconds"] = time.monotonic() - started
             results[name] = record["checks"]
     rows = [

@@ -1,8 +1,8 @@
 """Scores of real fits over variants, learning rates and seeds, in parallel on one device (a part of `benchmarks.gpu`).
 
 Every fit is `main(["fit", ...])` with its test, in a pool of processes. First, all learning rates of all arms run with
-two seeds, on rows held out from the training split. Then the best learning rate of each arm runs with five other seeds,
-and the table shows the test scores of these fits. With a small budget, the table has fewer seeds and their number.
+two seeds, on rows held out from the training split. Then the best learning rate of each arm runs with five other seeds.
+The table shows the test scores of these fits and the number of seeds, which is smaller with a small budget.
 
 - `images`: DINOv2 ViT-S/14 at 98 pixels on the CIFAR-10 rows of --images.
 - `texts`: the encoder of --text_backbone on CoLA, tested on the validation split.

@@ -81,15 +81,15 @@ class Model:
 
 _LLAMA_1B = partial(llama, 2048, 16)  # Blocks of LLaMA-3.2-1B.
 _LLAMA_7B = partial(llama, 4096, 32, mlp=11008, head=128, kv_group=1)  # Blocks of LLaMA-2-7B.
-_LITTLE = tuple(name for name in ARMS if name != "full")  # AdamW states of 7 billion weights exceed the GPU's memory.
+_WITHOUT_FULL = tuple(name for name in ARMS if name != "full")  # For AdamW states beyond the GPU's memory.
 MODELS = {
     "vit-b": Model(partial(Vision, "vit_base_patch16_224"), (64, 3, 224, 224), variants=True),
     "roberta-large": Model(partial(roberta, 1024, 24), (32, 128, 1024), variants=True),
     "llama-1b": Model(_LLAMA_1B, (8, 512, 2048), variants=True),
     "vit-l": Model(partial(Vision, "vit_large_patch16_224"), (64, 3, 224, 224)),
     "bart-large": Model(partial(bart, 1024, 24), (16, 256, 1024)),
-    "llama-7b": Model(_LLAMA_7B, (4, 512, 4096), _LITTLE),
-    "llama-7b, checkpointing": Model(_LLAMA_7B, (4, 512, 4096), _LITTLE, checkpointing=True),
+    "llama-7b": Model(_LLAMA_7B, (4, 512, 4096), _WITHOUT_FULL),
+    "llama-7b, checkpointing": Model(_LLAMA_7B, (4, 512, 4096), _WITHOUT_FULL, checkpointing=True),
     "llama-1b, checkpointing": Model(_LLAMA_1B, (8, 512, 2048), checkpointing=True),
     "vit-l, checkpointing": Model(partial(Vision, "vit_large_patch16_224"), (64, 3, 224, 224), checkpointing=True),
 }

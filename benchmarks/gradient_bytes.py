@@ -160,14 +160,14 @@ def show(rows: list[dict[str, Any]]) -> None:
             ]
         )
     title = "Gradients of a step (float32)"
-    table(title, ["arm", "trained", "bytes", "full over it", "images/s, 1 process", "2 processes"], lines)
+    table(title, ["arm", "trained", "bytes", "full over this", "images/s, 1 process", "2 processes"], lines)
 
 
 def main() -> None:
     """Measure, print and write."""
     arguments = parse(parser(__doc__, rounds=8))
     with section(arguments, "processes") as record:
-        record["threads"] = 1  # Of each process.
+        record["threads"] = 1  # Threads of each process.
         record["rows"] = rows = measure(arguments.quick, arguments.rounds)
     show(rows)
 

@@ -1,4 +1,4 @@
-"""Tools of all benchmarks: arms in shuffled rounds, paired ratios, tables, and a JSON file of results.
+"""Shared tools of the benchmarks: arms in shuffled rounds, paired ratios, tables, and a JSON file of results.
 
     arguments = parse(parser(__doc__, rounds=20))
     with section(arguments, "vit, bfloat16") as record:
@@ -39,7 +39,7 @@ FEW = 5  # With fewer rounds, a bootstrap interval is meaningless.
 LIBRARIES = ("torch", "lightning", "transformers", "timm", "peft")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
-Arm = Callable[[], float | None]  # Runs once. May return seconds, if only a part of the run counts.
+Arm = Callable[[], float | None]  # Runs an arm once. Returns seconds if only a part of the run counts.
 Seconds = dict[str, list[float]]
 
 
@@ -56,8 +56,8 @@ def parser(
         device: If true, add --device and --budget.
     """
     common = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_argument("--quick", action="store_true", help="small sizes and few rounds, to check that it runs")
-    common.add_argument("--rounds", type=int, help=f"turns of each arm ({rounds}; with --quick {quick_rounds})")
+    common.add_argument("--quick", action="store_true", help="small sizes and few rounds, for a quick check")
+    common.add_argument("--rounds", type=int, help=f"runs of each arm ({rounds}; with --quick {quick_rounds})")
     common.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
     if processor:
         common.add_argument(
@@ -66,8 +66,8 @@ def parser(
     if device:
         common.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
         common.add_argument("--budget", type=float, default=float("inf"), help="start no section after these seconds")
-    common.add_argument("--output", type=Path, help="JSON file; other sections of the file stay")
-    common.add_argument("--resume", action="store_true", help="skip the sections that the file has already")
+    common.add_argument("--output", type=Path, help="JSON file; other sections of the file are kept")
+    common.add_argument("--resume", action="store_true", help="skip sections that are in the file already")
     common.set_defaults(default_rounds=(rounds, quick_rounds), processor=False)
     return common
 
@@ -243,16 +243,16 @@ def measured(
         expected: Further entries that must be equal.
     """
     section = load(arguments.output).get(name) if arguments.resume else None
-    settings = {**_way(arguments), **(expected or {})}
+    settings = {**_settings(arguments), **(expected or {})}
     return section if section and all(section.get(key) == value for key, value in settings.items()) else None
 
 
-def _way(arguments: argparse.Namespace) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the measurement. A benchmark lists arguments that affect every section as `inputs`."""
     clock = "processor" if arguments.processor else "wall"
     inputs = {key: getattr(arguments, key) for key in getattr(arguments, "inputs", [])}
-    way = {"quick": arguments.quick, "rounds": arguments.rounds, "threads": arguments.threads, "clock": clock}
-    return way | ({"inputs": inputs} if inputs else {})
+    settings = {"quick": arguments.quick, "rounds": arguments.rounds, "threads": arguments.threads, "clock": clock}
+    return settings | ({"inputs": inputs} if inputs else {})
 
 
 @contextmanager
@@ -261,7 +261,7 @@ def section(arguments: argparse.Namespace, name: str) -> Iterator[dict[str, Any]
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        **_way(arguments),
+        **_settings(arguments),
         "load_before": os.getloadavg(),
         **environment(),
     }

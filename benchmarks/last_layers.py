@@ -1,4 +1,4 @@
-"""Adapters only in the last blocks, with and without cache of the frozen prefix, against adapters in all blocks.
+"""Compare adapters in the last blocks, with and without a cache of the frozen prefix, with adapters in all blocks.
 
 Each fit is a process of `main.py fit` with a recipe: B trained at rank 8 on query and value, on images of CIFAR-10
 without augmentation, or on CoLA. The arms adapt all blocks, the last n blocks, or the last n blocks with
@@ -234,8 +234,8 @@ def main() -> None:
     common.add_argument("--backbone", help="timm's name or a directory in the hub's layout (default: the recipe's)")
     common.add_argument("--weights", help="local file of the backbone's weights")
     common.add_argument("--layers", type=int, nargs="+", default=[4], help="numbers of last blocks")
-    common.add_argument("--epochs", type=int, default=3, help="2 or more")
-    common.add_argument("--rates", nargs="*", default=[], metavar="ARM=RATE", help="such as all=0.001 'last 4=0.003'")
+    common.add_argument("--epochs", type=int, default=3, help="number of epochs, 2 or more")
+    common.add_argument("--rates", nargs="*", default=[], metavar="ARM=RATE", help="learning rates, such as all=0.001")
     common.add_argument("--cache", help="folder for caches (default: the system's temporary folder)")
     common.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="additional options of every fit")
     common.set_defaults(inputs=["path", "backbone", "weights", "options"])

@@ -51,7 +51,7 @@ class OneLayer(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """An adapted layer in ordinary autograd operations."""
+    """An adapted layer that computes with ordinary autograd operations."""
 
     def __init__(self, layer: AdaptedLinear) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ def cases(files: dict[str, str]) -> dict[str, list[str]]:
     dinov2 = ["--model.backbone=vit_small_patch14_dinov2", "--model.weights={dinov2}", "--model.image_size=224"]
     text = ["--config", "conf/roberta_glue.yaml", "--data.path={glue}", "--model.backbone={minilm}"]
     chat = ["--config", "conf/smollm2_instructions.yaml", "--data.path={instructions}", "--model.backbone={smollm2}"]
-    every = {
+    all_cases = {
         "CIFAR-10, ViT-B/16": [*images, "--model.weights=none"],
         "CIFAR-10, DINOv2 ViT-S/14": [*images, *dinov2],
         "CoLA, MiniLM": text,
@@ -52,7 +52,7 @@ def cases(files: dict[str, str]) -> dict[str, list[str]]:
     }
     return {
         name: [word.format(**files) for word in words]
-        for name, words in every.items()
+        for name, words in all_cases.items()
         if all(key in files for key in FILES if any(f"{{{key}}}" in word for word in words))
     }
 
@@ -64,7 +64,7 @@ class Probe(L.Callback):
         self.steps, self.batches = (int(os.environ[f"PROBE_{name}"]) for name in ("STEPS", "BATCHES"))
         self.clock = getattr(time, os.environ["PROBE_CLOCK"])
         self.seconds: dict[str, list[float]] = {"loader": [], "step": [], "between": []}
-        self.since = 0.0
+        self.previous = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Time batches of a separate loader."""
@@ -78,15 +78,15 @@ class Probe(L.Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         """Start the clock of a step."""
         now = self.clock()
-        if self.since:
-            self.seconds["between"].append(now - self.since)
-        self.since = now
+        if self.previous:
+            self.seconds["between"].append(now - self.previous)
+        self.previous = now
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop the clock of a step, and end the process after the last step."""
         now = self.clock()
-        self.seconds["step"].append(now - self.since)
-        self.since = now
+        self.seconds["step"].append(now - self.previous)
+        self.previous = now
         if len(self.seconds["step"]) == self.steps:
             batch_size: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
             shutil.rmtree(Path(trainer.default_root_dir).parent, ignore_errors=True)
@@ -101,7 +101,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     variables = {"PROBE_STEPS": str(steps), "PROBE_BATCHES": str(batches), "HF_HUB_OFFLINE": "1"}
     variables |= {"OMP_NUM_THREADS": str(arguments.threads), "PROBE_CLOCK": arguments.clock.__name__}
     figures: dict[str, Any] = in_process("benchmarks.loader", [*files, "--case", name], variables)
-    middle = {key: median(values[1:]) for key, values in figures["seconds"].items()}  # Without the warm-up.
+    middle = {key: median(values[1:]) for key, values in figures["seconds"].items()}  # The first value is a warm-up.
     figures["median"] = middle
     figures["samples_per_second"] = {key: figures["batch_size"] / middle[key] for key in ("loader", "step")}
     figures["step over loader"] = middle["step"] / middle["loader"]

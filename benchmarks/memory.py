@@ -1,9 +1,9 @@
-"""Memory of a fit: predicted and measured for a decoder, and measured for ours and PEFT. Each arm is a process.
+"""Compare predicted and measured memory of a decoder's fits, and measured memory of our fits and PEFT's.
 
 For a decoder, `app.commands.memory_estimate` predicts the memory of each setting, and a separate process measures three
 steps of `Trainer.fit` on random tokens. The measured value is the growth of the resident set: the peak during the steps
 minus the size before the backbone is built. The peak (VmHWM) is reset when training starts, so loading does not count.
-The process first trains a decoder of two narrow layers, so that libraries are in memory already. Each setting is
+The process first trains a decoder of two narrow layers, so that the libraries are already in memory. Each setting is
 measured twice: with glibc's default allocator, and with freed blocks returned at once (MALLOC_MMAP_THRESHOLD_), which
 excludes memory that the allocator reserves. `benchmarks/memory_arms.py` describes the comparison with PEFT.
 

@@ -1,9 +1,9 @@
-"""Peak resident memory of a fit, one process for each arm, for `benchmarks.memory`.
+"""Measure the peak resident memory of fits, one process for each arm, for `benchmarks.memory`.
 
-The task CoLA is the recipe with MiniLM, with adapters on query and value and batches of 32. The task images is a
-ViT-B/16 without pretrained weights on random pixels. Its adapters are on all linear layers, which determine the saved
-activations. Each arm has three figures: the peak of the process, and the growth over the imported libraries in training
-and in loading. A large growth in loading shows that the weights were in memory twice.
+The task `cola` trains MiniLM by the recipe, with adapters on query and value and batches of 32. The task `images`
+trains a ViT-B/16 without pretrained weights on random pixels. Adapters of the ViT are on all linear layers, which
+determine the saved activations. Each arm has three figures: the peak of the process, and the growth over the imported
+libraries in training and in loading. A large growth in loading shows that the weights were in memory twice.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Growth of a step's time and memory with depth, width, rank and tokens of ViT blocks, varied one at a time.
 
 The base point is depth 6, width 384, rank 8 and 256 tokens, with one sequence, bfloat16 and all linear layers adapted.
-The benchmark measures seconds of forward, backward and optimizer, and the bytes saved for backward. The slope is of a
-straight line on logarithmic axes, so 1 means proportional growth. The tables also show the cost of one more block, unit
-of width, rank or token. The last section measures the exchange of two processes (`benchmarks.gradient_bytes`).
+The benchmark measures seconds of forward, backward and optimizer, and the bytes saved for backward. `power` is the
+slope on logarithmic axes: 1 means proportional growth. The tables also show the cost of one more block, unit of width,
+rank or token. The last section measures the gradients that two processes exchange (`benchmarks.gradient_bytes`).
 
     python -m benchmarks.scaling --output docs/results/benchmark_scaling.json \
         --figure docs/results/benchmark_scaling.png

@@ -45,7 +45,7 @@ ARMS = {
     "forward only": "no graph",
     "floor": "gradient to the input, no adapter",
     "full": "all weights trained",
-    "PEFT": "LoRA as it comes: frozen weights in the dtype of the run, float32 factors, no autocast",
+    "PEFT": "LoRA with PEFT's defaults: frozen weights in the dtype of the run, float32 factors, no autocast",
     "PEFT autocast": "the same under bfloat16 autocast",
     "PEFT bf16 factors": "autocast_adapter_dtype=False",
     "PEFT A frozen": "as PEFT, with requires_grad of A off",

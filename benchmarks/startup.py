@@ -1,9 +1,9 @@
 """Start-up time of commands and time to the first step of fits, relative to `import lightning.pytorch`.
 
-Each arm is a separate process, once for each round in shuffled order. One warm-up of each arm fills the caches of the
-system, of Python and of the data. Ratios are paired by round. A fit is measured from the start of the process to the
-end of the first optimizer step, with logger and first spectra. The first fit is conf/quickstart.yaml. With --backbone
-and --path there are two more fits on CoLA: conf/roberta_glue.yaml, and Hugging Face Trainer with PEFT.
+Each arm is a separate process, which runs once in each round, in shuffled order. One warm-up of each arm fills the
+caches of the system, of Python and of the data. Ratios are paired by round. A fit is measured from the start of the
+process to the end of the first optimizer step, with logger and first spectra. The first fit is conf/quickstart.yaml.
+With --backbone and --path there are two more fits on CoLA: conf/roberta_glue.yaml, and Hugging Face Trainer with PEFT.
 
     python -m benchmarks.startup --backbone ../shared/backbones/minilm_roberta --path ../shared/data/glue \
         --threads 1 --output docs/results/benchmark_startup.json
@@ -80,7 +80,7 @@ def _processor() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def dearest(words: list[str], count: int = 15) -> dict[str, float]:
+def slowest_imports(words: list[str], count: int = 15) -> dict[str, float]:
     """Return the packages that take longest to import, without their dependencies, in ms."""
     process = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
     spent: Counter[str] = Counter()
@@ -108,7 +108,7 @@ def main(words: list[str] | None = None) -> None:
             record["over the base"] = {name: paired_ratio(values, seconds[BASE]) for name, values in seconds.items()}
             if OURS in seconds and THEIRS in seconds:
                 record[f"{THEIRS}, over ours"] = paired_ratio(seconds[THEIRS], seconds[OURS])
-            record["imports_ms"] = {name: dearest(arms[name]) for name in (BASE, "fit --help") if name in arms}
+            record["imports_ms"] = {name: slowest_imports(arms[name]) for name in (BASE, "fit --help") if name in arms}
     rows = [
         [name, f"{statistics.median(values):.2f}", ratio_text(record["over the base"][name])]
         for name, values in record["seconds"].items()

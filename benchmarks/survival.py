@@ -4,7 +4,7 @@
   Each resumed run must be bit-identical to the reference in weights, optimizer, schedule, random numbers, best
   checkpoint, and the loss of every step and validation.
 - The last checkpoint of a killed run is damaged in 15 ways, sometimes with the best or the previous checkpoint.
-  The program must name each damaged file, use none of them, and resume from the newest intact checkpoint.
+  The program must name each damaged file, ignore all damaged files, and resume from the newest intact checkpoint.
 - Ten runs are stopped by max_steps, max_time and callbacks, in the middle of an epoch or of an accumulated step.
 - Five runs each are killed while they tokenise, cache a frozen prefix, and export.
 
@@ -347,9 +347,9 @@ def kills_outside_of_a_fit(base: Path, data: Path, order: random.Random) -> list
     texts = write_sentences(base / "texts", {"train": 20_000, "validation": 20})
     text = [f"--model.backbone={save_backbone(base / 'roberta', 'roberta')}", "--checkpoint.monitor=val/loss"]
     text += ["--checkpoint.mode=min", "--trainer.limit_train_batches=8"]
-    still = ["--data.crop_scale=[1,1]", "--data.horizontal_flip=false", "--data.cache_prefix=true"]
+    cached = ["--data.crop_scale=[1,1]", "--data.horizontal_flip=false", "--data.cache_prefix=true"]
     vit = "{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"
-    prefix = [f"--model.backbone_args={vit}", "--model.adapter.layers=1", *still]
+    prefix = [f"--model.backbone_args={vit}", "--model.adapter.layers=1", *cached]
     images = write_parquet(base / "images", {"train": 3000})
     prefix += ["--data.max_val_samples=12", "--trainer.limit_train_batches=8"]
     rows = []
@@ -360,8 +360,8 @@ def kills_outside_of_a_fit(base: Path, data: Path, order: random.Random) -> list
         reference = base / f"{kind} alone"
         assert finish(start(reference, where, *options, config=config)) == 0, (reference / "log.txt").read_text()
         for i in range(5):
-            late = order.uniform(0, 0.3)
-            row = interrupted_cache(base / f"{kind} {i}", where, reference, config, options, late)
+            delay = order.uniform(0, 0.3)
+            row = interrupted_cache(base / f"{kind} {i}", where, reference, config, options, delay)
             rows.append({"killed while": kind} | row)
             print(f"{kind} {i}: {rows[-1]}", flush=True)
     run = base / "whole/version_0"
@@ -452,7 +452,7 @@ def main() -> None:
         "damage",
         {
             "named": lambda row: row["named"],
-            "newest intact one used": lambda row: row["newest intact step"] == row["went on from step"],
+            "newest intact file used": lambda row: row["newest intact step"] == row["went on from step"],
             "identical end": identical,
         },
     )

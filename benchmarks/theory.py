@@ -214,7 +214,7 @@ def over_projections(runs: Mapping[str, list[Run]], analysis: Analysis) -> dict[
 
 
 def gap(runs: Mapping[str, list[Run]], metrics: Sequence[str]) -> dict[str, Any]:
-    """Return the measured gap of B over A, paired by seed. Above 0, B is better, also for a loss."""
+    """Return the measured gap of B over A, paired by seed. A gap above 0 means that B is better, also for a loss."""
     all_runs = [run for of in runs.values() for run in of]
     metric = next(key for key in metrics if all(key in run.metrics for run in all_runs))
     values = {trained: {run.seed: run.metrics[metric] for run in of} for trained, of in runs.items()}
@@ -236,17 +236,17 @@ def measure_setting(arguments: argparse.Namespace, runs: Mapping[str, list[Run]]
         f"{row.target}, {row.outputs} outputs": {"B": row.B, "A": row.A, "gap": row.B - row.A}
         for row in shares.itertuples()
     }
-    table_of = analysis.projections
-    trained = {side: int((table_of["adapter_rank"] * table_of[d]).sum()) for side, d in (("B", "d_out"), ("A", "d_in"))}
+    frame = analysis.projections
+    trained = {side: int((frame["adapter_rank"] * frame[d]).sum()) for side, d in (("B", "d_out"), ("A", "d_in"))}
     forecast["trained numbers"] = {**trained, "gap": math.log(trained["B"] / trained["A"])}
-    explained = table_of[["explained", "explained_by_chance"]].mean()
+    explained = frame[["explained", "explained_by_chance"]].mean()
     return {
         "projections": over_projections(runs, analysis),
         "measured": gap(runs, arguments.metrics),
         "forecast": forecast,
         "explained": float(explained["explained"]),
         "explained_by_chance": float(explained["explained_by_chance"]),
-        "input_rank": float(table_of["input_rank"].mean()),
+        "input_rank": float(frame["input_rank"].mean()),
     }
 
 

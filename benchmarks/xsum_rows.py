@@ -1,8 +1,8 @@
 """Prepare data and backbone for the experiments with the small BART on 1,000 rows of XSum.
 
-`rows` writes three data sets to a folder. `overfit` has 32 training rows, also as validation and test rows. `first` and
-`second` have one half of the training rows each, and the whole validation and test splits. `rows` also prints the ROUGE
-of lead-1, the first sentence of each test document. `backbone` saves the model of a fully tuned run in the hub's
+`rows` writes three data sets to a folder. `overfit` has the same 32 training rows in all splits. `first` and `second`
+each have one half of the training rows, and the whole validation and test splits. `rows` also prints the ROUGE of
+lead-1, the first sentence of each test document. `backbone` saves the model of a fully tuned run in the hub's
 layout.
 
     python -m benchmarks.xsum_rows rows --source ../shared/data/xsum --output DIR

@@ -1,4 +1,4 @@
-"""Format `compact`: the adapters alone, without a frozen factor that can be drawn again."""
+"""Format `compact`: adapters and heads, without the frozen factors that loading draws again."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ from modules.formats.compact import save_compact
 
 
 def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: Path | None = None) -> Loader:
-    """Write the adapters and the heads as a compact file; print what it stores, and its size beside PEFT's.
+    """Write adapters and heads as a compact file. Print the stored factors, and the sizes as `compact` and as `peft`.
 
     Args:
-        module: A module as `load_module` gives it.
-        dtype: Dtype of what is stored.
+        module: A module from `load_module`.
+        dtype: Dtype of the stored tensors.
         folder: An empty directory.
-        run: The run directory, whose config.yaml the command names; None if there is none.
+        run: The run directory whose config.yaml the printed command names; None without a run directory.
 
     Returns:
-        The command that loads it.
+        A function that returns the command for loading the file.
 
     Raises:
         ArgumentError: If the run has no adapters.
     """
     if module.tuning != "adapter":
-        raise ArgumentError(None, f"--format: compact is for adapters, and this run has tuning: {module.tuning}.")
+        raise ArgumentError(
+            None,
+            f"--format: compact is for adapters, and this run has tuning: {module.tuning}. Export a run with tuning: "
+            "adapter.",
+        )
     factors = {f"backbone.{name}" for name in adapter_state(module.backbone)}
     heads = {name: tensor for name, tensor in module.saved_state().items() if name not in factors}
     redrawn = save_compact(folder, module.backbone, module.adapter, heads, dtype)
     if redrawn:
-        print(f"Left out, as loading draws them again: the frozen factors of {len(redrawn)} projections.")
+        print(f"Left out: the frozen factors of {len(redrawn)} projections, which loading draws again.")
     if stored := len(module.projections) - len(redrawn):
-        reason = "both are trained" if module.adapter.train == "both" else "only those of init signs can be drawn again"
+        reason = "both are trained" if module.adapter.train == "both" else "only init signs can be drawn again"
         print(f"Stored: both factors of {stored} projections, since {reason}.")
         if module.adapter.train != "both":
             frozen = "init_a" if module.adapter.train == "B" else "init_b"

@@ -23,7 +23,9 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ArgumentError(None, f"{OPTION}: {name!r:.120} is no name of a repository ({error}).") from error
+        raise ArgumentError(
+            None, f"{OPTION}: {name!r:.120} cannot name a repository ({error}). Give OWNER/NAME."
+        ) from error
 
 
 def push_to_hub(folder: Path, name: str) -> str:
@@ -37,7 +39,7 @@ def push_to_hub(folder: Path, name: str) -> str:
         The address of the repository.
 
     Raises:
-        ArgumentError: Without a token, without a network, or if the hub refuses the upload.
+        ArgumentError: If there is no token or no network, or if the hub refuses the upload.
     """
     from huggingface_hub import HfApi, get_token
 

@@ -17,13 +17,13 @@ from modules.base import AdaptedModule
 
 
 def find_checkpoint(name: str) -> Path:
-    """Return the checkpoint that RUN means.
+    """Return the checkpoint that the argument RUN names.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If RUN names no checkpoint.
     """
     if not Path(name).exists():
-        raise CheckpointError(f"RUN: there is no run directory or checkpoint {name}.")
+        raise CheckpointError(f"RUN: there is no run directory or checkpoint {name}. Give an existing one.")
     checkpoint = resolve_checkpoint(os.path.abspath(name), Path(), prefer_best=True)
     if not checkpoint.is_file():
         raise CheckpointError(
@@ -38,11 +38,11 @@ def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
 
     Args:
         path: The checkpoint.
-        changes: Values of the module's arguments that replace the checkpoint's.
+        changes: Arguments of the module that replace the saved arguments.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read, or does not name its model.
-        ModelError: If the module cannot be built, or its frozen weights are not those of the checkpoint.
+        ModelError: If the module cannot be built, or its frozen weights differ from the checkpoint's.
     """
     checkpoint = read_checkpoint(path)
     saved = saved_configuration(checkpoint).get("model")
@@ -52,7 +52,7 @@ def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
         )
     saved["init_args"] |= changes
     run_directory = run_of_checkpoint(path)
-    if run_directory is not None and (run_directory / "config.yaml").is_file():  # frozen weights may be random ones
+    if run_directory is not None and (run_directory / "config.yaml").is_file():  # the seed draws random frozen weights
         L.seed_everything(read_yaml(str(run_directory / "config.yaml")).get("seed_everything", 0), verbose=False)
     module = construct(AdaptedModule, saved)
     module.on_load_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""Code that loads an export without this program, complete enough to be run as it is printed."""
+"""Write code that loads an export without this program. The printed code can be run unchanged."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from modules.base import AdaptedModule
 if TYPE_CHECKING:  # a run on text imports no timm
     from modules.image_classification import ImageClassifier
 
-LOCAL = "local-dir:"  # timm's prefix of a directory
+LOCAL = "local-dir:"  # timm's prefix for a local directory
 
 
 class Loader(Protocol):
-    """The text that loads an export.
+    """A function that returns the code or the command for loading an export.
 
     Args:
         place: Directory of the export, or its name on the hub.
-        shared: True for a text that others read: local paths appear by their last part.
+        shared: True for other readers: local paths are cut to their last part.
     """
 
     def __call__(self, place: str, shared: bool = False) -> str:
-        """Return the text."""
+        """Return the code or the command."""
 
 
 AUTO_CLASSES = {  # by PEFT's name of the task
@@ -61,10 +61,10 @@ def merged_timm_loader() -> Loader:
 
 
 def peft_loader(module: AdaptedModule) -> Loader:
-    """Return the loader of a PEFT directory: it builds the frozen backbone as the run had it, then adds the adapter.
+    """Return the loader of a PEFT directory: code that builds the run's frozen backbone and adds the adapter.
 
-    The names that a reader may have to change stand on top, as variables. A backbone with `weights: none` is drawn
-    again from the run's seed, which must be the process's last.
+    The code begins with variables for the names that a reader may have to change. A backbone with `weights: none` is
+    drawn again from `torch.initial_seed()`, so seed the process with the run's seed before the call.
     """
     timm = is_timm(module)
     imports, lines = _timm_base(cast("ImageClassifier", module)) if timm else _transformers_base(module)
@@ -94,11 +94,11 @@ def _source(module: AdaptedModule) -> tuple[str, dict[str, str]]:
 
 
 def _assignment(variable: str, name: str, shared: bool) -> str:
-    """Return the line that names a source of weights; a reader elsewhere must give the place of a local one."""
+    """Return the line that assigns a source of weights. A shared local path gets a comment to set the reader's path."""
     if not (shared and is_local(name)):
         return f"{variable} = {name!r}"
     kind = "backbone was" if variable == "BACKBONE" else "weights were"
-    return f"{variable} = {short_name(name)!r}  # The {kind} read from a local path: give its place."
+    return f"{variable} = {short_name(name)!r}  # The {kind} read from a local path: set its path here."
 
 
 def _program(imports: list[str], *lines: str) -> str:
@@ -106,12 +106,12 @@ def _program(imports: list[str], *lines: str) -> str:
 
 
 def _call(function: str, *positional: Any, **keys: Any) -> str:
-    words = [*(repr(value) for value in positional), *(f"{key}={value!r}" for key, value in keys.items())]
-    return f"{function}({', '.join(words)})"
+    arguments = [*(repr(value) for value in positional), *(f"{key}={value!r}" for key, value in keys.items())]
+    return f"{function}({', '.join(arguments)})"
 
 
 class _Expression(str):
-    """Code that stands in a call as it is."""
+    """Code that `_call` inserts without quotes."""
 
     __slots__ = ()
 
@@ -119,22 +119,22 @@ class _Expression(str):
         return str(self)
 
 
-BACKBONE, WEIGHTS = _Expression("BACKBONE"), _Expression("WEIGHTS")  # the program's variables
+BACKBONE, WEIGHTS = _Expression("BACKBONE"), _Expression("WEIGHTS")  # variables of the printed code
 
 
 def absolute_name(name: str) -> str:
-    """Return a local path from the root, also behind timm's `local-dir:`, and any other name as it is."""
+    """Return an existing path as an absolute path, also after timm's `local-dir:`; return any other name unchanged."""
     path = name.removeprefix(LOCAL)
     return name.removesuffix(path) + os.path.abspath(path) if os.path.exists(path) else name
 
 
 def is_local(name: str) -> bool:
-    """Return True for an absolute path, also behind timm's `local-dir:`."""
+    """Return True for an absolute path, also after timm's `local-dir:`."""
     return os.path.isabs(name.removeprefix(LOCAL))
 
 
 def short_name(name: str) -> str:
-    """Return an absolute path by its last part, and any other name as it is."""
+    """Return the last part of an absolute path; return any other name unchanged."""
     path = name.removeprefix(LOCAL)
     return name.removesuffix(path) + Path(path).name if is_local(name) else name
 
@@ -149,13 +149,13 @@ def _timm_base(module: ImageClassifier) -> tuple[list[str], list[str]]:
     weights, classes = module.hparams["weights"], len(module.class_names)
     arguments = {key: value for key, value in get_model_args(module.backbone).items() if key != "num_classes"}
     imports, after = ["timm"], []
-    if weights == "none":  # without a head, whose draws would come in between
+    if weights == "none":  # the run draws the backbone without a head, so a head here would change the weights
         imports.append("torch")
         lines = [f"torch.manual_seed({torch.initial_seed()})"]
         lines.append(f"base = {_call('timm.create_model', BACKBONE, pretrained=False, num_classes=0, **arguments)}")
         after = [f"base.reset_classifier({classes})"]
     else:
-        if weights != "pretrained":  # the file instead of timm's own, loaded and resized as timm does for the family
+        if weights != "pretrained":  # timm loads and resizes this file like its own weights
             overlay = {"file": WEIGHTS, "custom_load": False, "num_classes": 0, "source": "timm"}
             arguments["pretrained_cfg_overlay"] = overlay
         lines = [f"base = {_call('timm.create_model', BACKBONE, pretrained=True, num_classes=classes, **arguments)}"]
@@ -189,7 +189,7 @@ def _transformers_base(module: AdaptedModule) -> tuple[list[str], list[str]]:
 
 
 def _config_changes(module: AdaptedModule) -> dict[str, Any]:
-    """Return what the backbone's configuration has otherwise than its repository: given values, classes, padding."""
+    """Return the configuration keys that differ from the backbone's repository: `backbone_args`, classes, padding."""
     changes: dict[str, Any] = dict(module.hparams.get("backbone_args") or {})
     if module.class_names is not None:
         changes |= _label_keys(module)
@@ -198,7 +198,7 @@ def _config_changes(module: AdaptedModule) -> dict[str, Any]:
 
 
 def _label_keys(module: AdaptedModule) -> dict[str, Any]:
-    """Return the classes of a configuration of transformers: their names, or one output for a number."""
+    """Return transformers' configuration keys for the classes: their names, or one output for regression."""
     if not module.class_names:
         return {"num_labels": 1}
     names = {"id2label": "dict(enumerate(LABELS))", "label2id": "{name: i for i, name in enumerate(LABELS)}"}
@@ -206,12 +206,12 @@ def _label_keys(module: AdaptedModule) -> dict[str, Any]:
 
 
 def _head_options(module: AdaptedModule) -> dict[str, bool]:
-    """Return what lets a loaded head of another number of classes be replaced."""
+    """Return the option that replaces a loaded head if its number of classes differs."""
     return {"ignore_mismatched_sizes": True} if module.class_names is not None else {}
 
 
 def _drawn_base(module: AdaptedModule, keys: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the code that draws a random backbone as the run did, before its head got the data's classes."""
+    """Return the code that draws the run's random backbone again, and then gives the head the data's classes."""
     labels = _label_keys(module) if module.class_names is not None else {}
     config_keys = {key: value for key, value in keys.items() if key not in labels}
     config = _Expression(_call("transformers.AutoConfig.from_pretrained", BACKBONE, **config_keys))
@@ -223,7 +223,7 @@ def _drawn_base(module: AdaptedModule, keys: Mapping[str, Any]) -> tuple[list[st
     ]
     for head in (name.removeprefix("backbone.") for name in module.head_names):
         for name, layer in module.backbone.get_submodule(head).named_modules(prefix=head):
-            if isinstance(layer, torch.nn.Linear):  # of the data's number of classes
+            if isinstance(layer, torch.nn.Linear):
                 sizes = _call("torch.nn.Linear", layer.in_features, layer.out_features, bias=layer.bias is not None)
                 lines.append(f"base.set_submodule({name!r}, {sizes})")
     lines += [f"base.config.{key} = {value!r}" for key, value in labels.items()]

@@ -17,7 +17,7 @@ from app.run.checkpoint_io import read_checkpoint, run_of_checkpoint, saved_conf
 from app.run.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split, read_metrics
 from modules.base import AdaptedModule
 
-TASKS = {  # pipelines of the hub; the card of another kind names none and quotes no scores for the hub
+TASKS = {  # the hub's pipeline by kind of data; other kinds have no pipeline and no scores in the front matter
     "images": "image-classification",
     "labelled texts": "text-classification",
     "summaries": "summarization",
@@ -26,7 +26,7 @@ TASKS = {  # pipelines of the hub; the card of another kind names none and quote
 SPLITS = {"val": "validation", "test": "test"}
 COSTS = ("params", "adapter", "time", "memory")  # groups of metrics.json that do not depend on data or checkpoint
 _log = logging.getLogger(__name__)
-MOST_LABELS = 30  # that a card lists
+MOST_LABELS = 30  # largest number of classes that a card lists
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:/+% -]{1,200}")
 _MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 
@@ -44,9 +44,9 @@ def write_card(
     Args:
         folder: Directory of the export.
         module: The model, with or without its adapters.
-        checkpoint: The checkpoint that was exported. The card quotes this checkpoint's evaluations on the data that it
-            was trained with, and what the fit of its run took.
-        form: The format that was exported.
+        checkpoint: The exported checkpoint. The card quotes the checkpoint's evaluations with the data settings of the
+            training, and the costs of the fit.
+        form: The format of the export.
         load: Code or command that loads the export.
         notes: Further rows of the card's table.
     """
@@ -67,7 +67,7 @@ def write_card(
         **(_variant(module) if module.tuning == "adapter" else {}),
         **notes,
         **({"Classes": _labels(model["class_names"])} if model.get("class_names") else {}),
-        "License": "that of the base model",
+        "License": "as the base model",
     }
     versions = {name: version(name) for name in ("torch", "lightning", library)}
     body = [
@@ -79,10 +79,10 @@ def write_card(
         "## Metrics",
         _table(("Metric", "Value"), metrics)
         if metrics
-        else "The run has no evaluation of this checkpoint on the data that it was trained with.",
-        *([f"Rows that were evaluated at most: {', '.join(map(_quoted, limits))}."] if limits and metrics else []),
+        else "The run has no evaluation of this checkpoint with the data settings of the training.",
+        *([f"Limits of the evaluated rows: {', '.join(map(_quoted, limits))}."] if limits and metrics else []),
         "## Training",
-        _table(("Figure", "Value"), costs) if (costs := _read_costs(run)) else "No figures were kept with the run.",
+        _table(("Figure", "Value"), costs) if (costs := _read_costs(run)) else "The run recorded no costs.",
         "## Configuration",
         _block("yaml", yaml.safe_dump(_plain(dict(saved)), sort_keys=False)),
         "## Versions",
@@ -102,7 +102,7 @@ def _front_matter(
     dataset: str,
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the front matter for the hub, without a license: that is the base model's."""
+    """Return the front matter for the hub, without a license, since the base model's license applies."""
     from huggingface_hub import EvalResult, ModelCardData
 
     task = TASKS.get(module.kinds[0])
@@ -155,25 +155,25 @@ def _with_patterns(value: float, patterns: Mapping[str, float]) -> str:
 
 
 def _published_metrics(evaluations: list[Evaluation]) -> dict[str, float]:
-    """Return the newest metrics of each split, computed on whole splits of the data that the checkpoint has seen."""
+    """Return the newest metrics of each split, from evaluations with the checkpoint's own data and settings."""
     published = {evaluation.split: evaluation.metrics for evaluation in evaluations if not evaluation.differences}
     for evaluation in evaluations:
         if evaluation.differences:
             _log.info(
-                f"The card leaves out {evaluation.split} metrics that were computed with other values of "
-                f"{', '.join(evaluation.differences)} than the checkpoint's."
+                f"The card leaves out {evaluation.split} metrics of an evaluation, since these keys differ from the "
+                f"checkpoint's: {', '.join(evaluation.differences)}."
             )
     return {key: value for split in SPLITS for key, value in published.get(split, {}).items()}
 
 
 def _limits(data: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """Return the key of `data` that limits the rows of a split, with its value; empty if all rows count."""
+    """Return the key of `data` that limits the rows of a split, with its value; empty without a limit."""
     key = f"max_{split}_samples"
     return {key: data[key]} if data.get(key) else {}
 
 
 def _read_costs(run: Path | None) -> dict[str, float]:
-    """Return parameter counts, bytes and seconds of a run's metrics.json; what is not of that form is left out."""
+    """Return the costs in a run's metrics.json: parameter counts, bytes and seconds."""
     metrics = read_metrics(run) if run is not None else {}
     return {name: value for group in COSTS for name, value in metrics_of_split(metrics, group).items()}
 
@@ -193,7 +193,7 @@ def _hub_name(model: Mapping[str, Any], library: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return values of a configuration as YAML has them, with paths shortened."""
+    """Convert a configuration to values that YAML can express, with local paths cut to their last part."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -202,15 +202,15 @@ def _plain(value: Any) -> Any:
 
 
 def _labels(names: list[str]) -> str:
-    more = f", … ({len(names)} in all)" if len(names) > MOST_LABELS else ""
-    return ", ".join(str(name) for name in names[:MOST_LABELS]) + more
+    total = f", … ({len(names)} in all)" if len(names) > MOST_LABELS else ""
+    return ", ".join(str(name) for name in names[:MOST_LABELS]) + total
 
 
 # --------------------------------------------------------------------------------------------------------- as Markdown
 
 
 def _quoted(value: Any) -> str:
-    """Return a value that is no markup in Markdown: code if it is plain, else with all marks as entities."""
+    """Escape a value for Markdown: as code if all characters are plain, else with entities for all punctuation."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     return f"`{text}`" if _PLAIN.fullmatch(text) else text.translate(_MARKUP)
 
@@ -221,6 +221,6 @@ def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
 
 
 def _block(language: str, text: str) -> str:
-    """Return a code block whose fence is longer than any row of backticks in the text."""
-    fence = "`" * max(3, 1 + max((len(row) for row in re.findall("`+", text)), default=0))
+    """Return a code block whose fence is longer than any run of backticks in the text."""
+    fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -32,20 +32,24 @@ def write_peft(
 
     Args:
         module: The module.
-        dtype: Dtype of the factors and heads written.
+        dtype: Dtype of the written factors and heads.
         folder: An empty directory.
-        state: Factors and heads to write, as `saved_state` names them. None writes those of the module, and compares
-            the logits where the head has to move into the backbone.
+        state: Factors and heads to write, with the names of `saved_state`. None writes the module's own. For timm, None
+            also checks that timm's model with this head computes the same logits.
 
     Returns:
-        The code that loads the directory.
+        A function that returns the code for loading the directory.
 
     Raises:
-        ArgumentError: If the module has no adapters, or the backbone takes no such head.
-        AdapterError: If PEFT would take other modules for the heads.
+        ArgumentError: If the module has no adapters, or timm's model does not fit the head.
+        AdapterError: If PEFT would mistake another module for a head.
     """
     if module.tuning != "adapter":
-        raise ArgumentError(None, f"--format: peft is for adapters, and this run has tuning: {module.tuning}.")
+        raise ArgumentError(
+            None,
+            f"--format: peft is for adapters, and this run has tuning: {module.tuning}. Export a run with tuning: "
+            "adapter.",
+        )
     if is_timm(module):
         _check_timm_head(cast("ImageClassifier", module), compare=state is None)
     content, tensors = peft_content(module, module.saved_state() if state is None else state)
@@ -54,22 +58,22 @@ def write_peft(
 
 
 def export_peft(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Loader:
-    """Write the adapters for others: PEFT's files, the tokenizer, and the names of the classes in labels.json.
+    """Write a PEFT directory for other machines: PEFT's files, the tokenizer, and the class names in labels.json.
 
-    The configuration names the backbone, without the folders of this machine. A backbone with weights from elsewhere,
-    or with random weights, has no name that PEFT could load.
+    adapter_config.json names the backbone without local folders. The name is null for weights from a file and for
+    random weights, since PEFT would load other weights by the name.
 
     Args:
         module: The module.
-        dtype: Dtype of the factors and heads written.
+        dtype: Dtype of the written factors and heads.
         folder: An empty directory.
 
     Returns:
-        The code that loads the directory.
+        A function that returns the code for loading the directory.
 
     Raises:
-        ArgumentError: If the module has no adapters, or the backbone takes no such head.
-        AdapterError: If PEFT would take other modules for the heads.
+        ArgumentError: If the module has no adapters, or timm's model does not fit the head.
+        AdapterError: If PEFT would mistake another module for a head.
     """
     loader = write_peft(module, dtype, folder)
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -90,23 +94,23 @@ def peft_content(module: AdaptedModule, state: Mapping[str, Tensor]) -> tuple[di
 
     Args:
         module: The module.
-        state: Its factors and heads, as `saved_state` names them.
+        state: Factors and heads of the module, with the names of `saved_state`.
 
     Raises:
-        AdapterError: If PEFT would take other modules for the heads.
+        AdapterError: If PEFT would mistake another module for a head.
     """
     inside = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
     heads = {
-        home: {name.removeprefix(f"{head}."): t for name, t in state.items() if name.startswith(f"{head}.")}
-        for head, homes in module.peft_head_names().items()
-        for home in homes
+        peft_name: {name.removeprefix(f"{head}."): t for name, t in state.items() if name.startswith(f"{head}.")}
+        for head, peft_names in module.peft_head_names().items()
+        for peft_name in peft_names
     }
     source = module.hparams["backbone"]
     return to_peft(module.backbone, module.adapter, inside, heads, module.peft_task, source)
 
 
 def _check_timm_head(module: ImageClassifier, compare: bool) -> None:
-    """Check that timm's own model takes the head."""
+    """Check that timm's own model fits the head."""
     assert module.class_names is not None  # a checkpoint has them
     if compare:
         module.backbone.float()

@@ -1,4 +1,4 @@
-"""Build timm's model of a run: the head, which lies beside the backbone here, becomes its classifier."""
+"""Build timm's model of a run, with the run's separate head as classifier."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from modules.adapters.state import state_problems
 if TYPE_CHECKING:  # a run on text imports no timm
     from modules.image_classification import ImageClassifier
 
-TOLERANCE = 1e-3  # of the largest logit, in float32: another way of pooling is far outside
+TOLERANCE = 1e-3  # relative to the largest logit, in float32; a different pooling exceeds this by far
 
 
 def timm_model(module: ImageClassifier, class_names: list[str], compare: bool = True) -> Any:
     """Return timm's model of the backbone, in float32 and without adapters, with the module's head as classifier.
 
     Args:
-        module: The module; with `compare` its backbone is in float32 on the CPU, and is left in eval mode.
+        module: The module. For `compare`, its backbone must be in float32 on the CPU. `compare` sets eval mode.
         class_names: The classes.
         compare: Check that the model computes the module's logits.
 
@@ -34,7 +34,7 @@ def timm_model(module: ImageClassifier, class_names: list[str], compare: bool = 
     backbone, head = module.backbone, module.head
     assert head is not None
     name = module.hparams["backbone"]
-    refusal = f"--format: {name} cannot take the head of this run as its own"
+    refusal = f"--format: timm's model {name} does not fit the head of this run"
     try:
         arguments = {**get_model_args(backbone), "num_classes": len(class_names)}
         model: Any = timm.create_model(name, pretrained=False, **arguments)
@@ -52,7 +52,7 @@ def timm_model(module: ImageClassifier, class_names: list[str], compare: bool = 
         return model
     image = torch.randn(2, *module.preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), adapters_disabled(backbone):
-        expected, found = head(backbone.eval()(image)), model.eval()(image)
-    if not (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
-        raise ArgumentError(None, f"{refusal}: its logits would differ.")
+        expected, logits = head(backbone.eval()(image)), model.eval()(image)
+    if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        raise ArgumentError(None, f"{refusal}: the logits would differ.")
     return model

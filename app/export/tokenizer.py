@@ -1,4 +1,4 @@
-"""Tokenizer of an export: complete without the run."""
+"""Complete the tokenizer of an export, so that its users need no run directory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from modules.base import AdaptedModule
 
 
 def complete_tokenizer(module: AdaptedModule, tokenizer: Any) -> None:
-    """Give a tokenizer what its own files lack: the model's inputs and length, the prompts' template, padding.
+    """Set the settings that a tokenizer's own files lack: input names, maximum length, prompt template, padding side.
 
-    `save_pretrained` keeps what stands in `init_kwargs`.
+    `save_pretrained` writes the values of `init_kwargs`.
     """
     accepted = inspect.signature(cast(Any, module.backbone).forward).parameters
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or name in accepted]
@@ -19,7 +19,7 @@ def complete_tokenizer(module: AdaptedModule, tokenizer: Any) -> None:
     if module.position_limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, module.position_limit)
     template = module.hparams.get("prompt_template")
-    if template is not None:  # what the model was trained on
+    if template is not None:  # the model was trained with this template
         tokenizer.chat_template = template
-    if module.peft_task == "CAUSAL_LM":  # a response follows the last token
+    if module.peft_task == "CAUSAL_LM":  # no padding between the prompt and its response
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"

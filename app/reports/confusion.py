@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-MOST_NAMES = 20  # largest number of classes whose names and counts are written
+MOST_NAMES = 20  # with more classes, names and counts are left out
 
 
 def draw_confusion(matrix: Tensor, names: Sequence[str]) -> np.ndarray:

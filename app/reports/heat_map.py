@@ -23,24 +23,24 @@ VIRIDIS = np.array(
         (253, 231, 37),
     ]
 )
-LOWEST, HIGHEST = 0.01, 10.0  # ends of the colours of singular values, which are the same for all steps and runs
+LOWEST, HIGHEST = 0.01, 10.0  # ends of the colour scale for singular values, the same for all steps and runs
 WIDTH, HEIGHT = 210, 216  # of the matrix, in pixels
-TOP, BOTTOM, GAP, BAR, NUMBERS = 28, 40, 6, 12, 52  # title; indices and label; spaces; bar of colours; its numbers
-TYPE = 13  # height of the type
+TOP, BOTTOM, GAP, BAR, NUMBERS = 28, 40, 6, 12, 52  # heights: title, axis; gap; widths: colour bar, its numbers
+TYPE = 13  # font size
 INK, PAPER = (0, 0, 0), (255, 255, 255)
 
 
 class HeatMap:
-    """A matrix of layers × index; names, frame and bar of colours are drawn once.
+    """Draw matrices of layers × index as heat maps. Row names, frame and colour bar are drawn once.
 
-    TensorBoard shows pictures about 350 pixels wide, and scales with loss of detail: a picture is as wide as that, and
-    consecutive rows of one name share one label.
-    Drawn with Pillow, since importing matplotlib and laying out its figures would be most of a measurement's time.
+    TensorBoard shows pictures about 350 pixels wide, and scales wider pictures down with loss of detail. So a picture
+    has about this width, and consecutive rows of one name share one label. Pillow draws, since importing matplotlib and
+    laying out its figures would take most of a measurement's time.
 
     Args:
         rows: Names of the rows.
-        is_share: Whether the values are shares in [0, 1], with colours in equal steps. Otherwise the colours are those
-            of the logarithm, from 0.01 to 10. Values outside take the colours of the ends.
+        is_share: True for values in [0, 1] on a linear colour scale. False for a logarithmic scale from 0.01 to 10.
+            Values outside get the colours of the ends.
     """
 
     def __init__(self, rows: Sequence[str], is_share: bool = False) -> None:
@@ -68,7 +68,7 @@ class HeatMap:
             draw.text((self.bar + BAR + GAP, y), tick, INK, self.font, anchor="lm")
 
     def render(self, values: Sequence[Sequence[float]] | np.ndarray, title: str) -> np.ndarray:
-        """Draw.
+        """Draw a matrix under a title.
 
         Args:
             values: (rows, columns), not negative.
@@ -94,7 +94,7 @@ class HeatMap:
 
 
 def _coloured(shares: np.ndarray) -> Image.Image:
-    """Shares in [0, 1], (height, width), as pixels of viridis."""
+    """Return shares in [0, 1], (height, width), as a picture in viridis."""
     steps = np.linspace(0, 1, len(VIRIDIS))
     channels = [np.interp(shares, steps, VIRIDIS[:, channel]) for channel in range(3)]
     return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))

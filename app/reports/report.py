@@ -133,8 +133,8 @@ class Report:
         Args:
             name: Stem of the PNG file; unique in the report.
             figure: The figure, made with `new_figure`.
-            title: What the figure shows, as a whole phrase.
-            reading: How to read the figure and what to look for, in two sentences.
+            title: Caption's first line: the subject of the figure.
+            reading: Rest of the caption: how to read the figure, and the pattern to look for.
         """
         picture = io.BytesIO()
         with mpl.rc_context(RC):
@@ -147,8 +147,8 @@ class Report:
         """Write the page and, beside it, each picture as `<name>.png`.
 
         Args:
-            folder: Directory; made if missing. Files of an earlier report in it are overwritten.
-            pictures: Whether to write the PNG files too.
+            folder: Directory, created if missing. Files of a previous report are overwritten.
+            pictures: If false, write no PNG files.
 
         Returns:
             Path of the page, `report.html`.

@@ -38,14 +38,14 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Return the seconds that are left."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def allowed(self, left: Outline, trials: Trials, busy: Mapping[Job, float]) -> list[Job]:
         """Return the needed jobs that may run now.
 
-        All jobs of the choice may run. The next confirming seed starts when no job of the previous seeds is left to
-        take, and if all jobs of the seed fit into the time.
+        All jobs of the phase `select` may run. The next confirming seed starts when no job of the previous seeds is
+        waiting. All jobs of the seed must fit into the time.
 
         Args:
             left: The jobs that are left.
@@ -70,7 +70,7 @@ class Budget:
         return jobs
 
     def seconds_for(self, jobs: Iterable[Job], trials: Trials, busy: Mapping[Job, float]) -> float | None:
-        """Return the seconds until jobs finish, after the jobs that run now; None if no trial is complete yet."""
+        """Estimate the seconds until jobs finish, after the jobs that run now; None if no trial is complete yet."""
         seconds = _Seconds(trials)
         free_in = [max(0.0, (seconds.of(job) or 0.0) - age) for job, age in busy.items()]
         free_in += [0.0] * (self.workers - len(free_in))
@@ -89,8 +89,8 @@ class Budget:
         if seed not in self._refused:
             self._refused.add(seed)
             _log.info(
-                f"Seed {seed} of all variants would take about {seconds_text(seconds)}, and {seconds_text(self.left)} "
-                "are left: the seed is not begun."
+                f"Seed {seed} is not started: all variants would take about {seconds_text(seconds)}, and "
+                f"{seconds_text(self.left)} are left."
             )
 
 
@@ -109,7 +109,7 @@ class _Seconds:
         }
 
     def of(self, job: Job) -> float | None:
-        """Return the mean of the trials that are most like a job."""
+        """Return the mean seconds of the most similar trials: of the same variant and phase, of the variant, or all."""
         of_variant = [timed for timed in self._seconds if timed.variant == job.variant]
-        alike = [timed for timed in of_variant if timed.phase == job.phase] or of_variant or list(self._seconds)
-        return fmean(self._seconds[timed] for timed in alike) if alike else None
+        similar = [timed for timed in of_variant if timed.phase == job.phase] or of_variant or list(self._seconds)
+        return fmean(self._seconds[timed] for timed in similar) if similar else None

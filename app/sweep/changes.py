@@ -52,7 +52,7 @@ def plan_differences(before: Mapping[str, Any], plan: Plan, tried: Iterable[Job]
     confirmed = any(job.phase == "confirm" for job in tried)
     if confirmed and plan.is_tested and not any(name.startswith("test/") for name in before["report"]):
         differences.append(
-            f"confirm.report: {_shown(before['report'])} → {_shown(now['report'])}, and nothing was tested"
+            f"confirm.report: {_shown(before['report'])} → {_shown(now['report'])}, but no confirming trial was tested"
         )
     if plan.is_sampled and (before["trials_per_variant"] or 0) > (plan.trials_per_variant or 0):
         differences.append(f"trials_per_variant: {before['trials_per_variant']} → {plan.trials_per_variant}")

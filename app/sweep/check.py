@@ -17,7 +17,7 @@ SHARED = ["macro_f1", "ece"]  # metrics of every classification
 
 
 def fit_words(plan: Plan, variant: Variant, point: Point, seed: int) -> list[str]:
-    """Return the words of `main.py` for a fit of a sweep, without its output directory."""
+    """Return the arguments of `main.py` for a trial of a sweep, without the output directory."""
     keys = {**plan.set, **variant.keys, **point, "seed_everything": seed, "model.adapter.seed": seed}
     files = [word for file in plan.base for word in ("--config", file)]
     return ["fit", *files, *option_words(keys)]
@@ -46,7 +46,7 @@ def _corner(variant: Variant) -> Point:
 
 def _check_metrics(plan: Plan, config: Namespace) -> None:
     logged = logged_metrics(config)
-    if logged is None:  # a model of another package: the first trial finds a missing metric before its first step
+    if logged is None:  # a model of another package: the first trial checks the metric before its first step
         return
     for key, split, names in (("select.metric", "val", [plan.metric]), ("confirm.report", "test", plan.report)):
         for name in names:

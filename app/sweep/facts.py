@@ -16,16 +16,16 @@ class PlanFacts:
         mode: Direction in which the metric is better: `max` or `min`.
         select_seeds: Seeds of the trials that choose a point.
         confirm_seeds: Seeds of the trials that fill the table.
-        report: Metrics of the table, such as `test/score`; the first one decides the comparison.
-        base: Recipes and overlays under every trial.
+        report: Metrics of the table, such as `test/score`; the first metric decides the comparison.
+        base: Recipes and overlays of every trial.
         set: Keys that every trial sets.
         variants: All keys of each variant, in the order of the table.
         search: Searched keys with their values or ranges.
         notes: Whole sentences about the search, such as "B: the grid was extended to 0.008."
         finished: True when no trial is left to run.
-        trials_per_variant: Points that each variant tries, beside an extension of the grid.
+        trials_per_variant: Number of points that each variant tries, without an extension of the grid.
         prune: Rule that stops poor trials early.
-        command: Words of the command that repeats the sweep.
+        command: Program and arguments that repeat the sweep.
         time: Facts about the time limit; None without a limit.
     """
 
@@ -61,7 +61,7 @@ class TimeFacts:
         minutes: The time limit.
         is_over: True if the sweep has ended because of the limit.
         left_out_seeds: Confirming seeds that not all variants have finished. The table leaves these seeds out.
-        missing_seconds: Estimated time for the rest of the choice, or for the next confirming seed; None if unknown.
+        missing_seconds: Estimated seconds for the rest of the choice, or for the next confirming seed; None if unknown.
     """
 
     minutes: float

@@ -1,4 +1,4 @@
-"""Figures of a sweep's report. Every variant has the same colour and marker in all of them."""
+"""Figures of a sweep's report. A variant has the same colour and marker in all figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from app.sweep.statistics import PairedDifference
 # Okabe and Ito's colours without the yellow, which white paper hides
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vP*"
-PANEL = 7  # variants in one pair of axes; further variants go to a second pair with the same scales
+PANEL = 7  # largest number of variants in a panel; further variants go to another panel with the same scales
 COLUMNS = 3  # panels side by side, if each variant has a panel
 FOREST = 15  # rows of a forest plot; with more pairs, only the pairs with the best variant are shown
 
@@ -32,8 +32,8 @@ def color(outcome: Outcome, variant: str) -> str:
 
 def marker(outcome: Outcome, variant: str) -> str:
     """Return the marker of a variant."""
-    place = outcome.variants.index(variant)
-    return MARKERS[(place + place // len(COLORS)) % len(MARKERS)]  # another marker where colours repeat
+    index = outcome.variants.index(variant)
+    return MARKERS[(index + index // len(COLORS)) % len(MARKERS)]  # another marker where colours repeat
 
 
 def response(outcome: Outcome, key: str) -> Figure | None:
@@ -52,22 +52,23 @@ def response(outcome: Outcome, key: str) -> Figure | None:
     lines = isinstance(outcome.facts.search.get(key), list) or len(outcome.keys) == 1
     better = max if scale.higher_is_better else min
     for axes, variants in panels:
-        for place, variant in enumerate(variants):
+        for index, variant in enumerate(variants):
             style: dict[str, Any] = {"color": color(outcome, variant), "marker": marker(outcome, variant)}
             rows = trials[trials["variant"] == variant]
-            x = positions.of(rows[column], place - (len(variants) - 1) / 2)
+            x = positions.of(rows[column], index - (len(variants) - 1) / 2)
             kept = rows.index.isin(shown.index)
             y = (rows[metric] * scale.factor).clip(*sorted(limits))
             beyond = kept & ((rows[metric] * scale.factor) != y).to_numpy()
-            lost = (rows["state"] == "failed").to_numpy() | ((rows["state"] == "complete").to_numpy() & ~kept) | beyond
+            failed = (rows["state"] == "failed").to_numpy()
+            crossed = failed | ((rows["state"] == "complete").to_numpy() & ~kept) | beyond
             inside = kept & ~beyond
             axes.scatter(
                 x[inside], y[inside], s=30, facecolors="none", edgecolors=style["color"], marker=style["marker"]
             )
             edge = 0.03 if scale.higher_is_better else 0.97
             axes.scatter(
-                x[lost],
-                np.full(int(lost.sum()), edge),
+                x[crossed],
+                np.full(int(crossed.sum()), edge),
                 s=45,
                 marker="x",
                 color=style["color"],
@@ -94,7 +95,8 @@ def response(outcome: Outcome, key: str) -> Figure | None:
 def curves(outcome: Outcome) -> Figure | None:
     """Draw the selecting metric by step at the chosen points, or return None without a curve.
 
-    Each variant has a panel: its seeds as thin lines, their mean as a thick line, and the means of all others in grey.
+    Each variant has a panel. Thin lines are the seeds, the thick line is their mean. Grey lines are the means of the
+    other variants.
     """
     scale = outcome.scale(outcome.facts.metric)
     seeds = {variant: drawn for variant in outcome.variants if not (drawn := _seed_curves(outcome, variant)).empty}
@@ -156,7 +158,7 @@ def quality_by_parameters(outcome: Outcome) -> Figure | None:
 
 
 def forest_pairs(outcome: Outcome) -> list[PairedDifference]:
-    """Return the pairs of the forest plot: all pairs with an interval, or only the best variant's if there are many."""
+    """Return the pairs with an interval for the forest plot; only the best variant's pairs if there are many."""
     pairs = [pair for pair in outcome.differences if pair.student]
     return pairs if len(pairs) <= FOREST else [pair for pair in pairs if pair.first == outcome.ranked[0]]
 
@@ -189,7 +191,7 @@ def forest(outcome: Outcome) -> Figure | None:
 
 
 class _Positions:
-    """Places of a searched key's values on an axis: logarithmic, linear, or one after the other."""
+    """Positions of a searched key's values on an axis: logarithmic, linear, or in equal steps if not numeric."""
 
     def __init__(self, values: Sequence[Any], key: str) -> None:
         self.key = key
@@ -204,7 +206,7 @@ class _Positions:
         self.span = (np.log(high / low) if self.log else high - low) or 1.0
 
     def of(self, values: pd.Series[Any], aside: float) -> npt.NDArray[np.float64]:
-        """Return positions, set apart by `aside` steps so that the points of variants do not cover each other."""
+        """Return positions, shifted by `aside` steps so that the points of variants do not cover each other."""
         shift = aside * 0.008 * self.span
         if not self.numeric:
             return np.array([self.names.index(value_text(value)) + shift for value in values], np.float64)
@@ -284,12 +286,12 @@ def _seed_curves(outcome: Outcome, variant: str) -> pd.DataFrame:
 
 
 def _has_items(value: Any) -> bool:
-    """Return True for a sequence with items; a table holds None or NaN where there is none."""
+    """Return True for a sequence with items; a table has None or NaN for a missing sequence."""
     return isinstance(value, list | tuple | np.ndarray) and len(value) > 0
 
 
 def _panels(variants: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]:
-    """Return a figure with one pair of axes for every seven variants, all with the same scales."""
+    """Return a figure with one panel for every seven variants, all with the same scales."""
     groups = [variants[start : start + PANEL] for start in range(0, len(variants), PANEL)]
     figure = new_figure(9, 0.6 + 3.6 * len(groups))
     with figure_style():
@@ -298,6 +300,6 @@ def _panels(variants: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]:
 
 
 def _legend(figure: Figure, panels: list[tuple[Axes, list[str]]]) -> None:
-    """Name the variants to the right of each pair of axes."""
+    """Add a legend of the variants to the right of each panel."""
     for axes, _ in panels:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)

@@ -27,11 +27,11 @@ def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
         f"For each variant, {_seeds(facts.select_seeds)} chose {searched} by the {extreme} mean {facts.metric}.",
     ]
     if facts.prune != "none":
-        sentences.append(f"Trials that were behind others were stopped early ({PRUNING[facts.prune]}).")
+        sentences.append(f"Trials with poor values were stopped early ({PRUNING[facts.prune]}).")
     if facts.counted_seeds:
         sentences.append(f"The rows of the table come from other seeds: {_numbers(facts.counted_seeds)}.")
     elif facts.confirm_seeds:
-        sentences.append("Other seeds are to confirm the choice, but none is complete for all variants yet.")
+        sentences.append("Other seeds will confirm the choice, but no such seed is complete for all variants yet.")
     else:
         sentences.append(
             "No other seeds confirm the choice. The rows of the table are the trials that made the choice, so they "
@@ -71,19 +71,19 @@ def time_used(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
     if not any(outcome.chosen(variant) is not None for variant in outcome.variants):
         complete = plural(len(outcome.complete), "trial")
         verb = "is" if len(outcome.complete) == 1 else "are"
-        sentences = [f"The time of {minutes} has ended before the choice: {complete} {verb} complete."]
+        sentences = [f"The time limit of {minutes} ended the sweep before the choice: {complete} {verb} complete."]
         next_step = "The choice"
     else:
         seeds = f"{count_text(done)} of {plural(planned, 'confirming seed')}"
-        few = f": too few for an interval, which needs {count_text(STUDENT_SEEDS)}" if done < STUDENT_SEEDS else ""
-        sentences = [f"The time of {minutes} was enough for {seeds}{few}."]
+        too_few = f": too few for an interval, which needs {count_text(STUDENT_SEEDS)}" if done < STUDENT_SEEDS else ""
+        sentences = [f"The time limit of {minutes} was enough for {seeds}{too_few}."]
         next_step = "Another seed of all variants"
     in_part = outcome.complete[outcome.complete["phase"] == "confirm"]["seed"]
     if cut := [seed for seed in time.left_out_seeds if (in_part == seed).any()]:
         sentences.append(f"The table leaves out {_seeds(cut)}, which not all variants have finished.")
     if time.missing_seconds is not None:
         sentences.append(f"{next_step} would take about {seconds_text(time.missing_seconds)} more.")
-    sentences.append("The same command goes on from here.")
+    sentences.append("The same command continues the sweep.")
     return [" ".join(sentences)]
 
 
@@ -127,27 +127,30 @@ def _order(outcome: Outcome) -> list[str]:
     """Name the best mean, the clearly worse variants, and the variants that cannot be told apart."""
     scale, best, others = outcome.scale(outcome.metric), outcome.ranked[0], outcome.ranked[1:]
     mean = outcome.mean(best, outcome.metric)
-    of = "mean ± standard error, " if mean.error is not None else ""
-    value = f"{scale.mean(mean)} ({of}{plural(mean.seeds, 'seed')})"
+    explanation = "mean ± standard error, " if mean.error is not None else ""
+    value = f"{scale.mean(mean)} ({explanation}{plural(mean.seeds, 'seed')})"
     if not others:
         missing = "" if len(outcome.variants) == 1 else " No other variant has confirmed results yet."
-        only = f"{best} reaches {outcome.metric} {value}, {scale.direction}."
-        return [f"{only}{missing} There is no second variant to compare {best} with."]
+        result = f"{best} reaches {outcome.metric} {value}, {scale.direction}."
+        return [f"{result}{missing} There is no second variant to compare {best} with."]
     sentences = [f"{best} has the best mean of {outcome.metric}: {value}; {scale.direction}."]
     pairs = [outcome.difference(best, other) for other in others]
     unknown = [pair for pair in pairs if pair.student is None]
     worse = [pair for pair in pairs if pair.student and outcome.verdict(pair) > 0]
     equal = [pair for pair in pairs if pair.student and outcome.verdict(pair) == 0]
     if len(worse) == len(others):
-        every = f"each of the other {count_text(len(others))} variants" if len(others) > 1 else others[0]
-        sentences.append(f"{best} is clearly better than {every}: {_listed(outcome, worse)}.")
+        compared = f"each of the other {count_text(len(others))} variants" if len(others) > 1 else others[0]
+        sentences.append(f"{best} is clearly better than {compared}: {_listed(outcome, worse)}.")
     elif worse:
         sentences.append(f"{best} is clearly better than {_listed(outcome, worse)}.")
     if equal:
         sentences.append(f"This sweep cannot tell {best} from {_listed(outcome, equal)}.")
     if worse or equal:
         unit = f" in{scale.unit}" if scale.unit else ""
-        sentences.append(f"Brackets hold the mean difference{unit}, {best} minus the other, and its 95 % interval.")
+        sentences.append(
+            f"Brackets give the mean difference{unit}, {best} minus the other variant, and the difference's 95 % "
+            "interval."
+        )
     if unknown:
         names = join_words([pair.second for pair in unknown])
         fewest = min(pair.seeds for pair in unknown)
@@ -169,14 +172,14 @@ def _sides(outcome: Outcome) -> list[str]:
 
 
 def _enough(outcome: Outcome) -> list[str]:
-    """Answer whether one side is enough, as far as the intervals tell."""
+    """Answer whether one side is enough, as far as the intervals allow."""
     lora, sides = outcome.lora, _sides(outcome)
     if lora is None or not sides:
         return []
     pairs = [outcome.difference(side, lora) for side in sides]
     judged = [pair for pair in pairs if pair.student is not None]
     if not judged:
-        return [f"Whether one side is enough cannot be said from so few seeds: no interval is given against {lora}."]
+        return [f"There are too few seeds to decide whether one side is enough: no interval is given against {lora}."]
     better = [pair for pair in judged if outcome.verdict(pair) > 0]
     equal = [pair for pair in judged if outcome.verdict(pair) == 0]
     if better:
@@ -198,7 +201,7 @@ def _is(pairs: list[PairedDifference]) -> str:
 
 
 def _possible_loss(outcome: Outcome, pair: PairedDifference) -> float:
-    """Return by how much the first variant of a pair may be worse, by the Student interval."""
+    """Return the largest loss of a pair's first variant that the Student interval allows."""
     assert pair.student is not None
     low, high = pair.student
     return max(0.0, -low if outcome.scale(outcome.metric).higher_is_better else high)
@@ -214,15 +217,15 @@ def _head(outcome: Outcome) -> list[str]:
     if pair.student is None:
         return []
     numbers = f"{adapter}, the best adapter ({_numbers_of(outcome, pair)})"
-    alone = "The head alone" + ("" if head == "head" else f" ({head})")
+    subject = "The head alone" + ("" if head == "head" else f" ({head})")
     verdict = outcome.verdict(pair)
     if verdict > 0:
-        return [f"{alone} is clearly better than {numbers}: adapters do not pay here."]
+        return [f"{subject} is clearly better than {numbers}: adapters do not help here."]
     if verdict < 0:
-        return [f"{alone} is clearly worse than {numbers}: adapters pay here."]
+        return [f"{subject} is clearly worse than {numbers}: adapters help here."]
     gain = _possible_loss(outcome, pair)
     return [
-        f"{alone} cannot be told from {numbers}. By this sweep, adapters do not pay here. A gain of up to "
+        f"{subject} cannot be told from {numbers}. This sweep shows no gain from adapters. A gain of up to "
         f"{scale.text(gain)}{scale.unit} is not excluded."
     ]
 
@@ -273,7 +276,7 @@ def _gaps(outcome: Outcome) -> list[str]:
             rows = outcome.trials[outcome.trials["variant"] == variant]
             lost = int((rows["state"] == "failed").sum())
             reason = f": {lost} of its {len(rows)} trials failed" if lost else ""
-            sentences.append(f"{variant} is missing from the comparison, without a confirmed result{reason}.")
+            sentences.append(f"{variant} is missing from the comparison, since it has no confirmed result{reason}.")
         elif failed:
             sentences.append(
                 f"{failed} of {len(trials)} confirming trials of {variant} failed and are left out of its means."
@@ -282,7 +285,7 @@ def _gaps(outcome: Outcome) -> list[str]:
 
 
 def _compared(outcome: Outcome, first: str, second: str) -> str:
-    """Compare a variant with another one in quality and in cost."""
+    """Compare two variants in quality and in cost."""
     pair, scale = outcome.difference(first, second), outcome.scale(outcome.metric)
     costs = _costs(outcome, first, second)
     numbers = _numbers_of(outcome, pair)
@@ -298,10 +301,10 @@ def _compared(outcome: Outcome, first: str, second: str) -> str:
 def _costs(outcome: Outcome, first: str, second: str) -> str:
     """Return a sentence about the costs of a variant in per cent of another variant's; empty if none is known."""
     shares = []
-    for metric, words in COSTS.items():
+    for metric, name in COSTS.items():
         cost, other = outcome.cost(first, metric), outcome.cost(second, metric)
         if cost and other:
-            shares.append(f"{words} {_share(cost, other)}")
+            shares.append(f"{name} {_share(cost, other)}")
     return f" Costs of {first} in per cent of {second}'s: {', '.join(shares)}." if shares else ""
 
 

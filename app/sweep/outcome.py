@@ -22,7 +22,7 @@ COSTS = {  # column, and its name in a sentence
     "memory/peak_bytes": "peak memory",
 }
 LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae")  # parts of a metric's name
-NO_SCORE = ("time/", "memory/", "params/", "adapter/")  # beginnings of a metric's name
+NO_SCORE = ("time/", "memory/", "params/", "adapter/")  # prefixes of costs
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class Scale:
         return f"{value * self.factor:+.{self.digits}f}".replace("-", "−")
 
     def mean(self, mean: Mean) -> str:
-        """Return a mean ± its standard error, the mean alone of one seed, or a dash."""
+        """Return a mean ± its standard error; the mean alone for one seed, a dash without seeds."""
         if not mean.seeds:
             return "–"
         return self.text(mean.value) + ("" if mean.error is None else f" ± {self.text(mean.error)}")
 
 
 class Outcome:
-    """A sweep's trials, as its report needs them.
+    """Trials of a sweep, with the figures that the report shows.
 
     Args:
         facts: The plan.
-        results: One row a trial. A column may be missing.
+        results: One row for each trial. Columns may be missing.
     """
 
     def __init__(self, facts: PlanFacts, results: pd.DataFrame) -> None:
@@ -118,8 +118,8 @@ class Outcome:
     def at_choice(self, variant: str, phase: str) -> pd.DataFrame:
         """Return the variant's trials of a phase at its chosen point.
 
-        A confirmed point that lost the choice, after values were added to the search, is left out. A confirming seed
-        that not all variants had time for is left out too.
+        Trials of a previous choice are left out: the choice can change when values are added to the search. Confirming
+        seeds that not all variants had time for are left out too.
         """
         chosen = self.chosen(variant)
         point = None if chosen is None else chosen["point"]
@@ -167,12 +167,12 @@ class Outcome:
 
     @property
     def report(self) -> list[str]:
-        """Return the metrics of the table, the selecting one if the plan names none."""
+        """Return the metrics of the table; the selecting metric if the plan names no metric."""
         return self.facts.report or [self.facts.metric]
 
     @property
     def phase(self) -> Literal["select", "confirm"]:
-        """Return the phase that fills the table; without confirming seeds, the trials that made the choice do."""
+        """Return the phase of the trials in the table: `confirm`, or `select` without confirming seeds."""
         return "confirm" if self.facts.confirm_seeds else "select"
 
     @cached_property
@@ -186,11 +186,11 @@ class Outcome:
         return paired_difference(first, values, second, others)
 
     def verdict(self, difference: PairedDifference) -> int:
-        """Return 1 if the first variant is clearly better, -1 if it is clearly worse, 0 if the interval holds zero."""
+        """Return 1 if the first variant is clearly better, -1 if clearly worse, 0 if the interval contains zero."""
         return difference.sign if self.scale(self.metric).higher_is_better else -difference.sign
 
     def kind(self, variant: str) -> Kind:
-        """Return what a variant trains, by its keys."""
+        """Return the kind of a variant: the parts that its keys train."""
         keys = self.facts.set | self.facts.variants[variant]
         tuning, train = keys.get("model.tuning", "adapter"), keys.get("model.adapter.train")
         if tuning in ("head", "full"):
@@ -218,7 +218,7 @@ class Outcome:
         return Scale(metric, hundredfold, not lower, digits)
 
     def short(self, key: str) -> str:
-        """Return the last part of a searched key, or the whole key if two share the last part."""
+        """Return the last part of a searched key, or the whole key if two keys share the last part."""
         last = key.rpartition(".")[2]
         return last if sum(other.rpartition(".")[2] == last for other in self.keys) == 1 else key
 

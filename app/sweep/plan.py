@@ -25,8 +25,8 @@ Point = dict[str, Any]  # the searched keys with their values
 PRUNERS = ("none", "median", "halving", "hyperband")
 MODES = ("max", "min")
 KEYS = ("base", "set", "variants", "search", "select", "confirm", "trials_per_variant", "prune")
-MONITOR = "checkpoint.monitor"  # as select.metric: the metric by which the recipe keeps its best checkpoint
-RANK = ("model.adapter.rank", "model.adapter.alpha")  # what times_rank multiplies
+MONITOR = "checkpoint.monitor"  # value of select.metric that means the recipe's monitored metric
+RANK = ("model.adapter.rank", "model.adapter.alpha")  # keys that times_rank multiplies
 # keys that the sweep itself sets in each trial
 RESERVED = ("seed_everything", "model.adapter.seed", "test_after_fit", "ckpt_path", "trainer.default_root_dir")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # name of a variant, which is also the name of a folder
@@ -49,7 +49,7 @@ class Range:
     Args:
         low: Smallest value.
         high: Largest value; the values are whole numbers if both ends are.
-        log: Whether the logarithm is sampled uniformly.
+        log: If true, sample the logarithm uniformly.
     """
 
     low: float
@@ -77,11 +77,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole sweep.
+    """The validated content of a sweep's file.
 
     Args:
         name: Name of the file without its suffix.
-        base: Recipes and overlays under every trial.
+        base: Recipes and overlays of every trial.
         set: Keys that every trial sets.
         variants: The arms, in the order of the table.
         search: Values or ranges of the searched keys, for variants without their own.
@@ -89,8 +89,8 @@ class Plan:
         mode: Direction in which the metric is better: `max` or `min`.
         select_seeds: Seeds of the trials that choose.
         confirm_seeds: Seeds of the trials at the chosen point, which are tested.
-        report: Metrics of the table.
-        trials_per_variant: Points that each variant tries; None takes the number of points of the grid.
+        report: Metrics of the table; the first metric decides the comparison.
+        trials_per_variant: Number of points that each variant tries; None takes the size of the grid.
         prune: Rule that stops poor trials early: one of `PRUNERS`.
         notes: Whole sentences about facts from the recipe, for the report.
     """
@@ -193,8 +193,8 @@ def parse_plan(
     confirm_seeds = _seeds("confirm.seeds", confirm.get("seeds", []), least=0)
     if shared := sorted({*select_seeds} & {*confirm_seeds}):
         raise SweepError(
-            f"confirm.seeds: {shared[0]} is in select.seeds too. Confirm with other seeds than those that chose the "
-            "point, or the table favours lucky points."
+            f"confirm.seeds: {shared[0]} is in select.seeds too. Confirm with seeds that did not choose the point, "
+            "or the table favours lucky points."
         )
     report = tuple(_words("confirm.report", confirm.get("report", []), least=0))
     variants, notes = _variants(content["variants"], keys, search, recipe)
@@ -226,23 +226,23 @@ def _check_keys(section: str, content: Mapping[str, Any], allowed: Sequence[str]
         if key not in allowed:
             close = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else "."
-            raise SweepError(f"There is no key {prefix}{key} in a sweep{hint} There are {', '.join(allowed)}.")
+            raise SweepError(f"There is no key {prefix}{key} in a sweep{hint} The keys are {', '.join(allowed)}.")
     for key in required:
         if key not in content:
-            raise SweepError(f"{prefix}{key}: the key is missing in the sweep's file.")
+            raise SweepError(f"{prefix}{key}: the key is missing in the sweep's file. Add it.")
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise SweepError(f"{key}: {value!r:.80} is no group of keys.")
+        raise SweepError(f"{key}: {value!r:.80} is no mapping. Write keys with values below {key}.")
     return value
 
 
 def _words(key: str, value: Any, least: int) -> list[str]:
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, list) or len(words) < least or not all(isinstance(word, str) and word for word in words):
-        raise SweepError(f"{key}: {value!r:.80} is no list of names.")
-    return words
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or len(names) < least or not all(isinstance(name, str) and name for name in names):
+        raise SweepError(f"{key}: {value!r:.80} is no list of names. Write a list, such as [first, second].")
+    return names
 
 
 def _recipes(key: str, value: Any) -> tuple[str, ...]:
@@ -273,15 +273,16 @@ def _seeds(key: str, value: Any, least: int) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) < least or not all(type(s) is int and 0 <= s < 2**32 for s in value):
         raise SweepError(f"{key}: {value!r:.80} is no list of seeds. Give whole numbers from 0 on, such as [0, 1].")
     if len({*value}) < len(value):
-        raise SweepError(f"{key}: {value!r:.80} has a seed twice.")
+        raise SweepError(f"{key}: {value!r:.80} has a seed twice. Remove one of the two.")
     return tuple(value)
 
 
 def _select_metric(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise SweepError(f"select.metric: {value!r:.80} is no metric. Name one of validation, such as val/loss.")
+        raise SweepError(f"select.metric: {value!r:.80} is no metric. Name a metric of validation, such as val/loss.")
     if not value.startswith("val/"):
-        reason = "a metric of the test split cannot choose" if value.startswith("test/") else "only validation chooses"
+        name = "a metric of the test split" if value.startswith("test/") else "this metric"
+        reason = f"{name} cannot choose a point"
         raise SweepError(f"select.metric: {value}: {reason}. Name a metric of validation, such as val/loss.")
     return value
 
@@ -292,12 +293,12 @@ def _assigned(assignments: Sequence[str]) -> dict[str, Any]:
     for word in assignments:
         key, equals, text = word.partition("=")
         if not equals:
-            raise SweepError(f"--set: {word!r:.80} has no value. Write the key with one: --set trainer.max_epochs=3.")
+            raise SweepError(f"--set: {word!r:.80} has no value. Write KEY=VALUE, such as --set trainer.max_epochs=3.")
         try:
             check_yaml(text)
             keys[key] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise SweepError(f"--set {key}: {text!r:.80} is not YAML that can be used: {error}") from error
+            raise SweepError(f"--set {key}: {text!r:.80} cannot be read as YAML: {error}") from error
     return keys
 
 
@@ -330,7 +331,7 @@ def _space(section: str, content: Any) -> dict[str, tuple[Any, ...] | Range]:
         elif isinstance(values, list) and values:
             listed = tuple(_number_or_value(value) for value in values)
             if len({json.dumps(value) for value in listed}) < len(listed):
-                raise SweepError(f"{where}: {values!r:.80} has a value twice.")
+                raise SweepError(f"{where}: {values!r:.80} has a value twice. Remove one of the two.")
             numeric = all(_is_number(value) for value in listed)
             space[key] = tuple(sorted(listed)) if numeric else listed
         else:
@@ -344,7 +345,7 @@ def _range(where: str, content: Mapping[str, Any]) -> Range:
     if not (_is_number(low) and _is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
         raise SweepError(f"{where}: low {low!r} and high {high!r} are no range of numbers. Give low below high.")
     if not isinstance(log, bool):
-        raise SweepError(f"{where}.log: {log!r:.80} is neither true nor false.")
+        raise SweepError(f"{where}.log: {log!r:.80} is neither true nor false. Give one of these values.")
     if log and low <= 0:
         raise SweepError(f"{where}.low: {low} has no logarithm. Give a number above 0, or log: false.")
     return Range(low, high, log)
@@ -429,15 +430,15 @@ def _variants(
             raise SweepError(f"{where}.search.{unsearched[0]}: search does not have this key. Add the key there too.")
         for key in search:
             if key in keys or key in common:
-                place = where if key in keys else "set"
-                raise SweepError(f"{place}.{key}: search has this key too. Remove one of the two.")
+                section = where if key in keys else "set"
+                raise SweepError(f"{section}.{key}: search has this key too. Remove one of the two.")
         if keys.get("model.tuning") == "head" and not recipe.has_new_head():
             notes.append(f"{name}: left out, since the model of {recipe.files} has no new head to train alone.")
             continue
         variants.append(Variant(name, keys, {key: own_search.get(key, values) for key, values in search.items()}))
     if not variants:
         left_out = "".join(f" {note}" for note in notes)
-        raise SweepError(f"variants: there are none.{left_out} Name at least one, such as B: {{}}.")
+        raise SweepError(f"variants: there is no variant.{left_out} Name at least one, such as B: {{}}.")
     return tuple(variants), tuple(notes)
 
 
@@ -453,6 +454,6 @@ def _check_numbers_of_points(plan: Plan) -> None:
     size = next(iter(sizes.values()))
     if plan.trials_per_variant is not None and size > plan.trials_per_variant:
         raise SweepError(
-            f"trials_per_variant: {plan.trials_per_variant} is less than the {size} points of search. Raise it, or "
-            "leave values out."
+            f"trials_per_variant: {plan.trials_per_variant} is less than the {size} points of search. Use at least "
+            f"{size}, or remove values from search."
         )

@@ -39,7 +39,7 @@ class SweepProgress:
             self._lines: list[TaskID] = [self._bars.add_task("", note="", visible=False) for _ in range(workers)]
 
     def __enter__(self) -> SweepProgress:
-        """Begin to draw."""
+        """Start to draw."""
         if self._bars is not None:
             self._bars.start()
         return self
@@ -47,12 +47,12 @@ class SweepProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the last state."""
+        """Stop drawing. The last state stays on the terminal."""
         if self._bars is not None:
             self._bars.stop()
 
     def count(self, done: int, expected: int) -> None:
-        """Show how many trials of all are done."""
+        """Show the number of finished trials, and of all trials."""
         self.done, self.expected = done, expected
         if self._bars is not None:
             self._bars.update(self._all, completed=done, total=expected, note=self._time_left())
@@ -72,14 +72,14 @@ class SweepProgress:
             self._bars.update(self._lines[worker], completed=step, total=curve.steps, note=note)
 
     def finish(self, worker: int, job: Job, result: str, seconds: float) -> None:
-        """Show how a trial has ended."""
+        """Show the result of a trial."""
         self._seconds.append(seconds)
         self.done += 1
         if self._bars is not None:
             self._bars.update(self._lines[worker], visible=False)
         left = self._time_left()
-        of = f"{self.done} of {max(self.expected, self.done)}"
-        _log.info(f"{of}: {describe(job)} ({job.phase}): {result}, {seconds:.0f} s{f'; {left}' if left else ''}.")
+        count = f"{self.done} of {max(self.expected, self.done)}"
+        _log.info(f"{count}: {describe(job)} ({job.phase}): {result}, {seconds:.0f} s{f'; {left}' if left else ''}.")
 
     def _time_left(self) -> str:
         left = self.expected - self.done

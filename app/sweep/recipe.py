@@ -48,7 +48,7 @@ class Recipe:
             raise ArgumentError(None, f"base: {self.files}: {error}") from error
 
     def monitor(self) -> tuple[str | None, str]:
-        """Return the metric by which the best checkpoint is kept, if any, and its direction."""
+        """Return the metric that decides the best checkpoint (None if there is no such metric), and its direction."""
         return self.config.checkpoint.monitor, self.config.checkpoint.mode
 
     def rank_and_alpha(self) -> tuple[int, float] | None:

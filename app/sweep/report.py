@@ -39,7 +39,7 @@ def write_report(facts: PlanFacts, results: pd.DataFrame, folder: Path) -> None:
 
     Args:
         facts: The plan.
-        results: One row a trial; metrics, searched keys and curves may be missing.
+        results: One row for each trial; metrics, searched keys and curves may be missing.
         folder: Directory of the sweep. A previous report in it is overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,8 @@ def main_table(outcome: Outcome) -> pd.DataFrame:
         row["seeds"] = str(outcome.mean(variant, outcome.metric).seeds)
         for metric in outcome.report:
             scale, mean = outcome.scale(metric), outcome.mean(variant, metric)
-            other = f" (n = {mean.seeds})" if mean.seeds and str(mean.seeds) != row["seeds"] else ""
-            row[f"{scale.name} {'↑' if scale.higher_is_better else '↓'}"] = scale.mean(mean) + other
+            seeds = f" (n = {mean.seeds})" if mean.seeds and str(mean.seeds) != row["seeds"] else ""
+            row[f"{scale.name} {'↑' if scale.higher_is_better else '↓'}"] = scale.mean(mean) + seeds
         parameters, size = outcome.cost(variant, "params/trainable"), outcome.cost(variant, "adapter/bytes")
         seconds, memory = outcome.cost(variant, "time/fit_seconds"), outcome.cost(variant, "memory/peak_bytes")
         row["trained parameters"] = "–" if parameters is None else f"{parameters:,.0f}"
@@ -90,7 +90,7 @@ def difference_table(outcome: Outcome) -> pd.DataFrame:
     def interval(bounds: tuple[float, float] | None) -> str:
         return "–" if bounds is None else f"{scale.signed(bounds[0])} to {scale.signed(bounds[1])}"
 
-    def words(pair: PairedDifference) -> str:
+    def reading(pair: PairedDifference) -> str:
         if pair.student is None:
             return "too few seeds"
         verdict = outcome.verdict(pair)
@@ -104,7 +104,7 @@ def difference_table(outcome: Outcome) -> pd.DataFrame:
                 f"difference in {scale.name}": scale.signed(pair.mean),
                 "95 % Student": interval(pair.student),
                 "95 % bootstrap": interval(pair.bootstrap),
-                "reading": words(pair),
+                "reading": reading(pair),
             }
             for pair in outcome.differences
             if pair.seeds
@@ -121,7 +121,7 @@ def _caption(outcome: Outcome) -> str:
 
 
 def _markdown(facts: PlanFacts, results: pd.DataFrame) -> str:
-    """Return the tables with the findings in words."""
+    """Return the report in Markdown: findings and tables."""
     outcome = Outcome(facts, results)
     parts = [f"# Sweep {facts.name}", introduction(facts, results)]
     parts.append("\n".join(f"- {sentence}" for sentence in findings(facts, results)))
@@ -145,7 +145,7 @@ def _rows(frame: pd.DataFrame) -> str:
 
 
 def _page(facts: PlanFacts, results: pd.DataFrame) -> Report:
-    """Return the page."""
+    """Return the HTML page."""
     outcome = Outcome(facts, results)
     report = Report(f"Sweep {facts.name}")
     report.add_paragraph(introduction(facts, results))
@@ -183,8 +183,8 @@ def _add_differences(report: Report, outcome: Outcome) -> None:
             "differences",
             picture,
             f"Paired differences in {scale.metric} with 95 % intervals",
-            "Points are mean differences, thin lines Student intervals, thick bars bootstrap intervals. Look for thin "
-            f"lines that stay clear of 0 (coloured): only those pairs differ beyond the spread of the seeds.{only}",
+            "Points are mean differences, thin lines Student intervals, thick bars bootstrap intervals. Look for "
+            f"coloured lines, which do not reach 0: only these pairs differ beyond the spread of the seeds.{only}",
         )
     caption = f"Paired differences ({len(table)} pairs, no interval corrected for their number)"
     report.add_table(caption, table, text_columns=["reading"])
@@ -203,17 +203,16 @@ def _add_responses(report: Report, outcome: Outcome) -> None:
             report.add_paragraph(f"No complete trial has a value of {metric} and {key} yet.")
             continue
         grid = isinstance(facts.search[key], list) or len(outcome.keys) == 1
-        line = "lines join the means over these seeds" if grid else "filled ones are the means over these seeds"
+        line = "lines join the means over these seeds" if grid else "filled points are the means over these seeds"
         if len(outcome.keys) > 1:
-            line += ", the best ones over the other searched keys"
+            line += ", at the best values of the other searched keys"
         report.add_figure(
             f"response_{key}",
             picture,
             f"{metric} by {outcome.short(key)} on the selecting seeds",
-            f"Hollow points are complete trials, {line}; variants are set apart sideways a little. "
-            f"Rings mark the chosen point ({extreme} mean), crosses at the {edge} edge trials that failed, diverged or "
-            "lie beyond the axis. Look "
-            "for a peak inside the range: a ring at an end means that better values may lie beyond.",
+            f"Hollow points are complete trials; {line}. Variants are shifted sideways a little. Rings mark the chosen "
+            f"points ({extreme} mean). Crosses at the {edge} edge mark trials that failed, diverged or lie beyond the "
+            "axis. Look for rings inside the range: a ring at an end means that better values may lie beyond.",
         )
 
 
@@ -244,9 +243,9 @@ def _add_curves(report: Report, outcome: Outcome) -> None:
         "curves",
         picture,
         f"{outcome.facts.metric} by optimizer step at the chosen points",
-        "Each panel shows one variant: thin lines are its seeds (the confirmed ones where there are any), the thick "
-        "line is their mean, and grey lines are the means of the other variants. Look for thick lines that still "
-        "improve at the end, where more training would change the comparison.",
+        "Each panel shows one variant. Thin lines are its seeds (the confirming seeds, if there are any), and the "
+        "thick line is their mean. Grey lines are the means of the other variants. Look for thick lines that still "
+        "improve at the end: more training would change the comparison.",
     )
 
 
@@ -266,8 +265,8 @@ def _add_lost(report: Report, outcome: Outcome) -> None:
             }
             for (variant, _, error), group in _grouped(failed.assign(error=failed["error"].fillna("–")), "error")
         ]
-        caption = f"{len(failed)} failed. They rank last; divergence at a learning rate is a result."
-        report.add_table(f"{caption} Run: that of the first seed.", pd.DataFrame(rows), FAILURE_TEXT)
+        caption = f"{len(failed)} failed. Failed trials rank last, since divergence at a learning rate is a result."
+        report.add_table(f"{caption} Run is the first seed's run directory.", pd.DataFrame(rows), FAILURE_TEXT)
     if not pruned.empty:
         scale = outcome.scale(outcome.facts.metric)
         rows = []
@@ -283,7 +282,7 @@ def _add_lost(report: Report, outcome: Outcome) -> None:
                     f"last {scale.name}": ", ".join(map(scale.text, values)) or "–",
                 }
             )
-        caption = f"{len(pruned)} pruned: stopped early, since others were ahead."
+        caption = f"{len(pruned)} pruned: stopped early, since other trials were ahead."
         report.add_table(caption, pd.DataFrame(rows), text_columns=["point", "seeds"])
 
 
@@ -291,8 +290,8 @@ def _add_repetition(report: Report, outcome: Outcome) -> None:
     facts = outcome.facts
     report.add_heading("How to repeat the sweep")
     report.add_paragraph(
-        "Run the command with the sweep's file and its recipes. Each trial is one main.py fit. results.parquet "
-        "beside this page names the run directory of every trial, whose config.yaml repeats that trial alone."
+        "Run the command with the sweep's file and its recipes. Each trial is one main.py fit. results.parquet beside "
+        "this page names the run directory of every trial. The config.yaml there repeats the trial alone."
     )
     report.add_code(shlex.join(facts.command))
     shared = [("base", path) for path in facts.base] + [("set", f"{k} = {_json(v)}") for k, v in facts.set.items()]

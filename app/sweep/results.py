@@ -21,19 +21,19 @@ COLUMNS = ("variant", "phase", "point", "seed", "state", "error", "run", "chosen
 
 
 def results_frame(plan: Plan, trials: Mapping[Job, FrozenTrial], left: Outline) -> pd.DataFrame:
-    """Return one row a trial, in the order of the variants, phases, points and seeds.
+    """Return one row for each trial, in the order of the variants, phases, points and seeds.
 
-    The columns are `COLUMNS`, `search/<key>` for each searched key, `curve_steps`, `curve_values`, and one for each
-    metric, under its name. The selecting metric has its value at the best checkpoint.
+    The columns are `COLUMNS`, `search/<key>` for each searched key, `curve_steps`, `curve_values`, and one column for
+    each metric, with the metric's name. The value of the selecting metric is from the best checkpoint.
     """
     order = {variant.name: i for i, variant in enumerate(plan.variants)}
     points = {job.point: json.loads(job.point) for job in trials}
 
-    def place(job: Job) -> tuple[Any, ...]:
+    def sort_key(job: Job) -> tuple[Any, ...]:
         values = [_cell(points[job.point].get(key)) for key in plan.search_keys]
         return order[job.variant], job.phase == "confirm", [(isinstance(v, str), v) for v in values], job.seed
 
-    rows = [_row(plan, job, trials[job], points[job.point], left) for job in sorted(trials, key=place)]
+    rows = [_row(plan, job, trials[job], points[job.point], left) for job in sorted(trials, key=sort_key)]
     searched = [f"search/{key}" for key in plan.search_keys]
     fixed = [*COLUMNS, *searched, "curve_steps", "curve_values"]
     metrics = sorted({name for row in rows for name in row} - {*fixed})
@@ -78,11 +78,11 @@ def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFact
     Args:
         plan: The sweep.
         left: The jobs that are left.
-        command: Words of the command that repeats the sweep.
+        command: Program and arguments that repeat the sweep.
         time: Facts about the time limit, if there is one.
     """
     own_searches = [
-        f"{variant.name}: {key} was searched over values of its own: {_listed(values)}."
+        f"{variant.name}: {key} was searched over the variant's own values: {_listed(values)}."
         for variant in plan.variants
         for key, values in variant.search.items()
         if values != plan.search[key]

@@ -1,4 +1,4 @@
-"""Run a sweep: workers take trials from the study, report their validations, prune them, and record their ends."""
+"""Run a sweep: workers take trials from the study, report their validations, prune them, and record their results."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Sweep:
         ledger: Trials of the sweep.
         output: Directory of the results.
         workers: Number of trials that run at once.
-        imports: Words of the command line that allow imports, for the trials.
-        command: Words of the command that repeats the sweep.
+        imports: Options of the command line that allow imports, for the trials.
+        command: Program and arguments that repeat the sweep.
         again: Command that continues the sweep.
         budget: Time limit of this process; None without a limit.
     """
@@ -123,7 +123,7 @@ class Sweep:
         now = time.monotonic()
         busy = [worker for worker in self.workers if worker.claim is not None]
         for worker in busy:
-            self._look_after(worker)
+            self._check_trial(worker)
         self._beat()
         for worker in self.workers:
             if worker.claim is None and now >= self._next_look and not self._take(worker):
@@ -183,7 +183,7 @@ class Sweep:
 
     # ---------------------------------------------------------------------------------------------------------- trials
 
-    def _look_after(self, worker: Worker) -> None:
+    def _check_trial(self, worker: Worker) -> None:
         assert worker.trial is not None
         assert worker.claim is not None
         end = worker.trial.end()
@@ -204,7 +204,7 @@ class Sweep:
             worker.trial.stop()
 
     def _may_prune(self, worker: Worker, curve: Curve) -> bool:
-        """Return True if a trial may be pruned: after its first quarter, which has the warm-up, and before its end."""
+        """Return True if a trial may be pruned: after its first quarter, which includes warm-up, and before its end."""
         assert worker.claim is not None
         step, steps = max(curve.points), curve.steps
         in_time = steps is None or PRUNED_FROM * steps <= step < steps
@@ -218,12 +218,12 @@ class Sweep:
         if end == "killed":
             self._kills[job] = self._kills.get(job, 0) + 1
             if self._kills[job] < 2:
-                _log.warning(f"{describe(job)}: killed ({trial.signal}). It resumes from its last checkpoint, once.")
+                _log.warning(f"{describe(job)}: killed ({trial.signal}). It resumes once from its last checkpoint.")
                 trial.start()
                 return
             self._finish(worker, "failed", curve, f"killed twice ({trial.signal}), often because memory is full")
         elif end == "refused" and trial.resumes:
-            _log.warning(f"{describe(job)}: cannot be resumed ({trial.error()}). It starts anew.")
+            _log.warning(f"{describe(job)}: cannot be resumed ({trial.error()}). The trial restarts from step 0.")
             trial.clear()
             trial.start()
         elif end == "refused" and self._is_extra(claim):
@@ -250,7 +250,7 @@ class Sweep:
             self._finish(worker, "complete", curve)
 
     def _is_extra(self, claim: Claim) -> bool:
-        """Return True for a point that the sweep chose by a rule, not the author of the file."""
+        """Return True for a point that is not in the sweep's file: a sampled point, or an extension of the grid."""
         left = self.ledger.outline(self.ledger.trials())
         return self.plan.is_sampled or left.extra.get(claim.job.variant) == claim.job.point
 
@@ -308,7 +308,7 @@ class Sweep:
     # ---------------------------------------------------------------------------------------------------------- report
 
     def _save_time(self, ended: bool) -> None:
-        """Save the time limit for reports, and at the end the estimated time for the next work."""
+        """Save the time limit for reports, and at the end also the estimated seconds of the next jobs."""
         if self.budget is None:
             self.ledger.save_time(None)
             return
@@ -333,7 +333,7 @@ def report(plan: Plan, ledger: Ledger, output: Path, command: Sequence[str]) -> 
         plan: The sweep.
         ledger: Trials of the sweep.
         output: Directory of the results.
-        command: Words of the command that repeats the sweep, without `--minutes`.
+        command: Program and arguments that repeat the sweep, without `--minutes`.
 
     Returns:
         The facts that the report states about the plan, and the results.

@@ -1,4 +1,4 @@
-"""Compute the trials that a sweep needs next, from its plan and its trials so far, the same in every process."""
+"""Compute the next trials of a sweep from its plan and its trials so far, with the same result in every process."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def outline(plan: Plan, records: Iterable[Record], sampled: Mapping[str, list[st
         points = [*tried[variant.name], *([result.extra[variant.name]] if variant.name in result.extra else [])]
         chosen = points[0] if variant.name not in with_choice else _best(plan, variant.name, points, known)
         if chosen is None:
-            result.notes.append(f"{variant.name}: no point has finished with all seeds, so none is chosen.")
+            result.notes.append(f"{variant.name}: no point is chosen, since no point is complete with all seeds.")
             result.expected -= len(plan.confirm_seeds)
         else:
             result.chosen[variant.name] = chosen
@@ -161,7 +161,7 @@ def _best(plan: Plan, variant: str, points: Iterable[str], known: Mapping[Job, R
 def _extra_points(
     plan: Plan, known: Mapping[Job, Record], tried: Mapping[str, list[str]]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return one more point for each variant with a note, if the best value of any variant lies at an end of a grid."""
+    """Return one more point and a note for each variant, if the best value of any variant lies at an end of a grid."""
     points: dict[str, Point] = {}
     notes: dict[str, str] = {}
     for variant in plan.variants:
@@ -188,8 +188,8 @@ def _extra_points(
             if value is not None:
                 points[variant.name] = {**best, key: value}
                 notes[variant.name] = (
-                    f"{variant.name}: {key} {value:g}, beside the best one of the grid, was tried too, so that all "
-                    "variants have tried the same number of points."
+                    f"{variant.name}: {key} {value:g}, next to the best value of the grid, was tried too, so that "
+                    "all variants have tried the same number of points."
                 )
                 break
     in_order = [variant.name for variant in plan.variants if variant.name in points]

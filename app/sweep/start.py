@@ -22,9 +22,9 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
 
     Args:
         plan: The sweep, from its current file.
-        url: URL of a database; None takes the journal in the output directory.
-        output: Directory of the results, made if missing.
-        must_exist: Whether a sweep without trials is an error.
+        url: URL of a database; None for the journal in the output directory.
+        output: Directory of the results, created if missing.
+        must_exist: If true, a sweep without trials is an error.
 
     Raises:
         SweepError: If the sweep was started with a plan that differs by more than additions, or cannot be opened.
@@ -36,7 +36,7 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SweepError(f"--output: {output} cannot be made ({error.strerror}). Choose another place.") from error
+        raise SweepError(f"--output: {output} cannot be created ({error.strerror}). Give another directory.") from error
     storage = open_storage(url, output)
     if must_exist and plan.name not in optuna.get_all_study_names(storage):
         raise SweepError(f"--storage: the database has no sweep named {plan.name} yet. Run the sweep first.")
@@ -45,10 +45,10 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
     trials = ledger.trials()
     tried = [job for job, trial in trials.items() if trial.state != TrialState.WAITING]
     if saved is not None and (differences := plan_differences(saved, plan, tried)):
-        place = "storage under this name" if url else str(output)
+        location = "storage under this name" if url else str(output)
         other = "under another file name" if url else "with another --output"
         raise SweepError(
-            f"--config: the sweep in {place} has trials that do not fit the current file and options: "
+            f"--config: the sweep in {location} has trials that do not fit the current file and options: "
             f"{'; '.join(differences)}. Undo the change, or start a new sweep {other}. Variants, values and seeds may "
             "be added."
         )
@@ -56,5 +56,5 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
         ledger.head.set_user_attr(PLAN, plan_content(plan))
     done = sum(trial.state.is_finished() for trial in trials.values())
     if done:
-        _log.info(f"{done} trials are finished already; {output} goes on.")
+        _log.info(f"{done} trials are finished already. The sweep in {output} continues.")
     return ledger

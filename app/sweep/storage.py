@@ -1,4 +1,4 @@
-"""The study of a sweep in Optuna's storage, which several processes and machines share.
+"""Trials of a sweep in Optuna's storage, which several processes and machines share.
 
 Each variant has its own Optuna study, so that its sampler and pruner learn from its trials alone. The user attributes
 of a trial hold its job. A failed trial without an `error` is void: its owner was stopped or killed, or the trial was a
@@ -99,14 +99,14 @@ def open_storage(url: str | None, output: Path) -> BaseStorage:
     problem: Exception | None = None
     for _ in range(3):
         try:
-            with warnings.catch_warnings():  # "experimental"
+            with warnings.catch_warnings():  # Optuna's heartbeats are experimental
                 warnings.simplefilter("ignore")
                 return RDBStorage(
                     url, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=HEARTBEAT, grace_period=GRACE
                 )
         except Exception as error:
             problem = error
-            if not isinstance(error, DBAPIError):  # no such driver, no URL
+            if not isinstance(error, DBAPIError):  # a missing driver or no URL
                 break
             time.sleep(1)  # machines that create the tables at the same time may conflict
     assert problem is not None
@@ -141,7 +141,7 @@ class Claim:
     lock: int
 
     def unlock(self) -> None:
-        """Let other processes take the trial's folder."""
+        """Release the lock of the trial's folder."""
         handle, self.lock = self.lock, -1
         if handle >= 0:
             os.close(handle)
@@ -247,7 +247,7 @@ class Ledger:
         if SAMPLED in trial.user_attrs:
             assert self.plan.trials_per_variant is not None
             wanted = len(self._sampled(name)) <= self.plan.trials_per_variant
-            if not wanted:  # machines that sample at the same time
+            if not wanted:  # other machines sampled at the same time
                 trial.set_user_attr(SURPLUS, True)
         if job is None or not mine or not wanted or (lock := try_lock(self._lock_file(job))) is None:
             _void(study, trial.number)
@@ -258,7 +258,7 @@ class Ledger:
         return claim
 
     def _is_free(self, name: str, trials: Mapping[Job, FrozenTrial]) -> bool:
-        """Return True unless the next trial of a variant has a run that outlives its sweep."""
+        """Return True unless a fit that outlived its sweep still has the lock of the variant's next trial."""
         waiting = {job: t for job, t in trials.items() if job.variant == name and t.state == TrialState.WAITING}
         following = min(waiting, key=lambda job: waiting[job].number)
         return not is_locked(self._lock_file(following))
@@ -277,7 +277,7 @@ class Ledger:
         )
 
     def _ask(self, name: str) -> Trial:
-        with warnings.catch_warnings():  # heartbeats outside of Study.optimize, which `beat` records
+        with warnings.catch_warnings():  # about heartbeats outside of Study.optimize; `beat` records them
             warnings.simplefilter("ignore")
             return self.studies[name].ask()
 
@@ -338,7 +338,7 @@ class Ledger:
         """Void the running trials whose owner has died: the lock is free, or the heartbeats have stopped."""
         for name, study in self.studies.items():
             if isinstance(self.storage, RDBStorage):
-                with warnings.catch_warnings():  # "experimental"
+                with warnings.catch_warnings():  # Optuna's heartbeats are experimental
                     warnings.simplefilter("ignore")
                     optuna.storages.fail_stale_trials(study)
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -351,7 +351,9 @@ class Ledger:
                     is_stale = here and (job is None or not is_locked(self._lock_file(job)))
                 if is_stale:
                     _void(study, trial.number)
-                    _log.info(f"{describe(job) if job else 'A trial'}: its owner has died. It is queued again.")
+                    _log.info(
+                        f"{describe(job) if job else 'A trial'}: its process has died. The trial is queued again."
+                    )
 
     # --------------------------------------------------------------------------------------------------------- helpers
 

@@ -84,10 +84,10 @@ class TrialProcess:
     """A running fit.
 
     Args:
-        words: Words of `main.py fit`, without its output directory.
+        words: Arguments of `main.py` for the fit, without the output directory.
         folder: Folder of the trial.
         recorder: Arguments of `MetricRecorder` besides the path.
-        tests: Whether the best checkpoint is tested at the end.
+        tests: If true, test the best checkpoint at the end.
         environment: Environment variables that differ from this process's.
         lock: Handle of the lock, which the fit inherits and keeps open.
     """
@@ -165,7 +165,7 @@ class TrialProcess:
             self._process.terminate()
 
     def end(self) -> End | None:
-        """Return how the fit has ended; None while it runs."""
+        """Return the kind of the fit's end; None while the fit runs."""
         if self._process is None:
             return "complete"
         code = self._process.poll()
@@ -198,7 +198,7 @@ class TrialProcess:
         return read_curve(self.curve_file, self._skip if self._process is not None else 0)
 
     def error(self) -> str:
-        """Return the line of the log that says why the newest attempt failed."""
+        """Return the error message of the newest attempt: a line of the log."""
         with (self.folder / LOG).open("rb") as file:
             file.seek(self._log_start)
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

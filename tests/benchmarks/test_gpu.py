@@ -58,7 +58,7 @@ def test_a_missing_gpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_parts_that_get_no_time_are_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--output", str(tmp_path), "--device", "cpu", "--quick", "--budget", "1"]) == 1
-    assert "Left: correctness, steps, profile, quality." in capsys.readouterr().out
+    assert "Unfinished: correctness, steps, profile, quality." in capsys.readouterr().out
 
 
 @pytest.mark.slow

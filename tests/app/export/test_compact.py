@@ -55,7 +55,7 @@ def test_signs_are_left_out_and_other_frozen_weights_are_told(
     capsys.readouterr()
     assert run_export(text_cli.run(), tmp_path / "compact") == 0
     out = capsys.readouterr().out
-    assert "Left out, as loading draws them again: the frozen factors of 4 projections." in out
+    assert "Left out: the frozen factors of 4 projections, which loading draws again." in out
     assert "Stored" not in out
     assert f"--model.adapter_path {tmp_path / 'compact'}" in out
     module = trained_module(text_cli)
@@ -133,7 +133,7 @@ def test_other_starts_are_stored(
 ) -> None:
     assert run_export(fitted_text_cli.run(), tmp_path / "compact", "--dtype=bfloat16") == 0
     out = capsys.readouterr().out
-    assert "Stored: both factors of 4 projections, since only those of init signs can be drawn again." in out
+    assert "Stored: both factors of 4 projections, since only init signs can be drawn again." in out
     assert "Left out" not in out
     assert "bfloat16" in out
     module = trained_module(fitted_text_cli)

@@ -61,7 +61,7 @@ def test_the_directory_is_uploaded_to_a_private_repository(
     (code,) = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)
     assert f"ADAPTER = '{NAME}'\n" in code
     backbone = Path(fitted_text_cli.backbone[1])
-    assert f"BACKBONE = '{backbone.name}'  # The backbone was read from a local path: give its place.\n" in code
+    assert f"BACKBONE = '{backbone.name}'  # The backbone was read from a local path: set its path here.\n" in code
     machine = [str(folder).encode() for folder in (backbone.parent, fitted_text_cli.root, fitted_text_cli.data.parent)]
     assert [name for name, content in hub.files.items() if any(path in content for path in machine)] == []
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == backbone.name
@@ -97,5 +97,5 @@ def test_a_name_that_the_hub_refuses_exports_nothing(
     hub: FakeHub, fitted_text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = push(fitted_text_cli.run(), tmp_path / "peft", "a/b/c")
-    refused(capsys, code, "--push_to_hub: 'a/b/c' is no name of a repository")
+    refused(capsys, code, "--push_to_hub: 'a/b/c' cannot name a repository")
     assert not (tmp_path / "peft").exists()

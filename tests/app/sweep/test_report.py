@@ -111,7 +111,7 @@ def failed(variant: str, phase: str, seed: int, error: str = "train/loss is nan"
             LORA,
             "One side may be enough: B cannot be told from lora. By the interval, B may be up to 0.46 points",
         ),
-        (LORA[:2], LOWER[:2], "Whether one side is enough cannot be said from so few seeds"),
+        (LORA[:2], LOWER[:2], "There are too few seeds to decide whether one side is enough"),
     ],
 )
 def test_answer_to_the_question_of_one_side(one_side: Sequence[float], both: Sequence[float], answer: str) -> None:
@@ -196,17 +196,17 @@ def test_equal_differences_give_intervals_without_width() -> None:
         pytest.param(
             {"lora": LORA, "B": LORA, "head": CLOSE},
             [
-                "adapters do not pay here",
+                "This sweep shows no gain from adapters",
                 "A gain of up to 0.46 points is not excluded",
                 "B is within 0.00 points of lora",
                 "3 pairs of variants were compared",
             ],
-            ["adapters pay", "clearly"],
+            ["adapters help", "clearly"],
             id="head alone as good",
         ),
         pytest.param(
             {"lora": LOWER, "B": LOWER, "head": LORA},
-            ["The head alone is clearly better than lora", "adapters do not pay here"],
+            ["The head alone is clearly better than lora", "adapters do not help here"],
             ["not excluded"],
             id="head better",
         ),
@@ -278,7 +278,7 @@ def test_everything_failed() -> None:
 def test_variant_without_results_is_named() -> None:
     results = pd.concat([frame({"lora": LORA, "B": LOWER}), pd.DataFrame([failed("full", "select", 0)])])
     text = " ".join(findings(facts_of(results), results))
-    assert "full is missing from the comparison, without a confirmed result: 1 of its 1 trials failed." in text
+    assert "full is missing from the comparison, since it has no confirmed result: 1 of its 1 trials failed." in text
 
 
 def test_failed_confirmation_is_left_out_of_the_pairs_and_named() -> None:

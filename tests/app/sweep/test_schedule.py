@@ -70,7 +70,7 @@ def test_point_with_an_unfinished_seed_ranks_last(state: Any) -> None:
     assert left(sweep, records).chosen["B"] == job("B", 4, 0).point
     nothing = left(sweep, finished({"B": dict.fromkeys((1, 2, 4, 8)), "A": {1: 0.1, 2: 0.3, 4: 0.2, 8: 0.1}}))
     assert "B" not in nothing.chosen
-    assert nothing.notes == ["B: no point has finished with all seeds, so none is chosen."]
+    assert nothing.notes == ["B: no point is chosen, since no point is complete with all seeds."]
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ def test_head_is_left_out_where_there_is_no_new_one(sweep: SweepCommand, capsys:
 
 
 WRONG: list[tuple[list[str], dict[str, Any], str]] = [
-    (["trainer.max_epochs"], {}, "--set: 'trainer.max_epochs' has no value. Write the key with one"),
-    (["data.x={a"], {}, "--set data.x: '{a' is not YAML"),
+    (["trainer.max_epochs"], {}, "--set: 'trainer.max_epochs' has no value. Write KEY=VALUE"),
+    (["data.x={a"], {}, "--set data.x: '{a' cannot be read as YAML"),
     (["task=cola"], {}, "--set task: write the key with dots"),
     (["seed_everything=1"], {}, "--set seed_everything: the sweep sets this key"),
     ([], {"variants": {"b": {"variant": "B", "times_rank": 0.5}}}, "variants.b.times_rank: 0.5 is no factor"),
@@ -169,7 +169,7 @@ def test_validation_alone_is_reported_without_a_test(sweep: SweepCommand, capsys
     assert "The table reports validation data, which made the choice too." in (sweep.output / "table.md").read_text()
     sweep.content["confirm"]["report"] = ["test/acc1"]
     assert sweep() == 2
-    assert 'confirm.report: ["val/acc1"] → ["test/acc1"], and nothing was tested' in capsys.readouterr().err
+    assert 'confirm.report: ["val/acc1"] → ["test/acc1"], but no confirming trial was tested' in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
@@ -218,20 +218,23 @@ def test_as_many_seeds_as_there_is_time_for(
         patch.setattr(Budget, "seconds_for", seconds)
         assert sweep("--minutes=30", "--workers=2") == 0
     output = capsys.readouterr()
-    assert "The time of 30 minutes was enough for two of three confirming seeds: too few for an interval" in output.out
-    assert "Seed 4 of all variants would take about 27.8 h" in output.err
+    assert (
+        "The time limit of 30 minutes was enough for two of three confirming seeds: too few for an interval"
+        in output.out
+    )
+    assert "Seed 4 is not started: all variants would take about 27.8 h" in output.err
     rows = sweep.results()
     assert list(rows["seed"][rows["variant"] == "B"]) == list(rows["seed"][rows["variant"] == "B16"]) == [2, 3]
     table = (sweep.output / "table.md").read_text()
     assert "come from other seeds: 2 and 3." in table
-    assert "Another seed of all variants would take about 27.8 h more. The same command goes on from here." in table
+    assert "Another seed of all variants would take about 27.8 h more. The same command continues the sweep." in table
     assert "has not finished" not in table
     page = (sweep.output / "report.html").read_text()
     assert f"sweep --config {sweep.file} --minutes 30" in page
     assert sweep("--report") == 0
     assert (sweep.output / "table.md").read_text() == table  # the time is in the study
     assert sweep("--minutes=30") == 0  # for as long again
-    assert "The time of" not in (sweep.output / "table.md").read_text()
+    assert "The time limit of" not in (sweep.output / "table.md").read_text()
     assert set(sweep.results()["seed"]) == {2, 3, 4}
 
 
@@ -252,7 +255,7 @@ def test_seed_that_is_cut_off_is_left_out_of_the_table(
     (b,) = (line for line in table.splitlines() if line.startswith("| B |"))
     assert b.split("|")[3].strip() == "1"  # seeds in the table, of two that are complete
     assert sweep() == 0  # all of it
-    assert "The time of" not in (sweep.output / "table.md").read_text()
+    assert "The time limit of" not in (sweep.output / "table.md").read_text()
     assert sweep.results()["state"].eq("complete").sum() == 4
     assert not [key for key in sweep.history() if key[1] == "collision"]
 
@@ -263,7 +266,7 @@ def test_time_that_is_too_short_for_the_choice(sweep: SweepCommand, slowly: Call
     sweep.content["search"]["model.learning_rate"] = [0.004, 0.008]
     assert sweep("--minutes=0.02", "--workers=2") == 0  # 1.2 seconds; the six trials of the choice take 1.5 or more
     table = (sweep.output / "table.md").read_text()
-    assert "The time of 0.02 minutes has ended before the choice:" in table
+    assert "The time limit of 0.02 minutes ended the sweep before the choice:" in table
     assert set(sweep.results()["phase"]) <= {"select"}
 
 
