@@ -2,5 +2,5 @@
 
 import os
 
-# before anything imports torch: or one process that fails has the others print where in C++ they noticed
+# Set before torch is imported. Otherwise, when one rank fails, the other ranks print C++ stack traces.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

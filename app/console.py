@@ -15,27 +15,27 @@ from typing import Any, TextIO, cast
 
 from lightning.pytorch.utilities import rank_zero_only
 
-LOGGERS = ("app", "modules", "datamodules")  # the packages of this program, whose modules log under their own names
+LOGGERS = ("app", "modules", "datamodules")  # packages of this program; each module logs under its own name
 
 
 def escape_controls(text: str) -> str:
-    """Return a text in which escape sequences, control and direction characters are visible and have no effect.
+    """Return the text with control characters, escape sequences and direction marks made visible and harmless.
 
-    Line breaks and tabs stay. Bytes of a name that are not UTF-8 become visible too.
+    Line breaks and tabs stay. Bytes of a file name that are not UTF-8 become visible too.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_error(text: str) -> None:
-    """Print an error message on stderr, if stderr can be written."""
+    """Print an error message on stderr. Ignore a stderr that cannot be written."""
     try:
         print(f"error: {escape_controls(text)}", file=sys.stderr, flush=True)
-    except OSError:  # nobody is left to read the message; the exit code remains
+    except OSError:  # only the exit code can report the error then
         silence_output()
 
 
 def traceback_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback of a defect with control characters escaped: its message may quote a file."""
+    """Print the traceback of a defect, with control characters escaped: the error's message may quote a file."""
     sys.stderr.write(escape_controls("".join(traceback.format_exception(kind, error, trace))))
 
 
@@ -59,8 +59,8 @@ class EscapedRecord(logging.LogRecord):
 
 @contextmanager
 def console_logging() -> Iterator[None]:
-    """Print this program's log records from INFO on, and format warnings alike. Undone on exit."""
-    handler, format_before, record_before = ConsoleHandler(), warnings.formatwarning, logging.getLogRecordFactory()
+    """Print this program's log records of level INFO and above, and warnings in the same format. Undone on exit."""
+    handler, format_before, factory_before = ConsoleHandler(), warnings.formatwarning, logging.getLogRecordFactory()
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -71,7 +71,7 @@ def console_logging() -> Iterator[None]:
     try:
         yield
     finally:
-        logging.setLogRecordFactory(record_before)
+        logging.setLogRecordFactory(factory_before)
         warnings.formatwarning = format_before
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
@@ -86,18 +86,18 @@ def quiet_libraries() -> None:
     """Silence advice of libraries that does not apply here."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # which `datasets` reads when a run imports it
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # `datasets` reads the variable when it is imported
     if loaded := sys.modules.get("datasets"):
         loaded.disable_progress_bars()
     for message in (
-        r".*does not have many workers.*",  # images in memory need none
+        r".*does not have many workers.*",  # images in memory need no workers
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*Checkpoint directory .* exists and is not empty.*",  # expected in a resumed run
-        r".*sync_dist=True.*",  # torchmetrics gather on their own
+        r".*sync_dist=True.*",  # torchmetrics gathers the values of all ranks itself
         r".*your dataloader is not resumable.*",  # the data module's state has the position
         r".*callbacks used to create the checkpoint need to be provided.*",  # expected in an evaluation on other data
-        r".*isinstance\(treespec, LeafSpec\).*",  # a deprecation within Lightning
-        r".*Detected pickle protocol .* in the checkpoint.*",  # of a file that is refused
+        r".*isinstance\(treespec, LeafSpec\).*",  # Lightning itself uses the deprecated function
+        r".*Detected pickle protocol .* in the checkpoint.*",  # such a file is refused with an error
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -136,12 +136,11 @@ class WatchedStream:
 
 @contextmanager
 def watched_output() -> Iterator[None]:
-    """Watch stdout and stderr for errors, and print `?` for characters that stdout cannot encode. Undone on exit."""
+    """Record failed writes to stdout and stderr. Print `?` for characters that stdout cannot encode. Undone on exit."""
     streams = sys.stdout, sys.stderr
-    stdout = (
-        sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None
-    )  # a replaced stdout may lack `reconfigure`
-    before = stdout.errors if stdout else None
+    # a replaced stdout may lack `reconfigure`
+    stdout = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None
+    errors_before = stdout.errors if stdout else None
     if stdout is not None:
         stdout.reconfigure(errors="replace")
     sys.stdout, sys.stderr = (cast(TextIO, WatchedStream(stream)) for stream in streams)
@@ -150,12 +149,12 @@ def watched_output() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = streams
         if stdout is not None:
-            with suppress(OSError, ValueError):  # the stream's own error was reported
-                stdout.reconfigure(errors=before)
+            with suppress(OSError, ValueError):  # the stream's error has been reported already
+                stdout.reconfigure(errors=errors_before)
 
 
 def output_problem() -> OSError | None:
-    """Return why stdout or stderr could not be written; None if both could."""
+    """Return the error of a failed write to stdout or stderr; None if no write failed."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()

@@ -1,4 +1,4 @@
-"""Every private access to Lightning and jsonargparse; tests/app/test_lightning_compat.py fails when one moves."""
+"""Every private access to Lightning and jsonargparse; tests/app/test_lightning_compat.py fails when a name moves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERDICTS = "import_path_verdicts"
 
 
 class HookedCLI(LightningCLI):
-    """LightningCLI with a hook around each construction, and without Lightning's reading of a checkpoint's values."""
+    """LightningCLI with a hook around each construction. A checkpoint's values never override the options."""
 
     def construct(self, kind: type, build: Callable[[], Any]) -> Any:
         """Return `build()`, a new instance of a class that the configuration names."""
@@ -32,11 +32,11 @@ class HookedCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the configuration of `parse_arguments`: Lightning would let the checkpoint override the options."""
+        """Do nothing: Lightning would let the checkpoint's values override the options."""
 
 
 class _SectionInstantiator(_InstantiatorFn):
-    """Lightning's constructor for the class of a section, which keeps the hyper-parameters for checkpoints."""
+    """Lightning's constructor of a section's class. It keeps the hyper-parameters for checkpoints."""
 
     cli: HookedCLI
 
@@ -46,7 +46,7 @@ class _SectionInstantiator(_InstantiatorFn):
 
 
 class _Verdicts(Mapping[str, bool]):
-    """Let a function decide about the import of each dotted path, instead of a list of prefixes."""
+    """Mapping that asks a function whether a dotted path may be imported, in place of a list of prefixes."""
 
     def __init__(self, denial: Callable[[str], str | None]) -> None:
         self.denial = denial
@@ -70,17 +70,17 @@ class _Verdicts(Mapping[str, bool]):
 def import_policy(denial: Callable[[str], str | None], prefixes: list[str]) -> Iterator[None]:
     """Ask a function before any jsonargparse parser of this process imports a dotted path; undone on exit.
 
-    jsonargparse's own lists hold prefixes only. Only its `import_object` imports an object that a value names. That
-    function asks twice: for the path as written, and for the path where the object is defined.
+    jsonargparse's lists hold prefixes only. Its `import_object` imports every object that a value names, and asks
+    twice: for the path as written, and for the path where the object is defined.
 
     Args:
         denial: Function from a dotted path to the reason why it may not be imported, or None.
-        prefixes: Additional prefixes, which jsonargparse validates.
+        prefixes: Further prefixes that may be imported. jsonargparse validates them.
 
     Raises:
         ValueError: For a prefix that is not a dotted path, or that is jsonargparse itself.
     """
-    before = dict(parsing_settings)
+    settings_before = dict(parsing_settings)
     try:
         set_parsing_settings(
             import_path_denylist=["*"],
@@ -91,7 +91,7 @@ def import_policy(denial: Callable[[str], str | None], prefixes: list[str]) -> I
         parsing_settings[VERDICTS] = _Verdicts(denial)
         yield
     finally:
-        parsing_settings.update(before)
+        parsing_settings.update(settings_before)
 
 
 def move_run_directory(trainer: L.Trainer, path: str) -> None:
@@ -100,7 +100,7 @@ def move_run_directory(trainer: L.Trainer, path: str) -> None:
 
 
 def stop_after_step(trainer: L.Trainer) -> None:
-    """Make Lightning leave its loop when the step is logged, as after a signal to its own handler."""
+    """Make Lightning leave its training loop once the step is logged, as if its own handler had caught SIGTERM."""
     trainer._signal_connector.received_sigterm = True
 
 

@@ -1,4 +1,4 @@
-"""Rebuild what lies in this folder; see its README.
+"""Rebuild the files of this folder; README.md describes them.
 
 python -m app.assets.build digits                     # from scikit-learn
 python -m app.assets.build backbone RUN/checkpoints/best.ckpt

@@ -1,4 +1,4 @@
-"""One callback a file."""
+"""Callbacks of a run, one callback a file."""
 
 from app.callbacks.adapter_averaging import AdapterAveraging
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint

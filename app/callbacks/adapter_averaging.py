@@ -29,8 +29,8 @@ class AdapterAveraging(L.Callback):
             raise CallbackError(f"AdapterAveraging.decay: {decay} must lie in [0, 1).")
         self.decay = decay
         self._average: dict[str, Tensor] = {}
-        self._resumed: dict[str, Tensor] = {}  # weights that are trained, from a checkpoint
-        self._step = 0  # of the last update
+        self._resumed: dict[str, Tensor] = {}  # trained weights of a checkpoint, until training starts
+        self._step = 0  # step of the last update
         self._swapped = False
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class AdapterAveraging(L.Callback):
         self._swap(pl_module, swapped=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Train on with the trained weights."""
+        """Restore the trained weights, to continue training."""
         self._swap(pl_module, swapped=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -79,7 +79,7 @@ class AdapterAveraging(L.Callback):
         self._swapped = swapped
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the average as the weights of the model, and the trained weights beside it."""
+        """Save the average as the weights of the model. Add the trained weights."""
         if not self._average:
             return
         weights = {name: parameter.detach() for name, parameter in _trained(pl_module).items()}
@@ -97,7 +97,10 @@ class AdapterAveraging(L.Callback):
         trained = _trained(pl_module)
         fits = isinstance(self._resumed, dict) and self._resumed.keys() <= trained.keys()
         if not fits or any(not isinstance(t, Tensor) or t.shape != trained[n].shape for n, t in self._resumed.items()):
-            raise CallbackError(f"ckpt_path: {TRAINED} of the checkpoint does not match the model's trained weights.")
+            raise CallbackError(
+                f"ckpt_path: {TRAINED} of the checkpoint does not match the model's trained weights. Use another "
+                "checkpoint."
+            )
 
 
 def _trained(module: L.LightningModule) -> dict[str, torch.nn.Parameter]:

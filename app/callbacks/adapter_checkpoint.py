@@ -34,14 +34,14 @@ _log = logging.getLogger(__name__)
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Keep `best.ckpt`, `last.ckpt`, and the previous last one as `previous.ckpt`, in the run directory.
+    """Keep `best.ckpt`, `last.ckpt` and, as `previous.ckpt`, the previous last.ckpt in the run directory.
 
-    The module chooses what a checkpoint holds of the model (`AdaptedModule.saved_state`: factors, head, buffers, never
-    the frozen backbone). Lightning adds optimizer, schedule and the loader's position. This callback adds every rank's
+    The module chooses which weights a checkpoint holds (`AdaptedModule.saved_state`: factors, head, buffers, never the
+    frozen backbone). Lightning adds optimizer, schedule and the loader's position. This callback adds every rank's
     random-number state, which is restored just before the first training step after a resume.
 
     Args:
-        monitor: Metric that decides which checkpoint is best; None makes the newest the best.
+        monitor: Metric that decides which checkpoint is best. With None, the newest checkpoint is the best.
         mode: `max` if a larger metric is better, `min` if a smaller metric is better.
         last_every_n_steps: Number of optimizer steps between two saves of last.ckpt, at least 1. last.ckpt is also
             saved at every epoch's end and one step earlier, so that a kill during a validation loses one step.
@@ -66,8 +66,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._last_saved_step = -1
         self._events_due = False
         self._has_trained = False
-        self._stop_delayed = False  # until the end of the optimizer step
-        self._limit_val_batches: int | float | None = None  # the trainer's own, while there is no validation
+        self._stop_delayed = False  # a requested stop waits for the end of the optimizer step
+        self._limit_val_batches: int | float | None = None  # the trainer's value, while validation is switched off
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Create the folder of the checkpoints before the first step."""
@@ -76,7 +76,10 @@ class AdapterCheckpoint(ModelCheckpoint):
             try:
                 Path(self.dirpath).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise CheckpointError(f"Checkpoints cannot be written to {self.dirpath} ({error.strerror}).") from error
+                raise CheckpointError(
+                    f"Checkpoints cannot be written to {self.dirpath} ({error.strerror}). Make the directory writable, "
+                    "or choose another trainer.default_root_dir."
+                ) from error
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -119,14 +122,14 @@ class AdapterCheckpoint(ModelCheckpoint):
         stops = interrupted or _stops_here(trainer)
         if not trainer.is_last_batch and not _validates_within(trainer, batch_idx, batch_idx):
             accumulated = trainer.accumulate_grad_batches
-            left = trainer.num_training_batches - (batch_idx + 1)
-            due = trainer.global_step % self.last_every_n_steps == 0 or left <= accumulated or stops
+            batches_left = trainer.num_training_batches - (batch_idx + 1)
+            due = trainer.global_step % self.last_every_n_steps == 0 or batches_left <= accumulated or stops
             # a kill during the next validation then loses one step at most
             due = due or _validates_within(trainer, batch_idx + 1, batch_idx + accumulated)
             if due and trainer.global_step > self._last_saved_step:
                 self._save_last(trainer)
         if _stops_here(trainer) and not _validates_within(trainer, batch_idx, batch_idx):
-            # Lightning validates once more when a callback stops it, which an uninterrupted run does not
+            # Lightning validates once more when a callback stops the fit. An uninterrupted run would not validate.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         if termination is not None and interrupted:
             termination.stop(trainer)
@@ -140,13 +143,13 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save best.ckpt when it is due, and last.ckpt. Lightning calls this also when it stops in mid-epoch."""
+        """Save best.ckpt when it is due, and last.ckpt. Lightning also calls this hook at a stop in mid-epoch."""
         if self._limit_val_batches is not None:
             trainer.limit_val_batches = self._limit_val_batches
             self._limit_val_batches = None
         if not _is_epoch_over(trainer):
             if trainer.global_step > self._last_saved_step and _is_step_end(trainer, trainer.fit_loop.batch_idx):
-                with _epoch_not_counted(trainer):  # a callback asked for the stop after `on_train_batch_end`
+                with _epoch_not_counted(trainer):  # a callback requested the stop after `on_train_batch_end`
                     self._save_last(trainer)
             return
         super().on_train_epoch_end(trainer, pl_module)
@@ -156,7 +159,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             termination.stop(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log where a fit stopped in mid-epoch, or that it had nothing to do."""
+        """Log a stop in mid-epoch, or that nothing was left to train. Warn if no validation has run."""
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         epochs: Any = trainer.fit_loop.epoch_progress.current
@@ -165,7 +168,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         if not self._has_trained:
             _log.info(
                 f"Nothing left to do: {done} are done, and trainer.max_epochs is {trainer.max_epochs}, "
-                f"trainer.max_steps {trainer.max_steps}. Raise them (and trainer.max_time, if it is set) to train on."
+                f"trainer.max_steps {trainer.max_steps}. Raise these values (and trainer.max_time, if set) to train on."
             )
             return
         if not _is_epoch_over(trainer) and last.is_file():
@@ -174,8 +177,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             )
         if not self.best_model_path:
             _log.warning(
-                f"No validation has run, so there is no {BEST}: the adapter is that of the last step. Validate with "
-                f"`validate --ckpt_path {last}`, or train on until the trainer's settings have a validation run."
+                f"No validation has run, so there is no {BEST}: the adapter has the last step's weights. Validate with "
+                f"`validate --ckpt_path {last}`, or train on until the next scheduled validation."
             )
 
     def _save_last(self, trainer: L.Trainer) -> None:
@@ -189,9 +192,9 @@ class AdapterCheckpoint(ModelCheckpoint):
     # --------------------------------------------------------------------------------------------- random numbers
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random-number states of all ranks, with all earlier events of TensorBoard on disk."""
+        """Add the random-number states of all ranks, and flush TensorBoard's earlier events to disk."""
         _write_events(trainer)
-        self._events_due = True  # the events of the step itself are logged later
+        self._events_due = True  # the events of this step are logged later
         states: list[Any] = [_random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -200,13 +203,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         checkpoint["samples_a_step"] = _samples_a_step(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep this rank's random-number state. With another number of ranks, random numbers are drawn anew.
+        """Keep this rank's random-number state. If the number of ranks has changed, no state is restored.
 
         Raises:
             CheckpointError: If the ranks have chosen different checkpoints, or the checkpoint cannot be restored.
         """
-        fits = trainer.state.fn == TrainerFn.FITTING
-        if fits:
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        if is_fit:
             _check_progress(trainer, checkpoint)
             _repair_epoch_counts(trainer, checkpoint)
             _warn_of_changes(trainer, checkpoint)
@@ -223,11 +226,11 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"ckpt_path: the processes do not see the same checkpoints: process 0 took {first}, {other}. Let "
                 "the processes share the run directory, or name a file."
             )
-        problem = self._problem_of_best(step) if fits and trainer.is_global_zero else None
+        problem = self._problem_of_best(step) if is_fit and trainer.is_global_zero else None
         self._best_problem = trainer.strategy.broadcast(problem)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Continue at the checkpoint's place in the epoch, in batches of this run."""
+        """Continue at the checkpoint's position in the epoch, counted in batches of this run."""
         super().on_train_start(trainer, pl_module)
         self._has_trained = True
         epochs = trainer.fit_loop.epoch_progress.current
@@ -249,7 +252,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restore the random-number state as late as possible: anything since the start may have drawn numbers."""
+        """Restore the random-number state as late as possible, since earlier hooks may draw random numbers."""
         if self._events_due:
             _write_events(trainer)
             self._events_due = False
@@ -263,17 +266,19 @@ def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     if TRAINED in checkpoint and find_callback(trainer, AdapterAveraging) is None:
         _log.warning(
             "ckpt_path: the weights of the checkpoint are averages of AdapterAveraging, which this run lacks. "
-            "Training goes on from the averages."
+            "Training continues from the averages. Add the callback to continue from the trained weights."
         )
-    before, now = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)
-    if before and now and before != now:
+    saved, current = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)
+    if saved and current and saved != current:
         batches = trainer.world_size * trainer.accumulate_grad_batches
-        advice = f": with the learning rates as they are, --data.batch_size {before // batches} trains as before"
-        _log.warning(f"The batch of a step is {now} samples now and was {before}{'' if before % batches else advice}.")
+        advice = f": with the learning rates as they are, --data.batch_size {saved // batches} trains as before"
+        _log.warning(
+            f"The batch of a step is {current} samples now and was {saved}{'' if saved % batches else advice}."
+        )
 
 
 def _is_step_end(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Return True if an optimizer step was taken with a batch; otherwise gradients are being accumulated."""
+    """Return True if a batch completes an optimizer step; otherwise gradients accumulate."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
@@ -284,7 +289,7 @@ def _is_epoch_over(trainer: L.Trainer) -> bool:
 
 
 def _stops_here(trainer: L.Trainer) -> bool:
-    """Return True if Lightning ends the fit after this step: at max_steps, or because a callback has asked for it."""
+    """Return True if Lightning ends the fit after this step: at max_steps, or because a callback requested the stop."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
     epochs: Any = trainer.fit_loop.epoch_progress.current
@@ -295,20 +300,20 @@ def _stops_here(trainer: L.Trainer) -> bool:
 def _validates_within(trainer: L.Trainer, first: int, last: int) -> bool:
     """Return True if Lightning's schedule has a validation after any of the batches `first` to `last` of the epoch."""
     every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or every is None:  # None: by the clock
+    if not trainer.enable_validation or every is None:  # None: validation by time
         return False
     if epochs is not None and (trainer.current_epoch + 1) % epochs != 0:
         return False
     # without check_val_every_n_epoch the batches of all epochs are counted together
-    before = trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx if epochs is None else 0
-    return (before + last + 1) // every > (before + first) // every
+    batches_before = trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx if epochs is None else 0
+    return (batches_before + last + 1) // every > (batches_before + first) // every
 
 
 def _check_progress(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Check that the counters, the callbacks' states and the random numbers of a checkpoint can be restored.
 
     Raises:
-        CheckpointError: If a part cannot be restored, with the first such part.
+        CheckpointError: If a part cannot be restored. The message names the first such part.
     """
     saved, data = checkpoint["callbacks"], trainer.datamodule  # type: ignore[attr-defined]
     parts = {"loops": ({"fit_loop": trainer.fit_loop.state_dict()}, checkpoint["loops"])}
@@ -323,7 +328,7 @@ def _check_progress(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     try:
         for state in checkpoint.get("random_states", []):
             _set_random_state(state)
-    except Exception:  # torch, NumPy and Python each raise their own kinds
+    except Exception:  # torch, NumPy and Python raise different kinds of errors
         problem = problem or "random_states are no states of random numbers"
     finally:
         _set_random_state(now)
@@ -334,11 +339,11 @@ def _check_progress(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _repair_epoch_counts(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Correct Lightning's counts of epochs by the position in the data, before they are restored.
+    """Correct Lightning's counts of epochs by the position in the data, before Lightning restores them.
 
     - A checkpoint at an epoch's end is written before that epoch counts as completed.
     - Earlier versions counted the epoch in the checkpoint of a run that max_steps or a callback stopped in mid-epoch.
-    - A run with more epochs than trainer.max_epochs now has nothing left to do, which Lightning takes for an error.
+    - A run with more epochs than trainer.max_epochs has nothing left to train. Lightning would raise an error.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
     position = checkpoint.get(type(trainer.datamodule).__qualname__, {})  # type: ignore[attr-defined]
@@ -347,8 +352,8 @@ def _repair_epoch_counts(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None
             if position.get("samples"):
                 counts["processed"] -= 1
             counts["completed"] = counts["processed"]
-    if (most := trainer.max_epochs) not in (None, -1):
-        progress["current"]["completed"] = min(progress["current"]["completed"], most)
+    if (max_epochs := trainer.max_epochs) not in (None, -1):
+        progress["current"]["completed"] = min(progress["current"]["completed"], max_epochs)
 
 
 @contextmanager
@@ -371,7 +376,7 @@ def _samples_a_step(trainer: L.Trainer) -> int:
 
 
 def _write_events(trainer: L.Trainer) -> None:
-    """Flush TensorBoard, which buffers events for up to two minutes, or a resumed run would have a gap."""
+    """Flush TensorBoard's events, which are buffered for up to two minutes. A kill would otherwise leave a gap."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()

@@ -26,37 +26,38 @@ from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
-MOST_SCALARS = 40  # of a run with detail `roles`
-# the most telling first: means over the run have all of them, means by role as many of the first as the limit allows
+MOST_SCALARS = 40  # largest number of scalars with detail `roles`
+# The most informative quantities come first. Means over the run have all quantities. Means by role have as many of the
+# first quantities as MOST_SCALARS allows.
 QUANTITIES = (
     *("BA/relative_norm", "B/largest", "A/largest", "BA/effective_rank", "BA/largest"),
     *("B/effective_rank", "A/effective_rank", "B/smallest", "A/smallest", "B/stable_rank", "A/stable_rank"),
     *("BA/stable_rank", "B/frobenius", "A/frobenius", "BA/frobenius", "BA/smallest"),
 )
-BY_ROLE = QUANTITIES[:4]  # that have charts by role
-Board = Any  # torch's SummaryWriter: to name it would import TensorBoard, and --help needs none, nor pyarrow
+BY_ROLE = QUANTITIES[:4]  # quantities with charts by role
+Board = Any  # torch's SummaryWriter, whose import would also import TensorBoard
 Detail = Literal["roles", "layers", "off", False]  # YAML reads a bare off as false
 
 
 class AdapterSpectrum(L.Callback):
     """Log the spectra at the start of training, at intervals, and at its end.
 
-    - Every logger gets the mean over all projections of each quantity, `spectrum/<factor>/<quantity>`, and means over
-      the projections of a role, `spectrum/<role>/<factor>/<quantity>`: in all at most 40 scalars.
+    - Every logger gets at most 40 scalars: each quantity's mean over all projections, `spectrum/<factor>/<quantity>`,
+      and over the projections of a role, `spectrum/<role>/<factor>/<quantity>`.
     - Loggers with pictures get heat maps of layers × index: the singular values (`spectrum_map/<factor>`), and their
-      ratios to the largest of each layer (`spectrum_ratio/<factor>`).
-    - TensorBoard also gets a histogram of B·A for each role (`spectrum_roles/`), and a layout of custom scalars, which
-      is the same for all runs.
+      ratios to the layer's largest singular value (`spectrum_ratio/<factor>`).
+    - TensorBoard also gets a histogram of B·A for each role (`spectrum_roles/`), and a layout of custom scalars.
     - `spectrum.parquet` in the run directory gets all singular values.
 
     Scalars, histograms and the file have B·A without the scale s; the heat maps show s·B·A. A frozen factor is measured
-    once and logged as a text. `relative_norm` is ‖sBA‖_F / ‖W‖_F. It is 0 for B·A = 0, and infinite for any other
-    update of W = 0. Means leave infinite ratios out.
+    once and logged as a text. `relative_norm` is ‖sBA‖_F / ‖W‖_F. The ratio is 0 for B·A = 0, and infinite for any
+    other update of W = 0. Means leave infinite ratios out.
 
     Args:
-        every_n_epochs: Interval in epochs, at least 1; None measures at the start, by steps, and at the end only.
-        every_n_steps: Interval in optimizer steps, at least 1, besides; None for none.
-        detail: `roles`; `layers` for scalars and a histogram of each layer too; `off` writes the file alone.
+        every_n_epochs: Interval in epochs, at least 1; None for no measurements by epoch.
+        every_n_steps: Further interval in optimizer steps, at least 1; None for no measurements by step.
+        detail: `roles` logs means by role. `layers` also logs scalars and a histogram of each layer. `off` writes only
+            the file.
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class AdapterSpectrum(L.Callback):
         self._last_step = -1
         self._warned_of_zero_weights = False
 
-    # -------------------------------------------------------------------------------------------------- when
+    # ------------------------------------------------------------------------------------------------- hooks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Measure weights before they are sharded: afterwards rank zero has only its share of them."""
+        """Measure the norms of the frozen weights before sharding: afterwards rank zero has only its share."""
         if stage == "fit" and trainer.is_global_zero and _adapted(pl_module):
             assert isinstance(pl_module, AdaptedModule)
             if pl_module.shard_frozen:
@@ -85,18 +86,18 @@ class AdapterSpectrum(L.Callback):
                     self._weight_norm(name, layer, factors)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the start, or on resume continue the file from the step of the checkpoint."""
+        """Measure the initial factors. A resumed run continues the file from the checkpoint's step instead."""
         if not _adapted(pl_module) or not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / FILE
         if trainer.global_step > 0 and path.is_file():
             epochs = trainer.fit_loop.epoch_progress.current
-            # in mid-epoch the last spectrum may belong to a stop, which an uninterrupted run does not have
+            # in mid-epoch, the last spectrum may have been measured only because the run stopped
             first_new = trainer.global_step + (epochs.ready == epochs.processed)  # type: ignore[attr-defined]
             try:
                 self._rows = [row for row in read_spectra(path) if row["step"] < first_new]
             except DamagedSpectra as error:
-                _log.warning(f"{error} Its spectra of earlier steps are lost.")
+                _log.warning(f"{error} The spectra of earlier steps are lost.")
             self._last_step = max((row["step"] for row in self._rows), default=-1)
             if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
                 self._measure(trainer, pl_module)
@@ -107,7 +108,7 @@ class AdapterSpectrum(L.Callback):
                 board.add_custom_scalars(_layout())
             for factor in _factors(pl_module, trained=False):
                 log_text(trainer, f"spectrum/{factor}", _description(factor, self._rows))
-        self._write(trainer)  # now, for a run that is cut off in its first epoch
+        self._write(trainer)  # a run may be killed in its first epoch
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -117,24 +118,24 @@ class AdapterSpectrum(L.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure at intervals of epochs. Lightning calls this also when it stops in mid-epoch."""
-        over = trainer.is_last_batch
-        if over and self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        """Measure at intervals of epochs. Lightning also calls this hook at a stop in mid-epoch."""
+        is_epoch_over = trainer.is_last_batch
+        if is_epoch_over and self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._measure(trainer, pl_module)
         self._write(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the end."""
+        """Measure the final factors."""
         self._measure(trainer, pl_module)
         self._write(trainer)
         if trainer.is_global_zero and self._rows:
             trainer.callback_metrics["time/spectrum_seconds"] = torch.tensor(self.seconds)
 
-    # -------------------------------------------------------------------------------------------------- what
+    # ------------------------------------------------------------------------------------------- measurement
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Compute and log one set of spectra, on rank zero, once a step."""
+        """Compute and log the spectra, on rank zero, at most once for each step."""
         step = trainer.global_step
         if not trainer.is_global_zero or not _adapted(module) or step == self._last_step:
             return
@@ -158,7 +159,7 @@ class AdapterSpectrum(L.Callback):
         self.seconds += time.perf_counter() - start
 
     def _triangular(self, name: str, factor: str, factors: LowRankFactors) -> Tensor:
-        """Return R_A or R_B, (r, r) on the CPU; for a frozen factor, the one of the first time."""
+        """Return R_A or R_B, (r, r) on the CPU. For a frozen factor, R is computed once."""
         if (name, factor) in self._frozen:
             return self._frozen[name, factor]
         tensor: Tensor = getattr(factors, factor)
@@ -173,7 +174,7 @@ class AdapterSpectrum(L.Callback):
         return r
 
     def _warn_of_zero_weights(self, names: list[str]) -> None:
-        """Warn once of projections whose ratio is infinite."""
+        """Warn once of projections whose relative norm is infinite."""
         if names and not self._warned_of_zero_weights:
             self._warned_of_zero_weights = True
             listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -188,17 +189,17 @@ class AdapterSpectrum(L.Callback):
             self._weight_norms[name] = float(layer.frozen.dense()[factors.projection.rows].float().norm())
         return self._weight_norms[name]
 
-    # ------------------------------------------------------------------------------------------------- where
+    # ----------------------------------------------------------------------------------------------- logging
 
     def _log_step(self, trainer: L.Trainer, rows: list[dict[str, Any]]) -> None:
-        """Log scalars, heat maps and histograms of one step; the rows are those of B·A and of trained factors."""
+        """Log scalars, heat maps and histograms of one step, from the rows of B·A and of trained factors."""
         scalars = _scalars(rows, self.detail == "layers")
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
         for board in _boards(trainer):
             for name, values in _samples(rows, self.detail == "layers").items():
-                # without the last digits' noise, which would fill the histogram of an orthonormal factor; the number of
-                # bins depends on the adapter rank alone ("auto" makes millions for one large value among equal ones)
+                # Rounding removes numerical noise, which would fill the histogram of an orthonormal factor. "sturges"
+                # sets the number of bins by the adapter rank; "auto" makes millions of bins for a single outlier.
                 rounded = torch.tensor(values).round(decimals=4)
                 board.add_histogram(name, rounded, trainer.global_step, bins="sturges")
         for factor in dict.fromkeys(row["factor"] for row in rows) if trainer.loggers else ():
@@ -250,7 +251,7 @@ def _boards(trainer: L.Trainer) -> list[Board]:
 
 
 def _factors(module: L.LightningModule, trained: bool) -> list[str]:
-    """Return the factors whose spectra change in training, B·A among them, or the frozen factors."""
+    """Return the names of the trained factors and B·A, or the names of the frozen factors."""
     assert isinstance(module, AdaptedModule)
     states = {"BA": True, "B": module.adapter.trains_b, "A": module.adapter.trains_a}
     return [factor for factor, state in states.items() if state == trained]
@@ -265,7 +266,7 @@ def _summary(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _scalars(rows: list[dict[str, Any]], of_layers: bool) -> dict[str, float]:
-    """Return means over the run and by role, and the values of each layer if asked."""
+    """Return means over the run and by role; with `of_layers`, also the values of each layer."""
     quantities = [name for name in QUANTITIES if name.partition("/")[0] in {row["factor"] for row in rows}]
     by_role = (MOST_SCALARS - len(quantities)) // len({row["role"] for row in rows})
     values: dict[str, list[float]] = defaultdict(list)
@@ -301,13 +302,13 @@ def _description(factor: str, rows: list[dict[str, Any]]) -> str:
     for role in dict.fromkeys(row["role"] for row in rows):
         table.append([role, *(f"{means[f'spectrum/{role}/{factor}/{name}']:.4g}" for name in quantities)])
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    return f"{factor} is frozen: its singular values stay as they are. Means over the layers of a role:\n\n{lines}"
+    return f"{factor} is frozen: its singular values do not change. Means over the layers of a role:\n\n{lines}"
 
 
 def _layout() -> dict[str, dict[str, list[Any]]]:
     """Return the layout of custom scalars: charts with one line a run, and charts with a line for each role below.
 
-    TensorBoard merges the layouts of the runs that it shows. It therefore is the same for all.
+    TensorBoard merges the layouts of the runs that it shows, so all runs have the same layout.
     """
     layout: dict[str, dict[str, list[Any]]] = {"Loss": {"loss": ["Multiline", ["train/loss", "val/loss"]]}}
     for title, roles, quantities in (("{}", "", QUANTITIES), ("{} by role", "[^/]+/", BY_ROLE)):

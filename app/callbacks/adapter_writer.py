@@ -32,7 +32,7 @@ class AdapterWriter(L.Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the folder; it replaces an earlier one."""
+        """Write the folder, and replace an earlier folder."""
         assert isinstance(pl_module, AdaptedModule)
         if pl_module.tuning != "adapter" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -18,7 +18,7 @@ class HasConfusion(Protocol):
     """A module that counts a confusion matrix in a test.
 
     Args:
-        confusion: Gives the matrix, (classes, classes), a row for each true class.
+        confusion: Metric that computes the matrix, (classes, classes), a row for each true class.
         class_names: Names by label.
     """
 
@@ -33,7 +33,7 @@ class ConfusionPicture(L.Callback):
         """Draw the picture when all batches are counted."""
         if not isinstance(pl_module, HasConfusion):
             return
-        matrix = pl_module.confusion.compute()  # on every rank: it gathers
+        matrix = pl_module.confusion.compute()  # on every rank, since compute gathers
         if not trainer.is_global_zero or matrix.sum() == 0:
             return
         from app.reports.confusion import draw_confusion  # a run without a test imports no matplotlib

@@ -22,7 +22,7 @@ HIGHER_IS_BETTER = {"knn_acc"}
 
 
 class Forgetting(L.Callback):
-    """Score what the pretrained backbone can do, before and after the fit, on data of another task.
+    """Score the pretrained backbone on data of another task, before and after the fit.
 
     - Image classification: `knn_acc`, the accuracy of the 20 nearest neighbours of the backbone's features, by cosine,
       on a second labelled set of images. Each image is left out of its own neighbours.
@@ -30,7 +30,7 @@ class Forgetting(L.Callback):
       tokens after the first are predicted.
 
     `forgetting/before/<score>` belongs to the untouched backbone: the adapters are switched off. With tuning `full`
-    this score is measured before the first step, and checkpoints keep it. `forgetting/after/<score>` belongs to the
+    this score is measured before the first step and kept in checkpoints. `forgetting/after/<score>` belongs to the
     weights that are tested: the best checkpoint with `test_after_fit`, else the last weights. `forgetting/<score>` is
     the loss of ability: before minus after for `knn_acc`, after minus before for `loss` and `perplexity`. Tuning `head`
     gives 0.
@@ -67,9 +67,9 @@ class Forgetting(L.Callback):
             return
         assert isinstance(pl_module, AdaptedModule)
         self._keeps_before = pl_module.tuning == "full"
-        from app.callbacks.forgetting_probes import open_probe  # imports readers of images, which other runs lack
+        from app.callbacks.forgetting_probes import open_probe  # imports image readers, which other runs do not need
 
-        with _own_keys():
+        with _renamed_keys():
             self._probe = open_probe(pl_module, self.path, self.rows, self.text_column)
 
     # --------------------------------------------------------------------------------------------------- measurement
@@ -92,9 +92,9 @@ class Forgetting(L.Callback):
             self._before = self._score(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the last weights, unless a test follows; also of a resumed run that has nothing left to train.
+        """Score the last weights, unless a test follows. A resumed run with nothing left to train is scored too.
 
-        By then `RunSummary` has written the figures of training, so a run that is stopped during the score keeps them.
+        `RunSummary` has written the figures of training already, so a stop during the scoring loses no figure.
         """
         if not self.waits_for_test:
             self._finish(trainer, pl_module)
@@ -105,7 +105,7 @@ class Forgetting(L.Callback):
             self._finish(trainer, pl_module)
 
     def _finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Score the backbone as it is now, and log all figures."""
+        """Score the current backbone, and log all figures."""
         if not self._before or self._probe is None:
             return
         assert isinstance(module, AdaptedModule)
@@ -118,12 +118,12 @@ class Forgetting(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         values["time/forgetting_seconds"] = round(self._seconds, 2)
-        self._probe = None  # once
+        self._probe = None  # score once
 
     def _score(self, trainer: L.Trainer, module: AdaptedModule) -> dict[str, float]:
         assert self._probe is not None
         start = time.perf_counter()
-        with _own_keys(), evaluating(module), _uncompiled(module), trainer.precision_plugin.forward_context():
+        with _renamed_keys(), evaluating(module), _uncompiled(module), trainer.precision_plugin.forward_context():
             scores = self._probe(module)
         self._seconds += time.perf_counter() - start
         return scores
@@ -142,7 +142,7 @@ class Forgetting(L.Callback):
         self._saved = state_dict
 
     def _scores_of_checkpoint(self) -> dict[str, float]:
-        """Return the scores before the fit from the resumed checkpoint; empty if they belong to other rows."""
+        """Return the scores before the fit from the resumed checkpoint; empty if the scores belong to other rows."""
         before = self._saved.get("before")
         if self._saved.get("source") != self._source() or not isinstance(before, dict):
             return {}
@@ -150,8 +150,8 @@ class Forgetting(L.Callback):
 
 
 @contextmanager
-def _own_keys() -> Iterator[None]:
-    """Replace the keys of data modules by the keys of this callback in errors of the readers of data.
+def _renamed_keys() -> Iterator[None]:
+    """Replace the keys of data modules by the keys of this callback in errors of the data readers.
 
     Raises:
         CallbackError: Instead of a DataError.
@@ -166,5 +166,5 @@ def _own_keys() -> Iterator[None]:
 
 
 def _uncompiled(module: AdaptedModule) -> AbstractContextManager[Any]:
-    """Return the context in which a compiled backbone runs as it is written."""
+    """Return a context in which a compiled backbone runs uncompiled."""
     return torch.compiler.set_stance("force_eager") if module.compiles else nullcontext()

@@ -65,7 +65,7 @@ class ImageProbe:
     """Score the features of labelled images by their nearest neighbours.
 
     Args:
-        images: The images in the transforms of evaluation.
+        images: The images, with the transforms of evaluation.
         mean: Mean of the backbone's preprocessing, (3,).
         std: Standard deviation of the backbone's preprocessing, (3,).
     """
@@ -93,7 +93,7 @@ def _open_images(module: ImageClassifier, path: str, rows: int) -> ImageProbe:
 
     findings = Findings()
     table = open_split(path, "train", None, None, findings)
-    assert table is not None  # there is a training split, or an error
+    assert table is not None  # data on this machine have a training split, or raise an error
     chosen = _sample(len(table), rows)
     if len(chosen) <= NEIGHBOURS:
         raise CallbackError(
@@ -132,17 +132,20 @@ def _open_texts(module: LanguageModel, path: str, rows: int, column: str) -> Tex
     findings = Findings()
     for note in table.notes:
         findings.add(note)
-    most = min(MOST_TOKENS, module.position_limit or MOST_TOKENS)
+    longest = min(MOST_TOKENS, module.position_limit or MOST_TOKENS)
     texts = table.select(_sample(len(table), rows)).data[column]
     encoded = [
-        module.tokenizer(text or "", truncation=True, max_length=most, verbose=False)["input_ids"] for text in texts
+        module.tokenizer(text or "", truncation=True, max_length=longest, verbose=False)["input_ids"] for text in texts
     ]
     sequences = [torch.tensor(ids) for ids in encoded if len(ids) > 1]
     if not sequences:
-        raise CallbackError(f"forgetting.path: no row of {table.where} has two tokens of text in column {column}.")
+        raise CallbackError(
+            f"forgetting.path: no row of {table.where} has two tokens of text in column {column}. Choose another "
+            "forgetting.text_column."
+        )
     if short := len(encoded) - len(sequences):
         findings.add(f"{short:,} rows of {table.where} have fewer than two tokens and are left out")
-    if cut := sum(len(ids) == most for ids in encoded):
-        findings.add(f"{cut:,} rows of {table.where} reach {most} tokens and may be cut")
+    if cut := sum(len(ids) == longest for ids in encoded):
+        findings.add(f"{cut:,} rows of {table.where} reach {longest} tokens and may be cut")
     _report(findings, len(sequences), table.source or table.where)
     return TextProbe(sequences)

@@ -30,8 +30,8 @@ class GeneralizationGap(L.Callback):
     else the last weights. If the last validation evaluated earlier weights, there is no gap. The sample depends only on
     the rows and on `rows`, so that runs with other seeds are measured on the same rows.
 
-    The measurement begins when everything else of the fit is saved, and changes nothing of the fit. It takes about as
-    long as one validation.
+    The measurement begins when everything else of the fit is saved, and changes nothing of the fit. The
+    measurement takes about as long as one validation.
 
     Args:
         rows: Largest number of training rows, 0 or more; 0 measures nothing. The sample is at most as large as the
@@ -42,8 +42,8 @@ class GeneralizationGap(L.Callback):
         if rows < 0:
             raise CallbackError(f"generalization.rows: {rows} must be 0 or more.")
         self.rows = rows
-        self._split = "val"  # that the sample is compared with
-        self._step = -1  # of the weights that `_held_out` belongs to
+        self._split = "val"  # split that the sample is compared with
+        self._step = -1  # step of the weights that `_held_out` belongs to
         self._held_out: dict[str, float] = {}
         self._trains = False
 
@@ -112,7 +112,7 @@ class TrainingSample(L.LightningDataModule):
 
     Args:
         data: The data module, set up for `fit`.
-        rows: Most rows.
+        rows: Largest number of rows.
     """
 
     def __init__(self, data: ResumableDataModule, rows: int) -> None:
@@ -131,9 +131,9 @@ class TrainingSample(L.LightningDataModule):
 
 
 def _evaluate(trainer: L.Trainer, module: L.LightningModule, sample: TrainingSample, split: str) -> dict[str, float]:
-    """Return the metrics of the current weights by name, without their split.
+    """Return the metrics of the current weights by name, without the prefix of the split.
 
-    Callbacks and loggers would mistake the metrics for metrics of the split, so that only `Termination` is called.
+    Other callbacks and loggers would mistake the metrics for metrics of the split, so only `Termination` is called.
     """
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     trainer.callbacks = [callback for callback in callbacks if isinstance(callback, Termination)]  # type: ignore[attr-defined]

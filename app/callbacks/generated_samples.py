@@ -1,4 +1,4 @@
-"""Generated texts for the loggers."""
+"""Log generated texts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import lightning as L
 from app.run.logger import log_text
 from datamodules.contract import TextModel
 
-SAMPLES = 4  # of the first rows of validation
+SAMPLES = 4  # number of texts, from the first rows of validation
 SOURCE = 500  # characters of a source that are shown
 
 
 class GeneratedSamples(L.Callback):
     """Show what a model generates for the first rows of validation, beside source and reference.
 
-    The texts are what `validation_step` returns, one a row.
+    `validation_step` returns the texts, one for each row.
     """
 
     def __init__(self) -> None:

@@ -19,21 +19,21 @@ from datamodules.errors import CallbackError
 
 
 class MetricRecorder(L.Callback):
-    """Append a metric of each validation to a file of JSON lines, and stop the run when its sweep has died.
+    """Append a metric of each validation to a file of JSON lines, and stop the run when its sweep has ended.
 
-    The first line of each attempt has the keys `started` (the step at which the attempt starts), `steps` (the last step
-    of the fit), and `monitor` and `mode` of the best checkpoint. Each validation adds a line with `step`, `value` of
+    The first line of each attempt has four keys: `started`, the step at which the attempt starts; `steps`, the last
+    step of the fit; `monitor` and `mode` of the best checkpoint. Each validation adds a line with `step`, `value` of
     the metric, and the value of the monitor. Values that are not finite are null.
 
     Args:
         path: The file.
         metric: Name of the metric, such as `val/score`.
-        check_test: Whether data without a test split are refused, since a later trial is tested.
+        check_test: Whether to refuse data without a test split, since a later trial is tested.
     """
 
     def __init__(self, path: str, metric: str, check_test: bool = False) -> None:
         self.path, self.metric, self.check_test = Path(path), metric, check_test
-        self._owner = int(os.environ.get(SWEEP_PROCESS, 0))
+        self._sweep_process = int(os.environ.get(SWEEP_PROCESS, 0))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the test split if a later trial is tested."""
@@ -44,23 +44,23 @@ class MetricRecorder(L.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record that training begins."""
-        keeper = _keeper(trainer)
+        checkpoint = _checkpoint(trainer)
         steps = trainer.estimated_stepping_batches
         line = {"started": trainer.global_step, "steps": int(steps) if steps < float("inf") else None}
-        self._append(line | {"monitor": keeper.monitor, "mode": keeper.mode})
+        self._append(line | {"monitor": checkpoint.monitor, "mode": checkpoint.mode})
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop as on SIGTERM if the process of the sweep has ended."""
-        if self._owner and os.getppid() != self._owner:
-            self._owner = 0
+        if self._sweep_process and os.getppid() != self._sweep_process:
+            self._sweep_process = 0
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the metric.
 
         Raises:
-            CallbackError: If the model does not log the metric; the sanity check before training finds this.
+            CallbackError: If the model does not log the metric; the sanity check before training raises this error.
         """
         if trainer.state.fn != "fit":
             return
@@ -69,8 +69,8 @@ class MetricRecorder(L.Callback):
             names = ", ".join(sorted(name for name in logged if name.startswith("val/"))) or "none"
             raise CallbackError(f"select.metric: {self.metric} is not logged at validation. Choose one of {names}.")
         if not trainer.sanity_checking and trainer.is_global_zero:
-            keeper = _keeper(trainer)
-            values = {"value": self.metric, "monitor": keeper.monitor}
+            checkpoint = _checkpoint(trainer)
+            values = {"value": self.metric, "monitor": checkpoint.monitor}
             line = {key: _finite(logged.get(str(name))) for key, name in values.items()}
             self._append({"step": trainer.global_step, **line})
 
@@ -79,10 +79,10 @@ class MetricRecorder(L.Callback):
             file.write(json.dumps(line) + "\n")
 
 
-def _keeper(trainer: L.Trainer) -> AdapterCheckpoint:
-    keeper = find_callback(trainer, AdapterCheckpoint)
-    assert keeper is not None  # the command line adds it to every run
-    return keeper
+def _checkpoint(trainer: L.Trainer) -> AdapterCheckpoint:
+    checkpoint = find_callback(trainer, AdapterCheckpoint)
+    assert checkpoint is not None  # the command line adds the callback to every run
+    return checkpoint
 
 
 def _finite(value: Any) -> float | None:

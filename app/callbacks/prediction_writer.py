@@ -1,4 +1,4 @@
-"""Predictions as tables in the run directory."""
+"""Write predictions as tables in the run directory."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _print(row: Row) -> None:
-    """Print the only prediction, a cell a line."""
+    """Print a single prediction, one cell a line."""
     for name, cell in _flat(row).items():
         print(escape_controls(f"{name}: {cell}"))
 
 
 def _check_errors(rows: list[Row]) -> None:
-    """Warn of rows whose input could not be used, and give all rows a column `error` if there are any.
+    """Warn of unusable inputs. If any input is unusable, give all rows a column `error`.
 
     Raises:
         DataError: If no row has a prediction.
@@ -93,7 +93,7 @@ def _check_errors(rows: list[Row]) -> None:
 
 
 def unused_paths(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return a path for each name, all with the same number after their stems: the smallest that is free."""
+    """Return a path for each name, all with the same number after their stems: the smallest unused number."""
 
     def numbered(number: int) -> list[Path]:
         suffix = f"-{number}" if number else ""

@@ -43,15 +43,15 @@ from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
-# results to compare runs by: without those of each category or environment
+# results that compare runs; the results of each category and environment are left out
 RESULTS = re.compile(r"best/.+|test/[^/]+|params/trainable|time/fit_seconds")
 
 
 class RunSummary(L.Callback):
     """Print the adapted projections at the start and the results at the end.
 
-    metrics.json keeps the newest figures. Figures of a split replace all earlier figures of the split, whatever data
-    they belong to. Further training removes all earlier figures. `app.run.evaluations` records the provenance.
+    metrics.json keeps the newest figures. Figures of a split replace all earlier figures of the split, even figures on
+    other data. Further training removes all earlier figures. `app.run.evaluations` records the provenance.
     """
 
     def __init__(self) -> None:
@@ -61,11 +61,11 @@ class RunSummary(L.Callback):
         self._first_step = 0
         self._outdated: set[str] = set()  # first parts of the names in metrics.json that this command replaces
         self._loaded: tuple[int, dict[str, Any]] | None = None  # step and configuration of the evaluated checkpoint
-        self._validation: dict[str, Any] = {}  # the newest of a fit, which checkpoints keep
-        self._earlier_seconds = 0.0  # of the legs before the checkpoint that is resumed
+        self._validation: dict[str, Any] = {}  # newest validation of a fit, which checkpoints keep
+        self._earlier_seconds = 0.0  # seconds of training before the resumed checkpoint
         self._earlier_peak = 0
         self._device = torch.device("cpu")
-        self._settings: dict[str, str | float] = {}  # of a fit that has ended
+        self._settings: dict[str, str | float] = {}  # settings of a fit that has ended
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Broadcast the run directory, which rank zero has made."""
@@ -76,26 +76,26 @@ class RunSummary(L.Callback):
         self._loaded = int(checkpoint["global_step"]), saved_configuration(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the newest validation, so that a checkpoint of the same step holds its own metrics, and the cost."""
+        """Return the newest validation and the cost. A checkpoint of the validated step then holds its own metrics."""
         cost = {"fit_seconds": self._seconds(), "peak_bytes": self._peak()} if self._has_trained else {}
         return {**self._validation, **cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the newest validation and the cost of the earlier legs."""
+        """Restore the newest validation and the cost of training before the checkpoint."""
         self._validation = dict(state_dict)
         self._earlier_seconds = float(self._validation.pop("fit_seconds", 0.0))
         self._earlier_peak = int(self._validation.pop("peak_bytes", 0))
 
     def _seconds(self) -> float:
-        """Return the seconds of the fit, those of its earlier legs included."""
+        """Return the seconds of the fit, including training before a resumed checkpoint."""
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _peak(self) -> int:
-        """Return the peak of memory of all legs, in bytes."""
+        """Return the peak memory in bytes, including training before a resumed checkpoint."""
         return max(self._earlier_peak, _peak_memory(self._device))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print what is adapted."""
+        """Print the adapted projections and the number of trained parameters."""
         self._started = time.monotonic()
         self._first_step = trainer.global_step
         if not trainer.is_global_zero:
@@ -105,7 +105,7 @@ class RunSummary(L.Callback):
         counts = pl_module.parameter_counts()
         console = Console()
         if pl_module.tuning == "adapter":
-            console.print(_hit_list(pl_module))
+            console.print(_projection_table(pl_module))
         share = counts["params/trainable"] / counts["params/total"]
         console.print(
             f"Tuning {pl_module.tuning}: {counts['params/trainable']:,} of {counts['params/total']:,} parameters "
@@ -113,13 +113,13 @@ class RunSummary(L.Callback):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember that there was something to train: not so in a run that is resumed at its end."""
+        """Remember that training ran. A finished run that is resumed trains nothing."""
         self._has_trained = True
         self._device = trainer.strategy.root_device
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the figures of training; without any, those of metrics.json stay."""
+        """Record the figures of training. If nothing was trained, metrics.json keeps its figures."""
         if not self._has_trained:
             return
         assert isinstance(pl_module, AdaptedModule)
@@ -135,17 +135,17 @@ class RunSummary(L.Callback):
         self._settings = _settings(trainer)
         self._keep_metrics(trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._write(Path(trainer.default_root_dir))  # a run that is killed in its test keeps them
+            self._write(Path(trainer.default_root_dir))  # a kill during the test loses no figures
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the metrics of a validation on its own, and for checkpoints those of a validation in a fit."""
+        """Record the metrics of `validate`, or keep the metrics of a fit's validation for checkpoints."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._keep_evaluation(trainer, pl_module, "val")
         elif not trainer.sanity_checking:
             self._validation = dataclasses.asdict(self._evaluation(trainer, pl_module, "val"))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the metrics of the test."""
+        """Record the metrics of the test."""
         self._keep_evaluation(trainer, pl_module, "test")
 
     def _evaluation(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Evaluation:
@@ -154,7 +154,7 @@ class RunSummary(L.Callback):
         hparams = {"hyper_parameters": dict(module.hparams), "datamodule_hyper_parameters": dict(data.hparams)}
         used = saved_configuration(hparams)
         step, saved = self._loaded or (trainer.global_step, used)
-        if trainer.state.fn == TrainerFn.FITTING:  # of the weights at hand, whatever checkpoint was resumed
+        if trainer.state.fn == TrainerFn.FITTING:  # the current weights are evaluated, not the resumed checkpoint
             step, saved = trainer.global_step, used
         limit = {"val": "limit_val_batches", "test": "limit_test_batches"}[split]
         limited = [f"trainer.{key}" for key in (limit, "overfit_batches", "fast_dev_run") if _is_limited(trainer, key)]
@@ -164,7 +164,7 @@ class RunSummary(L.Callback):
 
     @rank_zero_only
     def _keep_evaluation(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> None:
-        """Record an evaluation, and warn if its metrics are not those of the checkpoint's own data and settings."""
+        """Record an evaluation. Warn if its data or settings differ from the checkpoint's."""
         self._outdated.add(split)
         self._keep_metrics(trainer)
         evaluation = self._evaluation(trainer, module, split)
@@ -172,7 +172,7 @@ class RunSummary(L.Callback):
         if evaluation.differences:
             _log.warning(
                 f"The {split} metrics were computed with other values of {', '.join(evaluation.differences)} than the "
-                "checkpoint's. metrics.json has them; the model card of an export leaves them out."
+                "checkpoint's. metrics.json has these metrics; the model card of an export leaves them out."
             )
 
     def _keep_metrics(self, trainer: L.Trainer) -> None:
@@ -186,7 +186,7 @@ class RunSummary(L.Callback):
         Figures of earlier commands stay unless they are outdated.
         """
         self._write(run_directory)
-        if not self.values:  # a prediction has logged its files
+        if not self.values:  # predict has no figures
             return
         loggers = [] if trainer.fast_dev_run else trainer.loggers  # type: ignore[attr-defined]
         if self._settings and loggers:
@@ -201,21 +201,21 @@ class RunSummary(L.Callback):
             console.print(f"Look inside: {escape_controls(how_to_look(logger))}", soft_wrap=True, markup=False)
 
     def _write(self, run_directory: Path) -> None:
-        known = read_metrics(run_directory)
-        compared = "test" if any(key.startswith("test/") for key in known) else "val"
-        if compared in self._outdated and metrics_of_split(known, compared) != metrics_of_split(self.values, compared):
-            self._outdated.add("gap")  # it is the difference to the earlier figures
-        earlier = {k: v for k, v in known.items() if k.partition("/")[0] not in self._outdated}
+        saved = read_metrics(run_directory)
+        compared = "test" if any(key.startswith("test/") for key in saved) else "val"
+        if compared in self._outdated and metrics_of_split(saved, compared) != metrics_of_split(self.values, compared):
+            self._outdated.add("gap")  # the gap was computed from the earlier figures
+        earlier = {k: v for k, v in saved.items() if k.partition("/")[0] not in self._outdated}
         merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
         with atomic_write(run_directory / METRICS) as file:
             file.write(f"{json.dumps(merged, indent=2)}\n".encode())
 
 
 def _settings(trainer: L.Trainer) -> dict[str, str | float]:
-    """Return what tells runs apart, by short names.
+    """Return the settings that distinguish runs, by short names.
 
-    All runs have all names, since TensorBoard takes the columns from the first run. It shows the first five names of
-    the alphabet: data, lr, rank, seed and train.
+    All runs have all names, since TensorBoard takes the columns from the first run. TensorBoard shows the first five
+    names in alphabetical order: data, lr, rank, seed and train.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(module, AdaptedModule)
@@ -238,16 +238,16 @@ def _settings(trainer: L.Trainer) -> dict[str, str | float]:
 def _is_limited(trainer: L.Trainer, key: str) -> bool:
     """Return True if a key of the trainer cuts splits short."""
     value = getattr(trainer, key)
-    whole = isinstance(value, float) and value == 1.0  # the int 1 is a batch
-    return bool(value) and not (whole and key.startswith("limit_"))
+    is_complete = isinstance(value, float) and value == 1.0  # the int 1 means one batch
+    return bool(value) and not (is_complete and key.startswith("limit_"))
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _hit_list(module: AdaptedModule) -> Table:
-    """Return a table with one line for each kind of projection, the numbers of its blocks folded."""
+def _projection_table(module: AdaptedModule) -> Table:
+    """Return a table with one line for all projections whose names differ only in block numbers."""
     kinds: dict[str, list[Projection]] = {}
     for projection in module.projections:
         kinds.setdefault(re.sub(r"\b\d+\b", "*", projection.name), []).append(projection)
@@ -280,7 +280,7 @@ def _readable(key: str, value: float) -> str:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use at any time: on the accelerator if training ran there, else of this process."""
+    """Return the peak memory in bytes: of the accelerator if training ran there, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

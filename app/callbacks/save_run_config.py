@@ -17,7 +17,7 @@ FILE = "config.yaml"
 class SaveRunConfig(SaveConfigCallback):
     """Write the complete configuration to config.yaml when a fit begins.
 
-    A resumed run keeps its earlier configuration beside it, with the date at which it was written:
+    A resumed run keeps its earlier configuration in a file named by the date of writing, such as
     config-20261128T145200.yaml. A run that has nothing left to train keeps its configuration.
     """
 

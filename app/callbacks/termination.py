@@ -24,13 +24,13 @@ EXIT_CODES = tuple(128 + number for number in SIGNALS)
 
 
 class Termination(L.Callback):
-    """Handle SIGTERM and SIGINT for as long as the context lasts.
+    """Handle SIGTERM and SIGINT within a context.
 
-    - During training, a signal takes effect at the end of the optimizer step, where `AdapterCheckpoint` asks for it.
-      All ranks agree there, whichever rank got the signal. (Lightning's own handler enters a collective wherever the
-      signal finds it, so this one replaces it.)
-    - In an evaluation, a signal takes effect at the end of the batch. In a distributed fit, it takes effect at the end
-      of the validation, since the other ranks could otherwise wait for this rank for ever.
+    - During training, a signal takes effect at the end of the optimizer step, where `AdapterCheckpoint` checks
+      for signals. All ranks agree there, whichever rank got the signal. This handler replaces Lightning's handler,
+      which enters a collective at once, wherever the signal arrives.
+    - In an evaluation, a signal takes effect at the end of the batch. In a distributed fit, the signal takes effect at
+      the end of the validation: the other ranks could otherwise wait for this rank forever.
     - At any other time, such as during loading, the process stops at once. If a destructor swallows the exception, the
       signal is sent again a little later. `main` checks at the end whether a signal was received.
     - A second signal ends the process at once, as by default.
@@ -38,7 +38,7 @@ class Termination(L.Callback):
 
     def __init__(self) -> None:
         self.requested = False
-        self.checkpoint: Path | None = None  # from which training goes on
+        self.checkpoint: Path | None = None  # checkpoint to resume from
         self._deferred = self._stopping = self._swallowed = False
         self._process = os.getpid()
         self._signal = signal.SIGTERM
@@ -52,9 +52,9 @@ class Termination(L.Callback):
     def __enter__(self) -> Termination:
         """Install the handler."""
         if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
-            # an ignored signal stays ignored: Ctrl-C in a job that a script has started with `&`
-            taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._handle) for number in taken}
+            # an ignored signal stays ignored, such as Ctrl-C in a background job of a script
+            handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in handled}
             self._hook_before, sys.unraisablehook = sys.unraisablehook, self._resend
         return self
 
@@ -63,7 +63,7 @@ class Termination(L.Callback):
     ) -> None:
         """Restore the previous handlers."""
         for number, before in self._before.items():
-            signal.signal(number, before or signal.SIG_DFL)  # None if it was not set from Python
+            signal.signal(number, before or signal.SIG_DFL)  # None if the handler was not set from Python
         if self._timer is not None:
             self._timer.cancel()
             self._timer.join()
@@ -72,7 +72,7 @@ class Termination(L.Callback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and os.getpid() != self._process:
-            return  # a terminal's Ctrl-C reaches the loader's workers too, which are needed to the end of the step
+            return  # Ctrl-C also reaches the loader's workers, which the current step still needs
         if self._swallowed:
             self._swallowed = False
             if not self._deferred:
@@ -87,7 +87,7 @@ class Termination(L.Callback):
             self._stop_if_requested()
 
     def _resend(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """Send the signal again, once the destructor that has swallowed it has ended."""
+        """Send the signal again, after the end of the destructor that swallowed its exception."""
         if not isinstance(unraisable.exc_value, SIGTERMException):
             self._hook_before(unraisable)
             return
@@ -104,7 +104,7 @@ class Termination(L.Callback):
     def report(self, going_on: str = "") -> int:
         """Print the signal and the checkpoint to resume from, or the text `going_on`. Return the exit code."""
         if not going_on:
-            going_on = f"training goes on from {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
+            going_on = f"resume with --ckpt_path {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
         if is_first_rank():
             print(escape_controls(f"{self._signal.name}: stopped; {going_on}."), file=sys.stderr, flush=True)
         return 128 + self._signal
@@ -114,21 +114,20 @@ class Termination(L.Callback):
         return trainer.strategy.reduce_boolean_decision(self.requested, all=False)
 
     def stop(self, trainer: L.Trainer) -> None:
-        """Make Lightning leave its loop when the step is logged, as after a signal to its own handler."""
+        """Make Lightning leave its training loop once the step is logged, on all ranks with the same exit code."""
         self.requested = self._stopping = True
-        # perhaps only one rank got the signal, and all ranks return the same code
+        # all ranks return the same exit code, even if only one rank got the signal
         if trainer.strategy.reduce_boolean_decision(self._signal == signal.SIGINT, all=False):
             self._signal = signal.SIGINT
-        launched_processes(
-            trainer
-        ).clear()  # Lightning's observer would kill this process when another ends with an error code
+        # Lightning's observer would kill this process when another process ends with an error code
+        launched_processes(trainer).clear()
         trainer.strategy.barrier("sigterm")
         stop_after_step(trainer)
 
     # ---------------------------------------------------------------------------------------------------------- hooks
 
     def _install(self, trainer: L.Trainer, deferred: bool) -> None:
-        """Replace Lightning's handler, and stop if the signal came before."""
+        """Replace Lightning's handler, and stop if a signal was received before."""
         self._trainer, self._deferred = trainer, deferred
         if threading.current_thread() is threading.main_thread():
             for number in self._before:

@@ -36,8 +36,8 @@ REFUSED: dict[type[L.Callback], str] = {
 def usable_callbacks(callbacks: Sequence[L.Callback], resumes: bool) -> list[L.Callback]:
     """Return the callbacks of a configuration that a run uses.
 
-    Lightning's finders search at the start of a fit. A resumed run skips them and logs that, since the checkpoint has
-    their result.
+    Lightning's finders search at the start of a fit. A resumed run skips the finders with a log message, since the
+    checkpoint has their result.
 
     Raises:
         CallbackError: For a callback that would leave wrong checkpoints or a wrong schedule.

@@ -1,4 +1,4 @@
-"""Commands on finished runs, one a file.
+"""Commands that LightningCLI lacks, one a file.
 
 A command is a module with `add_arguments(parser)` and `run(arguments)`; the first line of its docstring is its help.
 """
@@ -28,7 +28,7 @@ COMMANDS: dict[str, ModuleType] = {
     "sweep": sweep,
     "theory": theory,
 }
-WITH_FIT_KEYS = ("memory", "theory")  # commands that hand every option that is not their own to fit's parser
+WITH_FIT_KEYS = ("memory", "theory")  # commands that pass every other option to fit's parser
 
 
 def command_help(name: str) -> str:
@@ -37,7 +37,7 @@ def command_help(name: str) -> str:
 
 
 def command_parser(name: str) -> ArgumentParser:
-    """Return the parser of a command's words."""
+    """Return the parser of a command."""
     parser = ArgumentParser(
         prog=f"{program_words()[-1]} {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
     )
@@ -52,10 +52,10 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
         name: One of `COMMANDS`.
         words: Words after the command's name.
         fit: Access to the keys of `fit`.
-        allowed_imports: Prefixes of --allow_imports, for a command that starts others.
+        allowed_imports: Prefixes of --allow_imports, for a command that starts other processes.
 
     Raises:
-        ArgumentError: For a word that the command does not take, with the closest key.
+        ArgumentError: For an unknown option. The message names the closest key.
     """
     parser = command_parser(name)
     given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
@@ -68,16 +68,16 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
 
 
 def _fit_keys_last(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Put all words that are no options of a parser behind `--`, which makes them positional arguments."""
-    own: list[str] = []
+    """Move all words that are not options of a parser behind `--`, which makes them positional arguments."""
+    options: list[str] = []
     others: list[str] = []
     rest = iter(words)
     for word in rest:
         option = word.partition("=")[0]
         if option in ("-h", "--help"):
-            own.append(word)
+            options.append(word)
         elif option.startswith("--") and option.removeprefix("--") in parser.get_defaults():
-            own += [word] if "=" in word else [word, *islice(rest, 1)]
+            options += [word] if "=" in word else [word, *islice(rest, 1)]
         else:
             others.append(word)
-    return [*own, "--", *others]
+    return [*options, "--", *others]

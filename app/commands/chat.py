@@ -27,19 +27,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--system", metavar="TEXT", type=str | None, help="System message. Default: data.system_prompt of the run."
     )
-    parser.add_argument("--temperature", type=float | None, help="Draw tokens at this temperature. Default: the run's.")
+    parser.add_argument("--temperature", type=float | None, help="Temperature of sampling. Default: the run's.")
     parser.add_argument(
         "--max_new_tokens", type=int | None, help="Largest number of tokens of a response. Default: the run's."
     )
-    parser.add_argument("--seed", type=int | None, help="Seed of the drawn tokens. Default: a new seed in each call.")
-    parser.add_argument("--device", type=str | None, help="Device such as cuda or cpu. Default: an accelerator if any.")
+    parser.add_argument("--seed", type=int | None, help="Seed of sampling. Default: a new seed in each call.")
+    parser.add_argument("--device", type=str | None, help="Such as cuda. Default: the accelerator, or else the CPU.")
 
 
 def run(arguments: Namespace) -> None:
     """Answer each line of the standard input.
 
     Raises:
-        ArgumentError: If the run is not an instruction tuning, or if the device does not exist.
+        ArgumentError: If the run has no instruction-tuned decoder, or the device cannot be used.
         CheckpointError: If the checkpoint is missing or damaged.
     """
     import torch
@@ -57,7 +57,7 @@ def run(arguments: Namespace) -> None:
         device = torch.device(arguments.device) if arguments.device else _accelerator()
         module.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(None, f"--device: {arguments.device} cannot be used ({error}).") from error
+        raise ArgumentError(None, f"--device: {arguments.device} cannot be used ({error}). Use cpu.") from error
     changes = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     options: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     if "temperature" in options:
@@ -68,7 +68,10 @@ def run(arguments: Namespace) -> None:
     system = arguments.system if arguments.system is not None else data.get("system_prompt")
     template, end = module.hparams["prompt_template"], module.hparams["response_end"]
     if template is None:
-        raise ArgumentError(None, f"RUN: {arguments.run} was not trained on conversations, and has no prompt template.")
+        raise ArgumentError(
+            None,
+            f"RUN: {arguments.run} was not trained on conversations, so it has no prompt template. Give another run.",
+        )
     encoder = ConversationEncoder(module.tokenizer, template, sys.maxsize, end)
     _ = torch.seed() if arguments.seed is None else torch.manual_seed(arguments.seed)
     with torch.inference_mode():
@@ -94,7 +97,7 @@ def _talk(module: LanguageModel, encoder: ConversationEncoder, system: str | Non
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines of the standard input up to `/exit`; a terminal shows a prompt and edits lines."""
+    """Yield the lines of the standard input up to `/exit`. A terminal gets a prompt and line editing."""
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401 - input() then has history and editing keys
@@ -115,20 +118,20 @@ def _answer(module: LanguageModel, encoder: ConversationEncoder, messages: list[
     """Stream a response and return it. While the prompt is too long, the oldest turns are dropped.
 
     Raises:
-        ArgumentError: If a single message is longer than the positions of the backbone allow.
+        ArgumentError: If a single message and its response exceed the positions of the backbone.
     """
     import torch
     from transformers import TextStreamer
 
-    limit, most = module.position_limit, module.generation.max_new_tokens
+    limit, response = module.position_limit, module.generation.max_new_tokens
     tokens = encoder.prompt(messages)
-    while limit is not None and len(tokens) + most > limit:
+    while limit is not None and len(tokens) + response > limit:
         first = 1 if messages[0]["role"] == "system" else 0
         if len(messages) - first < 3:
             raise ArgumentError(
                 None,
-                f"The message has {len(tokens)} tokens. With a response of --max_new_tokens {most} it does not fit in "
-                f"the {limit} positions of the backbone. Shorten one of the two.",
+                f"The message has {len(tokens)} tokens. Message and response (--max_new_tokens {response}) exceed the "
+                f"{limit} positions of the backbone. Shorten the message, or lower --max_new_tokens.",
             )
         del messages[first : first + 2]
         _log.warning("The conversation no longer fits: its oldest message and response are left out.")

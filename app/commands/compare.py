@@ -68,7 +68,9 @@ def _read(name: str) -> RunRecord:
         )
     record = read_record(directory)
     if record.state == "damaged":
-        raise CheckpointError(f"RUN: config.yaml or metrics.json of {name} cannot be read. Restore or leave it out.")
+        raise CheckpointError(
+            f"RUN: config.yaml or metrics.json of {name} cannot be read. Restore the file, or leave the run out."
+        )
     if not record.keys and not record.metrics:
         raise CheckpointError(f"RUN: {name} has no {CONFIG} and no metrics.json. `runs` lists the runs.")
     return record
@@ -84,7 +86,7 @@ def short_names(directories: Sequence[Path]) -> list[str]:
 
 
 def compare_values(runs: Sequence[Mapping[str, Any]], with_equal: bool) -> dict[str, list[str]]:
-    """Return the values of all runs by key, as text; keys with the same first part stand together.
+    """Return the values of all runs by key, as text, grouped by the first part of the key.
 
     Args:
         runs: Values of each run by key.
@@ -103,7 +105,7 @@ def _section(key: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text. Floats have six digits, so that floats with equal digits count as equal."""
+    """Return a value as text. Floats with the same six significant digits count as equal."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -31,9 +31,9 @@ from modules.formats.rounding import Rounding, merge_rounding
 _log = logging.getLogger(__name__)
 Writer = Callable[[AdaptedModule, torch.dtype, Path], Loader]
 
-# Share of an update's norm that rounding may cost unsaid. Autocast to bfloat16 rounds both factors in each forward pass
-# of training, by up to 2^-8 = 0.4 % of an entry: an error of that order is no reason to choose another dtype.
-ROUNDING_UNSAID = 0.01
+# Share of an update's norm that rounding may change without a warning. Autocast to bfloat16 rounds both factors in each
+# forward pass of training, by up to 2^-8 = 0.4 % of an entry. An error of that order is no reason for another dtype.
+TOLERATED_ROUNDING = 0.01
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -44,23 +44,21 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Literal["peft", "merged", "compact"],
         required=True,
         help="peft: the adapters, for PEFT or --model.adapter_path. merged: the whole model, for transformers or timm "
-        "alone. compact: the adapters for --model.adapter_path, without the frozen factor if it is of signs.",
+        "alone. compact: the adapters for --model.adapter_path, without a frozen factor of signs.",
     )
-    parser.add_argument(
-        "--output", metavar="DIR", type=str, required=True, help="Directory to write; new, or else empty."
-    )
+    parser.add_argument("--output", metavar="DIR", type=str, required=True, help="New or empty directory to write.")
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "bfloat16"] | None,
         default=None,
-        help="Of the weights that are written, default the backbone's own (of adapters: float32); the merge itself is "
-        "done in float32. In bfloat16 what is small beside the weight is rounded away; a warning says how much.",
+        help="Dtype of the written weights. Default: the backbone's dtype, or float32 for adapters. The merge is "
+        "done in float32. Rounding to bfloat16 can lose a part of a small update; a warning gives the share.",
     )
     parser.add_argument(
-        "--model.backbone", metavar="NAME", type=str | None, help="Where the backbone lies now, if it has been moved."
+        "--model.backbone", metavar="NAME", type=str | None, help="New path of the backbone, if it has moved."
     )
     parser.add_argument(
-        "--model.weights", metavar="FILE", type=str | None, help="Where its file of weights lies now, likewise."
+        "--model.weights", metavar="FILE", type=str | None, help="New path of the file of weights, if it has moved."
     )
     parser.add_argument(
         OPTION,
@@ -74,24 +72,24 @@ def run(arguments: Namespace) -> None:
     """Export a run.
 
     Raises:
-        ArgumentError: For an output that is taken or cannot be written, a model that has no such form, or an upload
-            that fails. The directory stays after a failed upload.
-        CheckpointError: If there is no checkpoint, or a damaged one.
-        ModelError: If the backbone is not to be had, or not the one that was trained.
+        ArgumentError: If the output is not empty or cannot be written, the model has no such format, or the upload
+            fails. The directory stays after a failed upload.
+        CheckpointError: If the checkpoint is missing or damaged.
+        ModelError: If the backbone is missing, or differs from the backbone of the training.
     """
     output = Path(arguments.output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ArgumentError(None, f"--output: {output} is there already; give a new directory, or an empty one.")
+        raise ArgumentError(None, f"--output: {output} exists already. Give a new or an empty directory.")
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
     changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
     checkpoint = find_checkpoint(arguments.run)
     module = load_module(checkpoint, changes)
-    own_dtype = module.backbone_dtype if arguments.format == "merged" else torch.float32
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else own_dtype
+    default_dtype = module.backbone_dtype if arguments.format == "merged" else torch.float32
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype
     rounding = merge_rounding(module.backbone, dtype) if arguments.format == "merged" else None
     dtype_name = str(dtype).removeprefix("torch.")
-    notes = {f"Update, rounded to {dtype_name}": _in_words(rounding)} if rounding else {}
+    notes = {f"Update, rounded to {dtype_name}": _rounding_text(rounding)} if rounding else {}
     compact = partial(write_compact, run=run_of_checkpoint(checkpoint))
     writers: dict[str, Writer] = {"peft": export_peft, "merged": write_merged, "compact": compact}
     try:
@@ -105,16 +103,16 @@ def run(arguments: Namespace) -> None:
     size = sum(file.stat().st_size for file in files) / 1e6
     print(escape_controls(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {dtype_name}."))
     print(escape_controls(f"Load it with\n\n{loader(str(output))}\n"))
-    if rounding and rounding.whole > ROUNDING_UNSAID:
+    if rounding and rounding.whole > TOLERATED_ROUNDING:
         _log.warning(
-            f"Rounded to {dtype_name}, the merged update is {_in_words(rounding)}. With --dtype float32 it is what was "
-            "trained; --format peft keeps it beside weights of any dtype."
+            f"Rounded to {dtype_name}, the merged update is {_rounding_text(rounding)}. --dtype float32 keeps the "
+            "trained update. --format peft keeps it too, beside a backbone of any dtype."
         )
     if arguments.push_to_hub is not None:
         print(escape_controls(f"Uploaded to {push_to_hub(output, arguments.push_to_hub)}"))
     print(escape_controls(f"Exported: {output}"), flush=True)
 
 
-def _in_words(rounding: Rounding) -> str:
-    whole, worst = (f"{100 * share:.3g} %" for share in (rounding.whole, rounding.worst))
-    return f"off by {whole} of its norm, most in {rounding.layer} with {worst}"
+def _rounding_text(rounding: Rounding) -> str:
+    total, worst = (f"{100 * share:.3g} %" for share in (rounding.whole, rounding.worst))
+    return f"off by {total} of its norm, most in {rounding.layer} with {worst}"

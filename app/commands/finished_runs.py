@@ -109,7 +109,7 @@ class FinishedRun:
     def start(self, factor: Factor) -> tuple[Any, ...] | None:
         """Return everything that determines the initial values of a factor over a given backbone; None if unknown.
 
-        The vectors of `svd`, `svd_minor` and `signs` at a smaller rank are among those at a larger rank.
+        The vectors of `svd`, `svd_minor` and `signs` at a smaller rank are also vectors of a larger rank.
         """
         init, adapter = self.init(factor), self.adapter
         if init == "given":
@@ -121,7 +121,7 @@ class FinishedRun:
         return (init, adapter.seed, adapter.rank, *adapter.rank_pattern.items())
 
     def drawn_start(self, factor: Factor, name: str) -> Tensor | None:
-        """Draw the initial values of a factor of a projection again; None unless they were drawn at random."""
+        """Draw the initial values of a factor of a projection again; None unless the values were drawn at random."""
         init = self.init(factor)
         if init in ("zero", "given", "svd", "svd_minor"):
             return None
@@ -149,7 +149,7 @@ class FinishedRun:
 
     @property
     def rank(self) -> str:
-        """Adapter rank of the projections, with both ends where it differs among them."""
+        """Adapter rank of the projections; a range if the ranks differ."""
         ranks = sorted({trained.a.shape[0] for trained in self.factors.values()})
         return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
 
@@ -175,14 +175,14 @@ def read_runs(names: Sequence[str], least: int, most: int | None = None) -> list
         if run is None:
             continue
         if any(other.source.resolve() == run.source.resolve() for other in runs):
-            _log.warning(f"RUN: {name} is given twice. It is used once.")
+            _log.warning(f"RUN: {name} is given twice. The run is used once.")
             continue
         runs.append(run)
     if len(runs) < least:
         raise ArgumentError(
             None,
-            f"RUN: {len(runs)} of the {len(names)} given are runs with adapters, and {least} or more are needed. Give "
-            "runs with model.tuning: adapter.",
+            f"RUN: {len(runs)} of the {len(names)} given paths are different runs with adapters, and {least} or more "
+            "are needed. Give runs with model.tuning: adapter.",
         )
     if most is not None and len(runs) > most:
         raise ArgumentError(None, f"RUN: {len(runs)} runs do not fit in one figure. Give {most} or fewer.")
@@ -207,7 +207,7 @@ def read_run(name: str) -> FinishedRun | None:
     except CheckpointError as error:
         if not (path / ADAPTER / CONFIG).is_file():
             raise
-        _log.warning(f"{error} Its {ADAPTER}/ is used instead.")
+        _log.warning(f"{error} The run's {ADAPTER}/ is used instead.")
         return _from_peft_folder(path / ADAPTER)
     return _from_checkpoint(checkpoint)
 
@@ -219,7 +219,7 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
     model, data = (saved.get(section, {"class_path": None, "init_args": {}}) for section in ("model", "data"))
     tuning = model["init_args"].get("tuning")
     if tuning != "adapter":
-        _log.warning(f"RUN: {path} has model.tuning: {tuning}, so it has no adapters. It is skipped.")
+        _log.warning(f"RUN: {path} has model.tuning: {tuning}, so it has no adapters. The run is skipped.")
         return None
     directory = run_of_checkpoint(path)
     adapter = _adapter_config(path, model["init_args"].get("adapter"))
@@ -315,12 +315,12 @@ def _is_fused(layer: str, role: str) -> bool:
 
 
 def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a model of the adapted layers alone, with their names and shapes and without weights."""
+    """Return a model without weights that has only the adapted layers, with their names and shapes."""
     root = nn.Module()
     for layer in dict.fromkeys(match[1] for name in tensors if (match := PEFT_NAME.fullmatch(name))):
         a, b = (tensors.get(f"{PREFIX}{layer}.lora_{factor}.weight") for factor in FACTORS)
         if a is None or b is None or a.ndim != 2 or b.ndim != 2:
-            raise CheckpointError(f"RUN: {folder} lacks lora_A or lora_B of {layer!r:.120}. Get the files anew.")
+            raise CheckpointError(f"RUN: {folder} lacks lora_A or lora_B of {layer!r:.120}. Export the files again.")
         *parents, last = layer.split(".")
         module = root
         try:
@@ -330,7 +330,9 @@ def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
                 module = module.get_submodule(part)
             module.add_module(last, nn.Linear(a.shape[1], b.shape[0], bias=False, device="meta"))
         except (KeyError, AttributeError) as error:
-            raise CheckpointError(f"RUN: {folder} has {layer!r:.120}, which is no name of a layer.") from error
+            raise CheckpointError(
+                f"RUN: {folder} has {layer!r:.120}, which is no name of a layer. Export the files again."
+            ) from error
     return root
 
 
@@ -346,7 +348,7 @@ def _labels(runs: Sequence[FinishedRun]) -> list[str]:
         }
         for run in runs
     ]
-    # how a factor starts follows from the variant in most comparisons
+    # in most comparisons, the trained factor determines how both factors start
     starts_vary = any(
         run.adapter.train == other.adapter.train and run.variant != other.variant for run in runs for other in runs
     )
@@ -375,7 +377,7 @@ def check_same_backbone(runs: Sequence[FinishedRun]) -> None:
     """Check that all runs were trained over the same frozen weights.
 
     Raises:
-        ArgumentError: If the backbones differ, with the differences.
+        ArgumentError: If the backbones differ. The message lists the differences.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -395,8 +397,8 @@ def check_same_backbone(runs: Sequence[FinishedRun]) -> None:
             keys.append("the keys are the same, and the digests of the frozen weights differ, so a file has changed")
         raise ArgumentError(
             None,
-            f"RUN: {first.source} and {run.source} were trained over different backbones: {'; '.join(keys)}. Subspaces "
-            "can be compared over one backbone only.",
+            f"RUN: {first.source} and {run.source} were trained over different backbones: {'; '.join(keys)}. Give "
+            "runs over one backbone.",
         )
     if unknown := [str(run.source) for run in runs if run.digest is None]:
         _log.warning(
@@ -473,7 +475,7 @@ def read_spectra(run: FinishedRun) -> list[dict[str, Any]]:
         return []
     usable = [row for row in rows if _is_usable(row)]
     if len(usable) < len(rows):
-        _log.warning(f"{path}: {len(rows) - len(usable)} of {len(rows)} rows are damaged. They are skipped.")
+        _log.warning(f"{path}: {len(rows) - len(usable)} of {len(rows)} rows are damaged and skipped.")
     return usable
 
 
@@ -511,7 +513,7 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
 
 
 def shown_runs(runs: Sequence[FinishedRun], table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of runs for a page: the path is shortened and last, and empty columns are dropped."""
+    """Return a table of runs for a page, with the shortened path as last column and without empty columns."""
     shown = table.drop(columns=["path", "step"]).replace("", None).dropna(axis="columns", how="all")
     return shown.assign(path=[_short_path(run) for run in runs])
 
@@ -523,7 +525,7 @@ def block_names(names: Sequence[str]) -> dict[str, str]:
         names: Names of projections or layers.
 
     Returns:
-        The number of the block, after the name of its stack where there are several; `–` outside of all blocks.
+        The number of the block, after the name of its stack if there are several stacks; `–` outside of all blocks.
     """
     blocks = {name: block_of(name) for name in names}
     stacks = {block[0] for block in blocks.values() if block is not None}
@@ -534,7 +536,7 @@ def block_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFrame], own_names: Sequence[str]) -> Path:
-    """Write the page, its pictures and the tables. Files of the same names are overwritten, and that is logged.
+    """Write the page, its pictures and the tables. Overwritten files are logged.
 
     Args:
         output: Directory; made if missing.

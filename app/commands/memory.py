@@ -39,8 +39,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=CLASSES,
-        help="Classes of the head. Used only where neither the recipe nor the task names them, and the data are not on "
-        "this machine.",
+        help="Number of classes of the head, if neither the recipe nor the task names the classes and the data are not "
+        "on this machine.",
     )
     parser.add_argument(
         "fit_words",

@@ -2,7 +2,7 @@
 
 The step runs the real model with its adapters. Fake tensors have a shape, a dtype and a place in autograd's graph, but
 no numbers. So everything that autograd keeps is counted, for every architecture. A model of 7 billion weights takes
-seconds and no memory. `docs/results/memory.json` compares predictions with measured runs.
+seconds, and no memory for its weights. `docs/results/memory.json` compares predictions with measured runs.
 
 Memory that PyTorch does not allocate as a tensor is not counted: the CUDA context, workspaces of kernels, buffers of
 communication, and unused parts of the allocator's blocks.
@@ -105,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
                 self.now[kind] -= size
                 del self._alive[key]
 
-            self._alive[key] = weakref.ref(storage, released)  # lives as long as autograd or anybody holds the memory
+            self._alive[key] = weakref.ref(storage, released)  # lives as long as any tensor uses the memory
             self.now[kind] += size
         if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
@@ -142,7 +142,7 @@ def training_memory(
         adapter: The adapters.
         batch_size: Sequences of a batch on a process, without accumulation.
         tokens: Length of a sequence, padding included.
-        response_tokens: Learnt positions of a sequence; the output layer is applied to them alone. None means all.
+        response_tokens: Learnt positions of a sequence; the output layer is applied to no others. None means all.
         backbone_dtype: Dtype of the frozen weights; the factors are float32.
         precision: Lightning's precision.
         gradient_checkpointing: Whether activations within a layer are computed again in backward.
@@ -157,7 +157,7 @@ def training_memory(
     if min(batch_size, shard_frozen) < 1 or not 1 <= positions <= tokens:
         raise ModelError(
             f"Memory of {batch_size} sequences, {positions} of {tokens} tokens learnt, {shard_frozen} processes: all "
-            "must be 1 or more, and no more tokens can be learnt than there are."
+            f"must be 1 or more, and at most {tokens} tokens can be learnt."
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"Memory of a {config.model_type}: transformers has no decoder of this kind.")
@@ -245,13 +245,13 @@ def fit_memory(module: AdaptedModule, size: BatchSize, precision: Precision, sha
         shard_frozen: Processes that share the blocks' frozen weights, as for `training_memory`.
 
     Raises:
-        ModelError: If the task has no training step here, a text is longer than the backbone has positions for, or the
-            forward pass depends on values.
+        ModelError: If the task cannot be predicted, a text exceeds the backbone's positions, or the forward pass
+            depends on values.
     """
     make_step = next((_STEPS[kind] for kind in module.kinds if kind in _STEPS), None)
     if make_step is None:
         raise ModelError(
-            f"model: the memory of {type(module).__name__} cannot be predicted. It can be for {', '.join(_STEPS)}."
+            f"model: the memory of {type(module).__name__} cannot be predicted. Tasks on {', '.join(_STEPS)} can."
         )
     loss, logits = make_step(module, size)
     with FakeTensorMode():
@@ -279,9 +279,9 @@ def fit_memory(module: AdaptedModule, size: BatchSize, precision: Precision, sha
 def _make_fake(module: nn.Module) -> None:
     """Replace parameters and buffers on the meta device by fake tensors on the CPU. Tied parameters stay tied.
 
-    On the CPU, the kernels of attention keep the same tensors as on a GPU. On the meta device they would not.
+    On the CPU, the kernels of attention keep the same tensors as on a GPU. On the meta device, the kernels would not.
     """
-    fakes: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, which must live, or its id could be reused
+    fakes: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, whose id is unique while it lives
     for owner in module.modules():
         for name, old in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
             if id(old) not in fakes:
@@ -341,7 +341,7 @@ def _decoder_step(module: LanguageModel, size: BatchSize) -> Step:
     )
 
 
-# By the kind of data that a task is trained on
+# training step by the kind of a task's data
 _STEPS: dict[DataKind, Callable[[Any, BatchSize], Step]] = {
     DataKind.IMAGES: _image_step,
     DataKind.LABELLED_TEXTS: _text_step,
@@ -425,9 +425,9 @@ def _sharded(model: nn.Module, processes: int) -> dict[str, int]:
         return sum(-(-len(p) // shares) * p[0].numel() * p.element_size() for p in frozen)
 
     blocks = [block for stack in sharded_stacks(model) for block in stack.blocks]
-    whole = [size(block) for block in blocks]
+    sizes = [size(block) for block in blocks]
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return {
-        "weights": size(model) - sum(whole) + sum(size(block, processes) for block in blocks) + buffers,
-        "gathered": min(2 * max(whole), sum(whole)),
+        "weights": size(model) - sum(sizes) + sum(size(block, processes) for block in blocks) + buffers,
+        "gathered": min(2 * max(sizes), sum(sizes)),
     }

@@ -29,7 +29,7 @@ class Prediction:
 
     Args:
         estimate: Bytes by part.
-        setting: Batch, precision and processes, in words.
+        setting: Batch, precision and processes, as text.
         trained: Trained parameters.
         total: All parameters.
         tuning: The key `model.tuning`.
@@ -48,10 +48,10 @@ def predict(parse_fit: ParseFit, words: Sequence[str], classes: int) -> Predicti
     Args:
         parse_fit: Parser of `fit`.
         words: Options of `fit`.
-        classes: Number of classes of the head, if it is unknown.
+        classes: Number of classes of the head, if neither recipe, task nor data give the number.
 
     Raises:
-        ArgumentError: For words that `fit` refuses, or for data without training rows.
+        ArgumentError: For options that `fit` refuses, or for data without training rows.
         DataError: If data on this machine are damaged.
         ModelError: If the model cannot be built from its configuration, or its memory cannot be predicted.
     """
@@ -81,7 +81,7 @@ def predict(parse_fit: ParseFit, words: Sequence[str], classes: int) -> Predicti
 
 
 def batch_of(config: Namespace) -> tuple[BatchSize, str]:
-    """Return the size of the largest training batch of a fit, and the size in words.
+    """Return the size of the largest training batch of a fit, and the size as text.
 
     Raises:
         ArgumentError: For data without training rows.
@@ -99,7 +99,7 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
         size = BatchSize(keys.batch_size, keys.max_source_length, keys.max_target_length)
         return size, f"{words} with summaries of {keys.max_target_length} tokens"
     if kind == "instructions":
-        words = f"{keys.batch_size} conversations a step of {keys.max_length} tokens, all of them learnt"
+        words = f"{keys.batch_size} conversations a step of {keys.max_length} tokens, all learnt"
         return BatchSize(keys.batch_size, keys.max_length), words
     raise ArgumentError(
         None, f"data: {config.data.class_path} gives {kind}, and nothing is trained on them. Give a recipe for fit."
@@ -133,7 +133,7 @@ def read_classes(config: Namespace) -> list[str] | None:
 
 
 def precision_of(value: Any) -> Precision:
-    """Return the usual name of a precision, for which Lightning has several names.
+    """Return the canonical name of a precision. Lightning accepts several names.
 
     Raises:
         ArgumentError: For a precision that a fit refuses.
@@ -149,7 +149,7 @@ def precision_of(value: Any) -> Precision:
 
 
 def processes_of(config: Namespace) -> int:
-    """Return the number of processes of a fit. If `trainer.devices` is `auto`, it is this machine's number of GPUs."""
+    """Return the number of processes of a fit. With `trainer.devices: auto`, count this machine's GPUs."""
     devices = config.trainer.devices
     if isinstance(devices, list):
         count = len(devices)

@@ -50,13 +50,13 @@ class Measurement:
 def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps: int) -> Measurement:
     """Build data and model as `fit` would, and measure the frozen backbone over a few training batches.
 
-    No adapter is trained, and nothing is written. One process runs on one device, whatever the recipe's strategy is.
+    No adapter is trained, and nothing is written. One process runs on one device, whatever the recipe's strategy.
 
     Args:
         parse_fit: Parser of `fit`.
         words: Options of `fit`.
         batches: Batches to measure.
-        head_steps: Optimizer steps in which heads are trained alone first. They are skipped without a head.
+        head_steps: Optimizer steps that train only the heads, before the measurement; none without a head.
 
     Raises:
         ArgumentError: If no projection is adapted, or if a key loads trained adapters.
@@ -77,8 +77,10 @@ def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps:
     module = _construct(AdaptedModule, "model", config)
     data = _construct(L.LightningDataModule, "data", config)
     if not adapted_layers(module.backbone):
-        raise ArgumentError(None, f"model.tuning: {module.tuning} adapts no projection to measure. Set it to adapter.")
-    module.compiles = False  # hooks see the layers as they are written
+        raise ArgumentError(
+            None, f"model.tuning: {module.tuning} adapts no projection to measure. Set model.tuning to adapter."
+        )
+    module.compiles = False  # hooks need the uncompiled layers
     if head_steps and not module.head_names:
         _log.info("The model has no new head: no steps before the measurement.")
         head_steps = 0
@@ -119,7 +121,7 @@ def _trainer(keys: Namespace, collector: MomentCollector, steps: int, scratch: s
 
 
 class MomentCollector(L.Callback):
-    """Collect the moments at each adapted projection, while no adapter moves.
+    """Collect the moments at each adapted projection, while all adapters keep their initial values.
 
     Args:
         head_steps: Optimizer steps in which heads are trained first. Afterwards nothing is trained.
@@ -153,14 +155,14 @@ class MomentCollector(L.Callback):
         """Warn if more batches are read than the training data have."""
         loader: Any = trainer.train_dataloader
         self.samples = len(loader.dataset)
-        needed, whole = trainer.max_steps, int(trainer.num_training_batches)
-        if needed > whole:
-            _log.warning(f"The training data have {whole} batches, and {needed} are read: some rows are read twice.")
+        needed, available = trainer.max_steps, int(trainer.num_training_batches)
+        if needed > available:
+            _log.warning(f"The training data have {available} batches, and {needed} are read: some rows repeat.")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to measure after the steps of the heads."""
+        """Begin the measurement after the steps of the heads."""
         self._active = trainer.global_step >= self.head_steps
 
     def on_before_optimizer_step(
@@ -169,10 +171,10 @@ class MomentCollector(L.Callback):
         """Keep the factors at their initial values, and during the measurement the heads too."""
         for group in optimizer.param_groups:
             if self._active or group["name"].partition("/")[0] != "head":
-                group["lr"] = 0.0  # until the schedule sets the next step's
+                group["lr"] = 0.0  # until the schedule sets the next learning rate
 
     def _watch(self, layer: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Collect the gradient to a layer's output beside its input."""
+        """Collect a layer's input with the gradient to its output."""
         if self._active and output.requires_grad:
             x = inputs[0].detach()
             output.register_hook(lambda gradient: self._collect(cast(AdaptedLinear, layer), x, gradient))

@@ -1,4 +1,4 @@
-"""Help of the whole program: what it is, its commands, and three examples."""
+"""Help of the program: purpose, commands, examples and options."""
 
 from __future__ import annotations
 

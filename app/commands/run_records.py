@@ -59,19 +59,19 @@ class RunRecord:
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """Metric that chose the best checkpoint, and its value there; None if nothing was validated."""
+        """Metric that chose the best checkpoint, and the best value; None if nothing was validated."""
         name = next((name for name in self.metrics if name.startswith("best/")), "")
         value = self.number(name)
         return None if value is None else (name.removeprefix("best/"), value)
 
     def number(self, name: str) -> int | float | None:
-        """Return a metric; None if it is missing, not a number, or too large to show."""
+        """Return a metric; None if the value is missing, no number, or too large to show."""
         value: Any = self.metrics.get(name)
         return value if type(value) in (int, float) and abs(value) < LARGEST else None
 
 
 def find_runs(root: Path) -> Iterator[Path]:
-    """Yield the run directories at and below a root, sorted by name, numbers in a name by their size.
+    """Yield the run directories at and below a root, in natural order of their names.
 
     A run directory is named version_K, or holds config.yaml beside other files of a run.
     """
@@ -89,7 +89,7 @@ def natural_order(name: str) -> list[str | int]:
 
 
 def read_record(directory: Path) -> RunRecord:
-    """Read a run. Files that are missing or damaged show in the state."""
+    """Read the record of a run. Missing and damaged files determine its state."""
     metrics = read_metrics(directory)
     is_damaged = (directory / METRICS).exists() and not metrics
     keys: dict[str, Any] = {}
@@ -121,10 +121,10 @@ def _is_locked(path: Path) -> bool:
     The query takes no lock. Do not call this function in the process that holds the lock: closing the file would
     release the lock.
     """
-    question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # Linux's struct flock
+    query = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # Linux's struct flock
     try:
         with path.open("rb") as file:
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+            reply = fcntl.fcntl(file, fcntl.F_GETLK, query)
     except OSError:  # no such file, no locks on this file system, or another system than Linux
         return False
-    return bool(struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK)
+    return bool(struct.unpack_from("h", reply)[0] != fcntl.F_UNLCK)

@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> None:
     """List the runs.
 
     Raises:
-        ArgumentError: If there is no such directory, or two outputs are asked for.
+        ArgumentError: If there is no such directory, or both --csv and --json are given.
         WriteError: If the CSV file cannot be written.
     """
     from rich.console import Console
@@ -113,7 +113,7 @@ def data_of(record: RunRecord) -> tuple[str, str] | None:
 
 
 def row_of(record: RunRecord, root: Path) -> dict[str, Any]:
-    """Return the values of a run, as they are written to CSV and JSON."""
+    """Return the values of a run for CSV and JSON."""
     metric, best = record.best or (None, None)
     path, task = data_of(record) or (None, None)
     name = record.directory.relative_to(root).as_posix()
@@ -132,7 +132,7 @@ def row_of(record: RunRecord, root: Path) -> dict[str, Any]:
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return the table for the terminal, one line a run. Of the path to a directory it shows the last part."""
+    """Return the table for the terminal, one line a run. An absolute path of data is cut to its last part."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

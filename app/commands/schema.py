@@ -12,7 +12,7 @@ from app.config.schema import recipe_schema
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("recipe", metavar="RECIPE", type=str, nargs="?", help="A recipe, as in conf/.")
-    parser.add_argument("--config", metavar="RECIPE", type=str | None, help="The recipe by this key, as for fit.")
+    parser.add_argument("--config", metavar="RECIPE", type=str | None, help="The recipe as an option, as for fit.")
 
 
 def run(arguments: Namespace) -> None:

@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> None:
         ArgumentError: If fewer than two runs have adapters, their backbones differ, or the output cannot be used.
         CheckpointError: If a run cannot be read.
     """
-    # here, since pandas and matplotlib take a second
+    # Imported here, since the import of pandas and matplotlib takes a second.
     from app.commands.finished_runs import check_same_backbone, read_runs, write_results
     from app.commands.similarity_report import OWN_FILES, build_report, build_tables
 

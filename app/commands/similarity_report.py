@@ -37,9 +37,9 @@ MOST_GROUPS = 8
 MOST_ANNOTATED = 12  # runs in a heat map with numbers in its cells
 LEVEL = 0.95
 PERMUTATIONS = 1000
-ALMOST = 0.05  # share of the similarity above chance
-FACTS = ("state", "start", "data", "variant")  # by which pairs of runs are grouped
-STATES = ("trained", "frozen", "one trained")  # of the factors of a pair, in the order of their interest
+ALMOST = 0.05  # if less of the similarity above chance is left, the similarity has almost vanished
+FACTS = ("state", "start", "data", "variant")  # facts by which pairs of runs are grouped
+STATES = ("trained", "frozen", "one trained")  # states of the factors of a pair, the most interesting first
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -101,7 +101,7 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
             )
     frame = pd.DataFrame(pairs)
     return {
-        "runs": _with_own_starts(runs, names),
+        "runs": _with_start_similarities(runs, names),
         "similarity": pd.concat(rows, ignore_index=True),
         "pairs": frame,
         "groups": _groups(frame),
@@ -210,15 +210,15 @@ def _summary(pairs: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _with_own_starts(runs: Sequence[FinishedRun], names: Sequence[str]) -> pd.DataFrame:
+def _with_start_similarities(runs: Sequence[FinishedRun], names: Sequence[str]) -> pd.DataFrame:
     """Return the table of runs, with the similarity of each trained factor to its initial values."""
     table = runs_table(runs)
     for factor in FACTORS:
-        table[f"{factor} to its start"] = [_own_start(run, factor, names) for run in runs]
+        table[f"{factor} to its start"] = [_start_similarity(run, factor, names) for run in runs]
     return table
 
 
-def _own_start(run: FinishedRun, factor: Factor, names: Sequence[str]) -> float:
+def _start_similarity(run: FinishedRun, factor: Factor, names: Sequence[str]) -> float:
     starts = {name: run.drawn_start(factor, name) for name in names} if run.trains(factor) else {}
     values = [
         subspace_similarity(orthonormal_basis(start), orthonormal_basis(run.factors[name].columns(factor)))
@@ -241,10 +241,10 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
     pairs, groups = tables["pairs"], tables["groups"]
     report = Report(f"Similarity of the factors of {len(runs)} runs")
     report.add_paragraph(
-        "The similarity of two subspaces is the mean squared cosine of their principal angles: 1 if one lies within "
-        "the other, and max(r₁, r₂) / d on average for random subspaces of ranks r₁ and r₂ in d dimensions. The row "
-        "space of A is what an adapter reads from its input, and the column space of B is where it writes to (Zhu et "
-        "al. 2024, figure 1)."
+        "The similarity of two subspaces is the mean squared cosine of their principal angles. It is 1 if one subspace "
+        "lies within the other. Random subspaces of ranks r₁ and r₂ in d dimensions have max(r₁, r₂) / d on average. "
+        "An adapter reads the row space of A from its input and writes to the column space of B (Zhu et al. 2024, "
+        "figure 1)."
     )
     report.add_heading("Does A's similarity vanish when A starts from different seeds?")
     for text in answers(pairs, tables["runs"]):
@@ -273,7 +273,7 @@ def build_report(runs: Sequence[FinishedRun], tables: dict[str, pd.DataFrame]) -
         _pairs_figure(runs, pairs),
         "Similarity of every two runs, mean over projections",
         "A cell compares the runs of its row and its column, and the title of each panel has the chance level. Look "
-        "for blocks of bright cells, and read in the names of the runs what they share.",
+        "for blocks of bright cells: the names of the runs show what these runs share.",
     )
     report.add_figure(
         "layers",
@@ -312,7 +312,7 @@ def answers(pairs: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
 def _by_data(pairs: pd.DataFrame) -> str:
     groups = {"same data": "the same data", "other data": "different data"}
     words = [
-        f"{_in_words(group)} for {words}"
+        f"{_mean_text(group)} for {words}"
         for data, words in groups.items()
         if len(group := pairs[pairs["data"] == data])
     ]
@@ -321,7 +321,7 @@ def _by_data(pairs: pd.DataFrame) -> str:
 
 def _verdict(other: pd.DataFrame, same: pd.DataFrame) -> str:
     """Answer whether the similarity of A vanishes between runs that train A from different starts."""
-    beside = f" From the same start it is {_in_words(same)}." if len(same) else ""
+    beside = f" From the same start it is {_mean_text(same)}." if len(same) else ""
     if other.empty:
         return (
             "These runs cannot tell: no two of them train A from different random starts. Give runs with "
@@ -329,7 +329,7 @@ def _verdict(other: pd.DataFrame, same: pd.DataFrame) -> str:
         )
     summary = _summary(other)
     low, high = summary["permutation_low"], summary["permutation_high"]
-    text = f"trained from different starts, A has a mean similarity of {_in_words(other)}. "
+    text = f"trained from different starts, A has a mean similarity of {_mean_text(other)}. "
     text += f"The chance level is {summary['chance']:.3f}."
     text += "" if math.isnan(low) else f" With blocks permuted, 95 % of means lie between {low:.3f} and {high:.3f}."
     limit = high if low <= summary["chance"] else summary["chance"]  # else all blocks are alike, beyond chance
@@ -341,12 +341,12 @@ def _verdict(other: pd.DataFrame, same: pd.DataFrame) -> str:
         text += " These runs are too few for an interval over runs."
     if same.empty:
         return f"Not entirely: {text}"
-    left = (summary["similarity"] - summary["chance"]) / (same["similarity"].mean() - summary["chance"])
-    beside += f" Of the similarity above chance, different starts leave {left:.0%}."
-    return f"{'Almost' if left < ALMOST else 'Not entirely'}: {text}{beside}"
+    share_left = (summary["similarity"] - summary["chance"]) / (same["similarity"].mean() - summary["chance"])
+    beside += f" Of the similarity above chance, different starts leave {share_left:.0%}."
+    return f"{'Almost' if share_left < ALMOST else 'Not entirely'}: {text}{beside}"
 
 
-def _in_words(pairs: pd.DataFrame) -> str:
+def _mean_text(pairs: pd.DataFrame) -> str:
     summary = _summary(pairs)
     several = len(pairs) > 1
     interval = "" if math.isnan(summary["low"]) else f"95 % interval {summary['low']:.3f} to {summary['high']:.3f}; "
@@ -425,7 +425,7 @@ def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
         axes.set_yticks(range(len(of_factor)), of_factor["group"])
         axes.set_ylim(len(of_factor) - 0.4, -0.6)
         axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
-    panels[-1].set_xlim(left=0)  # after all panels are drawn, since it fixes the right end
+    panels[-1].set_xlim(left=0)  # after all panels are drawn, since set_xlim fixes the right end too
     panels[-1].set_xlabel("similarity")
     return figure
 

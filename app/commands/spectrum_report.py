@@ -97,7 +97,7 @@ def build_tables(
         weights: From `measure_weights`.
 
     Returns:
-        `runs`; `spectra`, a row a singular value; `ranks`, a row a spectrum; `kept_shares`; `intruders`. Rows with
+        `runs`; `spectra`, one row a singular value; `ranks`, one row a spectrum; `kept_shares`; `intruders`. Rows with
         `at_checkpoint` describe the factors in the checkpoint, other rows come from spectrum.parquet. The factor `s·BA`
         is the update with its scale.
     """
@@ -238,7 +238,7 @@ def build_report(
             f"Intruder dimensions among the {top} leading singular vectors of W + s·BA",
             "A line is the mean over projections of the number of leading left singular vectors whose largest |cos| to "
             f"all left singular vectors of W is below ε (Shuttleworth et al. 2024){middle}. Look at the left half: "
-            "vectors that count there are new directions that outgrew those of W, while W itself has none at any ε.",
+            "vectors that count there are new directions that outgrew those of W, while W has no intruders at any ε.",
         )
     for text in _left_out(runs, tables, top, missing):
         report.add_paragraph(text)
@@ -315,7 +315,7 @@ def _panels(count: int, height: float = 3.6) -> tuple[Figure, list[Any]]:
 
 
 def _legend(figure: Figure, axes: Any, count: int) -> None:
-    """Put the names of the runs below the panels, so that they hide no line."""
+    """Put the names of the runs below the panels, where the names hide no line."""
     with figure_style():
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=2 if count > 1 else 1, frameon=False, fontsize=9)
@@ -339,7 +339,7 @@ def _singular_values_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figur
 
 
 def _trace(ranks: pd.DataFrame, label: str, factor: str) -> pd.DataFrame:
-    """Return the spectra of a run over training, or of its checkpoint alone if there are no others."""
+    """Return the spectra of a run over training. Without any, return the checkpoint's spectra."""
     of_run = ranks[(ranks["run"] == label) & (ranks["factor"] == factor)]
     over_training = of_run[~of_run["at_checkpoint"]]
     return (over_training if len(over_training) else of_run).fillna({"step": 0})

@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="M",
         type=float,
         help="Minutes that this command may take. First each variant's point is chosen. Then one seed after another "
-        "confirms the choice, as long as a seed of all variants fits into the time. The same command continues.",
+        "confirms the choice, as long as a seed of all variants fits into the time. Repeat the command to continue.",
     )
     parser.add_argument(
         "--workers", metavar="N", type=int, default=1, help="Number of trials that run at once on this machine."
@@ -55,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "mysql+pymysql://… Default: a journal in the output directory.",
     )
     parser.add_argument("--output", metavar="DIR", type=str, help="Directory of the results. Default: runs/NAME.")
-    parser.add_argument("--report", action="store_true", help="Write the report of the trials so far, and run none.")
+    parser.add_argument("--report", action="store_true", help="Write the report of the trials so far. Run no trial.")
 
 
 def run(arguments: Namespace) -> None:
@@ -100,7 +100,7 @@ def run(arguments: Namespace) -> None:
 
 
 def _words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> list[str]:
-    """Return the words of this command with some of its options."""
+    """Return the words of this command line, with the given options alone."""
     from sqlalchemy import make_url
 
     words = [*program_words(), *imports, "sweep"]

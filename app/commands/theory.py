@@ -1,7 +1,7 @@
 """Apply the closed forms of linear regression to a recipe's frozen backbone, before any training.
 
-Data and model are built as `fit` builds them. A few training batches give, at every projection that the recipe adapts,
-the second moment of its inputs, the gradient to its weight, and the second moment of the gradients to its outputs.
+Data and model are built as `fit` builds them. A few training batches give three moments at each adapted projection: the
+second moment of the inputs, the gradient to the weight, and the second moment of the gradients to the outputs.
 docs/theory.md explains what these moments say about a network, and what they do not say.
 """
 
@@ -42,7 +42,7 @@ def run(arguments: Namespace) -> None:
         ArgumentError: For a wrong value, or for keys that leave nothing to measure.
     """
     from app.commands.moments import measure
-    from app.commands.theory_report import analyse, write_report  # pandas and matplotlib
+    from app.commands.theory_report import analyse, write_report  # imports pandas and matplotlib
 
     for name, least in (("batches", 1), ("head_steps", 0)):
         if arguments[name] < least:

@@ -39,7 +39,7 @@ class Analysis:
     """Closed forms of all projections of a recipe.
 
     Args:
-        measured: The measurement from which they are computed.
+        measured: The measurement that the closed forms use.
         projections: A row for each projection.
         shares: A row for each projection, trained factor, target, weighting of outputs and rank.
     """
@@ -64,7 +64,7 @@ def analyse(measured: Measurement) -> Analysis:
         largest = min(LARGEST_RANK, d_in, d_out)
         theory = theory_of(moments, largest)
         block = block_of(projection.layer)
-        about = {
+        identity = {
             "projection": name,
             "role": projection.role,
             "stack": block[0] if block else "",
@@ -73,7 +73,7 @@ def analyse(measured: Measurement) -> Analysis:
             "d_out": d_out,
         }
         rows.append(
-            about
+            identity
             | {
                 "adapter_rank": factors.A.shape[0],
                 "tokens": moments.tokens,
@@ -90,15 +90,15 @@ def analyse(measured: Measurement) -> Analysis:
             columns = {"trained": f.trained, "target": f.target, "outputs": f.outputs, "removable": f.removable}
             values = {"share": f.share.mean, "low": f.share.low, "high": f.share.high}
             table = {"rank": np.arange(1, largest + 1), **{key: value.numpy() for key, value in values.items()}}
-            shares.append(pd.DataFrame(table).assign(**about, **columns))
+            shares.append(pd.DataFrame(table).assign(**identity, **columns))
     table = pd.DataFrame(rows)
-    few = table[table["tokens"] < table["d_in"]]
-    if len(few):
-        first = few.iloc[0]
+    singular = table[table["tokens"] < table["d_in"]]
+    if len(singular):
+        first = singular.iloc[0]
         _log.warning(
-            f"{len(few)} of {len(table)} projections have fewer tokens that reach the loss than inputs, such as "
-            f"{first['projection']} with {first['tokens']} tokens and {first['d_in']} inputs: their second moment is "
-            "singular, and their least-squares target fits the batches alone. Raise --batches."
+            f"{len(singular)} of {len(table)} projections have fewer tokens that reach the loss than inputs, such as "
+            f"{first['projection']} with {first['tokens']} tokens and {first['d_in']} inputs. Their second moment is "
+            "singular, and their least-squares target fits these batches only. Raise --batches."
         )
     return Analysis(measured, table, pd.concat(shares, ignore_index=True))
 
@@ -241,10 +241,10 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
         f"The recipe has {measured.samples:,} training samples."
     )
     report.add_paragraph(
-        "All shares are of a linear regression that has the measured second moment Σ of a projection's inputs and one "
-        "of two targets Δ: the least-squares target −GΣ⁻¹, or the gradient step −G. A share tells how much of that "
-        "regression's loss a factor can remove. The shares do not predict a network's accuracy, and do not tell which "
-        "frozen factor to choose."
+        "All shares describe a linear regression with the measured second moment Σ of a projection's inputs. The "
+        "target Δ is either the least-squares target −GΣ⁻¹ or the gradient step −G. A share is the part of that "
+        "regression's loss that a factor can remove. The shares do not predict a network's accuracy, nor which frozen "
+        "factor to choose."
     )
     shares = network_shares(analysis)
     report.add_heading("Both sides at the recipe's rank")
@@ -262,8 +262,8 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
         shares_figure(analysis),
         "Share of the removable loss by rank",
         f"Each line is a mean over the projections of a role and {DRAWS} random frozen factors; both axes are "
-        "logarithmic. Look for lines in the left panels that lie above their role's line on the right, where the "
-        "share is r/d_out for any data: there the closed form favours B.",
+        "logarithmic. Look for lines in the left panels above the same role's line on the right, where the share is "
+        "r/d_out for any data: for these roles the closed form favours B.",
     )
     report.add_heading("Where the asymmetry comes from")
     report.add_figure(

@@ -4,9 +4,9 @@ A checkpoint is a file of torch.save with one more line at its end, which torch.
 
     onesided sha256=<SHA-256 of the content before the line>
 
-The line is part of the file, so that no kill separates the two. A file that was truncated or altered fails the digest
-before anything is unpickled. A file without the line comes from plain Lightning. Earlier versions added the identity of
-the run to the line and to the digest.
+The line is part of the file, so that a kill cannot separate line and content. A file that was truncated or altered
+fails the digest before anything is unpickled. A file without the line comes from plain Lightning. Earlier
+versions also put the run's identity into the line and the digest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from datamodules.errors import CheckpointError
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-STALE = ".stale"  # suffix of checkpoints that are newer than the one from which a run was resumed
+STALE = ".stale"  # suffix of checkpoints that are newer than the checkpoint from which a run was resumed
 SEAL = re.compile(rb"\nonesided sha256=([0-9a-f]{64})(?: run=([0-9a-f]{32}))?\n")
 SEAL_START = b"\nonesided sha256="
 LONGEST_SEAL = len(SEAL_START) + 64 + len(" run=\n") + 32
@@ -49,20 +49,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint on the CPU. Only tensors and plain values are accepted, never pickled code.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, no checkpoint, or holds anything else.
+        CheckpointError: If the file is missing, damaged or no checkpoint, or holds other objects.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"ckpt_path: there is no file {path}; checkpoints lie in RUN/checkpoints.")
+        raise CheckpointError(f"ckpt_path: there is no file {path}. Give a run directory or a checkpoint.")
     try:
-        with Path(path).open("rb") as file:  # one handle for both reads, since another file may get the name in between
+        with Path(path).open("rb") as file:  # one handle for both reads, since the file may be replaced in between
             problem = _file_problem(file)
             checkpoint = None if problem else torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"ckpt_path: {path} cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # torch raises half a dozen kinds
         raise CheckpointError(
-            f"ckpt_path: {path} cannot be read. It holds Python objects that are not tensors or plain values, and "
-            "loading them could run code; or it is no checkpoint. Use another checkpoint."
+            f"ckpt_path: {path} cannot be read ({error.strerror or error}). Use another checkpoint."
+        ) from error
+    except Exception as error:  # torch.load raises many kinds of errors
+        raise CheckpointError(
+            f"ckpt_path: {path} cannot be read. The file is no checkpoint, or holds Python objects that are not "
+            "tensors or plain values, whose loading could run code. Use another checkpoint."
         ) from error
     if problem:
         raise CheckpointError(
@@ -70,12 +72,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "intact checkpoint is used."
         )
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"ckpt_path: {path} is a PyTorch file, but not a checkpoint of a run (no state_dict).")
+        raise CheckpointError(
+            f"ckpt_path: {path} is a PyTorch file, but no checkpoint (no state_dict). Use another checkpoint."
+        )
     return checkpoint
 
 
 def checkpoint_problem(path: Path) -> str | None:
-    """Return why a checkpoint is not used, by its digest; None if it is intact, or has no digest."""
+    """Return why a checkpoint cannot be used, by its digest; None if the file is intact or has no digest."""
     try:
         with path.open("rb") as file:
             return _file_problem(file)
@@ -86,41 +90,42 @@ def checkpoint_problem(path: Path) -> str | None:
 
 
 def _file_problem(file: BinaryIO) -> str | None:
-    """Return why an open checkpoint is not used; None leaves the file at its beginning."""
+    """Return why an open checkpoint cannot be used. For None, the file is rewound to its beginning."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - LONGEST_SEAL))
     tail = file.read()
     start = tail.rfind(SEAL_START)
     if start < 0:
         file.seek(0)
-        is_whole = tail[-22:-18] == b"PK\5\6"  # torch writes zip files, which end with a record of 22 bytes
-        return None if is_whole else "is damaged: truncated, or no PyTorch file"
+        is_complete = tail[-22:-18] == b"PK\5\6"  # torch writes zip files, which end with a record of 22 bytes
+        return None if is_complete else "is damaged: truncated, or no PyTorch file"
     seal = SEAL.fullmatch(tail[start:])
     if seal is None:
         return "is damaged: its digest is truncated or altered"
     digest = hashlib.sha256()
-    left = size - len(seal[0])
+    bytes_left = size - len(seal[0])
     file.seek(0)
-    while chunk := file.read(min(CHUNK, left)):
+    while chunk := file.read(min(CHUNK, bytes_left)):
         digest.update(chunk)
-        left -= len(chunk)
+        bytes_left -= len(chunk)
     digest.update(seal[2] or b"")
     file.seek(0)
     return None if digest.hexdigest().encode() == seal[1] else "is damaged: its content does not match its digest"
 
 
 def saved_step(path: Path) -> int | None:
-    """Return the optimizer steps of a checkpoint, without reading a tensor; None if the file cannot be read."""
+    """Return the optimizer step of a checkpoint, without reading a tensor; None if the file cannot be read."""
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception:  # torch raises half a dozen kinds for a damaged file
+    except Exception:  # torch.load raises many kinds of errors for a damaged file
         return None
 
 
 def first_new_step(checkpoint: dict[str, Any]) -> int:
-    """Return the first step of the logs that a run which is resumed from a checkpoint writes anew.
+    """Return the first step whose log entries are written again by a run that resumes from a checkpoint.
 
-    The log at the very step of the checkpoint stays at an epoch's end alone: in mid-epoch it belongs to a stop.
+    At an epoch's end, the entries at the checkpoint's step stay. In mid-epoch, these entries may belong to a stop,
+    and are written again.
     """
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     return int(checkpoint["global_step"]) + (epochs["ready"] == epochs["processed"])
@@ -156,15 +161,14 @@ TYPES: dict[str, Any] = {
     "frozen_digest": "",
 }
 REQUIRED = ("state_dict", "hyper_parameters", "pytorch-lightning_version", "global_step", "loops")
-TRAINING = ("callbacks", "optimizer_states", "lr_schedulers")  # what a checkpoint of weights alone lacks
+TRAINING = ("callbacks", "optimizer_states", "lr_schedulers")  # keys that a checkpoint of weights alone lacks
 COUNTS = {"fit_loop": {"epoch_progress": {"current": {"ready": 0, "processed": 0}}}}  # in `loops`, for training
 
 
 def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None:
     """Check that a checkpoint has the keys that a command needs, with values of the right types.
 
-    Deeper values are checked where they are restored, against the objects that take them: by `AdapterCheckpoint`,
-    `modules.training.checkpoints` and the data module.
+    `AdapterCheckpoint`, `modules.training.checkpoints` and the data module check nested values when they restore them.
 
     Args:
         path: Path of the checkpoint.
@@ -172,7 +176,7 @@ def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None
         trains: Whether training resumes from the checkpoint.
 
     Raises:
-        CheckpointError: If a key is missing or of another type, with the first such key.
+        CheckpointError: If a key is missing, or its value has another type. The message names the first such key.
     """
     if trains and (missing := [key for key in TRAINING if key not in checkpoint]):
         raise CheckpointError(
@@ -194,18 +198,20 @@ def _content_problem(checkpoint: dict[str, Any]) -> str | None:
             return f"state_dict.{name} must be a tensor, and is {shortened(tensor)}"
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if not _is_plain(checkpoint.get(key)):
-            return f"{key} must hold plain values alone"
+            return f"{key} must hold only plain values"
     try:
         Version(checkpoint["pytorch-lightning_version"])
     except InvalidVersion:
-        return f"pytorch-lightning_version is {shortened(checkpoint['pytorch-lightning_version'])}"
-    if trained := checkpoint.get("optimizer_states", [{}]):
-        return None if isinstance(trained[0], dict) else "optimizer_states must have a group of keys"
+        return (
+            f"pytorch-lightning_version must be a version, and is {shortened(checkpoint['pytorch-lightning_version'])}"
+        )
+    if optimizers := checkpoint.get("optimizer_states", [{}]):
+        return None if isinstance(optimizers[0], dict) else "optimizer_states must have a group of keys"
     return "optimizer_states has no optimizer"
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Return True for what a YAML file can hold."""
+    """Return True for a value that a YAML file can hold."""
     if isinstance(value, dict):
         return depth < 20 and all(isinstance(k, str | int) and _is_plain(v, depth + 1) for k, v in value.items())
     if isinstance(value, list | tuple):
@@ -214,7 +220,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 
 def shortened(value: Any) -> str:
-    """Return a value as a message shows it."""
+    """Return the representation of a value for a message, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -252,18 +258,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically, so that a kill or a full disk leaves the old file.
 
     - Before a new last.ckpt replaces the old file, the old file becomes previous.ckpt, unless it is damaged.
-    - If a run is resumed from an older checkpoint of its own, the first save renames its newer checkpoints to
+    - If a run is resumed from one of its older checkpoints, the first save renames the newer checkpoints to
       `*.stale`. Otherwise the fallback for a damaged last.ckpt could return to steps that the run has undone.
 
     Args:
-        given: The checkpoint that a command was given.
-        content: Content of that checkpoint, from `read_checkpoint`, so that the file is not read a second time.
+        given: Path of the checkpoint that a command loads.
+        content: Content of `given`, from `read_checkpoint`, so that the file is not read a second time.
     """
 
     def __init__(self, given: Path | None = None, content: dict[str, Any] | None = None) -> None:
         super().__init__()
         self._content = {given: content} if given and content else {}
-        self._intact = set(self._content)  # checkpoints that this process has read or written, and need not check again
+        self._intact = set(self._content)  # checkpoints that this process has read or written, and need not check
         self._resumed = (given, int(content.get("global_step", 0))) if given and content else None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -285,23 +291,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             reason = error.reason if isinstance(error, WriteError) else error
             raise CheckpointError(
-                f"The checkpoint {target} could not be written ({reason}). The previous one is untouched: free some "
-                "space and resume with --ckpt_path last."
+                f"The checkpoint {target} could not be written ({reason}). The previous checkpoint is untouched: free "
+                "some space and resume with --ckpt_path last."
             ) from error
 
     def _set_newer_aside(self, folder: Path) -> None:
-        """At a resumed run's first save, rename the checkpoints that are newer than the checkpoint it resumed from."""
+        """At a resumed run's first save, rename the checkpoints that are newer than the resumed checkpoint."""
         if self._resumed is None or self._resumed[0].parent.resolve() != folder.resolve():
             return
         step, self._resumed = self._resumed[1], None
         for path in (folder / name for name in (LAST, PREVIOUS, BEST)):
-            newer = saved_step(path)
-            if newer is not None and newer > step:
+            path_step = saved_step(path)
+            if path_step is not None and path_step > step:
                 names = (path.with_name(f"{path.name}{f'.{i}' if i else ''}{STALE}") for i in count())
                 stale = next(name for name in names if not name.exists())
                 path.rename(stale)
                 self._intact.discard(path)
-                _log.warning(f"{path} of step {newer} is now {stale.name}: the run was resumed from step {step}.")
+                _log.warning(f"{path} of step {path_step} is now {stale.name}: the run was resumed from step {step}.")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint, always with `weights_only`."""
@@ -317,12 +323,12 @@ def _seal(file: AtomicFile) -> None:
 
 
 def _link_or_move(target: Path, name: Path) -> None:
-    """Give a file a second name, which replaces a file of that name. Neither name is ever missing."""
-    spare = temporary_name(name)
+    """Give the file `target` the second name `name`, and replace the file there. Without hard links, move `target`."""
+    temporary = temporary_name(name)
     try:
-        os.link(target, spare)
-    except OSError:  # a file system without hard links: for a moment only the second name exists
+        os.link(target, temporary)
+    except OSError:  # a file system without hard links: `target` is missing until the new file replaces it
         target.replace(name)
         return
-    spare.replace(name)
-    spare.unlink(missing_ok=True)  # a rename between two names of the same file does nothing
+    temporary.replace(name)
+    temporary.unlink(missing_ok=True)  # a rename between two names of the same file does nothing

@@ -1,7 +1,7 @@
 """Provenance of metrics: which checkpoint, data and settings each evaluation of a run belongs to.
 
-metrics.json has the newest figures by name and nothing else. RUN/evaluations.json lists every `validate` and `test` of
-the run with the checkpoint's step, the keys that differ from the checkpoint's, and the metrics. A checkpoint holds the
+metrics.json holds only the newest value of each metric. RUN/evaluations.json lists every `validate` and `test` of the
+run: the checkpoint's step, the keys whose values differ from the checkpoint's, and the metrics. A checkpoint holds the
 metrics of the validation at its step, in the state of `RunSummary`.
 """
 
@@ -63,7 +63,7 @@ def _read_json(path: Path) -> Any:
 
 
 def read_evaluations(run: Path) -> list[Evaluation]:
-    """Return the evaluations of a run, oldest first; entries of another form are left out."""
+    """Return the evaluations of a run, oldest first. Malformed entries are skipped."""
     content = _read_json(run / FILE)
     return [_parse(entry) for entry in content if _is_valid(entry)] if isinstance(content, list) else []
 
@@ -91,7 +91,7 @@ def write_evaluations(run: Path, evaluations: list[Evaluation]) -> None:
 
 
 def add_evaluation(run: Path, new: Evaluation) -> None:
-    """Add an evaluation to a run. It replaces an earlier evaluation of the same split, checkpoint and settings."""
+    """Add an evaluation to a run, and drop an earlier evaluation of the same split, checkpoint and settings."""
     others = [
         old
         for old in read_evaluations(run)
@@ -102,14 +102,14 @@ def add_evaluation(run: Path, new: Evaluation) -> None:
 
 def drop_evaluations_after(run: Path, step: int) -> None:
     """Remove the evaluations of checkpoints after a step, when training resumes from this step."""
-    before = read_evaluations(run)
-    kept = [evaluation for evaluation in before if evaluation.step <= step]
-    if len(kept) < len(before):
+    evaluations = read_evaluations(run)
+    kept = [evaluation for evaluation in evaluations if evaluation.step <= step]
+    if len(kept) < len(evaluations):
         write_evaluations(run, kept)
 
 
 def evaluations_of_checkpoint(checkpoint: Mapping[str, Any], run: Path | None) -> list[Evaluation]:
-    """Return every evaluation of a checkpoint's weights, oldest first; `run` is its run directory, if any."""
+    """Return every evaluation of a checkpoint's weights, oldest first. `run` is the checkpoint's run directory."""
     callbacks = checkpoint.get("callbacks")
     state = callbacks.get(STATE) if isinstance(callbacks, Mapping) else None
     evaluations = [_parse(state)] if _is_valid(state) else []

@@ -20,11 +20,11 @@ from modules.adapters import AdapterError
 
 _log = logging.getLogger(__name__)
 
-# Errors that a user can fix; their messages tell how. Any other error is a defect and shows its traceback.
+# Errors that a user can fix; their messages say how. Any other error is a defect and shows its traceback.
 OWN_ERRORS = (ArgumentError, AdapterError, InputError, OSError)
 BAD_INPUT = (*OWN_ERRORS, MisconfigurationException)
 LOADERS = ("torch.utils.data.dataloader", "torch.utils.data._utils.signal_handling")
-GLOO = "/gloo/transport/"  # part of every message of gloo's transport, for whose errors torch has no class
+GLOO = "/gloo/transport/"  # part of every error message of gloo's transport: torch has no class for these errors
 
 
 def bad_input(error: Exception) -> Exception | None:
@@ -51,10 +51,10 @@ def _message_of_library_error(error: Exception) -> str | None:
     if is_distributed() and is_peer_lost(error):
         return "Another process of the run has ended or cannot be reached."
     if isinstance(error, UnicodeEncodeError):
-        return f"{error.object[:200]} has bytes that are no UTF-8. Rename the file or folder."
+        return f"{error.object[:200]} has bytes that are not UTF-8. Rename the file or folder."
     compiler = sys.modules.get("torch._dynamo.exc")
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):
-        return f"model.compile: torch.compile fails on this backbone ({first_line(error)}). Set it to false."
+        return f"model.compile: torch.compile fails on this backbone ({first_line(error)}). Set model.compile to false."
     return None
 
 
@@ -76,12 +76,12 @@ def is_caused_by(error: BaseException, problem: OSError) -> bool:
 
 
 def is_caused_by_signal(error: BaseException) -> bool:
-    """Return True if an error was raised while the exception of a signal was handled, or instead of it."""
+    """Return True if an error is the exception of a signal, or was raised while that exception was handled."""
     return any(isinstance(link, SIGTERMException) for link in causes(error, contexts=True))
 
 
 def causes(error: BaseException, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield an error and the errors that it was raised from; with `contexts`, also those that were being handled."""
+    """Yield an error and its causes, one by one; with `contexts`, also the errors that were being handled."""
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
@@ -97,9 +97,9 @@ def _raising_module(error: BaseException) -> str:
 
 
 def construction_error(config: Namespace, kind: type, error: Exception) -> Exception:
-    """Return the error to report if the constructor of a class in the configuration fails.
+    """Return the error to report when the constructor of a class in the configuration fails.
 
-    Errors of this program name their key. To errors of Lightning and other packages, the key and the class are added.
+    Errors of this program name their key already. Other errors get the key and the name of the class.
 
     Args:
         config: The command's values.

@@ -23,11 +23,11 @@ def reraise_disk_full(folder: Path) -> Iterator[None]:
     Raises:
         DiskFullError: In place of the error of a full disk.
     """
-    before = threading.excepthook
+    hook_before = threading.excepthook
 
     def excepthook(thread: threading.ExceptHookArgs) -> None:
         if not (isinstance(thread.exc_value, OSError) and thread.exc_value.errno in FULL):
-            before(thread)
+            hook_before(thread)
 
     threading.excepthook = excepthook
     try:
@@ -40,4 +40,4 @@ def reraise_disk_full(folder: Path) -> Iterator[None]:
             "resume with --ckpt_path last."
         ) from error
     finally:
-        threading.excepthook = before
+        threading.excepthook = hook_before

@@ -17,7 +17,7 @@ from datamodules.atomic import atomic_write
 
 
 class RunLogger(TensorBoardLogger):
-    """Write hparams.yaml atomically: Lightning's logger writes it in place and follows links."""
+    """TensorBoard logger that writes hparams.yaml atomically. Lightning's logger writes in place and follows links."""
 
     @rank_zero_only
     def save(self) -> None:
@@ -26,17 +26,17 @@ class RunLogger(TensorBoardLogger):
         if not path.is_file():
             with atomic_write(path) as file:
                 save_hparams_to_yaml(str(file.name), self.hparams)
-        super().save()  # leaves a file that exists as it is
+        super().save()  # does not overwrite hparams.yaml
 
 
 def log_picture(trainer: L.Trainer, tag: str, picture: np.ndarray, file: str | None = None) -> None:
     """Log a picture at the trainer's step, on rank zero.
 
     Args:
-        trainer: Its loggers get the picture.
+        trainer: Trainer whose loggers get the picture.
         tag: Name of the picture.
         picture: (height, width, 3) uint8.
-        file: PNG in the run directory, which keeps the newest picture where a logger has none, such as CSVLogger.
+        file: PNG file in the run directory for the newest picture, if a logger takes no pictures, such as CSVLogger.
     """
     for logger in trainer.loggers:
         step = trainer.global_step
@@ -69,7 +69,7 @@ def log_text(trainer: L.Trainer, tag: str, text: str) -> None:
 
 
 def log_results(trainer: L.Trainer, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
-    """Log settings and final metrics of a run: TensorBoard's HParams tab, the tables of runs of other loggers."""
+    """Log settings and final metrics of a run, for TensorBoard's HParams tab and other loggers' tables of runs."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(dict(settings), dict(results), trainer.global_step)

@@ -1,4 +1,4 @@
-"""Ranks of a distributed run: which process writes, which one reports an error, and how all leave the process group."""
+"""Ranks of a distributed run: which rank writes, which rank reports an error, and leaving the process group."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
 
-SWEEP_PROCESS = "ONESIDED_SWEEP_PID"  # environment variable with the number of the process that has started a trial
+SWEEP_PROCESS = "ONESIDED_SWEEP_PID"  # environment variable: id of the process that started a trial
 
 
 def is_first_rank() -> bool:
     """Return True on the rank that prints and writes for all ranks of a run."""
-    first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets the rank when it is imported
+    first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets `rank` at its import
     return first
 
 
@@ -26,8 +26,8 @@ def is_distributed() -> bool:
 def should_report() -> bool:
     """Return True on the first rank that calls it.
 
-    Before the ranks have joined their process group, the first rank of each node reports: an error of the command is
-    the same on all ranks. Rank 0 holds the counter of the calls. If rank 0 is gone, rank 1 prints that.
+    Before the ranks join a process group, the first rank of each node reports: all ranks then fail with the same error.
+    Rank 0 holds the counter of the calls. If rank 0 has ended, rank 1 reports its end.
     """
     if not is_distributed():
         return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -41,6 +41,6 @@ def should_report() -> bool:
 
 
 def leave_process_group() -> None:
-    """Leave gloo's process group, whose threads would abort a process that ends in it. Lightning leaves NCCL's."""
+    """Leave gloo's process group: its threads would abort a process that exits as a member. Lightning leaves NCCL's."""
     if is_distributed() and dist.get_backend() == "gloo":
         dist.destroy_process_group()

@@ -30,7 +30,7 @@ TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
 class RunDirectoryError(OSError):
-    """A run directory cannot be made or written; the message names the place and the remedy."""
+    """A run directory cannot be made or written. The message names the directory and the remedy."""
 
 
 class RunTaken(CheckpointError):
@@ -110,7 +110,7 @@ def remove_if_empty(run: Path | None) -> Iterator[None]:
 def locked(run: Path) -> Iterator[None]:
     """Lock a run directory against training by other processes. The kernel releases the lock when this process ends.
 
-    The lock belongs to this process, not to the file's handle: worker processes inherit the handle, and may live on for
+    The lock belongs to this process, not to the file's handle. Worker processes inherit the handle, and may live on for
     seconds after this process was killed.
 
     Raises:
@@ -129,20 +129,20 @@ def locked(run: Path) -> Iterator[None]:
             if error.errno in TAKEN:
                 file.seek(0)
                 raise RunTaken(
-                    f"ckpt_path: {file.read().strip() or 'another process'} trains in {run}: wait for it or end it, or "
-                    "start a new run from a copy of the checkpoint."
+                    f"ckpt_path: {file.read().strip() or 'another process'} trains in {run}. Wait for its "
+                    "end, or start a new run from a copy of the checkpoint."
                 ) from error
-            _log.warning(f"{run} cannot be locked here ({error.strerror}): do not resume it twice at once.")
+            _log.warning(f"{run} cannot be locked here ({error.strerror}): do not train in it twice at once.")
         else:
             file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-            for folder in (run, run / CHECKPOINTS):  # of a fit that was killed
+            for folder in (run, run / CHECKPOINTS):  # temporary files of a fit that was killed
                 remove_stale(folder)
         yield
 
 
 def locate_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
-    """Return the file that a `--ckpt_path` means, by names alone.
+    """Return the file that `--ckpt_path` means, without reading any file.
 
     Args:
         ckpt_path: A checkpoint file, a run directory, or `last`, the newest run below the root that has a checkpoint.
@@ -155,7 +155,7 @@ def locate_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
     if ckpt_path == "last":
         run = next((v for v in reversed(versions(root)) if _checkpoints(v)), None)
         if run is None:
-            raise CheckpointError(f"ckpt_path: no run below {root} has a checkpoint yet; give a file, or start anew.")
+            raise CheckpointError(f"ckpt_path: no run below {root} has a checkpoint. Give a file, or start a new run.")
         return run / CHECKPOINTS / LAST
     path = Path(ckpt_path)
     if not path.is_dir():
@@ -168,9 +168,9 @@ def load_checkpoint(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]
     """Return the checkpoint to use, and its content.
 
     Args:
-        ckpt_path: The option `--ckpt_path`. If it names a file, this file is used or is an error.
-        wanted: The file that the option means. If that file is damaged or missing, the newest intact checkpoint of its
-            run is used, with a warning.
+        ckpt_path: The option `--ckpt_path`. If the option names a file, there is no fallback.
+        wanted: The file that the option means. If this file is damaged or missing, the fallback is the newest intact
+            checkpoint of the run, with a warning.
 
     Raises:
         CheckpointError: If no checkpoint can be used.
@@ -188,14 +188,14 @@ def load_checkpoint(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]
             continue
         if path != wanted:
             step = content.get("global_step", 0)
-            for line in (*problems, f"{path} is used instead, of step {step}: the newest intact checkpoint."):
+            for line in (*problems, f"{path} of step {step} is used instead: the newest intact checkpoint."):
                 _log.warning(line)
         return path, content
-    raise CheckpointError(" ".join([*problems, f"{wanted.parent} has no intact checkpoint: start anew."]))
+    raise CheckpointError(" ".join([*problems, f"{wanted.parent} has no intact checkpoint. Start a new run."]))
 
 
 def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
-    """Return the checkpoint to use, or the file where it would lie if the run has none; see `locate_checkpoint`.
+    """Return the path of the checkpoint to use. The file need not exist. See `locate_checkpoint`.
 
     Raises:
         CheckpointError: If no run below the root has a checkpoint, or none is intact.
@@ -206,5 +206,5 @@ def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoints. Between checkpoints of the same step, the first is preferred."""
+    """Return a run's checkpoints. Among checkpoints of the same step, the first is preferred."""
     return [p for p in (run / CHECKPOINTS / name for name in (LAST, PREVIOUS, BEST)) if p.is_file()]

@@ -16,7 +16,7 @@ class DamagedSpectra(ValueError):
 
 
 def _schema() -> Any:
-    import pyarrow as pa  # --help needs none of it
+    import pyarrow as pa  # a slow import, which --help does not need
 
     return pa.schema(
         {
@@ -31,7 +31,7 @@ def _schema() -> Any:
 
 
 def read_spectra(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file, one a step, projection and factor.
+    """Return the rows of a file: one row for each step, projection and factor.
 
     Raises:
         DamagedSpectra: If the file cannot be read.

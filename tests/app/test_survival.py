@@ -125,7 +125,7 @@ def test_damage_is_found_before_anything_is_unpickled(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert str(last(run)) in said[0] and reason in said[0]
-    assert "previous.ckpt is used instead, of step 1" in said[1]
+    assert "previous.ckpt of step 1 is used instead" in said[1]
     # training goes on: the damaged one is not kept in the place of the intact one
     save(run, 2)
     assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 1}
@@ -171,7 +171,7 @@ def test_newest_intact_one_of_the_newest_run(run: Path, capsys: pytest.CaptureFi
     last(run).unlink()
     assert resolve_checkpoint("last", run.parent, prefer_best=False).name == "best.ckpt"
     said = capsys.readouterr().err
-    assert "there is no" in said and "best.ckpt is used instead, of step 4" in said
+    assert "there is no" in said and "best.ckpt of step 4 is used instead" in said
     # none intact: an older run is not taken in its place
     newer = new_run_directory(run.parent)
     save(newer, 8)
@@ -291,7 +291,7 @@ def test_training_goes_on_from_the_newest_intact_one_but_not_from_a_named_damage
     assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
     said = capsys.readouterr().err
     assert "last.ckpt is damaged" in said
-    assert f"previous.ckpt is used instead, of step {STEPS_AN_EPOCH - 1}" in said
+    assert f"previous.ckpt of step {STEPS_AN_EPOCH - 1} is used instead" in said
     assert_same_state(whole, fitted_cli.checkpoint())
 
 
@@ -345,7 +345,7 @@ def test_sigterm_and_ctrl_c_save_and_say_so(
         assert fitted_cli("fit", "--trainer.max_epochs=1") == 128 + number
     assert signal.getsignal(number) == handler
     said = capsys.readouterr().err
-    assert f"{number.name}: stopped; training goes on from {last(fitted_cli.run(1))}." in said
+    assert f"{number.name}: stopped; resume with --ckpt_path {last(fitted_cli.run(1))}." in said
     assert "Traceback" not in said
     assert fitted_cli.checkpoint(1)["global_step"] == saved
     assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
@@ -484,7 +484,7 @@ def test_a_signal_to_a_run_as_users_start_it(cli: CommandLine, options: list[str
         os.killpg(process.pid, number)
     said = cli.root.parent / "said.log"
     assert process.wait(120) == 128 + number, said.read_text()
-    assert said.read_text().count(f"{number.name}: stopped; training goes on from {last(cli.run())}.") == 1
+    assert said.read_text().count(f"{number.name}: stopped; resume with --ckpt_path {last(cli.run())}.") == 1
     assert "Traceback" not in said.read_text()
     assert cli.checkpoint()["global_step"] > 0
     with pytest.raises(ProcessLookupError):

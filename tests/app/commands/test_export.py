@@ -149,8 +149,8 @@ def test_output_is_never_written_over(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "note.txt").write_text("mine")
-    refused(capsys, run_export(finished[0], tmp_path), "--output", str(tmp_path), "there already")
-    refused(capsys, run_export(finished[0], tmp_path / "note.txt"), "--output", "note.txt", "there already")
+    refused(capsys, run_export(finished[0], tmp_path), "--output", str(tmp_path), "exists already")
+    refused(capsys, run_export(finished[0], tmp_path / "note.txt"), "--output", "note.txt", "exists already")
     refused(capsys, run_export(finished[0], tmp_path / "note.txt" / "model"), "--output", "could not be written")
     assert_only(tmp_path, "note.txt")
     assert (tmp_path / "note.txt").read_text() == "mine"

@@ -158,7 +158,7 @@ def test_runs_without_spectra_and_without_adapters(
     checkpoint = Path(shutil.copy(finished_runs["b"] / "checkpoints" / "best.ckpt", tmp_path / "moved.ckpt"))
     assert spectrum(tmp_path / "out", finished_runs["head"], checkpoint, options=("--top=0",)) == 0
     error = capsys.readouterr().err
-    assert "model.tuning: head, so it has no adapters. It is skipped." in error
+    assert "model.tuning: head, so it has no adapters. The run is skipped." in error
     assert "moved.ckpt is in no run directory" in error
     page = assert_page_has_pictures(tmp_path / "out", *ALWAYS)
     assert "No usable spectrum.parquet: run 1: B." in page

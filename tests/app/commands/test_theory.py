@@ -93,7 +93,7 @@ def test_heads_are_trained_before_the_measurement_and_not_in_it(text_cli: Comman
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.tuning=head"], "model.tuning: head adapts no projection to measure. Set it to adapter."),
+        (["--model.tuning=head"], "model.tuning: head adapts no projection to measure. Set model.tuning to adapter."),
         (["--ckpt_path=last"], "ckpt_path"),
         (["--batches=0"], "--batches: 0 is too small. Give 1 or more."),
         (["--model.adapter.rnk=3"], "rnk"),
