@@ -1,4 +1,4 @@
-"""Rows of cases/README.md about images: folders, modes, orientation, formats, bad files, timm's prefixes."""
+"""Cases of images: folders, modes, orientation, formats, bad files and timm's prefixes of names."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def save(file: Path, label: int = 0, seed: int = 0) -> Path:
 
 
 def tree(root: Path, files: str) -> Path:
-    """Write an image for each word; the n-th has a brightness of its own."""
+    """Write an image for each path in `files`, separated by spaces. Each image has another brightness."""
     for i, file in enumerate(files.split()):
         save(root / file, i % 3, i)
     return root
 
 
 def found(root: Path) -> dict[str, dict[str, list[str]]]:
-    """Return the files of each class of each split, below the root."""
+    """Return the files of each class of each split, relative to the root."""
     splits: dict[str, dict[str, list[str]]] = {}
     for split in ("train", "val", "test"):
         table = open_split(str(root), split, None, None)
@@ -69,7 +69,7 @@ def found(root: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def opened(root: Path) -> tuple[ImageTable, list[str]]:
-    """Return the training images, and the lines about what was assumed and left out."""
+    """Return the training images, and the log lines about assumptions and skipped files."""
     findings = Findings()
     table = open_split(str(root), "train", None, None, findings)
     assert table is not None
@@ -77,7 +77,7 @@ def opened(root: Path) -> tuple[ImageTable, list[str]]:
 
 
 def coloured(root: Path, train: int = 18, test: int = 6, train_name: str = "train", test_name: str = "test") -> Path:
-    """Folders of images that can be learnt: training images, and test images if any."""
+    """Write folders of images of learnable classes: training images, and test images if `test` is above 0."""
     for name, size in ((train_name, train), (test_name, test)):
         for i in range(size):
             save(root / name / CLASSES[i % 3] / f"{i:02}.png", i % 3, i)
@@ -102,7 +102,7 @@ def predictions(run_directory: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run below runs/, and the data that it was trained on."""
+    """Return a folder with a finished run in runs/ and its data."""
     root = tmp_path_factory.mktemp("fitted")
     assert run(root / "runs", coloured(root / "data"), "fit", "--model.learning_rate", "0.05") == 0
     return root
@@ -110,7 +110,7 @@ def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fitted(fitted_once: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run below the test's own folder."""
+    """Return a copy of the finished run."""
     shutil.copytree(fitted_once, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
