@@ -45,7 +45,7 @@ def test_scaling_w_adds_no_intruder() -> None:
     assert float(intruder_cosines(left_singular_vectors(w), w, 3 * w).min()) > 1 - 1e-9
 
 
-@pytest.mark.parametrize("strength, found", [(5.0, [0]), (0.22, [4]), (0.05, [])])
+@pytest.mark.parametrize("strength, positions", [(5.0, [0]), (0.22, [4]), (0.05, [])])
 def test_planted_directions_are_found_at_their_position(strength: float, positions: list[int]) -> None:
     """The planted value replaces W's last singular value, 1/30. Its position is first, fifth, or after the tenth."""
     w, u, v = weight()
