@@ -1,4 +1,4 @@
-"""Tiny Hugging Face backbones in the hub's layout: config.json, model.safetensors and a tokenizer."""
+"""Tiny transformers backbones in the hub's layout: config.json, model.safetensors and a tokenizer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _TWO_SIDES: dict[str, Any] = {
 }
 _GENERATION = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, PreTrainedConfig] = {
-    # RoBERTa's positions begin behind the number of the padding token
+    # RoBERTa numbers positions from pad_token_id + 1
     "roberta": RobertaConfig(**{**_BERT, "max_position_embeddings": POSITIONS + 2}, bos_token_id=0, eos_token_id=2),
     "bert": BertConfig(**_BERT),
     "deberta": DebertaV2Config(
@@ -70,14 +70,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         eos_token_id=2,
     ),
 }
-# without a model for classification
+# families without a classifier in transformers
 GENERATORS: dict[str, PreTrainedConfig] = {
     "pegasus": PegasusConfig(**_TWO_SIDES, decoder_start_token_id=1, forced_eos_token_id=2, **_GENERATION),
 }
 
 
 def word_tokenizer(**keys: Any) -> PreTrainedTokenizerFast:
-    """One token a word, `<s> first </s> </s> second </s>` for pairs."""
+    """Return a tokenizer with one token for each word. A pair is `<s> first </s> </s> second </s>`."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -91,9 +91,9 @@ def word_tokenizer(**keys: Any) -> PreTrainedTokenizerFast:
 
 
 def save_backbone(folder: Path, kind: str, seed: int = 0, **changes: Any) -> Path:
-    """A backbone with random weights and its tokenizer, as transformers saves them."""
-    known = (CONFIGS | GENERATORS)[kind]
-    config = type(known)(**{**known.to_dict(), **changes})
+    """Save a backbone with random weights and its tokenizer in the format of transformers. Return the folder."""
+    default = (CONFIGS | GENERATORS)[kind]
+    config = type(default)(**{**default.to_dict(), **changes})
     torch.manual_seed(seed)
     auto_class = AutoModelForSeq2SeqLM if kind in ("bart", "pegasus", "t5") else AutoModel
     auto_class.from_config(config).save_pretrained(folder)
@@ -102,7 +102,7 @@ def save_backbone(folder: Path, kind: str, seed: int = 0, **changes: Any) -> Pat
 
 
 def save_classifier(folder: Path, kind: str, class_names: list[str], seed: int = 0, **changes: Any) -> Path:
-    """A backbone with a classification head for these classes, [] for regression, and its tokenizer."""
+    """Save a backbone with a head for these classes ([] for regression) and its tokenizer. Return the folder."""
     labels = dict(enumerate(class_names or ["score"]))
     keys = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, **changes}
     config = type(CONFIGS[kind])(**{**CONFIGS[kind].to_dict(), **keys})

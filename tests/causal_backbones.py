@@ -1,4 +1,4 @@
-"""Tiny decoders in the hub's layout, with a tokenizer of bytes, so that any text can be asked of them."""
+"""Tiny decoders in the hub's layout. Their tokenizer has tokens for all bytes, so that any text can be encoded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
-LETTERS = [f"Ġ{letter}" for letter in "ABCDE"]  # an answer is one token, as with real tokenizers
+LETTERS = [f"Ġ{letter}" for letter in "ABCDE"]  # answers with one token, as in real tokenizers
 VOCABULARY = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *LETTERS])}
 POSITIONS = 512
 CHAT = (
@@ -42,24 +42,24 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_DECODER, tie_word_embeddings=True),
     "mistral": MistralConfig(**_DECODER, sliding_window=None),
     "qwen2": Qwen2Config(**_DECODER),
-    # squashes its logits behind the output layer
+    # applies tanh to the logits after the output layer
     "gemma2": Gemma2Config(**_DECODER, head_dim=8, query_pre_attn_scalar=8),
 }
 
 
 def byte_tokenizer(chat_template: str | None = CHAT, **keys: Any) -> PreTrainedTokenizerFast:
-    """One token a byte but for ` A` to ` E`; the padding token is the end, as in SmolLM2."""
+    """Return a tokenizer with one token for each byte and for ` A` to ` E`. The padding token is the end token."""
     tokenizer = Tokenizer(models.BPE(VOCABULARY, [("Ġ", letter) for letter in "ABCDE"], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<|im_end|>"}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**special, **keys})
-    made.chat_template = chat_template
-    return made
+    tokenizer_fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**special, **keys})
+    tokenizer_fast.chat_template = chat_template
+    return tokenizer_fast
 
 
 def save_decoder(folder: Path, kind: str = "llama", seed: int = 0, scale: float = 0.2, **changes: Any) -> Path:
-    """A decoder with random weights, large enough to have opinions, and its tokenizer, as transformers saves them."""
+    """Save a decoder and its tokenizer in the format of transformers. Its random weights are large: logits differ."""
     config = type(CONFIGS[kind])(**{**CONFIGS[kind].to_dict(), "initializer_range": scale, **changes})
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

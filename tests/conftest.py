@@ -1,4 +1,4 @@
-"""Setting of every test: no hub, no colour, a fixed width, one thread; fixtures of small data sets and backbones."""
+"""Settings of every test (no hub, no color, fixed width, one thread), and fixtures of small data sets and backbones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import tempfile
 
 os.environ.update(
-    OMP_NUM_THREADS="1",  # models are so small that a second thread only gets in the way, and each core has its tests
+    OMP_NUM_THREADS="1",  # a second thread would slow down such small models, and every core runs other tests
     HF_HUB_OFFLINE="1",
     HF_DATASETS_CACHE=tempfile.mkdtemp(prefix="onesided-tests-"),
     COLUMNS="160",
@@ -36,7 +36,7 @@ from tests.support.small_data import (
     write_sentences,
 )
 
-__all__ = [  # which other tests import from here
+__all__ = [  # other tests import these names from here
     "CLASSES",
     "colour_image",
     "instructions",
@@ -51,12 +51,13 @@ __all__ = [  # which other tests import from here
 ]
 ROOT = Path(__file__).parents[1]
 datasets.disable_progress_bars()
-# the first backward decides whether autograd has threads, and with them no test could fork a process that trains
+# The first backward pass decides whether autograd starts threads.
+# With threads, no test could fork a process that trains.
 torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Every core for folders; none but this process for files, tests and keywords, since each worker imports all."""
+    """Use every core for folders, and this process alone for files or keywords: each worker imports everything."""
     chosen = config.option.keyword or any(not Path(arg).is_dir() for arg in config.args)
     if chosen:
         return 0
@@ -65,7 +66,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(autouse=True)
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start every test from the same random numbers, in the project's folder, with a cache of its own to write to."""
+    """Start every test with the same random state, in the project's folder."""
     torch.manual_seed(0)
     monkeypatch.chdir(ROOT)
 

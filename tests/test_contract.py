@@ -1,4 +1,4 @@
-"""Every task and its data have the abilities by which they meet; nothing else is guessed by name."""
+"""Protocols between tasks and data: every task and data module has its abilities, and attributes are not probed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ OF_DATA = (HasClasses, HasDomains, HasMetrics, HasPacking, HasPredictionFiles, H
         (MultipleChoiceData, {}, {HasSets, HasPredictionFiles, HasTestSplit}),
     ],
 )
-def test_abilities_of_data(kind: type, keys: dict[str, Any], abilities: set[Any]) -> None:
+def test_data_modules_have_exactly_their_abilities(kind: type, keys: dict[str, Any], abilities: set[Any]) -> None:
     attributes = {*dir(kind), *vars(kind(path="somewhere", **keys))}
     assert {a for a in OF_DATA if members(a) <= attributes} == abilities
     assert isinstance(kind, HasKind)
@@ -62,11 +62,11 @@ def test_abilities_of_data(kind: type, keys: dict[str, Any], abilities: set[Any]
 
 
 def members(ability: type) -> set[str]:
-    """Names of the attributes that an ability consists of."""
+    """Return the names of the attributes of an ability."""
     return {name for name in {*vars(ability), *ability.__annotations__} if not name.startswith("_")}
 
 
-def test_abilities_of_models(roberta_path: Path, bart_path: Path, llama_path: Path) -> None:
+def test_models_have_their_abilities(roberta_path: Path, bart_path: Path, llama_path: Path) -> None:
     models = {
         ImageClassifier("vit_tiny_patch16_224", weights="none", backbone_args=TINY, image_size=16): ImageModel,
         TextClassifier(str(roberta_path)): TextModel,
@@ -80,9 +80,9 @@ def test_abilities_of_models(roberta_path: Path, bart_path: Path, llama_path: Pa
 
 
 @pytest.mark.parametrize(("folders", "most"), [(("modules", "datamodules"), 8)])
-def test_few_attributes_are_looked_up_by_a_name_in_quotes(folders: tuple[str, ...], most: int) -> None:
-    """The remaining probes ask a backbone of timm or transformers, never a task or its data."""
-    found = [
+def test_few_attributes_are_probed_with_getattr_or_hasattr(folders: tuple[str, ...], most: int) -> None:
+    """The remaining probes are of backbones of timm or transformers, never of a task or its data."""
+    probes = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for folder in folders
         for path in (ROOT / folder).rglob("*.py")
@@ -90,4 +90,4 @@ def test_few_attributes_are_looked_up_by_a_name_in_quotes(folders: tuple[str, ..
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr")
         if isinstance(node.args[1], ast.Constant)
     ]
-    assert len(found) <= most, found
+    assert len(probes) <= most, probes

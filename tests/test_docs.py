@@ -1,7 +1,7 @@
-"""README and docs: each command runs or parses, and each link, anchor, file, name and key is there.
+"""README and docs: each command runs or parses, and each link, anchor, file, name and key exists.
 
-Commands on the embedded digits run on small runs. Commands that need data, a hub, a GPU or minutes are parsed: an
-unknown key, a wrong value and a missing recipe fail. YAML blocks are parsed too, and Python blocks are compiled.
+Commands on finished runs are executed on short runs of the embedded digits. Commands that need data, the hub, a GPU or
+minutes are parsed: unknown keys, wrong values and missing recipes fail. YAML blocks are parsed, Python blocks compiled.
 """
 
 from __future__ import annotations
@@ -40,17 +40,21 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 DIGITS = "conf/quickstart.yaml"
 RECIPES = sorted(path for path in (ROOT / "conf").glob("*.yaml") if "class_path" in path.read_text())
 FILES = ("ckpt", "json", "parquet", "yaml")  # suffixes of files whose names look like keys: spectrum.parquet
-PLACES = ("app", "benchmarks", "conf", "datamodules", "docs", "modules", "tests")  # folders of files that pages name
+# folders whose files are named on pages
+PLACES = ("app", "benchmarks", "conf", "datamodules", "docs", "modules", "tests")
 SECTIONS = ("model", "data", "trainer", "spectrum", "checkpoint", "generalization", "forgetting")
-OF_CLASSES = ("trainer.callbacks.", "trainer.logger.")  # keys that depend on the class, which blocks parse
+# keys that depend on a class; the test of YAML blocks covers them
+OF_CLASSES = ("trainer.callbacks.", "trainer.logger.")
 FITS = ("fit", "validate", "test", "predict")
-ON_RUNS = ("export", "similarity", "spectrum")  # commands whose other arguments may be anything
-FREE = ("onesided", "pip", "source", "tensorboard")  # the installed program, and programs of others
+ON_RUNS = ("export", "similarity", "spectrum")  # commands that run on finished runs, with any options
+# commands that are not checked: the installed program, and other programs
+FREE = ("onesided", "pip", "source", "tensorboard")
 QUICK = (
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"),
     *("--test_after_fit=false", "--generalization.rows=0", "--trainer.enable_progress_bar=false"),
 )
-QUICKLY = {"spectrum": ["--top=0"], "test": ["--trainer.limit_test_batches=1"]}  # added to documented commands
+# options added to documented commands to make them quick
+QUICKLY = {"spectrum": ["--top=0"], "test": ["--trainer.limit_test_batches=1"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
@@ -62,7 +66,7 @@ def name(path: Path) -> str:
 
 @cache
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """The fenced blocks of a page: language and content."""
+    """Return the fenced blocks of a page: language and content."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -76,35 +80,35 @@ def spans(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as on GitHub."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @cache
 def commands() -> list[tuple[Path, list[str]]]:
-    """The words of each command of all pages, in blocks without a language and in backticks."""
-    found = []
+    """Return the page and the arguments of each command, in blocks without a language or in backticks."""
+    collected = []
     for page in PAGES:
         shown = "".join(block for language, block in blocks(page) if not language)
         lines = shown.replace("\\\n", " ").splitlines()
         lines += [span for span in spans(page) if span.startswith(("python ", "make ", "torchrun ", "sbatch "))]
-        found += [(page, words) for line in lines if (words := shlex.split(line, comments=True))]
-    return found
+        collected += [(page, words) for line in lines if (words := shlex.split(line, comments=True))]
+    return collected
 
 
 def of_program() -> list[tuple[Path, list[str]]]:
-    """The words behind `main.py` of each command that runs this program."""
-    found = []
+    """Return the page and the arguments after `main.py` of each command that runs this program."""
+    collected = []
     for page, words in commands():
         if "main.py" in words:
-            found.append((page, words[words.index("main.py") + 1 :]))
+            collected.append((page, words[words.index("main.py") + 1 :]))
         elif words[0] == "sbatch":
-            found.append((page, ["fit", "--config", *words[2:]]))
-    return found
+            collected.append((page, ["fit", "--config", *words[2:]]))
+    return collected
 
 
-def test_blocks_are_of_known_languages() -> None:
+def test_blocks_have_known_languages() -> None:
     known = ("", "python", "text", "yaml")
     assert [(name(page), language) for page in PAGES for language, _ in blocks(page) if language not in known] == []
 
@@ -120,7 +124,7 @@ def test_python_blocks_compile(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_and_anchors_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if link.startswith("https://"):
             continue
@@ -138,7 +142,7 @@ def test_every_page_is_linked_from_the_index_and_from_the_readme() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_files_and_names_in_backticks_are_there(page: Path) -> None:
+def test_files_and_names_in_backticks_exist(page: Path) -> None:
     for span in spans(page):
         if re.fullmatch(rf"({'|'.join(PLACES)})/[\w./*-]*", span):
             assert list(ROOT.glob(span.rstrip("/"))) or "NAME" in span, span
@@ -156,7 +160,7 @@ def as_in_main() -> Iterator[None]:
 
 
 class Parsed(AsymmetryCLI):
-    """A command line up to its configuration."""
+    """A command line that stops after parsing."""
 
     def instantiate_classes(self) -> None:
         """Construct nothing."""
@@ -171,10 +175,10 @@ def command_line(command: str) -> Parsed:
 
 
 def parse(command: str, *words: str) -> Namespace:
-    """The configuration of a command.
+    """Return the parsed configuration of a command.
 
     Raises:
-        ArgumentError: If `main.py` would refuse the words.
+        ArgumentError: If `main.py` would refuse the arguments.
     """
     cli = command_line(command)
     cli.parse_arguments(cli.parser, [command, *words])
@@ -184,13 +188,13 @@ def parse(command: str, *words: str) -> Namespace:
 
 @cache
 def keys() -> set[str]:
-    """Every key of every recipe, by the parser, and the groups that they are in."""
-    found: set[str] = set()
+    """Return every key that the parser has for a recipe, and the groups of these keys."""
+    collected: set[str] = set()
     for recipe in RECIPES:
         for key in parse("fit", "--config", str(recipe)).keys(branches=True):
             parts = key.replace(".init_args", "").split(".")
-            found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-    return found
+            collected |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return collected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -209,7 +213,7 @@ def test_options_in_backticks_are_options_of_a_command(page: Path) -> None:
     others = {key for command in COMMANDS for key in command_parser(command).get_defaults().as_dict()}
     others |= {"help", "config", "variant", "allow_imports", "ckpt_path", "test_after_fit", "seed_everything"}
     others |= {"name", "find_lr", "prompt"}
-    others |= {"print_config", "print_shtab", "version", "node_rank"}  # the last is torchrun's
+    others |= {"print_config", "print_shtab", "version", "node_rank"}  # node_rank is an option of torchrun
     for span in spans(page):
         if "benchmarks" not in span:
             unknown = [o for o in re.findall(OPTIONS, span) if o.split(".")[0] not in SECTIONS and o not in others]
@@ -230,39 +234,39 @@ def test_yaml_blocks_have_known_keys(page: Path, tmp_path: Path) -> None:
             parse("fit", "--config", DIGITS, "--config", str(file))
 
 
-# ------------------------------------------------------------------------------------------------- commands: parsed
+# -------------------------------------------------------------------------------------- commands that are parsed
 
 
 def fit_words(words: list[str]) -> list[str]:
-    """The words of `theory` that are fit's, as a fit."""
-    own = {f"--{key}" for key in command_parser("theory").get_defaults().as_dict()}
-    left = iter(words[1:])
-    return ["fit", *(word for word in left if word not in own or not next(left))]
+    """Return the arguments of a command `theory` that belong to `fit`, as a `fit` command."""
+    theory_options = {f"--{key}" for key in command_parser("theory").get_defaults().as_dict()}
+    remaining = iter(words[1:])
+    return ["fit", *(word for word in remaining if word not in theory_options or not next(remaining))]
 
 
 def groups() -> dict[tuple[str, ...], list[str]]:
-    """The options of all commands that fit or evaluate, by command and files: one parse for all that have the same."""
-    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    """Return the options of all commands that fit or evaluate, grouped by command and files to save parses."""
+    collected: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for _, words in of_program():
         if words[0] not in (*FITS, "theory"):
             continue
         command, *rest = fit_words(words) if words[0] == "theory" else words
         files: list[str] = []
         options: list[str] = []
-        left = iter(rest)
-        for word in left:
+        remaining = iter(rest)
+        for word in remaining:
             if word == "--config":
-                files.append(next(left))
+                files.append(next(remaining))
             elif word in ("--ckpt_path", "--allow_imports"):
-                next(left)  # no such run or package is here
+                next(remaining)  # documented runs and packages do not exist here
             elif word.endswith(".help"):
                 assert word in ("--model.help", "--data.help"), words
-                (path,) = expand_class_names([word, next(left)])[1:]
+                (path,) = expand_class_names([word, next(remaining)])[1:]
                 resolve_name(path)
             elif word not in ("--help", "--print_config"):
                 options.append(word.replace("my_package.MyCallback", "RichProgressBar"))
-        found[command, *(files or [DIGITS])] += options
-    return found
+        collected[command, *(files or [DIGITS])] += options
+    return collected
 
 
 GROUPS = groups()
@@ -275,26 +279,26 @@ def test_commands_with_recipes_parse(group: tuple[str, ...]) -> None:
     parse(command, *(word for file in files for word in ("--config", file)), *options)
 
 
-def test_sweeps_are_plans() -> None:
+def test_sweep_commands_are_valid_plans() -> None:
     for words in {" ".join(words): words for _, words in of_program() if words[0] == "sweep"}.values():
         arguments = command_parser("sweep").parse_args(words[1:])
-        digits = "data.path=app/assets/digits"  # without a metric to report, a plan looks for a test split
+        digits = "data.path=app/assets/digits"  # a plan without reported metrics reads the data to find a test split
         assert read_plan(arguments.config, parse_fit, arguments.base, [*arguments.set, digits]).variants
 
 
-def test_theory_takes_its_options() -> None:
+def test_theory_commands_have_valid_options() -> None:
     for _, words in of_program():
         if words[0] == "theory":
-            own = [word for word in words[1:] if word not in fit_words(words)]
-            assert command_parser("theory").parse_args(own).output
+            theory_words = [word for word in words[1:] if word not in fit_words(words)]
+            assert command_parser("theory").parse_args(theory_words).output
 
 
-def test_every_command_is_one_of_the_program() -> None:
+def test_every_documented_command_exists() -> None:
     known = {*FITS, *COMMANDS, "COMMAND", "--help"}
     assert [(name(page), words) for page, words in of_program() if words[0] not in known] == []
 
 
-def test_other_programs_are_known() -> None:
+def test_commands_of_other_programs_are_valid() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for page, words in commands():
         words = [*words[len(list(takewhile(lambda word: re.fullmatch(r"[A-Z_]+=\S+", word), words))) :]]
@@ -314,12 +318,12 @@ def test_other_programs_are_known() -> None:
             assert "main.py" in words or words[0] in FREE, (name(page), words)
 
 
-# ---------------------------------------------------------------------------------------------------- commands: run
+# ------------------------------------------------------------------------------------------ commands that are run
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Short runs of the embedded digits, B and LoRA; meanwhile reports draw no pictures, and the hub takes all."""
+    """Return short runs of the embedded digits, B and LoRA. Reports draw no pictures. Uploads to the hub succeed."""
     root = tmp_path_factory.mktemp("documented")
     for variant, *others in (["B"], ["lora", "--trainer.logger=false"]):
         words = ["fit", "--config", DIGITS, "--variant", variant, f"--trainer.default_root_dir={root}", *QUICK, *others]
@@ -334,40 +338,40 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 def small() -> list[list[str]]:
-    """Commands on finished runs: of those that differ in the number of runs alone, the one with the fewest."""
-    found: dict[tuple[str, ...], list[str]] = {}
+    """Return the commands on finished runs. Commands that differ only in the number of runs are run once."""
+    collected: dict[tuple[str, ...], list[str]] = {}
     for _, words in of_program():
         if words[0] in ON_RUNS or (words[0] == "test" and DIGITS in words):
-            found.setdefault(tuple(sorted({*words})), words)
-    return list(found.values())
+            collected.setdefault(tuple(sorted({*words})), words)
+    return list(collected.values())
 
 
 @pytest.mark.parametrize("words", small(), ids=" ".join)
-def test_commands_on_finished_runs_run(words: list[str], runs: list[str], tmp_path: Path) -> None:
-    given, output = cycle(runs), tmp_path / "output"
-    filled = [next(given) if word == "RUN" else word for word in words]
+def test_commands_on_finished_runs_succeed(words: list[str], runs: list[str], tmp_path: Path) -> None:
+    run_paths, output = cycle(runs), tmp_path / "output"
+    filled = [next(run_paths) if word == "RUN" else word for word in words]
     if "--output" in words:
         filled[words.index("--output") + 1] = str(output)
     assert main([*filled, *QUICKLY.get(words[0], [])]) == 0
     assert "--output" not in words or any(output.iterdir())
 
 
-def test_files_of_a_run_are_as_listed(runs: list[str]) -> None:
+def test_the_listed_files_of_a_run_exist(runs: list[str]) -> None:
     section = (ROOT / "docs/checkpoints.md").read_text().partition("## What a run writes")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
     listed = [re.sub("/$", "/*", file) for row in rows for file in re.findall("`(.+?)`", row)]
     files = [str(path.relative_to(runs[0])) for path in Path(runs[0]).rglob("[!.]*") if path.is_file()]
     assert [file for file in files if not any(fnmatch(file, pattern) for pattern in listed)] == []
     of_others = {"confusion_matrix.png", "per_class.csv", "evaluations.json", "predictions.*", "skipped.csv"}
-    of_others |= {"config-*.yaml"}  # commands and data
+    of_others |= {"config-*.yaml"}  # files of other commands and data
     assert [
         pattern for pattern in listed if not any(fnmatch(file, pattern) for file in files) and pattern not in of_others
     ] == []
 
 
 @pytest.mark.slow
-def test_quickstart_does_what_the_readme_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command of `make quickstart`; figures of the README's output may differ in their last digits elsewhere."""
+def test_quickstart_prints_the_output_in_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run the command of `make quickstart`. Numbers may differ in their last digits between machines."""
     recipe = re.search(r"main\.py (fit --config \S+)", (ROOT / "Makefile").read_text())
     assert recipe is not None
     assert main([*recipe[1].split(), f"--trainer.default_root_dir={tmp_path}"]) == 0
@@ -379,6 +383,6 @@ def test_quickstart_does_what_the_readme_shows(tmp_path: Path, capsys: pytest.Ca
 
 
 def _label(line: str) -> str:
-    """A line without what differs between machines: cells behind the first, values behind a colon or a result."""
+    """Return the start of a line, up to the first `│` or `:`. The rest may differ between machines."""
     cells: list[Any] = re.split(r"[│:]", line)
     return str(cells[0]).strip()

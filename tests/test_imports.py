@@ -1,6 +1,6 @@
-"""Directions of the imports between folders, read from the syntax tree of every file.
+"""Directions of imports between folders, read from the syntax tree of every file.
 
-Imports inside functions and under TYPE_CHECKING count like any others.
+Imports inside functions and under TYPE_CHECKING count too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGES = ("app", "benchmarks", "datamodules", "modules", "tests")
-CONTRACT = {"datamodules/contract.py", "datamodules/errors.py"}  # what modules may import of the data's package
-# what a folder may import of this program besides its own files
+CONTRACT = {"datamodules/contract.py", "datamodules/errors.py"}  # files of datamodules that modules may import
+# files of this program that a folder may import besides its own
 ALLOWED = {
     "main.py": ("app/",),
     "app/": ("modules/", "datamodules/"),
@@ -26,14 +26,15 @@ ALLOWED = {
     "modules/analysis/": ("modules/adapters/",),
     "datamodules/": (),
 }
-LIBRARIES = ("lightning", "timm", "transformers")  # which adapters and their analysis do without
-SHARED = {*CONTRACT, "datamodules/atomic.py"}  # what every file may import, whatever room it is in
-# modules with nothing but an earlier name of a class, for saved runs and recipes
+# libraries that modules/adapters and modules/analysis must not import
+LIBRARIES = ("lightning", "timm", "transformers")
+SHARED = {*CONTRACT, "datamodules/atomic.py"}  # files that every file may import
+# modules that only define old names of classes, for saved runs and recipes
 OLD_NAMES = {f"datamodules/{name}.py" for name in ("glue", "instructions", "mmlu")}
 
 
 def names(path: Path) -> Iterator[str]:
-    """The dotted names that a file imports, with what it takes from each."""
+    """Yield the dotted names that a file imports, including the names after `import`."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -45,7 +46,7 @@ def names(path: Path) -> Iterator[str]:
 
 
 def file_of(name: str) -> str | None:
-    """The file of this program that a dotted name means, or that defines what the name means."""
+    """Return the file of this program that defines a dotted name, or None for names of libraries."""
     parts = name.split(".")
     if parts[0] not in PACKAGES:
         return None
@@ -59,33 +60,33 @@ def file_of(name: str) -> str | None:
 
 @cache
 def arrows() -> dict[str, set[str]]:
-    """The files of this program that each file imports."""
+    """Return the files of this program that each file imports."""
     files = [ROOT / "main.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
-    found = {str(path.relative_to(ROOT)): {file_of(name) for name in names(path)} for path in files}
-    return {file: {target for target in targets if target not in (None, file)} for file, targets in found.items()}  # type: ignore[misc]
+    imports = {str(path.relative_to(ROOT)): {file_of(name) for name in names(path)} for path in files}
+    return {file: {target for target in targets if target not in (None, file)} for file, targets in imports.items()}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
-def test_a_folder_imports_what_is_below_it(folder: str) -> None:
-    own = (folder, *ALLOWED[folder])
-    above = {
+def test_a_folder_imports_only_allowed_folders(folder: str) -> None:
+    allowed = (folder, *ALLOWED[folder])
+    forbidden = {
         f"{file} imports {target}"
         for file, targets in arrows().items()
         if file.startswith(folder)
         for target in targets
-        if not target.startswith(own)
+        if not target.startswith(allowed)
     }
-    assert above == set()
+    assert forbidden == set()
 
 
 @pytest.mark.parametrize("folder", ["modules/adapters/", "modules/analysis/"])
-def test_adapters_and_their_analysis_are_pure_torch(folder: str) -> None:
+def test_adapters_and_analysis_import_no_other_library_than_torch(folder: str) -> None:
     files = [path for path in (ROOT / folder).rglob("*.py")]
     assert files
     assert [(path.name, name) for path in files for name in names(path) if name.split(".")[0] in LIBRARIES] == []
 
 
-def test_no_files_import_each_other_in_a_circle() -> None:
+def test_there_are_no_circular_imports() -> None:
     try:
         TopologicalSorter(arrows()).prepare()
     except CycleError as error:
@@ -98,7 +99,7 @@ def test_nothing_imports_the_old_names() -> None:
 
 
 def rooms(package: str) -> dict[str, set[str]]:
-    """The files and folders right inside a package, each with those of them that it imports."""
+    """Return the graph of imports between the files and folders directly inside a package."""
     inside = {file: targets - SHARED for file, targets in arrows().items() if file.startswith(f"{package}/")}
     for file in SHARED | OLD_NAMES:
         inside.pop(file, None)
@@ -106,14 +107,14 @@ def rooms(package: str) -> dict[str, set[str]]:
     def room(file: str) -> str:
         return file.split("/")[1]
 
-    found: dict[str, set[str]] = {room(file): set() for file in inside}
+    graph: dict[str, set[str]] = {room(file): set() for file in inside}
     for file, targets in inside.items():
-        found[room(file)] |= {room(target) for target in targets if target.startswith(f"{package}/")} - {room(file)}
-    return found
+        graph[room(file)] |= {room(target) for target in targets if target.startswith(f"{package}/")} - {room(file)}
+    return graph
 
 
 def levels(graph: dict[str, set[str]]) -> int:
-    """The number of rooms on the longest way down."""
+    """Return the number of nodes on the longest path of the graph."""
     heights: dict[str, int] = {}
     for room in TopologicalSorter(graph).static_order():
         heights[room] = 1 + max((heights[below] for below in graph[room]), default=0)
@@ -123,7 +124,9 @@ def levels(graph: dict[str, set[str]]) -> int:
 @pytest.mark.parametrize(
     ("package", "most_levels", "most_arrows"), [("app", 4, 30), ("modules", 4, 30), ("datamodules", 4, 30)]
 )
-def test_the_rooms_of_a_package_stand_on_few_levels(package: str, most_levels: int, most_arrows: int) -> None:
+def test_a_package_has_few_levels_and_few_imports_between_its_folders(
+    package: str, most_levels: int, most_arrows: int
+) -> None:
     graph = rooms(package)
     assert levels(graph) <= most_levels
     assert sum(len(below) for below in graph.values()) <= most_arrows, graph

@@ -1,4 +1,4 @@
-"""The installed package: its metadata, its layout, the command `onesided`, and README's training loop over it."""
+"""The installed package: metadata, layout, the command `onesided`, and README's training loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOURCES = ("app", "conf", "datamodules", "main.py", "modules", "pyproject.toml",
 
 
 def training_loop() -> str:
-    """The block of README's section, without the download."""
+    """Return the code of README's training loop, without the download of weights."""
     section = (ROOT / "README.md").read_text().split("## In your own training loop\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert "pretrained=True" in block
@@ -32,14 +32,14 @@ def training_loop() -> str:
 
 @pytest.fixture
 def layout(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Arguments that setup.py gives to setuptools."""
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(setuptools, "setup", given.update)
+    """Return the arguments that setup.py passes to setuptools."""
+    arguments: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", arguments.update)
     exec((ROOT / "setup.py").read_text(), {})
-    return given
+    return arguments
 
 
-def test_metadata_name_the_command() -> None:
+def test_the_metadata_name_the_command() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["name"] == "onesided"
     module, _, function = project["scripts"]["onesided"].partition(":")
@@ -47,7 +47,7 @@ def test_metadata_name_the_command() -> None:
     assert re.search(rf"^from app.cli import {function}\b", (ROOT / "main.py").read_text(), re.MULTILINE)
 
 
-def test_every_file_of_the_program_is_packaged_below_onesided(layout: dict[str, Any]) -> None:
+def test_every_file_of_the_program_is_in_the_package(layout: dict[str, Any]) -> None:
     prefixes = {"onesided.adapters": "modules/adapters", "onesided.program": "."}
     assert layout["package_dir"] == prefixes
     folders = set()
@@ -67,7 +67,7 @@ def test_every_file_of_the_program_is_packaged_below_onesided(layout: dict[str, 
     assert left_out == {"app/assets/README.md"}
 
 
-def test_the_algorithm_imports_nothing_else_of_the_program() -> None:
+def test_modules_adapters_imports_no_other_package_of_the_program() -> None:
     absolute = re.compile(r"^\s*(?:from|import) (?:app|datamodules|modules)\b.*", re.MULTILINE)
     sources = {file.name: file.read_text() for file in (ROOT / "modules" / "adapters").glob("*.py")}
     assert {name: found for name, text in sources.items() if (found := absolute.findall(text))} == {}
@@ -81,12 +81,12 @@ def test_readmes_training_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(training_loop(), names)
     assert (tmp_path / "adapter.safetensors").is_file()
     assert not modules.adapters.adapted_layers(names["model"])
-    assert len(names["trained"]) == 4 * 12 + 2  # B of each projection, and the head
+    assert len(names["trained"]) == 4 * 12 + 2  # B of each projection, and weight and bias of the head
 
 
 @pytest.mark.slow
 def test_wheel_runs_a_recipe_from_any_directory(tmp_path: Path) -> None:
-    """The wheel is built and installed offline; the packages of this environment stay in view."""
+    """Build and install the wheel offline. The packages of this environment stay importable."""
     source, site, work = (tmp_path / name for name in ("source", "site", "work"))
     for directory in (source, work):
         directory.mkdir()
@@ -96,9 +96,9 @@ def test_wheel_runs_a_recipe_from_any_directory(tmp_path: Path) -> None:
 
     def run(*words: str, **variables: str) -> str:
         environment = {**os.environ, "PYTHONSAFEPATH": "1", **variables}
-        done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        process = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
 
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     run(*pip, "wheel", str(source), "--no-index", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path))

@@ -22,7 +22,7 @@ from modules.base import AdaptedModule
 
 
 class CommandLine:
-    """Runs commands of one of tests/conf/*.yaml with everything written below one folder."""
+    """Run commands with one file of tests/conf/. Everything is written below one folder."""
 
     def __init__(self, root: Path, data: Path, config: str = "image", backbone: Path | None = None) -> None:
         self.root, self.data, self.config = root, data, config
@@ -38,7 +38,7 @@ class CommandLine:
         return main(self.words(command, *options))
 
     def run(self, version: int = 0) -> Path:
-        """Return the directory of a run, whose name may end with a name and a variant."""
+        """Return the directory of a run. Its name may end with --name and --variant."""
         named = self.root.glob(f"version_{version}-*")
         return next(named, self.root / f"version_{version}")
 
@@ -57,7 +57,7 @@ class CommandLine:
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a third of so small a fit and its test: only tests marked `drawn` do it."""
+    """Disable drawing, which takes a third of so small a fit, except in tests marked `drawn`."""
     if request.node.get_closest_marker("drawn") is None:
         blank = np.zeros((1, 1, 3), np.uint8)
         monkeypatch.setattr(HeatMap, "__init__", lambda *_: None)
@@ -92,13 +92,13 @@ def question_cli(tmp_path: Path, questions_path: Path, llama_path: Path) -> Comm
 
 @pytest.fixture
 def any_cli(request: pytest.FixtureRequest) -> CommandLine:
-    """Return the command line of the fixture that the test names, with a finished run for `fitted_…`."""
+    """Return the fixture that the test's parameter names. A fixture `fitted_…` has a finished run."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")
 def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CommandLine], None]:
-    """Puts a run of one epoch below a command line's root; each configuration's is fitted once a session."""
+    """Return a function that copies a run of one epoch below a command line's root. A session fits each file once."""
     kept: dict[str, Path] = {}
 
     def put(cli: CommandLine) -> None:
@@ -119,13 +119,13 @@ def _fitted(name: str) -> Callable[..., CommandLine]:
     ) -> CommandLine:
         cli: CommandLine = request.getfixturevalue(name)
         one_epoch(cli)
-        capsys.readouterr()  # what the fit said is no part of the test
+        capsys.readouterr()  # drop the output of the fit
         return cli
 
     return fitted
 
 
-# the same command lines with a finished run of one epoch, version_0
+# each of these command lines starts with a finished run of one epoch, version_0
 fitted_cli = _fitted("cli")
 fitted_text_cli = _fitted("text_cli")
 fitted_summary_cli = _fitted("summary_cli")
@@ -137,7 +137,7 @@ States = dict[str, dict[str, Tensor]]
 
 @contextmanager
 def recording(*hooks: str) -> Iterator[States]:
-    """The whole state of the model, frozen backbone too, by the hook of it that saw the state."""
+    """Record the model's state, frozen backbone included, when one of these hooks runs. Keys are hook names."""
     states: States = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in hooks:
@@ -151,6 +151,6 @@ def recording(*hooks: str) -> Iterator[States]:
 
 @pytest.fixture
 def recorded() -> Iterator[States]:
-    """The states at the start and at the end of each fit."""
+    """Record the model's states at the start and at the end of a fit."""
     with recording("on_fit_start", "on_fit_end") as states:
         yield states

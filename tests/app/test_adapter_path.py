@@ -1,4 +1,4 @@
-"""A directory of adapters, as PEFT or an export writes it, becomes the start of a run."""
+"""`model.adapter_path`: a run that starts from adapters that PEFT or an export wrote."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ from tests.support.refusals import refused
 from tests.support.rows import edit_json
 
 
-def test_training_goes_on_from_a_file_and_resumes_without_it(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
+def test_training_starts_from_adapters_and_resumes_without_their_files(
+    fitted_text_cli: CommandLine, tmp_path: Path
+) -> None:
     cli = fitted_text_cli
     start = Path(shutil.copytree(cli.run() / "adapter", tmp_path / "start"))
-    given = module_of(cli.run()).state_dict()
-    new_targets = ("--model.adapter.rank=7", "--model.adapter.targets=[mlp_in]")  # of no effect: the file says
+    exported = module_of(cli.run()).state_dict()
+    # ignored: rank and targets come from the file
+    new_targets = ("--model.adapter.rank=7", "--model.adapter.targets=[mlp_in]")
     options = (f"--model.adapter_path={start}", "--model.adapter.train=A", "--trainer.logger=false", *new_targets)
     with recording("on_fit_start", "on_fit_end") as states:
         assert cli("fit", "--trainer.max_epochs=1", *options) == 0
-    for key, tensor in states["on_fit_start"].items():  # factors, head and all that is frozen
-        assert torch.equal(tensor, given[key]), key
+    for key, tensor in states["on_fit_start"].items():  # factors, head and frozen weights
+        assert torch.equal(tensor, exported[key]), key
     changed = {k for k, t in states["on_fit_end"].items() if not torch.equal(t, states["on_fit_start"][k])}
-    factors = {k for k in given if ".adapters." in k}
+    factors = {k for k in exported if ".adapters." in k}
     assert changed & factors == {k for k in factors if k.endswith(".A")}
-    assert changed - factors == {k for k in given if "classifier" in k}
+    assert changed - factors == {k for k in exported if "classifier" in k}
     shutil.rmtree(start)
     saved = cli.checkpoint(1)["hyper_parameters"]
     assert saved["adapter_path"] is None
@@ -50,12 +53,12 @@ def test_training_goes_on_from_a_file_and_resumes_without_it(fitted_text_cli: Co
     assert code == 0
     resumed, last = cli.checkpoint(1)["state_dict"], states["on_fit_start"]
     assert any(not torch.equal(resumed[k], last[k]) for k in factors if k.endswith(".A"))
-    assert all(torch.equal(resumed[k], given[k]) for k in factors if k.endswith(".B"))
+    assert all(torch.equal(resumed[k], exported[k]) for k in factors if k.endswith(".B"))
     assert run_export(cli.run(1), tmp_path / "again") == 0
     assert (cli.run(1) / "adapter" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
 
 
-def test_evaluation_of_a_file_is_that_of_the_run(fitted_cli: CommandLine) -> None:
+def test_evaluation_of_exported_adapters_equals_that_of_the_run(fitted_cli: CommandLine) -> None:
     adapter = fitted_cli.run() / "adapter"
     assert fitted_cli("test", f"--ckpt_path={fitted_cli.run()}", "--trainer.logger=false") == 0
     assert fitted_cli("test", f"--model.adapter_path={adapter}", "--trainer.logger=false") == 0
@@ -64,7 +67,7 @@ def test_evaluation_of_a_file_is_that_of_the_run(fitted_cli: CommandLine) -> Non
     assert expected["test/acc1"] > 0.5
 
 
-def test_a_compact_file(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
+def test_compact_adapters_are_loaded_to_train_either_side(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
     run = fitted_text_cli.run()
     assert main(["export", str(run), "--format", "compact", "--output", str(tmp_path / "compact")]) == 0
     options: dict[str, Any] = {"class_names": ["a", "b"], "adapter_path": str(tmp_path / "compact")}
@@ -81,8 +84,8 @@ def test_a_compact_file(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_pefts_lora_of_a_whole_fused_layer(tmp_path: Path, backbone: str) -> None:
-    """With the head where timm has it; the distilled model has two, which must be one."""
+def test_pefts_lora_on_a_fused_layer_is_loaded(tmp_path: Path, backbone: str) -> None:
+    """The head is loaded too. A distilled model has two heads, and their weights must be equal."""
     base = timm.create_model(backbone, pretrained=False, num_classes=3, **VIT)
     save_file({k: t for k, t in base.state_dict().items() if "head" not in k}, tmp_path / "base.safetensors")
     heads = ["head", "head_dist"] if "distilled" in backbone else ["head"]
@@ -103,10 +106,10 @@ def test_pefts_lora_of_a_whole_fused_layer(tmp_path: Path, backbone: str) -> Non
     assert {p.role for p in module.projections} == {"other"}
     (compact := tmp_path / "compact").mkdir()
     write_compact(module, torch.float32, compact)
-    again = ImageClassifier(
+    reloaded = ImageClassifier(
         backbone, weights=str(tmp_path / "base.safetensors"), adapter_path=str(compact), **options
     ).eval()
-    torch.testing.assert_close(again(image), module(image), atol=0, rtol=0)
+    torch.testing.assert_close(reloaded(image), module(image), atol=0, rtol=0)
     if "distilled" in backbone:
         tensors = load_file(tmp_path / "peft" / WEIGHTS)
         tensors["base_model.model.head.bias"] += 1
@@ -131,17 +134,17 @@ def test_a_file_without_a_head_starts_a_new_one(
         TextClassifier(fitted_text_cli.backbone[1], adapter_path=str(folder), class_names=["a", "b"])
 
 
-def test_from_the_hub(fitted_text_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_adapters_are_downloaded_from_the_hub(fitted_text_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[Any] = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+        requests.append((name, allow_patterns))
         return str(fitted_text_cli.run() / "adapter")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     TextClassifier(fitted_text_cli.backbone[1], adapter_path="owner/lora", class_names=["a", "b"])
-    assert [name for name, _ in asked] == ["owner/lora"]
-    assert set(asked[0][1]) == {CONFIG, WEIGHTS, "adapter_compact.safetensors"}  # nothing that is pickled
+    assert [name for name, _ in requests] == ["owner/lora"]
+    assert set(requests[0][1]) == {CONFIG, WEIGHTS, "adapter_compact.safetensors"}  # no pickled files
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -168,7 +171,9 @@ def test_from_the_hub(fitted_text_cli: CommandLine, monkeypatch: pytest.MonkeyPa
         (lambda folder: edit_json(folder / CONFIG, r=5), ["rank 4", "5 by r"]),
     ],
 )
-def test_damaged(fitted_text_cli: CommandLine, tmp_path: Path, damage: Callable[[Path], Any], parts: list[str]) -> None:
+def test_damaged_adapters_are_refused(
+    fitted_text_cli: CommandLine, tmp_path: Path, damage: Callable[[Path], Any], parts: list[str]
+) -> None:
     folder = Path(shutil.copytree(fitted_text_cli.run() / "adapter", tmp_path / "adapter"))
     damage(folder)
     with pytest.raises(AdapterError) as error:
@@ -178,7 +183,7 @@ def test_damaged(fitted_text_cli: CommandLine, tmp_path: Path, damage: Callable[
     assert all(part in message for part in parts), message
 
 
-def test_other_backbones_and_other_classes(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
+def test_adapters_of_other_backbones_or_classes_are_refused(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
     folder = str(fitted_text_cli.run() / "adapter")
     wide = save_backbone(tmp_path / "wide", "roberta", hidden_size=64)
     with pytest.raises(AdapterError, match=r"does not fit this backbone: 8 of another shape"):

@@ -50,7 +50,7 @@ from tests.support.small_data import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Malicious", "refused"]  # which other tests import from here
+__all__ = ["Malicious", "refused"]  # other tests import these names from here
 Change = Callable[[Path], object]
 IMAGE, TEXT, SUMMARY, INSTRUCTIONS, QUESTIONS = "cli", "text_cli", "summary_cli", "instruction_cli", "question_cli"
 
@@ -68,12 +68,14 @@ IMAGE, TEXT, SUMMARY, INSTRUCTIONS, QUESTIONS = "cli", "text_cli", "summary_cli"
         (["fit", "--config"], "config"),
     ],
 )
-def test_wrong_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], part: str) -> None:
+def test_wrong_commands_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], part: str
+) -> None:
     (tmp_path / "broken.yaml").write_text("model: {a: [1, 2")
     refused(capsys, main([word.format(folder=tmp_path) for word in words]), part)
 
 
-# options, and the parts of the message between bars; a key that tasks share stands with one of them
+# options, and the parts of the message, separated by bars; a key that all tasks have is tested with one task
 WRONG_VALUES: dict[str, list[tuple[str, str]]] = {
     IMAGE: [
         ("--model.bakbone=x", "ImageClassifier | bakbone | did you mean backbone"),
@@ -168,7 +170,7 @@ WRONG_VALUES: dict[str, list[tuple[str, str]]] = {
         ("--model.metrics=[]", "model.metrics | [] | accuracy, f1, macro_f1, matthews"),
         ("--model.class_names=[only]", "model.class_names | only | two or more"),
         ("--model.class_names=[bad, good]", "train.parquet | unacceptable | acceptable | bad, good"),
-        ("--model.class_names=[yes, no]", "class_names | str | True"),  # YAML's booleans
+        ("--model.class_names=[yes, no]", "class_names | str | True"),  # YAML parses yes and no as booleans
         ("--model.class_names=[]", "data.label_column | regression | train.parquet | unacceptable, acceptable"),
         ("--model.adapter.layers=0", "adapter.layers: 0 must be a whole number"),
         ("--model.adapter.layers=3", "adapter.layers: 3 is more than the number of blocks"),
@@ -179,7 +181,7 @@ WRONG_VALUES: dict[str, list[tuple[str, str]]] = {
     SUMMARY: [
         ("--variant=head", "model.tuning: expected one of 'adapter', 'full'"),
         ("--model.generation.num_bems=3", "generation.num_bems | did you mean generation.num_beams"),
-        ("--model.generation.num_beam=3", "generation.num_beam | did you mean"),  # no key that is cut short is guessed
+        ("--model.generation.num_beam=3", "generation.num_beam | did you mean"),  # abbreviated keys are refused
         ("--model.adapter.ran=2", "adapter.ran | did you mean"),
         ("--model.generation.num_beams=0", "model.generation.num_beams | 0 | 1 or more"),
         ("--model.generation.num_beams=many", "generation.num_beams | int | many"),
@@ -236,8 +238,8 @@ WRONG_VALUES: dict[str, list[tuple[str, str]]] = {
         ("predict --data.predict_path=rows.txt", "data.predict_path | rows.txt"),
     ],
 }
-# refused once the configuration is kept: metrics with the data's classes, batches with their loader, packing with the
-# set-up model, keys of the trainer with the trainer, the monitored name and the interval with the first validation
+# Values that are refused after config.yaml is written. Metrics need the data's classes, batches need the loader, and
+# packing needs the model. Keys of the trainer need the trainer. The monitored metric and interval need a validation.
 LATE = ("--model.metrics", "--data.batch_size=51", "--data.batch_size=1000", "--data.packing", "--checkpoint.monitor")
 LATE = (*LATE, "--trainer.val_check_interval", "--trainer.max_epochs=-1", "--trainer.precision")
 
@@ -247,7 +249,7 @@ LATE = (*LATE, "--trainer.val_check_interval", "--trainer.max_epochs=-1", "--tra
     [(family, *row) for family, rows in WRONG_VALUES.items() for row in rows],
     indirect=["any_cli"],
 )
-def test_wrong_value(
+def test_wrong_values_are_refused(
     any_cli: CommandLine, capsys: pytest.CaptureFixture[str], roberta_path: Path, words: str, parts: str
 ) -> None:
     command, *options = words.replace("{roberta}", str(roberta_path)).replace(" --", "\n--").split("\n")
@@ -257,7 +259,7 @@ def test_wrong_value(
     assert any_cli.run().exists() is words.startswith(LATE)
 
 
-def test_unknown_key_in_a_file(
+def test_an_unknown_key_in_a_file_gets_a_suggestion(
     instruction_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "more.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"adapter": {"rnk": 3}}}}))
@@ -285,7 +287,7 @@ def test_the_model_is_checked_before_any_data_is_read(
         ("text_classification.TextClassifier", "image_classification.ImageClassificationData"),
     ],
 )
-def test_data_of_another_kind_than_the_model_takes(capsys: pytest.CaptureFixture[str], model: str, data: str) -> None:
+def test_data_of_another_task_is_refused(capsys: pytest.CaptureFixture[str], model: str, data: str) -> None:
     code = main(["fit", f"--model=modules.{model}", f"--data=datamodules.{data}", "--data.path=x"])
     refused(capsys, code, f"data: datamodules.{data} gives ", f"modules.{model} takes", "Change --data or --model.")
 
@@ -320,8 +322,8 @@ OWN = ("--data.task=null", "--data.text_columns=[sentence]")
 PICTURE = png(colour_image(0, np.random.default_rng(0)))
 NAN = {"sentence": [f"w{i}" for i in range(20)], "label": [float("nan") if i == 7 else i / 2 for i in range(20)]}
 TALK = turns(("user", "Say w1."), ("assistant", "w1"))
-# family, options, files of rows or text (or a function that writes them), parts of the message; tests of the data
-# modules have the other messages
+# family, options, files with rows or text (or a function that writes files), parts of the message; the tests of
+# datamodules have the other messages
 DAMAGED_DATA: list[tuple[str, tuple[str, ...], dict[str, Any] | Change, str]] = [
     (IMAGE, (), {}, "data. | no images"),
     (
@@ -378,7 +380,7 @@ DAMAGED_DATA: list[tuple[str, tuple[str, ...], dict[str, Any] | Change, str]] = 
     (TEXT, (), {"train.jsonl": labelled(*["good"] * 20)}, "class_names | good | two or more"),
     (
         TEXT,
-        ("--model.backbone={classifier}",),  # whose head does not hide the wrong label
+        ("--model.backbone={classifier}",),  # a classifier whose class names are known
         {"train.jsonl": labelled(*["acceptable", "doubtful"] * 10)},
         "data.label_column | train.jsonl | doubtful | acceptable",
     ),
@@ -448,7 +450,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("any_cli", "options", "files", "parts"), DAMAGED_DATA, indirect=["any_cli"])
-def test_damaged_data(
+def test_damaged_data_is_refused(
     any_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
     folder: Path,
@@ -468,7 +470,8 @@ def test_damaged_data(
         options = OWN
     command = "test" if any_cli.config == "questions" else "fit"
     refused(capsys, any_cli(command, f"--data.path={folder}", *options), *parts.split(" | "))
-    assert any_cli.run().exists() is parts.startswith("class_names")  # which the model checks, in the run
+    # the model checks its class names after the run directory exists
+    assert any_cli.run().exists() is parts.startswith("class_names")
 
 
 NOT_PREDICTED: list[tuple[str, dict[str, str], str]] = [
@@ -489,7 +492,7 @@ NOT_PREDICTED: list[tuple[str, dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("any_cli", "files", "parts"), NOT_PREDICTED, indirect=["any_cli"])
-def test_what_cannot_be_predicted(
+def test_files_that_cannot_be_predicted_are_refused(
     any_cli: CommandLine, capsys: pytest.CaptureFixture[str], folder: Path, files: dict[str, str], parts: str
 ) -> None:
     options = ["--ckpt_path=last"] if any_cli.root.exists() else []
@@ -539,7 +542,7 @@ def other_model(kind: type, name: str) -> Change:
     return write
 
 
-# tests of modules.backbones have what else a directory can lack
+# tests/modules/backbones has the other faults of a backbone's directory
 BACKBONES: list[tuple[str, Change, str]] = [
     (TEXT, no_tokenizer, "model.backbone | {path} | tokenizer | beside config.json"),
     (TEXT, larger_tokenizer, "model.backbone | {path} | 59 tokens | 54 embeddings"),
@@ -566,7 +569,7 @@ BACKBONES: list[tuple[str, Change, str]] = [
 
 
 @pytest.mark.parametrize(("any_cli", "change", "parts"), BACKBONES, indirect=["any_cli"])
-def test_damaged_backbone(
+def test_damaged_backbones_are_refused(
     any_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, change: Change, parts: str
 ) -> None:
     path = Path(shutil.copytree(any_cli.backbone[1], tmp_path / "backbone"))
@@ -576,7 +579,7 @@ def test_damaged_backbone(
     assert not any_cli.run().exists()
 
 
-def test_gguf_that_cannot_be_read(
+def test_an_unreadable_gguf_file_is_refused(
     instruction_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -598,7 +601,7 @@ OTHERS: dict[str, PreTrainedConfig] = {
     ("kind", "key", "name"),
     [("bloom", "data.packing", "BloomForCausalLM"), ("ctrl", "model.gradient_checkpointing", "CTRL")],
 )
-def test_what_a_backbone_cannot_do(
+def test_a_key_that_the_backbone_does_not_support_is_refused(
     instruction_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -613,11 +616,11 @@ def test_what_a_backbone_cannot_do(
     refused(capsys, code, key, name, "Set the key")
 
 
-def test_letters_of_several_tokens(
+def test_a_tokenizer_with_several_tokens_for_a_letter_is_refused(
     question_cli: CommandLine, capsys: pytest.CaptureFixture[str], llama_path: Path, tmp_path: Path
 ) -> None:
     path = shutil.copytree(llama_path, tmp_path / "backbone")
-    tokenizer = Tokenizer(models.BPE(VOCABULARY, [], unk_token="<unk>"))  # ` A` is a space and an A
+    tokenizer = Tokenizer(models.BPE(VOCABULARY, [], unk_token="<unk>"))  # two tokens for ` A`: a space and an A
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(path)
@@ -625,7 +628,9 @@ def test_letters_of_several_tokens(
     refused(capsys, code, "tokenizer", "one token", "A to D", "another backbone")
 
 
-def test_weights_of_another_model(cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"conv1.weight": torch.zeros(300)}, path)
     refused(capsys, cli("fit", f"--model.weights={path}"), "does not fit", "missing", "unexpected: conv1.weight")
@@ -642,7 +647,7 @@ OTHER_MODELS: list[tuple[str, str, str, str]] = [
     ("fitted_cli", "fit", "--model.adapter.targets=[query]", "4 unexpected | adapters.value.B"),
     ("fitted_cli", "fit", "--model.tuning=head", "model.tuning | with tuning adapter | has tuning head"),
     ("fitted_cli", "fit", "--model.class_names=[a, b, c]", "a, b, c | red, green, blue"),
-    # weights: none draws the backbone from the run's seed
+    # with weights: none, seed_everything draws the backbone
     ("fitted_cli", "test", "--seed_everything=1", "other frozen weights | model.weights"),
     (
         "fitted_cli",
@@ -674,7 +679,7 @@ OTHER_MODELS: list[tuple[str, str, str, str]] = [
 
 
 @pytest.mark.parametrize(("any_cli", "command", "words", "parts"), OTHER_MODELS, indirect=["any_cli"])
-def test_checkpoint_of_another_model(
+def test_a_checkpoint_of_another_model_is_refused(
     any_cli: CommandLine, capsys: pytest.CaptureFixture[str], folder: Path, command: str, words: str, parts: str
 ) -> None:
     last = any_cli.run() / "checkpoints" / "last.ckpt"
@@ -702,7 +707,7 @@ def test_checkpoint_of_another_model(
         ("fitted_instruction_cli", QUESTIONS, "fit", "LanguageModelingData | MultipleChoiceData | config.yaml"),
     ],
 )
-def test_checkpoint_of_another_task(
+def test_a_checkpoint_of_another_task_is_refused(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
     fitted: str,
@@ -715,7 +720,7 @@ def test_checkpoint_of_another_task(
     refused(capsys, code, "ckpt_path", *parts.split(" | "))
 
 
-def test_classes_for_a_checkpoint_of_scores(
+def test_classes_are_refused_by_a_regression_checkpoint(
     text_cli: CommandLine, capsys: pytest.CaptureFixture[str], folder: Path, cola_path: Path
 ) -> None:
     for split in ("train", "validation"):
@@ -726,7 +731,7 @@ def test_classes_for_a_checkpoint_of_scores(
     refused(capsys, code, "data.label_column", "the model is for regression", "classification into unacceptable")
 
 
-def test_checkpoint_without_its_frozen_factor_or_its_end(
+def test_a_checkpoint_without_a_frozen_factor_or_truncated_is_refused(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = fitted_cli.run() / "checkpoints" / "last.ckpt"
@@ -738,17 +743,17 @@ def test_checkpoint_without_its_frozen_factor_or_its_end(
     refused(capsys, fitted_cli("fit", f"--ckpt_path={path}"), "last.ckpt", "truncated")
 
 
-# ---------------------------------------------------------------------------------------------------------- in the run
+# --------------------------------------------------------------------------------------------------- during the run
 
 
 def test_weights_that_are_not_finite_are_not_saved(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(self: ImageClassifier) -> None:
-        if self.global_step == 7:  # a finite loss whose gradient is not
+    def make_gradient_infinite(self: ImageClassifier) -> None:
+        if self.global_step == 7:  # the loss is finite and its gradient is not
             next(p for p in self.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
 
-    monkeypatch.setattr(ImageClassifier, "on_after_backward", spoil)
+    monkeypatch.setattr(ImageClassifier, "on_after_backward", make_gradient_infinite)
     refused(capsys, cli("fit", "--checkpoint.last_every_n_steps=2"), "--ckpt_path last")
     assert all(tensor.isfinite().all() for tensor in cli.checkpoint()["state_dict"].values())
     assert cli.checkpoint()["global_step"] == 7
@@ -763,7 +768,7 @@ def test_a_run_that_diverges_saves_nothing(
     assert not list(instruction_cli.run().rglob("*.ckpt"))
 
 
-def test_loss_that_is_not_finite(
+def test_a_loss_that_is_not_finite_ends_the_run(
     text_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = TextClassifier.forward
@@ -774,16 +779,16 @@ def test_loss_that_is_not_finite(
     monkeypatch.setattr(TextClassifier, "forward", forward)
     code = text_cli("fit", "--trainer.max_epochs=1", "--checkpoint.last_every_n_steps=2")
     refused(capsys, code, "nan at step 7", "--ckpt_path last", "learning_rate")
-    kept = text_cli.checkpoint()
-    assert kept["global_step"] == 7
-    assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
+    checkpoint = text_cli.checkpoint()
+    assert checkpoint["global_step"] == 7
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
     monkeypatch.setattr(TextClassifier, "forward", original)
     assert text_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
     assert text_cli.checkpoint()["global_step"] == 8
 
 
-def test_full_disk(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    with no_room_for(".last.ckpt.", after=10):  # twice each: five checkpoints
+def test_a_full_disk_keeps_earlier_checkpoints(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    with no_room_for(".last.ckpt.", after=10):  # each checkpoint opens its file twice, so five are written
         code = cli("fit", "--checkpoint.last_every_n_steps=2")
     refused(capsys, code, "last.ckpt", "could not be written", "No space left on device", "--ckpt_path last")
     names = {p.name for p in (cli.run() / "checkpoints").iterdir()}
@@ -795,7 +800,7 @@ def test_cache_that_cannot_be_written(
     text_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    cache = tmp_path / "file" / "cache"  # below a file nothing can be made, not even by root
+    cache = tmp_path / "file" / "cache"  # nobody, not even root, can create a folder below a file
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     refused(capsys, text_cli("fit"), str(cache), "HF_DATASETS_CACHE")
     assert not text_cli.run().exists()

@@ -1,4 +1,4 @@
-"""A fit that reads its frozen prefix's output from disk is the fit that computes it each time."""
+"""data.cache_prefix: a fit that reads the frozen prefix's output from disk equals a fit that computes this output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.small_data import write_parquet, write_sentences
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
 
-# no dropout in the prefix: what is kept is in eval mode
+# no dropout in the prefix, whose cached output is computed in eval mode
 VIT = "{patch_size: 4, embed_dim: 32, depth: 3, num_heads: 2}"
 STILL = ["--data.horizontal_flip=false", "--data.crop_scale=[1, 1]"]
 OPTIONS = {
@@ -40,14 +40,14 @@ CACHED = "--data.cache_prefix=true"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of hidden states for each test; that of tokens stays the session's."""
+    """Return a new cache of hidden states for each test. The cache of tokens is shared by the session."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache" / "onesided"
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """One entry for each forward pass of a fit's first block, which is whether it was in train mode."""
+    """Collect, for each forward pass of the first block in a fit, whether the block was in train mode."""
     calls: list[bool] = []
     original = AsymmetryCLI.fit
 
@@ -65,25 +65,25 @@ def files(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.glob("prefix-*"))
 
 
-def same_fit(cli: CommandLine, one: int, other: int, exact: bool = True) -> None:
+def same_fit(cli: CommandLine, first: int, second: int, exact: bool = True) -> None:
     tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-4, "atol": 1e-6}
     for tag in ("train/loss", "val/loss"):
-        losses, others = cli.scalars(tag, one), cli.scalars(tag, other)
-        assert losses.keys() == others.keys()
+        first_losses, second_losses = cli.scalars(tag, first), cli.scalars(tag, second)
+        assert first_losses.keys() == second_losses.keys()
         torch.testing.assert_close(
-            torch.tensor(list(losses.values())), torch.tensor(list(others.values())), **tolerance
+            torch.tensor(list(first_losses.values())), torch.tensor(list(second_losses.values())), **tolerance
         )
-    state, another = cli.checkpoint(one)["state_dict"], cli.checkpoint(other)["state_dict"]
-    assert state.keys() == another.keys()
-    for name, tensor in state.items():
-        torch.testing.assert_close(another[name], tensor, rtol=1e-3, atol=1e-5)
+    first_state, second_state = cli.checkpoint(first)["state_dict"], cli.checkpoint(second)["state_dict"]
+    assert first_state.keys() == second_state.keys()
+    for name, tensor in first_state.items():
+        torch.testing.assert_close(second_state[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- same losses
 
 
 @pytest.mark.parametrize(
-    ("any_cli", "more"),
+    ("any_cli", "extra_options"),
     [
         ("cli", []),
         ("cli", ["--model.tuning=head", "--data.num_workers=1"]),
@@ -94,11 +94,11 @@ def same_fit(cli: CommandLine, one: int, other: int, exact: bool = True) -> None
     ],
     indirect=["any_cli"],
 )
-def test_losses_are_those_of_the_uncached_fit(
-    any_cli: CommandLine, cache: Path, ran: list[bool], capsys: pytest.CaptureFixture[str], more: list[str]
+def test_losses_equal_those_of_the_uncached_fit(
+    any_cli: CommandLine, cache: Path, ran: list[bool], capsys: pytest.CaptureFixture[str], extra_options: list[str]
 ) -> None:
     cli, kind = any_cli, any_cli.config
-    options = [*OPTIONS[kind], *more, "--trainer.max_epochs=1"]
+    options = [*OPTIONS[kind], *extra_options, "--trainer.max_epochs=1"]
     assert cli("fit", *options) == 0
     assert any(ran)
     assert not files(cache)
@@ -107,15 +107,15 @@ def test_losses_are_those_of_the_uncached_fit(
     assert cli("fit", *options, CACHED) == 0
     same_fit(cli, 0, 1, exact=False)
     rows = {"image": ("48", "12"), "text": ("50", "20"), "instructions": ("50", "10")}[kind]
-    kept = capsys.readouterr().err
+    messages = capsys.readouterr().err
     for split, size in zip(("train", "val"), rows, strict=True):
-        assert f"output for {size} rows of {split} (" in kept
-    assert "GiB." in kept
+        assert f"output for {size} rows of {split} (" in messages
+    assert "GiB." in messages
     assert not any(ran)  # the prefix never runs in train mode
     assert len(files(cache)) == 2
 
 
-def test_the_next_run_reads_what_the_first_has_written(
+def test_the_next_run_reads_the_cache_of_the_first(
     cli: CommandLine, cache: Path, ran: list[bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=1"]
@@ -129,7 +129,7 @@ def test_the_next_run_reads_what_the_first_has_written(
     assert "The frozen prefix's output for 48 rows of train is read from" in capsys.readouterr().err
 
 
-def test_validate_and_test_go_by_the_whole_backbone(cli: CommandLine, cache: Path) -> None:
+def test_validate_and_test_run_the_whole_backbone(cli: CommandLine, cache: Path) -> None:
     options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=1"]
     assert cli("fit", *options, "--test_after_fit=true") == 0
     fitted = cli.metrics()
@@ -140,44 +140,45 @@ def test_validate_and_test_go_by_the_whole_backbone(cli: CommandLine, cache: Pat
     assert len(files(cache)) == 2
 
 
-def test_resume_in_the_middle_of_an_epoch(cli: CommandLine) -> None:
+def test_a_cached_fit_resumes_in_the_middle_of_an_epoch(cli: CommandLine) -> None:
     options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=2", "--checkpoint.last_every_n_steps=3"]
     assert interrupt_and_resume(cli, options, cut=11) == 9
 
 
-# ---------------------------------------------------------------------------------------------- what is not used again
+# ------------------------------------------------------------------------------------------------------- stale caches
 
 
-def test_other_weights_data_or_depth_are_computed_anew(cli: CommandLine, cache: Path, tmp_path: Path) -> None:
+def test_other_weights_data_or_depth_get_a_new_cache(cli: CommandLine, cache: Path, tmp_path: Path) -> None:
     short = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     short += ["--trainer.limit_val_batches=1", "--trainer.logger=false", "--generalization.rows=0"]
     counts = []
-    for more in (
+    for options in (
         ["--data.batch_size=4"],
-        ["--model.adapter.rank=2", "--model.learning_rate=0.1"],  # nothing of the prefix
+        ["--model.adapter.rank=2", "--model.learning_rate=0.1"],  # neither key affects the prefix
         ["--seed_everything=1"],  # other random weights
         ["--model.adapter.layers=1"],
         ["--trainer.precision=bf16-mixed"],
-        ["--data.max_train_samples=30"],  # validation rows are the same
+        ["--data.max_train_samples=30"],  # same validation rows
         ["--data.path", str(write_parquet(tmp_path / "other", {"train": 60, "test": 30}, seed=1))],
-        [f"--model.backbone_args={VIT.replace('num_heads: 2', 'num_heads: 4')}"],  # the same weights, used otherwise
+        # same weights with another number of heads
+        [f"--model.backbone_args={VIT.replace('num_heads: 2', 'num_heads: 4')}"],
     ):
-        assert cli("fit", *short, *more) == 0
+        assert cli("fit", *short, *options) == 0
         counts.append(len(files(cache)))
     assert counts == [2, 2, 4, 6, 8, 9, 11, 13]
 
 
-def test_one_changed_weight_or_word_is_enough(text_cli: CommandLine, cache: Path, tmp_path: Path) -> None:
+def test_one_changed_weight_or_word_gets_a_new_cache(text_cli: CommandLine, cache: Path, tmp_path: Path) -> None:
     short = [*OPTIONS["text"], CACHED, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     short += ["--trainer.limit_val_batches=1", "--trainer.logger=false", "--generalization.rows=0"]
     folder = Path(shutil.copytree(text_cli.backbone[1], tmp_path / "moved"))
     assert text_cli("fit", *short) == 0
-    assert text_cli("fit", *short, f"--model.backbone={folder}") == 0  # wherever it lies
-    assert text_cli("fit", *short, "--data.max_length=31") == 0  # no row is as long
+    assert text_cli("fit", *short, f"--model.backbone={folder}") == 0  # same weights in another folder
+    assert text_cli("fit", *short, "--data.max_length=31") == 0  # all rows are shorter
     assert len(files(cache)) == 2
     weights = load_file(folder / "model.safetensors")
     name = next(n for n in weights if n.endswith("layer.0.output.dense.weight"))
-    weights[name][16, 16] += 1  # in its middle
+    weights[name][16, 16] += 1  # one weight in the middle of the matrix
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert text_cli("fit", *short, f"--model.backbone={folder}") == 0
     assert len(files(cache)) == 4
@@ -186,12 +187,12 @@ def test_one_changed_weight_or_word_is_enough(text_cli: CommandLine, cache: Path
     assert len(files(cache)) == 6
 
 
-def test_a_file_that_is_not_whole_is_written_anew(cli: CommandLine, cache: Path) -> None:
+def test_an_incomplete_file_is_written_again(cli: CommandLine, cache: Path) -> None:
     options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=1"]
     assert cli("fit", *options) == 0
-    one, other = sorted(cache.glob("prefix-*"))
-    one.write_bytes(one.read_bytes()[:-1])
-    other.rename(other.with_name(f".{other.stem}.1.npy"))  # as a killed process leaves it
+    truncated, renamed = sorted(cache.glob("prefix-*"))
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    renamed.rename(renamed.with_name(f".{renamed.stem}.1.npy"))  # the temporary name that a killed process leaves
     assert cli("fit", *options) == 0
     same_fit(cli, 0, 1)
 
@@ -216,7 +217,7 @@ def failure(cli: CommandLine, capsys: pytest.CaptureFixture[str], *options: str)
         (["--model.compile=true"], "model.compile: true does not support"),
     ],
 )
-def test_what_cannot_be_cached(
+def test_options_that_exclude_the_cache_are_refused(
     cli: CommandLine, cache: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     error = failure(cli, capsys, *OPTIONS["image"], *options)
@@ -225,7 +226,7 @@ def test_what_cannot_be_cached(
     assert not files(cache)
 
 
-def test_backbones_that_cannot_go_on(
+def test_backbones_that_cannot_continue_from_the_cache_are_refused(
     cli: CommandLine, text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ["--model.backbone=vit_relpos_small_patch16_224", *OPTIONS["image"]]
@@ -236,7 +237,7 @@ def test_backbones_that_cannot_go_on(
     assert "data.cache_prefix: DebertaV2ForSequenceClassification cannot continue from the output of one" in error
 
 
-def test_a_full_disk(
+def test_a_full_disk_is_one_message(
     cli: CommandLine, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -254,10 +255,10 @@ def test_a_full_disk(
     assert not list(cache.iterdir())
 
 
-def test_two_processes_share_what_the_first_writes(
+def test_two_processes_share_the_cache_that_rank_0_writes(
     cli: CommandLine, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "BEAT", 0.0)  # the second is told of each batch
+    monkeypatch.setattr(base, "BEAT", 0.0)  # rank 0 reports its progress to rank 1 after each batch
     options = [*OPTIONS["image"], CACHED, "--model.adapter.dropout=0", "--trainer.max_epochs=1"]
     assert cli("fit", *options, "--data.batch_size=12") == 0
     shutil.rmtree(cache)

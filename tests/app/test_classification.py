@@ -1,4 +1,4 @@
-"""Class weights, augmentation, and the reports of a test of classes, through the command line."""
+"""Class weights, augmentation and test reports of classification, through the command line."""
 
 from __future__ import annotations
 
@@ -31,17 +31,22 @@ def test_a_fit_with_all_augmentation_resumes_bit_for_bit(cli: CommandLine) -> No
         ("--model.class_weights=even", ["model.class_weights", "even"]),
     ],
 )
-def test_what_is_refused(cli: CommandLine, capsys: pytest.CaptureFixture[str], option: str, words: list[str]) -> None:
+def test_bad_values_are_refused(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], option: str, words: list[str]
+) -> None:
     refused(capsys, cli("fit", option), *words)
 
 
 @pytest.mark.drawn
-@pytest.mark.parametrize(("family", "more"), [("cli", []), ("text_cli", ["--data.test_on_validation=true"])])
+@pytest.mark.parametrize(("family", "extra_options"), [("cli", []), ("text_cli", ["--data.test_on_validation=true"])])
 def test_balanced_weights_and_the_reports_of_a_test(
-    family: str, more: list[str], request: pytest.FixtureRequest
+    family: str, extra_options: list[str], request: pytest.FixtureRequest
 ) -> None:
     cli: CommandLine = request.getfixturevalue(family)
-    assert cli("fit", "--trainer.max_epochs=1", "--test_after_fit=true", "--model.class_weights=balanced", *more) == 0
+    assert (
+        cli("fit", "--trainer.max_epochs=1", "--test_after_fit=true", "--model.class_weights=balanced", *extra_options)
+        == 0
+    )
     metrics = cli.metrics()
     assert {"test/macro_f1", "test/ece", "val/macro_f1", "val/ece"} <= metrics.keys()
     with (cli.run() / "per_class.csv").open() as file:

@@ -1,4 +1,4 @@
-"""A compiled run is the same run: its weights, its checkpoint's names, and it resumes uncompiled."""
+"""model.compile: a compiled run has the same weights and names in its checkpoint, and resumes uncompiled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAME = [
 
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The compiler's front end alone: no C++."""
+    """Trace without generating C++ code."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
@@ -37,14 +37,14 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def assert_same_weights(cli: CommandLine) -> None:
-    one, other = (cli.checkpoint(version) for version in (0, 1))
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    assert one["global_step"] == other["global_step"]
-    for name, tensor in one["state_dict"].items():
-        torch.testing.assert_close(other["state_dict"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    first, second = (cli.checkpoint(version) for version in (0, 1))
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    assert first["global_step"] == second["global_step"]
+    for name, tensor in first["state_dict"].items():
+        torch.testing.assert_close(second["state_dict"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_a_compiled_run_is_the_same_and_resumes_uncompiled(cli: CommandLine) -> None:
+def test_a_compiled_run_equals_an_uncompiled_run_and_resumes_uncompiled(cli: CommandLine) -> None:
     assert cli("fit", *SAME) == 0
     assert cli("fit", *SAME, "--model.compile=true", "--test_after_fit=true") == 0
     assert counters["stats"]["unique_graphs"]
@@ -59,14 +59,14 @@ def test_a_compiled_run_is_the_same_and_resumes_uncompiled(cli: CommandLine) -> 
 
 
 @pytest.mark.parametrize("shard", ["true", pytest.param("false", marks=pytest.mark.slow)])
-def test_two_processes(cli: CommandLine, tmp_path: Path, shard: str) -> None:
+def test_two_compiled_processes_match_one_uncompiled(cli: CommandLine, tmp_path: Path, shard: str) -> None:
     assert cli("fit", *SAME, "--data.batch_size=12") == 0
     words = [*SAME, "--data.batch_size=6", "--model.compile=true", f"--model.shard_frozen={shard}"]
     run_on_two(cli.words("fit", *words), tmp_path)
     assert_same_weights(cli)
 
 
-def test_what_the_compiler_says_is_one_message(
+def test_an_error_of_the_compiler_is_one_message(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "no such backend")

@@ -1,4 +1,4 @@
-"""Two processes on the CPU compute what one does, in every family, with the frozen weights whole or shared."""
+"""Two ranks on the CPU compute the same as one process, in every family, with and without sharded frozen weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
 
-# with dropout off, two processes with half the batch compute what one does with the whole batch
+# without dropout, two ranks with half the batch each compute the same as one process
 SAME = ("--model.adapter.dropout=0", "--model.adapter.targets=all", "--trainer.max_epochs=1", "--test_after_fit=true")
 IMAGE = ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"]
 TEXT = ["--model.backbone_args={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"]
@@ -34,7 +34,7 @@ SUMMARY_STACKS = {"model.encoder.layers", "model.decoder.layers"}
 
 
 def assert_same_weights(cli: CommandLine, steps: int) -> None:
-    """Check that runs 0 and 1 have the same weights, and that the second one was of two processes."""
+    """Check that runs 0 and 1 have the same weights, and that run 1 had two ranks."""
     one, two = cli.checkpoint(0), cli.checkpoint(1)
     assert one["global_step"] == two["global_step"] == steps
     assert len(two["random_states"]) == 2
@@ -44,7 +44,7 @@ def assert_same_weights(cli: CommandLine, steps: int) -> None:
         torch.testing.assert_close(two["state_dict"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-# the samples to evaluate are ragged; `stacks` are the layers of the backbone that are shared
+# the ranks evaluate unequal numbers of samples; `stacks` are the layers of the backbone that are sharded
 @pytest.mark.parametrize(
     ("any_cli", "options", "stacks", "steps", "metrics"),
     [
@@ -67,15 +67,15 @@ def test_two_processes_match_one(
     steps: int,
     metrics: list[str],
 ) -> None:
-    def keep(self: AdaptedModule) -> None:
+    def write_sums(self: AdaptedModule) -> None:
         parameters = dict(self.named_parameters())
         sharded = [n.removeprefix("backbone.") for n, p in parameters.items() if isinstance(p, DTensor)]
         trained = {n: p.double().sum().item() for n, p in parameters.items() if p.requires_grad}
         (tmp_path / f"rank{self.global_rank}.json").write_text(json.dumps([sharded, trained]))
 
-    monkeypatch.setattr(AdaptedModule, "on_fit_end", keep)
-    whole = [option for option in options if option != SHARDED]
-    assert any_cli("fit", *SAME, *whole, "--data.batch_size=12") == 0
+    monkeypatch.setattr(AdaptedModule, "on_fit_end", write_sums)
+    unsharded_options = [option for option in options if option != SHARDED]
+    assert any_cli("fit", *SAME, *unsharded_options, "--data.batch_size=12") == 0
     run_on_two(any_cli.words("fit", *SAME, *options, "--data.batch_size=6"), tmp_path)
     assert not any_cli.run(2).exists()
     assert_same_weights(any_cli, steps)
@@ -88,14 +88,14 @@ def test_two_processes_match_one(
     assert any(name.endswith("B") and value != 0 for name, value in trained.items())
     assert {stack for stack in stacks if any(n.startswith(f"{stack}.") for n in sharded)} == stacks
     assert all(n.startswith(tuple(stacks)) and ".adapters." not in n for n in sharded)
-    if stacks:  # a checkpoint of shares is one of the whole
+    if stacks:  # a checkpoint of a sharded run loads in one process
         assert any_cli("test", f"--ckpt_path={any_cli.run(1)}") == 0
         for name in names:
             assert any_cli.metrics(1)[name] == pytest.approx(any_cli.metrics(0)[name], abs=1e-4), name
 
 
 def test_two_processes_predict_in_the_order_of_one(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
-    """Of 9 rows one process has 5 and the other 4, each the longest first."""
+    """Of 9 rows, rank 0 has 5 and rank 1 has 4. Each rank predicts its longest row first."""
     ask = ["--data.prediction_format=jsonl", f"--ckpt_path={fitted_text_cli.run()}"]
     tables = []
     for several in (False, True):
@@ -114,10 +114,10 @@ def test_two_processes_predict_in_the_order_of_one(fitted_text_cli: CommandLine,
     assert two == one
 
 
-def test_one_process_starts_the_other_as_for_users(cli: CommandLine, tmp_path: Path) -> None:
+def test_the_launcher_starts_the_second_process(cli: CommandLine, tmp_path: Path) -> None:
     words = cli.words("fit", *DDP, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
 
-    def start() -> None:  # in a fork, so that the second process alone has to import everything
+    def start() -> None:  # forked, so that only the second process imports everything
         sys.modules["__main__"].__spec__ = None
         sys.argv = [str(ROOT / "main.py"), *words]
         with (tmp_path / "log").open("w") as file, redirect_stdout(file):
@@ -132,10 +132,10 @@ def test_one_process_starts_the_other_as_for_users(cli: CommandLine, tmp_path: P
     assert not cli.run(1).exists()
 
 
-def test_the_first_process_judges_checkpoints(
+def test_rank_0_decides_which_checkpoint_is_used(
     fitted_cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two processes of which the second sees damage everywhere."""
+    """Rank 1 finds every checkpoint damaged. Then rank 1 loads another checkpoint than rank 0."""
     options = ["--trainer.max_epochs=2", "--trainer.logger=false", "--model.learning_rate=1e-9", "--ckpt_path=last"]
     best = fitted_cli.run() / "checkpoints" / "best.ckpt"
     before = best.read_bytes()
@@ -145,13 +145,14 @@ def test_the_first_process_judges_checkpoints(
 
     monkeypatch.setattr("app.callbacks.adapter_checkpoint.checkpoint_problem", damaged)
     run_on_two(fitted_cli.words("fit", *options), tmp_path)
-    assert best.read_bytes() == before  # at such a rate nothing improves on it
+    assert best.read_bytes() == before  # at this learning rate no epoch improves on the best
 
-    def read(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
+    def load(ckpt_path: str, wanted: Path) -> tuple[Path, dict[str, Any]]:
         return load_checkpoint(ckpt_path, wanted.with_name("previous.ckpt") if rank_zero_only.rank else wanted)
 
-    monkeypatch.setattr("app.cli.load_checkpoint", read)
+    monkeypatch.setattr("app.cli.load_checkpoint", load)
     run_on_two(fitted_cli.words("fit", *options), tmp_path, code=2)
-    said = "".join((tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1))  # by one of them
-    assert said.count("process 0 took last.ckpt of step") == 1
-    assert "process 1 took previous.ckpt of step" in said or "another process took another" in said
+    # one of the ranks reports the difference
+    output = "".join((tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1))
+    assert output.count("process 0 took last.ckpt of step") == 1
+    assert "process 1 took previous.ckpt of step" in output or "another process took another" in output

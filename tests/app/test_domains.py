@@ -1,4 +1,4 @@
-"""Training on one environment through the command line: what is logged of the others."""
+"""Training on one environment through the command line: metrics of the other environments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def domains_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             label = 2 if environment == "all blue" else i % 3
             file = root / environment / CLASSES[label] / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            pixels = colour_image(i % 3, rng)  # those of `all blue` have the look of any class
+            pixels = colour_image(i % 3, rng)  # images of `all blue` are labelled blue and have the color of any class
             Image.fromarray(pixels // 4 if environment == "dark" else pixels).save(file)
     return root
 
@@ -51,9 +51,9 @@ def test_each_environment_is_logged_beside_the_in_domain_test(
     each = [metrics["test/dark/acc1"], metrics["test/all_blue/acc1"]]
     assert metrics["test/ood/acc1"] == pytest.approx(sum(each) / 2)
     assert metrics["gap/ood"] == pytest.approx(metrics["test/acc1"] - sum(each) / 2)
-    assert metrics["gap/ood"] > 0.1  # a third of `all blue` looks blue
+    assert metrics["gap/ood"] > 0.1  # only a third of `all blue` has its color
     best = str(domain_cli.run() / "checkpoints" / "best.ckpt")
-    # by the class of each image alone
+    # compare with the share of predicted images whose folder is their class
     for number, name in enumerate(("dark", "all blue")):
         logged = metrics[f"test/{name.replace(' ', '_')}/acc1"]
         folder = domains_path / name
@@ -67,7 +67,7 @@ def test_each_environment_is_logged_beside_the_in_domain_test(
     assert "12 rows of" in capsys.readouterr().err
 
 
-def test_a_later_test_comes_to_the_same(domain_cli: CommandLine) -> None:
+def test_a_later_test_logs_the_same_metrics(domain_cli: CommandLine) -> None:
     assert domain_cli("fit", "--trainer.max_epochs=1") == 0
     before = domain_cli.metrics()
     assert domain_cli("test", "--ckpt_path=last") == 0
@@ -75,7 +75,7 @@ def test_a_later_test_comes_to_the_same(domain_cli: CommandLine) -> None:
     assert domain_cli("test", "--ckpt_path=last", "--data.environment=dark") == 0
     after = domain_cli.metrics()
     assert "test/plain/acc1" in after
-    # the gap to training rows was to another test, that to other environments is of this one
+    # the gap to training rows belonged to the earlier test and is removed; gap/ood is from this test
     assert {key for key in after if key.startswith("gap/")} == {"gap/ood"}
     assert after["gap/ood"] == pytest.approx(after["test/acc1"] - after["test/ood/acc1"])
 

@@ -1,4 +1,4 @@
-"""Runs of every family through the real command line: what is trained, what is written, what stays as it was."""
+"""Runs of every family through the command line: trained weights, frozen weights and files of the run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ EVERYTHING = ("",)
     ],
     indirect=["any_cli"],
 )
-def test_only_what_is_trained_changes(
+def test_only_trained_weights_change(
     any_cli: CommandLine, recorded: dict[str, dict[str, Tensor]], options: tuple[str, ...], trained: tuple[str, ...]
 ) -> None:
     assert any_cli("fit", ONE_EPOCH, *options) == 0
@@ -62,11 +62,11 @@ def test_only_what_is_trained_changes(
     saved = any_cli.checkpoint()["state_dict"]
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     frozen = {name for name in before if not name.endswith(trained) and ".adapters." not in name}
-    tied = {"backbone.lm_head.weight"}  # the embeddings are saved once
+    tied = {"backbone.lm_head.weight"}  # tied to the embeddings and saved once
     assert saved.keys() - tied == before.keys() - frozen - tied
 
 
-def test_a_run_learns_and_leaves_what_the_contract_names(
+def test_a_run_learns_and_writes_the_files_and_metrics_of_the_contract(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert cli("fit", "--trainer.max_epochs=8", "--test_after_fit=true", "--model.adapter.targets=all") == 0
@@ -76,13 +76,13 @@ def test_a_run_learns_and_leaves_what_the_contract_names(
     metrics = cli.metrics()
     assert metrics["test/acc1"] > 0.9
     assert {"val/loss", "val/acc1", "train/loss", "time/fit_seconds", "memory/peak_bytes"} <= metrics.keys()
-    # per block and rank 4: B of q, k, v, output (32 each), mlp_in (128), mlp_out (32); the head has 32·3 + 3
+    # two blocks of rank 4: B of q, k, v, output and mlp_out has 32 rows, B of mlp_in 128; the head has 32·3 + 3
     assert metrics["params/trainable"] == 2 * 4 * (4 * 32 + 128 + 32) + 99
     assert metrics["adapter/bytes"] == 4 * 2 * 4 * ((4 * 32 + 128 + 32) + (4 * 32 + 32 + 128))
     config = yaml.safe_load((cli.run() / "config.yaml").read_text())
     assert config["model"]["init_args"]["adapter"]["rank"] == 4
     assert sorted(p.name for p in (cli.run() / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
-    # no labelled data is needed to predict: the checkpoint knows its classes
+    # predictions need no labelled data: the checkpoint has the class names
     rng, folder = np.random.default_rng(7), tmp_path / "unknown"
     folder.mkdir()
     for i in range(9):
@@ -95,18 +95,18 @@ def test_a_run_learns_and_leaves_what_the_contract_names(
     assert all(1 / 3 <= float(r["probability"]) <= 1 for r in rows)
 
 
-FULL = ("--model.tuning=full", "--model.learning_rate=0.003")  # these backbones were never pretrained
+FULL = ("--model.tuning=full", "--model.learning_rate=0.003")  # the backbones of these tests have random weights
 
 
-def test_summarization_learns_and_rouge_is_that_of_rouge_score(summary_cli: CommandLine, pairs_path: Path) -> None:
+def test_summarization_learns_and_rouge_equals_rouge_score(summary_cli: CommandLine, pairs_path: Path) -> None:
     options = ["--trainer.max_epochs=12", "--model.label_smoothing=0", "--test_after_fit=true"]
     assert summary_cli("fit", *FULL, *options, "--trainer.check_val_every_n_epoch=6") == 0
-    assert summary_cli.metrics()["test/rougeL"] > 0.85  # untrained it is near 0
+    assert summary_cli.metrics()["test/rougeL"] > 0.85  # an untrained model is near 0
     assert summary_cli("predict", "--ckpt_path", str(summary_cli.run())) == 0
     with (summary_cli.run() / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    given = [json.loads(line) for line in (pairs_path / "test.jsonl").read_text().splitlines()]
-    assert [(r["id"], r["reference"]) for r in rows] == [(g["id"], g["summary"]) for g in given]
+    references = [json.loads(line) for line in (pairs_path / "test.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["reference"]) for r in rows] == [(g["id"], g["summary"]) for g in references]
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     scores = [scorer.score(r["reference"], r["summary"]) for r in rows]
     for kind in ("rouge1", "rouge2", "rougeL"):
@@ -114,9 +114,9 @@ def test_summarization_learns_and_rouge_is_that_of_rouge_score(summary_cli: Comm
         assert summary_cli.metrics()[f"test/{kind}"] == pytest.approx(mean, abs=1e-6)
 
 
-def test_each_run_has_a_directory_of_its_own(fitted_cli: CommandLine) -> None:
+def test_two_fits_have_two_directories_and_equal_weights(fitted_cli: CommandLine) -> None:
     assert fitted_cli("fit", ONE_EPOCH) == 0
-    # two runs of one configuration are one run
+    # the same configuration gives the same weights
     first, second = fitted_cli.checkpoint(0)["state_dict"], fitted_cli.checkpoint(1)["state_dict"]
     assert all(torch.equal(first[k], second[k]) for k in first)
 
@@ -126,7 +126,7 @@ def test_each_run_has_a_directory_of_its_own(fitted_cli: CommandLine) -> None:
     [("fitted_cli", ("--data.max_test_samples=12",)), ("fitted_summary_cli", ())],
     indirect=["any_cli"],
 )
-def test_a_checkpoint_evaluates_to_what_fit_said(any_cli: CommandLine, options: tuple[str, ...]) -> None:
+def test_a_checkpoint_evaluates_to_the_metrics_of_its_fit(any_cli: CommandLine, options: tuple[str, ...]) -> None:
     assert any_cli("fit", ONE_EPOCH, "--test_after_fit=true", *options) == 0
     before = any_cli.metrics(1)
     assert any_cli("validate", "--ckpt_path", str(any_cli.run(1) / "checkpoints" / "last.ckpt")) == 0
@@ -137,11 +137,11 @@ def test_a_checkpoint_evaluates_to_what_fit_said(any_cli: CommandLine, options: 
     assert not any_cli.run(2).exists()
 
 
-# ----------------------------------------------------------------------------------------------------- what is logged
+# ------------------------------------------------------------------------------------------------------------ logging
 
 
 @pytest.mark.drawn
-def test_tensorboard_has_spectra_rates_and_confusion_matrix(cli: CommandLine) -> None:
+def test_tensorboard_has_spectra_learning_rates_and_confusion_matrix(cli: CommandLine) -> None:
     assert cli("fit", "--test_after_fit=true") == 0
     tags = cli.events().Tags()
     for factor in ("B", "BA"):
@@ -153,7 +153,7 @@ def test_tensorboard_has_spectra_rates_and_confusion_matrix(cli: CommandLine) ->
     assert "lr-AdamW/B" in tags["scalars"]
     assert set(cli.scalars("spectrum/query/B/largest")) == {0, 8, 16}
     assert cli.scalars("spectrum/query/B/largest")[0] == 0.0
-    # orthonormal rows in the frozen A: σ(BA) = σ(B)
+    # the frozen A has orthonormal rows, so that σ(BA) = σ(B)
     assert cli.scalars("spectrum/value/BA/largest") == pytest.approx(cli.scalars("spectrum/value/B/largest"), rel=1e-5)
 
 
@@ -169,14 +169,14 @@ def test_spectrum_file_equals_a_full_decomposition(fitted_cli: CommandLine) -> N
             assert last[f"blocks.1.attn.qkv.{role}", factor] == pytest.approx(dense, rel=1e-4, abs=1e-6)
 
 
-def test_another_logger_by_config(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_logger(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("fit", "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={cli.root}/csv") == 0
     file = next((cli.root / "csv").rglob("metrics.csv"))
     header = file.read_text().splitlines()[0].split(",")
     assert {"spectrum/query/B/largest", "best/val/acc1", "params/trainable"} <= set(header)
-    closing = capsys.readouterr().out
-    assert f"Look inside: {file}\n" in closing
-    assert "tensorboard" not in closing
+    output = capsys.readouterr().out
+    assert f"Look inside: {file}\n" in output
+    assert "tensorboard" not in output
     pictures = {path.stem for path in cli.run().glob("*.png")}
     assert pictures == {f"spectrum_{kind}_{factor}" for kind in ("map", "ratio") for factor in ("B", "BA")}
     assert (cli.run() / "spectrum.parquet").is_file()
@@ -192,11 +192,15 @@ def test_generated_texts_and_spectra_are_in_tensorboard(fitted_summary_cli: Comm
     assert "frozen" in frozen
 
 
-# ------------------------------------------------------------------------------------------------------ tasks of text
+# -------------------------------------------------------------------------------------------------------- text tasks
 
 
-def test_blocks_that_are_left_out_at_random_are_no_mistake(summary_cli: CommandLine) -> None:
-    options = ["--model.backbone_args.encoder_layerdrop=0.95", "--trainer.max_steps=1"]  # the first step has neither
+def test_layerdrop_may_skip_adapted_blocks(summary_cli: CommandLine) -> None:
+    # the first step skips both encoder layers
+    options = [
+        "--model.backbone_args.encoder_layerdrop=0.95",
+        "--trainer.max_steps=1",
+    ]
     assert summary_cli("fit", *options) == 0
     assert summary_cli.checkpoint()["global_step"] == 1
 
@@ -228,7 +232,7 @@ def test_mnli_has_two_validation_sets(text_cli: CommandLine, tmp_path: Path) -> 
         assert {r["prediction"] for r in table} <= {"entailment", "neutral", "contradiction"}
 
 
-def test_regression_on_any_csv(text_cli: CommandLine, tmp_path: Path) -> None:
+def test_regression_on_csv_files(text_cli: CommandLine, tmp_path: Path) -> None:
     for split, size in (("train", 40), ("validation", 12)):
         rows = [f"w{i},{'good,4.5' if i % 2 else 'bad,0.5'}\n" for i in range(size)]
         (tmp_path / f"{split}.csv").write_text("left,right,score\n" + "".join(rows))
@@ -245,7 +249,7 @@ def test_regression_on_any_csv(text_cli: CommandLine, tmp_path: Path) -> None:
     assert all(isinstance(r["prediction"], float) for r in rows)
 
 
-def test_submission_of_cola(fitted_text_cli: CommandLine) -> None:
+def test_predictions_as_a_glue_submission(fitted_text_cli: CommandLine) -> None:
     assert fitted_text_cli("predict", "--ckpt_path=last", "--data.prediction_format=tsv") == 0
     lines = (fitted_text_cli.run() / "CoLA.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction"
@@ -257,14 +261,14 @@ def test_submission_of_cola(fitted_text_cli: CommandLine) -> None:
 def test_a_hub_name_and_a_directory_are_the_same_model(
     text_cli: CommandLine, roberta_path: Path, tmp_path: Path
 ) -> None:
-    """The hub's cache, as it is after a download, against a directory in the hub's layout."""
+    """Compare a model in the hub's cache with the same model in a directory."""
     repository = tmp_path / "hub" / "models--someone--tiny-roberta"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
     (repository / "snapshots" / ("0" * 40)).symlink_to(roberta_path)
     words = text_cli.words("fit", "--model.backbone=someone/tiny-roberta")
-    # in a process of its own, since the place of the cache is read once
+    # in a new process, since huggingface_hub reads HF_HUB_CACHE at its import
     script = "import sys\nfrom app.cli import main\nassert main(sys.argv[1:]) == 0\nassert 'timm' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", script, *words],
@@ -276,7 +280,7 @@ def test_a_hub_name_and_a_directory_are_the_same_model(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert text_cli("fit") == 0
-    one, other = text_cli.checkpoint(0), text_cli.checkpoint(1)
-    assert one["frozen_digest"] == other["frozen_digest"]
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(tensor, other["state_dict"][name]), name
+    from_hub, from_directory = text_cli.checkpoint(0), text_cli.checkpoint(1)
+    assert from_hub["frozen_digest"] == from_directory["frozen_digest"]
+    for name, tensor in from_hub["state_dict"].items():
+        assert torch.equal(tensor, from_directory["state_dict"][name]), name

@@ -1,4 +1,7 @@
-"""Any configuration over any data ends with 0, or with one message and 2; inputs stay, and runs are whole or absent."""
+"""Fuzzing: random configurations and damaged files end with code 0, or with one message and code 2.
+
+Inputs are never changed. The files of a run are complete or absent.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ ODD = [
     *("!!python/object/apply:os.getcwd []", "os.getcwd", "a.b", "regex:(", "regex:.*", "all", "pretrained", "none"),
     *([], [1], ["x"], ["all"], [None], {}, {"a": 1}, {"class_path": "os.getcwd"}, {"class_path": 3, "init_args": []}),
 ]
-# Keys of the trainer; of those left out, a value would have it wait for other machines, start processes or never end.
+# Keys of the trainer. The other keys could make a run wait for other machines, start processes or never end.
 TRAINER = (
     *("max_epochs", "max_steps", "min_epochs", "limit_train_batches", "limit_val_batches", "val_check_interval"),
     *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision", "deterministic"),
@@ -65,13 +68,18 @@ ENDS = ("--trainer.max_epochs=1", "--trainer.max_steps=3", "--trainer.limit_val_
 
 
 def keys(family: str) -> list[str]:
-    """Valid values of a family's configuration, and some invalid ones."""
-    found = []
+    """Return the keys of a family's configuration, and some unknown keys."""
+    names_of_classes = []
     for section, path in zip(("model", "data"), FAMILIES[family], strict=True):
         names = list(constructor_parameters(resolve_name(path)))
-        found += [f"{section}.{name}" for name in [*names, "unknown"]]
+        names_of_classes += [f"{section}.{name}" for name in [*names, "unknown"]]
     adapter = ("rank", "alpha", "dropout", "train", "init_a", "init_b", "targets", "scaling", "seed", "unknown")
-    return [*found, *(f"model.adapter.{name}" for name in adapter), *(f"trainer.{name}" for name in TRAINER), *OTHERS]
+    return [
+        *names_of_classes,
+        *(f"model.adapter.{name}" for name in adapter),
+        *(f"trainer.{name}" for name in TRAINER),
+        *OTHERS,
+    ]
 
 
 KEYS = {family: keys(family) for family in FAMILIES}
@@ -79,7 +87,7 @@ KEYS = {family: keys(family) for family in FAMILIES}
 
 @dataclass
 class Case:
-    """One try: what the configuration is changed to, by file and by option, and what is done to the data."""
+    """One random run: changed keys (in a file and on the command line), and a damaged input."""
 
     family: str
     command: str
@@ -88,31 +96,31 @@ class Case:
     damage: str | None = None
     suffix: str = ""
     seed: int = 0
-    damaged: str = "data"  # or "checkpoint", or "backbone": weights, tokenizer and configurations of transformers
+    damaged: str = "data"  # "data", "checkpoint" or "backbone" (weights, tokenizer and configuration of transformers)
 
 
 def usable(key: str, value: Any) -> bool:
-    """Return True if a run with the value ends soon."""
+    """Return True if a run with this value ends soon."""
     big = isinstance(value, int | float) and not isinstance(value, bool) and (math.isinf(value) or value > 100)
     return not (big and key.rpartition(".")[2] in NOT_MANY)
 
 
 def choices(family: str) -> dict[str, list[Any]]:
-    """Words that a key takes, by key."""
-    found = {}
+    """Return the allowed strings of each key that has a Literal type."""
+    by_key = {}
     for section, path in zip(("model", "data"), FAMILIES[family], strict=True):
         for name, parameter in constructor_parameters(resolve_name(path)).items():
             hint = parameter.annotation
             words = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
-            found |= {f"{section}.{name}": words} if words else {}
-    return found
+            by_key |= {f"{section}.{name}": words} if words else {}
+    return by_key
 
 
 CHOICES = {family: choices(family) for family in FAMILIES}
 
 
 def case_of(seed: int) -> Case:
-    """Return the case of a seed."""
+    """Return the random case of a seed."""
     rng = random.Random(seed)
     family = rng.choice(sorted(FAMILIES))
     case = Case(family, rng.choice([*["fit"] * 5, "validate", "test", "predict"]), seed=seed)
@@ -211,7 +219,7 @@ def damage_backbone(folder: Path, case: Case) -> None:
 
 
 def damage_checkpoint(run: Path, case: Case) -> Path:
-    """Change a run's last checkpoint, or write a changed copy outside of the run; return what to give for it."""
+    """Damage a run's last checkpoint, or write a changed copy outside of the run. Return the value of --ckpt_path."""
     rng = random.Random(case.seed)
     last = run / "checkpoints" / "last.ckpt"
     if case.damage != "a value":
@@ -224,7 +232,7 @@ def damage_checkpoint(run: Path, case: Case) -> Path:
 
 
 def damage_pictures(folder: Path, case: Case) -> None:
-    """Make folders of pictures of a table, and change one of the pictures or one of their folders."""
+    """Replace the tables of images by image folders, and damage or rename one image or folder."""
     rng = random.Random(case.seed)
     for table in sorted(folder.glob("*.parquet")):
         for i, row in enumerate(pq.read_table(table).to_pylist()):
@@ -265,7 +273,7 @@ def damage(folder: Path, case: Case) -> None:
     if suffix == ".parquet":
         try:
             table = pa.Table.from_pylist(rows)
-        except (pa.ArrowException, OverflowError):  # mixed types, which Parquet has not
+        except (pa.ArrowException, OverflowError):  # Parquet has no columns of mixed types
             table = pa.table({k: pa.array([str(row.get(k)) for row in rows]) for k in rows[0]})
         pq.write_table(table, target)
     elif suffix == ".csv":
@@ -277,7 +285,7 @@ def damage(folder: Path, case: Case) -> None:
         target.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
 
 
-# ----------------------------------------------------------------------------------------------------------- the checks
+# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def digest(*folders: Path) -> dict[str, str]:
@@ -285,7 +293,7 @@ def digest(*folders: Path) -> dict[str, str]:
 
 
 _watching: list[set[Path]] = []
-LIBRARIES = {"__pycache__", "matplotlib"}  # folders of caches that belong to libraries
+LIBRARIES = {"__pycache__", "matplotlib"}  # cache folders of libraries
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -299,22 +307,22 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         _watching[-1].add(Path(os.path.abspath(os.fsdecode(arguments[place]))))
 
 
-sys.addaudithook(_watch)  # which nothing can remove
+sys.addaudithook(_watch)  # Python cannot remove an audit hook, so `_watching` switches it on and off
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[set[Path]]:
-    """Collect what Python code opens for writing, makes or renames, but for devices and compiled modules."""
+    """Collect the paths that Python code opens for writing, creates or renames, except devices and library caches."""
     _watching.append(set())
     try:
-        yield (found := _watching[-1])
+        yield (paths := _watching[-1])
     finally:
-        _watching.remove(found)
-        found -= {path for path in found if path.parts[1] in ("dev", "proc") or LIBRARIES & set(path.parts)}
+        _watching.remove(paths)
+        paths -= {path for path in paths if path.parts[1] in ("dev", "proc") or LIBRARIES & set(path.parts)}
 
 
 def check_run(run: Path, before: dict[str, str], finished: bool) -> None:
-    """Check that every file of a run can be read: none is half-written."""
+    """Check that every changed file of a run is complete and can be read."""
     files = [Path(name) for name, content in digest(run).items() if before.get(name) != content]
     assert not [p for p in files if p.suffix == ".tmp"]
     for path in files:
@@ -328,7 +336,7 @@ def check_run(run: Path, before: dict[str, str], finished: bool) -> None:
 
 
 def nested(changes: dict[str, Any]) -> dict[str, Any]:
-    """Keys with dots as a tree; arguments of classes below init_args."""
+    """Return dotted keys as a tree. Keys of the model and the data stand below init_args."""
     tree: dict[str, Any] = {}
     for key, value in changes.items():
         section, *names = key.split(".")
@@ -347,7 +355,7 @@ def word(value: Any) -> str:
 
 
 def run_case(cli: CommandLine, case: Case, capsys: pytest.CaptureFixture[str]) -> int:
-    """Run a case in a folder of its own; commands but fit on the run of `cli`, if there is one."""
+    """Run a case in a new folder. Commands other than fit use a copy of the run of `cli`, if there is one."""
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         root = Path(name)
         data = root / random.Random(case.seed).choice(FOLDERS)
@@ -358,29 +366,32 @@ def run_case(cli: CommandLine, case: Case, capsys: pytest.CaptureFixture[str]) -
         if case.damage and case.damaged == "backbone" and backbone is not None:
             damage_backbone(backbone, case)
         runs = root / "runs"
-        given: list[str] = []
+        checkpoint_options: list[str] = []
         if (case.command != "fit" or case.damaged == "checkpoint") and cli.root.exists():
             shutil.copytree(cli.root, runs)
             run = runs / "version_0"
-            given = ["--ckpt_path", str(damage_checkpoint(run, case) if case.damaged == "checkpoint" else run)]
+            checkpoint_options = [
+                "--ckpt_path",
+                str(damage_checkpoint(run, case) if case.damaged == "checkpoint" else run),
+            ]
         cli = CommandLine(runs, data, case.family, backbone)
         work = _project_copy(root)
         stack.enter_context(pytest.MonkeyPatch.context()).chdir(work)
-        words = [*ENDS, *given]
+        options = [*ENDS, *checkpoint_options]
         try:
             content = yaml.safe_dump(nested(case.in_file))
         except yaml.YAMLError:
             content = "{}"
         (root / "overlay.yaml").write_text(content)
-        words += [f"--config={root / 'overlay.yaml'}"] if case.in_file else []
-        words += [f"--{key}={word(value)}" for key, value in case.in_words.items()]
+        options += [f"--config={root / 'overlay.yaml'}"] if case.in_file else []
+        options += [f"--{key}={word(value)}" for key, value in case.in_words.items()]
         runs_before = digest(runs)
         inputs = [data, *(Path(p) for p in cli.backbone[1:])]
         before = digest(*inputs)
         capsys.readouterr()
         started = time.monotonic()
         with watched() as written:
-            code = cli(case.command, *words)
+            code = cli(case.command, *options)
         assert time.monotonic() - started < 60
         err = capsys.readouterr().err
         places = (runs, work, root / "x", Path(datasets.config.HF_DATASETS_CACHE))
@@ -398,7 +409,7 @@ def run_case(cli: CommandLine, case: Case, capsys: pytest.CaptureFixture[str]) -
 
 
 def _project_copy(root: Path) -> Path:
-    """A working directory with the configurations, so that relative paths of a case stay in its folder."""
+    """Return a working directory with a copy of tests/conf. Relative paths of a case stay below `root`."""
     work = root / "a" / "b"
     shutil.copytree("tests/conf", work / "tests" / "conf")
     return work
@@ -417,25 +428,27 @@ def families(request: pytest.FixtureRequest) -> dict[str, CommandLine]:
 def fitted(families: dict[str, CommandLine], one_epoch: Callable[[CommandLine], None]) -> dict[str, CommandLine]:
     for family, cli in families.items():
         cli.root = cli.root / family
-        if family != "questions":  # which are for evaluation alone
+        if family != "questions":  # questions are for evaluation alone
             one_epoch(cli)
     return families
 
 
-FOUND = [  # once; the seed of the last has the data in a folder that rich takes for markup
+REGRESSIONS = [  # regressions; the last seed puts the data in a folder whose name is markup for rich
     Case("image", "fit", in_words={"data.batch_size": None}),
     Case("image", "fit", in_file={"model.adapter": ["all"]}),
     Case("text", "fit", damage="as it is", seed=MARKUP),
 ]
 
 
-@pytest.mark.parametrize("case", [*FOUND, *map(case_of, range(1000, 1012))], ids=repr)
-def test_some_cases(case: Case, families: dict[str, CommandLine], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("case", [*REGRESSIONS, *map(case_of, range(1000, 1012))], ids=repr)
+def test_earlier_failures_and_some_random_cases(
+    case: Case, families: dict[str, CommandLine], capsys: pytest.CaptureFixture[str]
+) -> None:
     run_case(families[case.family], case, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(300))
-def test_many_cases(seed: int, fitted: dict[str, CommandLine], capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_random_cases(seed: int, fitted: dict[str, CommandLine], capsys: pytest.CaptureFixture[str]) -> None:
     case = case_of(seed)
     run_case(fitted[case.family], case, capsys)

@@ -1,4 +1,4 @@
-"""A stranger's files run no code, and write nothing outside of the run directory."""
+"""Security: files of a stranger run no code, and write nothing outside of the run directory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Iterator[Path]:
-    """A file that any code of these tests that runs would create."""
+    """Return a path that the stranger's code would create, and check that the path does not exist."""
     path = tmp_path / "canary"
     yield path
     assert not path.exists(), "the stranger's code ran"
@@ -40,7 +40,7 @@ def canary(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """A folder beside the run's; the test's own folder has nothing new but what the test itself wrote there."""
+    """Return a folder outside of the run, and check that the folder stays empty."""
     folder = tmp_path / "outside"
     folder.mkdir()
     yield folder
@@ -57,7 +57,7 @@ def overlay(folder: Path, content: dict[str, Any]) -> str:
 
 
 def calls(canary: Path) -> list[dict[str, Any]]:
-    """Objects whose construction would create the canary."""
+    """Return descriptions of objects whose construction would create the canary."""
     return [
         {"class_path": "os.system", "init_args": {"command": f"touch {canary}"}},
         {"class_path": "builtins.eval", "init_args": {"source": f"open({str(canary)!r}, 'w')"}},
@@ -93,7 +93,7 @@ PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_class_that_no_configuration_may_name(
+def test_a_configuration_may_not_name_other_classes(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path, place: str
 ) -> None:
     (tmp_path / "stranger_of_the_working_directory.py").write_text(f"open({str(canary)!r}, 'w')")
@@ -106,18 +106,20 @@ def test_a_class_that_no_configuration_may_name(
     assert not cli.root.exists()
 
 
-def test_a_value_that_is_no_class(cli: CommandLine, tmp_path: Path, canary: Path) -> None:
-    """Where a key takes anything, what looks like an object stays words."""
+def test_a_dict_is_not_constructed_where_any_value_is_allowed(cli: CommandLine, tmp_path: Path, canary: Path) -> None:
+    """`backbone_args` takes any value. A dict with class_path stays a dict, and timm refuses it."""
     call = calls(canary)[0]
     assert cli("fit", overlay(tmp_path, {"model": {"init_args": {"backbone_args": {"drop_rate": call}}}})) == 2
 
 
 @pytest.mark.parametrize("option", ["--model=os.system", "--trainer.callbacks+=os.system", "--model.help=os.system"])
-def test_a_class_on_the_command_line(cli: CommandLine, capsys: pytest.CaptureFixture[str], option: str) -> None:
+def test_other_classes_on_the_command_line_are_refused(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
     refused(capsys, cli("fit", option), "'os.system' is not imported", "--allow_imports os")
 
 
-def test_a_configuration_within_a_configuration(
+def test_a_file_named_in_a_configuration_is_restricted_too(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path
 ) -> None:
     inner = tmp_path / "inner.yaml"
@@ -126,10 +128,10 @@ def test_a_configuration_within_a_configuration(
         refused(capsys, cli("fit", overlay(tmp_path, {section: str(inner)})), "'os.system' is not imported")
 
 
-def test_loading_by_a_method_of_our_own_classes(
+def test_load_from_checkpoint_may_not_be_named(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path
 ) -> None:
-    """Lightning's load_from_checkpoint unpickles."""
+    """Lightning's load_from_checkpoint would unpickle the file."""
     torch.save({"state_dict": Malicious(canary)}, tmp_path / "evil.ckpt")
     for section, path in (
         ("model", "modules.image_classification.ImageClassifier"),
@@ -140,7 +142,7 @@ def test_loading_by_a_method_of_our_own_classes(
         refused(capsys, main(["fit", overlay(tmp_path, stranger)]), "load_from_checkpoint' is not imported")
 
 
-def test_what_the_command_line_allows(cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_allow_imports_permits_a_module(cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "my_callbacks.py").write_text(
         "import lightning as L\nclass Mine(L.Callback):\n    def on_fit_start(self, *_): print('mine')\n"
     )
@@ -162,29 +164,35 @@ def test_what_the_command_line_allows(cli: CommandLine, capsys: pytest.CaptureFi
         (["--allow_imports=a b"], "a b"),
     ],
 )
-def test_a_prefix_that_is_none(capsys: pytest.CaptureFixture[str], words: list[str], part: str) -> None:
+def test_bad_prefixes_of_allow_imports_are_refused(
+    capsys: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
     refused(capsys, main(["fit", *words]), "--allow_imports", part)
 
 
-def test_only_the_command_line_allows(cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_allow_imports_in_a_file_is_refused(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     refused(capsys, cli("fit", overlay(tmp_path, {"allow_imports": "os"})), "allow_imports")
 
 
-def test_python_in_yaml(cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path) -> None:
+def test_python_tags_in_yaml_are_refused(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path
+) -> None:
     call = f"!!python/object/apply:os.system ['touch {canary}']"
     (tmp_path / "tags.yaml").write_text(f"model: {call}\n")
     refused(capsys, cli("fit", f"--config={tmp_path / 'tags.yaml'}"), "tags.yaml is not YAML")
-    for value in ("2024-13-45", "0b_", 3000 * "["):  # which PyYAML's constructors take badly
+    for value in ("2024-13-45", "0b_", 3000 * "["):  # values on which PyYAML's constructors raise other errors
         (tmp_path / "odd.yaml").write_text(f"model: {value}\n")
         refused(capsys, cli("fit", f"--config={tmp_path / 'odd.yaml'}"), "odd.yaml is not YAML")
     assert cli("fit", f"--model.backbone_args={call}") == 2
     assert cli("fit", f"--model={tmp_path / 'tags.yaml'}") == 2
 
 
-def test_an_error_that_quotes_a_class(
+def test_a_class_that_a_value_quotes_is_not_imported(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path
 ) -> None:
-    """Messages look into the class that a key was wrong for; they do not import one that a value only mentions."""
+    """A message inspects the class with the wrong key. It never imports a class that a value mentions."""
     (tmp_path / "quoted_module.py").write_text(f"open({str(canary)!r}, 'w')")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
@@ -193,7 +201,7 @@ def test_an_error_that_quotes_a_class(
     assert "error: " in capsys.readouterr().err
 
 
-def test_a_message_moves_no_cursor(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_messages_are_escaped(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, cli("fit", "--data.path=/x\x1b[2J\u202e\u2028error: y"), "/x\\x1b[2J\\u202e\\u2028error: y")
 
 
@@ -201,7 +209,7 @@ def test_a_message_moves_no_cursor(cli: CommandLine, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("key", ["hyper_parameters", "datamodule_hyper_parameters"])
-def test_a_class_in_a_checkpoint(
+def test_other_classes_in_a_checkpoint_are_refused(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path, key: str
 ) -> None:
     checkpoint = fitted_cli.checkpoint()
@@ -220,7 +228,7 @@ def test_a_class_in_a_checkpoint(
         refused(capsys, code, "'os.system' is not imported")
 
 
-def test_hyperparameters_that_are_none(
+def test_malformed_hyperparameters_are_refused(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for value in (3, [1], {"_class_path": ["a"]}):
@@ -233,12 +241,12 @@ def test_hyperparameters_that_are_none(
     ("name", "option"),
     [
         ("evil.pth", "--model.weights={}"),
-        ("evil.pth", "--model.backbone_args={{checkpoint_path: {}}}"),  # a key of timm's own that loads
+        ("evil.pth", "--model.backbone_args={{checkpoint_path: {}}}"),  # timm loads the file of this key
         ("evil.safetensors", "--model.weights={}"),
         ("evil.ckpt", "--ckpt_path={}"),
     ],
 )
-def test_a_pickle_in_place_of_weights(
+def test_a_pickle_in_place_of_weights_is_refused(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path, name: str, option: str
 ) -> None:
     path = tmp_path / name
@@ -250,7 +258,7 @@ def test_a_pickle_in_place_of_weights(
         refused(capsys, cli("fit", option.format(path)), "model.backbone" if "args" in option else name)
 
 
-def test_names_in_safetensors_are_no_paths(
+def test_tensor_names_are_not_used_as_paths(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, outside: Path
 ) -> None:
     path = tmp_path / "evil.safetensors"
@@ -258,10 +266,10 @@ def test_names_in_safetensors_are_no_paths(
     refused(capsys, cli("fit", f"--model.weights={path}"), "does not fit", "unexpected")
 
 
-def test_an_index_that_points_elsewhere(
+def test_an_index_of_shards_may_not_leave_its_folder(
     text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path
 ) -> None:
-    """Shards of a model are named in a file; one outside of the model's folder is a pickle here."""
+    """The index names a shard outside of the model's folder. This shard is a pickle."""
     folder = shutil.copytree(text_cli.backbone[1], tmp_path / "model")
     names = list(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").unlink()
@@ -307,14 +315,14 @@ def name_class(folder: Path, canary: Path) -> None:
 
 
 @pytest.mark.parametrize("bring", [add_generation, name_kernel, name_function, name_class])
-def test_code_that_a_repository_brings(
+def test_code_in_a_repository_is_not_run(
     instruction_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     canary: Path,
     bring: Callable[[Path, Path], None],
 ) -> None:
-    """Tests of modules.backbones have the code of models."""
+    """Code of a tokenizer, generation or kernel. tests/modules/backbones tests the code of models."""
     folder = shutil.copytree(instruction_cli.backbone[1], tmp_path / "model")
     bring(folder, canary)
     assert instruction_cli("fit", f"--model.backbone={folder}", "--trainer.fast_dev_run=true") in (0, 2)
@@ -331,7 +339,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("template", ESCAPES)
-def test_a_chat_template_that_would_run_code(
+def test_a_chat_template_with_code_is_refused(
     instruction_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, canary: Path, template: str
 ) -> None:
     folder = shutil.copytree(instruction_cli.backbone[1], tmp_path / "model")
@@ -339,7 +347,7 @@ def test_a_chat_template_that_would_run_code(
     refused(capsys, instruction_cli("fit", f"--model.backbone={folder}"), "data.template")
 
 
-def test_the_name_of_a_chat_template_is_no_path(
+def test_the_name_of_a_chat_template_is_not_used_as_a_path(
     text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, outside: Path
 ) -> None:
     folder = save_backbone(tmp_path / "model", "roberta")
@@ -368,7 +376,7 @@ def hostile_zip(path: Path, outside: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "write"), [("train.csv", hostile_tar), ("train.jsonl", hostile_zip)])
-def test_an_archive_in_place_of_a_table(
+def test_an_archive_in_place_of_a_table_is_refused(
     text_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -376,17 +384,17 @@ def test_an_archive_in_place_of_a_table(
     name: str,
     write: Callable[[Path, Path], None],
 ) -> None:
-    """The library that reads tables unpacks what is packed, into its own cache."""
+    """The `datasets` library would unpack the archive into its cache."""
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / name, outside)
     refused(capsys, text_cli("fit", f"--data.path={folder}"), "data.")
 
 
-def test_an_image_that_another_program_would_draw(
+def test_a_postscript_image_is_refused(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PIL hands PostScript to Ghostscript, an interpreter."""
+    """PIL would run PostScript in Ghostscript, an interpreter."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "EPS")
     for split in ("train", "test"):
@@ -397,15 +405,15 @@ def test_an_image_that_another_program_would_draw(
                 (tmp_path / "images" / split / label / f"{i}.png").write_bytes(png(pixels))
     (tmp_path / "images" / "train" / CLASSES[0] / "3.png").write_bytes(buffer.getvalue())
 
-    def draw(*args: object, **keys: object) -> None:
+    def interpret(*args: object, **keys: object) -> None:
         raise AssertionError("PostScript was interpreted")
 
-    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", draw)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", interpret)
     refused(capsys, cli("fit", f"--data.path={tmp_path / 'images'}", "--data.val_fraction=0.1"), "cannot be decoded")
 
 
 @pytest.mark.parametrize("content", ['{"val/loss": null, "a": "<b>", "params/total": [1]}', "{"])
-def test_metrics_of_a_run_that_are_none(fitted_cli: CommandLine, content: str) -> None:
+def test_malformed_metrics_of_a_run_are_replaced(fitted_cli: CommandLine, content: str) -> None:
     (fitted_cli.run() / "metrics.json").write_text(content)
     assert fitted_cli("test", "--ckpt_path=last") == 0
     assert fitted_cli.metrics()["test/acc1"] >= 0
@@ -420,7 +428,7 @@ LABELS = [
 ]
 
 
-def test_labels_in_a_model_card(
+def test_labels_in_a_model_card_are_escaped(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.support.small_data.CLASSES", LABELS)
@@ -439,10 +447,10 @@ def test_labels_in_a_model_card(
     assert fence
     marks = configuration[: len(configuration) - len(configuration.lstrip("`"))]
     inside, after = configuration[len(marks) :].split(f"\n{marks}\n", 1)
-    assert len(marks) > 3  # a row of three in a label does not end it
+    assert len(marks) > 3  # three backticks in a label do not end the code block
     saved = yaml.safe_load(inside.removeprefix("yaml\n"))
     assert saved["model"]["init_args"]["class_names"] == LABELS
-    assert saved["data"]["init_args"]["path"] == data.name  # not where it lay
+    assert saved["data"]["init_args"]["path"] == data.name  # the folder's name without its path
     for text in (before, after):
         assert not any(mark in text for mark in ("<script", "[x]", "![", "javascript:", "``` a", "da`ta", "<b>"))
     assert "&#60;script&#62;" in before
@@ -450,13 +458,13 @@ def test_labels_in_a_model_card(
     assert next(line for line in before.splitlines() if line.startswith("| Classes")).count("|") == 3
 
 
-def test_restrictions_hold_in_every_parser_and_end() -> None:
+def test_restrictions_hold_in_every_parser_until_the_command_ends() -> None:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--call", type=Callable)
     call = ["--call=json.dumps"]
-    for prefixes in ([], ["json"], []):  # what is allowed once is not allowed for ever
+    for prefixes in ([], ["json"], []):  # an allowed prefix ends with its context
         with restricted_imports(prefixes):
             if prefixes:
                 assert parser.parse_args(call).call is json.dumps
@@ -464,4 +472,4 @@ def test_restrictions_hold_in_every_parser_and_end() -> None:
                 with pytest.raises(ArgumentError, match=r"'json.dumps' is not imported"):
                     parser.parse_args(call)
     assert main(["export", "nowhere", "--format=peft", "--output=o"]) == 2
-    assert parser.parse_args(call).call is json.dumps  # another program's parsers are as they were
+    assert parser.parse_args(call).call is json.dumps  # the restrictions ended with `main`

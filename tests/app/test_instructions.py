@@ -1,4 +1,4 @@
-"""Instruction tuning and multiple choice through the real command line."""
+"""Instruction tuning and multiple choice through the command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class Tuned:
-    """A finished run, with the states of the model at its start and its end."""
+    """A finished run, with the states of the model at the start and the end of the fit."""
 
     cli: CommandLine
     states: States
@@ -46,7 +46,7 @@ class Tuned:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, llama_path: Path) -> Tuned:
-    """B trained on twelve rows until much of them is known; what is validated and tested on is the same rows."""
+    """Train B until much of twelve rows is memorised. Validation and test use the same rows."""
     folder = tmp_path_factory.mktemp("tuned")
     data = write_instructions(folder / "data", {"train": 12})
     for split in ("validation", "test"):
@@ -62,7 +62,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, llama_path: Path) -> Tuned:
 
 
 def newest(run: Path, suffix: str) -> Path:
-    """The file of the last prediction: each has a number of its own."""
+    """Return the newest file of predictions. Each file has another number."""
     return max(run.glob(f"predictions*{suffix}"), key=lambda path: path.stat().st_mtime_ns)
 
 
@@ -82,13 +82,13 @@ def asking(path: Path, rows: list[dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def test_a_run_learns_and_leaves_what_the_contract_names(tuned: Tuned) -> None:
+def test_a_run_learns_and_writes_the_files_and_metrics_of_the_contract(tuned: Tuned) -> None:
     metrics = tuned.cli.metrics()
     losses = list(tuned.cli.scalars("train/loss").values())
     validated = list(tuned.cli.scalars("val/loss").values())
     assert losses[-1] < 0.65 * losses[0]
     assert validated == sorted(validated, reverse=True)
-    for stage in ("val", "test"):  # the same rows, by the same weights
+    for stage in ("val", "test"):  # same rows and same weights
         assert metrics[f"{stage}/loss"] == pytest.approx(validated[-1], rel=1e-6)
         assert metrics[f"{stage}/perplexity"] == pytest.approx(math.exp(validated[-1]), rel=1e-5)
     assert metrics["val/token_acc"] > 0.4
@@ -99,16 +99,16 @@ def test_a_run_learns_and_leaves_what_the_contract_names(tuned: Tuned) -> None:
 
 
 def assert_frozen(state: dict[str, Tensor], start: dict[str, Tensor], backbone: Path) -> None:
-    """Frozen factors stay as drawn, and frozen weights stay as on disk."""
+    """Check that frozen factors equal their start, and that frozen weights equal the file of the backbone."""
     stored = load_file(backbone / "model.safetensors")
     frozen = {name for name in start if name.startswith("backbone.") and not name.endswith(".B")}
     assert {name for name, tensor in state.items() if not torch.equal(tensor, start[name])} == start.keys() - frozen
-    found = {name.removeprefix("backbone."): state[name] for name in frozen}
-    assert stored.keys() <= found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    frozen_weights = {name.removeprefix("backbone."): state[name] for name in frozen}
+    assert stored.keys() <= frozen_weights.keys()
+    assert all(torch.equal(frozen_weights[name], tensor) for name, tensor in stored.items())
 
 
-def test_frozen_weights_keep_their_bits_through_every_command(tuned: Tuned, llama_path: Path) -> None:
+def test_frozen_weights_are_bit_identical_after_every_command(tuned: Tuned, llama_path: Path) -> None:
     start = tuned.states["on_fit_start"]
     assert_frozen(tuned.states["on_fit_end"], start, llama_path)
     hooks = {"validate": "on_validation_end", "test": "on_test_end", "predict": "on_predict_end"}
@@ -126,44 +126,45 @@ def test_frozen_weights_keep_their_bits_through_every_command(tuned: Tuned, llam
 
 
 def test_prompts_are_answered_in_the_files_order(tuned: Tuned, tmp_path: Path) -> None:
-    asked = [
+    prompts = [
         {"instruction": "Say w1 and then as much as you like.", "input": "3 times"},
         {"instruction": "Say w2."},
         {"instruction": "Say w3.", "input": "", "output": "w3"},
         {"instruction": "Say w4 please.", "input": "2 times"},
     ]
-    ask = asking(tmp_path / "prompts.jsonl", asked)
-    assert tuned.cli("predict", tuned.run, ask) == 0
+    predict_path = asking(tmp_path / "prompts.jsonl", prompts)
+    assert tuned.cli("predict", tuned.run, predict_path) == 0
     rows = tuned.predictions()
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
-    assert [row["instruction"] for row in rows] == [row["instruction"] for row in asked]
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in prompts]
     assert [row.get("reference") for row in rows] == [None, None, "w3", None]
     assert all(row["response"] for row in rows)
-    # the same texts as messages and as a table give the same responses
-    contents = [f"{row['instruction']}\n\n{row.get('input', '')}".rstrip() for row in asked]
+    # the same prompts as messages and as CSV give the same responses
+    contents = [f"{row['instruction']}\n\n{row.get('input', '')}".rstrip() for row in prompts]
     messages = [{"messages": [{"role": "user", "content": content}]} for content in contents]
-    messages[2]["messages"].append({"role": "assistant", "content": "w3"})  # what is to be said instead
+    # a reference, which is not part of the prompt
+    messages[2]["messages"].append({"role": "assistant", "content": "w3"})
     assert tuned.cli("predict", tuned.run, asking(tmp_path / "messages.jsonl", messages)) == 0
     assert [row["response"] for row in tuned.predictions()] == [row["response"] for row in rows]
     with (tmp_path / "prompts.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["instruction", "input"])
         writer.writeheader()
-        writer.writerows({key: row.get(key, "") for key in ("instruction", "input")} for row in asked)
+        writer.writerows({key: row.get(key, "") for key in ("instruction", "input")} for row in prompts)
     assert tuned.cli("predict", tuned.run, f"--data.predict_path={tmp_path / 'prompts.csv'}") == 0
     assert [row["response"] for row in tuned.predictions()] == [row["response"] for row in rows]
 
 
-def test_sampling_goes_by_the_seed(tuned: Tuned, tmp_path: Path) -> None:
-    ask = [tuned.run, asking(tmp_path / "prompts.jsonl", [{"instruction": f"Say w{i}."} for i in range(4)])]
-    ask += ["--model.generation.do_sample=true", "--model.generation.temperature=1.5"]
-    found = []
+def test_sampling_depends_on_the_seed(tuned: Tuned, tmp_path: Path) -> None:
+    options = [tuned.run, asking(tmp_path / "prompts.jsonl", [{"instruction": f"Say w{i}."} for i in range(4)])]
+    options += ["--model.generation.do_sample=true", "--model.generation.temperature=1.5"]
+    predictions = []
     for seed in (1, 1, 2):
-        assert tuned.cli("predict", *ask, f"--seed_everything={seed}") == 0
-        found.append(tuned.predictions())
-    assert found[0] == found[1] != found[2]
+        assert tuned.cli("predict", *options, f"--seed_everything={seed}") == 0
+        predictions.append(tuned.predictions())
+    assert predictions[0] == predictions[1] != predictions[2]
 
 
-def test_the_template_trained_with_is_the_one_asked_with(
+def test_predict_uses_the_template_of_the_training(
     tuned: Tuned,
     instruction_cli: CommandLine,
     llama_path: Path,
@@ -172,16 +173,16 @@ def test_the_template_trained_with_is_the_one_asked_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = tuned.cli.checkpoint()
-    own = AutoTokenizer.from_pretrained(llama_path).chat_template
-    assert checkpoint["hyper_parameters"]["prompt_template"] == own
+    tokenizers_template = AutoTokenizer.from_pretrained(llama_path).chat_template
+    assert checkpoint["hyper_parameters"]["prompt_template"] == tokenizers_template
     assert checkpoint["datamodule_hyper_parameters"]["template"] == "chat"
-    # trained with a template that is not the file's, and asked by the checkpoint alone
+    # train with another template than that of the configuration file; predict takes the checkpoint's template
     alpaca = ["--data.template=alpaca", "--data.max_length=400"]
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
     assert instruction_cli("fit", *alpaca, *short) == 0
     template = instruction_cli.checkpoint()["hyper_parameters"]["prompt_template"]
     assert "### Response:" in template
-    ask = asking(tmp_path / "prompts.jsonl", [{"instruction": "Say w1.", "input": "2 times"}])
+    predict_path = asking(tmp_path / "prompts.jsonl", [{"instruction": "Say w1.", "input": "2 times"}])
     prompts: list[Tensor] = []
     capsys.readouterr()
     original = LanguageModel.generate
@@ -191,30 +192,30 @@ def test_the_template_trained_with_is_the_one_asked_with(
         return original(self, batch)
 
     monkeypatch.setattr(LanguageModel, "generate", generate)
-    assert instruction_cli("predict", "--ckpt_path=last", ask) == 0
+    assert instruction_cli("predict", "--ckpt_path=last", predict_path) == 0
     assert "data.template: alpaca from the checkpoint; the configuration file has chat." in capsys.readouterr().err
     text = AutoTokenizer.from_pretrained(llama_path).decode(prompts[0][0])
     assert text.startswith("Below is an instruction that describes a task, paired with an input")
     assert text.endswith("### Instruction:\nSay w1.\n\n### Input:\n2 times\n\n### Response:")
 
 
-def test_an_export_says_what_predict_says(tuned: Tuned, tmp_path: Path) -> None:
-    asked = [f"Say w{i}." for i in range(5)]
-    ask = asking(tmp_path / "prompts.jsonl", [{"instruction": text} for text in asked])
-    assert tuned.cli("predict", tuned.run, ask) == 0
+def test_an_export_generates_the_responses_of_predict(tuned: Tuned, tmp_path: Path) -> None:
+    instructions = [f"Say w{i}." for i in range(5)]
+    predict_path = asking(tmp_path / "prompts.jsonl", [{"instruction": text} for text in instructions])
+    assert tuned.cli("predict", tuned.run, predict_path) == 0
     folder = tmp_path / "model"
     assert main(["export", str(tuned.cli.run()), "--format", "merged", "--output", str(folder)]) == 0
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == tuned.cli.checkpoint()["hyper_parameters"]["prompt_template"]
-    said = []
-    for text in asked:
+    responses = []
+    for text in instructions:
         batch = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        tokens = model.generate(**batch)  # by the settings that the export has
-        said.append(tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    assert [row["response"] for row in tuned.predictions()] == said
+        tokens = model.generate(**batch)  # with the generation settings of the export
+        responses.append(tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    assert [row["response"] for row in tuned.predictions()] == responses
 
 
 # ------------------------------------------------------------------------------------------------------ multiple choice
@@ -222,7 +223,7 @@ def test_an_export_says_what_predict_says(tuned: Tuned, tmp_path: Path) -> None:
 
 @pytest.fixture
 def asked_cli(tuned: Tuned, questions_path: Path) -> CommandLine:
-    """The command line of multiple choice, on the tuned run."""
+    """Return the command line of multiple choice, with the root of the tuned run."""
     return CommandLine(tuned.cli.root, questions_path, "questions")
 
 
@@ -236,30 +237,32 @@ def assert_metrics_of_predictions(metrics: dict[str, float], rows: list[dict[str
         assert row["prediction"] == max(scores, key=scores.__getitem__)
 
 
-def test_a_tuned_run_is_asked_questions(
+def test_multiple_choice_on_a_tuned_run_and_on_the_backbone(
     tuned: Tuned, question_cli: CommandLine, asked_cli: CommandLine, questions_path: Path, llama_path: Path
 ) -> None:
     before = tuned.cli.metrics()
     for command in ("validate", "test", "predict"):
         assert asked_cli(command, tuned.run) == 0
-        assert question_cli(command) == 0  # the backbone as it is
+        assert question_cli(command) == 0  # the backbone without a checkpoint
     assert not tuned.cli.run(1).exists()
     metrics, rows = tuned.cli.metrics(), read_table(tuned.cli.run())
-    kept = {name: value for name, value in before.items() if not name.startswith(("val/", "test/", "gap/"))}
-    assert kept and {name: metrics[name] for name in kept} == kept
+    unrelated = {name: value for name, value in before.items() if not name.startswith(("val/", "test/", "gap/"))}
+    assert unrelated and {name: metrics[name] for name in unrelated} == unrelated
     assert_metrics_of_predictions(metrics, rows)
     assert {"val/acc", "val/acc_stderr", "val/acc_stem", "test/subjects/astronomy"} <= metrics.keys()
-    bare = read_table(question_cli.run(2))
-    assert_metrics_of_predictions(question_cli.metrics(1), bare)
+    untuned_rows = read_table(question_cli.run(2))
+    assert_metrics_of_predictions(question_cli.metrics(1), untuned_rows)
     assert "val/acc" in question_cli.metrics(0)
-    given = [json.loads(line) for line in (questions_path / "test.jsonl").read_text().splitlines()]
-    for table in (rows, bare):
+    questions = [json.loads(line) for line in (questions_path / "test.jsonl").read_text().splitlines()]
+    for table in (rows, untuned_rows):
         assert [(row["index"], row["subject"], row["answer"]) for row in table] == [
-            (str(i), row["subject"], LETTERS[row["answer"]]) for i, row in enumerate(given)
+            (str(i), row["subject"], LETTERS[row["answer"]]) for i, row in enumerate(questions)
         ]
     names = [f"log_probability_{letter}" for letter in LETTERS]
-    assert torch.allclose(scores_of(bare, names), scores_by_transformers(llama_path, questions_path, given), atol=1e-4)
-    assert (scores_of(rows, names) - scores_of(bare, names)).abs().max() > 0.1
+    assert torch.allclose(
+        scores_of(untuned_rows, names), scores_by_transformers(llama_path, questions_path, questions), atol=1e-4
+    )
+    assert (scores_of(rows, names) - scores_of(untuned_rows, names)).abs().max() > 0.1
 
 
 def scores_of(rows: list[dict[str, str]], names: list[str]) -> Tensor:
@@ -267,8 +270,8 @@ def scores_of(rows: list[dict[str, str]], names: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def scores_by_transformers(backbone: Path, data: Path, given: list[dict[str, Any]]) -> Tensor:
-    """Log-probabilities of the letters behind each whole prompt, one by one."""
+def scores_by_transformers(backbone: Path, data: Path, rows: list[dict[str, Any]]) -> Tensor:
+    """Return the log-probabilities of the letters after each prompt, computed by transformers one prompt at a time."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(backbone), AutoTokenizer.from_pretrained(backbone)
     shots = [json.loads(line) for line in (data / "dev.jsonl").read_text().splitlines()]
     letters = [tokenizer(f" {letter}")["input_ids"][-1] for letter in LETTERS]
@@ -278,7 +281,7 @@ def scores_by_transformers(backbone: Path, data: Path, given: list[dict[str, Any
         return "\n".join([row["question"], *choices, "Answer:"])
 
     scores = []
-    for row in given:
+    for row in rows:
         examples = [shot for shot in shots if shot["subject"] == row["subject"]][:2]
         prompt = f"The following are multiple choice questions (with answers) about {row['subject']}.\n\n"
         prompt += "".join(f"{text(shot)} {LETTERS[shot['answer']]}\n\n" for shot in examples) + text(row)
@@ -287,7 +290,7 @@ def scores_by_transformers(backbone: Path, data: Path, given: list[dict[str, Any
     return torch.stack(scores)
 
 
-def test_the_shipped_recipe_asks_a_tuned_run(tuned: Tuned, asked_cli: CommandLine, questions_path: Path) -> None:
+def test_the_recipe_mmlu_evaluates_a_tuned_run(tuned: Tuned, asked_cli: CommandLine, questions_path: Path) -> None:
     options = ["--trainer.accelerator=cpu", "--trainer.logger=false", f"--data.path={questions_path}"]
     assert main(["test", "--config", "conf/mmlu.yaml", tuned.run, *options]) == 0
     assert 0 <= tuned.cli.metrics()["test/acc"] <= 1
@@ -295,8 +298,8 @@ def test_the_shipped_recipe_asks_a_tuned_run(tuned: Tuned, asked_cli: CommandLin
 
 def test_questions_without_answers_are_predicted(tuned: Tuned, asked_cli: CommandLine, tmp_path: Path) -> None:
     row = {"question": "Which is w1?", "subject": "astronomy", "choices": list("wxyz")}
-    ask = asking(tmp_path / "questions.jsonl", [row, row | {"subject": "philosophy"}])
-    assert asked_cli("predict", tuned.run, ask) == 0
+    predict_path = asking(tmp_path / "questions.jsonl", [row, row | {"subject": "philosophy"}])
+    assert asked_cli("predict", tuned.run, predict_path) == 0
     assert [(row["subject"], row["answer"]) for row in read_table(tuned.cli.run())] == [
         ("astronomy", ""),
         ("philosophy", ""),
@@ -306,7 +309,7 @@ def test_questions_without_answers_are_predicted(tuned: Tuned, asked_cli: Comman
 # -------------------------------------------------------------------------------------------------------- two processes
 
 
-def test_two_processes_evaluate_as_one(tuned: Tuned, asked_cli: CommandLine, tmp_path: Path) -> None:
+def test_two_processes_evaluate_to_the_metrics_of_one(tuned: Tuned, asked_cli: CommandLine, tmp_path: Path) -> None:
     assert tuned.cli("validate", tuned.run) == 0
     assert asked_cli("test", tuned.run) == 0
     before = tuned.cli.metrics()

@@ -35,7 +35,7 @@ class Model(BoringModel):
 
 
 class CLI(HookedCLI):
-    """Records which classes are constructed, and runs nothing."""
+    """Record which classes are constructed, and run nothing."""
 
     def __init__(self, *args: str) -> None:
         self.kinds: list[type] = []
@@ -56,18 +56,18 @@ def test_lightning_constructs_each_class_through_the_hook_and_keeps_hyperparamet
     assert cli.model.hparams["_instantiator"] == "lightning.pytorch.cli.instantiate_module"
 
 
-def test_lightning_takes_no_values_out_of_a_checkpoint(tmp_path: Path) -> None:
+def test_lightning_reads_no_values_from_a_checkpoint(tmp_path: Path) -> None:
     torch.save({"hyper_parameters": {"width": 5}}, tmp_path / "a.ckpt")
     assert CLI("fit", f"--ckpt_path={tmp_path / 'a.ckpt'}").model.hparams["width"] == 1
 
 
-def test_the_run_directory_of_a_trainer_moves(tmp_path: Path) -> None:
+def test_move_run_directory_changes_the_trainers_root(tmp_path: Path) -> None:
     trainer = L.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", barebones=True)
     move_run_directory(trainer, str(tmp_path / "elsewhere"))
     assert trainer.default_root_dir == str(tmp_path / "elsewhere")
 
 
-def test_lightning_leaves_its_loop_after_the_step() -> None:
+def test_stop_after_step_ends_the_loop_after_the_step() -> None:
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             stop_after_step(trainer)
@@ -79,7 +79,7 @@ def test_lightning_leaves_its_loop_after_the_step() -> None:
     assert trainer.global_step == 1
 
 
-def test_the_launcher_keeps_the_processes_that_it_started() -> None:
+def test_launched_processes_are_those_of_the_launcher() -> None:
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
     launcher.procs.append(Mock())
     trainer = Mock(spec=L.Trainer, strategy=Mock(launcher=launcher))
@@ -93,10 +93,10 @@ def test_jsonargparse_asks_the_policy_before_it_imports_anything(
 ) -> None:
     (tmp_path / "module_of_a_stranger.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    asked: list[str] = []
+    paths_seen: list[str] = []
 
     def denial(path: str) -> str:
-        asked.append(path)
+        paths_seen.append(path)
         return f"{path!r} is denied"
 
     parser = ArgumentParser(exit_on_error=False)
@@ -110,14 +110,14 @@ def test_jsonargparse_asks_the_policy_before_it_imports_anything(
             for option in ("--call", "--kind"):
                 with pytest.raises(ArgumentError, match=f"'{path}' is denied"):
                     parser.parse_args([f"{option}={path}"])
-    assert set(asked) == set(paths)
+    assert set(paths_seen) == set(paths)
     assert jsonargparse_common.parsing_settings == before
 
 
-def test_jsonargparse_asks_for_the_place_of_the_definition_too() -> None:
-    asked: list[str] = []
+def test_jsonargparse_asks_the_policy_for_the_defining_module_too() -> None:
+    paths_seen: list[str] = []
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--call", type=Callable)
-    with import_policy(asked.append, []):
+    with import_policy(paths_seen.append, []):
         parser.parse_args(["--call=os.path.join"])
-    assert asked[:2] == ["os.path.join", "posixpath.join"]
+    assert paths_seen[:2] == ["os.path.join", "posixpath.join"]

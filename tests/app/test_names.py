@@ -1,4 +1,4 @@
-"""Names of runs, the search for a learning rate, and their messages, through the command line."""
+"""Names of runs and the learning rate finder, through the command line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_run_directory_has_name_and_variant(cli: CommandLine, options: list[
     assert len(list(cli.root.iterdir())) == 2
 
 
-def test_last_is_the_newest_number(cli: CommandLine) -> None:
+def test_last_is_the_run_with_the_largest_number(cli: CommandLine) -> None:
     assert cli("fit", *SHORT, "--name=b") == cli("fit", *SHORT, "--name=a") == 0
     assert cli("validate", "--ckpt_path=last") == 0
     assert "val/loss" in (cli.root / "version_1-a-B" / "metrics.json").read_text()
@@ -40,16 +40,18 @@ def test_last_is_the_newest_number(cli: CommandLine) -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "..", "a b"])
-def test_a_name_that_is_no_part_of_a_path(cli: CommandLine, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_name_that_is_no_single_folder_is_refused(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     refused(capsys, cli("fit", f"--name={name}"), "name", "Choose another name")
     assert not cli.root.exists() or not list(cli.root.iterdir())
 
 
 @pytest.mark.drawn
-def test_the_search_for_a_learning_rate_is_drawn(cli: CommandLine, tmp_path: Path) -> None:
+def test_the_learning_rate_finder_is_drawn(cli: CommandLine, tmp_path: Path) -> None:
     assert cli("fit", "--trainer.max_epochs=4", "--find_lr=true") == 0
-    found = cli.checkpoint()["hyper_parameters"]["learning_rate"]
-    assert 1e-5 < found < 0.3
+    learning_rate = cli.checkpoint()["hyper_parameters"]["learning_rate"]
+    assert 1e-5 < learning_rate < 0.3
     with Image.open(cli.run() / "learning_rate.png") as image:
         assert min(image.size) >= 400
     assert "train/learning_rate_search" in cli.events().Tags()["images"]

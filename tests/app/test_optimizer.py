@@ -20,6 +20,6 @@ def test_sgd_with_a_ratio_for_a_role_trains_and_resumes(any_cli: CommandLine) ->
     saved = cli.checkpoint()
     assert saved["hyper_parameters"]["lr_ratio_role"] == {"value": 2.0}
     assert all(state.keys() == {"momentum_buffer"} for state in saved["optimizer_states"][0]["state"].values())
-    assert cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2") == 0  # the keys are the checkpoint's
+    assert cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2") == 0  # optimizer keys come from the checkpoint
     assert cli.checkpoint()["global_step"] == 2 * saved["global_step"]
     assert cli("validate", "--ckpt_path=last") == 0

@@ -1,4 +1,4 @@
-"""Own data with nothing else to say: recipes for texts, images, summaries and chats on ordinary files."""
+"""Recipes on the user's files with `data.path` alone: texts, images, summaries and chats."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUICK = ("--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.preci
 
 @pytest.fixture
 def fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fit:
-    """Fit a recipe of conf/ on a path, and return the run directory."""
+    """Return a function that fits a recipe of conf/ on a path and returns the run directory."""
 
     def run(recipe: str, path: Path, *options: str) -> Path:
         root = f"--trainer.default_root_dir={tmp_path / 'runs'}"

@@ -1,4 +1,4 @@
-"""Every shipped configuration parses, alone or as an overlay, and its first lines say how to run it."""
+"""Every file of conf/ parses, alone or as an overlay. Its first lines have a command that uses the file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OVERLAYS = [p for p in ALL if p not in RECIPES]
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], AsymmetryCLI]:
-    """The command line up to its configuration: nothing is built, nothing run."""
+    """Return a function that parses a command line without constructing or running anything."""
     monkeypatch.setattr(AsymmetryCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(AsymmetryCLI, "_run_subcommand", lambda self, subcommand: None)
     return lambda words: AsymmetryCLI(words, Termination(), ExitStack())
@@ -59,12 +59,12 @@ def has_keys(recipe: Path, overlay: Path) -> bool:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
-def test_overlay_goes_with_every_recipe_that_has_its_keys(
+def test_overlay_parses_with_every_recipe_that_has_its_keys(
     overlay: Path, parsed: Callable[[list[str]], AsymmetryCLI]
 ) -> None:
     recipes = [recipe for recipe in RECIPES if has_keys(recipe, overlay)]
     assert recipes
-    assert recipes == RECIPES or keys_of(overlay, "model")  # others are for all
+    assert recipes == RECIPES or keys_of(overlay, "model")  # an overlay without keys of a model fits every recipe
     for recipe in recipes:
         config = parsed(["fit", "--config", str(recipe), "--config", str(overlay)]).config["fit"]
         assert config["model"]["class_path"] == read(recipe)["model"]["class_path"]
@@ -75,7 +75,7 @@ def test_overlay_goes_with_every_recipe_that_has_its_keys(
 
 
 @pytest.mark.parametrize("path", RECIPES + OVERLAYS, ids=name)
-def test_recipe_says_how_to_run_it(path: Path) -> None:
+def test_first_lines_have_a_command_with_the_file(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     commands = ("python main.py fit --config", "python main.py test --config")
     assert any(command in line and path.name in line for line in head for command in commands)

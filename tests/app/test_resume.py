@@ -1,4 +1,4 @@
-"""An interrupted run continues bit for bit, and the command line beats the checkpoint, which beats the file."""
+"""Resume: a run continues bit for bit. The command line overrides the checkpoint, which overrides the file."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
 
-# 48 images are 8 steps of 6 an epoch (of 7, six and a rest); dropout of two kinds and random crops are on
+# an epoch of 48 images has 8 steps with batches of 6; dropout and random crops are on
 STEPS_AN_EPOCH = 8
 
 
 class PowerCut(BaseException):
-    """Ends the process as nothing that Lightning or the callbacks handle."""
+    """Simulated power cut. No code of Lightning or the callbacks handles this exception."""
 
 
 def cut_power(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Cut the power when a given number of optimizer steps are done and another batch has begun."""
+    """Raise PowerCut after this number of optimizer steps, at the start of the next batch."""
     original = AdapterCheckpoint.on_train_batch_start
 
     def hook(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
@@ -44,15 +44,15 @@ def cut_power(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
-    """Final weights, optimizer, metrics and every logged loss are the same bits."""
-    one, other = cli.checkpoint(whole), cli.checkpoint(resumed)
-    assert one["global_step"] == other["global_step"]
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(tensor, other["state_dict"][name]), name
-    for key, state in one["optimizer_states"][0]["state"].items():
+    """Check that final weights, optimizer, metrics and every logged loss are bit-identical."""
+    uninterrupted, resumed_checkpoint = cli.checkpoint(whole), cli.checkpoint(resumed)
+    assert uninterrupted["global_step"] == resumed_checkpoint["global_step"]
+    assert uninterrupted["state_dict"].keys() == resumed_checkpoint["state_dict"].keys()
+    for name, tensor in uninterrupted["state_dict"].items():
+        assert torch.equal(tensor, resumed_checkpoint["state_dict"][name]), name
+    for key, state in uninterrupted["optimizer_states"][0]["state"].items():
         for name, tensor in state.items():
-            assert torch.equal(tensor, other["optimizer_states"][0]["state"][key][name])
+            assert torch.equal(tensor, resumed_checkpoint["optimizer_states"][0]["state"][key][name])
     for tag in ("train/loss", "val/loss", "spectrum/query/B/largest", "lr-AdamW/B"):
         assert cli.scalars(tag, whole) == cli.scalars(tag, resumed), tag
     drop = ("time/", "memory/")
@@ -61,7 +61,7 @@ def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
 
 
 def interrupt_and_resume(cli: CommandLine, options: list[str], cut: int) -> int:
-    """Run once whole and once with a power cut and a resume, to the same end; the step that was resumed from."""
+    """Compare an uninterrupted run with a run that is cut and resumed. Return the step of the resumed checkpoint."""
     assert cli("fit", *options) == 0
     with pytest.MonkeyPatch.context() as patch:
         cut_power(patch, cut)
@@ -74,7 +74,7 @@ def interrupt_and_resume(cli: CommandLine, options: list[str], cut: int) -> int:
     return saved
 
 
-# dropout of backbone and adapters is on; 50 texts are 8 batches of 6 an epoch, two left over
+# dropout of backbone and adapters is on; an epoch of 50 texts has 8 batches of 6 and 2 texts that are dropped
 EVERY_3 = ["--checkpoint.last_every_n_steps=3"]
 PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=128", "--model.gradient_checkpointing=true"]
 
@@ -82,13 +82,14 @@ PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=128",
 @pytest.mark.parametrize(
     ("any_cli", "options", "cut", "saved"),
     [
-        ("cli", EVERY_3, 5, 3),  # in the first epoch, two steps behind the checkpoint
-        ("cli", EVERY_3, 8, 8),  # at the start of the second: the checkpoint is that of the first epoch's end
-        ("cli", ["--checkpoint.last_every_n_steps=4"], 13, 12),  # in the second epoch, checkpoint in its middle
-        # an epoch's end with images left over, and worker processes that load ahead
+        ("cli", EVERY_3, 5, 3),  # in the first epoch, two steps after the checkpoint
+        ("cli", EVERY_3, 8, 8),  # at the start of the second epoch, from the checkpoint of the first epoch's end
+        # in the second epoch, from a checkpoint in the middle of this epoch
+        ("cli", ["--checkpoint.last_every_n_steps=4"], 13, 12),
+        # at the end of an epoch whose last images fill no batch, with worker processes that prefetch
         ("cli", ["--checkpoint.last_every_n_steps=5", "--data.batch_size=7", "--data.num_workers=1"], 6, 6),
         ("text_cli", [*EVERY_3, "--trainer.max_epochs=1"], 5, 3),
-        # steps of three batches and one of the two that remain: 3 an epoch, of which the last but one is saved
+        # 8 batches an epoch are 3 steps: two of three batches, and one of two; the last step but one is saved
         (
             "text_cli",
             ["--checkpoint.last_every_n_steps=4", "--trainer.accumulate_grad_batches=3"],
@@ -101,7 +102,7 @@ PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=128",
             3,
             3,
         ),
-        # the packs of 50 conversations are 4 steps of two batches, of which the third is saved in any case
+        # 50 packed conversations are 4 steps of two batches; the third step is always saved
         (
             "instruction_cli",
             [
@@ -133,7 +134,7 @@ def test_the_last_step_but_one_of_an_epoch_is_saved_without_a_validation(
 
 
 def kill_and_resume(cli: CommandLine, options: list[str]) -> int:
-    """Run once whole and once killed and resumed, to the same end; the step of the checkpoint that the kill left."""
+    """Compare an uninterrupted run with a run that is killed and resumed. Return the step of the last checkpoint."""
     assert cli("fit", *options) == 0
     process = subprocess.Popen([sys.executable, "main.py", *cli.words("fit", *options)], cwd=ROOT)
     last = cli.run(1) / "checkpoints" / "last.ckpt"
@@ -155,21 +156,23 @@ def kill_and_resume(cli: CommandLine, options: list[str]) -> int:
     [("cli", 40), ("text_cli", 60), ("summary_cli", 30), ("instruction_cli", 30)],
     indirect=["any_cli"],
 )
-def test_killed_process_resumes_to_the_same_bits(any_cli: CommandLine, epochs: int) -> None:
+def test_killed_process_resumes_bit_for_bit(any_cli: CommandLine, epochs: int) -> None:
     options = [f"--trainer.max_epochs={epochs}", *EVERY_3, "--model.adapter.targets=all"]
     assert 0 < kill_and_resume(any_cli, options) < epochs * STEPS_AN_EPOCH
 
 
-def test_command_line_beats_checkpoint_beats_file(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    # the file says 0.01, the first command line 0.02 and rank 2
+def test_command_line_overrides_checkpoint_and_checkpoint_overrides_file(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the file has learning rate 0.01; the first command line has 0.02 and adapter rank 2
     assert cli("fit", "--model.learning_rate=0.02", "--model.adapter.rank=2", "--model.schedule=constant") == 0
     capsys.readouterr()
     assert cli("fit", "--ckpt_path=last", "--model.learning_rate=0.5", "--trainer.max_epochs=3") == 0
-    said = capsys.readouterr().err
-    assert "model.learning_rate: 0.5 from the command line; the checkpoint had 0.02." in said
-    assert "model.adapter.rank: 2 from the checkpoint; the configuration file has 4." in said
-    assert "trainer.max_epochs: 3 now; the run began with 2." in said
-    # the saved optimizer and schedule do not bring the old rate back
+    log = capsys.readouterr().err
+    assert "model.learning_rate: 0.5 from the command line; the checkpoint had 0.02." in log
+    assert "model.adapter.rank: 2 from the checkpoint; the configuration file has 4." in log
+    assert "trainer.max_epochs: 3 now; the run began with 2." in log
+    # the saved optimizer and schedule do not restore the old learning rate
     group = cli.checkpoint()["optimizer_states"][0]["param_groups"][0]
     assert group["initial_lr"] == 0.5
     assert cli.scalars("lr-AdamW/B")[max(cli.scalars("lr-AdamW/B"))] == 0.5
@@ -177,27 +180,27 @@ def test_command_line_beats_checkpoint_beats_file(cli: CommandLine, capsys: pyte
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
-def test_a_checkpoint_beats_adapters_to_start_from(
+def test_resuming_ignores_model_adapter_path(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
 ) -> None:
-    """Even those that are not there: the checkpoint has all."""
+    """A path that does not exist is ignored too: the checkpoint has all adapters."""
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("model: {init_args: {adapter_path: nowhere}}\n")
-    given = f"--model.adapter_path={tmp_path}" if command == "fit" else f"--config={overlay}"
-    assert fitted_cli(command, "--ckpt_path=last", "--trainer.max_epochs=1", given) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "adapter_path" in line]
-    assert said == ["model.adapter_path is ignored, since the checkpoint contains the adapters."]
+    option = f"--model.adapter_path={tmp_path}" if command == "fit" else f"--config={overlay}"
+    assert fitted_cli(command, "--ckpt_path=last", "--trainer.max_epochs=1", option) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "adapter_path" in line]
+    assert warnings == ["model.adapter_path is ignored, since the checkpoint contains the adapters."]
     assert fitted_cli.checkpoint()["hyper_parameters"]["adapter_path"] is None
 
 
-def test_order_of_words_does_not_matter(cli: CommandLine) -> None:
-    words = ["fit", "--model.learning_rate=0.05", *cli.words("fit", "--trainer.max_steps=1")[1:]]
-    assert main(words) == 0
+def test_order_of_options_does_not_matter(cli: CommandLine) -> None:
+    arguments = ["fit", "--model.learning_rate=0.05", *cli.words("fit", "--trainer.max_steps=1")[1:]]
+    assert main(arguments) == 0
     assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == 0.05
 
 
-def test_a_resumed_run_keeps_its_record(fitted_cli: CommandLine) -> None:
-    """The newest configuration is config.yaml; seconds add up, and peak memory is the largest of all legs."""
+def test_a_resumed_run_updates_its_configuration_and_metrics(fitted_cli: CommandLine) -> None:
+    """config.yaml is the newest configuration. Seconds add up over all fits, and peak memory is their maximum."""
     run, before = fitted_cli.run(), fitted_cli.metrics()
     first = (run / "config.yaml").read_text()
     resume = ("fit", "--trainer.max_epochs=2", "--ckpt_path=last")
@@ -214,27 +217,29 @@ def test_a_resumed_run_keeps_its_record(fitted_cli: CommandLine) -> None:
     assert len(list(run.glob("config*.yaml"))) == 2
 
 
-def test_peak_memory_is_that_of_all_legs(fitted_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_the_maximum_over_all_resumed_fits(
+    fitted_cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = fitted_cli.metrics()["memory/peak_bytes"]
     monkeypatch.setattr("app.callbacks.run_summary._peak_memory", lambda device: 1)
     assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
     assert 1 < fitted_cli.metrics()["memory/peak_bytes"] <= before
 
 
-def test_more_epochs_can_be_added_behind_the_best(fitted_cli: CommandLine) -> None:
+def test_more_epochs_can_be_trained_from_the_best_checkpoint(fitted_cli: CommandLine) -> None:
     best = fitted_cli.run() / "checkpoints" / "best.ckpt"
     assert fitted_cli("fit", "--trainer.max_epochs=3", f"--ckpt_path={best}") == 0
     assert fitted_cli.checkpoint()["global_step"] == 3 * STEPS_AN_EPOCH
     assert sorted(fitted_cli.scalars("val/loss")) == [7, 15, 23]
 
 
-def test_resume_with_other_workers_keeps_the_place(cli: CommandLine) -> None:
+def test_resume_with_another_number_of_workers_keeps_the_position(cli: CommandLine) -> None:
     options = ["--trainer.max_epochs=1", "--checkpoint.last_every_n_steps=4"]
     with pytest.MonkeyPatch.context() as patch:
         cut_power(patch, 5)
         with pytest.raises(PowerCut):
             cli("fit", *options)
-    assert cli.checkpoint()["global_step"] == 4  # 24 of 48 images
+    assert cli.checkpoint()["global_step"] == 4  # after 24 of 48 images
     assert cli("fit", *options, "--ckpt_path=last", "--data.num_workers=1") == 0
     assert cli.checkpoint()["global_step"] == STEPS_AN_EPOCH
 
@@ -243,22 +248,22 @@ def test_a_moved_run_keeps_its_best(fitted_cli: CommandLine) -> None:
     best = (fitted_cli.run() / "checkpoints" / "best.ckpt").read_bytes()
     moved = fitted_cli.root / "elsewhere"
     fitted_cli.run().rename(moved)
-    # at rate 1e-9 nothing improves
+    # at a learning rate of 1e-9 no epoch improves on the best
     options = ["--trainer.max_epochs=2", "--model.learning_rate=1e-9", "--ckpt_path", str(moved)]
     assert fitted_cli("fit", *options) == 0
     assert sorted(p.name for p in (moved / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
 
 
-def test_a_checkpoint_alone_says_enough(fitted_cli: CommandLine) -> None:
+def test_validate_needs_the_checkpoint_alone(fitted_cli: CommandLine) -> None:
     before = fitted_cli.metrics()["val/loss"]
     (fitted_cli.run() / "metrics.json").unlink()
-    # neither a recipe nor the path of the data: the checkpoint holds both
+    # no recipe and no data.path: both are in the checkpoint
     assert main(["validate", "--ckpt_path", str(fitted_cli.run()), "--trainer.accelerator=cpu"]) == 0
     assert fitted_cli.metrics()["val/loss"] == before
 
 
-def test_a_run_directory_means_its_last_checkpoint_to_fit_and_its_best_to_validate(
+def test_for_a_run_directory_fit_uses_the_last_and_validate_the_best_checkpoint(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = fitted_cli.run()

@@ -1,4 +1,4 @@
-"""The batch script resumes its own runs and queues the job again after SIGTERM; with srun and scontrol played."""
+"""conf/slurm.sbatch: resume of the job's run and requeue after SIGTERM, with replacements of srun and scontrol."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAST = "runs/slurm-7/version_0/checkpoints/last.ckpt"
 
 
 def submit(cluster: Path, code: int, saves: str = "") -> int:
-    """Run an attempt that writes a file and ends with a code."""
+    """Run the batch script. Its srun writes the files `saves` and ends with `code`."""
     (cluster / "code").write_text(str(code))
     (cluster / "saves").write_text(saves)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
@@ -36,7 +36,7 @@ def submit(cluster: Path, code: int, saves: str = "") -> int:
     return subprocess.run(words, cwd=cluster, env={**os.environ, **path, **job}, check=False).returncode
 
 
-def test_sigterm_queues_again_and_the_next_attempt_resumes(cluster: Path) -> None:
+def test_sigterm_requeues_and_the_next_attempt_resumes(cluster: Path) -> None:
     assert submit(cluster, 143, LAST) == 143
     assert (cluster / "scontrol.log").read_text() == "requeue 7\n"
     assert submit(cluster, 0, LAST) == 0
@@ -44,22 +44,22 @@ def test_sigterm_queues_again_and_the_next_attempt_resumes(cluster: Path) -> Non
     assert "--config conf/vit_cifar.yaml --config conf/ddp.yaml --trainer.num_nodes 2 --trainer.devices 4" in first
     assert "--ckpt_path" not in first
     assert second.endswith("--trainer.default_root_dir runs/slurm-7 --ckpt_path last --data.batch_size 8")
-    # of the others, when one has failed, SIGTERM would make 143
+    # with --kill-on-bad-exit, the SIGTERM to the other tasks would turn an error into 143
     assert all("--kill-on-bad-exit=0" in line for line in (first, second))
     assert (cluster / "scontrol.log").read_text() == "requeue 7\n"
 
 
-def test_an_attempt_that_came_no_further_is_not_queued_again(cluster: Path) -> None:
+def test_an_attempt_without_progress_is_not_requeued(cluster: Path) -> None:
     assert submit(cluster, 143) == 143
     file = cluster / LAST
     file.parent.mkdir(parents=True)
     file.touch()
-    os.utime(file, (0, 0))  # of an attempt before
+    os.utime(file, (0, 0))  # written by an earlier attempt
     assert submit(cluster, 143) == 143
     assert not (cluster / "scontrol.log").exists()
 
 
 @pytest.mark.parametrize("code", [1, 2, 137])
-def test_an_error_is_not_queued_again(cluster: Path, code: int) -> None:
+def test_an_error_is_not_requeued(cluster: Path, code: int) -> None:
     assert submit(cluster, code, LAST) == code
     assert not (cluster / "scontrol.log").exists()

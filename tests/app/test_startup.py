@@ -1,4 +1,4 @@
-"""Modules that a process imports beyond those of Lightning, when it has printed help and when it has trained."""
+"""Imports: modules that help and training import beyond those of Lightning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from tests.app.conftest import CommandLine
 from tests.conftest import CLASSES, ROOT, colour_image, png
 
-# what a fit does not use unless it tests, writes summaries or is compared with another program
+# a fit needs these modules only to test, to score summaries or to compare with other programs
 LATE = {"matplotlib", "nltk", "peft", "rouge_score", "sklearn"}
 TEXTS = {"datasets", "tokenizers", "transformers"}
 IMAGES = {"timm", "datamodules.sources.images", "modules.backbones.timm_backbone"}
@@ -35,7 +35,7 @@ for group in json.loads(sys.argv[1]):
 
 
 def imported(*groups: list[list[str]]) -> list[set[str]]:
-    """Return the modules beyond Lightning's after each command; each group of commands has a process of its own."""
+    """Return the modules beyond Lightning's after each command. Each group of commands has a new process."""
     words = [sys.executable, "-c", SCRIPT, json.dumps(groups)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -54,13 +54,13 @@ def test_help_and_runs_import_nothing_else(tmp_path: Path, text_cli: CommandLine
     helped, images, texts = imported([["fit", "--help"], fit], [text_cli.words("fit", *short)])
     others = {"pandas", "scipy", "torchvision", "tensorboard", "pyarrow", "huggingface_hub"}
     assert helped & (LATE | TEXTS | IMAGES | others) == set()
-    assert {"timm", "tensorboard"} < images  # it has trained, and logged
+    assert {"timm", "tensorboard"} < images  # the fit has trained and logged
     assert images & (LATE | TEXTS | {"scipy"}) == set()
     assert {"datasets", "tensorboard"} < texts
     assert texts & (LATE | IMAGES) == set()
 
 
-def test_torchmetrics_knows_every_package_and_garbage_is_collected_after_the_imports() -> None:
+def test_torchmetrics_finds_scipy_and_garbage_collection_is_on_after_the_imports() -> None:
     script = """
 import gc, main
 from torchmetrics.utilities import imports

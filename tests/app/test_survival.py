@@ -1,4 +1,4 @@
-"""A run survives damaged checkpoints, SIGTERM, a full disk, a second process in its directory."""
+"""Survival of runs: damaged checkpoints, signals, a full disk, a second process in the run directory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Path]:
-    """A run directory with checkpoints of steps 0, 1 and 2, of which last.ckpt and previous.ckpt are left."""
+    """Return a run directory after checkpoints of steps 0, 1 and 2: previous.ckpt has step 1, last.ckpt has step 2."""
     directory = new_run_directory(tmp_path / "runs")
     save(directory, 0, 1, 2)
     with console_logging():
@@ -75,18 +75,18 @@ def steps(run: Path) -> dict[str, int]:
     return {p.name: read_checkpoint(p)["global_step"] for p in sorted((run / "checkpoints").iterdir())}
 
 
-def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Weights and random numbers are the same bits."""
-    assert one["global_step"] == other["global_step"]
-    assert all(torch.equal(tensor, other["state_dict"][name]) for name, tensor in one["state_dict"].items())
-    assert torch.equal(one["random_states"][0]["torch"], other["random_states"][0]["torch"])
+def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Check that weights and random states are bit-identical."""
+    assert first["global_step"] == second["global_step"]
+    assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
+    assert torch.equal(first["random_states"][0]["torch"], second["random_states"][0]["torch"])
 
 
 # --------------------------------------------------------------------------------------------------- digest, rotation
 
 
 def flipped(content: bytes, position: float = 0.5) -> bytes:
-    """One bit of the content is another."""
+    """Return the content with one flipped bit."""
     changed = bytearray(content)
     changed[int(position * (len(content) - 1))] ^= 4
     return bytes(changed)
@@ -108,7 +108,7 @@ def flip(path: Path) -> None:
         (lambda content: b"", "truncated"),
     ],
 )
-def test_damage_is_found_before_anything_is_unpickled(
+def test_damage_is_found_before_unpickling(
     run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -122,11 +122,11 @@ def test_damage_is_found_before_anything_is_unpickled(
             read_checkpoint(last(run))
     assert reason in str(checkpoint_problem(last(run)))
     assert resolve_checkpoint(str(run), run.parent, prefer_best=False).name == "previous.ckpt"
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert str(last(run)) in said[0] and reason in said[0]
-    assert "previous.ckpt of step 1 is used instead" in said[1]
-    # training goes on: the damaged one is not kept in the place of the intact one
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert str(last(run)) in lines[0] and reason in lines[0]
+    assert "previous.ckpt of step 1 is used instead" in lines[1]
+    # the next save must not replace the intact previous.ckpt by the damaged file
     save(run, 2)
     assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 1}
 
@@ -142,14 +142,16 @@ def test_a_checkpoint_is_one_file_that_torch_loads(run: Path, tmp_path: Path) ->
 
 
 def with_identity(content: bytes) -> bytes:
-    """A checkpoint as an earlier version of this program wrote it: with the identity of its run in the digest."""
+    """Return the content in the format of an earlier version, whose digest covers the identity of the run."""
     identity = b"0123456789abcdef" * 2
     digest = hashlib.sha256(content + identity).hexdigest().encode()
     return content + SEAL_START + digest + b" run=" + identity + b"\n"
 
 
 @pytest.mark.parametrize("seal", [bytes, with_identity], ids=["Lightning", "identity"])
-def test_what_lightning_and_an_earlier_version_wrote_is_read(tmp_path: Path, seal: Callable[[bytes], bytes]) -> None:
+def test_checkpoints_of_lightning_and_of_an_earlier_version_are_read(
+    tmp_path: Path, seal: Callable[[bytes], bytes]
+) -> None:
     path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {}, "global_step": 5}, path)
@@ -163,16 +165,16 @@ def test_what_lightning_and_an_earlier_version_wrote_is_read(tmp_path: Path, sea
     assert steps(tmp_path / "version_0") == {"last.ckpt": 6, "previous.ckpt": 5}
 
 
-def test_newest_intact_one_of_the_newest_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_is_the_newest_intact_checkpoint_of_the_newest_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resolve_checkpoint("last", run.parent, prefer_best=False) == last(run)
     save(run, 4, name="best.ckpt")
     assert resolve_checkpoint(str(run), run.parent, prefer_best=True).name == "best.ckpt"
     assert capsys.readouterr().err == ""
     last(run).unlink()
     assert resolve_checkpoint("last", run.parent, prefer_best=False).name == "best.ckpt"
-    said = capsys.readouterr().err
-    assert "there is no" in said and "best.ckpt of step 4 is used instead" in said
-    # none intact: an older run is not taken in its place
+    log = capsys.readouterr().err
+    assert "there is no" in log and "best.ckpt of step 4 is used instead" in log
+    # a newest run without an intact checkpoint is refused rather than replaced by an older run
     newer = new_run_directory(run.parent)
     save(newer, 8)
     last(newer).write_bytes(b"")
@@ -180,44 +182,48 @@ def test_newest_intact_one_of_the_newest_run(run: Path, capsys: pytest.CaptureFi
         resolve_checkpoint("last", run.parent, prefer_best=False)
 
 
-def test_steps_that_a_run_has_taken_back_are_kept_and_never_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is resumed from step 0, has steps 1 and 2 lying there, and its own step 1 is damaged."""
+def test_later_checkpoints_become_stale_when_a_run_resumes_from_an_earlier_step(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resume from step 0 beside checkpoints of steps 1 and 2, then damage the new checkpoint of step 1."""
     save(run, 0, name="best.ckpt")
     best, content = load_checkpoint(str(run), run / "checkpoints" / "best.ckpt")
     writer = AtomicCheckpointIO(best, content)
     state = {"state_dict": {"x": torch.ones(1000)}, "global_step": 1}
-    writer.save_checkpoint(state, run.parent / "elsewhere" / "last.ckpt")  # a callback of the user's own
+    writer.save_checkpoint(state, run.parent / "elsewhere" / "last.ckpt")  # as a callback of the user saves
     assert steps(run) == {"best.ckpt": 0, "last.ckpt": 2, "previous.ckpt": 1}
     writer.save_checkpoint(state, last(run))
     stale = {"last.ckpt.stale": 2, "previous.ckpt.stale": 1}
     assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, **stale}
-    said = capsys.readouterr().err
-    assert "previous.ckpt of step 1 is now previous.ckpt.stale: the run was resumed from step 0." in said
+    log = capsys.readouterr().err
+    assert "previous.ckpt of step 1 is now previous.ckpt.stale: the run was resumed from step 0." in log
     flip(last(run))
     assert resolve_checkpoint(str(run), run.parent, prefer_best=False) == best
     save(run, 2)
-    writer.save_checkpoint(state, last(run))  # no longer its first
+    writer.save_checkpoint(state, last(run))  # only the first save of a resumed run renames later checkpoints
     assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, "previous.ckpt": 2, **stale}
-    AtomicCheckpointIO(best, content).save_checkpoint(state, last(run))  # resumed from step 0 once more
-    again = {"last.ckpt.1.stale": 1, "previous.ckpt.1.stale": 2}
-    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, **stale, **again}
+    AtomicCheckpointIO(best, content).save_checkpoint(state, last(run))  # a second resume from step 0
+    second_stale = {"last.ckpt.1.stale": 1, "previous.ckpt.1.stale": 2}
+    assert steps(run) == {"best.ckpt": 0, "last.ckpt": 1, **stale, **second_stale}
 
 
-def test_a_run_taken_back_has_a_new_best(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_resumed_from_before_its_best_has_a_new_best(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=min", "--model.schedule=constant"]
     assert cli("fit", *options) == 0
     assert steps(cli.run()) == {"best.ckpt": 16, "last.ckpt": 16, "previous.ckpt": 15}
     before = cli.metrics()["best/val/loss"]
     files = {name: (cli.run() / "checkpoints" / name).read_bytes() for name in ("best.ckpt", "last.ckpt")}
     capsys.readouterr()
-    # at such a rate the second epoch ends worse than the first, whose checkpoint is gone
+    # at this learning rate the second epoch ends worse than the first
     previous = cli.run() / "checkpoints" / "previous.ckpt"
     assert cli("fit", *options, "--model.learning_rate=100", f"--ckpt_path={previous}") == 0
-    said = capsys.readouterr().err
+    log = capsys.readouterr().err
     assert (
-        "best.ckpt is of step 16, ahead of 15, from which the run is resumed. The best checkpoint from here on" in said
+        "best.ckpt is of step 16, ahead of 15, from which the run is resumed. The best checkpoint from here on" in log
     )
-    assert "last.ckpt of step 16 is now last.ckpt.stale" in said
+    assert "last.ckpt of step 16 is now last.ckpt.stale" in log
     stale = {"best.ckpt.stale": 16, "last.ckpt.stale": 16}
     assert steps(cli.run()) == {"best.ckpt": 16, "last.ckpt": 16, "previous.ckpt": 15, **stale}
     assert all((cli.run() / "checkpoints" / f"{name}.stale").read_bytes() == content for name, content in files.items())
@@ -234,7 +240,7 @@ def test_a_resume_reads_its_checkpoint_once(fitted_cli: CommandLine, monkeypatch
         return _file_problem(file)
 
     def load(file: Any, **options: Any) -> Any:
-        if not options.get("mmap"):  # which reads no tensor
+        if not options.get("mmap"):  # with mmap, no tensor is read
             loaded.append(Path(file.name).name)
         return original(file, **options)
 
@@ -242,19 +248,19 @@ def test_a_resume_reads_its_checkpoint_once(fitted_cli: CommandLine, monkeypatch
     monkeypatch.setattr("app.run.checkpoint_io._file_problem", problem)
     monkeypatch.setattr(torch, "load", load)
     assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
-    assert hashed == ["last.ckpt", "best.ckpt", "best.ckpt"]  # the second time for RUN/adapter
+    assert hashed == ["last.ckpt", "best.ckpt", "best.ckpt"]  # the second read of best.ckpt is for RUN/adapter
     assert loaded == ["last.ckpt", "best.ckpt"]
 
 
-def test_what_was_read_is_handed_out_once(run: Path) -> None:
+def test_a_loaded_checkpoint_is_reused_once(run: Path) -> None:
     path, content = load_checkpoint(str(run), last(run))
     reader = AtomicCheckpointIO(path, content)
     assert reader.load_checkpoint(str(path)) is content
-    again = reader.load_checkpoint(str(path))
-    assert again is not content and again["global_step"] == content["global_step"]
+    reread = reader.load_checkpoint(str(path))
+    assert reread is not content and reread["global_step"] == content["global_step"]
 
 
-def test_a_kill_between_the_two_names(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_the_two_renames_keeps_the_last_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = os.replace
 
     def replace(source: str, target: Path) -> None:
@@ -266,21 +272,21 @@ def test_a_kill_between_the_two_names(run: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
             save(run, 3)
-    assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 2}  # two names of one file
+    assert steps(run) == {"last.ckpt": 2, "previous.ckpt": 2}  # hard links to one file
     save(run, 3)
     assert steps(run) == {"last.ckpt": 3, "previous.ckpt": 2}
 
 
-def test_a_file_system_without_hard_links(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previous_ckpt_is_kept_without_hard_links(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EPERM, "Operation not permitted")))
     save(run, 3)
     assert steps(run) == {"last.ckpt": 3, "previous.ckpt": 2}
 
 
-def test_training_goes_on_from_the_newest_intact_one_but_not_from_a_named_damaged_file(
+def test_last_falls_back_to_an_intact_checkpoint_but_a_named_damaged_file_is_refused(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = fitted_cli.checkpoint()
+    uninterrupted = fitted_cli.checkpoint()
     flip(last(fitted_cli.run()))
     before = last(fitted_cli.run()).read_bytes()
     for command in ("fit", "test"):
@@ -289,10 +295,10 @@ def test_training_goes_on_from_the_newest_intact_one_but_not_from_a_named_damage
     (fitted_cli.run() / "checkpoints" / "best.ckpt").write_bytes(b"")
     capsys.readouterr()
     assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
-    said = capsys.readouterr().err
-    assert "last.ckpt is damaged" in said
-    assert f"previous.ckpt of step {STEPS_AN_EPOCH - 1} is used instead" in said
-    assert_same_state(whole, fitted_cli.checkpoint())
+    log = capsys.readouterr().err
+    assert "last.ckpt is damaged" in log
+    assert f"previous.ckpt of step {STEPS_AN_EPOCH - 1} is used instead" in log
+    assert_same_state(uninterrupted, fitted_cli.checkpoint())
 
 
 # ------------------------------------------------------------------------------------------------------------ SIGTERM
@@ -300,7 +306,7 @@ def test_training_goes_on_from_the_newest_intact_one_but_not_from_a_named_damage
 
 @contextmanager
 def sigterm(hook: str, step: int, number: int = signal.SIGTERM) -> Iterator[None]:
-    """Send the process a signal once, in a hook of AdapterCheckpoint, when so many steps are done."""
+    """Send the process one signal in this hook of AdapterCheckpoint, after `step` optimizer steps."""
 
     def send(self: AdapterCheckpoint, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == step and not trainer.sanity_checking and not sent:
@@ -316,7 +322,7 @@ def sigterm(hook: str, step: int, number: int = signal.SIGTERM) -> Iterator[None
 
 @pytest.fixture
 def heeds_ctrl_c() -> Iterator[None]:
-    """As in a terminal, also where the tests run in the background."""
+    """Restore Python's handler of SIGINT, which a shell ignores for tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -326,13 +332,14 @@ def heeds_ctrl_c() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("hook", "step", "saved", "number"),
     [
-        ("on_train_batch_start", 4, 5, signal.SIGTERM),  # the step that has begun is finished
+        ("on_train_batch_start", 4, 5, signal.SIGTERM),  # the current step is finished first
         ("on_train_batch_start", 4, 5, signal.SIGINT),
-        ("on_train_batch_start", 7, 7, signal.SIGTERM),  # the last of an epoch would have a validation to follow
-        ("on_validation_batch_start", 8, 7, signal.SIGTERM),  # and one that has begun is stopped
+        # the last step of an epoch is not begun, since validation would follow
+        ("on_train_batch_start", 7, 7, signal.SIGTERM),
+        ("on_validation_batch_start", 8, 7, signal.SIGTERM),  # a validation that has begun is stopped
     ],
 )
-def test_sigterm_and_ctrl_c_save_and_say_so(
+def test_sigterm_and_ctrl_c_save_a_checkpoint_and_name_it(
     fitted_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
     hook: str,
@@ -344,9 +351,9 @@ def test_sigterm_and_ctrl_c_save_and_say_so(
     with sigterm(hook, step, number):
         assert fitted_cli("fit", "--trainer.max_epochs=1") == 128 + number
     assert signal.getsignal(number) == handler
-    said = capsys.readouterr().err
-    assert f"{number.name}: stopped; resume with --ckpt_path {last(fitted_cli.run(1))}." in said
-    assert "Traceback" not in said
+    log = capsys.readouterr().err
+    assert f"{number.name}: stopped; resume with --ckpt_path {last(fitted_cli.run(1))}." in log
+    assert "Traceback" not in log
     assert fitted_cli.checkpoint(1)["global_step"] == saved
     assert fitted_cli("fit", "--trainer.max_epochs=1", "--ckpt_path=last") == 0
     assert_same_state(fitted_cli.checkpoint(0), fitted_cli.checkpoint(1))
@@ -357,18 +364,19 @@ def test_sigterm_and_ctrl_c_save_and_say_so(
 @pytest.mark.parametrize(
     ("hook", "step", "option", "saved"),
     [
-        ("on_train_batch_start", 1, "accumulate_grad_batches=3", 2),  # in the first of three batches of a step
+        ("on_train_batch_start", 1, "accumulate_grad_batches=3", 2),  # in the first of three accumulated batches
         ("on_train_epoch_end", 8, "accumulate_grad_batches=1", 8),
-        ("on_validation_batch_start", 4, "val_check_interval=2", 3),  # which loses one step
+        # the last step but one was saved, so one step is lost
+        ("on_validation_batch_start", 4, "val_check_interval=2", 3),
     ],
 )
-def test_sigterm_ends_with_whole_steps(cli: CommandLine, hook: str, step: int, option: str, saved: int) -> None:
+def test_sigterm_saves_after_a_complete_step(cli: CommandLine, hook: str, step: int, option: str, saved: int) -> None:
     with sigterm(hook, step):
         assert cli("fit", f"--trainer.{option}") == 143
     assert cli.checkpoint()["global_step"] == saved
 
 
-def test_sigterm_before_there_is_a_checkpoint(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_before_the_first_checkpoint(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     with sigterm("setup", 0):
         assert cli("fit") == 143
     assert "SIGTERM: stopped; no checkpoint was written." in capsys.readouterr().err
@@ -382,8 +390,8 @@ def test_sigterm_stops_an_evaluation(fitted_cli: CommandLine, capsys: pytest.Cap
     assert (fitted_cli.run() / "metrics.json").read_bytes() == before
 
 
-def test_a_ctrl_c_that_is_ignored_stays_so() -> None:
-    """As in a job that a script has started with `&`."""
+def test_an_ignored_sigint_stays_ignored() -> None:
+    """A shell ignores SIGINT for jobs that a script starts with `&`."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Termination():
@@ -394,10 +402,10 @@ def test_a_ctrl_c_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_an_error_after_sigterm_is_of_it_and_a_defect_is_shown(
+def test_a_lost_worker_after_sigterm_is_no_error_and_a_defect_is_raised(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error is as when the worker processes got the signal too: torch raises for each that is gone."""
+    """When the worker processes get the signal too, torch raises this error for a lost worker."""
     lost = raise_in(LOADERS[1], RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated."))
 
     def fail(self: AdapterCheckpoint, trainer: L.Trainer, *args: object) -> None:
@@ -413,10 +421,10 @@ def test_an_error_after_sigterm_is_of_it_and_a_defect_is_shown(
         cli("fit")
 
 
-def test_the_adapter_is_that_of_the_best_checkpoint(cli: CommandLine, tmp_path: Path) -> None:
-    """And not of a callback of the user's own."""
-    own = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=train/loss"]
-    assert cli("fit", *own, "--trainer.callbacks.mode=min", "--trainer.callbacks.filename=own") == 0
+def test_the_adapter_is_from_the_best_checkpoint(cli: CommandLine, tmp_path: Path) -> None:
+    """A ModelCheckpoint of the user does not change this choice."""
+    callback = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=train/loss"]
+    assert cli("fit", *callback, "--trainer.callbacks.mode=min", "--trainer.callbacks.filename=own") == 0
     assert main(["export", str(cli.run()), "--format=peft", f"--output={tmp_path / 'best'}"]) == 0
     best, written = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "best", cli.run() / "adapter"))
     assert best.keys() == written.keys()
@@ -424,7 +432,7 @@ def test_the_adapter_is_that_of_the_best_checkpoint(cli: CommandLine, tmp_path: 
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Run a function in a forked process; its exit code, negative for a signal."""
+    """Run a function in a forked process. Return its exit code, which is negative for a signal."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join(60)
@@ -435,7 +443,7 @@ def in_child(function: Callable[[], object]) -> int:
 def test_a_second_sigterm_stops_at_once() -> None:
     def twice() -> None:
         with Termination() as termination:
-            termination._deferred = True  # as within a step
+            termination._deferred = True  # as during a step
             os.kill(os.getpid(), signal.SIGTERM)
             assert termination.requested
             os.kill(os.getpid(), signal.SIGTERM)
@@ -461,7 +469,7 @@ def test_sigterm_to_one_of_two_processes(cli: CommandLine, tmp_path: Path) -> No
 
 
 def started(cli: CommandLine, *options: str) -> subprocess.Popen[bytes]:
-    """A fit in a session of its own, as users start it, once it has a checkpoint."""
+    """Start a fit in a new session, and return its process after the first checkpoint."""
     words = cli.words("fit", "--trainer.max_epochs=400", "--checkpoint.last_every_n_steps=3", *options)
     with (cli.root.parent / "said.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "main.py", *words], cwd=ROOT, stderr=log, start_new_session=True)
@@ -472,32 +480,32 @@ def started(cli: CommandLine, *options: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [DDP, ["--data.num_workers=2"]], ids=["processes", "workers"])
+@pytest.mark.parametrize("options", [DDP, ["--data.num_workers=2"]], ids=["two processes", "data workers"])
 @pytest.mark.usefixtures("heeds_ctrl_c")
-@pytest.mark.parametrize("how", ["one", "group", "Ctrl-C"])
-def test_a_signal_to_a_run_as_users_start_it(cli: CommandLine, options: list[str], how: str) -> None:
+@pytest.mark.parametrize("target", ["one", "group", "Ctrl-C"])
+def test_a_signal_to_a_process_or_group_ends_all_processes(cli: CommandLine, options: list[str], target: str) -> None:
     process = started(cli, *options)
-    number = signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM
-    if how == "one":
+    number = signal.SIGINT if target == "Ctrl-C" else signal.SIGTERM
+    if target == "one":
         process.terminate()
-    else:  # as a scheduler may do it, and a terminal does
+    else:  # schedulers and terminals may send signals to the whole group
         os.killpg(process.pid, number)
-    said = cli.root.parent / "said.log"
-    assert process.wait(120) == 128 + number, said.read_text()
-    assert said.read_text().count(f"{number.name}: stopped; resume with --ckpt_path {last(cli.run())}.") == 1
-    assert "Traceback" not in said.read_text()
+    log = cli.root.parent / "said.log"
+    assert process.wait(120) == 128 + number, log.read_text()
+    assert log.read_text().count(f"{number.name}: stopped; resume with --ckpt_path {last(cli.run())}.") == 1
+    assert "Traceback" not in log.read_text()
     assert cli.checkpoint()["global_step"] > 0
     with pytest.raises(ProcessLookupError):
-        for _ in range(100):  # the others may still be at it
+        for _ in range(100):  # other processes of the group may still be ending
             os.killpg(process.pid, 0)
             time.sleep(0.1)
 
 
-# ------------------------------------------------------------------------------------------- two in a directory, disk
+# ------------------------------------------------------------------------- two processes in a directory, full disk
 
 
 def hold(run: Path, ready: Any) -> None:
-    """Train in a run, as far as others can tell, and leave a worker process behind."""
+    """Lock a run as a fit does, with a forked child that outlives this process."""
     with locked(run):
         if os.fork() == 0:
             time.sleep(20)
@@ -515,10 +523,10 @@ def test_a_run_is_resumed_by_one_process_at_a_time(fitted_cli: CommandLine, caps
     before = last(fitted_cli.run()).read_bytes()
     refused(capsys, fitted_cli("fit", "--ckpt_path=last"), f"process {process.pid} on ", "trains in", "version_0")
     assert last(fitted_cli.run()).read_bytes() == before
-    assert fitted_cli("validate", "--ckpt_path=last") == 0  # reading is for all
+    assert fitted_cli("validate", "--ckpt_path=last") == 0  # a locked run can be read
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    with locked(fitted_cli.run()):  # though the killed one's worker lives
+    with locked(fitted_cli.run()):  # the lock is free although the child of the killed process still runs
         assert f"process {os.getpid()} on" in (fitted_cli.run() / LOCK).read_text()
 
 
@@ -529,14 +537,14 @@ def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path) -> None:
     assert len(set(made)) == 64
 
 
-def test_a_checkpoint_that_finds_no_room(run: Path) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(run: Path) -> None:
     before = steps(run)
     with no_file_larger_than(3000), pytest.raises(CheckpointError, match=r"last\.ckpt could not be written"):
         save(run, 3)
     assert steps(run) == before
 
 
-def test_only_a_full_disk_is_called_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_errors_of_the_disk_become_a_checkpoint_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = steps(run)
     for error in (
         torch.OutOfMemoryError("CUDA out of memory"),
@@ -547,7 +555,7 @@ def test_only_a_full_disk_is_called_one(run: Path, monkeypatch: pytest.MonkeyPat
             patch.setattr(torch, "save", mock.Mock(side_effect=error))
             save(run, 3)
     assert steps(run) == before
-    # torch's zip writer raises an error of its own behind the disk's
+    # torch's zip writer raises another error after that of the disk
     large = {"state_dict": {"x": torch.zeros(100_000)}, "global_step": 3}
     for size in (10_000, 399_000, 400_900):
         with no_file_larger_than(size), pytest.raises(CheckpointError, match=r"File too large.*untouched"):
@@ -555,7 +563,7 @@ def test_only_a_full_disk_is_called_one(run: Path, monkeypatch: pytest.MonkeyPat
     assert steps(run) == before
 
 
-def test_rows_that_find_no_room(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_earlier_predictions(tmp_path: Path) -> None:
     path = tmp_path / "predictions.csv"
     write_rows(path, [{"label": "red"}])
     before = path.read_text()
@@ -566,14 +574,14 @@ def test_rows_that_find_no_room(tmp_path: Path) -> None:
 
 
 def fit_without_room(cli: CommandLine, size: int) -> int:
-    """Resume with files that can hold so many bytes, and forget what the loggers of the dead run would still write."""
+    """Resume while no file may be larger than `size` bytes."""
     with no_file_larger_than(size):
         return cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last")
 
 
-def test_a_full_disk_in_training(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_in_training_keeps_all_files(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     files = {p: p.read_bytes() for p in fitted_cli.run().rglob("*") if p.suffix in (".ckpt", ".json", ".parquet")}
-    code = fit_without_room(fitted_cli, 8000)  # the configuration fits in
+    code = fit_without_room(fitted_cli, 8000)  # large enough for config.yaml
     refused(capsys, code, str(fitted_cli.run()), "File too large", "untouched")
     for path, content in files.items():
         assert path.read_bytes() == content, path
@@ -581,7 +589,7 @@ def test_a_full_disk_in_training(fitted_cli: CommandLine, capsys: pytest.Capture
     assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
 
 
-def test_a_writing_thread_that_finds_no_room_is_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writing_thread_on_a_full_disk_prints_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = mock.Mock()
     monkeypatch.setattr(threading, "excepthook", shown)
 
@@ -597,7 +605,9 @@ def test_a_writing_thread_that_finds_no_room_is_quiet(tmp_path: Path, monkeypatc
     assert threading.excepthook is shown
 
 
-def test_full_disk_of_predictions(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_full_disk_while_predicting_is_one_message(
+    fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     (pictures / "one.png").write_bytes(png(np.zeros((16, 16, 3), np.uint8)))
@@ -608,15 +618,15 @@ def test_full_disk_of_predictions(fitted_cli: CommandLine, capsys: pytest.Captur
     refused(capsys, code, str(fitted_cli.run()), "No space left on device")
 
 
-def test_a_file_in_the_place_of_a_directory(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_in_the_place_of_a_directory_is_refused(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     cli.root.write_text("")
     refused(capsys, cli("fit"), "trainer.default_root_dir", str(cli.root), "choose another place")
     cli.root.unlink()
 
-    def spoilt(root: Path, label: str) -> Path:
+    def block_checkpoints(root: Path, label: str) -> Path:
         directory = new_run_directory(root, label)
         (directory / "checkpoints").write_text("")
         return directory
 
-    with mock.patch("app.cli.new_run_directory", spoilt):
+    with mock.patch("app.cli.new_run_directory", block_checkpoints):
         refused(capsys, cli("fit"), "Checkpoints cannot be written to", str(cli.run() / "checkpoints"))

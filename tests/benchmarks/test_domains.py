@@ -1,4 +1,4 @@
-"""Rendered environments, and a quick run of the benchmark."""
+"""The benchmark of domains: rendered environments, and a quick run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_parquet(tmp_path_factory.mktemp("source"), {"train": 180})
 
 
-def test_environments_have_other_images_and_equal_classes(source: Path, tmp_path: Path) -> None:
+def test_environments_have_different_images_and_the_same_classes(source: Path, tmp_path: Path) -> None:
     table = open_split(str(source), "train", None, None)
     assert table is not None
     domains.write_environments(table, tmp_path, 30)
@@ -53,5 +53,5 @@ def test_quick_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert trained["B, seed 0"] == trained["A, seed 0"] < trained["lora, seed 0"] < trained["full, seed 0"]
     assert capsys.readouterr().out.count("| full |") == 1
     before = output.read_text()
-    domains.run([*words, "--resume"])  # nothing is fitted again
+    domains.run([*words, "--resume"])  # --resume fits nothing again
     assert output.read_text() == before

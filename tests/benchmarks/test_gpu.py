@@ -1,4 +1,4 @@
-"""The GPU benchmark on the CPU: budgets, what is left, and (slow) all of its parts."""
+"""The GPU benchmark on the CPU: time budgets, skipped parts, and (slow) all parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.harness import Deadline
 from tests.conftest import ROOT
 
 
-def test_a_deadline_names_what_was_not_begun(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_deadline_names_the_skipped_sections(capsys: pytest.CaptureFixture[str]) -> None:
     Deadline(60).exit()
     spent = Deadline(0)
     assert spent.passed("second") and spent.passed("third")
@@ -25,7 +25,7 @@ def test_a_deadline_names_what_was_not_begun(capsys: pytest.CaptureFixture[str])
     assert "Skipped: second; third." in capsys.readouterr().err
 
 
-def test_sections_written_before_the_budget_is_spent_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spent_budget_writes_no_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_profile, "ARMS", ("floor", "ours B"))
     output = tmp_path / "gpu_profile.json"
     words = ["--quick", "--device", "cpu", "--output", str(output)]
@@ -39,7 +39,7 @@ def test_sections_written_before_the_budget_is_spent_stay(tmp_path: Path, monkey
     assert products["launches"] == 8  # four linear layers in each of two blocks
 
 
-def test_operations_are_those_of_the_matrix_products() -> None:
+def test_operations_equal_those_of_the_matrix_products() -> None:
     model = gpu_steps.QUICK["roberta-large"]
     device = torch.device("cpu")
     stack = gpu_steps.build(model, device)
@@ -48,7 +48,8 @@ def test_operations_are_those_of_the_matrix_products() -> None:
     counted = {name: gpu_steps.Step(arms[name], x, device).operations() for name in ("forward only", "floor", "full")}
     tokens, width = 2 * 32, 128
     linear = 2 * 2 * tokens * width * (4 * width + 2 * 4 * width)  # two blocks of four square layers and an MLP
-    assert counted == {"forward only": linear, "floor": 2 * linear, "full": 3 * linear}  # torch counts no SDPA on CPUs
+    # torch does not count SDPA on CPUs
+    assert counted == {"forward only": linear, "floor": 2 * linear, "full": 3 * linear}
 
 
 def test_a_missing_gpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +57,7 @@ def test_a_missing_gpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "finds no GPU" in capsys.readouterr().err
 
 
-def test_parts_that_get_no_time_are_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_beyond_the_budget_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--output", str(tmp_path), "--device", "cpu", "--quick", "--budget", "1"]) == 1
     assert "Unfinished: correctness, steps, profile, quality." in capsys.readouterr().out
 
@@ -72,8 +73,8 @@ def test_all_parts_run_on_the_cpu(tmp_path: Path) -> None:
     assert all(check["passed"] for section in checks.values() for check in section["checks"])
 
 
-# Public names of torch 2.14.1 that torch 2.11.0 lacks, found by comparing `dir` of both releases' public modules. The
-# machines with a GPU have 2.11.
+# Public names of torch 2.14.1 that torch 2.11.0 lacks. The machines with a GPU have torch 2.11. The names were found by
+# comparing `dir` of the public modules of both releases.
 NEWER_THAN_2_11 = set(
     [
         "CacheInfo",
@@ -115,7 +116,7 @@ NEWER_THAN_2_11 = set(
 )
 
 
-def test_no_name_is_used_that_the_torch_of_the_gpu_machines_lacks() -> None:
+def test_no_name_is_used_that_torch_on_the_gpu_machines_lacks() -> None:
     found = []
     for folder in ("app", "modules", "datamodules", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):

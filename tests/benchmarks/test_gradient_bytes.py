@@ -1,11 +1,11 @@
-"""Two processes reduce the gradients of trained parameters and nothing else."""
+"""Two ranks all-reduce the gradients of trained parameters and nothing else."""
 
 from __future__ import annotations
 
 from benchmarks.gradient_bytes import ARMS, measure
 
 
-def test_each_trained_parameter_is_four_bytes() -> None:
+def test_each_trained_parameter_needs_four_bytes() -> None:
     rows = {row["arm"]: row for row in measure(quick=True, rounds=1)}
     assert list(rows) == list(ARMS)
     for row in rows.values():

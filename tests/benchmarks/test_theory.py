@@ -22,7 +22,7 @@ FITS = (("B", 0, 0.01), ("B", 1, 0.01), ("B", 0, 1e-9), ("A", 0, 0.01), ("A", 1,
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, parquet_path: Path) -> Path:
-    """Two seeds of B and A at two learning rates for B, and a run of both factors."""
+    """Return the folder of the runs in FITS: variant, seed and learning rate."""
     root = tmp_path_factory.mktemp("runs")
     recipe = ["--config", "tests/conf/image.yaml", "--data.path", str(parquet_path), "--trainer.max_epochs=1"]
     quiet = ["--spectrum.every_n_epochs=null", f"--trainer.default_root_dir={root}", "--trainer.logger=false"]
@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, parquet_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_runs_are_grouped_by_setting_at_the_best_rate(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_grouped_by_setting_at_the_best_learning_rate(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (setting,) = settings(find_runs([runs]))
     assert {trained: [run.seed for run in of] for trained, of in setting.items()} == {"B": [0, 1], "A": [0, 1]}
     assert all(run.rate == 0.01 for of in setting.values() for run in of)
@@ -41,8 +41,8 @@ def test_runs_are_grouped_by_setting_at_the_best_rate(runs: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_norms_are_those_of_the_update_on_the_inputs(runs: Path) -> None:
-    """‖ΔW·Σ^½‖² is the mean of ‖ΔW·x‖² over tokens."""
+def test_norms_equal_those_of_the_update_on_the_inputs(runs: Path) -> None:
+    """Compare with ‖ΔW·Σ^½‖, where Σ is the mean of x·xᵀ over tokens."""
     (setting,) = settings(find_runs([runs]))
     run = setting["B"][1]
     words = ["--config", str(run.path / "config.yaml"), "--model.adapter.dropout=0"]
@@ -75,15 +75,15 @@ def test_the_result_has_every_figure(runs: Path, tmp_path: Path, monkeypatch: py
     assert forecast["A"] == pytest.approx(4 / 32)
     assert forecast["gap"] == pytest.approx(forecast["B"] - forecast["A"], abs=2e-6)
     correlations = record["projections"]["A"]["correlations"]
-    assert correlations["share, least squares, equal outputs"] is None  # r / d_out everywhere
+    assert correlations["share, least squares, equal outputs"] is None  # constant: r / d_out for every projection
     assert -1 <= correlations["input energy"]["rho"] <= 1
     assert json.dumps(sections)
 
 
-def test_correlation_has_an_interval_around_it() -> None:
+def test_correlation_lies_in_its_interval() -> None:
     x = np.random.default_rng(0).normal(size=40)
-    found = correlation(x.tolist(), (x + np.random.default_rng(1).normal(size=40)).tolist())
-    assert found is not None
-    assert 0 < found["low"] < found["rho"] < found["high"] < 1
+    result = correlation(x.tolist(), (x + np.random.default_rng(1).normal(size=40)).tolist())
+    assert result is not None
+    assert 0 < result["low"] < result["rho"] < result["high"] < 1
     assert correlation([1, 1, 1, 1, 1], [1, 2, 3, 4, 5]) is None
     assert correlation([1, 2], [1, 2]) is None

@@ -1,3 +1,3 @@
-"""The command lines of tests/app, for one test a row of the inputs that failed."""
+"""Fixtures of tests/app. tests/cases has tests for each numbered input that once failed: `test_case_NN_…`."""
 
 from tests.app.conftest import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Rows 29 and 30: MiCA, minor singular vectors, and a rank for each projection. PEFT and numpy are the references."""
+"""Cases 29 and 30: MiCA, minor singular vectors, and a rank for each projection. References are PEFT and NumPy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.support.peft_files import exported, imported, pefts_output, read
 FAMILIES = ("vit", "roberta", "bart", "llama")
 QUERY = "roberta.encoder.layer.{}.attention.self.query"
 EXACT = {"atol": 1e-6, "rtol": 1e-5}
-# what of each family is adapted, with several ranks and scales; the second is of all layers by their names, as EVA's
+# options of PEFT's config for each family, with several ranks and scales; the second names layers in full, as EVA does
 RANKS: dict[str, list[dict[str, Any]]] = {
     "vit": [
         {"target_modules": ["qkv", "fc2"], "rank_pattern": {"qkv": 6}},
@@ -70,7 +70,7 @@ def family(name: str) -> Backbone:
 
 
 def saved(backbone: Backbone, folder: Path, **keys: Any) -> tuple[nn.Module, Tensor]:
-    """A LoRA that PEFT saved, with random numbers in the factor that is trained, and its output."""
+    """Save a random LoRA with PEFT. Return its model and the model's output."""
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **keys})
     model: Any = peft.get_peft_model(copy.deepcopy(backbone.reference), config).eval()
     for name, parameter in model.named_parameters():
@@ -83,17 +83,17 @@ def saved(backbone: Backbone, folder: Path, **keys: Any) -> tuple[nn.Module, Ten
 
 @torch.no_grad()
 def assert_same_function_everywhere(backbone: Backbone, config: AdapterConfig, expected: Tensor, folder: Path) -> None:
-    """Adapted, in PEFT, in a compact file and merged, the backbone computes the expected output."""
+    """Check the output of the backbone with adapters, from PEFT files, from a compact file and with merged weights."""
     torch.testing.assert_close(backbone.run(), expected, **EXACT)
     content, tensors = exported(backbone, config, {})
     folder.mkdir()
     write_peft_files(folder, content, tensors, torch.float32)
     torch.testing.assert_close(pefts_output(backbone, folder), expected, **EXACT)
     state = adapter_state(backbone.model)
-    again = imported(backbone, content, load_file(folder / "adapter_model.safetensors"))
-    assert all(torch.equal(again.factors[name], tensor) for name, tensor in state.items())
+    reimported = imported(backbone, content, load_file(folder / "adapter_model.safetensors"))
+    assert all(torch.equal(reimported.factors[name], tensor) for name, tensor in state.items())
     torch.testing.assert_close(backbone.run(), expected, **EXACT)
-    save_compact(folder, backbone.model, again.config, {}, torch.float32)
+    save_compact(folder, backbone.model, reimported.config, {}, torch.float32)
     compact = load_compact(folder, backbone.reference, backbone.head)
     backbone.model = copy.deepcopy(backbone.reference)
     attach(backbone.model, compact.adapter, exclude=backbone.head)
@@ -107,7 +107,7 @@ def assert_same_function_everywhere(backbone: Backbone, config: AdapterConfig, e
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_case_29_mica_computes_what_peft_does(name: str, tmp_path: Path) -> None:
+def test_case_29_mica_computes_the_output_of_peft(name: str, tmp_path: Path) -> None:
     backbone = family(name)
     model, expected = saved(backbone, tmp_path, init_lora_weights="mica", **RANKS[name][1])
     content, tensors = read(tmp_path)
@@ -123,8 +123,8 @@ def test_case_29_mica_computes_what_peft_does(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_case_29_minor_singular_vectors_are_micas(name: str) -> None:
-    """B of our initialiser is PEFT's, up to the sign of each column, and that of numpy's SVD."""
+def test_case_29_svd_minor_equals_mica(name: str) -> None:
+    """B of `svd_minor` equals PEFT's B and the vectors of NumPy's SVD, up to the sign of each column."""
     backbone = family(name)
     targets = {"vit": r"regex:.*\.fc[12]", "llama": ["query", "value", "mlp_in"]}.get(name, ["query", "mlp_out"])
     backbone.attach(train="A", init_a="zero", init_b="svd_minor", targets=targets)
@@ -135,14 +135,14 @@ def test_case_29_minor_singular_vectors_are_micas(name: str) -> None:
     for layer, (adapted, factors) in ours.items():
         b = factors.B.detach().numpy()
         u = np.linalg.svd(adapted.weight.detach().double().numpy(), full_matrices=False)[0][:, -4:]
-        theirs = model.get_submodule(f"base_model.model.{layer}").lora_B["default"].weight.detach().numpy()
-        for reference in (u, theirs):
+        pefts = model.get_submodule(f"base_model.model.{layer}").lora_B["default"].weight.detach().numpy()
+        for reference in (u, pefts):
             np.testing.assert_allclose(np.abs((reference * b).sum(axis=0)), 1, atol=1e-3)
         assert not factors.A.any()
 
 
-def test_case_29_only_starts_that_change_weights_are_refused_for_that(tmp_path: Path) -> None:
-    """PEFT itself says which do."""
+def test_case_29_only_initialisations_that_change_frozen_weights_are_refused(tmp_path: Path) -> None:
+    """The reference is whether PEFT changes the frozen weight."""
     backbone = family("roberta")
     before = backbone.reference.get_submodule(QUERY.format(0)).weight
     for start in (True, False, "gaussian", "orthogonal", "mica", "eva", "pissa", "pissa_niter_2", "olora"):
@@ -155,7 +155,7 @@ def test_case_29_only_starts_that_change_weights_are_refused_for_that(tmp_path: 
             with pytest.raises(AdapterError, match=f"{start}.*changed the weights.*path_initial_model"):
                 check_supported(content)
     check_supported(content | {"init_lora_weights": None})
-    check_supported(content | {"init_lora_weights": "MiCA"})  # PEFT lowers the case
+    check_supported(content | {"init_lora_weights": "MiCA"})  # PEFT ignores case
     for start, advice in (("corda", "path_initial"), ("lora_ga", "path_initial"), ("loftq", "quantised.*Merge")):
         with pytest.raises(AdapterError, match=f"{start}.*changed the weights.*{advice}"):
             check_supported(content | {"init_lora_weights": start})
@@ -165,8 +165,8 @@ def test_case_29_only_starts_that_change_weights_are_refused_for_that(tmp_path: 
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_case_29_converted_to_plain_lora_is_taken(start: str, tmp_path: Path) -> None:
-    """The advice of the refusal works."""
+def test_case_29_a_lora_converted_as_advised_is_accepted(start: str, tmp_path: Path) -> None:
+    """The error message advises this conversion."""
     backbone = family("roberta")
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query"], init_lora_weights=start)
     model: Any = peft.get_peft_model(copy.deepcopy(backbone.reference), config)
@@ -182,7 +182,7 @@ def test_case_29_converted_to_plain_lora_is_taken(start: str, tmp_path: Path) ->
         torch.testing.assert_close(backbone.run(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_case_29_frozen_factor_stays_and_another_choice_is_logged(
+def test_case_29_the_frozen_factor_is_kept_and_another_value_of_train_is_warned_about(
     text_cli: CommandLine,  # noqa: F811
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -198,11 +198,11 @@ def test_case_29_frozen_factor_stays_and_another_choice_is_logged(
     for version in (0, 1):
         state = text_cli.checkpoint(version)["state_dict"]
         name = QUERY.format(0)
-        theirs = written[f"base_model.model.{name}.lora_B.weight"]
+        pefts = written[f"base_model.model.{name}.lora_B.weight"]
         ours = state[f"backbone.{name}.adapters.query.B"]
         if version == 0:
-            assert torch.equal(ours, theirs)
-        np.testing.assert_allclose((ours * theirs).sum(dim=0).abs(), 1, atol=1e-3)  # up to sign
+            assert torch.equal(ours, pefts)
+        np.testing.assert_allclose((ours * pefts).sum(dim=0).abs(), 1, atol=1e-3)  # equal up to sign
         assert state[f"backbone.{name}.adapters.query.A"].any()
     TextClassifier(text_cli.backbone[1], adapter_path=str(tmp_path / "mica"), class_names=["a", "b"])
     assert re.search(r"MiCA.*freezes B.*Set the key to A", caplog.text)
@@ -212,22 +212,22 @@ def test_case_29_frozen_factor_stays_and_another_choice_is_logged(
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_case_30_several_ranks_compute_what_peft_does(name: str, which: int, rslora: bool, tmp_path: Path) -> None:
+def test_case_30_several_ranks_compute_the_output_of_peft(name: str, index: int, rslora: bool, tmp_path: Path) -> None:
     backbone = family(name)
-    model, expected = saved(backbone, tmp_path, use_rslora=rslora, **RANKS[name][which])
-    given = imported(backbone, *read(tmp_path))
+    model, expected = saved(backbone, tmp_path, use_rslora=rslora, **RANKS[name][index])
+    adapter = imported(backbone, *read(tmp_path))
     assert (expected - backbone.pretrained_output()).abs().max() > 1e-3
     for name, (_, factors) in adapted_projections(backbone.model).items():
         layer = model.get_submodule(f"base_model.model.{name}")
-        assert factors.A.shape[0] == given.config.rank_of(factors.projection) == layer.r["default"]
+        assert factors.A.shape[0] == adapter.config.rank_of(factors.projection) == layer.r["default"]
         assert factors.scale == pytest.approx(layer.scaling["default"], rel=1e-9)
-    assert_same_function_everywhere(backbone, given.config, expected, tmp_path / "ours")
+    assert_same_function_everywhere(backbone, adapter.config, expected, tmp_path / "ours")
 
 
-def test_case_30_eva(tmp_path: Path) -> None:
-    """EVA gives each layer a rank of its own, and some none."""
+def test_case_30_ranks_of_eva_are_imported(tmp_path: Path) -> None:
+    """EVA gives each layer its own rank, and no adapter to some layers."""
     backbone = family("llama")
     eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=2.0)}
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **eva)
@@ -242,19 +242,19 @@ def test_case_30_eva(tmp_path: Path) -> None:
     assert len(set(content["rank_pattern"].values()) | {content["r"]}) > 2
     with torch.no_grad():
         expected = backbone.run(model.eval())
-    given = imported(backbone, content, tensors)
+    adapter = imported(backbone, content, tensors)
     assert len({f.A.shape[0] for _, f in adapted_projections(backbone.model).values()}) > 2
-    assert_same_function_everywhere(backbone, given.config, expected, tmp_path / "ours")
+    assert_same_function_everywhere(backbone, adapter.config, expected, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
 @torch.no_grad()
-def test_case_30_parts_of_a_fused_layer(scaling: Any, tmp_path: Path) -> None:
-    """Query, key and value of a ViT have ranks of their own, and come back from PEFT's one LoRA."""
+def test_case_30_parts_of_a_fused_layer_may_have_different_ranks(scaling: Any, tmp_path: Path) -> None:
+    """Query and value of a ViT have different ranks. PEFT stores both in one LoRA, from which both are restored."""
     backbone = family("vit")
     patterns: dict[str, Any] = {"rank_pattern": {"query": 6, "blocks.1.attn.qkv.value": 2}}
     if scaling == "standard":
-        patterns["alpha_pattern"] = {"query": 9.0, "blocks.1.attn.qkv.value": 3.0}  # the scale 1.5 throughout
+        patterns["alpha_pattern"] = {"query": 9.0, "blocks.1.attn.qkv.value": 3.0}  # every scale is 1.5
     config = AdapterConfig(rank=4, alpha=6.0, targets=["query", "value", "output"], scaling=scaling, **patterns)
     attach(backbone.model, config, exclude=backbone.head)
     ranks = {name: f.A.shape[0] for name, (_, f) in adapted_projections(backbone.model).items()}
@@ -267,22 +267,22 @@ def test_case_30_parts_of_a_fused_layer(scaling: Any, tmp_path: Path) -> None:
     write_peft_files(tmp_path, content, tensors, torch.float32)
     torch.testing.assert_close(pefts_output(backbone, tmp_path), expected, **EXACT)
     before = adapter_state(backbone.model)
-    given = imported(backbone, content, tensors)
+    adapter = imported(backbone, content, tensors)
     assert {n: f.A.shape[0] for n, (_, f) in adapted_projections(backbone.model).items()} == ranks
     torch.testing.assert_close(backbone.run(), expected, **EXACT)
     after = adapter_state(backbone.model)
-    same = {name for name in before if torch.equal(before[name], after[name])}
-    if scaling == "standard":  # with one scale for all parts, PEFT's files hold the factors as they are
-        assert same == set(before)
-    assert_same_function_everywhere(backbone, given.config, expected, tmp_path / "ours")
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    if scaling == "standard":  # with one scale for all parts, PEFT's files contain the unchanged factors
+        assert unchanged == set(before)
+    assert_same_function_everywhere(backbone, adapter.config, expected, tmp_path / "ours")
 
 
 PATTERNS = {"rank_pattern": {"value": 6, "blocks.0.attn.qkv.query": 2, "query": 3}, "alpha_pattern": {"mlp_out": 5.0}}
 SETTINGS = ("--model.adapter.targets=[query,value,mlp_out]", "--trainer.limit_val_batches=1")
-EXPECTED = {"query": (2, 3), "value": (6, 6), "mlp_out": (4, 4)}  # of the two blocks
+EXPECTED = {"query": (2, 3), "value": (6, 6), "mlp_out": (4, 4)}  # ranks in the two blocks
 
 
-CONSTANT = ("--model.schedule=constant", "--model.warmup_ratio=0")  # whatever max_epochs is
+CONSTANT = ("--model.schedule=constant", "--model.warmup_ratio=0")  # independent of max_epochs
 
 
 def keys_file(folder: Path) -> str:
@@ -297,9 +297,9 @@ def test_case_30_a_run_with_patterns(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From YAML through training, spectra, a resumed run equal to the uninterrupted one, and every export."""
-    given = f"--config={keys_file(tmp_path)}"
-    assert cli("fit", given, *SETTINGS, *CONSTANT, "--trainer.max_epochs=2") == 0
+    """Patterns work in YAML, training, spectra, resume and every export."""
+    config = f"--config={keys_file(tmp_path)}"
+    assert cli("fit", config, *SETTINGS, *CONSTANT, "--trainer.max_epochs=2") == 0
     out = capsys.readouterr().out
     for row in ("query .* 2 to 3 ", "value .* 6 ", "mlp_out .* 4 "):
         assert re.search(row, out), out
@@ -310,7 +310,7 @@ def test_case_30_a_run_with_patterns(
     } == EXPECTED
     rows = pq.read_table(cli.run() / "spectrum.parquet").to_pylist()
     assert {(r["role"], len(r["singular_values"])) for r in rows} == {
-        (role, rank) for role, both in EXPECTED.items() for rank in both
+        (role, rank) for role, ranks_of_role in EXPECTED.items() for rank in ranks_of_role
     }
     last = {r["projection"]: r for r in rows if r["step"] == rows[-1]["step"] and r["factor"] == "BA"}
     prefix = "backbone.blocks.0.attn.qkv.adapters"
@@ -319,7 +319,7 @@ def test_case_30_a_run_with_patterns(
         weight_norm = scale * float(product.norm()) / last[f"blocks.0.attn.qkv.{role}"]["relative_norm"]
         assert weight_norm == pytest.approx(0.02 * 32, rel=0.1)  # timm draws W with standard deviation 0.02
 
-    assert cli("fit", given, *SETTINGS, *CONSTANT, "--trainer.max_epochs=1") == 0
+    assert cli("fit", config, *SETTINGS, *CONSTANT, "--trainer.max_epochs=1") == 0
     with recording("on_fit_end") as states:
         assert cli("fit", "--trainer.max_epochs=2", f"--ckpt_path={cli.run(1)}") == 0
     assert all(torch.equal(states["on_fit_end"][name], tensor) for name, tensor in state.items())
@@ -347,7 +347,7 @@ def test_case_30_a_run_with_patterns(
         ("--model.adapter.rank_pattern=3", ["rank_pattern"]),
     ],
 )
-def test_case_30_wrong_patterns(
+def test_case_30_wrong_patterns_are_refused(
     cli: CommandLine,  # noqa: F811
     option: str,
     parts: list[str],
@@ -359,7 +359,7 @@ def test_case_30_wrong_patterns(
     assert all(part in message for part in parts), message
 
 
-def test_case_30_a_compact_file_runs_no_pattern_of_a_stranger(tmp_path: Path) -> None:
+def test_case_30_patterns_in_a_compact_file_are_not_run_as_regular_expressions(tmp_path: Path) -> None:
     backbone = family("vit")
     config = AdapterConfig(rank=4, init_a="signs", rank_pattern={"query": 2})
     attach(backbone.model, config, exclude=backbone.head)
@@ -378,12 +378,12 @@ def test_case_30_a_compact_file_runs_no_pattern_of_a_stranger(tmp_path: Path) ->
             load_compact(tmp_path, backbone.reference)
 
 
-# ----------------------------------------------------------------------------------------------- weights of few ranks
+# -------------------------------------------------------------------------------------------- weights of small rank
 
 
 @pytest.mark.parametrize("init", ["svd", "svd_minor", "orthogonal"])
 @pytest.mark.parametrize("train", ["A", "B"])
-def test_case_30_a_weight_of_zeros_and_one_that_is_too_small(init: Any, train: Any) -> None:
+def test_case_30_a_zero_weight_is_adapted_and_a_small_weight_limits_the_rank(init: Any, train: Any) -> None:
     model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3))
     nn.init.zeros_(model[0].weight)
     starts: dict[str, Any] = {"init_a": "zero", "init_b": init} if train == "A" else {"init_a": init}

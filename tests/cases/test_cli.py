@@ -1,4 +1,4 @@
-"""Rows of the command line: configurations, imports, output."""
+"""Cases of the command line: configurations, imports and output. Section titles begin with the number of the case."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def overlay(folder: Path, text: str) -> str:
     return f"--config={path}"
 
 
-# ---------------------------------------------------------------------------------------------------------- row 16
+# ------------------------------------------------------------------------------------ 16: wrong keys of a class
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_case_16_wrong_key_in_a_class(cli: CommandLine, capsys: Capture, options
         assert part in err
 
 
-# ---------------------------------------------------------------------------------------------------------- row 17
+# -------------------------------------------------------------------------------- 17: constructors that raise
 
 BROKEN = """
 import lightning as L
@@ -96,7 +96,9 @@ class Broken(TensorBoardLogger):
 
 
 @pytest.mark.parametrize("error", ["KeyError('x')", "OverflowError('x')", "AssertionError", "AttributeError('x')"])
-def test_case_17_constructor_that_raises(cli: CommandLine, capsys: Capture, tmp_path: Path, error: str) -> None:
+def test_case_17_a_constructor_that_raises_is_one_message(
+    cli: CommandLine, capsys: Capture, tmp_path: Path, error: str
+) -> None:
     (tmp_path / "broken_classes.py").write_text(BROKEN.replace("{error}", error))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
@@ -117,27 +119,27 @@ def test_case_17_constructor_that_raises(cli: CommandLine, capsys: Capture, tmp_
 
 
 @pytest.mark.parametrize("logger", ["WandbLogger", "MLFlowLogger", "CometLogger"])
-def test_case_17_logger_that_is_not_installed(cli: CommandLine, capsys: Capture, logger: str) -> None:
+def test_case_17_a_logger_whose_package_is_not_installed(cli: CommandLine, capsys: Capture, logger: str) -> None:
     package = logger.lower().removesuffix("logger")
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     refused(capsys, cli("fit", f"--trainer.logger={logger}"), f"trainer.logger: {logger}", "pip install", package)
 
 
-# ---------------------------------------------------------------------------------------------------------- row 18
+# ---------------------------------------------------------------- 18: default_root_dir, --config and --ckpt_path
 
 
 @pytest.fixture
 def roots(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
-    """Roots below which a command would make its run directory; the command stops there."""
-    found: list[Path] = []
+    """Record the root of each new run directory. The command stops before the directory is created."""
+    paths: list[Path] = []
 
     def new_run_directory(root: Path, label: str) -> Path:
-        found.append(root)
+        paths.append(root)
         raise WriteError("stopped by the test")
 
     monkeypatch.setattr("app.cli.new_run_directory", new_run_directory)
-    yield found
+    yield paths
 
 
 HOME = Path("/nonexistent/home")
@@ -162,7 +164,7 @@ HOME = Path("/nonexistent/home")
         ("config: OTHER", [], Path("/of/the/other")),
     ],
 )
-def test_case_18_default_root_dir(
+def test_case_18_all_spellings_of_default_root_dir(
     roots: list[Path],
     cli: CommandLine,
     tmp_path: Path,
@@ -182,13 +184,13 @@ def test_case_18_default_root_dir(
 
 
 @pytest.mark.parametrize("config", [["-c", "FILE"], ["-cFILE"], ["--config=FILE"], ["--config", "FILE"]])
-def test_case_18_spellings_of_config(roots: list[Path], cli: CommandLine, config: list[str]) -> None:
+def test_case_18_all_spellings_of_config(roots: list[Path], cli: CommandLine, config: list[str]) -> None:
     words = [word.replace("FILE", "tests/conf/image.yaml") for word in config]
     assert main(["fit", f"--data.path={cli.data}", *words]) == 2
     assert roots == [Path("runs/image")]
 
 
-def test_case_18_checkpoint_path(fitted_cli: CommandLine, capsys: Capture, tmp_path: Path) -> None:
+def test_case_18_ckpt_path_in_a_file_null_or_empty(fitted_cli: CommandLine, capsys: Capture, tmp_path: Path) -> None:
     quick = ("--trainer.limit_test_batches=1", "--trainer.logger=false")
     assert fitted_cli("test", overlay(tmp_path, f"ckpt_path: {fitted_cli.run()}"), *quick) == 0
     assert "without --ckpt_path" not in capsys.readouterr().err
@@ -196,7 +198,7 @@ def test_case_18_checkpoint_path(fitted_cli: CommandLine, capsys: Capture, tmp_p
         assert fitted_cli("test", null, "--model.class_names=[red, green, blue]", *quick) == 0
         assert "without --ckpt_path" in capsys.readouterr().err
     refused(capsys, fitted_cli("test", "--ckpt_path="), "ckpt_path", "empty")
-    # without any configuration: the checkpoint has it
+    # without a configuration file: the checkpoint has all keys
     data = ("--data.path", str(fitted_cli.data), "--trainer.accelerator=cpu", "--data.batch_size=4")
     assert main(["test", "--ckpt_path", str(fitted_cli.run()), *data, *quick]) == 0
     assert "data.batch_size: 4 from the command line; the checkpoint had 6" in capsys.readouterr().err
@@ -220,15 +222,15 @@ def test_a_fit_without_a_checkpoint_is_parsed_once(roots: list[Path], cli: Comma
     assert len(roots) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- row 19
+# --------------------------------------------------------------------------------------- 19: short class names
 
 
 def test_case_19_short_class_names(fitted_cli: CommandLine, capsys: Capture, tmp_path: Path) -> None:
     short = overlay(tmp_path, "model: {class_path: ImageClassifier}\ndata: {class_path: ImageClassificationData}\n")
     quick = ("--trainer.limit_test_batches=1", "--trainer.logger=false")
     assert fitted_cli("test", short, "--ckpt_path=last", *quick) == 0
-    again = overlay(tmp_path, "model: {class_path: modules.image_classification.ImageClassifier}\n")
-    assert fitted_cli("test", again, "--ckpt_path=last", *quick) == 0
+    full_path = overlay(tmp_path, "model: {class_path: modules.image_classification.ImageClassifier}\n")
+    assert fitted_cli("test", full_path, "--ckpt_path=last", *quick) == 0
     assert fitted_cli("fit", short, "--ckpt_path=last", "--trainer.max_epochs=2", "--trainer.logger=false") == 0
     assert fitted_cli.checkpoint()["epoch"] == 1
     capsys.readouterr()
@@ -237,10 +239,12 @@ def test_case_19_short_class_names(fitted_cli: CommandLine, capsys: Capture, tmp
     refused(capsys, code, "modules.image_classification.ImageClassifier", "modules.text_classification.TextClassifier")
 
 
-# ---------------------------------------------------------------------------------------------------------- row 24
+# ---------------------------------------------------------------------------- 24: evaluation with adapter_path
 
 
-def test_case_24_predict_with_adapters(fitted_cli: CommandLine, capsys: Capture, tmp_path: Path) -> None:
+def test_case_24_evaluation_names_the_adapters_and_untrained_heads(
+    fitted_cli: CommandLine, capsys: Capture, tmp_path: Path
+) -> None:
     adapter = Path(shutil.copytree(fitted_cli.run() / "adapter", tmp_path / "adapter"))
     quick = ("--trainer.limit_test_batches=1", "--trainer.logger=false")
     assert fitted_cli("test", f"--model.adapter_path={adapter}", *quick) == 0
@@ -257,17 +261,17 @@ def test_case_24_predict_with_adapters(fitted_cli: CommandLine, capsys: Capture,
     assert "Its head (head) has random weights" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------- row 31
+# --------------------------------------------------------------------------------------------- 31: import policy
 
 
 def allowed_modules() -> list[ModuleType]:
-    """Every module below the allowed packages that can be imported here."""
+    """Return every module below the allowed packages that can be imported on this machine."""
     for package in PACKAGES:
         root = importlib.import_module(package)
-        for found in pkgutil.walk_packages(getattr(root, "__path__", []), f"{package}.", onerror=lambda _: None):
+        for module_info in pkgutil.walk_packages(getattr(root, "__path__", []), f"{package}.", onerror=lambda _: None):
             try:
-                importlib.import_module(found.name)
-            except Exception:  # of a package that is not installed, or another system's
+                importlib.import_module(module_info.name)
+            except Exception:  # needs a missing package or another operating system
                 continue
     return [m for name, m in sorted(sys.modules.items()) if name.startswith(tuple(f"{p}." for p in (*PACKAGES,)))]
 
@@ -279,28 +283,28 @@ def resolved(path: str) -> Any:
         return None
 
 
-def is_allowed(found: Any) -> bool:
-    home = f"{found.__module__}.{found.__qualname__}"
-    if inspect.isclass(found):
+def is_allowed(value: Any) -> bool:
+    home = f"{value.__module__}.{value.__qualname__}"
+    if inspect.isclass(value):
         return home in CLASSES or any(home.startswith(f"{package}.") for package in PACKAGES)
-    return inspect.isfunction(found) and home in FUNCTIONS
+    return inspect.isfunction(value) and home in FUNCTIONS
 
 
 def test_case_31_every_attribute_of_every_allowed_module() -> None:
-    """Only classes below the allowed packages and the listed functions resolve; nothing of theirs does."""
-    found, walked = set(), 0
+    """Only classes below the allowed packages and the listed functions resolve. Their attributes do not resolve."""
+    allowed, walked = set(), 0
     modules = allowed_modules()
     before = set(sys.modules)
-    seen: set[int] = set()  # under another name, an object's attributes are reached the same way
+    seen: set[int] = set()  # attributes of one object are checked under its first name
     for module in modules:
         for name, value in list(vars(module).items()):
             path = f"{module.__name__}.{name}"
             result = resolved(path)
             assert result is None or is_allowed(result), path
             if result is not None:
-                found.add(result)
+                allowed.add(result)
             if isinstance(value, ModuleType) and value.__name__ == path:
-                continue  # its names are walked themselves
+                continue  # the outer loop checks this module
             attributes = ["__call__", "__init__", "__class__"] if id(value) in seen else dir(value)
             seen.add(id(value))
             for attribute in attributes:
@@ -308,9 +312,9 @@ def test_case_31_every_attribute_of_every_allowed_module() -> None:
                 assert resolved(f"{path}.{attribute}") is None, f"{path}.{attribute}"
     assert set(sys.modules) == before
     assert walked > 50_000
-    names = {f"{f.__module__}.{f.__qualname__}" for f in found if not inspect.isclass(f)}
+    names = {f"{f.__module__}.{f.__qualname__}" for f in allowed if not inspect.isclass(f)}
     assert names == set(FUNCTIONS)
-    assert len(found) > 300
+    assert len(allowed) > 300
 
 
 @pytest.mark.parametrize(
@@ -338,7 +342,9 @@ def test_case_31_every_attribute_of_every_allowed_module() -> None:
         "torch.hub.load",
     ],
 )
-def test_case_31_functions_as_hooks(cli: CommandLine, capsys: Capture, tmp_path: Path, path: str) -> None:
+def test_case_31_other_functions_as_hooks_are_refused(
+    cli: CommandLine, capsys: Capture, tmp_path: Path, path: str
+) -> None:
     torch.save({"state_dict": Malicious(tmp_path / "canary")}, tmp_path / "evil.ckpt")
     hooks = {"ddp_comm_hook": path, "ddp_comm_wrapper": path, "ddp_comm_state": str(tmp_path / "evil.ckpt")}
     strategy = json.dumps({"trainer": {"strategy": {"class_path": "DDPStrategy", "init_args": hooks}}})
@@ -347,7 +353,7 @@ def test_case_31_functions_as_hooks(cli: CommandLine, capsys: Capture, tmp_path:
     assert not (tmp_path / "canary").exists()
 
 
-def test_case_31_functions_that_are_listed(cli: CommandLine, roots: list[Path], tmp_path: Path) -> None:
+def test_case_31_listed_functions_are_allowed(cli: CommandLine, roots: list[Path], tmp_path: Path) -> None:
     hooks = {"ddp_comm_hook": FUNCTIONS[0], "ddp_comm_wrapper": FUNCTIONS[1]}
     strategy = {"trainer": {"strategy": {"class_path": "DDPStrategy", "init_args": hooks}}}
     assert cli("fit", overlay(tmp_path, json.dumps(strategy))) == 2
@@ -355,7 +361,7 @@ def test_case_31_functions_that_are_listed(cli: CommandLine, roots: list[Path], 
     assert all(resolve(path) is not None for path in FUNCTIONS)
 
 
-# ---------------------------------------------------------------------------------------------------------- row 36
+# ------------------------------------------------------------------------------------------ 36: malformed values
 
 HUGE = "99999999999999999999"
 BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
@@ -428,7 +434,9 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         ("model: \x00", "not YAML"),
     ],
 )
-def test_case_36_values_that_are_none(cli: CommandLine, capsys: Capture, tmp_path: Path, text: str, part: str) -> None:
+def test_case_36_malformed_values_in_a_file_are_refused(
+    cli: CommandLine, capsys: Capture, tmp_path: Path, text: str, part: str
+) -> None:
     refused(capsys, cli("fit", overlay(tmp_path, text)), part)
     assert not cli.run().exists()
 
@@ -450,17 +458,17 @@ def test_case_36_values_that_are_none(cli: CommandLine, capsys: Capture, tmp_pat
         "--model.adapter=[1]",
     ],
 )
-def test_case_36_options_that_are_none(cli: CommandLine, capsys: Capture, option: str) -> None:
+def test_case_36_malformed_options_are_refused(cli: CommandLine, capsys: Capture, option: str) -> None:
     refused(capsys, cli("fit", option))
     assert not cli.run().exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- row 38
+# -------------------------------------------------------------------------------------------- 38: standard output
 
 QUICK = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.logger=false")
 
 
-def test_case_38_ascii_output(cli: CommandLine, tmp_path: Path) -> None:
+def test_case_38_ascii_output_replaces_other_characters(cli: CommandLine, tmp_path: Path) -> None:
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     cli.root = tmp_path / "ü"
     with redirect_stdout(output):
@@ -471,14 +479,14 @@ def test_case_38_ascii_output(cli: CommandLine, tmp_path: Path) -> None:
     assert output.errors == "strict"
 
 
-def test_case_38_full_device(cli: CommandLine, capsys: Capture) -> None:
+def test_case_38_a_full_device_is_one_message(cli: CommandLine, capsys: Capture) -> None:
     with open("/dev/full", "w") as full, redirect_stdout(full):
         code = cli("fit", *QUICK)
     refused(capsys, code, "Standard output cannot be written", "No space left")
     assert (cli.run() / "config.yaml").is_file()
 
 
-def test_case_38_reader_that_has_gone(cli: CommandLine, capsys: Capture) -> None:
+def test_case_38_a_closed_pipe_ends_the_program_quietly(cli: CommandLine, capsys: Capture) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe, redirect_stdout(pipe):
@@ -495,17 +503,19 @@ def test_case_38_reader_that_has_gone(cli: CommandLine, capsys: Capture) -> None
 @pytest.mark.parametrize(
     "option", ["--data.path=/x\udcff", "--ckpt_path=\udcff", "--trainer.default_root_dir=\udcff", "--config=\udcff"]
 )
-def test_case_38_names_that_are_no_utf8(cli: CommandLine, capsys: Capture, option: str) -> None:
+def test_case_38_names_that_are_not_utf8_are_escaped(cli: CommandLine, capsys: Capture, option: str) -> None:
     refused(capsys, cli("fit", option), "\\udcff")
 
 
-# ---------------------------------------------------------------------------------------------------------- row 39
+# ------------------------------------------------------------------------------- 39: control characters in output
 
 EVIL = "\x1b[31mred\x1b]0;title\x07\u202e"
 
 
 @pytest.mark.slow
-def test_case_39_every_line_of_a_run(cli: CommandLine, capsys: Capture, tmp_path: Path) -> None:
+def test_case_39_control_characters_are_escaped_in_every_line_of_a_run(
+    cli: CommandLine, capsys: Capture, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for label, name in enumerate(COLOURS):
@@ -536,7 +546,7 @@ def test_case_39_every_line_of_a_run(cli: CommandLine, capsys: Capture, tmp_path
     assert "\\x1b[2J" in printed
 
 
-def test_case_39_lines_of_libraries(capsys: Capture) -> None:
+def test_case_39_control_characters_are_escaped_in_lines_of_libraries(capsys: Capture) -> None:
     with console_logging():
         handler = logging.StreamHandler(sys.stderr)
         library = logging.getLogger("a_library")
@@ -554,7 +564,9 @@ def test_case_39_lines_of_libraries(capsys: Capture) -> None:
     assert "\x1b" not in err
 
 
-def test_case_39_hit_list(cli: CommandLine, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_39_control_characters_are_escaped_in_the_summary(
+    cli: CommandLine, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = RunSummary.on_fit_start
 
     def on_fit_start(self: RunSummary, trainer: Any, module: Any) -> None:

@@ -1,4 +1,4 @@
-"""Rows 12, 32, 37 and 40 of the inputs that failed: damaged caches, links in a run, full disks, killed writers."""
+"""Cases 12, 32, 37 and 40: damaged caches, symbolic links in a run, full disks, killed writers."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ SHORT = ("--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.limit_va
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of each test's own."""
+    """Return a new cache for each test."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache" / "onesided"
 
 
 def same_weights(cli: CommandLine, version: int, other: int) -> bool:
-    one, two = (cli.checkpoint(number)["state_dict"] for number in (version, other))
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (cli.checkpoint(number)["state_dict"] for number in (version, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# ------------------------------------------------------------------------------------------------------ 12: the caches
+# -------------------------------------------------------------------------------------------------- 12: damaged caches
 
 
 def _flipped(data: bytes) -> bytes:
-    place = 2 * len(data) // 5  # among the rows, where the formats themselves check nothing
+    place = 2 * len(data) // 5  # a byte of the rows, which the file formats do not check
     return data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]
 
 
@@ -70,9 +70,9 @@ def test_case_12_a_damaged_cache_is_rebuilt(
         for (path, content), damage in zip(files.items(), kinds, strict=True):
             path.write_bytes(DAMAGE[damage](content))
         assert line("fit", *options) == 0
-        said = capsys.readouterr().err
+        log = capsys.readouterr().err
         for path, content in files.items():
-            assert f"warning: The cache file {path} " in said
+            assert f"warning: The cache file {path} " in log
             assert path.read_bytes() == content
         assert same_weights(line, version, 0)
     assert line("fit", *options) == 0
@@ -80,7 +80,7 @@ def test_case_12_a_damaged_cache_is_rebuilt(
     assert set(cache.iterdir()) == set(files)
 
 
-# --------------------------------------------------------------------------------------------------- 32: links in a run
+# ------------------------------------------------------------------------------------------ 32: symbolic links in a run
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -149,7 +149,7 @@ def test_case_32_no_write_follows_a_link(
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter", "."])
-def test_case_32_a_folder_that_leads_elsewhere(
+def test_case_32_a_folder_that_is_a_link_is_refused(
     fitted_cli: CommandLine,
     outside: Path,
     capsys: pytest.CaptureFixture[str],
@@ -165,12 +165,12 @@ def test_case_32_a_folder_that_leads_elsewhere(
     assert snapshot(outside) == before
 
 
-def test_case_32_links_that_are_the_users_own(
+def test_case_32_links_of_the_user_are_followed(
     fitted_cli: CommandLine,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The folder of all runs on another disk; a second name of a run beside it; a link within a run."""
+    """The user may link the root of all runs, name a run by a link, and keep a link inside a run."""
     disk = tmp_path / "disk"
     fitted_cli.root.rename(disk)
     fitted_cli.root.symlink_to(disk)
@@ -198,7 +198,7 @@ def test_case_32_links_that_are_the_users_own(
         ("predict", "predictions.csv"),
     ],
 )
-def test_case_37_a_file_is_whole_or_as_before(
+def test_case_37_a_full_disk_leaves_each_file_complete_or_unchanged(
     fitted_cli: CommandLine,
     picture: Path,
     capsys: pytest.CaptureFixture[str],
@@ -223,7 +223,7 @@ def test_case_37_a_file_is_whole_or_as_before(
 
 
 @pytest.mark.parametrize("kind", ["text_cli", "summary_cli", "instruction_cli"])
-def test_case_37_the_token_cache(
+def test_case_37_a_full_disk_leaves_no_token_cache(
     request: pytest.FixtureRequest, cache: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     line: CommandLine = request.getfixturevalue(kind)
@@ -251,7 +251,7 @@ tokenized(Table(datasets.Dataset.from_dict({"text": ["a"] * 1000 + ["b"] * 1000}
 
 
 @pytest.mark.slow
-def test_case_40_a_kill_while_tokenising(text_cli: CommandLine, cache: Path) -> None:
+def test_case_40_temporary_files_are_kept_until_their_writer_is_killed(text_cli: CommandLine, cache: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", TOKENISE],
         stdin=subprocess.PIPE,
@@ -260,19 +260,19 @@ def test_case_40_a_kill_while_tokenising(text_cli: CommandLine, cache: Path) -> 
         env={**os.environ, "HF_DATASETS_CACHE": str(cache.parent)},
     ) as process:
         assert process.stdout is not None and process.stdout.readline()
-        (left,) = cache.iterdir()
-        assert left.suffix == ".tmp"
+        (temporary,) = cache.iterdir()
+        assert temporary.suffix == ".tmp"
         assert text_cli("fit", *SHORT) == 0
-        assert left.exists()  # its writer lives
+        assert temporary.exists()  # its writer is still running
         process.kill()
-    assert text_cli("fit", *SHORT) == 0  # which has its tokens, and writes none
-    assert not left.exists()
+    assert text_cli("fit", *SHORT) == 0  # this fit reads its tokens from the cache
+    assert not temporary.exists()
     assert len(list(cache.iterdir())) == 2
     assert all(is_intact(path) for path in cache.iterdir())
 
 
-def test_case_40_a_kill_of_a_fit(fitted_cli: CommandLine) -> None:
-    """Stale temporary files of fits and exports are removed."""
+def test_case_40_a_resumed_fit_removes_stale_temporary_files(fitted_cli: CommandLine) -> None:
+    """Temporary files of killed fits and exports are removed."""
     run, mark = fitted_cli.run(), f".{'0' * 16}.tmp"
     for name in (f".metrics.json{mark}", f"checkpoints/.last.ckpt{mark}"):
         (run / name).write_bytes(b"half")

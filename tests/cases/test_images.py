@@ -1,4 +1,4 @@
-"""Rows of cases/README.md about images: folders, modes, orientation, formats, bad files, timm's prefixes."""
+"""Cases of images: folders, modes, orientation, formats, bad files and timm's prefixes of names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from datamodules.sources.findings import Findings
 from datamodules.sources.image_folders import FORMATS, SUFFIXES
 from datamodules.sources.images import ImageTable, decode_image, open_folder, open_split
 from modules.image_classification import ImageClassifier
-from tests.app.conftest import undrawn  # noqa: F401 - a fixture that each test here uses
+from tests.app.conftest import undrawn  # noqa: F401 - a fixture that every test of this file uses
 from tests.app.processes import run_on_two
 from tests.support.malicious import Malicious
 from tests.support.refusals import refuses
@@ -49,14 +49,14 @@ def save(file: Path, label: int = 0, seed: int = 0) -> Path:
 
 
 def tree(root: Path, files: str) -> Path:
-    """Write an image for each word; the n-th has a brightness of its own."""
+    """Write an image for each path in `files`, separated by spaces. Each image has another brightness."""
     for i, file in enumerate(files.split()):
         save(root / file, i % 3, i)
     return root
 
 
 def found(root: Path) -> dict[str, dict[str, list[str]]]:
-    """Return the files of each class of each split, below the root."""
+    """Return the files of each class of each split, relative to the root."""
     splits: dict[str, dict[str, list[str]]] = {}
     for split in ("train", "val", "test"):
         table = open_split(str(root), split, None, None)
@@ -69,7 +69,7 @@ def found(root: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def opened(root: Path) -> tuple[ImageTable, list[str]]:
-    """Return the training images, and the lines about what was assumed and left out."""
+    """Return the training images, and the log lines about assumptions and skipped files."""
     findings = Findings()
     table = open_split(str(root), "train", None, None, findings)
     assert table is not None
@@ -77,7 +77,7 @@ def opened(root: Path) -> tuple[ImageTable, list[str]]:
 
 
 def coloured(root: Path, train: int = 18, test: int = 6, train_name: str = "train", test_name: str = "test") -> Path:
-    """Folders of images that can be learnt: training images, and test images if any."""
+    """Write folders of images of learnable classes: training images, and test images if `test` is above 0."""
     for name, size in ((train_name, train), (test_name, test)):
         for i in range(size):
             save(root / name / CLASSES[i % 3] / f"{i:02}.png", i % 3, i)
@@ -102,7 +102,7 @@ def predictions(run_directory: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run below runs/, and the data that it was trained on."""
+    """Return a folder with a finished run in runs/ and its data."""
     root = tmp_path_factory.mktemp("fitted")
     assert run(root / "runs", coloured(root / "data"), "fit", "--model.learning_rate", "0.05") == 0
     return root
@@ -110,12 +110,12 @@ def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fitted(fitted_once: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run below the test's own folder."""
+    """Return a copy of the finished run."""
     shutil.copytree(fitted_once, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
-# -------------------------------------------------------------------------------------------------------------- row 2
+# --------------------------------------------------------------------------- 2: names of folders, splits and classes
 
 
 @pytest.mark.parametrize("wrapper", ["", "dataset/", "archive/archive/"])
@@ -130,7 +130,7 @@ def fitted(fitted_once: Path, tmp_path: Path) -> Path:
         ("train images", "Development", "TestImages"),
     ],
 )
-def test_case_02_folders_that_mean_splits(
+def test_case_02_names_of_split_folders_are_recognised(
     tmp_path: Path, train: str, val: str | None, test: str | None, wrapper: str
 ) -> None:
     names = {"train": train, "val": val, "test": test}
@@ -145,7 +145,7 @@ def test_case_02_folders_that_mean_splits(
     assert found(tmp_path) == expected
 
 
-def test_case_02_a_split_folder_twice_in_each_other(tmp_path: Path) -> None:
+def test_case_02_split_folders_may_be_nested(tmp_path: Path) -> None:
     tree(
         tmp_path, "training_set/training_set/cat/1.png training_set/training_set/dog/1.png test_set/test_set/dog/1.png"
     )
@@ -158,10 +158,10 @@ def test_case_02_a_split_folder_twice_in_each_other(tmp_path: Path) -> None:
     [
         "test/1.png control/1.png",
         "train/1.png bus/1.png car/1.png",
-        "validation/1.png a/1.png b/1.png c/1.png test/1.png",  # two of five
+        "validation/1.png a/1.png b/1.png c/1.png test/1.png",  # two of five names are names of splits
     ],
 )
-def test_case_02_classes_that_are_called_like_a_split(tmp_path: Path, files: str) -> None:
+def test_case_02_classes_may_have_the_name_of_a_split(tmp_path: Path, files: str) -> None:
     tree(tmp_path, files)
     table, lines = opened(tmp_path)
     assert table.class_names == sorted(file.split("/")[0] for file in files.split())
@@ -170,7 +170,7 @@ def test_case_02_classes_that_are_called_like_a_split(tmp_path: Path, files: str
 
 
 @pytest.mark.parametrize(
-    ("files", "images", "said"),
+    ("files", "images", "expected"),
     [
         (
             "train/a/1.png train/b/1.png test/a/1.png extra/1.png extra/2.png",
@@ -187,10 +187,12 @@ def test_case_02_classes_that_are_called_like_a_split(tmp_path: Path, files: str
         ),
     ],
 )
-def test_case_02_images_beside_the_classes_are_named(tmp_path: Path, files: str, images: int, said: list[str]) -> None:
+def test_case_02_images_outside_of_class_folders_are_reported(
+    tmp_path: Path, files: str, images: int, expected: list[str]
+) -> None:
     table, lines = opened(tree(tmp_path, files))
     assert (len(table), table.class_names) == (images, ["a", "b"])
-    assert lines == [line.format(tmp_path) for line in said]
+    assert lines == [line.format(tmp_path) for line in expected]
 
 
 @pytest.mark.parametrize(
@@ -209,20 +211,20 @@ def test_case_02_images_beside_the_classes_are_named(tmp_path: Path, files: str,
         ("1.png 2.png", ["no images in one folder for each class", "1.png, 2.png"]),
     ],
 )
-def test_case_02_names_that_can_be_read_in_two_ways(tmp_path: Path, files: str, parts: list[str]) -> None:
+def test_case_02_ambiguous_folders_are_refused(tmp_path: Path, files: str, parts: list[str]) -> None:
     tree(tmp_path, files)
     with pytest.raises(DataError, match=r"^data\.path: ") as caught:
         opened(tmp_path)
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-def test_case_02_a_test_folder_without_classes_is_no_harm_to_training(tmp_path: Path) -> None:
+def test_case_02_a_test_folder_without_classes_does_not_affect_training(tmp_path: Path) -> None:
     assert len(opened(tree(tmp_path, "train/a/1.png train/b/1.png test/1.png"))[0]) == 2
     with refuses("test holds 1 images and no folder with images"):
         open_split(str(tmp_path), "test", None, None)
 
 
-def test_case_02_a_fit_on_folders_in_any_spelling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_case_02_a_fit_reports_its_splits_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = coloured(tmp_path / "data", train_name="Training", test_name="Testing")
     assert run(tmp_path / "runs", data, "fit", "--test_after_fit", "true") == 0
     lines = capsys.readouterr().err.splitlines()
@@ -235,7 +237,7 @@ def test_case_02_a_fit_on_folders_in_any_spelling(tmp_path: Path, capsys: pytest
     assert "test/acc1" in json.loads((tmp_path / "runs/version_0/metrics.json").read_text())
 
 
-# -------------------------------------------------------------------------------------------------------------- row 3
+# ---------------------------------------------------------------------------------- 3: 16 bits and other colour modes
 
 
 def png16(pixels: Pixels, colour_type: int) -> bytes:
@@ -298,11 +300,11 @@ GREY = np.repeat(np.round(DEEP / 257).astype(np.uint8)[..., None], 3, -1)
         (encoded(Image.fromarray(DEEP), "TIFF"), GREY),
         (encoded(Image.fromarray(DEEP), "PPM"), GREY),
         (tiff(DEEP, big_endian=True), GREY),
-        (tiff(DEEP, photometric=0), 255 - GREY),  # white is zero
+        (tiff(DEEP, photometric=0), 255 - GREY),  # photometric 0: zero is white
         (b"P5\n2 1\n4095\n" + np.array([0, 4095], ">u2").tobytes(), np.array([[[0] * 3, [255] * 3]], np.uint8)),
     ],
 )
-def test_case_03_sixteen_bits_of_grey_are_scaled(content: bytes, expected: Pixels) -> None:
+def test_case_03_grey_of_16_bits_is_scaled(content: bytes, expected: Pixels) -> None:
     assert np.array_equal(pixels_of(content), expected)
 
 
@@ -319,11 +321,11 @@ COLOURS = np.random.default_rng(0).integers(0, 65536, (3, 5, 4)).astype(np.uint1
         (tiff(COLOURS[..., :3], photometric=2, big_endian=True), COLOURS[..., :3]),
     ],
 )
-def test_case_03_sixteen_bits_of_colour_are_scaled(content: bytes, expected: Pixels) -> None:
-    assert np.abs(pixels_of(content) - expected / 257).max() < 1  # Pillow takes the upper byte
+def test_case_03_colour_of_16_bits_is_scaled(content: bytes, expected: Pixels) -> None:
+    assert np.abs(pixels_of(content) - expected / 257).max() < 1  # Pillow uses the upper byte
 
 
-def test_case_03_a_jpeg_2000_of_sixteen_bits(tmp_path: Path) -> None:
+def test_case_03_a_jpeg_2000_of_16_bits_is_scaled(tmp_path: Path) -> None:
     content = encoded(Image.fromarray(DEEP.repeat(8, 0).repeat(8, 1)), "JPEG2000", irreversible=False)
     assert np.abs(pixels_of(content)[::8, ::8].astype(int) - GREY).max() <= 1
 
@@ -337,7 +339,7 @@ def test_case_03_a_jpeg_2000_of_sixteen_bits(tmp_path: Path) -> None:
         (b"Pf\n2 1\n-1.0\n" + np.array([0, 1], "<f4").tobytes(), "F"),
     ],
 )
-def test_case_03_modes_without_a_white_are_named(tmp_path: Path, content: bytes, mode: str) -> None:
+def test_case_03_modes_without_a_defined_white_are_refused(tmp_path: Path, content: bytes, mode: str) -> None:
     suffix = ".pfm" if content[:2] == b"Pf" else ".tif"
     for label in ("a", "b"):
         (tmp_path / label).mkdir()
@@ -347,7 +349,7 @@ def test_case_03_modes_without_a_white_are_named(tmp_path: Path, content: bytes,
         table.decode(0)
 
 
-def test_case_03_other_modes_have_their_colours() -> None:
+def test_case_03_other_modes_become_rgb() -> None:
     red = Image.new("RGB", (8, 8), (200, 30, 60))
     for image, kind in [
         (red.quantize(4), "PNG"),
@@ -355,11 +357,10 @@ def test_case_03_other_modes_have_their_colours() -> None:
         (red.convert("YCbCr"), "TIFF"),
         (red.convert("RGBA"), "PNG"),
     ]:
-        assert np.abs(pixels_of(encoded(image, kind)).astype(int) - [200, 30, 60]).max() <= 27, (
-            image.mode
-        )  # web palette
+        # `convert` may round to the web palette
+        assert np.abs(pixels_of(encoded(image, kind)).astype(int) - [200, 30, 60]).max() <= 27, image.mode
     for mode in ("LA", "PA"):
-        grey = Image.new("LA", (8, 8), (77, 0)).convert(mode)  # transparent: the stored colour stays
+        grey = Image.new("LA", (8, 8), (77, 0)).convert(mode)  # transparent pixels keep their stored colour
         assert (pixels_of(encoded(grey, "TIFF")) == 77).all()
     white = Image.new("LAB", (8, 8), (255, 128, 128))
     assert (pixels_of(encoded(white, "TIFF")) >= 250).all()
@@ -367,7 +368,7 @@ def test_case_03_other_modes_have_their_colours() -> None:
     assert (pixels_of(encoded(clear, "PNG")) == [10, 20, 30]).all()
 
 
-# -------------------------------------------------------------------------------------------------------------- row 5
+# ------------------------------------------------------------------------------------------------ 5: EXIF orientation
 
 SCENE = np.kron(np.arange(1, 7, dtype=np.uint8).reshape(2, 3), np.ones((8, 8), np.uint8))[..., None] * np.array(
     [40, 20, 10], np.uint8
@@ -383,9 +384,9 @@ def with_orientation(kind: str, orientation: int) -> bytes:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_case_05_photos_are_upright(kind: str, orientation: int) -> None:
+def test_case_05_photos_are_turned_upright(kind: str, orientation: int) -> None:
     content = with_orientation(kind, orientation)
-    turned = {
+    upright = {
         1: SCENE,
         2: SCENE[:, ::-1],
         3: SCENE[::-1, ::-1],
@@ -395,14 +396,14 @@ def test_case_05_photos_are_upright(kind: str, orientation: int) -> None:
         7: SCENE.transpose(1, 0, 2)[::-1, ::-1],
         8: np.rot90(SCENE),
     }[orientation]
-    shown = pixels_of(content)
-    assert shown.shape == turned.shape
-    assert np.abs(shown.astype(int) - turned).max() <= (30 if kind == "JPEG" else 0)
+    decoded = pixels_of(content)
+    assert decoded.shape == upright.shape
+    assert np.abs(decoded.astype(int) - upright).max() <= (30 if kind == "JPEG" else 0)
     reference = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    assert np.array_equal(shown, np.asarray(reference))
+    assert np.array_equal(decoded, np.asarray(reference))
 
 
-def test_case_05_in_every_source(tmp_path: Path) -> None:
+def test_case_05_every_source_turns_photos_upright(tmp_path: Path) -> None:
     content = with_orientation("JPEG", 6)
     for name in ("a/1.jpg", "b/1.jpg"):
         (tmp_path / "files" / name).parent.mkdir(parents=True)
@@ -427,30 +428,31 @@ def test_case_05_in_every_source(tmp_path: Path) -> None:
         b"",
     ],
 )
-def test_case_05_malformed_exif_does_not_lose_the_image(exif: bytes) -> None:
+def test_case_05_malformed_exif_is_ignored(exif: bytes) -> None:
     plain = encoded(Image.fromarray(SCENE), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     assert np.array_equal(pixels_of(plain[:2] + segment + plain[2:]), pixels_of(plain))
 
 
-def test_case_05_another_malformed_tag_does_not_lose_the_orientation() -> None:
-    entries = b"\x01\x0f\0\x02\0\0\xff\xff\0\0\xff\xff" + b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # Make lies outside
+def test_case_05_the_orientation_is_read_beside_a_malformed_tag() -> None:
+    # the offset of the tag `Make` is outside of the segment
+    entries = b"\x01\x0f\0\x02\0\0\xff\xff\0\0\xff\xff" + b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + b"\0\0\0\0"
     plain = encoded(Image.fromarray(SCENE), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     assert np.array_equal(pixels_of(plain[:2] + segment + plain[2:]), np.rot90(pixels_of(plain), -1))
 
 
-# -------------------------------------------------------------------------------------------------------------- row 6
+# -------------------------------------------------------------------------------------------- 6: formats and links
 
 
-def test_case_06_suffixes_are_those_of_the_formats() -> None:
+def test_case_06_suffixes_match_the_supported_formats() -> None:
     Image.init()
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
     assert set(SUFFIXES) == known
 
 
-def test_case_06_every_format_is_decoded_and_the_rest_counted(tmp_path: Path) -> None:
+def test_case_06_every_format_is_decoded_and_other_files_are_counted(tmp_path: Path) -> None:
     picture = Image.fromarray(colour_image(0, np.random.default_rng(0)))
     kinds = {
         "a.jpg": "JPEG", "b.JFIF": "JPEG", "c.Png": "PNG", "d.gif": "GIF", "e.webp": "WEBP", "f.AVIF": "AVIF",
@@ -480,7 +482,7 @@ def test_case_06_every_format_is_decoded_and_the_rest_counted(tmp_path: Path) ->
     assert sorted(names) == sorted(f"{label}/{file}" for label in ("ant", "bee") for file in kinds)
 
 
-def test_case_06_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+def test_case_06_links_are_followed_except_loops(tmp_path: Path) -> None:
     elsewhere = tree(tmp_path / "elsewhere", "1.png 2.png")
     data = tree(tmp_path / "data", "ant/1.png")
     os.symlink(elsewhere, data / "bee")
@@ -496,10 +498,12 @@ def test_case_06_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     assert lines == [f"left out of {data}: 2 broken links, 2 links to a folder above."]
 
 
-# ------------------------------------------------------------------------------------------------------------- row 21
+# ------------------------------------------------------------------------------------------------ 21: bad test splits
 
 
-def test_case_21_a_bad_test_split_shows_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_case_21_a_bad_test_split_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = coloured(tmp_path / "data")
     save(data / "test" / "violet" / "1.png")
     assert run(tmp_path / "runs", data, "fit", "--test_after_fit", "true") == 2
@@ -512,14 +516,14 @@ def test_case_21_a_bad_test_split_shows_before_training(tmp_path: Path, capsys: 
     assert run(tmp_path / "runs", data, "fit", "--test_after_fit", "true") == 2
     assert "test/red/00.png cannot be decoded (it is empty)" in capsys.readouterr().err
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
-    assert run(tmp_path / "runs", data, "fit") == 0  # without a test there is no reason to refuse
+    assert run(tmp_path / "runs", data, "fit") == 0  # a fit without a test does not read the test split
 
 
-# ------------------------------------------------------------------------------------------------------------- row 22
+# ---------------------------------------------------------------------------------- 22 and 28: bad and skipped rows
 
 
 def bad_folder(root: Path) -> Path:
-    """Nine training images, three of which are bad, and six good ones for validation."""
+    """Write nine training images, three of them damaged, and six validation images."""
     data = coloured(root, train=9, test=6, test_name="val")
     good = (data / "train/red/00.png").read_bytes()
     (data / "train/red/00.png").write_bytes(good[: len(good) // 2])
@@ -544,7 +548,7 @@ def test_case_22_bad_images_are_skipped_and_listed(
     assert [row["reason"].split(" (")[0][:15] for row in rows] == ["cannot identify", "it is empty", "image file is t"]
 
 
-def test_case_22_bad_images_of_validation_and_test(fitted: Path) -> None:
+def test_case_22_bad_images_of_validation_and_test_are_skipped(fitted: Path) -> None:
     data = fitted / "data"
     (data / "test/red/00.png").write_bytes(b"")
     (data / "train/red/00.png").write_bytes(b"")
@@ -555,7 +559,7 @@ def test_case_22_bad_images_of_validation_and_test(fitted: Path) -> None:
 
 
 def parquet(file: Path, labels: list[Any], kind: Any) -> Path:
-    """Write a table of images with labels of any kind; return its folder."""
+    """Write a table of images with labels of this type, and return its folder."""
     rng = np.random.default_rng(0)
     cells = [{"bytes": png(colour_image(i % 3, rng)), "path": None} for i in range(len(labels))]
     features = datasets.Features({"img": datasets.Image(), "label": kind})
@@ -565,7 +569,9 @@ def parquet(file: Path, labels: list[Any], kind: Any) -> Path:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_case_22_rows_without_a_label(tmp_path: Path, named: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_case_22_rows_without_a_label_are_skipped(
+    tmp_path: Path, named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     labels: list[Any] = [i % 3 for i in range(20)]
     labels[4], labels[9] = None, -1 if named else None
     kind = datasets.ClassLabel(names=CLASSES) if named else datasets.Value("int64")
@@ -581,17 +587,17 @@ def test_case_22_rows_without_a_label(tmp_path: Path, named: bool, capsys: pytes
     assert rows[0]["reason"] == "label is empty"
 
 
-def test_case_28_rows_of_a_label_to_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    labels = [i % 3 - 1 for i in range(18)]  # -1, 0, 1
+def test_case_28_skip_label_leaves_rows_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = [i % 3 - 1 for i in range(18)]  # -1, 0 and 1 in turn
     data = parquet(tmp_path / "data/train.parquet", labels, datasets.Value("int64"))
     assert run(tmp_path / "runs", data, "fit", "--data.skip_label", "-1") == 0
     lines = capsys.readouterr().err.splitlines()
-    left = [int(line.split()[1]) for line in lines if "rows have the label of data.skip_label" in line]
-    assert sum(left) == 6
+    skipped = [int(line.split()[1]) for line in lines if "rows have the label of data.skip_label" in line]
+    assert sum(skipped) == 6
     assert any(line.startswith("labels: 2 classes: 0 ") for line in lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- row 23
+# ------------------------------------------------------------------------------------------- 23: bad images to predict
 
 
 def truncated(file: Path) -> None:
@@ -607,7 +613,7 @@ def text(file: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_case_23_good_photos_are_predicted_beside_bad_ones(
+def test_case_23_good_images_are_predicted_beside_bad_ones(
     fitted: Path, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = tree(fitted / "photos", " ".join(f"{i}.png" for i in range(7)))
@@ -635,11 +641,11 @@ def test_case_23_good_photos_are_predicted_beside_bad_ones(
 
 
 @pytest.mark.slow
-def test_case_23_several_processes(fitted: Path) -> None:
+def test_case_23_two_processes_predict_beside_bad_images(fitted: Path) -> None:
     photos = tree(fitted / "photos", " ".join(f"{i}.png" for i in range(5)))
     paths = ["--trainer.default_root_dir", str(fitted / "runs"), "--data.path", str(fitted / "data")]
     words = ["predict", *FAST, *paths, "--ckpt_path", "last", "--data.predict_path", str(photos)]
-    empty(photos / "1.png")  # of the second process, all of whose batches but this are good
+    empty(photos / "1.png")  # rank 1 reads this image
     run_on_two(words, fitted)
     rows = predictions(fitted / "runs/version_0")
     assert [(row["name"], bool(row["prediction"]), row["error"]) for row in rows] == [
@@ -650,7 +656,7 @@ def test_case_23_several_processes(fitted: Path) -> None:
     run_on_two(words, fitted, code=2)
 
 
-def test_case_23_no_photo_is_good(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_case_23_only_bad_images_are_refused(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tree(fitted / "photos", "1.png 2.png")
     for file in photos.iterdir():
         empty(file)
@@ -661,7 +667,7 @@ def test_case_23_no_photo_is_good(fitted: Path, capsys: pytest.CaptureFixture[st
     assert error == "error: data.predict_path: none of 2 inputs can be used; the first: it is empty."
 
 
-# ------------------------------------------------------------------------------------------------------------- row 28
+# ------------------------------------------------------------------------------ 28: backbones with timm's prefixes
 
 SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -675,14 +681,14 @@ def saved_backbone(folder: Path, safe: bool = True) -> Any:
 
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("prefix", ["local-dir:", "hf_hub:", "hf-hub:"])
-def test_case_28_a_backbone_with_timms_prefix(
+def test_case_28_a_backbone_with_a_prefix_of_timm_is_loaded(
     tmp_path: Path, prefix: str, safe: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved_backbone(tmp_path / "model", safe)
-    place = str(tmp_path / "model") if prefix == "local-dir:" else "someone/small-vit"
+    name = str(tmp_path / "model") if prefix == "local-dir:" else "someone/small-vit"
 
     def download(repo_id: str, filename: str, **_: Any) -> str:
-        assert repo_id == place
+        assert repo_id == name
         if not (tmp_path / "model" / filename).is_file():
             from huggingface_hub.errors import EntryNotFoundError
 
@@ -690,7 +696,7 @@ def test_case_28_a_backbone_with_timms_prefix(
         return str(tmp_path / "model" / filename)
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
-    built = ImageClassifier(backbone=f"{prefix}{place}").eval()
+    built = ImageClassifier(backbone=f"{prefix}{name}").eval()
     image = torch.randn(2, 3, 16, 16)
     expected = model.forward_head(model.forward_features(image), pre_logits=True)
     torch.testing.assert_close(built.backbone(image), expected)
@@ -698,7 +704,7 @@ def test_case_28_a_backbone_with_timms_prefix(
     assert built.preprocessing["input_size"] == (3, 16, 16)
 
 
-def test_case_28_fit_resume_and_export_from_a_local_directory(
+def test_case_28_fit_resume_and_export_with_a_local_directory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved_backbone(tmp_path / "model")
@@ -728,7 +734,7 @@ def test_case_28_fit_resume_and_export_from_a_local_directory(
         ("huggingface:organisation/name", "valid sources"),
     ],
 )
-def test_case_28_backbones_that_cannot_be_had(
+def test_case_28_unloadable_backbones_are_refused(
     tmp_path: Path, backbone: str, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -737,8 +743,8 @@ def test_case_28_backbones_that_cannot_be_had(
     saved_backbone(tmp_path / "pickle", safe=False)
     torch.save({"model": Malicious(tmp_path / "code-ran")}, tmp_path / "pickle/pytorch_model.bin")
     data = coloured(tmp_path / "data")
-    given = backbone.format(tmp_path)
-    options = ["--model.backbone", given, "--model.weights", "pretrained", "--model.backbone_args", "{}"]
+    name = backbone.format(tmp_path)
+    options = ["--model.backbone", name, "--model.weights", "pretrained", "--model.backbone_args", "{}"]
     assert run(tmp_path / "runs", data, "fit", *options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: model.")

@@ -1,4 +1,4 @@
-"""Runs that stop, resume, are killed or get checkpoints and callbacks that do not fit."""
+"""Cases of a run's life: stops, resumes, kills, unsupported callbacks and malformed checkpoints."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def stop_at(batch: int, hook: str = "on_train_batch_end") -> list[str]:
 
 
 def assert_same_best(cli: CommandLine, whole: int, resumed: int) -> None:
-    one, other = cli.checkpoint(whole, "best"), cli.checkpoint(resumed, "best")
-    assert one["global_step"] == other["global_step"]
-    assert all(torch.equal(tensor, other["state_dict"][name]) for name, tensor in one["state_dict"].items())
+    first, second = cli.checkpoint(whole, "best"), cli.checkpoint(resumed, "best")
+    assert first["global_step"] == second["global_step"]
+    assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
 
 
-# the others are planned for the steps that a run is told
+# other schedules depend on the planned number of steps, which --trainer.max_steps changes
 CONSTANT = ["--model.schedule=constant", "--model.warmup_ratio=0"]
 VAL_4, VAL_3, ACCUMULATE = (
     "--trainer.val_check_interval=4",
@@ -52,7 +52,7 @@ VAL_4, VAL_3, ACCUMULATE = (
     "--trainer.accumulate_grad_batches=3",
 )
 BY_STEPS = ["--trainer.max_steps=20", "--trainer.max_epochs=-1"]
-# options of both runs, what stops one of them, and the step that it then has
+# options of both runs, options that stop the second run, and the step of its last checkpoint
 STOPS = [
     (CONSTANT, ["--trainer.max_steps=3"], 3),
     ([VAL_4, ACCUMULATE], stop_at(4, "on_validation_end"), 1),
@@ -89,7 +89,7 @@ MORE_STOPS = [
 @pytest.mark.parametrize(
     ("options", "stop", "saved"), [*STOPS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_STOPS)]
 )
-def test_case_01_a_stop_without_a_signal_is_a_pause(
+def test_case_01_a_run_that_stops_early_resumes_bit_for_bit(
     cli: CommandLine, options: list[str], stop: list[str], saved: int
 ) -> None:
     assert cli("fit", *options) == 0
@@ -101,7 +101,7 @@ def test_case_01_a_stop_without_a_signal_is_a_pause(
 
 
 @pytest.mark.slow
-def test_case_01_a_stop_of_full_tuning_is_a_pause(cli: CommandLine) -> None:
+def test_case_01_full_tuning_that_stops_early_resumes_bit_for_bit(cli: CommandLine) -> None:
     full = "--model.tuning=full"
     assert cli("fit", full) == 0
     assert cli("fit", full, *stop_at(5)) == 0
@@ -110,8 +110,8 @@ def test_case_01_a_stop_of_full_tuning_is_a_pause(cli: CommandLine) -> None:
     assert_same_best(cli, whole=0, resumed=1)
 
 
-def test_case_01_the_schedule_ends_where_the_run_does(cli: CommandLine) -> None:
-    """A run that was stopped at 3 steps is planned anew for the 13 that are left of two epochs."""
+def test_case_01_the_schedule_of_a_resumed_run_ends_at_its_last_step(cli: CommandLine) -> None:
+    """The first run plans its schedule for 3 steps, the resumed run for all 16 steps of two epochs."""
     assert cli("fit", "--trainer.max_steps=3", "--model.warmup_ratio=0") == 0
     assert cli("fit", "--model.warmup_ratio=0", "--ckpt_path=last") == 0
     rates = cli.scalars("lr-AdamW/B")
@@ -119,7 +119,7 @@ def test_case_01_the_schedule_ends_where_the_run_does(cli: CommandLine) -> None:
     assert rates == pytest.approx(expected, rel=1e-5)
 
 
-def test_case_01_the_position_is_found_under_an_earlier_name_of_the_data_module(cli: CommandLine) -> None:
+def test_case_01_the_position_is_read_under_an_old_name_of_the_data_module(cli: CommandLine) -> None:
     assert cli("fit") == 0
     assert cli("fit", *stop_at(3)) == 0
     checkpoint = cli.checkpoint(1)
@@ -129,8 +129,8 @@ def test_case_01_the_position_is_found_under_an_earlier_name_of_the_data_module(
     assert_same_end_of_weights(cli, 0, 2)
 
 
-def test_case_01_a_checkpoint_that_an_older_version_wrote_in_mid_epoch_is_repaired(cli: CommandLine) -> None:
-    """Its epoch counts as done, while the position in the data is in its middle; it has no digests."""
+def test_case_01_a_mid_epoch_checkpoint_of_an_older_version_is_repaired(cli: CommandLine) -> None:
+    """The old checkpoint counts its epoch as finished, although the data are in mid-epoch. It has no digests."""
     assert cli("fit", *CONSTANT) == 0
     assert cli("fit", *CONSTANT, "--trainer.max_steps=3") == 0
     checkpoint = cli.checkpoint(1)
@@ -162,7 +162,7 @@ def assert_same_end_of_weights(cli: CommandLine, one: int, other: int) -> None:
         ("ModelPruning", ["--trainer.callbacks.pruning_fn=l1_unstructured"], "masked copies"),
     ],
 )
-def test_case_07_and_20_callbacks_that_do_not_fit_are_refused_by_name(
+def test_case_07_and_20_unsupported_callbacks_are_refused_by_name(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], callback: str, options: list[str], instead: str
 ) -> None:
     code = cli("fit", f"--trainer.callbacks+={callback}", *options)
@@ -170,8 +170,8 @@ def test_case_07_and_20_callbacks_that_do_not_fit_are_refused_by_name(
     assert not list(cli.root.glob("version_*"))
 
 
-def test_case_07_averaged_weights_are_in_every_file(cli: CommandLine) -> None:
-    """The average of AdapterAveraging against its closed form, of the weights that a run without it has."""
+def test_case_07_every_file_has_the_averaged_weights(cli: CommandLine) -> None:
+    """Compare AdapterAveraging with the closed form, computed from the weights of a run without averaging."""
     weights: list[dict[str, torch.Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -198,17 +198,17 @@ def test_case_07_averaged_weights_are_in_every_file(cli: CommandLine) -> None:
 
 
 class Rewriting(L.Callback):
-    """Changes what a checkpoint holds.
+    """Change the content of each checkpoint.
 
     Args:
-        how: In which way.
+        how: `rename` and `drop` change the state dict, and `copy` adds a second state dict.
     """
 
     def __init__(self, how: str = "rename") -> None:
         self.how = how
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Change it."""
+        """Change the content of this checkpoint."""
         state = checkpoint["state_dict"]
         if self.how == "rename":
             checkpoint["state_dict"] = {f"ema.{name}": tensor for name, tensor in state.items()}
@@ -219,7 +219,7 @@ class Rewriting(L.Callback):
 
 
 @pytest.mark.parametrize("how", ["rename", "drop", pytest.param("copy", marks=pytest.mark.slow)])
-def test_case_07_a_callback_that_rewrites_checkpoints_is_found_at_the_first_save(
+def test_case_07_a_callback_that_rewrites_checkpoints_is_refused_at_the_first_save(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     callback = ["--allow_imports", "tests.cases", "--trainer.callbacks+=tests.cases.test_lifecycle.Rewriting"]
@@ -229,28 +229,28 @@ def test_case_07_a_callback_that_rewrites_checkpoints_is_found_at_the_first_save
 
 
 @pytest.mark.slow
-def test_case_20_the_learning_rate_finder_finds_the_base_rate(
+def test_case_20_the_learning_rate_finder_sets_model_learning_rate(
     cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run is then the one that is told this learning rate, and the ratios of the groups hold."""
+    """The run equals a run with this learning rate, and the ratios of the parameter groups are kept."""
     finder = ["--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=30"]
     options = ["--model.lr_ratio_b=4", "--model.lr_ratio_head=2", "--trainer.max_epochs=4"]
     assert cli("fit", *options, *finder) == 0
     assert "from LearningRateFinder" in capsys.readouterr().err
-    found = cli.checkpoint()["hyper_parameters"]["learning_rate"]
-    assert found != 0.01
+    learning_rate = cli.checkpoint()["hyper_parameters"]["learning_rate"]
+    assert learning_rate != 0.01
     groups = {group["name"]: group["initial_lr"] for group in cli.checkpoint()["optimizer_states"][0]["param_groups"]}
-    assert groups["B"] == pytest.approx(4 * found) and groups["head"] == pytest.approx(2 * found)
-    assert cli("fit", *options, f"--model.learning_rate={found!r}") == 0
+    assert groups["B"] == pytest.approx(4 * learning_rate) and groups["head"] == pytest.approx(2 * learning_rate)
+    assert cli("fit", *options, f"--model.learning_rate={learning_rate!r}") == 0
     assert_same_end_of_weights(cli, 0, 1)
-    # a resumed run has what was found
+    # a resumed run keeps the learning rate
     assert cli("fit", *options, *finder, "--trainer.max_epochs=5", f"--ckpt_path={cli.run()}") == 0
     assert "LearningRateFinder is skipped" in capsys.readouterr().err
     assert cli.checkpoint()["global_step"] == 5 * STEPS_AN_EPOCH
-    assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == found
+    assert cli.checkpoint()["hyper_parameters"]["learning_rate"] == learning_rate
 
 
-def test_case_20_a_range_test_multiplies_the_rate_by_the_ratio_of_each_group() -> None:
+def test_case_20_a_range_test_applies_the_ratio_of_each_parameter_group() -> None:
     weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [w], "lr": 0.1} for w in weights])
     test = RangeTest(optimizer, 0.3, [0.3, 1.2])
@@ -265,21 +265,23 @@ def test_case_20_a_range_test_multiplies_the_rate_by_the_ratio_of_each_group() -
     assert [float(w) for w in weights] == pytest.approx([-0.2, -0.5])
 
 
-def test_case_20_a_timer_with_its_defaults(cli: CommandLine) -> None:
+def test_case_20_a_run_with_a_timer_can_be_resumed(cli: CommandLine) -> None:
     assert cli("fit", "--trainer.callbacks+=Timer", "--trainer.max_epochs=1") == 0
     config = cli.run() / "config.yaml"
     assert cli("fit", f"--config={config}", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
     assert cli.checkpoint()["global_step"] == 2 * STEPS_AN_EPOCH
 
 
-def test_case_20_a_checkpoint_of_weights_alone(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
-    own = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true"]
-    assert cli("fit", *own, f"--trainer.callbacks.dirpath={cli.root}", "--trainer.callbacks.filename=own") == 0
+def test_case_20_a_checkpoint_of_weights_alone_is_refused_by_fit(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true"]
+    assert cli("fit", *callback, f"--trainer.callbacks.dirpath={cli.root}", "--trainer.callbacks.filename=own") == 0
     refused(capsys, cli("fit", f"--ckpt_path={cli.root / 'own.ckpt'}"), "weights alone", "--model.adapter_path")
     assert cli("validate", f"--ckpt_path={cli.root / 'own.ckpt'}") == 0
 
 
-# -------------------------------------------------------------------------------------------------- inputs of a resume
+# ----------------------------------------------------------------------------------- changed data or frozen weights
 
 
 def paused(cli: CommandLine, data: Path) -> None:
@@ -304,7 +306,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "change",
     [name if name in ("removed", "edited") else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES],
 )
-def test_case_11_other_rows_are_refused_in_mid_epoch_and_named_at_its_end(
+def test_case_11_changed_rows_are_refused_in_mid_epoch_and_warned_about_at_its_end(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, parquet_path: Path, change: str
 ) -> None:
     data = Path(shutil.copytree(parquet_path, tmp_path / "data"))
@@ -320,7 +322,7 @@ def test_case_11_other_rows_are_refused_in_mid_epoch_and_named_at_its_end(
 
 
 @pytest.mark.parametrize("same_size", [True, False])
-def test_case_11_other_texts_are_refused_in_mid_epoch(
+def test_case_11_changed_texts_are_refused_in_mid_epoch(
     text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, cola_path: Path, same_size: bool
 ) -> None:
     data = Path(shutil.copytree(cola_path, tmp_path / "data"))
@@ -330,7 +332,7 @@ def test_case_11_other_texts_are_refused_in_mid_epoch(
     refused(capsys, code, "the training rows have changed since the checkpoint")
 
 
-def test_case_11_a_frozen_matrix_that_changed_in_its_middle_is_refused(
+def test_case_11_a_frozen_matrix_with_one_changed_entry_is_refused(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attach_to_others(self: AdaptedModule, heads: Any) -> None:
@@ -349,7 +351,7 @@ def flip_a_bit(tensor: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_case_11_a_digest_sees_each_bit_and_each_place(dtype: torch.dtype) -> None:
+def test_case_11_a_digest_depends_on_each_bit_and_on_order_and_shape(dtype: torch.dtype) -> None:
     weights = {"one": torch.randn(300, 200).to(dtype), "two": torch.randn(7).to(dtype)}
     digest = digest_of(weights)
     assert digest_of({name: tensor.clone() for name, tensor in weights.items()}) == digest
@@ -365,14 +367,14 @@ def test_case_11_a_digest_sees_each_bit_and_each_place(dtype: torch.dtype) -> No
     assert digest not in [digest_of(other) for other in others]
 
 
-# -------------------------------------------------------------------------------------------------------- ends of a fit
+# --------------------------------------------------------------------------------------------------------- end of a fit
 
 
-def test_case_25_a_fit_without_a_validation_is_named(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_case_25_a_fit_without_a_validation_warns(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("fit", "--trainer.max_steps=3") == 0
-    said = capsys.readouterr().err
-    assert "No validation has run, so there is no best.ckpt" in said
-    assert "Training stopped in mid-epoch, after 3 steps" in said
+    log = capsys.readouterr().err
+    assert "No validation has run, so there is no best.ckpt" in log
+    assert "Training stopped in mid-epoch, after 3 steps" in log
     assert cli("fit", "--trainer.max_epochs=1") == 0
     assert "No validation" not in capsys.readouterr().err
 
@@ -381,7 +383,7 @@ def test_case_25_a_fit_without_a_validation_is_named(cli: CommandLine, capsys: p
     "options",
     [["--trainer.max_epochs=2"], ["--trainer.max_epochs=1"], ["--trainer.max_epochs=-1", "--trainer.max_steps=16"]],
 )
-def test_case_26_nothing_is_left_to_do(
+def test_case_26_resuming_a_finished_run_changes_nothing(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     assert cli("fit") == 0
@@ -394,15 +396,15 @@ def test_case_26_nothing_is_left_to_do(
     assert (cli.run() / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
 
 
-# ------------------------------------------------------------------------------------------------- signals and workers
+# ----------------------------------------------------------------------------------------- signals, worker processes
 
 
 class Sending:
-    """Sends SIGTERM to its process when it is destroyed."""
+    """Send SIGTERM to the own process in `__del__`."""
 
     def __del__(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        for _ in range(100):  # the handler runs here
+        for _ in range(100):  # Python runs the signal handler between these instructions
             pass
 
 
@@ -423,7 +425,7 @@ class Sending:
         ),
     ],
 )
-def test_case_33_sigterm_in_a_destructor(
+def test_case_33_sigterm_in_a_destructor_stops_the_run(
     fitted_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -438,16 +440,16 @@ def test_case_33_sigterm_in_a_destructor(
     sent: list[Any] = []
     monkeypatch.setattr(AdapterCheckpoint, hook, send)
     assert fitted_cli(command, "--ckpt_path=last", "--trainer.max_epochs=1") == 143
-    said = capsys.readouterr().err
-    assert said.count("SIGTERM: stopped") == 1
-    assert "Traceback" not in said and "Exception ignored" not in said
+    log = capsys.readouterr().err
+    assert log.count("SIGTERM: stopped") == 1
+    assert "Traceback" not in log and "Exception ignored" not in log
     assert sys.unraisablehook is not None
 
 
-def test_case_33_what_a_stop_causes_is_no_error(
+def test_case_33_an_error_while_stopping_is_not_reported(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when Lightning tears down loaders whose workers are gone."""
+    """Lightning raises this error when it tears down loaders whose workers have ended."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("Please call `iter(combined_loader)` first.")
@@ -458,12 +460,12 @@ def test_case_33_what_a_stop_causes_is_no_error(
     monkeypatch.setattr(AdapterCheckpoint, "on_test_end", send)
     monkeypatch.setattr(AdapterCheckpoint, "on_exception", fail)
     assert fitted_cli("test", "--ckpt_path=last") == 143
-    said = capsys.readouterr().err
-    assert said.count("SIGTERM: stopped") == 1 and "error:" not in said
+    log = capsys.readouterr().err
+    assert log.count("SIGTERM: stopped") == 1 and "error:" not in log
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
-def test_case_34_a_worker_that_is_killed(
+def test_case_34_a_killed_worker_is_one_message_and_the_run_resumes(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     def kill(*_: object) -> None:
@@ -473,15 +475,15 @@ def test_case_34_a_worker_that_is_killed(
 
     monkeypatch.setattr(AdapterCheckpoint, f"on_{'train' if command == 'fit' else command}_batch_start", kill)
     code = fitted_cli(command, "--ckpt_path=last", "--data.num_workers=1", "--trainer.max_epochs=2")
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert code == 1
-    assert len(said) == 1 and "A worker process of the data loader was killed" in said[0]
+    assert len(errors) == 1 and "A worker process of the data loader was killed" in errors[0]
     monkeypatch.undo()
     assert fitted_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
     assert fitted_cli.checkpoint()["global_step"] == 2 * STEPS_AN_EPOCH
 
 
-# --------------------------------------------------------------------------------------------------- malformed content
+# ----------------------------------------------------------------------------------------------- malformed checkpoints
 
 
 def set_at(tree: Any, path: str, value: Any) -> None:
@@ -540,22 +542,22 @@ MALFORMED: list[tuple[str, Any]] = [
 def test_case_36_malformed_checkpoints_are_refused_in_one_message(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, cases: list[tuple[str, Any]]
 ) -> None:
-    whole = fitted_cli.checkpoint()
+    intact = fitted_cli.checkpoint()
     for key, value in cases:
-        content = copy.deepcopy(whole)
+        content = copy.deepcopy(intact)
         if value is MISSING:
             del content[key]
         else:
             set_at(content, key, value)
         torch.save(content, tmp_path / "some.ckpt")
         code = fitted_cli("fit", f"--ckpt_path={tmp_path / 'some.ckpt'}", "--trainer.max_epochs=2")
-        said = capsys.readouterr().err
-        lines = [line for line in said.splitlines() if line.startswith("error:")]
-        assert (code, len(lines), "Traceback" in said) == (2, 1, False), (key, value, said)
+        log = capsys.readouterr().err
+        lines = [line for line in log.splitlines() if line.startswith("error:")]
+        assert (code, len(lines), "Traceback" in log) == (2, 1, False), (key, value, log)
 
 
 @pytest.mark.parametrize("state", [None, "some", 5, {"best_model_path": 3}])
-def test_case_36_malformed_states_of_callbacks(
+def test_case_36_malformed_states_of_callbacks_are_refused(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, state: Any
 ) -> None:
     content = fitted_cli.checkpoint()

@@ -1,4 +1,4 @@
-"""Rows 8, 9, 10, 13, 14, 27 and 35 of the inputs that failed: what is trained, scored, exported and drawn."""
+"""Cases 8, 9, 10, 13, 14, 27 and 35: training, scores, exports, predictions and pictures."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def moved(module: Any) -> Any:
-    """Move the factors away from the start, where one is zero, and switch dropout off."""
+    """Fill both factors with noise, since one factor starts at zero, and disable dropout."""
     randomize(module.backbone)
     return module.eval()
 
@@ -94,7 +94,7 @@ TARGETS = ["w1", "w1 w2 w3 w4 w5 w6 w7", "good", "w1 w2", "the film was good . w
 
 
 def gradients_of_one_update(module: Any, batches: list[Any], accumulated: int) -> dict[str, Tensor]:
-    """Gradients that reach the optimizer in the one update of an epoch."""
+    """Return the gradients of the only optimizer step of an epoch."""
     trainer = quiet_trainer(accumulate_grad_batches=accumulated)
     trainer.fit(module, ready_loader(batches))
     assert trainer.global_step == 1
@@ -102,8 +102,8 @@ def gradients_of_one_update(module: Any, batches: list[Any], accumulated: int) -
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-@pytest.mark.parametrize("accumulated", [2, 5])  # 5: a last group with fewer batches than were asked for
-def test_case_08_each_token_weighs_the_same(tmp_path: Path, smoothing: float, accumulated: int) -> None:
+@pytest.mark.parametrize("accumulated", [2, 5])  # with 5, the last group has fewer batches
+def test_case_08_each_token_has_the_same_weight(tmp_path: Path, smoothing: float, accumulated: int) -> None:
     folder = save_backbone(tmp_path, "bart", init_std=0.3)
 
     def module() -> Any:
@@ -119,14 +119,14 @@ def test_case_08_each_token_weighs_the_same(tmp_path: Path, smoothing: float, ac
     tokens = every["labels"][every["labels"] != -100]
     F.cross_entropy(logits, tokens, label_smoothing=smoothing).backward()
     expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    found = gradients_of_one_update(module(), halves, accumulated)
-    assert found.keys() == expected.keys()
-    error = math.sqrt(sum(float((found[name] - gradient).square().sum()) for name, gradient in expected.items()))
+    actual = gradients_of_one_update(module(), halves, accumulated)
+    assert actual.keys() == expected.keys()
+    error = math.sqrt(sum(float((actual[name] - gradient).square().sum()) for name, gradient in expected.items()))
     assert error < 1e-5 * math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
 
 
 def test_case_08_the_sum_over_tokens_stays_in_the_range_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient scaler multiplies the loss by 2¹⁶ besides."""
+    """The gradient scaler multiplies the loss by another factor of 2¹⁶."""
     losses: list[Tensor] = []
     monkeypatch.setattr(L.LightningModule, "backward", lambda self, loss: losses.append(loss))
     module = EqualWeights()
@@ -137,7 +137,7 @@ def test_case_08_the_sum_over_tokens_stays_in_the_range_of_float16(monkeypatch: 
 
 
 @pytest.mark.slow
-def test_case_08_two_processes_train_summaries_as_one(summary_cli: CommandLine, tmp_path: Path) -> None:  # noqa: F811
+def test_case_08_two_processes_train_summaries_to_the_weights_of_one(summary_cli: CommandLine, tmp_path: Path) -> None:  # noqa: F811
     data = tmp_path / "data"
     for split, size in (("train", 50), ("validation", 10), ("test", 9)):
         rows = [{"document": TEXTS[i % 2], "summary": " ".join(["good"] * (1 + i % 7))} for i in range(size)]
@@ -150,8 +150,8 @@ def test_case_08_two_processes_train_summaries_as_one(summary_cli: CommandLine, 
 
 
 @pytest.mark.parametrize("accumulated", [1, 2, 4])
-def test_case_08_a_last_group_of_fewer_batches_is_a_mean_too(accumulated: int) -> None:
-    """Batches of labelled samples have one size; Lightning would divide the last group's sum by `accumulated`."""
+def test_case_08_the_gradient_of_a_smaller_last_group_is_a_mean(accumulated: int) -> None:
+    """Lightning would divide the sum over the last group by `accumulated`, although the group has fewer batches."""
     torch.manual_seed(0)
     names = ["a", "b", "c"]
     module: Any = moved(
@@ -163,9 +163,9 @@ def test_case_08_a_last_group_of_fewer_batches_is_a_mean_too(accumulated: int) -
     F.cross_entropy(module(images[: 4 * used]), labels[: 4 * used]).backward()
     expected = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
-    found = gradients_of_one_update(module, batches, accumulated)
+    actual = gradients_of_one_update(module, batches, accumulated)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 # ----------------------------------------------------------------------------------------------------------- 9: scripts
@@ -197,24 +197,24 @@ def test_case_09_tokens_of_every_script(script: str) -> None:
     assert rouge(text, text) == {**dict.fromkeys(KINDS, 1.0), "rouge2": 1.0 if len(tokens) > 1 else 0.0}
 
 
-def test_case_09_scores_are_those_of_the_tokens_as_latin_words() -> None:
-    """A cipher of letters that keeps words apart gives the score that `rouge_score` gives the plain text."""
+def test_case_09_scores_equal_those_of_the_same_words_in_latin_letters() -> None:
+    """Replace each Latin letter by a Cyrillic letter. The score must equal `rouge_score` of the Latin text."""
     plain = ("the cat sat on a mat", "a cat sat by the mat")
-    # no word of four letters or more, which would be stemmed
+    # words have at most three letters, since longer Latin words would be stemmed
     cipher = str.maketrans("abcehmnosty", "абвгдежзийк")
     scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(plain[1], plain[0])
-    found = rouge(plain[0].translate(cipher), plain[1].translate(cipher))
+    scores_of_cipher = rouge(plain[0].translate(cipher), plain[1].translate(cipher))
     for kind, score in scores.items():
-        assert found[kind] == pytest.approx(score.fmeasure, abs=1e-6)
+        assert scores_of_cipher[kind] == pytest.approx(score.fmeasure, abs=1e-6)
 
 
 def test_case_09_sentences_of_other_scripts_count_for_rouge_lsum() -> None:
-    found = rouge("我们去玩。今天天气好！", "今天天气好。我们去玩！")
-    assert found["rougeLsum"] == 1.0 > found["rougeL"]
+    scores = rouge("我们去玩。今天天气好！", "今天天气好。我们去玩！")
+    assert scores["rougeLsum"] == 1.0 > scores["rougeL"]
 
 
 @pytest.mark.parametrize("text", ["Über größere Häuser", "été à la plage", "Łódź, żółć", "Việt Nam đẹp", "x² ʻokina"])
-def test_case_09_latin_stays_as_rouge_score(text: str) -> None:
+def test_case_09_scores_of_latin_texts_equal_rouge_score(text: str) -> None:
     other = text.replace("a", "o")
     expected = RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(other, text)
     for kind, score in expected.items():
@@ -225,14 +225,14 @@ def test_case_09_latin_stays_as_rouge_score(text: str) -> None:
 
 
 def card_of(run: Path, output: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body of the model card of an export."""
+    """Export a run. Return the front matter and the body of its model card."""
     assert main(["export", str(run), "--format", "peft", "--output", str(output), *options]) == 0
     _, front, body = (output / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), body
 
 
 def published(front: dict[str, Any]) -> dict[str, float]:
-    """Metrics of the model index by split and name."""
+    """Return the metrics of the model index, by split and name."""
     results = [result for entry in front.get("model-index", []) for result in entry["results"]]
     return {
         f"{result['dataset']['split']}/{metric['type']}": metric["value"]
@@ -241,23 +241,23 @@ def published(front: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def test_case_10_keys_that_an_earlier_version_lacked_are_no_differences() -> None:
+def test_case_10_keys_with_defaults_that_an_older_version_lacked_are_no_differences() -> None:
     values = {"path": "digits", "max_test_samples": None}
     model = {"class_path": "modules.image_classification.ImageClassifier", "init_args": {"adapter": {"rank": 2}}}
     saved = {"model": model, "data": {"class_path": "datamodules.glue.GlueData", "init_args": values}}
     adapter = asdict(AdapterConfig(rank=2))
-    now = "datamodules.text_classification.TextClassificationData"
-    used = {
+    class_path = "datamodules.text_classification.TextClassificationData"
+    current = {
         "model": {**model, "init_args": {"adapter": adapter}},
-        "data": {"class_path": now, "init_args": {**values, "skip_bad_rows": 0}},
+        "data": {"class_path": class_path, "init_args": {**values, "skip_bad_rows": 0}},
     }
-    assert compare_configurations(saved, used) == []
-    used["data"] = {"class_path": now, "init_args": {**values, "skip_bad_rows": 3, "max_test_samples": 5}}
+    assert compare_configurations(saved, current) == []
+    current["data"] = {"class_path": class_path, "init_args": {**values, "skip_bad_rows": 3, "max_test_samples": 5}}
     adapter["rank_pattern"] = {"fc1": 4}
-    assert compare_configurations(saved, used) == ["model.adapter", "data.max_test_samples", "data.skip_bad_rows"]
+    assert compare_configurations(saved, current) == ["model.adapter", "data.max_test_samples", "data.skip_bad_rows"]
 
 
-def test_case_10_only_the_checkpoints_own_data_are_published(
+def test_case_10_only_tests_on_the_checkpoints_data_are_published(
     fitted_cli: CommandLine,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -272,25 +272,25 @@ def test_case_10_only_the_checkpoints_own_data_are_published(
     assert "The card leaves out test metrics" in capsys.readouterr().err
     assert fitted_cli("test", *run) == 0
     assert "metrics were computed with other values" not in capsys.readouterr().err
-    own = fitted_cli.metrics()
+    metrics = fitted_cli.metrics()
     for option in ("--data.max_test_samples=5", "--trainer.limit_test_batches=0.2"):
         assert fitted_cli("test", option, *run) == 0
         assert f"other values of {option[2:].partition('=')[0]} than" in capsys.readouterr().err
-        assert fitted_cli.metrics()["test/loss"] != own["test/loss"]
+        assert fitted_cli.metrics()["test/loss"] != metrics["test/loss"]
     front, body = card_of(fitted_cli.run(), tmp_path / "second")
     for name in ("loss", "acc1"):
-        assert published(front)[f"test/{name}"] == own[f"test/{name}"]
-    assert str(own["test/loss"]) in body
+        assert published(front)[f"test/{name}"] == metrics[f"test/{name}"]
+    assert str(metrics["test/loss"]) in body
 
 
 @pytest.mark.parametrize(("limit", "limited"), [(1, True), (1.0, False), (0.5, True), (0, False), (7, True)], ids=repr)
-def test_case_10_a_whole_split_is_told_from_one_batch(limit: float, limited: bool) -> None:
+def test_case_10_a_limit_of_1_is_one_batch_and_of_1_0_the_complete_split(limit: float, limited: bool) -> None:
     trainer = quiet_trainer(limit_test_batches=limit)
     assert _is_limited(trainer, "limit_test_batches") == limited
 
 
 def test_case_10_only_the_exported_checkpoint_is_published(cli: CommandLine, tmp_path: Path) -> None:  # noqa: F811
-    """Of the best and the last checkpoint, each card has its own validation and test."""
+    """The card of the best checkpoint and that of the last have the metrics of their own checkpoint."""
     options = (
         "--trainer.max_epochs=3",
         "--checkpoint.monitor=val/loss",
@@ -315,21 +315,21 @@ def test_case_10_only_the_exported_checkpoint_is_published(cli: CommandLine, tmp
     assert published(front)["validation/loss"] == pytest.approx(validated["validation/loss"])
 
 
-def test_case_10_metrics_of_an_earlier_test_do_not_stay(fitted_text_cli: CommandLine, tmp_path: Path) -> None:  # noqa: F811
-    own = ("--ckpt_path", str(fitted_text_cli.run()), "--data.test_on_validation=true")
-    assert fitted_text_cli("test", *own) == 0
+def test_case_10_a_test_removes_the_metrics_of_an_earlier_test(fitted_text_cli: CommandLine, tmp_path: Path) -> None:  # noqa: F811
+    options = ("--ckpt_path", str(fitted_text_cli.run()), "--data.test_on_validation=true")
+    assert fitted_text_cli("test", *options) == 0
     first = {name for name in fitted_text_cli.metrics() if name.startswith("test/")}
-    assert fitted_text_cli("test", *own, "--model.metrics=[accuracy, f1]") == 0
+    assert fitted_text_cli("test", *options, "--model.metrics=[accuracy, f1]") == 0
     second = {name for name in fitted_text_cli.metrics() if name.startswith("test/")}
     assert "test/matthews" in first - second
     assert {f"test/{name}" for name in ("accuracy", "f1", "loss", "score", "macro_f1", "ece")} == second
     assert fitted_text_cli.metrics()["params/trainable"] > 0
-    # the validation rows have chosen the checkpoint: their score is no test score of the run
+    # the validation rows have selected the checkpoint, so their score is not published as a test score
     front, _ = card_of(fitted_text_cli.run(), tmp_path / "card")
     assert not any(key.startswith("test/") for key in published(front))
 
 
-def test_case_10_further_training_makes_a_test_outdated(fitted_cli: CommandLine, tmp_path: Path) -> None:  # noqa: F811
+def test_case_10_further_training_removes_the_metrics_of_a_test(fitted_cli: CommandLine, tmp_path: Path) -> None:  # noqa: F811
     assert fitted_cli("test", "--ckpt_path=last") == 0
     assert "test/acc1" in fitted_cli.metrics()
     assert fitted_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
@@ -340,7 +340,7 @@ def test_case_10_further_training_makes_a_test_outdated(fitted_cli: CommandLine,
 
 
 @pytest.mark.parametrize("content", ["{", "[1, {}]", '[{"split": "test", "step": 8, "metrics": {"test/a": "x"}}]'])
-def test_case_10_a_record_of_another_form_is_left_out(tmp_path: Path, content: str) -> None:
+def test_case_10_malformed_evaluations_are_ignored(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)
     assert read_evaluations(tmp_path) == []
     add_evaluation(tmp_path, Evaluation("test", 8, (), {"test/a": 1.0}))
@@ -348,21 +348,21 @@ def test_case_10_a_record_of_another_form_is_left_out(tmp_path: Path, content: s
     assert evaluations_of_checkpoint({"global_step": 7}, tmp_path) == []
 
 
-# --------------------------------------------------------------------------------------------------- 13: loading again
+# ---------------------------------------------------------------------------------------- 13: code that loads exports
 
 IDS = torch.arange(4, 18).view(2, 7)
 START = torch.tensor([[2, 0, 44], [2, 0, 49]])
 
 
 def run_program(code: str) -> dict[str, Any]:
-    """Run code in a namespace of its own; the names that the code defines."""
+    """Run code in a new namespace, and return the names that the code defines."""
     namespace: dict[str, Any] = {}
     exec(code, namespace)
     return namespace
 
 
 def run_code(code: str) -> Any:
-    """Run code in a namespace of its own; the model that the code makes."""
+    """Run code in a new namespace, and return its `model`."""
     return run_program(code)["model"]
 
 
@@ -371,7 +371,7 @@ def images() -> Tensor:
 
 
 def vit_file(folder: Path, suffix: str, size: int = 16) -> str:
-    """Weights of a tiny ViT with a classifier of five classes, trained at some size."""
+    """Save the weights of a tiny ViT with five classes and this image size. Return the path."""
     torch.manual_seed(3)
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=5, img_size=size, **TINY)
     path = folder / f"vit{suffix}"
@@ -406,7 +406,7 @@ def language_module(backbone: Path, weights: str = "pretrained", **keys: Any) ->
 
 
 def other_weights(folder: Path, kind: str) -> str:
-    """A file of a backbone's weights that is not in its directory."""
+    """Save other weights of a backbone outside of its directory. Return the path."""
     path = folder / "other.safetensors"
     save_file(load_file(save_backbone(folder / "other", kind, seed=5) / "model.safetensors"), path)
     return str(path)
@@ -445,7 +445,7 @@ MERGED = ("vit pth", "another head", "gguf")
 
 
 def ask(module: Any, model: Any) -> Tensor:
-    """Logits of a plain model for the task of a module."""
+    """Return the logits of a loaded model, on inputs for the task of `module`."""
     if isinstance(module, ImageClassifier):
         return model(images())
     starts = {"decoder_input_ids": START} if isinstance(module, Summarizer) else {}
@@ -457,13 +457,13 @@ def own_logits(module: Any) -> Tensor:
 
 
 def texts_for(loader: Loader, folder: Path, module: Any) -> Iterator[str]:
-    """The printed code, and then the card's in another folder, where local weights have the names in the card."""
+    """Yield the printed code, then the card's code. The card runs in another folder, with links to local weights."""
     yield loader(str(folder))
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()
     folder.rename(elsewhere / folder.name)
     for source in (Path(module.hparams["backbone"]), Path(module.hparams["weights"])):
-        source = source.parent if source.suffix == ".gguf" else source  # which stands beside its directory
+        source = source.parent if source.suffix == ".gguf" else source  # a GGUF file is named relative to its directory
         if source.exists():
             (elsewhere / source.name).symlink_to(source)
     with pytest.MonkeyPatch.context() as patch:
@@ -480,7 +480,9 @@ def texts_for(loader: Loader, folder: Path, module: Any) -> Iterator[str]:
         *(pytest.param(name, write_merged, marks=pytest.mark.slow) for name in MODULES if name not in MERGED),
     ],
 )
-def test_case_13_code_gives_the_same_logits(tmp_path: Path, name: str, form: Callable[..., Loader]) -> None:
+def test_case_13_the_code_of_an_export_gives_the_same_logits(
+    tmp_path: Path, name: str, form: Callable[..., Loader]
+) -> None:
     module = moved(MODULES[name](tmp_path))
     expected = own_logits(module)
     with adapters_disabled(module.backbone):
@@ -488,7 +490,7 @@ def test_case_13_code_gives_the_same_logits(tmp_path: Path, name: str, form: Cal
     folder = tmp_path / "it's"
     folder.mkdir()
     for place, code in enumerate(texts_for(form(module, torch.float32, folder), folder, module)):
-        torch.rand(3)  # the code depends on no random numbers of this process
+        torch.rand(3)  # the code must not depend on the random state of this process
         names = run_program(code)
         assert not names["model"].training
         error, update = (float((logits - expected).norm()) for logits in (ask(module, names["model"]), frozen))
@@ -506,9 +508,9 @@ def test_case_13_code_gives_the_same_logits(tmp_path: Path, name: str, form: Cal
 
 
 @torch.no_grad()
-def test_case_13_weights_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm's own loading, with a file in the place of the hub."""
-    file = vit_file(tmp_path, ".safetensors", size=224)  # that of timm's own
+def test_case_13_code_for_weights_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm loads the weights, and a local file replaces the hub."""
+    file = vit_file(tmp_path, ".safetensors", size=224)  # the size of timm's weights
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: load_file(file))
     module = moved(image_module("pretrained"))
     (tmp_path / "peft").mkdir()
@@ -517,13 +519,13 @@ def test_case_13_weights_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @torch.no_grad()
-def test_case_13_printed_and_card(
+def test_case_13_the_printed_code_and_the_code_of_the_card_run(
     fitted_cli: CommandLine,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The printed program runs in any folder; the card's program runs in the folder of the export."""
+    """The printed code runs in any folder. The card's code runs in the folder of the export."""
     module = load_module(find_checkpoint(str(fitted_cli.run())), {})
     for form in ("peft", "merged"):
         words = ["export", str(fitted_cli.run()), "--format", form, "--output", str(tmp_path / form)]
@@ -536,7 +538,7 @@ def test_case_13_printed_and_card(
         assert len(card) == 1
 
 
-def test_case_13_the_printed_command_of_a_compact_export(
+def test_case_13_the_printed_command_of_a_compact_export_runs(
     fitted_cli: CommandLine,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -556,7 +558,7 @@ def test_case_13_the_printed_command_of_a_compact_export(
     assert json.loads((run / "metrics.json").read_text())["test/loss"] == pytest.approx(expected, abs=1e-7)
 
 
-# ---------------------------------------------------------------------------------- 14: what save_pretrained leaves out
+# ------------------------------------------------------------------------------ 14: merged exports in pipelines
 
 
 def merged(module: Any, folder: Path) -> Path:
@@ -567,20 +569,20 @@ def merged(module: Any, folder: Path) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bert", "roberta", "deberta", "distilbert"])
-def test_case_14_pairs_of_sentences(tmp_path: Path, kind: str) -> None:
-    """A tokenizer that makes types of tokens, for a backbone that may have no embeddings of them."""
+def test_case_14_pipelines_classify_pairs_of_sentences(tmp_path: Path, kind: str) -> None:
+    """The tokenizer returns token types, although some backbones have no embeddings for them."""
     module = text_module(tmp_path, kind)
     pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
     folder = merged(module, tmp_path / "merged")
     expected = module(dict(module.tokenizer(**pair, return_tensors="pt"))).softmax(-1)[0]
     classify = pipeline("text-classification", model=str(folder), tokenizer=str(folder), top_k=None)
-    found = {row["label"]: row["score"] for row in classify(pair)}
-    assert found == pytest.approx(dict(zip(module.class_names, expected.tolist(), strict=True)), abs=1e-5)
+    scores = {row["label"]: row["score"] for row in classify(pair)}
+    assert scores == pytest.approx(dict(zip(module.class_names, expected.tolist(), strict=True)), abs=1e-5)
 
 
 @torch.no_grad()
-def test_case_14_labels_scores_and_lengths(tmp_path: Path) -> None:
-    """A regression gives its score and not a sigmoid of it; texts are cut where the positions end."""
+def test_case_14_pipelines_return_labels_and_scores_and_cut_long_texts(tmp_path: Path) -> None:
+    """A regression returns its score without a sigmoid. Long texts are cut to the number of positions."""
     torch.manual_seed(0)
     backbone = save_classifier(tmp_path / "several", "roberta", [], problem_type="multi_label_classification")
     module: Any = TextClassifier(str(backbone), class_names=[], adapter=EVERY)
@@ -597,7 +599,7 @@ def test_case_14_labels_scores_and_lengths(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_case_14_a_decoder_generates_as_the_product(tmp_path: Path) -> None:
+def test_case_14_pipelines_generate_the_responses_of_the_module(tmp_path: Path) -> None:
     backbone = save_decoder(tmp_path / "llama", pad_token_id=None)
     byte_tokenizer(chat_template=None, pad_token=None).save_pretrained(backbone)
     module: Any = language_module(backbone, generation=Decoding(max_new_tokens=6))
@@ -616,7 +618,7 @@ def test_case_14_a_decoder_generates_as_the_product(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_case_14_summaries_and_images(tmp_path: Path) -> None:
+def test_case_14_summarizers_and_image_classifiers_keep_their_settings(tmp_path: Path) -> None:
     module = summary_module(tmp_path, "bart")
     module.backbone.config.task_specific_params = {"summarization": {"num_beams": 1, "max_length": 3}}
     folder = merged(module, tmp_path / "bart_merged")
@@ -635,7 +637,7 @@ def test_case_14_summaries_and_images(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- 27: predictions
 
 
-def test_case_27_each_prediction_has_files_of_its_own(tmp_path: Path) -> None:
+def test_case_27_each_prediction_has_new_files(tmp_path: Path) -> None:
     names = ["MNLI-m.tsv", "MNLI-mm.tsv"]
     assert [path.name for path in unused_paths(tmp_path, names)] == names
     (tmp_path / "MNLI-mm.tsv").touch()
@@ -644,7 +646,7 @@ def test_case_27_each_prediction_has_files_of_its_own(tmp_path: Path) -> None:
     assert [path.name for path in unused_paths(tmp_path, names)] == ["MNLI-m-2.tsv", "MNLI-mm-2.tsv"]
 
 
-def test_case_27_a_second_prediction_keeps_the_first(
+def test_case_27_a_second_prediction_keeps_the_files_of_the_first(
     fitted_cli: CommandLine,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -667,8 +669,10 @@ def test_case_27_a_second_prediction_keeps_the_first(
 
 
 @pytest.mark.drawn
-def test_case_35_a_weight_of_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its update is infinitely large, once there is one; the other layers' ratio is logged as ever."""
+def test_case_35_the_relative_norm_over_a_zero_weight_is_infinite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning names the zero weight. The relative norms of other layers are logged."""
     state = {**timm.create_model("vit_tiny_patch16_224", img_size=16, **TINY).state_dict()}
     state["blocks.1.mlp.fc1.weight"] = torch.zeros_like(state["blocks.1.mlp.fc1.weight"])
     save_file(state, tmp_path / "zero.safetensors")
@@ -690,7 +694,7 @@ def test_case_35_a_weight_of_zeros(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("trains", ["A", "B"])
-def test_case_35_ratio_of_nothing(trains: str) -> None:
+def test_case_35_the_relative_norm_of_a_zero_update_is_zero(trains: str) -> None:
     assert _ratio(0.0, 0.0) == 0.0
     assert _ratio(1.0, 0.0) == math.inf
     assert _ratio(1.0, 2.0) == 0.5

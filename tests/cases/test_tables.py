@@ -1,4 +1,4 @@
-"""Tables that users have somewhere: the command line reads each as meant, or one message says what is wrong where."""
+"""Cases of tables: the command line reads the table, or one message names the fault, the file and the row."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def csv_of(rows: list[Row]) -> str:
 
 
 def findings_of(path: Path) -> list[str]:
-    """Return the lines of a fit about its data."""
+    """Return the lines about the data that a fit logs."""
     data = TextClassificationData(str(path), text_columns=["text"], batch_size=2)
     lines: list[str] = set_up(data, text_model(word_tokenizer())).findings.take_lines()
     return lines
 
 
-def test_case_02_what_is_read_and_what_is_not_is_reported(tmp_path: Path) -> None:
+def test_case_02_rows_columns_and_unread_files_are_reported(tmp_path: Path) -> None:
     train = put(tmp_path / "train.csv", csv_of(labelled(["a", "b"] * 10)))
     put(tmp_path / "reviews.csv", csv_of(labelled([0, 1])))
-    put(tmp_path / "dataset_infos.json", "{}")  # of the `datasets` library
+    put(tmp_path / "dataset_infos.json", "{}")  # metadata of the `datasets` library
     assert findings_of(tmp_path) == [
         "labels: 2 classes: a 9, b 9",
         "columns: text of text; labels of label",
@@ -52,24 +52,28 @@ def test_case_02_what_is_read_and_what_is_not_is_reported(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("text;label\na;1\n", "separated by semicolons"),
         ("good film,1\nbad film,0\n", "The first line of the file must name its columns"),
     ],
 )
-def test_case_28_a_first_line_that_names_other_columns(tmp_path: Path, content: str, said: str) -> None:
+def test_case_28_a_first_line_without_column_names_is_refused(tmp_path: Path, content: str, message: str) -> None:
     put(tmp_path / "train.csv", content)
-    with refuses("data.", said):
+    with refuses("data.", message):
         findings_of(tmp_path)
 
 
-def words(command: str, folder: Path, backbone: Path, *more: str) -> list[str]:
-    """A command on folder/data that writes to folder/runs."""
+def words(command: str, folder: Path, backbone: Path, *options: str) -> list[str]:
+    """Return the arguments of a command that reads `folder`/data and writes to `folder`/runs."""
     task = ["--data.task=null", "--data.text_columns=[text]", "--model.tuning=head"]
     paths = [f"--data.path={folder / 'data'}", f"--model.backbone={backbone}"]
-    where = ["--config=tests/conf/text.yaml", f"--trainer.default_root_dir={folder / 'runs'}", "--trainer.max_epochs=1"]
-    return [command, *where, *task, *paths, *more]
+    run_options = [
+        "--config=tests/conf/text.yaml",
+        f"--trainer.default_root_dir={folder / 'runs'}",
+        "--trainer.max_epochs=1",
+    ]
+    return [command, *run_options, *task, *paths, *options]
 
 
 def test_case_21_classes_of_test_are_checked_before_training(
@@ -78,8 +82,8 @@ def test_case_21_classes_of_test_are_checked_before_training(
     put(tmp_path / "data/train.csv", csv_of(labelled(["a", "b"] * 10)))
     put(tmp_path / "data/test.csv", csv_of(labelled(["a", "c"])))
     assert main(words("fit", tmp_path, roberta_path, "--test_after_fit", "true")) == 2
-    told = capsys.readouterr().err
-    assert "test.csv has classes that the model was not trained on (c)" in told
+    log = capsys.readouterr().err
+    assert "test.csv has classes that the model was not trained on (c)" in log
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
@@ -100,8 +104,10 @@ def test_case_22_bad_rows_of_classification_are_skipped_counted_and_named(
     assert "train: 17 rows of" in caplog.text
     assert "labels: 2 classes: a 10, b 7" in caplog.text
     put(tmp_path / "new.csv", 'text\ngood\n""\nbad\n')
-    asked = words("predict", tmp_path, roberta_path, "--ckpt_path=last", f"--data.predict_path={tmp_path / 'new.csv'}")
-    assert main(asked) == 0
+    command = words(
+        "predict", tmp_path, roberta_path, "--ckpt_path=last", f"--data.predict_path={tmp_path / 'new.csv'}"
+    )
+    assert main(command) == 0
     with next((tmp_path / "runs").rglob("predictions.csv")).open() as stream:
         written = list(csv.DictReader(stream))
     assert [row["id"] for row in written] == ["0", "1", "2"]
@@ -109,23 +115,23 @@ def test_case_22_bad_rows_of_classification_are_skipped_counted_and_named(
     assert [row["error"] for row in written] == ["", "has no text in column text", ""]
 
 
-def test_case_28_a_pad_token_by_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_case_28_model_pad_token_names_the_padding_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     backbone = save_decoder(tmp_path / "llama", pad_token_id=None)
     byte_tokenizer(pad_token=None).save_pretrained(backbone)
     put(tmp_path / "data/train.csv", csv_of(labelled(["a", "b"] * 10)))
-    asked = words("fit", tmp_path, backbone)
-    assert main(asked) == 2
+    command = words("fit", tmp_path, backbone)
+    assert main(command) == 2
     assert "Set model.pad_token to" in capsys.readouterr().err
-    assert main([*asked, "--model.pad_token=<|nowhere|>"]) == 2
+    assert main([*command, "--model.pad_token=<|nowhere|>"]) == 2
     assert "model.pad_token: '<|nowhere|>' is no token" in capsys.readouterr().err
-    assert main([*asked, "--model.pad_token=<|im_end|>"]) == 0
+    assert main([*command, "--model.pad_token=<|im_end|>"]) == 0
 
 
-def test_case_36_the_command_line_refuses_them_in_one_message(
+def test_case_36_a_column_named_twice_is_refused_in_one_message(
     tmp_path: Path, roberta_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(tmp_path / "data/train.csv", csv_of(labelled(["a", "b"] * 10)))
     assert main([*words("fit", tmp_path, roberta_path), "--data.text_columns=[text,text]"]) == 2
-    told = capsys.readouterr().err
-    assert "data.text_columns: text is named twice" in told
-    assert "Traceback" not in told
+    log = capsys.readouterr().err
+    assert "data.text_columns: text is named twice" in log
+    assert "Traceback" not in log

@@ -1,4 +1,4 @@
-"""Log records of data modules are printed, as by the command line; tests that ask for it have a cache of their own."""
+"""Fixtures of data modules: log records go to stderr as on the command line, and `cache` is a new cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def printed_logs() -> Iterator[None]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that no other test has written to."""
+    """Return the folder of a new cache of `datasets`."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     return folder

@@ -1,4 +1,4 @@
-"""A file or a directory is there whole or not at all; leftovers of killed processes go, files being written stay."""
+"""Atomic writes: a file or directory is complete or absent. Stale temporary files of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with atomic_write(path) as file:
         file.write(b"new")
@@ -59,21 +59,22 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), KeyboardInterrupt(), OSError(errno.EIO, "of another file")])
-def test_an_error_of_the_context_is_its_own(tmp_path: Path, error: BaseException) -> None:
+def test_an_error_inside_the_context_is_raised_unchanged(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(type(error)) as caught, atomic_write(path) as file:
         file.write(b"new")
         raise error
     assert caught.value is error
-    kind = WriteError if isinstance(error, OSError) else type(error)  # a library's name of the file is not at hand
+    # a directory's OSError becomes a WriteError, since a library may not name the file
+    kind = WriteError if isinstance(error, OSError) else type(error)
     with pytest.raises(kind), atomic_directory(tmp_path / "folder"):
         raise error
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == {"file"}
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with no_file_larger_than(1000):
@@ -85,7 +86,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
         with pytest.raises(WriteError, match="File too large"), atomic_write(path) as file:
             try:
                 file.write(bytes(2000))
-            except OSError:  # as torch's writer of zip files
+            except OSError:  # as torch's zip writer does
                 raise RuntimeError("unexpected position") from None
         with pytest.raises(WriteError, match="File too large"), atomic_write_text(path) as text:
             text.write("x" * 2000)
@@ -98,7 +99,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["missing/file", "file/below"])
-def test_a_place_that_is_none(tmp_path: Path, place: str) -> None:
+def test_a_path_without_a_parent_directory_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=f"{place} could not be written"), atomic_write(tmp_path / place):
         pass
@@ -119,10 +120,10 @@ def test_no_write_follows_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (inside / "file").is_symlink()
 
 
-def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
+def test_a_directory_replaces_an_empty_directory_or_any_with_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
-    with atomic_directory(path) as folder:  # an empty one
+    with atomic_directory(path) as folder:  # `path` is empty
         (folder / "a").write_text("1")
         (folder / "a").chmod(0o600)
     assert (path / "a").stat().st_mode & 0o777 == 0o666 & path.stat().st_mode
@@ -138,20 +139,20 @@ def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
     assert names(tmp_path) == {"folder", "link"}
 
 
-def test_a_name_as_long_as_a_file_system_allows(tmp_path: Path) -> None:
+def test_the_longest_possible_file_name_is_written(tmp_path: Path) -> None:
     path = tmp_path / ("é" * 127)
     with atomic_write(path) as file:
         file.write(b"1")
     assert names(tmp_path) == {path.name}
 
 
-def test_text_takes_any_name(tmp_path: Path) -> None:
+def test_text_may_have_characters_that_are_not_utf8(tmp_path: Path) -> None:
     with atomic_write_text(tmp_path / "file") as file:
         file.write("ü\udce9\r\n")
     assert (tmp_path / "file").read_bytes() == "ü\\udce9\r\n".encode()
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     words = [sys.executable, "-c", WRITER, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
@@ -159,7 +160,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
         before = names(tmp_path)
         assert len(before) == 2
         remove_stale(tmp_path)
-        with atomic_write(tmp_path / "file") as file:  # at the same time as the other process
+        with atomic_write(tmp_path / "file") as file:  # while the other process writes too
             file.write(b"whole")
         assert names(tmp_path) == before | {"file"}
         process.send_signal(signal.SIGKILL)
@@ -172,8 +173,8 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == {"file", "folder"}
 
 
-def test_a_worker_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
-    """A worker that was forked while a file was written outlives a parent that was killed, by some seconds."""
+def test_a_forked_worker_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
+    """A worker forked during a write outlives a killed parent by some seconds."""
     with subprocess.Popen([sys.executable, "-c", FORKING, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
@@ -182,4 +183,4 @@ def test_a_worker_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
         assert len(names(tmp_path)) == 2
         remove_stale(tmp_path)
         assert names(tmp_path) == set()
-        os.kill(worker, signal.SIGKILL)  # which was there until now
+        os.kill(worker, signal.SIGKILL)  # the worker was still running

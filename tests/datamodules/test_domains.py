@@ -1,4 +1,4 @@
-"""Environments in DomainBed's layout: which images are trained on and tested, and what is refused."""
+"""Environments in DomainBed's layout: training images, test images and bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = ("bird", "dog")
 
 
 def write(root: Path, environments: Mapping[str, int], classes: Sequence[str] = CLASSES) -> Path:
-    """Images of one grey each, alternating between the classes; grey k of an environment is its k-th image."""
+    """Write images of uniform grey, with the classes in turn. Image number k of an environment has grey level k."""
     for environment, size in environments.items():
         for i in range(size):
             file = root / environment / classes[i % len(classes)] / f"{i:03}.png"
@@ -57,7 +57,7 @@ def levels(batches: Any) -> list[int]:
 def test_every_image_of_the_training_environment_is_in_one_split(root: Path) -> None:
     data = fitted(root)
     sizes = {name: len(images) for name, images in data.splits.items()}
-    # 20 % of 40 are tested, 10 % of the other 32 validated
+    # test: 20 % of 40; validation: 10 % of the other 32
     assert sizes == {"train": 29, "val": 3, "test": 8, "Real World": 20, "location_100": 30}
     parts = [data.splits[name].rows.tolist() for name in ("train", "val", "test")]
     assert sorted(row for rows in parts for row in rows) == list(range(40))
@@ -67,13 +67,13 @@ def test_every_image_of_the_training_environment_is_in_one_split(root: Path) -> 
     assert parts[2] != other.splits["test"].rows.tolist()
 
 
-def test_what_is_tested_does_not_depend_on_what_is_validated(root: Path) -> None:
+def test_test_images_do_not_depend_on_val_fraction_or_limits(root: Path) -> None:
     first, second = fitted(root), fitted(root, val_fraction=0.4, max_train_samples=5)
     assert torch.equal(first.splits["test"].rows, second.splits["test"].rows)
     assert len(second.splits["train"]) == 5
 
 
-def test_the_in_domain_test_comes_first_and_then_each_other_environment(root: Path) -> None:
+def test_test_loaders_are_the_in_domain_test_and_each_other_environment(root: Path) -> None:
     data = fitted(root)
     in_domain, real_world, location = data.test_dataloader()
     assert len(levels(in_domain)) == 8
@@ -85,14 +85,14 @@ def test_the_in_domain_test_comes_first_and_then_each_other_environment(root: Pa
 
 
 def test_classes_are_matched_by_name(root: Path) -> None:
-    extra = write(root, {"sketch": 9}, ["dog"])  # its only class is the second of the others
+    extra = write(root, {"sketch": 9}, ["dog"])  # an environment with class `dog` alone, which has number 1
     data = fitted(extra)
     assert data.class_names == ["bird", "dog"]
     assert {int(row["label"]) for row in data.splits["sketch"]} == {1}
     assert "sketch has no images of 1 classes: bird" in data.findings.take_lines()
 
 
-def test_the_training_sample_is_not_augmented(root: Path) -> None:
+def test_the_training_sample_has_unaugmented_training_images(root: Path) -> None:
     data = fitted(root)
     sample = levels(data.training_sample(20))
     trained = [int(data.splits["train"].table.names[row][-7:-4]) for row in data.splits["train"].rows.tolist()]
@@ -102,7 +102,7 @@ def test_the_training_sample_is_not_augmented(root: Path) -> None:
     assert levels(data.training_sample(1000)) == sorted(trained)
 
 
-def test_bad_images_are_skipped_by_environment(root: Path) -> None:
+def test_bad_images_are_counted_for_each_environment(root: Path) -> None:
     (root / "Real World" / "dog" / "001.png").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"Real World.*cannot be decoded"):
         fitted(root)
@@ -122,7 +122,9 @@ def test_bad_images_are_skipped_by_environment(root: Path) -> None:
         ({}, {"test_fraction": 1.0}, "data.test_fraction: 1.0 must lie in .0, 1."),
     ],
 )
-def test_refused(root: Path, change: dict[str, Sequence[str]], keys: dict[str, Any], message: str) -> None:
+def test_bad_environments_and_options_are_refused(
+    root: Path, change: dict[str, Sequence[str]], keys: dict[str, Any], message: str
+) -> None:
     for environment, classes in change.items():
         write(root, {environment: 4}, classes)
     with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""Instructions and chats: what is learnt of the rows of a file, packs, prompts to continue, rows that are refused."""
+"""Instructions and chats: tokens in the loss, packs, prompts to predict, and bad rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.trainers import stub_trainer, text_model
 Row = dict[str, Any]
 SIZES = {"train": 24, "validation": 7, "test": 5}
 TOKENIZER = byte_tokenizer()
-# a template that refuses some conversations, as those of several models do
+# a template that refuses some conversations, as the templates of several models do
 STRICT = (
     "{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
     "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% endfor %}" + CHAT
@@ -32,19 +32,19 @@ STRICT = (
 
 
 def row_of(split: str, i: int) -> Row:
-    """Alpaca's columns that say where they come from, of several lengths, every other without an input."""
+    """Return a row of Alpaca's columns that names its split and number. Lengths differ; every second input is empty."""
     output = f"{split} {i}" + " yes" * (i * 5 % 7)
     return {"instruction": f"Do {i}" + "!" * (i * 7 % 11), "input": "" if i % 2 else f"it {i}", "output": output}
 
 
 def chat_of(row: Row) -> list[Row]:
-    """The same as messages."""
-    asked = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-    return turns(asked, row["output"])
+    """Return the same row as messages."""
+    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+    return turns(question, row["output"])
 
 
 def turns(*contents: Any) -> list[Row]:
-    """Messages of a user and an assistant by turns."""
+    """Return messages of a user and an assistant in turn."""
     return [{"role": ["user", "assistant"][i % 2], "content": content} for i, content in enumerate(contents)]
 
 
@@ -64,7 +64,7 @@ def prepared(path: Path, stage: str = "fit", *, model: Any = None, **keys: Any) 
 
 
 def dataset_of(path: Path, rows: list[Row], **keys: Any) -> Any:
-    """The data set of a test split of these rows."""
+    """Return the data set of a test split with these rows."""
     return prepared(write_rows(path / "rows" / "test.jsonl", rows).parent, "test", **keys).splits["test"][0]
 
 
@@ -76,16 +76,16 @@ def texts(dataset: Any, column: str = "input_ids") -> list[str]:
 
 
 def alpaca(row: Row) -> str:
-    """Alpaca's text of a row, without its response."""
-    given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
-    more = ", paired with an input that provides further context" if row["input"] else ""
+    """Return Alpaca's prompt of a row."""
+    input_section = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+    input_hint = ", paired with an input that provides further context" if row["input"] else ""
     return (
-        f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the "
-        f"request.\n\n### Instruction:\n{row['instruction']}\n\n{given}### Response:"
+        f"Below is an instruction that describes a task{input_hint}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{row['instruction']}\n\n{input_section}### Response:"
     )
 
 
-def test_alpacas_columns_in_alpacas_template(tmp_path: Path) -> None:
+def test_alpacas_columns_fill_alpacas_template(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, rows_of("test"))
     assert texts(dataset) == [f"{alpaca(row)}{row['output']}<|im_end|>" for row in rows_of("test")]
     assert texts(dataset, "labels") == [f"{row['output']}<|im_end|>" for row in rows_of("test")]
@@ -113,7 +113,7 @@ def test_the_tokenizers_own_chat_template(tmp_path: Path, stored: str) -> None:
     assert texts(dataset, "labels") == [f"{row['output']}<|im_end|>" for row in rows]
 
 
-def test_every_response_of_a_chat_is_learnt_and_no_prompt(tmp_path: Path) -> None:
+def test_the_loss_covers_every_response_of_a_chat_and_no_prompt(tmp_path: Path) -> None:
     named = [{"talk": [{"role": "system", "content": "S"}, *turns("Hi", "Yo", "Why?", "So", "And?")]}]
     dataset = dataset_of(tmp_path, named, template="chat", messages_column="talk", system_prompt="not this")
     assert texts(dataset, "labels") == ["Yo<|im_end|>So<|im_end|>"]
@@ -122,13 +122,13 @@ def test_every_response_of_a_chat_is_learnt_and_no_prompt(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
-def test_the_system_prompt_is_before_the_question(tmp_path: Path, template: str) -> None:
+def test_the_system_prompt_precedes_the_question(tmp_path: Path, template: str) -> None:
     (text,) = texts(dataset_of(tmp_path, rows_of("test", 1), template=template, system_prompt="Be brief."))
     begins = {"alpaca": "Be brief.\n\n### Instruction:\nDo", "chat": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_st"}
     assert text.startswith(begins[template])
 
 
-def test_several_templates_of_a_tokenizer_have_a_default_one() -> None:
+def test_the_default_template_of_several_is_used() -> None:
     def template(of_tokenizer: Any, name: Any = "chat") -> str:
         data = LanguageModelingData("somewhere", template=name)
         data.trainer = stub_trainer(lightning_module=text_model(byte_tokenizer(of_tokenizer)))
@@ -141,21 +141,21 @@ def test_several_templates_of_a_tokenizer_have_a_default_one() -> None:
             template(none)
 
 
-def test_end_marks_are_taken_off(tmp_path: Path) -> None:
+def test_end_marks_are_removed(tmp_path: Path) -> None:
     rows = [{"instruction": "a", "input": "", "output": text} for text in ("b<|endoftext|>", " b ", "b END")]
     assert texts(dataset_of(tmp_path, rows), "labels") == ["b<|im_end|>", " b <|im_end|>", "b END<|im_end|>"]
     others = texts(dataset_of(tmp_path, rows, end_mark="END"), "labels")
     assert others == ["b<|endoftext|><|im_end|>", " b <|im_end|>", "b<|im_end|>"]
 
 
-def test_special_tokens_in_texts_are_taken_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_special_tokens_in_texts_are_removed_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*rows_of("test", 3), {"instruction": "a", "input": "<unk>b", "output": "c<|im_end|>d<|im_start|>"}]
     dataset = dataset_of(tmp_path, rows)
     assert texts(dataset, "labels")[3] == "cd<|im_end|>"
     assert dataset.data["labels"][3].count(TOKENIZER.eos_token_id) == 1
     where = tmp_path / "rows/test.jsonl"
-    said = capsys.readouterr().err.splitlines()
-    assert f"warning: 1 rows of {where} hold special tokens of the tokenizer, which are removed." in said
+    log = capsys.readouterr().err.splitlines()
+    assert f"warning: 1 rows of {where} hold special tokens of the tokenizer, which are removed." in log
 
 
 def test_long_conversations_keep_their_response(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_inputs_may_be_missing(tmp_path: Path, nothing: Any) -> None:
     assert texts(prepared(table.parent, "test").splits["test"][0]) == expected
 
 
-def test_columns_of_other_names(tmp_path: Path) -> None:
+def test_columns_may_have_other_names(tmp_path: Path) -> None:
     rows = [{"q": r["instruction"], "c": r["input"], "a": r["output"], "input": "x"} for r in rows_of("test")]
     keys = {"instruction_column": "q", "response_column": "a"}
     named = texts(dataset_of(tmp_path, rows, **keys, input_column="c"))
@@ -189,66 +189,66 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["instruction", "labels", "input_ids", "length"])
-def test_a_response_column_of_any_name(tmp_path: Path, name: str) -> None:
+def test_a_response_column_may_have_any_name(tmp_path: Path, name: str) -> None:
     rows = [{"instruction": "a", name: f"b{i}"} for i in range(3)]
     dataset = dataset_of(tmp_path, rows, response_column=name)
     assert texts(dataset, "labels") == [f"b{i}<|im_end|>" for i in range(3)]
-    asked = "b1" if name == "instruction" else "a"  # one column may be both
-    assert texts(dataset)[1] == alpaca({"instruction": asked, "input": ""}) + "b1<|im_end|>"
+    instruction = "b1" if name == "instruction" else "a"  # one column may be instruction and response
+    assert texts(dataset)[1] == alpaca({"instruction": instruction, "input": ""}) + "b1<|im_end|>"
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
 def sequences(batch: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the whole texts of a batch of packs, and the parts that are learnt."""
-    found = []
+    """Return each sequence in a batch of packs: its text and its part in the loss."""
+    learnt_sequences = []
     for ids, labels, positions in zip(batch["input_ids"], batch["labels"], batch["position_ids"], strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         for a, b in pairwise(starts):
             assert positions[a:b].tolist() == list(range(b - a))
             learnt = labels[a:b] != -100
             if learnt.any():
-                found.append((TOKENIZER.decode(ids[a:b]), TOKENIZER.decode(labels[a:b][learnt])))
+                learnt_sequences.append((TOKENIZER.decode(ids[a:b]), TOKENIZER.decode(labels[a:b][learnt])))
             else:
-                assert set(ids[a:b].tolist()) == {TOKENIZER.pad_token_id}  # what fills a pack up
-    return found
+                assert set(ids[a:b].tolist()) == {TOKENIZER.pad_token_id}  # padding at the end of a pack
+    return learnt_sequences
 
 
 PACKED: Row = {"packing": True, "template": "chat"}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_packs_are_whole_conversations(folder: Path, num_workers: int) -> None:
+def test_packs_have_complete_conversations(folder: Path, num_workers: int) -> None:
     data = prepared(folder, **PACKED, max_length=200, batch_size=2, num_workers=num_workers)
     batches = list(data.train_dataloader())
     assert all(set(batch) == {"input_ids", "labels", "position_ids"} for batch in batches)
     assert all(batch["input_ids"].shape[1] <= 200 for batch in batches)
-    found = [sequence for batch in batches for sequence in sequences(batch)]
+    packed = [sequence for batch in batches for sequence in sequences(batch)]
     known = {
         TOKENIZER.apply_chat_template(chat_of(row), tokenize=False): f"{row['output']}<|im_end|>"
         for row in rows_of("train")
     }
-    assert all(known[text] == learnt for text, learnt in found)
-    assert len(set(found)) == len(found) > 3 * sum(len(batch["input_ids"]) for batch in batches) / 2
-    assert "attention_mask" in next(iter(data.val_dataloader()[0]))  # evaluation is the same with and without
+    assert all(known[text] == learnt for text, learnt in packed)
+    assert len(set(packed)) == len(packed) > 3 * sum(len(batch["input_ids"]) for batch in batches) / 2
+    assert "attention_mask" in next(iter(data.val_dataloader()[0]))  # evaluation does not pack
     with refuses(
         "data.packing: 24 conversations fill", "packs of 400 tokens, fewer than one batch of 16 × 1 processes"
     ):
         prepared(folder, **PACKED, max_length=400, batch_size=16).train_dataloader()
 
 
-def test_training_goes_on_in_the_middle_of_an_epoch_of_packs(folder: Path) -> None:
+def test_training_with_packs_resumes_in_the_middle_of_an_epoch(folder: Path) -> None:
     keys = {**PACKED, "max_length": 150, "batch_size": 1}
     data, model = prepared(folder, **keys), text_model(TOKENIZER)
-    whole = list(data.train_dataloader())
-    data.trainer = stub_trainer(lightning_module=model, batches_done=3, epoch_batches=len(whole))
+    all_batches = list(data.train_dataloader())
+    data.trainer = stub_trainer(lightning_module=model, batches_done=3, epoch_batches=len(all_batches))
     resumed = LanguageModelingData(str(folder), **keys)
     resumed.load_state_dict(data.state_dict())
-    rest = list(set_up(resumed, model).train_dataloader())
-    assert len(rest) == len(whole) - 3 > 2
-    for one, other in zip(rest, whole[3:], strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in whole[0])
+    remaining = list(set_up(resumed, model).train_dataloader())
+    assert len(remaining) == len(all_batches) - 3 > 2
+    for one, other in zip(remaining, all_batches[3:], strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in all_batches[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- prediction
@@ -260,15 +260,15 @@ def completed(data: Any) -> list[Row]:
 
 
 @pytest.mark.parametrize("bucket_by_length", [True, False])
-def test_prompts_to_predict_are_padded_at_the_left(folder: Path, bucket_by_length: bool) -> None:
+def test_prompts_to_predict_are_padded_on_the_left(folder: Path, bucket_by_length: bool) -> None:
     data = prepared(folder, "predict", bucket_by_length=bucket_by_length)
-    found = {}
+    prompts = {}
     for batch in data.predict_dataloader()[0]:
         assert batch["attention_mask"][:, -1].all()
-        for ids, seen, index in zip(batch["input_ids"], batch["attention_mask"], batch["index"].tolist(), strict=True):
-            assert seen.tolist() == sorted(seen.tolist())
-            found[index] = TOKENIZER.decode(ids[seen.bool()])
-    assert found == {i: alpaca(row) for i, row in enumerate(rows_of("test"))}
+        for ids, mask, index in zip(batch["input_ids"], batch["attention_mask"], batch["index"].tolist(), strict=True):
+            assert mask.tolist() == sorted(mask.tolist())
+            prompts[index] = TOKENIZER.decode(ids[mask.bool()])
+    assert prompts == {i: alpaca(row) for i, row in enumerate(rows_of("test"))}
     assert data.prediction_files == ("predictions.csv",)
     expected = [{**row, "response": f"r{i}", "reference": row["output"]} for i, row in enumerate(rows_of("test"))]
     assert completed(data) == [
@@ -276,20 +276,20 @@ def test_prompts_to_predict_are_padded_at_the_left(folder: Path, bucket_by_lengt
     ]
 
 
-def test_a_chat_is_continued_where_its_last_response_was(tmp_path: Path) -> None:
-    asked = turns("Hi", "Yo", "?")
-    rows = [{"messages": [*asked, {"role": "assistant", "content": "So<|endoftext|>"}]}, {"messages": asked}]
+def test_predict_replaces_the_last_response_of_a_chat(tmp_path: Path) -> None:
+    question = turns("Hi", "Yo", "?")
+    rows = [{"messages": [*question, {"role": "assistant", "content": "So<|endoftext|>"}]}, {"messages": question}]
     path = write_rows(tmp_path / "new.jsonl", rows)
     data = prepared(tmp_path, "predict", predict_path=str(path), template="chat")
-    prompt = TOKENIZER.apply_chat_template(asked, return_dict=False, add_generation_prompt=True)
+    prompt = TOKENIZER.apply_chat_template(question, return_dict=False, add_generation_prompt=True)
     assert data.splits["predict"][0].data["input_ids"][:] == [prompt, prompt]
     assert completed(data) == [
-        {"index": 0, "messages": asked, "response": "r0", "reference": "So"},
-        {"index": 1, "messages": asked, "response": "r1"},
+        {"index": 0, "messages": question, "response": "r0", "reference": "So"},
+        {"index": 1, "messages": question, "response": "r1"},
     ]
 
 
-def test_other_columns_of_a_file_to_predict_stay_but_for_our_own(tmp_path: Path) -> None:
+def test_other_columns_of_a_file_to_predict_are_kept_unless_predict_writes_them(tmp_path: Path) -> None:
     rows = {"instruction": ["a"], "index": [7], "response": ["x"], "reference": ["y"], "day": ["2026-01-02"]}
     table = datasets.Dataset.from_dict(rows)
     table.cast_column("day", datasets.Value("date32")).to_parquet(tmp_path / "new.parquet")
@@ -305,7 +305,7 @@ def test_references_are_not_needed_for_prediction(tmp_path: Path, output: Any) -
     data = prepared(tmp_path, "predict", predict_path=str(path), max_length=100)
     (row,) = completed(data)
     assert (row["response"], row.get("reference")) == ("r0", 3 if output == 3 else None)
-    (text,) = texts(data.splits["predict"][0])  # which has lost its middle
+    (text,) = texts(data.splits["predict"][0])  # the middle of the prompt is cut
     assert data.splits["predict"][0].lengths.tolist() == [100]
     assert text.startswith("Below is") and text.endswith("aaa\n\n### Response:")
 
@@ -339,42 +339,43 @@ BAD_CHATS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_CHATS)
-def test_a_chat_that_cannot_be_used_is_refused_skipped_or_predicted_as_an_error(tmp_path: Path, case: str) -> None:
-    chat, said = BAD_CHATS[case]
+def test_a_bad_chat_is_refused_or_skipped(tmp_path: Path, case: str) -> None:
+    chat, message = BAD_CHATS[case]
     keys = {"model": text_model(byte_tokenizer(STRICT)), "template": "chat", "max_length": 64}
     mixed = isinstance(chat, list) and all(
         isinstance(m, dict) and isinstance(m.get("content"), str | None) for m in chat
     )
-    rows = [GOOD, {"messages": chat}, GOOD] if mixed else [{"messages": chat}]  # a column has one type
+    # a Parquet or JSON column has one type, so some cells cannot stand beside valid rows
+    rows = [GOOD, {"messages": chat}, GOOD] if mixed else [{"messages": chat}]
     bad = int(mixed)
-    with refuses("data.", f"row {bad} of", "test.jsonl", said):
+    with refuses("data.", f"row {bad} of", "test.jsonl", message):
         dataset_of(tmp_path, rows, **keys)
     if not mixed:
-        with refuses("data.messages_column:", "row 0", "holds no conversation in column messages: ", said):
+        with refuses("data.messages_column:", "row 0", "holds no conversation in column messages: ", message):
             prepared(tmp_path / "rows", "predict", **keys)
         return
-    for _ in range(2):  # then from the cache of tokens
+    for _ in range(2):  # the second time from the cache of tokens
         data = prepared(tmp_path / "rows", "test", skip_bad_rows=1, **keys)
         assert [(row.split, row.row) for row in data.findings.skipped] == [("test", "row 1")]
-        assert said in data.findings.skipped[0].reason
+        assert message in data.findings.skipped[0].reason
         assert len(data.splits["test"][0]) == 2
-    if "no response" in said:
+    if "no response" in message:
         assert len(dataset_of(tmp_path, rows, empty_responses="skip", **keys)) == 2
 
 
 @pytest.mark.parametrize("chat", [[], [{"role": "system", "content": "S"}], [{"role": "assistant", "content": "Hi"}]])
-def test_a_chat_that_asks_nothing_is_an_error_in_its_row(tmp_path: Path, chat: list[Row]) -> None:
-    said = "has no message of a user to respond to"
+def test_a_chat_without_a_question_is_an_error_in_its_row(tmp_path: Path, chat: list[Row]) -> None:
+    message = "has no message of a user to respond to"
     path = write_rows(tmp_path / "new.jsonl", [{"messages": chat}])
-    with refuses("data.messages_column: row 0 of", f"{said}, and no other"):
+    with refuses("data.messages_column: row 0 of", f"{message}, and no other"):
         prepared(tmp_path, "predict", predict_path=str(path))
     write_rows(path, [{"messages": chat}, GOOD])
     data = prepared(tmp_path, "predict", predict_path=str(path))
     assert [batch["index"].tolist() for batch in data.predict_dataloader()[0]] == [[1]]
-    assert data.failed_rows(0) == [{"index": 0, "error": said}]
+    assert data.failed_rows(0) == [{"index": 0, "error": message}]
 
 
-def test_rows_without_a_response_are_refused_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_without_a_response_are_refused_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, where = rows_of("test"), tmp_path / "rows/test.jsonl"
     empty = [{**rows[1], "output": output} for output in (None, "", " \n", "<|endoftext|>", "<unk> <|im_end|>")]
     for row in empty:
@@ -382,14 +383,14 @@ def test_rows_without_a_response_are_refused_or_left_out(tmp_path: Path, capsys:
             dataset_of(tmp_path, [*rows[:2], row])
     dataset = dataset_of(tmp_path, [rows[0], empty[0], rows[2], empty[3], rows[4]], empty_responses="skip")
     assert texts(dataset, "labels") == [f"{rows[i]['output']}<|im_end|>" for i in (0, 2, 4)]
-    said = capsys.readouterr().err.splitlines()
-    assert f"warning: 2 of 5 rows of {where} have no response and are left out." in said
+    log = capsys.readouterr().err.splitlines()
+    assert f"warning: 2 of 5 rows of {where} have no response and are left out." in log
     with refuses(f"data.path: {where} has no row with a response."):
         dataset_of(tmp_path, empty, empty_responses="skip")
 
 
 @pytest.mark.parametrize("shuffled", ["sampled", "held out", "both"])
-def test_a_message_has_the_row_of_the_file(tmp_path: Path, shuffled: str) -> None:
+def test_an_error_message_has_the_row_number_of_the_file(tmp_path: Path, shuffled: str) -> None:
     draw = random.Random(0)
     for _ in range(3):
         bad = draw.randrange(24)
@@ -399,7 +400,7 @@ def test_a_message_has_the_row_of_the_file(tmp_path: Path, shuffled: str) -> Non
             write_rows(tmp_path / f"{bad}/validation.jsonl", rows_of("validation"))
         limits = {} if shuffled == "held out" else {"max_train_samples": 23}
         where = path.parent if shuffled == "sampled" else path
-        for val_seed in range(2):  # or the bad row may happen to be left out
+        for val_seed in range(2):  # one of the two samples has the bad row
             try:
                 prepared(where, val_fraction=0.1, val_seed=val_seed, **limits)
             except DataError as error:
@@ -409,7 +410,7 @@ def test_a_message_has_the_row_of_the_file(tmp_path: Path, shuffled: str) -> Non
             pytest.fail("the row was never seen")
 
 
-BAD: list[tuple[Row, Row, tuple[str, ...]]] = [  # columns beside the response, keys, message
+BAD: list[tuple[Row, Row, tuple[str, ...]]] = [  # columns besides the response, keys, parts of the message
     ({"k": "a"}, {}, ("neither a column messages of messages nor a column instruction; it has", "k")),
     ({"instruction": "a"}, {"input_column": "context"}, ("data.input_column:", "has no column context")),
     ({"instruction": "a"}, {"response_column": "answer"}, ("data.response_column:", "has no column answer; it has")),

@@ -1,4 +1,4 @@
-"""Questions in MMLU's words: prompts by hand, tokens of whole prompts, shares of processes, and what is refused."""
+"""Multiple choice in MMLU's format: prompts, tokens, shares of ranks, answers and bad rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = {"dev": 9, "validation": 7, "test": 23}
 
 
 def row_of(split: str, i: int) -> Row:
-    """A row that says where it comes from; lengths differ, and the subjects take turns."""
+    """Return a row that names its split and number. Lengths differ, and the subjects take turns."""
     return {
         "question": f"{split} {i}: which" + " one" * (i * 7 % 11) + "?",
         "choices": [f"{split} {i}", "Always A", "", "none\nof these"],
@@ -54,10 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(folder: Path, **columns: Callable[[Row], Any] | None) -> Path:
-    """Dev and test in which some columns of test are made anew of each row, or dropped by None."""
+    """Write dev and test. A function in `columns` computes a column of test from each row; None drops the column."""
     write(folder / "dev.parquet", rows_of("dev"))
-    made = [{**row, **{k: v(row) for k, v in columns.items() if v}} for row in rows_of("test")]
-    write(folder / "test.parquet", [{k: v for k, v in row.items() if columns.get(k, 1)} for row in made])
+    rows = [{**row, **{k: v(row) for k, v in columns.items() if v}} for row in rows_of("test")]
+    write(folder / "test.parquet", [{k: v for k, v in row.items() if columns.get(k, 1)} for row in rows])
     return folder
 
 
@@ -77,13 +77,13 @@ def batches_of(path: Path, stage: str = "test", **keys: Any) -> list[dict[str, A
 
 
 def tokens_of(batch: dict[str, Any]) -> list[list[int]]:
-    """Whole prompts of a batch."""
+    """Return the tokens of each complete prompt of a batch."""
     rests = zip(batch["input_ids"], batch["lengths"], strict=True)
     return [batch["prefix"].tolist() + ids[:length].tolist() for ids, length in rests]
 
 
 def prompts_of(batches: list[dict[str, Any]]) -> dict[int, str]:
-    """Text of each prompt by row."""
+    """Return the text of each prompt, by row."""
     return {
         int(row): str(byte_tokenizer().decode(ids, clean_up_tokenization_spaces=False))
         for batch in batches
@@ -124,19 +124,19 @@ of these
 Answer:"""  # noqa: W291 - an empty choice
 
 
-def test_a_prompt_as_written_by_hand(folder: Path) -> None:
+def test_a_prompt_equals_one_written_by_hand(folder: Path) -> None:
     assert prompts_of(batches_of(folder))[8] == BY_HAND
 
 
 def test_shots_are_the_first_of_the_subject_in_their_order(folder: Path) -> None:
     prompts = prompts_of(batches_of(folder, shots=3))
     for row, prompt in prompts.items():
-        asked = re.findall(r"^(\w+ \d+): which", prompt, re.MULTILINE)
-        assert asked == [*(f"dev {row % 3 + 3 * shot}" for shot in range(3)), f"test {row}"]
+        questions = re.findall(r"^(\w+ \d+): which", prompt, re.MULTILINE)
+        assert questions == [*(f"dev {row % 3 + 3 * shot}" for shot in range(3)), f"test {row}"]
     assert len(prompts) == 23
 
 
-def test_no_shots_and_no_subject(tmp_path: Path) -> None:
+def test_prompts_without_shots_and_subject(tmp_path: Path) -> None:
     path = changed(tmp_path, subject=None)
     (tmp_path / "dev.parquet").unlink()
     text = "The following are multiple choice questions (with answers).\n\ntest 8: which one?\nA. test 8\nB."
@@ -146,7 +146,7 @@ def test_no_shots_and_no_subject(tmp_path: Path) -> None:
         assert {batch["subject"] for batch in batches} == {"unknown"}
 
 
-def test_letters_for_as_many_choices_as_there_are(tmp_path: Path) -> None:
+def test_there_is_one_letter_for_each_choice(tmp_path: Path) -> None:
     def two(row: Row) -> list[str]:
         return row["choices"][:2]
 
@@ -160,9 +160,9 @@ def test_letters_for_as_many_choices_as_there_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("starts", [False, True])
-def test_tokens_are_those_of_whole_prompts(folder: Path, starts: bool) -> None:
+def test_tokens_equal_those_of_complete_prompts(folder: Path, starts: bool) -> None:
     tokenizer = byte_tokenizer()
-    if starts:  # as LLaMA's do
+    if starts:  # as LLaMA's tokenizer
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
         )
@@ -177,34 +177,34 @@ def test_tokens_are_those_of_whole_prompts(folder: Path, starts: bool) -> None:
     assert all(batches[0][name].dtype == torch.int64 for name in names)
 
 
-def test_the_prefix_is_all_that_a_subjects_prompts_share(folder: Path) -> None:
+def test_the_prefix_is_the_longest_common_prefix_of_a_subject(folder: Path) -> None:
     batches = batches_of(folder)
     for subject in SUBJECTS:
-        own = [batch for batch in batches if batch["subject"] == subject]
-        whole = [ids for batch in own for ids in tokens_of(batch)]
-        size = len(own[0]["prefix"])
-        assert all(torch.equal(batch["prefix"], own[0]["prefix"]) for batch in own)
-        assert len({tuple(ids[:size]) for ids in whole}) == 1 < len({tuple(ids[: size + 1]) for ids in whole})
+        batches_of_subject = [batch for batch in batches if batch["subject"] == subject]
+        prompts = [ids for batch in batches_of_subject for ids in tokens_of(batch)]
+        size = len(batches_of_subject[0]["prefix"])
+        assert all(torch.equal(batch["prefix"], batches_of_subject[0]["prefix"]) for batch in batches_of_subject)
+        assert len({tuple(ids[:size]) for ids in prompts}) == 1 < len({tuple(ids[: size + 1]) for ids in prompts})
 
 
 @pytest.mark.parametrize(
     ("texts", "shared"),
     [
         (["abcd", "abxy", "abcz"], 2),
-        (["abx", "abcd", "abcde", "ab"], 1),  # one prompt is the beginning of the others, and keeps a token
+        (["abx", "abcd", "abcde", "ab"], 1),  # `ab` begins the other prompts, and keeps its last token
         (["abcd", "abcd"], 3),
         (["abcd"], 3),
         (["abc", "xbc"], 0),
         (["x"], 0),
-        (["ab" * 20 + str(i) for i in range(600)], 40),  # more than are tokenised together
+        (["ab" * 20 + str(i) for i in range(600)], 40),  # more prompts than one call of the tokenizer takes
         (["ab" * 20 + str(i) for i in range(600)] + ["ac"], 1),
     ],
 )
-def test_prompts_come_together_again(texts: list[str], shared: int) -> None:
+def test_prefix_and_rest_form_the_complete_prompt(texts: list[str], shared: int) -> None:
     prompts = shared_prompts(texts, byte_tokenizer())
     assert len(prompts.prefix) == shared
-    whole = [[*prompts.prefix.tolist(), *rest.tolist()] for rest in prompts.rests]
-    assert whole == byte_tokenizer()(texts)["input_ids"]
+    joined = [[*prompts.prefix.tolist(), *rest.tolist()] for rest in prompts.rests]
+    assert joined == byte_tokenizer()(texts)["input_ids"]
     assert all(len(rest) > 0 for rest in prompts.rests)
     assert prompts.longest == max(map(len, texts))
 
@@ -212,17 +212,19 @@ def test_prompts_come_together_again(texts: list[str], shared: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-def test_batches_are_of_one_subject_and_of_like_length(folder: Path) -> None:
+def test_batches_have_one_subject_and_similar_lengths(folder: Path) -> None:
     batches = batches_of(folder)
     subjects = [batch["subject"] for batch in batches]
-    assert subjects == sorted(subjects, key=subjects.index)  # those of a subject come together
+    assert subjects == sorted(subjects, key=subjects.index)  # batches of one subject are adjacent
     assert sorted(indices(batches)) == list(range(23))
     assert all(batch["answers"].tolist() == [row * 5 % 4 for row in batch["index"].tolist()] for batch in batches)
     for subject in SUBJECTS:
-        own = [batch for batch in batches if batch["subject"] == subject]
-        assert {row % 3 for row in indices(own)} == {SUBJECTS.index(subject)}
-        assert [len(batch["index"]) for batch in own] == {8: [3, 3, 2], 7: [3, 3, 1]}[len(indices(own))]
-        lengths = [length for batch in own for length in batch["lengths"].tolist()]
+        batches_of_subject = [batch for batch in batches if batch["subject"] == subject]
+        assert {row % 3 for row in indices(batches_of_subject)} == {SUBJECTS.index(subject)}
+        assert [len(batch["index"]) for batch in batches_of_subject] == {8: [3, 3, 2], 7: [3, 3, 1]}[
+            len(indices(batches_of_subject))
+        ]
+        lengths = [length for batch in batches_of_subject for length in batch["lengths"].tolist()]
         assert lengths == sorted(lengths, reverse=True)
     longest = [
         max(len(ids) for batch in batches if batch["subject"] == s for ids in tokens_of(batch)) for s in SUBJECTS
@@ -233,17 +235,17 @@ def test_batches_are_of_one_subject_and_of_like_length(folder: Path) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_each_subject(folder: Path, world: int) -> None:
-    alone = prompts_of(batches_of(folder))
+    of_one_process = prompts_of(batches_of(folder))
     shares = [batches_of(folder, world=world, rank=rank) for rank in range(world)]
     assert sorted(row for share in shares for row in indices(share)) == list(range(23))
     for share in shares:
-        assert all(text == alone[row] for row, text in prompts_of(share).items())
+        assert all(text == of_one_process[row] for row, text in prompts_of(share).items())
         counts = [sum(row % 3 == i for row in indices(share)) for i in range(3)]
         assert all(abs(count - size / world) < 1 for count, size in zip(counts, (8, 8, 7), strict=True))
 
 
 class Echo(L.LightningModule):
-    """A model that predicts what it is asked."""
+    """A model whose prediction is the subject and the rows of the batch."""
 
     position_limit = None
 
@@ -256,8 +258,8 @@ class Echo(L.LightningModule):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_lightning_keeps_the_batches(folder: Path, workers: int) -> None:
-    """In prediction it builds the loaders anew."""
+def test_lightning_predicts_on_unchanged_batches(folder: Path, workers: int) -> None:
+    """Lightning rebuilds the loaders for prediction, which must keep the batches."""
     data = MultipleChoiceData(str(folder), shots=2, batch_size=3, num_workers=workers)
     expected = [(batch["subject"], batch["index"].tolist()) for batch in batches_of(folder)]
     assert quiet_trainer(use_distributed_sampler=False).predict(Echo(), data) == expected
@@ -267,18 +269,18 @@ def test_lightning_keeps_the_batches(folder: Path, workers: int) -> None:
 
 
 def longest_of(folder: Path, shots: int) -> dict[str, int]:
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for batch in batches_of(folder, shots=shots):
-        found[batch["subject"]] = max(found.get(batch["subject"], 0), *map(len, tokens_of(batch)))
-    return found
+        lengths[batch["subject"]] = max(lengths.get(batch["subject"], 0), *map(len, tokens_of(batch)))
+    return lengths
 
 
-def test_a_subject_takes_as_many_shots_as_fit_all_its_questions(
+def test_a_subject_has_as_many_shots_as_fit_with_all_its_questions(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     two, one = longest_of(folder, 2), longest_of(folder, 1)
     capsys.readouterr()
-    limit = sorted(two.values())[1]  # one subject is longer
+    limit = sorted(two.values())[1]  # one subject exceeds this limit
     (longer,) = [subject for subject, length in two.items() if length > limit]
     for keys in ({"max_length": limit}, {"limit": limit}):
         batches = batches_of(folder, **keys)
@@ -296,7 +298,7 @@ def test_a_subject_takes_as_many_shots_as_fit_all_its_questions(
     assert "fewer" not in capsys.readouterr().err
 
 
-def test_a_question_that_fits_nowhere_is_refused(folder: Path) -> None:
+def test_a_question_that_is_too_long_without_shots_is_refused(folder: Path) -> None:
     zero = longest_of(folder, 0)
     longest = max(zero.values())
     prompts = prompts_of(batches_of(folder, max_length=longest))
@@ -309,7 +311,7 @@ def test_a_question_that_fits_nowhere_is_refused(folder: Path) -> None:
     assert [row["index"] for row in predicting.failed_rows(0)] == [int(skipping.findings.skipped[0].row.split()[1])]
 
 
-def test_some_subjects_and_some_rows(folder: Path) -> None:
+def test_subjects_and_limits_select_rows(folder: Path) -> None:
     batches = batches_of(folder, subjects=["anatomy"])
     assert sorted(indices(batches)) == list(range(1, 23, 3))
     some = indices(batches_of(folder, subjects=["anatomy"], max_test_samples=3))
@@ -322,16 +324,16 @@ def test_some_subjects_and_some_rows(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["letters", "class labels"])
-def test_letters_are_answers_too(tmp_path: Path, folder: Path, kind: str) -> None:
+def test_answers_may_be_letters(tmp_path: Path, folder: Path, kind: str) -> None:
     if kind == "letters":
         changed(tmp_path, answer=lambda row: f" {'ABCD'[row['answer']]}")
-    else:  # as cais/mmlu has them
+    else:  # as in cais/mmlu
         labels = datasets.ClassLabel(names=list("ABCD"))
         for split in ("dev", "test"):
             rows = datasets.Dataset.from_list(rows_of(split)).cast_column("answer", labels)
             rows.to_parquet(str(tmp_path / f"{split}.parquet"))
-    for ours, theirs in zip(batches_of(tmp_path), batches_of(folder), strict=True):
-        assert torch.equal(ours["answers"], theirs["answers"])
+    for ours, expected in zip(batches_of(tmp_path), batches_of(folder), strict=True):
+        assert torch.equal(ours["answers"], expected["answers"])
 
 
 def test_predictions_have_letters_and_log_probabilities(tmp_path: Path) -> None:
@@ -360,7 +362,7 @@ def test_questions_without_answers_can_be_predicted_and_not_tested(tmp_path: Pat
 
 
 def only(change: Any, row: Row, column: str) -> Any:
-    """A cell of row 5 alone; the others stay."""
+    """Return `change` for row 5, and the cell of `column` for the other rows."""
     return change if "test 5:" in row["question"] else row[column]
 
 
@@ -382,22 +384,22 @@ SAID = {
 
 
 def answers(wrong: Any) -> Callable[[Row], Any]:
-    """A column of the type of a wrong answer, which row 5 has."""
+    """Return a function for a column of answers in the type of `wrong`, which is the answer of row 5."""
     if isinstance(wrong, str):
         return lambda row: only(wrong, {**row, "answer": "ABCD"[row["answer"]]}, "answer")
     return lambda row: only(wrong, {**row, "answer": type(wrong or 0)(row["answer"])}, "answer")
 
 
 @pytest.mark.parametrize(
-    ("column", "made"),
+    ("column", "column_of"),
     [
         *(("answer", answers(wrong)) for wrong in ANSWERS),
-        *(("choices", made) for made in CHOICES),
+        *(("choices", column_of) for column_of in CHOICES),
         ("question", lambda row: only(" ", row, "question")),
     ],
 )
-def test_a_row_that_is_no_question_is_refused(tmp_path: Path, column: str, made: Callable[[Row], Any]) -> None:
-    path = changed(tmp_path, **{column: made})
+def test_a_malformed_question_is_refused(tmp_path: Path, column: str, column_of: Callable[[Row], Any]) -> None:
+    path = changed(tmp_path, **{column: column_of})
     with refuses(*SAID[column]):
         batches_of(path)
     if column == "question":
@@ -405,7 +407,7 @@ def test_a_row_that_is_no_question_is_refused(tmp_path: Path, column: str, made:
         assert [row["index"] for row in prepared(path, "predict").failed_rows(0)] == [5]
 
 
-BAD: list[tuple[str, Row, tuple[str, ...]]] = [  # stage, keys, message
+BAD: list[tuple[str, Row, tuple[str, ...]]] = [  # stage, keys, parts of the message
     ("fit", {}, ("MultipleChoiceData has no training rows", "validate, test and predict")),
     ("validate", {}, ("data.path", "no validation split")),
     ("test", {"shots_split": "few"}, ("data.shots_split", "no few split for the shots", "data.shots")),

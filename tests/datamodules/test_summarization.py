@@ -1,4 +1,4 @@
-"""Documents and summaries: prefixes, targets as the tokenizer ends them, references that are never cut, predictions."""
+"""Documents and summaries: prefixes, tokens of targets, uncut references, predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = {"train": 30, "validation": 9, "test": 7}
 
 
 def row_of(split: str, i: int) -> Row:
-    """A document and a summary that say where they come from, of several lengths; `Unheard` is no known word."""
+    """Return a document and a summary that name split and row. Lengths differ; `Unheard` is not in the vocabulary."""
     summary = f"  the film w{i} Unheard\n" + "is not . " * (i % 4)
     return {"document": f"w{i} {split}" + " good bad" * (i * 7 % 11), "summary": summary, "id": f"{split}-{i}"}
 
@@ -54,7 +54,7 @@ DOCUMENTS, SUMMARIES = (column(rows_of("validation"), name) for name in ("docume
 
 
 class TwoLanguages(PreTrainedTokenizerFast):
-    """Ends targets otherwise than sources, as multilingual models do."""
+    """A tokenizer that ends targets with another token than sources, as multilingual tokenizers do."""
 
     def _switch_to_target_mode(self) -> None:
         self._side = 1
@@ -83,30 +83,30 @@ def test_long_texts_are_cut_and_references_are_not(folder: Path) -> None:
     assert dataset.data["input_ids"][:] == tokens(prefixed, truncation=True, max_length=6)
     assert dataset.data["labels"][:] == tokens(SUMMARIES, truncation=True, max_length=5)
     assert max(map(len, tokens(SUMMARIES))) > 5
-    assert {ids[-1] for ids in dataset.data["labels"]} == {2}  # the end is there, cut or not
+    assert {ids[-1] for ids in dataset.data["labels"]} == {2}  # cut targets have their end token too
     assert sorted(r for batch in data.val_dataloader()[0] for r in batch["reference"]) == sorted(SUMMARIES)
 
 
 @pytest.mark.parametrize("name", ["reference", "input_ids", "labels", "length", "index", "highlights"])
-def test_columns_of_any_name_in_any_order(tmp_path: Path, name: str) -> None:
+def test_columns_may_have_any_name_and_order(tmp_path: Path, name: str) -> None:
     for source, target in ((name, "text"), ("text", name)):
         rows = [{target: row["summary"], "more": 3, source: row["document"]} for row in rows_of("train")]
         path = write_rows(tmp_path / source / "train.jsonl", rows)
         (dataset,) = prepared(path, source_column=source, target_column=target, val_fraction=0.5).splits["train"]
-        found = {row["reference"]: row["input_ids"] for row in dataset.__getitems__(range(len(dataset)))}
+        tokens_of_reference = {row["reference"]: row["input_ids"] for row in dataset.__getitems__(range(len(dataset)))}
         expected = dict(zip(column(rows, target), tokens(column(rows, source)), strict=True))
-        assert len(found) == 15
-        assert found == {reference: expected[reference] for reference in found}
+        assert len(tokens_of_reference) == 15
+        assert tokens_of_reference == {reference: expected[reference] for reference in tokens_of_reference}
 
 
-def test_numbers_are_targets_as_text(tmp_path: Path) -> None:
+def test_numbers_as_targets_are_read_as_text(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "train.jsonl", [{**row, "summary": i} for i, row in enumerate(rows_of("train"))])
     data = prepared(path, val_fraction=0.1)
     texts = data.splits["train"][0].texts["reference"][:] + data.splits["val"][0].texts["reference"][:]
     assert sorted(texts, key=int) == [str(i) for i in range(30)]
 
 
-def test_the_padding_token_of_a_target_is_not_learnt_and_a_real_one_is(tmp_path: Path) -> None:
+def test_the_loss_ignores_padding_but_not_a_padding_token_in_a_target(tmp_path: Path) -> None:
     rows = [{"document": "good", "summary": text} for text in ("bad", "bad <pad> bad")]
     data = prepared(write_rows(tmp_path / "data/test.jsonl", rows).parent, "test", bucket_by_length=False)
     (batch,) = data.test_dataloader()[0]
@@ -133,13 +133,13 @@ def test_the_test_split_is_predicted_with_its_references(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("cells", [[None, None], [1, 2], ["good", None]])
-def test_targets_are_not_looked_at_for_prediction(folder: Path, tmp_path: Path, cells: list[Any]) -> None:
+def test_targets_are_not_checked_for_prediction(folder: Path, tmp_path: Path, cells: list[Any]) -> None:
     rows = [{"document": "good", "summary": cell} for cell in cells]
     data = prepared(folder, "predict", predict_path=str(write_rows(tmp_path / "new.jsonl", rows)))
     assert column(completed(data), "reference") == cells
 
 
-def test_a_prediction_is_named_by_a_column_or_counted(folder: Path, tmp_path: Path) -> None:
+def test_a_prediction_has_the_id_of_a_column_or_its_row_number(folder: Path, tmp_path: Path) -> None:
     rows = [{"document": "good", "id": f"i{i}", "name": f"n{i}"} for i in range(3)]
     named = str(write_rows(tmp_path / "new.jsonl", rows))
     plain = str(write_rows(tmp_path / "plain.jsonl", [{"document": "good"}] * 3))

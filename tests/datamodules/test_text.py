@@ -1,4 +1,4 @@
-"""Behaviour that all tasks of texts share: splits, limits, batches, caches, and rows that cannot be used."""
+"""Behaviour that all text tasks share: splits, limits, batches, caches and bad rows."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from tests.support.trainers import stub_trainer, text_model
 Row = dict[str, Any]
 Tokens = dict[str, Any]  # input_ids, and label or labels
 SIZES = {"train": 24, "validation": 9, "test": 7}
-SPLITS = {"train": "train", "val": "validation", "test": "test"}  # name in the data module, and of the file
+SPLITS = {"train": "train", "val": "validation", "test": "test"}  # name of the split, and name of its file
 MARKS = {"train": "good", "validation": "bad", "test": "film"}  # words of the vocabulary
 WORDS, BYTES = word_tokenizer(), byte_tokenizer()
 
 
 @dataclass(frozen=True)
 class Family:
-    """A task with rows whose tokens say which row of which split they are.
+    """A text task. The tokens of a row identify its split and number.
 
     Args:
-        kind: The data module.
-        keys: What it needs besides a path.
-        tokenizer: The backbone's.
-        row: Makes row `i` of a split.
-        tokens: Makes what the data module should make of a row.
-        lengths: Keys of the longest text that is not cut.
-        cut: A length that some rows reach, for the first of these keys.
-        bad: For each column, the key that an error names and what is wrong with an empty cell.
-        changes: Keys that change the tokens.
+        kind: Class of the data module.
+        keys: Keyword arguments besides the path.
+        tokenizer: Tokenizer of the backbone.
+        row: Return row `i` of a split.
+        tokens: Return the expected tokens and label of a row.
+        lengths: Keys that limit the lengths of texts.
+        cut: A limit for the first of these keys that some rows reach.
+        bad: For each column, its key and the message on an empty cell.
+        changes: Keyword arguments that change the tokens.
     """
 
     kind: type[TrainingTextData]
@@ -77,10 +77,11 @@ def chat_tokens(row: Row) -> Tokens:
     chat = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
     ids = BYTES.apply_chat_template(chat, return_dict=False)
     prompt = len(BYTES.apply_chat_template(chat[:1], return_dict=False, add_generation_prompt=True))
+    # the loss covers the end token and not the line break after it
     return {
         "input_ids": ids,
         "labels": [-100] * prompt + ids[prompt:-1] + [-100],
-    }  # the end is learnt, what follows not
+    }
 
 
 FAMILIES = {
@@ -160,14 +161,14 @@ def prepared(family: Family, path: Path, stage: str = "fit", *, model: Any = Non
 
 
 def check(family: Family, dataset: Any, split: str) -> list[int]:
-    """Assert that each row has the tokens and targets of its text; return the numbers of the rows."""
+    """Check the tokens and targets of each row. Return the numbers of the rows."""
     known = {tuple(family.tokens(row)["input_ids"]): i for i, row in enumerate(rows_of(family, split))}
     numbers = [known[tuple(ids)] for ids in dataset.data["input_ids"]]
-    wanted = [family.tokens(family.row(split, i)) for i in numbers]
-    for name in wanted[0]:
+    expected = [family.tokens(family.row(split, i)) for i in numbers]
+    for name in expected[0]:
         values = dataset.targets[name].tolist() if name in dataset.targets else dataset.data[name][:]
-        assert values == [tokens[name] for tokens in wanted]
-    assert dataset.lengths.tolist() == [len(tokens["input_ids"]) for tokens in wanted]
+        assert values == [tokens[name] for tokens in expected]
+    assert dataset.lengths.tolist() == [len(tokens["input_ids"]) for tokens in expected]
     return numbers
 
 
@@ -175,11 +176,11 @@ def check(family: Family, dataset: Any, split: str) -> list[int]:
 
 
 @each_family
-def test_each_split_is_its_own_file_and_is_read_once(family: Family, tmp_path: Path) -> None:
+def test_each_split_is_read_once_from_its_file(family: Family, tmp_path: Path) -> None:
     data = made(family, write(family, tmp_path))
     data.check_test_split()
     set_up(data, text_model(family.tokenizer))
-    assert list(data.splits) == ["train", "val", "test"]  # the test split too, since it was asked for
+    assert list(data.splits) == ["train", "val", "test"]  # check_test_split has requested the test split
     before = {name: list(parts) for name, parts in data.splits.items()}
     for stage in ("fit", "validate", "test"):
         data.setup(stage)
@@ -201,13 +202,13 @@ def test_without_a_validation_split_training_rows_are_held_out(family: Family, t
     assert len(val) == 6
     assert held_out() == (train, val)
     assert set(held_out(val_seed=1)[1]) != set(val)
-    for asked in (lambda: made(family, path).check_test_split(), lambda: prepared(family, path, "test")):
+    for ask in (lambda: made(family, path).check_test_split(), lambda: prepared(family, path, "test")):
         with refuses("data.path", "has no test split"):
-            asked()
+            ask()
 
 
 @each_family
-def test_the_validation_split_may_be_tested_on(family: Family, tmp_path: Path) -> None:
+def test_test_on_validation_tests_the_validation_split(family: Family, tmp_path: Path) -> None:
     data = prepared(family, write(family, tmp_path), val_fraction=0.25, test_on_validation=True)
     data.setup("test")
     assert check(family, data.splits["test"][0], "validation") == list(range(9))
@@ -232,26 +233,24 @@ def test_limits_take_a_seeded_sample(family: Family, tmp_path: Path) -> None:
 
 
 @each_family
-def test_the_hub_is_asked_for_the_configuration_and_the_revision(
-    family: Family, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = fake_hub(monkeypatch, lambda split: rows_of(family, split), "train", "validation")
+def test_configuration_and_revision_are_passed_to_the_hub(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = fake_hub(monkeypatch, lambda split: rows_of(family, split), "train", "validation")
     prepared(family, Path("some/data"), config="3.0.0", revision="refs/convert/parquet")
-    assert set(asked) == {("some/data", "3.0.0", "refs/convert/parquet")}
+    assert set(requests) == {("some/data", "3.0.0", "refs/convert/parquet")}
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
 def check_batch(family: Family, batch: dict[str, Any], split: str) -> list[int]:
-    """Assert that a batch holds the tokens of its rows, padded at the right; return the numbers of the rows."""
+    """Check that a batch has the tokens of its rows, padded on the right. Return the numbers of the rows."""
     numbers: list[int] = batch["index"].tolist()
-    wanted = [family.tokens(family.row(split, i)) for i in numbers]
+    expected = [family.tokens(family.row(split, i)) for i in numbers]
     padding = {"input_ids": family.tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
-    for tokens in wanted:
+    for tokens in expected:
         tokens["attention_mask"] = [1] * len(tokens["input_ids"])
-    for name in wanted[0]:
-        values = [tokens[name] for tokens in wanted]
+    for name in expected[0]:
+        values = [tokens[name] for tokens in expected]
         if name in padding:
             longest = max(map(len, values))
             values = [ids + [padding[name]] * (longest - len(ids)) for ids in values]
@@ -259,13 +258,13 @@ def check_batch(family: Family, batch: dict[str, Any], split: str) -> list[int]:
         assert batch[name].dtype == torch.int64
     if "reference" in batch:
         assert batch["reference"] == [family.row(split, i)["summary"] for i in numbers]
-    assert set(batch) - {"reference", "index"} == set(wanted[0])
+    assert set(batch) - {"reference", "index"} == set(expected[0])
     return numbers
 
 
 @each_family
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_are_padded_and_whole(family: Family, tmp_path: Path, workers: int) -> None:
+def test_batches_are_padded_and_cover_every_row(family: Family, tmp_path: Path, workers: int) -> None:
     data = prepared(family, write(family, tmp_path), num_workers=workers)
     train = [check_batch(family, batch, "train") for batch in data.train_dataloader()]
     assert sorted(i for rows in train for i in rows) == list(range(24))
@@ -290,9 +289,9 @@ def test_buckets_pad_less_and_without_them_evaluation_is_in_order(family: Family
 
 
 @each_family
-def test_workers_that_do_not_fork_can_pad(family: Family, tmp_path: Path) -> None:
+def test_collators_and_data_sets_can_be_pickled_for_spawned_workers(family: Family, tmp_path: Path) -> None:
     data = prepared(family, write(family, tmp_path), "validate")
-    data.trainer.schedule = lambda step: 1.0  # a real trainer has such closures, which cannot be sent
+    data.trainer.schedule = lambda step: 1.0  # a real trainer has closures like this, which cannot be pickled
     loader = data.val_dataloader()[0]
     collate, dataset = pickle.loads(pickle.dumps((loader.collate_fn, loader.dataset)))
     assert check_batch(family, collate(dataset.__getitems__([3, (0, 99)])), "validation") == [3, 0]
@@ -305,14 +304,15 @@ def test_workers_that_do_not_fork_can_pad(family: Family, tmp_path: Path) -> Non
 def test_rows_that_reach_the_limit_are_counted(
     family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(family, tmp_path / f"{'of-a-long-name/' * 9}[a]")  # neither wrapped nor taken for markup
+    # a long name with [a], which must not be wrapped or read as markup of rich
+    path = write(family, tmp_path / f"{'of-a-long-name/' * 9}[a]")
     lengths = [len(family.tokens(row)["input_ids"]) for row in rows_of(family, "validation")]
     cut = sum(length >= family.cut for length in lengths)
     assert 0 < cut < 9
     data = prepared(family, path, "validate", **{family.lengths[0]: family.cut})
     assert data.splits["val"][0].lengths.max() == family.cut
-    said = f"warning: {cut} of 9 rows of {path / 'validation.jsonl'} reach {family.cut} tokens and may be cut."
-    assert said in capsys.readouterr().err.splitlines()
+    message = f"warning: {cut} of 9 rows of {path / 'validation.jsonl'} reach {family.cut} tokens and may be cut."
+    assert message in capsys.readouterr().err.splitlines()
     prepared(family, path, "validate", **{family.lengths[0]: max(lengths) + 1})
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     prepared(family, path, "validate", **{family.lengths[0]: family.cut})
@@ -321,7 +321,7 @@ def test_rows_that_reach_the_limit_are_counted(
 
 @each_family
 @pytest.mark.parametrize("stage", ["fit", "predict"])
-def test_no_text_is_longer_than_the_model_has_positions_for(family: Family, tmp_path: Path, stage: str) -> None:
+def test_lengths_beyond_the_models_positions_are_refused(family: Family, tmp_path: Path, stage: str) -> None:
     path, model = write(family, tmp_path), text_model(family.tokenizer, position_limit=64)
     fitting = dict.fromkeys(family.lengths, 64)
     assert prepared(family, path, stage, model=model, **fitting).splits
@@ -331,7 +331,7 @@ def test_no_text_is_longer_than_the_model_has_positions_for(family: Family, tmp_
 
 
 @each_family
-def test_a_model_without_a_tokenizer(family: Family, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused(family: Family, tmp_path: Path) -> None:
     with refuses(f"{family.kind.__name__} needs a model that has a tokenizer"):
         prepared(family, write(family, tmp_path), model=SimpleNamespace(class_names=None))
 
@@ -340,7 +340,7 @@ def test_a_model_without_a_tokenizer(family: Family, tmp_path: Path) -> None:
 
 
 def files(cache: Path) -> dict[str, int]:
-    """Files of tokens, with the time at which they were written."""
+    """Return the cache files of tokens, with their modification times."""
     return {path.name: path.stat().st_mtime_ns for path in (cache / "onesided").iterdir()}
 
 
@@ -364,7 +364,9 @@ def test_texts_are_tokenised_once(family: Family, tmp_path: Path, cache: Path) -
     ("family", "keys"),
     [pytest.param(f, keys, id=f"{n} {[*keys]}") for n, f in FAMILIES.items() for keys in f.changes],
 )
-def test_whatever_changes_the_tokens_makes_new_ones(family: Family, tmp_path: Path, cache: Path, keys: Row) -> None:
+def test_keys_that_change_the_tokens_get_a_new_cache_file(
+    family: Family, tmp_path: Path, cache: Path, keys: Row
+) -> None:
     path = write(family, tmp_path / "data")
     prepared(family, path, "validate")
     prepared(family, path, "validate", **keys)
@@ -382,18 +384,18 @@ EMPTY = [(family, column) for family in FAMILIES.values() for column in family.b
 def test_a_row_with_an_empty_cell_is_refused_or_skipped(
     family: Family, column: str, cell: str | None, tmp_path: Path
 ) -> None:
-    path, (key, said) = write(family, tmp_path), family.bad[column]
+    path, (key, message) = write(family, tmp_path), family.bad[column]
     rows = rows_of(family, "train")
     rows[4][column] = cell
     write_rows(path / "train.jsonl", rows)
     if key == "instruction_column" and cell is not None:
-        said = "has an empty message of a user"
-    with refuses(f"data.{key}: row 4 of", "train.jsonl", said, "data.skip_bad_rows"):
+        message = "has an empty message of a user"
+    with refuses(f"data.{key}: row 4 of", "train.jsonl", message, "data.skip_bad_rows"):
         prepared(family, path)
     data = prepared(family, path, skip_bad_rows=1)
     (skipped,) = data.findings.skipped
     assert (skipped.split, skipped.source, skipped.row) == ("train", str(path / "train.jsonl"), "row 4")
-    assert said in skipped.reason
+    assert message in skipped.reason
     assert check(family, data.splits["train"][0], "train") == [i for i in range(24) if i != 4]
     write_rows(path / "train.jsonl", [rows[4]] * 3)
     with pytest.raises(DataError):
@@ -401,7 +403,7 @@ def test_a_row_with_an_empty_cell_is_refused_or_skipped(
 
 
 @pytest.mark.parametrize(("key", "column"), [(k, c) for f in FAMILIES.values() for c, (k, _) in f.bad.items()])
-def test_a_column_that_is_not_there(tmp_path: Path, key: str, column: str) -> None:
+def test_a_missing_column_is_refused(tmp_path: Path, key: str, column: str) -> None:
     family = next(family for family in FAMILIES.values() if column in family.bad)
     path = write(family, tmp_path)
     write_rows(
@@ -425,7 +427,7 @@ def test_rows_to_predict_keep_their_numbers_when_some_are_bad(family: Family, tm
 
 
 @each_family
-def test_the_order_of_good_rows_does_not_depend_on_how_many_may_be_skipped(family: Family, tmp_path: Path) -> None:
+def test_the_order_of_good_rows_does_not_depend_on_skip_bad_rows(family: Family, tmp_path: Path) -> None:
     rows = rows_of(family, "train")
     rows[4][next(iter(family.bad))] = None
     path = write_rows(tmp_path / "train.jsonl", rows)

@@ -1,4 +1,4 @@
-"""GLUE's tasks as they lie on the hub, and sets of one's own: labels, classes, batches of pairs, submissions."""
+"""GLUE's tasks in the hub's format, and the user's data: labels, classes, batches of pairs, submissions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENTAILMENT = ["entailment", "not_entailment"]
 
 
 class Hub(NamedTuple):
-    """A task as `nyu-mll/glue` has it, and as GLUE's server wants it."""
+    """A task in `nyu-mll/glue`, and the files that GLUE's server expects."""
 
     columns: list[str]
     names: list[str]
@@ -53,7 +53,7 @@ TEXT: dict[str, Any] = {"text_columns": ["text"]}
 
 
 def texts_of(split: str, row: int) -> list[str]:
-    """Two sentences that say which row of which split they are, of several lengths."""
+    """Return two sentences that identify split and row. Lengths differ."""
     mark = MARKS["mismatched" if split.endswith("_mismatched") else split.removesuffix("_matched")]
     return [f"{mark} w{row}" + " a" * (row % 5), "the" + " ." * (row % 3)]
 
@@ -72,7 +72,7 @@ def write_rows_of(file: Path, split: str, size: int, columns: list[str], label: 
 
 
 def write_task(folder: Path, task: str, *, hidden: bool = True, **sizes: int) -> Path:
-    """A task in the hub's files and columns."""
+    """Write a task in the hub's files and columns, and return the folder."""
     classes = len(HUB[task].names)
     label = datasets.ClassLabel(names=HUB[task].names) if classes else datasets.Value("float32")
     for split, size in {**SIZES, **sizes}.items():
@@ -87,7 +87,7 @@ def write_task(folder: Path, task: str, *, hidden: bool = True, **sizes: int) ->
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Directories of tasks, each written once: those who use them only read."""
+    """Return a function that writes the directory of a task once. Tests must not change it."""
     written: dict[str, Path] = {}
 
     def files(task: str, **keys: Any) -> Path:
@@ -105,7 +105,7 @@ def prepared(path: Path, stage: str = "fit", *, model: Any = None, rank: int = 0
 
 
 def found(dataset: Any) -> list[tuple[str, int]]:
-    """Mark and row of each sample, as its text says them."""
+    """Return the mark and the row of each sample, read from its text."""
     words = [word_tokenizer().convert_ids_to_tokens(ids) for ids in dataset.data["input_ids"]]
     return [(w[1], int(w[2].removeprefix("w"))) for w in words]
 
@@ -120,19 +120,19 @@ def labels_of(data: Any, split: str = "train") -> list[int | float]:
 
 
 def csv(file: Path, labels: list[Any]) -> Path:
-    """A table of one word a row; returns its folder."""
+    """Write a table with one word in each row, and return its folder."""
     return put(file, "text,label\n" + "".join(f"w{i},{label}\n" for i, label in enumerate(labels))).parent
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-def test_the_nine_tasks() -> None:
+def test_the_tasks_are_the_nine_of_glue() -> None:
     assert set(TASKS) == set(HUB)
 
 
 @pytest.mark.parametrize("task", HUB)
-def test_every_task_in_the_columns_of_the_hub(hub: Files, task: str) -> None:
+def test_every_task_is_read_in_the_hubs_format(hub: Files, task: str) -> None:
     data = prepared(hub(task), task=task)
     known = HUB[task]
     assert (data.columns, data.class_names, data.metrics) == (known.columns, known.names, known.metrics)
@@ -147,8 +147,8 @@ def test_every_task_in_the_columns_of_the_hub(hub: Files, task: str) -> None:
 
 
 @pytest.mark.parametrize("task", HUB)
-def test_names_of_the_classes_are_known_where_the_file_has_numbers_alone(tmp_path: Path, task: str) -> None:
-    label = datasets.Value("int64")  # of STS-B too, which is a regression all the same
+def test_class_names_of_a_task_are_used_for_numbers_in_a_file(tmp_path: Path, task: str) -> None:
+    label = datasets.Value("int64")  # for STS-B too, which stays a regression
     for split in ("train", "validation"):
         write_rows_of(tmp_path / f"{split}.parquet", split, 12, HUB[task].columns, label, [0, 1] * 6)
     data = prepared(tmp_path, task=task)
@@ -157,18 +157,18 @@ def test_names_of_the_classes_are_known_where_the_file_has_numbers_alone(tmp_pat
 
 
 @pytest.mark.parametrize("task", ["mrpc", "wnli"])
-def test_names_in_place_of_numbers_keep_the_numbers_of_the_task(tmp_path: Path, task: str) -> None:
-    """F1 is of label 1, and a submission has the number."""
+def test_names_in_a_file_keep_the_class_numbers_of_the_task(tmp_path: Path, task: str) -> None:
+    """F1 depends on the class with number 1, and a submission has class numbers."""
     names = [HUB[task].names[row % 2] for row in range(20)]
     write_rows_of(tmp_path / "train.parquet", "train", 20, HUB[task].columns, datasets.Value("string"), names)
     assert prepared(tmp_path, task=task).class_names == HUB[task].names
 
 
-def test_a_directory_of_one_task_or_of_several(tmp_path: Path) -> None:
+def test_a_directory_may_have_one_task_or_several(tmp_path: Path) -> None:
     write_task(tmp_path, "rte")
     write_task(tmp_path, "cola")
-    one, several = prepared(tmp_path / "rte", task="rte"), prepared(tmp_path, task="rte")
-    assert found(one.splits["train"][0]) == found(several.splits["train"][0]) == all_of("train", 30)
+    of_one_task, several = prepared(tmp_path / "rte", task="rte"), prepared(tmp_path, task="rte")
+    assert found(of_one_task.splits["train"][0]) == found(several.splits["train"][0]) == all_of("train", 30)
     (tmp_path / "rte").rename(tmp_path / "mine")
     assert found(prepared(tmp_path, task="rte", config="mine").splits["train"][0]) == all_of("train", 30)
     for stage, split in (("fit", "train"), ("predict", "test")):
@@ -176,7 +176,7 @@ def test_a_directory_of_one_task_or_of_several(tmp_path: Path) -> None:
             prepared(tmp_path, stage, task="mrpc")
 
 
-def test_sets_of_mnli(hub: Files) -> None:
+def test_mnli_has_matched_and_mismatched_sets(hub: Files) -> None:
     data = prepared(hub("mnli", hidden=False), task="mnli", max_val_samples=5)
     data.check_test_split()
     data.setup("test")
@@ -193,7 +193,7 @@ def test_sets_of_mnli(hub: Files) -> None:
     assert data.set_names["val"] == [""]
 
 
-# ------------------------------------------------------------------------------------------------------- sets of others
+# ------------------------------------------------------------------------------------------------------ the user's data
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_labels_decide_the_kind_of_task(
     assert data.metrics == (["accuracy", "macro_f1"] if names else ["pearson", "spearman"])
 
 
-def test_columns_and_labels_by_key(tmp_path: Path) -> None:
+def test_keys_name_the_columns(tmp_path: Path) -> None:
     put(tmp_path / "train.csv", "body,stars,title\n" + "".join(f"w{i},{i % 2},good\n" for i in range(20)))
     data = prepared(tmp_path, text_columns=["title", "body"], label_column="stars", val_fraction=0.5)
     ids = data.splits["train"][0].data["input_ids"][:]
@@ -228,16 +228,16 @@ def test_columns_and_labels_by_key(tmp_path: Path) -> None:
     ("labels", "known", "values"),
     [
         (["yes", "maybe", "no"], ["yes", "no", "maybe"], [0, 2, 1]),
-        ([3, 0, 3], ["0", "1", "2", "3"], [3, 0, 3]),  # a checkpoint of before, which counted from 0
+        ([3, 0, 3], ["0", "1", "2", "3"], [3, 0, 3]),  # an older checkpoint, whose classes are named by numbers from 0
         ([5, 0, 3], [], [5.0, 0.0, 3.0]),
     ],
 )
-def test_classes_of_the_model_come_before_those_of_the_data(
+def test_classes_of_the_model_override_those_of_the_data(
     tmp_path: Path, labels: list[Any], known: list[str], values: list[Any]
 ) -> None:
     csv(tmp_path / "test.csv", labels)
     model = text_model(word_tokenizer(), class_names=known)
-    data = prepared(tmp_path, "test", model=model, **TEXT)  # there are no training rows
+    data = prepared(tmp_path, "test", model=model, **TEXT)  # without training rows
     data.check_test_split()
     assert (data.class_names, labels_of(data, "test")) == (known, values)
     for split in ("train", "validation"):
@@ -249,13 +249,13 @@ def test_classes_of_the_model_come_before_those_of_the_data(
 @pytest.mark.parametrize(
     ("train", "test", "expected"),
     [
-        ([0.5, 1.5], [1, 3], [1.0, 3.0]),  # whole numbers alone, of a regression
+        ([0.5, 1.5], [1, 3], [1.0, 3.0]),  # integers in a regression
         ([True, False], [1, 0, 1], [1, 0, 1]),
         ([1, 0], [True, False], [1, 0]),
         (["a", "b"], ["b", "a", "b"], [1, 0, 1]),
     ],
 )
-def test_other_splits_are_read_as_the_training_rows(
+def test_labels_of_other_splits_are_read_as_those_of_training(
     tmp_path: Path, form: str, train: list[Any], test: list[Any], expected: list[Any]
 ) -> None:
     for split, labels in (("train", train * 10), ("validation", test)):
@@ -271,8 +271,8 @@ def test_rows_of_a_label_are_left_out(tmp_path: Path) -> None:
         data = prepared(tmp_path / str(skip), skip_label=skip, **TEXT)
         assert labels_of(data) == [0, 1, 2] * 5
         where = tmp_path / f"{skip}/train.csv"
-        said = f"5 rows of {where} have the label {skip} (data.skip_label) and are left out"
-        assert said in data.findings.take_lines()
+        line = f"5 rows of {where} have the label {skip} (data.skip_label) and are left out"
+        assert line in data.findings.take_lines()
         assert data.findings.skipped == []
 
 
@@ -280,7 +280,7 @@ def test_rows_of_a_label_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["cola", "stsb", "mnli"])
-def test_batches_are_what_the_tokenizer_makes_of_their_texts(hub: Files, task: str) -> None:
+def test_batches_equal_the_output_of_the_tokenizer(hub: Files, task: str) -> None:
     types = word_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     columns = len(HUB[task].columns)
     for padding, tokenizer in (("longest", word_tokenizer()), ("max_length", word_tokenizer()), ("longest", types)):
@@ -297,7 +297,7 @@ def test_batches_are_what_the_tokenizer_makes_of_their_texts(hub: Files, task: s
             assert batch["label"].dtype == (torch.int64 if HUB[task].names else torch.float32)
 
 
-def test_the_first_process_of_a_node_tokenises_for_the_others(hub: Files, cache: Path) -> None:
+def test_ranks_share_the_token_cache(hub: Files, cache: Path) -> None:
     def files() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (cache / "onesided").iterdir()}
 
@@ -315,19 +315,19 @@ def test_the_first_process_of_a_node_tokenises_for_the_others(hub: Files, cache:
 
 
 def submission(data: Any, file: int, rows: list[dict[str, Any]], folder: Path) -> list[str]:
-    """Lines of the file that is handed in."""
+    """Write a submission, and return its lines."""
     path = folder / data.prediction_files[file]
     write_rows(path, [data.complete_prediction(row, file) for row in rows])
     return path.read_text("utf-8").splitlines()
 
 
 @pytest.mark.parametrize("task", HUB)
-def test_submissions_are_in_the_form_of_glue(tmp_path: Path, hub: Files, task: str) -> None:
+def test_submissions_have_the_format_of_glue(tmp_path: Path, hub: Files, task: str) -> None:
     data = prepared(hub(task), "predict", task=task, prediction_format="tsv")
     known = HUB[task]
     assert data.prediction_files == known.files
     rows: list[dict[str, Any]] = [{"index": 0, "prediction": 2.5}, {"index": 6, "prediction": -0.25}]
-    expected = ["2.5", "0.0"]  # in the limits of the scores
+    expected = ["2.5", "0.0"]  # clipped to the range of the scores
     if known.names:
         rows = [
             {"index": i, "label": label, "prediction": known.names[label], "probability": 0.75}
@@ -337,7 +337,8 @@ def test_submissions_are_in_the_form_of_glue(tmp_path: Path, hub: Files, task: s
         expected = [known.names[label] if named else str(label) for label in (1, 0)]
     for file in range(len(known.files)):
         lines = submission(data, file, rows, tmp_path)
-        assert lines == ["index\tprediction", f"100\t{expected[0]}", f"106\t{expected[1]}"]  # by the column idx
+        # numbers from the column idx
+        assert lines == ["index\tprediction", f"100\t{expected[0]}", f"106\t{expected[1]}"]
 
 
 @pytest.mark.parametrize(
@@ -351,13 +352,15 @@ def test_scores_of_stsb_are_clipped_in_submissions_alone(
     assert data.complete_prediction(row, 0) == {"index": 102, "prediction": clipped}
     lines = prepared(hub("stsb"), "predict", task="stsb", prediction_format="jsonl")
     assert lines.complete_prediction(row, 0)["prediction"] == score
-    own = prepared(put(tmp_path / "test.csv", "text\nw0\nw1\nw2\n").parent, "predict", **TEXT)
-    assert own.complete_prediction(row, 0) == {"id": 2, "text": "w2", "prediction": score}
+    own_data = prepared(put(tmp_path / "test.csv", "text\nw0\nw1\nw2\n").parent, "predict", **TEXT)
+    assert own_data.complete_prediction(row, 0) == {"id": 2, "text": "w2", "prediction": score}
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
 @pytest.mark.parametrize(("column", "expected"), [("idx", 7), ("name", "b"), (None, 1)])
-def test_rows_are_named_by_a_column_or_counted(tmp_path: Path, column: str | None, expected: Any, form: str) -> None:
+def test_predictions_have_the_id_of_a_column_or_the_row_number(
+    tmp_path: Path, column: str | None, expected: Any, form: str
+) -> None:
     content = "sentence\nw3\nw4\n" if column is None else "sentence,idx,name\nw3,9,a\nw4,7,b\n"
     folder = put(tmp_path / "test.csv", content).parent
     keys = {} if column is None else {"id_column": column}
@@ -380,7 +383,7 @@ def test_prediction_needs_no_labels(tmp_path: Path, hub: Files) -> None:
 
 
 @pytest.mark.parametrize("task", [None, "sst2"])
-def test_a_file_of_rows_to_predict(tmp_path: Path, task: Any) -> None:
+def test_predict_path_may_be_one_file(tmp_path: Path, task: Any) -> None:
     file = put(tmp_path / "new.csv", "sentence\ngood w3\nbad w4 a\n")
     data = prepared(tmp_path, "predict", task=task, text_columns=["sentence"], predict_path=str(file))
     assert data.prediction_files == ["predictions.csv"]
@@ -390,7 +393,7 @@ def test_a_file_of_rows_to_predict(tmp_path: Path, task: Any) -> None:
     assert data.complete_prediction(row, 0) == expected
 
 
-def test_a_guess_for_a_prediction_is_reported(tmp_path: Path) -> None:
+def test_a_guessed_column_for_a_prediction_is_reported(tmp_path: Path) -> None:
     file = put(tmp_path / "new.csv", "review,k\ngood w3,1\nbad w4 a,2\n")
     data = prepared(tmp_path, "predict", predict_path=str(file))
     assert "columns: text of review (guessed; data.text_columns overrides)" in data.findings.take_lines()
@@ -398,7 +401,7 @@ def test_a_guess_for_a_prediction_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [["matched"], ["mismatched"], ["matched", "mismatched"], [""]])
-def test_there_are_as_many_files_as_sets_and_each_has_its_own_name(tmp_path: Path, stored: list[str]) -> None:
+def test_each_set_has_its_own_prediction_file(tmp_path: Path, stored: list[str]) -> None:
     for name in stored:
         columns, split = ["premise", "hypothesis"], f"test_{name}" if name else "test"
         write_rows_of(tmp_path / f"{split}.parquet", split, 3, columns, datasets.Value("int64"), [-1] * 3)
@@ -412,7 +415,7 @@ def test_there_are_as_many_files_as_sets_and_each_has_its_own_name(tmp_path: Pat
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 CLASSES = ("a", "b")
-BAD: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, ...]]] = {  # files, keys, message
+BAD: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, ...]]] = {  # files, keys, parts of the message
     "too short": ({}, {"max_length": 1, "task": "cola"}, ("data.max_length: 1 must be 2 or more",)),
     "no column": ({}, {"text_columns": []}, ("data.text_columns", "are 0 columns. Name one or two")),
     "three columns": ({}, {"text_columns": ["a", "b", "c"]}, ("data.text_columns", "are 3 columns")),
@@ -475,7 +478,7 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         prepared(tmp_path, model=model, **{key: value for key, value in keys.items() if key != "known"})
 
 
-def test_classes_are_no_targets_of_a_model_of_a_regression(hub: Files) -> None:
+def test_a_regression_model_refuses_classes(hub: Files) -> None:
     model = text_model(word_tokenizer(), class_names=[])
     for path, keys in ((hub("rte"), {"task": "rte"}), (hub("cola") / "cola", {"text_columns": ["sentence"]})):
         with refuses("data.label_column", "the model is for regression", "classification into "):
@@ -483,7 +486,7 @@ def test_classes_are_no_targets_of_a_model_of_a_regression(hub: Files) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_split_without_rows(tmp_path: Path, split: str) -> None:
+def test_a_split_without_rows_is_refused(tmp_path: Path, split: str) -> None:
     path = write_task(tmp_path, "cola")
     file = path / "cola" / f"{split}-00000-of-00001.parquet"
     write_rows_of(file, split, 0, ["sentence"], datasets.Value("int64"), [])

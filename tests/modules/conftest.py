@@ -1,4 +1,4 @@
-"""Tiny backbones for all tests of modules: bare ones, and tasks over them."""
+"""Fixtures of tests of modules: tiny backbones, and tasks on tiny backbones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tests.support.tasks import TaskFactory
 
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskFactory:
-    """Build a task by the name of its family: `tasks("roberta", tuning="head")`."""
+    """Return a factory of tasks by the name of their family, as in `tasks("roberta", tuning="head")`."""
     return TaskFactory(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(params=[f.__name__ for f in FAMILIES])
 def backbone(request: pytest.FixtureRequest, deterministic: None) -> Backbone:
-    """Each family in turn; `parametrize("backbone", ["vit"], indirect=True)` for one of them, or a variant."""
+    """Return a backbone of each family in turn. `parametrize("backbone", ["vit"], indirect=True)` selects families."""
     return BACKBONES[request.param]()

@@ -1,4 +1,4 @@
-"""The base class of every task: checkpoints over frozen weights, frozen normalisation, and refusals."""
+"""The base class of every task: checkpoints, fingerprints, frozen normalisation, dtypes and bad input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 24), "stem_width": 8}
 
 
 def classifier(seed: int = 0, **keys: Any) -> ImageClassifier:
-    """`weights: none` gives the backbone of the global generator."""
+    """Return a classifier whose random backbone is drawn from this seed."""
     torch.manual_seed(seed)
     keys = {"adapter": AdapterConfig(rank=2), "class_names": CLASSES, **keys}
     return ImageClassifier(VIT, weights="none", backbone_args=TINY, image_size=16, **keys)
@@ -36,7 +36,7 @@ def classifier(seed: int = 0, **keys: Any) -> ImageClassifier:
 
 @pytest.fixture
 def trained(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[ImageClassifier, Path]:
-    """A model after two steps over the backbone of seed 5, and its checkpoint."""
+    """Return a model after two steps on the backbone of seed 5, and its checkpoint."""
     model, runner = classifier(5, tuning=getattr(request, "param", "adapter"), class_names=None), quiet_trainer()
     runner.fit(model, datamodule=ReadyData([image_batch()] * 2, class_names=CLASSES))
     runner.save_checkpoint(tmp_path / "python.ckpt")
@@ -46,7 +46,7 @@ def trained(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[ImageClassi
 @pytest.mark.parametrize("trained", ["adapter", "full"], indirect=True)
 def test_a_checkpoint_written_from_python_loads_without_a_trainer(trained: tuple[ImageClassifier, Path]) -> None:
     model, path = trained
-    torch.manual_seed(5 if model.tuning == "adapter" else 6)  # full tuning saves everything
+    torch.manual_seed(5 if model.tuning == "adapter" else 6)  # full tuning saves all weights, so the seed may differ
     loaded = ImageClassifier.load_from_checkpoint(path, weights_only=True)
     assert (loaded.class_names, loaded.adapter) == (CLASSES, model.adapter)
     image = image_batch()["image"]
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_not_loaded_into_merged_adapters(trained: tuple[ImageCla
 
 
 @pytest.mark.parametrize(("seed", "keys"), [(6, {}), (5, {"backbone_dtype": "bfloat16"})])
-def test_a_checkpoint_over_other_frozen_weights_is_refused(
+def test_a_checkpoint_of_other_frozen_weights_is_refused(
     trained: tuple[ImageClassifier, Path], seed: int, keys: dict[str, Any]
 ) -> None:
     torch.manual_seed(seed)
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_tuning_is_refused(given: Any) -> None:
         other.on_load_checkpoint(checkpoint)
 
 
-def test_a_checkpoint_holds_a_digest_of_the_frozen_weights(trained: tuple[ImageClassifier, Path]) -> None:
+def test_a_checkpoint_has_a_digest_of_the_frozen_weights(trained: tuple[ImageClassifier, Path]) -> None:
     model, path = trained
     assert torch.load(path, weights_only=True)["frozen_digest"] == model.frozen_digest.hexdigest()
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_holds_a_digest_of_the_frozen_weights(trained: tuple[ImageC
 def frozen(seed: int = 0, train: Any = "B") -> nn.Module:
     torch.manual_seed(seed)
     backbone = timm.create_model(VIT, img_size=16, num_classes=0, **TINY).requires_grad_(False)
-    backbone.patch_embed.proj.bias.zero_()  # the same values in any dtype
+    backbone.patch_embed.proj.bias.zero_()  # zeros have the same value in any dtype
     attach(backbone, AdapterConfig(train=train, rank=2))
     return backbone
 
@@ -118,7 +118,7 @@ def _name(model: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [_first_value, _last_value, _dtype, _shape, _name])
-def test_fingerprint_tells_frozen_weights_apart(change: Callable[[nn.Module], None]) -> None:
+def test_the_fingerprint_depends_on_values_dtypes_shapes_and_names(change: Callable[[nn.Module], None]) -> None:
     expected, model = frozen_fingerprint(frozen()), frozen()
     assert frozen_fingerprint(model) == expected
     change(model)
@@ -127,7 +127,7 @@ def test_fingerprint_tells_frozen_weights_apart(change: Callable[[nn.Module], No
 
 @torch.no_grad()
 @pytest.mark.parametrize("train", ["B", "both"])
-def test_fingerprint_does_not_see_factors(train: str) -> None:
+def test_the_fingerprint_does_not_depend_on_factors(train: str) -> None:
     model = frozen(train=train)
     expected = frozen_fingerprint(model)
     for factor in adapter_state(model).values():
@@ -136,7 +136,7 @@ def test_fingerprint_does_not_see_factors(train: str) -> None:
 
 
 @pytest.mark.parametrize("tuning", ["adapter", "head", "full"])
-def test_fingerprint_stays_in_training(tuning: Any) -> None:
+def test_training_does_not_change_the_fingerprint(tuning: Any) -> None:
     model = classifier(tuning=tuning, learning_rate=0.1)
     before = copied(model.backbone)
     quiet_trainer().fit(model, ready_loader([image_batch()] * 2))
@@ -148,14 +148,14 @@ def test_fingerprint_stays_in_training(tuning: Any) -> None:
 
 
 @pytest.mark.parametrize("moves", [False, True])
-def test_running_statistics_of_a_frozen_backbone_stay(moves: bool) -> None:
+def test_running_statistics_of_a_frozen_backbone_do_not_change(moves: bool) -> None:
     tuning: Any = "full" if moves else "head"
     keys: dict[str, Any] = {"backbone_args": RESNET, "image_size": 32, "tuning": tuning, "class_names": CLASSES}
     model = ImageClassifier("resnet18", weights="none", **keys)
     before = dict(copied(dict(model.backbone.named_buffers())))
     assert any(name.endswith("running_mean") for name in before)
     data = ReadyData([image_batch(side=32)] * 4)
-    quiet_trainer(val_check_interval=2).fit(model, datamodule=data)  # validation in the middle changes modes
+    quiet_trainer(val_check_interval=2).fit(model, datamodule=data)  # a validation inside the epoch switches modes
     assert changed(before, dict(model.backbone.named_buffers())) == (before.keys() if moves else set())
 
 
@@ -167,15 +167,13 @@ WINDOWS = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size"
 @pytest.mark.parametrize(
     ("name", "args", "size"),
     [
-        ("swin_tiny_patch4_window7_224", WINDOWS, 64),  # a mask
-        ("swinv2_tiny_window8_256", WINDOWS, 64),  # coordinates that go into a layer
-        ("eva02_tiny_patch14_224", {"depth": 1}, 28),  # rotary positions
+        ("swin_tiny_patch4_window7_224", WINDOWS, 64),  # buffer: attention mask
+        ("swinv2_tiny_window8_256", WINDOWS, 64),  # buffer: coordinates, the input of a layer
+        ("eva02_tiny_patch14_224", {"depth": 1}, 28),  # buffer: rotary positions
     ],
 )
 @torch.no_grad()
-def test_buffers_that_models_compute_are_of_a_dtype_that_they_compute_with(
-    name: str, args: dict[str, Any], size: int
-) -> None:
+def test_computed_buffers_work_with_a_bfloat16_backbone(name: str, args: dict[str, Any], size: int) -> None:
     def logits(dtype: Any) -> Tensor:
         torch.manual_seed(0)
         adapter = AdapterConfig(rank=2, targets=["mlp_in"])
@@ -190,7 +188,7 @@ def test_buffers_that_models_compute_are_of_a_dtype_that_they_compute_with(
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
-def test_a_precision_that_takes_the_factors_out_of_float32(precision: Any) -> None:
+def test_precisions_with_factors_outside_of_float32_are_refused(precision: Any) -> None:
     with refuses(f"trainer.precision: {precision} ", "backbone_dtype: bfloat16", error=ModelError):
         quiet_trainer(precision=precision).fit(classifier(), ready_loader([image_batch()]))
 
@@ -201,15 +199,15 @@ def test_mixed_precision_keeps_the_factors_in_float32() -> None:
     assert {tensor.dtype for tensor in adapter_state(model.backbone).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("name", ["head.bias", "backbone.blocks.0.attn.qkv.adapters.query.A"])
 @torch.no_grad()
-def test_weights_that_are_not_finite_are_not_kept(name: str, poison: float) -> None:
+def test_weights_that_are_not_finite_are_not_saved(name: str, value: float) -> None:
     model = classifier()
     model._trainer = stub_trainer(global_step=7)
     model.check_weights()
     checkpoint: dict[str, Any] = {"state_dict": {}, "hyper_parameters": {}}
-    model.get_parameter(name).flatten()[1] = poison
+    model.get_parameter(name).flatten()[1] = value
     for check in (model.check_weights, lambda: model.on_save_checkpoint(checkpoint)):
         with refuses(f"At step 7 {name} is no longer finite", "--ckpt_path last", error=ModelError):
             check()

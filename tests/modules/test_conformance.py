@@ -1,6 +1,6 @@
-"""Conformance of all tasks over all families: loss, training, dtype, checkpoint, resume and export.
+"""Conformance of all tasks on all families of backbones: loss, training, dtype, checkpoint, resume and export.
 
-`tests.support.tasks` defines the families. A new task or family needs an entry there, and is then tested here.
+`tests.support.tasks` defines the families. A new task or family needs an entry in that file and no test here.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def outputs(family: str, model: Any) -> Tensor:
 
 
 def parts_of(model: nn.Module, layers: Iterable[str]) -> set[str]:
-    """Names of the weights and biases of some layers."""
+    """Return the names of the weights and biases of these layers."""
     return {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")} & model.state_dict().keys()
 
 
 def trained_names(family: str, model: Any, tuning: str) -> set[str]:
-    """Names of the parameters that a tuning trains."""
+    """Return the names of the parameters that a tuning trains."""
     if tuning == "full":
         return {name for name, _ in model.named_parameters()}
     factors = {f"backbone.{name}" for name in adapter_state(model.backbone)}
@@ -53,7 +53,7 @@ def trained_names(family: str, model: Any, tuning: str) -> set[str]:
 
 
 def ties(model: nn.Module) -> set[frozenset[str]]:
-    """Sets of names that are one parameter."""
+    """Return the sets of names that share one parameter."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -69,8 +69,8 @@ def ties(model: nn.Module) -> set[frozenset[str]]:
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 @torch.no_grad()
-def test_loss_is_that_of_the_backbones_library(tasks: TaskFactory, family: str, keys: dict[str, Any]) -> None:
-    """The library's own model with merged weights is the reference, at the start and away from the start."""
+def test_loss_equals_that_of_the_backbones_library(tasks: TaskFactory, family: str, keys: dict[str, Any]) -> None:
+    """Compare with the library's model with merged weights, for new adapters and for random adapters."""
     model = tasks(family, **keys).eval()
     data = FAMILIES[family].batch(model)
     at_start = outputs(family, model)
@@ -99,7 +99,7 @@ def test_merged_adapters_compute_the_same(tasks: TaskFactory, family: str) -> No
 
 
 @every_tuning
-def test_steps_move_what_is_trained_alone(tasks: TaskFactory, family: str, tuning: str) -> None:
+def test_steps_change_trained_parameters_alone(tasks: TaskFactory, family: str, tuning: str) -> None:
     keys = {"schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.1, "lr_ratio_b": 1.5, "lr_ratio_head": 0.8}
     model = tasks(family, **TUNINGS[tuning], **keys)
     assert all(module.training for module in model.modules())
@@ -109,18 +109,18 @@ def test_steps_move_what_is_trained_alone(tasks: TaskFactory, family: str, tunin
 
     model._trainer = stub_trainer(estimated_stepping_batches=10)
     optimizer = model.configure_optimizers()["optimizer"]
-    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates) == len(trained)
+    learning_rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(learning_rates) == len(trained)
     heads = parts_of(model, FAMILIES[family].heads)
     for name, parameter in trained.items():
         ratio = 0.8 if name in heads else 1.5 if tuning == "B" else 1.0
-        assert rates[id(parameter)] == pytest.approx(0.01 * ratio), name
+        assert learning_rates[id(parameter)] == pytest.approx(0.01 * ratio), name
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
-    if tuning != "full" or family not in ("vit", "convnext"):  # timm has a list of its own
+    if tuning != "full" or family not in ("vit", "convnext"):  # timm has its own list of parameters without decay
         assert decayed == {id(p) for p in trained.values() if p.ndim > 1}
 
     model._trainer = None
-    model.eval()  # without dropout the loss must fall
+    model.eval()  # without dropout, so that the loss falls
     data, before = FAMILIES[family].batch(model), copied(dict(model.named_parameters()))
     losses = []
     for _ in range(12):
@@ -147,7 +147,7 @@ def test_dropout_is_on_in_training_alone(tasks: TaskFactory, family: str, tuning
 @pytest.mark.parametrize(
     ("family", "tuning"), [(n, t) for n, family in FAMILIES.items() for t in family.tunings if t in ("B", "head")]
 )
-def test_bfloat16_is_of_the_frozen_weights_alone(tasks: TaskFactory, family: str, tuning: str) -> None:
+def test_bfloat16_applies_to_the_frozen_weights_alone(tasks: TaskFactory, family: str, tuning: str) -> None:
     full = randomize(tasks(family, **TUNINGS[tuning]), std=0.15).eval()
     half = tasks(family, **TUNINGS[tuning], backbone_dtype="bfloat16").eval()
     half.load_state_dict(full.saved_state())
@@ -160,12 +160,12 @@ def test_bfloat16_is_of_the_frozen_weights_alone(tasks: TaskFactory, family: str
     assert ours.dtype == torch.float32
     assert 0 < float((ours - theirs).detach().norm() / theirs.detach().norm()) < 0.1
     assert inputs == {name: {torch.float32} for name in FAMILIES[family].heads}
-    kept = half.saved_state().keys()
+    saved_names = half.saved_state().keys()
     dtypes = {name: p.dtype for name, p in half.named_parameters()}
-    assert {dtype for name, dtype in dtypes.items() if name in kept} == {torch.float32}
-    assert {dtype for name, dtype in dtypes.items() if name not in kept} == {torch.bfloat16}
+    assert {dtype for name, dtype in dtypes.items() if name in saved_names} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if name not in saved_names} == {torch.bfloat16}
     for name, buffer in full.named_buffers():
-        if name.endswith("inv_freq"):  # rotary frequencies: in bfloat16 they would be other positions
+        if name.endswith("inv_freq"):  # rotary frequencies in bfloat16 would change the positions
             assert half.get_buffer(name).dtype == torch.float32
             assert torch.equal(half.get_buffer(name), buffer)
     half.loss(FAMILIES[family].batch(half)).backward()
@@ -178,14 +178,14 @@ def test_bfloat16_is_of_the_frozen_weights_alone(tasks: TaskFactory, family: str
 @pytest.mark.parametrize(("family", "tuning"), [*TUNED, *itertools.product(ONE_A_TASK, METHODS)])
 @torch.no_grad()
 def test_a_checkpoint_builds_the_same_model(tasks: TaskFactory, family: str, tuning: str, tmp_path: Path) -> None:
-    """From the file alone, read without pickle, in a process with another seed."""
+    """Only the file is needed. It is read without pickle, under another seed."""
     model = tasks(family, **TUNINGS[tuning]).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     state = model.saved_state()
     factors = {f"backbone.{name}" for name in adapter_state(model.backbone)}
-    if tuning == "full":  # everything, tied tensors once
+    if tuning == "full":  # all tensors, tied tensors once
         everything = {tensor.data_ptr() for tensor in model.state_dict().values()}
         assert {tensor.data_ptr() for tensor in state.values()} == everything
     else:
@@ -211,8 +211,10 @@ def test_a_checkpoint_builds_the_same_model(tasks: TaskFactory, family: str, tun
 
 @pytest.mark.parametrize("tuning", ["B", "full"])
 @pytest.mark.parametrize("family", ONE_A_TASK)
-def test_a_resumed_run_ends_as_the_whole_run(tasks: TaskFactory, family: str, tuning: str, tmp_path: Path) -> None:
-    """Weights, optimizer and schedule go on from the checkpoint; dropout draws the same numbers in each step."""
+def test_a_resumed_run_equals_an_uninterrupted_run(
+    tasks: TaskFactory, family: str, tuning: str, tmp_path: Path
+) -> None:
+    """Weights, optimizer and schedule continue from the checkpoint. Each step seeds dropout with its number."""
 
     class SeedStep(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -226,18 +228,22 @@ def test_a_resumed_run_ends_as_the_whole_run(tasks: TaskFactory, family: str, tu
         trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return model, trainer.optimizers[0].state_dict()["state"]
 
-    (whole, expected), (once, _) = fitted(2), fitted(1)
+    (uninterrupted, expected), (interrupted, _) = fitted(2), fitted(1)
     resumed, state = fitted(2, tmp_path / "1.ckpt")
-    assert changed(copied(once), resumed)
-    assert changed(copied(whole), resumed) == set()
-    assert all(torch.equal(state[number][key], tensor) for number, of in expected.items() for key, tensor in of.items())
+    assert changed(copied(interrupted), resumed)
+    assert changed(copied(uninterrupted), resumed) == set()
+    assert all(
+        torch.equal(state[number][key], tensor)
+        for number, moments in expected.items()
+        for key, tensor in moments.items()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- export
 
 
 def write_adapter(model: Any, folder: Path, form: str) -> None:
-    """Write adapters and heads as `export` does."""
+    """Write adapters and heads in the files of `export`."""
     state = model.saved_state()
     if form == "compact":
         heads = {name: tensor for name, tensor in state.items() if ".adapters." not in name}

@@ -1,4 +1,4 @@
-"""The classifier of images beyond what all tasks share: metrics, heads of other families, and refusals."""
+"""ImageClassifier, beyond the conformance tests: metrics, heads of other families, states and bad input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.trainers import ReadyData, quiet_trainer, ready_loader
 
 
 def classifier(classes: int = 3, backbone: str = VIT, **keys: Any) -> Any:
-    """A model without dropout."""
+    """Return a classifier without dropout."""
     names = [f"class {i}" for i in range(classes)] if classes else None
     keys = {"adapter": AdapterConfig(rank=4), "learning_rate": 0.01, "schedule": "constant", "warmup_ratio": 0.0} | keys
     return ImageClassifier(backbone, weights="none", backbone_args=TINY, image_size=16, class_names=names, **keys)
@@ -34,7 +34,7 @@ def classifier(classes: int = 3, backbone: str = VIT, **keys: Any) -> Any:
     ("name", "args"),
     [
         ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 24), "stem_width": 8}),
-        ("mobilenetv3_small_050", {}),  # its head is wider than its last block
+        ("mobilenetv3_small_050", {}),  # the head's input is wider than the last block's output
     ],
 )
 def test_the_head_fits_other_families(name: str, args: dict[str, Any]) -> None:
@@ -46,15 +46,18 @@ def test_the_head_fits_other_families(name: str, args: dict[str, Any]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_label_smoothing_is_its_closed_form(smoothing: float) -> None:
+def test_label_smoothing_equals_its_closed_form(smoothing: float) -> None:
     model, data = randomize(classifier(label_smoothing=smoothing)).eval(), image_batch()
-    surprise = -model(data["image"]).log_softmax(-1)  # (1 - ε) of the label's, and ε of the mean over all classes
-    label = surprise.gather(1, data["label"][:, None]).mean()
-    torch.testing.assert_close(model.training_step(data, 0), (1 - smoothing) * label + smoothing * surprise.mean())
+    # loss: (1 - ε) times that of the label, plus ε times the mean over all classes
+    negative_log_probability = -model(data["image"]).log_softmax(-1)
+    label = negative_log_probability.gather(1, data["label"][:, None]).mean()
+    torch.testing.assert_close(
+        model.training_step(data, 0), (1 - smoothing) * label + smoothing * negative_log_probability.mean()
+    )
 
 
 class Watch(L.Callback):
-    """Keeps the state in front of each training batch, and the modes it found."""
+    """Record the state before each training batch, and the modes of the backbone."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
@@ -65,17 +68,17 @@ class Watch(L.Callback):
         self.modes |= {m.training for m in pl_module.backbone.modules()}
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("tuning", ["adapter", "full"])
-def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(poison: float, tuning: str) -> None:
+def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(value: float, tuning: str) -> None:
     model, watch = classifier(tuning=tuning), Watch()
     data = [image_batch() for _ in range(4)]
-    data[2]["image"][1, 0, 3, 3] = poison
+    data[2]["image"][1, 0, 3, 3] = value
     with refuses("loss became nan at step 2.", "--ckpt_path last", "learning_rate", error=ModelError):
         quiet_trainer(callbacks=[watch]).fit(model, ready_loader(data))
     assert len(watch.states) == 3
     assert watch.modes == {True}
-    assert changed(watch.states[1], watch.states[2])  # it did learn before
+    assert changed(watch.states[1], watch.states[2])  # earlier steps did train
     assert changed(watch.states[2], model) == set()
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
@@ -84,16 +87,17 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(poison: float
 
 
 class Matrix(L.Callback):
-    """Keeps the confusion matrix of a test."""
+    """Record the confusion matrix of a test."""
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.matrix = pl_module.confusion.compute()
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_metrics_are_sklearns(tmp_path: Path, stage: str) -> None:
+def test_metrics_equal_sklearns(tmp_path: Path, stage: str) -> None:
     model = randomize(classifier(classes=21, label_smoothing=0.3), std=0.3)
-    data = [image_batch(size) | {"label": torch.randint(0, 20, (size,))} for size in (49, 49, 4)]  # the last is absent
+    # the last class has no samples
+    data = [image_batch(size) | {"label": torch.randint(0, 20, (size,))} for size in (49, 49, 4)]
     with torch.no_grad():
         logits = torch.cat([model.eval()(b["image"]) for b in data])
     label = torch.cat([b["label"] for b in data])
@@ -104,10 +108,10 @@ def test_metrics_are_sklearns(tmp_path: Path, stage: str) -> None:
         "acc1": accuracy_score(label, logits.argmax(-1)),
         "acc5": top_k_accuracy_score(label, logits, k=5, labels=range(21)),
         "macro_f1": f1_score(label, logits.argmax(-1), average="macro"),
-        "loss": log_loss(label, logits.softmax(-1).double(), labels=range(21)),  # without smoothing
+        "loss": log_loss(label, logits.softmax(-1).double(), labels=range(21)),  # evaluation does not smooth labels
     }
     assert 0 < expected["acc1"] < expected["acc5"] < 1
-    for _ in range(2):  # nothing is carried over
+    for _ in range(2):  # the second evaluation starts anew
         (metrics,) = run(model, ready_loader(data), verbose=False)
         assert 0 < metrics.pop(f"{stage}/ece") < 1
         assert metrics == pytest.approx({f"{stage}/{name}": value for name, value in expected.items()}, abs=1e-5)
@@ -118,14 +122,14 @@ def test_metrics_are_sklearns(tmp_path: Path, stage: str) -> None:
 
 
 @pytest.mark.parametrize(("classes", "names"), [(2, {"acc1"}), (19, {"acc1"}), (20, {"acc1", "acc5"})])
-def test_top_five_is_of_twenty_classes_or_more(classes: int, names: set[str]) -> None:
+def test_acc5_is_logged_for_twenty_classes_or_more(classes: int, names: set[str]) -> None:
     data = [image_batch(classes=classes)]
     (metrics,) = quiet_trainer().validate(classifier(classes), ready_loader(data), verbose=False)
     assert set(metrics) == {f"val/{name}" for name in names | {"loss", "macro_f1", "ece"}}
 
 
 @torch.no_grad()
-def test_predictions_are_rows_of_a_table() -> None:
+def test_predictions_have_names_classes_and_probabilities() -> None:
     model = randomize(classifier()).eval()
     data = image_batch() | {"index": torch.tensor([4, 0, 2, 11, 3, 7])}
     rows = model.predict_step(data, 0)
@@ -143,7 +147,7 @@ def test_predictions_are_rows_of_a_table() -> None:
 
 
 @pytest.mark.parametrize("tuning", ["head", "full"])
-def test_running_statistics_are_saved_where_they_run(tuning: Any) -> None:
+def test_running_statistics_are_saved_if_they_are_updated(tuning: Any) -> None:
     args = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 24), "stem_width": 8}
     model = ImageClassifier(
         "resnet18", weights="none", backbone_args=args, image_size=32, tuning=tuning, class_names=["a", "b"]
@@ -166,7 +170,7 @@ def test_running_statistics_are_saved_where_they_run(tuning: Any) -> None:
         ({"head.bias": None, "x": (1,), "head.weight": (3, 31)}, ["1 missing", "1 unexpected: x", "another shape"]),
     ],
 )
-def test_a_state_that_does_not_fit_is_listed_and_nothing_loaded(
+def test_a_state_that_does_not_fit_is_refused_and_not_loaded(
     damage: dict[str, Any], parts: list[str], strict: bool
 ) -> None:
     model = classifier()
@@ -193,8 +197,8 @@ def test_adapters_that_the_backbone_bypasses_are_reported(train: Any) -> None:
     assert changed(before, model) == set()
 
 
-def test_adapters_that_are_called_are_not() -> None:
-    # of the same backbone, those that it does call
+def test_adapters_that_the_backbone_calls_are_not_reported() -> None:
+    # BEiT calls these layers
     adapter = AdapterConfig(rank=4, targets=["output", "mlp_in", "mlp_out"])
     model = classifier(backbone="beit_base_patch16_224", adapter=adapter)
     before = copied(model)
@@ -203,7 +207,7 @@ def test_adapters_that_are_called_are_not() -> None:
     assert changed(before, model) == factors | {"head.weight", "head.bias"}
 
 
-def test_classes_are_the_datas_unless_the_model_has_some(tasks: TaskFactory) -> None:
+def test_classes_come_from_the_data_unless_the_model_has_names(tasks: TaskFactory) -> None:
     new, old = tasks("vit", class_names=None), tasks("vit")
     for model in (copy.deepcopy(new), old):
         quiet_trainer().fit(model, datamodule=ReadyData([image_batch()], class_names=("red", "green", "blue")))

@@ -1,4 +1,4 @@
-"""The language model beyond what all tasks share: what it learns, generates, packs and refuses."""
+"""LanguageModel, beyond the conformance tests: loss, metrics, checkpointing, generation, packing and bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ every_source = pytest.mark.parametrize("weights", ["pretrained", "none", "file"]
 
 
 def decoder(folder: Path, **keys: Any) -> Any:
-    """A model of a folder of its own, away from the start."""
+    """Return a model with random adapters from this folder."""
     torch.manual_seed(0)
     if keys.get("weights") == "file":
         keys["weights"] = str(folder / "model.safetensors")
@@ -57,17 +57,17 @@ def prompts(texts: list[str] = PROMPTS) -> Batch:
 
 
 def searched(model: Any, data: Batch) -> Tensor:
-    """The tokens behind the texts of `generate`, (batch, tokens), without the prompts."""
-    found: list[Tensor] = []
+    """Return the tokens of the texts of `generate`, (batch, tokens), without the prompts."""
+    outputs: list[Tensor] = []
     search = model.backbone.generate
 
     def recorded(**keys: Any) -> Tensor:
-        found.append(search(**keys))
-        return found[-1]
+        outputs.append(search(**keys))
+        return outputs[-1]
 
     with patch.object(model.backbone, "generate", recorded):
         texts = model.generate(data)
-    tokens = found[0][:, data["input_ids"].shape[1] :]
+    tokens = outputs[0][:, data["input_ids"].shape[1] :]
     assert texts == [t.strip() for t in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return tokens
 
@@ -81,7 +81,7 @@ def with_data(model: Any, **properties: Any) -> Any:
 
 
 @torch.no_grad()
-def test_responses_alone_are_learnt(tasks: TaskFactory) -> None:
+def test_the_loss_covers_responses_alone(tasks: TaskFactory) -> None:
     model, data = randomize(tasks("llama")).eval(), instruction_batch()
     expected = model.loss(data)
     logits, targets = model(data)
@@ -89,10 +89,10 @@ def test_responses_alone_are_learnt(tasks: TaskFactory) -> None:
     assert targets.tolist() == [token for row in rows for token in row["labels"] if token != IGNORE_INDEX]
     assert logits.shape == (sum(response for _, response in SIZES), len(VOCABULARY))
     first = {**data, "labels": data["labels"].clone()}
-    first["labels"][:, 0] = 7  # nothing is before it
+    first["labels"][:, 0] = 7  # no token predicts the first token
     assert torch.equal(model.loss(first), expected)
     row, (prompt, response) = 2, SIZES[2]
-    for place, learns in ((prompt - 1, True), (prompt + response - 1, False)):  # nothing is behind the last token
+    for place, learns in ((prompt - 1, True), (prompt + response - 1, False)):  # the last token predicts nothing
         tokens = data["input_ids"].clone()
         tokens[row, place] = 9
         assert torch.equal(model.loss({**data, "input_ids": tokens}), expected) is not learns
@@ -101,12 +101,12 @@ def test_responses_alone_are_learnt(tasks: TaskFactory) -> None:
 @every_kind
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padding_does_not_matter(tasks: TaskFactory, kind: str, side: str) -> None:
+def test_logits_do_not_depend_on_padding(tasks: TaskFactory, kind: str, side: str) -> None:
     model, rows = randomize(tasks(kind)).eval(), instruction_rows()
-    alone = [model(PadSequences(END)([row])) for row in rows[:2]]
+    separate = [model(PadSequences(END)([row])) for row in rows[:2]]
     together = model(PadSequences(END, side)([*rows[:2], *instruction_rows(((20, 11),), seed=4)]))
-    assert torch.equal(together[1][:6], torch.cat([targets for _, targets in alone]))
-    torch.testing.assert_close(together[0][:6], torch.cat([logits for logits, _ in alone]), rtol=0, atol=1e-4)
+    assert torch.equal(together[1][:6], torch.cat([targets for _, targets in separate]))
+    torch.testing.assert_close(together[0][:6], torch.cat([logits for logits, _ in separate]), rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -117,7 +117,7 @@ def test_metrics_are_means_over_the_tokens_of_all_responses(tasks: TaskFactory) 
     model, run = randomize(tasks("llama")), quiet_trainer()
     first, second = [instruction_batch(), instruction_batch(((4, 30),), seed=2)], [instruction_batch(((2, 3), (1, 1)))]
     logits, _ = model.eval()(first[0])
-    first[0]["labels"][0, 5] = logits[0].argmax()  # a token that it gets right
+    first[0]["labels"][0, 5] = logits[0].argmax()  # a token that the model predicts
     reference = merged_decoder(tasks.folder("llama"), model)
 
     def by_hand(stage: str, batches: list[Batch]) -> dict[str, float]:
@@ -136,12 +136,12 @@ def test_metrics_are_means_over_the_tokens_of_all_responses(tasks: TaskFactory) 
     expected = by_hand("val", first)
     assert 0 < expected["val/token_acc"] < 0.5
     assert run.validate(model, datamodule=ReadyData(first), verbose=False) == [pytest.approx(expected, rel=1e-4)]
-    for stage, evaluate in (("test", run.test), ("val", run.validate)):  # each begins anew
-        found = evaluate(model, datamodule=ReadyData(second), verbose=False)
-        assert found == [pytest.approx(by_hand(stage, second), rel=1e-4)]
+    for stage, evaluate in (("test", run.test), ("val", run.validate)):  # each evaluation starts anew
+        metrics = evaluate(model, datamodule=ReadyData(second), verbose=False)
+        assert metrics == [pytest.approx(by_hand(stage, second), rel=1e-4)]
 
 
-def test_predictions_are_texts_by_number(tasks: TaskFactory) -> None:
+def test_predictions_have_row_numbers_and_texts(tasks: TaskFactory) -> None:
     model, data = randomize(tasks("llama")).eval(), prompts()
     assert model.predict_step(data, 0) == {"index": [0, 1, 2, 3], "response": model.generate(data)}
 
@@ -158,20 +158,20 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("train", ["B", "A", "both"])
-def test_checkpointing_leaves_the_gradients_as_they_are(tasks: TaskFactory, train: Any, dropout: float) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(tasks: TaskFactory, train: Any, dropout: float) -> None:
     inits: dict[str, Any] = {"init_a": "zero", "init_b": "orthogonal"} if train == "A" else {}
     adapter = AdapterConfig(rank=4, targets="all", train=train, dropout=dropout, **inits)
     models = [randomize(tasks("llama", adapter=adapter, gradient_checkpointing=flag)) for flag in (False, True)]
-    expected, found = map(gradients, models)
-    assert found.keys() == expected.keys()
+    expected, actual = map(gradients, models)
+    assert actual.keys() == expected.keys()
     assert {name[-1] for name in expected} == set("AB" if train == "both" else train)
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("flag", [False, True])
-def test_layers_run_again_in_backward_of_training_alone(tasks: TaskFactory, flag: bool) -> None:
+def test_layers_are_recomputed_only_in_the_backward_pass_of_training(tasks: TaskFactory, flag: bool) -> None:
     model, calls = tasks("llama", gradient_checkpointing=flag), []
     for layer in model.backbone.model.layers:
         layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -193,7 +193,7 @@ def test_checkpointing_is_refused_or_works_without_a_warning(
         tasks("llama", gradient_checkpointing=True)
 
 
-# --------------------------------------------------------------------------------------------------- what is trained
+# ----------------------------------------------------------------------------------------------- adapted layers
 
 
 @every_kind
@@ -224,11 +224,11 @@ def test_rotary_frequencies_stay_in_float32(tasks: TaskFactory, weights: str) ->
         assert torch.equal(half.backbone.get_buffer(name), buffer)
 
 
-def test_a_tied_output_layer_is_no_target(tasks: TaskFactory) -> None:
+def test_a_tied_output_layer_cannot_be_adapted(tasks: TaskFactory) -> None:
     adapter = AdapterConfig(rank=4, targets=["query", "regex:lm_head"])
     with refuses("'regex:lm_head' matches nothing", error=AdapterError):
         tasks("llama", adapter=adapter)
-    assert tasks("qwen2", adapter=adapter).projections[-1].layer == "lm_head"  # not tied
+    assert tasks("qwen2", adapter=adapter).projections[-1].layer == "lm_head"  # an untied output layer can be adapted
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -236,7 +236,7 @@ def test_a_tied_output_layer_is_no_target(tasks: TaskFactory) -> None:
 
 @every_kind
 @torch.no_grad()
-def test_greedy_text_is_that_of_the_merged_model(tasks: TaskFactory, kind: str) -> None:
+def test_greedy_text_equals_that_of_the_merged_model(tasks: TaskFactory, kind: str) -> None:
     model, data = tasks(kind).eval(), prompts()
     at_start = searched(model, data)
     tokens = searched(randomize(model), data)
@@ -247,60 +247,60 @@ def test_greedy_text_is_that_of_the_merged_model(tasks: TaskFactory, kind: str) 
 
 
 @every_kind
-def test_a_text_does_not_depend_on_its_company(tasks: TaskFactory, kind: str) -> None:
+def test_a_text_does_not_depend_on_its_batch(tasks: TaskFactory, kind: str) -> None:
     model = randomize(tasks(kind)).eval()
-    longer = prompts([*PROMPTS, "And what of this one, which is far longer than they are?"])
-    alone = [model.generate(prompts([text]))[0] for text in PROMPTS]
-    assert model.generate(longer)[:4] == alone
-    assert len(set(alone)) > 1
+    batch = prompts([*PROMPTS, "And what of this one, which is far longer than they are?"])
+    separate = [model.generate(prompts([text]))[0] for text in PROMPTS]
+    assert model.generate(batch)[:4] == separate
+    assert len(set(separate)) > 1
 
 
-def test_drawn_text_is_a_function_of_the_seed(tasks: TaskFactory) -> None:
+def test_sampled_text_depends_on_the_seed(tasks: TaskFactory) -> None:
     sampling = Decoding(max_new_tokens=8, do_sample=True, temperature=2.0)
     model = randomize(tasks("llama", generation=sampling)).eval()
 
-    def drawn(seed: int) -> list[list[int]]:
+    def sampled(seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
         return searched(model, prompts()).tolist()
 
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
     greedy = searched(randomize(tasks("llama")).eval(), prompts()).tolist()
-    assert drawn(1) != greedy
-    for near in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-5}):
-        config = Decoding(max_new_tokens=8, do_sample=True, **near)
+    assert sampled(1) != greedy
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-5}):
+        config = Decoding(max_new_tokens=8, do_sample=True, **settings)
         model.backbone.generation_config = config.config(model.backbone.generation_config, {END}, END)
-        assert drawn(1) == greedy, near
+        assert sampled(1) == greedy, settings
 
 
 @pytest.mark.parametrize(
-    ("own", "ends"), [(None, [2]), (2, [2]), (7, [2, 7]), ([7, 5], [2, 5, 7]), ([2, 9], [2, 9])], ids=str
+    ("of_backbone", "ends"), [(None, [2]), (2, [2]), (7, [2, 7]), ([7, 5], [2, 5, 7]), ([2, 9], [2, 9])], ids=str
 )
-def test_a_response_has_the_ends_of_backbone_and_tokenizer(own: Any, ends: list[int]) -> None:
-    given = GenerationConfig(eos_token_id=own, bos_token_id=1, pad_token_id=0)
-    config = Decoding().config(given, {END}, 3)
+def test_end_tokens_of_backbone_and_tokenizer_are_combined(of_backbone: Any, ends: list[int]) -> None:
+    config_of_backbone = GenerationConfig(eos_token_id=of_backbone, bos_token_id=1, pad_token_id=0)
+    config = Decoding().config(config_of_backbone, {END}, 3)
     assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (ends, 3, 1)
-    assert given.eos_token_id == own
+    assert config_of_backbone.eos_token_id == of_backbone
 
 
 SAMPLING = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
 OWN = {"do_sample": True, **SAMPLING, "max_length": 9, "min_new_tokens": 3, "num_beams": 2}
 
 
-def test_other_settings_of_a_backbone_do_not_count() -> None:
-    known = GenerationConfig(**OWN, bos_token_id=1).to_dict()
+def test_other_generation_settings_of_a_backbone_are_ignored() -> None:
+    backbone_settings = GenerationConfig(**OWN, bos_token_id=1).to_dict()
     for decoding in (Decoding(max_new_tokens=7), Decoding(do_sample=True, temperature=0.9, top_k=5)):
-        config = decoding.config(GenerationConfig.from_dict(known), {END}, END)
+        config = decoding.config(GenerationConfig.from_dict(backbone_settings), {END}, END)
         assert (config.max_new_tokens, config.do_sample) == (decoding.max_new_tokens, decoding.do_sample)
         fresh = GenerationConfig()
         for key in OWN.keys() - {"do_sample"}:
-            asked = decoding.do_sample and key in ("temperature", "top_k", "top_p")
-            assert getattr(config, key) == (getattr(decoding, key) if asked else getattr(fresh, key)), key
+            is_set = decoding.do_sample and key in ("temperature", "top_k", "top_p")
+            assert getattr(config, key) == (getattr(decoding, key) if is_set else getattr(fresh, key)), key
         config.validate(strict=True)
 
 
 @every_source
-def test_a_repositorys_own_sampling_does_not_leak_in(tmp_path: Path, weights: str) -> None:
+def test_sampling_settings_of_a_repository_are_ignored(tmp_path: Path, weights: str) -> None:
     folder = save_decoder(tmp_path)
     expected = searched(decoder(folder, weights=weights).eval(), prompts())
     other = next(token for token in range(3, 99) if token not in expected)
@@ -311,8 +311,8 @@ def test_a_repositorys_own_sampling_does_not_leak_in(tmp_path: Path, weights: st
 
 
 @pytest.mark.parametrize("end", [END, 5, 7])
-def test_a_response_stops_at_any_end(tmp_path: Path, end: int) -> None:
-    """That of the tokenizer, of the backbone and of the template."""
+def test_a_response_stops_at_any_end_token(tmp_path: Path, end: int) -> None:
+    """The end tokens are those of the tokenizer, the backbone and the template."""
     folder = save_decoder(tmp_path)
     edit_json(folder / "generation_config.json", eos_token_id=5)
     model = decoder(folder, response_end=7).eval()
@@ -325,26 +325,26 @@ def test_a_response_stops_at_any_end(tmp_path: Path, end: int) -> None:
     assert searched(model, prompts()).tolist() == [[end]] * 4
 
 
-def test_generation_leaves_the_model_as_it_was(tasks: TaskFactory) -> None:
+def test_generation_does_not_change_the_model(tasks: TaskFactory) -> None:
     model = randomize(tasks("llama")).eval()
-    before, known = copied(model), model.backbone.generation_config.to_dict()
+    before, settings = copied(model), model.backbone.generation_config.to_dict()
     assert model.generate(prompts()) == model.generate(prompts())
     assert changed(before, model) == set()
-    assert model.backbone.generation_config.to_dict() == known
+    assert model.backbone.generation_config.to_dict() == settings
 
 
-def test_the_template_is_the_datas_and_stays(tasks: TaskFactory) -> None:
+def test_the_template_comes_from_the_data_and_cannot_change(tasks: TaskFactory) -> None:
     model = with_data(tasks("llama"), response_end=END, prompt_template="{{ one }}")
     model.setup("fit")
     assert model.hparams["prompt_template"] == "{{ one }}"
     model.setup("validate")
-    again = tasks("llama", prompt_template=model.hparams["prompt_template"])
-    for other, stage in ((model, "fit"), (model, "predict"), (again, "predict")):
+    reloaded = tasks("llama", prompt_template=model.hparams["prompt_template"])
+    for other, stage in ((model, "fit"), (model, "predict"), (reloaded, "predict")):
         with_data(other, response_end=END, prompt_template="{{ other }}")
         with refuses("data.template: the checkpoint was trained with another prompt template", error=ModelError):
             other.setup(stage)
     assert model.hparams["prompt_template"] == "{{ one }}"
-    with_data(model).setup("test")  # questions have none
+    with_data(model).setup("test")  # multiple choice has no template
     with_data(tasks("llama")).setup("test")
 
 
@@ -353,7 +353,7 @@ def test_the_template_is_the_datas_and_stays(tasks: TaskFactory) -> None:
 
 @every_kind
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoders_that_keep_packed_sequences_apart(tasks: TaskFactory, kind: str, dtype: str) -> None:
+def test_decoders_that_separate_packed_sequences_are_accepted(tasks: TaskFactory, kind: str, dtype: str) -> None:
     adapter = AdapterConfig(rank=4, targets="all", dropout=0.5)
     model = randomize(tasks(kind, backbone_dtype=dtype, adapter=adapter))
     state = torch.get_rng_state()
@@ -367,7 +367,7 @@ def test_decoders_that_keep_packed_sequences_apart(tasks: TaskFactory, kind: str
 MIXED = ("data.packing: ", "ForCausalLM does not keep packed sequences apart. Set the key to false")
 
 
-def test_a_decoder_that_ignores_positions(tmp_path: Path) -> None:
+def test_a_decoder_that_ignores_positions_is_refused(tmp_path: Path) -> None:
     config = BloomConfig(vocab_size=len(VOCABULARY), hidden_size=32, n_layer=1, n_head=2, initializer_range=0.2)
     torch.manual_seed(0)
     BloomForCausalLM(config).save_pretrained(tmp_path)
@@ -381,7 +381,7 @@ def test_a_decoder_that_ignores_positions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [None, TypeError])
-def test_positions_that_do_not_part_what_is_seen(
+def test_a_decoder_that_mixes_packed_sequences_is_refused(
     tasks: TaskFactory, monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None
 ) -> None:
     model = tasks("llama")
@@ -390,7 +390,7 @@ def test_positions_that_do_not_part_what_is_seen(
     def forward(input_ids: Tensor, position_ids: Tensor, **keys: Any) -> Any:
         if error is not None:
             raise error("got an unexpected keyword argument 'position_ids'")
-        # with a mask transformers takes the positions to be of one sequence
+        # with an attention mask, transformers treats the positions as one sequence
         return plain(input_ids, torch.ones_like(input_ids), position_ids, **keys)
 
     monkeypatch.setattr(model.backbone, "forward", forward)
@@ -399,7 +399,7 @@ def test_positions_that_do_not_part_what_is_seen(
 
 
 @every_kind
-def test_loss_and_gradients_of_packs_are_those_of_the_sequences_apart(tasks: TaskFactory, kind: str) -> None:
+def test_loss_and_gradients_of_packs_equal_those_of_separate_sequences(tasks: TaskFactory, kind: str) -> None:
     model = randomize(tasks(kind, adapter=AdapterConfig(train="both", rank=4, targets="all"))).eval()
     rows = instruction_rows(((5, 4), (9, 2), (3, 7), (1, 1), (4, 6)))
     packs = [rows[:2], rows[2:]]
@@ -412,22 +412,23 @@ def test_loss_and_gradients_of_packs_are_those_of_the_sequences_apart(tasks: Tas
 
     packed, apart = PadPacks(END)(packs), PadSequences(END)(rows)
     assert "attention_mask" not in packed
-    assert (packed["position_ids"] == 0).sum() > len(rows)  # the shorter pack is filled up
-    (loss, found), (expected, wanted) = loss_and_gradients(packed), loss_and_gradients(apart)
+    assert (packed["position_ids"] == 0).sum() > len(rows)  # the shorter pack is padded
+    (loss, gradients_of_packs), (expected, expected_gradients) = loss_and_gradients(packed), loss_and_gradients(apart)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
-    assert len(found) == len(wanted) == 2 * len(model.projections)
-    for ours, theirs in zip(found, wanted, strict=True):
+    assert len(gradients_of_packs) == len(expected_gradients) == 2 * len(model.projections)
+    for ours, theirs in zip(gradients_of_packs, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(model.loss(PadPacks(77)(packs)), expected, rtol=0, atol=1e-5)  # whatever fills it
+        # another padding token
+        torch.testing.assert_close(model.loss(PadPacks(77)(packs)), expected, rtol=0, atol=1e-5)
         del packed["position_ids"]
-        assert (model.loss(packed) - expected).abs() > 1e-3  # without positions it would be something else
+        assert (model.loss(packed) - expected).abs() > 1e-3  # without positions, the loss would differ
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_tokenizer_without_padding_pads_with_the_end(tmp_path: Path) -> None:
+def test_a_tokenizer_without_padding_token_pads_with_the_end_token(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path)
     expected = decoder(folder).eval().generate(prompts())
     byte_tokenizer(pad_token=None).save_pretrained(folder)
@@ -468,7 +469,7 @@ def _without_output_layer(folder: Path) -> None:
         (_without_output_layer, "file", ["model.weights: ", " has no weights of lm_head.weight"]),
     ],
 )
-def test_a_backbone_that_is_no_decoder_with_its_tokenizer(
+def test_a_backbone_without_decoder_weights_or_tokenizer_is_refused(
     tmp_path: Path, change: Any, weights: str, parts: list[str]
 ) -> None:
     save_decoder(tmp_path)
@@ -504,14 +505,14 @@ def test_bad_input_is_refused(tasks: TaskFactory, keys: dict[str, Any], parts: l
         tasks("llama", **keys)
 
 
-def test_there_is_no_head_to_tune() -> None:
+def test_tuning_head_is_not_offered() -> None:
     assert get_args(get_type_hints(LanguageModel.__init__)["tuning"]) == ("adapter", "full", "adalora", "ia3")
 
 
 def test_a_response_leaves_room_for_a_prompt(tasks: TaskFactory) -> None:
     assert tasks("llama", generation=Decoding(max_new_tokens=POSITIONS - 1)).position_limit == POSITIONS
     model = tasks("llama", backbone_args={"max_position_embeddings": 12}).eval()
-    model.generate(prompts(["Why?"]))  # 4 + 8
+    model.generate(prompts(["Why?"]))  # 4 tokens of the prompt and 8 of the response
     with refuses("data.max_length: a prompt of 7 tokens and ", " 8 are more than the 12", error=ModelError):
         model.generate(prompts(["Why so?", "Who?"]))
     more = {"max_position_embeddings": 2 * POSITIONS}

@@ -1,4 +1,4 @@
-"""The summariser beyond what all tasks share: label smoothing, beam search, ROUGE and refusals."""
+"""Summarizer, beyond the conformance tests: label smoothing, beam search, ROUGE and bad input."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def summarizer(folder: Path, **keys: Any) -> Any:
 
 
 def searched(model: Any, data: Batch) -> Tensor:
-    """The tokens behind the texts of `generate`, (batch, tokens)."""
-    found: list[Tensor] = []
+    """Return the tokens of the texts of `generate`, (batch, tokens)."""
+    outputs: list[Tensor] = []
     search = model.backbone.generate
 
     def recorded(**keys: Any) -> Tensor:
-        found.append(search(**keys))
-        return found[-1]
+        outputs.append(search(**keys))
+        return outputs[-1]
 
     with patch.object(model.backbone, "generate", recorded):
         texts = model.generate(data)
-    assert texts == [t.strip() for t in model.tokenizer.batch_decode(found[0], skip_special_tokens=True)]
-    return found[0]
+    assert texts == [t.strip() for t in model.tokenizer.batch_decode(outputs[0], skip_special_tokens=True)]
+    return outputs[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- loss
@@ -76,7 +76,7 @@ def searched(model: Any, data: Batch) -> Tensor:
 
 @two_kinds
 @torch.no_grad()
-def test_label_smoothing_is_its_closed_form(tasks: TaskFactory, kind: str) -> None:
+def test_label_smoothing_equals_its_closed_form(tasks: TaskFactory, kind: str) -> None:
     model = randomize(tasks(kind, label_smoothing=0.3)).eval()
     data = summary_batch()
     logits = merged_summarizer(tasks.folder(kind), model)(**inputs(data), labels=data["labels"]).logits
@@ -86,19 +86,21 @@ def test_label_smoothing_is_its_closed_form(tasks: TaskFactory, kind: str) -> No
     expected = float(-(0.7 * right + 0.3 * log_p.mean(-1)).mean())
     assert float(model.training_step(data, 0)) == pytest.approx(expected, abs=1e-5)
     model.evaluate("val", {**data, "reference": [""] * len(data["labels"])}, 0)
-    assert float(model.scores("val")["val/loss"]) == pytest.approx(float(-right.mean()), abs=1e-5)  # none in evaluation
+    # evaluation does not smooth labels
+    assert float(model.scores("val")["val/loss"]) == pytest.approx(float(-right.mean()), abs=1e-5)
 
 
 @every_kind
 @torch.no_grad()
-def test_padding_does_not_matter(tasks: TaskFactory, kind: str) -> None:
+def test_logits_do_not_depend_on_padding(tasks: TaskFactory, kind: str) -> None:
     model = randomize(tasks(kind)).eval()
     together = model(summary_batch())
-    alone = model(summary_batch(SOURCES[1:2], TARGETS[:1]))
+    separate = model(summary_batch(SOURCES[1:2], TARGETS[:1]))
     mixed = model(summary_batch([SOURCES[1], SOURCES[2]], [TARGETS[0], TARGETS[1]]))
-    assert alone.shape[1] < mixed.shape[1]
-    torch.testing.assert_close(mixed[0, : alone.shape[1]], alone[0], rtol=0, atol=1e-4)
-    assert not torch.allclose(together[1, : alone.shape[1]], alone[0], atol=1e-2)  # another target before it
+    assert separate.shape[1] < mixed.shape[1]
+    torch.testing.assert_close(mixed[0, : separate.shape[1]], separate[0], rtol=0, atol=1e-4)
+    # the same source with another target
+    assert not torch.allclose(together[1, : separate.shape[1]], separate[0], atol=1e-2)
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -106,7 +108,7 @@ def test_padding_does_not_matter(tasks: TaskFactory, kind: str) -> None:
 
 @every_kind
 @pytest.mark.parametrize("search", list(SEARCHES))
-def test_generation_is_that_of_transformers_with_merged_weights(tasks: TaskFactory, kind: str, search: str) -> None:
+def test_generation_equals_that_of_transformers_with_merged_weights(tasks: TaskFactory, kind: str, search: str) -> None:
     model, data = tasks(kind, generation=SEARCHES[search]).eval(), summary_batch()
     at_start = searched(model, data)
     tokens = searched(randomize(model), data)
@@ -115,24 +117,24 @@ def test_generation_is_that_of_transformers_with_merged_weights(tasks: TaskFacto
     assert not torch.equal(tokens, at_start)
 
 
-def test_every_search_finds_other_texts(tasks: TaskFactory) -> None:
+def test_each_search_setting_finds_other_texts(tasks: TaskFactory) -> None:
     data = summary_batch(sentences(12))
     texts = [tuple(summarizer(tasks.folder("bart"), generation=s).generate(data)) for s in SEARCHES.values()]
     assert len(set(texts)) == len(SEARCHES)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_summary_does_not_depend_on_its_company(tasks: TaskFactory, num_beams: int) -> None:
+def test_a_summary_does_not_depend_on_its_batch(tasks: TaskFactory, num_beams: int) -> None:
     search = Generation(num_beams=num_beams, max_length=16, no_repeat_ngram_size=2)
     model, sources = summarizer(tasks.folder("bart"), generation=search), sentences(6)
-    alone = [model.generate(encode([source]))[0] for source in sources]
-    assert len(set(alone)) > 2
-    assert model.generate(encode(sources[::-1])) == alone[::-1]
-    assert model.generate(encode([sources[0], " ".join(["w3"] * 30)]))[0] == alone[0]
+    separate = [model.generate(encode([source]))[0] for source in sources]
+    assert len(set(separate)) > 2
+    assert model.generate(encode(sources[::-1])) == separate[::-1]
+    assert model.generate(encode([sources[0], " ".join(["w3"] * 30)]))[0] == separate[0]
 
 
 @pytest.mark.parametrize(
-    "own",
+    "of_backbone",
     [
         {"num_beams": 2, "max_length": 5, "min_length": 4, "length_penalty": 3.0, "no_repeat_ngram_size": 1},
         {"max_new_tokens": 3},
@@ -142,11 +144,11 @@ def test_a_summary_does_not_depend_on_its_company(tasks: TaskFactory, num_beams:
     ids="-".join,
 )
 @two_kinds
-def test_the_settings_win_over_the_backbones_own(
-    tasks: TaskFactory, tmp_path: Path, kind: str, own: dict[str, Any]
+def test_our_search_settings_override_those_of_the_backbone(
+    tasks: TaskFactory, tmp_path: Path, kind: str, of_backbone: dict[str, Any]
 ) -> None:
     folder = Path(shutil.copytree(tasks.folder(kind), tmp_path / "own"))
-    edit_json(folder / "generation_config.json", **own)
+    edit_json(folder / "generation_config.json", **of_backbone)
     expected = summarizer(tasks.folder(kind), generation=SEARCHES["short"]).generate(summary_batch())
     assert any(3 < len(text.split()) < 17 for text in expected)
     assert summarizer(folder, generation=SEARCHES["short"]).generate(summary_batch()) == expected
@@ -154,27 +156,25 @@ def test_the_settings_win_over_the_backbones_own(
 
 @pytest.mark.parametrize("weights", ["pretrained", "none", "file"])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_forced_tokens_are_the_repositorys_wherever_the_weights_come_from(
-    tmp_path: Path, weights: str, file: str
-) -> None:
+def test_forced_tokens_come_from_the_repository_for_any_weights(tmp_path: Path, weights: str, file: str) -> None:
     folder = save_backbone(tmp_path, "bart")
     if file == "config.json":
         (folder / "generation_config.json").unlink()
     edit_json(folder / file, forced_bos_token_id=7)
-    given = {"file": str(folder / "model.safetensors")}.get(weights, weights)
-    assert (searched(summarizer(folder, weights=given), summary_batch())[:, 1] == 7).all()
+    weight_option = {"file": str(folder / "model.safetensors")}.get(weights, weights)
+    assert (searched(summarizer(folder, weights=weight_option), summary_batch())[:, 1] == 7).all()
 
 
-def test_generation_leaves_the_model_as_it_was(tasks: TaskFactory) -> None:
+def test_generation_does_not_change_the_model(tasks: TaskFactory) -> None:
     model = summarizer(tasks.folder("bart"))
-    before, known = copied(model), model.backbone.generation_config.to_dict()
+    before, settings = copied(model), model.backbone.generation_config.to_dict()
     first = model.generate(summary_batch())
     assert model.generate(summary_batch()) == first
     assert changed(before, model) == set()
-    assert model.backbone.generation_config.to_dict() == known
+    assert model.backbone.generation_config.to_dict() == settings
 
 
-def test_an_output_layer_of_its_own_is_frozen_like_the_rest(tmp_path: Path) -> None:
+def test_an_untied_output_layer_is_frozen(tmp_path: Path) -> None:
     model = summarizer(save_backbone(tmp_path, "bart", tie_word_embeddings=False))
     head = model.backbone.lm_head.weight
     assert torch.equal(head, load_file(tmp_path / "model.safetensors")["lm_head.weight"])
@@ -187,8 +187,8 @@ def test_an_output_layer_of_its_own_is_frozen_like_the_rest(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_metrics_are_rouge_of_the_texts_and_the_loss_of_a_token(tasks: TaskFactory, stage: str) -> None:
-    """Of the last data set alone: a second evaluation begins anew."""
+def test_metrics_are_rouge_of_all_texts_and_the_mean_loss_of_all_tokens(tasks: TaskFactory, stage: str) -> None:
+    """A second evaluation starts anew and uses its own data set alone."""
     model, run = randomize(tasks("bart")), quiet_trainer()
     evaluate = run.validate if stage == "val" else run.test
     data = [summary_batch(sentences(4), TARGETS), summary_batch(sentences(2, seed=1), ["w25 w25 w1 w5", "good"])]
@@ -208,7 +208,7 @@ def test_metrics_are_rouge_of_the_texts_and_the_loss_of_a_token(tasks: TaskFacto
     assert {k: actual[f"{stage}/{k}"] for k in expected} == pytest.approx(expected, abs=1e-5)
 
 
-def test_predictions_need_no_target(tasks: TaskFactory) -> None:
+def test_predictions_need_no_targets(tasks: TaskFactory) -> None:
     model = randomize(tasks("bart")).eval()
     data = {name: summary_batch()[name] for name in ("input_ids", "attention_mask", "index")}
     assert model.predict_step(data, 0) == {"index": [0, 1, 2, 3], "summary": model.generate(data)}
@@ -238,10 +238,10 @@ def test_a_search_out_of_range_is_refused(tasks: TaskFactory, keys: dict[str, An
         tasks("bart", generation={"max_length": 20, **keys})
 
 
-def test_texts_are_as_long_as_there_are_positions(tasks: TaskFactory) -> None:
+def test_the_position_limit_is_that_of_the_backbone(tasks: TaskFactory) -> None:
     for kind in ("bart", "pegasus"):
         assert tasks(kind, generation=Generation(max_length=POSITIONS)).position_limit == POSITIONS
-    assert tasks("t5", generation=Generation(max_length=4096)).position_limit is None  # relative
+    assert tasks("t5", generation=Generation(max_length=4096)).position_limit is None  # T5's positions are relative
 
 
 @pytest.mark.parametrize("label_smoothing", [1.0, 1.5, -0.1])
@@ -251,7 +251,7 @@ def test_label_smoothing_out_of_range_is_refused(tasks: TaskFactory, label_smoot
 
 
 def save_one_sided(folder: Path, kind: str) -> Path:
-    """A model with an encoder or a decoder alone."""
+    """Write the configuration of a model with an encoder alone or a decoder alone."""
     sizes = {"vocab_size": len(VOCABULARY), "n_embd": 32, "n_layer": 1, "n_head": 2}
     (GPT2Config(**sizes) if kind == "gpt2" else CONFIGS[kind]).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -263,7 +263,7 @@ def save_one_sided(folder: Path, kind: str) -> Path:
     [
         ("deberta", ["model.backbone: ", " is a deberta-v2, which has no model for Seq2SeqLM. Choose another"]),
         ("gpt2", ["model.backbone: ", " is a gpt2, which has no model for Seq2SeqLM. Choose another"]),
-        ("bart", ["tuning", "'adapter'", "'full'", "head"]),  # there is no head to tune
+        ("bart", ["tuning", "'adapter'", "'full'", "head"]),  # no task head
     ],
 )
 def test_bad_input_on_the_command_line(

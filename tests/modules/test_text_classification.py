@@ -1,4 +1,4 @@
-"""The classifier of texts beyond what all tasks share: its output layer, metrics, predictions and refusals."""
+"""TextClassifier, beyond the conformance tests: output layer, metrics, predictions and bad input."""
 
 from __future__ import annotations
 
@@ -39,15 +39,17 @@ def output_layer(model: Any, kind: str = "roberta") -> nn.Linear:
 
 
 @torch.no_grad()
-def test_padding_does_not_matter(tasks: TaskFactory) -> None:
+def test_logits_do_not_depend_on_padding(tasks: TaskFactory) -> None:
     model = randomize(tasks("roberta")).eval()
     data = text_batch(model)
-    alone = {name: data[name][1:2, : int(data["attention_mask"][1].sum())] for name in ("input_ids", "attention_mask")}
-    assert alone["input_ids"].shape[1] < data["input_ids"].shape[1]
-    torch.testing.assert_close(model(alone)[0], model(data)[1], rtol=0, atol=1e-5)
+    separate = {
+        name: data[name][1:2, : int(data["attention_mask"][1].sum())] for name in ("input_ids", "attention_mask")
+    }
+    assert separate["input_ids"].shape[1] < data["input_ids"].shape[1]
+    torch.testing.assert_close(model(separate)[0], model(data)[1], rtol=0, atol=1e-5)
 
 
-def test_adapters_stay_out_of_the_heads(tasks: TaskFactory) -> None:
+def test_heads_are_not_adapted(tasks: TaskFactory) -> None:
     model = tasks("deberta", adapter=AdapterConfig(rank=3, targets="regex:.*"))
     heads = tuple(name.removeprefix("backbone.") for name in model.head_names)
     assert len(model.projections) > 12
@@ -71,7 +73,7 @@ def test_adapters_stay_out_of_the_heads(tasks: TaskFactory) -> None:
     ],
     ids=str,
 )
-def test_a_loaded_head_is_kept_but_for_an_output_layer_of_other_classes(
+def test_a_loaded_head_is_kept_except_an_output_layer_of_other_classes(
     kind: str, class_names: list[str], kept: bool, tmp_path: Path
 ) -> None:
     saved = load_file(save_classifier(tmp_path, kind, CLASSES) / "model.safetensors")
@@ -88,20 +90,18 @@ def test_a_loaded_head_is_kept_but_for_an_output_layer_of_other_classes(
     else:
         assert not any(torch.equal(row, known) for row in output.weight for known in old)
         assert not output.bias.any()
-        assert 0.01 < float(output.weight.std()) < 0.03  # the configuration's initializer_range
+        assert 0.01 < float(output.weight.std()) < 0.03  # initializer_range of the configuration is 0.02
 
 
 @pytest.mark.parametrize("class_names", [["no", "yes"], ["yes", "no"]])
-def test_the_labels_of_a_loaded_head_count_whatever_their_order_in_the_file(
-    class_names: list[str], tmp_path: Path
-) -> None:
+def test_labels_of_a_loaded_head_are_read_in_any_order(class_names: list[str], tmp_path: Path) -> None:
     saved = load_file(save_classifier(tmp_path, "roberta", ["no", "yes"]) / "model.safetensors")
     edit_json(tmp_path / "config.json", id2label={"1": "yes", "0": "no"})
     output = output_layer(classifier(tmp_path, class_names=class_names))
     assert torch.equal(output.weight, saved["classifier.out_proj.weight"]) is (class_names == ["no", "yes"])
 
 
-def test_the_labels_of_a_configuration_are_no_head(tmp_path: Path) -> None:
+def test_labels_in_a_configuration_do_not_mean_a_loaded_head(tmp_path: Path) -> None:
     labels = dict(enumerate(CLASSES))
     save_backbone(tmp_path, "roberta", id2label=labels, label2id={name: i for i, name in labels.items()})
     expected = torch.empty(3, 32).normal_(std=0.02, generator=torch.Generator().manual_seed(3))
@@ -109,7 +109,7 @@ def test_the_labels_of_a_configuration_are_no_head(tmp_path: Path) -> None:
 
 
 @every_output
-def test_the_heads_start_from_the_runs_seed_alone(tasks: TaskFactory, kind: str) -> None:
+def test_new_heads_depend_on_the_seed_of_the_run_alone(tasks: TaskFactory, kind: str) -> None:
     def built(seed: int, draws: int = 0) -> dict[str, Tensor]:
         model = classifier(tasks.folder(kind), seed=seed, class_names=None)
         torch.randn(draws)
@@ -122,7 +122,7 @@ def test_the_heads_start_from_the_runs_seed_alone(tasks: TaskFactory, kind: str)
     assert f"backbone.{OUTPUT[kind]}.weight" in changed(first, built(4))
 
 
-def test_the_configuration_remembers_the_classes(tasks: TaskFactory) -> None:
+def test_the_configuration_has_the_class_names(tasks: TaskFactory) -> None:
     config = tasks("roberta").backbone.config
     assert config.id2label == {0: "bad", 1: "middling", 2: "good"}
     assert config.label2id == {"bad": 0, "middling": 1, "good": 2}
@@ -143,7 +143,7 @@ def batches(classes: int, sizes: tuple[int, ...] = (4, 4, 3)) -> list[Batch]:
 
 
 def scored(model: Any, stage: str, data: ReadyData) -> dict[str, float]:
-    """Logged values of an evaluation."""
+    """Return the logged values of an evaluation."""
     run = quiet_trainer()
     (run.validate if stage == "val" else run.test)(model, datamodule=data, verbose=False)
     return {name: float(value) for name, value in run.callback_metrics.items()}
@@ -156,43 +156,43 @@ def outputs_and_labels(model: TextClassifier, data: list[Batch]) -> tuple[Tensor
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_metrics_of_a_split_are_scikit_learns_and_score_is_their_mean(tasks: TaskFactory, stage: str) -> None:
+def test_metrics_equal_scikit_learns_and_score_is_their_mean(tasks: TaskFactory, stage: str) -> None:
     model, data = randomize(tasks("roberta", class_names=["no", "yes"])), batches(2)
-    found = scored(model, stage, ReadyData(data, metrics=["accuracy", "f1"]))
+    metrics = scored(model, stage, ReadyData(data, metrics=["accuracy", "f1"]))
     logits, label = outputs_and_labels(model, data)
     accuracy, f1 = accuracy_score(label, logits.argmax(-1)), f1_score(label, logits.argmax(-1))
     loss = float(F.cross_entropy(logits, label))
     macro_f1 = f1_score(label, logits.argmax(-1), average="macro")
     expected = {"accuracy": accuracy, "f1": f1, "score": (accuracy + f1) / 2, "loss": loss, "macro_f1": macro_f1}
-    assert 0 < found.pop(f"{stage}/ece") < 1
-    assert found == pytest.approx({f"{stage}/{name}": value for name, value in expected.items()}, abs=1e-5)
+    assert 0 < metrics.pop(f"{stage}/ece") < 1
+    assert metrics == pytest.approx({f"{stage}/{name}": value for name, value in expected.items()}, abs=1e-5)
 
 
-def test_metrics_of_a_regression_are_scipys(tasks: TaskFactory) -> None:
+def test_metrics_of_a_regression_equal_scipys(tasks: TaskFactory) -> None:
     model, data = randomize(tasks("roberta", class_names=None)), batches(0)
-    found = scored(model, "val", ReadyData(data, class_names=[], metrics=["pearson", "spearman"]))
+    metrics = scored(model, "val", ReadyData(data, class_names=[], metrics=["pearson", "spearman"]))
     scores, label = outputs_and_labels(model, data)
     assert scores.shape == label.shape
     pearson, spearman = pearsonr(scores, label).statistic, spearmanr(scores, label).statistic
     expected = {"val/pearson": pearson, "val/spearman": spearman, "val/score": (pearson + spearman) / 2}
-    assert found == pytest.approx(expected | {"val/loss": float(F.mse_loss(scores, label))}, abs=1e-4)
+    assert metrics == pytest.approx(expected | {"val/loss": float(F.mse_loss(scores, label))}, abs=1e-4)
 
 
 def test_each_set_of_a_split_has_its_own_metrics(tasks: TaskFactory) -> None:
     model, sets = randomize(tasks("roberta", class_names=None)), [batches(3), batches(3, (4, 4))]
     names = {"val": ["matched", "mismatched"]}
-    found = scored(model, "val", ReadyData(*sets, class_names=CLASSES, metrics=["accuracy"], set_names=names))
+    metrics = scored(model, "val", ReadyData(*sets, class_names=CLASSES, metrics=["accuracy"], set_names=names))
     each = [outputs_and_labels(model, data) for data in (*sets, sets[0] + sets[1])]
     matched, mismatched, _ = (accuracy_score(label, logits.argmax(-1)) for logits, label in each)
     expected = {"val/accuracy_matched": matched, "val/accuracy_mismatched": mismatched}
     expected |= {"val/score": (matched + mismatched) / 2, "val/loss": float(F.cross_entropy(*each[2]))}
     shared = {f"val/{name}_{part}" for name in ("macro_f1", "ece") for part in names["val"]}
-    assert found.keys() == expected.keys() | shared
-    found = {name: value for name, value in found.items() if name in expected}
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert metrics.keys() == expected.keys() | shared
+    metrics = {name: value for name, value in metrics.items() if name in expected}
+    assert metrics == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_datas_classes_and_metrics_are_remembered(tasks: TaskFactory) -> None:
+def test_classes_and_metrics_of_the_data_are_saved_as_hyperparameters(tasks: TaskFactory) -> None:
     model = tasks("roberta", class_names=None)
     data = ReadyData(batches(3), class_names=CLASSES, metrics=["accuracy"])
     scored(model, "val", data)
@@ -208,7 +208,7 @@ def test_the_datas_classes_and_metrics_are_remembered(tasks: TaskFactory) -> Non
 def test_predictions_name_the_likeliest_class(tasks: TaskFactory) -> None:
     model = randomize(tasks("roberta")).eval()
     data = text_batch(model)
-    del data["label"]  # what is predicted need not have one
+    del data["label"]  # prediction needs no label
     rows = model.predict_step(data, 0)
     probability = model(data).softmax(-1)
     label = probability.argmax(-1).tolist()

@@ -1,4 +1,4 @@
-"""Adapters away from their start, and what of a model has changed."""
+"""Random adapters, copies of states and changed tensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.no_grad()
 def randomize(model: Model, std: float = 0.2, seed: int = 1) -> Model:
-    """Fill all factors, and the heads beside the frozen weights, with noise; return the model.
+    """Fill all factors and trained heads with noise, and return the model.
 
-    At the start one factor is zero, which hides errors.
+    One factor starts at zero, which would hide errors.
 
     Args:
         model: A model with adapters, or a task.
-        std: Standard deviation.
+        std: Standard deviation of the noise.
         seed: Seed of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +39,7 @@ def copied(state: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
 
 
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor] | nn.Module) -> set[str]:
-    """Return the names of the tensors that are not the same to the bit."""
+    """Return the names of the tensors that are not bit-identical."""
     after = after.state_dict() if isinstance(after, nn.Module) else after
     assert before.keys() == after.keys()
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

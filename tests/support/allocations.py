@@ -1,4 +1,4 @@
-"""Bytes that a piece of code allocates, by PyTorch's own profiler."""
+"""Bytes that a function allocates, measured by PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_of(step: Callable[[], None]) -> int:
-    """Return the most bytes that are allocated at a time on the CPU, beyond those at the start."""
+    """Return the peak of the bytes that `step` allocates on the CPU, beyond those at its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

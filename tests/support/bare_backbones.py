@@ -1,4 +1,4 @@
-"""Small backbones of every family that the table of roles knows, built from configurations with random weights."""
+"""Small backbones of every family in the table of roles, built from configurations with random weights."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ TEXT = {
     "num_attention_heads": 4,
     "intermediate_size": 24,
     "max_position_embeddings": 32,
-    "initializer_range": 0.2,  # at so small a width the usual 0.02 leaves next to nothing of the input
+    "initializer_range": 0.2,  # with the usual 0.02, outputs would hardly depend on the input at this small width
 }
 
 
 @dataclass
 class Backbone:
-    """A pretrained model to adapt, with inputs for it and what a correct table of roles finds in it."""
+    """A model to adapt, its inputs, and the number of projections that a correct table of roles finds."""
 
     model: nn.Module
     inputs: dict[str, Tensor]
-    counts: dict[str, int]  # projections of each role, the head's aside
+    counts: dict[str, int]  # projections of each role, without the head
     head: tuple[str, ...] = ()
-    reference: nn.Module = field(init=False)  # as it was before any adapter
+    reference: nn.Module = field(init=False)  # copy of the model without adapters
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -66,7 +66,7 @@ class Backbone:
         return output if isinstance(output, Tensor) else output[0]
 
     def loss(self) -> Tensor:
-        """Squared distance to fixed noise; that to a constant has no gradient behind a layer norm."""
+        """Return the squared distance to fixed noise. A constant target would have no gradient after a layer norm."""
         output = self.run()
         target = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
         return (output - target).square().mean()
@@ -93,7 +93,7 @@ def vit_swiglu() -> Backbone:
 
 def bert() -> Backbone:
     counts = dict.fromkeys(("query", "key", "value", "output", "mlp_in", "mlp_out"), 2)
-    return Backbone(BertModel(BertConfig(**TEXT)), _tokens(), counts | {"other": 1})  # its pooler
+    return Backbone(BertModel(BertConfig(**TEXT)), _tokens(), counts | {"other": 1})  # the pooler is `other`
 
 
 def roberta() -> Backbone:
@@ -114,7 +114,8 @@ def deberta_v2() -> Backbone:
 
 def deberta_v3() -> Backbone:
     counts = dict.fromkeys(("query", "key", "value", "output", "mlp_in", "mlp_out"), 2)
-    return Backbone(_deberta(share_att_key=True, position_buckets=4), _tokens(), counts)  # each used for positions too
+    # keys and queries are used for positions too
+    return Backbone(_deberta(share_att_key=True, position_buckets=4), _tokens(), counts)
 
 
 def distilbert() -> Backbone:
@@ -133,7 +134,7 @@ TWO_SIDES = dict.fromkeys(("query", "key", "value", "output"), 3) | {"mlp_in": 2
 
 def bart() -> Backbone:
     config = BartConfig(vocab_size=30, d_model=16, max_position_embeddings=32, init_std=0.2, **SIDES)
-    return Backbone(BartForConditionalGeneration(config), _tokens(), TWO_SIDES)  # lm_head is tied: not to be found
+    return Backbone(BartForConditionalGeneration(config), _tokens(), TWO_SIDES)  # lm_head is tied, so it is not found
 
 
 def pegasus() -> Backbone:
@@ -151,9 +152,10 @@ def t5() -> Backbone:
 
 
 def t5_gated() -> Backbone:
-    """As version 1.1 and Flan-T5: two inputs to the feed-forward layer, and a lm_head of its own."""
+    """Return a T5 like version 1.1 and Flan-T5, with a gated feed-forward layer and an untied lm_head."""
     model = _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    model.lm_head.weight = nn.Parameter(torch.randn(30, 16))  # loading unties it, the configuration does not
+    # transformers unties lm_head when it loads weights, not from the configuration
+    model.lm_head.weight = nn.Parameter(torch.randn(30, 16))
     return Backbone(model, _two_texts(), TWO_SIDES | {"mlp_gate": 2}, head=("lm_head",))
 
 
@@ -172,5 +174,5 @@ def _two_texts() -> dict[str, Tensor]:
 
 
 FAMILIES = (vit, vit_swiglu, bert, roberta, deberta_v2, distilbert, bart, t5_gated, llama)
-VARIANTS = (deberta_v3, pegasus, t5)  # near enough to one above to be tested where they differ
+VARIANTS = (deberta_v3, pegasus, t5)  # variants of the backbones above, tested only where they differ
 BACKBONES: dict[str, Callable[[], Backbone]] = {f.__name__: f for f in FAMILIES + VARIANTS}

@@ -21,7 +21,7 @@ def rewrite(
     recipe: Callable[[Recipe], Any] | None = None,
     tensors: Callable[[dict[str, Tensor]], Any] | None = None,
 ) -> None:
-    """Write a compact file anew with changes to its recipe (what `recipe` returns, if anything) or its tensors."""
+    """Rewrite a compact file after `recipe` has changed or replaced its recipe, or `tensors` its tensors."""
     path = folder / FILE_NAME
     with safe_open(path, framework="pt") as opened:
         text = opened.metadata()["recipe"]

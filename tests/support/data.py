@@ -1,4 +1,4 @@
-"""Files of rows, the tables that they become, and data modules set up for a stage as a trainer does."""
+"""Files, tables and data modules that are set up as by a trainer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.support.trainers import stub_trainer
 
 
 def put(file: Path, content: str | bytes, encoding: str = "utf-8") -> Path:
-    """Write a file, with its folder if there is none; return the file."""
+    """Write a file and its missing folders. Return the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
     return file
 
 
 def opened(path: Path, splits: Sequence[str] = ("train",), config: str | None = None, **keys: Any) -> Table:
-    """Return the table of a split that must be there."""
+    """Return the table of a split that must exist."""
     table = open_table(str(path), splits, config, **keys)
     assert table is not None
     return table
@@ -37,17 +37,17 @@ def set_up(data: Any, model: Any, stage: str = "fit", world: int = 1, rank: int 
 def fake_hub(
     monkeypatch: pytest.MonkeyPatch, rows: Callable[[str], list[dict[str, Any]]], *splits: str
 ) -> list[tuple[str, str | None, str | None]]:
-    """Put a data set on the hub; return the list that gets the name, configuration and revision of each request."""
-    asked: list[tuple[str, str | None, str | None]] = []
+    """Replace the hub by a data set. Return a list that records name, configuration and revision of each request."""
+    requests: list[tuple[str, str | None, str | None]] = []
 
     def names(name: str, config: str | None, revision: str | None) -> list[str]:
-        asked.append((name, config, revision))
+        requests.append((name, config, revision))
         return [*splits]
 
     def load(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
-        asked.append((name, config, revision))
+        requests.append((name, config, revision))
         return datasets.Dataset.from_list(rows(split))
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", names)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    return asked
+    return requests

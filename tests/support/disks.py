@@ -1,4 +1,4 @@
-"""Disks that are full."""
+"""Simulated full disks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @contextmanager
 def no_file_larger_than(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond a size in bytes; a write behind it fails with "File too large"."""
+    """Limit the files of this process to `size` bytes. A longer write fails with "File too large"."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -24,14 +24,14 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 
 @contextmanager
 def no_room_for(part: str, after: int = 0) -> Iterator[None]:
-    """Let fsync fail as on a full disk for files whose path has a part, after so many of them that succeed."""
-    original, left = os.fsync, after
+    """Let fsync fail as on a full disk for paths that contain `part`, after `after` successful calls."""
+    original, remaining = os.fsync, after
 
     def fsync(handle: int) -> None:
-        nonlocal left
+        nonlocal remaining
         if part in os.readlink(f"/proc/self/fd/{handle}"):
-            left -= 1
-            if left < 0:
+            remaining -= 1
+            if remaining < 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
         original(handle)
 

@@ -1,4 +1,4 @@
-"""GGUF files of tiny decoders, as llama.cpp's own converter lays them out."""
+"""GGUF files of tiny decoders, in the layout of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.causal_backbones import CHAT, SPECIAL, byte_tokenizer
 
-NAMES = {  # transformers' names in llama.cpp's words
+NAMES = {  # names in transformers → names in llama.cpp
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -30,7 +30,7 @@ NAMES = {  # transformers' names in llama.cpp's words
 
 
 def in_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys as llama.cpp turns them: the halves of a head alternate."""
+    """Return the rows of queries or keys in llama.cpp's order, in which the halves of a head alternate."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -40,7 +40,7 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """A directory's decoder and tokenizer as one file; only its matrices are quantised."""
+    """Write a directory's decoder and tokenizer to one GGUF file, and return its path. Only matrices are quantised."""
     config = json.loads((folder / "config.json").read_text())
     path = folder.with_name(f"{folder.name}-gguf") / "model.gguf"
     path.parent.mkdir(exist_ok=True)
@@ -73,8 +73,8 @@ def write_gguf(
             weight = in_halves(weight, heads) if part in name and architecture == "llama" else weight
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
-        used = kind if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quantize(weight, used), raw_dtype=used)
+        tensor_kind = kind if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(weight, tensor_kind), raw_dtype=tensor_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

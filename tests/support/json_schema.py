@@ -1,4 +1,4 @@
-"""Validation by the keywords of JSON schema that jsonargparse writes."""
+"""Validation with the JSON schema keywords that the command `schema` writes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KEYWORDS = {
 
 
 def problems(value: Any, schema: Any, root: dict[str, Any], where: str = "") -> list[str]:
-    """Return what is wrong with a value, each problem behind the key where it occurs.
+    """Return the problems of a value. Each message begins with the key.
 
     Args:
-        value: The value, as YAML gives it.
-        schema: Its schema.
-        root: The whole schema, with `$defs`.
-        where: Dotted key of the value.
+        value: The value, as parsed from YAML.
+        schema: Schema of the value.
+        root: The complete schema, with `$defs`.
+        where: Dotted key of the value, for messages.
     """
     if isinstance(schema, bool):
         return [] if schema else [f"{where}: nothing is allowed here"]
@@ -34,28 +34,30 @@ def problems(value: Any, schema: Any, root: dict[str, Any], where: str = "") -> 
     assert not unknown, f"{where}: this test does not know the keywords {unknown}"
     if "$ref" in schema:
         return problems(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root, where)
-    found: list[str] = []
+    messages: list[str] = []
     if "anyOf" in schema:
-        alternatives = [problems(value, one, root, where) for one in schema["anyOf"]]
-        found += min(alternatives, key=len) if all(alternatives) else []
+        alternatives = [problems(value, alternative, root, where) for alternative in schema["anyOf"]]
+        messages += min(alternatives, key=len) if all(alternatives) else []
     if "enum" in schema and value not in schema["enum"]:
-        found.append(f"{where}: {value!r} is none of {schema['enum']}")
+        messages.append(f"{where}: {value!r} is none of {schema['enum']}")
     kinds = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type", [])
     if kinds and not any(_is(value, kind) for kind in kinds):
-        return [*found, f"{where}: {value!r} is no {' or '.join(kinds)}"]
+        return [*messages, f"{where}: {value!r} is no {' or '.join(kinds)}"]
     if isinstance(value, dict):
         others = schema.get("additionalProperties", True)
         for key, part in value.items():
-            found += problems(part, schema.get("properties", {}).get(key, others), root, f"{where}.{key}".lstrip("."))
-        found += [f"{where}.{key} is missing" for key in schema.get("required", ()) if key not in value]
+            messages += problems(
+                part, schema.get("properties", {}).get(key, others), root, f"{where}.{key}".lstrip(".")
+            )
+        messages += [f"{where}.{key} is missing" for key in schema.get("required", ()) if key not in value]
     if isinstance(value, list):
         if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
-            found.append(f"{where}: {len(value)} items")
+            messages.append(f"{where}: {len(value)} items")
         first = schema.get("prefixItems", [])
         for number, part in enumerate(value):
-            one = first[number] if number < len(first) else schema.get("items", True)
-            found += problems(part, one, root, f"{where}[{number}]")
-    return found
+            alternative = first[number] if number < len(first) else schema.get("items", True)
+            messages += problems(part, alternative, root, f"{where}[{number}]")
+    return messages
 
 
 def _is(value: Any, kind: str) -> bool:

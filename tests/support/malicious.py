@@ -1,4 +1,4 @@
-"""A pickle that runs code when somebody opens it."""
+"""An object whose pickle runs code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Malicious:
-    """Unpickling this creates the file `trace`."""
+    """An object that creates the file `trace` when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 
 def check_single_file(page: str) -> list[ET.Element]:
-    """Check that a page loads nothing from elsewhere and runs no script; return its SVG pictures."""
+    """Check that a page loads no other file and runs no script. Return its SVG pictures."""
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(source.startswith("data:") for source in sources)
     assert "url(" not in page

@@ -1,4 +1,4 @@
-"""Adapters through the content of PEFT's files and back."""
+"""Export to the content of PEFT's files, and import from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pefts_output(backbone: Backbone, folder: Path) -> Tensor:
 
 
 def imported(backbone: Backbone, content: Any, tensors: Any, **own: Any) -> PeftAdapter:
-    """Read for a fresh model, and attached to it."""
+    """Attach adapters from this content to a new copy of the reference model. Return the loaded adapters."""
     own_config = AdapterConfig(**({"init_a": "given", "init_b": "given"} | own))
     backbone.model = copy.deepcopy(backbone.reference)
     given = from_peft(backbone.model, content, tensors, own_config, backbone.head, backbone.head)

@@ -1,4 +1,4 @@
-"""Assert that bad input is refused: the error class in Python, and one message with exit code 2 on the command line."""
+"""Checks of refused input: an error class in Python, or one message and exit code 2 on the command line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ def refuses(*parts: str, error: type[Exception] = DataError) -> pytest.RaisesExc
     """Return a context that expects an error whose message has all the parts, in this order.
 
     Args:
-        parts: Texts, not patterns.
+        parts: Literal texts, not regular expressions.
         error: Class of the error.
     """
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *parts: str) -> str:
-    """Assert that a command ended with exit code 2 and one message that has all the parts; return the message.
+    """Check that a command ended with exit code 2 and one message with all parts. Return the message.
 
     Args:
-        capsys: What the command has printed.
+        capsys: Fixture with the output of the command.
         code: Exit code of the command.
         parts: Texts in the message, in any order.
     """

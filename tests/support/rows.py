@@ -1,4 +1,4 @@
-"""Tables of JSON lines, and single keys of JSON files."""
+"""Writing of JSON lines, and changes to keys of JSON files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_rows(file: Path, rows: Iterable[Any]) -> Path:
-    """Write rows as JSON lines, with the folder of the file if there is none; return the file."""
+    """Write rows as JSON lines, and missing folders. Return the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return file

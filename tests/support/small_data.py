@@ -1,4 +1,4 @@
-"""Small sets of images and texts that can be learnt, in the layouts of the hub."""
+"""Small learnable sets of images and texts, in the layouts of the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES = ["red", "green", "blue"]
 
 
 def colour_image(label: int, rng: np.random.Generator, size: int = 16) -> np.ndarray:
-    """Noise with one channel brighter: (size, size, 3) uint8."""
+    """Return noise with one brighter channel, (size, size, 3) uint8."""
     pixels = rng.integers(0, 160, (size, size, 3))
     pixels[..., label] += 90
     return pixels.astype(np.uint8)
@@ -30,7 +30,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write_parquet(folder: Path, sizes: dict[str, int], label_column: str = "label", seed: int = 0) -> Path:
-    """A directory of Parquet in the hub's columns."""
+    """Write Parquet files of images with the hub's columns, and return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     features = datasets.Features({"img": datasets.Image(), label_column: datasets.ClassLabel(names=CLASSES)})
@@ -42,7 +42,7 @@ def write_parquet(folder: Path, sizes: dict[str, int], label_column: str = "labe
 
 
 def sentences(size: int, seed: int = 0) -> list[str]:
-    """Three to fourteen words each, half of them with `good` among them and half with `bad`."""
+    """Return sentences of 3 to 14 words. One half has the word `good`, the other half the word `bad`."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(size):
@@ -53,7 +53,7 @@ def sentences(size: int, seed: int = 0) -> list[str]:
 
 
 def write_sentences(folder: Path, sizes: dict[str, int], hidden: tuple[str, ...] = ("test",)) -> Path:
-    """CoLA's columns in Parquet: a sentence is acceptable if it has the word `good`; labels of hidden splits are -1."""
+    """Write Parquet files with CoLA's columns. Sentences with `good` are acceptable; labels of hidden splits are -1."""
     features = datasets.Features(
         {
             "sentence": datasets.Value("string"),
@@ -70,7 +70,7 @@ def write_sentences(folder: Path, sizes: dict[str, int], hidden: tuple[str, ...]
 
 
 def write_pairs(folder: Path, sizes: dict[str, int]) -> Path:
-    """XSum's columns in JSONL: the summary says whether the document is good or bad."""
+    """Write JSONL files with XSum's columns. The summary has the word `good` or `bad` of the document."""
     for i, (split, size) in enumerate(sizes.items()):
         texts = sentences(size, seed=10 + i)
         rows = [
@@ -82,26 +82,26 @@ def write_pairs(folder: Path, sizes: dict[str, int]) -> Path:
 
 
 def instructions(size: int, seed: int = 0) -> list[dict[str, str]]:
-    """Alpaca's columns: a word to be said once, or as often as the input says, so that lengths differ."""
+    """Return rows with Alpaca's columns. The output repeats a word as often as the input says."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(size):
         word = str(rng.choice(WORDS[:40]))
         times = i % 3
-        asked = {"instruction": f"Say {word}.", "input": "" if times == 0 else f"{times + 1} times"}
-        rows.append({**asked, "output": " ".join([word] * (times + 1))})
+        prompt = {"instruction": f"Say {word}.", "input": "" if times == 0 else f"{times + 1} times"}
+        rows.append({**prompt, "output": " ".join([word] * (times + 1))})
     return rows
 
 
 def write_instructions(folder: Path, sizes: dict[str, int]) -> Path:
-    """Alpaca's columns in JSONL."""
+    """Write JSONL files with Alpaca's columns."""
     for i, (split, size) in enumerate(sizes.items()):
         write_rows(folder / f"{split}.jsonl", instructions(size, seed=20 + i))
     return folder
 
 
 def questions(size: int, seed: int = 0) -> list[dict[str, Any]]:
-    """MMLU's columns: questions of two subjects in turn, with four choices and an answer of each letter."""
+    """Return rows with MMLU's columns: two subjects in turn, four choices, and answers from A to D in turn."""
     rng = np.random.default_rng(seed)
     return [
         {
@@ -115,7 +115,7 @@ def questions(size: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_questions(folder: Path, sizes: dict[str, int]) -> Path:
-    """MMLU's columns in JSONL."""
+    """Write JSONL files with MMLU's columns."""
     for i, (split, size) in enumerate(sizes.items()):
         write_rows(folder / f"{split}.jsonl", questions(size, seed=30 + i))
     return folder

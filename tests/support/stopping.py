@@ -1,4 +1,4 @@
-"""A callback that asks the trainer to stop, as early stopping, timers and schedulers' hooks do."""
+"""A callback that stops the trainer early, as EarlyStopping and Timer do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class StopAt(L.Callback):
 
     Args:
         hook: Name of the hook.
-        batch: Batches of all epochs that have begun when it is set, at least 1.
+        batch: Number of the batch in which the trainer is stopped, counted from 1 over all epochs.
     """
 
     def __init__(self, hook: str = "on_train_batch_end", batch: int = 1) -> None:

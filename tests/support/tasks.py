@@ -1,4 +1,4 @@
-"""Tasks over tiny backbones of every family, a batch for each, and the backbone library's own loss as a reference."""
+"""Tasks on tiny backbones of every family, each with a batch and with the loss of the backbone's library."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ TINY: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads
 CONVNEXT: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
 SOURCES = ["the film was good .", "bad", "it is not a good film w1 w2 w3 w4", "w5 w6"]
 TARGETS = ["good", "the film was bad .", "w7 w8 w9", "it is not bad ."]
-SIZES = ((5, 4), (9, 2), (3, 7))  # tokens of prompt and response
+SIZES = ((5, 4), (9, 2), (3, 7))  # numbers of tokens in prompt and response
 
 
 @dataclass(frozen=True)
 class Family:
-    """A task over the backbones of one family.
+    """A task on the backbones of one family.
 
     Args:
         task: Class of the task.
@@ -54,11 +54,11 @@ class Family:
         keys: Keyword arguments of the task for that folder.
         batch: Batch for a model of the task.
         outputs: Outputs of a model for a batch.
-        reference: Loss and outputs of the library's own model, whose frozen weights have the adapters merged in.
-        heads: Linear layers that are trained whole, in the task.
-        without_gradient: Ends of names that full tuning does not reach.
-        tied: Number of names of the embeddings, which are one tensor; 0 if none is tied.
-        tolerance: Largest difference of outputs from the library's; a sum over a whole vocabulary rounds more.
+        reference: Loss and outputs of the library's model with the adapters merged into its weights.
+        heads: Names of the fully trained linear layers in the task.
+        without_gradient: Ends of names of parameters without a gradient in full tuning.
+        tied: Number of names that share the tensor of the embeddings, or 0.
+        tolerance: Largest allowed difference of outputs. Sums over a vocabulary have larger rounding errors.
     """
 
     task: Callable[..., Any]
@@ -74,7 +74,7 @@ class Family:
 
     @property
     def tunings(self) -> list[str]:
-        """Return the names of `TUNINGS` that every test takes."""
+        """Return the names in `TUNINGS` that the tests of this family cover."""
         return [name for name in TUNINGS if name not in METHODS and (self.heads or name != "head")]
 
 
@@ -83,12 +83,12 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "A": {"adapter": AdapterConfig(train="A", rank=4, targets="all", init_a="zero", init_b="orthogonal")},
     "head": {"tuning": "head"},
     "full": {"tuning": "full"},
-    **{method: {"tuning": method} for method in METHODS},  # PEFT's own, which have tests of their own
+    **{method: {"tuning": method} for method in METHODS},  # PEFT's methods also have their own tests
 }
 
 
 class TaskFactory:
-    """Build tasks by the name of their family; backbones are written once.
+    """Build tasks by the name of their family. Each backbone is written once.
 
     Args:
         root: Folder of the backbones.
@@ -174,7 +174,7 @@ def text_batch(model: Any) -> Batch:
 
 
 def save_text_backbone(folder: Path, kind: str) -> Path:
-    """Write an encoder; at so small a width the usual spread of 0.02 leaves next to nothing of the input."""
+    """Write an encoder. With the usual initializer_range, outputs would hardly depend on the input at this width."""
     backbones.save_backbone(folder, kind.removesuffix("_without_pooler"), initializer_range=0.2)
     if kind == "bert_without_pooler":
         BertModel(backbones.CONFIGS["bert"], add_pooling_layer=False).save_pretrained(folder)
@@ -224,14 +224,14 @@ def inputs(data: Batch) -> Batch:
 
 
 def merged_summarizer(folder: Path, model: Any) -> Any:
-    """Return transformers' own model with a task's weights, adapters merged into them."""
+    """Return transformers' model with a task's weights and merged adapters."""
     theirs = AutoModelForSeq2SeqLM.from_pretrained(folder)
     theirs.load_state_dict(without_adapters(model.backbone).state_dict())
     return theirs.eval()
 
 
 def save_summary_backbone(folder: Path, kind: str) -> Path:
-    """Write an encoder-decoder; `t5_gated` is as T5 1.1 and Flan-T5, with an output layer of its own."""
+    """Write an encoder-decoder. `t5_gated` is like T5 1.1 and Flan-T5, with an untied output layer."""
     if kind != "t5_gated":
         return backbones.save_backbone(folder, kind, **({} if kind == "t5" else {"init_std": 0.3}))
     gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -239,7 +239,8 @@ def save_summary_backbone(folder: Path, kind: str) -> Path:
     model = AutoModelForSeq2SeqLM.from_config(
         type(backbones.CONFIGS["t5"])(**{**backbones.CONFIGS["t5"].to_dict(), **gated})
     )
-    model.lm_head.weight = nn.Parameter(torch.randn(len(backbones.VOCABULARY), 32))  # loading unties the layer
+    # transformers unties the layer when it loads weights
+    model.lm_head.weight = nn.Parameter(torch.randn(len(backbones.VOCABULARY), 32))
     model.save_pretrained(folder)
     return folder
 
@@ -268,7 +269,7 @@ def _summaries(kind: str, *without_gradient: str) -> Family:
 
 
 def instruction_rows(sizes: tuple[tuple[int, int], ...] = SIZES, seed: int = 0) -> list[dict[str, Any]]:
-    """Return random tokens, with labels for those of the response."""
+    """Return rows of random tokens, with labels for the tokens of the response."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for index, (prompt, response) in enumerate(sizes):
@@ -284,7 +285,7 @@ def instruction_batch(sizes: tuple[tuple[int, int], ...] = SIZES, seed: int = 0)
 
 
 def merged_decoder(folder: Path, model: Any) -> Any:
-    """Return transformers' own model with a task's weights, adapters merged into them."""
+    """Return transformers' model with a task's weights and merged adapters."""
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.load_state_dict(without_adapters(model.backbone).state_dict())
     return theirs.eval()
@@ -322,6 +323,7 @@ FAMILIES: dict[str, Family] = {
     "bart": _summaries("bart"),
     "t5": _summaries("t5"),
     "t5_gated": _summaries("t5_gated"),
-    "pegasus": _summaries("pegasus", "embed_positions.weight"),  # sinusoids are parameters without a gradient
+    # sinusoidal positions are parameters without a gradient
+    "pegasus": _summaries("pegasus", "embed_positions.weight"),
     **{kind: _decoders(kind) for kind in causal_backbones.CONFIGS},
 }

@@ -1,4 +1,4 @@
-"""Trainers for tests of models and data: one that trains in silence, and stubs that hold what a data module reads."""
+"""Trainers for tests of models and data: a quiet trainer, and stubs with the attributes that a data module reads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.utils.data import DataLoader
 
 
 def quiet_trainer(**keys: Any) -> L.Trainer:
-    """Return a trainer on the CPU that prints nothing and writes no file; one epoch unless the keys say otherwise."""
+    """Return a trainer on the CPU that prints nothing and writes no files. By default it trains for one epoch."""
     silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     epochs = {} if keys.keys() & {"max_epochs", "max_steps"} else {"max_epochs": 1}
     return L.Trainer(accelerator="cpu", **{**dict.fromkeys(silent, False), **epochs, **keys})
 
 
 def ready_loader(batches: Sequence[Any]) -> DataLoader[Any]:
-    """Return a loader of batches that are there already."""
+    """Return a loader of the given batches."""
     return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
 
 
 class ReadyData(L.LightningDataModule):
-    """Batches that are there already, the same ones in every stage.
+    """Data module of given batches, which are the same in every stage.
 
     Args:
-        sets: Batches of each loader of evaluation; the first are those of training.
-        properties: What the data know, such as `class_names`.
+        sets: Batches of each evaluation loader. Training uses the first set.
+        properties: Attributes of the data module, such as `class_names`.
     """
 
     def __init__(self, *sets: Sequence[Any], **properties: Any) -> None:
@@ -56,16 +56,16 @@ def stub_trainer(
     epoch_batches: int = 100,
     **keys: Any,
 ) -> Any:
-    """Return all of a trainer that models and data read: one rank among several, in the middle of an epoch.
+    """Return a stub with the attributes of a trainer that models and data read.
 
     Args:
         world: Number of ranks.
         rank: Number of this rank.
         stage: `fit`, `validate`, `test` or `predict`.
         epoch: Number of the epoch.
-        batches_done: Batches of the epoch that are trained.
+        batches_done: Trained batches of the epoch.
         epoch_batches: Batches of an epoch.
-        keys: Attributes to add or to replace.
+        keys: Attributes to add or replace.
     """
     progress = SimpleNamespace(current=SimpleNamespace(processed=batches_done))
     attributes = {
@@ -88,5 +88,5 @@ def _alone(value: Any = None) -> Any:
 
 
 def text_model(tokenizer: Any, class_names: list[str] | None = None, position_limit: int | None = None) -> Any:
-    """Return all of a text model that a data module reads."""
+    """Return a stub with the attributes of a text model that a data module reads."""
     return SimpleNamespace(tokenizer=tokenizer, class_names=class_names, position_limit=position_limit)

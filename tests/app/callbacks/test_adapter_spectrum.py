@@ -1,4 +1,4 @@
-"""When spectra are taken, what of them is spared, and how they are laid out."""
+"""Adapter spectra during a fit: measured steps, logged quantities, TensorBoard layout and pictures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
         (("--trainer.accumulate_grad_batches=2", "--spectrum.every_n_steps=3"), {0, 3, 4, 6, 8}),
     ],
 )
-def test_spectra_are_taken_when_asked(cli: CommandLine, options: tuple[str, ...], steps: set[int]) -> None:
+def test_spectra_are_measured_at_the_configured_steps(
+    cli: CommandLine, options: tuple[str, ...], steps: set[int]
+) -> None:
     assert cli("fit", *options) == 0
     assert set(cli.scalars("spectrum/query/BA/largest")) == steps
     assert {row["step"] for row in pq.read_table(cli.run() / "spectrum.parquet").to_pylist()} == steps
@@ -52,11 +54,11 @@ def test_a_frozen_factor_is_measured_once(cli: CommandLine, monkeypatch: pytest.
     monkeypatch.setattr(adapter_spectrum, "triangular_factor", count)
     assert cli("fit", "--model.adapter.targets=mlp_in") == 0  # A is 4 × 32, B is 128 × 4
     assert seen.count((32, 4)) == 2  # layers
-    assert seen.count((128, 4)) == 2 * 3  # layers, times
+    assert seen.count((128, 4)) == 2 * 3  # layers, measured steps
 
 
 @pytest.mark.drawn
-def test_measuring_changes_nothing(cli: CommandLine) -> None:
+def test_measuring_does_not_change_the_fit(cli: CommandLine) -> None:
     assert cli("fit", "--spectrum.every_n_steps=1") == 0
     assert cli("fit", "--spectrum.every_n_epochs=null") == 0
     one, other = (cli.checkpoint(i)["state_dict"] for i in (0, 1))
@@ -90,8 +92,8 @@ def test_custom_scalars_are_the_same_for_every_variant(cli: CommandLine) -> None
     for group, charts in layout.items():
         for patterns in charts.values():
             for pattern in patterns:
-                found = [tag for tag in tags if re.match(pattern, tag)]
-                assert len(found) == (2 if "role" in group else 1)  # roles; a mean
+                matching = [tag for tag in tags if re.match(pattern, tag)]
+                assert len(matching) == (2 if "role" in group else 1)  # one for each role, or one mean
 
 
 ALL = ("--model.adapter.targets=all",)
@@ -106,7 +108,7 @@ BOTH = ("--model.adapter.train=both", "--model.adapter.init_a=kaiming")
         ((*ALL, *BOTH), {"A": 5, "B": 5, "BA": 6}, {"A": 1, "B": 1, "BA": 2}),
     ],
 )
-def test_few_scalars_and_histograms(
+def test_numbers_of_scalars_and_histograms_are_limited(
     cli: CommandLine, options: tuple[str, ...], factors: dict[str, int], roles: dict[str, int]
 ) -> None:
     assert cli("fit", "--trainer.max_epochs=1", *options) == 0
@@ -118,7 +120,7 @@ def test_few_scalars_and_histograms(
     assert Counter(parts[1] for parts in scalars if len(parts) == 3 and parts[0] == "query") == roles
 
 
-def test_the_most_roles_and_factors_stay_within_the_limit() -> None:
+def test_all_roles_and_factors_together_stay_within_the_limit() -> None:
     rows = [
         {"projection": f"{role}.{i}", "role": role, "factor": factor, "singular_values": [2.0, 1.0], "relative_norm": r}
         for role in (*ROLES, "other")
@@ -135,8 +137,8 @@ def test_the_most_roles_and_factors_stay_within_the_limit() -> None:
 
 @pytest.mark.parametrize("file", [False, True])
 @pytest.mark.parametrize("detail", ["layers", "off"])
-def test_detail(cli: CommandLine, detail: str, file: bool, tmp_path: Path) -> None:
-    (tmp_path / "detail.yaml").write_text(f"spectrum: {{detail: {detail}}}")  # YAML reads a bare off as false
+def test_detail_selects_what_is_logged(cli: CommandLine, detail: str, file: bool, tmp_path: Path) -> None:
+    (tmp_path / "detail.yaml").write_text(f"spectrum: {{detail: {detail}}}")  # YAML parses a bare off as false
     option = ["--config", str(tmp_path / "detail.yaml")] if file else [f"--spectrum.detail={detail}"]
     assert cli("fit", "--trainer.max_epochs=1", *option) == 0
     tags = cli.events().Tags()
@@ -160,7 +162,7 @@ def test_a_frozen_factor_is_logged_once_as_text(cli: CommandLine) -> None:
     assert not any("/A/" in tag for tag in events.Tags()["scalars"])
 
 
-def test_pictures_have_the_scale_and_one_colour_for_one_value(
+def test_pictures_include_the_scale_and_share_one_color_scale(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: dict[str, np.ndarray] = {}
@@ -189,5 +191,5 @@ def test_relative_norm_is_that_of_the_update(cli: CommandLine) -> None:
     prefix = "backbone.blocks.1.attn.qkv.adapters.value"
     update = 16 / 4 * state[f"{prefix}.B"].double() @ state[f"{prefix}.A"].double()
     ratio = update.norm().item() / row["relative_norm"]
-    # ‖W‖_F of a slice that timm draws with standard deviation 0.02
+    # ‖W‖_F of a 32 × 32 slice: timm draws its entries with standard deviation 0.02
     assert ratio == pytest.approx(0.02 * 32, rel=0.05)

@@ -1,4 +1,4 @@
-"""The picture of a test's confusion matrix."""
+"""The confusion matrix that a test draws."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drawn(folder: Path, classes: int, names: list[str] | None) -> Path:
 
 @pytest.mark.drawn
 @pytest.mark.parametrize(("classes", "names"), [(3, ["a", "b$^", "c"]), (30, [str(i) for i in range(30)]), (3, None)])
-def test_it_is_drawn(tmp_path: Path, classes: int, names: list[str] | None) -> None:
+def test_a_confusion_matrix_is_drawn(tmp_path: Path, classes: int, names: list[str] | None) -> None:
     with Image.open(drawn(tmp_path, classes, names)) as image:
         assert image.format == "PNG"
         assert min(image.size) >= 400
@@ -36,7 +36,7 @@ def test_it_is_drawn(tmp_path: Path, classes: int, names: list[str] | None) -> N
     assert not plt.get_fignums()
 
 
-def test_a_module_without_a_matrix(tmp_path: Path) -> None:
+def test_a_module_without_a_confusion_matrix_draws_nothing(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(default_root_dir=str(tmp_path), is_global_zero=True, loggers=[])
     ConfusionPicture().on_test_epoch_end(trainer, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

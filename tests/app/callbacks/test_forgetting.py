@@ -1,4 +1,4 @@
-"""Scores of the backbone before and after a fit: what they are of, and that the fit does not notice them."""
+"""Forgetting: scores of the backbone before and after a fit. Measuring them does not change the fit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scores(cli: CommandLine, name: str, version: int = 0) -> tuple[float, float,
     [((), True), (A_TRAINED, False), (("--model.tuning=full",), True)],
     ids=["B", "A", "full"],
 )
-def test_before_is_the_untouched_backbone(
+def test_the_first_score_is_of_the_untouched_backbone(
     cli: CommandLine, second_images: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], tested: bool
 ) -> None:
     states: list[dict[str, torch.Tensor]] = []
@@ -55,13 +55,13 @@ def test_before_is_the_untouched_backbone(
         states.append({name: tensor.clone() for name, tensor in self.backbone.state_dict().items()})
         original(self, heads)
 
-    def seen(model: torch.nn.Module, batches: object, labels: torch.Tensor) -> dict[str, float]:
+    def record(model: torch.nn.Module, batches: object, labels: torch.Tensor) -> dict[str, float]:
         with torch.no_grad():
             features.append(torch.cat([model(batch) for batch in batches]))  # type: ignore[attr-defined]
         return {"knn_acc": 0.75 if len(features) == 1 else 0.5}
 
     monkeypatch.setattr(ImageClassifier, "configure_tuning", hook)
-    monkeypatch.setattr("app.callbacks.forgetting_probes.image_scores", seen)
+    monkeypatch.setattr("app.callbacks.forgetting_probes.image_scores", record)
     fast = ["--model.learning_rate=0.1", f"--test_after_fit={tested}", "--checkpoint.monitor=null"]
     assert cli("fit", *options, *fast, f"--forgetting.path={second_images}") == 0
     assert scores(cli, "knn_acc") == (0.25, 0.75, 0.5)
@@ -75,20 +75,20 @@ def test_before_is_the_untouched_backbone(
     untouched.backbone.load_state_dict(states[0])
     assert len(features) == 2
     assert len(features[0]) == 60
-    # the same images in the same order: features of the model as it was built, and others after the fit
-    again: list[torch.Tensor] = []
+    # same images in the same order: the first features are of the untouched model, the second are not
+    images: list[torch.Tensor] = []
     monkeypatch.setattr(
-        "app.callbacks.forgetting_probes.image_scores", lambda model, batches, labels: again.extend(batches) or {}
+        "app.callbacks.forgetting_probes.image_scores", lambda model, batches, labels: images.extend(batches) or {}
     )
     open_probe(untouched, str(second_images), 1000, "text")(untouched)
     with torch.no_grad():
-        expected = untouched.backbone.eval()(torch.cat(again))
+        expected = untouched.backbone.eval()(torch.cat(images))
     assert torch.allclose(features[0], expected, atol=1e-5)
     assert not torch.allclose(features[1], expected, atol=1e-2)
 
 
-def test_after_is_the_tested_checkpoint(cli: CommandLine, second_images: Path) -> None:
-    """With the first epoch as the best one, the tested backbone is that of a fit of one epoch's steps."""
+def test_the_second_score_is_of_the_tested_checkpoint(cli: CommandLine, second_images: Path) -> None:
+    """The first epoch is the best. The tested backbone therefore equals that of a fit of one epoch."""
     options = ["--model.tuning=full", f"--forgetting.path={second_images}", "--model.schedule=constant"]
     worst = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"]
     assert (
@@ -106,10 +106,10 @@ def test_a_tuned_head_forgets_nothing(cli: CommandLine, second_images: Path) -> 
     assert before == after > 1 / 3
 
 
-def test_the_fit_is_the_same_without_it(fitted_cli: CommandLine, second_images: Path) -> None:
+def test_the_fit_is_the_same_without_forgetting_scores(fitted_cli: CommandLine, second_images: Path) -> None:
     assert fitted_cli("fit", "--trainer.max_epochs=1", f"--forgetting.path={second_images}") == 0
-    one, other = fitted_cli.checkpoint(0)["state_dict"], fitted_cli.checkpoint(1)["state_dict"]
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    without, with_scores = fitted_cli.checkpoint(0)["state_dict"], fitted_cli.checkpoint(1)["state_dict"]
+    assert all(torch.equal(tensor, with_scores[name]) for name, tensor in without.items())
     assert fitted_cli.scalars("train/loss", 0) == fitted_cli.scalars("train/loss", 1)
     assert not any(key.startswith("forgetting") for key in fitted_cli.metrics(0))
 
@@ -124,7 +124,7 @@ def test_a_resumed_fit_has_the_same_scores(cli: CommandLine, second_images: Path
     assert scores(cli, "knn_acc", 0) == scores(cli, "knn_acc", 1)
 
 
-def test_a_run_that_is_stopped_in_its_last_score_keeps_its_figures_and_is_scored_when_resumed(
+def test_a_run_stopped_in_its_last_score_keeps_its_metrics_and_is_scored_when_resumed(
     cli: CommandLine, second_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[float] = []
@@ -146,7 +146,7 @@ def test_a_run_that_is_stopped_in_its_last_score_keeps_its_figures_and_is_scored
     assert stopped.items() <= cli.metrics().items()
 
 
-def test_full_tuning_that_is_resumed_on_other_rows_is_not_scored(
+def test_full_tuning_resumed_with_other_forgetting_rows_is_not_scored(
     cli: CommandLine, second_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model.tuning=full", f"--forgetting.path={second_images}"]
@@ -191,7 +191,7 @@ def test_decoders_are_scored_by_perplexity(
     ],
     indirect=["any_cli"],
 )
-def test_refused_before_training(
+def test_bad_forgetting_options_are_refused_before_training(
     any_cli: CommandLine,
     capsys: pytest.CaptureFixture[str],
     second_images: Path,
@@ -207,7 +207,7 @@ def test_refused_before_training(
     assert not cli.root.exists() or not list(cli.root.iterdir())
 
 
-def test_a_damaged_image_is_named_by_the_key(
+def test_the_message_on_a_damaged_image_names_the_key(
     cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i in range(30):

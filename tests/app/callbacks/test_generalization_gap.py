@@ -1,4 +1,4 @@
-"""The gap between training and held-out rows, in every family of tasks, against an evaluation by hand."""
+"""The generalization gap between training rows and held-out rows, in every family of tasks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_family_logs_its_metrics_on_training_rows(any_cli: CommandLine, na
 
 
 def test_the_sample_is_evaluated_as_held_out_rows_are(cli: CommandLine, tmp_path: Path) -> None:
-    """All training rows and the same rows as a test split, with augmentation and dropout in training: no gap at all."""
+    """With the training rows as test split the gap is zero, though training uses augmentation and dropout."""
     rows = write_parquet(tmp_path / "same", {"train": 30, "validation": 60, "test": 30})
     options = [f"--data.path={rows}", "--trainer.max_epochs=3", "--test_after_fit=true"]
     assert cli("fit", *options) == 0
@@ -53,27 +53,28 @@ def test_the_sample_is_evaluated_as_held_out_rows_are(cli: CommandLine, tmp_path
 
 
 def test_the_tested_weights_are_those_of_the_best_checkpoint(cli: CommandLine) -> None:
-    options = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"]  # the worst validation is the first one
+    options = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"]  # the first validation has the largest loss
     options += ["--model.schedule=constant", "--model.warmup_ratio=0"]
     assert cli("fit", *options, "--trainer.max_epochs=3", "--test_after_fit=true") == 0
     assert cli("fit", *options, "--trainer.max_epochs=3") == 0
-    assert cli("fit", *options, "--trainer.max_epochs=1") == 0  # ends where the best checkpoint of the first one is
+    assert cli("fit", *options, "--trainer.max_epochs=1") == 0  # ends at the step of the first fit's best checkpoint
     assert cli.checkpoint(0, "best")["global_step"] == 8
     tested, last, first = (cli.metrics(version)["train_eval/loss"] for version in range(3))
     assert tested == first > last
 
 
-def test_the_fit_is_the_same_without_it(fitted_cli: CommandLine) -> None:
+def test_the_fit_is_the_same_without_the_gap(fitted_cli: CommandLine) -> None:
     cli = fitted_cli
     assert cli("fit", "--trainer.max_epochs=1", "--generalization.rows=0") == 0
     assert gaps(cli, 1) == {}
     for name in ("last", "best"):
-        one, other = cli.checkpoint(0, name)["state_dict"], cli.checkpoint(1, name)["state_dict"]
-        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+        with_gap, without = cli.checkpoint(0, name)["state_dict"], cli.checkpoint(1, name)["state_dict"]
+        assert all(torch.equal(tensor, without[key]) for key, tensor in with_gap.items())
     for key in ("val/loss", "train/loss", "best/val/acc1"):
         assert cli.metrics(0)[key] == cli.metrics(1)[key]
     assert cli.scalars("val/loss", 0) == cli.scalars("val/loss", 1)
-    assert not any((cli.run(version) / "evaluations.json").exists() for version in (0, 1))  # the sample is no test
+    # evaluating the training sample does not count as a test
+    assert not any((cli.run(version) / "evaluations.json").exists() for version in (0, 1))
 
 
 def test_a_validation_of_earlier_weights_gives_no_gap(cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:

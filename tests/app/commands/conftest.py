@@ -26,7 +26,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory: pytest.TempPathFactory, parquet_path: Path) -> dict[str, Path]:
-    """One run of each variant over one random ViT; tests copy a run before they change it."""
+    """Return one finished run of each of VARIANTS, on one random ViT. Tests copy a run before they change it."""
     root = tmp_path_factory.mktemp("finished_runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -37,7 +37,7 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory, parquet_path: Path) 
 
 
 def assert_page_has_pictures(folder: Path, *names: str) -> str:
-    """Check that a report is one file, whose pictures are SVG and lie beside it as PNG; return its text."""
+    """Check that report.html is self-contained and has these pictures, which also exist as PNG. Return its HTML."""
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert len(check_single_file(page)) == len(names)
     assert sorted(path.stem for path in folder.glob("*.png")) == sorted(names)
@@ -46,5 +46,6 @@ def assert_page_has_pictures(folder: Path, *names: str) -> str:
     captions = re.findall(r"<figcaption><b>(.+?)</b>(.+?)</figcaption>", page, flags=re.DOTALL)
     assert len(captions) == len(names)
     for _, reading in captions:
-        assert len(re.findall(r"\.(?=\s|$)", re.sub(r"et al\.", "", reading))) == 2  # how to read it, what to look for
+        # how to read the picture, and what to look for
+        assert len(re.findall(r"\.(?=\s|$)", re.sub(r"et al\.", "", reading))) == 2
     return page

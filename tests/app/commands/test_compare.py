@@ -1,4 +1,4 @@
-"""The command `compare`: keys and metrics that differ, one column a run."""
+"""The command `compare`: keys and metrics that differ, one column for each run."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tests.support.refusals import refused
 
 
 def rows(out: str) -> dict[str, list[str]]:
-    """The cells of each printed row by the first one."""
+    """Return the cells of each printed row, by its first cell."""
     cells = [line.split() for line in out.splitlines() if line.startswith("  ") and line.strip()]
     return {first: others for first, *others in cells}
 
 
-def test_real_runs_differ_in_what_they_were_given(
+def test_real_runs_differ_in_their_options_and_metrics(
     finished_runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [finished_runs[name] for name in ("b", "b_other_rank")]
-    assert main(["compare", *map(str, given)]) == 0
+    runs = [finished_runs[name] for name in ("b", "b_other_rank")]
+    assert main(["compare", *map(str, runs)]) == 0
     out = capsys.readouterr().out
     shown = rows(out)
     assert shown["model.adapter.rank"] == ["4", "2"]
     assert shown["model.adapter.alpha"] == ["16", "4"]
     assert "model.learning_rate" not in shown
     assert "b/version_0" in out
-    first, second = (json.loads((run / "metrics.json").read_text()) for run in given)
+    first, second = (json.loads((run / "metrics.json").read_text()) for run in runs)
     assert shown["params/trainable"] == [str(first["params/trainable"]), str(second["params/trainable"])]
-    assert main(["compare", "--all", str(given[0]), str(given[1] / "checkpoints" / "last.ckpt")]) == 0
+    assert main(["compare", "--all", str(runs[0]), str(runs[1] / "checkpoints" / "last.ckpt")]) == 0
     assert rows(capsys.readouterr().out)["model.learning_rate"] == ["0.02", "0.02"]
 
 
@@ -44,20 +44,20 @@ def test_classes_and_missing_keys_differ_too() -> None:
     assert list(compare_values([first, second], with_equal=True)) == [*expected, "data.rank", "data.rate"]
 
 
-def test_names_lose_what_all_runs_share() -> None:
+def test_names_omit_the_folders_that_all_runs_share() -> None:
     paths = [Path("/x/runs/vit/version_0"), Path("/x/runs/vit/version_1"), Path("/x/runs/glue/version_0")]
     assert short_names(paths) == ["vit/version_0", "vit/version_1", "glue/version_0"]
     assert short_names(paths[:1] * 2) == ["version_0", "version_0"]
 
 
-def test_equal_runs_are_said_to_be_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_runs_have_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write_run(tmp_path / name / "version_0") for name in "ab"]
     assert main(["compare", *map(str, runs)]) == 0
     out = capsys.readouterr().out
     assert out == "Keys of config.yaml: no difference.\nMetrics of metrics.json: no difference.\n"
 
 
-def test_what_is_no_run_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, other = (str(write_run(tmp_path / name)) for name in "ab")
     refused(capsys, main(["compare", run]), "RUN: one run is given, and two or more are needed.")
     refused(capsys, main(["compare", run, str(tmp_path / "c")]), "is neither a run directory")
@@ -66,9 +66,7 @@ def test_what_is_no_run_is_one_message(tmp_path: Path, capsys: pytest.CaptureFix
     refused(capsys, main(["compare", run, other]), "config.yaml or metrics.json of", "cannot be read")
 
 
-def test_control_characters_of_a_strangers_run_have_no_effect(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_characters_in_a_run_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write_run(tmp_path / name, path=path) for name, path in (("a", "\x1b[2J[bold]"), ("b", "c"))]
     assert main(["compare", *map(str, runs)]) == 0
     out = capsys.readouterr().out

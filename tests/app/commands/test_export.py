@@ -1,4 +1,4 @@
-"""The export command: what can be set, what is refused, and that nothing half-written stays."""
+"""The command `export`: options, bad input, and failures that leave no partial output."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def run_export(run: Path, output: Path, *options: str) -> int:
 
 
 def assert_only(folder: Path, *names: str) -> None:
-    """Nothing else lies there, hidden or not."""
+    """Check that the folder contains these files and nothing else, hidden files included."""
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
 
 
-# ------------------------------------------------------------------------------------------------------ what can be set
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run of text classification in bfloat16, and its backbone."""
+    """Return a run of text classification in bfloat16, and its backbone."""
     folder = tmp_path_factory.mktemp("finished")
     backbone = save_backbone(folder / "backbone", "roberta")
     data = write_sentences(folder / "cola", {"train": 50, "validation": 9})
@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return cli.run(), backbone
 
 
-def test_merging_is_done_in_float32_and_rounded_to_the_backbones_own_dtype(
+def test_factors_are_merged_in_float32_and_rounded_to_the_backbones_dtype(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run, backbone = finished
@@ -61,7 +61,7 @@ def test_merging_is_done_in_float32_and_rounded_to_the_backbones_own_dtype(
     before = load_file(backbone / "model.safetensors")
     layer = "encoder.layer.0.attention.self.query"
     factors = [state[f"backbone.roberta.{layer}.adapters.query.{factor}"] for factor in "BA"]
-    merged = before[f"{layer}.weight"].bfloat16().float() + 4 * factors[0] @ factors[1]  # s is alpha 16 over rank 4
+    merged = before[f"{layer}.weight"].bfloat16().float() + 4 * factors[0] @ factors[1]  # s = alpha 16 / rank 4
     torch.testing.assert_close(exact[f"roberta.{layer}.weight"], merged, atol=1e-6, rtol=0)
     torch.testing.assert_close(own[f"roberta.{layer}.weight"], merged.bfloat16(), rtol=0, atol=0)
     assert {t.dtype for t in own.values()} == {torch.bfloat16}
@@ -70,7 +70,7 @@ def test_merging_is_done_in_float32_and_rounded_to_the_backbones_own_dtype(
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "own").dtype == torch.bfloat16
 
 
-def test_a_backbone_that_has_moved(
+def test_a_moved_backbone_is_refused_unless_its_new_path_is_given(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, backbone = finished
@@ -102,7 +102,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model.weights=nothing.safetensors"], ["model.weights", "nothing.safetensors"]),
     ],
 )
-def test_wrong_value(
+def test_wrong_values_are_refused(
     finished: tuple[Path, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -113,39 +113,41 @@ def test_wrong_value(
     assert_only(tmp_path)
 
 
-def test_other_frozen_weights(finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_frozen_weights_are_refused(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = save_backbone(tmp_path / "other", "roberta", seed=1)
     code = run_export(finished[0], tmp_path / "model", "--model.backbone", str(other))
     refused(capsys, code, "other frozen weights", "model.backbone")
     assert_only(tmp_path, "other")
 
 
-def test_missing_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, main(["export"]), "run", "format", "output")
 
 
-def test_a_configuration_file_before_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_file_before_the_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "export.yaml").write_text("export: {dtype: float32}")
     words = ["export", "RUN", "--format", "merged", "--output", str(tmp_path / "model")]
     refused(capsys, main(["--config", str(tmp_path / "export.yaml"), *words]), "before export")
 
 
-def test_no_such_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, run_export(tmp_path / "nowhere", tmp_path / "model"), "RUN", "no run directory", "nowhere")
 
 
-def test_run_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_checkpoints_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     refused(capsys, run_export(tmp_path / "run", tmp_path / "model"), "RUN", "checkpoints/last.ckpt", str(tmp_path))
 
 
-def test_checkpoint_of_another_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     code = run_export(tmp_path / "other.ckpt", tmp_path / "model")
     refused(capsys, code, "RUN", "other.ckpt", "does not name its model")
 
 
-def test_output_is_never_written_over(
+def test_output_is_never_overwritten(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "note.txt").write_text("mine")
@@ -157,14 +159,16 @@ def test_output_is_never_written_over(
 
 
 @pytest.mark.parametrize("size", [100, 4_000, 30_000])
-def test_full_disk(finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
+def test_a_full_disk_leaves_no_files(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
     with no_file_larger_than(size):
         code = run_export(finished[0], tmp_path / "model")
     refused(capsys, code, "--output", str(tmp_path / "model"), "too large")
     assert_only(tmp_path)
 
 
-def test_interruption_leaves_nothing(
+def test_an_interrupted_export_leaves_no_files(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The command `memory`: predictions against closed forms and against PyTorch's own count of real training steps."""
+"""The command `memory`: predictions against closed forms and against PyTorch's measured peak of training steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fit_words(cli: CommandLine, *options: str) -> list[str]:
 
 
 def real_module(words: list[str], classes: int) -> AdaptedModule:
-    """The model that a fit builds, with values."""
+    """Return the module that `fit` builds, with real weights."""
     keys = parse_fit([*words]).model.as_dict()
     if "class_names" in keys["init_args"]:
         keys["init_args"]["class_names"] = [str(number) for number in range(classes)]
@@ -73,16 +73,16 @@ def test_a_real_step_of_each_family_allocates_what_was_predicted(name: str, requ
     cli: CommandLine = request.getfixturevalue(name)
     module, batch = real_module(fit_words(cli), CLASSES[name]), real_batch(name)
     for precision in ("32-true", "bf16-mixed"):
-        found = predicted(fit_words(cli, f"--trainer.precision={precision}"))
-        check_real_step(module, batch, precision, found)
+        prediction = predicted(fit_words(cli, f"--trainer.precision={precision}"))
+        check_real_step(module, batch, precision, prediction)
 
 
-def check_real_step(module: AdaptedModule, batch: dict[str, Tensor], precision: str, found: Prediction) -> None:
+def check_real_step(module: AdaptedModule, batch: dict[str, Tensor], precision: str, prediction: Prediction) -> None:
     optimizer = torch.optim.AdamW(module.trained_groups())
 
     def step() -> None:
         with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            warnings.simplefilter("ignore")  # Lightning's, of a module without a trainer
+            warnings.simplefilter("ignore")  # Lightning warns that the module has no trainer
             loss = module.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
@@ -90,16 +90,17 @@ def check_real_step(module: AdaptedModule, batch: dict[str, Tensor], precision: 
 
     step()
     trained = [p for p in module.parameters() if p.requires_grad]
-    assert (found.trained, found.total) == (
+    assert (prediction.trained, prediction.total) == (
         sum(p.numel() for p in trained),
         sum(p.numel() for p in module.parameters()),
     )
     size = {key: sum(t.numel() * t.element_size() for t in tensors) for key, tensors in parts(module).items()}
-    estimate = found.estimate
+    estimate = prediction.estimate
     assert (estimate.weights, estimate.factors, estimate.heads) == (size["weights"], size["factors"], size["heads"])
     bytes_trained = sum(4 * p.numel() for p in trained)
     assert estimate.gradients == bytes_trained
-    assert estimate.optimizer == 2 * bytes_trained + 4 * len(trained)  # and a count of steps for each parameter
+    # two moments, and one step counter for each parameter
+    assert estimate.optimizer == 2 * bytes_trained + 4 * len(trained)
     assert estimate.activations + estimate.logits == pytest.approx(peak_of(step), rel=0.05)
 
 
@@ -112,7 +113,7 @@ def parts(module: AdaptedModule) -> dict[str, list[Tensor]]:
 
 
 def test_a_recipe_is_predicted_without_weights_and_data(capsys: pytest.CaptureFixture[str]) -> None:
-    """Two blocks of conf/vit_cifar.yaml's ViT-B/16 against their closed form; the tests have no network."""
+    """Compare two blocks of conf/vit_cifar.yaml's ViT-B/16 with a closed form. Nothing is downloaded."""
     width, depth, tokens, classes, rank = 768, 2, 197, 1000, 8
     words = ["--config", "conf/vit_cifar.yaml", f"--model.backbone_args={{depth: {depth}}}"]
     block = 4 * width**2 + 4 * width + 8 * width**2 + 5 * width + 4 * width  # attention, MLP, two norms
@@ -120,20 +121,20 @@ def test_a_recipe_is_predicted_without_weights_and_data(capsys: pytest.CaptureFi
     frozen = depth * block + patches + 2 * width
     head = classes * (width + 1)
     trained = depth * 2 * rank * width + head
-    found = predict(parse_fit, words, classes)
-    assert found.estimate.weights == 4 * frozen
-    assert found.estimate.factors == 2 * 4 * depth * 2 * rank * width
-    assert found.estimate.heads == 4 * head
-    assert (found.trained, found.total) == (trained, frozen + depth * 4 * rank * width + head)
-    assert found.setting == (
+    prediction = predict(parse_fit, words, classes)
+    assert prediction.estimate.weights == 4 * frozen
+    assert prediction.estimate.factors == 2 * 4 * depth * 2 * rank * width
+    assert prediction.estimate.heads == 4 * head
+    assert (prediction.trained, prediction.total) == (trained, frozen + depth * 4 * rank * width + head)
+    assert prediction.setting == (
         "64 images a step of 224 × 224 pixels, a head of 1,000 classes (--classes), precision bf16-mixed"
     )
     other = predict(parse_fit, [*words, "--model.adapter.train=both", "--data.batch_size=32"], classes)
     assert other.estimate.gradients == 4 * (trained + depth * 2 * rank * width)
-    assert 0.4 * found.estimate.activations < other.estimate.activations < 0.8 * found.estimate.activations
+    assert 0.4 * prediction.estimate.activations < other.estimate.activations < 0.8 * prediction.estimate.activations
 
 
-def test_classes_of_data_on_this_machine_are_read(cli: CommandLine, text_cli: CommandLine, tmp_path: Path) -> None:
+def test_the_number_of_classes_is_read_from_local_data(cli: CommandLine, text_cli: CommandLine, tmp_path: Path) -> None:
     assert ", a head of 3 classes, " in predicted(fit_words(cli)).setting
     assert ", a head of 1,000 classes (--classes), " in predicted(fit_words(cli, "--data.path=elsewhere")).setting
     rows = "".join(f"text {number},{label}\n" for number, label in enumerate("abcd" * 3))
@@ -143,7 +144,7 @@ def test_classes_of_data_on_this_machine_are_read(cli: CommandLine, text_cli: Co
     assert ", a head of 4 classes, " in predicted(fit_words(text_cli, *own)).setting
 
 
-def test_the_table_names_the_parts_and_what_they_are_for(
+def test_the_table_lists_each_part_and_describes_the_step(
     text_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(text_cli.words("memory")) == 0
@@ -168,28 +169,28 @@ def test_other_tunings_are_predicted_too(cli: CommandLine, tuning: str) -> None:
     assert found.tuning == tuning
 
 
-def test_a_decoder_takes_what_its_configuration_says(instruction_cli: CommandLine) -> None:
+def test_a_decoder_is_predicted_from_its_configuration(instruction_cli: CommandLine) -> None:
     adapter = AdapterConfig(rank=4, dropout=0.1)
     keys: dict[str, Any] = {"batch_size": BATCH, "tokens": 96, "backbone_dtype": "float32"}
     config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "attention_dropout": 0.1})
     assert predicted(fit_words(instruction_cli)).estimate == training_memory(config, adapter, **keys)
 
 
-def test_weights_that_are_shared_are_counted_as_a_share(instruction_cli: CommandLine) -> None:
-    shared = ("--model.shard_frozen=true", "--trainer.strategy=ddp", "--trainer.devices=4")
-    alone, four = (predicted(fit_words(instruction_cli, *options)) for options in ((), shared))
-    assert four.estimate.weights < alone.estimate.weights
-    assert four.estimate.gathered > 0
-    assert four.setting == f"{alone.setting}, frozen weights shared by 4 processes"
+def test_sharded_frozen_weights_are_counted_as_one_share(instruction_cli: CommandLine) -> None:
+    shard_options = ("--model.shard_frozen=true", "--trainer.strategy=ddp", "--trainer.devices=4")
+    unsharded, sharded = (predicted(fit_words(instruction_cli, *options)) for options in ((), shard_options))
+    assert sharded.estimate.weights < unsharded.estimate.weights
+    assert sharded.estimate.gathered > 0
+    assert sharded.setting == f"{unsharded.setting}, frozen weights shared by 4 processes"
 
 
-def test_adapters_that_are_given_say_the_rank(fitted_cli: CommandLine) -> None:
+def test_model_adapter_path_determines_the_rank(fitted_cli: CommandLine) -> None:
     path = fitted_cli.run() / "adapter"
     given = predicted(fit_words(fitted_cli, "--model.adapter.rank=2", f"--model.adapter_path={path}"))
     assert given.estimate.factors == predicted(fit_words(fitted_cli)).estimate.factors
 
 
-def test_a_gpu_is_compared_with() -> None:
+def test_the_prediction_is_compared_with_a_gpu() -> None:
     assert device_line("H100", 80 * GIB, 20 * GIB) == "H100 has 81,920 MiB: the fit needs 25% of it."
     assert "Choose a smaller data.batch_size" in device_line("T4", 16 * GIB, 20 * GIB)
 
@@ -209,15 +210,13 @@ def test_wrong_use_is_one_message(
     refused(capsys, main(text_cli.words("memory", *options)), message)
 
 
-def test_data_that_nothing_is_trained_on_is_refused(
-    question_cli: CommandLine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_without_training_is_refused(question_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     refused(
         capsys, main(question_cli.words("memory")), "MultipleChoiceData gives questions, and nothing is trained on them"
     )
 
 
-def test_a_model_that_reads_values_cannot_be_predicted(
+def test_a_model_whose_control_flow_needs_tensor_values_is_refused(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def classify(module: Any, features: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def test_weights_factors_gradients_and_moments_are_plain_sums(dtype: str, size: 
     assert found.weights == size * (DEPTH * LAYER + OUTSIDE) + ROTARY
     assert found.factors == 4 * (trained + frozen)
     assert found.gradients == 4 * trained
-    assert found.optimizer == 2 * 4 * trained + 4 * 2 * DEPTH  # and a count of steps for each parameter
+    assert found.optimizer == 2 * 4 * trained + 4 * 2 * DEPTH  # two moments, and one step counter for each parameter
     assert found.gathered == 0
 
 
@@ -59,17 +59,17 @@ def replace_config(**keys: Any) -> LlamaConfig:
 
 
 def test_training_one_side_takes_less_than_both() -> None:
-    one, both = estimate(), estimate(adapter=replace(ADAPTER, train="both"))
-    assert one.factors == both.factors
-    assert one.gradients < both.gradients
-    assert one.optimizer < both.optimizer
-    # with A trained the input is kept too, bfloat16, once for queries and values; A·x is kept in both cases
-    assert both.activations - one.activations >= DEPTH * 4 * 16 * WIDTH * 2
+    one_side, both = estimate(), estimate(adapter=replace(ADAPTER, train="both"))
+    assert one_side.factors == both.factors
+    assert one_side.gradients < both.gradients
+    assert one_side.optimizer < both.optimizer
+    # Training A also keeps the layer's input (bfloat16, shared by query and value). A·x is kept in both cases.
+    assert both.activations - one_side.activations >= DEPTH * 4 * 16 * WIDTH * 2
 
 
-def test_logits_take_twelve_bytes_for_each_learnt_token_and_entry() -> None:
+def test_logits_take_twelve_bytes_for_each_token_in_the_loss_and_vocabulary_entry() -> None:
     wide = replace_config(vocab_size=5000)
-    for learnt in (None, 7):  # log-probabilities, their gradient and that of the logits, all float32
+    for learnt in (None, 7):  # log-probabilities, their gradient and the gradient of the logits, all float32
         found = training_memory(wide, ADAPTER, batch_size=4, tokens=16, response_tokens=learnt)
         assert found.logits == 12 * 4 * (learnt or 16) * 5000
 
@@ -83,19 +83,22 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None
 
 
 def test_shards_divide_the_frozen_weights_and_nothing_else() -> None:
-    alone, shared = estimate(), estimate(shard_frozen=4)
-    assert shared.weights == 2 * (DEPTH * LAYER // 4 + OUTSIDE) + ROTARY  # all rows of a layer are multiples of 4
-    assert shared.gathered == 2 * 2 * LAYER  # bfloat16, this layer and the next
+    unsharded, sharded = estimate(), estimate(shard_frozen=4)
+    # the 4 processes divide the rows of each layer without remainder
+    assert sharded.weights == 2 * (DEPTH * LAYER // 4 + OUTSIDE) + ROTARY
+    assert sharded.gathered == 2 * 2 * LAYER  # two bytes each, for the current and the next layer
     for part in ("factors", "gradients", "optimizer", "activations", "logits"):
-        assert getattr(shared, part) == getattr(alone, part)
-    assert shared.total == sum(getattr(shared, part) for part in MemoryEstimate.__dataclass_fields__)
+        assert getattr(sharded, part) == getattr(unsharded, part)
+    assert sharded.total == sum(getattr(sharded, part) for part in MemoryEstimate.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
     ("dtype", "precision", "checkpointing"),
     [("bfloat16", "32-true", False), ("bfloat16", "32-true", True), ("float32", "bf16-mixed", False)],
 )
-def test_the_allocator_agrees(llama_path: Path, dtype: Any, precision: Any, checkpointing: bool) -> None:
+def test_the_allocator_measures_what_was_estimated(
+    llama_path: Path, dtype: Any, precision: Any, checkpointing: bool
+) -> None:
     batch_size, tokens, learnt = 4, 64, 60
     model = LanguageModel(str(llama_path), backbone_dtype=dtype, adapter=ADAPTER, gradient_checkpointing=checkpointing)
     ids = torch.randint(3, 200, (batch_size, tokens))
@@ -127,7 +130,7 @@ def test_the_allocator_agrees(llama_path: Path, dtype: Any, precision: Any, chec
     assert found.activations + found.logits == pytest.approx(peak, rel=0.03)
 
 
-def test_scoring_takes_what_real_questions_take(llama_path: Path) -> None:
+def test_scoring_memory_matches_real_questions(llama_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama_path, dtype=torch.bfloat16).eval()
     estimate = scoring_memory(model.config, batch_size=3, prefix=200, tokens=40)
     batch = {
@@ -145,10 +148,10 @@ def test_scoring_takes_what_real_questions_take(llama_path: Path) -> None:
     assert longer.activations - estimate.activations >= 200 * keys
 
 
-def test_live_bytes_follow_real_tensors() -> None:
+def test_live_bytes_count_each_storage_once() -> None:
     kept = torch.zeros(1000)
     live = LiveBytes(lambda made: "made")
-    live.hold([kept, kept.view(10, 100)], "held")  # the same memory
+    live.hold([kept, kept.view(10, 100)], "held")  # both share one storage
     with live:
         product = kept * 2  # 4000 bytes
         half = product[:500]  # a view
@@ -172,6 +175,6 @@ def test_impossible_numbers_are_refused(keys: dict[str, int]) -> None:
         estimate(**keys)
 
 
-def test_what_is_no_decoder_is_refused() -> None:
+def test_a_model_that_is_no_decoder_is_refused() -> None:
     with pytest.raises(ModelError, match="vit"):
         training_memory(ViTConfig(), ADAPTER, batch_size=1, tokens=1)

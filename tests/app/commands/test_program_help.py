@@ -27,7 +27,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_names_the_program_its_commands_and_three_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_program_its_commands_and_three_examples(capsys: pytest.CaptureFixture[str]) -> None:
     page = printed(capsys, "--help")
     assert page == printed(capsys, "-h")
     assert DESCRIPTION in page
@@ -38,16 +38,18 @@ def test_help_names_the_program_its_commands_and_three_examples(capsys: pytest.C
     assert len(examples) == 3
 
 
-def test_version(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_is_printed_with_and_without_pyproject(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     number = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert printed(capsys, "--version") == f"onesided {number}\n"
-    monkeypatch.setattr(program_files, "ROOT", tmp_path)  # as after installation, where no pyproject.toml lies there
+    monkeypatch.setattr(program_files, "ROOT", tmp_path)  # an installed program has no pyproject.toml beside it
     monkeypatch.setattr(program_files, "version", lambda name: version("torch") if name == "onesided" else "")
     assert printed(capsys, "--version") == f"onesided {version('torch')}\n"
 
 
 @pytest.mark.parametrize("word", ["exprot", "trian", "frobnicate"])
-def test_unknown_command(capsys: pytest.CaptureFixture[str], word: str) -> None:
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str], word: str) -> None:
     refused(capsys, main([word]), f"There is no command '{word}'", "Choose one of fit, validate")
 
 
@@ -88,7 +90,7 @@ def test_help_of_fit_with_a_recipe_has_the_keys_of_the_recipe(capsys: pytest.Cap
     ],
 )
 def test_unknown_keys_get_suggestions(capsys: pytest.CaptureFixture[str], key: str, expected: str) -> None:
-    suggested = expected.removeprefix("model.") if key.startswith("model.") else expected  # the class's own key
+    suggested = expected.removeprefix("model.") if key.startswith("model.") else expected  # a key of the class itself
     refused(
         capsys,
         main(["fit", *RECIPE, f"--{key}=3"]),

@@ -1,4 +1,4 @@
-"""The command `runs`: one row a run with the facts of its files, states, sorting, CSV and JSON."""
+"""The command `runs`: one row for each run, its state, sorting, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_run(
     parameters: int = 100,
     **data: Any,
 ) -> Path:
-    """Write the two files that the command reads, as `fit` would."""
+    """Write the two files of a run that the command reads, in the format of `fit`."""
     model: dict[str, Any] = {"adapter": {"rank": 4, "train": "B", "init_a": "orthogonal", "init_b": "zero"}}
     for key, value in variant_keys(variant).items():
         section = model["adapter"] if key.startswith("model.adapter.") else model
@@ -59,7 +59,7 @@ def listed(capsys: pytest.CaptureFixture[str], root: Path, *options: str) -> lis
     return rows
 
 
-def test_a_real_run_is_listed_with_its_own_figures(
+def test_a_real_run_is_listed_with_its_metrics(
     finished_runs: dict[str, Path], capsys: pytest.CaptureFixture[str], parquet_path: Path
 ) -> None:
     root = finished_runs["b"].parents[1]
@@ -71,7 +71,7 @@ def test_a_real_run_is_listed_with_its_own_figures(
     assert (row["metric"], row["best"]) == ("val/acc1", metrics["best/val/acc1"])
     assert (row["parameters"], row["seconds"]) == (metrics["params/trainable"], metrics["time/fit_seconds"])
     assert rows["head/version_0"]["variant"] == "head"
-    assert rows["both/version_0"]["variant"] == "custom"  # A orthogonal and both trained is no built-in variant
+    assert rows["both/version_0"]["variant"] == "custom"  # no built-in variant trains both factors from an orthogonal A
     assert main(["runs", str(root)]) == 0
     out = capsys.readouterr().out
     assert f"{len(finished_runs)} runs below {root}" in out
@@ -81,7 +81,7 @@ def test_a_real_run_is_listed_with_its_own_figures(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_variant_follows_from_the_keys(tmp_path: Path, name: str) -> None:
+def test_the_variant_is_inferred_from_the_keys(tmp_path: Path, name: str) -> None:
     keys = read_record(write_run(tmp_path / "version_0", name)).keys
     assert variant_name(keys) == name
     changed = "model.tuning" if name in ("head", "adalora", "ia3") else list(VARIANTS[name])[-1]
@@ -89,7 +89,7 @@ def test_the_variant_follows_from_the_keys(tmp_path: Path, name: str) -> None:
     assert variant_name({}) == "custom"
 
 
-def test_states_tell_what_is_wrong_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_state_of_a_run_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "a" / "finished")
     for name in ("version_0", "version_1", "version_2", "version_3"):
         write_run(tmp_path / "a" / name)
@@ -114,7 +114,7 @@ def test_states_tell_what_is_wrong_with_a_run(tmp_path: Path, capsys: pytest.Cap
         "a/version_4": "failed",
         "a/version_5": "evaluated",
     }
-    assert rows["a/version_2"]["variant"] == "B"  # of the file that can be read
+    assert rows["a/version_2"]["variant"] == "B"  # from config.yaml, which is intact
     assert rows["a/version_3"]["seconds"] == 2.0
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -122,15 +122,15 @@ def test_states_tell_what_is_wrong_with_a_run(tmp_path: Path, capsys: pytest.Cap
     assert "2 damaged: config.yaml or metrics.json cannot be read." in out
 
 
-def test_a_run_that_trains_now_is_told_by_its_lock(tmp_path: Path) -> None:
+def test_a_locked_run_is_running(tmp_path: Path) -> None:
     run = write_run(tmp_path / "version_0")
     reader, writer = os.pipe()
-    ready, told = os.pipe()
+    ready, signal_ready = os.pipe()
     process = os.fork()
     if process == 0:
         try:
             with locked(run):
-                os.write(told, b"1")
+                os.write(signal_ready, b"1")
                 os.read(reader, 1)
         finally:
             os._exit(0)
@@ -141,11 +141,11 @@ def test_a_run_that_trains_now_is_told_by_its_lock(tmp_path: Path) -> None:
         os.write(writer, b"1")
         os.waitpid(process, 0)
     assert read_record(run).state == "finished"
-    with locked(run):  # the query has left the lock to others
+    with locked(run):  # reading the record has released the lock
         pass
 
 
-def test_names_sort_by_their_numbers_and_a_run_holds_no_other(tmp_path: Path) -> None:
+def test_names_sort_by_their_numbers_and_runs_inside_runs_are_ignored(tmp_path: Path) -> None:
     for name in ("version_10", "version_9", "version_9/version_0"):
         write_run(tmp_path / "recipe" / name)
     assert [run.name for run in find_runs(tmp_path)] == ["version_9", "version_10"]
@@ -175,7 +175,7 @@ def test_columns_sort_with_missing_values_last(tmp_path: Path) -> None:
     assert order("date") == [4, 3, 2, 1, 0]
 
 
-def test_csv_has_a_row_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv_has_one_row_for_each_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "runs" / "r" / "version_0", path='a, "b"', task="cola")
     write_run(tmp_path / "runs" / "r" / "version_1", best=None)
     assert main(["runs", str(tmp_path / "runs"), "--csv", str(tmp_path / "table.csv")]) == 0
@@ -191,7 +191,7 @@ def test_csv_has_a_row_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "none.csv").read_text().splitlines() == [header]
 
 
-def test_values_of_a_strangers_run_are_shown_and_have_no_effect(
+def test_malformed_values_and_control_characters_are_shown_without_effect(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "version_0", path="x\x1b[2J[red]y", task=date(2026, 11, 28))
@@ -205,8 +205,8 @@ def test_values_of_a_strangers_run_are_shown_and_have_no_effect(
     assert "x\\x1b[2J[red]y" in out
 
 
-def test_a_run_costs_two_small_files_and_no_slow_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand runs take seconds: PyYAML's own scanner, which is not C, would take ten times as long."""
+def test_listing_reads_two_files_of_each_run_with_the_c_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand runs take seconds. PyYAML's scanner in Python would take ten times as long."""
     write_run(tmp_path / "version_0")
     shutil.copytree(tmp_path / "version_0", tmp_path / "version_1")
     opened: list[str] = []
@@ -230,6 +230,6 @@ def test_wrong_use_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"0 runs below {tmp_path}" in capsys.readouterr().out
 
 
-def test_dotted_keys_are_those_of_the_command_line() -> None:
+def test_dotted_keys_match_the_command_line() -> None:
     tree = {"model": {"class_path": "a.B", "init_args": {"adapter": {"rank": 4}, "args": {}}}, "seed": 0}
     assert dotted(tree) == {"model.class_path": "a.B", "model.adapter.rank": 4, "model.args": {}, "seed": 0}

@@ -1,4 +1,4 @@
-"""The command `similarity`: numbers against the factors, groups of runs, answers, and bad input."""
+"""The command `similarity`: values against SciPy, groups of runs, answers, and bad input."""
 
 from __future__ import annotations
 
@@ -34,20 +34,18 @@ def output(finished_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 
 def pair(frame: pd.DataFrame, first: int, second: int, factor: str) -> pd.DataFrame:
-    """The rows of two runs by their numbers."""
+    """Return the rows of the pair of runs with these numbers."""
     numbers = [frame[side].str.partition(":")[0].astype(int) for side in ("first", "second")]
     return frame[(numbers[0] == first) & (numbers[1] == second) & (frame["factor"] == factor)]
 
 
-def test_the_page_is_one_file_with_all_figures(output: Path) -> None:
+def test_the_report_is_one_file_with_all_figures(output: Path) -> None:
     page = assert_page_has_pictures(output, *PICTURES)
     assert "Does A&#39;s similarity vanish when A starts from different seeds?" in page
 
 
 @pytest.mark.parametrize("second", [2, 5])
-def test_the_numbers_are_those_of_scipys_principal_angles(
-    output: Path, finished_runs: dict[str, Path], second: int
-) -> None:
+def test_similarities_equal_scipys_principal_angles(output: Path, finished_runs: dict[str, Path], second: int) -> None:
     states = [
         torch.load(finished_runs[GIVEN[i - 1]] / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
         for i in (1, second)
@@ -70,10 +68,10 @@ def test_the_numbers_are_those_of_scipys_principal_angles(
         assert mean["chance"] == 4 / 32
 
 
-def test_the_permutation_interval_is_that_of_all_assignments_of_the_blocks(
+def test_the_permutation_interval_covers_all_assignments_of_the_blocks(
     output: Path, finished_runs: dict[str, Path]
 ) -> None:
-    """With two blocks, the queries of two runs are paired in two ways, and so are the values: four means."""
+    """Two blocks allow two pairings of the queries and two pairings of the values, and so four means."""
     states = [
         torch.load(finished_runs[GIVEN[run]] / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
         for run in (0, 1)
@@ -92,7 +90,7 @@ def test_the_permutation_interval_is_that_of_all_assignments_of_the_blocks(
         assert row[["permutation_low", "permutation_high"]].tolist() == pytest.approx([expected[0], expected[-1]])
 
 
-def test_the_permutation_interval_of_a_group_is_that_of_its_mean(output: Path) -> None:
+def test_the_permutation_interval_of_a_group_is_computed_from_its_mean(output: Path) -> None:
     pairs, groups = (pd.read_parquet(output / f"{name}.parquet") for name in ("pairs", "groups"))
     group = groups.query("factor == 'B'").iloc[0]
     members = pairs.query("factor == 'B' and variant == @group.variant")
@@ -102,7 +100,7 @@ def test_the_permutation_interval_of_a_group_is_that_of_its_mean(output: Path) -
     assert limits[0] < limits[1]
 
 
-def test_equal_frozen_factors_are_one_and_named_so(output: Path) -> None:
+def test_equal_frozen_factors_have_similarity_one_and_are_marked_as_equal(output: Path) -> None:
     row = pair(pd.read_parquet(output / "pairs.parquet"), 3, 4, "A").iloc[0]
     assert row["similarity"] == pytest.approx(1, abs=1e-9)
     assert (row["state"], row["start"]) == ("frozen", "same start")
@@ -116,7 +114,7 @@ def test_pairs_are_grouped_by_what_the_runs_share(output: Path) -> None:
     facts = {
         (1, 2, "A"): ("trained", "other start", "same data", "same variant"),
         (1, 3, "A"): ("one trained", "same start", "same data", "other variant"),
-        (3, 5, "A"): ("frozen", "other start", "same data", "same variant"),  # another rank is another draw
+        (3, 5, "A"): ("frozen", "other start", "same data", "same variant"),  # another rank draws another A
         (1, 3, "B"): ("trained", "both from zero", "same data", "other variant"),
     }
     for (first, second, factor), expected in facts.items():
@@ -131,20 +129,20 @@ def test_pairs_are_grouped_by_what_the_runs_share(output: Path) -> None:
 
 def test_a_trained_factor_is_compared_with_its_own_start(output: Path) -> None:
     runs = pd.read_parquet(output / "runs.parquet")
-    own = runs["A to its start"]
-    assert own[:2].between(0.2, 1 - 1e-6).all()
-    assert own[2:].isna().all()  # frozen
-    assert runs["B to its start"].isna().all()  # from zero
+    similarities = runs["A to its start"]
+    assert similarities[:2].between(0.2, 1 - 1e-6).all()
+    assert similarities[2:].isna().all()  # frozen
+    assert runs["B to its start"].isna().all()  # B starts at zero
 
 
 def test_peft_files_give_the_factors_of_the_checkpoint(
     finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also without checkpoints, and outside of a run, where nothing says which factor was frozen."""
+    """A run without checkpoints uses adapter/. Files outside of a run do not record the frozen factor."""
     run = finished_runs["b"]
     copied = Path(shutil.copytree(run, tmp_path / "version_0", ignore=shutil.ignore_patterns("checkpoints")))
-    alone = Path(shutil.copytree(run / "adapter", tmp_path / "exported"))
-    assert similarity(tmp_path / "out", run, copied, alone) == 0
+    exported = Path(shutil.copytree(run / "adapter", tmp_path / "exported"))
+    assert similarity(tmp_path / "out", run, copied, exported) == 0
     error = capsys.readouterr().err
     assert "adapter/ is used instead" in error
     assert "exported does not say which factor was frozen" in error
@@ -155,7 +153,7 @@ def test_peft_files_give_the_factors_of_the_checkpoint(
     assert pair(pairs, 1, 2, "A").iloc[0]["state"] == "frozen"
 
 
-def test_other_backbones_are_refused_with_what_differs(
+def test_different_backbones_are_refused_and_the_difference_is_named(
     finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = similarity(tmp_path / "out", finished_runs["b"], finished_runs["other_backbone"])
@@ -177,7 +175,7 @@ def test_too_few_runs_are_refused(
 
 
 VERDICTS = [
-    # similarity of the three pairs from other starts, of a pair from the same start, beginning of the answer
+    # similarity of the three pairs with other starts, similarity of the pair with the same start, start of the answer
     ((0.12, 0.12, 0.12), 0.9, "Yes: "),
     ((0.20, 0.12, 0.12), 0.9, "Yes, as far as these runs can tell: "),
     ((0.15, 0.15, 0.15), 0.9, "Almost: "),
@@ -189,7 +187,7 @@ VERDICTS = [
 
 @pytest.mark.parametrize(("other", "same", "beginning"), VERDICTS)
 def test_the_answer_follows_from_the_intervals(other: tuple[float, ...], same: float | None, beginning: str) -> None:
-    """Chance is 8 of 64 dimensions, and permuted means reach from 0.118 to 0.132."""
+    """Chance is 8 / 64 = 0.125. The permuted means lie between 0.118 and 0.132."""
     of_start = [*((pair, "other start", v) for pair, v in zip(("12", "13", "23"), other, strict=False))]
     of_start += [] if same is None else [("14", "same start", same)]
     facts = {"factor": "A", "state": "trained", "data": "same data", "chance": 8 / 64}
@@ -203,8 +201,8 @@ def test_the_answer_follows_from_the_intervals(other: tuple[float, ...], same: f
     answer, *others = answers(pairs, pd.DataFrame({"A to its start": [0.5]}))
     assert answer.startswith(beginning)
     assert "0.500 to its own random start (1 run)" in others[0]
-    alone = pairs.assign(permuted=[np.full(9, value) for value in pairs["similarity"]])  # one block: nothing to permute
+    alone = pairs.assign(permuted=[np.full(9, value) for value in pairs["similarity"]])  # one block has no permutations
     assert "permuted" not in answers(alone, pd.DataFrame({"A to its start": [0.5]}))[0]
-    shifted = pairs.assign(permuted=[permuted + 0.3] * len(pairs))  # all blocks are alike, so A has not vanished
+    shifted = pairs.assign(permuted=[permuted + 0.3] * len(pairs))  # with all blocks alike, A still holds information
     if len(other) and min(other) > 8 / 64:
         assert answers(shifted, pd.DataFrame({"A to its start": [0.5]}))[0].startswith(("Almost", "Not entirely"))

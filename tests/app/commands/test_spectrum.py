@@ -1,4 +1,4 @@
-"""The command `spectrum`: numbers against the weights, parts that are left out, and bad input."""
+"""The command `spectrum`: values against full SVDs, omitted parts of the report, and bad input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def output(finished_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def test_the_page_is_one_file_with_all_figures(output: Path) -> None:
+def test_the_report_is_one_file_with_all_figures(output: Path) -> None:
     page = assert_page_has_pictures(output, *ALWAYS, "intruders", "relative_norms")
     assert "1: both, rank 4" in page
     assert "2: B, rank 2" in page
@@ -45,8 +45,8 @@ def _of(frame: pd.DataFrame, projection: str) -> pd.DataFrame:
     return frame[frame["projection"] == projection]
 
 
-def test_the_numbers_are_those_of_the_weights(output: Path, finished_runs: dict[str, Path]) -> None:
-    """Against full SVDs of W + s·B·A in float64."""
+def test_values_equal_those_of_full_decompositions(output: Path, finished_runs: dict[str, Path]) -> None:
+    """Compare with full SVDs of W + s·B·A in float64."""
     module = load_module(finished_runs["both"] / "checkpoints" / "best.ckpt", {})
     frames = {
         path.stem: pd.read_parquet(path).query("run == '1: both, rank 4'") for path in output.glob("[!r]*.parquet")
@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_weights(output: Path, finished_runs: dict[
     ranks = pd.read_parquet(output / "ranks.parquet").query("run == '1: both, rank 4' and at_checkpoint")
     for name, (layer, factors) in adapted_projections(module.backbone).items():
         weight = layer.weight[factors.projection.rows].detach().double()
-        update = (4 * factors.B @ factors.A).detach().double()  # s is alpha 16 over rank 4
+        update = (4 * factors.B @ factors.A).detach().double()  # s = alpha 16 / rank 4
         sigma = torch.linalg.svdvals(update)
         values = _of(frames["spectra"], name).query("at_checkpoint and factor == 's·BA'")
         assert values["singular_value"].tolist() == pytest.approx(sigma[:4].tolist(), rel=1e-4, abs=1e-6)
@@ -68,7 +68,7 @@ def test_the_numbers_are_those_of_the_weights(output: Path, finished_runs: dict[
         assert _of(frames["intruders"], name)["largest_cosine"].tolist() == pytest.approx(expected)
 
 
-def test_spectra_over_training_have_the_scale(output: Path, finished_runs: dict[str, Path]) -> None:
+def test_spectra_over_training_include_the_scale(output: Path, finished_runs: dict[str, Path]) -> None:
     rows = pq.read_table(finished_runs["both"] / "spectrum.parquet").to_pandas().query("factor == 'BA'")
     found = pd.read_parquet(output / "spectra.parquet").query("run == '1: both, rank 4' and factor == 's·BA'")
     for _, row in rows.iterrows():
@@ -90,11 +90,18 @@ def test_an_earlier_report_is_overwritten_and_other_files_stay(
     assert "left out by --top 0" in page
 
 
-def test_without_its_backbone_a_run_has_all_but_intruders(
+def test_without_the_backbone_only_intruder_dimensions_are_left_out(
     tmp_path: Path, parquet_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights.safetensors"
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}  # tests/conf/image.yaml
+    # as in tests/conf/image.yaml
+    sizes = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+    }
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).state_dict(), weights)
     cli = CommandLine(tmp_path / "runs", parquet_path)
     assert cli("fit", *QUICK, f"--model.weights={weights}") == 0
@@ -108,7 +115,7 @@ def test_without_its_backbone_a_run_has_all_but_intruders(
     rows = pq.read_table(cli.run() / "spectrum.parquet").to_pylist()
     last = [row["relative_norm"] for row in rows if row["factor"] == "BA" and row["step"] == rows[-1]["step"]]
     ranks = pd.read_parquet(tmp_path / "without" / "ranks.parquet").query("at_checkpoint and factor == 's·BA'")
-    assert ranks["relative_norm"].tolist() == pytest.approx(last, rel=1e-5)  # the checkpoint is of the last step
+    assert ranks["relative_norm"].tolist() == pytest.approx(last, rel=1e-5)  # the checkpoint was saved at the last step
 
 
 def damage(path: Path) -> None:
@@ -134,7 +141,7 @@ def other_values(path: Path) -> None:
         (other_values, "2 of 9 rows are damaged", 7),
     ],
 )
-def test_a_spectrum_file_that_cannot_be_used(
+def test_damaged_rows_and_files_of_spectra_are_skipped_with_a_warning(
     finished_runs: dict[str, Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -154,7 +161,7 @@ def test_a_spectrum_file_that_cannot_be_used(
 def test_runs_without_spectra_and_without_adapters(
     finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first is shown by its checkpoint alone; the second is skipped, or refused if no other is left."""
+    """A run without spectra is shown from its checkpoint. A run without adapters is skipped, or refused if alone."""
     checkpoint = Path(shutil.copy(finished_runs["b"] / "checkpoints" / "best.ckpt", tmp_path / "moved.ckpt"))
     assert spectrum(tmp_path / "out", finished_runs["head"], checkpoint, options=("--top=0",)) == 0
     error = capsys.readouterr().err

@@ -50,8 +50,8 @@ def test_a_role_beyond_the_styles_has_a_style(monkeypatch: pytest.MonkeyPatch) -
     assert [_style(role)["label"] for role in (*ROLES, "other")] == [*ROLES, "other"]
 
 
-def test_moments_are_those_of_the_batches_of_fit(text_cli: CommandLine) -> None:
-    """Without dropout, G is the gradient that B sees: ∂L/∂B = s·G·Aᵀ, here against autograd on the same batches."""
+def test_moments_equal_those_of_the_batches_of_fit(text_cli: CommandLine) -> None:
+    """Without dropout, ∂L/∂B = s·G·Aᵀ. Compare with autograd on the same batches."""
     options = ("--model.adapter.dropout=0", "--trainer.precision=32-true", "--model.adapter.rank=4")
     dropout = "--model.backbone_args={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
     measured = measure(parse_fit, fit_words(text_cli, *options, dropout), batches=2, head_steps=0)
@@ -59,7 +59,7 @@ def test_moments_are_those_of_the_batches_of_fit(text_cli: CommandLine) -> None:
     assert measured.samples == 50
     assert all(not t.any() for name, t in adapter_state(module.backbone).items() if name.endswith("B"))
     data = module.trainer.datamodule  # type: ignore[attr-defined]
-    module._trainer = None  # so that `self.log` needs no loop
+    module._trainer = None  # without a trainer, `self.log` does nothing
     module.zero_grad()
     data._position, data._seed = {}, None
     loader = iter(data.train_dataloader())
@@ -80,7 +80,7 @@ def test_moments_are_those_of_the_batches_of_fit(text_cli: CommandLine) -> None:
         assert moments.idle >= padding
 
 
-def test_heads_are_trained_before_the_measurement_and_not_in_it(text_cli: CommandLine) -> None:
+def test_heads_are_trained_before_the_measurement_and_not_during_it(text_cli: CommandLine) -> None:
     def head(steps: int, batches: int) -> torch.Tensor:
         module = measure(parse_fit, fit_words(text_cli), batches, steps).module
         return torch.cat([p.detach().flatten() for n, p in module.named_parameters() if "classifier" in n])
@@ -111,7 +111,7 @@ def test_wrong_use_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_given_adapters_are_refused(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_adapter_path_is_refused(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({}))
     options = ["--output", str(tmp_path / "out"), f"--model.adapter_path={tmp_path}"]
     assert main(["theory", *fit_words(cli), *options]) == 2

@@ -56,7 +56,7 @@ def test_a_misspelt_short_name_gets_a_suggestion(capsys: pytest.CaptureFixture[s
     refused(capsys, main(["fit", "--model.help", "ImageClasifier"]), "did you mean ImageClassifier?")
 
 
-def test_a_run_is_named_by_short_names() -> None:
+def test_short_names_work_in_a_command() -> None:
     config = parse_fit(["--model", "ImageClassifier", "--data=ImageClassificationData", "--data.path=x"])
     assert (config.model.class_path, config.data.class_path) == (
         IMAGES,
@@ -64,14 +64,14 @@ def test_a_run_is_named_by_short_names() -> None:
     )
 
 
-def test_help_of_a_class_by_its_short_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_accepts_the_short_name_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--model.help", "ImageClassifier"]) == 0
     assert "--model.image_size" in capsys.readouterr().out
     assert main(["fit", "--data.help", "TextClassificationData"]) == 0
     assert "--data.max_length" in capsys.readouterr().out
 
 
-def test_classes_of_files_and_options(tmp_path: Path) -> None:
+def test_classes_are_found_in_files_and_options(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {{class_path: {IMAGES}}}\ndata: {{class_path: os.system}}\n")
     bases = {section: path.rpartition(".")[2] for section, path in BASES.items()}
@@ -83,6 +83,6 @@ def test_classes_of_files_and_options(tmp_path: Path) -> None:
     assert {kind.__name__ for kind in named.values()} == {"Summarizer", "SummarizationData"}
 
 
-def test_keys_of_a_class_stand_behind_the_section() -> None:
+def test_keys_of_a_class_start_with_the_section() -> None:
     keys = class_keys(AdaptedModule, "model")
     assert {"model.learning_rate", "model.adapter.rank"} <= set(keys)

@@ -1,4 +1,4 @@
-"""Keys that a base class declares are keys of every class on it: in Python, in the parser and in checkpoints."""
+"""Constructor keys of a base class are inherited by its subclasses: in Python, in the parser and in checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DATA = (
 
 
 @pytest.mark.parametrize("kind", [*TASKS, *DATA])
-def test_a_class_has_the_keys_of_its_base_and_the_parser_knows_them(kind: type) -> None:
+def test_the_parser_knows_the_keys_of_a_class_and_of_its_base(kind: type) -> None:
     base = AdaptedModule if kind in TASKS else ResumableDataModule
     keys = constructor_parameters(kind)
     assert constructor_parameters(base).keys() < keys.keys()
@@ -45,18 +45,18 @@ def test_a_class_has_the_keys_of_its_base_and_the_parser_knows_them(kind: type) 
     parser.add_class_arguments(kind, "section")
     known = {key.split(".")[1] for key in vars(parser.get_defaults().as_flat())}
     assert known == keys.keys()
-    written_twice = inspect.signature(kind.__init__).parameters.keys() & constructor_parameters(base).keys()  # type: ignore[misc]
-    for name in written_twice:  # which is for other defaults or types
+    redeclared = inspect.signature(kind.__init__).parameters.keys() & constructor_parameters(base).keys()  # type: ignore[misc]
+    for name in redeclared:  # a key is redeclared only to change its default or type
         mine, inherited = keys[name], constructor_parameters(base)[name]
         assert (mine.default, mine.annotation) != (inherited.default, inherited.annotation)
 
 
-def test_defaults_and_types_of_a_class_beat_those_of_its_base() -> None:
-    base, own = constructor_parameters(AdaptedModule), constructor_parameters(LanguageModel)
-    assert (base["weight_decay"].default, own["weight_decay"].default) == (0.01, 0.0)
-    assert own["warmup_ratio"].annotation is float
-    assert own["adapter"].annotation is AdapterConfig
-    assert base["schedule"] == own["schedule"]
+def test_defaults_and_types_of_a_class_override_those_of_its_base() -> None:
+    base, language_model = constructor_parameters(AdaptedModule), constructor_parameters(LanguageModel)
+    assert (base["weight_decay"].default, language_model["weight_decay"].default) == (0.01, 0.0)
+    assert language_model["warmup_ratio"].annotation is float
+    assert language_model["adapter"].annotation is AdapterConfig
+    assert base["schedule"] == language_model["schedule"]
 
 
 def test_a_class_without_kwargs_has_no_other_keys() -> None:
@@ -69,7 +69,7 @@ def test_a_class_without_kwargs_has_no_other_keys() -> None:
     assert list(constructor_parameters(Own)) == ["path"]
 
 
-def test_hyper_parameters_are_those_of_every_constructor(llama_path: Path) -> None:
+def test_hyperparameters_include_the_keys_of_the_base(llama_path: Path) -> None:
     options: dict[str, Any] = {"generation": {"max_new_tokens": 4}, "adapter": AdapterConfig(rank=2)}
     model = LanguageModel(str(llama_path), compile=True, **options)
     assert model.hparams.keys() == constructor_parameters(LanguageModel).keys()

@@ -1,4 +1,4 @@
-"""Errors of jsonargparse in one line."""
+"""Errors of jsonargparse, shortened to one line."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ PARTS = f"--whole.parts={__name__}.Part"
         (["--count"], "argument --count: expected one argument"),
     ],
 )
-def test_one_line_with_the_key(message: Callable[..., str], words: list[str], expected: str) -> None:
+def test_errors_are_one_line_that_names_the_key(message: Callable[..., str], words: list[str], expected: str) -> None:
     assert message(*words) == expected
 
 
-def test_other_texts_pass_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_errors_are_joined_and_shortened_to_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     text = parser_message(ValueError("first\n  second\x1b[2J\tthird"))
     assert text == "first second\x1b[2J\\tthird"
     print_error(text)
@@ -79,6 +79,6 @@ def test_other_texts_pass_in_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert len(parser_message(ValueError("x" * 2 * LONGEST))) == LONGEST + 2
 
 
-def test_a_class_that_a_value_only_quotes_is_not_looked_up() -> None:
+def test_a_class_that_a_message_quotes_is_not_imported() -> None:
     text = "Problem with given class_path 'never_imported.Thing': Option 'size' is not accepted"
     assert parser_message(ValueError(text)) == "Thing has no key size."

@@ -1,4 +1,4 @@
-"""Recipes and assets of the program are found from any directory, after the files of that directory."""
+"""Recipes and assets of the program are found from any directory. Files of the working directory take precedence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_file_of_the_program_is_found(name: str) -> None:
         "conf/" + 300 * "a",
     ],
 )
-def test_other_names_stay_as_they_are(name: str) -> None:
+def test_other_names_are_not_changed(name: str) -> None:
     assert find_program_file(name) == name
 
 
@@ -49,7 +49,7 @@ def test_a_file_of_the_working_directory_is_preferred(tmp_path: Path) -> None:
     assert find_program_file(RECIPE) == RECIPE
 
 
-def test_recipes_of_commands_and_of_sweeps_and_values_of_recipes_are_found() -> None:
+def test_recipes_sweeps_and_paths_inside_recipes_are_found() -> None:
     words = ["fit", "--config", RECIPE, "--model.weights=none"]
     assert split_arguments(words) == (["fit"], [str(ROOT / RECIPE)], ["--model.weights=none"])
     assert read_plan("conf/sweeps/digits.yaml", parse_fit).base == (str(ROOT / RECIPE),)
@@ -65,7 +65,7 @@ def test_recipes_of_commands_and_of_sweeps_and_values_of_recipes_are_found() -> 
     ("argument", "words"),
     [("/bin/onesided", ["onesided"]), ("main.py", ["python", "main.py"]), ("pytest", ["python", "main.py"])],
 )
-def test_commands_that_are_printed_call_the_program_as_it_was_called(
+def test_printed_commands_use_the_name_by_which_the_program_was_called(
     argument: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", [argument])

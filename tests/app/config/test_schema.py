@@ -1,4 +1,4 @@
-"""The command `schema`: recipes validate against their own schema, and a wrong key or value does not."""
+"""The command `schema`: recipes validate against their schema, and a wrong key or value does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.support.json_schema import problems
 from tests.support.refusals import refused
 
-RECIPES = ("vit_cifar", "roberta_glue", "bart_xsum", "llama2_alpaca")  # one a family
+RECIPES = ("vit_cifar", "roberta_glue", "bart_xsum", "llama2_alpaca")  # one of each family
 
 
 def read(name: str) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def test_a_wrong_key_or_value_does_not_validate(
     for key in parents:
         section = section.setdefault(key, {})
     section[last] = value
-    found = problems(recipe, schema, schema)
-    assert found
-    assert all(path.partition(".")[0] in problem for problem in found)
+    messages = problems(recipe, schema, schema)
+    assert messages
+    assert all(path.partition(".")[0] in problem for problem in messages)
 
 
 def test_keys_have_help_types_and_defaults(schemas: Callable[[str], dict[str, Any]]) -> None:
@@ -105,7 +105,7 @@ def test_the_command_prints_the_schema(capsys: pytest.CaptureFixture[str], tmp_p
     assert problems(recipe, first, first) == []
 
 
-def test_classes_of_the_trainer_may_be_described(schemas: Callable[[str], dict[str, Any]]) -> None:
+def test_callbacks_and_loggers_of_the_trainer_validate(schemas: Callable[[str], dict[str, Any]]) -> None:
     schema, recipe = schemas("vit_cifar"), copy.deepcopy(read("vit_cifar"))
     recipe["trainer"]["callbacks"] = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]
     recipe["trainer"]["logger"] = False

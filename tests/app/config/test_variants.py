@@ -1,4 +1,4 @@
-"""Built-in variants: the keys that they set, their place among recipe, command line and checkpoint, their messages."""
+"""Built-in variants: their keys, their precedence among recipe, command line and checkpoint, and their messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modules.adapters import AdapterConfig
 from tests.app.conftest import CommandLine
 from tests.app.test_resume import PowerCut, cut_power
 
-# the recipe that is furthest from each variant
+# a recipe that sets every key of a variant to another value
 OTHER_RECIPE = {
     "tuning": "adapter",
     "lr_ratio_b": 3.0,
@@ -55,12 +55,12 @@ def test_unknown_names_are_refused_with_a_suggestion() -> None:
         variant_keys("xyz")
 
 
-def test_the_keys_of_a_variant_are_a_copy() -> None:
+def test_variant_keys_returns_a_copy() -> None:
     variant_keys("ia3")["model.adapter.targets"].append("query")
     assert variant_keys("ia3")["model.adapter.targets"] == ["key", "value", "mlp_out"]
 
 
-def test_values_become_words_that_the_parser_reads_back() -> None:
+def test_values_become_options_that_the_parser_reads_back() -> None:
     keys = {"a.b": "zero", "c": None, "d": True, "e": [1, "x"], "f": 1e-5, "g": {"h": 2}}
     words = option_words(keys)
     load = get_loader("yaml")
@@ -68,20 +68,20 @@ def test_values_become_words_that_the_parser_reads_back() -> None:
     assert [word.partition("=")[0] for word in words] == [f"--{key}" for key in keys]
 
 
-def test_the_option_is_taken_out_of_the_words() -> None:
+def test_the_option_is_removed_from_the_arguments() -> None:
     assert split_variant(["fit"], ["--a", "1", "--variant", "A", "--variant=B"]) == ("B", ["--a", "1"])
     assert split_variant(["test"], ["--a"]) == (None, ["--a"])
 
 
 @pytest.mark.parametrize("variant", TRAINED)
-def test_any_recipe_becomes_the_variant(cli: CommandLine, tmp_path: Path, variant: str) -> None:
+def test_a_variant_overrides_any_recipe(cli: CommandLine, tmp_path: Path, variant: str) -> None:
     recipe = tmp_path / "other.yaml"
     recipe.write_text(yaml.safe_dump({"model": OTHER_RECIPE}))
     assert fit(cli, "--config", str(recipe), "--variant", variant) == 0
     saved = model_keys(cli)
     assert {key: value_at(saved, key) for key in VARIANTS[variant]} == dict(VARIANTS[variant])
-    assert (saved["adapter"]["rank"], saved["adapter"]["targets"]) == (3, ["value"])  # the recipe's
-    # what Adam has a moment of has been trained
+    assert (saved["adapter"]["rank"], saved["adapter"]["targets"]) == (3, ["value"])  # from the recipe
+    # the optimizer holds groups of the trained factors alone
     checkpoint = cli.checkpoint()
     groups = {g["name"]: g for g in checkpoint["optimizer_states"][0]["param_groups"]}
     assert {name for name in groups if name in ("A", "B")} == TRAINED[variant]
@@ -91,7 +91,7 @@ def test_any_recipe_becomes_the_variant(cli: CommandLine, tmp_path: Path, varian
     assert scale == pytest.approx(16 / (3**0.5 if variant == "rslora" else 3))
 
 
-def test_head_and_full_have_no_adapters(cli: CommandLine, tmp_path: Path) -> None:
+def test_variants_head_and_full_have_no_adapters(cli: CommandLine, tmp_path: Path) -> None:
     recipe = tmp_path / "other.yaml"
     recipe.write_text(yaml.safe_dump({"model": {"backbone_dtype": "bfloat16", "shard_frozen": True}}))
     for version, variant in enumerate(("head", "full")):
@@ -101,7 +101,7 @@ def test_head_and_full_have_no_adapters(cli: CommandLine, tmp_path: Path) -> Non
         assert any("blocks.0" in name for name in names) == (variant == "full")
 
 
-def test_the_command_line_beats_the_variant_which_beats_the_recipe(cli: CommandLine) -> None:
+def test_the_command_line_overrides_the_variant_and_the_variant_overrides_the_recipe(cli: CommandLine) -> None:
     assert fit(cli, "--model.adapter.init_a=gaussian", "--variant=B", "--model.adapter.rank", "2") == 0
     adapter = model_keys(cli)["adapter"]
     assert (adapter["train"], adapter["init_a"], adapter["rank"]) == ("B", "gaussian", 2)
@@ -117,14 +117,14 @@ def test_resume_of_the_same_variant(cli: CommandLine, tmp_path: Path, capsys: py
     assert cli("fit", *words[:-1], "--trainer.max_epochs=2", "--ckpt_path=last") == 0
     log = capsys.readouterr().err
     assert "model.adapter.rank: 4 from the checkpoint; the configuration file has 2." in log
-    assert "model.adapter.train:" not in log  # the variant beats the file, as in the first fit
+    assert "model.adapter.train:" not in log  # the variant overrides the file, as in the first fit
     resumed = cli.checkpoint()
     assert resumed["epoch"] == 1 and not cli.run(1).exists()
     frozen = [name for name in drawn if name.endswith(".B")]
     assert frozen and all(torch.equal(drawn[name], resumed["state_dict"][name]) for name in frozen)
 
 
-def test_a_variant_does_not_replace_the_keys_of_a_checkpoint(
+def test_a_variant_that_differs_from_the_checkpoint_is_refused(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = fitted_cli.checkpoint()
@@ -132,7 +132,7 @@ def test_a_variant_does_not_replace_the_keys_of_a_checkpoint(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "not of the variant lora-fa" in message
     assert "model.adapter.init_a: orthogonal (the variant has kaiming)" in message
-    assert "model.adapter.train:" not in message  # which is B in both
+    assert "model.adapter.train:" not in message  # B in checkpoint and variant
     assert fitted_cli.checkpoint()["global_step"] == before["global_step"]
     assert fitted_cli("fit", "--variant=B", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
 
@@ -170,12 +170,12 @@ def test_help_names_the_variants(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.param("adalora", "text_cli", marks=pytest.mark.slow),
         pytest.param("adalora", "summary_cli", marks=pytest.mark.slow),
         pytest.param("adalora", "instruction_cli", marks=pytest.mark.slow),
-        ("ia3", "text_cli"),  # which has no state besides its vectors
+        ("ia3", "text_cli"),  # IA³ has no state besides its vectors
         pytest.param("ia3", "summary_cli", marks=pytest.mark.slow),
         pytest.param("ia3", "instruction_cli", marks=pytest.mark.slow),
     ],
 )
-def test_an_interrupted_run_of_pefts_methods_ends_as_a_whole_one(
+def test_a_resumed_run_of_pefts_methods_equals_an_uninterrupted_run(
     request: pytest.FixtureRequest, family: str, variant: str
 ) -> None:
     cli: CommandLine = request.getfixturevalue(family)
@@ -183,7 +183,7 @@ def test_an_interrupted_run_of_pefts_methods_ends_as_a_whole_one(
     options = [*words, "--trainer.limit_train_batches=6", "--model.adapter.dropout=0"]
     assert cli("fit", *options) == 0
     with pytest.MonkeyPatch.context() as patch:
-        cut_power(patch, 4)  # of 12, in the steps in which AdaLoRA prunes
+        cut_power(patch, 4)  # of 12 steps, while AdaLoRA prunes
         with pytest.raises(PowerCut):
             cli("fit", *options)
     assert cli.checkpoint(1)["global_step"] == 3

@@ -1,4 +1,4 @@
-"""Checks of YAML before any value is used."""
+"""Validation of YAML before any value is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_yaml_is_checked_wherever_jsonargparse_loads_it() -> None:
     assert parser.parse_args(["--value={a: 1, a: 2}"]).value == {"a": 2}
 
 
-def test_values_that_stand_in_two_places_and_dates_are_plain() -> None:
+def test_aliases_and_dates_are_accepted() -> None:
     check_yaml("[" * 50 + "1" + "]" * 50)
     check_yaml("base: &base {a: [1, 2.5, true, null, x]}\nother: {<<: *base, b: *base}\nday: 2024-01-01")
 
@@ -39,6 +39,6 @@ def test_values_that_stand_in_two_places_and_dates_are_plain() -> None:
         ),
     ],
 )
-def test_yaml_that_a_configuration_does_not_take(text: str, message: str) -> None:
+def test_yaml_with_duplicate_keys_tags_or_deep_nesting_is_refused(text: str, message: str) -> None:
     with pytest.raises(yaml.YAMLError, match=message):
         check_yaml(text)

@@ -1,4 +1,4 @@
-"""A finished run becomes a compact directory, which gives its module back."""
+"""Export of a run as a compact directory, and loading of the module from that directory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_back(folder: Path, module: AdaptedModule) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_signs_are_left_out_and_other_frozen_weights_are_told(
+def test_signs_are_left_out_and_other_frozen_weights_are_warned_about(
     text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert text_cli("fit", *SHORT) == 0
@@ -71,15 +71,15 @@ def test_signs_are_left_out_and_other_frozen_weights_are_told(
     assert (fresh(batch) - before).abs().max() > 1e-3
 
     args: dict[str, Any] = {**module.hparams, "adapter_path": str(tmp_path / "compact")}
-    told = r"model.adapter_path: .*compact was trained over other frozen weights"
+    warning = r"model.adapter_path: .*compact was trained over other frozen weights"
     other = save_backbone(tmp_path / "other", "roberta", seed=1)
     for change in ({}, {"backbone": str(other)}, {"backbone_dtype": "bfloat16"}):
         caplog.clear()
         TextClassifier(**{**args, **change})
-        assert bool(re.search(told, caplog.text)) is bool(change)
+        assert bool(re.search(warning, caplog.text)) is bool(change)
 
 
-def test_training_and_testing_go_on_from_a_compact_directory(
+def test_training_and_testing_start_from_a_compact_directory(
     text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert text_cli("fit", *SHORT, "--model.adapter.seed=3") == 0
@@ -99,7 +99,7 @@ def test_training_and_testing_go_on_from_a_compact_directory(
         assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
     capsys.readouterr()
     assert run_export(text_cli.run(2), tmp_path / "again") == 0
-    assert "Left out" in capsys.readouterr().out  # the same side goes on over the same signs
+    assert "Left out" in capsys.readouterr().out  # B was trained again, so A still has the signs that loading draws
     assert run_export(text_cli.run(3), tmp_path / "other") == 0
     assert "Stored: both factors of 4 projections" in capsys.readouterr().out
 
@@ -112,12 +112,12 @@ def test_singular_vectors_are_read_and_not_computed_again(
     trained = trained_module(text_cli)
     monkeypatch.setattr(torch.linalg, "svd", None)
     args = {**trained.hparams, "adapter_path": str(tmp_path / "compact")}
-    again = TextClassifier(**args)  # type: ignore[arg-type]
-    again.load_given_heads()
+    loaded = TextClassifier(**args)  # type: ignore[arg-type]
+    loaded.load_given_heads()
     state = trained.saved_state()
-    assert again.saved_state().keys() == state.keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in again.saved_state().items())
-    assert (again.adapter.init_a, again.adapter.init_b, again.adapter.train) == ("given", "given", "B")
+    assert loaded.saved_state().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.saved_state().items())
+    assert (loaded.adapter.init_a, loaded.adapter.init_b, loaded.adapter.train) == ("given", "given", "B")
 
 
 def test_a_damaged_directory_is_refused(
@@ -128,7 +128,7 @@ def test_a_damaged_directory_is_refused(
     refused(capsys, code, "model.adapter_path", str(tmp_path / FILE_NAME), "cannot be read")
 
 
-def test_other_starts_are_stored(
+def test_factors_of_other_initialisations_are_stored(
     fitted_text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_export(fitted_text_cli.run(), tmp_path / "compact", "--dtype=bfloat16") == 0
@@ -142,8 +142,8 @@ def test_other_starts_are_stored(
     assert all(torch.equal(read[name], tensor.bfloat16().float()) for name, tensor in state.items())
 
 
-def test_float32_whatever_the_backbone(fitted_cli: CommandLine, tmp_path: Path) -> None:
-    """Factors and heads are float32 over a backbone in bfloat16 too, and so is their default here."""
+def test_the_default_dtype_is_float32_on_a_bfloat16_backbone(fitted_cli: CommandLine, tmp_path: Path) -> None:
+    """Factors and heads are float32 even on a backbone in bfloat16, so the export is float32 too."""
     module = trained_module(fitted_cli)
     module.backbone_dtype = torch.bfloat16
     with pytest.MonkeyPatch.context() as patch:
@@ -166,6 +166,6 @@ def test_a_run_without_adapters_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["export", str(tmp_path), "--format", "tiny", "--output", str(tmp_path / "compact")]
     refused(capsys, main(words), "format", "'compact'", "tiny")

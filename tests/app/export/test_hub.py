@@ -1,4 +1,4 @@
-"""An export is uploaded to the hub, or stays where it is."""
+"""Upload of an export to the hub. The local directory stays when the upload fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "someone/cola-adapter"
 
 
 class FakeHub:
-    """The two calls of the hub, which keep what they are given."""
+    """Replace the two methods of HfApi that an upload calls, and record their arguments."""
 
     def __init__(self) -> None:
         self.created: list[tuple[str, dict[str, Any]]] = []
@@ -79,7 +79,7 @@ def test_a_failed_upload_keeps_the_directory(
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
 
 
-def test_without_a_token(
+def test_without_a_token_the_directory_is_kept(
     hub: FakeHub,
     fitted_text_cli: CommandLine,
     tmp_path: Path,

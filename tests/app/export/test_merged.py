@@ -1,4 +1,4 @@
-"""A merged export is a model of its own library that computes what the adapted one did, but for what a dtype rounds."""
+"""Merged export: timm or transformers loads the model, and its logits equal those of the adapted module."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXTS = ["w1 good film w2 w3", "the film was bad ."]
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[AdaptedModule]:
-    """The modules themselves, as they are at the end of each fit: what an export must compute."""
+    """Collect the module of each fit at its end. An export must compute the same logits."""
     modules: list[AdaptedModule] = []
     monkeypatch.setattr(AdaptedModule, "on_fit_end", lambda module: modules.append(module))
     return modules
@@ -37,12 +37,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[AdaptedModule]:
 
 @torch.no_grad()
 def assert_same(found: torch.Tensor, expected: torch.Tensor, frozen: torch.Tensor) -> None:
-    """Logits are those of the adapted module, which are not those of the frozen one."""
+    """Check that logits equal those of the adapted module, and that the frozen module's logits differ."""
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert (expected - frozen).abs().max() > 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------- the models
+# --------------------------------------------------------------------------------------------------------------- models
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def test_text_classifier(
     out = capsys.readouterr().out
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     assert f"model.safetensors, tokenizer.json, tokenizer_config.json: {size:.1f} MB, float32" in out
-    assert len({file.stat().st_mode for file in output.iterdir()}) == 1  # the weights are as readable as the rest
+    assert len({file.stat().st_mode for file in output.iterdir()}) == 1  # all files have the same permissions
     assert out.splitlines()[-1] == f"Exported: {output}"
 
     model = AutoModelForSequenceClassification.from_pretrained(output)
@@ -92,9 +92,9 @@ def test_summarizer(summary_cli: CommandLine, trained: list[Any], tmp_path: Path
 
 @torch.no_grad()
 def test_image_classifier(cli: CommandLine, trained: list[Any], tmp_path: Path) -> None:
-    assert cli("fit", *SHORT, "--seed_everything=3") == 0  # frozen weights that the seed alone gives
+    assert cli("fit", *SHORT, "--seed_everything=3") == 0  # weights: none draws the frozen weights from this seed
     output = tmp_path / "model"
-    output.mkdir()  # empty
+    output.mkdir()  # an empty directory may exist
     assert run_export(cli.run() / "checkpoints" / "last.ckpt", output) == 0
     assert_only(output, "README.md", "config.json", "model.safetensors")
     model = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
@@ -107,12 +107,13 @@ def test_image_classifier(cli: CommandLine, trained: list[Any], tmp_path: Path) 
     assert (config["architecture"], config["num_classes"]) == ("vit_tiny_patch16_224", 3)
     assert config["label_names"] == CLASSES
     prepared = timm.data.resolve_model_data_config(model)
-    assert json.loads(json.dumps(prepared)) == json.loads(json.dumps(module.preprocessing))  # lists for tuples
+    # JSON turns tuples into lists
+    assert json.loads(json.dumps(prepared)) == json.loads(json.dumps(module.preprocessing))
     assert prepared["input_size"] == (3, 16, 16)
 
 
 def image_classifier(backbone: str, **args: Any) -> ImageClassifier:
-    """One whose adapters and head are random."""
+    """Return a module with random adapters and a random head."""
     adapter = AdapterConfig(rank=2, targets=["mlp_in"])
     module = ImageClassifier(backbone, weights="none", backbone_args=args, class_names=["a", "b", "c"], adapter=adapter)
     for layer in adapted_layers(module.backbone).values():
@@ -125,8 +126,8 @@ def image_classifier(backbone: str, **args: Any) -> ImageClassifier:
 @pytest.mark.parametrize(
     ("backbone", "args"),
     [
-        ("swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 1]}),  # a head that pools
-        # two heads, whose mean counts
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 1]}),  # its head pools
+        # it has two heads and returns the mean of their logits
         ("deit_tiny_distilled_patch16_224", {"embed_dim": 16, "depth": 1, "num_heads": 1}),
     ],
 )
@@ -151,7 +152,7 @@ def test_a_head_that_normalises_is_refused(tmp_path: Path, backbone: str, reason
     assert_only(tmp_path)
 
 
-def test_other_logits_are_refused(tmp_path: Path) -> None:
+def test_an_export_with_other_logits_is_refused(tmp_path: Path) -> None:
     module = image_classifier("vit_tiny_patch16_224", embed_dim=16, depth=1, num_heads=1)
     module.backbone.register_forward_hook(lambda *_: torch.randn(2, 16))
     with pytest.raises(ArgumentError, match="logits would differ"):
@@ -161,12 +162,12 @@ def test_other_logits_are_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- rounding
 
-STEP = 2.0**-7  # between 1 and the next number in bfloat16
+STEP = 2.0**-7  # distance from 1 to the next number in bfloat16
 
 
 @pytest.fixture
 def uniform(fitted_text_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """Weights of ones and updates that are the same everywhere: a step in three layers and in one a quarter of it."""
+    """Return a run whose weights are ones. The update is STEP in three layers, and STEP / 4 in the layer QUARTER."""
     module = load_module(find_checkpoint(str(fitted_text_cli.run())), {})
     with torch.no_grad():
         for i, layer in enumerate(adapted_layers(module.backbone).values()):
@@ -178,7 +179,7 @@ def uniform(fitted_text_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Co
     return fitted_text_cli
 
 
-def test_the_card_of_a_kind_without_a_pipeline_of_the_hub(
+def test_the_card_of_a_task_without_a_pipeline_tag(
     fitted_text_cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.export.model_card.TASKS", {})
@@ -192,10 +193,10 @@ def test_the_card_of_a_kind_without_a_pipeline_of_the_hub(
 QUARTER = "roberta.encoder.layer.1.attention.self.query"
 
 
-def test_a_warning_says_how_much_of_the_update_is_rounded_away(
+def test_a_warning_has_the_share_of_the_update_that_is_rounded_away(
     uniform: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The quarter is lost and the steps are not: of ‖Δ‖² = 3 + 1/16 that is 1/16, and 1/7 of the norm."""
+    """Rounding loses QUARTER alone: 1/16 of ‖Δ‖² = 3 + 1/16, which is 1/7 of the norm."""
     assert run_export(uniform.run(), tmp_path / "model", "--dtype=bfloat16") == 0
     captured = capsys.readouterr()
     (warning,) = [line for line in captured.err.splitlines() if line.startswith("warning: ")]
@@ -217,8 +218,8 @@ def test_float32_rounds_nothing(uniform: CommandLine, tmp_path: Path, capsys: py
     assert set(weights[f"{QUARTER}.weight"].flatten().tolist()) == {1 + STEP / 4}
 
 
-def test_no_warning_below_a_hundredth(uniform: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Twenty times the steps, and the quarter is 1/16 of 3 · 400: 0.7 % of the norm, for the card alone."""
+def test_no_warning_below_one_percent(uniform: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With 20 steps in the other layers, QUARTER is 1/16 of 3 · 400, or 0.7 % of the norm: in the card alone."""
     module = export.load_module(Path(), {})
     with torch.no_grad():
         for name, layer in adapted_layers(module.backbone).items():

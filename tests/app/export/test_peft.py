@@ -1,4 +1,4 @@
-"""A finished run becomes a directory that PEFT loads."""
+"""Export of a run as a directory that PEFT loads."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def assert_only(folder: Path, *names: str) -> None:
 
 
 def image_base(backbone: Any, **options: Any) -> Any:
-    """The frozen backbone of a run on images, which the seed alone gives, with a classifier of timm's own."""
+    """Return timm's model with its classifier and the frozen weights of `backbone`."""
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=3, **VIT)
     state = {k: t for k, t in backbone.state_dict().items() if ".adapters." not in k}
     model.load_state_dict(state | {k: t for k, t in model.state_dict().items() if k.startswith("head.")})
     return model
 
 
-# one row a task: what has PEFT's base model, and what asks a model
+# for each task: a function that returns PEFT's base model, and a function that returns a model's logits
 TASKS: dict[str, tuple[Callable[[Any, Path], Any], Callable[[Any], Tensor]]] = {
     "cli": (
         lambda module, _: image_base(module.backbone),
@@ -84,7 +84,7 @@ def module_of(run: Path) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> None:
+def test_peft_loads_the_export_of_every_task(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> None:
     cli: CommandLine = request.getfixturevalue(f"fitted_{name}")
     output = tmp_path / "peft"
     assert run_export(cli.run(), output) == 0
@@ -92,13 +92,14 @@ def test_every_task(request: pytest.FixtureRequest, name: str, tmp_path: Path) -
     labels = ("labels.json",) if name in ("cli", "text_cli") else ()
     templates = ("chat_template.jinja",) if name == "instruction_cli" else ()
     assert_only(output, CONFIG, WEIGHTS, "README.md", *texts, *labels, *templates)
-    assert_only(cli.run() / "adapter", CONFIG, WEIGHTS)  # written when the fit ended
+    assert_only(cli.run() / "adapter", CONFIG, WEIGHTS)  # `fit` has written the same files
     assert (cli.run() / "adapter" / WEIGHTS).read_bytes() == (output / WEIGHTS).read_bytes()
-    own, shared = (json.loads((folder / CONFIG).read_text()) for folder in (cli.run() / "adapter", output))
+    in_run, exported = (json.loads((folder / CONFIG).read_text()) for folder in (cli.run() / "adapter", output))
     base = "base_model_name_or_path"
-    assert own | {base: None} == shared | {base: None}
-    assert own[base] == (cli.backbone[1] if cli.backbone else "vit_tiny_patch16_224")
-    assert shared[base] == (Path(cli.backbone[1]).name if cli.backbone else None)  # weights: none
+    assert in_run | {base: None} == exported | {base: None}
+    assert in_run[base] == (cli.backbone[1] if cli.backbone else "vit_tiny_patch16_224")
+    # with weights: none there is no name to share
+    assert exported[base] == (Path(cli.backbone[1]).name if cli.backbone else None)
     module = module_of(cli.run())
     make_base, ask = TASKS[name]
     base = make_base(module, Path(cli.backbone[1]) if cli.backbone else Path()).eval()
@@ -127,7 +128,7 @@ def test_auto_classes_of_peft_find_the_backbone_by_its_name(
     cli: CommandLine = request.getfixturevalue(f"fitted_{name}")
     output = tmp_path / "peft"
     assert run_export(cli.run(), output) == 0
-    monkeypatch.chdir(Path(cli.backbone[1]).parent)  # in the place of the hub
+    monkeypatch.chdir(Path(cli.backbone[1]).parent)  # the folder of the backbone stands for the hub
     keys = {}
     if name == "text_cli":
         names = json.loads((output / "labels.json").read_text())
@@ -153,7 +154,9 @@ def test_the_adapter_is_of_the_best_checkpoint(text_cli: CommandLine, monkeypatc
     torch.testing.assert_close(written[f"base_model.model.{name}"], states["best"][f"backbone.{name}"], atol=0, rtol=0)
 
 
-def test_what_has_no_adapter(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_adapters_is_refused(
+    cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli("fit", *NO_TRAINING, "--model.tuning=head") == 0
     assert not (cli.run() / "adapter").exists()
     refused(capsys, run_export(cli.run(), tmp_path / "peft"), "--format", "tuning: head")
@@ -175,8 +178,8 @@ def test_an_adapter_that_cannot_be_written_does_not_fail_the_run(
 
 
 @torch.no_grad()
-def test_bfloat16(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
-    """Of the backbone: factors stay float32. Of what is written: they are rounded."""
+def test_dtypes_of_the_backbone_and_of_the_export(fitted_text_cli: CommandLine, tmp_path: Path) -> None:
+    """A bfloat16 backbone keeps float32 factors. An export in bfloat16 rounds the factors."""
     for dtype in ("float32", "bfloat16"):
         assert run_export(fitted_text_cli.run(), tmp_path / dtype, f"--dtype={dtype}") == 0
     exact, rounded = (load_file(tmp_path / dtype / WEIGHTS) for dtype in ("float32", "bfloat16"))

@@ -20,14 +20,14 @@ def line_figure(label: str = "a $ b") -> Figure:
     return figure
 
 
-def test_page_is_one_file_without_links_to_elsewhere(tmp_path: Path) -> None:
+def test_a_page_is_self_contained(tmp_path: Path) -> None:
     report = Report("Two variants")
     report.add_figure("losses", line_figure(), "Loss by step", "Lower is better. Look for a gap.")
     assert len(check_single_file(report.write(tmp_path).read_text())) == 1
     assert Image.open(tmp_path / "losses.png").size[0] == 9 * 150
 
 
-def test_text_of_files_is_escaped(tmp_path: Path) -> None:
+def test_text_is_escaped(tmp_path: Path) -> None:
     report = Report("<script>1</script>")
     report.add_paragraph("<b>")
     report.add_table("<i>", pd.DataFrame({"<u>": ["<a href=x>"]}))

@@ -1,4 +1,4 @@
-"""RUN/evaluations.json: one entry for each step, split and set of differences; those of later steps go on a resume."""
+"""RUN/evaluations.json: one entry for each step, split and set of differences. A resume drops later steps."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def evaluation(step: int, value: float = 0.5, split: str = "test", differences: 
 
 def test_a_repeated_evaluation_replaces_the_earlier_one(tmp_path: Path) -> None:
     others = [evaluation(8), evaluation(8, split="val"), evaluation(8, differences=("data.path",)), evaluation(16)]
-    for one in (*others, evaluation(8, 0.9)):
-        add_evaluation(tmp_path, one)
+    for entry in (*others, evaluation(8, 0.9)):
+        add_evaluation(tmp_path, entry)
     assert read_evaluations(tmp_path) == [*others[1:], evaluation(8, 0.9)]
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and defects."""
+"""Errors that a user can fix, as opposed to defects of the program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from datamodules.errors import DataError
 
 
 def raise_in(module: str, error: Exception) -> Exception:
-    """Return an error that a module of this name has raised."""
+    """Return the error after a module of this name has raised it."""
     names: dict[str, Any] = {"__name__": module, "error": error}
     exec(compile("def fail(): raise error", "/home/me/lightning/project/data.py", "exec"), names)
     with pytest.raises(type(error)) as raised:
@@ -37,7 +37,7 @@ def raise_in(module: str, error: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("module", "is_the_users"), [("lightning.pytorch.trainer", True), ("lightning_lookalike", False)]
 )
-def test_the_module_that_raises_decides_and_not_the_folder_of_its_file(module: str, is_the_users: bool) -> None:
+def test_an_error_is_classified_by_the_module_that_raises_it_not_by_its_folder(module: str, is_the_users: bool) -> None:
     error = raise_in(module, ValueError("no"))
     assert (bad_input(error) is error) == is_the_users
 
@@ -51,7 +51,7 @@ def test_the_module_that_raises_decides_and_not_the_folder_of_its_file(module: s
         ("torch.utils.data._utils.collate", RuntimeError("DataLoader worker"), False),
     ],
 )
-def test_a_lost_worker_is_known_by_class_and_module(module: str, error: Exception, is_lost: bool) -> None:
+def test_a_lost_worker_is_recognised_by_class_and_module(module: str, error: Exception, is_lost: bool) -> None:
     raised = raise_in(module, error)
     wrapped = ValueError("wrapped")
     wrapped.__cause__ = raised
@@ -85,18 +85,18 @@ class Killed:
         (ValueError("gloo/transport"), False),
     ],
 )
-def test_a_lost_peer_is_known_by_class_or_by_the_transport(error: Exception, is_lost: bool) -> None:
+def test_a_lost_peer_is_recognised_by_class_or_transport(error: Exception, is_lost: bool) -> None:
     assert is_peer_lost(error) == is_lost
 
 
-def test_errors_that_cause_each_other_are_followed_once() -> None:
+def test_a_cycle_of_causes_is_followed_once() -> None:
     first, second = ValueError("first"), ValueError("second")
     first.__cause__, second.__cause__ = second, first
     assert list(causes(first)) == [first, second]
     assert bad_input(first) is None and not is_caused_by_signal(first)
 
 
-def test_a_signal_is_found_behind_the_error_that_replaced_it() -> None:
+def test_a_signal_is_found_in_the_context_of_a_later_error() -> None:
     with pytest.raises(KeyError) as raised:
         try:
             raise SIGTERMException
@@ -106,12 +106,12 @@ def test_a_signal_is_found_behind_the_error_that_replaced_it() -> None:
     assert not is_caused_by(raised.value, OSError(32, "Broken pipe"))
 
 
-def test_the_key_of_a_class_that_cannot_be_created() -> None:
+def test_the_message_names_the_key_of_a_class_that_cannot_be_created() -> None:
     callback = Namespace(class_path="some.where.Callback", init_args=Namespace(size=3))
     config = Namespace(trainer=Namespace(callbacks=[Namespace(class_path="x.Other"), callback]))
     error = construction_error(config, type("Callback", (), {}), TypeError("size is wrong"))
     assert str(error) == "trainer.callbacks: Callback cannot be created (TypeError: size is wrong)."
     missing = construction_error(config, type("Callback", (), {}), ModuleNotFoundError("no", name="wandb.sdk"))
     assert str(missing).endswith("Install the package: pip install wandb.")
-    known = DataError("data.path: x is not here.")
-    assert construction_error(config, int, known) is known
+    data_error = DataError("data.path: x is not here.")
+    assert construction_error(config, int, data_error) is data_error

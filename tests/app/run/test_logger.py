@@ -1,4 +1,4 @@
-"""Contents of each logger: pictures, texts, and the results of a run beside its settings."""
+"""Contents of each logger: pictures, texts, settings and results of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PICTURE = np.full((4, 6, 3), 200, np.uint8)
 
 
 class FakeWandb(WandbLogger):
-    """W&B's logger without the package: its public methods note what they are given."""
+    """Stand in for W&B's logger, and record the arguments of its public methods."""
 
     def __init__(self, url: str | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -48,7 +48,7 @@ class FakeWandb(WandbLogger):
 
 
 class FakeClient:
-    """The public methods of mlflow.MlflowClient that are called."""
+    """Stand in for mlflow.MlflowClient, and record the arguments of its public methods."""
 
     tracking_uri = "file:./mlruns"
 
@@ -65,7 +65,7 @@ class FakeClient:
 
 
 class FakeMLFlow(MLFlowLogger):
-    """MLflow's logger without the package."""
+    """Stand in for MLflow's logger."""
 
     def __init__(self) -> None:
         self.client = FakeClient()
@@ -103,16 +103,16 @@ def test_wandb_and_mlflow_receive_everything(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_logger_without_pictures_leaves_them_in_the_run_directory(tmp_path: Path) -> None:
+def test_without_a_logger_of_pictures_they_are_saved_in_the_run_directory(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, CSVLogger(tmp_path / "csv"))
-    log_picture(trainer, "test/confusion_matrix", PICTURE)  # has a file already
+    log_picture(trainer, "test/confusion_matrix", PICTURE)  # without a file name, nothing is saved
     assert list(tmp_path.iterdir()) == []
     log_picture(trainer, "spectrum_map/BA", PICTURE, "spectrum_map_BA.png")
     with Image.open(tmp_path / "spectrum_map_BA.png") as image:
         assert (np.asarray(image) == PICTURE).all()
 
 
-def test_how_to_look(tmp_path: Path) -> None:
+def test_how_to_look_names_the_command_or_file_of_each_logger(tmp_path: Path) -> None:
     loggers: dict[Any, str] = {
         TensorBoardLogger(tmp_path, name="", version=""): f"tensorboard --logdir {tmp_path}",
         CSVLogger(tmp_path, name="a", version=3): f"{tmp_path}/a/version_3/metrics.csv",

@@ -1,4 +1,4 @@
-"""Of several processes one says what went wrong, and all of them end."""
+"""Distributed failures: one rank reports the error, and all ranks end."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ DDP_STRATEGY = "lightning.pytorch.strategies.DDPStrategy"
 
 
 def errors(logs: Path) -> list[str]:
-    """Return the output of both processes, which has no traceback."""
-    said = "".join((logs / f"rank{rank}.log").read_text() for rank in (0, 1))
-    assert "Traceback" not in said
-    return [line for line in said.splitlines() if line.startswith("error:")]
+    """Return the error lines of both ranks. Neither output may have a traceback."""
+    output = "".join((logs / f"rank{rank}.log").read_text() for rank in (0, 1))
+    assert "Traceback" not in output
+    return [line for line in output.splitlines() if line.startswith("error:")]
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--model.adapter.rank=500", "adapter.rank: 500 is larger"),  # before they find each other
-        ("--data.path=/nowhere", "data.path: /nowhere is not here"),  # and behind it
+        ("--model.adapter.rank=500", "adapter.rank: 500 is larger"),  # fails before the ranks connect
+        ("--data.path=/nowhere", "data.path: /nowhere is not here"),  # fails after the ranks have connected
     ],
 )
-def test_what_is_wrong_for_all_is_said_once(cli: CommandLine, tmp_path: Path, option: str, message: str) -> None:
+def test_an_error_on_all_ranks_is_reported_once(cli: CommandLine, tmp_path: Path, option: str, message: str) -> None:
     run_on_two(cli.words("fit", option), tmp_path, code=2)
-    (said,) = errors(tmp_path)
-    assert message in said
+    (error,) = errors(tmp_path)
+    assert message in error
     assert not list(cli.root.glob("version_*"))
 
 
-@pytest.mark.parametrize("fails", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_what_is_wrong_for_one_ends_both(
-    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+@pytest.mark.parametrize("failing_rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_an_error_on_one_rank_ends_both(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_rank: int
 ) -> None:
     def check(self: DivergenceCheck, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_rank == fails and trainer.global_step == 2:
+        if trainer.global_rank == failing_rank and trainer.global_step == 2:
             raise ModelError("This one alone.")
 
     monkeypatch.setattr(DivergenceCheck, "on_before_backward", check)
@@ -60,12 +60,12 @@ def test_what_is_wrong_for_one_ends_both(
     assert errors(tmp_path) == ["error: This one alone."]
 
 
-def test_when_the_process_that_counts_is_gone_the_next_one_says_so(
+def test_when_rank_0_is_lost_rank_1_reports_it(
     cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def check(self: DivergenceCheck, trainer: L.Trainer, *_: object) -> None:
         if trainer.global_rank == 0 and trainer.global_step == 2:
-            os._exit(2)  # as if killed, but with the code of the other
+            os._exit(2)  # ends at once like a killed process, with the exit code expected of both ranks
 
     monkeypatch.setattr(DivergenceCheck, "on_before_backward", check)
     run_on_two(cli.words("fit"), tmp_path, code=2)
@@ -73,7 +73,7 @@ def test_when_the_process_that_counts_is_gone_the_next_one_says_so(
     assert "Process 0 of the run ended before the others" in (tmp_path / "rank1.log").read_text()
 
 
-def test_a_lost_connection_is_no_page_of_frames() -> None:
+def test_a_lost_connection_prints_no_stack_of_cpp_frames() -> None:
     script = """
 import app
 from torch.distributed import TCPStore
@@ -91,7 +91,7 @@ except RuntimeError:
 
 
 @pytest.mark.parametrize(("codes", "lost"), [((0, 2, 143), False), ((0, 1), True), ((2, -9), True)])
-def test_a_process_that_was_started_is_lost_by_a_defect_or_killed(
+def test_a_launched_process_is_lost_after_a_defect_or_a_kill(
     codes: tuple[int, ...], lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     termination = Termination()
@@ -105,7 +105,7 @@ def test_a_process_that_was_started_is_lost_by_a_defect_or_killed(
     ("strategy", "start"),
     [("ddp_fork", None), ("ddp_notebook_find_unused_parameters_true", None), (DDP_STRATEGY, "spawn")],
 )
-def test_processes_are_started_anew(strategy: str, start: str | None) -> None:
+def test_strategies_that_fork_or_spawn_are_refused(strategy: str, start: str | None) -> None:
     values = Namespace(class_path=strategy, init_args=Namespace(start_method=start)) if start else strategy
     with pytest.raises(ArgumentError, match="use ddp, which starts them anew"):
         check_strategy(values)
@@ -121,6 +121,6 @@ def test_processes_are_started_anew(strategy: str, start: str | None) -> None:
         "lightning.pytorch.strategies.SingleDeviceStrategy",
     ],
 )
-def test_other_strategies_are_let_through(strategy: str) -> None:
+def test_other_strategies_are_accepted(strategy: str) -> None:
     check_strategy(Namespace(class_path=strategy) if "." in strategy else strategy)
     check_strategy("somebody.elses.Strategy")

@@ -32,7 +32,7 @@ CONTENT: dict[str, Any] = {
 
 
 class SweepCommand:
-    """Runs `sweep` on a file below one folder, with everything written there."""
+    """Run `sweep` on a file in one folder. Everything is written to that folder."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.output = root, root / "output"
@@ -48,16 +48,16 @@ class SweepCommand:
         return main(self.words(*options))
 
     def start(self, *options: str) -> BaseProcess:
-        """Run the command in a process and a process group of its own, forked so that nothing is imported twice."""
+        """Run the command in a new process group. The process is forked, so that nothing is imported twice."""
         process = multiprocessing.get_context("fork").Process(target=self._work, args=(self.words(*options),))
         process.start()
         return process
 
     def _work(self, words: list[str]) -> None:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for tests in the background
         with (self.root / "log").open("a") as file, redirect_stdout(file), redirect_stderr(file):
-            faulthandler.dump_traceback_later(120, exit=True, file=file)  # rather than wait for ever
+            faulthandler.dump_traceback_later(120, exit=True, file=file)  # end a process that hangs
             sys.exit(main(words))
 
     def log(self) -> str:
@@ -67,7 +67,7 @@ class SweepCommand:
         return pd.read_parquet(self.output / "results.parquet")
 
     def history(self) -> Counter[tuple[str, str]]:
-        """Number of starts and ends of each trial."""
+        """Return how often each trial has started and ended."""
         file = self.output / "trials" / "history"
         lines = file.read_text().splitlines() if file.exists() else []
         return Counter((e["trial"], e["event"].partition(" ")[0]) for e in map(json.loads, lines))
@@ -75,7 +75,7 @@ class SweepCommand:
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepCommand:
-    """A sweep whose trials are `fake_fit`, and whose configurations nobody checks."""
+    """Return a sweep that runs `fake_fit` in its trials and skips the check of configurations."""
     monkeypatch.setattr(check, "check_plan", lambda *_: None)
     monkeypatch.setattr(trial, "MAIN", FAKE)
     monkeypatch.setattr(run, "POLL", 0.02)
@@ -85,5 +85,5 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepCommand:
 
 @pytest.fixture
 def slowly(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the seconds that a fake fit takes a step."""
+    """Return a function that sets the seconds per step of `fake_fit`."""
     return lambda seconds: monkeypatch.setenv("FAKE_FIT_PAUSE", str(seconds))

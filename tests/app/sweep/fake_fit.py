@@ -1,7 +1,7 @@
-"""Stands in for main.py in the trials of a sweep: the files, signals and exit codes of `fit`, without its imports.
+"""Stand in for main.py in the trials of a sweep: files, signals and exit codes of `fit`, without its imports.
 
-A fit has five steps with a validation at each. Its score is a function of the learning rate, the rank and the seed. It
-logs each start and each end to `history` in the folder of the trials. From a learning rate of 1 on it diverges.
+A fit has five steps and validates after each. Its score is a function of learning rate, adapter rank and seed. A fit
+appends its start and its end to `history` in the folder of the trials. It diverges at learning rates of 1 and more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 STEPS = 5
-PAUSE = float(os.environ.get("FAKE_FIT_PAUSE", "0"))  # seconds a step
+PAUSE = float(os.environ.get("FAKE_FIT_PAUSE", "0"))  # seconds per step
 
 
 def main() -> int:
@@ -29,7 +29,8 @@ def main() -> int:
         print("error: data.path: missing is not here; give a directory.", file=sys.stderr)
         return 2
     checkpoint = run / "checkpoints" / "last.ckpt"
-    checkpoint.parent.mkdir(parents=True, exist_ok=words.get("ckpt_path") == "last")  # a new run takes a new directory
+    # only a resumed run may use an existing directory
+    checkpoint.parent.mkdir(parents=True, exist_ok=words.get("ckpt_path") == "last")
     handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +60,7 @@ def main() -> int:
         if stopped or os.getppid() != owner:
             log(folder, "stop")
             return 143
-    if done == STEPS:  # nothing was left to train, so that there are no figures of training
+    if done == STEPS:  # a finished fit trains no step and measures nothing
         write(run / "metrics.json", {})
         return 0
     metrics = {callback["metric"]: value, "time/fit_seconds": PAUSE * STEPS, "params/trainable": 7}
@@ -71,7 +72,7 @@ def main() -> int:
 
 
 def score(rate: float, rank: float, seed: int) -> float:
-    """Best at a learning rate of 0.004, and the better the higher the rank."""
+    """Return a score that peaks at a learning rate of 0.004 and grows with rank and seed."""
     return 0.9 - 0.05 * math.log2(rate / 0.004) ** 2 + 0.001 * rank + 0.0001 * seed
 
 

@@ -33,7 +33,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_sweeps_that_could_not_run_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_sweeps_with_invalid_fits_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SweepError) as error:
         check_plan(parse_plan(content(**changes), "tiny", parse_fit), parse_fit)
     assert message in str(error.value)
@@ -65,5 +65,5 @@ def test_every_built_in_variant_is_parsed() -> None:
         ("instructions", [], ["loss", "perplexity", "token_acc"]),
     ],
 )
-def test_metrics_of_a_model(config: str, options: list[str], metrics: list[str]) -> None:
+def test_logged_metrics_of_each_model(config: str, options: list[str], metrics: list[str]) -> None:
     assert logged_metrics(parse_fit(["--config", f"tests/conf/{config}.yaml", *options])) == metrics

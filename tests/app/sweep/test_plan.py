@@ -13,8 +13,8 @@ from tests.app.sweep.conftest import CONTENT
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    whole: dict[str, Any] = json.loads(json.dumps(CONTENT)) | changes
-    return {key: value for key, value in whole.items() if value is not None}
+    changed: dict[str, Any] = json.loads(json.dumps(CONTENT)) | changes
+    return {key: value for key, value in changed.items() if value is not None}
 
 
 def plan(**changes: Any) -> Plan:
@@ -28,8 +28,8 @@ def test_variants_are_built_in_names_or_keys() -> None:
         "wide": {"variant": "B", "model.adapter.rank": 16},
         "own": {"model.tuning": "head", "model.init_args.weight_decay": 0.1},
     }
-    found = {variant.name: variant.keys for variant in plan(variants=variants).variants}
-    assert found == {
+    keys_by_name = {variant.name: variant.keys for variant in plan(variants=variants).variants}
+    assert keys_by_name == {
         "B": VARIANTS["B"],
         "lora": VARIANTS["lora"],
         "wide": {**VARIANTS["B"], "model.adapter.rank": 16},
@@ -46,7 +46,7 @@ def test_search_values_are_numbers_in_ascending_order() -> None:
     assert sampled.is_sampled
 
 
-def test_a_variant_may_have_values_of_its_own() -> None:
+def test_a_variant_may_have_its_own_search_values() -> None:
     variants = {"B": {}, "full": {"search": {"model.learning_rate": [1e-5, 1e-4, 1e-3]}}}
     first, second = plan(variants=variants).variants
     assert [point["model.learning_rate"] for point in grid_points(first)] == [0.001, 0.002, 0.004]
@@ -54,13 +54,13 @@ def test_a_variant_may_have_values_of_its_own() -> None:
     assert "search" not in second.keys
 
 
-def test_words_of_a_trial_have_one_value_for_each_key() -> None:
+def test_arguments_of_a_trial_have_one_value_for_each_key() -> None:
     tiny = plan(set={"trainer.max_epochs": 2, "model.adapter.rank": 4, "data.mean": [0.5, 0.1]})
     words = fit_words(tiny, tiny.variants[1], {"model.learning_rate": 0.002}, seed=7)
     assert words[:3] == ["fit", "--config", "tests/conf/image.yaml"]
     for word in (
         "--trainer.max_epochs=2",
-        "--model.adapter.rank=16",  # the variant's beats the sweep's
+        "--model.adapter.rank=16",  # the key of the variant overrides the key of the sweep
         "--data.mean=[0.5, 0.1]",
         "--model.learning_rate=0.002",
         "--model.adapter.train=B",

@@ -46,7 +46,7 @@ FACTS = PlanFacts(
     prune="none",
     command=["python", "main.py", "sweep", "--config", "conf/sweeps/tiny.yaml"],
 )
-# in hundredths: five seeds around 80 with a common part, which the pairing takes away
+# scores of five seeds in percent; pairing by seed removes the variation that the lists share
 LORA = [80.1, 81.0, 79.2, 80.4, 79.3]
 CLOSE = [80.3, 80.6, 79.6, 80.3, 79.0]
 LOWER = [76.2, 77.2, 75.0, 76.5, 75.3]
@@ -114,7 +114,9 @@ def failed(variant: str, phase: str, seed: int, error: str = "train/loss is nan"
         (LORA[:2], LOWER[:2], "There are too few seeds to decide whether one side is enough"),
     ],
 )
-def test_answer_to_the_question_of_one_side(one_side: Sequence[float], both: Sequence[float], answer: str) -> None:
+def test_findings_answer_whether_one_side_is_enough(
+    one_side: Sequence[float], both: Sequence[float], answer: str
+) -> None:
     assert answer in words({"B": one_side, "lora": both})
 
 
@@ -129,7 +131,7 @@ def test_mean_and_standard_error() -> None:
     assert mean_over_seeds(series([])).seeds == 0
 
 
-def test_student_interval_is_that_of_the_paired_t_test() -> None:
+def test_student_interval_equals_that_of_the_paired_t_test() -> None:
     found = paired_difference("a", series(LORA), "b", series(CLOSE))
     expected = stats.ttest_rel(LORA, CLOSE).confidence_interval(0.95)
     assert found.student == pytest.approx((expected.low, expected.high))
@@ -158,7 +160,7 @@ def test_intervals_need_enough_seeds(seeds: int, has: str) -> None:
     assert found.sign == (1 if has else 0)
 
 
-def test_equal_differences_give_intervals_without_width() -> None:
+def test_equal_differences_give_intervals_of_zero_width() -> None:
     found = paired_difference("a", series([3.0] * 5), "b", series([1.0] * 5))
     assert found.student == found.bootstrap == (2.0, 2.0)
 
@@ -167,7 +169,7 @@ def test_equal_differences_give_intervals_without_width() -> None:
 
 
 @pytest.mark.parametrize(
-    ("confirmed", "said", "unsaid"),
+    ("confirmed", "present", "absent"),
     [
         pytest.param(
             {"lora": LORA, "B": LOWER, "head": LOWER},
@@ -247,10 +249,12 @@ def test_equal_differences_give_intervals_without_width() -> None:
         ),
     ],
 )
-def test_findings(confirmed: dict[str, list[float]], said: list[str], unsaid: list[str]) -> None:
+def test_findings_have_the_expected_phrases(
+    confirmed: dict[str, list[float]], present: list[str], absent: list[str]
+) -> None:
     text = words(confirmed)
-    assert [phrase for phrase in said if phrase not in text] == [], text
-    assert [phrase for phrase in unsaid if phrase in text] == [], text
+    assert [phrase for phrase in present if phrase not in text] == [], text
+    assert [phrase for phrase in absent if phrase in text] == [], text
 
 
 def test_lower_is_better_for_losses() -> None:
@@ -267,7 +271,7 @@ def test_selecting_mode_decides_the_direction_of_its_metric() -> None:
     assert "B is clearly better than lora" in text
 
 
-def test_everything_failed() -> None:
+def test_findings_when_every_trial_failed() -> None:
     results = pd.DataFrame([failed(name, "select", seed) for name in ("B", "lora") for seed in (0, 1)])
     text = " ".join(findings(facts_of(results), results))
     assert text == (
@@ -292,7 +296,7 @@ def test_failed_confirmation_is_left_out_of_the_pairs_and_named() -> None:
     assert main_table(Outcome(facts, results))["seeds"].tolist() == ["5", "4"]
 
 
-def test_unfinished_sweep_says_what_is_left() -> None:
+def test_findings_of_an_unfinished_sweep_count_the_remaining_trials() -> None:
     results = frame({"lora": LORA, "B": CLOSE})
     results.loc[results["seed"] == 6, "state"] = "waiting"
     text = " ".join(findings(replace(facts_of(results), finished=False), results))
@@ -300,7 +304,7 @@ def test_unfinished_sweep_says_what_is_left() -> None:
     assert "cannot tell B from lora" in text
 
 
-def test_results_confirmed_before_a_new_choice_are_left_out() -> None:
+def test_results_of_an_earlier_choice_are_left_out() -> None:
     results = frame({"lora": LORA, "B": CLOSE})
     own = results["variant"] == "B"
     results["chosen"] = np.where(own, results["search/model.learning_rate"] == 0.001, results["chosen"])
@@ -309,7 +313,7 @@ def test_results_confirmed_before_a_new_choice_are_left_out() -> None:
     assert main_table(outcome)["test/score × 100 ↑"].tolist() == ["80.00 ± 0.34", "–"]
 
 
-def test_introduction_states_what_was_chosen_on_what() -> None:
+def test_introduction_names_the_metric_and_data_of_the_choice() -> None:
     results = frame({"lora": LORA, "B": CLOSE})
     facts = facts_of(results)
     text = introduction(facts, results)
@@ -360,7 +364,7 @@ def test_rich_table_shows_control_characters() -> None:
     assert "lo\\x1b[31mra" in console.export_text()
 
 
-def test_scores_above_one_are_not_multiplied() -> None:
+def test_scores_above_one_are_not_shown_as_percent() -> None:
     results = frame({"lora": [v * 100 for v in LORA], "B": [v * 100 for v in CLOSE]})
     assert "test/score ↑" in main_table(Outcome(facts_of(results), results))
     assert "points" not in " ".join(findings(facts_of(results), results))
@@ -369,7 +373,7 @@ def test_scores_above_one_are_not_multiplied() -> None:
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def test_report_of_a_whole_sweep(tmp_path: Path) -> None:
+def test_report_of_a_complete_sweep(tmp_path: Path) -> None:
     results = frame({"lora": LORA, "B": CLOSE, "B16": CLOSE, "head": LOWER, "full": LORA})
     more = [failed("full", "select", 1, "CUDA out of memory | <b>"), trial("B", "select", 1, 0.008, state="pruned")]
     results = pd.concat([results, pd.DataFrame(more)], ignore_index=True)
@@ -400,7 +404,7 @@ def test_report_without_a_complete_trial(tmp_path: Path, rows: list[dict[str, An
     assert rich_table(facts, pd.DataFrame(rows)).row_count == len(KEYS)
 
 
-def test_report_survives_missing_columns_and_null_curves(tmp_path: Path) -> None:
+def test_report_works_with_missing_columns_and_null_curves(tmp_path: Path) -> None:
     results = frame({"lora": LORA, "B": CLOSE})[["variant", "phase", "point", "seed", "state", "chosen", "test/score"]]
     results["curve_steps"] = None
     write_report(facts_of(results), results, tmp_path)
@@ -471,7 +475,7 @@ def test_equal_scores_push_no_other_score_off_the_axis() -> None:
     assert (len(trials.get_offsets()), len(crosses.get_offsets())) == (3, 0)
 
 
-def test_curves_have_a_panel_a_variant_with_its_seeds_their_mean_and_the_other_means() -> None:
+def test_curves_have_one_panel_for_each_variant_with_its_seeds_and_all_means() -> None:
     rows = [trial("B", "confirm", s, curve_steps=[5, 9], curve_values=[s / 10, s / 5]) for s in (2, 3, 4)]
     rows.append(trial("lora", "confirm", 2, curve_steps=[5, 9], curve_values=[0.1, np.nan]))
     results = pd.DataFrame([*rows, trial("B", "select", 0)])
@@ -496,7 +500,7 @@ def test_more_variants_than_colours_go_to_a_second_panel() -> None:
     assert shown == [names[:7], names[7:]]
 
 
-def test_forest_of_many_pairs_keeps_those_with_the_best() -> None:
+def test_forest_of_many_pairs_keeps_the_pairs_with_the_best_variant() -> None:
     results = frame({f"v{i}": [value - i for value in LORA] for i in range(7)})
     outcome = Outcome(facts_of(results), results)
     assert [(pair.first, pair.second) for pair in figures.forest_pairs(outcome)] == [

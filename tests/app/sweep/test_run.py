@@ -34,17 +34,17 @@ def ends_once(sweep: SweepCommand) -> None:
 
 def kill(process: BaseProcess) -> None:
     assert process.pid is not None
-    with suppress(ProcessLookupError):  # it has ended, or has no group of its own yet
+    with suppress(ProcessLookupError):  # the process has ended, or has not made its group yet
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
 
 
-def test_results_are_those_of_every_trial(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_have_a_row_for_every_trial(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
     sweep.content["select"]["seeds"], sweep.content["confirm"]["seeds"] = [0, 1], [2, 3]
     assert sweep("--workers=2") == 0
     rows = sweep.results()
-    # three values and the extension to 0.008, of two seeds; then the confirmation of the best, 0.004
+    # three values and the extension to 0.008 with two seeds each, then the best value, 0.004, with two new seeds
     expected = [
         (variant, phase, rate, seed)
         for variant in ("B", "B16")
@@ -52,19 +52,18 @@ def test_results_are_those_of_every_trial(sweep: SweepCommand, capsys: pytest.Ca
         for rate in rates
         for seed in seeds
     ]
-    found = rows[["variant", "phase", "search/model.learning_rate", "seed"]].itertuples(index=False, name=None)
-    assert list(found) == expected
+    trials = rows[["variant", "phase", "search/model.learning_rate", "seed"]].itertuples(index=False, name=None)
+    assert list(trials) == expected
     assert set(rows["state"]) == {"complete"}
     assert list(rows["chosen"]) == [rate == 0.004 for _, _, rate, _ in expected]
-    ranks = rows["variant"].map(
-        {"B": 4, "B16": 16}
-    )  # 4 is the recipe's, which the fake does not read: its default is 8
+    # rank 4 comes from the recipe, which `fake_fit` does not read: it takes its default, 8
+    ranks = rows["variant"].map({"B": 4, "B16": 16})
     ranks = ranks.replace(4, 8)
     values = [score(r, k, s) for r, k, s in zip(rows["search/model.learning_rate"], ranks, rows["seed"], strict=True)]
     np.testing.assert_allclose(rows["val/acc1"], values)
     confirmed = rows["phase"] == "confirm"
     np.testing.assert_allclose(rows["test/acc1"][confirmed], np.array(values)[confirmed] - 0.01)
-    assert rows["test/acc1"][~confirmed].isna().all()  # nothing is tested while points are chosen
+    assert rows["test/acc1"][~confirmed].isna().all()  # the phase `select` tests nothing
     assert [list(steps) for steps in rows["curve_steps"]] == [[1, 2, 3, 4, 5]] * len(rows)
     np.testing.assert_allclose(np.stack(rows["curve_values"].to_list())[:, -1], values)
     assert all((sweep.output / run / "metrics.json").is_file() for run in rows["run"])
@@ -73,7 +72,7 @@ def test_results_are_those_of_every_trial(sweep: SweepCommand, capsys: pytest.Ca
     assert "20 of 20" in capsys.readouterr().err
     before = sweep.history()
     assert sweep() == 0
-    assert sweep.history() == before  # everything is finished
+    assert sweep.history() == before  # nothing is left to run
     same_but_times(rows, sweep.results())
 
 
@@ -116,22 +115,24 @@ def test_full_disk_stops_the_sweep(sweep: SweepCommand, capsys: pytest.CaptureFi
     message = capsys.readouterr().err
     assert message.count("error:") == 1
     assert "No space left on device" in message
-    sweep.content["variants"] = {"B": {}}  # the same sweep after the disk has room again
+    sweep.content["variants"] = {"B": {}}  # the same sweep, with space on the disk
     assert sweep() == 0
     assert set(sweep.results()["state"]) == {"complete"}
 
 
-def test_refused_before_the_first_step(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fit_refused_before_its_first_step_ends_the_sweep(
+    sweep: SweepCommand, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep.content["set"]["data.path"] = "missing"
     assert sweep() == 2
     message = capsys.readouterr().err
     assert message.count("error:") == 1
     assert "refused before its first step (data.path: missing is not here" in message
-    del sweep.content["set"]["data.path"]  # nothing has been trained with it
+    del sweep.content["set"]["data.path"]  # allowed, since no trial has trained with this key
     assert sweep() == 0
 
 
-def test_search_that_is_sampled(sweep: SweepCommand) -> None:
+def test_sampled_search(sweep: SweepCommand) -> None:
     sweep.content["search"] = {"model.learning_rate": {"low": 0.0005, "high": 0.05, "log": True}}
     sweep.content["trials_per_variant"] = 4
     sweep.content["select"]["seeds"] = [0, 1]
@@ -161,7 +162,7 @@ def test_median_pruning_stops_poor_trials(sweep: SweepCommand, slowly: Callable[
     assert all(1 < len(steps) < 5 for steps in pruned["curve_steps"])
 
 
-def test_changed_file(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_sweep_file_is_refused(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
     sweep.content["select"]["seeds"], sweep.content["confirm"]["seeds"] = [0, 1], []
     assert sweep("--workers=2") == 0
     capsys.readouterr()
@@ -187,7 +188,7 @@ def test_additions_continue_a_sweep(sweep: SweepCommand) -> None:
     sweep.content["search"]["model.learning_rate"].append(0.006)
     sweep.content["confirm"]["seeds"].append(4)
     assert sweep("--workers=2") == 0
-    assert not [key for key, count in before.items() if sweep.history()[key] != count]  # nothing ran again
+    assert not [key for key, count in before.items() if sweep.history()[key] != count]  # no trial ran again
     rows = sweep.results()
     assert set(rows["variant"]) == {"B", "B16", "B32"}
     assert set(rows["seed"][rows["phase"] == "confirm"]) == {2, 4}
@@ -197,7 +198,7 @@ def test_additions_continue_a_sweep(sweep: SweepCommand) -> None:
 # ------------------------------------------------------------------------------------------------------ stopped, killed
 
 
-def test_stopped_by_a_signal(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
+def test_a_sweep_stopped_by_a_signal_continues(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
     slowly(0.2)
     sweep.content["variants"] = {"B": {}}
     process = sweep.start("--workers=2")
@@ -231,14 +232,14 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 def killed_at_random(
     sweep: SweepCommand, slowly: Callable[[float], None], kills: int, longest: float, pause: float
 ) -> None:
-    """Run a sweep twice, at once, and killed as a group again and again; compare the results.
+    """Compare the results of an uninterrupted sweep with those of a sweep that is killed again and again.
 
     Args:
-        sweep: The sweep.
-        slowly: Sets the pause.
-        kills: How often it is killed.
-        longest: Most seconds between two kills.
-        pause: Seconds of a step while it is killed.
+        sweep: The sweep to run.
+        slowly: Fixture that sets the seconds per step.
+        kills: Number of kills of the whole process group.
+        longest: Largest number of seconds between two kills.
+        pause: Seconds per step of the killed sweep.
     """
     assert sweep("--workers=2") == 0
     expected = sweep.results()
@@ -247,14 +248,14 @@ def killed_at_random(
     for _ in range(kills):
         process = sweep.start("--workers=2")
         process.join(random.uniform(0.1, longest))
-        assert process.exitcode is None  # there is something to kill each time
+        assert process.exitcode is None  # still running, so that the kill interrupts trials
         kill(process)
     assert sweep("--workers=2") == 0
     same_but_times(expected, sweep.results())
     ends_once(sweep)
 
 
-def test_killed_as_a_group(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
+def test_a_sweep_killed_as_a_group_has_the_same_results(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
     random.seed(0)
     sweep.content["variants"] = {"B": {}}
     killed_at_random(sweep, slowly, kills=3, longest=1.0, pause=0.2)
@@ -262,24 +263,26 @@ def test_killed_as_a_group(sweep: SweepCommand, slowly: Callable[[float], None])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("round_", range(3))
-def test_killed_as_a_group_ten_times(sweep: SweepCommand, slowly: Callable[[float], None], round_: int) -> None:
+def test_a_sweep_killed_ten_times_has_the_same_results(
+    sweep: SweepCommand, slowly: Callable[[float], None], round_: int
+) -> None:
     random.seed(round_)
     killed_at_random(sweep, slowly, kills=10, longest=1.5, pause=0.5)
 
 
 def test_two_processes_share_a_study(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
     slowly(0.02)
-    both = [sweep.start("--workers=2"), sweep.start()]
-    for process in both:
+    processes = [sweep.start("--workers=2"), sweep.start()]
+    for process in processes:
         process.join()
-    assert [process.exitcode for process in both] == [0, 0], sweep.log()
+    assert [process.exitcode for process in processes] == [0, 0], sweep.log()
     ends_once(sweep)
     history = sweep.history()
     assert {count for (_, event), count in history.items() if event == "start"} == {1}
     assert len(sweep.results()) == 10
 
 
-def test_one_of_two_processes_is_killed(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
+def test_the_other_process_finishes_when_one_is_killed(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
     slowly(0.05)
     first, second = sweep.start(), sweep.start()
     _wait_for(lambda: len(_steps(sweep)) > 2)
@@ -293,7 +296,7 @@ def test_one_of_two_processes_is_killed(sweep: SweepCommand, slowly: Callable[[f
 # ------------------------------------------------------------------------------------------------------------ real fits
 
 
-def test_a_real_fit(tmp_path: Path, parquet_path: Path) -> None:
+def test_a_sweep_of_one_real_fit(tmp_path: Path, parquet_path: Path) -> None:
     sweep = SweepCommand(tmp_path)
     sweep.content |= {"variants": {"B": {}}, "search": {}, "confirm": {"seeds": [2], "report": ["test/acc1"]}}
     sweep.content["set"] = {"data.path": str(parquet_path), "trainer.max_epochs": 2}
@@ -324,6 +327,6 @@ def test_a_sweep_of_real_fits_killed_and_restarted(tmp_path: Path, cli: CommandL
         process.join(random.uniform(3, 20))
         kill(process)
     assert sweep("--workers=2") == 0
-    found = sweep.results()
+    restarted = sweep.results()
     varying = [column for column in expected if column in (*TIMES, "memory/peak_bytes") or column.startswith("time/")]
-    pd.testing.assert_frame_equal(expected.drop(columns=varying), found.drop(columns=varying))
+    pd.testing.assert_frame_equal(expected.drop(columns=varying), restarted.drop(columns=varying))

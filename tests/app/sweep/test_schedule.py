@@ -21,7 +21,7 @@ def job(variant: str, value: Any, seed: int, phase: Any = "select") -> Job:
 
 
 def finished(scores: dict[str, dict[Any, Any]], phase: Any = "select", seeds: tuple[int, ...] = (0, 1)) -> list[Record]:
-    """Records of complete trials with a score for each variant and value; None is a failed one."""
+    """Return records of trials with these scores, by variant and value. A score of None is a failed trial."""
     return [
         Record(job(v, value, seed, phase), "complete" if score is not None else "failed", score)
         for v, of_values in scores.items()
@@ -76,14 +76,14 @@ def test_point_with_an_unfinished_seed_ranks_last(state: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "best", "extended", "between"),
     [
-        ([0.001, 0.002, 0.004], 0.004, 0.008, 0.0014),  # factors
+        ([0.001, 0.002, 0.004], 0.004, 0.008, 0.0014),  # constant factor
         ([0.001, 0.003, 0.01], 0.01, 0.033, 0.0017),
         ([0.001, 0.002, 0.004], 0.001, 0.0005, 0.0014),
-        ([0.1, 0.2, 0.3], 0.3, 0.4, 0.15),  # steps
-        ([8, 16, 64], 64, 256, 11),  # whole numbers stay whole
+        ([0.1, 0.2, 0.3], 0.3, 0.4, 0.15),  # constant step
+        ([8, 16, 64], 64, 256, 11),  # integers stay integers
     ],
 )
-def test_grid_is_extended_once_and_others_try_as_many(
+def test_grid_is_extended_once_and_other_variants_get_as_many_trials(
     values: list[Any], best: Any, extended: Any, between: Any
 ) -> None:
     sweep = plan(values)
@@ -97,10 +97,10 @@ def test_grid_is_extended_once_and_others_try_as_many(
     )
     after = left(sweep, [*records, *finished({"B": {extended: 1.0}, "A": {between: 0.2}})])
     assert after.chosen == {"B": job("B", extended, 0).point, "A": job("A", values[1], 0).point}
-    assert {j.phase for j in after.needed} == {"confirm"}  # it is extended by one value, and not again
+    assert {j.phase for j in after.needed} == {"confirm"}  # no second extension
 
 
-def test_no_extension_below_zero_or_of_words() -> None:
+def test_no_extension_below_zero_or_of_strings() -> None:
     zero = left(plan([0.0, 0.1, 0.2]), finished({v: {0.0: 0.9, 0.1: 0.2, 0.2: 0.1} for v in "BA"}))
     assert not zero.extra
     words = parse_plan(content(variants={"B": {}}, search={"model.schedule": ["linear", "cosine"]}), "tiny", parse_fit)
@@ -114,7 +114,7 @@ def test_one_point_needs_no_choice() -> None:
     assert outcome.needed == [job(v, 3, seed, "confirm") for seed in (2, 3) for v in ("B", "A")]
 
 
-def test_sampled_points_are_asked_for_where_most_are_missing() -> None:
+def test_sampling_starts_with_the_variant_that_misses_most_points() -> None:
     ranged = {"search": {KEY: {"low": 1, "high": 9}}, "trials_per_variant": 2}
     sweep = parse_plan(content(variants={"B": {}, "A": {}}, **ranged), "tiny", parse_fit)
     outcome = outline(sweep, [Record(job("B", 3, 0), "complete", 0.1)], {"B": [job("B", 3, 0).point], "A": []})

@@ -29,7 +29,7 @@ def test_torn_line_of_the_journal_is_removed(tmp_path: Path) -> None:
     claim = ledger.claim()
     assert claim is not None
     with (tmp_path / JOURNAL).open("a") as file:
-        file.write('{"op_code": 5, "wor')  # a disk that was full
+        file.write('{"op_code": 5, "wor')  # as after a full disk
     claim.trial.set_user_attr("after", 1)
     (study,) = (ledger.studies[claim.job.variant],)
     assert study.trials[claim.trial.number].user_attrs["after"] == 1
@@ -37,9 +37,9 @@ def test_torn_line_of_the_journal_is_removed(tmp_path: Path) -> None:
     assert fresh.studies[claim.job.variant].trials[claim.trial.number].user_attrs["after"] == 1
 
 
-def test_lock_of_the_journal_outlives_no_interruption(tmp_path: Path) -> None:
+def test_lock_of_the_journal_can_be_acquired_again_after_an_interruption(tmp_path: Path) -> None:
     lock = JournalLock(tmp_path / "journal")
-    lock.acquire()  # and a signal keeps it from being released
+    lock.acquire()  # a signal interrupts before the release
     lock.acquire()
     lock.release()
     handle = try_lock(tmp_path / "journal.lock")
@@ -47,8 +47,8 @@ def test_lock_of_the_journal_outlives_no_interruption(tmp_path: Path) -> None:
     os.close(handle)
 
 
-def test_lock_of_the_journal_dies_with_its_holder(tmp_path: Path) -> None:
-    """Optuna's own locks block everybody for 30 seconds after their holder was killed."""
+def test_lock_of_the_journal_is_released_when_its_process_ends(tmp_path: Path) -> None:
+    """Optuna's locks would block every process for 30 seconds after a kill of the holder."""
     process = os.fork()
     if process == 0:
         JournalLock(tmp_path / "journal").acquire()
@@ -68,20 +68,20 @@ def test_claims_are_locked_and_released(tmp_path: Path) -> None:
     assert mine.job != theirs.job
     assert is_locked(tmp_path / job_folder(mine.job) / "owner")
     first.release(mine)
-    again = second.claim()
-    assert again is not None
-    while again.job != mine.job:  # queued again, behind the others
-        again = second.claim()
-        assert again is not None
-    # the lock is gone while the trial is recorded as running: its owner has died
-    os.close(again.lock)
-    found = first.claim()
-    while found is not None and found.job != mine.job:
-        found = first.claim()
-    assert found is not None
+    reclaimed = second.claim()
+    assert reclaimed is not None
+    while reclaimed.job != mine.job:  # a released job goes to the end of the queue
+        reclaimed = second.claim()
+        assert reclaimed is not None
+    # a trial that is recorded as running without a lock has lost its owner
+    os.close(reclaimed.lock)
+    retaken = first.claim()
+    while retaken is not None and retaken.job != mine.job:
+        retaken = first.claim()
+    assert retaken is not None
 
 
-def test_folders_are_readable_and_never_shared() -> None:
+def test_folders_of_trials_are_readable_and_unique() -> None:
     def folder(point: str) -> str:
         return str(job_folder(Job("lora+", "confirm", point, 3)))
 
@@ -100,13 +100,13 @@ def test_folders_are_readable_and_never_shared() -> None:
     assert all(len(Path(f).parts) == 4 and len(Path(f).parts[2]) < 100 and ".." not in Path(f).parts for f in folders)
 
 
-def test_place_is_the_directory_s_own(tmp_path: Path) -> None:
+def test_place_identifies_the_directory(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     assert place_of(tmp_path / "a") == place_of(tmp_path / "a") != place_of(tmp_path / "b")
 
 
-def test_database_that_cannot_be_used(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unusable_database_is_refused(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep("--storage=nosuchbase://host/name") == 2
     message = capsys.readouterr().err
     assert message.startswith("error: --storage: the database cannot be used")
@@ -127,14 +127,14 @@ def test_sweep_in_a_database(sweep: SweepCommand) -> None:
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
-    """URL of a PostgreSQL of the test's own, on a socket in a folder of its own."""
+    """Start a PostgreSQL server on a socket in a temporary folder, and yield its URL."""
     binaries = [shutil.which(name) for name in ("initdb", "postgres")]
     if None in binaries:
         pytest.skip("PostgreSQL is not installed")
     initdb, server = map(str, binaries)
     folder = Path(tempfile.mkdtemp(prefix="onesided-postgres-"))
     user = None
-    if os.geteuid() == 0:  # which PostgreSQL refuses to run as
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = "nobody"
         shutil.chown(folder, user)
     data = str(folder / "data")
@@ -148,7 +148,7 @@ def postgres() -> Iterator[str]:
         time.sleep(1)
         yield f"postgresql+psycopg://tester@/postgres?host={folder}"
     finally:
-        process.send_signal(signal.SIGINT)  # on SIGTERM it would wait for its clients
+        process.send_signal(signal.SIGINT)  # on SIGTERM the server would wait for its clients
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -170,7 +170,7 @@ def _ends(machines: list[SweepCommand]) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_machines_that_share_a_database(
+def test_machines_share_the_trials_in_a_database(
     sweep: SweepCommand, slowly: Callable[[float], None], postgres: str, tmp_path: Path
 ) -> None:
     slowly(0.02)
@@ -187,7 +187,7 @@ def test_machines_that_share_a_database(
 
 
 @pytest.mark.slow
-def test_machines_that_sample(
+def test_machines_share_a_sampled_search(
     sweep: SweepCommand, slowly: Callable[[float], None], postgres: str, tmp_path: Path
 ) -> None:
     slowly(0.02)
@@ -203,7 +203,7 @@ def test_machines_that_sample(
 
 
 @pytest.mark.slow
-def test_machine_that_dies(
+def test_trials_of_a_dead_machine_are_run_by_another(
     sweep: SweepCommand,
     slowly: Callable[[float], None],
     postgres: str,
@@ -221,5 +221,6 @@ def test_machine_that_dies(
     first.join()
     second.join()
     assert second.exitcode == 0, machines[1].log()
-    assert "its process has died" not in machines[1].log()  # heartbeats count here, not the lock
+    # the other machine's lock is not visible here: missing heartbeats reveal its death
+    assert "its process has died" not in machines[1].log()
     assert set(machines[1].results()["state"]) == {"complete"}

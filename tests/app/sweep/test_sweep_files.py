@@ -1,4 +1,4 @@
-"""The files of conf/sweeps: each is a plan whose variants are fits that the command line takes."""
+"""The files of conf/sweeps: every variant is a fit that the command line accepts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan(path: Path) -> Plan:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_sweep_is_of_fits_that_the_command_line_takes(path: Path) -> None:
+def test_the_command_line_accepts_every_fit_of_a_sweep(path: Path) -> None:
     assert path.read_text().startswith("# ")
     sweep = plan(path)
     assert not sweep.notes  # no variant is left out
@@ -40,12 +40,13 @@ def test_a_sweep_is_of_fits_that_the_command_line_takes(path: Path) -> None:
         model = config.model.init_args
         assert model.learning_rate == point["model.learning_rate"], variant.name
         assert model.tuning == variant.keys["model.tuning"], variant.name
-        if variant.name.startswith("B") and variant.name != "B":  # twice the rank at the same scale: LoRA's budget
+        # LoRA's number of parameters: twice the rank at the same scale
+        if variant.name.startswith("B") and variant.name != "B":
             assert model.adapter.alpha == 2 * model.adapter.rank, variant.name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_sweep_compares_fairly(path: Path) -> None:
+def test_all_variants_of_a_sweep_have_equally_many_trials(path: Path) -> None:
     sweep = plan(path)
     rates = [variant.search["model.learning_rate"] for variant in sweep.variants]
     assert all(isinstance(rate, float) for grid in rates for rate in (grid if isinstance(grid, tuple) else ()))
@@ -54,12 +55,12 @@ def test_a_sweep_compares_fairly(path: Path) -> None:
     assert len(sweep.confirm_seeds) >= 3
 
 
-def test_which_side_is_asked_of_any_recipe() -> None:
+def test_which_side_works_with_any_recipe() -> None:
     written = yaml.safe_load(Path("conf/sweeps/which_side.yaml").read_text())
     assert "base" not in written
     sweep = plan(Path("conf/sweeps/which_side.yaml"))
     assert [variant.name for variant in sweep.variants] == ["B", "B2r", "A", "lora", "head"]
-    assert (sweep.metric, sweep.mode, sweep.report) == ("val/loss", "min", ("test/loss",))  # of the recipe
+    assert (sweep.metric, sweep.mode, sweep.report) == ("val/loss", "min", ("test/loss",))  # from the recipe
     bart = read_plan("conf/sweeps/which_side.yaml", parse_fit, ["conf/bart_xsum.yaml"], ["data.path=app/assets/digits"])
     assert [variant.name for variant in bart.variants] == ["B", "B2r", "A", "lora"]
     assert bart.variants[1].keys["model.adapter.rank"] == 32

@@ -1,4 +1,4 @@
-"""Sweeps of a recipe from the command line, and sweeps that have a time to keep to."""
+"""Sweeps with a recipe from the command line, and sweeps with a time limit."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def as_in_main() -> Iterator[None]:
 
 
 def plan(*options: str, config: str = "image", **changes: Any) -> Plan:
-    """A plan without a base of its own; changes to None remove keys."""
+    """Return a plan without the key `base`. A change to None removes a key."""
     return parse_plan(content(base=None, **changes), "tiny", parse_fit, [f"tests/conf/{config}.yaml"], options)
 
 
 # -------------------------------------------------------------------------------------------------------- --base, --set
 
 
-def test_recipe_and_keys_of_the_command_line(tmp_path: Path) -> None:
+def test_recipe_and_keys_of_the_command_line_override_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "base: [tests/conf/text.yaml]\nset: {trainer.max_epochs: 1, data.batch_size: 2}\nvariants: [B]\n"
         "search: {model.learning_rate: [0.1]}\nselect: {metric: val/acc1}\n"
     )
-    found = read_plan(
+    merged = read_plan(
         str(file),
         parse_fit,
         ["tests/conf/image.yaml", "conf/cpu.yaml"],
         ["trainer.max_epochs=3", "data.mean=[0.5, 0.1]", "model.init_args.weight_decay=1e-3", "data.path=a=b"],
     )
-    assert found.base == ("tests/conf/image.yaml", "conf/cpu.yaml")
-    assert found.set == {
+    assert merged.base == ("tests/conf/image.yaml", "conf/cpu.yaml")
+    assert merged.set == {
         "trainer.max_epochs": 3,
         "data.batch_size": 2,
         "data.mean": [0.5, 0.1],
@@ -82,13 +82,14 @@ def test_started_sweep_keeps_its_recipe(sweep: SweepCommand, capsys: pytest.Capt
     assert sweep(*options, "--report") == 0
 
 
-# ------------------------------------------------------------------------------------------------- read from the recipe
+# ------------------------------------------------------------------------------------------------ keys from the recipe
 
 
-def test_rank_of_the_recipe_is_multiplied() -> None:
+def test_times_rank_multiplies_rank_and_alpha() -> None:
     variants = {"B": {}, "B2r": {"variant": "B", "times_rank": 2}}
     keys = plan(variants=variants).variants[1].keys
-    assert (keys["model.adapter.rank"], keys["model.adapter.alpha"]) == (8, 32)  # the recipe's 4, the default's 16
+    # twice the recipe's rank 4 and twice the default alpha 16
+    assert (keys["model.adapter.rank"], keys["model.adapter.alpha"]) == (8, 32)
     keys = plan("model.adapter.rank=3", "model.adapter.alpha=5", variants=variants).variants[1].keys
     assert (keys["model.adapter.rank"], keys["model.adapter.alpha"]) == (6, 10)
 
@@ -96,13 +97,15 @@ def test_rank_of_the_recipe_is_multiplied() -> None:
 @pytest.mark.parametrize(
     ("config", "metric", "mode"), [("text", "val/score", "max"), ("instructions", "val/loss", "min")]
 )
-def test_metric_by_which_the_recipe_keeps_its_best_checkpoint(config: str, metric: str, mode: str) -> None:
-    found = plan(config=config, select={"metric": "checkpoint.monitor"})
-    assert (found.metric, found.mode) == (metric, mode)
+def test_the_metric_may_come_from_checkpoint_monitor(config: str, metric: str, mode: str) -> None:
+    sweep = plan(config=config, select={"metric": "checkpoint.monitor"})
+    assert (sweep.metric, sweep.mode) == (metric, mode)
     assert plan(config=config, select={"metric": "checkpoint.monitor", "mode": mode}).mode == mode
 
 
-def test_head_is_left_out_where_there_is_no_new_one(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
+def test_variant_head_is_left_out_for_models_without_a_new_head(
+    sweep: SweepCommand, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep.content |= {"variants": {"B": {}, "head": {}}, "search": ONE_POINT, "base": ["tests/conf/summary.yaml"]}
     assert sweep() == 0
     note = "head: left out, since the model of tests/conf/summary.yaml has no new head to train alone."
@@ -146,7 +149,7 @@ def test_wrong_options_are_refused(options: list[str], changes: dict[str, Any], 
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def test_test_metric_is_reported_where_there_is_a_test_split(parquet_path: Path, cola_path: Path) -> None:
+def test_the_test_metric_is_reported_if_there_is_a_test_split(parquet_path: Path, cola_path: Path) -> None:
     seeds = {"seeds": [2, 3]}
     tested = plan(f"data.path={parquet_path}", confirm=seeds)
     assert tested.report == ("test/acc1",)
@@ -172,7 +175,7 @@ def test_validation_alone_is_reported_without_a_test(sweep: SweepCommand, capsys
     assert 'confirm.report: ["val/acc1"] → ["test/acc1"], but no confirming trial was tested' in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------- time
+# ----------------------------------------------------------------------------------------------------------- time limit
 
 
 def finished(job: Job, seconds: float) -> FrozenTrial:
@@ -186,30 +189,30 @@ def test_seeds_begin_one_at_a_time_and_only_if_they_fit(monkeypatch: pytest.Monk
     jobs = [Job(name, "confirm", POINT, seed) for seed in (2, 3, 4) for name in ("B", "lora")]
     budget = Budget(tiny, minutes=1, workers=2, began=0)
     assert budget.seconds_for(jobs[:2], trials, {}) == 30  # side by side
-    assert budget.seconds_for(jobs[:4], trials, {}) == 50  # B, lora; then B and lora behind B
-    assert budget.seconds_for(jobs[:2], trials, {jobs[2]: 4.0}) == 36  # one worker is busy for 6 seconds more
+    assert budget.seconds_for(jobs[:4], trials, {}) == 50  # worker 1: B, B and lora (50 s); worker 2: lora (30 s)
+    assert budget.seconds_for(jobs[:2], trials, {jobs[2]: 4.0}) == 36  # one worker is free after 6 seconds
     assert budget.seconds_for(jobs[:2], {}, {}) is None
-    left = 29.0
-    monkeypatch.setattr(Budget, "left", property(lambda _: left))
+    seconds_left = 29.0
+    monkeypatch.setattr(Budget, "left", property(lambda _: seconds_left))
     assert budget.allowed(Outline(needed=jobs), trials, {}) == []
-    left = 31.0
+    seconds_left = 31.0
     assert budget.allowed(Outline(needed=jobs), trials, {}) == jobs[:2]
-    left = 1.0
-    assert budget.allowed(Outline(needed=jobs), trials, {}) == jobs[:2]  # they have begun
+    seconds_left = 1.0
+    assert budget.allowed(Outline(needed=jobs), trials, {}) == jobs[:2]  # a seed that has begun is finished
     running = trials | dict.fromkeys(jobs[:2], optuna.create_trial(state=TrialState.RUNNING))
     assert budget.allowed(Outline(needed=jobs), running, {jobs[0]: 9.0, jobs[1]: 9.0}) == jobs[:2]
-    left = 40.0
+    seconds_left = 40.0
     assert budget.allowed(Outline(needed=jobs), running, {jobs[0]: 9.0, jobs[1]: 9.0}) == jobs[:2]
-    left = 42.0  # 1 until B is finished, then 10 of B and 30 of lora behind B
+    seconds_left = 42.0  # 1 s until a worker is free, then 10 s for B and 30 s for lora
     assert budget.allowed(Outline(needed=jobs), running, {jobs[0]: 9.0, jobs[1]: 9.0}) == jobs[:4]
-    left = -1.0
+    seconds_left = -1.0
     assert budget.allowed(Outline(needed=jobs), trials, {}) == []
     choosing = Outline(needed=list(choice))
-    left = 0.1
-    assert budget.allowed(choosing, {}, {}) == list(choice)  # the choice is always tried
+    seconds_left = 0.1
+    assert budget.allowed(choosing, {}, {}) == list(choice)  # the choice begins however short the time is
 
 
-def test_as_many_seeds_as_there_is_time_for(
+def test_a_time_limit_reduces_the_number_of_seeds(
     sweep: SweepCommand, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep.content |= {"search": ONE_POINT, "confirm": {"seeds": [2, 3, 4], "report": ["test/acc1"]}}
@@ -232,13 +235,13 @@ def test_as_many_seeds_as_there_is_time_for(
     page = (sweep.output / "report.html").read_text()
     assert f"sweep --config {sweep.file} --minutes 30" in page
     assert sweep("--report") == 0
-    assert (sweep.output / "table.md").read_text() == table  # the time is in the study
-    assert sweep("--minutes=30") == 0  # for as long again
+    assert (sweep.output / "table.md").read_text() == table  # the study stores the time limit
+    assert sweep("--minutes=30") == 0  # another 30 minutes
     assert "The time limit of" not in (sweep.output / "table.md").read_text()
     assert set(sweep.results()["seed"]) == {2, 3, 4}
 
 
-def test_seed_that_is_cut_off_is_left_out_of_the_table(
+def test_a_seed_that_only_some_variants_finished_is_left_out_of_the_table(
     sweep: SweepCommand, monkeypatch: pytest.MonkeyPatch, slowly: Callable[[float], None]
 ) -> None:
     slowly(0.1)
@@ -253,24 +256,25 @@ def test_seed_that_is_cut_off_is_left_out_of_the_table(
     assert "enough for one of two confirming seeds" in table
     assert "The table leaves out seed 3, which not all variants have finished." in table
     (b,) = (line for line in table.splitlines() if line.startswith("| B |"))
-    assert b.split("|")[3].strip() == "1"  # seeds in the table, of two that are complete
-    assert sweep() == 0  # all of it
+    assert b.split("|")[3].strip() == "1"  # the table has one seed of B, although two are complete
+    assert sweep() == 0  # finish without a time limit
     assert "The time limit of" not in (sweep.output / "table.md").read_text()
     assert sweep.results()["state"].eq("complete").sum() == 4
     assert not [key for key in sweep.history() if key[1] == "collision"]
 
 
-def test_time_that_is_too_short_for_the_choice(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
+def test_a_time_limit_may_end_before_the_choice(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
     slowly(0.1)
     sweep.content["select"]["seeds"] = [0]
     sweep.content["search"]["model.learning_rate"] = [0.004, 0.008]
-    assert sweep("--minutes=0.02", "--workers=2") == 0  # 1.2 seconds; the six trials of the choice take 1.5 or more
+    # 1.2 seconds, and the six trials of the choice take at least 1.5
+    assert sweep("--minutes=0.02", "--workers=2") == 0
     table = (sweep.output / "table.md").read_text()
     assert "The time limit of 0.02 minutes ended the sweep before the choice:" in table
     assert set(sweep.results()["phase"]) <= {"select"}
 
 
-def test_minutes_must_be_a_time(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
+def test_minutes_must_be_positive(sweep: SweepCommand, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep("--minutes=0") == 2
     assert "--minutes: 0 must be above 0." in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Order of the samples, for any number of processes and from any position on."""
+"""Order of samples: the same for any number of ranks, and resumable from any position."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.trainers import stub_trainer
 
 
 def skewed(size: int, seed: int = 0) -> Tensor:
-    """Lengths as texts have them: many short ones and a long tail, from 4 to 512."""
+    """Return log-normal lengths from 4 to 512: many short texts and few long ones."""
     normal = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     return (40 * (0.8 * normal).exp()).round().clamp(4, 512).int()
 
@@ -38,13 +38,13 @@ def sampler(
     lengths: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> EpochSampler:
-    made = EpochSampler(size, world, rank, batch, seed, lengths, labels)
-    made.set_epoch(epoch)
-    return made
+    sampler_of_epoch = EpochSampler(size, world, rank, batch, seed, lengths, labels)
+    sampler_of_epoch.set_epoch(epoch)
+    return sampler_of_epoch
 
 
 def mixed(size: int, by: str) -> dict[str, Tensor]:
-    """Lengths and labels that an order goes by."""
+    """Return the lengths and labels that determine an order."""
     classes = (skewed(size, 1) % 3).long()
     return {
         "chance": {},
@@ -75,39 +75,40 @@ def in_batches(draws: list[Draw], size: int) -> list[list[Draw]]:
     ("size", "world", "batch"),
     [(24, 1, 1), (24, 2, 3), (25, 2, 3), (29, 3, 2), (31, 4, 3), (40, 8, 1), (3, 3, 1), (1003, 2, 3), (450, 3, 1)],
 )
-def test_processes_share_each_batch_that_one_process_would_see(size: int, world: int, batch: int, by: str) -> None:
+def test_ranks_share_each_batch_of_a_single_process(size: int, world: int, batch: int, by: str) -> None:
     keys: dict[str, Any] = {"seed": 7, "epoch": 2, **mixed(size, by)}
     one = in_batches(list(sampler(size, batch=world * batch, **keys)), world * batch)
     ranks = [in_batches(list(sampler(size, world, rank, batch, **keys)), batch) for rank in range(world)]
-    assert {len(batches) for batches in ranks} == {len(one)} == {size // (world * batch)}  # as many steps
+    # equally many batches on each rank
+    assert {len(batches) for batches in ranks} == {len(one)} == {size // (world * batch)}
     assert len(sampler(size, world, 0, batch, **keys)) == len(one) * batch
     for k, expected in enumerate(one):
         assert sorted(draw for batches in ranks for draw in batches[k]) == sorted(expected)
     indices = [index for batch in one for index, _ in batch]
-    assert len(set(indices)) == len(indices)  # nothing twice
+    assert len(set(indices)) == len(indices)  # no sample is repeated
     assert set(indices) <= set(range(size))
 
 
 @pytest.mark.parametrize("by", ORDERS)
 def test_order_is_a_function_of_seed_and_epoch(by: str) -> None:
-    given: dict[str, Any] = mixed(400, by)
-    expected = order(400, batch=4, seed=1, epoch=2, **given)
+    columns: dict[str, Any] = mixed(400, by)
+    expected = order(400, batch=4, seed=1, epoch=2, **columns)
     assert sorted(expected) == list(range(400)) != expected
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert order(400, batch=4, seed=1, epoch=2, **given) == expected
+    assert order(400, batch=4, seed=1, epoch=2, **columns) == expected
     assert torch.equal(torch.get_rng_state(), state)
-    # seed + epoch would give seed 0 in epoch 1 the order of seed 1 in epoch 0
+    # `seed + epoch` would give seed 0 in epoch 1 the same order as seed 1 in epoch 0
     keys = [{"seed": seed, "epoch": epoch} for seed in (*range(4), 2**63, 2**64 - 1) for epoch in range(4)]
-    assert len({tuple(order(400, batch=4, **given, **each)) for each in keys}) == 24
+    assert len({tuple(order(400, batch=4, **columns, **each)) for each in keys}) == 24
 
 
-def test_draws_of_an_epoch_carry_its_seed() -> None:
+def test_draws_of_an_epoch_have_its_seed() -> None:
     def carried(**keys: int) -> set[int]:
         return {seed for rank in range(2) for _, seed in sampler(11, 2, rank, **keys)}
 
     seeds = [carried(seed=seed, epoch=epoch) for seed in range(4) for epoch in range(4)]
-    assert {len(each) for each in seeds} == {1}  # on all processes
+    assert {len(each) for each in seeds} == {1}  # the same seed on both ranks
     assert len(set.union(*seeds)) == 16
     assert carried(seed=2, epoch=3) == carried(seed=2, epoch=3, batch=2)
 
@@ -116,49 +117,49 @@ def test_draws_of_an_epoch_carry_its_seed() -> None:
 @pytest.mark.parametrize(
     ("size", "world", "rank", "batch"), [(9, 1, 0, 1), (19, 2, 1, 1), (33, 1, 0, 4), (131, 2, 1, 3), (600, 2, 0, 2)]
 )
-def test_resume_from_any_position_gives_the_draws_that_remain(
+def test_resume_from_any_position_gives_the_remaining_draws(
     size: int, world: int, rank: int, batch: int, by: str
 ) -> None:
     keys: dict[str, Any] = {"seed": 4, **mixed(size, by)}
-    whole = list(sampler(size, world, rank, batch, epoch=2, **keys))
-    for position in range(0, len(whole) // batch, 1 + size // 100):
+    all_draws = list(sampler(size, world, rank, batch, epoch=2, **keys))
+    for position in range(0, len(all_draws) // batch, 1 + size // 100):
         resumed = sampler(size, world, rank, batch, **keys)
         resumed.seek(2, position)
-        assert len(resumed) == len(whole)  # of the whole epoch, as Lightning counts
-        assert list(resumed) == whole[position * batch :]
-        assert list(resumed) == whole  # only the first iterator is shortened
-    resumed.seek(1, len(whole) // batch)  # the end of an epoch is the start of the next
-    assert list(resumed) == whole
+        assert len(resumed) == len(all_draws)  # Lightning expects the length of the complete epoch
+        assert list(resumed) == all_draws[position * batch :]
+        assert list(resumed) == all_draws  # the next iterator has the complete epoch
+    resumed.seek(1, len(all_draws) // batch)  # the end of epoch 1 is the start of epoch 2
+    assert list(resumed) == all_draws
     resumed.seek(1, 1)
     first = list(resumed)
-    resumed.set_epoch(2)  # as Lightning does
-    assert list(resumed) == whole != first
+    resumed.set_epoch(2)  # Lightning calls `set_epoch` after the sampler's iterator was made
+    assert list(resumed) == all_draws != first
 
 
 # -------------------------------------------------------------------------------------------------------------- length
 
 
 def lengths_of(draws: EpochSampler, lengths: Tensor) -> Tensor:
-    """Lengths by batch, (batches, batch)."""
+    """Return the lengths of each batch, (batches, batch)."""
     return lengths[[index for index, _ in draws]].view(-1, draws.batch_size)
 
 
 def padding_share(batches: Tensor) -> float:
-    """Padding over all that the batches hold, each padded to its longest."""
+    """Return the share of padding in batches that are padded to their longest sample."""
     return 1 - float(batches.sum() / (batches.amax(1) * batches.shape[1]).sum())
 
 
-def test_buckets_hold_little_padding_and_leave_the_last_samples_out_by_chance() -> None:
+def test_buckets_have_little_padding_and_drop_samples_regardless_of_length() -> None:
     lengths = skewed(4000)
     plain = padding_share(lengths_of(sampler(4000, batch=16), lengths))
     assert plain > 0.5
     assert padding_share(lengths_of(sampler(4000, batch=16, lengths=lengths), lengths)) < 0.2 * plain
     for epoch in (0, 3):
-        drawn = set(order(103, batch=4, epoch=epoch, lengths=skewed(103)))
-        assert drawn == set(order(103, batch=4, epoch=epoch))  # whatever their length
+        chosen = set(order(103, batch=4, epoch=epoch, lengths=skewed(103)))
+        assert chosen == set(order(103, batch=4, epoch=epoch))  # the same samples are dropped with and without lengths
 
 
-def test_processes_get_batches_of_like_length_at_a_time() -> None:
+def test_ranks_get_batches_of_similar_length_at_each_step() -> None:
     lengths = skewed(1000)
     first, second = (
         lengths_of(sampler(1000, 2, rank, 8, lengths=lengths), lengths).amax(1).float() for rank in range(2)
@@ -166,7 +167,7 @@ def test_processes_get_batches_of_like_length_at_a_time() -> None:
     assert (first - second).abs().mean() < 0.1 * first.mean()
 
 
-def test_a_sample_shares_its_batch_with_others_in_each_epoch() -> None:
+def test_batches_are_composed_differently_in_each_epoch() -> None:
     lengths = skewed(2000)
     company = [
         {frozenset(index for index, _ in batch) for batch in in_batches(list(draws), 4)}
@@ -175,12 +176,12 @@ def test_a_sample_shares_its_batch_with_others_in_each_epoch() -> None:
     assert len(company[0] & company[1]) < 0.05 * len(company[0])
 
 
-def test_buckets_come_in_no_order_of_length() -> None:
+def test_buckets_are_not_sorted_by_length() -> None:
     lengths = skewed(4000)
     means = lengths_of(sampler(4000, batch=8, lengths=lengths), lengths).float().mean(1)  # 500 batches
     ranks = means.argsort().argsort().float()
     time = torch.arange(len(ranks)).float()
-    assert abs(float(torch.corrcoef(torch.stack([ranks, time]))[0, 1])) < 0.15  # 3.4 deviations of chance
+    assert abs(float(torch.corrcoef(torch.stack([ranks, time]))[0, 1])) < 0.15  # 3.4 standard deviations by chance
     neighbours = torch.stack([ranks[1:], ranks[:-1]])
     assert abs(float(torch.corrcoef(neighbours)[0, 1])) < 0.15
 
@@ -189,7 +190,7 @@ def test_buckets_come_in_no_order_of_length() -> None:
 
 
 class Keys(Dataset[list[int]]):
-    """Gives back what it is asked for."""
+    """A data set whose item is the key itself."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -202,15 +203,15 @@ class Keys(Dataset[list[int]]):
 
 
 def module(batch: int = 3, workers: int = 0, world: int = 1, rank: int = 0, **keys: Any) -> ResumableDataModule:
-    made = ResumableDataModule(batch, workers)
-    made.trainer = stub_trainer(world, rank, **keys)
-    return made
+    data = ResumableDataModule(batch, workers)
+    data.trainer = stub_trainer(world, rank, **keys)
+    return data
 
 
 def batches(loader: DataLoader[Any], begun: int = 0, epochs: int = 3) -> Iterator[list[Draw]]:
-    """Batches that Lightning takes from batch `begun` on.
+    """Yield the batches that Lightning takes, from batch number `begun` on.
 
-    It makes its first iterator before it tells the sampler the epoch, and stops at the length without looking on.
+    Lightning creates its first iterator before it sets the sampler's epoch. It stops after `len(loader)` batches.
     """
     first, done = divmod(begun, len(loader))
     iterator = iter(loader)
@@ -223,28 +224,28 @@ def batches(loader: DataLoader[Any], begun: int = 0, epochs: int = 3) -> Iterato
 
 
 def stopped(size: int, taken: int, **keys: Any) -> dict[str, Any]:
-    """State of a data module behind so many batches, as Lightning asks for it: an epoch's end still counts to it."""
-    made = module(**keys)
-    length = len(made.train_loader(Keys(size)))
+    """Return the state of a data module after `taken` batches. At an epoch's end, Lightning still counts this epoch."""
+    data = module(**keys)
+    length = len(data.train_loader(Keys(size)))
     epoch, done = divmod(taken, length)
     if taken and done == 0:
         epoch, done = epoch - 1, length
-    world, rank = made.trainer.world_size, made.trainer.global_rank  # type: ignore[union-attr]
-    made.trainer = stub_trainer(world, rank, epoch=epoch, batches_done=done, epoch_batches=length)
-    return made.state_dict()
+    world, rank = data.trainer.world_size, data.trainer.global_rank  # type: ignore[union-attr]
+    data.trainer = stub_trainer(world, rank, epoch=epoch, batches_done=done, epoch_batches=length)
+    return data.state_dict()
 
 
 def restored(state: dict[str, Any], **keys: Any) -> ResumableDataModule:
-    """Another data module, in another process whose own seed is of no account."""
+    """Return a new data module with this state, under another global seed."""
     torch.manual_seed(12345)
-    made = module(**keys)
-    made.load_state_dict(state)
-    return made
+    data = module(**keys)
+    data.load_state_dict(state)
+    return data
 
 
 @pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize(("size", "world"), [(12, 1), (14, 1), (14, 2), (17, 2), (40, 1)])
-def test_training_loader_continues_where_the_state_was_taken(size: int, world: int, by_length: bool) -> None:
+def test_training_loader_continues_at_the_saved_position(size: int, world: int, by_length: bool) -> None:
     keys, lengths = {"world": world, "rank": world - 1}, skewed(size) if by_length else None
     torch.manual_seed(8)
     whole = list(batches(module(**keys).train_loader(Keys(size), lengths)))
@@ -255,21 +256,21 @@ def test_training_loader_continues_where_the_state_was_taken(size: int, world: i
         assert list(batches(restored(state, **keys).train_loader(Keys(size), lengths), taken)) == whole[taken:]
 
 
-@pytest.mark.parametrize("taken", [0, 1, 4, 6])  # the start, the middle, the first epoch's end, the second's middle
-@pytest.mark.parametrize(("before", "behind"), [(0, 1), (1, 0), (2, 2)])
-def test_workers_change_neither_order_nor_position(before: int, behind: int, taken: int) -> None:
+@pytest.mark.parametrize("taken", [0, 1, 4, 6])  # start, middle and end of the first epoch, and middle of the second
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0), (2, 2)])
+def test_workers_change_neither_order_nor_position(before: int, after: int, taken: int) -> None:
     torch.manual_seed(8)
     whole = list(batches(module().train_loader(Keys(14)), epochs=2))
     torch.manual_seed(8)
     state = stopped(14, taken, workers=before)
-    assert list(batches(restored(state, workers=behind).train_loader(Keys(14)), taken, epochs=2)) == whole[taken:]
+    assert list(batches(restored(state, workers=after).train_loader(Keys(14)), taken, epochs=2)) == whole[taken:]
 
 
 @pytest.mark.parametrize(
     ("batch", "world", "step"),
-    [(2, 1, 6), (4, 1, 3), (6, 1, 2), (3, 2, 2), (1, 4, 3), (5, 1, 2), (12, 1, 1), (24, 1, 0)],  # 12 samples are done
+    [(2, 1, 6), (4, 1, 3), (6, 1, 2), (3, 2, 2), (1, 4, 3), (5, 1, 2), (12, 1, 1), (24, 1, 0)],  # 12 samples were taken
 )
-def test_another_batch_size_goes_on_behind_the_same_samples(batch: int, world: int, step: int) -> None:
+def test_another_batch_size_continues_after_the_same_samples(batch: int, world: int, step: int) -> None:
     torch.manual_seed(8)
     state = stopped(24, 8 + 4, batch=3)
     torch.manual_seed(8)
@@ -279,46 +280,46 @@ def test_another_batch_size_goes_on_behind_the_same_samples(batch: int, world: i
     assert list(batches(loader, len(loader) + step, epochs=2)) == expected
 
 
-def test_a_position_behind_the_last_whole_batch_is_before_it() -> None:
+def test_a_position_after_the_last_full_batch_starts_the_next_epoch() -> None:
     torch.manual_seed(8)
-    state = stopped(25, 24, batch=1)  # 24 of 25 samples, all that batches of 8 would take
+    state = stopped(25, 24, batch=1)  # 24 of 25 samples: batches of 8 take no more
     following = list(batches(restored(state, batch=8).train_loader(Keys(25)), 2, epochs=2))
     torch.manual_seed(8)
     assert following == list(batches(module(8).train_loader(Keys(25)), epochs=2))[2:]
 
 
-def test_a_state_goes_through_a_checkpoint_and_shortens_one_loader() -> None:
+def test_a_state_survives_a_checkpoint_and_shortens_one_loader() -> None:
     torch.manual_seed(2**40)
     buffer = io.BytesIO()
     torch.save(stopped(12, 6), buffer)
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
     assert state == {"epoch": 1, "samples": 6, "seed": 2**40, "order": ORDER}
-    made = restored(state)
-    assert [len(list(made.train_loader(Keys(12)))) for _ in range(2)] == [2, 4]
+    data = restored(state)
+    assert [len(list(data.train_loader(Keys(12)))) for _ in range(2)] == [2, 4]
 
 
 @pytest.mark.parametrize(("taken", "order", "warns"), [(6, 1, True), (6, ORDER, False), (12, 1, False)])
-def test_a_position_in_an_epoch_of_another_order_is_warned_of(
+def test_a_position_in_an_epoch_of_another_order_is_warned_about(
     taken: int, order: int, warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(8)
     state = stopped(12, taken // 3)
     state.pop("order")
     whole = list(batches(module().train_loader(Keys(12)), epochs=2))
-    made = restored(state if order == 1 else {**state, "order": order})
-    assert caplog.text == ""  # an evaluation does not go on from there
-    assert list(batches(made.train_loader(Keys(12)), taken // 3, epochs=2)) == whole[taken // 3 :]
+    data = restored(state if order == 1 else {**state, "order": order})
+    assert caplog.text == ""  # the warning waits for a training loader
+    assert list(batches(data.train_loader(Keys(12)), taken // 3, epochs=2)) == whole[taken // 3 :]
     assert ("some samples come twice and others not at all" in caplog.text) is warns
 
 
 @pytest.mark.parametrize(("done", "expected"), [(0, (2, 0)), (3, (2, 18)), (4, (3, 0))])
-def test_state_counts_the_samples_of_all_processes(done: int, expected: tuple[int, int]) -> None:
+def test_state_counts_the_samples_of_all_ranks(done: int, expected: tuple[int, int]) -> None:
     state = module(3, world=2, epoch=2, batches_done=done, epoch_batches=4).state_dict()
     assert (state["epoch"], state["samples"]) == expected
 
 
-def test_order_is_of_the_first_process_seed() -> None:
+def test_rank_0_broadcasts_the_seed_of_the_order() -> None:
     ranks = []
     for rank in range(2):
         torch.manual_seed(rank)
@@ -329,11 +330,11 @@ def test_order_is_of_the_first_process_seed() -> None:
     assert [set(a) | set(b) for a, b in zip(*ranks, strict=True)] == [set(batch) for batch in one]
 
 
-def test_training_loader_with_lengths_has_batches_of_like_length() -> None:
+def test_training_loader_with_lengths_has_batches_of_similar_length() -> None:
     lengths = torch.arange(30, dtype=torch.int32)[torch.randperm(30)]
     for batch in batches(module().train_loader(Keys(30), lengths), epochs=2):
-        shown = sorted(lengths[[index for index, _ in batch]].tolist())
-        assert shown == list(range(shown[0], shown[0] + 3))
+        batch_lengths = sorted(lengths[[index for index, _ in batch]].tolist())
+        assert batch_lengths == list(range(batch_lengths[0], batch_lengths[0] + 3))
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -346,20 +347,20 @@ def test_evaluation_takes_every_sample_once_in_order_or_by_length(size: int, wor
     longest = sorted(range(size), key=lambda index: -int(lengths[index]))
     shares = []
     for rank in range(world):
-        made = module(workers=workers, world=world, rank=rank)
-        plain = [int(index) for (indices,) in made.evaluation_loader(Keys(size)) for index in indices]
+        data = module(workers=workers, world=world, rank=rank)
+        plain = [int(index) for (indices,) in data.evaluation_loader(Keys(size)) for index in indices]
         assert plain == list(range(rank, size, world))
-        shown = [indices.tolist() for (indices,) in made.evaluation_loader(Keys(size), lengths)]
-        shares.append([index for batch in shown for index in batch])
+        batches_shown = [indices.tolist() for (indices,) in data.evaluation_loader(Keys(size), lengths)]
+        shares.append([index for batch in batches_shown for index in batch])
         first, *others = (longest[rank::world][i : i + 3] for i in range(0, len(shares[-1]), 3))
-        assert shown[0] == first  # the longest shows at once whether it fits
-        assert sorted(shown[1:]) == sorted(others)  # of like length
-        assert all(len(batch) == 3 for batch in shown[:-1])  # a smaller one is the last
+        assert batches_shown[0] == first  # the longest samples come first, so that a lack of memory shows at once
+        assert sorted(batches_shown[1:]) == sorted(others)  # batches of similar length
+        assert all(len(batch) == 3 for batch in batches_shown[:-1])  # only the last batch may be smaller
     assert sorted(index for share in shares for index in share) == list(range(size))
     assert max(len(share) for share in shares) - min(len(share) for share in shares) <= 1
 
 
-def test_evaluation_with_lengths_is_in_a_shuffled_order_that_is_always_the_same() -> None:
+def test_evaluation_with_lengths_has_a_fixed_shuffled_order() -> None:
     orders = []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -370,18 +371,19 @@ def test_evaluation_with_lengths_is_in_a_shuffled_order_that_is_always_the_same(
     assert (first, last) == (61, 1)
     assert sorted(others) == list(range(4, 60, 3))
     assert others not in (sorted(others), sorted(others, reverse=True))
-    loader = module().evaluation_loader(Keys(20), torch.tensor([5] * 10 + [9] * 10))  # equal lengths stay in order
+    # samples of equal length keep their order
+    loader = module().evaluation_loader(Keys(20), torch.tensor([5] * 10 + [9] * 10))
     order = [*range(10, 20), *range(10)]
     in_order = sorted(order[i : i + 3] for i in range(0, 20, 3))
     assert sorted(indices.tolist() for (indices,) in loader) == in_order
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_draws_nothing_from_the_global_generator(workers: int) -> None:
+def test_loading_leaves_the_global_generator_unchanged(workers: int) -> None:
     state = torch.get_rng_state()
-    made = module(workers=workers)
-    assert len(list(made.train_loader(Keys(12)))) == 4
-    assert [len(list(made.evaluation_loader(Keys(13), lengths))) for lengths in (None, skewed(13))] == [5, 5]
+    data = module(workers=workers)
+    assert len(list(data.train_loader(Keys(12)))) == 4
+    assert [len(list(data.evaluation_loader(Keys(13), lengths))) for lengths in (None, skewed(13))] == [5, 5]
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -389,26 +391,26 @@ def test_a_collate_function_makes_the_batches() -> None:
     def collate(rows: list[list[int]]) -> str:
         return "-".join(str(row[0]) for row in rows)
 
-    made = module()
-    assert list(made.evaluation_loader(Keys(7), collate=collate)) == ["0-1-2", "3-4-5", "6"]
-    assert [len(batch.split("-")) for batch in made.train_loader(Keys(7), collate=collate)] == [3, 3]
+    data = module()
+    assert list(data.evaluation_loader(Keys(7), collate=collate)) == ["0-1-2", "3-4-5", "6"]
+    assert [len(batch.split("-")) for batch in data.train_loader(Keys(7), collate=collate)] == [3, 3]
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, ["own", "beat", "wait", "wait"]), (1, ["wait", "wait", "own"])])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_nodes_first_process_comes_first(
+def test_local_rank_0_of_each_node_runs_first(
     monkeypatch: pytest.MonkeyPatch, rank: int, expected: list[str], fails: bool
 ) -> None:
     done: list[str] = []
-    others = iter([False, True])  # those of another node are not done at first
+    other_node_is_done = iter([False, True])  # the other node finishes at the second wait
 
     def all_done(own: bool) -> bool:
         done.append("wait" if own else "beat")
-        return own and next(others)
+        return own and next(other_node_is_done)
 
     monkeypatch.setattr(base, "BEAT", 0.0)
-    made = module(world=4, rank=2 + rank, local_rank=rank, strategy=SimpleNamespace(reduce_boolean_decision=all_done))
-    with pytest.raises(KeyError) if fails else nullcontext(), made.first_process_first() as beat:
+    data = module(world=4, rank=2 + rank, local_rank=rank, strategy=SimpleNamespace(reduce_boolean_decision=all_done))
+    with pytest.raises(KeyError) if fails else nullcontext(), data.first_process_first() as beat:
         done.append("own")
         beat()
         if fails:
@@ -416,7 +418,7 @@ def test_a_nodes_first_process_comes_first(
     assert done == expected
 
 
-def test_loaders_that_cannot_be_are_refused() -> None:
+def test_impossible_loaders_and_states_are_refused() -> None:
     with refuses("2 samples to evaluate are fewer than the 3 processes"):
         module(world=3).evaluation_loader(Keys(2))
     for size, world in ((2, 1), (8, 3)):
@@ -430,9 +432,10 @@ def test_loaders_that_cannot_be_are_refused() -> None:
 # -------------------------------------------------------------------------------------------------------------- seeded
 
 
-def test_a_seed_is_the_same_in_every_process_and_depends_on_each_key() -> None:
+def test_derived_seeds_are_reproducible_and_depend_on_each_key() -> None:
     assert derive_seed(0, 1) == 9_017_893_900_260_303_862
-    keys = [(0,), (-1,), (-2,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (10,), (2**64 - 1,)]  # hash(-1) is hash(-2)
+    # hash(-1) == hash(-2) in Python
+    keys = [(0,), (-1,), (-2,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (10,), (2**64 - 1,)]
     seeds = [derive_seed(*each) for each in keys]
     assert len(set(seeds)) == len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -443,7 +446,7 @@ def draw(*keys: int) -> list[float]:
         return torch.rand(3).tolist()
 
 
-def test_seeded_draws_are_a_function_of_the_keys_alone() -> None:
+def test_seeded_draws_depend_on_the_keys_alone() -> None:
     expected = draw(1, 2, 3)
     torch.manual_seed(123)
     torch.rand(17)
@@ -452,7 +455,7 @@ def test_seeded_draws_are_a_function_of_the_keys_alone() -> None:
     assert len({tuple(values) for values in [expected, *(draw(*keys) for keys in others)]}) == 9
 
 
-def test_seeded_gives_the_global_state_back_and_nests() -> None:
+def test_seeded_restores_the_global_state_and_nests() -> None:
     torch.rand(5)
     state = torch.get_rng_state()
     with seeded(1):

@@ -1,4 +1,4 @@
-"""Any change of a cache file is found, named and leads to a new file."""
+"""Cache files: any damage is found, warned about and leads to a new file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_content_and_digest(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_file_is_its_content_and_a_digest(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = path.read_bytes()
     assert data[:-SEAL_BYTES] == CONTENT
     assert data[-SEAL_BYTES:].startswith(b"\nonesided cache=0001 bytes=00000000000000010240 xxh3=")
@@ -68,7 +68,7 @@ def test_damage_is_found_and_named(path: Path, caplog: pytest.LogCaptureFixture,
     assert any(part in message for part in problem.split("|")), message
 
 
-def test_a_directory_in_its_place(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_directory_in_the_place_of_a_cache_file(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path.unlink()
     path.mkdir()
     assert not is_intact(path)
@@ -85,7 +85,7 @@ def test_large_files_are_announced(
 
 
 def test_old_temporary_files_are_removed(path: Path) -> None:
-    """Those of earlier versions, which held no lock: not before they are a day old."""
+    """Earlier versions left temporary files without a lock. Such files are removed when they are a day old."""
     folder = path.parent
     legacy = ["tmp0a_bcdef", f".prefix-{'0' * 40}.some.host.123.npy"]
     others = ["tmp0a_bcdef.arrow", "notes.npy"]

@@ -1,4 +1,4 @@
-"""Hidden states on disk: rows come back as they were, padded and packed, in every dtype, in every process."""
+"""Cached hidden states: rows are read back unchanged, padded or packed, in every dtype and process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 4
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Tokens that say which row and position they are of: 10·row + position."""
+    """Rows of tokens that encode their row and position: 10·row + position."""
 
     def __len__(self) -> int:
         return len(LENGTHS)
@@ -37,7 +37,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Prefix:
-    """Gives each token its own number in every entry, and rubbish where there is padding."""
+    """Return the number of each token in every entry of its hidden state, and -7 for padding."""
 
     key = "a prefix"
 
@@ -65,30 +65,30 @@ def filled(prefix: Prefix, rows_key: str = "rows", side: str = "right", beat: An
 
 
 def expected(packs: list[list[int]], tokens: int) -> Tensor:
-    made = torch.zeros(len(packs), tokens)
-    for values, pack in zip(made, packs, strict=True):
+    states = torch.zeros(len(packs), tokens)
+    for values, pack in zip(states, packs, strict=True):
         numbers = [10 * row + position for row in pack for position in range(int(LENGTHS[row]))]
         values[: len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
-    return made[..., None].expand(-1, -1, WIDTH)
+    return states[..., None].expand(-1, -1, WIDTH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_come_back(folder: Path, dtype: torch.dtype) -> None:
+def test_rows_are_read_back_unchanged(folder: Path, dtype: torch.dtype) -> None:
     states = filled(Prefix(dtype))
     assert states.dtype == dtype
     for packs, tokens in ([[[0], [1], [2], [3], [4]], 5], [[[2]], 1], [[[4], [0]], 7], [[[0, 2, 4], [3]], 6]):
         batch = states.batch(packs, tokens)
         assert batch.dtype == dtype
         assert torch.equal(batch.float(), expected(packs, tokens))
-    again = pickle.loads(pickle.dumps(states))  # as a worker that does not fork has it
-    assert torch.equal(again.batch([[3]]), states.batch([[3]]))
+    unpickled = pickle.loads(pickle.dumps(states))  # as in a worker process that is spawned
+    assert torch.equal(unpickled.batch([[3]]), states.batch([[3]]))
     (file,) = folder.iterdir()
-    array = np.load(file, mmap_mode="r")  # any program can read it
+    array = np.load(file, mmap_mode="r")  # NumPy can read the file
     assert array.shape == (int(LENGTHS.sum()), WIDTH)
     assert array.dtype == {torch.bfloat16: np.int16, torch.float16: np.float16}.get(dtype, np.float32)
 
 
-def test_a_second_filling_reads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_reads_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
     prefix = Prefix(torch.float32)
     filled(prefix)
     assert prefix.calls == 3
@@ -102,7 +102,7 @@ def test_a_second_filling_reads(capsys: pytest.CaptureFixture[str]) -> None:
     assert prefix.calls == 9
 
 
-def test_batches_have_hidden_states_for_tokens() -> None:
+def test_batches_have_hidden_states_instead_of_tokens() -> None:
     states = filled(Prefix(torch.float32))
     rows = [Rows()[i] for i in (0, 3)]
     batch = WithHidden(PadSequences(0), states)(rows)
@@ -116,16 +116,18 @@ def test_batches_have_hidden_states_for_tokens() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"nothing of the kind", None])
-def test_a_damaged_file_is_written_anew(content: bytes | None) -> None:
+def test_a_damaged_file_is_rebuilt(content: bytes | None) -> None:
     prefix = Prefix(torch.float32)
     states = filled(prefix)
-    whole = states.path.read_bytes()
-    states.path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:] if content is None else content)
+    content_before = states.path.read_bytes()
+    states.path.write_bytes(
+        content_before[:200] + bytes([content_before[200] ^ 1]) + content_before[201:] if content is None else content
+    )
     assert torch.equal(filled(prefix).batch([[1]]), states.batch([[1]]))
     assert prefix.calls == 6
 
 
-def test_a_file_cut_short_under_a_run() -> None:
+def test_a_file_truncated_during_a_run_is_refused() -> None:
     states = filled(Prefix(torch.float32))
     with states.path.open("r+b") as file:
         file.truncate(states.path.stat().st_size // 2)
@@ -133,41 +135,42 @@ def test_a_file_cut_short_under_a_run() -> None:
         states.batch([[row] for row in range(5)])
 
 
-def test_a_file_removed_under_a_run() -> None:
+def test_a_file_removed_during_a_run_is_refused() -> None:
     states = filled(Prefix(torch.float32))
     states.path.unlink()
     with pytest.raises(DataError, match=r"prefix-\w+\.npy can no longer be read \(.*\)\. Run the command again"):
         states.batch([[0]])
 
 
-def test_padding_at_the_left() -> None:
+def test_padding_on_the_left_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.cache_prefix: the cache needs texts that are padded at the right"):
         filled(Prefix(torch.float32), side="left")
     batches = WithHidden(PadSequences(0, "left"), filled(Prefix(torch.float32)))
-    assert torch.equal(batches([Rows()[1], Rows()[3]])["hidden"], expected([[1], [3]], 5))  # without padding
+    # rows of equal length need no padding
+    assert torch.equal(batches([Rows()[1], Rows()[3]])["hidden"], expected([[1], [3]], 5))
     with pytest.raises(DataError, match=r"padding_side: right in tokenizer_config\.json"):
         batches([Rows()[0], Rows()[1]])
 
 
-def test_each_batch_is_a_beat() -> None:
+def test_progress_is_reported_after_each_batch() -> None:
     beats: list[None] = []
     filled(Prefix(torch.float32), beat=lambda: beats.append(None))
     assert len(beats) == 3
 
 
-def test_an_error_in_a_worker_is_its_message_alone() -> None:
+def test_an_error_in_a_worker_process_keeps_its_message_alone() -> None:
     try:
         try:
             raise OSError("cut")
         except OSError as error:
             raise DataError("data.path: an image is broken.") from error
     except DataError:
-        told = ExceptionWrapper(where="in DataLoader worker process 0")
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(DataError, match=r"^data\.path: an image is broken\.$"):
-        pickle.loads(pickle.dumps(told)).reraise()
+        pickle.loads(pickle.dumps(wrapper)).reraise()
 
 
-def test_nothing_is_left_of_a_filling_that_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_leaves_no_cache_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = Prefix(torch.float32)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prefix, "states", interrupted(prefix))

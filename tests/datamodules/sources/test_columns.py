@@ -1,4 +1,4 @@
-"""Guesses of columns, from their names first and from their cells second."""
+"""Guessed columns: first from the names of columns, then from their cells."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def table(**columns: list[Any]) -> Table:
     [
         ({"id": MANY, "Review": WORDS, "Sentiment": FEW}, ["Review"], "Sentiment"),
         ({"label": FEW, "text": WORDS}, ["text"], "label"),
-        ({"text": WORDS, "label": FEW, "category": FEW}, ["text"], "label"),  # the likelier name
+        ({"text": WORDS, "label": FEW, "category": FEW}, ["text"], "label"),  # `label` is the likelier name
         ({"premise": WORDS, "hypothesis": WORDS, "label": FEW}, ["premise", "hypothesis"], "label"),
         ({"hypothesis": WORDS, "x": MANY, "premise": WORDS, "class": FEW}, ["premise", "hypothesis"], "class"),
         ({"text_a": WORDS, "text_b": WORDS, "score": [0.5, 1.5] * 10}, ["text_a", "text_b"], "score"),
-        ({"k": MANY, "beschreibung": WORDS, "art": FEW}, ["beschreibung"], "art"),  # by the cells
+        ({"k": MANY, "beschreibung": WORDS, "art": FEW}, ["beschreibung"], "art"),  # guessed from the cells
         ({"beschreibung": WORDS, "nummer": list(range(20)), "note": [1, 2] * 10}, ["beschreibung"], "note"),
         ({" text ": WORDS, "LABEL": FEW}, [" text "], "LABEL"),
     ],
 )
-def test_columns_of_a_classification(columns: dict[str, list[Any]], texts: list[str], label: str) -> None:
+def test_columns_of_a_classification_are_guessed(columns: dict[str, list[Any]], texts: list[str], label: str) -> None:
     made = table(**columns)
     assert guess_text_columns(made) == texts
     assert guess_label_column(made, texts) == label
@@ -47,14 +47,14 @@ def test_columns_of_a_classification(columns: dict[str, list[Any]], texts: list[
         ({"text": WORDS, "p": FEW, "q": FEW}, ["data.label_column", "2 columns of a.csv may hold the labels (p, q)"]),
     ],
 )
-def test_columns_that_cannot_be_told(columns: dict[str, list[Any]], words: list[str]) -> None:
+def test_ambiguous_columns_are_refused(columns: dict[str, list[Any]], words: list[str]) -> None:
     made = table(**columns)
     with pytest.raises(DataError) as error:
         guess_label_column(made, guess_text_columns(made))
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_name_is_found_in_the_order_of_the_names() -> None:
+def test_the_first_known_name_is_chosen() -> None:
     made = table(title=WORDS, Document=WORDS)
     assert named_column(made, ("document", "title")) == "Document"
     assert named_column(made, ("title", "document")) == "title"

@@ -6,7 +6,7 @@ from datamodules.errors import DataError
 from datamodules.sources.findings import Findings, SkippedRow
 
 
-def test_lines_are_at_most_ten_and_each_is_given_once() -> None:
+def test_at_most_ten_lines_are_returned_and_each_line_once() -> None:
     findings = Findings()
     for i in range(13):
         findings.add(f"line {i}")
@@ -14,7 +14,7 @@ def test_lines_are_at_most_ten_and_each_is_given_once() -> None:
     lines = findings.take_lines()
     assert lines[:9] == [f"line {i}" for i in range(9)]
     assert lines[9:] == ["and 4 more lines about the data"]
-    findings.add("line 12")  # in a later stage
+    findings.add("line 12")  # as in a later stage
     assert findings.take_lines() == []
 
 
@@ -30,7 +30,7 @@ def test_classes_are_listed_with_their_counts() -> None:
     assert "regression" in regression
 
 
-def test_as_many_rows_of_each_split_are_skipped_as_the_key_allows() -> None:
+def test_skip_bad_rows_limits_the_skipped_rows_of_each_split() -> None:
     findings = Findings(2)
     for split in ("train", "val"):
         for row in ("row 1", "row 2"):

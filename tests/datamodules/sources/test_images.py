@@ -1,4 +1,4 @@
-"""Every place that images come from gives the same pixels and labels, or one message that says what is wrong where."""
+"""Sources of images: every layout gives the same pixels and labels, or one message names the fault and the file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cell(pixels: Pixels) -> dict[str, Any]:
 
 
 def write(file: Path, **columns: tuple[Any, list[Any]]) -> Path:
-    """A Parquet file with the hub's notes on its columns; values are not checked against them."""
+    """Write a Parquet file with the hub's column types as metadata. Values are not checked against these types."""
     file.parent.mkdir(parents=True, exist_ok=True)
     schema = datasets.Features({name: feature for name, (feature, _) in columns.items()}).arrow_schema
     pq.write_table(pa.table({name: values for name, (_, values) in columns.items()}, schema=schema), file)
@@ -62,7 +62,7 @@ def opened(path: Path, split: str = "train", image: str | None = None, label: st
 
 
 def shows(table: ImageTable, images: list[Pixels], labels: list[int] | None = None) -> bool:
-    """Return True if the table has these pixels, (height, width, 3), in this order, bit for bit, and these labels."""
+    """Return True if the table has exactly these pixels, (height, width, 3), and labels, in this order."""
     decoded = [table.decode(row) for row in range(len(table))]
     assert {d.dtype for d in decoded} == {torch.uint8}
     same = [np.array_equal(d.permute(1, 2, 0).numpy(), i) for d, i in zip(decoded, images, strict=True)]
@@ -74,7 +74,7 @@ def shows(table: ImageTable, images: list[Pixels], labels: list[int] | None = No
 
 @pytest.mark.parametrize("column", ["img", "image"])
 @pytest.mark.parametrize("name", ["{}.parquet", "data/{}-00000-of-00001.parquet", "plain_text/data/{}-0.parquet"])
-def test_parquet_layouts(tmp_path: Path, name: str, column: str) -> None:
+def test_every_parquet_layout_is_read(tmp_path: Path, name: str, column: str) -> None:
     write_split(tmp_path / name.format("train"), IMAGES[:3], [2, 0, 1], image=column)
     write_split(tmp_path / name.format("test"), IMAGES[3:5], [1, 1], image=column)
     train = opened(tmp_path)
@@ -95,7 +95,7 @@ def test_shards_and_names_of_the_validation_split(tmp_path: Path, name: str) -> 
     assert shows(opened(tmp_path, "val"), IMAGES[1:3], [1, 2])
 
 
-def test_columns_by_key(tmp_path: Path) -> None:
+def test_keys_name_the_columns(tmp_path: Path) -> None:
     images, thumbs = ((datasets.Image(), [cell(i) for i in part]) for part in (IMAGES[:2], IMAGES[2:4]))
     coarse = (datasets.ClassLabel(names=["warm", "cold"]), [1, 0])
     write(tmp_path / "train.parquet", img=images, thumb=thumbs, label=(NAMED, [0, 1]), coarse=coarse)
@@ -113,13 +113,15 @@ def test_columns_by_key(tmp_path: Path) -> None:
         ("label", TEXT, ["red", "blue", "red"], [1, 0, 1], ["blue", "red"]),
     ],
 )
-def test_labels(tmp_path: Path, column: str, kind: Any, labels: Any, values: list[int], names: list[str]) -> None:
+def test_labels_of_every_type_are_read(
+    tmp_path: Path, column: str, kind: Any, labels: Any, values: list[int], names: list[str]
+) -> None:
     write_split(tmp_path / "train.parquet", IMAGES[:3], labels, label=column, named=kind)
     table = opened(tmp_path)
     assert (table.labels.tolist(), table.class_names) == (values, names)
 
 
-def test_images_as_plain_bytes(tmp_path: Path) -> None:
+def test_images_may_be_plain_bytes(tmp_path: Path) -> None:
     image = (datasets.Value("binary"), [png(i) for i in IMAGES[:2]])
     write(tmp_path / "train.parquet", image=image, label=(NAMED, [0, 1]))
     assert shows(opened(tmp_path), IMAGES[:2])
@@ -134,7 +136,7 @@ def save_image(file: Path, pixels: Pixels) -> Path:
     return file
 
 
-def test_folder_without_splits_is_all_for_training(tmp_path: Path) -> None:
+def test_a_folder_without_splits_is_training_data(tmp_path: Path) -> None:
     for file, pixels in zip(("ant/1.png", "ant/2.bmp", "bee/deeper/0.PNG"), IMAGES, strict=False):
         save_image(tmp_path / file, pixels)
     put(tmp_path / "ant/notes.txt", "no image")
@@ -150,7 +152,7 @@ def test_folder_without_splits_is_all_for_training(tmp_path: Path) -> None:
     assert [open_split(str(tmp_path), split, None, None) for split in ("val", "test")] == [None, None]
 
 
-def test_open_folder_is_in_the_order_of_names(tmp_path: Path) -> None:
+def test_images_to_predict_are_sorted_by_name(tmp_path: Path) -> None:
     for file, pixels in zip(("a.png", "b/c/2.png", "b/c/a.PNG", "z.bmp"), IMAGES, strict=False):
         save_image(tmp_path / file, pixels)
     put(tmp_path / "b/readme.md", "no image")
@@ -185,7 +187,7 @@ def black_and_white() -> Image.Image:
 
 GREY = np.array([[0, 7], [200, 255]], np.uint8)
 CLEAR = np.array([[[1, 2, 3, 0], [250, 128, 5, 77]]], np.uint8)
-# no ink is white, full cyan leaves green and blue, full black is black
+# CMYK: no ink is white, full cyan leaves green and blue, full black is black
 INKS = {(0, 0, 0, 0): (255, 255, 255), (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0)}
 
 
@@ -200,31 +202,31 @@ INKS = {(0, 0, 0, 0): (255, 255, 255), (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 
         ),
         (encoded(black_and_white(), "PNG"), [[(0, 0, 0), (255, 255, 255)]], 0),
         *(
-            (encoded(Image.new("CMYK", (8, 8), ink), kind), [[colour] * 8] * 8, 2)  # JPEG rounds
+            (encoded(Image.new("CMYK", (8, 8), ink), kind), [[colour] * 8] * 8, 2)  # tolerance for JPEG
             for kind in ("TIFF", "JPEG")
             for ink, colour in INKS.items()
         ),
     ],
 )
-def test_colours(content: bytes, pixels: Any, off: int) -> None:
+def test_every_colour_mode_becomes_rgb(content: bytes, pixels: Any, off: int) -> None:
     decoded = decode_image(content).permute(1, 2, 0).numpy()
     assert decoded.shape == np.shape(pixels)
     assert np.abs(decoded.astype(int) - pixels).max() <= off
 
 
-def test_jpeg_as_pillow_decodes_it() -> None:
+def test_a_jpeg_is_decoded_as_by_pillow() -> None:
     content = encoded(Image.fromarray(colour_image(1, np.random.default_rng(0), 24)), "JPEG", quality=70)
     expected = np.asarray(Image.open(io.BytesIO(content)))
     assert np.array_equal(decode_image(content).permute(1, 2, 0).numpy(), expected)
 
 
-def test_labels_follow_the_names_of_their_classes() -> None:
+def test_labels_are_mapped_by_class_names() -> None:
     table = ImageTable(lambda row: Path(str(row)), ["0", "1", "2"], torch.tensor([0, 1, 1]), ["b", "c", "d"])
     among = table.with_classes(["c", "a", "b"], "here")
     assert (among.labels.tolist(), among.class_names) == ([2, 0, 0], ["c", "a", "b"])
     assert (among.read, among.names) == (table.read, table.names)
     assert table.labels.tolist() == [0, 1, 1]
-    with refuses("data.path", "the val split of x", "(c)", "The model knows 2: a, b."):  # d never occurs
+    with refuses("data.path", "the val split of x", "(c)", "The model knows 2: a, b."):  # class d has no images
         table.with_classes(["a", "b"], "the val split of x")
 
 
@@ -233,9 +235,10 @@ def test_labels_follow_the_names_of_their_classes() -> None:
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[Pixels]]:
-    """A folder in the format of cifar-10-batches-py with nine images, and those; torchvision is told its sums."""
+    """Return a folder in the format of cifar-10-batches-py, and its nine images. torchvision expects its checksums."""
     images = [colour_image(i % 3, np.random.default_rng(i), 32) for i in range(9)]
-    rows = np.stack(images).transpose(0, 3, 1, 2).reshape(9, 3072)  # all of red, then green, then blue
+    # channels first: all red values, then green, then blue
+    rows = np.stack(images).transpose(0, 3, 1, 2).reshape(9, 3072)
     labels = [i % 3 for i in range(9)]
     contents: dict[str, dict[str, Any]] = {
         "data_batch_1": {"data": rows[:4], "labels": labels[:4]},
@@ -257,7 +260,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[P
 
 
 @pytest.mark.parametrize("parent", [True, False])
-def test_cifar10_folder(cifar: tuple[Path, list[Pixels]], parent: bool) -> None:
+def test_a_cifar10_folder_is_read(cifar: tuple[Path, list[Pixels]], parent: bool) -> None:
     folder, images = cifar
     path = folder.parent if parent else folder
     train, test = opened(path), opened(path, "test")
@@ -269,7 +272,7 @@ def test_cifar10_folder(cifar: tuple[Path, list[Pixels]], parent: bool) -> None:
 
 @pytest.mark.parametrize("name", ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_no_pickle_of_a_tampered_cifar10_is_opened(
+def test_a_tampered_cifar10_is_refused_before_unpickling(
     cifar: tuple[Path, list[Pixels]], tmp_path: Path, name: str, split: str
 ) -> None:
     folder, _ = cifar
@@ -288,14 +291,14 @@ def test_no_pickle_of_a_tampered_cifar10_is_opened(
 @pytest.mark.parametrize(
     "path", ["/nowhere/at/all", "./nowhere", "~/nowhere", "some/other/folder", "beans", "hub/name"]
 )
-def test_a_directory_that_is_not_there(path: str) -> None:
+def test_a_missing_directory_is_refused(path: str) -> None:
     with refuses("data.path", path, *(["--data.path DIRECTORY"] if path in ("beans", "hub/name") else ["is not here"])):
         open_split(path, "train", None, None)
     with refuses("data.predict_path", path, "does not exist. Give an image or a folder"):
         open_folder(path)
 
 
-def test_folders_without_images_or_training_images(tmp_path: Path) -> None:
+def test_folders_without_images_or_training_images_are_refused(tmp_path: Path) -> None:
     with refuses("data.path", str(tmp_path), "no images"):
         opened(tmp_path)
     put(tmp_path / "notes.txt", "no image")
@@ -314,7 +317,8 @@ def test_folders_without_images_or_training_images(tmp_path: Path) -> None:
 
 
 LISTS = datasets.List(WHOLE)
-BAD: list[tuple[dict[str, Any], tuple[str | None, str | None], tuple[str, ...]]] = [  # split, columns by key, message
+# split, columns named by keys, parts of the message
+BAD: list[tuple[dict[str, Any], tuple[str | None, str | None], tuple[str, ...]]] = [
     ({"labels": []}, (None, None), ("data.path", "train.parquet")),
     ({"image": "picture"}, (None, None), ("data.image_column", "img or image", "picture, label")),
     ({"label": "target"}, (None, None), ("data.label_column", "label or labels or fine_label", "img, target")),
@@ -339,7 +343,7 @@ def test_bad_tables_are_refused(
         opened(tmp_path, "train", *columns)
 
 
-def test_a_column_that_holds_no_images(tmp_path: Path) -> None:
+def test_a_column_without_images_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", img=(WHOLE, [1]), label=(NAMED, [0]))
     with refuses("data.image_column", "img", "train.parquet"):
         opened(tmp_path)
@@ -360,7 +364,7 @@ RED = png(colour_image(0, np.random.default_rng(0)))
         ({"bytes": None, "path": None}, "it is empty"),
     ],
 )
-def test_damaged_images_in_parquet(tmp_path: Path, content: dict[str, Any] | None, part: str) -> None:
+def test_damaged_images_in_parquet_are_refused(tmp_path: Path, content: dict[str, Any] | None, part: str) -> None:
     images = (datasets.Image(), [cell(IMAGES[0]), content])
     write(tmp_path / "train.parquet", img=images, label=(NAMED, [0, 1]))
     table = opened(tmp_path)
@@ -373,7 +377,7 @@ def test_damaged_images_in_parquet(tmp_path: Path, content: dict[str, Any] | Non
     ("name", "content"),
     [("1.png", b""), ("1.png", RED[: len(RED) // 2]), ("1.ppm", b"P6\n2 x 255\n" + b"\0" * 12), ("1.png", None)],
 )
-def test_damaged_image_files(tmp_path: Path, name: str, content: bytes | None) -> None:
+def test_damaged_image_files_are_refused(tmp_path: Path, name: str, content: bytes | None) -> None:
     file = put(tmp_path / "train/ant" / name, content or RED)
     table, folder = opened(tmp_path), open_folder(str(tmp_path))
     file.unlink()
@@ -385,7 +389,7 @@ def test_damaged_image_files(tmp_path: Path, name: str, content: bytes | None) -
 
 
 @pytest.mark.parametrize(("keep", "part"), [(0, "is an empty file"), (3, "parquet"), (100, "parquet")])
-def test_truncated_parquet(tmp_path: Path, keep: int, part: str) -> None:
+def test_truncated_parquet_is_refused(tmp_path: Path, keep: int, part: str) -> None:
     file = write_split(tmp_path / "data/train-00000-of-00001.parquet", IMAGES[:2], [0, 1])
     file.write_bytes(file.read_bytes()[:keep])
     with refuses("data.path", str(file), part):

@@ -1,4 +1,4 @@
-"""Whole numbers, names and decimal numbers as labels, and what is no label."""
+"""Parsing of labels: integers, names, decimal numbers, and values that are no label."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def read_table(cells: list[Any], feature: Any) -> datasets.Dataset:
 
 
 def read(labels: Any, feature: Any = None, given: Given = None, column: str = "label") -> Labels:
-    """Labels of a table called `here`, or of another one, where each row must have a label.
+    """Return the parsed labels of a table, where each row must have a label.
 
     Args:
-        labels: Cells of the column, or the table.
-        feature: Type of the column, whose values are not checked against it; None lets the library choose.
+        labels: Cells of the column of a table called `here`, or the table itself.
+        feature: Type of the column. Values are not checked against this type. With None, `datasets` infers the type.
         given: Names of the classes.
         column: Name of the column.
     """
     if not isinstance(labels, Table):
         data = datasets.Dataset.from_dict({"label": labels})
-        if feature is NAMED:  # the library would refuse to store numbers out of range
+        if feature is NAMED:  # `from_dict` would refuse class numbers out of range
             data = datasets.Dataset(data.data, datasets.DatasetInfo(features=datasets.Features({"label": feature})))
         elif feature is not None:
             data = read_table(labels, feature)
         labels = Table(data, "here")
-    found = parse_labels(labels, column, given)
-    if found.bad:
-        raise missing_label(found, column)
-    return found
+    parsed = parse_labels(labels, column, given)
+    if parsed.bad:
+        raise missing_label(parsed, column)
+    return parsed
 
 
 def same(labels: Labels, values: list[Any], class_names: list[str]) -> bool:
-    wanted = torch.tensor(values, dtype=torch.int64 if class_names else torch.float32)
-    equal = torch.equal(labels.values, wanted) and labels.values.dtype == wanted.dtype
+    expected = torch.tensor(values, dtype=torch.int64 if class_names else torch.float32)
+    equal = torch.equal(labels.values, expected) and labels.values.dtype == expected.dtype
     return equal and labels.class_names == class_names
 
 
@@ -71,7 +71,7 @@ def same(labels: Labels, values: list[Any], class_names: list[str]) -> bool:
         ([True, False, True], BOOLEAN, None, [1, 0, 1], ["False", "True"]),
         ([True, False, True], BOOLEAN, ("bad", "good"), [1, 0, 1], ["bad", "good"]),
         (["TRUE", "False", "true"], TEXT, None, [1, 0, 1], ["False", "True"]),
-        # the names of the column come first
+        # class names of the column override given names
         *(([2, 0, 1], NAMED, given, [2, 0, 1], NAMED.names) for given in (None, (), ("a", "b", "c"), ("a", "b"))),
         *(
             (["b", "a", "b", "c"], datasets.Value(kind), None, [1, 0, 1, 2], ["a", "b", "c"])
@@ -87,11 +87,11 @@ def same(labels: Labels, values: list[Any], class_names: list[str]) -> bool:
         ([-1.0, 0.5], DECIMAL, None, [-1.0, 0.5], []),
     ],
 )
-def test_labels_of_every_type(
+def test_labels_of_every_type_are_parsed(
     cells: list[Any], feature: Any, given: Given, values: list[Any], names: list[str]
 ) -> None:
     assert same(read(cells, feature, given), values, names)
-    half = len(cells) // 2  # shards are one column, and rows may be chosen
+    half = len(cells) // 2  # shards form one column, and rows may be selected
     shards = [read_table(part, feature) for part in (cells[:half], cells[half:]) if part]
     whole = datasets.concatenate_datasets(shards).add_column("other", range(len(cells)))
     assert same(read(Table(whole, "here"), given=given), values, names)
@@ -111,7 +111,9 @@ def test_labels_of_every_type(
         ([0.5, 2.0], [0.5, 2.0], []),
     ],
 )
-def test_labels_of_files(tmp_path: Path, suffix: str, cells: list[Any], values: list[Any], names: list[str]) -> None:
+def test_labels_in_files_are_parsed(
+    tmp_path: Path, suffix: str, cells: list[Any], values: list[Any], names: list[str]
+) -> None:
     lines = "label\n" + "".join(f"{cell}\n" for cell in cells)
     content = lines if suffix == ".csv" else "".join(json.dumps({"label": cell}) + "\n" for cell in cells)
     reading = Reading(as_written=("label",))
@@ -119,7 +121,7 @@ def test_labels_of_files(tmp_path: Path, suffix: str, cells: list[Any], values: 
 
 
 @pytest.mark.parametrize(
-    ("cells", "said"),
+    ("cells", "note"),
     [
         (["Yes", "yes ", "no"], "'Yes' and 'yes '"),
         ([1.0, 2.0], "all whole, read as a regression"),
@@ -128,9 +130,9 @@ def test_labels_of_files(tmp_path: Path, suffix: str, cells: list[Any], values: 
         ([i % 5 for i in range(40)], None),
     ],
 )
-def test_labels_that_leave_a_doubt_are_told(cells: list[Any], said: str | None) -> None:
+def test_ambiguous_labels_are_noted(cells: list[Any], note: str | None) -> None:
     notes = read(cells).notes
-    assert notes == () if said is None else said in notes[0]
+    assert notes == () if note is None else note in notes[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -139,14 +141,14 @@ HIDDEN = ("hidden", "predict", "data.test_on_validation: true")
 FOUR = ("a", "b", "c", "d")
 LISTS = datasets.List(WHOLE)
 BAD: list[tuple[Any, Any, Given, tuple[str, ...]]] = [
-    # an empty cell names its row
+    # the message on an empty cell names its row
     *(([0, None, 2, None], NAMED, given, ("is empty in row 1",)) for given in (None, (), FOUR)),
     *(([0.5, None], DECIMAL, given, ("is empty in row 1",)) for given in (None, ())),
     *((["a", None], TEXT, given, ("is empty in row 1",)) for given in (None, FOUR)),
     *(([3, None], WHOLE, given, ("is empty in row 1",)) for given in (None, (), FOUR)),
     *(([True, None], BOOLEAN, given, ("is empty in row 1",)) for given in (None, (), FOUR)),
     ([None, None], WHOLE, None, ("is empty in every row",)),
-    # numbers that are none
+    # NaN and infinity
     *(
         (pa.array(np.array([0.5, 1, x, 2, x], kind)), None, None, (f"is {x} in row 2; 2 of 5 labels cannot be used",))
         for x in (float("nan"), float("inf"), -float("inf"))
@@ -178,11 +180,11 @@ def test_bad_labels_are_refused(cells: Any, feature: Any, given: Given, parts: t
     assert ("hidden" in str(told.value)) is (HIDDEN[0] in parts)
 
 
-def test_bad_files_and_columns(tmp_path: Path) -> None:
+def test_bad_files_and_columns_are_refused(tmp_path: Path) -> None:
     with refuses("data.label_column", "here has no column stars; it has label"):
         read([0], column="stars")
     table = opened(put(tmp_path / "train.csv", "label\n0.5\nnan\n1.25\n"))
-    with refuses("data.label_column", "must hold numbers, and it holds"):  # a word among numbers
+    with refuses("data.label_column", "must hold numbers, and it holds"):  # a string among numbers
         read(table, given=())
     whole = {str(i): "a" for i in range(99)}
     table = opened(put(tmp_path / "train.json", json.dumps({"label": whole})))
@@ -204,9 +206,9 @@ def test_bad_files_and_columns(tmp_path: Path) -> None:
     ],
 )
 def test_rows_of_a_label_are_left_out(cells: list[Any], feature: Any, skip: Any) -> None:
-    found = parse_labels(Table(read_table(cells, feature), "here"), "label", skip_label=skip)
-    assert (found.left_out, found.bad) == ({1}, {})
-    assert "none" not in found.class_names and "-1" not in found.class_names
+    parsed = parse_labels(Table(read_table(cells, feature), "here"), "label", skip_label=skip)
+    assert (parsed.left_out, parsed.bad) == ({1}, {})
+    assert "none" not in parsed.class_names and "-1" not in parsed.class_names
 
 
 # ------------------------------------------------------------------------------------------------------------ matching
@@ -221,7 +223,7 @@ def labels(values: list[float], class_names: list[str]) -> Labels:
     [
         ([0, 1, 1, 0], ["b", "c"], ["c", "a", "b"], [2, 0, 0, 2]),
         ([1, 0], ["b", "c"], ["b", "c"], [1, 0]),
-        ([0, 2], ["a", "b", "c"], ["c", "a"], [1, 0]),  # b does not occur
+        ([0, 2], ["a", "b", "c"], ["c", "a"], [1, 0]),  # no row has class b
         ([0, -1], ["b"], ["a", "b"], [1, -1]),
         ([0.5, 2.0], [], [], [0.5, 2.0]),
         *(([1, 0, 1], ["False", "True"], known, [1, 0, 1]) for known in (["0", "1"], ["false", "true"])),
@@ -229,7 +231,7 @@ def labels(values: list[float], class_names: list[str]) -> Labels:
         ([1, 0, 1], ["0", "1"], ["False", "True"], [1, 0, 1]),
     ],
 )
-def test_labels_are_matched_by_the_names_of_their_classes(
+def test_labels_are_matched_by_class_names(
     values: list[float], names: list[str], known: list[str], matched: list[float]
 ) -> None:
     read = labels(values, names)
@@ -257,7 +259,7 @@ def test_labels_are_matched_by_the_names_of_their_classes(
         ([0], ["a", "b"], [], ("model is for regression", "labels of here are for classification into a, b")),
     ],
 )
-def test_labels_that_match_nothing(
+def test_labels_without_a_known_class_are_refused(
     values: list[float], names: list[str], known: list[str], parts: tuple[str, ...]
 ) -> None:
     with refuses("data.", *parts):

@@ -1,4 +1,4 @@
-"""Rows of a split: held out by a seed of their own, and cut to a limit; names that mean a split."""
+"""Rows of a split: held out by a seed, limited to a sample, and recognised by names."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_held_out_rows_and_training_rows_are_disjoint_and_cover_the_table(
     size: int, fraction: float, held: int
 ) -> None:
     train, val = (rows(split, size, shares={"val": fraction}) for split in ("train", "val"))
-    assert len(val) == held  # rounded, and never none
+    assert len(val) == held  # rounded, and at least 1
     assert sorted(train + val) == list(range(size))
 
 
-def test_rows_to_test_are_held_out_besides_and_leave_the_validation_rows_as_they_are() -> None:
+def test_held_out_test_rows_do_not_change_the_validation_rows() -> None:
     shares = {"val": 0.2, "test": 0.3}
     train, val, test = (rows(split, shares=shares) for split in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (25, 10, 15)
@@ -40,7 +40,7 @@ def test_rows_to_test_are_held_out_besides_and_leave_the_validation_rows_as_they
     assert val == rows("val")
 
 
-def test_what_is_held_out_is_drawn_by_the_seed() -> None:
+def test_held_out_rows_depend_on_the_seed_and_are_spread_evenly() -> None:
     assert len({tuple(sorted(rows("val", seed=seed))) for seed in range(5)}) == 5
     held = rows("val", 1000)
     assert all(abs(sum(low <= row < low + 250 for row in held) - 50) < 20 for low in range(0, 1000, 250))
@@ -52,17 +52,17 @@ def test_what_is_held_out_is_drawn_by_the_seed() -> None:
 def test_a_limit_keeps_a_seeded_sample(split: str, held_out: bool) -> None:
     several: tuple[dict[str, Any], ...] = ({}, {"limit": 5}, {"limit": 5, "seed": 1})
     shares = {"val": 0.2} if held_out else {}
-    whole, kept, other = (rows(split, shares=shares, **keys) for keys in several)
-    assert held_out or whole == list(range(50))
-    assert len(set(kept)) == len(kept) == 5
-    assert set(kept) < set(whole)
-    assert kept not in (whole[:5], other)
-    for limit in (len(whole), 10**9):
-        assert rows(split, shares=shares, limit=limit) == whole
+    all_rows, sample, sample_of_other_seed = (rows(split, shares=shares, **keys) for keys in several)
+    assert held_out or all_rows == list(range(50))
+    assert len(set(sample)) == len(sample) == 5
+    assert set(sample) < set(all_rows)
+    assert sample not in (all_rows[:5], sample_of_other_seed)
+    for limit in (len(all_rows), 10**9):
+        assert rows(split, shares=shares, limit=limit) == all_rows
 
 
 @pytest.mark.parametrize(
-    ("check", "said"),
+    ("check", "message"),
     [
         *(
             (
@@ -78,8 +78,8 @@ def test_a_limit_keeps_a_seeded_sample(split: str, held_out: bool) -> None:
         *((partial(check_limits, {"val": n, "test": 1}), f"max_val_samples: {n} must be 1 or more") for n in (0, -3)),
     ],
 )
-def test_bad_values_are_refused(check: Callable[[], Any], said: str) -> None:
-    with refuses(f"data.{said}"):
+def test_bad_values_are_refused(check: Callable[[], Any], message: str) -> None:
+    with refuses(f"data.{message}"):
         check()
     check_fraction("val_fraction", 0.5)
     check_limits({"train": 1, "val": None, "test": 10**9})
@@ -94,10 +94,10 @@ def test_bad_values_are_refused(check: Callable[[], Any], said: str) -> None:
         (None, ["attest", "retrain", "devices", "data", "images", "latest", "value", "", "_"]),
     ],
 )
-def test_names_that_mean_a_split(split: str | None, names: list[str]) -> None:
+def test_names_of_splits_are_recognised(split: str | None, names: list[str]) -> None:
     assert [split_of(name) for name in names] == [split] * len(names)
 
 
-def test_names_that_systems_leave() -> None:
+def test_files_of_operating_systems_and_tools_are_recognised() -> None:
     assert all(is_helper(n) for n in (".ipynb_checkpoints", "__MACOSX", "._x.png", "Thumbs.db", "Desktop.ini"))
     assert not any(is_helper(n) for n in ("ant", "thumbs", "__init__", "x.png"))

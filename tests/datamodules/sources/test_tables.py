@@ -1,4 +1,4 @@
-"""The same rows come out of every kind of file and every layout, or one message says what is wrong where."""
+"""Sources of tables: every kind of file and layout gives the same rows, or one message names the fault and the file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ each_suffix = pytest.mark.parametrize("suffix", SUFFIXES)
 
 
 def write(file: Path, rows: Rows) -> Path:
-    """Columns `text` and `label` as the suffix says."""
+    """Write columns `text` and `label` in the format of the suffix."""
     if file.suffix == ".parquet":
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"text": [t for t, _ in rows], "label": [i for _, i in rows]}), file)
@@ -60,7 +60,7 @@ def rows_of(table: Table) -> Rows:
 
 @each_suffix
 @pytest.mark.parametrize("name", ["{}", "{}-00000-of-00001", "data/{}-0", "{}/0000", "default/{}/0000"])
-def test_splits_by_name(tmp_path: Path, name: str, suffix: str) -> None:
+def test_splits_are_found_by_name(tmp_path: Path, name: str, suffix: str) -> None:
     for split, rows in (("train", ROWS[:3]), ("test", ROWS[3:])):
         write(tmp_path / (name.format(split) + suffix), rows)
     assert rows_of(opened(tmp_path)) == ROWS[:3]
@@ -80,7 +80,7 @@ def test_splits_by_name(tmp_path: Path, name: str, suffix: str) -> None:
         ("train.jsonl", "validation.csv", "test.jsonl"),
     ],
 )
-def test_names_that_mean_a_split(tmp_path: Path, train: str, val: str, test: str) -> None:
+def test_names_of_splits_are_recognised(tmp_path: Path, train: str, val: str, test: str) -> None:
     for i, name in enumerate((train, val, test)):
         write(tmp_path / name.replace(".CSV", ".csv").replace(".Csv", ".csv"), ROWS[i : i + 1]).rename(tmp_path / name)
     for name in ("train_matched.csv", "mytrain.csv", "train.txt", "train.csv.bak", "__MACOSX/train.csv"):
@@ -106,32 +106,32 @@ TABLE = "text,label\n" + "".join(f"w{i},{i}\n" for i in range(3))
         ("train.csv", b"\xef\xbb\xbf" + TABLE.encode(), None),
     ],
 )
-def test_kinds_of_files(tmp_path: Path, name: str, content: bytes, rows: Rows | None) -> None:
+def test_every_kind_of_file_is_read(tmp_path: Path, name: str, content: bytes, rows: Rows | None) -> None:
     put(tmp_path / name, content)
     assert rows_of(opened(tmp_path)) == (rows or [(f"w{i}", i) for i in range(3)])
 
 
 @each_suffix
 @pytest.mark.parametrize("name", ["train-0000{}", "train-0000{}-of-00004", "train/0000{}"])
-def test_shards_follow_each_other(tmp_path: Path, name: str, suffix: str) -> None:
+def test_shards_are_joined_in_order(tmp_path: Path, name: str, suffix: str) -> None:
     for i in (2, 0, 3, 1):
         write(tmp_path / (name.format(i) + suffix), ROWS[i : i + 1])
     assert rows_of(opened(tmp_path)) == ROWS
 
 
 @each_suffix
-def test_one_file_is_training_rows_or_rows_to_predict(tmp_path: Path, suffix: str) -> None:
-    file = write(tmp_path / f"run[1]/reviews{suffix}", ROWS)  # the signs of a pattern are taken literally
+def test_a_single_file_has_training_rows_or_rows_to_predict(tmp_path: Path, suffix: str) -> None:
+    file = write(tmp_path / f"run[1]/reviews{suffix}", ROWS)  # [1] is not taken as a glob pattern
     write(tmp_path / f"run1/reviews{suffix}", ROWS[:1])
     assert rows_of(opened(file)) == rows_of(opened(file, ("other", "train"))) == ROWS
     assert [open_table(str(file), SPLITS[split]) for split in ("val", "test")] == [None, None]
     table = open_file(str(file), "predict_path")
     assert (rows_of(table), table.where) == (ROWS, str(file))
-    write(file, ROWS[1:])  # a changed file is read anew
+    write(file, ROWS[1:])  # a changed file is read again
     assert rows_of(opened(file)) == ROWS[1:]
 
 
-def test_a_directory_called_train_is_not_the_split(tmp_path: Path) -> None:
+def test_a_directory_called_train_may_have_several_splits(tmp_path: Path) -> None:
     write(tmp_path / "train/train.csv", ROWS[:1])
     write(tmp_path / "train/test.csv", ROWS[1:])
     assert rows_of(opened(tmp_path / "train")) == ROWS[:1]
@@ -142,7 +142,7 @@ def test_a_directory_called_train_is_not_the_split(tmp_path: Path) -> None:
 
 
 def write_configs(folder: Path, *configs: str) -> Path:
-    """A clone of a repository with a folder for each configuration: CNN/DailyMail, GLUE."""
+    """Write a repository with one folder for each configuration, as CNN/DailyMail and GLUE have."""
     for i, config in enumerate(configs):
         write(folder / config / "train-00000-of-00001.parquet", ROWS[i : i + 1])
         write(folder / config / "test-00000-of-00001.parquet", ROWS[i + 1 : i + 2])
@@ -150,18 +150,19 @@ def write_configs(folder: Path, *configs: str) -> Path:
 
 
 @pytest.mark.parametrize("below", ["", "data/"])
-def test_a_folder_of_the_configuration_is_taken(tmp_path: Path, below: str) -> None:
+def test_the_folder_of_the_configuration_is_read(tmp_path: Path, below: str) -> None:
     configs = ("1.0.0", "2.0.0", "3.0.0")
     write_configs(tmp_path, *(below + config for config in configs))
     for i, config in enumerate(configs):
         assert rows_of(opened(tmp_path, config=config)) == ROWS[i : i + 1]
         assert rows_of(opened(tmp_path, SPLITS["test"], config)) == ROWS[i + 1 : i + 2]
-        assert rows_of(opened(tmp_path / below / config, config=config)) == ROWS[i : i + 1]  # the folder itself
+        # data.path may be this folder
+        assert rows_of(opened(tmp_path / below / config, config=config)) == ROWS[i : i + 1]
         assert open_table(str(tmp_path), SPLITS["val"], config) is None
 
 
 @pytest.mark.parametrize("name", ["train", "data/train-0", "train/0000", "default/train/0000", "data/train/0000"])
-def test_folders_that_are_no_configuration_do_not_count(tmp_path: Path, name: str) -> None:
+def test_folders_of_splits_are_not_configurations(tmp_path: Path, name: str) -> None:
     write(tmp_path / f"rte/{name}.csv", ROWS[:1])
     write(tmp_path / f"mrpc/{name}.csv", ROWS[1:])
     assert rows_of(opened(tmp_path, config="mrpc")) == ROWS[1:]
@@ -174,7 +175,7 @@ def test_folders_that_are_no_configuration_do_not_count(tmp_path: Path, name: st
 # --------------------------------------------------------------------------------------------------------------- cells
 
 
-def test_words_for_nothing_are_words_and_empty_cells_are_missing(tmp_path: Path) -> None:
+def test_words_such_as_na_are_text_and_empty_cells_are_missing(tmp_path: Path) -> None:
     words = ["NA", "null", "None", "nan", "N/A", "NULL", "#N/A", "NaN", "<NA>", "n/a"]
     lines = [f"{word},{i}" for i, word in enumerate(words)]
     file = put(tmp_path / "train.csv", "\n".join(["text,label", *lines, ",10", '"",11', '"a, ""b""\nc",12']) + "\n")
@@ -183,7 +184,7 @@ def test_words_for_nothing_are_words_and_empty_cells_are_missing(tmp_path: Path)
     assert opened(tmp_path / "train.jsonl").data["text"][:] == ["", None, "NA", None]
 
 
-def test_types_of_columns(tmp_path: Path) -> None:
+def test_types_of_columns_are_inferred_or_kept(tmp_path: Path) -> None:
     for suffix in (".csv", ".jsonl"):
         features = opened(write(tmp_path / f"train{suffix}", ROWS)).data.features
         assert (features["label"].dtype, features["text"].dtype.removeprefix("large_")) == ("int64", "string")
@@ -196,7 +197,7 @@ def test_types_of_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-32", "latin-1"])
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_encodings(tmp_path: Path, encoding: str, suffix: str) -> None:
+def test_other_encodings_need_data_encoding(tmp_path: Path, encoding: str, suffix: str) -> None:
     content = 'text\ncafé\n"Straße"\n' if suffix == "csv" else '{"text": "café"}\n{"text": "Straße"}\n'
     put(tmp_path / f"train.{suffix}", content, encoding)
     likely = "cp1252" if encoding == "latin-1" else encoding
@@ -206,22 +207,22 @@ def test_encodings(tmp_path: Path, encoding: str, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["rot13", "base64", "hex", "nonsense"])
-def test_encodings_that_are_not_of_text(encoding: str) -> None:
+def test_encodings_that_are_no_text_encodings_are_refused(encoding: str) -> None:
     with refuses(f"data.encoding: '{encoding}' is unknown to Python"):
         Reading(encoding)
 
 
-def test_rows_of_a_tsv_that_a_stray_quotation_mark_joins_are_told(tmp_path: Path) -> None:
+def test_tsv_rows_joined_by_a_stray_quotation_mark_are_noted(tmp_path: Path) -> None:
     put(tmp_path / "train.tsv", 'text\tlabel\na\t0\n"b\t1\nc\t0\n"d\t1\ne\t0\n')
     (note,) = opened(tmp_path, reading=Reading(as_written=("text", "label"))).notes
     assert "text of" in note and "1 cells hold tabs and line breaks" in note
 
 
-def test_rows_of_a_table_are_taken_in_the_order_that_is_given(tmp_path: Path) -> None:
+def test_select_returns_rows_in_the_given_order(tmp_path: Path) -> None:
     table = opened(write(tmp_path / "train.csv", ROWS))
     chosen = table.select(torch.tensor([2, 0]))
     assert (rows_of(chosen), chosen.where) == ([ROWS[2], ROWS[0]], table.where)
-    assert rows_of(table.select(torch.tensor([3, 2, 1, 0]))) == ROWS[::-1]  # as many, in another order
+    assert rows_of(table.select(torch.tensor([3, 2, 1, 0]))) == ROWS[::-1]  # all rows in another order
     assert table.select(torch.arange(4)) is table
     check_column(table, "label_column", "label")
     with refuses("data.label_column", table.where, "has no column lable; it has text, label."):
@@ -246,16 +247,16 @@ def column(cells: list[Any], feature: Any = None) -> Table:
         ([True, False], "bool", ["True", "False"]),
     ],
 )
-def test_numbers_are_text_where_text_is_asked_for(cells: list[Any], kind: str, texts: list[Any]) -> None:
+def test_numbers_in_a_text_column_are_read_as_text(cells: list[Any], kind: str, texts: list[Any]) -> None:
     table = column(cells, datasets.Value(kind))
-    more = Table(table.data.add_column("more", cells), "here")
-    read = check_texts(more, "source_column", "text")
-    assert (read.data["text"][:], read.data.column_names) == (texts, ["text", "more"])
-    assert read.notes == (() if "string" in kind else (f"text of here holds {kind}, read as text",))
+    two_columns = Table(table.data.add_column("more", cells), "here")
+    checked = check_texts(two_columns, "source_column", "text")
+    assert (checked.data["text"][:], checked.data.column_names) == (texts, ["text", "more"])
+    assert checked.notes == (() if "string" in kind else (f"text of here holds {kind}, read as text",))
 
 
 @pytest.mark.parametrize(
-    ("cells", "feature", "said"),
+    ("cells", "feature", "message"),
     [
         ([None, None], datasets.Value("null"), "text in here is empty in every row"),
         ([0, 1], datasets.ClassLabel(names=["a", "b"]), "must hold text, and it holds"),
@@ -263,12 +264,12 @@ def test_numbers_are_text_where_text_is_asked_for(cells: list[Any], kind: str, t
         ([b"a"], datasets.Value("binary"), "must hold text, and it holds binary"),
     ],
 )
-def test_a_column_that_holds_no_text(cells: list[Any], feature: Any, said: str) -> None:
-    with refuses("data.source_column", said):
+def test_a_column_without_text_is_refused(cells: list[Any], feature: Any, message: str) -> None:
+    with refuses("data.source_column", message):
         check_texts(column(cells, feature), "source_column", "text")
 
 
-def test_texts_and_numbers_in_one_column_of_jsonl(tmp_path: Path) -> None:
+def test_a_jsonl_column_may_mix_texts_and_numbers(tmp_path: Path) -> None:
     mixed = opened(write_rows(tmp_path / "train.jsonl", [{"text": "a"}, {"text": 3}]))
     assert check_texts(mixed, "text_columns", "text").data["text"][:] == ["a", "3"]
 
@@ -285,21 +286,22 @@ def test_rows_without_text_are_found(empty: list[int], size: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------- hub
 
 
-def test_the_hub_is_asked_for_a_split_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = fake_hub(monkeypatch, lambda split: [{"text": split}], "train", "valid", "val")
+def test_an_existing_split_is_requested_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = fake_hub(monkeypatch, lambda split: [{"text": split}], "train", "valid", "val")
     table = opened(Path("some/data"), SPLITS["val"], "rte", revision="refs/convert/parquet")
     assert (table.data["text"][:], table.where) == (["val"], "some/data/rte/val")
     assert open_table("some/data", SPLITS["test"], "rte") is None
     assert opened(Path("some/data"), SPLITS["train"]).where == "some/data/train"
     first, second = ("some/data", "rte", "refs/convert/parquet"), ("some/data", None, None)
-    assert asked == [first, first, ("some/data", "rte", None), second, second]
+    assert requests == [first, first, ("some/data", "rte", None), second, second]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 Files = dict[str, str | bytes]
 PARQUET = "train.parquet"
-BAD: dict[str, tuple[Files, dict[str, Any], tuple[str, ...]]] = {  # files, arguments of open_table, message
+# files, arguments of open_table, parts of the message
+BAD: dict[str, tuple[Files, dict[str, Any], tuple[str, ...]]] = {
     "a split twice": (
         {"dev.csv": TABLE, "validation.csv": TABLE},
         {"splits": SPLITS["val"]},
@@ -378,7 +380,7 @@ def test_bad_input_is_refused(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [3, 60, -20])
-def test_truncated_parquet(tmp_path: Path, keep: int) -> None:
+def test_truncated_parquet_is_refused(tmp_path: Path, keep: int) -> None:
     file = write(tmp_path / PARQUET, ROWS)
     file.write_bytes(file.read_bytes()[:keep])
     with refuses("data.path", str(file), "cannot be read as parquet", "damaged"):
@@ -386,19 +388,19 @@ def test_truncated_parquet(tmp_path: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         *((path, "is not here") for path in ("/nowhere/at/all", "./nowhere", "~/nowhere", "some/other/folder")),
         *((path, "could not be loaded from the hub") for path in ("some-data", "some/data")),
     ],
 )
-def test_a_path_that_is_not_there(path: str, said: str) -> None:
-    with refuses("data.path", path, said, *(["--data.path DIRECTORY"] if "hub" in said else [])):
+def test_a_missing_path_is_refused(path: str, message: str) -> None:
+    with refuses("data.path", path, message, *(["--data.path DIRECTORY"] if "hub" in message else [])):
         open_table(path, ("train",), "config")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("new.txt", "a", "new.txt is missing, or is not a file of .parquet, .csv, .tsv, .jsonl"),
         ("gone.csv", None, "gone.csv is missing, or is not a file of"),
@@ -406,17 +408,19 @@ def test_a_path_that_is_not_there(path: str, said: str) -> None:
         ("new.jsonl", '{"text', "cannot be read as jsonl"),
     ],
 )
-def test_a_bad_file_to_predict_is_told_under_its_key(tmp_path: Path, name: str, content: Any, said: str) -> None:
+def test_the_message_on_a_bad_file_to_predict_names_its_key(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
     if content is not None:
         put(tmp_path / name, content)
-    with refuses("data.predict_path", str(tmp_path / name) if "is no" not in said else said):
+    with refuses("data.predict_path", str(tmp_path / name) if "is no" not in message else message):
         open_file(str(tmp_path / name), "predict_path")
     if name == "new.txt":
         with refuses("data.path", str(tmp_path / name), "must be one of .parquet, .csv, .tsv, .jsonl"):
             open_table(str(tmp_path / name), ("train",))
 
 
-def test_a_link_to_nothing(tmp_path: Path) -> None:
+def test_a_broken_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").symlink_to(tmp_path / "gone.csv")
     with refuses("data.path", "train.csv", "is a broken link"):
         open_table(str(tmp_path), ("train",))
@@ -433,18 +437,18 @@ def no_room(wrapped: bool) -> Callable[[list[Path], Reading], Any]:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_full_disk_is_not_taken_for_a_damaged_file(
+def test_a_full_disk_is_not_reported_as_a_damaged_file(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
 ) -> None:
     monkeypatch.setitem(READERS, ".csv", no_room(wrapped))
     file = write(tmp_path / "train.csv", ROWS)
-    with refuses("data.path", str(file), f"the cache {cache}", "No space left", "set HF_DATASETS_CACHE") as told:
+    with refuses("data.path", str(file), f"the cache {cache}", "No space left", "set HF_DATASETS_CACHE") as raised:
         open_table(str(file), ("train",))
-    assert "damaged" not in str(told.value)
+    assert "damaged" not in str(raised.value)
 
 
 @each_suffix
-def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Path, suffix: str) -> None:
+def test_an_unwritable_cache_is_one_message(tmp_path: Path, cache: Path, suffix: str) -> None:
     put(cache, "a file in its place")
     file = write(tmp_path / f"new{suffix}", ROWS)
     with refuses("data.predict_path", str(file), f"the cache {cache}", "set HF_DATASETS_CACHE"):

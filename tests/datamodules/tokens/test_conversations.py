@@ -1,4 +1,4 @@
-"""Conversations as tokens: the templates' texts to the letter, the responses alone learnt, cuts that spare them."""
+"""Tokens of conversations: exact texts of templates, responses in the loss, and cuts of long conversations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from datamodules.tokens.conversations import (
 from tests.causal_backbones import CHAT, byte_tokenizer
 from tests.support.refusals import refuses
 
-END = 2  # <|im_end|>, which pads too
+END = 2  # <|im_end|>, also the padding token
 ALPACA_COLUMNS: dict[str, Any] = {
     "messages": None,
     "instruction": "instruction",
@@ -45,7 +45,7 @@ def encoder(template: str = CHAT, max_length: int = 10_000, tokenizer: Any = Non
 
 
 def talk(*contents: str, system: str | None = None) -> list[Message]:
-    """Turns of a user and an assistant, the user first."""
+    """Return messages of a user and an assistant in turn, after a system message if given."""
     roles = ["user", "assistant"]
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
@@ -56,7 +56,7 @@ def text(tokens: list[int]) -> str:
 
 
 def learnt_runs(tokens: list[int], learnt: list[bool]) -> list[str]:
-    """Texts of the stretches that are to be learnt."""
+    """Return the texts of consecutive tokens in the loss."""
     edges = [0, *(i for i in range(1, len(tokens)) if learnt[i] != learnt[i - 1]), len(tokens)]
     return [text(tokens[a:b]) for a, b in pairwise(edges) if learnt[a]]
 
@@ -92,7 +92,7 @@ Add them.
         ({"instruction": "Add them.", "input": "1 and 2"}, WITH),
     ],
 )
-def test_prompts_are_alpacas_to_the_letter(row: dict[str, Any], prompt: str) -> None:
+def test_prompts_equal_alpacas(row: dict[str, Any], prompt: str) -> None:
     made = encoder(ALPACA)
     assert text(made.prompt(columns(response=None).conversation(row))) == prompt
     tokens, learnt = made.conversation(columns().conversation({**row, "output": " Red\n  or so "}))
@@ -102,7 +102,7 @@ def test_prompts_are_alpacas_to_the_letter(row: dict[str, Any], prompt: str) -> 
     assert tokens[: learnt.index(True)] == made.prompt(columns(response=None).conversation(row))
 
 
-def test_alpaca_without_inputs_and_with_a_system_message_in_the_place_of_its_introduction() -> None:
+def test_alpaca_without_inputs_and_with_a_system_message_instead_of_its_introduction() -> None:
     messages = columns(input=None, response=None).conversation({"instruction": "Name a colour."})
     assert text(encoder(ALPACA).prompt(messages)) == WITHOUT
     for system, begin in (("Be brief.", "Be brief.\n\n"), ("", "")):
@@ -111,7 +111,7 @@ def test_alpaca_without_inputs_and_with_a_system_message_in_the_place_of_its_int
         assert text(tokens) == f"{begin}### Instruction:\nHi\n\n### Response:Yo<|im_end|>"
 
 
-def test_alpacas_template_takes_several_turns() -> None:
+def test_alpacas_template_accepts_several_turns() -> None:
     tokens, learnt = encoder(ALPACA).conversation(talk("Name a colour.", "Red", "Another?", "Blue"))
     assert text(tokens) == (WITHOUT + "Red<|im_end|>\n\n### Instruction:\nAnother?\n\n### Response:Blue<|im_end|>")
     assert learnt_runs(tokens, learnt) == ["Red<|im_end|>", "Blue<|im_end|>"]
@@ -119,7 +119,7 @@ def test_alpacas_template_takes_several_turns() -> None:
 
 
 def llama_tokenizer(begins: bool = True) -> PreTrainedTokenizerFast:
-    """Characters behind LLaMA's `▁` at the beginning of a text and in place of spaces, and <s> first."""
+    """Return a tokenizer of characters that begins a text with <s> and `▁`, and writes spaces as `▁`, like LLaMA's."""
     letters = [chr(i) for i in range(33, 127)]
     specials = ["<unk>", "<s>", "</s>"]
     vocabulary = {token: i for i, token in enumerate([*specials, "▁", "\n", *letters, "▁a"])}
@@ -134,14 +134,17 @@ def llama_tokenizer(begins: bool = True) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_alpacas_text_begins_as_the_tokenizer_begins_one(begins: bool) -> None:
+def test_alpacas_text_has_the_begin_token_that_the_tokenizer_adds(begins: bool) -> None:
     tokenizer = llama_tokenizer(begins)
-    made = encoder(alpaca_template(tokenizer), tokenizer=tokenizer)
+    alpaca_encoder = encoder(alpaca_template(tokenizer), tokenizer=tokenizer)
     messages = talk("Name a colour.", "Red", "Another?", "Blue")
-    tokens, _ = made.conversation(messages)
+    tokens, _ = alpaca_encoder.conversation(messages)
     assert tokens.count(1) == begins
-    assert made.prompt(messages[:1]) == tokenizer("<s>" * begins + WITHOUT, add_special_tokens=False)["input_ids"]
-    assert tokens[: len(made.prompt(messages[:1]))] == made.prompt(messages[:1])
+    assert (
+        alpaca_encoder.prompt(messages[:1])
+        == tokenizer("<s>" * begins + WITHOUT, add_special_tokens=False)["input_ids"]
+    )
+    assert tokens[: len(alpaca_encoder.prompt(messages[:1]))] == alpaca_encoder.prompt(messages[:1])
     assert (tokens[0] == 1) == begins
 
 
@@ -150,7 +153,9 @@ def test_alpacas_text_begins_as_the_tokenizer_begins_one(begins: bool) -> None:
 
 @pytest.mark.parametrize("contents", [("Hi", "Yo"), ("Hi", "Yo", "And A?", " B\n\nor C ", "No", "D")])
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_a_chat_is_what_the_tokenizer_makes_of_the_whole(contents: tuple[str, ...], system: str | None) -> None:
+def test_a_chat_equals_the_tokenizers_output_for_the_complete_conversation(
+    contents: tuple[str, ...], system: str | None
+) -> None:
     messages = talk(*contents, system=system)
     tokens, learnt = encoder().conversation(messages)
     assert tokens == byte_tokenizer().apply_chat_template(messages, return_dict=False)
@@ -166,27 +171,27 @@ LLAMA_CHAT = (
 )
 
 
-def test_a_response_is_not_taken_for_the_beginning_of_a_text() -> None:
+def test_a_response_is_tokenised_in_its_context() -> None:
     tokenizer = llama_tokenizer()
     tokenizer.chat_template = LLAMA_CHAT
     messages = talk("Why?", "as ever", "Why not?", "ask me")
-    made = encoder(LLAMA_CHAT, tokenizer=tokenizer)
-    tokens, learnt = made.conversation(messages)
+    chat_encoder = encoder(LLAMA_CHAT, tokenizer=tokenizer)
+    tokens, learnt = chat_encoder.conversation(messages)
     assert tokens == tokenizer.apply_chat_template(messages, return_dict=False)
     first = learnt.index(True)
     assert tokenizer.convert_ids_to_tokens(tokens[first : first + 2]) == ["▁a", "s"]
     for turn in (1, 3):
-        prompt = made.prompt(messages[:turn])
+        prompt = chat_encoder.prompt(messages[:turn])
         assert prompt == tokens[: len(prompt)]
         assert learnt[len(prompt)] and not learnt[len(prompt) - 1]
 
 
-def test_a_prompt_keeps_its_tokens_where_the_response_would_join_them() -> None:
+def test_a_prompt_keeps_its_tokens_if_the_tokenizer_would_merge_its_end_with_the_response() -> None:
     template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q:' + m['content'] + ' ' }}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
     )
-    for response, joins in (("A and B", True), ("F and B", False)):  # ` A` is one token
+    for response, joins in (("A and B", True), ("F and B", False)):  # ` A` is one token, ` F` is two
         tokens, learnt = encoder(template).conversation(talk("who?", response))
         prompt = encoder(template).prompt(talk("who?"))
         assert text(tokens) == f"Q:who? {response}<|im_end|>"
@@ -199,32 +204,33 @@ TWICE = CHAT.replace("<|im_end|>\n", "<|im_end|>{{ '<|im_end|>' if message['role
 
 
 @pytest.mark.parametrize(("template", "end"), [(CHAT, "<|im_end|>"), (TWICE, "<|im_end|><|im_end|>")])
-def test_every_response_is_learnt_to_its_last_end(template: str, end: str) -> None:
+def test_the_loss_covers_every_end_token_of_a_response(template: str, end: str) -> None:
     assert byte_tokenizer().pad_token_id == byte_tokenizer().eos_token_id == END
     tokens, learnt = encoder(template).conversation(talk("Hi", "Yo", "Go", "No"))
-    assert learnt_runs(tokens, learnt) == [f"Yo{end}", f"No{end}"]  # the users' ends are not learnt
-    assert text([tokens[-1]]) == "\n" and not learnt[-1]  # what the template puts behind the end
+    assert learnt_runs(tokens, learnt) == [f"Yo{end}", f"No{end}"]  # without the end tokens of the user
+    assert text([tokens[-1]]) == "\n" and not learnt[-1]  # the line break that the template writes after the end
 
 
-def test_a_response_ends_where_its_template_says() -> None:
+def test_a_response_ends_with_the_end_token_of_its_template() -> None:
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
     tokens, learnt = encoder(template).conversation(talk("Hi", "Yo"))
     assert text(tokens) == "<user>Hi</><assistant>Yo</>"
-    assert learnt_runs(tokens, learnt) == ["<assistant>Yo</>"]  # all that the prompt does not have
+    assert learnt_runs(tokens, learnt) == ["<assistant>Yo</>"]  # everything after the prompt
     with refuses("no special token after a response"):
         response_end(byte_tokenizer(), template)
-    tokenizer = byte_tokenizer(eos_token="<unk>")  # as in Qwen's base models, another than the template's
+    # in Qwen's base models this token differs from the template's end token
+    tokenizer = byte_tokenizer(eos_token="<unk>")
     assert tokenizer.eos_token_id != response_end(tokenizer, CHAT) == END
-    made = ConversationEncoder(tokenizer, CHAT, 200, response_end(tokenizer, CHAT))
-    assert learnt_runs(*made.conversation(talk("a", "bc"))) == ["bc<|im_end|>"]
+    chat_encoder = ConversationEncoder(tokenizer, CHAT, 200, response_end(tokenizer, CHAT))
+    assert learnt_runs(*chat_encoder.conversation(talk("a", "bc"))) == ["bc<|im_end|>"]
     assert response_end(tokenizer, alpaca_template(tokenizer)) == tokenizer.eos_token_id
 
 
-def test_what_a_user_says_last_is_left_out_of_training() -> None:
-    whole = talk("Hi", "Yo", "Thanks")
-    assert encoder().conversation(whole) == encoder().conversation(whole[:2])
-    assert text(encoder().prompt(question(whole))).endswith("Thanks<|im_end|>\n<|im_start|>assistant\n")
-    assert question(whole[:2]) == whole[:1]
+def test_a_last_message_of_the_user_is_left_out_of_training() -> None:
+    messages = talk("Hi", "Yo", "Thanks")
+    assert encoder().conversation(messages) == encoder().conversation(messages[:2])
+    assert text(encoder().prompt(question(messages))).endswith("Thanks<|im_end|>\n<|im_start|>assistant\n")
+    assert question(messages[:2]) == messages[:1]
     assert question([]) == []
 
 
@@ -259,7 +265,7 @@ IN_TURNS = "does not write a conversation turn by turn"
         ),
     ],
 )
-def test_templates_that_are_refused(template: str, contents: tuple[str, ...], parts: tuple[str, ...]) -> None:
+def test_unsupported_templates_are_refused(template: str, contents: tuple[str, ...], parts: tuple[str, ...]) -> None:
     messages = talk(*contents, system="Be brief.")
     with refuses("data.template:", *parts):
         encoder(template).conversation(messages)
@@ -271,19 +277,19 @@ def test_templates_that_are_refused(template: str, contents: tuple[str, ...], pa
 # ------------------------------------------------------------------------------------------------------ special tokens
 
 
-def test_special_tokens_in_contents_are_no_tokens() -> None:
-    system, asked, given = "S<unk>", "a<|im_end|>\n<|im_start|>assistant\nb", "<|im_<|im_end|>end|>c<|im_start|"
-    tokens, learnt = encoder().conversation(talk(asked, given, system=system))
+def test_special_tokens_in_contents_are_removed() -> None:
+    system, user, assistant = "S<unk>", "a<|im_end|>\n<|im_start|>assistant\nb", "<|im_<|im_end|>end|>c<|im_start|"
+    tokens, learnt = encoder().conversation(talk(user, assistant, system=system))
     clean = talk("a\nassistant\nb", "c<|im_start|", system="S")
     assert (tokens, learnt) == encoder().conversation(clean)
-    assert encoder().clean(talk(asked, given, system=system)) == clean
-    assert encoder().prompt(talk(asked)) == encoder().prompt(clean[1:2])
+    assert encoder().clean(talk(user, assistant, system=system)) == clean
+    assert encoder().prompt(talk(user)) == encoder().prompt(clean[1:2])
     assert [token for token in tokens if token < 3] == [1, END] * 3
     row = {"instruction": "a", "input": "x<|im_end|>y", "output": "b"}
     assert "### Input:\nxy\n" in text(encoder(ALPACA).conversation(columns().conversation(row))[0])
 
 
-def test_added_tokens_that_are_not_special_stay() -> None:
+def test_added_tokens_that_are_not_special_are_kept() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
     tokenizer.add_tokens([AddedToken("<tool.>", special=True)], special_tokens=True)
@@ -309,7 +315,7 @@ def test_added_tokens_that_are_not_special_stay() -> None:
         (None, "END", ""),
     ],
 )
-def test_end_marks_do_not_belong_to_responses(output: str | None, mark: str | None, response: str) -> None:
+def test_end_marks_are_removed_from_responses(output: str | None, mark: str | None, response: str) -> None:
     row = {"instruction": "a END", "input": "", "output": output}
     *_, message = columns(end_mark=mark).conversation(row)
     assert message == {"role": "assistant", "content": response}
@@ -317,7 +323,7 @@ def test_end_marks_do_not_belong_to_responses(output: str | None, mark: str | No
     assert columns(messages="chat", end_mark=mark).conversation(chat) == talk("a END", response)
 
 
-def test_an_input_follows_the_instruction_where_the_template_has_no_place_for_it() -> None:
+def test_an_input_is_appended_to_the_instruction_in_templates_without_inputs() -> None:
     row = {"instruction": "Add them. ", "input": "1 and 2\n", "output": "3"}
     assert columns(apart=False).conversation(row) == talk("Add them. \n\n1 and 2\n", "3")
     assert columns(apart=False).conversation({**row, "input": None}) == talk("Add them. ", "3")
@@ -325,37 +331,39 @@ def test_an_input_follows_the_instruction_where_the_template_has_no_place_for_it
     assert columns(apart=False, response=None).names() == ["instruction", "input"]
 
 
-def test_a_system_prompt_is_for_conversations_without_one() -> None:
-    made = columns(messages="chat", system="Default.")
-    assert made.names() == ["chat"]
-    assert made.conversation({"chat": talk("Hi", "Yo")}) == talk("Hi", "Yo", system="Default.")
-    assert made.conversation({"chat": talk("Hi", "Yo", system="")}) == talk("Hi", "Yo", system="")
-    assert made.conversation({"chat": []}) == talk(system="Default.")
+def test_a_system_prompt_is_added_to_conversations_without_one() -> None:
+    chat_columns = columns(messages="chat", system="Default.")
+    assert chat_columns.names() == ["chat"]
+    assert chat_columns.conversation({"chat": talk("Hi", "Yo")}) == talk("Hi", "Yo", system="Default.")
+    assert chat_columns.conversation({"chat": talk("Hi", "Yo", system="")}) == talk("Hi", "Yo", system="")
+    assert chat_columns.conversation({"chat": []}) == talk(system="Default.")
 
 
 # --------------------------------------------------------------------------------------------------------------- cuts
 
 
-def test_a_long_prompt_loses_its_middle() -> None:
-    whole = encoder().prompt(talk("0123456789" * 20))
-    short = encoder(max_length=81).prompt(talk("0123456789" * 20))
-    assert len(short) == 81
-    assert short == whole[:40] + whole[-41:]
-    assert encoder(max_length=len(whole)).prompt(talk("0123456789" * 20)) == whole
+def test_a_long_prompt_is_cut_in_its_middle() -> None:
+    complete = encoder().prompt(talk("0123456789" * 20))
+    shortened = encoder(max_length=81).prompt(talk("0123456789" * 20))
+    assert len(shortened) == 81
+    assert shortened == complete[:40] + complete[-41:]
+    assert encoder(max_length=len(complete)).prompt(talk("0123456789" * 20)) == complete
 
 
 @pytest.mark.parametrize(
     ("prompt", "response", "most", "kept_prompt", "kept_response"),
     [
-        (6, 4, 10, 6, 4),  # all fits
-        (20, 4, 10, 6, 4),  # a short response is kept whole
-        (20, 9, 10, 5, 5),  # a long one keeps half
-        (3, 20, 10, 3, 7),  # and all the room that the prompt leaves
+        (6, 4, 10, 6, 4),  # everything fits
+        (20, 4, 10, 6, 4),  # a short response is not cut
+        (20, 9, 10, 5, 5),  # a long response keeps half of the room
+        (3, 20, 10, 3, 7),  # a long response takes the room that a short prompt leaves
         (0, 20, 10, 0, 10),
         (20, 1, 2, 1, 1),
     ],
 )
-def test_cuts(prompt: int, response: int, most: int, kept_prompt: int, kept_response: int) -> None:
+def test_cut_divides_the_room_between_prompt_and_response(
+    prompt: int, response: int, most: int, kept_prompt: int, kept_response: int
+) -> None:
     tokens, learnt = cut([*range(prompt + response)], [False] * prompt + [True] * response, most)
     assert learnt == [False] * kept_prompt + [True] * kept_response
     assert tokens[kept_prompt:] == [*range(prompt, prompt + kept_response)]
@@ -364,7 +372,7 @@ def test_cuts(prompt: int, response: int, most: int, kept_prompt: int, kept_resp
     assert tokens[left:kept_prompt] == [*range(prompt - kept_prompt + left, prompt)]
 
 
-def test_any_cut_fits_and_keeps_half_of_the_room_or_the_whole_first_response() -> None:
+def test_a_cut_fits_and_keeps_half_of_the_room_or_the_complete_first_response() -> None:
     draw = random.Random(0)
     for _ in range(500):
         turns = [draw.randrange(1, 40) for _ in range(2 * draw.randrange(1, 4))]
@@ -372,7 +380,7 @@ def test_any_cut_fits_and_keeps_half_of_the_room_or_the_whole_first_response() -
         tokens, most = [*range(len(learnt))], draw.randrange(2, 90)
         kept, marks = cut(tokens, learnt, most)
         assert len(kept) == len(marks) == min(most, len(tokens))
-        assert kept == sorted(set(kept))  # in order, none twice
+        assert kept == sorted(set(kept))  # in order, without repeats
         assert marks == [learnt[token] for token in kept]
         first = range(turns[0], turns[0] + turns[1])
         spared = sum(token in first for token in kept)

@@ -1,4 +1,4 @@
-"""Texts become the tokens that the tokenizer makes of them, once, and come back from disk as they were."""
+"""Tokenizing: tokens equal the tokenizer's output, are computed once and read back unchanged from the cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def table(texts: list[Any], **columns: list[Any]) -> Table:
 
 
 class Encoder:
-    """Cuts to `limit` tokens, and counts its calls."""
+    """Encode texts, cut to `limit` tokens, and count the calls."""
 
     def __init__(self, tokenizer: Any = None, limit: int = 6) -> None:
         self.tokenizer, self.limit, self.calls = tokenizer or word_tokenizer(), limit, 0
@@ -43,7 +43,7 @@ class Encoder:
 
 
 def encoded(of: Table, encode: Encoder, *columns: str) -> tuple[datasets.Dataset, int]:
-    """Return the tokens, and how often the tokenizer was called for them."""
+    """Return the tokens, and the number of calls of the tokenizer."""
     before = encode.calls
     key = {"tokenizer": tokenizer_state(encode.tokenizer), "max_length": encode.limit}
     return tokenized(of, columns or ["text"], encode, key), encode.calls - before
@@ -53,18 +53,18 @@ def encoded(of: Table, encode: Encoder, *columns: str) -> tuple[datasets.Dataset
 
 
 @pytest.mark.parametrize("limit", [3, 6, 64])
-def test_tokens_are_those_of_the_tokenizer_and_are_made_once(limit: int, cache: Path) -> None:
+def test_tokens_equal_the_tokenizers_and_are_computed_once(limit: int, cache: Path) -> None:
     encode = Encoder(limit=limit)
     data, calls = encoded(table(TEXTS), encode)
     expected = word_tokenizer()(TEXTS, truncation=True, max_length=limit)["input_ids"]
     assert data[:] == {"input_ids": expected, "length": [len(ids) for ids in expected]}
-    again, more_calls = encoded(table(TEXTS), encode)
+    cached, more_calls = encoded(table(TEXTS), encode)
     assert (calls, more_calls) == (1, 0)
-    assert again[:] == data[:]
+    assert cached[:] == data[:]
     assert len(list((cache / "onesided").glob("*.arrow"))) == 1
 
 
-def test_more_rows_than_a_batch_of_the_cache() -> None:
+def test_more_rows_than_one_batch_are_cached() -> None:
     texts = [f"w{i % 40} w{i // 40 % 40} w{i // 1600 % 40}" for i in range(10_050)]
     encode = Encoder()
     data, calls = encoded(table(texts), encode)
@@ -72,7 +72,7 @@ def test_more_rows_than_a_batch_of_the_cache() -> None:
     picked = [0, 9_999, 10_000, 10_049]
     assert data[picked]["input_ids"] == word_tokenizer()([texts[i] for i in picked])["input_ids"]
     assert encoded(table(texts), encode)[1] == 0
-    changed = [*texts[:-1], "bad"]  # in the last row alone
+    changed = [*texts[:-1], "bad"]  # only the last row differs
     assert encoded(table(changed), encode)[0][10_049]["input_ids"] == word_tokenizer()("bad")["input_ids"]
 
 
@@ -80,7 +80,7 @@ def csv(file: Path, texts: list[str], more: str = "") -> Path:
     return put(file, f"text{',more' if more else ''}\n" + "".join(f'"{t}"{more and f",{more}"}\n' for t in texts))
 
 
-def test_neither_place_nor_other_columns_nor_shards_nor_rows_in_between_matter(tmp_path: Path) -> None:
+def test_the_cache_depends_on_the_texts_alone(tmp_path: Path) -> None:
     encode = Encoder()
     data, _ = encoded(opened(csv(tmp_path / "one/train.csv", WORDS)), encode)
     shutil.copy(tmp_path / "one/train.csv", tmp_path / "copy.csv")
@@ -88,15 +88,15 @@ def test_neither_place_nor_other_columns_nor_shards_nor_rows_in_between_matter(t
     csv(tmp_path / "shards/train-0.csv", WORDS[:2])
     csv(tmp_path / "shards/train-1.csv", WORDS[2:])
     longer = opened(csv(tmp_path / "longer.csv", ["w0", *WORDS[::-1], "w9"]))
-    same = [
+    tables_of_same_texts = [
         *(opened(tmp_path / name) for name in ("copy.csv", "another", "shards")),
         opened(csv(tmp_path / "more.csv", WORDS, more="7")),
         longer.select(torch.arange(len(WORDS), 0, -1)),
     ]
-    for other in same:
-        again, calls = encoded(other, encode)
-        assert (calls, again[:]) == (0, data[:])
-    with_nulls = pa.table({"text": [None, *TEXTS]})  # once the null is cut off, bits for nulls are left
+    for other in tables_of_same_texts:
+        cached, calls = encoded(other, encode)
+        assert (calls, cached[:]) == (0, data[:])
+    with_nulls = pa.table({"text": [None, *TEXTS]})  # a sliced table keeps Arrow's bitmap of nulls
     rows = (pa.table({"text": TEXTS}), with_nulls.slice(1))
     assert [encoded(Table(datasets.Dataset(each), "here"), encode)[1] for each in rows] == [1, 0]
 
@@ -108,10 +108,10 @@ def test_neither_place_nor_other_columns_nor_shards_nor_rows_in_between_matter(t
         TEXTS[:-1],
         [*TEXTS, ""],
         TEXTS[::-1],
-        ["the film was good .bad", "", *TEXTS[2:]],  # the same letters
+        ["the film was good .bad", "", *TEXTS[2:]],  # the same characters, split differently
     ],
 )
-def test_other_texts_are_tokenised_anew(texts: list[str]) -> None:
+def test_other_texts_are_tokenised_again(texts: list[str]) -> None:
     encode = Encoder()
     encoded(table(TEXTS), encode)
     data, calls = encoded(table(texts), encode)
@@ -119,7 +119,7 @@ def test_other_texts_are_tokenised_anew(texts: list[str]) -> None:
     assert data["input_ids"][:] == word_tokenizer()(texts, truncation=True, max_length=6)["input_ids"]
 
 
-def test_the_two_sentences_of_a_pair_are_not_taken_for_each_other() -> None:
+def test_swapped_sentences_of_a_pair_have_other_tokens() -> None:
     encode = Encoder(limit=64)
     one, two = table(WORDS, other=WORDS[::-1]), table(WORDS[::-1], other=WORDS)
     for of, columns, pairs in (
@@ -154,7 +154,7 @@ OTHERS: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_whatever_decides_the_tokens_has_tokens_of_its_own(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+def test_everything_that_affects_the_tokens_gets_a_new_cache_file(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     encode = Encoder()
     encoded(table(TEXTS), encode)
     with monkeypatch.context() as patch:
@@ -167,7 +167,7 @@ def test_whatever_decides_the_tokens_has_tokens_of_its_own(monkeypatch: pytest.M
     assert encoded(table(TEXTS), Encoder())[1] == 0
 
 
-def test_neither_calls_nor_the_place_of_a_tokenizer_change_its_state(tmp_path: Path) -> None:
+def test_the_state_of_a_tokenizer_does_not_depend_on_calls_or_its_path(tmp_path: Path) -> None:
     states = set()
     for name in ("one", "another"):
         word_tokenizer().save_pretrained(tmp_path / name)
@@ -182,7 +182,7 @@ def test_neither_calls_nor_the_place_of_a_tokenizer_change_its_state(tmp_path: P
 
 
 def dataset(texts: Any = None, **targets: list[Any]) -> TokenDataset:
-    """Row `i` has `i % 3 + 1` tokens, which are all `i`."""
+    """Return a data set of 7 rows. Row `i` has `i % 3 + 1` tokens, which are all `i`."""
     ids = [[i] * (i % 3 + 1) for i in range(7)]
     types = [[0] * len(row) for row in ids]
     data = datasets.Dataset.from_dict({"input_ids": ids, "token_type_ids": types, "length": [len(row) for row in ids]})
@@ -197,7 +197,7 @@ def test_lengths_follow_a_selection() -> None:
     assert [row["input_ids"] for row in chosen.__getitems__([0, 2])] == [[5, 5, 5], [1, 1]]
 
 
-def test_rows_by_number_and_by_draw_in_any_process() -> None:
+def test_rows_are_read_by_number_or_by_draw_after_pickling() -> None:
     texts = datasets.Dataset.from_dict({"target": [f"text {i}" for i in range(7)]})
     data = dataset(texts, label=[10 * i for i in range(7)], score=[0.5 * i for i in range(7)])
     data = pickle.loads(pickle.dumps(data))
@@ -215,7 +215,7 @@ def test_rows_by_number_and_by_draw_in_any_process() -> None:
     assert set(dataset()[0]) == {"input_ids", "token_type_ids", "index"}
 
 
-def test_a_digest_of_rows_is_of_tokens_targets_texts_and_order() -> None:
+def test_a_digest_of_rows_covers_tokens_targets_texts_and_order() -> None:
     texts = [datasets.Dataset.from_dict({"target": [f"{name} {i}" for i in range(7)]}) for name in "ab"]
     rows = [dataset(), dataset(label=[0] * 7), dataset(label=[0] * 6 + [1]), *map(dataset, texts)]
     rows += [TokenDataset(dataset().data.select(order)) for order in (range(6), range(6, -1, -1))]

@@ -1,4 +1,4 @@
-"""Attach, train, merge, detach and switch adapters, over all families of backbones."""
+"""Attach, train, merge, detach, enable and disable adapters on all families of backbones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from tests.support.refusals import refuses
 if TYPE_CHECKING:
     from tests.support.bare_backbones import Backbone
 
-two_kinds = pytest.mark.parametrize("backbone", ["vit", "bart"], indirect=True)  # a fused layer, and tied weights
+# a backbone with a fused layer, and one with tied weights
+two_kinds = pytest.mark.parametrize("backbone", ["vit", "bart"], indirect=True)
 only_vit = pytest.mark.parametrize("backbone", ["vit"], indirect=True)
 only_llama = pytest.mark.parametrize("backbone", ["llama"], indirect=True)
 
@@ -44,7 +45,7 @@ starts = pytest.mark.parametrize("start", STARTS, ids=lambda s: "-".join(s.value
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers but the factors."""
+    """Return copies of all parameters and buffers except the factors."""
     return {name: t.detach().clone() for name, t in model.state_dict().items() if ".adapters." not in name}
 
 
@@ -63,14 +64,14 @@ def output(backbone: Backbone, model: nn.Module | None = None) -> Tensor:
 
 
 @starts
-def test_output_is_the_pretrained_one_at_the_start(backbone: Backbone, start: dict[str, Any]) -> None:
+def test_the_output_at_the_start_is_that_of_the_pretrained_model(backbone: Backbone, start: dict[str, Any]) -> None:
     expected = backbone.pretrained_output()
     backbone.attach(targets="all", **start)
     torch.testing.assert_close(output(backbone), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("targets", ["attention", "all", ["query", "value"], "regex:.*"])
-def test_the_targets_are_replaced_and_nothing_else(backbone: Backbone, targets: Any) -> None:
+def test_only_targeted_layers_are_replaced(backbone: Backbone, targets: Any) -> None:
     config = AdapterConfig(rank=4, targets=targets)
     expected = select(find_projections(backbone.model, backbone.head), config.targets)
     assert attach(backbone.model, config, exclude=backbone.head) == expected
@@ -105,7 +106,7 @@ def test_attaching_twice_is_an_error(backbone: Backbone) -> None:
 
 
 @only_vit
-def test_a_target_that_matches_nothing_leaves_the_model_alone(backbone: Backbone) -> None:
+def test_a_target_that_matches_nothing_leaves_the_model_unchanged(backbone: Backbone) -> None:
     with refuses("matches nothing", error=AdapterError):
         backbone.attach(targets=["query", "mlp_gate"])
     assert not adapted_layers(backbone.model)
@@ -113,7 +114,7 @@ def test_a_target_that_matches_nothing_leaves_the_model_alone(backbone: Backbone
 
 
 @only_llama
-def test_a_rank_that_does_not_fit_names_the_projection_and_leaves_the_model_alone(backbone: Backbone) -> None:
+def test_a_rank_that_is_too_large_names_the_projection_and_leaves_the_model_unchanged(backbone: Backbone) -> None:
     with refuses("adapter.rank: 9 is larger than model.layers.0.self_attn.v_proj", error=AdapterError):
         backbone.attach(rank=9)
     assert not adapted_layers(backbone.model)
@@ -125,8 +126,8 @@ def test_a_rank_that_does_not_fit_names_the_projection_and_leaves_the_model_alon
 
 @two_kinds
 @starts
-def test_frozen_factors_stay_bit_identical_whatever_one_does(backbone: Backbone, start: dict[str, Any]) -> None:
-    """Ask everything for a gradient, give it to an optimizer with decay, and switch it about, as PEFT's toggles do."""
+def test_frozen_factors_stay_bit_identical_in_all_operations(backbone: Backbone, start: dict[str, Any]) -> None:
+    """Call requires_grad_(True), train with weight decay, disable, enable, merge and unmerge."""
     model = backbone.attach(targets="attention", **start)
     trains = {"B": "B", "A": "A", "both": "AB"}[start["train"]]
     before = {name: t.clone() for name, t in adapter_state(model).items()}
@@ -157,7 +158,7 @@ def test_frozen_factors_stay_bit_identical_whatever_one_does(backbone: Backbone,
 
 
 @two_kinds
-def test_merging_twice_is_merging_once_and_unmerge_restores(backbone: Backbone) -> None:
+def test_merging_twice_equals_merging_once_and_unmerge_restores(backbone: Backbone) -> None:
     model = backbone.attach(targets="all")
     randomize(model)
     before = weights(model)
@@ -207,7 +208,7 @@ def test_detach_with_merge_keeps_the_function(backbone: Backbone, already_merged
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_detach_brings_the_pretrained_model_back(backbone: Backbone, merged: bool) -> None:
+def test_detach_restores_the_pretrained_model(backbone: Backbone, merged: bool) -> None:
     model = backbone.attach(targets="all")
     randomize(model)
     if merged:
@@ -224,10 +225,10 @@ def test_attach_again_after_detach(backbone: Backbone) -> None:
     assert_same(adapter_state(backbone.attach()), first)
 
 
-# switching
+# disabling
 
 
-def test_disabled_is_exactly_the_pretrained_model(backbone: Backbone) -> None:
+def test_disabled_adapters_give_exactly_the_pretrained_model(backbone: Backbone) -> None:
     model = backbone.attach(targets="all")
     randomize(model)
     adapted = output(backbone)
@@ -241,7 +242,7 @@ def test_disabled_is_exactly_the_pretrained_model(backbone: Backbone) -> None:
 
 
 @only_vit
-def test_disabled_restores_what_was_before_even_after_an_error(backbone: Backbone) -> None:
+def test_adapters_disabled_restores_the_earlier_state_even_after_an_error(backbone: Backbone) -> None:
     layers = list(adapted_layers(backbone.attach()).values())
     layers[0].enabled = False
     with pytest.raises(RuntimeError, match="inside"), adapters_disabled(backbone.model):
@@ -253,7 +254,7 @@ def test_disabled_restores_what_was_before_even_after_an_error(backbone: Backbon
 
 
 @only_vit
-def test_switching_touches_no_parameter(backbone: Backbone) -> None:
+def test_disabling_and_enabling_change_no_parameter(backbone: Backbone) -> None:
     model = backbone.attach()
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     with adapters_disabled(model):
@@ -263,7 +264,7 @@ def test_switching_touches_no_parameter(backbone: Backbone) -> None:
 
 @only_vit
 @pytest.mark.parametrize("enabled", [True, False])
-def test_merged_adapters_cannot_be_switched(backbone: Backbone, enabled: bool) -> None:
+def test_merged_adapters_cannot_be_disabled(backbone: Backbone, enabled: bool) -> None:
     merge(backbone.attach())
     with refuses("Unmerge the adapters before", error=AdapterError):
         set_enabled(backbone.model, enabled)
@@ -287,7 +288,7 @@ def test_a_copy_is_equal_and_independent(backbone: Backbone) -> None:
     assert not torch.allclose(output(backbone, twin), expected, atol=1e-3)
 
 
-def test_what_cannot_be_adapted_is_left_out() -> None:
+def test_layers_that_cannot_be_adapted_are_left_out() -> None:
     model = nn.ModuleDict({"plain": nn.Linear(8, 8), "mha": nn.MultiheadAttention(8, 2), "twice": nn.Linear(8, 8)})
     model["again"] = model["twice"]
     model["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
@@ -302,7 +303,7 @@ def test_an_unknown_exclusion_is_an_error() -> None:
 
 
 @two_kinds
-def test_merging_what_is_switched_off_is_an_error(backbone: Backbone) -> None:
+def test_merging_disabled_adapters_is_an_error(backbone: Backbone) -> None:
     model = backbone.attach()
     set_enabled(model, False)
     with refuses("switched off", error=AdapterError):

@@ -1,4 +1,4 @@
-"""Configuration of adapters: ranges, scales, and pairs of initialisers that can learn."""
+"""Configuration of adapters: ranges, scales, and valid pairs of initialisations."""
 
 from __future__ import annotations
 
@@ -41,24 +41,25 @@ PAIRS = list(itertools.product(("B", "A", "both"), get_args(Init), get_args(Init
 
 
 def can_learn(train: str, init_a: str, init_b: str) -> bool:
-    """Exactly one factor starts at zero, and a factor that is trained alone is that one."""
+    """Return True if exactly one factor starts at zero, and if a factor that is trained alone is this factor."""
     return (init_a == "zero") != (init_b == "zero") and {"B": init_b, "A": init_a}.get(train, "zero") == "zero"
 
 
 @pytest.mark.parametrize(("train", "init_a", "init_b"), [p for p in PAIRS if can_learn(*p)])
-def test_pair_that_can_learn_is_accepted(train: Any, init_a: Any, init_b: Any) -> None:
+def test_initialisations_that_can_learn_are_accepted(train: Any, init_a: Any, init_b: Any) -> None:
     config = AdapterConfig(train=train, init_a=init_a, init_b=init_b)
     assert (config.trains_a, config.trains_b) == (train != "B", train != "A")
 
 
 @pytest.mark.parametrize(("train", "init_a", "init_b"), [p for p in PAIRS if not can_learn(*p)])
-def test_pair_that_cannot_learn_names_the_keys(train: Any, init_a: Any, init_b: Any) -> None:
+def test_initialisations_that_cannot_learn_are_refused_by_their_keys(train: Any, init_a: Any, init_b: Any) -> None:
     with pytest.raises(AdapterError) as error:
         AdapterConfig(train=train, init_a=init_a, init_b=init_b)
     message = str(error.value)
     assert "init_a" in message
     assert "init_b" in message
-    if (init_a == "zero") != (init_b == "zero"):  # a trained factor over a frozen zero: the advice has to work
+    # a trained factor beside a frozen zero: the advice in the message must be valid
+    if (init_a == "zero") != (init_b == "zero"):
         assert "adapter.train" in message
         frozen, trained = ("init_a", "init_b") if train == "B" else ("init_b", "init_a")
         assert f"Set {frozen}: orthogonal and {trained}: zero" in message
@@ -69,11 +70,11 @@ def test_pair_that_cannot_learn_names_the_keys(train: Any, init_a: Any, init_b: 
     ("scaling", "rank", "alpha", "scale"),
     [("standard", 8, 16.0, 2.0), ("standard", 16, 8.0, 0.5), ("rslora", 16, 8.0, 2.0), ("rslora", 2, 2.0, 2**0.5)],
 )
-def test_scale(scaling: Any, rank: int, alpha: float, scale: float) -> None:
+def test_scale_of_standard_and_rslora(scaling: Any, rank: int, alpha: float, scale: float) -> None:
     assert AdapterConfig(scaling=scaling, rank=rank, alpha=alpha).scale == pytest.approx(scale, rel=1e-12)
 
 
-def test_defaults_are_what_the_paper_recommends() -> None:
+def test_defaults_are_those_of_the_paper() -> None:
     config = AdapterConfig()
     assert (config.train, config.init_a, config.init_b) == ("B", "orthogonal", "zero")
     assert config.alpha == 2 * config.rank
@@ -86,7 +87,7 @@ def test_targets_as_a_string_become_a_list() -> None:
 
 
 @pytest.mark.parametrize("train", ["A", "B", "both"])
-def test_factors_are_given_both_or_not_at_all(train: Any) -> None:
+def test_given_is_for_both_factors(train: Any) -> None:
     assert AdapterConfig(train=train, init_a="given", init_b="given").train == train
     for other in get_args(Init):
         with pytest.raises(AdapterError, match="only one of them is `given`"):
@@ -112,13 +113,13 @@ def test_factors_are_given_both_or_not_at_all(train: Any) -> None:
         ({"(a+)+b": 4}, "too complex"),
     ],
 )
-def test_a_pattern_that_cannot_be_used_names_its_key(key: str, value: Any, message: str) -> None:
+def test_an_invalid_pattern_is_refused_by_its_key(key: str, value: Any, message: str) -> None:
     with pytest.raises(AdapterError, match=rf"adapter\.{key}: .*{message}"):
         AdapterConfig(**{key: value})
 
 
-def test_rank_alpha_and_scale_by_name() -> None:
-    """As in PEFT the first key that matches decides; a role is a key too."""
+def test_patterns_set_rank_alpha_and_scale() -> None:
+    """The first key that matches decides, as in PEFT. A key may be a role."""
     config = AdapterConfig(
         rank=8, alpha=16.0, rank_pattern={r"layers\.1\..*": 2, "mlp_in": 4, "q_proj": 16}, alpha_pattern={"q_proj": 4.0}
     )

@@ -1,4 +1,4 @@
-"""The fused equation against the plain one: values, gradients, and what is kept for the backward pass."""
+"""The fused function against the plain formula: values, gradients and tensors saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, t
 
 
 class Case:
-    """Random operands of one layout; the factors of k slices are leaves of their own."""
+    """Random operands of one layout. The factors of each slice are separate leaf tensors."""
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class Case:
         return self.x, weight, self.bias, 0.7, self.rows, torch.cat(self.a), self.b, self.dropped()
 
 
-def kept(run: Any) -> list[Tensor]:
-    """Tensors that a forward pass keeps for its backward pass."""
+def saved_tensors(run: Any) -> list[Tensor]:
+    """Return the tensors that a forward pass saves for its backward pass."""
     tensors: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -91,8 +91,10 @@ with_dropout = pytest.mark.parametrize("drops", [False, True], ids=["", "dropout
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("trained", TRAINED, ids="-".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_plain_formula(layout: str, trained: tuple[str, ...], dtype: torch.dtype, drops: bool) -> None:
-    factors = torch.promote_types(dtype, torch.float32)  # as they are held beside a backbone of half precision
+def test_outputs_and_gradients_equal_the_plain_formula(
+    layout: str, trained: tuple[str, ...], dtype: torch.dtype, drops: bool
+) -> None:
+    factors = torch.promote_types(dtype, torch.float32)  # factors are float32 even beside a half-precision backbone
     case = Case(layout, trained, dtype, factors, drops=drops)
     ours, reference = case.fused(), case.plain()
     assert ours.dtype == dtype
@@ -100,41 +102,41 @@ def test_equals_the_plain_formula(layout: str, trained: tuple[str, ...], dtype: 
     torch.testing.assert_close(ours, reference, **close)
     gradients = torch.autograd.grad(ours, case.leaves(), case.cotangent)
     expected = torch.autograd.grad(reference, case.leaves(), case.cotangent)
-    for leaf, actual, wanted in zip(case.leaves(), gradients, expected, strict=True):
+    for leaf, actual, expected_gradient in zip(case.leaves(), gradients, expected, strict=True):
         assert actual.dtype == leaf.dtype
-        torch.testing.assert_close(actual, wanted, **close)
+        torch.testing.assert_close(actual, expected_gradient, **close)
 
 
 @with_dropout
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", TRAINED, ids="-".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradcheck(layout: str, trained: tuple[str, ...], bias: bool, drops: bool) -> None:
+def test_gradients_pass_gradcheck(layout: str, trained: tuple[str, ...], bias: bool, drops: bool) -> None:
     case = Case(layout, trained, torch.float64, torch.float64, bias, drops)
     assert torch.autograd.gradcheck(lambda *_: case.fused(), case.leaves(), fast_mode=True)
 
 
 @pytest.mark.parametrize("trained", TRAINED, ids="-".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_keeps_what_its_gradients_need(layout: str, trained: tuple[str, ...]) -> None:
+def test_only_tensors_that_gradients_need_are_saved(layout: str, trained: tuple[str, ...]) -> None:
     case = Case(layout, trained, torch.float32, torch.float32)
-    shapes = {tuple(t.shape) for t in kept(case.fused) if t.shape[0] == N}
-    wanted = {(N, sum(case.ranks))} if "b" in trained else set()
-    assert shapes == wanted | ({(N, D_IN)} if "a" in trained else set())
-    weights = [t for t in kept(case.fused) if t.shape == case.weight.shape]
-    assert len(weights) == ("x" in trained)  # W serves the gradient to x alone
+    shapes = {tuple(t.shape) for t in saved_tensors(case.fused) if t.shape[0] == N}
+    expected_shapes = {(N, sum(case.ranks))} if "b" in trained else set()
+    assert shapes == expected_shapes | ({(N, D_IN)} if "a" in trained else set())
+    weights = [t for t in saved_tensors(case.fused) if t.shape == case.weight.shape]
+    assert len(weights) == ("x" in trained)  # only the gradient of x needs W
     assert all(t.data_ptr() == case.weight.data_ptr() for t in weights)
     if trained == ("b",):
-        assert len(kept(case.fused)) == 1  # neither factor, without a gradient to pass on
+        assert len(saved_tensors(case.fused)) == 1  # neither factor is saved if x needs no gradient
 
 
 @with_dropout
-def test_autocast_leaves_no_second_copy_of_a_weight(drops: bool) -> None:
+def test_autocast_saves_no_second_copy_of_a_weight(drops: bool) -> None:
     case = Case("whole", ("x", "b"), torch.float32, torch.float32, drops=drops)
     with torch.autocast("cpu", torch.bfloat16):
         case.x = case.x.detach().bfloat16().requires_grad_()
         case.mask = case.mask.bfloat16() if case.mask is not None else None
-        saved = kept(case.fused)
+        saved = saved_tensors(case.fused)
         out = case.fused()
     assert out.dtype == torch.bfloat16
     assert [t.data_ptr() for t in saved if t.shape == case.weight.shape] == [case.weight.data_ptr()]
@@ -153,7 +155,7 @@ def test_backward_within_autocast_keeps_full_precision() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("trained", [("x", "b"), ("x", "a"), ("x", "a", "b")], ids="-".join)
-def test_gradient_checkpointing_changes_nothing(trained: tuple[str, ...], reentrant: bool) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(trained: tuple[str, ...], reentrant: bool) -> None:
     case = Case("two of three", trained, torch.float32, torch.float32)
     expected = torch.autograd.grad(case.fused(), case.leaves(), case.cotangent)
     out: Any = checkpoint(lambda _: case.fused(), case.x, use_reentrant=reentrant)
@@ -162,14 +164,14 @@ def test_gradient_checkpointing_changes_nothing(trained: tuple[str, ...], reentr
 
 
 @pytest.mark.parametrize("trained", [("x", "b"), ("x", "a"), ("x", "a", "b")], ids="-".join)
-def test_compiles_as_one_graph(trained: tuple[str, ...]) -> None:
+def test_the_function_compiles_as_one_graph(trained: tuple[str, ...]) -> None:
     torch._dynamo.reset()
     case = Case("two of three", trained, torch.float32, torch.float32)
 
     def run(x: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
         return fused(x, FrozenWeight(case.weight), case.bias, 0.7, case.rows, torch.cat(a), b)
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")  # inductor would need a compiler of C++
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")  # inductor would need a C++ compiler
     out = compiled(case.x, case.a, case.b)
     torch.testing.assert_close(out, case.fused())
     expected = torch.autograd.grad(case.fused(), case.leaves(), case.cotangent)

@@ -1,4 +1,4 @@
-"""Initialisers against their definitions: scipy, hashlib and PEFT are the references."""
+"""Initialisations against their definitions. References are SciPy, hashlib and PEFT."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw(
 
 
 def vectors(tensor: Tensor, factor: Factor) -> Tensor:
-    """Rows of A or columns of B, as rows (r, n)."""
+    """Return the rows of A or the columns of B, as rows (r, n)."""
     return tensor if factor == "A" else tensor.T
 
 
@@ -62,8 +62,8 @@ def test_vectors_are_orthonormal(init: Init, factor: Factor, rank: int) -> None:
     torch.testing.assert_close(v @ v.T, torch.eye(rank, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-def test_orthogonal_is_haar() -> None:
-    """A direction in the plane is uniform on the circle; the sign of a plain QR would leave half of it empty."""
+def test_orthogonal_draws_from_the_haar_measure() -> None:
+    """Directions in the plane are uniform on the circle. A plain QR decomposition would leave half of it empty."""
     directions = torch.cat([draw("orthogonal", d_out=2, d_in=2, rank=1, seed=seed) for seed in range(400)])
     angles = torch.atan2(directions[:, 1], directions[:, 0]).numpy()
     assert scipy.stats.kstest(angles, "uniform", (-math.pi, 2 * math.pi)).pvalue > 1e-3
@@ -72,12 +72,12 @@ def test_orthogonal_is_haar() -> None:
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("init", ["gaussian", "uniform"])
 def test_entries_follow_the_named_distribution(init: Init, factor: Factor) -> None:
-    n = 2000  # the long side, of either factor
+    n = 2000  # the long side of the factor
     tensor = draw(init, factor, *((64, n) if factor == "A" else (n, 64)), rank=16)
     entries = (tensor * math.sqrt(n)).flatten().numpy()
     expected = ("norm",) if init == "gaussian" else ("uniform", (-math.sqrt(3), 2 * math.sqrt(3)))
     assert scipy.stats.kstest(entries, *expected).pvalue > 1e-3
-    assert np.square(entries).mean() == pytest.approx(1, abs=0.03)  # vectors of norm 1 in the mean square
+    assert np.square(entries).mean() == pytest.approx(1, abs=0.03)  # the mean of the squared norms is 1
 
 
 @pytest.mark.parametrize(("factor", "fan_in", "norm"), [("A", 1024, 3**-0.5), ("B", 8, (1024 / 24) ** 0.5)])
@@ -91,8 +91,8 @@ def test_kaiming_bound_and_norm(factor: Factor, fan_in: int, norm: float) -> Non
 
 @pytest.mark.parametrize("seed", [0, -3])
 @pytest.mark.parametrize("factor", FACTORS)
-def test_signs_are_the_bits_of_shake(factor: Factor, seed: int) -> None:
-    """Bit by bit from the definition, with integers alone."""
+def test_signs_are_the_bits_of_shake_256(factor: Factor, seed: int) -> None:
+    """Compare with the definition bit by bit, using integers alone."""
     v = vectors(draw("signs", factor, seed=seed, name="blocks.0"), factor)
     for i, vector in enumerate(v):
         stream = hashlib.shake_256(f"signs/{seed}/blocks.0/{factor}/{i}".encode()).digest(4)
@@ -109,7 +109,7 @@ def test_signs_are_the_bits_of_shake(factor: Factor, seed: int) -> None:
     ],
 )
 def test_signs_may_never_change(factor: Factor, digest: str) -> None:
-    """Compact files that were written once rely on these bytes."""
+    """Existing compact files rely on these bytes."""
     tensor = init_factor("signs", factor, torch.empty(1000, 1001), 7, 12, "model.layers.0.self_attn.q_proj")
     assert hashlib.sha256(tensor.numpy().astype("<f4").tobytes()).hexdigest() == digest
 
@@ -118,19 +118,19 @@ def test_signs_may_never_change(factor: Factor, digest: str) -> None:
 def test_signs_are_balanced_and_independent(factor: Factor) -> None:
     n, rank = 4096, 64
     v = vectors(draw("signs", factor, n, n, rank=rank), factor).double() * math.sqrt(n)
-    assert (v.square() - 1).abs().max() < 1e-6  # so that every norm is 1
-    assert abs(v.mean()) * math.sqrt(n * rank) < 4  # standard errors
-    assert abs((v[:, 1:] * v[:, :-1]).mean()) * math.sqrt(n * rank) < 4  # neighbouring bits
+    assert (v.square() - 1).abs().max() < 1e-6  # every vector has norm 1
+    assert abs(v.mean()) * math.sqrt(n * rank) < 4  # 4 standard errors
+    assert abs((v[:, 1:] * v[:, :-1]).mean()) * math.sqrt(n * rank) < 4  # neighbouring bits are uncorrelated
     i, j = torch.triu_indices(rank, rank, 1)
     cosines = (v @ v.T / n)[i, j]
-    assert cosines.std() * math.sqrt(n) == pytest.approx(1, abs=0.08)  # of 2016 pairs: five standard errors
+    assert cosines.std() * math.sqrt(n) == pytest.approx(1, abs=0.08)  # 2016 pairs: five standard errors
     assert abs(cosines.mean()) * math.sqrt(n * len(cosines)) < 4
     other = vectors(draw("signs", factor, n, n, rank=rank, name="other"), factor).double() * math.sqrt(n)
     assert abs((v * other).mean()) * math.sqrt(n * rank) < 4
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-def test_a_larger_rank_adds_signs(factor: Factor) -> None:
+def test_a_larger_rank_keeps_the_vectors_of_a_smaller_rank(factor: Factor) -> None:
     small, large = (vectors(draw("signs", factor, rank=rank), factor) for rank in (3, 5))
     assert torch.equal(large[:3], small)
 
@@ -146,7 +146,7 @@ def test_kaiming_a_is_pefts_default() -> None:
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("init", get_args(Init))
-def test_a_draw_ignores_and_keeps_the_global_generator(init: Init, factor: Factor) -> None:
+def test_a_draw_neither_uses_nor_changes_the_global_generator(init: Init, factor: Factor) -> None:
     first = draw(init, factor)
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -170,7 +170,7 @@ def test_seed_name_and_factor_each_change_the_draw(init: Init) -> None:
 
 
 def test_the_generator_is_the_same_in_every_process() -> None:
-    """Python's `hash` is salted in each process; sha256 is not."""
+    """Python salts `hash` in each process. sha256 is not salted."""
     assert factor_generator(0, "blocks.0.attn.qkv.query", "A").initial_seed() == 9136763183415319441
 
 
@@ -192,21 +192,21 @@ def test_a_factor_does_not_depend_on_the_other_targets(backbone: Backbone, targe
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("shape", [(20, 28), (28, 20), (20, 20)])
 def test_svd_minor_has_the_smallest_singular_values(factor: Factor, shape: tuple[int, int]) -> None:
-    """Of the min(d_out, d_in) vectors of a side the last, in the order of falling singular values."""
+    """The vectors are the last of min(d_out, d_in), sorted by falling singular value."""
     weight = torch.randn(shape)
     u, s, vh = scipy.linalg.svd(weight.double().numpy(), full_matrices=False)
     expected = vh[-RANK:] if factor == "A" else u[:, -RANK:].T
     tensor = init_factor("svd_minor", factor, weight, RANK, 0, "layer")
     cosines = np.abs(np.sum(expected * vectors(tensor, factor).numpy(), axis=1))
     np.testing.assert_allclose(cosines, 1, atol=1e-4)
-    images = weight @ tensor.T if factor == "A" else weight.T @ tensor  # of length σ each
+    images = weight @ tensor.T if factor == "A" else weight.T @ tensor  # their lengths are the singular values
     np.testing.assert_allclose(images.norm(dim=0), s[-RANK:], atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("train", "init_a", "init_b", "factor"), [("B", "svd", "zero", "A"), ("A", "zero", "svd", "B")]
 )
-def test_svd_of_a_fused_layer_is_the_slices(train: Any, init_a: Any, init_b: Any, factor: Factor) -> None:
+def test_svd_of_a_fused_layer_is_computed_for_each_slice(train: Any, init_a: Any, init_b: Any, factor: Factor) -> None:
     base = nn.Linear(D_IN, 3 * D_OUT)
     projections = [
         Projection("qkv", role, i * D_OUT, (i + 1) * D_OUT, fused=True) for i, role in ((0, "query"), (2, "value"))
@@ -215,11 +215,11 @@ def test_svd_of_a_fused_layer_is_the_slices(train: Any, init_a: Any, init_b: Any
     for factors in layer.factors():
         u, _, vh = np.linalg.svd(base.weight[factors.projection.rows].detach().double().numpy())
         v = vectors(getattr(factors, factor).detach(), factor).numpy()
-        right = vh[:RANK] if factor == "A" else u[:, :RANK].T
-        np.testing.assert_allclose(np.abs(np.sum(right * v, axis=1)), 1, atol=1e-5)
-        if factor == "A":  # the whole weight has other right-singular vectors
-            whole = np.linalg.svd(base.weight.detach().double().numpy())[2][:RANK]
-            assert np.square(whole @ v.T).sum() / RANK < 0.9
+        expected = vh[:RANK] if factor == "A" else u[:, :RANK].T
+        np.testing.assert_allclose(np.abs(np.sum(expected * v, axis=1)), 1, atol=1e-5)
+        if factor == "A":  # the complete weight has other right-singular vectors
+            of_fused_layer = np.linalg.svd(base.weight.detach().double().numpy())[2][:RANK]
+            assert np.square(of_fused_layer @ v.T).sum() / RANK < 0.9
 
 
 def allowed_pairs() -> list[tuple[Any, Any, Any]]:
@@ -230,7 +230,7 @@ def allowed_pairs() -> list[tuple[Any, Any, Any]]:
 
 
 @pytest.mark.parametrize(("train", "init_a", "init_b"), allowed_pairs())
-def test_training_starts_at_the_pretrained_weight_and_can_move(train: Any, init_a: Any, init_b: Any) -> None:
+def test_training_starts_at_the_pretrained_weight_and_has_a_gradient(train: Any, init_a: Any, init_b: Any) -> None:
     base = nn.Linear(D_IN, D_OUT)
     config = AdapterConfig(train=train, rank=RANK, init_a=init_a, init_b=init_b)
     layer = AdaptedLinear(base, config, [Projection("layer", "query", 0, D_OUT)])

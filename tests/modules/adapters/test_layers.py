@@ -1,4 +1,4 @@
-"""Adapters in the last blocks alone: which they are, that nothing below is differentiated, and that files keep them."""
+"""`adapter.layers`: selection of the last blocks, no gradients below these blocks, and export files."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def backbone(request: pytest.FixtureRequest, deterministic: None) -> Backbone:
     [
         ("blocks.7.attn.qkv", ("blocks", 7)),
         ("encoder.layer.11.output.dense", ("encoder.layer", 11)),
-        ("encoder.block.3.layer.0.SelfAttention.q", ("encoder.block", 3)),  # the outermost
+        ("encoder.block.3.layer.0.SelfAttention.q", ("encoder.block", 3)),  # the outermost stack
         ("0.weight", ("", 0)),
         ("mlp.2", ("mlp", 2)),
         ("pooler.dense", None),
@@ -99,7 +99,7 @@ def test_block_of_a_layer(layer: str, block: tuple[str, int] | None) -> None:
 @every_family
 @pytest.mark.parametrize("targets", ["all", ["query", "value"]])
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_last_blocks_of_each_stack(
+def test_the_last_blocks_of_each_stack_are_selected(
     backbone: Backbone, request: pytest.FixtureRequest, targets: Any, layers: int
 ) -> None:
     projections = find_projections(backbone.model, backbone.head)
@@ -114,15 +114,15 @@ def test_the_last_blocks_of_each_stack(
 
 
 @every_family
-def test_factors_are_those_of_an_adapter_in_all_layers(backbone: Backbone) -> None:
-    whole = Backbone(copy.deepcopy(backbone.reference), backbone.inputs, {}, backbone.head).attach(targets="all")
+def test_factors_equal_those_of_adapters_in_all_layers(backbone: Backbone) -> None:
+    all_layers = Backbone(copy.deepcopy(backbone.reference), backbone.inputs, {}, backbone.head).attach(targets="all")
     last = backbone.attach(targets="all", layers=1)
-    everywhere = adapter_state(whole)
-    assert 0 < len(adapter_state(last)) < len(everywhere)
-    assert all(torch.equal(tensor, everywhere[name]) for name, tensor in adapter_state(last).items())
+    factors_of_all_layers = adapter_state(all_layers)
+    assert 0 < len(adapter_state(last)) < len(factors_of_all_layers)
+    assert all(torch.equal(tensor, factors_of_all_layers[name]) for name, tensor in adapter_state(last).items())
 
 
-def test_stacks_are_counted_each_by_itself() -> None:
+def test_blocks_are_counted_in_each_stack_separately() -> None:
     sizes = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 24}
     model = T5ForConditionalGeneration(T5Config(**sizes, num_layers=3, num_decoder_layers=2))
     chosen = select(find_projections(model), ["query"], 2)
@@ -135,27 +135,27 @@ def test_stacks_are_counted_each_by_itself() -> None:
 
 
 @every_family
-def test_more_blocks_than_there_are(backbone: Backbone) -> None:
+def test_more_layers_than_blocks_are_refused(backbone: Backbone) -> None:
     with pytest.raises(AdapterError, match=r"adapter\.layers: 4 is more than the number of blocks .* \(3 in "):
         backbone.attach(layers=4)
-    assert all(p.requires_grad for p in backbone.model.parameters())  # unchanged
+    assert all(p.requires_grad for p in backbone.model.parameters())  # the model is unchanged
 
 
 @pytest.mark.parametrize("layers", [0, -1, 1.5, True, "4", [1]])
-def test_not_a_number_of_blocks(layers: Any) -> None:
+def test_values_that_are_no_number_of_blocks_are_refused(layers: Any) -> None:
     with pytest.raises(AdapterError, match=r"adapter\.layers: .* whole number, 1 or more, or null"):
         AdapterConfig(layers=layers)
 
 
 @pytest.mark.parametrize("backbone", ["vit"], indirect=True)
-def test_targets_below_the_last_blocks(backbone: Backbone) -> None:
+def test_targets_below_the_last_blocks_are_refused(backbone: Backbone) -> None:
     with pytest.raises(AdapterError, match=r"none of the targeted projections is in the last 2 .*blocks\.0\.attn"):
         backbone.attach(targets=[r"regex:blocks\.0\.attn\.proj"], layers=2)
     assert len(adapter_state(backbone.attach(targets=["output", r"regex:blocks\.0\.mlp\.fc1"], layers=2))) == 2 * 2
 
 
 @only_roberta
-def test_what_lies_in_no_block_is_left_out(backbone: Backbone) -> None:
+def test_layers_outside_of_blocks_are_left_out(backbone: Backbone) -> None:
     backbone.head = ()
     chosen = select(find_projections(backbone.model), ["regex:.*"], 3)
     assert all("encoder.layer" in p.layer for p in chosen)
@@ -163,13 +163,13 @@ def test_what_lies_in_no_block_is_left_out(backbone: Backbone) -> None:
         select(find_projections(backbone.model), [r"regex:classifier\..*"], 1)
 
 
-# ----------------------------------------------------------------------------------------------------- below the lowest
+# ----------------------------------------------------------------------------------------- gradients below the blocks
 
 
 @every_family
 @pytest.mark.parametrize("train", ["B", "A", "both"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_below_is_differentiated(
+def test_no_gradient_flows_below_the_adapted_blocks(
     backbone: Backbone, request: pytest.FixtureRequest, train: str, checkpointing: bool
 ) -> None:
     starts = {"init_a": "zero", "init_b": "orthogonal"} if train == "A" else {}
@@ -179,15 +179,15 @@ def test_nothing_below_is_differentiated(
     elif checkpointing:
         model.set_grad_checkpointing()
     inputs: dict[str, bool] = {}
-    made: dict[str, bool] = {}
+    outputs: dict[str, bool] = {}
     stack = STACKS[request.node.callspec.params["backbone"]][0]
     for i, block in enumerate(model.get_submodule(stack)):  # type: ignore[arg-type]
         key = f"{stack}.{i}"
         block.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0].grad_fn is not None}))
-        block.register_forward_hook(lambda _, args, out, key=key: made.update({key: out.requires_grad}))
+        block.register_forward_hook(lambda _, args, out, key=key: outputs.update({key: out.requires_grad}))
     backbone.loss().backward()
     assert inputs == {f"{stack}.{i}": False for i in range(3)}
-    assert made == {f"{stack}.0": False, f"{stack}.1": False, f"{stack}.2": True}
+    assert outputs == {f"{stack}.0": False, f"{stack}.1": False, f"{stack}.2": True}
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
@@ -208,12 +208,12 @@ def test_peft_adapts_the_same_layers(backbone: Backbone, tmp_path: Path, targets
     torch.testing.assert_close(pefts_output(backbone, tmp_path), expected, atol=1e-5, rtol=1e-5)
     assert (expected - backbone.pretrained_output()).abs().max() > 1e-3
 
-    # of what the directory is loaded for, `layers` counts as little as all but `train`
-    given = imported(backbone, content, load_file(tmp_path / "adapter_model.safetensors"), layers=1)
+    # loading ignores `layers` of the new configuration, as all its keys except `train`
+    loaded = imported(backbone, content, load_file(tmp_path / "adapter_model.safetensors"), layers=1)
     after = adapter_state(backbone.model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert given.config.layers is None
+    assert loaded.config.layers is None
     torch.testing.assert_close(backbone.run(), expected, atol=0, rtol=0)
 
 
@@ -227,7 +227,7 @@ def test_compact_files_keep_the_layers(backbone: Backbone, tmp_path: Path, targe
     other = copy.deepcopy(backbone.reference)
     compact = load_compact(tmp_path, other, exclude=backbone.head)
     roles = targets == ["query", "value"]
-    assert compact.adapter.layers == (2 if roles else None)  # patterns of a stranger are not run
+    assert compact.adapter.layers == (2 if roles else None)  # regular expressions in a file are not run
     attach(other, compact.adapter, exclude=backbone.head)
     load_adapter_state(other, compact.factors)
     assert adapter_state(other).keys() == state.keys()

@@ -1,4 +1,4 @@
-"""The adapted layer against the weight W + s·B·A written out in float64."""
+"""The adapted layer against the explicit weight W + s·B·A in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modules.adapters.config import AdapterConfig, AdapterError, Projection
 from modules.adapters.linear import AdaptedLinear
 
-D_IN, D_OUT, RANK, N = 10, 8, 3, 11  # N tokens: no other size, so that a saved activation is known by it
+D_IN, D_OUT, RANK, N = 10, 8, 3, 11  # no other size equals N, so that saved activations of N tokens can be recognised
 QKV = ("query", "key", "value")
 SUBSETS = [roles for k in (1, 2, 3) for roles in itertools.combinations(QKV, k)]
 TRAINS: list[Any] = ["B", "A", "both"]
@@ -25,7 +25,7 @@ TRAINS: list[Any] = ["B", "A", "both"]
 def make_layer(
     roles: tuple[str, ...] = (), base: nn.Linear | None = None, train: Any = "B", **config: Any
 ) -> AdaptedLinear:
-    """A plain layer adapted as a whole, or these roles of a fused one; neither factor is zero."""
+    """Return an adapted plain layer, or a fused layer with these roles adapted. Neither factor is zero."""
     base = base or nn.Linear(D_IN, 3 * D_OUT if roles else D_OUT)
     projections = [Projection("layer", "query", 0, base.out_features)]
     if roles:
@@ -43,7 +43,7 @@ def make_layer(
 
 
 def dense_weight(layer: AdaptedLinear) -> Tensor:
-    """W + s·B·A written out in float64, row block by row block."""
+    """Return W + s·B·A in float64, computed for each row block."""
     weight = layer.weight.detach().double().clone()
     for f in layer.factors():
         weight[f.projection.start : f.projection.stop] += f.scale * f.B.detach().double() @ f.A.detach().double()
@@ -64,7 +64,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("roles", [(), *SUBSETS], ids="-".join)
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_the_explicit_weight(roles: tuple[str, ...], bias: bool) -> None:
+def test_output_equals_that_of_the_explicit_weight(roles: tuple[str, ...], bias: bool) -> None:
     layer = make_layer(roles, nn.Linear(D_IN, 3 * D_OUT if roles else D_OUT, bias=bias))
     x = torch.randn(2, N, D_IN)
     torch.testing.assert_close(layer(x).double(), explicit(layer, x), atol=1e-5, rtol=1e-5)
@@ -85,7 +85,7 @@ def test_slices_of_unequal_height_and_a_gap() -> None:
 @pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_slices_of_unequal_rank_and_scale(train: Any, scaling: Any, dropout: float) -> None:
-    """Output and gradients are those of the formula in autograd's own operations; merging agrees."""
+    """Output, gradients and merged output equal the formula in plain autograd operations."""
     patterns: dict[str, Any] = {"rank_pattern": {"query": 2, "value": 5}, "alpha_pattern": {"key": 7.0}}
     layer = make_layer(QKV, train=train, scaling=scaling, dropout=dropout, **patterns).double().train()
     power = 0.5 if scaling == "rslora" else 1
@@ -101,19 +101,19 @@ def test_slices_of_unequal_rank_and_scale(train: Any, scaling: Any, dropout: flo
     torch.testing.assert_close(actual, expected)
     leaves = [x, *(p for f in layer.factors() for p in f.named_factors(trained=True).values())]
     cotangent = torch.randn_like(actual)
-    for gradient, wanted in zip(
+    for gradient, expected_value in zip(
         torch.autograd.grad(actual, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), strict=True
     ):
-        torch.testing.assert_close(gradient, wanted)
+        torch.testing.assert_close(gradient, expected_value)
     layer.eval()
-    wanted = layer(x)
+    expected_value = layer(x)
     layer.merge()
-    torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)  # the update is formed in float32
+    torch.testing.assert_close(layer(x), expected_value, atol=1e-5, rtol=1e-5)  # merging computes the update in float32
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("train", TRAINS)
-def test_output_and_gradients_are_pefts(train: Any, rslora: bool) -> None:
+def test_output_and_gradients_equal_pefts(train: Any, rslora: bool) -> None:
     layer = make_layer(train=train, alpha=5.0, scaling="rslora" if rslora else "standard")
     config = peft.LoraConfig(r=RANK, lora_alpha=5, target_modules=["0"], use_rslora=rslora)
     plain = nn.Sequential(copy.deepcopy(layer).unwrap())
@@ -142,7 +142,7 @@ def test_output_and_gradients_are_pefts(train: Any, rslora: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(D_IN,), (N, D_IN), (2, 3, 4, D_IN), (0, D_IN), (2, 0, D_IN)])
-def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+def test_any_leading_dimensions_are_accepted(shape: tuple[int, ...]) -> None:
     layer = make_layer(("query", "value"))
     x = torch.randn(*shape, requires_grad=True)
     out = layer(x)
@@ -153,18 +153,18 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     assert all(f.B.grad is not None and f.B.grad.any() == (x.numel() > 0) for f in layer.factors())
 
 
-def test_input_is_left_as_it_was() -> None:
+def test_input_is_not_changed() -> None:
     x = torch.randn(N, D_IN)
     before = x.clone()
     make_layer()(x)
     assert torch.equal(x, before)
 
 
-# gradients and what is kept for them
+# gradients
 
 
 @pytest.mark.parametrize("train", ["A", "B"])
-def test_frozen_factor_gets_no_gradient_even_by_force(train: Any) -> None:
+def test_frozen_factor_gets_no_gradient_even_after_requires_grad(train: Any) -> None:
     layer = make_layer(("query", "value"), train=train)
     layer.requires_grad_(True)
     layer(torch.randn(N, D_IN)).square().sum().backward()
@@ -201,7 +201,7 @@ def test_autocast_is_close_and_gradients_are_float32(train: Any, roles: tuple[st
 
 
 class CountCasts(TorchDispatchMode):
-    """Number of casts of tensors of one shape."""
+    """Count the casts of tensors of one shape."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class CountCasts(TorchDispatchMode):
 
 def test_autocast_casts_the_input_once() -> None:
     layer = make_layer(("query", "value"))
-    x = torch.randn(N, D_IN, requires_grad=True).tanh()  # no leaf: autocast does not remember its cast
+    x = torch.randn(N, D_IN, requires_grad=True).tanh()  # not a leaf, whose cast autocast would cache
     with torch.autocast("cpu", torch.bfloat16), CountCasts((N, D_IN)) as casts:
         layer(x)
     assert casts.count == 1
@@ -239,7 +239,7 @@ def test_bf16_weight_with_float32_factors(train: Any) -> None:
 # dropout
 
 
-def test_a_bias_that_somebody_trains_gets_its_gradient() -> None:
+def test_a_trained_bias_gets_its_gradient() -> None:
     layer = make_layer()
     layer.bias.requires_grad_()
     layer(torch.randn(N, D_IN)).sum().backward()
@@ -254,7 +254,7 @@ def test_input_of_another_dtype_is_refused_as_by_a_plain_layer(dtype: torch.dtyp
         make_layer()(x)
 
 
-def test_dropout_zeroes_the_adapters_input_alone() -> None:
+def test_dropout_affects_the_adapters_input_alone() -> None:
     layer = make_layer(("query", "value"), dropout=0.4).train()
     x = torch.randn(N, D_IN)
     torch.manual_seed(5)
@@ -267,7 +267,7 @@ def test_dropout_zeroes_the_adapters_input_alone() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_layer_takes_over_the_mode_of_its_base(training: bool) -> None:
+def test_layer_inherits_the_mode_of_its_base(training: bool) -> None:
     base = nn.Linear(D_IN, D_OUT).train(training)
     layer = make_layer(base=base, dropout=0.4)
     assert {m.training for m in layer.modules()} == {training}
@@ -278,12 +278,12 @@ def test_layer_takes_over_the_mode_of_its_base(training: bool) -> None:
 
 
 @pytest.mark.parametrize("roles", [(), ("key",), ("query", "value")], ids="-".join)
-def test_merge_and_unmerge(roles: tuple[str, ...]) -> None:
+def test_merge_and_unmerge_keep_the_output(roles: tuple[str, ...]) -> None:
     layer = make_layer(roles)
     x, before = torch.randn(N, D_IN), layer.weight.clone()
     expected, dense = layer(x), dense_weight(layer)
     layer.merge()
-    layer.merge()  # twice is once
+    layer.merge()  # a second merge has no effect
     torch.testing.assert_close(layer.weight.double(), dense, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
     layer.unmerge()
@@ -303,7 +303,7 @@ def test_merge_into_bf16_is_rounded_once() -> None:
     assert ((layer.weight.double() - dense).abs() <= half_ulp * (1 + 1e-4)).all()
 
 
-def test_disabled_is_the_plain_layer() -> None:
+def test_a_disabled_layer_equals_the_plain_layer() -> None:
     layer = make_layer()
     x = torch.randn(2, N, D_IN)
     layer.enabled = False
@@ -335,7 +335,7 @@ def test_unwrap_returns_the_layer_with_its_hooks() -> None:
     layer = make_layer(base=base)
     x = torch.randn(N, D_IN)
     layer(x)
-    assert not calls  # a wrapped layer is not called
+    assert not calls  # the adapted layer does not call its base
     layer.merge()
     plain = layer.unwrap()
     assert plain is base
@@ -343,8 +343,8 @@ def test_unwrap_returns_the_layer_with_its_hooks() -> None:
     assert len(calls) == 1
 
 
-def test_wrapper_and_base_have_one_dictionary_of_parameters() -> None:
-    """FSDP, `to` and others replace the parameters of the wrapper: the base must hold no second copy."""
+def test_wrapper_and_base_share_one_dictionary_of_parameters() -> None:
+    """FSDP and `to` replace the parameters of the wrapper. The base must not keep a second copy."""
     layer = make_layer()
     for replaced in (layer.to_empty(device="meta"), layer.to_empty(device="cpu").double(), copy.deepcopy(layer)):
         assert replaced.unwrap().weight is replaced.weight
@@ -378,7 +378,7 @@ def test_only_the_trained_factors_require_a_gradient(train: Any) -> None:
     [
         (Projection("layer", "query", 0, 24), 7, 7),
         (Projection("layer", "query", 0, 24), 30, 24),
-        (Projection("layer", "value", 16, 24, fused=True), 30, 8),  # the slice counts, not the layer
+        (Projection("layer", "value", 16, 24, fused=True), 30, 8),  # the slice has 8 rows
     ],
 )
 def test_rank_is_bounded_by_the_smaller_side(projection: Projection, d_in: int, limit: int) -> None:

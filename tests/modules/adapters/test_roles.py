@@ -1,4 +1,4 @@
-"""Roles of linear layers in every family of backbones, and which layers a target names."""
+"""Roles of linear layers in every family of backbones, and selection of layers by targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chosen(backbone: Backbone, *targets: str) -> list[Projection]:
 
 
 def model_with(*layers: str, rows: int = 6) -> nn.Module:
-    """A model that has linear layers of these names."""
+    """Return a model with linear layers of these names."""
     root = nn.Module()
     for name in layers:
         *parents, leaf = name.split(".")
@@ -50,10 +50,10 @@ def model_with(*layers: str, rows: int = 6) -> nn.Module:
     return root
 
 
-# what there is
+# roles
 
 
-def test_projections_of_each_role(backbone: Backbone) -> None:
+def test_the_number_of_projections_of_each_role(backbone: Backbone) -> None:
     projections = find_projections(backbone.model, backbone.head)
     assert Counter(p.role for p in projections) == backbone.counts
     assert len({p.name for p in projections}) == len(projections)
@@ -61,7 +61,7 @@ def test_projections_of_each_role(backbone: Backbone) -> None:
 
 @only_variants
 @pytest.mark.parametrize("train", ["B", "both"])
-def test_adapters_of_variants_take_part(backbone: Backbone, train: str) -> None:
+def test_adapters_in_variants_of_backbones_affect_the_output(backbone: Backbone, train: str) -> None:
     assert Counter(p.role for p in find_projections(backbone.model, backbone.head)) == backbone.counts
     model = backbone.attach(targets="all", train=train)
     torch.testing.assert_close(backbone.run(), backbone.pretrained_output(), atol=1e-5, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_slices_tile_their_layers(backbone: Backbone) -> None:
     assert ends == {name: backbone.model.get_submodule(name).out_features for name in ends}
 
 
-def test_head_is_left_out_by_name_alone(backbone: Backbone) -> None:
+def test_the_head_is_left_out_by_its_name(backbone: Backbone) -> None:
     inside = {p.layer for p in find_projections(backbone.model, backbone.head)}
     everything = {p.layer for p in find_projections(backbone.model)}
     assert {name.split(".")[0] for name in everything - inside} == set(backbone.head)
@@ -99,14 +99,14 @@ class Router(nn.Linear):
 
 
 class Scaled(nn.Linear):
-    """A quantised layer: its scales are attributes that `nn.Linear` lacks."""
+    """A quantised layer with `scales`, an attribute that `nn.Linear` lacks."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * self.scales  # type: ignore[operator]
 
 
 class Named(nn.Linear):
-    """Without a `forward` of its own."""
+    """A subclass that does not override `forward`."""
 
 
 class Watched(nn.Linear):
@@ -114,7 +114,7 @@ class Watched(nn.Linear):
         return super().forward(input)
 
 
-def test_a_layer_that_computes_something_else_is_left_out() -> None:
+def test_subclasses_that_compute_another_function_are_left_out() -> None:
     quantised = nn.Linear(4, 4)
     quantised.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     bytes_ = nn.Linear(4, 4).to(torch.float8_e4m3fn)
@@ -123,26 +123,26 @@ def test_a_layer_that_computes_something_else_is_left_out() -> None:
     assert [p.layer for p in find_projections(model)] == ["0", "1", "2", "3", "4"]
 
 
-def test_a_kind_of_layer_is_tried_without_side_effects() -> None:
-    class Tried(nn.Linear):
+def test_probing_a_subclass_has_no_side_effects() -> None:
+    class ProbedLinear(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input)
 
     state = torch.get_rng_state()
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
-        model = nn.Sequential(Tried(4, 4))
+        model = nn.Sequential(ProbedLinear(4, 4))
         assert len(find_projections(model)) == 1
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_exclude_is_not_a_prefix_of_a_sibling() -> None:
+def test_an_exclusion_does_not_match_siblings_with_the_same_prefix() -> None:
     model = model_with("block.1.mlp.fc1", "block.10.mlp.fc1", "head", "head2")
     layers = [p.layer for p in find_projections(model, ["block.1", "head"])]
     assert layers == ["block.10.mlp.fc1", "head2"]
 
 
 @only_roberta
-def test_robertas_classifier_is_no_output_projection(backbone: Backbone) -> None:
+def test_robertas_classifier_has_no_role(backbone: Backbone) -> None:
     projections = {p.name: p.role for p in find_projections(backbone.model)}
     assert projections["classifier.dense"] == projections["classifier.out_proj"] == "other"
     for target in ("output", "mlp_out", "all"):
@@ -151,7 +151,7 @@ def test_robertas_classifier_is_no_output_projection(backbone: Backbone) -> None
 
 
 @only_tied
-def test_a_tied_head_is_never_found(backbone: Backbone) -> None:
+def test_a_tied_head_is_never_selected(backbone: Backbone) -> None:
     assert isinstance(backbone.model.lm_head, nn.Linear)
     assert not any("lm_head" in p.layer for p in chosen(backbone, "regex:.*"))
     with pytest.raises(AdapterError, match="matches nothing"):
@@ -159,7 +159,7 @@ def test_a_tied_head_is_never_found(backbone: Backbone) -> None:
 
 
 @only_bart
-def test_barts_head_is_found_when_it_is_not_tied(backbone: Backbone) -> None:
+def test_barts_untied_head_may_be_selected_by_name(backbone: Backbone) -> None:
     assert isinstance(backbone.model, BartForConditionalGeneration)
     backbone.model.lm_head.weight = nn.Parameter(backbone.model.lm_head.weight.detach().clone())
     assert [p.role for p in chosen(backbone, "regex:lm_head")] == ["other"]
@@ -173,7 +173,7 @@ def test_t5s_untied_head_has_no_role(backbone: Backbone) -> None:
 
 @only_deberta
 @pytest.mark.parametrize("target", ["query", "key", "attention", "all"])
-def test_debertas_projections_of_positions_stay_as_they_are(backbone: Backbone, target: str) -> None:
+def test_debertas_position_projections_have_no_role(backbone: Backbone, target: str) -> None:
     names = {name.rpartition(".")[2] for name, m in backbone.model.named_modules() if isinstance(m, nn.Linear)}
     assert {"pos_key_proj", "pos_query_proj"} < names
     assert not any(".pos_" in p.layer for p in chosen(backbone, target))
@@ -181,14 +181,14 @@ def test_debertas_projections_of_positions_stay_as_they_are(backbone: Backbone, 
 
 
 @pytest.mark.parametrize("backbone", ["pegasus", "t5", "t5_gated"], indirect=True)
-def test_attention_is_of_both_sides_and_between_them(backbone: Backbone) -> None:
+def test_attention_includes_both_self_attentions_and_cross_attention(backbone: Backbone) -> None:
     kinds = Counter(p.layer.rpartition(".")[0] for p in chosen(backbone, "attention"))
     assert len(kinds) == 3
     assert set(kinds.values()) == {4}
 
 
 @only_bart
-def test_barts_cross_attention_is_attention(backbone: Backbone) -> None:
+def test_barts_cross_attention_has_the_roles_of_attention(backbone: Backbone) -> None:
     pattern = re.compile(r"model\.(encoder|decoder)\.layers\.0\.(self_attn|encoder_attn)\.\w+")
     kinds = Counter(" ".join(pattern.fullmatch(p.layer).groups()) for p in chosen(backbone, "attention"))  # type: ignore[union-attr]
     assert kinds == {"encoder self_attn": 4, "decoder self_attn": 4, "decoder encoder_attn": 4}
@@ -212,22 +212,22 @@ def test_vits_fused_layer_is_three_slices(backbone: Backbone) -> None:
 
 @only_vit
 @pytest.mark.parametrize(("role", "moves"), [("query", {"q"}), ("key", {"k"}), ("value", set())])
-def test_vits_slices_are_what_their_roles_say(backbone: Backbone, role: str, moves: set[str]) -> None:
-    """Seen from inside the attention: adapting `key` moves the keys and leaves the queries alone."""
+def test_each_slice_of_a_vit_changes_the_tensor_of_its_role(backbone: Backbone, role: str, moves: set[str]) -> None:
+    """Adapting `key` changes the keys inside the attention, and leaves the queries unchanged."""
 
     def attention_inputs(model: nn.Module) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         attention = model.get_submodule("blocks.0.attn")
         handles = [
             attention.get_submodule(f"{name}_norm").register_forward_pre_hook(
-                lambda _, args, name=name: seen.update({name: args[0].detach()})
+                lambda _, args, name=name: tensors.update({name: args[0].detach()})
             )
             for name in "qk"
         ]
-        seen["out"] = backbone.run(model).detach()
+        tensors["out"] = backbone.run(model).detach()
         for handle in handles:
             handle.remove()
-        return seen
+        return tensors
 
     before = attention_inputs(backbone.reference)
     model = backbone.attach(targets=role)
@@ -270,12 +270,12 @@ def test_vits_slices_are_what_their_roles_say(backbone: Backbone, role: str, mov
         ("pooler.dense", "other"),
     ],
 )
-def test_a_layers_name_decides_from_dot_to_end(layer: str, role: str) -> None:
+def test_roles_match_complete_parts_of_a_layers_name(layer: str, role: str) -> None:
     assert [p.role for p in find_projections(model_with(layer))] == [role]
     assert [p.role for p in find_projections(model_with(f"wrapped.{layer}"))] == [role]
 
 
-# what is chosen
+# selection
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -308,8 +308,8 @@ def test_overlapping_targets_count_once_in_the_models_order(backbone: Backbone) 
     [
         (r"blocks\.0\.attn\.qkv\.(query|value)", ["blocks.0.attn.qkv.query", "blocks.0.attn.qkv.value"]),
         (r".*\.1\.mlp\..*", ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]),
-        (r"blocks\.1\.attn\.(qkv|proj)", ["blocks.1.attn.qkv", "blocks.1.attn.proj"]),  # the fused layer as a whole
-        (r".*\.1\.attn\.qkv(\.key)?", ["blocks.1.attn.qkv.key"]),  # or a part of it, never both
+        (r"blocks\.1\.attn\.(qkv|proj)", ["blocks.1.attn.qkv", "blocks.1.attn.proj"]),  # the complete fused layer
+        (r".*\.1\.attn\.qkv(\.key)?", ["blocks.1.attn.qkv.key"]),  # a part of a fused layer excludes the complete layer
     ],
 )
 def test_regex_matches_names(backbone: Backbone, pattern: str, names: list[str]) -> None:
@@ -318,12 +318,12 @@ def test_regex_matches_names(backbone: Backbone, pattern: str, names: list[str])
 
 @only_vit
 @pytest.mark.parametrize("pattern", ["blocks", r"attn\.qkv\.query", r"blocks\.0\.attn", ""])
-def test_regex_has_to_match_the_whole_name(backbone: Backbone, pattern: str) -> None:
+def test_regex_must_match_the_complete_name(backbone: Backbone, pattern: str) -> None:
     with pytest.raises(AdapterError, match="matches nothing"):
         chosen(backbone, f"regex:{pattern}")
 
 
-# what goes wrong
+# errors
 
 
 @only_bert
@@ -331,7 +331,7 @@ def test_no_match_lists_the_layers_with_their_roles(backbone: Backbone) -> None:
     with pytest.raises(AdapterError, match=r"adapter\.targets: 'mlp_gate'") as error:
         chosen(backbone, "query", "mlp_gate")
     for kind in ("encoder.layer.*.attention.self.query (query)", "encoder.layer.*.output.dense (mlp_out)"):
-        assert str(error.value).count(kind) == 1  # both blocks folded into one
+        assert str(error.value).count(kind) == 1  # the message folds both blocks into one entry
     assert "pooler.dense (other)" in str(error.value)
 
 
@@ -361,11 +361,12 @@ def test_an_adapted_model_has_the_same_projections(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize(("mark", "value"), [("head_first", True), ("key_dim", 4)])
-def test_a_fused_layer_ordered_by_head_is_not_cut_in_thirds(mark: str, value: object) -> None:
+def test_a_fused_layer_ordered_by_head_is_not_split_into_thirds(mark: str, value: object) -> None:
     model = model_with("blocks.0.attn.proj")
     attention = model.get_submodule("blocks.0.attn")
     attention.qkv = nn.Linear(8, 20)
-    assert [p.role for p in find_projections(model) if p.layer.endswith("qkv")] == ["other"]  # no equal thirds
+    # 20 rows are no three equal parts
+    assert [p.role for p in find_projections(model) if p.layer.endswith("qkv")] == ["other"]
     attention.qkv = nn.Linear(8, 24)
     assert [p.role for p in find_projections(model) if p.layer.endswith("qkv")] == ["query", "key", "value"]
     setattr(attention, mark, value)

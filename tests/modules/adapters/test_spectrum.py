@@ -1,4 +1,4 @@
-"""Spectra of factors and products against the dense SVD."""
+"""Spectra of factors and products, compared with the dense SVD."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_other_dtypes_are_computed_in_float32(dtype: torch.dtype) -> None:
 def test_rank_deficient_product_ends_in_zeros() -> None:
     b, a = factors(20, 30, 4)
     b[:, 3] = b[:, 0]  # rank 3
-    a[2] = 0  # rank 2 of what B lets through
+    a[2] = 0  # of these, A keeps rank 2
     sigma = product_singular_values(b, a)
     assert (sigma[:2] > 0.1).all()
     assert (sigma[2:] < 1e-4).all()

@@ -1,4 +1,4 @@
-"""Factors of a model as tensors by name: read, load, and what does not fit."""
+"""The state of adapters: reading, loading and validating factors by name."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_names_and_values_are_those_of_the_state_dict(backbone: Backbone) -> None:
+def test_names_and_values_equal_those_of_the_state_dict(backbone: Backbone) -> None:
     model = backbone.attach(targets="all")
     state = adapter_state(model)
     own = model.state_dict()
     assert set(state) == {name for name in own if ".adapters." in name}
     assert all(torch.equal(tensor, own[name]) for name, tensor in state.items())
-    assert len(state) == 2 * sum(n for role, n in backbone.counts.items() if role != "other")  # frozen factors too
+    # frozen factors are included
+    assert len(state) == 2 * sum(n for role, n in backbone.counts.items() if role != "other")
     assert not any(tensor.requires_grad for tensor in state.values())
 
 
@@ -56,7 +57,7 @@ def test_names_of_a_fused_layer(backbone: Backbone) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
 
 
-def test_lookups_by_name(backbone: Backbone) -> None:
+def test_layers_and_projections_are_found_by_name(backbone: Backbone) -> None:
     model = backbone.attach(targets="attention")
     layers = adapted_layers(model)
     for name, (layer, factors) in adapted_projections(model).items():
@@ -85,7 +86,7 @@ def test_round_trip_is_bit_exact(backbone: Backbone, tmp_path: Path) -> None:
 
 @only_vit
 def test_loading_keeps_the_parameters_themselves(backbone: Backbone) -> None:
-    """An optimizer holds on to them."""
+    """An optimizer keeps references to the parameters."""
     model = backbone.attach()
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     state = {name: tensor + 1 for name, tensor in adapter_state(model).items()}
@@ -102,7 +103,7 @@ def test_loading_keeps_the_models_precision(backbone: Backbone) -> None:
     assert_same(adapter_state(model), {name: tensor.float() for name, tensor in state.items()})
 
 
-# what does not fit
+# states that do not fit
 
 Q0 = "blocks.0.attn.qkv.adapters.query"
 
@@ -125,7 +126,7 @@ def that_would_broadcast(state: dict[str, Tensor]) -> None:
 
 @only_vit
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("change", "message"),
     [
         (without, f"1 missing: {Q0}.B"),
         (with_more, "1 unexpected: head.weight"),
@@ -133,22 +134,22 @@ def that_would_broadcast(state: dict[str, Tensor]) -> None:
         (that_would_broadcast, f"1 of another shape: {Q0}.A is (1, 24), not (4, 24)"),
     ],
 )
-def test_state_that_does_not_fit_is_named_and_not_loaded(
-    backbone: Backbone, spoil: Callable[[dict[str, Tensor]], None], message: str
+def test_a_state_that_does_not_fit_is_refused_and_not_loaded(
+    backbone: Backbone, change: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     model = backbone.attach()
     before = copied(adapter_state(model))
     state = {name: torch.full_like(tensor, 7.0) for name, tensor in before.items()}
-    spoil(state)
+    change(state)
     with pytest.raises(AdapterError) as error:
         load_adapter_state(model, state)
     assert message in str(error.value)
-    assert str(error.value).count(";") == 0  # that, and nothing else, is wrong
+    assert str(error.value).count(";") == 0  # the message has this problem alone
     assert_same(adapter_state(model), before)
 
 
 @only_vit
-def test_all_kinds_of_misfit_are_told_at_once(backbone: Backbone) -> None:
+def test_all_problems_of_a_state_are_reported_at_once(backbone: Backbone) -> None:
     model = backbone.attach()
     state = copied(adapter_state(model))
     with_another_rank(state)
@@ -158,7 +159,7 @@ def test_all_kinds_of_misfit_are_told_at_once(backbone: Backbone) -> None:
         load_adapter_state(model, state)
 
 
-def test_long_lists_are_cut_but_counted() -> None:
+def test_long_lists_of_names_are_shortened_and_counted() -> None:
     expected = {f"p{i}": torch.zeros(1) for i in range(7)}
     assert state_problems(expected, {}) == ["7 missing: p0, p1, p2, p3, p4, …"]
     assert state_problems(expected, {}, most=7) == ["7 missing: p0, p1, p2, p3, p4, p5, p6"]
@@ -167,18 +168,18 @@ def test_long_lists_are_cut_but_counted() -> None:
 
 
 @only_vit
-def test_loading_over_merged_adapters_does_not_spoil_the_weight(backbone: Backbone) -> None:
+def test_loading_into_merged_adapters_does_not_change_the_frozen_weight(backbone: Backbone) -> None:
     model = backbone.attach()
     randomize(model)
     state = {name: 2 * tensor for name, tensor in adapter_state(model).items()}
     merge(model)
-    with contextlib.suppress(AdapterError):  # an error would be as good
+    with contextlib.suppress(AdapterError):  # raising an error is allowed too
         load_adapter_state(model, state)
     unmerge(model)
     weight = "blocks.0.attn.qkv.weight"
     torch.testing.assert_close(model.get_parameter(weight), backbone.reference.get_parameter(weight), atol=1e-5, rtol=0)
 
 
-def test_fingerprint_of_shapes_alone() -> None:
-    one, same, other = (nn.Linear(4, rows, device="meta").requires_grad_(False) for rows in (3, 3, 5))
-    assert frozen_fingerprint(one) == frozen_fingerprint(same) != frozen_fingerprint(other)
+def test_the_fingerprint_on_the_meta_device_depends_on_shapes() -> None:
+    first, equal, different = (nn.Linear(4, rows, device="meta").requires_grad_(False) for rows in (3, 3, 5))
+    assert frozen_fingerprint(first) == frozen_fingerprint(equal) != frozen_fingerprint(different)

@@ -1,4 +1,4 @@
-"""Similarity of subspaces against principal angles, invariances, chance and permutations."""
+"""Similarity of subspaces: principal angles, invariance, chance level and permutations."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_another_factorisation_of_the_same_update_has_similarity_one() -> None:
 
 
 @pytest.mark.parametrize("ranks", [(3, 3), (2, 5), (5, 2), (1, 1)])
-def test_it_is_the_mean_squared_cosine_of_scipys_principal_angles(ranks: tuple[int, int]) -> None:
+def test_similarity_is_the_mean_squared_cosine_of_scipys_principal_angles(ranks: tuple[int, int]) -> None:
     x, y = gaussian(12, ranks[0]), gaussian(12, ranks[1], seed=1)
     angles = subspace_angles(x.numpy(), y.numpy())
     assert similarity(x, y) == pytest.approx(float(np.mean(np.cos(angles) ** 2)), abs=1e-12)
 
 
-def test_a_subspace_of_the_other_and_orthogonal_ones() -> None:
+def test_similarity_of_contained_and_of_orthogonal_subspaces() -> None:
     x = torch.eye(10)[:, :6]
     assert similarity(x, x[:, 2:4]) == 1
     assert similarity(x, torch.eye(10)[:, 6:9]) == 0
@@ -62,31 +62,31 @@ def test_a_dependent_column_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(20, 3, 3), (20, 2, 7), (20, 7, 2)])
-def test_random_subspaces_are_at_the_chance_level(sizes: tuple[int, int, int]) -> None:
+def test_random_subspaces_have_the_similarity_of_chance(sizes: tuple[int, int, int]) -> None:
     """The variance of Tr[PQ] for random projections P and Q is 2·p·q·(d−p)·(d−q) / (d²·(d−1)·(d+2))."""
     d, p, q = sizes
     variance = 2 * p * q * (d - p) * (d - q) / (d**2 * (d - 1) * (d + 2)) / min(p, q) ** 2
-    found = [similarity(gaussian(d, p, seed=i), gaussian(d, q, seed=10**6 + i)) for i in range(400)]
+    similarities = [similarity(gaussian(d, p, seed=i), gaussian(d, q, seed=10**6 + i)) for i in range(400)]
     assert chance_level(*sizes) == max(p, q) / d
-    assert float(np.mean(found)) == pytest.approx(chance_level(*sizes), abs=4 * math.sqrt(variance / 400))
-    assert float(np.var(found)) == pytest.approx(variance, rel=0.3)
+    assert float(np.mean(similarities)) == pytest.approx(chance_level(*sizes), abs=4 * math.sqrt(variance / 400))
+    assert float(np.var(similarities)) == pytest.approx(variance, rel=0.3)
 
 
-def test_cross_similarities_are_those_of_each_two_subspaces() -> None:
+def test_cross_similarities_equal_those_of_each_pair() -> None:
     x, y = (
         [orthonormal_basis(gaussian(12, r, seed=10 * r + s)) for r in ranks] for s, ranks in enumerate([(3, 1), (2, 5)])
     )
     empty = torch.zeros(12, 0, dtype=torch.float64)
-    found = cross_similarities([*x, empty], y)
+    actual = cross_similarities([*x, empty], y)
     expected = [[float(np.mean(np.cos(subspace_angles(u.numpy(), v.numpy())) ** 2)) for v in y] for u in x]
-    torch.testing.assert_close(found[:2], torch.tensor(expected, dtype=torch.float64))
-    assert found[2].isnan().all()
+    torch.testing.assert_close(actual[:2], torch.tensor(expected, dtype=torch.float64))
+    assert actual[2].isnan().all()
 
 
 # --------------------------------------------------------------------------------------------------------- permutations
 
 
-def test_orders_move_projections_within_their_kind_and_all_are_as_likely() -> None:
+def test_random_orders_permute_projections_of_one_kind_uniformly() -> None:
     orders = random_orders(["q", "v", "q", "v", "q"], draws=6000, seed=0)
     assert (orders.sort(1).values == torch.arange(5)).all()
     assert (orders[:, [0, 2, 4]] % 2 == 0).all()
@@ -96,21 +96,21 @@ def test_orders_move_projections_within_their_kind_and_all_are_as_likely() -> No
     assert not torch.equal(orders, random_orders(["q", "v", "q", "v", "q"], draws=6000, seed=1))
 
 
-def test_permuted_means_are_those_over_all_pairings() -> None:
-    """The pairing of three blocks has 3! values, which random orders of both runs all find."""
+def test_permuted_means_equal_those_of_all_pairings() -> None:
+    """Three blocks have 3! pairings. Enough random orders of both runs include them all."""
     similarities = torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = [np.mean([similarities[i, j] for i, j in enumerate(order)]) for order in permutations(range(3))]
     orders = [random_orders(["q"] * 3, draws=500, seed=seed) for seed in (0, 1)]
-    found = permuted_means(similarities, *orders)
-    np.testing.assert_allclose(np.unique(found.numpy().round(12)), np.unique(np.round(expected, 12)))
+    means = permuted_means(similarities, *orders)
+    np.testing.assert_allclose(np.unique(means.numpy().round(12)), np.unique(np.round(expected, 12)))
 
 
 def group_of_runs(seed: int, shared: Tensor, blocks: int = 8) -> tuple[float, Tensor]:
-    """Mean similarity of three runs with random bases beside `shared` (blocks or 1, 24, k), and its permuted means."""
-    drawn = gaussian(3, blocks, 24, 3, seed=seed)
+    """Return mean similarity and permuted means of three runs whose bases include `shared` (blocks or 1, 24, k)."""
+    bases = gaussian(3, blocks, 24, 3, seed=seed)
     runs = [
         [orthonormal_basis(torch.cat([s, b], 1)) for s, b in zip(shared.expand(blocks, -1, -1), run, strict=True)]
-        for run in drawn
+        for run in bases
     ]
     orders = [random_orders(["q"] * blocks, draws=400, seed=seed) for seed in range(3)]
     tables = {pair: cross_similarities(*(runs[i] for i in pair)) for pair in combinations(range(3), 2)}
@@ -122,12 +122,14 @@ def interval(means: Tensor) -> tuple[float, float]:
     return float(means.quantile(0.025)), float(means.quantile(0.975))
 
 
-def test_unrelated_runs_lie_in_the_permutation_interval_as_often_as_it_says() -> None:
-    none = torch.zeros(1, 24, 0, dtype=torch.float64)
-    found = [group_of_runs(seed, none) for seed in range(100)]
-    outside = sum(not low <= value <= high for value, (low, high) in ((v, interval(m)) for v, m in found))
-    assert outside <= 11  # of 100 at 5 %: exceeded with probability 0.4 %
-    assert float(torch.stack([means.mean() for _, means in found]).mean()) == pytest.approx(3 / 24, abs=0.005)
+def test_the_permutation_interval_covers_unrelated_runs_as_often_as_it_claims() -> None:
+    nothing_shared = torch.zeros(1, 24, 0, dtype=torch.float64)
+    values_and_means = [group_of_runs(seed, nothing_shared) for seed in range(100)]
+    outside = sum(not low <= value <= high for value, (low, high) in ((v, interval(m)) for v, m in values_and_means))
+    assert outside <= 11  # 5 of 100 are expected; more than 11 have probability 0.4 %
+    assert float(torch.stack([means.mean() for _, means in values_and_means]).mean()) == pytest.approx(
+        3 / 24, abs=0.005
+    )
 
 
 def test_related_blocks_lie_above_the_permutation_interval() -> None:

@@ -1,4 +1,4 @@
-"""Intruder dimensions and kept shares against closed forms."""
+"""Intruder dimensions and kept shares, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def weight(d_out: int = 40, d_in: int = 30, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """W with singular values 1, 1/2, 1/3, …, and its left and right singular vectors as columns."""
+    """Return W with singular values 1, 1/2, 1/3, …, and its left and right singular vectors as columns."""
     size = min(d_out, d_in)
     u, v = orthonormal(d_out, size, seed), orthonormal(d_in, size, seed + 1)
     return u @ torch.diag(1 / torch.arange(1, size + 1, dtype=torch.float64)) @ v.T, u, v
 
 
 def outside(u: Tensor, seed: int = 9) -> Tensor:
-    """A unit vector that is orthogonal to all columns of `u`."""
+    """Return a unit vector that is orthogonal to all columns of `u`."""
     vector = orthonormal(u.shape[0], 1, seed)[:, 0]
     vector = vector - u @ (u.T @ vector)
     return vector / vector.norm()
@@ -40,20 +40,20 @@ def test_w_itself_has_no_intruders(shape: tuple[int, int]) -> None:
     assert intruder_counts(cosines, torch.tensor([0.5, 0.99])).tolist() == [0, 0]
 
 
-def test_scaling_w_makes_no_intruder() -> None:
+def test_scaling_w_adds_no_intruder() -> None:
     w, _, _ = weight()
     assert float(intruder_cosines(left_singular_vectors(w), w, 3 * w).min()) > 1 - 1e-9
 
 
-@pytest.mark.parametrize("strength, found", [(5.0, [0]), (0.22, [4]), (0.05, [])])
-def test_planted_directions_are_found_where_they_lead(strength: float, found: list[int]) -> None:
-    """In place of W's last singular value, 1/30: the planted one then comes first, fifth, or behind the tenth."""
+@pytest.mark.parametrize("strength, positions", [(5.0, [0]), (0.22, [4]), (0.05, [])])
+def test_planted_directions_are_found_at_their_position(strength: float, positions: list[int]) -> None:
+    """The planted value replaces W's last singular value, 1/30. Its position is first, fifth, or after the tenth."""
     w, u, v = weight()
     cosines = intruder_cosines(left_singular_vectors(w), w, strength * torch.outer(outside(u), v[:, -1]), top=10)
-    assert (cosines < 0.5).nonzero().flatten().tolist() == found
-    for index in found:  # its left vector is u₃₀/30 + strength·planted, normalised
+    assert (cosines < 0.5).nonzero().flatten().tolist() == positions
+    for index in positions:  # its left singular vector is u₃₀/30 + strength·planted, normalised
         assert float(cosines[index]) == pytest.approx(1 / math.hypot(1, 30 * strength), abs=1e-9)
-    assert int(intruder_counts(cosines, torch.tensor([0.5]))) == len(found)
+    assert int(intruder_counts(cosines, torch.tensor([0.5]))) == len(positions)
 
 
 def test_the_cosine_of_a_mixture_is_that_of_its_nearest_direction() -> None:
@@ -65,7 +65,7 @@ def test_the_cosine_of_a_mixture_is_that_of_its_nearest_direction() -> None:
     assert counts.tolist() == [0, 1]
 
 
-def test_directions_outside_of_a_weight_without_rank_are_unknown() -> None:
+def test_all_directions_are_intruders_of_a_zero_weight() -> None:
     zero = torch.zeros(6, 5)
     assert left_singular_vectors(zero).shape == (6, 0)
     cosines = intruder_cosines(left_singular_vectors(zero), zero, torch.eye(6, 5))
@@ -92,7 +92,7 @@ def test_kept_shares_of_known_spectra() -> None:
     assert kept_shares(torch.zeros(3)).isnan().all()
 
 
-def test_kept_share_is_that_of_the_truncated_product() -> None:
+def test_kept_share_equals_that_of_the_truncated_product() -> None:
     b, a = orthonormal(20, 4, 1) * torch.tensor([3.0, 1.0, 0.5, 0.1]), orthonormal(15, 4, 2).T
     u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
     truncated = u[:, :2] @ torch.diag(s[:2]) @ vh[:2]
@@ -101,7 +101,7 @@ def test_kept_share_is_that_of_the_truncated_product() -> None:
 
 
 def test_effective_and_stable_rank_of_a_geometric_spectrum() -> None:
-    """Σσ² = (1 − q²ʳ)/(1 − q²) for σᵢ = qⁱ; the entropy has the closed form below."""
+    """For σᵢ = qⁱ, Σσ² = (1 − q²ʳ)/(1 − q²). The entropy has the closed form below."""
     q, r = 0.5, 6
     sigma = torch.tensor([q**i for i in range(r)])
     summary = summarize(sigma)

@@ -30,7 +30,7 @@ def draw(*sizes: int, seed: int = 0) -> Tensor:
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Δ, Σ, an orthonormal A and an orthonormal B."""
+    """Return Δ, Σ, an orthonormal A and an orthonormal B."""
     sigma = torch.diag(1.0 / torch.arange(1, D_IN + 1, dtype=torch.float64))
     turn = torch.linalg.qr(draw(D_IN, D_IN, seed=1)).Q
     a = torch.linalg.qr(draw(D_IN, RANK, seed=2)).Q.T
@@ -39,22 +39,22 @@ def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def descend(delta: Tensor, sigma: Tensor, a: Tensor, b: Tensor, trained: str) -> tuple[Tensor, float]:
-    """Plain gradient descent on one factor; returns the update and its loss."""
+    """Run gradient descent on one factor. Return the update and its loss."""
     factors = {"A": a.clone(), "B": b.clone()}
     factor = factors[trained].zero_().requires_grad_()
     curvature = a @ sigma @ a.T if trained == "B" else sigma
-    rate = 0.5 / float(torch.linalg.eigvalsh(curvature)[-1])
+    step_size = 0.5 / float(torch.linalg.eigvalsh(curvature)[-1])
     for _ in range(4000):
         loss = regression_loss(factors["B"] @ factors["A"], delta, sigma, NOISE)
         (gradient,) = torch.autograd.grad(loss, factor)
         with torch.no_grad():
-            factor -= rate * gradient
+            factor -= step_size * gradient
     update = (factors["B"] @ factors["A"]).detach()
     return update, float(regression_loss(update, delta, sigma, NOISE))
 
 
 @pytest.mark.parametrize("trained", ["A", "B"])
-def test_gradient_descent_ends_at_the_closed_form(trained: str) -> None:
+def test_gradient_descent_converges_to_the_closed_form(trained: str) -> None:
     delta, sigma, a, b = problem()
     update, loss = descend(delta, sigma, a, b, trained)
     if trained == "B":
@@ -66,20 +66,20 @@ def test_gradient_descent_ends_at_the_closed_form(trained: str) -> None:
     assert abs(float(regression_loss(expected, delta, sigma, NOISE) - least)) <= 1e-12
 
 
-def test_solutions_are_those_of_least_squares_on_samples() -> None:
+def test_solutions_equal_those_of_least_squares_on_samples() -> None:
     delta, _, a, b = problem()
     x = draw(50, D_IN, seed=4)
     y = x @ delta.T  # (n, d_out)
     sigma = x.T @ x / len(x)
     fitted_b = torch.linalg.lstsq(x @ a.T, y).solution.T
-    # A of x Aᵀ Bᵀ = y: least squares over vec(A)
+    # least squares over vec(A) for x Aᵀ Bᵀ = y
     design = torch.einsum("ni,or->nori", x, b).reshape(len(x) * D_OUT, RANK * D_IN)
     fitted_a = torch.linalg.lstsq(design, y.reshape(-1)).solution.reshape(RANK, D_IN)
     torch.testing.assert_close(optimal_b(delta, sigma, a), fitted_b)
     torch.testing.assert_close(optimal_a(delta, b), fitted_a)
 
 
-def test_shares_are_those_of_the_closed_forms_at_every_rank() -> None:
+def test_shares_equal_the_closed_forms_at_every_rank() -> None:
     delta, sigma, a, b = problem()
     root = root_of(sigma)
     whitened = root.directions(delta.T)
@@ -102,8 +102,8 @@ def test_the_removed_loss_is_the_squared_whitened_norm_of_the_update() -> None:
     ("spectrum", "b", "a", "tolerance"),
     [("isotropic", 0.0078, 0.0078, 2e-4), ("1/i", 0.108, 0.0078, 0.015), ("rank r", 1.0, 0.0078, 2e-3)],
 )
-def test_simulation_gives_the_papers_asymmetry(spectrum: str, b: float, a: float, tolerance: float) -> None:
-    """Figures of ../shared/PAPER.md: d = 512, r = 4."""
+def test_simulation_reproduces_the_papers_asymmetry(spectrum: str, b: float, a: float, tolerance: float) -> None:
+    """The paper's values for d = 512 and r = 4."""
     shares = simulate(spectrum)
     assert float(shares["B"].mean[-1]) == pytest.approx(b, abs=tolerance)
     assert float(shares["A"].mean[-1]) == pytest.approx(a, abs=2e-3)
@@ -120,7 +120,7 @@ def test_the_expected_share_over_a_random_b_is_rank_over_width() -> None:
     assert (share.mean - exact).abs().max() < 0.02
 
 
-def test_a_rank_above_that_of_the_inputs_removes_everything() -> None:
+def test_a_rank_of_at_least_that_of_the_inputs_removes_everything() -> None:
     x = draw(4, 12)
     root = root_of(x.T @ x)
     share = expected_share(root.directions(draw(12, 5)), root, 8)
@@ -130,7 +130,7 @@ def test_a_rank_above_that_of_the_inputs_removes_everything() -> None:
 
 
 def linear_network(tokens: int) -> tuple[Moments, Tensor, Tensor, Tensor]:
-    """Moments of y = 0·x under the mean squared error to Δ·x, fed in two batches with padding."""
+    """Return the moments of y = 0·x under the squared error to Δ·x, added in two batches with padding."""
     delta, sigma, _, _ = problem()
     x = draw(tokens, D_IN, seed=5) @ torch.linalg.cholesky(sigma).T
     weight = torch.zeros(D_OUT, D_IN, dtype=torch.float64, requires_grad=True)
@@ -147,7 +147,7 @@ def linear_network(tokens: int) -> tuple[Moments, Tensor, Tensor, Tensor]:
     return moments, delta, x, weight.grad
 
 
-def test_moments_are_sums_over_tokens_that_reach_the_loss() -> None:
+def test_moments_are_sums_over_tokens_with_a_gradient() -> None:
     moments, delta, x, weight_gradient = linear_network(40)
     torch.testing.assert_close(moments.inputs, x.T @ x)
     torch.testing.assert_close(moments.gradient, weight_gradient)
@@ -162,10 +162,10 @@ def test_in_a_linear_network_least_squares_finds_delta() -> None:
     assert len(forecasts) == 8
     sigma = moments.inputs
     removable = float(torch.trace(delta @ sigma @ delta.T))
-    found = forecasts["B", "least squares", "equal"]
-    assert found.removable == pytest.approx(removable)
+    forecast = forecasts["B", "least squares", "equal"]
+    assert forecast.removable == pytest.approx(removable)
     root = root_of(sigma)
-    torch.testing.assert_close(found.share.mean, expected_share(root.directions(delta.T), root, RANK).mean)
+    torch.testing.assert_close(forecast.share.mean, expected_share(root.directions(delta.T), root, RANK).mean)
     step = delta @ sigma  # -G
     assert forecasts["A", "gradient step", "equal"].removable == pytest.approx(
         float(torch.trace(step @ sigma @ step.T))
@@ -175,25 +175,25 @@ def test_in_a_linear_network_least_squares_finds_delta() -> None:
     torch.testing.assert_close(theory.eigenvalues.sum(), torch.trace(sigma) / 40)
 
 
-def test_weights_of_outputs_treat_both_factors_alike() -> None:
-    """Swapping x and g swaps A and B when outputs weigh by their gradients."""
+def test_forecasts_with_weighted_outputs_are_symmetric_in_the_factors() -> None:
+    """If outputs are weighted by their gradients, swapping x and g swaps A and B."""
     x, g = draw(60, 8), draw(60, 8, seed=1) * torch.arange(1, 9)
     moments, swapped = Moments(8, 8), Moments(8, 8)
     moments.add(x, g)
     swapped.add(g, x)
-    one, other = theory_of(moments, 4), theory_of(swapped, 4)
-    for f in one.forecasts:
+    theory, theory_of_swapped = theory_of(moments, 4), theory_of(swapped, 4)
+    for f in theory.forecasts:
         if f.outputs == "gradients":
             mirrored = next(
                 m
-                for m in other.forecasts
+                for m in theory_of_swapped.forecasts
                 if m.outputs == "gradients" and m.target == f.target and m.trained != f.trained
             )
             torch.testing.assert_close(f.share.mean, mirrored.share.mean)
             assert f.removable == pytest.approx(mirrored.removable)
 
 
-def test_gradients_without_relation_to_the_inputs_are_explained_by_chance() -> None:
+def test_gradients_unrelated_to_the_inputs_are_explained_by_chance_alone() -> None:
     moments = Moments(20, 5)
     moments.add(draw(2000, 20), draw(2000, 5, seed=1))
     theory = theory_of(moments, 4)
@@ -203,6 +203,6 @@ def test_gradients_without_relation_to_the_inputs_are_explained_by_chance() -> N
 
 
 @pytest.mark.parametrize(("trained", "width"), [("B", 200), ("A", 100), ("both", 300)])
-def test_the_bound_counts_what_is_trained(trained: str, width: int) -> None:
+def test_the_bound_depends_on_the_number_of_trained_parameters(trained: str, width: int) -> None:
     bound = generalisation_bound([(4, 100, 200), (4, 100, 200)], trained, samples=1000, bits=16, sigma=0.5)  # type: ignore[arg-type]
     assert bound == pytest.approx(math.sqrt(2 * 4 * 16 * 0.25 * math.log(2) / 1000 * 2 * width))

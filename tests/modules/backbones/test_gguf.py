@@ -1,4 +1,4 @@
-"""GGUF files: weights and tokenizer are those they were made of, and what cannot be read is said in one line."""
+"""GGUF files: weights and tokenizer equal those of the source, and unreadable files give one message."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def shared_file(folder: Path) -> Path:
 
 @pytest.fixture
 def file(shared_file: Path, tmp_path: Path) -> Path:
-    """A copy to do harm to."""
+    """Return a copy of the shared file that a test may damage."""
     return Path(shutil.copy(shared_file, tmp_path / "model.gguf"))
 
 
-# --------------------------------------------------------------------------------------------------------------- loads
+# ------------------------------------------------------------------------------------------------------------- loading
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_weights_are_those_it_was_made_of(tmp_path: Path, tied: bool) -> None:
+def test_the_weights_equal_those_of_the_source(tmp_path: Path, tied: bool) -> None:
     folder = save_decoder(tmp_path / "llama", tie_word_embeddings=tied, **KEYS)
     built, expected = build(write_gguf(folder)), build(folder)
     assert type(built.model) is type(expected.model)
@@ -78,7 +78,7 @@ def test_other_architectures_load_too(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(built.model), logits(build(folder).model), rtol=1e-5, atol=1e-5)
 
 
-def test_the_tokenizer_is_the_one_it_was_made_of(folder: Path, shared_file: Path) -> None:
+def test_the_tokenizer_equals_that_of_the_source(folder: Path, shared_file: Path) -> None:
     model = build(shared_file).model
     ours, theirs = load_tokenizer(str(shared_file), model, pads=False), load_tokenizer(str(folder), model)
     assert len(ours) == len(theirs)
@@ -88,16 +88,17 @@ def test_the_tokenizer_is_the_one_it_was_made_of(folder: Path, shared_file: Path
         assert ours.decode(ids) == text
     assert (ours.eos_token_id, ours.bos_token_id, ours.chat_template) == (2, 1, CHAT)
     assert sorted(ours.all_special_ids) == sorted(theirs.all_special_ids)
-    assert max(ours("<|endoftext|>")["input_ids"]) < model.config.vocab_size  # GPT-2's end, which is no token here
+    # GPT-2's end token is not in this vocabulary
+    assert max(ours("<|endoftext|>")["input_ids"]) < model.config.vocab_size
 
 
-def test_a_beginning_that_the_file_asks_for_is_put_before(folder: Path, tmp_path: Path) -> None:
+def test_a_begin_token_is_added_if_the_file_says_so(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "llama"))
     path = write_gguf(copy, more=lambda writer: writer.add_add_bos_token(True))
     assert load_tokenizer(str(path), build(path).model, pads=False)("AB")["input_ids"][0] == 1
 
 
-def test_quantised_weights_are_unpacked(folder: Path, tmp_path: Path) -> None:
+def test_quantised_weights_are_dequantised(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "llama"))
     built = build(write_gguf(copy, kind=gguf.GGMLQuantizationType.Q8_0))
     assert {p.dtype for p in built.model.parameters()} == {torch.float32}
@@ -105,7 +106,7 @@ def test_quantised_weights_are_unpacked(folder: Path, tmp_path: Path) -> None:
     assert 1e-4 < float((ours - theirs).norm() / theirs.norm()) < 0.05
 
 
-def test_bfloat16_is_of_the_weights_alone(shared_file: Path) -> None:
+def test_bfloat16_applies_to_the_weights_alone(shared_file: Path) -> None:
     model, full = build(shared_file, dtype=torch.bfloat16).model, build(shared_file).model
     state, expected = model.state_dict(), full.state_dict()
     assert all(torch.equal(state[name], expected[name].bfloat16()) for name in expected)
@@ -114,7 +115,7 @@ def test_bfloat16_is_of_the_weights_alone(shared_file: Path) -> None:
         assert torch.equal(buffer, theirs)
 
 
-def test_it_is_saved_like_any_other(shared_file: Path, tmp_path: Path) -> None:
+def test_a_loaded_model_is_saved_in_the_usual_format(shared_file: Path, tmp_path: Path) -> None:
     model = build(shared_file).model
     assert not hasattr(model.config, "quantization_config")
     model.save_pretrained(tmp_path / "saved")
@@ -122,27 +123,27 @@ def test_it_is_saved_like_any_other(shared_file: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(build(tmp_path / "saved").model), logits(model))
 
 
-def test_weights_are_never_left_packed(shared_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # where the package kernels is, transformers would leave them so
-    seen: list[Any] = []
+def test_weights_are_always_dequantised(shared_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # with the package `kernels`, transformers would keep the weights quantised
+    configs: list[Any] = []
     load = AutoModelForCausalLM.from_pretrained
 
     def recorded(*args: Any, **keys: Any) -> Any:
-        seen.append(keys["quantization_config"])
+        configs.append(keys["quantization_config"])
         return load(*args, **keys)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
     build(shared_file)
-    assert isinstance(seen[0], GgufConfig)
-    assert seen[0].dequantize
+    assert isinstance(configs[0], GgufConfig)
+    assert configs[0].dequantize
 
 
-def test_loading_says_nothing(shared_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing(shared_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_tokenizer(str(shared_file), build(shared_file).model, pads=False)
     assert capfd.readouterr() == ("", "")
 
 
-def test_weights_from_elsewhere(folder: Path, shared_file: Path, tmp_path: Path) -> None:
+def test_model_weights_may_name_another_file(folder: Path, shared_file: Path, tmp_path: Path) -> None:
     other = save_decoder(tmp_path / "other", seed=5, tie_word_embeddings=False, **KEYS)
     from_file = build(shared_file, other / "model.safetensors")
     assert from_file.new == set()
@@ -158,7 +159,7 @@ def test_the_configuration_can_be_changed(shared_file: Path) -> None:
         build(shared_file, args={"dropuot": 0.5})
 
 
-# --------------------------------------------------------------------------------------------------------------- names
+# --------------------------------------------------------------------------------------------------- names of backbones
 
 
 def test_a_local_name_is_a_directory_and_a_file(shared_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +175,7 @@ def test_a_local_name_is_a_directory_and_a_file(shared_file: Path, monkeypatch: 
 def test_a_hub_name_is_a_repository_and_a_file(
     shared_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
 ) -> None:
-    """The hub's cache, as it is after a download."""
+    """The file is in the hub's cache, as after a download."""
     repository = tmp_path / "models--someone--tiny"
     snapshot = repository / "snapshots" / ("0" * 40)
     (snapshot / inner).parent.mkdir(parents=True)
@@ -196,11 +197,11 @@ def refused(name: Path | str, pattern: str) -> None:
     with pytest.raises(ModelError, match=pattern) as error:
         build(name)
     assert "\n" not in str(error.value)
-    assert "model.safetensors" not in str(error.value)  # advice for directories
+    assert "model.safetensors" not in str(error.value)  # this advice is for directories
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])
-def test_a_missing_package(shared_file: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_a_missing_package_is_refused(shared_file: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr(modules.backbones.gguf, f"is_{package}_available", lambda: False)
     refused(
         shared_file, r"^model\.backbone: .*model\.gguf needs the packages gguf and accelerate\. Run: pip install gguf"
@@ -208,36 +209,36 @@ def test_a_missing_package(shared_file: Path, monkeypatch: pytest.MonkeyPatch, p
 
 
 @pytest.mark.parametrize("name", ["absent.gguf", "./absent.gguf", "/no/where/absent.gguf", "folder/absent.gguf"])
-def test_a_file_that_is_not_there(name: str) -> None:
+def test_a_missing_file_is_refused(name: str) -> None:
     refused(name, rf"^model\.backbone: there is no file {name}\. For a file on the hub use OWNER/NAME/FILE\.gguf")
 
 
-def test_another_file_of_a_directory(file: Path) -> None:
+def test_a_missing_file_in_an_existing_directory_is_refused(file: Path) -> None:
     refused(file.with_name("other.gguf"), r"^model\.backbone: there is no file .*other\.gguf")
 
 
-def test_a_repository_that_cannot_be_reached() -> None:
+def test_an_unreachable_repository_is_refused() -> None:
     refused("no/such/model.gguf", r"^model\.backbone: no/such/model\.gguf .*could not be loaded from the hub")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.6, 0.9, 0.999])
-def test_a_truncated_file(file: Path, share: float) -> None:
+def test_a_truncated_file_is_refused(file: Path, share: float) -> None:
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     refused(file, r"^model\.(backbone|weights): .*model\.gguf .* damaged")
 
 
-def test_a_text_with_that_suffix(file: Path) -> None:
+def test_a_git_lfs_pointer_is_refused(file: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 98362432\n")
     refused(file, r"^model\.backbone: .*model\.gguf cannot be read as GGUF \(.*magic.*\)\. The file is damaged")
 
 
-def test_another_architecture(folder: Path, tmp_path: Path) -> None:
+def test_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "llama"))
     refused(write_gguf(copy, "rwkv6"), r"^model\.backbone: .* cannot be read as GGUF \(.*rwkv6 .*this architecture")
 
 
-def test_a_tokenizer_of_another_kind(folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "llama"))
     path = write_gguf(copy)
     path.write_bytes(path.read_bytes().replace(b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert"))
@@ -255,16 +256,18 @@ def _linear(writer: gguf.GGUFWriter) -> None:
 
 
 @pytest.mark.parametrize("scale", [_frequencies, _linear])
-def test_scaled_positions_are_not_lost_in_silence(folder: Path, tmp_path: Path, scale: Callable[..., None]) -> None:
+def test_scaled_rotary_positions_are_refused_unless_given_in_backbone_args(
+    folder: Path, tmp_path: Path, scale: Callable[..., None]
+) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "llama"))
     path = write_gguf(copy, more=scale)
     refused(path, r"^model\.backbone: .*model\.gguf scales its rotary positions.*rope_parameters .*backbone_args")
-    given = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}
-    ours, expected = build(path, args=given).model, build(folder, args=given).model
+    args = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}
+    ours, expected = build(path, args=args).model, build(folder, args=args).model
     torch.testing.assert_close(logits(ours), logits(expected), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(ours), logits(build(folder).model), atol=1e-2)
 
 
-def test_an_adapter_beside_it(file: Path) -> None:
+def test_a_peft_adapter_in_the_directory_is_refused(file: Path) -> None:
     (file.parent / "adapter_config.json").write_text("{}")
     refused(file, r"^model\.backbone: .*model\.gguf holds a PEFT adapter")

@@ -1,4 +1,4 @@
-"""timm backbones from local files: the same features as timm's own, or one message that says what does not fit."""
+"""timm backbones from local files: features equal timm's, or one message names the problem."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESNET: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 24), "s
 
 
 def source(name: str = VIT, size: int | None = 16, classes: int = 0, **args: Any) -> nn.Module:
-    """A model as its authors would publish it, away from its initial values."""
+    """Return a model as its authors would publish it, with changed weights."""
     args = {**({} if size is None else {"img_size": size}), **args}
     model = timm.create_model(name, pretrained=False, num_classes=classes, **args).eval()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_a_local_file_gives_the_features_of_its_model(tmp_path: Path, suffix: st
 
 
 @pytest.mark.parametrize("wrap", [{"state_dict": ""}, {"model": ""}, {"state_dict": "module."}, {"state_dict_ema": ""}])
-def test_a_training_checkpoint_of_timm(tmp_path: Path, wrap: dict[str, str]) -> None:
+def test_a_training_checkpoint_of_timm_is_loaded(tmp_path: Path, wrap: dict[str, str]) -> None:
     model = source(**TINY)
     ((key, prefix),) = wrap.items()
     content = {key: {f"{prefix}{name}": t for name, t in model.state_dict().items()}, "epoch": 3, "arch": VIT}
@@ -82,7 +82,7 @@ def test_the_classifier_of_the_source_is_left_out(tmp_path: Path, name: str, arg
 
 
 @pytest.mark.parametrize("size", [None, 32, 48])
-def test_resnet_takes_any_size_and_its_running_statistics(tmp_path: Path, size: int | None) -> None:
+def test_resnet_takes_any_size_and_loads_running_statistics(tmp_path: Path, size: int | None) -> None:
     model = source("resnet18", None, **RESNET)
     built = build_timm_backbone("resnet18", save(model, tmp_path / "w.pth"), size, RESNET)
     assert torch.equal(features(built, size or 64), features(model, size or 64))
@@ -108,7 +108,7 @@ def test_backbone_args_reach_the_architecture(tmp_path: Path) -> None:
     assert torch.equal(features(built), features(model))
 
 
-# ------------------------------------------------------------------------------------------------------------ position
+# ------------------------------------------------------------------------------------------------- position embeddings
 
 
 DINO = "vit_small_patch14_dinov2"
@@ -116,7 +116,7 @@ DINO = "vit_small_patch14_dinov2"
 
 @pytest.mark.parametrize("size", [8, 24])
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "resizing"),
     [
         (VIT, {"antialias": True}),
         (DINO, {"antialias": False}),
@@ -125,7 +125,7 @@ DINO = "vit_small_patch14_dinov2"
     ],
 )
 def test_position_embeddings_are_resized_as_timm_does(
-    tmp_path: Path, name: str, how: dict[str, Any], size: int
+    tmp_path: Path, name: str, resizing: dict[str, Any], size: int
 ) -> None:
     model: Any = source(name, **TINY)
     built: Any = build_timm_backbone(name, save(model, tmp_path / "w.safetensors"), size, TINY)
@@ -136,11 +136,12 @@ def test_position_embeddings_are_resized_as_timm_does(
         return resample_abs_pos_embed(model.pos_embed.detach(), grid, num_prefix_tokens=prefix, **options)
 
     assert built.pos_embed.shape == (1, prefix + grid[0] ** 2, 32)
-    torch.testing.assert_close(built.pos_embed.detach(), resized(**how), rtol=0, atol=1e-6)
-    other = {"antialias": not how["antialias"]}  # and bicubic: bilinear enlarging is the same with and without
-    assert (resized(**other) - resized(**how)).abs().max() > 1e-3  # so the comparison can tell
-    same = {name: t for name, t in built.state_dict().items() if name != "pos_embed"}
-    assert all(torch.equal(t, model.state_dict()[name]) for name, t in same.items())
+    torch.testing.assert_close(built.pos_embed.detach(), resized(**resizing), rtol=0, atol=1e-6)
+    # bicubic, since bilinear enlarging does not depend on antialias
+    other_resizing = {"antialias": not resizing["antialias"]}
+    assert (resized(**other_resizing) - resized(**resizing)).abs().max() > 1e-3  # the options make a difference
+    unchanged = {name: t for name, t in built.state_dict().items() if name != "pos_embed"}
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in unchanged.items())
     assert features(built, size).isfinite().all()
 
 
@@ -157,12 +158,12 @@ def test_position_embeddings_are_resized_as_timm_does(
         "mobilenetv3_small_050.lamb_in1k",
     ],
 )
-def test_preprocessing_is_timms(name: str) -> None:
+def test_preprocessing_equals_timms(name: str) -> None:
     size, args = (16, TINY) if name.startswith("vit") else (None, {})
     model = timm.create_model(name, pretrained=False, **args)
-    theirs = resolve_model_data_config(model)
+    timms = resolve_model_data_config(model)
     ours = preprocessing(build_timm_backbone(name, "none", size, args), size)
-    assert ours == theirs | ({"input_size": (3, 16, 16)} if size else {})
+    assert ours == timms | ({"input_size": (3, 16, 16)} if size else {})
     published = timm.get_pretrained_cfg(name)
     assert (ours["mean"], ours["std"]) == (published.mean, published.std)
     assert (ours["interpolation"], ours["crop_pct"]) == (published.interpolation, published.crop_pct)
@@ -172,7 +173,7 @@ def test_preprocessing_is_timms(name: str) -> None:
 
 
 class Malicious:
-    """Unpickling this would create a file."""
+    """An object that creates the file `trace` when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -205,14 +206,14 @@ class Malicious:
     ],
     ids=str,
 )
-def test_an_architecture_that_timm_cannot_build(
+def test_an_architecture_that_timm_cannot_build_is_refused(
     name: str, size: int | None, args: dict[str, Any], parts: list[str]
 ) -> None:
     with refuses(*parts, error=ModelError):
         build_timm_backbone(name, "none", size, args)
 
 
-def test_names_that_are_offered_exist() -> None:
+def test_suggested_names_exist() -> None:
     with refuses("Similar names: ", error=ModelError) as caught:
         build_timm_backbone("resnet10x", "none", None, {})
     near = re.findall(r"Similar names: ([^.]*)\.", str(caught.value))[0].split(", ")
@@ -246,24 +247,26 @@ def _state(**args: Any) -> dict[str, Tensor]:
         ("w.pth", lambda: source("resnet18", None, **RESNET).state_dict(), ["unexpected: conv1.weight"]),
     ],
 )
-def test_a_file_of_other_weights(tmp_path: Path, file: str, content: Callable[[], Any], parts: list[str]) -> None:
+def test_a_file_of_other_weights_is_refused(
+    tmp_path: Path, file: str, content: Callable[[], Any], parts: list[str]
+) -> None:
     path = str(tmp_path / file)
     save_file(content(), path) if file.endswith(".safetensors") else torch.save(content(), path)
     with refuses("model.weights", path, *parts, error=ModelError):
         build_timm_backbone(VIT, path, 16, TINY)
 
 
-def test_no_such_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "w.safetensors")
     with refuses("model.weights", path, "pretrained", error=ModelError):
         build_timm_backbone(VIT, path, 16, TINY)
-    with refuses("model.weights", str(tmp_path), error=ModelError):  # a directory is no file
+    with refuses("model.weights", str(tmp_path), error=ModelError):  # a directory is refused too
         build_timm_backbone(VIT, str(tmp_path), 16, TINY)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.9])
-def test_truncated_weights(tmp_path: Path, name: str, keep: float) -> None:
+def test_truncated_weights_are_refused(tmp_path: Path, name: str, keep: float) -> None:
     file = Path(save(source(**TINY), tmp_path / name))
     content = file.read_bytes()
     file.write_bytes(content[: int(keep * len(content))])
@@ -284,6 +287,6 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, name: str, archive: bool) -
     assert not trace.exists()
 
 
-def test_weights_from_the_hub_without_a_connection() -> None:
+def test_weights_from_the_hub_without_a_connection_are_refused() -> None:
     with refuses("model.weights", VIT, "--model.weights FILE.safetensors", error=ModelError):
         build_timm_backbone(f"{VIT}.augreg_in21k", "pretrained", None, TINY)

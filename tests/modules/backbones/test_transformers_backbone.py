@@ -1,4 +1,4 @@
-"""Backbones in the hub's layout: what is loaded, which modules are heads, and what is refused."""
+"""Backbones in the hub's layout: loading, heads, tokenizers, positions and bad input."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def encoder(built: Built) -> dict[str, Tensor]:
     return built.model.base_model.state_dict()
 
 
-# --------------------------------------------------------------------------------------------------------------- loads
+# ------------------------------------------------------------------------------------------------------------- loading
 
 
 @every_kind
-def test_a_directory_loads_as_transformers_loads_it(kind: str, tmp_path: Path) -> None:
+def test_a_directory_is_loaded_as_by_transformers(kind: str, tmp_path: Path) -> None:
     save_backbone(tmp_path, kind)
     built = build(tmp_path)
     theirs = AutoModel.from_pretrained(tmp_path).state_dict()
-    expected = {name: theirs[name] for name in encoder(built)}  # RoBERTa's classifier has no pooler
+    expected = {name: theirs[name] for name in encoder(built)}  # RoBERTa's classifier has no pooler, AutoModel has one
     assert_same(encoder(built), expected)
     assert len(set(theirs) - set(expected)) == (2 if kind == "roberta" else 0)
     assert {p.dtype for p in built.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_a_classifier_loads_as_transformers_loads_it(kind: str, tmp_path: Path) -> None:
+def test_a_classifier_is_loaded_as_by_transformers(kind: str, tmp_path: Path) -> None:
     save_classifier(tmp_path, kind, ["a", "b", "c"])
     built = build(tmp_path)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -103,7 +103,7 @@ def build_in_bfloat16(folder: Path, **keys: Any) -> Built:
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, "bart"])
-def test_heads_are_drawn_alike_beside_a_backbone_in_bfloat16(tmp_path: Path, kind: str) -> None:
+def test_new_heads_do_not_depend_on_the_dtype_of_the_backbone(tmp_path: Path, kind: str) -> None:
     folder = save_backbone(tmp_path / kind, kind)
     torch.manual_seed(3)
     expected = build(folder)
@@ -112,9 +112,9 @@ def test_heads_are_drawn_alike_beside_a_backbone_in_bfloat16(tmp_path: Path, kin
     assert sorted(built.heads) == sorted(HEADS[kind])
     heads = tuple(f"{head}." for head in built.heads)
     for name, tensor in expected.model.state_dict().items():
-        wanted = tensor if name.startswith(heads) else tensor.bfloat16()
-        assert built.model.state_dict()[name].dtype == wanted.dtype, name
-        assert torch.equal(built.model.state_dict()[name], wanted), name
+        expected_tensor = tensor if name.startswith(heads) else tensor.bfloat16()
+        assert built.model.state_dict()[name].dtype == expected_tensor.dtype, name
+        assert torch.equal(built.model.state_dict()[name], expected_tensor), name
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -135,24 +135,24 @@ def test_weights_in_bfloat16_load_as_float32(roberta: Path, tmp_path: Path) -> N
 
 
 @every_kind
-def test_none_is_random_and_reads_no_weights(kind: str, tmp_path: Path) -> None:
+def test_weights_none_is_random_and_reads_no_file(kind: str, tmp_path: Path) -> None:
     save_backbone(tmp_path, kind)
     pretrained = encoder(build(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     torch.manual_seed(3)
     built = build(tmp_path, "none")
     torch.manual_seed(3)
-    again = build(tmp_path, "none")
+    rebuilt = build(tmp_path, "none")
     assert built.new == set(built.model.state_dict())
     assert built.heads == HEADS[kind]
-    assert_same(built.model.state_dict(), again.model.state_dict())
+    assert_same(built.model.state_dict(), rebuilt.model.state_dict())
     matrices = [name for name, t in encoder(built).items() if t.ndim > 1 and t.std() > 0]
     assert len(matrices) > 10
     assert not any(torch.equal(encoder(built)[name], pretrained[name]) for name in matrices)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bart"])
-def test_the_directorys_own_file_by_name_is_the_same(kind: str, tmp_path: Path) -> None:
+def test_the_directorys_weight_file_may_be_named(kind: str, tmp_path: Path) -> None:
     save_backbone(tmp_path, kind)
     pretrained, by_name = build(tmp_path), build(tmp_path, tmp_path / "model.safetensors")
     assert_same(encoder(by_name), encoder(pretrained))
@@ -161,14 +161,14 @@ def test_the_directorys_own_file_by_name_is_the_same(kind: str, tmp_path: Path) 
     assert by_name.new == pretrained.new
 
 
-def test_another_file_takes_the_place_of_the_directorys_own(roberta: Path, tmp_path: Path) -> None:
+def test_another_weight_file_replaces_the_directorys(roberta: Path, tmp_path: Path) -> None:
     other = save_backbone(tmp_path / "other", "roberta", seed=1)
     assert_same(encoder(build(roberta, other / "model.safetensors")), encoder(build(other)))
     (roberta / "model.safetensors").unlink()
     assert_same(encoder(build(roberta, other / "model.safetensors")), encoder(build(other)))
 
 
-def test_a_classifiers_file_brings_its_head(roberta: Path, tmp_path: Path) -> None:
+def test_the_weight_file_of_a_classifier_includes_its_head(roberta: Path, tmp_path: Path) -> None:
     other = save_classifier(tmp_path / "other", "roberta", ["a", "b"], seed=1)
     built = build(roberta, other / "model.safetensors")
     assert_same(built.model.state_dict(), build(other).model.state_dict())
@@ -188,7 +188,7 @@ def test_backbone_args_change_the_configuration(roberta: Path) -> None:
 
 
 @every_kind
-def test_heads_are_what_the_pretrained_model_does_not_bring(kind: str, tmp_path: Path) -> None:
+def test_heads_are_the_modules_without_pretrained_weights(kind: str, tmp_path: Path) -> None:
     save_backbone(tmp_path, kind)
     built = build(tmp_path)
     assert built.heads == HEADS[kind]
@@ -209,7 +209,7 @@ OUTPUT = {"roberta": "classifier.out_proj", "bert": "classifier", "deberta": "cl
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_a_classifier_of_other_labels_loads_all_but_its_output(kind: str, tmp_path: Path) -> None:
+def test_a_classifier_of_other_labels_is_loaded_except_its_output_layer(kind: str, tmp_path: Path) -> None:
     saved = load_file(save_classifier(tmp_path, kind, list("abcde")) / "model.safetensors")
     built = build(tmp_path, num_labels=3)
     output = {f"{OUTPUT[kind]}.weight", f"{OUTPUT[kind]}.bias"}
@@ -311,7 +311,7 @@ SHAPES = " tensors are missing or of another shape"
         (None, ".", {}, NO_FILE),
     ],
 )
-def test_what_cannot_be_loaded(
+def test_unloadable_backbones_are_refused(
     roberta: Path, change: Callable[[Path], object] | None, weights: str, args: dict[str, Any], parts: Sequence[str]
 ) -> None:
     if change is not None:
@@ -321,16 +321,16 @@ def test_what_cannot_be_loaded(
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "no-such-model", "./no/such/directory", "a b"])
-def test_a_name_that_is_nowhere(name: str) -> None:
+def test_an_unknown_name_is_refused(name: str) -> None:
     with refuses(f"model.backbone: {name} ", "Without a connection give a local directory", error=ModelError):
         build(name)
 
 
-# ---------------------------------------------------------------------------------------------------- code is never run
+# --------------------------------------------------------------------------------------------- code in files is not run
 
 
 class Payload:
-    """A function that unpickling would call."""
+    """An object whose unpickling creates the file `trace`."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -345,7 +345,7 @@ def test_pickled_code_in_weights_is_not_run(roberta: Path, tmp_path: Path, name:
     trace = tmp_path / "trace"
     state = {"embeddings.word_embeddings.weight": Payload(trace)}
     pickle.loads(pickle.dumps(state))
-    assert trace.exists()  # it would work
+    assert trace.exists()  # unpickling does create the file
     trace.unlink()
     (roberta / "model.safetensors").unlink()
     if archive:
@@ -366,7 +366,7 @@ from transformers import RobertaConfig as Config, RobertaForSequenceClassificati
 
 @pytest.fixture
 def with_code(roberta: Path, tmp_path: Path) -> Path:
-    """A repository that brings its own classes, and the file that they leave once imported."""
+    """Return a repository with its own classes, whose import would create `trace`."""
     (roberta / "own.py").write_text(CODE.format(trace=str(tmp_path / "trace")))
     classes = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
     edit_json(roberta / "config.json", auto_map={**classes, "AutoModelForSequenceClassification": "own.Model"})
@@ -375,14 +375,16 @@ def with_code(roberta: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "none", "file"])
-def test_code_of_a_repository_gives_way_to_transformers_own(with_code: Path, tmp_path: Path, weights: str) -> None:
+def test_classes_of_transformers_are_used_instead_of_a_repositorys_code(
+    with_code: Path, tmp_path: Path, weights: str
+) -> None:
     built = build(with_code, with_code / "model.safetensors" if weights == "file" else weights)
     assert type(built.model).__module__ == "transformers.models.roberta.modeling_roberta"
     assert type(load_tokenizer(str(with_code), built.model)).__module__.startswith("transformers.")
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_model_that_is_only_code_is_refused(with_code: Path, tmp_path: Path) -> None:
+def test_a_model_that_needs_a_repositorys_code_is_refused(with_code: Path, tmp_path: Path) -> None:
     edit_json(with_code / "config.json", model_type="their-own")
     with pytest.raises(ModelError, match=r"^model\.backbone: "):
         build(with_code)
@@ -393,7 +395,7 @@ def test_a_model_that_is_only_code_is_refused(with_code: Path, tmp_path: Path) -
 
 
 def _no_tokenizer(folder: Path, kept: str = "") -> None:
-    # transformers would make up one that knows its special tokens and no word
+    # transformers would create a tokenizer that knows special tokens and no words
     for path in folder.glob("tokenizer*"):
         if path.name != kept:
             path.unlink()
@@ -415,7 +417,7 @@ def _no_tokenizer(folder: Path, kept: str = "") -> None:
         ),
     ],
 )
-def test_a_directory_without_a_tokenizer_that_can_be_used(
+def test_a_directory_without_a_usable_tokenizer_is_refused(
     tmp_path: Path, kind: str, change: Callable[[Path], object], parts: list[str]
 ) -> None:
     change(save_backbone(tmp_path, kind))
@@ -423,7 +425,7 @@ def test_a_directory_without_a_tokenizer_that_can_be_used(
         load_tokenizer(str(tmp_path), build(tmp_path).model)
 
 
-def test_a_tokenizer_of_more_tokens_than_embeddings(roberta: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(roberta: Path) -> None:
     size = len(VOCABULARY)
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["more"])
@@ -431,7 +433,7 @@ def test_a_tokenizer_of_more_tokens_than_embeddings(roberta: Path) -> None:
     model = build(roberta).model
     with pytest.raises(ModelError, match=rf"^model\.backbone: .* has {size + 1} tokens and the model only {size} "):
         load_tokenizer(str(roberta), model)
-    model.resize_token_embeddings(size + 8)  # more embeddings than tokens are common, and fine
+    model.resize_token_embeddings(size + 8)  # more embeddings than tokens are common and accepted
     assert len(load_tokenizer(str(roberta), model)) == size + 1
 
 
@@ -443,7 +445,7 @@ NAMES = ["input_ids", "token_type_ids", "attention_mask"]
     [("bert", 2, True), ("bert", 1, False), ("roberta", 1, False), ("deberta", 0, False), ("deberta", 2, True)],
 )
 @torch.no_grad()
-def test_token_types_are_for_models_that_know_two(kind: str, types: int, kept: bool, tmp_path: Path) -> None:
+def test_token_types_are_kept_for_models_with_two_types(kind: str, types: int, kept: bool, tmp_path: Path) -> None:
     save_backbone(tmp_path, kind, type_vocab_size=types)
     word_tokenizer(model_input_names=NAMES).save_pretrained(tmp_path)
     model = build(tmp_path).model
@@ -471,13 +473,13 @@ def test_token_types_are_for_models_that_know_two(kind: str, types: int, kept: b
     ],
 )
 @torch.no_grad()
-def test_a_model_takes_as_many_tokens_as_it_has_positions(
+def test_the_position_limit_is_the_longest_input_of_the_model(
     kind: str, changes: dict[str, int], limit: int, tmp_path: Path
 ) -> None:
     model = build(save_backbone(tmp_path, kind, **changes)).model.eval()
     assert position_limit(model) == limit
     tokens = torch.full((1, limit + 1), VOCABULARY["good"])
-    tokens[:, -2:] = VOCABULARY["</s>"]  # BART classifies by it
+    tokens[:, -2:] = VOCABULARY["</s>"]  # BART's classifier reads the hidden state of this token
     model(input_ids=tokens[:, 1:-1] if kind == "bart" else tokens[:, :limit])
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=tokens)
@@ -487,12 +489,12 @@ def test_relative_positions_have_no_limit(tmp_path: Path) -> None:
     assert position_limit(build(save_backbone(tmp_path, "t5")).model) is None
 
 
-def test_the_limit_is_the_same_in_bfloat16(roberta: Path) -> None:
+def test_the_position_limit_is_the_same_in_bfloat16(roberta: Path) -> None:
     model = build(roberta, "none", max_position_embeddings=18).model
     assert position_limit(model) == position_limit(model.to(torch.bfloat16)) == 16
 
 
-# ------------------------------------------------------------------------------------------------ logits of some tokens
+# -------------------------------------------------------------------------------------------- logits of selected tokens
 
 SELECTED = torch.tensor([[0, 1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 1]]).bool()
 
@@ -512,42 +514,41 @@ def tokens() -> dict[str, Tensor]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_logits_of_some_tokens_are_those_of_the_whole(
-    kind: str, tied: bool, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_selected_logits_equal_those_of_all_tokens(kind: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     model = decoder(tmp_path, kind, tied, dtype)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
-    seen: list[tuple[int, ...]] = []
-    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    found = selected_logits(model, SELECTED, **tokens())
+    shapes: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
+    selected = selected_logits(model, SELECTED, **tokens())
     expected = model(**tokens()).logits[SELECTED].float()
-    assert found.dtype == torch.float32
-    near = 1e-5 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(found, expected, rtol=near, atol=near)
-    assert [math.prod(shape[:-1]) for shape in seen] == [5, 21]  # the output layer saw no other
+    assert selected.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(selected, expected, rtol=tolerance, atol=tolerance)
+    # the output layer has computed the selected tokens alone
+    assert [math.prod(shape[:-1]) for shape in shapes] == [5, 21]
 
 
 @pytest.mark.parametrize("kind", list(DECODERS))
-def test_gradients_of_some_logits_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
+def test_gradients_of_selected_logits_equal_those_of_all_tokens(kind: str, tmp_path: Path) -> None:
     model = decoder(tmp_path, kind, tied=kind == "llama")
     weights = torch.randn(5, model.config.vocab_size)
 
     def gradients(logits: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad((weights * logits).sum(), list(model.parameters())))
 
-    found = gradients(selected_logits(model, SELECTED, **tokens()))
-    for ours, theirs in zip(found, gradients(model(**tokens()).logits[SELECTED]), strict=True):
+    gradients_of_selected = gradients(selected_logits(model, SELECTED, **tokens()))
+    for ours, theirs in zip(gradients_of_selected, gradients(model(**tokens()).logits[SELECTED]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_nothing_of_the_selection_stays(tmp_path: Path) -> None:
+def test_the_selection_ends_with_the_call_even_after_an_error(tmp_path: Path) -> None:
     model = decoder(tmp_path, "llama", tied=True)
     expected = model(**tokens()).logits
     selected_logits(model, SELECTED, **tokens())
-    with pytest.raises(IndexError):  # behind the embeddings
+    with pytest.raises(IndexError):  # an error in the embeddings
         selected_logits(model, SELECTED, input_ids=tokens()["input_ids"] + 10_000)
-    with pytest.raises(IndexError):  # within the hook
+    with pytest.raises(IndexError):  # an error in the hook
         selected_logits(model, SELECTED[:, 1:], **tokens())
     assert torch.equal(model(**tokens()).logits, expected)
     assert len(selected_logits(model, torch.zeros_like(SELECTED), **tokens())) == 0

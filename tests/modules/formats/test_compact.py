@@ -1,4 +1,4 @@
-"""A compact directory gives the adapters back, and nothing that it claims is believed."""
+"""Compact directories: round trips, and validation of every value in a hostile file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIGNS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def train(model: nn.Module) -> None:
-    """Noise in the factors that are trained."""
+    """Fill the trained factors with noise."""
     for _, factors in adapted_projections(model).values():
         for parameter in factors.named_factors(trained=True).values():
             parameter.normal_(std=0.2)
@@ -50,7 +50,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("side", ["B", "A"])
-def test_round_trip_in_every_family(backbone: Backbone, tmp_path: Path, side: str) -> None:
+def test_round_trip_is_exact_in_every_family(backbone: Backbone, tmp_path: Path, side: str) -> None:
     model, config = adapted(backbone, **SIGNS[side], targets="all", alpha=12, scaling="rslora", dropout=0.1)
     names = list(adapted_projections(model))
     assert save_compact(tmp_path, model, config, {}, torch.float32) == names
@@ -73,7 +73,7 @@ def test_round_trip_in_every_family(backbone: Backbone, tmp_path: Path, side: st
 
 
 @only_vit
-def test_bfloat16_rounds_what_is_stored_and_nothing_else(backbone: Backbone, tmp_path: Path) -> None:
+def test_bfloat16_rounds_the_stored_tensors_alone(backbone: Backbone, tmp_path: Path) -> None:
     model, config = adapted(backbone, **SIGNS["B"])
     heads = {"head.weight": torch.randn(5, 24), "head.batches": torch.tensor(7)}
     save_compact(tmp_path, model, config, heads, torch.bfloat16)
@@ -92,13 +92,15 @@ def test_bfloat16_rounds_what_is_stored_and_nothing_else(backbone: Backbone, tmp
 @pytest.mark.parametrize(
     "keys",
     [
-        {},  # orthogonal
+        {},  # the default, orthogonal
         SIGNS["both"],
         *({"init_a": init} for init in ("gaussian", "uniform", "kaiming", "svd", "svd_minor")),
         {"train": "A", "init_a": "zero", "init_b": "orthogonal"},
     ],
 )
-def test_what_cannot_be_drawn_again_is_stored(backbone: Backbone, tmp_path: Path, keys: dict[str, Any]) -> None:
+def test_factors_that_cannot_be_drawn_again_are_stored(
+    backbone: Backbone, tmp_path: Path, keys: dict[str, Any]
+) -> None:
     model, config = adapted(backbone, **keys)
     assert save_compact(tmp_path, model, config, {}, torch.float32) == []
     assert len(stored(tmp_path)) == len(adapter_state(model))
@@ -107,8 +109,8 @@ def test_what_cannot_be_drawn_again_is_stored(backbone: Backbone, tmp_path: Path
 
 
 @only_vit
-def test_signs_from_elsewhere_are_stored(backbone: Backbone, tmp_path: Path) -> None:
-    """The configuration says signs, but one frozen factor differs in one bit."""
+def test_changed_signs_are_stored(backbone: Backbone, tmp_path: Path) -> None:
+    """The configuration has init_a signs, but one frozen factor differs in one sign."""
     model, config = adapted(backbone, **SIGNS["B"])
     changed, *rest = adapted_projections(model)
     with torch.no_grad():
@@ -121,8 +123,10 @@ def test_signs_from_elsewhere_are_stored(backbone: Backbone, tmp_path: Path) -> 
 
 @only_vit
 @pytest.mark.parametrize("targets", [["regex:(.+)+(.+)+x"], ["query"], ["query", "mlp_gate"], ["nose"]])
-def test_other_targets_become_names(backbone: Backbone, tmp_path: Path, targets: list[str]) -> None:
-    """A stranger's regular expression would take for ever, and what counts is what the file has."""
+def test_other_targets_are_replaced_by_the_names_of_the_factors(
+    backbone: Backbone, tmp_path: Path, targets: list[str]
+) -> None:
+    """A hostile regular expression could run forever. The names of the stored factors are used instead."""
     model, config = adapted(backbone, **SIGNS["B"])
     save_compact(tmp_path, model, config, {}, torch.float32)
     rewrite(tmp_path, lambda r: r["adapter"].update(targets=targets))
@@ -143,11 +147,11 @@ def test_loading_changes_neither_model_nor_generator(backbone: Backbone, tmp_pat
     after = backbone.reference.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
-    assert load_compact(tmp_path, model).adapter == config  # one with adapters has the same projections
+    assert load_compact(tmp_path, model).adapter == config  # a model with adapters has the same projections
 
 
 @only_vit
-def test_fingerprint_of_what_is_frozen(backbone: Backbone, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_the_frozen_weights(backbone: Backbone, tmp_path: Path) -> None:
     model, config = adapted(backbone, **SIGNS["B"])
     save_compact(tmp_path, model, config, {}, torch.float32)
     backbone.reference.requires_grad_(False).get_submodule(*backbone.head).requires_grad_(True)
@@ -157,7 +161,7 @@ def test_fingerprint_of_what_is_frozen(backbone: Backbone, tmp_path: Path) -> No
 
 
 @only_vit
-def test_refusals_to_write(backbone: Backbone, tmp_path: Path) -> None:
+def test_models_and_dtypes_that_cannot_be_written_are_refused(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no adapters"):
         save_compact(tmp_path, backbone.model, AdapterConfig(), {}, torch.float32)
     model, config = adapted(backbone)
@@ -171,7 +175,7 @@ def test_refusals_to_write(backbone: Backbone, tmp_path: Path) -> None:
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, nn.Module]:
-    """A compact directory of query and value of a ViT, rank 4, and the model that it is of."""
+    """Return a compact directory of query and value of a ViT with rank 4, and its model."""
     backbone = vit()
     model, config = adapted(backbone, **SIGNS["B"])
     save_compact(tmp_path, model, config, {"head.weight": torch.randn(5, 24)}, torch.float32)
@@ -228,7 +232,7 @@ def test_another_digest_is_refused(written: tuple[Path, nn.Module]) -> None:
         (lambda r: "1" * 10**5, "ValueError"),
     ],
 )
-def test_a_recipe_is_not_believed(
+def test_a_recipe_with_wrong_values_is_refused(
     written: tuple[Path, nn.Module], change: Callable[[Recipe], Any], message: str
 ) -> None:
     folder, model = written
@@ -265,7 +269,7 @@ B = f"adapter.{NAME}.B"
         (lambda t: t.update({"head.weight": torch.zeros(2, dtype=torch.complex64)}), "complex64"),
     ],
 )
-def test_tensors_are_checked(
+def test_wrong_tensors_are_refused(
     written: tuple[Path, nn.Module], change: Callable[[dict[str, Tensor]], Any], message: str
 ) -> None:
     folder, model = written
@@ -274,7 +278,7 @@ def test_tensors_are_checked(
         load_compact(folder, model)
 
 
-def test_another_model_is_refused(written: tuple[Path, nn.Module]) -> None:
+def test_a_file_of_another_model_is_refused(written: tuple[Path, nn.Module]) -> None:
     folder, _ = written
     with pytest.raises(AdapterError, match=r"8 unexpected.*backbone of the training"):
         load_compact(folder, nn.Sequential(nn.Linear(3, 3)))
@@ -286,10 +290,10 @@ def test_another_model_is_refused(written: tuple[Path, nn.Module]) -> None:
         b"",
         b"\x80\x04cposix\nsystem\n",  # a pickle
         struct.pack("<Q", 2**62) + b"{}",  # a header longer than the file
-        struct.pack("<Q", 2) + b"{}",  # no recipe
+        struct.pack("<Q", 2) + b"{}",  # without a recipe
     ],
 )
-def test_a_file_of_another_kind(written: tuple[Path, nn.Module], data: bytes) -> None:
+def test_a_file_of_another_format_is_refused(written: tuple[Path, nn.Module], data: bytes) -> None:
     folder, model = written
     (folder / FILE_NAME).write_bytes(data)
     with pytest.raises(AdapterError, match=rf"model.adapter_path: .*{FILE_NAME}"):
@@ -297,7 +301,7 @@ def test_a_file_of_another_kind(written: tuple[Path, nn.Module], data: bytes) ->
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_file_cut_short(written: tuple[Path, nn.Module], share: float) -> None:
+def test_a_truncated_file_is_refused(written: tuple[Path, nn.Module], share: float) -> None:
     folder, model = written
     data = (folder / FILE_NAME).read_bytes()
     (folder / FILE_NAME).write_bytes(data[: int(share * len(data))])
@@ -305,6 +309,6 @@ def test_a_file_cut_short(written: tuple[Path, nn.Module], share: float) -> None
         load_compact(folder, model)
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="cannot be read"):
         load_compact(tmp_path, nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""PEFT's LoRA files and our adapters say the same in both directions; PEFT itself is the reference."""
+"""Conversion between PEFT's LoRA files and our adapters, in both directions. The reference is PEFT."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ only_roberta = pytest.mark.parametrize("backbone", ["roberta"], indirect=True)
 
 
 def heads_of(backbone: Backbone) -> Heads:
-    """Heads with other values than those of the reference."""
+    """Return heads whose values differ from those of the reference."""
     model = backbone.model
     return {n: {k: t + 1 for k, t in model.get_submodule(n).state_dict().items()} for n in backbone.head}
 
 
-# ------------------------------------------------------------------------------------------------------- ours for PEFT
+# ------------------------------------------------------------------------------------------------------- export to PEFT
 
 
 @ALL_FAMILIES
@@ -49,7 +49,7 @@ def heads_of(backbone: Backbone) -> Heads:
     [(["query", "value"], "standard"), (["attention", "mlp_out"], "rslora"), (["query"], "rslora")],
 )
 @torch.no_grad()
-def test_peft_computes_what_we_do_and_the_round_trip_is_exact(
+def test_peft_computes_the_same_output_and_the_round_trip_is_exact(
     backbone: Backbone, tmp_path: Path, train: str, targets: Any, scaling: Any
 ) -> None:
     config = AdapterConfig(**STARTS[train], rank=2, alpha=3.0, targets=targets, scaling=scaling, dropout=0.25)
@@ -58,19 +58,19 @@ def test_peft_computes_what_we_do_and_the_round_trip_is_exact(
     heads = heads_of(backbone)
     content, tensors = exported(backbone, config, heads)
     write_peft_files(tmp_path, content, tensors, torch.float32)
-    for name, of_head in heads.items():
-        backbone.model.get_submodule(name).load_state_dict(of_head)
+    for name, head_state in heads.items():
+        backbone.model.get_submodule(name).load_state_dict(head_state)
     expected = backbone.run()
     before = copied(adapter_state(backbone.model))
     torch.testing.assert_close(pefts_output(backbone, tmp_path), expected, atol=1e-5, rtol=1e-5)
     assert (expected - backbone.pretrained_output()).abs().max() > 1e-3
 
-    given = imported(backbone, content, load_file(tmp_path / "adapter_model.safetensors"), train=train)
+    loaded = imported(backbone, content, load_file(tmp_path / "adapter_model.safetensors"), train=train)
     after = adapter_state(backbone.model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert given.config == AdapterConfig(
-        **{**vars(config), "targets": given.config.targets, "init_a": "given", "init_b": "given"}
+    assert loaded.config == AdapterConfig(
+        **{**vars(config), "targets": loaded.config.targets, "init_a": "given", "init_b": "given"}
     )
     torch.testing.assert_close(backbone.run(), expected, atol=0, rtol=0)
 
@@ -94,14 +94,15 @@ def test_a_fused_layer_is_one_lora_with_a_block_for_each_part(backbone: Backbone
     assert content["modules_to_save"] is None
 
 
-def test_names_that_peft_would_take_for_a_head_are_refused() -> None:
+def test_names_that_peft_would_mistake_for_a_head_are_refused() -> None:
     model = nn.ModuleDict({"a": nn.ModuleDict({"q_proj": nn.Linear(4, 4), "other_head": nn.Linear(4, 4)})})
     config = AdapterConfig(rank=2, targets=["regex:a\\.q_proj"])
     attach(model, config)
     head = {"head": nn.Linear(4, 2).state_dict()}
     with pytest.raises(AdapterError, match=r"a\.other_head"):
         to_peft(model, config, adapter_state(model), head)
-    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "score": nn.Linear(4, 4)})  # which PEFT adds by itself
+    # for SEQ_CLS, PEFT adds modules named `score` to modules_to_save
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "score": nn.Linear(4, 4)})
     attach(model, AdapterConfig(rank=2, targets=["regex:q_proj"]))
     content, _ = to_peft(model, AdapterConfig(rank=2), adapter_state(model), head, "SEQ_CLS")
     assert content["task_type"] is None
@@ -109,7 +110,7 @@ def test_names_that_peft_would_take_for_a_head_are_refused() -> None:
     assert content["task_type"] == "CAUSAL_LM"
 
 
-# ------------------------------------------------------------------------------------------------------ PEFT's for us
+# ----------------------------------------------------------------------------------------------------- import from PEFT
 
 PEFTS: dict[str, dict[str, Any]] = {
     "vit": {"target_modules": ["qkv", "fc2"]},
@@ -128,7 +129,7 @@ TARGETS = {
 
 
 def pefts_own(backbone: Backbone, folder: Path, **keys: Any) -> nn.Module:
-    """A LoRA of rank 4 with random factors and heads, saved by PEFT."""
+    """Save a LoRA of rank 4 with random factors and heads with PEFT. Return PEFT's model."""
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "modules_to_save": list(backbone.head) or None, **keys})
     model = peft.get_peft_model(copy.deepcopy(backbone.reference), config).eval()
     for name, parameter in model.named_parameters():
@@ -141,62 +142,64 @@ def pefts_own(backbone: Backbone, folder: Path, **keys: Any) -> nn.Module:
 @ALL_FAMILIES
 @pytest.mark.parametrize("train", ["A", "both"])
 @torch.no_grad()
-def test_pefts_own_lora(backbone: Backbone, request: pytest.FixtureRequest, tmp_path: Path, train: str) -> None:
+def test_a_lora_of_peft_is_imported_and_exported(
+    backbone: Backbone, request: pytest.FixtureRequest, tmp_path: Path, train: str
+) -> None:
     name = request.node.callspec.params["backbone"]
     expected = backbone.run(pefts_own(backbone, tmp_path, **PEFTS[name]))
-    given = imported(backbone, *read(tmp_path), train=train)
+    loaded = imported(backbone, *read(tmp_path), train=train)
     torch.testing.assert_close(backbone.run(), expected, atol=1e-5, rtol=1e-5)
-    assert (given.config.rank, given.config.alpha, given.config.train) == (4, 6.0, train)
-    assert sorted(given.config.targets) == sorted(TARGETS[name])
-    assert given.config.scaling == ("rslora" if name == "roberta" else "standard")
-    assert given.config.dropout == (0.1 if name == "llama" else 0)
-    # and back to PEFT
-    content, tensors = exported(backbone, given.config, given.heads)
+    assert (loaded.config.rank, loaded.config.alpha, loaded.config.train) == (4, 6.0, train)
+    assert sorted(loaded.config.targets) == sorted(TARGETS[name])
+    assert loaded.config.scaling == ("rslora" if name == "roberta" else "standard")
+    assert loaded.config.dropout == (0.1 if name == "llama" else 0)
+    # export to PEFT again
+    content, tensors = exported(backbone, loaded.config, loaded.heads)
     write_peft_files(tmp_path, content, tensors, torch.float32)
     torch.testing.assert_close(pefts_output(backbone, tmp_path), expected, atol=1e-5, rtol=1e-5)
 
 
 @only_roberta
 @torch.no_grad()
-def test_patterns_that_give_one_scale_and_tensors_in_bfloat16(backbone: Backbone, tmp_path: Path) -> None:
+def test_patterns_with_one_rank_and_tensors_in_bfloat16_are_imported(backbone: Backbone, tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"query": 2}, "alpha_pattern": {"query": 3}}
     model = pefts_own(backbone, tmp_path, target_modules=["query"], **patterns)
     expected = backbone.run(model)
     content, tensors = read(tmp_path)
-    given = imported(backbone, content, tensors)
-    assert (given.config.rank, given.config.alpha) == (2, 3.0)
+    loaded = imported(backbone, content, tensors)
+    assert (loaded.config.rank, loaded.config.alpha) == (2, 3.0)
     torch.testing.assert_close(backbone.run(), expected, atol=1e-5, rtol=1e-5)
-    given = imported(backbone, content, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    loaded = imported(backbone, content, {name: tensor.bfloat16() for name, tensor in tensors.items()})
     layer = "roberta.encoder.layer.0.attention.self.query"
-    factor = given.factors[f"{layer}.adapters.query.A"]
+    factor = loaded.factors[f"{layer}.adapters.query.A"]
     assert factor.dtype == torch.float32
     torch.testing.assert_close(factor, tensors[f"{PREFIX}{layer}.lora_A.weight"].bfloat16().float(), atol=0, rtol=0)
 
 
 @only_vit
 @torch.no_grad()
-def test_zeros_tell_the_parts_of_a_fused_layer(backbone: Backbone, tmp_path: Path) -> None:
+def test_parts_of_a_fused_layer_are_recognised_by_zeros(backbone: Backbone, tmp_path: Path) -> None:
     pefts_own(backbone, tmp_path, target_modules=["qkv"])
     content, tensors = read(tmp_path)
     b = {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
 
     def targets() -> Any:
-        given = imported(backbone, content, tensors)
-        return given.config.rank, given.config.targets
+        loaded = imported(backbone, content, tensors)
+        return loaded.config.rank, loaded.config.targets
 
     assert targets() == (4, [r"regex:blocks\.\d+\.attn\.qkv"])
     for tensor in b.values():
-        tensor[24:, :2] = 0  # two columns for the query
+        tensor[24:, :2] = 0  # the first two columns belong to the query
     assert targets() == (4, [r"regex:blocks\.\d+\.attn\.qkv"])
     for tensor in b.values():
-        tensor[:48, 2:] = 0  # two for the value
+        tensor[:48, 2:] = 0  # the last two columns belong to the value
     assert targets() == (2, ["query", "value"])
     first = next(iter(b.values()))
-    first[:] = 0  # of one layer nothing is known
+    first[:] = 0  # a layer of zeros does not reveal its parts
     assert targets() == (4, [r"regex:blocks\.\d+\.attn\.qkv"])
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------------------------- unsupported files
 
 BASIC = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query"]}
 
@@ -235,7 +238,7 @@ BASIC = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query
         ("what_the_future_brings", {"rank": 3}),
     ],
 )
-def test_a_key_that_is_not_supported_is_named(key: str, value: Any) -> None:
+def test_an_unsupported_key_is_named(key: str, value: Any) -> None:
     with pytest.raises(AdapterError, match=key):
         check_supported({**BASIC, key: value})
 
@@ -280,7 +283,7 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
         (lambda c, t: c.update(lora_dropout=1.5), "out of range.*dropout"),
     ],
 )
-def test_files_that_do_not_fit(backbone: Backbone, tmp_path: Path, change: Change, message: str) -> None:
+def test_files_that_do_not_fit_are_refused(backbone: Backbone, tmp_path: Path, change: Change, message: str) -> None:
     pefts_own(backbone, tmp_path, target_modules=["query"])
     content, tensors = read(tmp_path)
     change(content, tensors)
@@ -298,7 +301,9 @@ def test_files_that_do_not_fit(backbone: Backbone, tmp_path: Path, change: Chang
         ({"target_modules": ["query"], "modules_to_save": ["LayerNorm"]}, "unexpected: .*LayerNorm"),
     ],
 )
-def test_what_peft_can_do_and_we_cannot(backbone: Backbone, tmp_path: Path, keys: Any, message: str) -> None:
+def test_adapters_that_only_peft_supports_are_refused(
+    backbone: Backbone, tmp_path: Path, keys: Any, message: str
+) -> None:
     pefts_own(backbone, tmp_path, **keys)
     with pytest.raises(AdapterError, match=message):
         imported(backbone, *read(tmp_path))

@@ -1,4 +1,4 @@
-"""Letters score what a plain loop over whole prompts says, whatever is shared; accuracies are counts by hand."""
+"""Multiple choice: scores equal those of a plain loop over prompts, and accuracies equal counts by hand."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.causal_backbones import VOCABULARY, byte_tokenizer, save_decoder
 PREFIX = "The following are questions.\n\nWho?\nA. he\nB. she\nAnswer: B\n\n"
 QUESTIONS = ["Why?\nAnswer:", "What is it that is there, and since when?\nA. it\nB. this\nAnswer:", "No\nAnswer:"]
 CHOICES = torch.tensor([VOCABULARY[f"Ġ{letter}"] for letter in "ABCD"])
-WINDOW = 20  # fewer than the tokens of the prefix
+WINDOW = 20  # shorter than the prefix
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {}),
     "mistral in windows": ("mistral", {"sliding_window": WINDOW}),
     "qwen2": ("qwen2", {}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
-    "gemma2": ("gemma2", {}),  # every other layer's window is wider than the prompts
+    "gemma2": ("gemma2", {}),  # the window of every second layer is wider than the prompts
     "gemma2 in windows": ("gemma2", {"sliding_window": WINDOW}),
 }
 
@@ -49,13 +49,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
 
 
 def batch_of(prefix: str = PREFIX, questions: list[str] = QUESTIONS, shared: int | None = None) -> dict[str, Any]:
-    """Whole prompts tokenised, parted behind the prefix or behind so many tokens."""
-    whole = [tokens_of(prefix + question) for question in questions]
+    """Return tokenized prompts, split after the prefix or after `shared` tokens."""
+    prompts = [tokens_of(prefix + question) for question in questions]
     shared = len(tokens_of(prefix)) if shared is None else shared
-    assert all(ids[:shared] == whole[0][:shared] for ids in whole)
-    rests = [torch.tensor(ids[shared:]) for ids in whole]
+    assert all(ids[:shared] == prompts[0][:shared] for ids in prompts)
+    rests = [torch.tensor(ids[shared:]) for ids in prompts]
     return {
-        "prefix": torch.tensor(whole[0][:shared], dtype=torch.int64),
+        "prefix": torch.tensor(prompts[0][:shared], dtype=torch.int64),
         "input_ids": pad_sequence(rests, batch_first=True),
         "lengths": torch.tensor([len(rest) for rest in rests]),
         "choices": CHOICES,
@@ -63,8 +63,8 @@ def batch_of(prefix: str = PREFIX, questions: list[str] = QUESTIONS, shared: int
 
 
 @torch.no_grad()
-def plain(model: PreTrainedModel, prefix: str = PREFIX, questions: list[str] = QUESTIONS) -> Tensor:
-    """One whole prompt after another, without padding and cache."""
+def reference_scores(model: PreTrainedModel, prefix: str = PREFIX, questions: list[str] = QUESTIONS) -> Tensor:
+    """Return the scores of each complete prompt, computed one by one without padding and cache."""
     rows = [
         model(torch.tensor([tokens_of(prefix + question)]), use_cache=False).logits[0, -1] for question in questions
     ]
@@ -77,7 +77,7 @@ def assert_alike(scores: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
 
 
 class Passes:
-    """Shapes of the tokens that go through a decoder."""
+    """Record the shape of the tokens in each forward pass of a decoder."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -91,50 +91,52 @@ class Passes:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_those_of_a_plain_loop(tmp_path: Path, family: str) -> None:
+def test_scores_equal_those_of_a_plain_loop(tmp_path: Path, family: str) -> None:
     model = make(tmp_path, family)
-    expected = plain(model)
-    assert (expected[0] - expected[1]).abs().max() > 0.1  # the questions matter
+    expected = reference_scores(model)
+    assert (expected[0] - expected[1]).abs().max() > 0.1  # scores depend on the question
     passes, batch = Passes(model), batch_of()
     assert_alike(choice_log_probabilities(model, batch, PrefixCache()), expected)
-    assert passes.shapes == [(1, len(batch["prefix"])), tuple(batch["input_ids"].shape)]  # the prefix once
+    assert passes.shapes == [(1, len(batch["prefix"])), tuple(batch["input_ids"].shape)]  # the prefix runs once
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2 in windows"])
-def test_scores_in_bfloat16(tmp_path: Path, family: str) -> None:
+def test_scores_in_bfloat16_are_as_close_as_a_plain_loop(tmp_path: Path, family: str) -> None:
     model = make(tmp_path, family)
-    exact = plain(model)
+    exact = reference_scores(model)
     model.bfloat16()
     scores = choice_log_probabilities(model, batch_of(), PrefixCache())
-    assert_alike(scores, exact, atol=3 * float((plain(model) - exact).abs().max()))
+    assert_alike(scores, exact, atol=3 * float((reference_scores(model) - exact).abs().max()))
 
 
-def test_scores_with_adapters(tmp_path: Path) -> None:
+def test_scores_with_adapters_equal_those_of_a_plain_loop(tmp_path: Path) -> None:
     model = make(tmp_path)
-    before = plain(model)
+    before = reference_scores(model)
     attach(model, AdapterConfig(train="B", rank=4, alpha=8, targets=["all"]))
     for layer in adapted_layers(model).values():
         for factor in layer.factors():
             for parameter in factor.named_factors(trained=True).values():
                 torch.nn.init.normal_(parameter, std=0.5)
-    expected = plain(model)
+    expected = reference_scores(model)
     assert (expected - before).abs().max() > 0.1
     assert_alike(choice_log_probabilities(model, batch_of(), PrefixCache()), expected)
 
 
 @pytest.mark.parametrize("shared", [0, 1, 30])
-def test_any_part_of_what_is_shared_can_be_the_prefix(llama: PreTrainedModel, shared: int) -> None:
-    assert_alike(choice_log_probabilities(llama, batch_of(shared=shared), PrefixCache()), plain(llama))
+def test_any_part_of_the_common_prefix_may_be_shared(llama: PreTrainedModel, shared: int) -> None:
+    assert_alike(choice_log_probabilities(llama, batch_of(shared=shared), PrefixCache()), reference_scores(llama))
 
 
-def test_a_lone_question_is_all_prefix_but_for_a_token(llama: PreTrainedModel) -> None:
+def test_a_single_question_may_have_one_token_after_the_prefix(llama: PreTrainedModel) -> None:
     batch = batch_of(questions=QUESTIONS[:1], shared=len(tokens_of(PREFIX + QUESTIONS[0])) - 1)
     assert batch["input_ids"].shape == (1, 1)
-    assert_alike(choice_log_probabilities(llama, batch, PrefixCache()), plain(llama, questions=QUESTIONS[:1]))
+    assert_alike(
+        choice_log_probabilities(llama, batch, PrefixCache()), reference_scores(llama, questions=QUESTIONS[:1])
+    )
 
 
-def test_a_model_with_another_state_sees_whole_prompts() -> None:
-    """LFM2's convolutions keep a state that is no keys and values."""
+def test_a_model_with_another_kind_of_cache_runs_complete_prompts() -> None:
+    """LFM2's convolutions have a state that is not keys and values."""
     config = Lfm2Config(
         vocab_size=len(VOCABULARY),
         hidden_size=32,
@@ -147,13 +149,13 @@ def test_a_model_with_another_state_sees_whole_prompts() -> None:
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     passes, batch = Passes(model), batch_of()
-    expected = plain(model)
+    expected = reference_scores(model)
     passes.shapes.clear()
     assert_alike(choice_log_probabilities(model, batch, PrefixCache()), expected)
     assert passes.shapes == [(3, len(batch["prefix"]) + batch["input_ids"].shape[1])]
 
 
-def test_the_output_layer_sees_one_position_a_question(llama: PreTrainedModel) -> None:
+def test_the_output_layer_computes_one_position_per_question(llama: PreTrainedModel) -> None:
     shapes = []
     output = llama.get_output_embeddings()
     hook = output.register_forward_hook(lambda module, inputs, logits: shapes.append(tuple(logits.shape)))
@@ -165,41 +167,41 @@ def test_the_output_layer_sees_one_position_a_question(llama: PreTrainedModel) -
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
-def kept(cache: PrefixCache) -> list[Tensor]:
+def cached_tensors(cache: PrefixCache) -> list[Tensor]:
     assert cache._keys is not None
     return [tensor for layer in cache._keys.layers for tensor in (layer.keys, layer.values)]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2 in windows"])
-def test_a_prefix_is_computed_once_and_stays_as_it_is(tmp_path: Path, family: str) -> None:
+def test_a_prefix_is_computed_once_and_not_changed(tmp_path: Path, family: str) -> None:
     model = make(tmp_path, family)
     cache, passes = PrefixCache(), Passes(model)
     first = choice_log_probabilities(model, batch_of(), cache)
-    before = [tensor.clone() for tensor in kept(cache)]
+    before = [tensor.clone() for tensor in cached_tensors(cache)]
     for questions in (QUESTIONS[:1], QUESTIONS[1:], QUESTIONS):
         last = choice_log_probabilities(model, batch_of(questions=questions), cache)
     assert torch.equal(first, last)
-    assert all(torch.equal(a, b) for a, b in zip(before, kept(cache), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, cached_tensors(cache), strict=True))
     assert [shape[0] for shape in passes.shapes] == [1, 3, 1, 2, 3]
     other = "Another subject.\n\n"
-    assert_alike(choice_log_probabilities(model, batch_of(other), cache), plain(model, other))
+    assert_alike(choice_log_probabilities(model, batch_of(other), cache), reference_scores(model, other))
     assert_alike(choice_log_probabilities(model, batch_of(), cache), first)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_step_of_training_is_noticed(tmp_path: Path, optimizer: Any) -> None:
+def test_an_optimizer_step_invalidates_the_cache(tmp_path: Path, optimizer: Any) -> None:
     model = make(tmp_path)
     trained = model.get_input_embeddings().weight
     cache = PrefixCache()
     before = choice_log_probabilities(model, batch_of(), cache)
     trained.grad = torch.ones_like(trained) * torch.arange(len(trained))[:, None].remainder(7)
     optimizer([trained], lr=0.05).step()
-    expected = plain(model)
+    expected = reference_scores(model)
     assert (expected - before).abs().max() > 0.01
     assert_alike(choice_log_probabilities(model, batch_of(), cache), expected)
 
 
-def test_a_cache_filled_in_inference_mode_serves_outside(llama: PreTrainedModel) -> None:
+def test_a_cache_filled_in_inference_mode_works_outside(llama: PreTrainedModel) -> None:
     cache = PrefixCache()
     with torch.inference_mode():
         inside = choice_log_probabilities(llama, batch_of(), cache)
@@ -212,7 +214,7 @@ def test_a_cache_filled_in_inference_mode_serves_outside(llama: PreTrainedModel)
 
 
 def updated(*updates: tuple[str, list[int], list[int]]) -> MultipleChoiceAccuracy:
-    """A metric after updates of a subject, the likeliest letters and the right ones."""
+    """Return a metric after updates: a subject, the most likely letters and the answers."""
     metric = MultipleChoiceAccuracy()
     for subject, likeliest, answers in updates:
         scores = torch.full((len(likeliest), 4), -2.0)
@@ -225,7 +227,7 @@ def values(metric: MultipleChoiceAccuracy) -> dict[str, float]:
     return {name: float(value) for name, value in metric.compute().items()}
 
 
-SEEN = [  # astronomy 2 of 3, virology 0 of 1, anatomy 2 of 2, and one that MMLU has not, 1 of 4
+SEEN = [  # correct: astronomy 2 of 3, virology 0 of 1, anatomy 2 of 2, and 1 of 4 in a subject that MMLU lacks
     ("astronomy", [0, 1], [0, 2]),
     ("virology", [3], [0]),
     ("astronomy", [3], [3]),
@@ -237,7 +239,7 @@ EXPECTED = {
     "acc_stderr": (0.5 * 0.5 / 10) ** 0.5,
     "acc_subjects": (2 / 3 + 0 + 1 + 1 / 4) / 4,
     "acc_stem": 2 / 3,
-    "acc_other": 2 / 3,  # of the questions, where the mean over its subjects is 1/2
+    "acc_other": 2 / 3,  # over questions; the mean over subjects would be 1/2
     "subjects/anatomy": 1.0,
     "subjects/astronomy": 2 / 3,
     "subjects/cookery – sauces": 1 / 4,
@@ -245,33 +247,33 @@ EXPECTED = {
 }
 
 
-def test_accuracies_are_counts_by_hand() -> None:
+def test_accuracies_equal_counts_by_hand() -> None:
     assert values(updated(*SEEN)) == pytest.approx(EXPECTED)
 
 
-def test_one_subject_alone() -> None:
-    found = values(updated(("unknown", [0, 1, 2], [0, 1, 3])))
-    assert found == pytest.approx({"acc": 2 / 3, "acc_subjects": 2 / 3, "acc_stderr": (2 / 27) ** 0.5})
+def test_metrics_of_a_single_subject() -> None:
+    metrics = values(updated(("unknown", [0, 1, 2], [0, 1, 3])))
+    assert metrics == pytest.approx({"acc": 2 / 3, "acc_subjects": 2 / 3, "acc_stderr": (2 / 27) ** 0.5})
     assert set(values(updated(("philosophy", [0], [0])))) == {"acc", "acc_subjects", "acc_stderr", "acc_humanities"}
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4])
-def test_processes_with_subjects_of_their_own(cut: int) -> None:
+def test_ranks_with_different_subjects_are_merged(cut: int) -> None:
     merged, other = updated(*SEEN[:cut]), updated(*SEEN[cut:])
     merged.merge_state(other)
     assert values(merged) == pytest.approx(EXPECTED)
 
-    own = updated(*SEEN[:cut])
+    metric = updated(*SEEN[:cut])
     states = {torch.uint8: dim_zero_cat(other.names), torch.int64: dim_zero_cat(other.counts)}
-    own.sync(
+    metric.sync(
         dist_sync_fn=lambda tensor, group: [tensor, states[tensor.dtype]],
         distributed_available=lambda: True,
     )
-    assert own._reductions["names"] is own._reductions["counts"] is dim_zero_cat
-    own._to_sync = False
-    assert values(own) == pytest.approx(EXPECTED)
+    assert metric._reductions["names"] is metric._reductions["counts"] is dim_zero_cat
+    metric._to_sync = False
+    assert values(metric) == pytest.approx(EXPECTED)
 
 
-def test_the_categories_are_mmlus() -> None:
+def test_the_categories_have_the_sizes_of_mmlus() -> None:
     counts = {name: list(CATEGORIES.values()).count(name) for name in CATEGORIES.values()}
     assert counts == {"humanities": 13, "stem": 18, "social_sciences": 12, "other": 14}

@@ -1,4 +1,4 @@
-"""Metrics that every classification has, against scikit-learn and closed forms."""
+"""Metrics of every classification task, compared with scikit-learn and closed forms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch(classes: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> float:
-    """Mean over bins of |accuracy − confidence|, weighted by their samples."""
+    """Return the mean over bins of |accuracy − confidence|, weighted by the samples of each bin."""
     confidence, right = probability.max(1), probability.argmax(1) == label
     places = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     parts = [(places == i) for i in range(bins)]
@@ -28,8 +28,8 @@ def calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 15
 
 
 @pytest.mark.parametrize("classes", [2, 7])
-@pytest.mark.parametrize("scale", [1.0, 6.0])  # logits within [0, 1] are not probabilities
-def test_macro_f1_and_calibration_error(classes: int, scale: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 6.0])  # logits in [0, 1] must not be taken for probabilities
+def test_macro_f1_and_calibration_error_equal_the_references(classes: int, scale: float) -> None:
     logits, label = batch(classes, scale)
     metrics = shared_metrics(classes)
     for metric in metrics.values():
@@ -53,7 +53,7 @@ def test_scores_of_each_class_with_an_absent_and_a_never_predicted_class() -> No
     assert list(scores) == ["precision", "recall", "f1", "support"]
 
 
-def test_balanced_weights_are_scikit_learns() -> None:
+def test_balanced_weights_equal_scikit_learns() -> None:
     label = np.repeat([0, 1, 2], [10, 3, 7])
     weights = loss_weights("balanced", ["a", "b", "c"], [10, 3, 7])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=label)
@@ -74,7 +74,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
         ([float("nan"), 1.0], ["a", "b"], [1, 2], "finite"),
     ],
 )
-def test_weights_that_are_refused(weights: Any, names: list[str], counts: list[int] | None, words: str) -> None:
+def test_bad_class_weights_are_refused(weights: Any, names: list[str], counts: list[int] | None, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         check_class_weights(weights)
         loss_weights(weights, names, counts)

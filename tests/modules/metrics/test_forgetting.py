@@ -1,4 +1,4 @@
-"""Scores of a backbone's abilities, against scikit-learn and sums over single tokens."""
+"""Scores of a backbone, compared with scikit-learn and with losses of single tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modules.metrics.forgetting import knn_accuracy, text_scores
 
 
 @pytest.mark.parametrize("neighbours", [1, 5, 20])
-def test_knn_accuracy_is_scikit_learns(neighbours: int) -> None:
+def test_knn_accuracy_equals_scikit_learns(neighbours: int) -> None:
     labels = torch.arange(90) % 4
     features = torch.randn(90, 8, dtype=torch.float64) + torch.nn.functional.one_hot(labels, 8)
     model = KNeighborsClassifier(neighbours, metric="cosine")
@@ -25,7 +25,7 @@ def test_knn_accuracy_is_scikit_learns(neighbours: int) -> None:
     assert knn_accuracy(features, labels, neighbours) == (predicted == labels.numpy()).mean()
 
 
-def test_knn_accuracy_of_many_rows_is_that_of_one_block() -> None:
+def test_knn_accuracy_of_many_rows_equals_that_of_one_block() -> None:
     labels = torch.arange(1500) % 3
     features = torch.randn(1500, 4, dtype=torch.float64) + torch.nn.functional.one_hot(labels, 4)
     unit = torch.nn.functional.normalize(features)
@@ -40,7 +40,7 @@ def decoder(llama_path: Path) -> LanguageModel:
 
 
 def loss_by_token(model: LanguageModel, sequence: Tensor) -> list[float]:
-    """The loss of each token behind the first, from a forward pass of what is before it alone."""
+    """Return the loss of each token after the first, from a forward pass of its preceding tokens."""
     losses = []
     for place in range(1, len(sequence)):
         with torch.no_grad():
@@ -50,7 +50,7 @@ def loss_by_token(model: LanguageModel, sequence: Tensor) -> list[float]:
 
 
 def test_text_scores_weight_every_token_equally(decoder: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forgetting, "TOKENS_A_BATCH", 16)  # several batches of the commonest length
+    monkeypatch.setattr(forgetting, "TOKENS_A_BATCH", 16)  # the most common length needs several batches
     size = decoder.backbone.config.vocab_size
     sequences = [torch.randint(size, (length,)) for length in (9, 2, 7, 7, 7, 7, 5)]
     each = [loss for sequence in sequences for loss in loss_by_token(decoder, sequence)]

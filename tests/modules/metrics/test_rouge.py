@@ -1,4 +1,4 @@
-"""ROUGE is what Google's `rouge_score` says, however the texts come in."""
+"""ROUGE equals Google's `rouge_score`, however the texts are batched."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from rouge_score.rouge_scorer import RougeScorer
 from modules.metrics.rouge import KINDS, Rouge, in_lines
 
 PAIRS = [  # prediction, reference
-    ("the films were good", "the film was good"),  # alike by their stems
+    ("the films were good", "the film was good"),  # equal stems
     ("a cat sat\non the mat", "the cat sat on a mat\nit was\non it"),
     ("on the mat\na cat sat", "a cat sat\non the mat"),  # other order: rougeL and rougeLsum differ
     ("", "the film was good"),
     ("  \n", "good"),
     ("naïve café – Łódź", "naive cafe – Łódź"),
-    ("½ £ – 😀", "½ £ – 😀"),  # no letter
+    ("½ £ – 😀", "½ £ – 😀"),  # no letters
     ("Über 3.5 million £ were paid!", "over 3.5 million $ are paid"),
     ("same text here", "same text here"),
     ("nothing in common", "w1 w2 w3"),
-    ("a b c\na d c", "a c d b\nc b a"),  # of rougeLsum alone turned round another score
+    ("a b c\na d c", "a c d b\nc b a"),  # swapping prediction and reference changes rougeLsum alone
 ]
 
 
@@ -41,11 +41,11 @@ def values(metric: Rouge) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_a_pair_has_the_score_that_rouge_score_gives_it(pair: tuple[str, str]) -> None:
+def test_the_score_of_a_pair_equals_rouge_score(pair: tuple[str, str]) -> None:
     assert values(updated([pair])) == pytest.approx(direct([pair]), abs=1e-7)
 
 
-def test_the_pairs_tell_the_kinds_apart() -> None:
+def test_the_four_scores_of_the_pairs_differ() -> None:
     assert len({round(value, 6) for value in direct(PAIRS).values()}) == 4
 
 
@@ -54,13 +54,13 @@ def test_values_are_means_of_all_pairs() -> None:
     assert list(updated(PAIRS).compute()) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
 
-def test_an_empty_prediction_scores_nothing_and_counts() -> None:
+def test_an_empty_prediction_counts_with_score_zero() -> None:
     assert values(updated([("", "good")])) == dict.fromkeys(KINDS, 0.0)
     assert values(updated([("", "good"), ("good film", "good film")])) == dict.fromkeys(KINDS, 0.5)
 
 
 @pytest.mark.parametrize("cut", [1, 4])
-def test_two_processes_halves_are_the_whole(cut: int) -> None:
+def test_merged_halves_equal_the_complete_metric(cut: int) -> None:
     first, second = updated(PAIRS[:cut]), updated(PAIRS[cut:])
     assert {name: reduce.__name__ for name, reduce in first._reductions.items()} == {  # type: ignore[union-attr]
         "scores": "dim_zero_sum",
@@ -71,7 +71,7 @@ def test_two_processes_halves_are_the_whole(cut: int) -> None:
     assert first.pairs == len(PAIRS)
 
 
-def test_pairs_that_are_no_pairs_are_refused() -> None:
+def test_unequal_numbers_of_texts_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         Rouge().update(["one"], ["one", "two"])
 
@@ -93,12 +93,12 @@ def test_pairs_that_are_no_pairs_are_refused() -> None:
         (" \n ", [""]),
     ],
 )
-def test_a_sentence_a_line_and_lines_stay(text: str, lines: list[str]) -> None:
+def test_in_lines_puts_each_sentence_on_a_line_and_keeps_lines(text: str, lines: list[str]) -> None:
     assert in_lines(text) == "\n".join(lines)
     assert in_lines(in_lines(text)) == in_lines(text)
 
 
-def test_sentences_are_found_without_data_of_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sentences_are_split_without_nltks_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: object, **keys: object) -> None:
         raise LookupError("no data here")
 
@@ -108,7 +108,7 @@ def test_sentences_are_found_without_data_of_nltk(monkeypatch: pytest.MonkeyPatc
     assert in_lines("It was good. It was long.") == "It was good.\nIt was long."
 
 
-def test_rougelsum_goes_by_the_sentences_of_a_text_in_one_line() -> None:
+def test_rougelsum_splits_a_single_line_into_sentences() -> None:
     pair = ("It was long. The film was good.", "The film was good. It was long.")
     lines = (pair[0].replace(". ", ".\n"), pair[1].replace(". ", ".\n"))
     assert direct([lines])["rougeLsum"] == 1.0 > direct([pair])["rougeLsum"]
@@ -116,6 +116,6 @@ def test_rougelsum_goes_by_the_sentences_of_a_text_in_one_line() -> None:
     assert values(updated([pair]))["rougeL"] == pytest.approx(direct([pair])["rougeL"], abs=1e-7)
 
 
-def test_abbreviations_end_no_sentence() -> None:
+def test_abbreviations_do_not_end_sentences() -> None:
     text = "Mr. Smith of the U.S. Senate went to Dr. Brown at 5 p.m. on Jan. 5. He left."
     assert in_lines(text).splitlines() == [text.removesuffix(" He left."), "He left."]

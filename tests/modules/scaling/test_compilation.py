@@ -1,4 +1,4 @@
-"""Compiled training computes what uncompiled training does, without graph breaks, under the same names."""
+"""Compiled training: same losses, gradients and names as uncompiled training, without graph breaks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BART = {"vocab_size": 64, "d_model": 16, "dropout": 0.0} | {
 
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The compiler's front end alone, which finds graph breaks: no C++."""
+    """Trace without generating C++ code. Tracing finds graph breaks."""
     monkeypatch.setattr(compilation, "BACKEND", "eager")
     torch._dynamo.reset()
     counters.clear()
@@ -94,13 +94,13 @@ def build(name: str, train: str = "B", checkpointing: bool = False) -> nn.Module
 
 
 def losses_and_gradients(name: str, model: nn.Module, lengths: tuple[int, ...]) -> list[Tensor]:
-    found = []
+    tensors = []
     for length in lengths:
         model.zero_grad()
         loss = FAMILIES[name][1](model, length).float().square().mean()
         loss.backward()
-        found += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-    return found
+        tensors += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return tensors
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def losses_and_gradients(name: str, model: nn.Module, lengths: tuple[int, ...]) 
         pytest.param("bart", "B", False, False, "eager", (5,), marks=pytest.mark.slow),
     ],
 )
-def test_losses_gradients_and_names_are_those_of_the_uncompiled(
+def test_losses_gradients_and_names_equal_those_of_uncompiled_blocks(
     name: str,
     train: str,
     checkpointing: bool,
@@ -128,15 +128,15 @@ def test_losses_gradients_and_names_are_those_of_the_uncompiled(
     compile_blocks(compiled, CPU)
     assert list(compiled.state_dict()) == names
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected, found = (losses_and_gradients(name, model, lengths) for model in (plain, compiled))
-    assert len(found) == len(expected) > len(lengths)
-    near = {"rtol": 0.1, "atol": 1e-2} if autocast else {"rtol": 1e-4, "atol": 1e-6}
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, **near)
+        expected, actual = (losses_and_gradients(name, model, lengths) for model in (plain, compiled))
+    assert len(actual) == len(expected) > len(lengths)
+    tolerance = {"rtol": 0.1, "atol": 1e-2} if autocast else {"rtol": 1e-4, "atol": 1e-6}
+    for actual_tensor, expected_tensor in zip(actual, expected, strict=True):
+        assert actual_tensor.dtype == expected_tensor.dtype
+        torch.testing.assert_close(actual_tensor, expected_tensor, **tolerance)
     assert not counters["graph_break"]
-    # of a stack's three blocks the third shares the second's; the first gets what needs no gradient. Of three lengths
-    # the second compiles for all
+    # Each stack has two graphs: one for the first block, whose input needs no gradient, and one for the other blocks.
+    # The second length is compiled for all later lengths.
     stacks = len(block_stacks(compiled))
     assert stacks <= counters["stats"]["unique_graphs"] <= stacks * 2 * min(len(lengths), 2)
 
@@ -160,7 +160,7 @@ def test_a_backbone_without_blocks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_without_a_compiler_it_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compile_without_a_compiler_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch._inductor import cpp_builder
 
     cpp_builder.cpp_compiler_search.cache_clear()

@@ -1,4 +1,4 @@
-"""The frozen prefix of a backbone: what is in it, what it gives, and going on from that."""
+"""The frozen prefix of a backbone: its blocks, its hidden states, and outputs computed from cached states."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ SIZES: dict[str, Any] = {
 
 
 class Task(SimpleNamespace):
-    """All of a module that a prefix looks at."""
+    """The attributes of a module that a prefix reads."""
 
     def outputs(self, batch: dict[str, Tensor]) -> Tensor:
         with backbone_inputs(self.prefix, batch) as inputs:
             logits = self.backbone(**inputs).logits
-        return logits if logits.ndim == 2 else logits[batch["attention_mask"].bool()]  # a decoder's, of what is learnt
+        # logits of a decoder, without padding
+        return logits if logits.ndim == 2 else logits[batch["attention_mask"].bool()]
 
     def build(self) -> FrozenPrefix:
         heads = [name.removeprefix("backbone.") for name in self.head_names]
@@ -77,7 +78,7 @@ def texts() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", ["encoder", "decoder"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_going_on_comes_to_the_same(family: str, layers: int) -> None:
+def test_outputs_and_gradients_from_cached_states_are_the_same(family: str, layers: int) -> None:
     backbone: Any = encoder() if family == "encoder" else LlamaForCausalLM(LlamaConfig(**SIZES))
     heads = ("classifier",) if family == "encoder" else ()
     module, batch = task(backbone.train(), layers, heads=heads), texts()
@@ -87,20 +88,20 @@ def test_going_on_comes_to_the_same(family: str, layers: int) -> None:
     modes = {name: part.training for name, part in backbone.named_modules()}
     modes["", "generator"] = torch.random.get_rng_state().tolist()
     hidden = prefix.states(batch)
-    assert modes.pop(("", "generator")) == torch.random.get_rng_state().tolist()  # dropout was off
+    assert modes.pop(("", "generator")) == torch.random.get_rng_state().tolist()  # dropout was off and drew nothing
     assert modes == {name: part.training for name, part in backbone.named_modules()}
     assert hidden.shape == (3, 7, 16)
     assert not hidden.requires_grad
 
     backbone.eval()
-    whole = module.outputs(batch)
+    expected = module.outputs(batch)
     mask = batch["attention_mask"]
-    kept = {HIDDEN: hidden * mask[..., None], "attention_mask": mask}
-    torch.testing.assert_close(module.outputs(kept), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(module.outputs(batch), whole, rtol=0, atol=0)  # nothing is left behind
+    cached = {HIDDEN: hidden * mask[..., None], "attention_mask": mask}
+    torch.testing.assert_close(module.outputs(cached), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module.outputs(batch), expected, rtol=0, atol=0)  # the cached states are not used again
 
     gradients = []
-    for inputs in (batch, kept):
+    for inputs in (batch, cached):
         backbone.zero_grad()
         module.outputs(inputs).square().sum().backward()
         gradients.append({n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None})
@@ -110,7 +111,7 @@ def test_going_on_comes_to_the_same(family: str, layers: int) -> None:
 
 
 def barely_positioned() -> OPTForCausalLM:
-    """Adds positions to what it is given; they are so small that outputs tell little of it."""
+    """Return a decoder that adds positions to its inputs. They are so small that outputs hardly change."""
     model = OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16))
     with torch.no_grad():
         model.model.decoder.embed_positions.weight.mul_(1e-3)
@@ -122,30 +123,31 @@ def barely_positioned() -> OPTForCausalLM:
     [
         barely_positioned,
         lambda: GraniteForCausalLM(GraniteConfig(**SIZES, embedding_multiplier=1.0001)),
-        lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)),  # takes the last token, padding or not
+        lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)),  # its head reads the last token, even if padded
     ],
     ids=["positions", "scaled", "pooled"],
 )
-def test_backbones_that_do_something_else_with_what_they_are_given(build: Callable[[], Any]) -> None:
+def test_backbones_that_change_their_input_embeddings_are_refused(build: Callable[[], Any]) -> None:
     prefix = task(build().eval()).build()
-    whole = {"input_ids": torch.randint(4, 30, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+    batch = {"input_ids": torch.randint(4, 30, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
     with pytest.raises(
         ModelError, match=r"data\.cache_prefix: .* cannot continue from the output of one of its blocks"
     ):
-        prefix.states(whole)  # a batch without padding, as the longest rows are
+        prefix.states(batch)  # the first batch has the longest rows, and thus no padding
 
 
-def test_the_check_leaves_the_batch_as_it_is() -> None:
+def test_the_check_does_not_change_the_batch() -> None:
     module = task(LlamaForCausalLM(LlamaConfig(**SIZES)))
     batch = texts() | {"labels": torch.randint(4, 30, (3, 7))}
     before = copy.deepcopy(batch)
     first, second = module.build().states(batch), module.prefix.states(batch)
-    assert torch.equal(first, second)  # the second is not checked
+    assert torch.equal(first, second)  # only the first call is checked
     assert all(torch.equal(batch[key], before[key]) for key in before)
-    module.build().states({key: value[:, :1] for key, value in batch.items()})  # has no room for padding
+    # one token per row leaves no room for padding
+    module.build().states({key: value[:, :1] for key, value in batch.items()})
 
 
-def test_the_key_is_of_the_prefix_alone() -> None:
+def test_the_cache_key_depends_on_the_prefix_alone() -> None:
     first = encoder()
 
     def key(change: Any = None, layers: int = 1, **config: Any) -> str:
@@ -157,17 +159,17 @@ def test_the_key_is_of_the_prefix_alone() -> None:
                 backbone.get_parameter(change).view(-1)[100] += 1
         return task(backbone, layers, heads=("classifier",)).build().key  # type: ignore[no-any-return]
 
-    same = key()
-    assert key("classifier.dense.weight") == same
-    assert key("roberta.encoder.layer.2.output.dense.weight") == same
-    assert key(id2label={0: "a", 1: "b", 2: "c"}) == same
+    expected = key()
+    assert key("classifier.dense.weight") == expected
+    assert key("roberta.encoder.layer.2.output.dense.weight") == expected
+    assert key(id2label={0: "a", 1: "b", 2: "c"}) == expected
     others = [
         key("roberta.encoder.layer.1.output.dense.weight"),
         key("roberta.embeddings.word_embeddings.weight"),
         key(layers=2),
         key(layer_norm_eps=1e-3),
     ]
-    assert len({same, *others}) == 5
+    assert len({expected, *others}) == 5
 
 
 def test_all_blocks_are_frozen_without_adapters() -> None:
@@ -177,7 +179,7 @@ def test_all_blocks_are_frozen_without_adapters() -> None:
     assert module.build().depth == 3
 
 
-def test_adapters_outside_the_blocks() -> None:
+def test_adapters_outside_of_blocks_are_refused() -> None:
     backbone = encoder()
     module = task(backbone, None, [r"regex:.*layer\.2\.output\.dense", "regex:classifier.dense"])
     with pytest.raises(ModelError, match=r"projection .*classifier\.dense is in no block of roberta\.encoder"):
@@ -185,7 +187,7 @@ def test_adapters_outside_the_blocks() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_of_the_last_blocks_is_that_of_no_more(checkpointing: bool) -> None:
+def test_predicted_memory_counts_the_adapted_blocks_alone(checkpointing: bool) -> None:
     config, sizes = LlamaConfig(**SIZES), {"batch_size": 2, "tokens": 8, "gradient_checkpointing": checkpointing}
     last, every = (training_memory(config, AdapterConfig(rank=2, layers=n), **sizes) for n in (1, None))
     assert last.factors * 3 == every.factors

@@ -1,4 +1,4 @@
-"""Two processes that share the frozen weights compute what one process does, and what two with copies do."""
+"""Two ranks with sharded frozen weights compute the same as one process, and as two ranks with full copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.causal_backbones import save_decoder
 from tests.support.refusals import refuses
 from tests.support.trainers import quiet_trainer, stub_trainer
 
-TRAIN, VAL, TEST, PREDICT = 16, 5, 9, 7  # in batches of 2 on 2 processes, all but the first are ragged
+TRAIN, VAL, TEST, PREDICT = 16, 5, 9, 7  # in batches of 2 on 2 ranks, all numbers but the first are uneven
 
 
 class Rows(Dataset[tuple[int, Tensor]]):
@@ -45,13 +45,13 @@ class Rows(Dataset[tuple[int, Tensor]]):
 
 
 class Sequences(ResumableDataModule):
-    """Random tokens of random lengths; with `choices`, evaluation is on multiple choice behind prefixes."""
+    """Random tokens of random lengths. With `choices`, evaluation is multiple choice with shared prefixes."""
 
     def __init__(self, batch_size: int, choices: bool = False) -> None:
         super().__init__(batch_size, num_workers=0)
         generator = torch.Generator().manual_seed(1)
         lengths = torch.randint(4, 12, (TEST,), generator=generator).tolist()
-        # those to train on are of one length, so that the mean over two processes is the mean over all their tokens
+        # training rows have one length, so that the mean over ranks is the mean over tokens
         self.learnt, self.rows = (Rows(lengths, generator) for lengths in ([8] * TRAIN, lengths))
         self.choices = choices
 
@@ -67,7 +67,7 @@ class Sequences(ResumableDataModule):
 
     def _choices(self, rows: list[tuple[int, Tensor]]) -> dict[str, Any]:
         batch = self._batch(rows)
-        subject = rows[0][0] // 4  # a prefix lasts for as many batches as a process happens to have of it
+        subject = rows[0][0] // 4  # the ranks may have different numbers of batches with one prefix
         return {
             "prefix": torch.arange(10, 14 + subject),
             "input_ids": batch["input_ids"],
@@ -104,7 +104,8 @@ def language_model(backbone: Path, shard: bool, **keys: Any) -> LanguageModel:
     keys = {"backbone_dtype": "float32", "adapter": adapter, "generation": Decoding(max_new_tokens=6), **keys}
     model = LanguageModel(str(backbone), learning_rate=1e-2, **keys)
     model.shard_frozen = shard
-    model.backbone.generation_config.eos_token_id = list(range(3, 70))  # so that responses have different lengths
+    # many end tokens give responses of different lengths
+    model.backbone.generation_config.eos_token_id = list(range(3, 70))
     return model
 
 
@@ -117,7 +118,7 @@ Fitted = tuple[LanguageModel, L.Trainer, dict[str, float]]
 
 
 def fitted(world: int, shard: bool, backbone: Path, folder: Path, **keys: Any) -> Fitted:
-    """Fit for an epoch with validation; the model, its trainer and the metrics."""
+    """Fit for one epoch with validation. Return the model, its trainer and the metrics."""
     folder.mkdir(exist_ok=True)
     model, runner = language_model(backbone, shard, **keys), trainer(world, folder)
     runner.fit(model, datamodule=Sequences(4 // world))
@@ -127,55 +128,60 @@ def fitted(world: int, shard: bool, backbone: Path, folder: Path, **keys: Any) -
 
 
 def everything(world: int, backbone: Path, folder: Path) -> dict[str, Any]:
-    """Fit with shares, test from the checkpoint, resume, generate, and answer multiple choice."""
+    """Fit with sharded weights, test from the checkpoint, resume, generate, and answer multiple choice."""
     model, runner, metrics = fitted(world, True, backbone, folder)
     data, saved = Sequences(4 // world), folder / "fitted.ckpt"
     metrics |= runner.test(model, datamodule=data, ckpt_path=saved, verbose=False, weights_only=True)[0]
     generated = runner.predict(model, datamodule=data)
-    again = language_model(backbone, True)
-    resumed = trainer(world, folder, max_epochs=2)
-    resumed.fit(again, datamodule=data, ckpt_path=folder / "fitted.ckpt", weights_only=True)
-    resumed.save_checkpoint(folder / "resumed.ckpt")
+    resumed_model = language_model(backbone, True)
+    resumed_trainer = trainer(world, folder, max_epochs=2)
+    resumed_trainer.fit(resumed_model, datamodule=data, ckpt_path=folder / "fitted.ckpt", weights_only=True)
+    resumed_trainer.save_checkpoint(folder / "resumed.ckpt")
     choices = Sequences(4 // world, choices=True)
-    metrics |= {f"choices/{k}": v for k, v in resumed.validate(again, datamodule=choices, verbose=False)[0].items()}
-    scores = resumed.predict(again, datamodule=choices)
+    metrics |= {
+        f"choices/{k}": v
+        for k, v in resumed_trainer.validate(resumed_model, datamodule=choices, verbose=False)[0].items()
+    }
+    scores = resumed_trainer.predict(resumed_model, datamodule=choices)
     return {
         "metrics": metrics,
         "responses": {i: r for b in generated or [] for i, r in zip(b["index"], b["response"], strict=True)},
         "scores": {i: s for b in scores or [] for i, s in zip(b["index"], b["log_probabilities"], strict=True)},
-        "sharded": {n: tuple(p.to_local().shape) for n, p in again.named_parameters() if isinstance(p, DTensor)},
-        "whole": {n: tuple(p.shape) for n, p in again.named_parameters()},
-        "factors": sorted(f"backbone.{name}" for name in adapter_state(again.backbone)),
-        "counts": again.parameter_counts(),
+        "sharded": {
+            n: tuple(p.to_local().shape) for n, p in resumed_model.named_parameters() if isinstance(p, DTensor)
+        },
+        "whole": {n: tuple(p.shape) for n, p in resumed_model.named_parameters()},
+        "factors": sorted(f"backbone.{name}" for name in adapter_state(resumed_model.backbone)),
+        "counts": resumed_model.parameter_counts(),
     }
 
 
 def resumed_from(start: Path, world: int, shard: bool, backbone: Path, folder: Path) -> None:
-    """Resume a checkpoint of another number of processes, to the end of the second epoch."""
+    """Resume a checkpoint of another number of ranks, to the end of the second epoch."""
     folder.mkdir(exist_ok=True)
-    again, runner = language_model(backbone, shard), trainer(world, folder, max_epochs=2)
-    runner.fit(again, datamodule=Sequences(4 // world), ckpt_path=start, weights_only=True)
+    model, runner = language_model(backbone, shard), trainer(world, folder, max_epochs=2)
+    runner.fit(model, datamodule=Sequences(4 // world), ckpt_path=start, weights_only=True)
     runner.save_checkpoint(folder / "resumed.ckpt")
 
 
 def process(rank: int, port: int, backbone: Path, folder: Path) -> None:
-    """All that one of two processes does."""
+    """Run everything that one of two ranks does, and save its results."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
     torch.set_num_threads(1)
     small = {"backbone_dtype": "bfloat16", "gradient_checkpointing": True}
-    found = {
+    results = {
         "shards": everything(2, backbone, folder / "shards"),
         "small copies": fitted(2, False, backbone, folder / "small copies", **small)[2],
         "small shards": fitted(2, True, backbone, folder / "small shards", **small)[2],
         "refusal": refusal(backbone, folder, rank),
     }
     resumed_from(folder / "one" / "fitted.ckpt", 2, True, backbone, folder / "one to shards")
-    torch.save(found, folder / f"rank{rank}.pt")
+    torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def refusal(backbone: Path, folder: Path, rank: int) -> str:
-    """Processes whose frozen weights differ."""
+    """Return the error message for ranks with different frozen weights."""
     torch.manual_seed(rank)
     model = language_model(backbone, True, weights="none")
     with pytest.raises(ModelError) as error:
@@ -184,7 +190,7 @@ def refusal(backbone: Path, folder: Path, rank: int) -> str:
 
 
 def in_two_processes(target: Callable[..., None], *args: Any) -> None:
-    """Run a function on two ranks; forks, since what is imported here need not be imported again."""
+    """Run a function on two ranks. The processes are forked, so that nothing is imported twice."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -203,7 +209,7 @@ def in_two_processes(target: Callable[..., None], *args: Any) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of one process, and of two with shares; in bfloat16 with checkpointing also of two with copies."""
+    """Return a folder with the checkpoints and results of one process, and of two ranks with shards and with copies."""
     folder = tmp_path_factory.mktemp("sharding")
     backbone = save_decoder(folder / "llama")
     torch.save({"one": everything(1, backbone, folder / "one")}, folder / "one.pt")
@@ -213,13 +219,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
-    """Results of both processes."""
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    """Return the results of both ranks."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path) -> dict[str, Any]:
+def single(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "one.pt", weights_only=True)["one"]
 
 
@@ -230,16 +236,16 @@ def checkpoint(folder: Path, run: str, name: str) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- two processes
 
 
-def test_each_process_holds_half_of_the_blocks_frozen_weights(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
-    assert one["sharded"] == {}
-    for rank in found:
-        shards, whole = rank["shards"]["sharded"], rank["shards"]["whole"]
-        blocks = {name for name in whole if ".layers." in name and name not in rank["shards"]["factors"]}
+def test_each_rank_holds_half_of_the_blocks_frozen_weights(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    assert single["sharded"] == {}
+    for rank in ranks:
+        shards, shapes = rank["shards"]["sharded"], rank["shards"]["whole"]
+        blocks = {name for name in shapes if ".layers." in name and name not in rank["shards"]["factors"]}
         assert set(shards) == blocks
         assert len(blocks) == 2 * 9
         for name, (rows, *others) in shards.items():
-            assert [2 * rows, *others] == list(whole[name]), name
-        assert rank["shards"]["counts"] == one["counts"]
+            assert [2 * rows, *others] == list(shapes[name]), name
+        assert rank["shards"]["counts"] == single["counts"]
 
 
 @pytest.mark.parametrize(
@@ -250,66 +256,67 @@ def test_each_process_holds_half_of_the_blocks_frozen_weights(found: list[dict[s
         (("small copies", "small shards"), "fitted.ckpt", 2),
     ],
 )
-def test_sharding_changes_no_checkpoint(
-    folder: Path, found: list[dict[str, Any]], runs: tuple[str, str], name: str, steps: int
+def test_sharding_does_not_change_checkpoints(
+    folder: Path, ranks: list[dict[str, Any]], runs: tuple[str, str], name: str, steps: int
 ) -> None:
-    whole, shards = (checkpoint(folder, run, name) for run in runs)
-    assert sorted(shards["state_dict"]) == found[0]["shards"]["factors"]  # with the frozen ones
-    assert shards["global_step"] == whole["global_step"] == steps
-    assert whole.keys() == shards.keys()
-    assert whole["frozen_digest"] == shards["frozen_digest"]
-    assert whole["state_dict"].keys() == shards["state_dict"].keys()
-    for key, tensor in whole["state_dict"].items():
+    unsharded, shards = (checkpoint(folder, run, name) for run in runs)
+    assert sorted(shards["state_dict"]) == ranks[0]["shards"]["factors"]  # frozen factors included
+    assert shards["global_step"] == unsharded["global_step"] == steps
+    assert unsharded.keys() == shards.keys()
+    assert unsharded["frozen_digest"] == shards["frozen_digest"]
+    assert unsharded["state_dict"].keys() == shards["state_dict"].keys()
+    for key, tensor in unsharded["state_dict"].items():
         torch.testing.assert_close(shards["state_dict"][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
-    shapes = [{k: v["exp_avg"].shape for k, v in c["optimizer_states"][0]["state"].items()} for c in (whole, shards)]
+    shapes = [
+        {k: v["exp_avg"].shape for k, v in c["optimizer_states"][0]["state"].items()} for c in (unsharded, shards)
+    ]
     assert shapes[0] == shapes[1]
     trained = [tensor for key, tensor in shards["state_dict"].items() if key.endswith(".B")]
     assert all(tensor.abs().max() > 1e-3 for tensor in trained)
 
 
 @pytest.mark.parametrize("run", ["one to shards", "shards to one"])
-def test_resuming_with_another_number_of_processes_changes_nothing(folder: Path, run: str) -> None:
-    one, other = checkpoint(folder, "one", "resumed.ckpt"), checkpoint(folder, run, "resumed.ckpt")
-    assert one["global_step"] == other["global_step"] == 4
-    for key, tensor in one["state_dict"].items():
+def test_resuming_with_another_number_of_ranks_gives_the_same_weights(folder: Path, run: str) -> None:
+    single, other = checkpoint(folder, "one", "resumed.ckpt"), checkpoint(folder, run, "resumed.ckpt")
+    assert single["global_step"] == other["global_step"] == 4
+    for key, tensor in single["state_dict"].items():
         torch.testing.assert_close(other["state_dict"][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
-    moments = [c["optimizer_states"][0]["state"] for c in (one, other)]
+    moments = [c["optimizer_states"][0]["state"] for c in (single, other)]
     for key, state in moments[0].items():
         torch.testing.assert_close(moments[1][key]["exp_avg"], state["exp_avg"], rtol=1e-2, atol=1e-6)
 
 
-def test_a_resumed_fit_went_on(folder: Path) -> None:
+def test_a_resumed_fit_has_trained_further(folder: Path) -> None:
     fitted, resumed = (checkpoint(folder, "shards", f"{name}.ckpt")["state_dict"] for name in ("fitted", "resumed"))
     assert all(torch.equal(tensor, resumed[key]) is key.endswith(".A") for key, tensor in fitted.items())
 
 
-def test_ragged_evaluation_ends_with_the_metrics_of_one_process(
-    found: list[dict[str, Any]], one: dict[str, Any]
+def test_uneven_evaluation_gives_the_metrics_of_one_process(
+    ranks: list[dict[str, Any]], single: dict[str, Any]
 ) -> None:
-    for rank in found:
+    for rank in ranks:
         assert rank["small shards"] == pytest.approx(rank["small copies"], rel=1e-5)
-        assert rank["shards"]["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
-    assert {"val/loss", "test/loss", "choices/val/acc"} <= one["metrics"].keys()
+        assert rank["shards"]["metrics"] == pytest.approx(single["metrics"], rel=1e-4)
+    assert {"val/loss", "test/loss", "choices/val/acc"} <= single["metrics"].keys()
 
 
-def test_ragged_generation_ends_with_the_texts_of_one_process(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
-    responses = [rank["shards"]["responses"] for rank in found]
+def test_uneven_generation_gives_the_texts_of_one_process(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    responses = [rank["shards"]["responses"] for rank in ranks]
     assert [sorted(share) for share in responses] == [[0, 2, 4, 6], [1, 3, 5]]
-    assert responses[0] | responses[1] == one["responses"]
-    assert len({len(text) for text in one["responses"].values()}) > 1  # so that their forward passes are too
+    assert responses[0] | responses[1] == single["responses"]
+    # responses of different lengths need different numbers of forward passes
+    assert len({len(text) for text in single["responses"].values()}) > 1
 
 
-def test_multiple_choice_behind_prefixes_that_each_process_caches(
-    found: list[dict[str, Any]], one: dict[str, Any]
-) -> None:
-    scores = {index: row for rank in found for index, row in rank["shards"]["scores"].items()}
+def test_multiple_choice_with_prefixes_cached_by_each_rank(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    scores = {index: row for rank in ranks for index, row in rank["shards"]["scores"].items()}
     assert sorted(scores) == list(range(TEST))
-    for index, row in one["scores"].items():
+    for index, row in single["scores"].items():
         assert scores[index] == pytest.approx(row, abs=1e-3), index
 
 
-def test_processes_with_different_frozen_weights_are_refused(found: list[dict[str, Any]]) -> None:
-    for rank in found:
+def test_ranks_with_different_frozen_weights_are_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
         assert "loaded different weights" in rank["refusal"]
         assert "seed_everything" in rank["refusal"]
 
@@ -347,20 +354,20 @@ def test_a_checkpoint_loads_without_a_trainer(folder: Path, backbone: Path) -> N
 
 
 @pytest.mark.parametrize("stage", ["predict", "test", "val", "sanity_val"])
-def test_others_are_helped_behind_the_last_batch_of_the_last_loader(stage: str) -> None:
+def test_a_rank_joins_the_passes_of_others_after_its_last_batch(stage: str) -> None:
     modes = {"predicting": stage == "predict", "testing": stage == "test", "sanity_checking": stage == "sanity_val"}
     runner: Any = SimpleNamespace(**modes, **{f"num_{stage}_batches": [2, 3, 0]})
     shards = FrozenShards.__new__(FrozenShards)
-    helped: list[tuple[int, int]] = []
+    positions: list[tuple[int, int]] = []
     for loader, batches in enumerate([2, 3]):
         for batch in range(batches):
-            shards._agree = lambda own, at=(loader, batch): helped.append(at)  # type: ignore[method-assign]
+            shards._agree = lambda own, at=(loader, batch): positions.append(at)  # type: ignore[method-assign]
             shards.after_batch(runner, batch, loader)
-    assert helped == [(1, 2)]
+    assert positions == [(1, 2)]
 
 
 class Experts(nn.Module):
-    """A model whose blocks have lists of their own, in one stack or several, and may be left out."""
+    """A model with stacks of blocks that contain inner lists. `config` may have layerdrop."""
 
     def __init__(self, stacks: int, **config: float) -> None:
         super().__init__()
@@ -372,7 +379,7 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_blocks_are_those_of_the_outer_lists(number: int) -> None:
+def test_stacks_are_the_outer_lists_of_blocks(number: int) -> None:
     model = Experts(number)
     stacks = sharded_stacks(model)
     assert [stack.name for stack in stacks] == [f"decoder.layers{i}" for i in range(number)]
@@ -385,21 +392,21 @@ def test_a_backbone_without_a_stack_is_refused() -> None:
 
 
 @pytest.mark.parametrize("key", ["layerdrop", "decoder_layerdrop"])
-def test_blocks_that_are_left_out_at_random_are_refused(key: str) -> None:
+def test_layerdrop_is_refused(key: str) -> None:
     with pytest.raises(ModelError, match=rf"backbone_args\.{key}: 0\.1"):
         sharded_stacks(Experts(1, **{key: 0.1}))
 
 
-def test_processes_that_announce_different_passes_run_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that would decode while another encodes gathers the encoder along, and then announces its own again."""
+def test_ranks_that_announce_different_passes_join_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that announces pass 1 while another rank announces pass 0 joins pass 0, then announces pass 1 again."""
     shards = FrozenShards.__new__(FrozenShards)
     shards._passes, shards._device = [[], []], torch.device("cpu")
-    others = iter([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda own: own.add_(torch.tensor(next(others))))
+    of_other_rank = iter([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda own: own.add_(torch.tensor(next(of_other_rank))))
     gathered: list[int] = []
     shards._gather = gathered.append  # type: ignore[method-assign]
     with torch.no_grad():
         shards._announce(1)
     assert gathered == [0]
     assert shards._agree(None) is None
-    shards._announce(1)  # in training nothing is announced
+    shards._announce(1)  # with gradients, nothing is announced

@@ -1,4 +1,4 @@
-"""Who is trained at which rate with which decay, and how the rate runs over the steps."""
+"""Parameter groups with learning rates and weight decay, schedules and optimizers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def ids(*groups: dict[str, Any]) -> list[int]:
         ("both", {"A": 0.5, "B": 8.0, "head": 2.0, "head/no_decay": 2.0}),
     ],
 )
-def test_names_and_rates_with_adapters(train: str, rates: dict[str, float]) -> None:
+def test_names_and_learning_rates_of_groups_with_adapters(train: str, rates: dict[str, float]) -> None:
     groups = groups_of(adapted(train))
     assert {name: group["lr"] for name, group in groups.items()} == rates
     assert {name: group["initial_lr"] for name, group in groups.items()} == rates
@@ -77,11 +77,11 @@ def test_names_and_rates_with_adapters(train: str, rates: dict[str, float]) -> N
         ("full", {"head": 2.0, "head/no_decay": 2.0, "backbone": 0.5, "backbone/no_decay": 0.5}),
     ],
 )
-def test_names_and_rates_without_adapters(tuning: str, rates: dict[str, float]) -> None:
+def test_names_and_learning_rates_of_groups_without_adapters(tuning: str, rates: dict[str, float]) -> None:
     assert {name: group["lr"] for name, group in groups_of(vit(), tuning=tuning).items()} == rates
 
 
-def test_a_role_with_a_ratio_has_groups_of_its_own() -> None:
+def test_a_role_with_a_ratio_has_its_own_groups() -> None:
     backbone = adapted("both")
     groups = groups_of(backbone, lr_ratio_role={"value": 2.0, "mlp_out": 0.5})
     rates = {"A": 0.5, "A/value": 1.0, "A/mlp_out": 0.25, "B": 8.0, "B/value": 16.0, "B/mlp_out": 4.0}
@@ -92,15 +92,15 @@ def test_a_role_with_a_ratio_has_groups_of_its_own() -> None:
         expected = {name for name in adapter_state(backbone) if name.endswith(f".{role}.{factor}")}
         assert {names[i] for i in ids(groups[group])} == expected
         assert len(expected) == 2
-    assert len(ids(groups["A"], groups["B"])) == 2 * 2 * 4  # the other four roles of both blocks
+    assert len(ids(groups["A"], groups["B"])) == 2 * 2 * 4  # four other roles in each of two blocks
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])
-def test_a_group_holds_its_factor_of_every_projection(factor: str) -> None:
+def test_a_group_has_its_factor_of_every_projection(factor: str) -> None:
     backbone = adapted("both")
     expected = {name for name in adapter_state(backbone) if name.endswith(f".{factor}")}
     names = {id(p): name for name, p in backbone.named_parameters()}
-    assert len(expected) == 2 * 6  # blocks, projections of each
+    assert len(expected) == 2 * 6  # 2 blocks with 6 projections each
     assert {names[i] for i in ids(groups_of(backbone)[factor])} == expected
 
 
@@ -117,7 +117,7 @@ def test_every_trainable_parameter_is_in_one_group_and_no_frozen_one(tuning: str
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
     assert sorted(before) == sorted(trainable)
     assert len(set(before)) == len(before)
-    # what PEFT's toggles do to a factor that was frozen by hand
+    # PEFT's functions may call requires_grad_ on a frozen factor
     model.requires_grad_(True)
     assert grouped() == before
     assert (len(before) < len(list(model.parameters()))) is (tuning != "full")
@@ -132,7 +132,7 @@ def test_every_trainable_parameter_is_in_one_group_and_no_frozen_one(tuning: str
         ("resnet10t", {}, {"layer1.0.bn1.weight", "layer1.0.bn1.bias"}),
     ],
 )
-def test_decay_in_full_tuning_is_of_the_matrices_that_timm_decays(
+def test_full_tuning_decays_the_parameters_that_timm_decays(
     name: str, options: dict[str, Any], undecayed: set[str]
 ) -> None:
     backbone = timm.create_model(name, pretrained=False, num_classes=0, **options)
@@ -140,17 +140,17 @@ def test_decay_in_full_tuning_is_of_the_matrices_that_timm_decays(
     names = {id(p): n for n, p in backbone.named_parameters()}
     ours = {names[i] for i in ids(groups["backbone"])}
     never = getattr(backbone, "no_weight_decay", set)()
-    theirs = param_groups_weight_decay(backbone, 0.1, no_weight_decay_list=never)
-    assert ours == {names[i] for i in ids(*(g for g in theirs if g["weight_decay"]))}
-    plain = {names[i] for i in ids(groups["backbone/no_decay"])}
-    assert undecayed <= plain
-    assert ours | plain == set(names.values())
+    timms_groups = param_groups_weight_decay(backbone, 0.1, no_weight_decay_list=never)
+    assert ours == {names[i] for i in ids(*(g for g in timms_groups if g["weight_decay"]))}
+    without_decay = {names[i] for i in ids(groups["backbone/no_decay"])}
+    assert undecayed <= without_decay
+    assert ours | without_decay == set(names.values())
     assert groups["backbone/no_decay"]["weight_decay"] == 0.0
     assert not any(n.endswith("bias") or ".norm" in n for n in ours)
 
 
 @pytest.mark.parametrize("tuning", ["head", "full"])
-def test_a_head_inside_the_backbone_is_in_the_groups_of_the_head_alone(tuning: str) -> None:
+def test_a_head_inside_the_backbone_is_only_in_the_groups_of_the_head(tuning: str) -> None:
     backbone = vit()
     backbone.head = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8), nn.Linear(8, 3, bias=False))
     groups = groups_of(backbone, backbone.head, tuning)
@@ -171,22 +171,22 @@ def test_a_head_inside_the_backbone_is_in_the_groups_of_the_head_alone(tuning: s
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [
-        # a quarter, half and three quarters of the way down, and the end: 50 steps, 10 of them climb
+        # 50 steps with 10 of warm-up: factors at the peak, after 1/4, 1/2 and 3/4 of the descent, and at the end
         ("cosine", [1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0]),
         ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]),
         ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
     ],
 )
-def test_closed_forms(schedule: Any, factors: list[float]) -> None:
+def test_schedules_equal_their_closed_forms(schedule: Any, factors: list[float]) -> None:
     factor = schedule_factor(schedule, 0.2, 50)
     assert [factor(step) for step in (10, 20, 30, 40, 50)] == pytest.approx(factors, abs=1e-12)
-    without = schedule_factor(schedule, 0.0, 40)
-    assert [without(step) for step in (0, 10, 20, 30, 40)] == pytest.approx(factors, abs=1e-12)
+    without_warm_up = schedule_factor(schedule, 0.0, 40)
+    assert [without_warm_up(step) for step in (0, 10, 20, 30, 40)] == pytest.approx(factors, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("ratio", "total"), [(0.1, 100), (0.5, 7), (0.05, 30), (0.9, 100)])
-def test_warm_up_climbs_evenly_from_above_zero_to_the_peak(schedule: Any, ratio: float, total: int) -> None:
+def test_warm_up_rises_linearly_from_above_zero_to_the_peak(schedule: Any, ratio: float, total: int) -> None:
     factor = schedule_factor(schedule, ratio, total)
     warmup = round(ratio * total)
     climb = [factor(step) for step in range(warmup + 1)]
@@ -198,7 +198,7 @@ def test_warm_up_climbs_evenly_from_above_zero_to_the_peak(schedule: Any, ratio:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("ratio", "total"), [(0.0, 1), (0.0, 9), (0.3, 10), (0.05, 1000)])
-def test_descent_never_climbs_and_stays_at_its_end(schedule: Any, ratio: float, total: int) -> None:
+def test_the_descent_never_rises_and_its_end_value_is_kept(schedule: Any, ratio: float, total: int) -> None:
     factor = schedule_factor(schedule, ratio, total)
     descent = [factor(step) for step in range(round(ratio * total), total + 1)]
     assert descent[0] == 1.0
@@ -208,11 +208,11 @@ def test_descent_never_climbs_and_stays_at_its_end(schedule: Any, ratio: float, 
     assert factor(total + 5) == pytest.approx(end, abs=1e-12)
 
 
-def test_a_long_warm_up_leaves_a_descent() -> None:
+def test_a_long_warm_up_leaves_steps_for_the_descent() -> None:
     assert schedule_factor("linear", 0.96, 10)(10) == 0.0
 
 
-# ------------------------------------------------------------------------------------------------------------ together
+# -------------------------------------------------------------------------------------------- optimizer and schedule
 
 
 def classifier(**keys: Any) -> ImageClassifier:
@@ -244,25 +244,26 @@ def test_optimizer_follows_the_schedule_in_every_group() -> None:
     }  # fmt: skip
 
 
-def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
+def test_ratios_of_roles_without_projections_are_refused() -> None:
     with pytest.raises(ModelError, match=r"model\.lr_ratio_role: .* role mlp_in, mlp_out\. Choose from query, value"):
         classifier(lr_ratio_role={"value": 2.0, "mlp_out": 2.0, "mlp_in": 1.0})
     with pytest.raises(ModelError, match=r"model\.lr_ratio_role\.value: 0\.0 must be finite and above 0"):
         classifier(lr_ratio_role={"value": 0.0})
-    assert classifier(tuning="head", lr_ratio_role={"value": 2.0}).trained_groups()[0]["name"] == "head"  # of no effect
+    # without adapters, the key has no effect
+    assert classifier(tuning="head", lr_ratio_role={"value": 2.0}).trained_groups()[0]["name"] == "head"
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizer
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("optimizer", "message"),
     [
         ({"class_path": "torch.optim.Lion"}, r"model\.optimizer\.class_path: torch\.optim\.Lion .*AdamW.*SGD"),
         ({"class_path": "os.system"}, r"model\.optimizer\.class_path: os\.system"),
         ({"class_path": "SGD"}, r"model\.optimizer\.class_path: SGD .*Choose one of torch\.optim: "),
         ({"class_path": "torch.optim.Optimizer"}, r"model\.optimizer\.class_path"),
-        ({"class_path": "torch.optim.LBFGS"}, r"model\.optimizer\.class_path"),  # takes a single group
+        ({"class_path": "torch.optim.LBFGS"}, r"model\.optimizer\.class_path"),  # LBFGS accepts one group only
         ({"class_path": "torch.optim.SGD", "lr": 1.0}, r"model\.optimizer: lr is unknown"),
         (
             {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
@@ -276,19 +277,19 @@ def test_ratios_of_roles_that_no_projection_has_are_refused() -> None:
         ({"class_path": "torch.optim.Rprop"}, r"model\.weight_decay: 0\.01 is set, but Rprop"),
     ],
 )
-def test_optimizers_that_are_refused(given: dict[str, Any], message: str) -> None:
+def test_unsupported_optimizers_are_refused(optimizer: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        classifier(optimizer=given)
+        classifier(optimizer=optimizer)
 
 
-def test_an_optimizer_that_refuses_a_parameter() -> None:
+def test_an_error_of_the_optimizer_names_the_key() -> None:
     model = classifier(optimizer={"class_path": "torch.optim.Muon"})
-    with pytest.raises(ModelError, match=r"model\.optimizer: Muon .*2D"):  # of which the bias of the head has one
+    with pytest.raises(ModelError, match=r"model\.optimizer: Muon .*2D"):  # the bias of the head has one dimension
         model.optimizer_spec.build(model.trained_groups())
 
 
 def fitted(folder: Path, epochs: int, checkpoint: Path | None = None, **keys: Any) -> ImageClassifier:
-    """A model after some epochs of two steps each, from a checkpoint on or from the start."""
+    """Return a model after epochs of two steps each, started anew or from a checkpoint."""
     torch.manual_seed(3)
     model = classifier(adapter=AdapterConfig(rank=2), **keys)
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -299,33 +300,34 @@ def fitted(folder: Path, epochs: int, checkpoint: Path | None = None, **keys: An
     return model
 
 
-@pytest.mark.parametrize("name", ["SGD", "ASGD", "Adafactor"])  # no state, averages, factored moments
+# optimizers without state, with averages, and with factored moments
+@pytest.mark.parametrize("name", ["SGD", "ASGD", "Adafactor"])
 def test_other_optimizers_train_and_resume(tmp_path: Path, name: str) -> None:
     keys = {"optimizer": {"class_path": f"torch.optim.{name}"}, "schedule": "constant", "weight_decay": 0.0}
-    whole = fitted(tmp_path, 2, **keys)
-    once = fitted(tmp_path, 1, **keys)
+    full = fitted(tmp_path, 2, **keys)
+    half = fitted(tmp_path, 1, **keys)
     resumed = fitted(tmp_path, 2, tmp_path / "fitted.ckpt", **keys)
     assert type(resumed.optimizers(use_pl_optimizer=False)).__name__ == name
-    before, after, expected = (m.backbone.blocks[0].attn.qkv.adapters["value"].B for m in (once, resumed, whole))  # type: ignore[index, union-attr]
+    before, after, expected = (m.backbone.blocks[0].attn.qkv.adapters["value"].B for m in (half, resumed, full))  # type: ignore[index, union-attr]
     assert not torch.equal(before, after)
     assert torch.equal(after, expected)
 
 
-def test_no_optimizer_is_adamw_with_torchs_defaults(tmp_path: Path) -> None:
+def test_the_default_optimizer_is_adamw_with_torchs_defaults(tmp_path: Path) -> None:
     plain, named = (fitted(tmp_path, 1, optimizer=o) for o in (None, {"class_path": "torch.optim.AdamW"}))
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), named.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("given", [None, {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}])
-def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, given: dict[str, Any] | None) -> None:
-    fitted(tmp_path, 1, optimizer=given)
+@pytest.mark.parametrize("optimizer", [None, {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}])
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, optimizer: dict[str, Any] | None) -> None:
+    fitted(tmp_path, 1, optimizer=optimizer)
     other = {"class_path": "torch.optim.Adam", "init_args": {"amsgrad": True}}
     with pytest.raises(ModelError, match=r"ckpt_path: the optimizer .*model\.optimizer"):
         fitted(tmp_path, 2, tmp_path / "fitted.ckpt", optimizer=other)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"Muon"}))
-def test_states_are_of_the_optimizer_and_of_the_parameter(name: str) -> None:
+def test_is_state_checks_the_keys_shapes_and_dtypes_of_a_state(name: str) -> None:
     spec = OptimizerSpec({"class_path": f"torch.optim.{name}"}, 0.0)
     matrix, vector = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(3))
     optimizer = spec.build([{"params": [matrix, vector], "lr": 0.1}])

@@ -1,4 +1,4 @@
-"""AdaLoRA and IA3 in the modules of this project, against PEFT's own models in a plain loop."""
+"""AdaLoRA and IA³ in our modules, compared with PEFT's models in a plain training loop."""
 
 from __future__ import annotations
 
@@ -96,15 +96,15 @@ def peft_config(method: str, names: str, feedforward: str) -> Any:
 
 
 def assert_same_parameters(ours: nn.Module, reference: nn.Module) -> None:
-    theirs = {n.replace("base_model.model.", ""): p for n, p in reference.named_parameters() if p.requires_grad}
+    expected = {n.replace("base_model.model.", ""): p for n, p in reference.named_parameters() if p.requires_grad}
     trained = {n: p for n, p in ours.named_parameters() if p.requires_grad}
-    assert trained.keys() == theirs.keys()
+    assert trained.keys() == expected.keys()
     for name, parameter in trained.items():
-        torch.testing.assert_close(parameter, theirs[name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(parameter, expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("method", ["adalora", "ia3"])
-def test_text_is_trained_as_peft_by_hand(roberta: Path, method: str) -> None:
+def test_training_on_texts_equals_a_plain_loop_with_peft(roberta: Path, method: str) -> None:
     plain: Any = copy.deepcopy(text_model(roberta, "head").backbone)
     torch.manual_seed(CONFIG.seed)
     feedforward = r".*layer\.\d+\.output\.dense"
@@ -113,7 +113,7 @@ def test_text_is_trained_as_peft_by_hand(roberta: Path, method: str) -> None:
     plain.classifier.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     for step, batch in enumerate(texts(), start=1):
-        # of AdaLoRA the loss includes PEFT's orthogonal regularisation
+        # with AdaLoRA, the loss includes PEFT's orthogonal regularisation
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         reference.base_model(**inputs, labels=batch["label"]).loss.backward()
         optimizer.step()
@@ -125,11 +125,12 @@ def test_text_is_trained_as_peft_by_hand(roberta: Path, method: str) -> None:
     train(model, texts())
     assert_same_parameters(model.backbone, reference)
     if method == "adalora":
-        kept = [int((p != 0).sum()) for n, p in model.backbone.named_parameters() if "lora_E" in n]
-        assert sum(kept) == 4 * len(kept) and len(set(kept)) > 1  # pruned from 6 to 4 on average, not evenly
+        ranks = [int((p != 0).sum()) for n, p in model.backbone.named_parameters() if "lora_E" in n]
+        # pruned from rank 6 to an average of 4, with unequal ranks
+        assert sum(ranks) == 4 * len(ranks) and len(set(ranks)) > 1
 
 
-def test_images_are_trained_as_peft_by_hand() -> None:
+def test_training_on_images_equals_a_plain_loop_with_peft() -> None:
     start = image_model("head")
     plain, head = copy.deepcopy(start.backbone), copy.deepcopy(start.head)
     reference = get_peft_model(plain, peft_config("ia3", r".*attn\.qkv|.*mlp\.fc2", r".*mlp\.fc2"))  # type: ignore[arg-type]
@@ -147,24 +148,27 @@ def test_images_are_trained_as_peft_by_hand() -> None:
     torch.testing.assert_close(model.head.weight, head.weight)  # type: ignore[union-attr]
 
 
-def test_accumulated_batches_weigh_the_regularisation_once(roberta: Path) -> None:
-    whole, parts = texts(3), []
-    for batch in whole:
-        parts += [{key: value[:2] for key, value in batch.items()}, {key: value[2:4] for key, value in batch.items()}]
+def test_accumulated_batches_add_the_regularisation_once(roberta: Path) -> None:
+    batches, half_batches = texts(3), []
+    for batch in batches:
+        half_batches += [
+            {key: value[:2] for key, value in batch.items()},
+            {key: value[2:4] for key, value in batch.items()},
+        ]
     models = [text_model(roberta, "adalora") for _ in range(2)]
-    train(models[0], [{key: value[:4] for key, value in batch.items()} for batch in whole])
-    train(models[1], parts, accumulate_grad_batches=2)
-    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    train(models[0], [{key: value[:4] for key, value in batch.items()} for batch in batches])
+    train(models[1], half_batches, accumulate_grad_batches=2)
+    for (name, expected), accumulated in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(expected, accumulated, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_run_of_one_step_has_nothing_to_prune(roberta: Path) -> None:
+def test_a_run_of_one_step_prunes_nothing(roberta: Path) -> None:
     model = text_model(roberta, "adalora")
     train(model, texts(1))
     assert all((p != 0).all() for n, p in model.named_parameters() if "lora_E" in n)
 
 
-def test_factors_stay_float32_over_a_bfloat16_backbone(roberta: Path) -> None:
+def test_factors_stay_float32_on_a_bfloat16_backbone(roberta: Path) -> None:
     for method in ("adalora", "ia3"):
         model = text_model(roberta, method, backbone_dtype="bfloat16")
         train(model, texts(2))
@@ -173,7 +177,7 @@ def test_factors_stay_float32_over_a_bfloat16_backbone(roberta: Path) -> None:
         assert model.backbone.get_parameter("roberta.embeddings.word_embeddings.weight").dtype == torch.bfloat16
 
 
-def test_the_draws_are_of_the_adapter_seed_and_no_others(roberta: Path) -> None:
+def test_initial_factors_depend_on_adapter_seed_and_leave_the_global_generator_unchanged(roberta: Path) -> None:
     model, other = text_model(roberta, "adalora"), text_model(roberta, "head")
     after = torch.rand(3)
     torch.manual_seed(0)
@@ -186,21 +190,21 @@ def test_the_draws_are_of_the_adapter_seed_and_no_others(roberta: Path) -> None:
     assert names and not any(torch.equal(factors[0][n], factors[1][n]) for n in names)
 
 
-def test_decay_and_counts(roberta: Path) -> None:
-    for method, decay in (("adalora", 0.5), ("ia3", 0.0)):  # IA3's vectors start at one
+def test_weight_decay_and_parameter_counts(roberta: Path) -> None:
+    for method, decay in (("adalora", 0.5), ("ia3", 0.0)):  # IA³'s vectors start at one and have no decay
         model = text_model(roberta, method)
         model.weight_decay = 0.5
         groups = {group["name"]: group for group in model.trained_groups()}
         assert groups[method]["weight_decay"] == decay
-        own = sum(p.numel() for p in groups[method]["params"])
+        number_of_factors = sum(p.numel() for p in groups[method]["params"])
         counts = model.parameter_counts()
-        assert counts["adapter/bytes"] == 4 * own
-        assert counts["params/trainable"] == own + sum(
+        assert counts["adapter/bytes"] == 4 * number_of_factors
+        assert counts["params/trainable"] == number_of_factors + sum(
             p.numel() for n, p in model.named_parameters() if "classifier" in n
         )
 
 
-def test_layers_are_those_of_the_last_blocks(roberta: Path) -> None:
+def test_adapter_layers_selects_the_last_blocks(roberta: Path) -> None:
     config = AdapterConfig(rank=4, targets=["key"], layers=1)
     model = text_model(roberta, "ia3", adapter=config)
     trained = [n for n, p in model.backbone.named_parameters() if p.requires_grad and "ia3" in n]
@@ -216,7 +220,9 @@ def test_layers_are_those_of_the_last_blocks(roberta: Path) -> None:
         ({"adapter_path": "somewhere"}, ModelError, "model.adapter_path: with tuning adalora"),
     ],
 )
-def test_what_is_refused(roberta: Path, keys: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_unsupported_keys_are_refused(
+    roberta: Path, keys: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         text_model(roberta, "adalora", **keys)
 
