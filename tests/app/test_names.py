@@ -43,7 +43,7 @@ def test_last_is_the_run_with_the_largest_number(cli: CommandLine) -> None:
 def test_a_name_that_is_no_single_folder_is_refused(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    refused(capsys, cli("fit", f"--name={name}"), "name", "Choose another name")
+    refused(capsys, cli("fit", f"--name={name}"), "name", "is not allowed. Use letters")
     assert not cli.root.exists() or not list(cli.root.iterdir())
 
 
