@@ -107,7 +107,7 @@ def test_a_launched_process_is_lost_after_a_defect_or_a_kill(
 )
 def test_strategies_that_fork_or_spawn_are_refused(strategy: str, start: str | None) -> None:
     values = Namespace(class_path=strategy, init_args=Namespace(start_method=start)) if start else strategy
-    with pytest.raises(ArgumentError, match="Use ddp."):
+    with pytest.raises(ArgumentError, match=r"Use ddp\."):
         check_strategy(values)
 
 
