@@ -8,7 +8,7 @@ from setuptools import find_namespace_packages, setup
 
 program = find_namespace_packages(include=["app*", "conf*", "datamodules*", "modules*"])
 setup(
-    script_name="setup.py",  # setuptools then leaves setup.py out of the folder of main.py
+    script_name="setup.py",  # setuptools then does not package setup.py beside main.py
     packages=["onesided.adapters", "onesided.program", *(f"onesided.program.{name}" for name in program)],
     package_dir={"onesided.adapters": "modules/adapters", "onesided.program": "."},
     package_data={"": ["*.parquet", "*.safetensors", "*.sbatch", "*.yaml", "py.typed"]},

@@ -1,4 +1,4 @@
-"""Around a run: the command line, callbacks, and commands that read finished runs."""
+"""The program around models and data: command line, callbacks, run directories, exports, reports and sweeps."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Image classification: labelled images in the preprocessing of the backbone."""
+"""Image classification: labelled images, preprocessed for the backbone."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class ImageData(ResumableDataModule):
             1.0; 0 for never. If mixup and cutmix are above 0, each batch draws one of the two.
         cache_prefix: If true, a fit computes the output of the model's frozen prefix (embeddings, and the blocks below
             `model.adapter.layers`) once for each row, in eval mode. Each epoch and later runs read the output from
-            disk. Training images must not be augmented: crop_scale [1, 1], no horizontal_flip, and none of the keys
-            above.
+            disk. Training images must not be augmented: set crop_scale to [1, 1], horizontal_flip to false, and
+            randaugment, random_erasing, mixup and cutmix to 0.
         memory_limit_gb: GiB of decoded images that each split and process keeps in memory. If a split is larger, its
             images are decoded in each epoch.
         max_train_samples: Size of a seeded sample of the training images, for quick trials; None takes all images.
@@ -126,11 +126,11 @@ class ImageData(ResumableDataModule):
     # ----------------------------------------------------------------------------------------------------- splits
 
     def setup(self, stage: str) -> None:
-        """Read and decode what the stage needs, in the preprocessing and with the classes of the trainer's model."""
+        """Read and decode the images of a stage, with the preprocessing and the classes of the trainer's model."""
         assert self.trainer is not None
         model = self.trainer.lightning_module
         if not isinstance(model, ImageModel):
-            raise DataError("ImageClassificationData needs a model of images. Use ImageClassifier.")
+            raise DataError("ImageData needs a model of images. Use ImageClassifier.")
         if self.caches:  # Raise before the images are read.
             self.frozen_prefix()
         self.config = config = model.preprocessing
@@ -189,8 +189,9 @@ class ImageData(ResumableDataModule):
         table = self._table(name)
         if table is None:
             raise SplitError(
-                f"data.path: {self.path} has no {name} split. Skip the test (test_after_fit: false), or "
-                "hold images out (--data.test_fraction 0.1, if the data module has this key)."
+                f"data.path: {self.path} has no {name} split. Give data with this split. Without a test split, skip "
+                "the test (test_after_fit: false), or hold images out (--data.test_fraction 0.1, if the data module "
+                "has this key)."
             )
         return table
 

@@ -61,7 +61,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
     The constructor has the keys that all tasks share. The `__init__` of a task passes these keys on, builds `backbone`
     and calls `configure_tuning`. Since `__init__` builds the backbone, a wrong name, role or rank is reported before
-    the data load. Some heads are built in `setup`, when the classes of the data are known.
+    any data are loaded. Some heads are built in `setup`, when the classes of the data are known.
 
     A head is a module that was not pretrained for the task. Heads are fully trained with every `tuning` and saved in
     every checkpoint. `head_names` lists the heads, inside the backbone (`backbone.classifier`) or outside (`head`).
@@ -241,7 +241,8 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         keys = {"tuning: full": self.tuning == "full", "shard_frozen: true": self.shard_frozen}
         if key := next((key for key, is_set in keys.items() if is_set), None):
             raise ModelError(
-                f"data.cache_prefix: with model.{key} no process has a frozen prefix. Set the key to false."
+                f"data.cache_prefix: with model.{key} no process holds a complete frozen prefix. Set data.cache_prefix "
+                "to false."
             )
         if self.compiles:
             raise ModelError(
@@ -525,7 +526,7 @@ def _check_tuning(tuning: Tuning, backbone_dtype: BackboneDtype, adapter_path: s
     """Check the keys that depend on `tuning`.
 
     Raises:
-        ModelError: With the key that excludes the tuning.
+        ModelError: If a key is not supported with the tuning.
     """
     if tuning == "full" and backbone_dtype != "float32":
         raise ModelError(

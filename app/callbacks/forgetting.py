@@ -24,8 +24,8 @@ HIGHER_IS_BETTER = {"knn_acc"}
 class Forgetting(L.Callback):
     """Score the pretrained backbone on data of another task, before and after the fit.
 
-    - Image classification: `knn_acc`, the accuracy of the 20 nearest neighbours of the backbone's features, by cosine,
-      on a second labelled set of images. Each image is left out of its own neighbours.
+    - Image classification: `knn_acc`, the accuracy of a 20-nearest-neighbour classifier on the backbone's features, by
+      cosine similarity, for a second labelled set of images. No image counts among its own neighbours.
     - Instruction tuning: `loss` (nats a token) and `perplexity` on plain text. Each row is cut at 512 tokens, and all
       tokens after the first are predicted.
 
@@ -83,8 +83,8 @@ class Forgetting(L.Callback):
             self._before = self._scores_of_checkpoint()
             if not self._before:
                 _log.warning(
-                    "forgetting.path: the checkpoint has no scores of the backbone before the fit on these rows, and "
-                    "full tuning has changed the backbone. Nothing is scored."
+                    "forgetting.path: the checkpoint has no scores of these rows from before the fit, and full tuning "
+                    "has changed the backbone since. Nothing is scored."
                 )
                 self._probe = None
             return

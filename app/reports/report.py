@@ -94,7 +94,7 @@ class Report:
     All text is escaped: it may come from a configuration, a data set or an error message.
 
     Args:
-        title: Shown above the page and in the browser's tab.
+        title: Shown at the top of the page and in the browser's tab.
     """
 
     def __init__(self, title: str) -> None:

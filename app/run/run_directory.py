@@ -1,4 +1,4 @@
-"""Run directory: a new runs/<recipe>/version_K for each run, locked while a process trains, and its checkpoints."""
+"""Run directories: create and lock runs/<recipe>/version_K, and find the checkpoint to use in a run directory."""
 
 from __future__ import annotations
 

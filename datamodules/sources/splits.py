@@ -32,7 +32,7 @@ def split_of(name: str) -> str | None:
 
 
 def is_spelling(name: str, spellings: Iterable[str]) -> bool:
-    """Return True if a name is one of some spellings, apart from case, separators and words such as `data`."""
+    """Return True if a name matches a spelling. Case, separators and words such as `data` do not matter."""
     words = "|".join(_letters(spelling) for spelling in spellings)
     return re.fullmatch(f"{_FILLER}(?:{words}){_FILLER}", _letters(name)) is not None
 
@@ -79,7 +79,7 @@ def choose_rows(size: int, split: str, shares: Mapping[str, float], seed: int, l
         limit: Largest number of rows; None takes all rows.
 
     Raises:
-        DataError: If no training rows are left.
+        DataError: If no rows are left for the split.
     """
     rows = torch.arange(size)
     if shares:

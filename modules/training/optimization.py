@@ -129,7 +129,7 @@ def check_rates(
         ratios: Learning rate ratios by key.
 
     Raises:
-        ModelError: With the key that is out of range.
+        ModelError: If a value is out of range.
     """
     for key, value in {"learning_rate": learning_rate, **ratios}.items():
         if not 0 < value < torch.finfo().max:
@@ -159,7 +159,7 @@ def parameter_groups(
     Args:
         backbone: A backbone with or without adapters.
         head: Parameters of the heads by name; a head may be a module of the backbone.
-        tuning: `adapter`, `head` or `full`.
+        tuning: Value of `model.tuning`. Only `full` has groups of the backbone.
         learning_rate: Base learning rate.
         weight_decay: Decay of matrices. Vectors, biases, position embeddings and class tokens have no decay.
         lr_ratio_b: Learning rate of B divided by the base learning rate.

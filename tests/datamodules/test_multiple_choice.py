@@ -259,7 +259,7 @@ class Echo(L.LightningModule):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_lightning_predicts_on_unchanged_batches(folder: Path, workers: int) -> None:
-    """Lightning rebuilds the loaders for prediction, which must keep the batches."""
+    """Lightning rebuilds the loaders for prediction. The rebuilt loaders must yield the same batches."""
     data = MultipleChoiceData(str(folder), shots=2, batch_size=3, num_workers=workers)
     expected = [(batch["subject"], batch["index"].tolist()) for batch in batches_of(folder)]
     assert quiet_trainer(use_distributed_sampler=False).predict(Echo(), data) == expected
@@ -384,7 +384,7 @@ SAID = {
 
 
 def answers(wrong: Any) -> Callable[[Row], Any]:
-    """Return a function for a column of answers in the type of `wrong`, which is the answer of row 5."""
+    """Return a function for a column of answers. Row 5 has the answer `wrong`, and all answers have its type."""
     if isinstance(wrong, str):
         return lambda row: only(wrong, {**row, "answer": "ABCD"[row["answer"]]}, "answer")
     return lambda row: only(wrong, {**row, "answer": type(wrong or 0)(row["answer"])}, "answer")

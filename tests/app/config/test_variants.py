@@ -17,7 +17,7 @@ from modules.adapters import AdapterConfig
 from tests.app.conftest import CommandLine
 from tests.app.test_resume import PowerCut, cut_power
 
-# a recipe that sets every key of a variant to another value
+# a recipe that sets all keys of an adapter variant, mostly to other values
 OTHER_RECIPE = {
     "tuning": "adapter",
     "lr_ratio_b": 3.0,

@@ -1,7 +1,7 @@
 """Stand in for main.py in the trials of a sweep: files, signals and exit codes of `fit`, without its imports.
 
-A fit has five steps and validates after each. Its score is a function of learning rate, adapter rank and seed. A fit
-appends its start and its end to `history` in the folder of the trials. It diverges at learning rates of 1 and more.
+A fit has five steps and validates after each step. The score is a function of learning rate, adapter rank and seed. A
+fit diverges at learning rates of 1 and more. Each start, stop, end and collision is a line of `trials/history`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
         if words.get("data.batch_size") == "100000" and step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         if words.get("data.num_workers") == "9" and step == 3:
-            print(f"error: {run} takes no more ({os.strerror(28)}). Free some space.", file=sys.stderr)
+            print(f"error: {run} cannot be written ({os.strerror(28)}). Free some space.", file=sys.stderr)
             return 2
         value = score(rate, float(words.get("model.adapter.rank", 8)), seed) * step / STEPS
         append(curve, {"step": step, "value": value, "monitor": value})

@@ -37,7 +37,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Prefix:
-    """Return the number of each token in every entry of its hidden state, and -7 for padding."""
+    """Stand in for a frozen prefix: every entry of a token's hidden state is the token's id, and -7 for padding."""
 
     key = "a prefix"
 

@@ -175,7 +175,7 @@ def test_models_and_dtypes_that_cannot_be_written_are_refused(backbone: Backbone
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, nn.Module]:
-    """Return a compact directory of query and value of a ViT with rank 4, and its model."""
+    """Return a compact directory with rank-4 adapters of a ViT's query and value, and this ViT without adapters."""
     backbone = vit()
     model, config = adapted(backbone, **SIGNS["B"])
     save_compact(tmp_path, model, config, {"head.weight": torch.randn(5, 24)}, torch.float32)
