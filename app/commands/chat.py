@@ -53,11 +53,11 @@ def run(arguments: Namespace) -> None:
     module = load_module(checkpoint, {})
     if not isinstance(module, LanguageModel):
         raise ArgumentError(None, f"RUN: {arguments.run} is a {type(module).__name__}. chat needs a LanguageModel.")
+    name = arguments.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        device = torch.device(arguments.device) if arguments.device else _accelerator()
-        module.to(device)
+        module.to(torch.device(name))
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(None, f"--device: {arguments.device} cannot be used ({error}). Use cpu.") from error
+        raise ArgumentError(None, f"--device: {name} cannot be used ({error}). Use --device cpu.") from error
     changes = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     options: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     if "temperature" in options:
@@ -76,12 +76,6 @@ def run(arguments: Namespace) -> None:
     _ = torch.seed() if arguments.seed is None else torch.manual_seed(arguments.seed)
     with torch.inference_mode():
         _talk(module, encoder, system)
-
-
-def _accelerator() -> Any:
-    import torch
-
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _talk(module: LanguageModel, encoder: ConversationEncoder, system: str | None) -> None:

@@ -339,7 +339,7 @@ def _configured(folder: Path, config: str | None) -> Path:
 
 
 def _split_name(file: Path, root: Path, splits: Sequence[str]) -> str | None:
-    """Return the part of a file's or its folder's name that is one of some spellings; None if there is none."""
+    """Return the part of a file's or its folder's name that spells a split, or None."""
     stem = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
     # Remove the number of train-00000-of-00001 or train_0.
     unnumbered = re.sub(r"[-_. ]?\d+(?:[-_. ]?of[-_. ]?\d+)?(?:-\w+)?$", "", stem)
