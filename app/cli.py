@@ -56,7 +56,7 @@ from app.config.precedence import (
     temporary_yaml,
     without_sections,
 )
-from app.config.program_files import find_program_files, program_version, program_words
+from app.config.program_files import find_program_files, program_command, program_version
 from app.config.schema import add_recipe_keys, add_section_keys
 from app.config.validation import (
     check_classes,
@@ -68,7 +68,7 @@ from app.config.validation import (
 )
 from app.config.variants import HELP as VARIANT_HELP
 from app.config.variants import OPTION as VARIANT
-from app.config.variants import option_words, split_variant, variant_keys, variant_name
+from app.config.variants import command_line_options, split_variant, variant_keys, variant_name
 from app.config.yaml_files import check_file, checked_yaml, read_yaml
 from app.console import (
     console_logging,
@@ -135,6 +135,9 @@ def main(args: Sequence[str] | None = None) -> int:
         - 2 for wrong use or bad input, with one message on stderr;
         - 130 after Ctrl-C and 143 after SIGTERM, with a line on stderr that names the checkpoint;
         - 141 if the reader of the output closed the pipe.
+
+    Raises:
+        Exception: An error that no user can fix. The traceback shows the defect, and Python exits with code 1.
     """
     if args is None:
         sys.excepthook = traceback_hook
@@ -234,10 +237,10 @@ class AsymmetryCLI(HookedCLI):
       files even if `--config` comes last. Differences from the checkpoint are logged.
     - In a new fit, `--variant` beats the files, and the other options beat `--variant`. On resume, the variant must
       match the checkpoint.
-    - Each new run writes to a new directory runs/<recipe>/version_K. A command on a checkpoint writes to the run
-      directory of the checkpoint.
-    - `spectrum`, `checkpoint`, `generalization`, `forgetting` and `test_after_fit` are top-level keys, like `model`,
-      `data` and `trainer`.
+    - A command on a checkpoint of a run directory writes to this run directory. Any other command writes to a new
+      directory runs/<recipe>/version_K, or version_K below `trainer.default_root_dir`.
+    - `spectrum`, `checkpoint`, `generalization`, `forgetting`, `test_after_fit`, `find_lr` and `name` are top-level
+      keys, like `model`, `data` and `trainer`.
 
     Args:
         args: Words of the command line.
@@ -267,7 +270,7 @@ class AsymmetryCLI(HookedCLI):
         if self.helps:
             _, self.files, self.options = split_arguments(args)
             for name, keys in command_keys.items():
-                program = " ".join(program_words())
+                program = " ".join(program_command())
                 keys["usage"] = f"{program} {name} --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]"
         super().__init__(
             AdaptedModule,
@@ -337,7 +340,7 @@ class AsymmetryCLI(HookedCLI):
         variant, options = split_variant(command, options)
         options = expand_class_names(options)
         self.variant, self.files, self.options = variant, names, options
-        of_variant = [] if variant is None else option_words(variant_keys(variant))
+        of_variant = [] if variant is None else command_line_options(variant_keys(variant))
         self.config = self._parse_without_checkpoint([*command, *files], [*of_variant, *options])
         self.subcommand = self.config["subcommand"]
         if self.subcommand in COMMANDS:
@@ -409,7 +412,7 @@ class AsymmetryCLI(HookedCLI):
     # ------------------------------------------------------------------------------------------------------- classes
 
     def before_instantiate_classes(self) -> None:
-        """Check the values of model and data, and check that the model accepts the kind of data.
+        """Check the strategy, the values of model and data, and that the model accepts the kind of data.
 
         With `model.adapter_path`, both factors come from a file, so `init_a` and `init_b` become `given`.
         """
@@ -444,7 +447,8 @@ class AsymmetryCLI(HookedCLI):
         """Construct the classes that the configuration names, and the trainer.
 
         Raises:
-            ArgumentError: If a constructor fails. The message names the class.
+            ArgumentError: If a constructor fails. The message names the key or the class. The errors of `OWN_ERRORS`
+                are raised as they are.
         """
         try:
             super().instantiate_classes()
@@ -456,7 +460,11 @@ class AsymmetryCLI(HookedCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Choose the run directory, its logger, and the callbacks that every run has."""
+        """Construct the trainer with the run directory, its logger, and the callbacks that every run has.
+
+        Raises:
+            ArgumentError: If a key of the trainer has a value that cannot be used.
+        """
         self.failure = None  # A failed alternative of a union is harmless if another alternative was constructed.
         config = self.config_init[self.subcommand].trainer
         for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
@@ -466,7 +474,7 @@ class AsymmetryCLI(HookedCLI):
             raise ArgumentError(
                 None,
                 "trainer.use_distributed_sampler: true would split the rows twice, since the data modules split "
-                "them among the processes. Set it to false.",
+                "them among the processes. Set the key to false.",
             )
         resumed = self.checkpoint is not None and self.subcommand == "fit"
         searches = self.subcommand == "fit" and self.config_init.fit.find_lr
@@ -526,7 +534,8 @@ class AsymmetryCLI(HookedCLI):
     def _label(self) -> str:
         """Return the suffix of a new run directory: `--name` and the variant.
 
-        Without `--name` and `--variant`, the suffix is empty.
+        With `--name` alone, the variant is the built-in variant whose keys the configuration has, if any. Without
+        `--name` and `--variant`, the suffix is empty.
 
         Raises:
             ArgumentError: If the name is empty or has a character that is not allowed.
@@ -536,7 +545,7 @@ class AsymmetryCLI(HookedCLI):
         if name is not None and not re.fullmatch(r"\w[\w.+-]*", name):
             raise ArgumentError(
                 None,
-                f"name: {name!r} is not allowed. Use letters, digits and . _ + - only. Begin with a letter or digit.",
+                f"name: {name!r} is not allowed. Use letters, digits and . _ + - only. Do not begin with . + or -.",
             )
         variant = self.variant
         if variant is None and name is not None:
@@ -655,7 +664,7 @@ def completion_script(words: Sequence[str], contexts: ExitStack) -> str:
     """Return the script by which a shell completes commands and keys of `onesided`.
 
     Raises:
-        ArgumentError: Without the name of a shell, or for a shell that shtab does not know.
+        ArgumentError: Without exactly one name of a shell, or for a shell that shtab does not know.
     """
     if len(words) != 1:
         raise ArgumentError(None, "--print_shtab: give one shell, such as bash or zsh.")

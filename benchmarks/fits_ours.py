@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 
 from app.cli import main
-from app.config.variants import option_words, variant_keys
+from app.config.variants import command_line_options, variant_keys
 from benchmarks.fits import CLIP, DECAY, WARM_UP, Clock, Fit
 
 VARIANTS = {"A": "A", "B": "B", "both": "lora"}  # Built-in variants by trained factor.
@@ -88,7 +88,7 @@ def words(fit: Fit, folder: str) -> list[str]:
         options |= {"model.weights": "none", "model.adapter.targets": "[all]"}
     option_list = [f"--{key}={value}" for key, value in options.items()]
     clock = ["--allow_imports", "benchmarks.fits_ours", "--trainer.callbacks+=benchmarks.fits_ours.StepClock"]
-    variant = option_words(variant_keys(VARIANTS[arm.train]))
+    variant = command_line_options(variant_keys(VARIANTS[arm.train]))
     return ["fit", "--config", recipe, "--config", "conf/cpu.yaml", *variant, *option_list, *clock]
 
 

@@ -44,7 +44,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         monitor: Metric that decides which checkpoint is best. With None, the newest checkpoint is the best.
         mode: `max` if a larger metric is better, `min` if a smaller metric is better.
         last_every_n_steps: Number of optimizer steps between two saves of last.ckpt, at least 1. last.ckpt is also
-            saved at every epoch's end and one step earlier, so that a kill during a validation loses one step.
+            saved at a stop, after each validation in mid-epoch, at each epoch's end, and one step before both. A kill
+            during a validation thus loses at most one step.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ from modules.base import AdaptedModule
 _log = logging.getLogger(__name__)
 ROLE_ORDER = {role: i for i, role in enumerate(ROLES)}
 MOST_SCALARS = 40  # largest number of scalars with detail `roles`
-# The most informative quantities come first. Means over the run have all quantities. Means by role have as many of the
-# first quantities as MOST_SCALARS allows.
+# The most informative quantities come first. Means over all projections have all quantities. Means by role have as many
+# of the first quantities as MOST_SCALARS allows.
 QUANTITIES = (
     *("BA/relative_norm", "B/largest", "A/largest", "BA/effective_rank", "BA/largest"),
     *("B/effective_rank", "A/effective_rank", "B/smallest", "A/smallest", "B/stable_rank", "A/stable_rank"),
@@ -40,24 +40,25 @@ Detail = Literal["roles", "layers", "off", False]  # YAML reads a bare off as fa
 
 
 class AdapterSpectrum(L.Callback):
-    """Log the spectra at the start of training, at intervals, and at its end.
+    """Log the spectra at the start of training, at intervals, and at the end of training.
 
-    - Every logger gets at most 40 scalars: each quantity's mean over all projections, `spectrum/<factor>/<quantity>`,
-      and over the projections of a role, `spectrum/<role>/<factor>/<quantity>`.
+    - Every logger gets each quantity's mean over all projections, `spectrum/<factor>/<quantity>`, and over the
+      projections of a role, `spectrum/<role>/<factor>/<quantity>`. With detail `roles`, these are at most 40 scalars.
     - Loggers with pictures get heat maps of layers × index: the singular values (`spectrum_map/<factor>`), and their
-      ratios to the layer's largest singular value (`spectrum_ratio/<factor>`).
+      ratios to the layer's largest singular value (`spectrum_ratio/<factor>`). For other loggers, PNG files in the run
+      directory hold the newest heat maps.
     - TensorBoard also gets a histogram of B·A for each role (`spectrum_roles/`), and a layout of custom scalars.
     - `spectrum.parquet` in the run directory gets all singular values.
 
     Scalars, histograms and the file have B·A without the scale s; the heat maps show s·B·A. A frozen factor is measured
-    once and logged as a text. `relative_norm` is ‖sBA‖_F / ‖W‖_F. The ratio is 0 for B·A = 0, and infinite for any
-    other update of W = 0. Means leave infinite ratios out.
+    once and logged as a text. `relative_norm` is ‖sBA‖_F / ‖W‖_F: 0 for B·A = 0, and infinite for any other update of
+    W = 0. Means leave infinite values out.
 
     Args:
         every_n_epochs: Interval in epochs, at least 1; None for no measurements by epoch.
         every_n_steps: Further interval in optimizer steps, at least 1; None for no measurements by step.
-        detail: `roles` logs means by role. `layers` also logs scalars and a histogram of each layer. `off` writes only
-            the file.
+        detail: `roles` logs means by role. `layers` logs all quantities by role, the scalars of each layer, and
+            histograms by layer in place of histograms by role. `off` writes only the file.
     """
 
     def __init__(
@@ -266,7 +267,7 @@ def _summary(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _scalars(rows: list[dict[str, Any]], of_layers: bool) -> dict[str, float]:
-    """Return means over the run and by role; with `of_layers`, also the values of each layer."""
+    """Return means over all projections and by role; with `of_layers`, also the values of each layer."""
     quantities = [name for name in QUANTITIES if name.partition("/")[0] in {row["factor"] for row in rows}]
     by_role = (MOST_SCALARS - len(quantities)) // len({row["role"] for row in rows})
     values: dict[str, list[float]] = defaultdict(list)

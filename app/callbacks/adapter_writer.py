@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 class AdapterWriter(L.Callback):
     """Write adapter and head of the best checkpoint, or else of the last weights, to `adapter/` when a fit ends.
 
-    If the folder cannot be written, a warning gives the reason, and the run ends as usual: the checkpoints hold the
-    same weights.
+    A fit with another tuning than `adapter` writes nothing. If the folder cannot be written, a warning gives
+    the reason, and the run ends as usual: the checkpoints hold the same weights.
     """
 
     @rank_zero_only

@@ -26,8 +26,8 @@ class Forgetting(L.Callback):
 
     - Image classification: `knn_acc`, the accuracy of a 20-nearest-neighbour classifier on the backbone's features, by
       cosine similarity, for a second labelled set of images. No image counts among its own neighbours.
-    - Instruction tuning: `loss` (nats a token) and `perplexity` on plain text. Each row is cut at 512 tokens, and all
-      tokens after the first are predicted.
+    - Instruction tuning: `loss` (nats a token) and `perplexity` on plain text. Each row is cut at 512 tokens, or at the
+      backbone's limit if it is lower. All tokens after the first are predicted.
 
     `forgetting/before/<score>` belongs to the untouched backbone: the adapters are switched off. With tuning `full`
     this score is measured before the first step and kept in checkpoints. `forgetting/after/<score>` belongs to the
@@ -61,7 +61,7 @@ class Forgetting(L.Callback):
         """Read the data before training.
 
         Raises:
-            CallbackError: If the task has no such score, or the data cannot be used.
+            CallbackError: If the task has no score of forgetting, or the data cannot be used.
         """
         if self.path is None or stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

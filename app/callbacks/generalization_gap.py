@@ -69,7 +69,7 @@ class GeneralizationGap(L.Callback):
         """Evaluate the sample after a fit and its test, and log the metrics.
 
         Returns:
-            `train_eval/<metric>`, `gap/<metric>` and `time/generalization_seconds`; nothing if `rows` is 0.
+            `train_eval/<metric>`, `gap/<metric>` and `time/generalization_seconds`; empty if nothing is measured.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not self.rows or not self._trains or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ class MetricRecorder(L.Callback):
     Args:
         path: The file.
         metric: Name of the metric, such as `val/score`.
-        check_test: Whether to refuse data without a test split, since a later trial is tested.
+        check_test: If true, refuse data without a test split, since a later trial is tested.
     """
 
     def __init__(self, path: str, metric: str, check_test: bool = False) -> None:

@@ -37,7 +37,7 @@ from app.run.evaluations import (
     metrics_of_split,
     read_metrics,
 )
-from app.run.logger import how_to_look, log_results
+from app.run.logger import log_results, viewer_hint
 from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
@@ -51,7 +51,7 @@ class RunSummary(L.Callback):
     """Print the adapted projections at the start and the results at the end.
 
     metrics.json keeps the newest figures. Figures of a split replace all earlier figures of the split, even figures on
-    other data. Further training removes all earlier figures. `app.run.evaluations` records the provenance.
+    other data. Further training removes all earlier metrics. `app.run.evaluations` records the provenance.
     """
 
     def __init__(self) -> None:
@@ -198,7 +198,7 @@ class RunSummary(L.Callback):
         console = Console()
         console.print(table)
         for logger in loggers:
-            console.print(f"Look inside: {escape_controls(how_to_look(logger))}", soft_wrap=True, markup=False)
+            console.print(f"Look inside: {escape_controls(viewer_hint(logger))}", soft_wrap=True, markup=False)
 
     def _write(self, run_directory: Path) -> None:
         saved = read_metrics(run_directory)

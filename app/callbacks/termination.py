@@ -101,12 +101,14 @@ class Termination(L.Callback):
             time.sleep(0.5)  # a process closes its connections shortly before it ends
         return any(process.poll() not in (None, 0, 2, *EXIT_CODES) for process in launched)
 
-    def report(self, going_on: str = "") -> int:
-        """Print the signal and the checkpoint to resume from, or the text `going_on`. Return the exit code."""
-        if not going_on:
-            going_on = f"resume with --ckpt_path {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
+    def report(self, resume_hint: str = "") -> int:
+        """Print the signal, and the checkpoint to resume from or the text `resume_hint`. Return the exit code."""
+        if not resume_hint:
+            resume_hint = (
+                f"resume with --ckpt_path {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
+            )
         if is_first_rank():
-            print(escape_controls(f"{self._signal.name}: stopped; {going_on}."), file=sys.stderr, flush=True)
+            print(escape_controls(f"{self._signal.name}: stopped; {resume_hint}."), file=sys.stderr, flush=True)
         return 128 + self._signal
 
     def is_requested_on_any_rank(self, trainer: L.Trainer) -> bool:

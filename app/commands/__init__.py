@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from app.commands import chat, compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
 from app.config.fit_keys import FitKeys
 from app.config.messages import parser_message
-from app.config.program_files import program_words
+from app.config.program_files import program_command
 
 COMMANDS: dict[str, ModuleType] = {
     "chat": chat,
@@ -39,7 +39,7 @@ def command_help(name: str) -> str:
 def command_parser(name: str) -> ArgumentParser:
     """Return the parser of a command."""
     parser = ArgumentParser(
-        prog=f"{program_words()[-1]} {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
+        prog=f"{program_command()[-1]} {name}", description=command_help(name), exit_on_error=False, allow_abbrev=False
     )
     COMMANDS[name].add_arguments(parser)
     return parser

@@ -535,14 +535,14 @@ def block_names(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFrame], own_names: Sequence[str]) -> Path:
+def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFrame], file_names: Sequence[str]) -> Path:
     """Write the page, its pictures and the tables. Overwritten files are logged.
 
     Args:
         output: Directory; made if missing.
         report: The page.
         tables: Tables by the stem of their Parquet file.
-        own_names: Names of all files that the command may write. Files of an earlier report that the new report lacks
+        file_names: Names of all files that the command may write. Files of an earlier report that the new report lacks
             are removed.
 
     Returns:
@@ -551,7 +551,7 @@ def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFram
     Raises:
         WriteError: If a file cannot be written.
     """
-    earlier = {name: (output / name).stat().st_ino for name in own_names if (output / name).is_file()}
+    earlier = {name: (output / name).stat().st_ino for name in file_names if (output / name).is_file()}
     if earlier:
         _log.info(f"{output} holds an earlier report. Its files are overwritten: {', '.join(earlier)}.")
     page = report.write(output)

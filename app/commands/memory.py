@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "on this machine.",
     )
     parser.add_argument(
-        "fit_words",
+        "fit_arguments",
         metavar="KEYS",
         nargs="*",
         type=str,
@@ -65,7 +65,7 @@ def run(arguments: Namespace) -> None:
 
     if arguments.classes < 2:
         raise ArgumentError(None, f"--classes: {arguments.classes} is too small. Give 2 or more.")
-    prediction = predict(arguments.fit.parse, arguments.fit_words, arguments.classes)
+    prediction = predict(arguments.fit.parse, arguments.fit_arguments, arguments.classes)
     Console().print(table_of(prediction))
     print(escape_controls(f"For {prediction.setting}."))
     print(f"{prediction.trained:,} of {prediction.total:,} parameters are trained.")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError
 
 from app.commands import COMMANDS, command_help
-from app.config.program_files import program_words
+from app.config.program_files import program_command
 
 # Commands of LightningCLI, whose own help is about Lightning's trainer.
 TRAINER_COMMANDS = {
@@ -39,7 +39,7 @@ def command_names() -> list[str]:
 
 def program_help() -> str:
     """Return the help of the program without a command."""
-    program = " ".join(program_words())
+    program = " ".join(program_command())
     commands = TRAINER_COMMANDS | {name: command_help(name) for name in COMMANDS}
     parts = [
         f"usage: {program} COMMAND [--KEY VALUE ...]",

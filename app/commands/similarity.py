@@ -37,11 +37,11 @@ def run(arguments: Namespace) -> None:
     """
     # Imported here, since the import of pandas and matplotlib takes a second.
     from app.commands.finished_runs import check_same_backbone, read_runs, write_results
-    from app.commands.similarity_report import OWN_FILES, build_report, build_tables
+    from app.commands.similarity_report import REPORT_FILES, build_report, build_tables
 
     output = output_directory(arguments.output)
     runs = read_runs(arguments.runs, least=2)
     check_same_backbone(runs)
     tables = build_tables(runs)
-    page = write_results(output, build_report(runs, tables), tables, OWN_FILES)
+    page = write_results(output, build_report(runs, tables), tables, REPORT_FILES)
     print(escape_controls(f"Report: {page}"), flush=True)

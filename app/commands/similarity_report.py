@@ -31,7 +31,7 @@ from modules.analysis.similarity import (
 _log = logging.getLogger(__name__)
 PICTURES = ("pairs", "groups", "layers")
 TABLES = ("runs", "similarity", "pairs", "groups")
-OWN_FILES = (FILE, *(f"{name}.png" for name in PICTURES), *(f"{name}.parquet" for name in TABLES))
+REPORT_FILES = (FILE, *(f"{name}.png" for name in PICTURES), *(f"{name}.parquet" for name in TABLES))
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 MOST_GROUPS = 8
 MOST_ANNOTATED = 12  # runs in a heat map with numbers in its cells

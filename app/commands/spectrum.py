@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> None:
     """
     # Imported here, since the import of pandas and matplotlib takes a second.
     from app.commands.finished_runs import read_runs, read_spectra, write_results
-    from app.commands.spectrum_report import OWN_FILES, build_report, build_tables, measure_weights
+    from app.commands.spectrum_report import REPORT_FILES, build_report, build_tables, measure_weights
 
     output = output_directory(arguments.output)
     if arguments.top < 0:
@@ -56,5 +56,5 @@ def run(arguments: Namespace) -> None:
     spectra = [read_spectra(run) for run in runs]
     weights = measure_weights(runs, arguments.top)
     tables = build_tables(runs, spectra, weights)
-    page = write_results(output, build_report(runs, tables, arguments.top, weights.missing), tables, OWN_FILES)
+    page = write_results(output, build_report(runs, tables, arguments.top, weights.missing), tables, REPORT_FILES)
     print(escape_controls(f"Report: {page}"), flush=True)

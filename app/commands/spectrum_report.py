@@ -28,7 +28,7 @@ DASHES = ("-", "--", "-.", ":")
 UPDATE = "s·BA"
 PICTURES = ("singular_values", "ranks", "relative_norms", "intruders", "kept_shares")
 TABLES = ("runs", "spectra", "ranks", "kept_shares", "intruders")
-OWN_FILES = (FILE, *(f"{name}.png" for name in PICTURES), *(f"{name}.parquet" for name in TABLES))
+REPORT_FILES = (FILE, *(f"{name}.png" for name in PICTURES), *(f"{name}.parquet" for name in TABLES))
 THRESHOLDS = torch.linspace(0, 1, 101, dtype=torch.float64)
 TABLE_THRESHOLD = 0.6
 MOST_BANDS = 3  # largest number of runs with bands, which hide one another if there are more

@@ -10,10 +10,10 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from app.config.imports import OPTION
-from app.config.program_files import program_words
+from app.config.program_files import program_command
 from app.console import escape_controls
 
-AGAIN = ("config", "base", "set", "minutes", "workers", "storage", "output")  # options that continue a sweep
+RESUME_OPTIONS = ("config", "base", "set", "minutes", "workers", "storage", "output")  # options that continue a sweep
 
 _log = logging.getLogger(__name__)
 
@@ -91,8 +91,8 @@ def run(arguments: Namespace) -> None:
         check_plan(plan, arguments.fit.parse)
         ledger = open_ledger(plan, arguments.storage, output)
         budget = Budget(plan, arguments.minutes, arguments.workers, began) if arguments.minutes else None
-        again = shlex.join(_words(arguments, imports, AGAIN))
-        facts, frame = Sweep(plan, ledger, output, arguments.workers, imports, command, again, budget).run()
+        resume_command = shlex.join(_words(arguments, imports, RESUME_OPTIONS))
+        facts, frame = Sweep(plan, ledger, output, arguments.workers, imports, command, resume_command, budget).run()
     Console().print(rich_table(facts, frame))
     for sentence in time_used(facts, frame):
         print(escape_controls(sentence))
@@ -103,7 +103,7 @@ def _words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> l
     """Return the words of this command line, with the given options alone."""
     from sqlalchemy import make_url
 
-    words = [*program_words(), *imports, "sweep"]
+    words = [*program_command(), *imports, "sweep"]
     for key in keys:
         value = arguments[key]
         if key == "storage" and value is not None:

@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "come from a random head.",
     )
     parser.add_argument(
-        "fit_words",
+        "fit_arguments",
         metavar="KEYS",
         nargs="*",
         type=str,
@@ -48,6 +48,6 @@ def run(arguments: Namespace) -> None:
         if arguments[name] < least:
             raise ArgumentError(None, f"--{name}: {arguments[name]} is too small. Give {least} or more.")
     output = output_directory(arguments.output).resolve()
-    analysis = analyse(measure(arguments.fit.parse, arguments.fit_words, arguments.batches, arguments.head_steps))
+    analysis = analyse(measure(arguments.fit.parse, arguments.fit_arguments, arguments.batches, arguments.head_steps))
     page = write_report(analysis, output)
     print(escape_controls(f"Report: {page}"), flush=True)

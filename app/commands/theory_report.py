@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from app.commands.moments import Measurement
-from app.config.program_files import program_words
+from app.config.program_files import program_command
 from app.reports.report import Report, figure_style, new_figure
 from datamodules.atomic import atomic_write
 from modules.adapters import ROLES, adapted_projections
@@ -233,7 +233,7 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
     """Write report.html, its pictures, theory.parquet and projections.parquet; return the page's path."""
     measured, table = analysis.measured, analysis.projections
     report = Report("Closed forms of one-sided adapters before training")
-    report.add_code(shlex.join([*program_words(), "theory", *measured.words]))
+    report.add_code(shlex.join([*program_command(), "theory", *measured.words]))
     report.add_paragraph(
         f"{len(table)} projections of {type(measured.module.backbone).__name__}, measured over {measured.steps} "
         f"batches: {table['tokens'].min():,} to {table['tokens'].max():,} tokens a projection reach the loss, "

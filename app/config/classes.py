@@ -71,7 +71,10 @@ def _class_path(section: str, name: str) -> str:
 def find_classes(files: Sequence[str], options: Sequence[str]) -> dict[str, type]:
     """Return the class that files and options name for each section, or the base class of the section.
 
-    A class that cannot be imported is ignored, since the caller only describes keys.
+    Options override files. A class that cannot be imported is ignored, since the caller only describes keys.
+
+    Raises:
+        ArgumentError: If a file is missing or broken, or for a misspelt short name of a class.
     """
     paths = dict(BASES)
     for name in files:
@@ -97,7 +100,7 @@ def _class(path: str) -> type | None:
 
 
 def class_keys(kind: type, section: str = "") -> list[str]:
-    """Return the keys of a class, prefixed with the name of its section."""
+    """Return the keys of a class, prefixed with the name of its section if one is given."""
     parser = ArgumentParser()
     parser.add_class_arguments(kind, section or None, fail_untyped=False)
     return list(parser.get_defaults().keys())

@@ -30,6 +30,8 @@ _WITHOUT_EFFECT = {
 def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
     """Return the keys of `model` and `data` that can change a metric and differ between a checkpoint and an evaluation.
 
+    If the classes of a section differ, return the name of the section in place of its keys.
+
     Args:
         saved: The sections that a checkpoint was trained with, as `saved_configuration` gives them.
         used: The sections of the evaluation. Their classes must be imported already.

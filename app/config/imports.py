@@ -1,4 +1,4 @@
-"""Import guard: a configuration may name classes of this program and of Lightning, and a few functions."""
+"""Import guard: a configuration may name classes of this program, Lightning and torch, and a few functions."""
 
 from __future__ import annotations
 
@@ -69,9 +69,10 @@ def denial(path: str, prefixes: Sequence[str] = ()) -> str | None:
     if resolve(path, prefixes) is not None:
         return None
     module_name = path.rpartition(".")[0]
-    refused = f"'{path}' is not imported: configurations name classes of this program and of Lightning, not functions."
+    allowed = "only allowed classes of this program, Lightning and torch"
+    refused = f"'{path}' is not imported: configurations may name {allowed}."
     if _below(module_name, PACKAGES):
-        return f"{refused} Attributes of a class or of an imported module are never reached."
+        return f"{refused} Give the class path of such a class."
     return f"{refused} If you trust this code, add {OPTION} {module_name or path} to the command line."
 
 

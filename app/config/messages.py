@@ -52,7 +52,7 @@ OTHER_NAMES = {
     "checkpoint": "ckpt_path",
     "output_dir": "trainer.default_root_dir",
 }
-NAMED, TYPE, OTHER_CLASS = range(3)  # kinds of reasons; the lowest is reported
+NAMED, TYPE, OTHER_CLASS = range(3)  # kinds of reasons; a lower kind is preferred
 
 
 class ListError(ArgumentError):

@@ -63,7 +63,7 @@ def runs_root(given: str | None, files: list[str]) -> Path:
     Args:
         given: `trainer.default_root_dir`.
         files: Names of the configuration files. Without a given directory the first file decides: runs/<recipe>, or
-            the parent of the run directory if the file is the config.yaml of a run.
+            the parent of the run directory if the file is the config.yaml of a run. Without a file: runs/default.
 
     Raises:
         ArgumentError: For an empty name, or the home of a user who does not exist.
@@ -133,12 +133,12 @@ def report_untrained(command: str, heads: list[str], adapter_path: str | None) -
 def report_differences(
     saved: dict[str, Any], from_files: Namespace, of_variant: dict[str, Any], final: Namespace
 ) -> None:
-    """Log values of the command line that replace a checkpoint's, and values of the checkpoint that replace a file's.
+    """Log values of the command line that replace the checkpoint's, and values of the checkpoint that replace others.
 
     Args:
         saved: The sections that the checkpoint was trained with.
         from_files: Values of the configuration files.
-        of_variant: Keys that the variant sets. They replace keys of the configuration files.
+        of_variant: Keys that the variant sets. The variant replaces keys of the configuration files.
         final: Values of the command.
     """
     for section, content in saved.items():
@@ -151,11 +151,12 @@ def report_differences(
             if key in used and comparable(used[key]) != comparable(value):
                 _log.info(f"{name}: {used[key]} from the command line; the checkpoint had {value}.")
             elif in_files.get(name) is not None and comparable(in_files[name]) != comparable(value):
-                _log.info(f"{name}: {value} from the checkpoint; the configuration file has {in_files[name]}.")
+                source = "variant" if name in of_variant else "configuration file"
+                _log.info(f"{name}: {value} from the checkpoint; the {source} has {in_files[name]}.")
 
 
 def report_changes(before: dict[str, Any], final: Namespace) -> None:
-    """Log the keys of the trainer that changed since a resumed run began. A checkpoint does not contain these keys."""
+    """Log changes of the seed and the trainer's keys since a resumed run began. No checkpoint contains these keys."""
     always_differ = {"default_root_dir", "logger", "callbacks"}
     trainer = {k: v for k, v in final["trainer"].as_dict().items() if k not in always_differ}
     now, began = (dotted({"trainer": t}) for t in (trainer, before.get("trainer", {})))
@@ -169,7 +170,7 @@ def output_directory(given: str) -> Path:
     """Return the directory of `--output`, which need not exist.
 
     Raises:
-        ArgumentError: If the name is empty or names a file.
+        ArgumentError: If the name is empty, names a file, or begins with the home of a user who does not exist.
     """
     output = expanded_path("--output", given)
     if output.exists() and not output.is_dir():

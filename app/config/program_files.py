@@ -46,6 +46,6 @@ def program_version() -> str:
     return version("onesided")
 
 
-def program_words() -> list[str]:
+def program_command() -> list[str]:
     """Return the words that call this program: `python main.py`, or `onesided` once it is installed."""
     return ["onesided"] if Path(sys.argv[0]).name == "onesided" else ["python", "main.py"]

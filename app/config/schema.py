@@ -65,7 +65,7 @@ def recipe_schema(name: str, fit: FitKeys) -> dict[str, Any]:
         fit: Access to the keys of `fit`.
 
     Raises:
-        ArgumentError: If the file is missing or broken, or names a class that does not exist.
+        ArgumentError: If the file is missing or broken, or names a class that does not exist or is not allowed.
     """
     check_file(name)
     sections = {key: part for key, part in read_yaml(name).items() if key in SECTIONS and isinstance(part, dict)}

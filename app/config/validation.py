@@ -40,7 +40,7 @@ def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dic
     Args:
         saved: The sections that the checkpoint was trained with.
         config: Files and command line, parsed without the checkpoint.
-        trains: True to resume training. An evaluation may use another class of data, such as MMLU's.
+        trains: True to resume training. An evaluation may use another class of data.
 
     Returns:
         The saved sections that the configuration does not replace.
@@ -116,7 +116,7 @@ def check_plain_values(key: str, value: Any) -> None:
 
 
 def check_strategy(strategy: Any) -> None:
-    """Reject strategies of Lightning that shard or move the trained parameters, or that fork this process.
+    """Reject strategies of Lightning that shard or move the trained parameters, or that fork or spawn this process.
 
     Args:
         strategy: A name, or a class with its arguments. Strategies of other packages are accepted.

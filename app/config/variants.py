@@ -32,7 +32,7 @@ def _adapter(train: str, init_a: str, init_b: str, **others: Any) -> dict[str, A
 
 
 # A variant sets every key that belongs to its definition, so that no value of a recipe can contradict the name.
-# Rank, alpha, dropout, targets, layers, seed and learning rate stay the recipe's.
+# Rank, alpha, dropout, targets (except for ia3), layers, seed and learning rate stay the recipe's.
 VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "B": _adapter("B", "orthogonal", "zero"),  # Zhu et al. 2024, arXiv 2402.16842
@@ -74,7 +74,7 @@ def variant_keys(name: str) -> dict[str, Any]:
 
 
 def variant_name(keys: Mapping[str, Any]) -> str:
-    """Return the name of the variant whose keys a configuration has; `custom` if no variant matches.
+    """Return the name of the first variant whose keys a configuration has; `custom` if no variant matches.
 
     Args:
         keys: All values of the configuration by dotted name. A missing key counts as a match, since an earlier version
@@ -86,7 +86,7 @@ def variant_name(keys: Mapping[str, Any]) -> str:
     return next(matching, "custom") if "model.tuning" in keys else "custom"
 
 
-def option_words(keys: Mapping[str, Any]) -> list[str]:
+def command_line_options(keys: Mapping[str, Any]) -> list[str]:
     """Return keys and their values as words of the command line."""
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
 

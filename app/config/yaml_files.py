@@ -44,7 +44,7 @@ def check_yaml(text: str) -> None:
     """Check that a text has only plain values: no cycles, no duplicate keys, no types that a configuration lacks.
 
     Raises:
-        yaml.YAMLError: With the line.
+        yaml.YAMLError: If the text is not such YAML, or has more than `MOST_LEVELS` levels or `MOST_NODES` values.
     """
     if not any(mark in text for mark in ":[{&*!"):  # a word or a number, as most options are
         return
@@ -99,7 +99,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     """Return the content of a configuration file as it is written.
 
     Raises:
-        ArgumentError: With the file's name, if the file is missing or broken.
+        ArgumentError: With the file's name, if the file is missing, broken or without keys.
     """
     try:
         text = Path(name).read_text(encoding="utf-8")
@@ -109,7 +109,7 @@ def read_yaml(name: str) -> dict[str, Any]:
         raise ArgumentError(None, f"--config: there is no file {name!r}.") from None
     except OSError as error:
         raise ArgumentError(None, f"--config: {name} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8; 2024-13-45, 0b_
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are not UTF-8; 2024-13-45 or 0b_
         raise ArgumentError(None, f"--config: {name} is not YAML that can be used: {error}") from error
     if not isinstance(content, dict):
         raise ArgumentError(None, f"--config: {name} has no keys. Give a recipe such as conf/quickstart.yaml.")
@@ -120,7 +120,8 @@ def check_file(name: str) -> None:
     """Check a configuration file before it is parsed.
 
     Raises:
-        ArgumentError: With the file's name, if the file is missing or broken, or has a value where keys belong.
+        ArgumentError: With the file's name, if the file is missing or broken, has a value where keys belong, or
+            describes a class wrongly.
     """
     for key, value in read_yaml(name).items():
         if not isinstance(key, str):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentError
 
-from app.config.program_files import program_words
+from app.config.program_files import program_command
 from app.export.loader_code import Loader
 from app.export.peft import peft_content
 from modules.adapters import adapter_state
@@ -55,7 +55,7 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: 
 
     def load(place: str, shared: bool = False) -> str:
         config = "RUN/config.yaml" if run is None or shared else str(run / "config.yaml")
-        return shlex.join([*program_words(), "test", "--config", config, "--model.adapter_path", place])
+        return shlex.join([*program_command(), "test", "--config", config, "--model.adapter_path", place])
 
     return load
 

@@ -13,9 +13,9 @@ MOST_NAMES = 20  # with more classes, names and counts are left out
 
 
 def draw_confusion(matrix: Tensor, names: Sequence[str]) -> np.ndarray:
-    """Draw a confusion matrix: colours show the share of each true class, numbers the counts.
+    """Draw a confusion matrix: colours show shares of the true class. A cell without samples is blank.
 
-    A cell without samples is blank. With at most 20 classes, each row has its name and recall.
+    With at most 20 classes and their names, each cell shows its count, and each row its name and recall.
 
     Args:
         matrix: (classes, classes), counts; a row for each true class.

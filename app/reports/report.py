@@ -147,7 +147,7 @@ class Report:
         """Write the page and, beside it, each picture as `<name>.png`.
 
         Args:
-            folder: Directory, created if missing. Files of a previous report are overwritten.
+            folder: Directory, created if missing. Files of the same name are overwritten.
             pictures: If false, write no PNG files.
 
         Returns:

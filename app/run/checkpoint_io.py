@@ -79,7 +79,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def checkpoint_problem(path: Path) -> str | None:
-    """Return why a checkpoint cannot be used, by its digest; None if the file is intact or has no digest."""
+    """Return why a checkpoint cannot be used, by its digest. Return None if the file is intact."""
     try:
         with path.open("rb") as file:
             return _file_problem(file)
@@ -124,8 +124,8 @@ def saved_step(path: Path) -> int | None:
 def first_new_step(checkpoint: dict[str, Any]) -> int:
     """Return the first step whose log entries are written again by a run that resumes from a checkpoint.
 
-    At an epoch's end, the entries at the checkpoint's step stay. In mid-epoch, these entries may belong to a stop,
-    and are written again.
+    At an epoch's end, the entries at the checkpoint's step stay. In mid-epoch, these entries are written again, since
+    the interrupted run may have written them only because it stopped.
     """
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     return int(checkpoint["global_step"]) + (epochs["ready"] == epochs["processed"])
@@ -176,7 +176,8 @@ def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None
         trains: Whether training resumes from the checkpoint.
 
     Raises:
-        CheckpointError: If a key is missing, or its value has another type. The message names the first such key.
+        CheckpointError: If a key is missing, or its value has another type or cannot be used. The message names the
+            first such key, or all missing keys that only training needs.
     """
     if trains and (missing := [key for key in TRAINING if key not in checkpoint]):
         raise CheckpointError(
@@ -206,7 +207,7 @@ def _content_problem(checkpoint: dict[str, Any]) -> str | None:
             f"pytorch-lightning_version must be a version, and is {shortened(checkpoint['pytorch-lightning_version'])}"
         )
     if optimizers := checkpoint.get("optimizer_states", [{}]):
-        return None if isinstance(optimizers[0], dict) else "optimizer_states must have a group of keys"
+        return None if isinstance(optimizers[0], dict) else "optimizer_states must begin with a group of keys"
     return "optimizer_states has no optimizer"
 
 
@@ -228,10 +229,12 @@ def shortened(value: Any) -> str:
 def structure_problem(expected: Any, saved: Any, where: str = "") -> str | None:
     """Return how the structure of a saved state differs from a fresh state; None if the saved state can be loaded.
 
+    A saved integer must not be negative. Integers and floats may replace each other.
+
     Args:
         expected: The fresh state: nested mappings of the required keys, with values of the required types. None allows
             any type, and an empty mapping any keys.
-        saved: The saved state. It may have further keys.
+        saved: The saved state. Further keys are allowed, and None in place of any value but a mapping.
         where: Name of the state in the message.
     """
     if isinstance(expected, Mapping):
@@ -291,8 +294,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             reason = error.reason if isinstance(error, WriteError) else error
             raise CheckpointError(
-                f"The checkpoint {target} could not be written ({reason}). The previous checkpoint is untouched: free "
-                "some space and resume with --ckpt_path last."
+                f"The checkpoint {target} could not be written ({reason}). The previous checkpoint is untouched. Fix "
+                "the cause, such as a full disk, and resume with --ckpt_path last."
             ) from error
 
     def _set_newer_aside(self, folder: Path) -> None:

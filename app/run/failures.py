@@ -20,7 +20,8 @@ from modules.adapters import AdapterError
 
 _log = logging.getLogger(__name__)
 
-# Errors that a user can fix; their messages say how. Any other error is a defect and shows its traceback.
+# Errors that a user can fix. `bad_input` adds errors that libraries raise for wrong values. Any other error is a defect
+# and shows its traceback.
 OWN_ERRORS = (ArgumentError, AdapterError, InputError, OSError)
 BAD_INPUT = (*OWN_ERRORS, MisconfigurationException)
 LOADERS = ("torch.utils.data.dataloader", "torch.utils.data._utils.signal_handling")

@@ -30,7 +30,7 @@ class RunLogger(TensorBoardLogger):
 
 
 def log_picture(trainer: L.Trainer, tag: str, picture: np.ndarray, file: str | None = None) -> None:
-    """Log a picture at the trainer's step, on rank zero.
+    """Log a picture at the trainer's step. Only rank zero may call this function, which writes files.
 
     Args:
         trainer: Trainer whose loggers get the picture.
@@ -79,7 +79,7 @@ def log_results(trainer: L.Trainer, settings: Mapping[str, Any], results: Mappin
         logger.save()
 
 
-def how_to_look(logger: Logger) -> str:
+def viewer_hint(logger: Logger) -> str:
     """Return the command, file or address that shows what a logger has logged."""
     if isinstance(logger, TensorBoardLogger):
         return f"tensorboard --logdir {Path(logger.log_dir)}"

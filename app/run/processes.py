@@ -24,10 +24,10 @@ def is_distributed() -> bool:
 
 
 def should_report() -> bool:
-    """Return True on the first rank that calls it.
+    """Return True on the first rank that calls this function.
 
     Before the ranks join a process group, the first rank of each node reports: all ranks then fail with the same error.
-    Rank 0 holds the counter of the calls. If rank 0 has ended, rank 1 reports its end.
+    Rank 0 holds the counter of the calls. If rank 0 has ended, rank 1 reports the end of rank 0.
     """
     if not is_distributed():
         return os.environ.get("LOCAL_RANK", "0") == "0"

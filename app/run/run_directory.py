@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 LOCK = ".lock"
 ADAPTER = "adapter"  # folder of the adapter in PEFT's format
 # files of a run that are only read, or replaced by a rename, which does not follow links
-READ = re.compile(
+LINKABLE = re.compile(
     r"checkpoints/(best|last|previous)\.ckpt|config(-[\dT]+)?\.yaml|(metrics|evaluations)\.json|spectrum\.parquet"
 )
 VERSION = re.compile(r"version_(\d+)(-.*)?")  # name of a run directory: its number, and the label of the run
-TAKEN = (errno.EACCES, errno.EAGAIN)
+LOCK_HELD = (errno.EACCES, errno.EAGAIN)
 
 
 class RunDirectoryError(OSError):
@@ -72,7 +72,8 @@ def new_run_directory(root: Path, label: str = "") -> Path:
 def remove_links(run: Path) -> None:
     """Remove the links in a run directory through which a command would write to files outside.
 
-    A run directory may come from a stranger. Links to files that are only read, or replaced atomically, stay (`READ`).
+    A run directory may come from a stranger. Links to files that are only read or replaced atomically stay
+    (`LINKABLE`).
 
     Raises:
         RunDirectoryError: If the run directory or a folder in it is a link that leads elsewhere.
@@ -90,7 +91,7 @@ def remove_links(run: Path) -> None:
                     f"{path} is a link to {target}, outside of the run directory, where the run would write. Replace "
                     "the link by a folder."
                 )
-            if not READ.fullmatch(path.relative_to(run).as_posix()):
+            if not LINKABLE.fullmatch(path.relative_to(run).as_posix()):
                 path.unlink()
                 _log.warning(f"{path} was a link to {target}, outside of the run directory. The link is removed.")
 
@@ -110,12 +111,14 @@ def remove_if_empty(run: Path | None) -> Iterator[None]:
 def locked(run: Path) -> Iterator[None]:
     """Lock a run directory against training by other processes. The kernel releases the lock when this process ends.
 
+    If the file system has no locks, warn and continue without a lock.
+
     The lock belongs to this process, not to the file's handle. Worker processes inherit the handle, and may live on for
     seconds after this process was killed.
 
     Raises:
         RunTaken: If another process holds the lock.
-        RunDirectoryError: If the directory cannot be written, or holds links that lead elsewhere.
+        RunDirectoryError: If the directory cannot be written, or holds a link to a folder elsewhere.
     """
     remove_links(run)
     try:
@@ -126,11 +129,11 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in TAKEN:
+            if error.errno in LOCK_HELD:
                 file.seek(0)
                 raise RunTaken(
-                    f"ckpt_path: {file.read().strip() or 'another process'} trains in {run}. Wait for its "
-                    "end, or start a new run from a copy of the checkpoint."
+                    f"ckpt_path: {file.read().strip() or 'another process'} trains in {run}. Wait until "
+                    "the training ends, or start a new run from a copy of the checkpoint."
                 ) from error
             _log.warning(f"{run} cannot be locked here ({error.strerror}): do not train in it twice at once.")
         else:
@@ -147,10 +150,10 @@ def locate_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
     Args:
         ckpt_path: A checkpoint file, a run directory, or `last`, the newest run below the root that has a checkpoint.
         root: Directory of the recipe's runs.
-        prefer_best: Whether a run directory means its best checkpoint, if it has one, rather than its last.
+        prefer_best: If true, a run directory means its best checkpoint, if there is one. Otherwise it means the last.
 
     Raises:
-        CheckpointError: If no run below the root has a checkpoint.
+        CheckpointError: For `last`, if no run below the root has a checkpoint.
     """
     if ckpt_path == "last":
         run = next((v for v in reversed(versions(root)) if _checkpoints(v)), None)
@@ -198,7 +201,7 @@ def resolve_checkpoint(ckpt_path: str, root: Path, prefer_best: bool) -> Path:
     """Return the path of the checkpoint to use. The file need not exist. See `locate_checkpoint`.
 
     Raises:
-        CheckpointError: If no run below the root has a checkpoint, or none is intact.
+        CheckpointError: For `last`, if no run below the root has a checkpoint. If no checkpoint of the run is intact.
     """
     wanted = locate_checkpoint(ckpt_path, root, prefer_best)
     is_named = wanted == Path(ckpt_path) or not _checkpoints(wanted.parent.parent)

@@ -9,18 +9,18 @@ from typing import Any
 from jsonargparse import ArgumentError, Namespace
 
 from app.config.fit_keys import ParseFit
-from app.config.variants import option_words
+from app.config.variants import command_line_options
 from app.sweep.plan import Plan, Point, Range, SweepError, Variant, grid_points
 from app.sweep.schedule import readable_point
 
 SHARED = ["macro_f1", "ece"]  # metrics of every classification
 
 
-def fit_words(plan: Plan, variant: Variant, point: Point, seed: int) -> list[str]:
+def fit_arguments(plan: Plan, variant: Variant, point: Point, seed: int) -> list[str]:
     """Return the arguments of `main.py` for a trial of a sweep, without the output directory."""
     keys = {**plan.set, **variant.keys, **point, "seed_everything": seed, "model.adapter.seed": seed}
     files = [word for file in plan.base for word in ("--config", file)]
-    return ["fit", *files, *option_words(keys)]
+    return ["fit", *files, *command_line_options(keys)]
 
 
 def check_plan(plan: Plan, parse_fit: ParseFit) -> None:
@@ -33,7 +33,7 @@ def check_plan(plan: Plan, parse_fit: ParseFit) -> None:
         points = [_corner(variant)] if plan.is_sampled else grid_points(variant)
         for point in points if i == 0 or variant.search != plan.search else points[:1]:
             try:
-                config = parse_fit(fit_words(plan, variant, point, plan.select_seeds[0])[1:])
+                config = parse_fit(fit_arguments(plan, variant, point, plan.select_seeds[0])[1:])
             except ArgumentError as error:
                 where = f"variants.{variant.name}" + (f" at {readable_point(point)}" if point else "")
                 raise SweepError(f"{where}: {error}") from error

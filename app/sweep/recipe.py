@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError, Namespace
 
 from app.config.constructors import construct, constructor_parameters
 from app.config.fit_keys import ParseFit
-from app.config.variants import option_words
+from app.config.variants import command_line_options
 from datamodules.contract import HasTestSplit
 from datamodules.errors import SplitError
 
@@ -43,7 +43,7 @@ class Recipe:
         """
         files = [word for file in self.base for word in ("--config", file)]
         try:
-            return self.parse_fit([*files, *option_words(self.keys)])
+            return self.parse_fit([*files, *command_line_options(self.keys)])
         except ArgumentError as error:
             raise ArgumentError(None, f"base: {self.files}: {error}") from error
 

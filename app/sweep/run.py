@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 
 from app.run.evaluations import read_metrics
 from app.sweep.budget import Budget
-from app.sweep.check import fit_words
+from app.sweep.check import fit_arguments
 from app.sweep.facts import PlanFacts, TimeFacts
 from app.sweep.folders import job_folder
 from app.sweep.plan import Plan, SweepError
@@ -64,7 +64,7 @@ class Sweep:
         workers: Number of trials that run at once.
         imports: Options of the command line that allow imports, for the trials.
         command: Program and arguments that repeat the sweep.
-        again: Command that continues the sweep.
+        resume_command: Command that continues the sweep.
         budget: Time limit of this process; None without a limit.
     """
 
@@ -76,11 +76,11 @@ class Sweep:
         workers: int,
         imports: list[str],
         command: list[str],
-        again: str,
+        resume_command: str,
         budget: Budget | None,
     ) -> None:
         self.plan, self.ledger, self.output, self.imports = plan, ledger, output, imports
-        self.command, self.again, self.budget = command, again, budget
+        self.command, self.resume_command, self.budget = command, resume_command, budget
         self.workers = [Worker(i, environment) for i, environment in enumerate(environments(workers))]
         self.progress = SweepProgress(workers, plan.metric, budget.deadline if budget else float("inf"))
         self._kills: dict[Any, int] = {}
@@ -106,13 +106,13 @@ class Sweep:
                 self._save_time(ended=True)
         except SIGTERMException as stop:
             self._report()
-            raise SIGTERMException(f"the trials are saved; the same command continues: {self.again}") from stop
+            raise SIGTERMException(f"the trials are saved; the same command continues: {self.resume_command}") from stop
         except Exception as error:
             if (problem := storage_problem(error)) is None:
                 raise
             raise SweepError(
                 f"{problem}. The finished trials are kept, and the others are saved. Fix the problem and continue "
-                f"with the same command: {self.again}"
+                f"with the same command: {self.resume_command}"
             ) from error
         return self._report()
 
@@ -171,7 +171,7 @@ class Sweep:
         variant = next(variant for variant in self.plan.variants if variant.name == claim.job.variant)
         worker.claim, worker.reported, worker.is_pruned = claim, set(), False
         worker.trial = TrialProcess(
-            [*self.imports, *fit_words(self.plan, variant, json.loads(claim.job.point), claim.job.seed)],
+            [*self.imports, *fit_arguments(self.plan, variant, json.loads(claim.job.point), claim.job.seed)],
             self.output / job_folder(claim.job),
             {"metric": self.plan.metric, "check_test": self.plan.is_tested and claim.job.phase == "select"},
             tests=self.plan.is_tested and claim.job.phase == "confirm",

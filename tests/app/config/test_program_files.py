@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from app.cli import main, parse_fit
 from app.config.precedence import split_arguments
-from app.config.program_files import find_program_file, find_program_files, program_words
+from app.config.program_files import find_program_file, find_program_files, program_command
 from app.sweep.plan import read_plan
 from tests.conftest import ROOT
 
@@ -69,6 +69,6 @@ def test_printed_commands_use_the_name_by_which_the_program_was_called(
     argument: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", [argument])
-    assert program_words() == words
+    assert program_command() == words
     assert main(["export", "--help"]) == 0
-    assert capsys.readouterr().out.startswith(f"usage: {program_words()[-1]} export")
+    assert capsys.readouterr().out.startswith(f"usage: {program_command()[-1]} export")

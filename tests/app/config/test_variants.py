@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import get_loader
 
 from app.cli import main
-from app.config.variants import VARIANTS, VariantError, option_words, split_variant, variant_keys
+from app.config.variants import VARIANTS, VariantError, command_line_options, split_variant, variant_keys
 from modules.adapters import AdapterConfig
 from tests.app.conftest import CommandLine
 from tests.app.test_resume import PowerCut, cut_power
@@ -62,7 +62,7 @@ def test_variant_keys_returns_a_copy() -> None:
 
 def test_values_become_options_that_the_parser_reads_back() -> None:
     keys = {"a.b": "zero", "c": None, "d": True, "e": [1, "x"], "f": 1e-5, "g": {"h": 2}}
-    words = option_words(keys)
+    words = command_line_options(keys)
     load = get_loader("yaml")
     assert [load(word.partition("=")[2]) for word in words] == ["zero", None, True, [1, "x"], 1e-5, {"h": 2}]
     assert [word.partition("=")[0] for word in words] == [f"--{key}" for key in keys]

@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from app.run.logger import how_to_look, log_picture, log_results, log_text
+from app.run.logger import log_picture, log_results, log_text, viewer_hint
 from tests.app.conftest import CommandLine as CommandLine
 from tests.app.conftest import cli as cli  # the fixture
 
@@ -112,7 +112,7 @@ def test_without_a_logger_of_pictures_they_are_saved_in_the_run_directory(tmp_pa
         assert (np.asarray(image) == PICTURE).all()
 
 
-def test_how_to_look_names_the_command_or_file_of_each_logger(tmp_path: Path) -> None:
+def test_viewer_hint_names_the_command_or_file_of_each_logger(tmp_path: Path) -> None:
     loggers: dict[Any, str] = {
         TensorBoardLogger(tmp_path, name="", version=""): f"tensorboard --logdir {tmp_path}",
         CSVLogger(tmp_path, name="a", version=3): f"{tmp_path}/a/version_3/metrics.csv",
@@ -121,7 +121,7 @@ def test_how_to_look_names_the_command_or_file_of_each_logger(tmp_path: Path) ->
         FakeMLFlow(): "mlflow ui --backend-store-uri file:./mlruns",
     }
     for logger, expected in loggers.items():
-        assert how_to_look(logger) == expected
+        assert viewer_hint(logger) == expected
 
 
 @pytest.mark.parametrize(

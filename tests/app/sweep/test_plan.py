@@ -7,7 +7,7 @@ import pytest
 
 from app.cli import parse_fit
 from app.config.variants import VARIANTS
-from app.sweep.check import fit_words
+from app.sweep.check import fit_arguments
 from app.sweep.plan import Plan, Range, SweepError, grid_points, parse_plan
 from tests.app.sweep.conftest import CONTENT
 
@@ -56,7 +56,7 @@ def test_a_variant_may_have_its_own_search_values() -> None:
 
 def test_arguments_of_a_trial_have_one_value_for_each_key() -> None:
     tiny = plan(set={"trainer.max_epochs": 2, "model.adapter.rank": 4, "data.mean": [0.5, 0.1]})
-    words = fit_words(tiny, tiny.variants[1], {"model.learning_rate": 0.002}, seed=7)
+    words = fit_arguments(tiny, tiny.variants[1], {"model.learning_rate": 0.002}, seed=7)
     assert words[:3] == ["fit", "--config", "tests/conf/image.yaml"]
     for word in (
         "--trainer.max_epochs=2",

@@ -11,7 +11,7 @@ import yaml
 
 from app.cli import parse_fit, restricted_imports
 from app.config.yaml_files import checked_yaml
-from app.sweep.check import fit_words
+from app.sweep.check import fit_arguments
 from app.sweep.plan import Plan, grid_points, read_plan
 
 FILES = sorted(Path("conf/sweeps").glob("*.yaml"))
@@ -36,7 +36,7 @@ def test_the_command_line_accepts_every_fit_of_a_sweep(path: Path) -> None:
     assert not sweep.notes  # no variant is left out
     for variant in sweep.variants:
         point = grid_points(variant)[0]
-        config = parse_fit(fit_words(sweep, variant, point, sweep.select_seeds[0])[1:])
+        config = parse_fit(fit_arguments(sweep, variant, point, sweep.select_seeds[0])[1:])
         model = config.model.init_args
         assert model.learning_rate == point["model.learning_rate"], variant.name
         assert model.tuning == variant.keys["model.tuning"], variant.name
