@@ -55,7 +55,8 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
         allowed_imports: Prefixes of --allow_imports, for a command that starts other processes.
 
     Raises:
-        ArgumentError: For an unknown option. The message names the closest key.
+        ArgumentError: For an unknown option or a wrong value. For an unknown option, the message suggests a similar
+            key. A command raises further errors, which its own `run` documents.
     """
     parser = command_parser(name)
     given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)

@@ -27,7 +27,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--system", metavar="TEXT", type=str | None, help="System message. Default: data.system_prompt of the run."
     )
-    parser.add_argument("--temperature", type=float | None, help="Temperature of sampling. Default: the run's.")
+    parser.add_argument(
+        "--temperature", type=float | None, help="Sample at this temperature. Default: as the run generates."
+    )
     parser.add_argument(
         "--max_new_tokens", type=int | None, help="Largest number of tokens of a response. Default: the run's."
     )
@@ -39,8 +41,10 @@ def run(arguments: Namespace) -> None:
     """Answer each line of the standard input.
 
     Raises:
-        ArgumentError: If the run has no instruction-tuned decoder, or the device cannot be used.
+        ArgumentError: If the run has no decoder with a prompt template, the device cannot be used, or a message is too
+            long.
         CheckpointError: If the checkpoint is missing or damaged.
+        ModelError: If the backbone is missing, or differs from the backbone of the training.
     """
     import torch
 

@@ -132,7 +132,7 @@ class FinishedRun:
 
     @property
     def data_key(self) -> tuple[str, str]:
-        """Return path and task of the data. Two runs with the same key were trained on the same data."""
+        """Return path and task of the data. Runs with the same key count as trained on the same data."""
         path = str(self.data.get("path"))
         place = os.path.realpath(path) if os.path.exists(path) else path
         return place, str(self.data.get("task"))
@@ -144,7 +144,7 @@ class FinishedRun:
 
     @property
     def variant(self) -> tuple[str, str, str]:
-        """The factor that is trained, and how A and B start."""
+        """The trained factor, and the initialisers of A and B."""
         return self.adapter.train, self.adapter.init_a, self.adapter.init_b
 
     @property
@@ -166,7 +166,7 @@ def read_runs(names: Sequence[str], least: int, most: int | None = None) -> list
         most: Largest number of runs that the command can show; None for no limit.
 
     Raises:
-        ArgumentError: If fewer or more runs with adapters are left.
+        ArgumentError: If fewer than `least` or more than `most` runs with adapters are left.
         CheckpointError: If a run cannot be read.
     """
     runs: list[FinishedRun] = []
@@ -283,7 +283,8 @@ def _factors(path: Path, state: Mapping[str, Tensor], adapter: AdapterConfig) ->
     """Return the factors in a state by projection.
 
     Raises:
-        CheckpointError: If there are no factors, or the shapes of A and B do not match.
+        CheckpointError: If there are no factors, the shapes of A and B do not match, or an adapter rank contradicts the
+            configuration.
     """
     pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -402,8 +403,8 @@ def check_same_backbone(runs: Sequence[FinishedRun]) -> None:
         )
     if unknown := [str(run.source) for run in runs if run.digest is None]:
         _log.warning(
-            f"{', '.join(unknown)}: PEFT's files have no digest of the frozen weights. Only names and shapes of the "
-            "projections were compared."
+            f"{', '.join(unknown)}: there is no digest of the frozen weights, as in all files of PEFT. Only names and "
+            "shapes of the projections were compared."
         )
 
 
@@ -536,14 +537,14 @@ def block_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFrame], file_names: Sequence[str]) -> Path:
-    """Write the page, its pictures and the tables. Overwritten files are logged.
+    """Write the page, its pictures and the tables. The files of an earlier report are logged.
 
     Args:
         output: Directory; made if missing.
         report: The page.
         tables: Tables by the stem of their Parquet file.
-        file_names: Names of all files that the command may write. Files of an earlier report that the new report lacks
-            are removed.
+        file_names: Names of all files that the command may write. If the new report lacks a file of these names, an
+            earlier file is removed.
 
     Returns:
         Path of the page.
@@ -553,7 +554,7 @@ def write_results(output: Path, report: Report, tables: Mapping[str, pd.DataFram
     """
     earlier = {name: (output / name).stat().st_ino for name in file_names if (output / name).is_file()}
     if earlier:
-        _log.info(f"{output} holds an earlier report. Its files are overwritten: {', '.join(earlier)}.")
+        _log.info(f"{output} holds an earlier report. Its files are replaced or removed: {', '.join(earlier)}.")
     page = report.write(output)
     for name, frame in tables.items():
         with atomic_write(output / f"{name}.parquet") as file:

@@ -56,6 +56,7 @@ def run(arguments: Namespace) -> None:
 
     Raises:
         ArgumentError: For a wrong value, or for data without training rows.
+        DataError: If data on this machine are damaged.
         ModelError: If the model cannot be built from its configuration, or its memory cannot be predicted.
     """
     import torch

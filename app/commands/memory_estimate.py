@@ -183,7 +183,7 @@ def training_memory(
 def scoring_memory(
     config: PreTrainedConfig, *, batch_size: int, prefix: int, tokens: int, backbone_dtype: BackboneDtype = "bfloat16"
 ) -> MemoryEstimate:
-    """Predict the memory of scoring multiple choice (`modules.generation.choices`), without the adapters.
+    """Predict the memory of scoring multiple-choice questions (`modules.generation.choices`), without the adapters.
 
     Args:
         config: Configuration of the backbone.

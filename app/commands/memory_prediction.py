@@ -102,12 +102,14 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
         words = f"{keys.batch_size} conversations a step of {keys.max_length} tokens, all learnt"
         return BatchSize(keys.batch_size, keys.max_length), words
     raise ArgumentError(
-        None, f"data: {config.data.class_path} gives {kind}, and nothing is trained on them. Give a recipe for fit."
+        None, f"data: {config.data.class_path} gives {kind}, which no task is trained on. Give a recipe for fit."
     )
 
 
 def read_classes(config: Namespace) -> list[str] | None:
-    """Return the classes of the training rows, [] for a regression; None for data that are not on this machine.
+    """Return the classes of the task or else of the training rows, [] for a regression; None if both are unknown.
+
+    The classes of training rows are unknown if the data are not on this machine.
 
     Raises:
         DataError: If the data are damaged.

@@ -59,7 +59,7 @@ def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps:
         head_steps: Optimizer steps that train only the heads, before the measurement; none without a head.
 
     Raises:
-        ArgumentError: If no projection is adapted, or if a key loads trained adapters.
+        ArgumentError: For options that `fit` refuses, if no projection is adapted, or if a key loads trained adapters.
     """
     config = parse_fit(words)
     for key, value in (

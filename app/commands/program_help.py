@@ -64,7 +64,7 @@ def check_command(words: Sequence[str]) -> None:
     names = command_names()
     choices = f"Choose one of {', '.join(names)}."
     if not words:
-        raise ArgumentError(None, f"No command is given. {choices} --help describes them.")
+        raise ArgumentError(None, f"No command is given. {choices} --help describes the commands.")
     if not words[0].startswith("-") and words[0] not in names:
         close = difflib.get_close_matches(words[0], names, n=1)
         hint = f"; did you mean {close[0]}?" if close else "."

@@ -43,7 +43,8 @@ class RunRecord:
         state: One of `STATES`.
         keys: Values of config.yaml by dotted key; empty without a readable file.
         metrics: Content of metrics.json; empty without a readable file.
-        date: Time at which the fit began or was last resumed; without a fit the time of the newest file.
+        date: Time at which config.yaml was written, at the fit's start or at its last resumption with changed keys.
+            Without config.yaml, the time at which a file was last added to the directory or removed.
     """
 
     directory: Path

@@ -32,8 +32,10 @@ def run(arguments: Namespace) -> None:
     """Write the report.
 
     Raises:
-        ArgumentError: If fewer than two runs have adapters, their backbones differ, or the output cannot be used.
+        ArgumentError: If fewer than two runs have adapters, their backbones differ, no projection is adapted by all
+            runs, or the output is no directory.
         CheckpointError: If a run cannot be read.
+        WriteError: If a file cannot be written.
     """
     # Imported here, since the import of pandas and matplotlib takes a second.
     from app.commands.finished_runs import check_same_backbone, read_runs, write_results

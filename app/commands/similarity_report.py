@@ -84,7 +84,8 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
             of_pair = of_pair.dropna(subset="similarity")  # a zero factor has no similarity
             if of_pair.empty:
                 _log.warning(
-                    f"{factor} of run {first.label} or {second.label} is zero everywhere. The pair is skipped."
+                    f"{factor} of run {first.label} or {second.label} is zero everywhere. The pair has no "
+                    f"similarity of {factor}."
                 )
                 continue
             rows.append(of_pair)
@@ -321,7 +322,7 @@ def _by_data(pairs: pd.DataFrame) -> str:
 
 def _verdict(other: pd.DataFrame, same: pd.DataFrame) -> str:
     """Answer whether the similarity of A vanishes between runs that train A from different starts."""
-    beside = f" From the same start it is {_mean_text(same)}." if len(same) else ""
+    beside = f" From the same start, the mean similarity is {_mean_text(same)}." if len(same) else ""
     if other.empty:
         return (
             "These runs cannot tell: no two of them train A from different random starts. Give runs with "

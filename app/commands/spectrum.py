@@ -42,8 +42,10 @@ def run(arguments: Namespace) -> None:
     """Write the report.
 
     Raises:
-        ArgumentError: If no run has adapters, or the output cannot be used.
+        ArgumentError: If no run has adapters, more than `MOST_RUNS` have adapters, --top is negative, or the output is
+            no directory.
         CheckpointError: If a run cannot be read.
+        WriteError: If a file cannot be written.
     """
     # Imported here, since the import of pandas and matplotlib takes a second.
     from app.commands.finished_runs import read_runs, read_spectra, write_results

@@ -257,7 +257,7 @@ def _left_out(
     sentences = []
     traced = set(tables["ranks"].query("not at_checkpoint")["run"])
     if untraced := [run.label for run in runs if run.label not in traced]:
-        sentences.append(f"No usable spectrum.parquet: run {', '.join(untraced)}. Its checkpoint alone is shown.")
+        sentences.append(f"No usable spectrum.parquet: run {', '.join(untraced)}. Only checkpoints are shown there.")
     if top == 0:
         sentences.append("Intruder dimensions were left out by --top 0.")
     if missing:

@@ -62,7 +62,8 @@ def run(arguments: Namespace) -> None:
     """Run or continue a sweep.
 
     Raises:
-        SweepError: If the file of the sweep is wrong, or the sweep was started with another file.
+        ArgumentError: If an option, the sweep's file or a recipe is wrong, or the sweep was started with a plan that
+            does not fit. `SweepError` is a kind of ArgumentError.
     """
     from rich.console import Console
 

@@ -16,7 +16,11 @@ from app.console import escape_controls
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        "--output", metavar="DIR", type=str, required=True, help="Directory of the report; files in it are replaced."
+        "--output",
+        metavar="DIR",
+        type=str,
+        required=True,
+        help="Directory of the report. An earlier report in it is overwritten.",
     )
     parser.add_argument("--batches", type=int, default=8, help="Training batches to measure, 1 or more.")
     parser.add_argument(
@@ -40,6 +44,7 @@ def run(arguments: Namespace) -> None:
 
     Raises:
         ArgumentError: For a wrong value, or for keys that leave nothing to measure.
+        WriteError: If a file cannot be written.
     """
     from app.commands.moments import measure
     from app.commands.theory_report import analyse, write_report  # imports pandas and matplotlib

@@ -243,8 +243,8 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
     report.add_paragraph(
         "All shares describe a linear regression with the measured second moment Σ of a projection's inputs. The "
         "target Δ is either the least-squares target −GΣ⁻¹ or the gradient step −G. A share is the part of that "
-        "regression's loss that a factor can remove. The shares do not predict a network's accuracy, nor which frozen "
-        "factor to choose."
+        "regression's removable loss that training one factor removes. The shares do not predict a network's "
+        "accuracy, nor which frozen factor to choose."
     )
     shares = network_shares(analysis)
     report.add_heading("Both sides at the recipe's rank")

@@ -20,10 +20,12 @@ def find_checkpoint(name: str) -> Path:
     """Return the checkpoint that the argument RUN names.
 
     Raises:
-        CheckpointError: If RUN names no checkpoint.
+        CheckpointError: If RUN names no checkpoint, or a run without an intact checkpoint.
     """
     if not Path(name).exists():
-        raise CheckpointError(f"RUN: there is no run directory or checkpoint {name}. Give an existing one.")
+        raise CheckpointError(
+            f"RUN: there is no run directory or checkpoint {name}. The command `runs` lists the runs."
+        )
     checkpoint = resolve_checkpoint(os.path.abspath(name), Path(), prefer_best=True)
     if not checkpoint.is_file():
         raise CheckpointError(
@@ -41,6 +43,7 @@ def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
         changes: Arguments of the module that replace the saved arguments.
 
     Raises:
+        ArgumentError: If the saved configuration or config.yaml cannot be used.
         CheckpointError: If the checkpoint cannot be read, or does not name its model.
         ModelError: If the module cannot be built, or its frozen weights differ from the checkpoint's.
     """

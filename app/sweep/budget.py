@@ -44,8 +44,9 @@ class Budget:
     def allowed(self, left: Outline, trials: Trials, busy: Mapping[Job, float]) -> list[Job]:
         """Return the needed jobs that may run now.
 
-        All jobs of the phase `select` may run. The next confirming seed starts when no job of the previous seeds is
-        waiting. All jobs of the seed must fit into the time.
+        After the deadline, no job may run. Before, all jobs of the phase `select` may run. The next confirming seed
+        starts when no job of the previous seeds is waiting, and if all jobs of the seed are estimated to fit into the
+        time. Without any complete trial, there is no estimate, and the seed starts.
 
         Args:
             left: The jobs that are left.

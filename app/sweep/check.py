@@ -24,7 +24,9 @@ def fit_arguments(plan: Plan, variant: Variant, point: Point, seed: int) -> list
 
 
 def check_plan(plan: Plan, parse_fit: ParseFit) -> None:
-    """Check the configuration of each variant, each searched value, and the metrics of the sweep.
+    """Check the configuration of each variant, the searched values, and the metrics of the sweep.
+
+    If the search has a range, only the lowest value of each range and the first value of each list are checked.
 
     Raises:
         SweepError: If a check fails, with the variant and the problem.

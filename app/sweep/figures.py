@@ -126,7 +126,7 @@ def curves(outcome: Outcome) -> Figure | None:
 
 
 def quality_by_parameters(outcome: Outcome) -> Figure | None:
-    """Draw the confirmed means by trained parameters, or return None if no run logged its parameters."""
+    """Draw the confirmed means by trained parameters, or return None if fewer than two variants have both."""
     scale = outcome.scale(outcome.metric)
     parameters = {variant: outcome.cost(variant, "params/trainable") or 0.0 for variant in outcome.variants}
     drawn = [variant for variant in outcome.variants if parameters[variant] and variant in outcome.ranked]
@@ -250,7 +250,7 @@ def _plain_ticks(axes: Axes, values: Sequence[float], text: Any) -> None:
 
 
 def count_label(count: float) -> str:
-    """Return a number of parameters with its power of a thousand."""
+    """Return a number of parameters as text, such as `1.2 M`."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -88,7 +88,7 @@ class Plan:
         metric: Validation metric that chooses a variant's point.
         mode: Direction in which the metric is better: `max` or `min`.
         select_seeds: Seeds of the trials that choose.
-        confirm_seeds: Seeds of the trials at the chosen point, which are tested.
+        confirm_seeds: Seeds of the trials at the chosen point.
         report: Metrics of the table; the first metric decides the comparison.
         trials_per_variant: Number of points that each variant tries; None takes the size of the grid.
         prune: Rule that stops poor trials early: one of `PRUNERS`.
@@ -153,7 +153,8 @@ def read_plan(path: str, parse_fit: ParseFit, base: Sequence[str] = (), assignme
         assignments: Keys with their values, such as `data.task=rte`, that are added to the file's `set`.
 
     Raises:
-        ArgumentError: If the file is missing or damaged, or if a key is wrong, with the key.
+        ArgumentError: If the file is missing or damaged, a key is wrong, or `fit` would refuse the recipes.
+        DataError: If the data of the recipes cannot be opened to look for a test split.
     """
     return parse_plan(read_yaml(find_program_file(path)), Path(path).stem, parse_fit, base, assignments)
 
@@ -169,6 +170,8 @@ def parse_plan(
 
     Raises:
         SweepError: If a key is wrong, with the key.
+        ArgumentError: If `fit` would refuse the recipes.
+        DataError: If the data of the recipes cannot be opened to look for a test split.
     """
     _check_keys("", content, KEYS, required=("variants", "select"))
     if not base and "base" not in content:

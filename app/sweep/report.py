@@ -265,7 +265,7 @@ def _add_lost(report: Report, outcome: Outcome) -> None:
             }
             for (variant, _, error), group in _grouped(failed.assign(error=failed["error"].fillna("–")), "error")
         ]
-        caption = f"{len(failed)} failed. Failed trials rank last, since divergence at a learning rate is a result."
+        caption = f"{len(failed)} failed. A point whose selecting trial failed is never chosen."
         report.add_table(f"{caption} Run is the first seed's run directory.", pd.DataFrame(rows), FAILURE_TEXT)
     if not pruned.empty:
         scale = outcome.scale(outcome.facts.metric)

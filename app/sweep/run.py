@@ -92,7 +92,8 @@ class Sweep:
         """Run trials until no trial is left on any machine, or the time is over. Return the result of `report`.
 
         Raises:
-            SweepError: If a trial shows that the sweep's file is wrong, or the disk is full.
+            SweepError: If a trial is refused before its first step, the disk is full, or the study or the results
+                cannot be written.
             SIGTERMException: After a signal, with the command that continues the sweep.
         """
         try:
@@ -358,7 +359,8 @@ def report(plan: Plan, ledger: Ledger, output: Path, command: Sequence[str]) -> 
 def environments(workers: int) -> list[dict[str, str]]:
     """Return the environment variables of each worker's trials: a share of the threads, and one of the GPUs.
 
-    A variable that is already set is kept, and a single worker uses all GPUs.
+    OMP_NUM_THREADS is kept if it is set, and CUDA_VISIBLE_DEVICES limits the choice of GPUs. A single worker uses all
+    GPUs.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))

@@ -77,11 +77,12 @@ class Outline:
 def outline(plan: Plan, records: Iterable[Record], sampled: Mapping[str, list[str]]) -> Outline:
     """Return the jobs that a sweep needs next.
 
-    A variant's point is chosen by the mean of the metric over the selecting seeds. Points with a failed or pruned trial
-    rank after all other points.
+    A variant's point is chosen by the mean of the metric over the selecting seeds. A point with a failed or pruned
+    selecting trial is never chosen.
 
-    If a variant's best value lies at an end of its grid, the grid of this variant gets one more value there. Each other
-    variant gets a value between its best value and the better neighbour. So all variants try the same number of points.
+    If a variant's best value lies at an end of its grid, this variant tries one more value there. Each other variant
+    tries a value between its best value and the better neighbour, so that all variants try the same number of points.
+    If rounding leaves no new value, the variant tries no further point.
 
     Args:
         plan: The sweep.

@@ -24,7 +24,7 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
         plan: The sweep, from its current file.
         url: URL of a database; None for the journal in the output directory.
         output: Directory of the results, created if missing.
-        must_exist: If true, a sweep without trials is an error.
+        must_exist: If true, a sweep that was never started is an error.
 
     Raises:
         SweepError: If the sweep was started with a plan that differs by more than additions, or cannot be opened.

@@ -21,7 +21,8 @@ class Mean:
 
     Args:
         value: The mean; NaN without seeds.
-        error: Standard error of the mean, s / sqrt(n) with the sample's standard deviation s; None for one seed.
+        error: Standard error of the mean, s / sqrt(n) with the sample's standard deviation s; None below two
+            seeds.
         seeds: Number of seeds n.
     """
 

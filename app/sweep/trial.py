@@ -47,7 +47,7 @@ class Curve:
     points: dict[int, tuple[float | None, float | None]] = field(default_factory=dict)
 
     def kept(self) -> float | None:
-        """Return the selecting metric at the best checkpoint's validation; None if it is not finite."""
+        """Return the selecting metric at the best checkpoint's validation; None if there is no finite value."""
         best: tuple[float, float | None] | None = None
         for value, monitored in self.points.values():
             if self.monitor is None:

@@ -212,7 +212,7 @@ def test_wrong_use_is_one_message(
 
 def test_data_without_training_is_refused(question_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     refused(
-        capsys, main(question_cli.words("memory")), "MultipleChoiceData gives questions, and nothing is trained on them"
+        capsys, main(question_cli.words("memory")), "MultipleChoiceData gives questions, which no task is trained on"
     )
 
 
