@@ -89,7 +89,7 @@ from app.run.checkpoint_io import (
     saved_configuration,
 )
 from app.run.failures import (
-    OWN_ERRORS,
+    FIXABLE_ERRORS,
     bad_input,
     construction_error,
     is_caused_by,
@@ -447,8 +447,8 @@ class AsymmetryCLI(HookedCLI):
         """Construct the classes that the configuration names, and the trainer.
 
         Raises:
-            ArgumentError: If a constructor fails. The message names the key or the class. The errors of `OWN_ERRORS`
-                are raised as they are.
+            ArgumentError: If a constructor fails. The message names the key or the class. An error of `FIXABLE_ERRORS`
+                is raised unchanged.
         """
         try:
             super().instantiate_classes()
@@ -508,7 +508,7 @@ class AsymmetryCLI(HookedCLI):
                 default_root_dir=str(run), callbacks=callbacks, plugins=plugins, **kwargs
             )
         except Exception as error:
-            if isinstance(bad_input(error), OWN_ERRORS):
+            if isinstance(bad_input(error), FIXABLE_ERRORS):
                 raise
             needs_accelerator = config.accelerator not in ("auto", "cpu")
             hint = " On a machine without this accelerator add --config conf/cpu.yaml." if needs_accelerator else ""

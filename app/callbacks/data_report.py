@@ -17,9 +17,10 @@ _log = logging.getLogger(__name__)
 
 
 class DataReport(L.Callback):
-    """Log the splits, classes and assumptions of the data before the first batch; write RUN/skipped.csv.
+    """Log the splits, classes and assumptions of the data before the first batch.
 
-    The file keeps the rows that an earlier command skipped in other splits.
+    RUN/skipped.csv lists the skipped rows, if there are any. The file keeps the rows that an earlier command skipped in
+    other splits.
     """
 
     def __init__(self) -> None:

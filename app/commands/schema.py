@@ -23,5 +23,5 @@ def run(arguments: Namespace) -> None:
     """
     recipes = [name for name in (arguments.recipe, arguments.config) if name is not None]
     if len(recipes) != 1:
-        raise ArgumentError(None, f"RECIPE: {len(recipes)} are given. Give one file, such as conf/vit_cifar.yaml.")
+        raise ArgumentError(None, f"RECIPE: {len(recipes)} recipes are given. Give one, such as conf/vit_cifar.yaml.")
     print(json.dumps(recipe_schema(recipes[0], arguments.fit), indent=2), flush=True)

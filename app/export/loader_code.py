@@ -1,4 +1,4 @@
-"""Write code that loads an export without this program. The printed code can be run unchanged."""
+"""Write code that loads an export without this program. On the machine of the export, the code runs unchanged."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Provenance of metrics: which checkpoint, data and settings each evaluation of a run belongs to.
 
-metrics.json holds only the newest value of each metric. RUN/evaluations.json lists every `validate` and `test` of the
-run: the checkpoint's step, the keys whose values differ from the checkpoint's, and the metrics. A checkpoint holds the
-metrics of the validation at its step, in the state of `RunSummary`.
+metrics.json holds only the newest value of each metric. RUN/evaluations.json lists the evaluations by `validate` and
+`test`: the checkpoint's step, the keys whose values differ from the checkpoint's, and the metrics. A repeated
+evaluation replaces the earlier entry. A checkpoint holds the metrics of the validation at its step, in the state of
+`RunSummary`.
 """
 
 from __future__ import annotations

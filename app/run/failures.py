@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 
 # Errors that a user can fix. `bad_input` adds errors that libraries raise for wrong values. Any other error is a defect
 # and shows its traceback.
-OWN_ERRORS = (ArgumentError, AdapterError, InputError, OSError)
-BAD_INPUT = (*OWN_ERRORS, MisconfigurationException)
+FIXABLE_ERRORS = (ArgumentError, AdapterError, InputError, OSError)
+BAD_INPUT = (*FIXABLE_ERRORS, MisconfigurationException)
 LOADERS = ("torch.utils.data.dataloader", "torch.utils.data._utils.signal_handling")
 GLOO = "/gloo/transport/"  # part of every error message of gloo's transport: torch has no class for these errors
 
@@ -108,7 +108,7 @@ def construction_error(config: Namespace, kind: type, error: Exception) -> Excep
         error: The constructor's error.
     """
     fixable = bad_input(error)
-    if isinstance(fixable, OWN_ERRORS):
+    if isinstance(fixable, FIXABLE_ERRORS):
         return fixable
     _log.debug("%s cannot be created.", kind.__name__, exc_info=error)
     key = _key_of(config.as_dict(), kind.__name__)

@@ -57,11 +57,11 @@ def _check_metrics(plan: Plan, config: Namespace) -> None:
                 close = difflib.get_close_matches(metric, logged, n=1)
                 hint = f"; did you mean {split}/{close[0]}?" if close else "."
                 listed = ", ".join(f"{split}/{metric}" for metric in logged)
-                raise SweepError(f"{key}: no trial would log {name}{hint} This model and data log {listed}.")
+                raise SweepError(f"{key}: no trial would log {name}{hint} This model and data can log {listed}.")
 
 
 def logged_metrics(config: Namespace) -> list[str] | None:
-    """Return the metrics that a model logs, without the name of the split; None for a model of another package."""
+    """Return the metrics that a model can log, without the name of the split; None for a model of another package."""
     model, data = config["model"], config["data"]
     name: str = model.class_path.rpartition(".")[2] if model.class_path.startswith("modules.") else ""
     if name == "ImageClassifier":

@@ -49,7 +49,7 @@ class Range:
     Args:
         low: Smallest value.
         high: Largest value; the values are whole numbers if both ends are.
-        log: If true, sample the logarithm uniformly.
+        log: If true, sample on a logarithmic scale.
     """
 
     low: float

@@ -30,7 +30,8 @@ INTERVALS = (
 )
 COSTS_NOTE = (
     "Fit time and peak memory are medians over the confirmed seeds. They were measured while other trials of the sweep "
-    "could be running on the same machine. Trained parameters include the head; the adapter file does not."
+    "could be running on the same machine. Trained parameters include the head. The adapter file "
+    "counts the factors alone."
 )
 
 

@@ -2,8 +2,8 @@
 
 Each variant has its own Optuna study, so that its sampler and pruner learn from its trials alone. The user attributes
 of a trial hold its job. A failed trial without an `error` is void: its owner was stopped or killed, or the trial was a
-duplicate. Among the other trials of a job, the trial with the lowest number counts. So all processes agree on the trial
-of a job without a lock.
+duplicate or not needed. Among the other trials of a job, the trial with the lowest number counts. So all processes
+agree on the trial of a job without a lock.
 """
 
 from __future__ import annotations

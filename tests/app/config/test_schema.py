@@ -116,8 +116,8 @@ def test_callbacks_and_loggers_of_the_trainer_validate(schemas: Callable[[str], 
 def test_wrong_use_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {class_path: os.system}\n")
-    refused(capsys, main(["schema"]), "RECIPE: 0 are given.")
-    refused(capsys, main(["schema", "a.yaml", "--config", "b.yaml"]), "RECIPE: 2 are given.")
+    refused(capsys, main(["schema"]), "RECIPE: 0 recipes are given.")
+    refused(capsys, main(["schema", "a.yaml", "--config", "b.yaml"]), "RECIPE: 2 recipes are given.")
     refused(capsys, main(["schema", str(tmp_path / "none.yaml")]), "there is no file")
     refused(capsys, main(["schema", str(recipe)]), "model.class_path: os.system is no class that a recipe may name.")
     recipe.write_text("model: {class_path: modules.image_classification.ImageClasifier}\n")
