@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 class LearningRateSearch(LearningRateFinder):
     """Try learning rates from 1e-5 to 0.3 in 100 steps. Choose the learning rate at the steepest decrease of the loss.
 
+    The search ends early if the loss exceeds four times the smallest loss.
     The learning rates of the parameter groups keep their ratios (Smith 2017, arXiv 1506.01186). Weights, optimizer and
     data are restored afterwards. RUN/learning_rate.png shows the loss over the learning rate.
     """

@@ -85,14 +85,14 @@ def run(arguments: Namespace) -> None:
         _log.info(note)
     output = Path(arguments.output or Path("runs") / plan.name)
     imports = [word for prefix in arguments.allowed_imports for word in (OPTION, prefix)]
-    command = _words(arguments, imports, ("config", "base", "set"))
+    command = _command_words(arguments, imports, ("config", "base", "set"))
     if arguments.report:
         facts, frame = report(plan, open_ledger(plan, arguments.storage, output, must_exist=True), output, command)
     else:
         check_plan(plan, arguments.fit.parse)
         ledger = open_ledger(plan, arguments.storage, output)
         budget = Budget(plan, arguments.minutes, arguments.workers, began) if arguments.minutes else None
-        resume_command = shlex.join(_words(arguments, imports, RESUME_OPTIONS))
+        resume_command = shlex.join(_command_words(arguments, imports, RESUME_OPTIONS))
         facts, frame = Sweep(plan, ledger, output, arguments.workers, imports, command, resume_command, budget).run()
     Console().print(rich_table(facts, frame))
     for sentence in time_used(facts, frame):
@@ -100,7 +100,7 @@ def run(arguments: Namespace) -> None:
     print(f"Results: {escape_controls(str(output))}", flush=True)
 
 
-def _words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> list[str]:
+def _command_words(arguments: Namespace, imports: list[str], keys: tuple[str, ...]) -> list[str]:
     """Return the words of this command line, with the given options alone."""
     from sqlalchemy import make_url
 

@@ -27,7 +27,7 @@ def introduction(facts: PlanFacts, results: pd.DataFrame) -> str:
         f"For each variant, {_seeds(facts.select_seeds)} chose {searched} by the {extreme} mean {facts.metric}.",
     ]
     if facts.prune != "none":
-        sentences.append(f"Trials with poor values were stopped early ({PRUNING[facts.prune]}).")
+        sentences.append(f"Trials with poor values could be stopped early ({PRUNING[facts.prune]}).")
     if facts.counted_seeds:
         sentences.append(f"The rows of the table come from other seeds: {_numbers(facts.counted_seeds)}.")
     elif facts.confirm_seeds:
@@ -74,7 +74,7 @@ def time_used(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
         sentences = [f"The time limit of {minutes} ended the sweep before the choice: {complete} {verb} complete."]
         next_step = "The choice"
     else:
-        seeds = f"{count_text(done)} of {plural(planned, 'confirming seed')}"
+        seeds = f"{count_text(done) if done else 'none'} of {plural(planned, 'confirming seed')}"
         too_few = f": too few for an interval, which needs {count_text(STUDENT_SEEDS)}" if done < STUDENT_SEEDS else ""
         sentences = [f"The time limit of {minutes} was enough for {seeds}{too_few}."]
         next_step = "Another seed of all variants"

@@ -199,7 +199,7 @@ def parse_plan(
             f"confirm.seeds: {shared[0]} is in select.seeds too. Confirm with seeds that did not choose the point, "
             "or the table favours lucky points."
         )
-    report = tuple(_words("confirm.report", confirm.get("report", []), least=0))
+    report = tuple(_names("confirm.report", confirm.get("report", []), least=0))
     variants, notes = _variants(content["variants"], keys, search, recipe)
     if confirm_seeds and not report:
         report, report_notes = _default_report(metric, recipe)
@@ -241,7 +241,7 @@ def _mapping(key: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _words(key: str, value: Any, least: int) -> list[str]:
+def _names(key: str, value: Any, least: int) -> list[str]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or len(names) < least or not all(isinstance(name, str) and name for name in names):
         raise SweepError(f"{key}: {value!r:.80} is no list of names. Write a list, such as [first, second].")
@@ -249,7 +249,7 @@ def _words(key: str, value: Any, least: int) -> list[str]:
 
 
 def _recipes(key: str, value: Any) -> tuple[str, ...]:
-    files = [find_program_file(file) for file in _words(key, value, least=1)]
+    files = [find_program_file(file) for file in _names(key, value, least=1)]
     for file in files:
         try:
             check_file(file)
@@ -420,7 +420,7 @@ def _variants(
             raise SweepError(f"{where}: {name!r} cannot name a variant. Use letters, digits, _, +, - and .")
         entries = dict(_mapping(where, value or {}))
         built_in = entries.pop("variant", name if name in VARIANTS or not entries else None)
-        own_search = _space(f"{where}.search", entries.pop("search", {}))
+        variant_search = _space(f"{where}.search", entries.pop("search", {}))
         factor = entries.pop("times_rank", None)
         try:
             keys = variant_keys(str(built_in)) if built_in is not None else {}
@@ -429,7 +429,7 @@ def _variants(
         keys |= _flat_keys(f"{where}.", entries)
         if factor is not None:
             keys |= _scaled_rank(where, factor, keys, recipe)
-        if unsearched := [key for key in own_search if key not in search]:
+        if unsearched := [key for key in variant_search if key not in search]:
             raise SweepError(f"{where}.search.{unsearched[0]}: search does not have this key. Add the key there too.")
         for key in search:
             if key in keys or key in common:
@@ -438,7 +438,7 @@ def _variants(
         if keys.get("model.tuning") == "head" and not recipe.has_new_head():
             notes.append(f"{name}: left out, since the model of {recipe.files} has no new head to train alone.")
             continue
-        variants.append(Variant(name, keys, {key: own_search.get(key, values) for key, values in search.items()}))
+        variants.append(Variant(name, keys, {key: variant_search.get(key, values) for key, values in search.items()}))
     if not variants:
         left_out = "".join(f" {note}" for note in notes)
         raise SweepError(f"variants: there is no variant.{left_out} Name at least one, such as B: {{}}.")

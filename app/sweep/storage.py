@@ -242,14 +242,14 @@ class Ledger:
         """Return the claim on a trial; void the trial if another process was faster or the trial is not needed."""
         study = self.studies[name]
         job = job_of(study.get_trials(deepcopy=False)[trial.number])
-        mine = job is not None and self.trials()[job].number == trial.number
-        wanted = job in needed
+        is_counted = job is not None and self.trials()[job].number == trial.number
+        is_needed = job in needed
         if SAMPLED in trial.user_attrs:
             assert self.plan.trials_per_variant is not None
-            wanted = len(self._sampled(name)) <= self.plan.trials_per_variant
-            if not wanted:  # other machines sampled at the same time
+            is_needed = len(self._sampled(name)) <= self.plan.trials_per_variant
+            if not is_needed:  # other machines sampled at the same time
                 trial.set_user_attr(SURPLUS, True)
-        if job is None or not mine or not wanted or (lock := try_lock(self._lock_file(job))) is None:
+        if job is None or not is_counted or not is_needed or (lock := try_lock(self._lock_file(job))) is None:
             _void(study, trial.number)
             return None
         trial.set_user_attr("place", self.place)
@@ -347,8 +347,8 @@ class Ledger:
                     seen = self._seen_without_place.setdefault((name, trial.number), time.monotonic())
                     is_stale = time.monotonic() - seen > GRACE
                 else:
-                    here = place in (self.place, None)
-                    is_stale = here and (job is None or not is_locked(self._lock_file(job)))
+                    is_same_place = place in (self.place, None)
+                    is_stale = is_same_place and (job is None or not is_locked(self._lock_file(job)))
                 if is_stale:
                     _void(study, trial.number)
                     _log.info(
