@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-# A configuration may name a class that is defined below one of these packages. Lightning's packages are those whose
-# classes a trainer takes. Lightning's core is left out, because load_from_checkpoint unpickles. torch's packages have
-# the classes that strategies and the key model.optimizer take.
+# A configuration may name a class that is defined below one of these packages. The packages of Lightning have the
+# classes that a trainer takes. Lightning's core is left out, because load_from_checkpoint unpickles. The packages of
+# torch have the classes that strategies and the key model.optimizer take.
 PACKAGES = (
     "app.callbacks",
     "datamodules",

@@ -45,7 +45,7 @@ def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def without_sections(options: list[str]) -> list[str]:
-    """Return the options without those of `SECTIONS`."""
+    """Return the options without the keys of `SECTIONS` and their values."""
     kept = []
     rest = iter(options)
     for word in rest:
@@ -93,7 +93,7 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
     """Write `content` to a temporary YAML file; delete it on exit.
 
     Raises:
-        ArgumentError: If the content, which comes from a checkpoint, has other values than plain ones.
+        ArgumentError: If the content, which comes from a checkpoint, has values that are not plain.
     """
     handle, name = tempfile.mkstemp(suffix=".yaml")
     try:

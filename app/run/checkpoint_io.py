@@ -182,7 +182,8 @@ def check_contents(path: Path, checkpoint: dict[str, Any], trains: bool) -> None
     if trains and (missing := [key for key in TRAINING if key not in checkpoint]):
         raise CheckpointError(
             f"ckpt_path: {path} has weights alone ({', '.join(missing)} are missing), so training cannot "
-            "resume from it. Start a new run from its adapter with --model.adapter_path, after `export --format peft`."
+            "resume from this file. Export the adapter (`export --format peft`) and start a new run with "
+            "--model.adapter_path."
         )
     expected = {key: value for key, value in TYPES.items() if key in REQUIRED or key in checkpoint}
     if trains:
@@ -260,7 +261,8 @@ def structure_problem(expected: Any, saved: Any, where: str = "") -> str | None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically, so that a kill or a full disk leaves the old file.
 
-    - Before a new last.ckpt replaces the old file, the old file becomes previous.ckpt, unless it is damaged.
+    - Before a new last.ckpt replaces the old file, the old file becomes previous.ckpt. A damaged old file is
+      overwritten instead.
     - If a run is resumed from one of its older checkpoints, the first save renames the newer checkpoints to
       `*.stale`. Otherwise the fallback for a damaged last.ckpt could return to steps that the run has undone.
 

@@ -98,7 +98,7 @@ def remove_links(run: Path) -> None:
 
 @contextmanager
 def remove_if_empty(run: Path | None) -> Iterator[None]:
-    """Remove a new run directory if its command fails before it has written a configuration or metrics."""
+    """Remove a new run directory if the command fails before a configuration or metrics are written."""
     try:
         yield
     except BaseException:

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 LEVEL = 0.95
-STUDENT_SEEDS = 3  # fewest seeds for an interval: with two seeds it reaches 12.7 standard errors to either side
+STUDENT_SEEDS = 3  # fewest seeds for an interval: two seeds give ± 12.7 standard errors
 BOOTSTRAP_SEEDS = 5  # fewest seeds for a bootstrap interval: with four seeds, resamples have only 35 distinct means
 RESAMPLES = 9999
 
