@@ -18,7 +18,7 @@ TAGS = {
     f"tag:yaml.org,2002:{name}"
     for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value", "timestamp")
 }
-GROUPS = ("trainer", "checkpoint", "spectrum")  # sections without a class_path
+GROUPS = ("trainer", "checkpoint", "spectrum", "generalization", "forgetting")  # sections without a class_path
 
 
 @contextmanager
