@@ -524,7 +524,7 @@ class AsymmetryCLI(HookedCLI):
         return run or self.root
 
     def _label(self) -> str:
-        """Return the suffix of a new run directory: `--name` and the variant.
+        """Return the suffix of a new run directory: `--name` and the variant, once if they are equal.
 
         Without `--name` and `--variant`, the suffix is empty.
 
@@ -542,7 +542,7 @@ class AsymmetryCLI(HookedCLI):
         if variant is None and name is not None:
             matching = variant_name(dotted({"model": config.model.init_args.as_dict()}))
             variant = None if matching == "custom" else matching
-        return "".join(f"-{part}" for part in (name, variant) if part is not None)
+        return "".join(f"-{part}" for part in dict.fromkeys((name, variant)) if part is not None)
 
     # ------------------------------------------------------------------------------------------------------- commands
 
