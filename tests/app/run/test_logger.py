@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jsonargparse import ArgumentError
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from app.run.logger import how_to_look, log_picture, log_results, log_text
+from app.run.logger import check_loggers, how_to_look, log_picture, log_results, log_text
 from tests.app.conftest import CommandLine as CommandLine
 from tests.app.conftest import cli as cli  # the fixture
 
@@ -83,6 +84,15 @@ class FakeMLFlow(MLFlowLogger):
 
     def log_hyperparams(self, params: Any) -> None:
         self.client.calls.append(("settings", params))
+
+
+def test_the_file_store_of_mlflow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps each metric in a file, and one name of a learning rate is the beginning of another."""
+    monkeypatch.setattr(FakeMLFlow, "save_dir", None)
+    check_loggers([FakeMLFlow(), FakeWandb()])
+    monkeypatch.setattr(FakeMLFlow, "save_dir", "./mlruns")
+    with pytest.raises(ArgumentError, match=r"tracking_uri.*\./mlruns.*sqlite:///mlflow\.db"):
+        check_loggers([FakeWandb(), FakeMLFlow()])
 
 
 def trainer_of(folder: Path, *loggers: Any) -> Any:
