@@ -66,8 +66,8 @@ def peft_loader(module: AdaptedModule) -> Loader:
     The code begins with variables for the names that a reader may have to change. A backbone with `weights: none` is
     drawn again from `torch.initial_seed()`, so seed the process with the run's seed before the call.
 
-    A comment has the call of PEFT's auto class. That class reads the backbone's name from adapter_config.json, but not the
-    names of the classes.
+    A comment has the call of PEFT's auto class. That class reads the backbone's name from adapter_config.json, but
+    not the names of the labels.
     """
     timm = is_timm(module)
     imports, lines = _timm_base(cast("ImageClassifier", module)) if timm else _transformers_base(module)
