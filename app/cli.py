@@ -98,7 +98,7 @@ from app.run.failures import (
     is_worker_lost,
 )
 from app.run.full_disk import reraise_disk_full
-from app.run.logger import RunLogger
+from app.run.logger import RunLogger, check_loggers
 from app.run.processes import is_first_rank, leave_process_group, should_report
 from app.run.run_directory import (
     load_checkpoint,
@@ -504,7 +504,7 @@ class AsymmetryCLI(HookedCLI):
         plugins = [*_as_list(config.plugins), AtomicCheckpointIO(self.checkpoint, self.loaded)]
         self.loaded = {}
         try:
-            return super().instantiate_trainer(
+            trainer = super().instantiate_trainer(
                 default_root_dir=str(run), callbacks=callbacks, plugins=plugins, **kwargs
             )
         except Exception as error:
@@ -513,6 +513,8 @@ class AsymmetryCLI(HookedCLI):
             needs_accelerator = config.accelerator not in ("auto", "cpu")
             hint = " On a machine without this accelerator add --config conf/cpu.yaml." if needs_accelerator else ""
             raise ArgumentError(None, f"trainer: {error}{hint}") from error
+        check_loggers(trainer.loggers)
+        return trainer
 
     def _enter_run_directory(self) -> Path:
         """Return the checkpoint's run directory, or a new run directory.
@@ -532,7 +534,7 @@ class AsymmetryCLI(HookedCLI):
         return run or self.root
 
     def _label(self) -> str:
-        """Return the suffix of a new run directory: `--name` and the variant.
+        """Return the suffix of a new run directory: `--name` and the variant, once if they are equal.
 
         With `--name` alone, the variant is the built-in variant whose keys the configuration has, if any. Without
         `--name` and `--variant`, the suffix is empty.
@@ -551,7 +553,7 @@ class AsymmetryCLI(HookedCLI):
         if variant is None and name is not None:
             matching = variant_name(dotted({"model": config.model.init_args.as_dict()}))
             variant = None if matching == "custom" else matching
-        return "".join(f"-{part}" for part in (name, variant) if part is not None)
+        return "".join(f"-{part}" for part in dict.fromkeys((name, variant)) if part is not None)
 
     # ------------------------------------------------------------------------------------------------------- commands
 

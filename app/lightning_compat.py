@@ -11,8 +11,10 @@ from typing import Any
 import lightning as L
 from jsonargparse import set_parsing_settings
 from jsonargparse._common import ImportDenied, parsing_settings
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI, _InstantiatorFn
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.optim.swa_utils import AveragedModel
 
 VERDICTS = "import_path_verdicts"
 
@@ -108,3 +110,10 @@ def launched_processes(trainer: L.Trainer | None) -> list[subprocess.Popen[bytes
     """Return the list of processes that this process started for a distributed run. Lightning watches the list."""
     launcher = trainer.strategy.launcher if trainer else None
     return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def averaged_model(averaging: WeightAveraging) -> AveragedModel:
+    """Return the average of Lightning's callback, with the number of its updates."""
+    model = averaging._average_model
+    assert model is not None  # from the callback's setup on
+    return model

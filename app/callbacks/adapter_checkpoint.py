@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from app.callbacks.adapter_averaging import TRAINED, AdapterAveraging
+from app.callbacks.adapter_averaging import TRAINED, TrainedWeightAveraging
 from app.callbacks.lookup import find_callback
 from app.callbacks.termination import Termination
 from app.run.checkpoint_io import (
@@ -264,9 +264,9 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Warn if training resumes from averaged weights, or with another number of samples a step."""
-    if TRAINED in checkpoint and find_callback(trainer, AdapterAveraging) is None:
+    if TRAINED in checkpoint and find_callback(trainer, TrainedWeightAveraging) is None:
         _log.warning(
-            "ckpt_path: the weights of the checkpoint are averages of AdapterAveraging, which this run lacks. "
+            "ckpt_path: the weights of the checkpoint are averages, and this run has no callback that averages. "
             "Training continues from the averages. Add the callback to continue from the trained weights."
         )
     saved, current = checkpoint.get("samples_a_step", 0), _samples_a_step(trainer)

@@ -199,6 +199,8 @@ class AdapterSpectrum(L.Callback):
             logger.log_metrics(scalars, step=trainer.global_step)
         for board in _boards(trainer):
             for name, values in _samples(rows, self.detail == "layers").items():
+                if not any(values):  # TensorBoard draws zeros as a block from -0.5 to 0.5
+                    continue
                 # Rounding removes numerical noise, which would fill the histogram of an orthonormal factor. "sturges"
                 # sets the number of bins by the adapter rank; "auto" makes millions of bins for a single outlier.
                 rounded = torch.tensor(values).round(decimals=4)

@@ -191,6 +191,8 @@ class RunSummary(L.Callback):
         loggers = [] if trainer.fast_dev_run else trainer.loggers  # type: ignore[attr-defined]
         if self._settings and loggers:
             results = {key: value for key, value in self.values.items() if RESULTS.fullmatch(key) and _finite(value)}
+            # HParams shows the first five: the best validation metric, the trained parameters, the first test metrics.
+            results = dict(sorted(results.items(), key=lambda item: item[0].partition("/")[0]))
             log_results(trainer, self._settings, results)
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():

@@ -16,15 +16,14 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from app.callbacks.adapter_averaging import TrainedWeightAveraging
 from datamodules.errors import CallbackError
 
 _log = logging.getLogger(__name__)
 
 REFUSED: dict[type[L.Callback], str] = {
-    WeightAveraging: "copies the frozen backbone, and does so before the head exists. Use AdapterAveraging instead, "
-    "which averages the trained weights.",
     StochasticWeightAveraging: "copies the frozen backbone and replaces the learning rate schedule. Use "
-    "AdapterAveraging instead, which averages the trained weights.",
+    "WeightAveraging or EMAWeightAveraging instead.",
     GradientAccumulationScheduler: "changes the number of steps of an epoch, which the learning rate schedule "
     "and a resumed run take as constant. Use trainer.accumulate_grad_batches instead.",
     BackboneFinetuning: "freezes the backbone together with its adapters. Use model.tuning instead: adapter, head or "
@@ -35,6 +34,8 @@ REFUSED: dict[type[L.Callback], str] = {
 
 def usable_callbacks(callbacks: Sequence[L.Callback], resumes: bool) -> list[L.Callback]:
     """Return the callbacks of a configuration that a run uses.
+
+    Weight averaging of Lightning is wrapped, so that it averages the trained weights alone.
 
     Lightning's finders search at the start of a fit. A resumed run skips the finders with a log message, since the
     checkpoint has their result.
@@ -49,4 +50,8 @@ def usable_callbacks(callbacks: Sequence[L.Callback], resumes: bool) -> list[L.C
     finders = [c for c in callbacks if resumes and isinstance(c, LearningRateFinder | BatchSizeFinder)]
     for finder in finders:
         _log.info(f"trainer.callbacks: {type(finder).__name__} is skipped: the checkpoint has its result.")
-    return [callback for callback in callbacks if callback not in finders]
+    return [
+        TrainedWeightAveraging(callback) if isinstance(callback, WeightAveraging) else callback
+        for callback in callbacks
+        if callback not in finders
+    ]

@@ -65,12 +65,16 @@ def peft_loader(module: AdaptedModule) -> Loader:
 
     The code begins with variables for the names that a reader may have to change. A backbone with `weights: none` is
     drawn again from `torch.initial_seed()`, so seed the process with the run's seed before the call.
+
+    A comment has the call of PEFT's auto class. That class reads the backbone's name from adapter_config.json, but
+    not the names of the labels.
     """
     timm = is_timm(module)
     imports, lines = _timm_base(cast("ImageClassifier", module)) if timm else _transformers_base(module)
     code = [*lines, "model = peft.PeftModel.from_pretrained(base, ADAPTER)"]
     if isinstance(module, TextModel):
         code.append("tokenizer = transformers.AutoTokenizer.from_pretrained(ADAPTER)")
+    code += _auto_call(module)
     sources = {"BACKBONE": _source(module)[0]}
     if (weights := module.hparams["weights"]) not in ("pretrained", "none"):
         sources["WEIGHTS"] = absolute_name(weights)
@@ -119,7 +123,8 @@ class _Expression(str):
         return str(self)
 
 
-BACKBONE, WEIGHTS = _Expression("BACKBONE"), _Expression("WEIGHTS")  # variables of the printed code
+# variables of the printed code
+ADAPTER, BACKBONE, WEIGHTS = _Expression("ADAPTER"), _Expression("BACKBONE"), _Expression("WEIGHTS")
 
 
 def absolute_name(name: str) -> str:
@@ -186,6 +191,16 @@ def _transformers_base(module: AdaptedModule) -> tuple[list[str], list[str]]:
         keys["quantization_config"] = _Expression("transformers.GgufConfig(dequantize=True)")
     options = {**keys, "dtype": dtype, **_head_options(module)}
     return ["transformers"], [f"base = {_call(f'{library_class}.from_pretrained', BACKBONE, **options)}"]
+
+
+def _auto_call(module: AdaptedModule) -> list[str]:
+    """Return a comment with the call of PEFT's auto class, if the backbone has one and its name says all of it."""
+    if not isinstance(module, TextModel) or module.hparams["weights"] != "pretrained" or _source(module)[1]:
+        return []
+    auto_class = AUTO_CLASSES[str(module.peft_task)].replace("Auto", "peft.AutoPeft")
+    options = _config_changes(module) | {"dtype": str(module.backbone_dtype).removeprefix("torch.")}
+    call = _call(f"{auto_class}.from_pretrained", ADAPTER, **options, **_head_options(module))
+    return ["", "# In one line, where PEFT finds the backbone that adapter_config.json names:", f"# model = {call}"]
 
 
 def _config_changes(module: AdaptedModule) -> dict[str, Any]:

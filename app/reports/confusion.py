@@ -27,7 +27,7 @@ def draw_confusion(matrix: Tensor, names: Sequence[str]) -> np.ndarray:
     counts = matrix.cpu().numpy()
     true = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(true, 1)
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(6.5, 5.8), dpi=140, layout="constrained")  # TensorBoard shows 350 pixels of the 910
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(np.ma.masked_equal(shares, 0), cmap="Blues", vmin=0, vmax=1)
@@ -40,11 +40,11 @@ def draw_confusion(matrix: Tensor, names: Sequence[str]) -> np.ndarray:
             f"{share:.2f}" if rows else "none" for share, rows in zip(shares.diagonal(), true[:, 0], strict=True)
         ]
         rows = [f"{name}  {recall}" for name, recall in zip(names, recalls, strict=True)]
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=10, parse_math=False)
-        axes.set_yticks(range(len(names)), rows, fontsize=10, parse_math=False)
-        size = min(15, 150 // len(names))  # size of the font in points
+        font, size = min(10, 140 // len(names)), min(12, 110 // len(names))  # points, of names and counts
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=font, parse_math=False)
+        axes.set_yticks(range(len(names)), rows, fontsize=font, parse_math=False)
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=size, color=colour)
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=size, color=colour)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+from jsonargparse import ArgumentError
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,6 +28,21 @@ class RunLogger(TensorBoardLogger):
             with atomic_write(path) as file:
                 save_hparams_to_yaml(str(file.name), self.hparams)
         super().save()  # does not overwrite hparams.yaml
+
+
+def check_loggers(loggers: Sequence[Logger]) -> None:
+    """Refuse MLflow's file store. A metric is a file there, and `lr-AdamW/head` would be a file and a folder.
+
+    Raises:
+        ArgumentError: If a logger writes to the file store.
+    """
+    for logger in loggers:
+        if isinstance(logger, MLFlowLogger) and logger.save_dir is not None:
+            raise ArgumentError(
+                None,
+                f"trainer.logger.tracking_uri: MLflow's file store {logger.save_dir} cannot hold the names of the "
+                "learning rates. Set the key to a server or a database, such as sqlite:///mlflow.db.",
+            )
 
 
 def log_picture(trainer: L.Trainer, tag: str, picture: np.ndarray, file: str | None = None) -> None:

@@ -67,7 +67,7 @@ class CheckpointedModule(L.LightningModule):
             change = "; ".join(problems) or "the frozen backbone was added"
             raise ModelError(
                 f"trainer.callbacks: a callback has changed the tensors of a checkpoint ({change}), so a run could "
-                "not resume. Remove the callback; for averaged weights use AdapterAveraging."
+                "not resume. Remove the callback; for averaged weights use EMAWeightAveraging."
             )
         checkpoint["state_dict"] = {name: state[name] for name in saved}
         checkpoint["frozen_digest"] = self.frozen_digest.hexdigest()

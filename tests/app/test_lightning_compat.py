@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse import _common as jsonargparse_common
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import ModelSummary, WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from app.lightning_compat import (
     VERDICTS,
     HookedCLI,
+    averaged_model,
     import_policy,
     launched_processes,
     move_run_directory,
@@ -121,3 +122,12 @@ def test_jsonargparse_asks_the_policy_for_the_defining_module_too() -> None:
     with import_policy(paths_seen.append, []):
         parser.parse_args(["--call=os.path.join"])
     assert paths_seen[:2] == ["os.path.join", "posixpath.join"]
+
+
+def test_lightnings_weight_averaging_has_a_model_with_the_number_of_its_updates() -> None:
+    averaging, model = WeightAveraging(), BoringModel()
+    averaging.setup(L.Trainer(accelerator="cpu", logger=False), model, "fit")
+    average = averaged_model(averaging)
+    average.update_parameters(model)
+    assert average.n_averaged == 1
+    assert [p.shape for p in average.module.parameters()] == [p.shape for p in model.parameters()]

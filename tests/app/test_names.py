@@ -19,6 +19,7 @@ SHORT = ("--trainer.max_epochs=1", "--trainer.logger=false")
         (["--name=first"], "version_0-first-B"),
         (["--variant=lora"], "version_0-lora"),
         (["--name=x.1", "--variant=A"], "version_0-x.1-A"),
+        (["--name=A", "--variant=A"], "version_0-A"),
         (["--name=custom", "--model.adapter.scaling=rslora"], "version_0-custom"),
     ],
 )

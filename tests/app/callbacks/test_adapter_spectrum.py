@@ -112,7 +112,10 @@ def test_numbers_of_scalars_and_histograms_are_limited(
     cli: CommandLine, options: tuple[str, ...], factors: dict[str, int], roles: dict[str, int]
 ) -> None:
     assert cli("fit", "--trainer.max_epochs=1", *options) == 0
-    tags = cli.events().Tags()
+    events = cli.events()
+    tags = events.Tags()
+    # TensorBoard would draw the zeros of step 0 as a block from -0.5 to 0.5
+    assert {event.step for tag in tags["histograms"] for event in events.Histograms(tag)} == {8}
     scalars = [tag.split("/")[1:] for tag in tags["scalars"] if tag.startswith("spectrum")]
     assert len(scalars) <= 40
     assert len(tags["histograms"]) <= 12
