@@ -41,8 +41,8 @@ class ResumableDataModule(L.LightningDataModule):
     The data module's state holds the position in training: the epoch, and the number of samples done in the epoch. The
     position does not depend on the number of workers. Lightning restores the position before it builds the loaders. A
     run may be resumed with another batch size or number of processes: the position is then rounded down to a whole
-    batch. At least one batch of an unfinished epoch is left. The order of length buckets depends on both
-    numbers. If either number changes, some samples of the resumed epoch come twice and others not at all.
+    batch. At least one batch of an unfinished epoch is left. The order of length buckets depends on the product of both
+    numbers. If the product changes, some samples of the resumed epoch come twice and others not at all.
 
     A checkpoint also has a digest of the training rows. If the rows have changed since, a checkpoint from mid-epoch is
     refused, because the rows left in that epoch are unknown. With a checkpoint from an epoch's end, a warning is logged
@@ -166,6 +166,10 @@ class ResumableDataModule(L.LightningDataModule):
             lengths: Length of each row in tokens; None if all rows have the same length.
             filling: Collate function of the batches for the prefix; None stacks the rows.
             collate: Collate function of the rest of a batch.
+
+        Raises:
+            DataError: If the model has no such prefix, or the cache cannot be written or read.
+            ModelError: If the model has no frozen prefix, or cannot continue from its output.
         """
         assert self.trainer is not None
         rows = range(len(dataset)) if lengths is None else filling_order(lengths).tolist()  # type: ignore[arg-type]
@@ -233,8 +237,11 @@ class ResumableDataModule(L.LightningDataModule):
         """Return a loader that evaluates every sample exactly once, on one of the processes.
 
         Without lengths, the samples come in order. With lengths, samples of similar length share a batch, which saves
-        padding. The longest batch comes first, so that a lack of memory shows at once. The other batches come in a
-        shuffled order, which is the same in every run.
+        padding. The longest batch comes first, so that a lack of memory shows at once. A smaller batch comes last. The
+        other batches come in a shuffled order, which is the same in every run.
+
+        Raises:
+            DataError: If there are fewer samples than processes.
         """
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
@@ -263,7 +270,10 @@ class ResumableDataModule(L.LightningDataModule):
         The sample depends on the number of training rows and on `size` alone, not on the seed of the run.
 
         Args:
-            size: Most rows, at least the number of processes.
+            size: Largest number of rows, at least the number of processes.
+
+        Raises:
+            DataError: If there are fewer rows than processes.
         """
         dataset, lengths, collate = self.evaluated_training_rows()
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
@@ -291,10 +301,11 @@ class ResumableDataModule(L.LightningDataModule):
         )
 
     def match_progress(self) -> None:
-        """Count the resumed epoch in batches of this run, since Lightning counts in batches of the checkpoint.
+        """Correct Lightning's number of done batches in a resumed epoch.
 
-        At least one batch of an unfinished epoch is left: without a batch, Lightning would not end the epoch. Call this
-        method when training starts, before the first batch.
+        Lightning restores the number from the checkpoint. The batches of this run may have another size. At least one
+        batch of an unfinished epoch is left: without a batch, Lightning would not end the epoch. Call this method when
+        training starts, before the first batch.
         """
         assert self.trainer is not None
         done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
@@ -320,7 +331,7 @@ class ResumableDataModule(L.LightningDataModule):
         """Keep a position until the training loader is built.
 
         Raises:
-            DataError: If the state holds no position.
+            DataError: If the state holds no position, or a position that is not valid.
         """
         state = state_dict if isinstance(state_dict, dict) else {}
         numbers = [state.get(key) for key in ("epoch", "samples", "seed")]

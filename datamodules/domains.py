@@ -48,8 +48,8 @@ class DomainData(ImageData):
         """Return the names of all environments, sorted.
 
         Raises:
-            DataError: If there are fewer than two environments, if the folders are splits, or if no folder has the
-                name `environment`.
+            DataError: If `path` is no directory, if there are fewer than two environments, if the folders are splits,
+                if no folder has the name `environment`, or if two environments would be logged under one name.
         """
         if self._environments is None:
             self._environments = self._find_environments()
@@ -118,10 +118,10 @@ class DomainData(ImageData):
         return self._tables[environment]
 
     def _check_layout(self, files: ImageFiles) -> None:
-        """Check that an environment holds classes and no splits.
+        """Check that an environment holds folders of classes directly.
 
         Raises:
-            DataError: If the environment holds splits. The message names the splits.
+            DataError: If other folders, such as splits, contain the folders of classes. The message names the folders.
         """
         layout = read_layout(files)
         if list(layout.splits) != ["train"] or layout.names["train"] != ".":

@@ -259,7 +259,7 @@ class ImageData(ResumableDataModule):
         return self.evaluation_loader(self.splits["predict"])
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Normalise a batch on its device: uint8 in, float32 out."""
+        """Normalise a batch on its device: uint8 in, float32 out. Apply MixUp or CutMix to training images."""
         if "image" not in batch:
             return batch
         batch = {**batch, "image": normalise(batch["image"], self.mean, self.std)}
@@ -268,7 +268,8 @@ class ImageData(ResumableDataModule):
     def _mixed(self, batch: dict[str, Any], draws: Tensor) -> dict[str, Any]:
         """Blend the images of a training batch with MixUp or CutMix; the labels become (batch, classes).
 
-        The blend is a function of the batch's draws, so that a resumed run makes the same blends.
+        If `mixup` and `cutmix` are 0, the batch does not change. The blend is a function of the batch's draws, so that
+        a resumed run makes the same blends.
         """
         if not self.mixup and not self.cutmix:
             return batch
@@ -470,7 +471,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """Return a digest of the images and labels, in their order.
 
         For images in memory, the digest covers every pixel. For other image files, the digest covers names and sizes.
-        For other images in Parquet, the digest covers only the labels: reading all images would delay the run.
+        For all other images, the digest covers only the labels: reading all images would delay the run.
         """
         digest = xxhash.xxh3_128(self.table.labels[self.rows].numpy().tobytes() if len(self.table.labels) else b"")
         for index, row in enumerate(self.rows.tolist()):

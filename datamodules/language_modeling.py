@@ -22,7 +22,7 @@ from datamodules.tokens.conversations import (
     Columns,
     ConversationEncoder,
     alpaca_template,
-    question,
+    prompt_messages,
     read_messages,
     response_end,
 )
@@ -45,18 +45,19 @@ class LanguageModelingData(TrainingTextData):
         messages_column: Column of conversations: lists of messages with `role` (system, user, assistant) and
             `content`, or with ShareGPT's `from` and `value`. If a table has this column, the next three columns are
             ignored. A table without this column and without instructions may have a column `conversations` instead.
-        instruction_column: Column of the instructions. Without this column, `prompt`, `question` or a similar column
-            is read.
-        input_column: Column of the text that an instruction is about. A table may lack this column.
-        response_column: Column of the responses. Without this column, `response`, `completion`, `answer` or a similar
-            column is read.
+        instruction_column: Column of the instructions. If a table lacks the default column, `prompt`, `question` or
+            a similar column is read.
+        input_column: Column of the text that an instruction is about, or None. A table may lack the default column.
+        response_column: Column of the responses. If a table lacks the default column, `response`, `completion`,
+            `answer` or a similar column is read.
         system_prompt: System message for conversations without one. With `alpaca`, the message replaces the
             introduction.
         end_mark: Text to remove from the end of responses, as in some data sets. The template adds another end.
         empty_responses: Treatment of rows without a response: `error`, or `skip` to leave the rows out.
         batch_size: Conversations (or packs) in a batch of one process, at least 1.
         max_length: Largest number of tokens of a conversation, or of a pack. A longer conversation loses the middle of
-            its prompt, and then the end of its response. The response keeps at least half of the tokens.
+            its prompt, and then the end of its response. The first response keeps half of `max_length`, or
+            all its tokens if fewer.
         packing: If true, training packs several conversations into one sequence. Packed conversations do not attend to
             each other.
         val_fraction: Share of the training rows held out when there is no validation split, in (0, 1).
@@ -128,15 +129,15 @@ class LanguageModelingData(TrainingTextData):
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
         """Return the conversations of some rows of a table, or their prompts for prediction."""
-        learnt = split != "predict"
-        columns, table = self._columns(table, learnt)
-        if not learnt:
+        with_responses = split != "predict"
+        columns, table = self._columns(table, with_responses)
+        if not with_responses:
             self._prompt_columns = columns
         self.add_notes(table)
         encoder = ConversationEncoder(self.tokenizer, self.prompt_template, self.max_length, self.response_end)
         rows = self._check_rows(split, table, rows, columns, encoder)
-        tokens = self._tokenize(table.select(rows), columns, encoder, learnt)
-        refused = self._refused(table, rows, tokens, columns, encoder, learnt)
+        tokens = self._tokenize(table.select(rows), columns, encoder, with_responses)
+        refused = self._refused(table, rows, tokens, columns, encoder, with_responses)
         if refused:
             usable = self.without_bad(split, table, rows, refused)
             tokens = tokens.select([i for i, row in enumerate(rows.tolist()) if row not in refused])
@@ -146,7 +147,7 @@ class LanguageModelingData(TrainingTextData):
             self.findings.add(f"columns: conversations of {', '.join(columns.names())}, template {self.template}")
         return TokenDataset(tokens)
 
-    def _columns(self, table: Table, learnt: bool) -> tuple[Columns, Table]:
+    def _columns(self, table: Table, with_responses: bool) -> tuple[Columns, Table]:
         """Return the columns to read, and the table with these columns as text."""
         names = table.data.column_names
         messages = self.messages_column if self.messages_column in names else None
@@ -155,7 +156,7 @@ class LanguageModelingData(TrainingTextData):
             messages = SHAREGPT
             self.findings.add(f"the column {SHAREGPT} of {table.where} is read as messages")
         if messages is None:
-            self._choose_columns(table, learnt)
+            self._choose_columns(table, with_responses)
             if self.instruction_column not in names:
                 raise DataError(
                     f"data.instruction_column: {table.where} has neither a column {self.messages_column} of messages "
@@ -168,7 +169,7 @@ class LanguageModelingData(TrainingTextData):
             keys = {
                 "instruction_column": self.instruction_column,
                 "input_column": input_column,
-                "response_column": self.response_column if learnt else None,
+                "response_column": self.response_column if with_responses else None,
             }
             for key, column in keys.items():
                 if column is not None:
@@ -177,18 +178,18 @@ class LanguageModelingData(TrainingTextData):
             messages=messages,
             instruction=self.instruction_column,
             input=input_column,
-            response=self.response_column if learnt else None,
-            apart=self.template == "alpaca",
+            response=self.response_column if with_responses else None,
+            input_section=self.template == "alpaca",
             system=self.system_prompt,
             end_mark=self.end_mark,
         )
         return columns, table
 
-    def _choose_columns(self, table: Table, learnt: bool) -> None:
-        """Choose columns with the usual names where the table lacks the columns of the keys."""
+    def _choose_columns(self, table: Table, with_responses: bool) -> None:
+        """Choose columns with the usual names if the table lacks the default columns."""
         names, chosen = table.data.column_names, {}
         keys = {"instruction_column": ("instruction", PROMPTS)}
-        keys |= {"response_column": ("output", RESPONSES)} if learnt else {}
+        keys |= {"response_column": ("output", RESPONSES)} if with_responses else {}
         for key, (default, usual) in keys.items():
             column = self.hparams[key]
             named = named_column(table, [name for name in usual if name != self.input_column])
@@ -213,7 +214,7 @@ class LanguageModelingData(TrainingTextData):
         """Return the rows that hold a conversation, without the rows that `empty_responses: skip` leaves out.
 
         Raises:
-            DataError: If too many rows hold no conversation, no question or no response.
+            DataError: If too many rows hold no conversation, no question or no response, or if no row has a response.
         """
         bad: dict[int, BadRow] = {}
         unanswered, cleaned = set(), 0
@@ -227,7 +228,7 @@ class LanguageModelingData(TrainingTextData):
                 bad[number] = BadRow("messages_column", f"holds no conversation in column {columns.messages}: {error}")
                 continue
             messages = encoder.clean(raw)
-            if reason := self._reason(messages, columns, learnt=split != "predict"):
+            if reason := self._reason(messages, columns, with_responses=split != "predict"):
                 if reason.key == "empty_responses":
                     unanswered.add(number)
                 else:
@@ -244,18 +245,18 @@ class LanguageModelingData(TrainingTextData):
             _log.warning(f"{cleaned:,} rows of {table.where} hold special tokens of the tokenizer, which are removed.")
         return self.without_bad(split, table, rows, bad)
 
-    def _reason(self, messages: list[dict[str, str]], columns: Columns, learnt: bool) -> BadRow | None:
+    def _reason(self, messages: list[dict[str, str]], columns: Columns, with_responses: bool) -> BadRow | None:
         """Return why a conversation cannot be used; None if it can be used."""
         key = "messages_column" if columns.messages else "response_column"
-        user_messages = [m for m in (messages if learnt else question(messages)) if m["role"] == "user"]
-        if not learnt and not user_messages:
+        user_messages = [m for m in (messages if with_responses else prompt_messages(messages)) if m["role"] == "user"]
+        if not with_responses and not user_messages:
             return BadRow("messages_column", "has no message of a user to respond to")
         if any(not m["content"].strip() and not m.get("input") for m in user_messages):
             return BadRow(
                 "messages_column" if columns.messages else "instruction_column", "has an empty message of a user"
             )
         responses = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-        if not learnt or (responses and all(responses)):
+        if not with_responses or (responses and all(responses)):
             return None
         if self.empty_responses == "skip":
             return BadRow("empty_responses", "no response")
@@ -270,9 +271,9 @@ class LanguageModelingData(TrainingTextData):
         tokens: datasets.Dataset,
         columns: Columns,
         encoder: ConversationEncoder,
-        learnt: bool,
+        with_responses: bool,
     ) -> dict[int, BadRow]:
-        """Return the rows without tokens, which the template refused, with the reason."""
+        """Return the rows that could not be encoded, with the reason. These rows have no tokens."""
         empty = lengths_of(tokens) == 0
         if not empty.any():
             return {}
@@ -280,7 +281,7 @@ class LanguageModelingData(TrainingTextData):
         numbers = rows[empty]
         for number, row in zip(numbers.tolist(), _rows(table.select(numbers), columns.names()), strict=True):
             try:
-                _encoded(encoder, columns, row, learnt)
+                _encoded(encoder, columns, row, with_responses)
             except DataError as error:
                 key, _, reason = str(error).removeprefix("data.").partition(": ")
                 refused[number] = BadRow(key, f"cannot be encoded: {reason.rstrip('.')}")
@@ -288,13 +289,15 @@ class LanguageModelingData(TrainingTextData):
                 refused[number] = BadRow("template", "is empty after the template")
         return refused
 
-    def _tokenize(self, table: Table, columns: Columns, encoder: ConversationEncoder, learnt: bool) -> datasets.Dataset:
+    def _tokenize(
+        self, table: Table, columns: Columns, encoder: ConversationEncoder, with_responses: bool
+    ) -> datasets.Dataset:
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             conversations = []
             for row in _by_row(batch):
                 try:
-                    conversations.append(_encoded(encoder, columns, row, learnt))
-                except DataError:  # `_refused` finds the rows without tokens, also in the cache.
+                    conversations.append(_encoded(encoder, columns, row, with_responses))
+                except DataError:  # `_refused` finds rows without tokens, also if the tokens are from the cache.
                     conversations.append(([], []))
             lists = [tuple(np.asarray(part) for part in parts) for parts in conversations]
             encoded: dict[str, list[Any]] = {
@@ -302,10 +305,10 @@ class LanguageModelingData(TrainingTextData):
                 "labels": [np.where(mask, ids, IGNORE_INDEX).astype(np.int32) for ids, mask in lists],
                 "length": [len(ids) for ids, _ in lists],
             }
-            return encoded if learnt else {name: encoded[name] for name in ("input_ids", "length")}
+            return encoded if with_responses else {name: encoded[name] for name in ("input_ids", "length")}
 
         key = {
-            "task": "conversations" if learnt else "prompts of conversations",
+            "task": "conversations" if with_responses else "prompts of conversations",
             "tokenizer": tokenizer_state(encoder.tokenizer),
             "template": encoder.template,
             "columns": repr(columns),
@@ -320,7 +323,11 @@ class LanguageModelingData(TrainingTextData):
         return PadSequences(self.tokenizer.pad_token_id)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training conversations, shuffled, in batches of similar length, packed or not."""
+        """Return the training conversations, shuffled, in batches of similar length if `bucket_by_length` is set.
+
+        Raises:
+            DataError: If the conversations fill too few packs for a batch.
+        """
         if not self.packing:
             return super().train_dataloader()
         rows = self.splits["train"][0]
@@ -328,14 +335,14 @@ class LanguageModelingData(TrainingTextData):
         if len(packed) < self.batch_size * self.world()[0]:
             raise DataError(
                 f"data.packing: {len(rows)} conversations fill {len(packed)} packs of {self.max_length} tokens, fewer "
-                f"than one batch of {self.batch_size} × {self.world()[0]} processes. Choose a smaller batch."
+                f"than one batch of {self.batch_size} × {self.world()[0]} processes. Choose a smaller batch size."
             )
         lengths = packed.lengths if self.bucket_by_length else None
         collate = self.collated("train", rows, PadPacks(self.tokenizer.pad_token_id))
         return self.train_loader(packed, lengths, collate)
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the prompts in batches of similar length, padded at the left."""
+        """Return the prompts, padded at the left, in batches of similar length if `bucket_by_length` is set."""
         data = self.splits["predict"][0]
         lengths = data.lengths if self.bucket_by_length else None
         return [self.evaluation_loader(data, lengths, PadSequences(self.tokenizer.pad_token_id, "left"))]
@@ -343,7 +350,7 @@ class LanguageModelingData(TrainingTextData):
     # -------------------------------------------------------------------------------------------------- prediction
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """Return the prompt's columns, the response, and the file's response as `reference`."""
+        """Return the row's index and columns, the response, and the file's response as `reference`."""
         source = dict(self.predicted[file].data[row["index"]])
         column = self._prompt_columns.messages
         if row.get("error"):
@@ -351,7 +358,7 @@ class LanguageModelingData(TrainingTextData):
             source.pop(self.response_column, None)
         elif column:
             messages = read_messages(source[column])
-            source[column] = source[column][: len(question(messages))]
+            source[column] = source[column][: len(prompt_messages(messages))]
             reference = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
         else:
             reference = source.pop(self.response_column, None)
@@ -364,13 +371,13 @@ class LanguageModelingData(TrainingTextData):
 
 
 def _encoded(
-    encoder: ConversationEncoder, columns: Columns, row: dict[str, Any], learnt: bool
+    encoder: ConversationEncoder, columns: Columns, row: dict[str, Any], with_responses: bool
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of a row, and a mask of the tokens with loss; in prediction, the tokens of the prompt."""
     messages = columns.conversation(row)
-    if learnt:
+    if with_responses:
         return encoder.conversation(messages)
-    prompt = encoder.prompt(question(messages))
+    prompt = encoder.prompt(prompt_messages(messages))
     return prompt, [False] * len(prompt)
 
 

@@ -50,7 +50,7 @@ class MultipleChoiceData(TextData):
         question_column: Column of the questions.
         choices_column: Column of the lists of 2 to 26 choices, as many in each row.
         answer_column: Column of the answers: indices from 0, or letters.
-        subject_column: Column of the subjects; without this column, all questions are of one subject.
+        subject_column: Column of the subjects. With None, or if a table lacks the default column, there is one subject.
         batch_size: Questions in a batch of one process, at least 1.
         max_length: Largest number of tokens of a prompt. A subject with longer prompts gets fewer shots. None takes
             the number of the model's positions.
@@ -98,7 +98,7 @@ class MultipleChoiceData(TextData):
         """Tokenise what the stage needs, with the tokenizer of the trainer's model.
 
         Raises:
-            DataError: For `fit`, and for unusable questions.
+            DataError: If the stage is `fit`, or if more questions are unusable than may be skipped.
         """
         if stage == "fit":
             raise DataError(
@@ -108,7 +108,7 @@ class MultipleChoiceData(TextData):
         super().setup(stage)
 
     def before_splits(self) -> None:
-        """Check that the model has positions for the longest prompts."""
+        """Check that the model has positions for `max_length` tokens."""
         if self.max_length is not None:
             self.check_length("max_length", self.max_length)
 
@@ -148,7 +148,11 @@ class MultipleChoiceData(TextData):
         return dataset
 
     def eligible_rows(self, table: Table) -> Tensor:
-        """Return the rows of the subjects in `subjects`, (rows,) int64."""
+        """Return the rows of the subjects in `subjects`, (rows,) int64.
+
+        Raises:
+            DataError: If a subject has no questions.
+        """
         if self.subjects is None:
             return torch.arange(len(table))
         of_row = self._subjects_of(table)
@@ -236,7 +240,8 @@ class MultipleChoiceData(TextData):
         """Return the shots of each subject.
 
         Raises:
-            DataError: If there are too few shots, or if the shots are among the questions to ask.
+            DataError: If the split of the shots is missing or contains the questions to ask, or if a subject has too
+                few shots.
         """
         if self.shots == 0:
             return {subject: [] for subject in subjects}
@@ -312,8 +317,8 @@ class MultipleChoiceData(TextData):
         ends = [ids[len(base) :] for ids in longer if ids[: len(base)] == base]
         if any(len(end) != 1 for end in ends) or len({*map(tuple, ends)}) < size:
             raise DataError(
-                f"data: the tokenizer of this backbone does not make one token of each of the answers A to "
-                f"{LETTERS[size - 1]} after `Answer:`. Multiple choice compares these tokens. Choose another backbone."
+                "data: the tokenizer of this backbone does not make a separate token of each of the answers A to "
+                f"{LETTERS[size - 1]} after `Answer:`. Multiple choice compares the tokens. Choose another backbone."
             )
         return torch.tensor(ends).flatten()
 

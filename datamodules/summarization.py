@@ -50,12 +50,13 @@ class SummarizationData(TrainingTextData):
             `source`, `text` and similar names.
         target_column: Column of the summaries. None takes the first of `summary`, `highlights`, `target` and
             similar names.
-        id_column: Column that identifies a row in predictions. Without this column, predictions have the row's number.
+        id_column: Column that identifies a row in predictions. If a table lacks the default column, predictions have
+            the row's number.
         prediction_format: Format of the file of predictions.
         source_prefix: Text before each source, such as T5's `summarize: `.
         batch_size: Samples in a batch of one process, at least 1.
         max_source_length: Largest number of tokens of a source. Longer sources are cut.
-        max_target_length: Largest number of tokens of a target in training. ROUGE uses the whole text.
+        max_target_length: Largest number of tokens of a target for the loss. ROUGE uses the whole text.
     """
 
     kind = DataKind.SUMMARIES
@@ -96,7 +97,7 @@ class SummarizationData(TrainingTextData):
         """Guess the columns that no key names, from the usual names.
 
         Raises:
-            DataError: If no column has a usual name.
+            DataError: If no column has a usual name. Prediction needs no target.
         """
         predicts = self.predicts
         table = next(iter(self.tables_of_any_split().values()))
@@ -174,7 +175,7 @@ class SummarizationData(TrainingTextData):
     # -------------------------------------------------------------------------------------------------- prediction
 
     def complete_prediction(self, row: dict[str, Any], file: int) -> dict[str, Any]:
-        """Return the document's id, its summary, and its reference, if the file has references."""
+        """Return the document's id, its summary, and its reference; None if the file has no references."""
         source = self.predicted[file].data[row["index"]]
         name = source.get(self.id_column, row["index"])
         error = {"error": row["error"]} if "error" in row else {}

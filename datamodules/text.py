@@ -188,7 +188,7 @@ class TextData(ResumableDataModule):
         """Check that no column is named by two keys.
 
         Raises:
-            DataError: With both keys.
+            DataError: If two keys name one column. The message has both keys.
         """
         key_of: dict[str, str] = {}
         for key, column in keys.items():
@@ -371,7 +371,7 @@ class TextData(ResumableDataModule):
         """Check that the model has positions for a length.
 
         Raises:
-            DataError: If the model has fewer positions, with `key` and the limit.
+            DataError: If the model has fewer positions. The message has `key` and the limit.
         """
         limit = self.text_model.position_limit
         if limit is not None and length > limit:
@@ -416,7 +416,7 @@ class TextData(ResumableDataModule):
         return data, data.lengths if self.bucket_by_length else None, collate
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training rows, shuffled, in batches of similar length."""
+        """Return the training rows, shuffled, in batches of similar length if `bucket_by_length` is set."""
         data = self.splits["train"][0]
         lengths = data.lengths if self.bucket_by_length else None
         return self.train_loader(data, lengths, self.collated("train", data), data.targets.get("label"))

@@ -53,7 +53,7 @@ class Pad:
     max_length: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return tokens (batch, tokens) with their mask, and `label` and `index` (batch,)."""
+        """Return tokens (batch, tokens) with their mask, `index` (batch,) and, if known, `label` (batch,)."""
         tokens = [{k: v for k, v in row.items() if k not in ("label", "index")} for row in rows]
         length = self.max_length if self.padding == "max_length" else None
         batch = dict(self.tokenizer.pad(tokens, padding=self.padding, max_length=length, return_tensors="pt"))
@@ -87,7 +87,8 @@ class TextClassificationData(TrainingTextData):
     """One or two sentences with a label, tokenised once and batched by length.
 
     Labels are whole numbers, booleans or names. Decimal numbers make a regression. The classes are the labels of the
-    training rows, unless the column or the task names the classes. Batches are `datamodules.contract.TextBatch`.
+    training rows, unless the model, the column or the task has the names of the classes. Batches are
+    `datamodules.contract.TextBatch`.
 
     Args:
         path: A data set's name on the hub; a directory of train.*, validation.* and test.* as Parquet, CSV or
@@ -178,6 +179,7 @@ class TextClassificationData(TrainingTextData):
 
         Raises:
             SplitError: If there is no test split, or if its labels are hidden.
+            DataError: If the labels cannot be read.
         """
         super().check_test_split()
         self.guess_columns()
@@ -223,7 +225,7 @@ class TextClassificationData(TrainingTextData):
         assert self.class_names is not None
         labels = self._labels(table)
         values = labels.matched(self.class_names)
-        advice = "" if self.skip_label is not None else "; data.skip_label leaves out the rows with a label"
+        advice = "" if self.skip_label is not None else "; data.skip_label: -1 leaves such rows out"
         bad = {
             row: BadRow("label_column", f"has a label that {reason}{advice if reason.startswith('is -1,') else ''}")
             for row, reason in labels.bad.items()

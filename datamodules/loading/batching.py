@@ -26,7 +26,8 @@ class EpochSampler(Sampler[Draw]):
 
     The order is a function of (seed, epoch). The k-th batches of all processes together equal the k-th batch of a
     single process with the same total batch size. A draw also carries a seed, derived from (seed, epoch). Augmentation
-    is a function of this seed and the index. Order and augmentation do not depend on processes or workers.
+    is a function of this seed and the index. For one total batch size, order and augmentation do not depend on the
+    number of processes or workers.
 
     With lengths, samples of similar length share a batch, which saves padding. With labels too, lengths are ranked
     within each class. Each batch then keeps the label mix of the data, even if the lengths differ between classes.
@@ -100,9 +101,9 @@ def bucketed(order: Tensor, key: Tensor, step: int, generator: torch.Generator) 
 
 
 def rank_in_class(lengths: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the rank of each length among the samples of its class, scaled to (0, 1).
+    """Return the rank of each length among the samples of its class, scaled to [0, 1).
 
-    The ranks of every class are spread evenly over (0, 1), so that samples of similar rank have the label mix of the
+    The ranks of every class are spread evenly over [0, 1), so that samples of similar rank have the label mix of the
     data. Equal lengths are ranked at random.
 
     Args:
@@ -124,7 +125,7 @@ def rank_in_class(lengths: Tensor, classes: Tensor, generator: torch.Generator) 
 
 
 def as_classes(labels: Tensor) -> Tensor:
-    """Number the classes 0, 1, …; scores become the ten classes between their deciles."""
+    """Number the classes 0, 1, …; scores become at most ten classes between their deciles."""
     if labels.is_floating_point():
         ordered = labels.sort().values
         deciles = ordered[torch.arange(1, DECILES) * len(ordered) // DECILES]

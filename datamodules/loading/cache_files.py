@@ -69,7 +69,7 @@ def is_intact(path: Path, verify: bool = True) -> bool:
 
     Args:
         path: The file.
-        verify: If true, compare the digest and the length, otherwise only the length. One process of a node verifies.
+        verify: If true, compare the digest and the length, otherwise only the length.
     """
     remove_stale(path.parent)
     _remove_legacy(path.parent)

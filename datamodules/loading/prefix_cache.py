@@ -4,9 +4,9 @@ The model defines the prefix (`datamodules.contract.Prefix`), and the data modul
 `hidden` (batch, tokens, width) instead of the input, with zeros at padding. The other keys do not change.
 
 A file holds one split: a .npy array (tokens of all rows, width) in the dtype of the prefix's output, bfloat16 as int16.
-The file is in the folder of the `datasets` library (HF_DATASETS_CACHE). The name is a hash of the prefix and the
-rows. `datamodules.loading.cache_files` writes and verifies the file. A changed model, changed data, an interrupted run
-or a damaged file therefore never give wrong rows.
+The file is in the folder `onesided` of the cache of the `datasets` library (HF_DATASETS_CACHE). The name is a hash of
+the prefix and the rows. `datamodules.loading.cache_files` writes and verifies the file. A changed model, changed data,
+an interrupted run or a damaged file therefore never give wrong rows.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class WithHidden:
         """Return the batch.
 
         Raises:
-            DataError: If the batch is padded at the left.
+            DataError: If the batch is not padded at the right, or the file is missing or truncated.
         """
         batch = dict(self.collate(rows))
         _check_padding(batch)
@@ -148,7 +148,8 @@ def hidden_states(
         beat: Function to call for each computed batch.
 
     Raises:
-        DataError: If the file cannot be written, or rows are padded at the left.
+        DataError: If the file cannot be written, or rows are not padded at the right.
+        ModelError: If the backbone cannot continue from the output of the prefix.
     """
     digest = hashlib.sha256(f"{FORMAT} {prefix.key} {rows_key}".encode()).hexdigest()[:40]
     path = cache_folder() / f"prefix-{digest}.npy"

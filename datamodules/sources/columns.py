@@ -41,6 +41,8 @@ def named_column(table: Table, names: Sequence[str]) -> str | None:
 def guess_text_columns(table: Table) -> list[str]:
     """Return the column of the texts, or the two columns of a table of pairs.
 
+    If no column has a usual name, the column with the longest texts is returned.
+
     Raises:
         DataError: If no column has a usual name, and no column holds text.
     """

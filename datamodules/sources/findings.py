@@ -77,7 +77,8 @@ class Findings:
 
         Args:
             row: The row.
-            error: The error to raise if no more rows may be skipped; None raises an error about the row.
+            error: Error to raise if `skip_bad_rows` is 0. Otherwise the raised error names the row and the number of
+                rows that may be skipped.
 
         Raises:
             DataError: If `skip_bad_rows` rows of the row's split have been skipped already.
@@ -87,7 +88,7 @@ class Findings:
                 raise error
             raise DataError(
                 f"data.skip_bad_rows: {row.row} of {row.source} cannot be used ({row.reason}), and at most "
-                f"{self.skip_bad_rows} rows of {row.split} may be skipped. Fix the row, or raise the key."
+                f"{self.skip_bad_rows} rows of {row.split} may be skipped. Fix the row, or increase the key."
             ) from error
         self.skipped.append(row)
 

@@ -95,7 +95,7 @@ class ImageTable:
         """Return the same images with labels as indices into another list of classes, matched by name.
 
         Raises:
-            DataError: If a class of this table is not in the list.
+            DataError: If a row has a class that is not in the list.
         """
         labels = Labels(self.labels, self.class_names, where).matched(class_names)
         return replace(self, labels=labels, class_names=class_names)
@@ -156,9 +156,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _reason(source: bytes | Path, error: Exception) -> str:
     empty = source == b"" or (isinstance(source, Path) and source.is_file() and source.stat().st_size == 0)
     if empty:
-        return "it is empty"
+        return "the image is empty"
     if isinstance(error, UnidentifiedImageError):
-        return f"cannot identify it as one of {', '.join(FORMATS)}"
+        return f"cannot be identified as one of {', '.join(FORMATS)}"
     return str(error) or type(error).__name__
 
 
@@ -230,7 +230,8 @@ def open_split(
         The split; None if the data set has no such split.
 
     Raises:
-        DataError: If the data are missing, a column is missing, or a label is out of range.
+        DataError: If the data, the training split or a column is missing. Also if a label is missing or out of range,
+            unless bad rows may be skipped.
     """
     findings = Findings() if findings is None else findings
     folder = Path(path)
@@ -337,7 +338,8 @@ def from_image_folder(files: ImageFiles, split: str, findings: Findings) -> Imag
     Without splits, all images are training images.
 
     Raises:
-        DataError: If the folders' names are ambiguous, or if there is no training split.
+        DataError: If no folder holds images, if the folders' names are ambiguous, or if a split has no folders of
+            classes. Also if `split` is `train` and there is no training split.
     """
     layout = read_layout(files)
     for line in filter(None, (*layout.notes, files.summary())):

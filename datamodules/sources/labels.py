@@ -96,12 +96,13 @@ def parse_labels(
         column: Column of whole numbers (of a ClassLabel, with names), names, booleans, or decimal numbers, which make a
             regression.
         class_names: Names by label, for a column without names. None takes the classes of the rows: whole
-            numbers in order, False and True, or names sorted. () makes a regression.
+            numbers in order, False and True, or names sorted. () makes a regression of a column of numbers.
         skip_label: Label whose rows are left out.
 
     Raises:
         DataError: If the column is missing, of another type, without any label, or has a name that is not in
             `class_names`.
+        SplitError: If every label is -1, which means hidden labels.
     """
     import pyarrow as pa
 
@@ -179,7 +180,7 @@ def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
 
 
 def _typed(cells: Any) -> Any:
-    """Convert the text cells of CSV or TSV to whole numbers, decimal numbers or booleans, if all cells allow it."""
+    """Convert text cells to whole numbers, decimal numbers or booleans, if all cells allow it."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

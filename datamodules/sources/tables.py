@@ -114,7 +114,7 @@ READERS: dict[str, Reader] = {
     ".ndjson": _read_json,
     ".json": _read_json,
 }
-PACKED = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # Kinds that may be gzipped, such as .csv.gz.
+GZIPPABLE = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # Kinds that may be gzipped, such as .csv.gz.
 
 
 def kind_of(file: Path) -> str | None:
@@ -122,7 +122,7 @@ def kind_of(file: Path) -> str | None:
     suffix = file.suffix.lower()
     if suffix == ".gz":
         inner = Path(file.stem).suffix.lower()
-        return inner if inner in PACKED else None
+        return inner if inner in GZIPPABLE else None
     return suffix if suffix in READERS else None
 
 
@@ -171,7 +171,8 @@ def open_table(
         The table; None if there is no such split.
 
     Raises:
-        DataError: If the path cannot be read, holds no table, holds the split under two spellings, or is damaged.
+        DataError: If the path cannot be read, holds no training rows, holds the split under two spellings, holds
+            several data sets, or is damaged.
     """
     folder = Path(path)
     if folder.is_file():
@@ -386,7 +387,7 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # The errors of `datasets` have the text of its log.
     notes: list[str] = []
     try:
-        if kind in PACKED:
+        if kind in GZIPPABLE:
             for file in files:
                 _check_width(file, reading)
         data = READERS[kind](files, reading)
@@ -433,7 +434,7 @@ def _reading_error(error: Exception, files: list[Path], kind: str, reading: Read
             f"data.{key}: {files[0]} could not be read into the cache {datasets.config.HF_DATASETS_CACHE} ({cause}). "
             "Free some space, or set HF_DATASETS_CACHE to another folder."
         )
-    if kind in PACKED and not isinstance(cause, EOFError | OSError | zlib.error):  # These errors mean a damaged .gz.
+    if kind in GZIPPABLE and not isinstance(cause, EOFError | OSError | zlib.error):  # These errors mean a damaged .gz.
         for file in files:
             _check_text_file(file, kind, reading, key)
     advice = _quoting_advice(str(cause)) or "The file may be damaged, or a column may hold values of several types."
@@ -446,7 +447,7 @@ def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
     """Check that the first line has no column of text twice, since `datasets` would rename the second column.
 
     Raises:
-        DataError: With the column.
+        DataError: If a column of text occurs twice.
     """
     with _open(file) as stream, io.TextIOWrapper(stream, reading.encoding, newline="") as text:
         header = next(csv.reader(text, delimiter="\t" if kind == ".tsv" else ","), [])
@@ -528,7 +529,7 @@ def _check_width(file: Path, reading: Reading) -> None:
     """Check that a file is not UTF-16 or UTF-32, unless this is the configured encoding.
 
     Raises:
-        DataError: With the likely encoding.
+        DataError: If the file has another wide encoding. The message has the likely encoding.
     """
     with _open(file) as stream:
         likely = _likely_wide(stream.read(4096))

@@ -47,7 +47,7 @@ class Columns:
         instruction: Column of the instructions.
         input: Column of the text that an instruction is about, or None.
         response: Column of the responses; None in prediction.
-        apart: If true, the template has a section for the input. Otherwise the input follows the instruction.
+        input_section: If true, the template has a section for the input. Otherwise the input follows the instruction.
         system: System message for conversations without one.
         end_mark: Text to remove from the end of responses.
     """
@@ -56,7 +56,7 @@ class Columns:
     instruction: str
     input: str | None
     response: str | None
-    apart: bool
+    input_section: bool
     system: str | None
     end_mark: str | None
 
@@ -69,7 +69,7 @@ class Columns:
         """Return the messages of a row, with the response if `response` is set.
 
         Raises:
-            DataError: If a cell of messages holds something else.
+            DataError: If the cell of the column `messages` holds no list of messages.
         """
         if self.messages:
             messages = read_messages(row[self.messages])
@@ -88,7 +88,9 @@ class Columns:
         instruction, text = row[self.instruction], (row[self.input] or "") if self.input else ""
         if not text.strip():
             return {"content": instruction}
-        return {"content": instruction, "input": text} if self.apart else {"content": f"{instruction}\n\n{text}"}
+        return (
+            {"content": instruction, "input": text} if self.input_section else {"content": f"{instruction}\n\n{text}"}
+        )
 
     def without_mark(self, response: str) -> str:
         """Return a response without the mark at its end and the space before the mark."""
@@ -129,11 +131,11 @@ def response_end(tokenizer: Any, template: str) -> int:
     """Return the token with which a template ends a response. The token may differ from the tokenizer's end token.
 
     Raises:
-        DataError: If the template ends responses with plain text.
+        DataError: If the template ends responses with plain text, or refuses a conversation.
     """
     mark = "§"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    ending = render(tokenizer, template, messages, waiting=False).rpartition(mark)[2]
+    ending = render(tokenizer, template, messages, add_generation_prompt=False).rpartition(mark)[2]
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     for token in tokenizer(ending, add_special_tokens=False)["input_ids"]:
         if token in special:
@@ -144,21 +146,21 @@ def response_end(tokenizer: Any, template: str) -> int:
     )
 
 
-def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: bool) -> str:
+def render(tokenizer: Any, template: str, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     """Return a conversation as text.
 
     Args:
         tokenizer: Tokenizer of the backbone.
         template: Jinja template, which runs in the sandbox of transformers.
         messages: The conversation.
-        waiting: If true, the text ends where a response begins.
+        add_generation_prompt: If true, the text ends where a response begins.
 
     Raises:
         DataError: If the template refuses the conversation.
     """
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=waiting
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # A template is a program and can raise any exception.
         raise DataError(
@@ -167,7 +169,7 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message], waiting: 
     return text
 
 
-def question(messages: list[Message]) -> list[Message]:
+def prompt_messages(messages: list[Message]) -> list[Message]:
     """Return a conversation without its last response: the prompt for this response."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
@@ -190,7 +192,8 @@ class ConversationEncoder:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a prompt for a response. A prompt that is too long loses its middle."""
-        return _without_middle(self._tokens(self._render(self.clean(messages), waiting=True)), self.max_length)
+        text = self._render(self.clean(messages), add_generation_prompt=True)
+        return _without_middle(self._tokens(text), self.max_length)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation, and a mask of the tokens with loss: responses up to their end tokens.
@@ -208,13 +211,13 @@ class ConversationEncoder:
                 "data.messages_column: the conversation begins with the assistant, but must begin with the user."
             )
         tokens: list[int] = []
-        learnt: list[bool] = []
+        loss_mask: list[bool] = []
         previous_text = ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt_text = self._render(messages[:turn], waiting=True)
-            answered_text = self._render(messages[: turn + 1], waiting=False)
+            prompt_text = self._render(messages[:turn], add_generation_prompt=True)
+            answered_text = self._render(messages[: turn + 1], add_generation_prompt=False)
             if not prompt_text.startswith(previous_text) or not answered_text.startswith(prompt_text):
                 raise DataError(
                     "data.template: the chat template does not write a conversation turn by turn, so that prompts and "
@@ -226,14 +229,14 @@ class ConversationEncoder:
             ends = [i for i, token in enumerate(response) if token == self.end]
             trained = ends[-1] + 1 if ends else len(response)
             tokens += prompt + response
-            learnt += [False] * len(prompt) + [i < trained for i in range(len(response))]
+            loss_mask += [False] * len(prompt) + [i < trained for i in range(len(response))]
             previous_text = answered_text
-        if True not in learnt:
+        if True not in loss_mask:
             raise DataError(
                 f"data.template: the template leaves out the responses of the conversation that begins "
                 f"{_begin(messages)!r}. Use template: alpaca."
             )
-        return cut(tokens, learnt, self.max_length)
+        return cut(tokens, loss_mask, self.max_length)
 
     def clean(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages without special tokens, which the tokenizer would read as tokens of the template."""
@@ -250,8 +253,8 @@ class ConversationEncoder:
             text = self._special.sub("", text)
         return text
 
-    def _render(self, messages: Sequence[Message], waiting: bool) -> str:
-        return render(self.tokenizer, self.template, messages, waiting)
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return render(self.tokenizer, self.template, messages, add_generation_prompt)
 
     def _tokens_after(self, before: str, text: str) -> list[int]:
         """Return the tokens of a text without the tokens of its beginning `before`."""
@@ -274,23 +277,23 @@ class ConversationEncoder:
         return tokens
 
 
-def cut(tokens: list[int], learnt: list[bool], most: int) -> tuple[list[int], list[bool]]:
-    """Cut a conversation so that the first response keeps half of the tokens, or all its tokens if fewer.
+def cut(tokens: list[int], loss_mask: list[bool], max_length: int) -> tuple[list[int], list[bool]]:
+    """Cut a conversation so that the first response keeps half of `max_length`, or all its tokens if fewer.
 
     The first prompt loses its middle, as in LongBench (Bai et al. 2023), since a template writes at both ends of a
     prompt. If the conversation is still too long, its end is cut.
 
     Args:
         tokens: The conversation.
-        learnt: Mask of the tokens with loss, with at least one True.
-        most: Number of tokens to keep, 2 or more.
+        loss_mask: Mask of the tokens with loss, with at least one True.
+        max_length: Number of tokens to keep, 2 or more.
     """
-    if len(tokens) <= most:
-        return tokens, learnt
-    first = learnt.index(True)
-    prompt = _without_middle(tokens[:first], most - min(len(tokens) - first, most // 2))
-    rest = slice(first, first + most - len(prompt))
-    return prompt + tokens[rest], [False] * len(prompt) + learnt[rest]
+    if len(tokens) <= max_length:
+        return tokens, loss_mask
+    first = loss_mask.index(True)
+    prompt = _without_middle(tokens[:first], max_length - min(len(tokens) - first, max_length // 2))
+    rest = slice(first, first + max_length - len(prompt))
+    return prompt + tokens[rest], [False] * len(prompt) + loss_mask[rest]
 
 
 def _without_middle(tokens: list[int], most: int) -> list[int]:

@@ -514,7 +514,7 @@ def test_case_21_a_bad_test_split_is_refused_before_training(
     (data / "test/violet/1.png").rename(data / "test/red/00.png")
     (data / "test/red/00.png").write_bytes(b"")
     assert run(tmp_path / "runs", data, "fit", "--test_after_fit", "true") == 2
-    assert "test/red/00.png cannot be decoded (it is empty)" in capsys.readouterr().err
+    assert "test/red/00.png cannot be decoded (the image is empty)" in capsys.readouterr().err
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
     assert run(tmp_path / "runs", data, "fit") == 0  # a fit without a test does not read the test split
 
@@ -545,7 +545,11 @@ def test_case_22_bad_images_are_skipped_and_listed(
     assert [(row["split"], row["source"], row["row"]) for row in rows] == [
         ("train", f"{data}/train", name) for name in ("blue/02.png", "green/01.png", "red/00.png")
     ]
-    assert [row["reason"].split(" (")[0][:15] for row in rows] == ["cannot identify", "it is empty", "image file is t"]
+    assert [row["reason"].split(" (")[0][:15] for row in rows] == [
+        "cannot be ident",
+        "the image is em",
+        "image file is t",
+    ]
 
 
 def test_case_22_bad_images_of_validation_and_test_are_skipped(fitted: Path) -> None:
@@ -649,7 +653,7 @@ def test_case_23_two_processes_predict_beside_bad_images(fitted: Path) -> None:
     run_on_two(words, fitted)
     rows = predictions(fitted / "runs/version_0")
     assert [(row["name"], bool(row["prediction"]), row["error"]) for row in rows] == [
-        (f"{i}.png", i != 1, "it is empty" if i == 1 else "") for i in range(5)
+        (f"{i}.png", i != 1, "the image is empty" if i == 1 else "") for i in range(5)
     ]
     for file in photos.iterdir():
         empty(file)
@@ -664,7 +668,7 @@ def test_case_23_only_bad_images_are_refused(fitted: Path, capsys: pytest.Captur
         run(fitted / "runs", fitted / "data", "predict", "--ckpt_path", "last", "--data.predict_path", str(photos)) == 2
     )
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "error: data.predict_path: none of 2 inputs can be used; the first: it is empty."
+    assert error == "error: data.predict_path: none of 2 inputs can be used; the first: the image is empty."
 
 
 # ------------------------------------------------------------------------------ 28: backbones with timm's prefixes

@@ -449,5 +449,5 @@ def test_letters_must_be_one_token_each(folder: Path) -> None:
     )
     bare.backend_tokenizer.model = type(bare.backend_tokenizer.model)(VOCABULARY, [("Ġ", letter) for letter in "ABC"])
     for tokenizer in (ends, bare):
-        with refuses("one token of each of the answers A to D"):
+        with refuses("a separate token of each of the answers A to D"):
             batches_of(folder, tokenizer=tokenizer)

@@ -355,13 +355,13 @@ RED = png(colour_image(0, np.random.default_rng(0)))
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ({"bytes": b"this is no image", "path": None}, "cannot identify"),
+        ({"bytes": b"this is no image", "path": None}, "cannot be identified"),
         ({"bytes": RED[: len(RED) // 2], "path": None}, "cannot be decoded"),
         ({"bytes": RED[:9] + b"\0" * 9 + RED[18:], "path": None}, "cannot be decoded"),
-        ({"bytes": b"", "path": None}, "it is empty"),
-        (None, "it is empty"),
+        ({"bytes": b"", "path": None}, "the image is empty"),
+        (None, "the image is empty"),
         ({"bytes": None, "path": "/nowhere/1.png"}, "/nowhere/1.png"),
-        ({"bytes": None, "path": None}, "it is empty"),
+        ({"bytes": None, "path": None}, "the image is empty"),
     ],
 )
 def test_damaged_images_in_parquet_are_refused(tmp_path: Path, content: dict[str, Any] | None, part: str) -> None:

@@ -17,7 +17,7 @@ from datamodules.tokens.conversations import (
     Message,
     alpaca_template,
     cut,
-    question,
+    prompt_messages,
     response_end,
 )
 from tests.causal_backbones import CHAT, byte_tokenizer
@@ -29,7 +29,7 @@ ALPACA_COLUMNS: dict[str, Any] = {
     "instruction": "instruction",
     "input": "input",
     "response": "output",
-    "apart": True,
+    "input_section": True,
     "system": None,
     "end_mark": None,
 }
@@ -229,9 +229,9 @@ def test_a_response_ends_with_the_end_token_of_its_template() -> None:
 def test_a_last_message_of_the_user_is_left_out_of_training() -> None:
     messages = talk("Hi", "Yo", "Thanks")
     assert encoder().conversation(messages) == encoder().conversation(messages[:2])
-    assert text(encoder().prompt(question(messages))).endswith("Thanks<|im_end|>\n<|im_start|>assistant\n")
-    assert question(messages[:2]) == messages[:1]
-    assert question([]) == []
+    assert text(encoder().prompt(prompt_messages(messages))).endswith("Thanks<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt_messages(messages[:2]) == messages[:1]
+    assert prompt_messages([]) == []
 
 
 FORGETS = (
@@ -325,10 +325,10 @@ def test_end_marks_are_removed_from_responses(output: str | None, mark: str | No
 
 def test_an_input_is_appended_to_the_instruction_in_templates_without_inputs() -> None:
     row = {"instruction": "Add them. ", "input": "1 and 2\n", "output": "3"}
-    assert columns(apart=False).conversation(row) == talk("Add them. \n\n1 and 2\n", "3")
-    assert columns(apart=False).conversation({**row, "input": None}) == talk("Add them. ", "3")
-    assert columns(apart=False, input=None).conversation(row) == talk("Add them. ", "3")
-    assert columns(apart=False, response=None).names() == ["instruction", "input"]
+    assert columns(input_section=False).conversation(row) == talk("Add them. \n\n1 and 2\n", "3")
+    assert columns(input_section=False).conversation({**row, "input": None}) == talk("Add them. ", "3")
+    assert columns(input_section=False, input=None).conversation(row) == talk("Add them. ", "3")
+    assert columns(input_section=False, response=None).names() == ["instruction", "input"]
 
 
 def test_a_system_prompt_is_added_to_conversations_without_one() -> None:
