@@ -31,9 +31,9 @@ def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = (
         The adapted projections, in the order of the model's modules.
 
     Raises:
-        AdapterError: If a target, an excluded name or a key of a pattern matches nothing, a rank is too large, or the
-            model has adapters already. Or if `svd` or `svd_minor` is applied to a weight that is not finite. The model
-            is then unchanged, except that wrapped layers may be frozen in the last case.
+        AdapterError: If a target, an excluded name or a key of a pattern matches nothing, a rank or `layers` is too
+            large, or the model has adapters already. Or if `svd` or `svd_minor` is applied to a weight that is not
+            finite. The model is then unchanged, except that wrapped layers may be frozen in the last case.
     """
     if adapted_layers(model):
         raise AdapterError("The model has adapters already. Detach these adapters first.")
@@ -64,6 +64,9 @@ def detach(model: nn.Module, merge_first: bool = False) -> None:
     Args:
         model: A model with adapters.
         merge_first: Merge the adapters into the weights. Otherwise the pretrained weights are restored.
+
+    Raises:
+        AdapterError: If adapters are to be merged and are switched off.
     """
     for name, layer in adapted_layers(model).items():
         if merge_first:
@@ -74,7 +77,11 @@ def detach(model: nn.Module, merge_first: bool = False) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Merge every adapter of a model into the weight of its layer. `train()` and `eval()` do not merge."""
+    """Merge every adapter of a model into the weight of its layer. `train()` and `eval()` do not merge.
+
+    Raises:
+        AdapterError: If adapters are switched off.
+    """
     for layer in adapted_layers(model).values():
         layer.merge()
 
@@ -100,7 +107,11 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Switch every adapter off within the context; restore the previous state on exit."""
+    """Switch every adapter off within the context; restore the previous state on exit.
+
+    Raises:
+        AdapterError: If adapters are merged.
+    """
     layers = adapted_layers(model).values()
     before = [layer.enabled for layer in layers]
     set_enabled(model, False)

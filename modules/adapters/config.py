@@ -66,7 +66,7 @@ class AdapterConfig:
         init_b: Initialiser of B, with the same choices. Exactly one factor starts at zero, so that training starts at
             W. Alternatively, both factors are `given`: zero until a file or a checkpoint is loaded.
         targets: Roles (`query`, `key`, `value`, `output`, `mlp_in`, `mlp_gate`, `mlp_out`), `attention` for the first
-            four, `all`, or `regex:PATTERN` that must match the whole name of a projection.
+            four, `all` for all seven, or `regex:PATTERN` that must match the whole name of a projection.
         layers: Adapt only the targeted projections in this number of last blocks, at least 1; None adapts all. A block
             is a numbered module, such as `blocks.7` or `encoder.layer.7`. Where stages group the blocks, a stage counts
             as one block. In an encoder-decoder, the number applies to the encoder and to the decoder. Blocks below the
@@ -75,7 +75,7 @@ class AdapterConfig:
         seed: Seed of the random factors. A factor depends only on the seed, the projection's name and the shape.
         rank_pattern: Ranks other than `rank`, for some projections: `{query: 16, "blocks.0.mlp.fc1": 4}`. A key is a
             role, the end of a projection's name, or a regular expression for that end, as in PEFT's `rank_pattern`.
-            The first matching key applies. Every key must match a targeted projection. vLLM ignores ranks by name.
+            The first matching key applies. Every key must match a targeted projection. vLLM ignores this key.
         alpha_pattern: Alphas other than `alpha`, with the same keys. A projection's scale s follows from its alpha and
             its rank.
 
@@ -185,7 +185,7 @@ def _check_pattern(key: str, patterns: Any, types: tuple[type, ...], minimum: fl
     """Validate the keys and values of a pattern.
 
     Raises:
-        AdapterError: With the key and the value.
+        AdapterError: If a key or a value is invalid. The message has both.
     """
     if not isinstance(patterns, Mapping) or not all(isinstance(name, str) for name in patterns):
         raise AdapterError(f"adapter.{key}: {patterns!r:.200} must map names to values, such as {{query: 4}}.")

@@ -66,6 +66,9 @@ def init_factor(init: Start, factor: Factor, weight: Tensor, rank: int, seed: in
 
     Returns:
         A as (rank, d_in) or B as (d_out, rank), contiguous float32 on the CPU.
+
+    Raises:
+        AdapterError: If `init` is `svd` or `svd_minor` and the weight is not finite.
     """
     d_out, d_in = weight.shape
     shape = (rank, d_in) if factor == "A" else (d_out, rank)
@@ -116,8 +119,8 @@ def _orthonormal_columns(n: int, rank: int, generator: torch.Generator) -> Tenso
 def _singular_vectors(weight: Tensor, factor: Factor, rank: int, name: str, minor: bool) -> Tensor:
     """Return the top or minor singular vectors of W = UΣVᵀ: rows of Vᵀ for A, columns of U for B.
 
-    The vectors are in the order of descending singular values. The largest entry of each vector is positive. If
-    singular values are equal, LAPACK chooses the vectors.
+    The vectors are in the order of descending singular values. The entry of each vector with the largest
+    absolute value is positive. If singular values are equal, LAPACK chooses the vectors.
     """
     if not weight.isfinite().all():
         raise AdapterError(

@@ -15,7 +15,7 @@ Value = TypeVar("Value", int, float)
 
 
 def pattern_problem(key: str) -> str | None:
-    """Return why a key is invalid, or None. Patterns that could backtrack exponentially are invalid."""
+    """Return why a key is invalid, or None. Many or nested repeats are invalid, since matching can take forever."""
     try:
         re.compile(key)
     except (re.error, OverflowError, RecursionError) as error:
@@ -52,7 +52,7 @@ def exact_patterns(values: Mapping[str, Value], default: Value) -> dict[str, Val
 
 
 def short_patterns(values: Mapping[str, Value], default: Value, reserved: Collection[str] = ()) -> dict[str, Value]:
-    """Return patterns with as few and as short keys as possible.
+    """Return patterns with few and short keys.
 
     Args:
         values: The value of every name.
@@ -74,7 +74,7 @@ def short_patterns(values: Mapping[str, Value], default: Value, reserved: Collec
 
 
 def name_endings(chosen: Collection[str], names: Iterable[str], reserved: Collection[str] = ()) -> list[str]:
-    """Return the shortest endings that match the chosen names and no other names; empty if there are none."""
+    """Return endings of at most three parts that match the chosen names and no other names; empty if there are none."""
     names = list(names)
     for length in (1, 2, 3):
         endings = sorted({".".join(name.split(".")[-length:]) for name in chosen})

@@ -156,8 +156,8 @@ def select(projections: list[Projection], targets: Collection[str], layers: int 
         layers: `AdapterConfig.layers`.
 
     Raises:
-        AdapterError: If a target is unknown or matches nothing, or `layers` exceeds the number of blocks. The message
-            lists the projections or the number of blocks.
+        AdapterError: If a target is unknown or matches nothing. Also if `layers` exceeds the number of blocks, or no
+            targeted projection is in the last blocks.
     """
     candidates = [*projections, *fused_layers(projections)]
     chosen: set[str] = set()
@@ -233,7 +233,7 @@ def check_patterns(option: str, keys: Collection[str], projections: list[Project
     """Check that each key of a pattern matches one of the adapted projections.
 
     Raises:
-        AdapterError: With the key that matches nothing, and the adapted projections.
+        AdapterError: If a key matches nothing. The message has the key and the adapted projections.
     """
     for key in keys:
         if not any(matches(key, p.name, p.role) for p in projections):

@@ -23,7 +23,7 @@ class FrozenWeight(NamedTuple):
         return self.tensor.dtype
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x·Wᵀ + b, (n, d_out), for x (n, d_in)."""
+        """Return x·Wᵀ + b, (…, d_out), for x (…, d_in)."""
         return F.linear(x, self.tensor, bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def intruder_cosines(left: Tensor, weight: Tensor, update: Tensor, top: int = 10
         top: Number of leading singular vectors.
 
     Returns:
-        (k,) float64 in [0, 1], in the order of descending singular values of W + ΔW, with k = min(top, rank).
+        (k,) float64 in [0, 1], in the order of descending singular values of W + ΔW. k is the smaller of `top` and the
+        rank of W + ΔW.
     """
     tuned = left_singular_vectors(weight.double() + update.double())[:, :top]
     cosines = left.T @ tuned  # (rank, k)

@@ -95,12 +95,12 @@ def loss_over_b(delta: Tensor, sigma: Tensor, b: Tensor, noise: float = 0.0) -> 
 
 @dataclass(frozen=True)
 class Share:
-    """Removed share of the removable loss at ranks 1, 2, …. Each field is (ranks,) float64 in [0, 1].
+    """Removed share of the removable loss at ranks 1, 2, …. Each field is (ranks,) float64.
 
     Args:
-        mean: Mean over random factors.
-        low: Lower end of the 95 % confidence interval of the mean.
-        high: Upper end of the interval.
+        mean: Mean over random factors, in [0, 1].
+        low: Lower end of the 95 % confidence interval of the mean, which may be below 0.
+        high: Upper end of the interval, which may be above 1.
     """
 
     mean: Tensor
@@ -266,7 +266,8 @@ class Forecast:
         trained: The trained factor; the other factor is random and frozen.
         target: Definition of Δ: `least squares` is Δ = −G·Σ⁻¹, `gradient step` is Δ ∝ −G, with G the mean of g·xᵀ.
         outputs: Weighting of the outputs: `equal` as in the paper, or `gradients` by F, the mean of g·gᵀ.
-        removable: Tr[ΔΣΔᵀ], up to a factor that all projections of a network share for the same target and outputs.
+        removable: Tr[ΔΣΔᵀ], up to a factor. For the same target and outputs, all projections with the same number of
+            tokens have the same factor.
         share: Expected share at each rank.
     """
 
