@@ -103,7 +103,7 @@ def run(arguments: Namespace) -> None:
     size = sum(file.stat().st_size for file in files) / 1e6
     print(escape_controls(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {dtype_name}."))
     print(escape_controls(f"Load it with\n\n{loader(str(output))}\n"))
-    if rounding and rounding.whole > TOLERATED_ROUNDING:
+    if rounding and rounding.overall > TOLERATED_ROUNDING:
         _log.warning(
             f"Rounded to {dtype_name}, the merged update is {_rounding_text(rounding)}. --dtype float32 keeps the "
             "trained update. --format peft keeps it too, beside a backbone of any dtype."
@@ -114,5 +114,5 @@ def run(arguments: Namespace) -> None:
 
 
 def _rounding_text(rounding: Rounding) -> str:
-    total, worst = (f"{100 * share:.3g} %" for share in (rounding.whole, rounding.worst))
+    total, worst = (f"{100 * share:.3g} %" for share in (rounding.overall, rounding.worst))
     return f"off by {total} of its norm, most in {rounding.layer} with {worst}"

@@ -64,7 +64,7 @@ def read_adapter(
                 "The outputs will differ from the training's. Use the backbone and dtype of the training."
             )
         config = compact.adapter
-        # The file has the factors, so skip the slow SVD of every W.
+        # With another `train`, the initialisers might exclude each other. The file has the factors, so skip a slow SVD.
         if config.train != configured.train or {"svd", "svd_minor"} & {config.init_a, config.init_b}:
             config = replace(config, train=configured.train, init_a="given", init_b="given")
         return LoadedAdapter(config, compact.factors, compact.heads)

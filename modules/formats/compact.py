@@ -8,8 +8,8 @@ A compact directory holds one file, `adapter_compact.safetensors`. The tensors o
 The metadata key `recipe` holds a JSON object:
 
 - `version`: 1;
-- `adapter`: the keys of `AdapterConfig`. `rank_pattern` and `alpha_pattern` have one key for each projection
-  (`modules.adapters.patterns.exact_key`), and are missing if they are empty;
+- `adapter`: the keys of `AdapterConfig`. `rank_pattern` and `alpha_pattern` have one key for each projection whose
+  value is not the default (`modules.adapters.patterns.exact_key`), and are missing if they are empty;
 - `redrawn`: `{"shape": [rows, columns], "sha256": …}` for each projection whose frozen factor is not stored. The digest
   is of the factor's float32 bytes, little-endian, row by row;
 - `frozen_fingerprint`: fingerprint of the backbone (`modules.adapters.state`); may be missing.
@@ -153,7 +153,8 @@ def _redraw(config: AdapterConfig, name: str, shape: Collection[int]) -> Tensor:
 def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ()) -> Compact:
     """Read a compact directory for a model. The file is not trusted.
 
-    Names and shapes are compared with the model before a tensor is read or drawn, so a file cannot exhaust the memory.
+    Names and shapes of the factors are compared with the model before a tensor is read or drawn. A file therefore
+    cannot exhaust the memory with factors to be redrawn.
     Patterns among the targets are replaced by names and never matched, since matching could take forever.
 
     Args:
@@ -238,7 +239,7 @@ def _check_factors(
     """Check the names and shapes of a file's factors, and return the adapted projections by name.
 
     Raises:
-        AdapterError: With the names that are missing, unexpected or of another shape.
+        AdapterError: If factors are missing, unexpected or of another shape, or a pattern names no projection.
     """
     frozen = "B" if config.train == "A" else "A"
     shapes = {name: shape for name, shape in stored.items() if not name.startswith("head.")}

@@ -38,19 +38,19 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 PREFIX = "base_model.model."
 WHERE = "model.adapter_path"
 
-# Keys of adapter_config.json that `peft_reading` reads.
-READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
-# Keys that do not change what the adapter computes.
-NO_MATTER = {
+# Keys of adapter_config.json that change what the adapter computes, and are supported.
+READ_KEYS = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
+# Keys that do not change what the adapter computes. `_check_init` checks init_lora_weights.
+IGNORED_KEYS = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
     *("qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "runtime_config"),
 }
 # Values of init_lora_weights in PEFT 0.21.2, besides true, false and null.
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # The base weights do not change.
-SUBTRACTED_STARTS = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga")  # PEFT subtracts the initial B·A from W.
-QUANTISED_STARTS = ("loftq",)  # PEFT quantises the base weights, and B·A compensates the error.
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # The base weights do not change.
+SUBTRACTED_INITS = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga")  # PEFT subtracts the initial B·A from W.
+QUANTISED_INITS = ("loftq",)  # PEFT quantises the base weights, and B·A compensates the error.
 
 
 def alpha_at(scaling: Scaling, alpha: float, ratio: float) -> float:
@@ -111,7 +111,7 @@ def check_supported(content: Mapping[str, Any]) -> None:
     """Check that the content of adapter_config.json is supported.
 
     Raises:
-        AdapterError: With the key and its value.
+        AdapterError: If a key or its value is not supported. The message has both.
     """
     kind = content.get("peft_type")
     if kind != "LORA":
@@ -136,41 +136,41 @@ def check_supported(content: Mapping[str, Any]) -> None:
             raise AdapterError(
                 f"{WHERE}: {key} of adapter_config.json does not map names to numbers above 0. Correct the key."
             )
-    _check_start(content.get("init_lora_weights", True))
+    _check_init(content.get("init_lora_weights", True))
     if content.get("bias", "none") != "none":
         raise AdapterError(
             f"{WHERE}: bias is {content['bias']!r:.80}, and only 'none' can be loaded. Merge the adapter with PEFT."
         )
     for key, value in content.items():
-        if value and key not in READ | NO_MATTER:
+        if value and key not in READ_KEYS | IGNORED_KEYS:
             raise AdapterError(
                 f"{WHERE}: {key} ({value!r:.80}) is not supported. Merge the adapter with PEFT and give the result as "
                 "model.backbone. If the key does not change the adapter's output, delete the key."
             )
 
 
-def _check_start(start: Any) -> None:
+def _check_init(start: Any) -> None:
     """Check that an initialisation has not changed the base weights.
 
     Raises:
-        AdapterError: With the value, the reason and advice.
+        AdapterError: If the initialisation has changed the base weights, or may have.
     """
     name = start.lower() if isinstance(start, str) else start
-    if name is None or isinstance(name, bool) or name in PLAIN_STARTS:
+    if name is None or isinstance(name, bool) or name in PLAIN_INITS:
         return
     key = f"{WHERE}: init_lora_weights is {start!r:.80}"
-    if isinstance(name, str) and SUBTRACTED_STARTS.fullmatch(name):
+    if isinstance(name, str) and SUBTRACTED_INITS.fullmatch(name):
         raise AdapterError(
             f"{key}, which changed the weights of the base model: PEFT subtracted the initial B·A from the weights. "
             "Save the adapter again as LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)."
         )
-    if name in QUANTISED_STARTS:
+    if name in QUANTISED_INITS:
         raise AdapterError(
             f"{key}, which changed the weights of the base model: PEFT quantised the weights. Merge the adapter with "
             "PEFT into the quantised weights, and give the result as model.backbone."
         )
     raise AdapterError(
-        f"{key}, which is unknown here (known: true, false, {', '.join(PLAIN_STARTS)}). The initialisation may have "
+        f"{key}, which is unknown here (known: true, false, {', '.join(PLAIN_INITS)}). The initialisation may have "
         "changed the weights of the base model. If the weights did not change, set the key to true. Otherwise merge "
         "the adapter with PEFT and give the result as model.backbone."
     )

@@ -54,7 +54,8 @@ def from_peft(
         heads: Names of fully trained modules that the file may have, in the model that PEFT wrapped.
 
     Raises:
-        AdapterError: If a key is not supported, or names or shapes do not fit the model.
+        AdapterError: If a key or a dtype is not supported, a tensor is not finite, or names or shapes do not fit the
+            model.
     """
     check_supported(content)
     factors, head_tensors, unexpected = _split_tensors(tensors, heads)

@@ -31,7 +31,8 @@ def to_peft(
         config: Configuration of the attached adapters.
         state: The factors by the names of `adapter_state`.
         heads: Tensors of fully trained modules, by their names in the model that PEFT will wrap.
-        task_type: PEFT's name of the task, such as `SEQ_CLS`.
+        task_type: PEFT's name of the task, such as `SEQ_CLS`. Null is written if PEFT would take another module for a
+            head of this task.
         base: Source of the model's weights.
 
     Returns:

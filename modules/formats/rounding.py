@@ -14,12 +14,12 @@ class Rounding(NamedTuple):
     """Relative rounding error of a model's updates.
 
     Args:
-        whole: Error over all adapted layers together.
+        overall: Error over all adapted layers together.
         worst: Largest error of a layer.
         layer: Name of the layer with the largest error.
     """
 
-    whole: float
+    overall: float
     worst: float
     layer: str
 

@@ -44,17 +44,17 @@ class Decoding:
                 f"model.generation: top_k {self.top_k} must not be negative, and top_p {self.top_p} must lie in (0, 1]."
             )
 
-    def config(self, pretrained: GenerationConfig, more_ends: set[int], padding: int) -> GenerationConfig:
+    def config(self, pretrained: GenerationConfig, extra_eos_ids: set[int], pad_token_id: int) -> GenerationConfig:
         """Return the configuration for transformers.
 
         Args:
             pretrained: The backbone's configuration, for its special tokens.
-            more_ends: Additional token ids that end a response.
-            padding: Padding token id.
+            extra_eos_ids: Additional token ids that end a response.
+            pad_token_id: Padding token id.
         """
         tokens = {key: value for key, value in pretrained.to_dict().items() if key.endswith("_token_id")}
         ends = tokens.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        tokens |= {"eos_token_id": sorted({*ends, *more_ends}), "pad_token_id": padding}
+        tokens |= {"eos_token_id": sorted({*ends, *extra_eos_ids}), "pad_token_id": pad_token_id}
         keys = asdict(self) if self.do_sample else {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         return GenerationConfig.from_dict({**tokens, **keys})

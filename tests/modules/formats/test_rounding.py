@@ -50,7 +50,7 @@ def test_rounding_of_one_layer(dtype: torch.dtype, above: float, steps: float, e
     step = STEPS[dtype]
     rounding = merge_rounding(uniform([1 + above * step], [steps * step]), dtype)
     assert rounding is not None
-    assert rounding == (pytest.approx(error, abs=1e-4), rounding.whole, "query0")
+    assert rounding == (pytest.approx(error, abs=1e-4), rounding.overall, "query0")
 
 
 @DTYPES
@@ -87,6 +87,6 @@ def test_the_error_equals_the_loss_of_merging_in_every_family(backbone: Backbone
         errors.append((layer.weight.double() - original.weight.double() - original.delta().double()).norm())
     total = torch.stack(errors).norm() / torch.stack(updates).norm()
     assert rounding is not None
-    assert rounding.whole == pytest.approx(float(total), rel=1e-3)
+    assert rounding.overall == pytest.approx(float(total), rel=1e-3)
     assert rounding.worst == pytest.approx(max(float(e / u) for e, u in zip(errors, updates, strict=True)), rel=1e-3)
-    assert rounding.whole > 1e-3
+    assert rounding.overall > 1e-3
