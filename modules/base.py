@@ -33,7 +33,7 @@ from modules.training.optimization import (
     OptimizerSpec,
     RangeTest,
     Schedule,
-    check_rates,
+    check_learning_rates,
     parameter_groups,
     restart_schedule,
     schedule_factor,
@@ -86,11 +86,11 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         optimizer: An optimizer of torch.optim: `class_path`, such as torch.optim.SGD, and `init_args`. None is AdamW.
         schedule: Shape of the learning rate after the warm-up, by optimizer steps: `cosine` or `linear` to zero, or
             `constant`.
-        warmup_ratio: Share of all steps in which the learning rate rises from zero, in [0, 1).
+        warmup_ratio: Share of all steps in which the learning rate rises linearly to its peak, in [0, 1).
         lr_ratio_b: Learning rate of B divided by `learning_rate` (LoRA+, Hayou et al. 2024).
         lr_ratio_head: Learning rate of the head divided by `learning_rate`.
         lr_ratio_role: Additional learning rate ratios by role of the adapted projection, such as value: 2.0. A ratio
-            applies to both factors. Ignored without adapters.
+            applies to both factors. Ignored unless `tuning` is `adapter`.
         shard_frozen: If true, each of several processes (--trainer.strategy ddp) stores a share of the blocks' frozen
             weights instead of all; see `modules.scaling.sharding`.
         compile: If true, compile the backbone's blocks for training; see `modules.scaling.compilation`.
@@ -128,7 +128,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self.save_hyperparameters()  # Lightning also collects the arguments of the task's own `__init__`.
         by_role = {f"lr_ratio_role.{role}": ratio for role, ratio in (lr_ratio_role or {}).items()}
         ratios = {"lr_ratio_b": lr_ratio_b, "lr_ratio_head": lr_ratio_head, **by_role}
-        check_rates(learning_rate, weight_decay, warmup_ratio, ratios)
+        check_learning_rates(learning_rate, weight_decay, warmup_ratio, ratios)
         _check_tuning(tuning, backbone_dtype, adapter_path, shard_frozen)
         self.tuning: Tuning = tuning
         self.adapter_path = adapter_path
@@ -145,7 +145,7 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         self._compiled = False
         self.head_names: list[str] = []
         self.projections: list[Projection] = []
-        self._given_heads: dict[str, Tensor] = {}
+        self._adapter_heads: dict[str, Tensor] = {}
         self._range_test: RangeTest | None = None
         self.prefix: FrozenPrefix | None = None
         self.baseline: PeftBaseline | None = None
@@ -164,6 +164,10 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
         Args:
             heads: Names of the backbone's modules that are heads.
+
+        Raises:
+            ModelError: If a key does not fit the backbone or the tuning.
+            AdapterError: If the adapters cannot be attached or loaded.
         """
         if self.tuning != "full":
             freeze(self.backbone, heads, self.backbone_dtype)
@@ -192,12 +196,13 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
 
         Raises:
             ModelError: If no adapted projection has a role of `lr_ratio_role`.
+            AdapterError: If the adapters cannot be attached or loaded.
         """
         names = self.peft_head_names()
         loaded = None
         if self.adapter_path is not None:
             loaded = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, names)
-            self.adapter, self._given_heads = loaded.config, loaded.heads
+            self.adapter, self._adapter_heads = loaded.config, loaded.heads
         self.projections = attach(self.backbone, self.adapter, exclude=heads)
         roles = {projection.role for projection in self.projections}
         if unknown := sorted(self.lr_ratio_role.keys() - roles):
@@ -219,13 +224,13 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         """Return for each head its possible names in the complete model of timm or transformers, which PEFT wraps."""
         return {name: (name.removeprefix("backbone."),) for name in self.head_names}
 
-    def load_given_heads(self) -> None:
+    def load_adapter_heads(self) -> None:
         """Load the heads of `adapter_path`. A task calls this method when its heads have their final shapes.
 
         Raises:
             ModelError: If the heads do not fit the task.
         """
-        heads, self._given_heads = self._given_heads, {}
+        heads, self._adapter_heads = self._adapter_heads, {}
         if problems := load_heads(self, self.head_names, heads):
             raise ModelError(
                 f"model.adapter_path: the head of {self.adapter_path} does not fit this task: {'; '.join(problems)}. "
@@ -254,7 +259,11 @@ class AdaptedModule(EqualWeights, CheckpointedModule):
         return self.prefix
 
     def build_prefix(self) -> FrozenPrefix:
-        """Return the frozen prefix of a task; see `modules.scaling.frozen_prefix`."""
+        """Return the frozen prefix of a task; see `modules.scaling.frozen_prefix`.
+
+        Raises:
+            ModelError: If the task cannot use cached hidden states.
+        """
         raise ModelError(
             f"data.cache_prefix: {type(self).__name__} cannot use cached hidden states. Set the key to false."
         )

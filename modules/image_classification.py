@@ -67,7 +67,7 @@ class ImageClassifier(AdaptedModule):
         self.head_names = ["head"]
         if class_names:
             self.head = self.build_head()
-            self.load_given_heads()
+            self.load_adapter_heads()
 
     def setup(self, stage: str) -> None:
         """Set the classes from the data, if the model has no classes yet, and build the head."""
@@ -77,7 +77,7 @@ class ImageClassifier(AdaptedModule):
         self.class_names = self.take_from_data("class_names", known)
         if self.head is None:
             self.head = self.build_head()
-        self.load_given_heads()
+        self.load_adapter_heads()
         if stage == "fit":
             counts = data.class_counts if isinstance(data, HasClassCounts) else None
             self.loss_weights = loss_weights(self.class_weights, self.class_names or (), counts)
@@ -92,7 +92,11 @@ class ImageClassifier(AdaptedModule):
         return {"head": (names,) if isinstance(names, str) else tuple(names)}
 
     def build_head(self) -> nn.Module:
-        """Return a linear layer from the pooled features to the classes, and configure the metrics."""
+        """Return a linear layer from the pooled features to the classes, and configure the metrics.
+
+        Raises:
+            ModelError: If there are fewer than two classes.
+        """
         assert self.class_names is not None
         classes = len(self.class_names)
         if classes < 2:
@@ -156,7 +160,7 @@ class ImageClassifier(AdaptedModule):
         return F.cross_entropy(logits, batch["label"], weights, label_smoothing=self.label_smoothing)
 
     def evaluate(self, stage: Stage, batch: ImageBatch, dataloader_idx: int) -> None:
-        """Update loss, accuracy and, in a test, the confusion matrix. Other domains have only an accuracy."""
+        """Update loss, metrics and, in a test, the confusion matrix. Other domains have only an accuracy."""
         logits, label = self.logits(batch), batch["label"]
         if dataloader_idx > 0:
             cast(Metric, self.domains[dataloader_idx - 1]).update(logits, label)

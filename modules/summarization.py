@@ -73,7 +73,7 @@ class Summarizer(AdaptedModule):
         self.backbone.generation_config = GenerationConfig.from_dict({**tokens, **asdict(self.generation)})
         # An untied output layer is a head only if it has no pretrained weights.
         self.configure_tuning([h for h in built.heads if any(name.startswith(f"{h}.") for name in built.new)])
-        self.load_given_heads()
+        self.load_adapter_heads()
         self.configure_metrics(Rouge())
 
     # -------------------------------------------------------------------------------------------------------- training

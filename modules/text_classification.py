@@ -35,9 +35,9 @@ from modules.training.optimization import Schedule
 class TextClassifier(AdaptedModule):
     """A pretrained encoder with the classification head of its architecture.
 
-    The head consists of the modules without pretrained weights, such as RoBERTa's `classifier.dense` and `out_proj`,
-    DistilBERT's `pre_classifier`, or a pooler. The head is fully trained and saved. A pretrained output layer is kept
-    only if its class names equal the data's class names, in order.
+    The head consists of the modules outside the base model, such as RoBERTa's `classifier` or DistilBERT's
+    `pre_classifier`, and of a pooler without pretrained weights. The head is fully trained and saved. A pretrained
+    output layer is kept only if its class names equal the data's class names, in order and in any case.
 
     Batches are `datamodules.contract.TextBatch`.
 
@@ -135,7 +135,7 @@ class TextClassifier(AdaptedModule):
         config.id2label = dict(enumerate(class_names or ["score"]))
         self.backbone.num_labels = len(config.id2label)  # type: ignore[assignment]
         config.label2id = {label: i for i, label in config.id2label.items()}
-        self.load_given_heads()
+        self.load_adapter_heads()
 
     def _output_layer(self, outputs: int) -> tuple[str, nn.Linear]:
         """Return the name and module of the heads' last linear layer with this number of outputs."""

@@ -92,9 +92,9 @@ def _source(module: AdaptedModule) -> tuple[str, dict[str, str]]:
     name = absolute_name(module.hparams["backbone"])
     if is_timm(module):
         return name, {}
-    from modules.backbones.gguf import located
+    from modules.backbones.gguf import repository_and_file
 
-    return located(name)
+    return repository_and_file(name)
 
 
 def _assignment(variable: str, name: str, shared: bool) -> str:

@@ -23,7 +23,7 @@ def is_gguf(name: str) -> bool:
     return name.endswith(".gguf")
 
 
-def located(name: str) -> tuple[str, dict[str, str]]:
+def repository_and_file(name: str) -> tuple[str, dict[str, str]]:
     """Return a backbone's directory or repository, and the arguments of `from_pretrained` that select its file."""
     if not is_gguf(name):
         return name, {}
@@ -59,7 +59,7 @@ def check_positions(name: str, config: PreTrainedConfig) -> None:
     Raises:
         ModelError: If the file scales its rotary positions, as LLaMA since 3.1 does, and the configuration does not.
     """
-    folder, file = located(name)
+    folder, file = repository_and_file(name)
     path = cached_file(folder, file["gguf_file"])
     assert path is not None
     metadata, tensors = read_gguf_metadata(path)
@@ -68,12 +68,12 @@ def check_positions(name: str, config: PreTrainedConfig) -> None:
     if scaled and (config.to_dict().get("rope_parameters") or {}).get("rope_type") == "default":
         raise ModelError(
             f"model.backbone: {name} scales its rotary positions, but transformers cannot read the scaling from GGUF. "
-            "Copy rope_parameters from the original model's config.json to model.backbone_args, or use the original."
+            "Copy rope_parameters of the original model's config.json to model.backbone_args, or use that model."
         )
 
 
 @contextlib.contextmanager
-def unpacking(name: str) -> Iterator[dict[str, Any]]:
+def dequantize_arguments(name: str) -> Iterator[dict[str, Any]]:
     """Yield the arguments of `from_pretrained` that dequantise a GGUF file, and hide the progress bar.
 
     For other backbones, the arguments are empty.
@@ -87,8 +87,8 @@ def unpacking(name: str) -> Iterator[dict[str, Any]]:
         yield {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def forget_invented_tokens(tokenizer: Any) -> None:
-    """Remove GPT-2's end token, which transformers adds to a tokenizer although the model has no embedding for it."""
+def remove_tokens_without_embedding(tokenizer: Any) -> None:
+    """Remove tokens that transformers adds beyond the vocabulary of a GGUF file, such as GPT-2's end token."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     size = len(state["model"]["vocab"])
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]

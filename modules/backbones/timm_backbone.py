@@ -48,7 +48,8 @@ def build_timm_backbone(name: str, weights: str, image_size: int | None, args: d
         The backbone in float32 on the CPU, (batch, 3, image_size, image_size) → (batch, head_hidden_size).
 
     Raises:
-        ModelError: If the name is unknown, the size does not fit, or the weights are missing or do not fit.
+        ModelError: If the name is unknown, timm rejects an argument, the size does not fit, or the weights are missing
+            or do not fit.
     """
     local = weights not in ("pretrained", "none")
     if local and not Path(weights).is_file():
@@ -98,7 +99,7 @@ def features_from_block(model: VisionTransformer, hidden: Tensor, depth: int) ->
 
 
 def preprocessing(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return the preprocessing of a backbone: timm's input_size, interpolation, mean, std and crop_pct."""
+    """Return the preprocessing of a backbone: timm's input_size, interpolation, mean, std, crop_pct and crop_mode."""
     config: dict[str, Any] = resolve_model_data_config(model)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)

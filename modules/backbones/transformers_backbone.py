@@ -18,10 +18,10 @@ from datamodules.errors import ModelError, first_line
 from modules.backbones.gguf import (
     check_positions,
     check_readable,
-    forget_invented_tokens,
+    dequantize_arguments,
     is_gguf,
-    located,
-    unpacking,
+    remove_tokens_without_embedding,
+    repository_and_file,
 )
 
 # `_new_poolers` checks for missing weights, so the warnings of transformers are not needed.
@@ -97,7 +97,8 @@ def build_transformers_model(
             f"model.weights: the weights of {name} could not be loaded ({first_line(error)}). Without a connection set "
             "model.backbone to a local directory with config.json and model.safetensors."
         ) from error
-    heads = [child for child, m in model.named_children() if child != model.base_model_prefix and _is_own(model, m)]
+    children = [(n, m) for n, m in model.named_children() if n != model.base_model_prefix]
+    heads = [name for name, module in children if _has_own_parameters(model, module)]
     heads += _new_poolers(model, heads, absent, name if weights == "pretrained" else weights)
     if trains_heads and model.dtype != torch.float32:
         torch.set_rng_state(rng_state)  # The random heads must not depend on the dtype.
@@ -123,10 +124,10 @@ def load_tokenizer(
         pad_token: Padding token from the vocabulary; None uses the tokenizer's padding token.
 
     Raises:
-        ModelError: If there is no tokenizer, the padding token is missing, or the tokenizer has more tokens than the
-            model has embeddings.
+        ModelError: If there is no tokenizer or no vocabulary, the padding token is missing, or the tokenizer has more
+            tokens than the model has embeddings. Also if the name of a chat template is no safe file name.
     """
-    folder, file = located(name)
+    folder, file = repository_and_file(name)
     advice = "put tokenizer.json and tokenizer_config.json beside config.json"
     if is_gguf(name):
         advice = "use a directory in the hub's layout instead"
@@ -144,7 +145,7 @@ def load_tokenizer(
             f"{advice}."
         )
     if is_gguf(name):
-        forget_invented_tokens(tokenizer)
+        remove_tokens_without_embedding(tokenizer)
     # Without files, transformers invents a tokenizer that has only special tokens.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise ModelError(f"model.backbone: the tokenizer of {name} has no vocabulary; {advice}.")
@@ -228,7 +229,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def _read_config(name: str, args: dict[str, Any]) -> PreTrainedConfig:
-    folder, file = located(name)
+    folder, file = repository_and_file(name)
     if is_gguf(name):
         check_readable(name)
     elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -281,9 +282,9 @@ def _from_pretrained(
     if name is None:  # The weights are in a state dict, so the model class is enough.
         auto_class = auto_class._model_mapping[type(config)]
     else:
-        folder, file = located(name)
+        folder, file = repository_and_file(name)
         kwargs |= {"trust_remote_code": False, **file}
-    with unpacking(name or "") as quantization:
+    with dequantize_arguments(name or "") as quantization:
         return auto_class.from_pretrained(
             folder,
             config=config,
@@ -316,7 +317,7 @@ def _read_generation_config(model: PreTrainedModel, name: str) -> None:
         return
 
 
-def _is_own(model: PreTrainedModel, module: nn.Module) -> bool:
+def _has_own_parameters(model: PreTrainedModel, module: nn.Module) -> bool:
     """Return True if a module has parameters that are not tied to the base model."""
     base = {id(p) for p in model.base_model.parameters()}
     return any(id(p) not in base for p in module.parameters())

@@ -76,7 +76,8 @@ def loss_weights(weights: ClassWeights, class_names: Sequence[str], counts: Sequ
         (classes,) float32. Balanced weights are n / (classes · count), as in scikit-learn; a class without rows has 0.
 
     Raises:
-        ModelError: If the number of weights is not the number of classes, or if the counts are unknown.
+        ModelError: If a regression has weights, if the number of weights is not the number of classes, or if `balanced`
+            has no counts.
     """
     if weights is None:
         return None

@@ -64,7 +64,7 @@ def text_scores(model: nn.Module, sequences: Sequence[Tensor], device: torch.dev
     Args:
         model: Maps a batch with `input_ids`, `attention_mask` and `labels` to the logits (predicted tokens, vocabulary)
             and the target tokens (predicted tokens,), as `LanguageModel` does.
-        sequences: Tokens of each text, (tokens,) int64, at least two.
+        sequences: Tokens of each text, (tokens,) int64, two or more.
         device: Device of the model.
 
     Returns:

@@ -42,9 +42,9 @@ class ScriptTokenizer:
     Latin letters and ASCII digits become the tokens of `rouge_score`: in lower case, split at all other characters
     (also at "ü"), with Porter stemming. The score of a text in Latin script equals the score of `rouge_score`.
 
-    `rouge_score` drops all other scripts. This tokenizer splits them into words by Unicode's categories, as in XL-Sum's
-    multilingual ROUGE (Hasan et al. 2021). The words keep combining marks, are NFKC-normalized and case-folded, and are
-    not stemmed. In scripts without spaces between words, each character with its marks is a token.
+    `rouge_score` drops all other scripts. This tokenizer splits these scripts into words by Unicode's categories, as in
+    XL-Sum's multilingual ROUGE (Hasan et al. 2021). The words keep combining marks, are NFKC-normalized and
+    case-folded, and are not stemmed. In scripts without spaces between words, each character with its marks is a token.
     """
 
     def __init__(self) -> None:

@@ -40,8 +40,8 @@ def shard_frozen_weights(
         The shards; None if there is only one process.
 
     Raises:
-        ModelError: If the strategy is not DDP, adapters are merged, the backbone has no stack of blocks, or the
-            processes have loaded different weights.
+        ModelError: If the strategy is not DDP, adapters are merged, the backbone has no stack of blocks or drops blocks
+            at random, or the processes have loaded different weights.
     """
     if trainer.world_size == 1:
         return None
@@ -83,7 +83,7 @@ class FrozenShards:
         device: The device of this process.
 
     Raises:
-        ModelError: If the backbone has no stack of blocks.
+        ModelError: If the backbone has no stack of blocks, or drops blocks at random.
     """
 
     def __init__(self, backbone: nn.Module, device: torch.device) -> None:

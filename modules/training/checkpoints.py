@@ -78,8 +78,9 @@ class CheckpointedModule(L.LightningModule):
         """Check that the frozen weights match the checkpoint's digest.
 
         Raises:
-            ModelError: If the checkpoint has another tuning, other tensors or other frozen weights. Older checkpoints
-                have a fingerprint of the first and last values of each weight instead of the digest.
+            ModelError: If the checkpoint has another tuning, other tensors or other frozen weights. In a fit, also if
+                the optimizer or schedule states do not match. Older checkpoints have a fingerprint of the first and last
+                values of each weight instead of the digest.
         """
         checkpoint_tuning = checkpoint["hyper_parameters"].get("tuning", self.tuning)
         if checkpoint_tuning != self.tuning:
@@ -134,7 +135,7 @@ class CheckpointedModule(L.LightningModule):
         """Check that all saved tensors are finite. A finite loss does not guarantee finite weights.
 
         Raises:
-            ModelError: With the step, the first tensor that is not finite, and advice.
+            ModelError: If a tensor is not finite. The message has the step and the tensor.
         """
         for name, tensor in self.saved_state().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -20,7 +20,7 @@ class DivergenceCheck(L.Callback):
         """Check that the loss is finite.
 
         Raises:
-            ModelError: With the step and advice.
+            ModelError: If the loss is not finite. The message has the step.
         """
         if not torch.isfinite(loss):
             step = trainer.global_step
@@ -40,7 +40,7 @@ class IdleAdapterCheck(L.Callback):
         """Check that every trained factor has a gradient.
 
         Raises:
-            ModelError: With the projections whose factors have no gradient.
+            ModelError: If a factor has no gradient. The message has the projections.
         """
         if self._done:
             return

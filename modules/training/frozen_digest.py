@@ -68,7 +68,7 @@ def _frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the digest of tensors by name. A tensor on the meta device contributes only its dtype and shape."""
+    """Return the digest of tensors by name. Tensors on the meta device contribute only name, dtype and shape."""
     digest = xxhash.xxh3_128()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

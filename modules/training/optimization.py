@@ -35,7 +35,7 @@ class OptimizerSpec:
         weight_decay: Weight decay of the parameter groups.
 
     Raises:
-        ModelError: If the class is unknown, or does not accept an argument.
+        ModelError: If the class is unknown, does not accept an argument, or has no weight decay and one is set.
     """
 
     def __init__(self, optimizer: Mapping[str, Any] | None, weight_decay: float) -> None:
@@ -114,7 +114,7 @@ def _is_like(value: Any, example: Any, shape: tuple[int, ...], parameter: Tensor
 # ------------------------------------------------------------------------------------------------------ learning rates
 
 
-def check_rates(
+def check_learning_rates(
     learning_rate: float,
     weight_decay: float,
     warmup_ratio: float,
@@ -219,7 +219,7 @@ def schedule_factor(schedule: Schedule, warmup_ratio: float, total_steps: int) -
 
 
 def restart_schedule(scheduler: LambdaLR, groups: Groups, factor_of: Callable[[int], float]) -> None:
-    """Overwrite the learning rates and weight decays from a checkpoint by the values of this run.
+    """Overwrite the learning rates and weight decays of a checkpoint with the values of this run.
 
     Args:
         scheduler: The restored schedule, at its step.

@@ -45,7 +45,7 @@ class PeftBaseline:
 
     Raises:
         ModelError: If PEFT is not installed.
-        AdapterError: If a target matches nothing, a rank is too large, or the configuration has a pattern.
+        AdapterError: If a target matches nothing, a rank or `layers` is too large, or the configuration has a pattern.
     """
 
     def __init__(self, method: Method, backbone: nn.Module, config: AdapterConfig, heads: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ class PeftBaseline:
         return {name: parameters[name] for name in self._names}
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the parameter group for AdamW. IA3's parameters start at one, not at zero, so they have no decay."""
+        """Return the parameter group for the optimizer. IA3's parameters start at one, so they have no weight decay."""
         decay = 0.0 if self._method == "ia3" else weight_decay
         options = {"lr": learning_rate, "initial_lr": learning_rate, "weight_decay": decay}
         return [{"name": self._method, "params": list(self.parameters().values()), **options}]

@@ -113,7 +113,7 @@ def test_singular_vectors_are_read_and_not_computed_again(
     monkeypatch.setattr(torch.linalg, "svd", None)
     args = {**trained.hparams, "adapter_path": str(tmp_path / "compact")}
     loaded = TextClassifier(**args)  # type: ignore[arg-type]
-    loaded.load_given_heads()
+    loaded.load_adapter_heads()
     state = trained.saved_state()
     assert loaded.saved_state().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.saved_state().items())

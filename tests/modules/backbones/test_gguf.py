@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 import modules.backbones.gguf
 from datamodules.errors import ModelError
-from modules.backbones.gguf import located
+from modules.backbones.gguf import repository_and_file
 from modules.backbones.transformers_backbone import Built, build_transformers_model, load_tokenizer
 from tests.causal_backbones import CHAT, byte_tokenizer, save_decoder
 from tests.support.gguf_files import write_gguf
@@ -163,11 +163,11 @@ def test_the_configuration_can_be_changed(shared_file: Path) -> None:
 
 
 def test_a_local_name_is_a_directory_and_a_file(shared_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert located(str(shared_file)) == (str(shared_file.parent), {"gguf_file": "model.gguf"})
-    assert located("owner/name") == ("owner/name", {})
+    assert repository_and_file(str(shared_file)) == (str(shared_file.parent), {"gguf_file": "model.gguf"})
+    assert repository_and_file("owner/name") == ("owner/name", {})
     monkeypatch.chdir(shared_file.parent)
     for name in ("model.gguf", "./model.gguf"):
-        assert located(name) == (".", {"gguf_file": "model.gguf"})
+        assert repository_and_file(name) == (".", {"gguf_file": "model.gguf"})
         assert build(name).new == set()
 
 
@@ -183,7 +183,7 @@ def test_a_hub_name_is_a_repository_and_a_file(
     (repository / "refs" / "main").write_text("0" * 40)
     (snapshot / inner).symlink_to(shared_file)
     name = f"someone/tiny/{inner}"
-    assert located(name) == ("someone/tiny", {"gguf_file": inner})
+    assert repository_and_file(name) == ("someone/tiny", {"gguf_file": inner})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     built = build(name)
     assert torch.equal(logits(built.model), logits(build(shared_file).model))
