@@ -89,7 +89,7 @@ class LanguageModelingData(TrainingTextData):
         super().__init__(path, batch_size=batch_size, val_fraction=val_fraction, **kwargs)
         if max_length < LEAST:
             raise DataError(f"data.max_length: {max_length} must be {LEAST} or more.")
-        self.read_as_written(instruction_column, input_column, response_column)
+        self.read_as_text(instruction_column, input_column, response_column)
         self.template, self.max_length, self.packing = template, max_length, packing
         self.messages_column, self.instruction_column = messages_column, instruction_column
         self.input_column, self.response_column = input_column, response_column
@@ -142,7 +142,7 @@ class LanguageModelingData(TrainingTextData):
             usable = self.without_bad(split, table, rows, refused)
             tokens = tokens.select([i for i, row in enumerate(rows.tolist()) if row not in refused])
             rows = usable
-        self.warn_of_cut_rows(tokens, table, self.max_length)
+        self.warn_of_truncated_rows(tokens, table, self.max_length)
         if split == "train":
             self.findings.add(f"columns: conversations of {', '.join(columns.names())}, template {self.template}")
         return TokenDataset(tokens)

@@ -85,7 +85,7 @@ class MultipleChoiceData(TextData):
             raise DataError(f"data.shots: {shots} must not be negative.")
         if max_length is not None and max_length < 1:
             raise DataError(f"data.max_length: {max_length} must be 1 or more, or null for the model's limit.")
-        self.read_as_written(question_column, subject_column)
+        self.read_as_text(question_column, subject_column)
         self.shots_split, self.shots, self.max_length, self.subjects = shots_split, shots, max_length, subjects
         self.question_column, self.choices_column = question_column, choices_column
         self.answer_column, self.subject_column = answer_column, subject_column

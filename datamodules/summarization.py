@@ -79,7 +79,7 @@ class SummarizationData(TrainingTextData):
         for key, length in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
             if length < 2:
                 raise DataError(f"data.{key}: {length} must be 2 or more.")
-        self.read_as_written(source_column, target_column)
+        self.read_as_text(source_column, target_column)
         self.source_column, self.target_column, self.id_column = source_column, target_column, id_column
         self.source_prefix = source_prefix
         self.prediction_files = (f"predictions.{prediction_format}",)
@@ -165,7 +165,7 @@ class SummarizationData(TrainingTextData):
 
         key = {"tokenizer": tokenizer_state(tokenizer), "prefix": prefix, "lengths": [most_source, most_target]}
         tokens = tokenized(table, columns, encode, key)
-        self.warn_of_cut_rows(tokens, table, most_source)
+        self.warn_of_truncated_rows(tokens, table, most_source)
         return tokens
 
     def collate(self) -> Collate:

@@ -59,7 +59,7 @@ class NumberedRows(TokenDataset):
 class TextData(ResumableDataModule):
     """Parts that data modules of texts share: splits of tables, limits of length, loaders over length buckets.
 
-    A task implements `build`, which makes a data set of a table's rows, and `collate`. The task calls `read_as_written`
+    A task implements `build`, which makes a data set of a table's rows, and `collate`. The task calls `read_as_text`
     with the columns whose cells must stay text.
 
     Rows are chosen first, by `val_seed` and the limits. Bad rows among the chosen rows are skipped afterwards. So
@@ -105,9 +105,9 @@ class TextData(ResumableDataModule):
         self._tests_after_fit = False
         self._tables: dict[tuple[str, ...], Table | None] = {}
 
-    def read_as_written(self, *columns: str | None) -> None:
+    def read_as_text(self, *columns: str | None) -> None:
         """Read the cells of some columns of CSV and TSV as text, even if the cells look like numbers."""
-        self.reading = replace(self.reading, as_written=tuple(column for column in columns if column is not None))
+        self.reading = replace(self.reading, as_text=tuple(column for column in columns if column is not None))
 
     def keep_columns(self, **columns: str | list[str] | None) -> None:
         """Keep guessed columns in the checkpoint, and read their cells as text from now on.
@@ -117,7 +117,7 @@ class TextData(ResumableDataModule):
         """
         self.hparams.update(columns)
         names = [[value] if isinstance(value, str) else value or [] for value in columns.values()]
-        self.read_as_written(*itertools.chain(*names))
+        self.read_as_text(*itertools.chain(*names))
         self._tables.clear()  # Cells that look like numbers were read as numbers.
 
     # ------------------------------------------------------------------------------------------------------ splits
@@ -362,7 +362,7 @@ class TextData(ResumableDataModule):
         """Return the tokenizer of the trainer's model."""
         return self.text_model.tokenizer
 
-    def warn_of_cut_rows(self, tokens: datasets.Dataset, table: Table, limit: int) -> None:
+    def warn_of_truncated_rows(self, tokens: datasets.Dataset, table: Table, limit: int) -> None:
         """Warn if rows reach the limit of tokens, since they may be cut."""
         if cut := int((lengths_of(tokens) >= limit).sum()):
             _log.warning(f"{cut:,} of {len(tokens):,} rows of {table.where} reach {limit} tokens and may be cut.")

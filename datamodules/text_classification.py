@@ -134,7 +134,7 @@ class TextClassificationData(TrainingTextData):
             raise DataError(f"data.label_column: {label_column} is one of data.text_columns. Name another column.")
         if max_length < 2:
             raise DataError(f"data.max_length: {max_length} must be 2 or more.")
-        self.read_as_written(*columns, label_column or ("label" if self.task else None))
+        self.read_as_text(*columns, label_column or ("label" if self.task else None))
         self.columns = list(columns)
         self._guessed = False
         self.suffixes = (*self.task.sets, "") if self.task else ("",)
@@ -266,7 +266,7 @@ class TextClassificationData(TrainingTextData):
 
         key = {"tokenizer": tokenizer_state(tokenizer), "max_length": limit}
         tokens = tokenized(table, self.columns, encode, key)
-        self.warn_of_cut_rows(tokens, table, limit)
+        self.warn_of_truncated_rows(tokens, table, limit)
         return tokens
 
     def collate(self) -> Collate:

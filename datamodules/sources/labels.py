@@ -172,7 +172,7 @@ def _cells(table: Table, column: str) -> tuple[Any, tuple[str, ...]]:
     if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
         blank = pc.equal(pc.utf8_trim_whitespace(cells), "")
         cells = pc.if_else(blank, pa.scalar(None, cells.type), cells)
-        if column in table.as_written:
+        if column in table.as_text:
             cells = _typed(cells)
         elif (booleans := _booleans(cells)) is not None:
             cells = booleans

@@ -35,11 +35,11 @@ class Reading:
 
     Args:
         encoding: Encoding of CSV, TSV and JSONL, by its name in Python.
-        as_written: Columns of CSV and TSV whose cells stay text: `007` is not 7.
+        as_text: Columns of CSV and TSV whose cells stay text: `007` is not 7.
     """
 
     encoding: str = "utf-8"
-    as_written: tuple[str, ...] = ()
+    as_text: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the encoding.
@@ -64,7 +64,7 @@ PLAIN = Reading()
 Reader = Callable[[list[Path], Reading], Any]
 
 
-def _as_written(cell: str) -> str | None:
+def _text_or_none(cell: str) -> str | None:
     return cell or None
 
 
@@ -88,7 +88,7 @@ def _read_csv(files: list[Path], reading: Reading, separator: str = ",") -> Any:
         keep_default_na=False,
         na_values=[""],
         encoding=reading.encoding,
-        converters=dict.fromkeys(reading.as_written, _as_written) or None,
+        converters=dict.fromkeys(reading.as_text, _text_or_none) or None,
     )
 
 
@@ -135,14 +135,14 @@ class Table:
         where: Name of the table in messages: a file, or a name on the hub with the split.
         source: Full name of the source, with all files or the revision; if empty, the same as `where`.
         notes: Lines about assumptions in reading the rows.
-        as_written: Columns that were read as text although their cells may be numbers or booleans.
+        as_text: Columns that were read as text although their cells may be numbers or booleans.
     """
 
     data: datasets.Dataset
     where: str
     source: str = ""
     notes: tuple[str, ...] = ()
-    as_written: frozenset[str] = frozenset()
+    as_text: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -409,12 +409,10 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
             "in the first line, and put cells that hold a comma in quotes."
         )
     if kind == ".tsv":
-        notes += _joined_rows(data, reading.as_written, first)
+        notes += _joined_rows(data, reading.as_text, first)
     others = f" and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}" if len(files) > 1 else ""
-    as_written = (
-        frozenset(reading.as_written) & frozenset(data.column_names) if kind in (".csv", ".tsv") else frozenset()
-    )
-    return Table(data, first, f"{first}{others}", tuple(notes), as_written)
+    as_text = frozenset(reading.as_text) & frozenset(data.column_names) if kind in (".csv", ".tsv") else frozenset()
+    return Table(data, first, f"{first}{others}", tuple(notes), as_text)
 
 
 def _reading_error(error: Exception, files: list[Path], kind: str, reading: Reading, key: str) -> DataError:
@@ -451,7 +449,7 @@ def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
     """
     with _open(file) as stream, io.TextIOWrapper(stream, reading.encoding, newline="") as text:
         header = next(csv.reader(text, delimiter="\t" if kind == ".tsv" else ","), [])
-    if duplicates := [name for name in reading.as_written if header.count(name) > 1]:
+    if duplicates := [name for name in reading.as_text if header.count(name) > 1]:
         raise DataError(
             f"data.{key}: {file} has {header.count(duplicates[0])} columns {duplicates[0]}. Rename or drop all but one."
         )

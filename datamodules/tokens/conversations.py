@@ -236,7 +236,7 @@ class ConversationEncoder:
                 f"data.template: the template leaves out the responses of the conversation that begins "
                 f"{_begin(messages)!r}. Use template: alpaca."
             )
-        return cut(tokens, loss_mask, self.max_length)
+        return truncate_conversation(tokens, loss_mask, self.max_length)
 
     def clean(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages without special tokens, which the tokenizer would read as tokens of the template."""
@@ -277,8 +277,8 @@ class ConversationEncoder:
         return tokens
 
 
-def cut(tokens: list[int], loss_mask: list[bool], max_length: int) -> tuple[list[int], list[bool]]:
-    """Cut a conversation so that the first response keeps half of `max_length`, or all its tokens if fewer.
+def truncate_conversation(tokens: list[int], loss_mask: list[bool], max_length: int) -> tuple[list[int], list[bool]]:
+    """Truncate a conversation so that the first response keeps half of `max_length`, or all its tokens if fewer.
 
     The first prompt loses its middle, as in LongBench (Bai et al. 2023), since a template writes at both ends of a
     prompt. If the conversation is still too long, its end is cut.

@@ -116,7 +116,7 @@ def test_labels_in_files_are_parsed(
 ) -> None:
     lines = "label\n" + "".join(f"{cell}\n" for cell in cells)
     content = lines if suffix == ".csv" else "".join(json.dumps({"label": cell}) + "\n" for cell in cells)
-    reading = Reading(as_written=("label",))
+    reading = Reading(as_text=("label",))
     assert same(read(opened(put(tmp_path / f"train{suffix}", content), reading=reading)), values, names)
 
 

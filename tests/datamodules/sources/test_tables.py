@@ -192,7 +192,7 @@ def test_types_of_columns_are_inferred_or_kept(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"], "label": [1]}, named).to_parquet(str(tmp_path / "train.parquet"))
     assert opened(tmp_path / "train.parquet").data.features["label"].names == ["no", "yes"]
     put(tmp_path / "digits.csv", "text,label\n007,1\n1.50,0\n")
-    assert opened(tmp_path / "digits.csv", reading=Reading(as_written=("text",))).data["text"][:] == ["007", "1.50"]
+    assert opened(tmp_path / "digits.csv", reading=Reading(as_text=("text",))).data["text"][:] == ["007", "1.50"]
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-32", "latin-1"])
@@ -214,7 +214,7 @@ def test_encodings_that_are_no_text_encodings_are_refused(encoding: str) -> None
 
 def test_tsv_rows_joined_by_a_stray_quotation_mark_are_noted(tmp_path: Path) -> None:
     put(tmp_path / "train.tsv", 'text\tlabel\na\t0\n"b\t1\nc\t0\n"d\t1\ne\t0\n')
-    (note,) = opened(tmp_path, reading=Reading(as_written=("text", "label"))).notes
+    (note,) = opened(tmp_path, reading=Reading(as_text=("text", "label"))).notes
     assert "text of" in note and "1 cells hold tabs and line breaks" in note
 
 
@@ -352,7 +352,7 @@ BAD: dict[str, tuple[Files, dict[str, Any], tuple[str, ...]]] = {
     "longer rows": ({"train.csv": "text,label\na,1,x\nb,2,y\n"}, {}, ("more cells than its first line has names",)),
     "a column twice": (
         {"train.csv": "text,text,label\na,b,1\n"},
-        {"reading": Reading(as_written=("text",))},
+        {"reading": Reading(as_text=("text",))},
         ("has 2 columns text",),
     ),
     "no Parquet": ({PARQUET: TABLE}, {}, (PARQUET, "cannot be read as parquet", "damaged")),

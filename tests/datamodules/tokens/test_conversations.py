@@ -16,9 +16,9 @@ from datamodules.tokens.conversations import (
     ConversationEncoder,
     Message,
     alpaca_template,
-    cut,
     prompt_messages,
     response_end,
+    truncate_conversation,
 )
 from tests.causal_backbones import CHAT, byte_tokenizer
 from tests.support.refusals import refuses
@@ -364,7 +364,7 @@ def test_a_long_prompt_is_cut_in_its_middle() -> None:
 def test_cut_divides_the_room_between_prompt_and_response(
     prompt: int, response: int, most: int, kept_prompt: int, kept_response: int
 ) -> None:
-    tokens, learnt = cut([*range(prompt + response)], [False] * prompt + [True] * response, most)
+    tokens, learnt = truncate_conversation([*range(prompt + response)], [False] * prompt + [True] * response, most)
     assert learnt == [False] * kept_prompt + [True] * kept_response
     assert tokens[kept_prompt:] == [*range(prompt, prompt + kept_response)]
     left = kept_prompt // 2 if kept_prompt < prompt else kept_prompt
@@ -378,7 +378,7 @@ def test_a_cut_fits_and_keeps_half_of_the_room_or_the_complete_first_response() 
         turns = [draw.randrange(1, 40) for _ in range(2 * draw.randrange(1, 4))]
         learnt = [bool(i % 2) for i, size in enumerate(turns) for _ in range(size)]
         tokens, most = [*range(len(learnt))], draw.randrange(2, 90)
-        kept, marks = cut(tokens, learnt, most)
+        kept, marks = truncate_conversation(tokens, learnt, most)
         assert len(kept) == len(marks) == min(most, len(tokens))
         assert kept == sorted(set(kept))  # in order, without repeats
         assert marks == [learnt[token] for token in kept]
