@@ -19,7 +19,7 @@ import datasets
 
 from app.run.checkpoint_io import read_checkpoint
 from app.run.run_directory import resolve_checkpoint
-from modules.metrics.rouge import Rouge, in_lines
+from modules.metrics.rouge import Rouge, one_sentence_per_line
 from modules.summarization import Summarizer
 
 
@@ -38,7 +38,9 @@ def write_rows(source: Path, output: Path) -> None:
             rows.to_parquet(str(output / name / f"{split}.parquet"))
     rouge = Rouge()
     test = splits["test"]
-    rouge.update([in_lines(document).partition("\n")[0] for document in test["document"]], list(test["summary"]))
+    rouge.update(
+        [one_sentence_per_line(document).partition("\n")[0] for document in test["document"]], list(test["summary"])
+    )
     print("lead-1:", json.dumps({k: round(v.item(), 4) for k, v in rouge.compute().items()}))
 
 

@@ -16,7 +16,7 @@ from modules.adapters import AdapterConfig, AdapterError
 from modules.adapters.state import frozen_fingerprint, state_problems
 from modules.formats.compact import FILE_NAME as COMPACT
 from modules.formats.compact import is_compact, load_compact
-from modules.formats.peft import CONFIG, WEIGHTS, WHERE, Heads, read_peft_files
+from modules.formats.peft import CONFIG, KEY, WEIGHTS, Heads, read_peft_files
 from modules.formats.peft_reading import from_peft
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def read_adapter(
         compact = load_compact(folder, backbone, exclude)
         if compact.fingerprint not in (None, frozen_fingerprint(backbone)):
             _log.warning(
-                f"{WHERE}: {source} was trained over other frozen weights than this backbone's, or over another dtype. "
+                f"{KEY}: {source} was trained over other frozen weights than this backbone's, or over another dtype. "
                 "The outputs will differ from the training's. Use the backbone and dtype of the training."
             )
         config = compact.adapter
@@ -73,7 +73,7 @@ def read_adapter(
     config, factors, heads = from_peft(backbone, content, tensors, configured, exclude, names)
     if str(content.get("init_lora_weights")).lower() == "mica" and configured.train != "A":
         _log.warning(
-            f"{WHERE}: {source} is a MiCA adapter, for which PEFT freezes B and trains A, but model.adapter.train is "
+            f"{KEY}: {source} is a MiCA adapter, for which PEFT freezes B and trains A, but model.adapter.train is "
             f"{configured.train}. Set the key to A to train the same factor as PEFT."
         )
     return LoadedAdapter(config, factors, _rename_heads(heads, head_names))
@@ -85,14 +85,14 @@ def _local_folder(source: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise AdapterError(f"{WHERE}: {source} is a file. Give the directory with {CONFIG} and {WEIGHTS}.")
+        raise AdapterError(f"{KEY}: {source} is a file. Give the directory with {CONFIG} and {WEIGHTS}.")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, COMPACT]))
     except Exception as error:  # The network and an invalid name can raise many exceptions.
         raise AdapterError(
-            f"{WHERE}: {source} is no directory here, and could not be loaded from the hub ({first_line(error)}). "
+            f"{KEY}: {source} is no directory here, and could not be loaded from the hub ({first_line(error)}). "
             f"Give a directory with {CONFIG} and {WEIGHTS}."
         ) from error
 
@@ -106,7 +106,7 @@ def _rename_heads(heads: Heads, head_names: Mapping[str, Collection[str]]) -> di
                 first = renamed.setdefault(f"{head}.{key}", tensor)
                 if first.shape != tensor.shape or not torch.equal(first, tensor):
                     raise AdapterError(
-                        f"{WHERE}: {' and '.join(names)} differ in {key}, but this model has one head for both. Use an "
+                        f"{KEY}: {' and '.join(names)} differ in {key}, but this model has one head for both. Use an "
                         "adapter with equal heads."
                     )
     return renamed

@@ -41,7 +41,7 @@ from modules.adapters.linear import check_rank
 from modules.adapters.patterns import exact_key, exact_patterns
 from modules.adapters.roles import ROLES, find_projections, fused_layers, select
 from modules.adapters.state import adapted_projections, frozen_fingerprint
-from modules.formats.peft import WHERE
+from modules.formats.peft import KEY
 
 FILE_NAME = "adapter_compact.safetensors"
 VERSION = 1
@@ -166,7 +166,7 @@ def load_compact(path: Path, backbone: nn.Module, exclude: Collection[str] = ())
         AdapterError: If the file is damaged, is no compact file or does not fit the model, or a redrawn factor has
             another digest.
     """
-    file = f"{WHERE}: {path / FILE_NAME}"
+    file = f"{KEY}: {path / FILE_NAME}"
     projections = find_projections(backbone, exclude)
     try:
         with safe_open(path / FILE_NAME, framework="pt") as opened:

@@ -36,7 +36,7 @@ Heads = dict[str, dict[str, Tensor]]  # Tensors of fully trained modules, by mod
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-WHERE = "model.adapter_path"
+KEY = "model.adapter_path"
 
 # Keys of adapter_config.json that change what the adapter computes, and are supported.
 READ_KEYS = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"}
@@ -53,7 +53,7 @@ SUBTRACTED_INITS = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga")  # P
 QUANTISED_INITS = ("loftq",)  # PEFT quantises the base weights, and B·A compensates the error.
 
 
-def alpha_at(scaling: Scaling, alpha: float, ratio: float) -> float:
+def rescaled_alpha(scaling: Scaling, alpha: float, ratio: float) -> float:
     """Return the alpha that keeps the scale when the rank is multiplied by a ratio."""
     return alpha * (math.sqrt(ratio) if scaling == "rslora" else ratio)
 
@@ -66,24 +66,24 @@ def read_peft_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     config, weights = folder / CONFIG, folder / WEIGHTS
     if not config.is_file():
-        raise AdapterError(f"{WHERE}: {folder} has no {CONFIG}. Give a directory from PEFT's save_pretrained.")
+        raise AdapterError(f"{KEY}: {folder} has no {CONFIG}. Give a directory from PEFT's save_pretrained.")
     if not weights.is_file():
         pickled = f"; its {PICKLE} is not read, since a pickle can run code" if (folder / PICKLE).exists() else ""
         raise AdapterError(
-            f"{WHERE}: {folder} has no {WEIGHTS}{pickled}. If you trust the adapter, load it with PEFT and save "
+            f"{KEY}: {folder} has no {WEIGHTS}{pickled}. If you trust the adapter, load it with PEFT and save "
             "it with save_pretrained."
         )
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{WHERE}: {config} cannot be read as JSON ({error}). Get the file again.") from error
+        raise AdapterError(f"{KEY}: {config} cannot be read as JSON ({error}). Get the file again.") from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{WHERE}: {config} holds no JSON object. Get the file again.")
+        raise AdapterError(f"{KEY}: {config} holds no JSON object. Get the file again.")
     try:
         return content, load_file(weights)
     except (SafetensorError, OSError) as error:
         raise AdapterError(
-            f"{WHERE}: {weights} cannot be read as safetensors ({error}). The file is damaged or truncated. Get the "
+            f"{KEY}: {weights} cannot be read as safetensors ({error}). The file is damaged or truncated. Get the "
             "file again."
         ) from error
 
@@ -116,35 +116,35 @@ def check_supported(content: Mapping[str, Any]) -> None:
     kind = content.get("peft_type")
     if kind != "LORA":
         raise AdapterError(
-            f"{WHERE}: peft_type is {kind!r:.80}, and only LORA can be loaded. Merge the adapter with PEFT."
+            f"{KEY}: peft_type is {kind!r:.80}, and only LORA can be loaded. Merge the adapter with PEFT."
         )
     numbers: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
     for key, types in numbers.items():
         value: Any = content.get(key)
         if type(value) not in types or not 0 < value < 1e9:
             raise AdapterError(
-                f"{WHERE}: {key} of adapter_config.json is {value!r:.80}, not a number above 0. Correct the value."
+                f"{KEY}: {key} of adapter_config.json is {value!r:.80}, not a number above 0. Correct the value."
             )
     dropout = content.get("lora_dropout") or 0.0
     if not isinstance(dropout, float | int) or isinstance(dropout, bool):
         raise AdapterError(
-            f"{WHERE}: lora_dropout of adapter_config.json is {dropout!r:.80}, not a number. Correct the value."
+            f"{KEY}: lora_dropout of adapter_config.json is {dropout!r:.80}, not a number. Correct the value."
         )
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = content.get(key) or {}
         if not (isinstance(patterns, dict) and all(type(v) in (int, float) and 0 < v < 1e9 for v in patterns.values())):
             raise AdapterError(
-                f"{WHERE}: {key} of adapter_config.json does not map names to numbers above 0. Correct the key."
+                f"{KEY}: {key} of adapter_config.json does not map names to numbers above 0. Correct the key."
             )
     _check_init(content.get("init_lora_weights", True))
     if content.get("bias", "none") != "none":
         raise AdapterError(
-            f"{WHERE}: bias is {content['bias']!r:.80}, and only 'none' can be loaded. Merge the adapter with PEFT."
+            f"{KEY}: bias is {content['bias']!r:.80}, and only 'none' can be loaded. Merge the adapter with PEFT."
         )
     for key, value in content.items():
         if value and key not in READ_KEYS | IGNORED_KEYS:
             raise AdapterError(
-                f"{WHERE}: {key} ({value!r:.80}) is not supported. Merge the adapter with PEFT and give the result as "
+                f"{KEY}: {key} ({value!r:.80}) is not supported. Merge the adapter with PEFT and give the result as "
                 "model.backbone. If the key does not change the adapter's output, delete the key."
             )
 
@@ -158,7 +158,7 @@ def _check_init(start: Any) -> None:
     name = start.lower() if isinstance(start, str) else start
     if name is None or isinstance(name, bool) or name in PLAIN_INITS:
         return
-    key = f"{WHERE}: init_lora_weights is {start!r:.80}"
+    key = f"{KEY}: init_lora_weights is {start!r:.80}"
     if isinstance(name, str) and SUBTRACTED_INITS.fullmatch(name):
         raise AdapterError(
             f"{key}, which changed the weights of the base model: PEFT subtracted the initial B·A from the weights. "

@@ -16,7 +16,7 @@ from modules.adapters.config import AdapterConfig, AdapterError, Projection, Sca
 from modules.adapters.patterns import pattern_problem, short_patterns, value_of
 from modules.adapters.roles import ROLES, find_projections, fused_layers, select
 from modules.adapters.state import state_problems
-from modules.formats.peft import PREFIX, WHERE, Heads, alpha_at, check_supported
+from modules.formats.peft import KEY, PREFIX, Heads, check_supported, rescaled_alpha
 
 Number = TypeVar("Number", int, float)
 
@@ -78,7 +78,7 @@ def from_peft(
         )
     except AdapterError as error:
         raise AdapterError(
-            f"{WHERE}: adapter_config.json has a value out of range ({error}). Correct the value."
+            f"{KEY}: adapter_config.json has a value out of range ({error}). Correct the value."
         ) from error
     state: dict[str, Tensor] = {}
     for p, columns in parts:
@@ -101,10 +101,10 @@ def _split_tensors(
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise AdapterError(
-                f"{WHERE}: {name!r:.120} has dtype {tensor.dtype}, which is not supported. Save the adapter in float32."
+                f"{KEY}: {name!r:.120} has dtype {tensor.dtype}, which is not supported. Save the adapter in float32."
             )
         if not tensor.isfinite().all():
-            raise AdapterError(f"{WHERE}: {name!r:.120} holds values that are not finite. Use another adapter.")
+            raise AdapterError(f"{KEY}: {name!r:.120} holds values that are not finite. Use another adapter.")
         short_name = name.removeprefix(PREFIX)
         head = next((head for head in heads if short_name.startswith(f"{head}.")), None)
         if match := _FACTOR.fullmatch(name):
@@ -128,7 +128,7 @@ def _check_layers(
         module = modules.get(layer)
         if module is not None and layer not in known:
             raise AdapterError(
-                f"{WHERE}: the file adapts {layer!r:.120}, which cannot be adapted here: a {type(module).__name__} "
+                f"{KEY}: the file adapts {layer!r:.120}, which cannot be adapted here: a {type(module).__name__} "
                 "that is tied, fully trained, or no linear layer. Merge the adapter with PEFT and give the result as "
                 "model.backbone."
             )
@@ -140,11 +140,11 @@ def _check_layers(
             expected[f"{layer}.lora_B"] = torch.empty(module.out_features, rank, device="meta")
     if problems := state_problems(expected, in_file):
         raise AdapterError(
-            f"{WHERE}: the file does not fit this backbone: {'; '.join(problems)}. Use the adapter's base model. Only "
+            f"{KEY}: the file does not fit this backbone: {'; '.join(problems)}. Use the adapter's base model. Only "
             "LoRA of linear layers and the task's head can be loaded, no embeddings or norms."
         )
     if not factors:
-        raise AdapterError(f"{WHERE}: the file has no LoRA of any layer. Use another adapter.")
+        raise AdapterError(f"{KEY}: the file has no LoRA of any layer. Use another adapter.")
 
 
 def _check_patterns(content: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ def _check_patterns(content: Mapping[str, Any]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in content.get(key) or {}:
             if problem := pattern_problem(pattern):
-                raise AdapterError(f"{WHERE}: {key} has {pattern!r:.120}, which is {problem}.")
+                raise AdapterError(f"{KEY}: {key} has {pattern!r:.120}, which is {problem}.")
 
 
 class _Part(NamedTuple):
@@ -221,12 +221,12 @@ def _sizes(
         configured = value_of(content.get("rank_pattern") or {}, layer, content["r"])
         if configured != rank:
             raise AdapterError(
-                f"{WHERE}: {layer!r:.120} has rank {rank} in the file, but {configured} by r and rank_pattern of "
+                f"{KEY}: {layer!r:.120} has rank {rank} in the file, but {configured} by r and rank_pattern of "
                 "adapter_config.json. Use the two files of the same adapter."
             )
         alpha = float(value_of(content.get("alpha_pattern") or {}, layer, content["lora_alpha"]))
         ranks[name] = part.rank
-        alphas[name] = float(f"{alpha_at(scaling, alpha, part.rank / rank):.12g}") if part.rank != rank else alpha
+        alphas[name] = float(f"{rescaled_alpha(scaling, alpha, part.rank / rank):.12g}") if part.rank != rank else alpha
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         "rank": rank,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from modules.adapters import AdaptedLinear, AdapterConfig, AdapterError, adapted_layers
 from modules.adapters.functional import block_diagonal
 from modules.adapters.patterns import name_endings, short_patterns
-from modules.formats.peft import PREFIX, Heads, alpha_at
+from modules.formats.peft import PREFIX, Heads, rescaled_alpha
 
-SAVED_FOR = {"SEQ_CLS": ("classifier", "score")}  # Modules that PEFT adds to modules_to_save for a task type.
+PEFT_HEADS = {"SEQ_CLS": ("classifier", "score")}  # Modules that PEFT adds to modules_to_save for a task type.
 
 
 def to_peft(
@@ -49,7 +49,7 @@ def to_peft(
         a, b = _stacked(layer, adapted, state)
         tensors |= {f"{PREFIX}{layer}.lora_A.weight": a, f"{PREFIX}{layer}.lora_B.weight": b}
         ranks[layer] = a.shape[0]
-        alphas[layer] = alpha_at(config.scaling, config.alpha_of(parts[0]), a.shape[0] / config.rank_of(parts[0]))
+        alphas[layer] = rescaled_alpha(config.scaling, config.alpha_of(parts[0]), a.shape[0] / config.rank_of(parts[0]))
     for head, content in heads.items():
         tensors |= {f"{PREFIX}{head}.{name}": tensor for name, tensor in content.items()}
     others = [n for n, _ in model.named_modules() if n and ".adapters" not in n and not _within(n, heads)]
@@ -58,7 +58,7 @@ def to_peft(
             f"PEFT would mistake {mistaken[0]} for a head, since its name ends like {' or '.join(heads)}. Export in "
             "another format."
         )
-    if any(f"{PREFIX}{n}".endswith(ending) for n in others for ending in SAVED_FOR.get(task_type or "", ())):
+    if any(f"{PREFIX}{n}".endswith(ending) for n in others for ending in PEFT_HEADS.get(task_type or "", ())):
         task_type = None
     rank = next(iter(ranks.values())) if len(set(ranks.values())) == 1 else config.rank
     alpha = next(iter(alphas.values())) if len(set(alphas.values())) == 1 else config.alpha

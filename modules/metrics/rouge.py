@@ -69,7 +69,7 @@ def _splitter() -> PunktSentenceTokenizer:
     return PunktSentenceTokenizer(parameters)
 
 
-def in_lines(text: str) -> str:
+def one_sentence_per_line(text: str) -> str:
     """Write each sentence of a text on a separate line, as ROUGE-Lsum needs. A text with several lines is unchanged.
 
     Punkt's rules with a list of English abbreviations find the sentences. The sentence marks of other scripts (`。`,
@@ -101,7 +101,7 @@ class Rouge(Metric):
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
         """Add predictions, each with its reference."""
         for prediction, reference in zip(predictions, references, strict=True):
-            scores = self.scorer.score(in_lines(reference), in_lines(prediction))
+            scores = self.scorer.score(one_sentence_per_line(reference), one_sentence_per_line(prediction))
             self.scores += self.scores.new_tensor([scores[kind].fmeasure for kind in KINDS])
         self.pairs += len(predictions)
 

@@ -77,10 +77,11 @@ class CheckpointedModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the frozen weights match the checkpoint's digest.
 
+        Older checkpoints have a fingerprint of the first and last values of each weight instead of the digest.
+
         Raises:
             ModelError: If the checkpoint has another tuning, other tensors or other frozen weights. In a fit, also if
-                the optimizer or schedule states do not match. Older checkpoints have a fingerprint of the first and last
-                values of each weight instead of the digest.
+                the optimizer or schedule states do not match.
         """
         checkpoint_tuning = checkpoint["hyper_parameters"].get("tuning", self.tuning)
         if checkpoint_tuning != self.tuning:

@@ -6,7 +6,7 @@ import nltk
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from modules.metrics.rouge import KINDS, Rouge, in_lines
+from modules.metrics.rouge import KINDS, Rouge, one_sentence_per_line
 
 PAIRS = [  # prediction, reference
     ("the films were good", "the film was good"),  # equal stems
@@ -94,8 +94,8 @@ def test_unequal_numbers_of_texts_are_refused() -> None:
     ],
 )
 def test_in_lines_puts_each_sentence_on_a_line_and_keeps_lines(text: str, lines: list[str]) -> None:
-    assert in_lines(text) == "\n".join(lines)
-    assert in_lines(in_lines(text)) == in_lines(text)
+    assert one_sentence_per_line(text) == "\n".join(lines)
+    assert one_sentence_per_line(one_sentence_per_line(text)) == one_sentence_per_line(text)
 
 
 def test_sentences_are_split_without_nltks_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_sentences_are_split_without_nltks_data(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(nltk.data, "find", missing)
     monkeypatch.setattr(nltk.data, "load", missing)
-    assert in_lines("It was good. It was long.") == "It was good.\nIt was long."
+    assert one_sentence_per_line("It was good. It was long.") == "It was good.\nIt was long."
 
 
 def test_rougelsum_splits_a_single_line_into_sentences() -> None:
@@ -118,4 +118,4 @@ def test_rougelsum_splits_a_single_line_into_sentences() -> None:
 
 def test_abbreviations_do_not_end_sentences() -> None:
     text = "Mr. Smith of the U.S. Senate went to Dr. Brown at 5 p.m. on Jan. 5. He left."
-    assert in_lines(text).splitlines() == [text.removesuffix(" He left."), "He left."]
+    assert one_sentence_per_line(text).splitlines() == [text.removesuffix(" He left."), "He left."]
