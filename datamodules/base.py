@@ -68,7 +68,7 @@ class ResumableDataModule(L.LightningDataModule):
             )
         self.batch_size, self.num_workers = batch_size, num_workers
         self.findings = Findings(skip_bad_rows)
-        self.kept_states: dict[str, HiddenStates] = {}  # Output of the model's frozen prefix, by split.
+        self.cached_states: dict[str, HiddenStates] = {}  # Output of the model's frozen prefix, by split.
         self._seed: int | None = None
         self._position: dict[str, Any] = {}
         self._rows_digest: dict[str, Any] = {}  # Digest and number of the training rows.
@@ -176,8 +176,8 @@ class ResumableDataModule(L.LightningDataModule):
         loader = self._loader(dataset, rows, filling)
         with self.first_process_first() as beat:
             prefix = self.frozen_prefix()
-            self.kept_states[name] = hidden_states(self.trainer, prefix, loader, lengths, rows_key, name, beat)
-        return WithHidden(collate, self.kept_states[name])
+            self.cached_states[name] = hidden_states(self.trainer, prefix, loader, lengths, rows_key, name, beat)
+        return WithHidden(collate, self.cached_states[name])
 
     def train_loader(
         self,

@@ -45,7 +45,8 @@ class ImageData(ResumableDataModule):
         batch_size: Images in a batch of one process, at least 1.
         val_fraction: Share of the training images held out when the data have no validation split, in (0, 1).
         val_seed: Seed of the held-out images, separate from the run's seed, so that all runs hold out the same images.
-        crop_scale: Smallest and largest share of the area that a training crop covers; [1, 1] crops nothing.
+        crop_scale: Smallest and largest share of the area that a training crop covers. With [1, 1], training images are
+            cropped as in evaluation.
         horizontal_flip: If true, mirror half of the training images. Set to false for digits or text.
         randaugment: Number of random operations on each training image (RandAugment, Cubuk et al. 2020), at magnitude 9
             of 30; 0 for none.
@@ -236,8 +237,8 @@ class ImageData(ResumableDataModule):
 
     def evaluated_training_rows(self) -> tuple[Dataset[Any], None, Collate | None]:
         """Return the training images in the transforms of evaluation, or the cached output of the frozen prefix."""
-        if "train" in self.kept_states:
-            return LabelDataset(self.splits["train"]), None, WithHidden(default_collate, self.kept_states["train"])
+        if "train" in self.cached_states:
+            return LabelDataset(self.splits["train"]), None, WithHidden(default_collate, self.cached_states["train"])
         data = copy.copy(self.splits["train"])
         data.transform = self.evaluation
         return data, None, None

@@ -139,7 +139,7 @@ class LanguageModelingData(TrainingTextData):
         tokens = self._tokenize(table.select(rows), columns, encoder, with_responses)
         refused = self._refused(table, rows, tokens, columns, encoder, with_responses)
         if refused:
-            usable = self.without_bad(split, table, rows, refused)
+            usable = self.drop_bad_rows(split, table, rows, refused)
             tokens = tokens.select([i for i, row in enumerate(rows.tolist()) if row not in refused])
             rows = usable
         self.warn_of_truncated_rows(tokens, table, self.max_length)
@@ -243,7 +243,7 @@ class LanguageModelingData(TrainingTextData):
             raise DataError(f"data.path: {table.where} has no row with a response. Give rows with responses.")
         if cleaned:
             _log.warning(f"{cleaned:,} rows of {table.where} hold special tokens of the tokenizer, which are removed.")
-        return self.without_bad(split, table, rows, bad)
+        return self.drop_bad_rows(split, table, rows, bad)
 
     def _reason(self, messages: list[dict[str, str]], columns: Columns, with_responses: bool) -> BadRow | None:
         """Return why a conversation cannot be used; None if it can be used."""

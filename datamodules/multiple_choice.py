@@ -32,7 +32,7 @@ from datamodules.tokens.questions import (
 
 _log = logging.getLogger(__name__)
 
-HIDDEN = (None, -1, "")  # Cells without an answer, which only prediction accepts.
+NO_ANSWER = (None, -1, "")  # Cells without an answer, which only prediction accepts.
 
 
 class MultipleChoiceData(TextData):
@@ -118,7 +118,7 @@ class MultipleChoiceData(TextData):
         Raises:
             DataError: If there is no such split.
         """
-        tables = self.stored(split)
+        tables = self.stored_tables(split)
         if not tables:
             name = "validation" if split == "val" else split
             raise DataError(f"data.path: {self.path} has no {name} split. Give data with this split.")
@@ -167,7 +167,7 @@ class MultipleChoiceData(TextData):
         """Return the questions of some rows of a table with their answers, which may be missing in prediction."""
         of_row = self._subjects_of(table)
         asked, bad = self._read(table, rows.tolist(), answered=split != "predict")
-        rows = self.without_bad(split, table, rows, bad | self._too_long(asked, of_row))
+        rows = self.drop_bad_rows(split, table, rows, bad | self._too_long(asked, of_row))
         groups: dict[str, list[int]] = {}
         for row in sorted(rows.tolist()):
             groups.setdefault(of_row[row], []).append(row)
@@ -226,7 +226,7 @@ class MultipleChoiceData(TextData):
                     f"has {choices[row]!r:.80} in column {self.choices_column}, which must hold lists of 2 to 26 "
                     "texts, as many in each row",
                 )
-            elif answer is None and (answered or answers[row] not in HIDDEN):
+            elif answer is None and (answered or answers[row] not in NO_ANSWER):
                 bad[row] = BadRow(
                     "answer_column",
                     f"has {answers[row]!r:.80} in column {self.answer_column}, which must hold indices from 0 to "
@@ -256,7 +256,7 @@ class MultipleChoiceData(TextData):
         rows = torch.tensor([row for row, subject in enumerate(of_row) if subject in examples])
         if len(rows):
             questions, bad = self._read(table, rows.tolist(), answered=True)
-            for row in self.without_bad(self.shots_split, table, rows, bad).tolist():
+            for row in self.drop_bad_rows(self.shots_split, table, rows, bad).tolist():
                 if len(examples[of_row[row]]) < self.shots:
                     examples[of_row[row]].append(questions[row].shot())
         for subject, texts in examples.items():

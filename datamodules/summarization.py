@@ -133,7 +133,7 @@ class SummarizationData(TrainingTextData):
             table = check_texts(table, key, column)
             bad |= {row: BadRow(key, f"has no text in column {column}") for row in blank_rows(table, column)}
         self.add_notes(table)
-        chosen = table.select(self.without_bad(split, table, rows, bad))
+        chosen = table.select(self.drop_bad_rows(split, table, rows, bad))
         tokens = self._tokenize(chosen, list(columns.values()))
         if split == "predict":
             return TokenDataset(tokens)

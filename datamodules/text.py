@@ -152,11 +152,11 @@ class TextData(ResumableDataModule):
         Args:
             split: `train`, `val`, `test` or `predict`.
             table: The table.
-            rows: Row numbers, (rows,) int64; `without_bad` removes the unusable rows.
+            rows: Row numbers, (rows,) int64; `drop_bad_rows` removes the unusable rows.
         """
         raise NotImplementedError
 
-    def without_bad(self, split: str, table: Table, rows: Tensor, bad: Mapping[int, BadRow]) -> Tensor:
+    def drop_bad_rows(self, split: str, table: Table, rows: Tensor, bad: Mapping[int, BadRow]) -> Tensor:
         """Return the usable rows. Other rows are skipped, or in prediction recorded with the reason.
 
         Args:
@@ -217,7 +217,7 @@ class TextData(ResumableDataModule):
         sets = [("train", ""), *((split, suffix) for split in ("val", "test") for suffix in self.suffixes)]
         return tuple(name for split, suffix in sets for name in self.split_names(split, suffix))
 
-    def stored(self, split: str) -> dict[str, Table]:
+    def stored_tables(self, split: str) -> dict[str, Table]:
         """Return the tables of a split by suffix: MNLI has two tables, other data have one table without a suffix."""
         suffixes = ("",) if split == "train" else self.suffixes
         tables = {suffix: self._table(self.split_names(split, suffix)) for suffix in suffixes}
@@ -238,7 +238,7 @@ class TextData(ResumableDataModule):
             return self._tables_to_predict()
         if self.trainer is None or self.trainer.state.fn == "fit":
             return {"": self.training_table()}
-        return self.stored("test") or self.stored("val") or {"": self.training_table()}
+        return self.stored_tables("test") or self.stored_tables("val") or {"": self.training_table()}
 
     def training_table(self) -> Table:
         """Return the training rows.
@@ -246,7 +246,7 @@ class TextData(ResumableDataModule):
         Raises:
             DataError: If there is no training split.
         """
-        tables = self.stored("train")
+        tables = self.stored_tables("train")
         if not tables:
             raise DataError(f"data.path: {self.path} has no train split. Give data with training rows.")
         return tables[""]
@@ -260,7 +260,7 @@ class TextData(ResumableDataModule):
         if split == "train" or split in self.shares():
             return {"": (self.training_table(), True)}
         validates = split == "val" or self.test_on_validation
-        tables = self.stored("val") if validates else self.stored("test")
+        tables = self.stored_tables("val") if validates else self.stored_tables("test")
         if not tables:
             missing = "validation" if self.test_on_validation else split
             raise SplitError(
@@ -272,8 +272,8 @@ class TextData(ResumableDataModule):
 
     def shares(self) -> dict[str, float]:
         """Return the held-out shares of the training rows, by split."""
-        shares = {"val": self.val_fraction} if self.test_on_validation or not self.stored("val") else {}
-        if self.test_fraction and not self.test_on_validation and not self.stored("test"):
+        shares = {"val": self.val_fraction} if self.test_on_validation or not self.stored_tables("val") else {}
+        if self.test_fraction and not self.test_on_validation and not self.stored_tables("test"):
             shares["test"] = self.test_fraction
         return shares
 
@@ -303,7 +303,7 @@ class TextData(ResumableDataModule):
             held = " and ".join(f"{share:g} for {name}" for name, share in shares.items())
             source += f", without held-out rows ({held}, val_seed {self.val_seed})"
         if limit is not None:
-            source += f", at most {limit:,} of them"
+            source += f", at most {limit:,} of these rows"
         self.findings.add_split(f"{split} {name}".strip(), len(dataset), source)
         self.add_notes(table)
         return dataset
@@ -337,7 +337,7 @@ class TextData(ResumableDataModule):
     def _tables_to_predict(self) -> dict[str, Table]:
         if self.predict_path is not None:
             return {"": open_file(self.predict_path, "predict_path", self.reading)}
-        tables = self.stored("test")
+        tables = self.stored_tables("test")
         if not tables:
             raise DataError(f"data.predict_path: {self.path} has no test split. Name a file of rows to predict.")
         return tables
@@ -363,7 +363,7 @@ class TextData(ResumableDataModule):
         return self.text_model.tokenizer
 
     def warn_of_truncated_rows(self, tokens: datasets.Dataset, table: Table, limit: int) -> None:
-        """Warn if rows reach the limit of tokens, since they may be cut."""
+        """Warn if rows reach the limit of tokens, since these rows may be truncated."""
         if cut := int((lengths_of(tokens) >= limit).sum()):
             _log.warning(f"{cut:,} of {len(tokens):,} rows of {table.where} reach {limit} tokens and may be cut.")
 
@@ -411,8 +411,8 @@ class TextData(ResumableDataModule):
         """Return the training rows, with the lengths and the collation for their evaluation."""
         data = self.splits["train"][0]
         collate = self.collate()
-        if "train" in self.kept_states:
-            collate = WithHidden(collate, self.kept_states["train"])
+        if "train" in self.cached_states:
+            collate = WithHidden(collate, self.cached_states["train"])
         return data, data.lengths if self.bucket_by_length else None, collate
 
     def train_dataloader(self) -> DataLoader[Any]:

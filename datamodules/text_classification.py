@@ -220,7 +220,7 @@ class TextClassificationData(TrainingTextData):
         if split == "predict":
             if self.id_column not in (None, "idx"):
                 check_column(table, "id_column", self.id_column)
-            usable = self.without_bad(split, table, rows, self._bad_texts(table))
+            usable = self.drop_bad_rows(split, table, rows, self._bad_texts(table))
             return TokenDataset(self._tokenize(table.select(usable)))
         assert self.class_names is not None
         labels = self._labels(table)
@@ -230,7 +230,7 @@ class TextClassificationData(TrainingTextData):
             row: BadRow("label_column", f"has a label that {reason}{advice if reason.startswith('is -1,') else ''}")
             for row, reason in labels.bad.items()
         }
-        rows = self.without_bad(split, table, rows, self._bad_texts(table) | bad)
+        rows = self.drop_bad_rows(split, table, rows, self._bad_texts(table) | bad)
         values = values[rows]
         if split == "train":
             for note in labels.notes:

@@ -28,6 +28,7 @@ from modules.training.checkpoints import CheckpointedModule
 from modules.training.checks import DivergenceCheck, IdleAdapterCheck
 from modules.training.freezing import freeze
 from modules.training.frozen_digest import FrozenDigest
+from modules.training.gradient_averaging import GradientAveraging
 from modules.training.optimization import (
     Groups,
     OptimizerSpec,
@@ -40,7 +41,6 @@ from modules.training.optimization import (
     steps_left,
 )
 from modules.training.peft_baselines import METHODS, PeftBaseline
-from modules.training.update_weights import EqualWeights
 
 if TYPE_CHECKING:
     from modules.scaling.frozen_prefix import FrozenPrefix
@@ -56,7 +56,7 @@ STAGES: tuple[Stage, Stage] = ("val", "test")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
-class AdaptedModule(EqualWeights, CheckpointedModule):
+class AdaptedModule(GradientAveraging, CheckpointedModule):
     """A backbone with a head, trained through adapters, through the head only, or in full.
 
     The constructor has the keys that all tasks share. The `__init__` of a task passes these keys on, builds `backbone`

@@ -37,7 +37,7 @@ class TextClassifier(AdaptedModule):
 
     The head consists of the modules outside the base model, such as RoBERTa's `classifier` or DistilBERT's
     `pre_classifier`, and of a pooler without pretrained weights. The head is fully trained and saved. A pretrained
-    output layer is kept only if its class names equal the data's class names, in order and in any case.
+    output layer is kept only if its class names equal the data's class names, in order. Case does not matter.
 
     Batches are `datamodules.contract.TextBatch`.
 

@@ -33,7 +33,7 @@ MOST_CLASSES = 100  # Maximum of different values in a column of labels that is 
 
 
 def named_column(table: Table, names: Sequence[str]) -> str | None:
-    """Return the table's column with the first matching name, in any case; None if no name matches."""
+    """Return the table's column with the first matching name, regardless of case; None if no name matches."""
     columns = {column.strip().lower(): column for column in reversed(table.data.column_names)}
     return next((columns[name] for name in names if name in columns), None)
 

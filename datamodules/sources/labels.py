@@ -13,7 +13,9 @@ from torch import Tensor
 from datamodules.errors import DataError, SplitError
 from datamodules.sources.tables import Table, check_column
 
-HIDDEN = " The labels are hidden. Use predict for such a split. To test on GLUE, set data.test_on_validation: true."
+HIDDEN_LABELS = (
+    " The labels are hidden. Use predict for such a split. To test on GLUE, set data.test_on_validation: true."
+)
 BOOLEANS = ["False", "True"]
 UNKNOWN = -1  # Value of a row without a label.
 
@@ -41,7 +43,7 @@ class Labels:
     def matched(self, class_names: list[str]) -> Tensor:
         """Return the labels as indices into another list of classes, matched by name.
 
-        Booleans match `True` and `False` in any case, and 0 and 1.
+        Booleans match 0 and 1, and `True` and `False` regardless of case.
 
         Raises:
             DataError: If a class of the rows is not in the list, or if only one of rows and list is for a regression.
@@ -135,7 +137,7 @@ def parse_labels(
     if pa.types.is_integer(kind):
         known_names = stored or class_names
         if set(cells.unique().to_pylist()) <= {-1, None}:
-            raise SplitError(f"data.label_column: {column} in {table.where} is -1 in every row.{HIDDEN}")
+            raise SplitError(f"data.label_column: {column} in {table.where} is -1 in every row.{HIDDEN_LABELS}")
         values, names, wrong = _from_numbers(cells, known_names) if known_names else _from_digits(cells)
         if not known_names:
             notes += _doubts(column, table.where, names, len(cells))
@@ -199,7 +201,7 @@ def _typed(cells: Any) -> Any:
 
 
 def _booleans(cells: Any) -> Any:
-    """Return cells that are all `true` or `false`, in any case, as booleans; None for other text."""
+    """Return cells that are all `true` or `false`, regardless of case, as booleans; None for other text."""
     import pyarrow.compute as pc
 
     texts = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
@@ -236,7 +238,7 @@ def _targets(cells: Any, column: str, where: str, null: set[int]) -> tuple[Tenso
     """Return the numbers of a regression, and the rows whose number is not finite."""
     values = torch.from_numpy(cells.to_numpy(zero_copy_only=False).astype(np.float32))
     if not null and bool((values == -1).all()):
-        raise SplitError(f"data.label_column: {column} in {where} is -1 in every row.{HIDDEN}")
+        raise SplitError(f"data.label_column: {column} in {where} is -1 in every row.{HIDDEN_LABELS}")
     wrong = (~values.isfinite()).nonzero().flatten().tolist()
     return values, {row: f"is {values[row].item()}" for row in wrong if row not in null}
 

@@ -51,7 +51,7 @@ def subspace_similarity(x: Tensor, y: Tensor) -> float:
         y: U_Y, orthonormal columns, (d, r_y).
 
     Returns:
-        A number in [0, 1]: 1 if one subspace contains the other, 0 if they are orthogonal, NaN if either is empty.
+        A number in [0, 1]: 1 if one subspace contains the other, 0 if both are orthogonal, NaN if one is empty.
     """
     return float(cross_similarities([x], [y]))
 

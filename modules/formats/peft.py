@@ -70,8 +70,8 @@ def read_peft_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not weights.is_file():
         pickled = f"; its {PICKLE} is not read, since a pickle can run code" if (folder / PICKLE).exists() else ""
         raise AdapterError(
-            f"{KEY}: {folder} has no {WEIGHTS}{pickled}. If you trust the adapter, load it with PEFT and save "
-            "it with save_pretrained."
+            f"{KEY}: {folder} has no {WEIGHTS}{pickled}. If you trust the adapter, load and save the adapter with "
+            "PEFT (save_pretrained)."
         )
     try:
         content = json.loads(config.read_text(encoding="utf-8"))

@@ -213,7 +213,7 @@ def transformers_prefix(
 
 @contextmanager
 def backbone_inputs(prefix: FrozenPrefix | None, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the arguments of a backbone of transformers; the prefix is skipped if they include hidden states."""
+    """Yield the arguments of a backbone of transformers; the prefix is skipped if there are hidden states."""
     if HIDDEN not in arguments:
         yield arguments
         return

@@ -21,7 +21,7 @@ def freeze(backbone: nn.Module, heads: Sequence[str], dtype: torch.dtype) -> Non
     for name in head_modules:
         backbone.set_submodule(name, nn.Identity())
     backbone.requires_grad_(False)
-    # Rotary frequencies stay as they are: rounded to bfloat16, they would encode other positions.
+    # Rotary frequencies keep their dtype: frequencies rounded to bfloat16 would encode other positions.
     names = [name for name, _ in backbone.named_buffers(remove_duplicate=False) if name.endswith("inv_freq")]
     rotary_buffers = {name: backbone.get_buffer(name) for name in names}
     backbone.to(dtype)

@@ -54,7 +54,7 @@ from modules.language_modeling import LanguageModel
 from modules.metrics.rouge import KINDS, Rouge, ScriptTokenizer
 from modules.summarization import Summarizer
 from modules.text_classification import TextClassifier
-from modules.training.update_weights import EqualWeights
+from modules.training.gradient_averaging import GradientAveraging
 from tests.app.conftest import (  # noqa: F401 - fixtures
     CommandLine,
     cli,
@@ -129,7 +129,7 @@ def test_case_08_the_sum_over_tokens_stays_in_the_range_of_float16(monkeypatch: 
     """The gradient scaler multiplies the loss by another factor of 2¹⁶."""
     losses: list[Tensor] = []
     monkeypatch.setattr(L.LightningModule, "backward", lambda self, loss: losses.append(loss))
-    module = EqualWeights()
+    module = GradientAveraging()
     module.trainer = L.Trainer(accumulate_grad_batches=1, accelerator="cpu", logger=False)
     module.items_in_batch = torch.tensor(4096)
     module.backward(torch.tensor(2.0))

@@ -11,7 +11,7 @@ from torch import Tensor
 UNIT = 1024  # Unit of token counts. Division by a power of two is exact.
 
 
-class EqualWeights(L.LightningModule):
+class GradientAveraging(L.LightningModule):
     """Make the gradient of an optimizer step the mean over all its items.
 
     Lightning divides the loss of a batch by `accumulate_grad_batches`, and DDP averages over processes. Both give each
