@@ -138,7 +138,7 @@ class TextModel(Protocol):
 class Prefix(Protocol):
     """The part of a backbone that training does not change, so that data modules may cache its output."""
 
-    key: str  # Changes with the weights.
+    key: str  # Digest of the prefix: its weights, configuration and libraries.
 
     def states(self, batch: Any) -> Tensor:
         """Return the output (batch, tokens, width) for a batch."""

@@ -42,7 +42,7 @@ def _letters(name: str) -> str:
 
 
 def is_helper(name: str) -> bool:
-    """Return True for helper files of systems and editors beside data: hidden files, __MACOSX, Thumbs.db."""
+    """Return True for files that hold no data: hidden files, files of systems and editors, files of `datasets`."""
     return name.startswith(".") or name.casefold() in HELPER_NAMES
 
 

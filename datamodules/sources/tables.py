@@ -228,7 +228,7 @@ def unread_files(path: str, splits: Sequence[str], config: str | None = None) ->
 
 
 def tables_below(folder: Path) -> list[Path]:
-    """Return the files of a folder that are tables, sorted, without helper files of editors and systems."""
+    """Return the files of a folder that are tables, sorted, without helper files (`is_helper`)."""
     return sorted(
         file
         for file in folder.rglob("*")
