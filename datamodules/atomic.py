@@ -178,7 +178,12 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             _sync_directory(temporary)
             if overwrite and os.path.lexists(path):
                 os.rename(path, replaced)
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                if os.path.lexists(replaced):
+                    os.rename(replaced, path)
+                raise
             _sync_directory(path.parent)
     finally:
         _remove(temporary)

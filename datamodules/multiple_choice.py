@@ -85,6 +85,8 @@ class MultipleChoiceData(TextData):
             raise DataError(f"data.shots: {shots} must not be negative.")
         if max_length is not None and max_length < 1:
             raise DataError(f"data.max_length: {max_length} must be 1 or more, or null for the model's limit.")
+        if subjects is not None and not subjects:
+            raise DataError("data.subjects: the list is empty. Name at least one subject, or use null for all.")
         self.read_as_text(question_column, subject_column)
         self.shots_split, self.shots, self.max_length, self.subjects = shots_split, shots, max_length, subjects
         self.question_column, self.choices_column = question_column, choices_column

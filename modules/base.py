@@ -472,7 +472,8 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         Raises:
             ModelError: If the initialiser is `given` and no factors were loaded.
         """
-        if self.adapter.init_a == "given" and not any(t.any() for t in adapter_state(self.backbone).values()):
+        given = self.tuning == "adapter" and self.adapter.init_a == "given"
+        if given and not any(t.any() for t in adapter_state(self.backbone).values()):
             raise ModelError(
                 "adapter.init_a and adapter.init_b: given needs factors from a file. Set model.adapter_path, or choose "
                 "other initialisers (orthogonal and zero)."

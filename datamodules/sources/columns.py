@@ -77,7 +77,11 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        check_column(table, "label_column", "label")  # Raises, with advice about the first line.
+        check_column(table, "label_column", "label")  # Gives advice about the first line, if there is no such column.
+        raise DataError(
+            f"data.label_column: {table.where} has no column of labels beside the texts ({', '.join(texts)}). Name the "
+            "columns with data.text_columns and data.label_column."
+        )
     listed = ", ".join(candidates)
     raise DataError(
         f"data.label_column: {len(candidates)} columns of {table.where} may hold the labels ({listed}). Name one."

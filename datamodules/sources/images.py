@@ -231,16 +231,20 @@ def open_split(
 
     Raises:
         DataError: If the data, the training split or a column is missing. Also if a label is missing or out of range,
-            unless bad rows may be skipped.
+            unless bad rows may be skipped. Also for `skip_label`, if the data are no table.
     """
     findings = Findings() if findings is None else findings
     folder = Path(path)
     if folder.is_file():
         raise DataError(f"data.path: {path} is not a directory. Give a directory or a data set's name on the hub.")
-    if (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py":
+    is_cifar10 = (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py"
+    files = find_images(folder, "path") if folder.exists() and not is_cifar10 else None
+    is_table = not is_cifar10 and (files is None or ".parquet files" in files.left_out)
+    if skip_label is not None and not is_table:
+        raise DataError(f"data.skip_label: {path} is not a table, so no label can be skipped. Remove the key.")
+    if is_cifar10:
         return _from_cifar10(folder, split)
-    files = find_images(folder, "path") if folder.exists() else None
-    if files is not None and ".parquet files" not in files.left_out:
+    if files is not None and not is_table:
         return from_image_folder(files, split, findings)
     table = open_table(path, SPLITS[split])
     if table is None:

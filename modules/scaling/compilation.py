@@ -7,6 +7,7 @@ generation has another shape at every token.
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import lightning as L
@@ -67,7 +68,7 @@ def check_compiler(device: torch.device) -> None:
     except InvalidCxxCompiler:
         has_compiler = False
     else:
-        has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+        has_compiler = "CC" in os.environ or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
     if not has_compiler:
         raise ModelError(
             "model.compile: torch.compile needs a compiler, and there is none. Install g++, or set the environment "

@@ -54,8 +54,8 @@ class IdleAdapterCheck(L.Callback):
         if pl_module.baseline is not None:
             idle += [name for name, parameter in pl_module.baseline.parameters().items() if parameter.grad is None]
         if idle:
+            listed = ", ".join(idle[:3]) + (", …" if len(idle) > 3 else "")
             raise ModelError(
-                f"The adapters of {len(idle)} projections take no part in the forward pass of this backbone "
-                f"({', '.join(idle[:3])}, …): the backbone reads the weights without calling the layers. Choose other "
-                "targets."
+                f"model.adapter.targets: {len(idle)} of the adapted projections get no gradient ({listed}). The "
+                "backbone reads their weights without calling the layers. Choose other targets."
             )

@@ -139,6 +139,22 @@ def test_a_directory_replaces_an_empty_directory_or_any_with_overwrite(tmp_path:
     assert names(tmp_path) == {"folder", "link"}
 
 
+def test_a_directory_that_cannot_be_replaced_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "folder", os.rename
+    path.mkdir()
+    (path / "old").write_text("1")
+    renames = iter([rename, failing_rename, rename])
+    monkeypatch.setattr(os, "rename", lambda source, target: next(renames)(source, target))
+    with pytest.raises(WriteError, match="No space left on device"), atomic_directory(path, overwrite=True) as folder:
+        (folder / "new").write_text("2")
+    assert names(path) == {"old"}
+    assert names(tmp_path) == {"folder"}
+
+
+def failing_rename(source: object, target: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_the_longest_possible_file_name_is_written(tmp_path: Path) -> None:
     path = tmp_path / ("é" * 127)
     with atomic_write(path) as file:

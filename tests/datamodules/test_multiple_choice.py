@@ -428,6 +428,7 @@ BAD: list[tuple[str, Row, tuple[str, ...]]] = [  # stage, keys, parts of the mes
         ("data.subjects", "no questions of astronomy, virology", "anatomy, us_foreign_policy"),
     ),
     ("test", {"shots": -1}, ("data.shots",)),
+    ("test", {"subjects": []}, ("data.subjects", "the list is empty")),
     ("test", {"max_length": 0}, ("data.max_length",)),
     ("test", {"max_test_samples": 0}, ("data.max_test_samples",)),
     ("test", {"batch_size": 0}, ("data.batch_size",)),

@@ -44,6 +44,7 @@ def test_columns_of_a_classification_are_guessed(columns: dict[str, list[Any]], 
     [
         ({"a": [1, 2], "b": [0.5, 1.5]}, ["data.text_columns", "no column of a.csv holds text", "a, b"]),
         ({"text": WORDS, "k": MANY}, ["data.label_column: a.csv has no column label; it has text, k"]),
+        ({"label": WORDS, "k": MANY}, ["data.label_column: a.csv has no column of labels beside the texts (label)"]),
         ({"text": WORDS, "p": FEW, "q": FEW}, ["data.label_column", "2 columns of a.csv may hold the labels (p, q)"]),
     ],
 )

@@ -268,6 +268,8 @@ def test_a_cifar10_folder_is_read(cifar: tuple[Path, list[Pixels]], parent: bool
     assert shows(test, images[7:], [1, 2])
     assert train.class_names == test.class_names == CLASSES
     assert open_split(str(path), "val", None, None) is None
+    with refuses("data.skip_label", "is not a table", "Remove the key"):
+        open_split(str(path), "train", None, None, skip_label=-1)
 
 
 @pytest.mark.parametrize("name", ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"])

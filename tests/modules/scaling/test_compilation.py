@@ -166,5 +166,9 @@ def test_compile_without_a_compiler_is_refused(kind: str, monkeypatch: pytest.Mo
     cpp_builder.cpp_compiler_search.cache_clear()
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
     with pytest.raises(ModelError, match=r"model\.compile: torch\.compile needs a compiler.*Install g\+\+"):
+        check_compiler(torch.device(kind))
+    if kind == "cuda":  # Triton takes the compiler that CC names.
+        monkeypatch.setenv("CC", "/opt/bin/mycc")
         check_compiler(torch.device(kind))
