@@ -5,7 +5,7 @@ thread each). Each process has the same batch size. A communication hook counts 
 processes share one machine, so no network is involved. The times show the cost of the all-reduce on one machine. The
 bytes show the traffic in a network.
 
-    python -m benchmarks.gradient_bytes --output docs/results/benchmark_scaling.json
+    python -m benchmarks.gradient_bytes --output docs/results/benchmark_gradient_bytes.json
 """
 
 import json

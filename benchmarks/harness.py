@@ -7,7 +7,7 @@
     table("A step", ["arm", "ms"], rows)
 
 The JSON file is one object with a key for each section. A section has its figures and raw times, and also the versions,
-machine, load and command of the measurement. So sections from different runs can share a file.
+machine, load, commit and command of the measurement. So sections from different runs can share a file.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `rows` writes three data sets to a folder. `overfit` has the same 32 training rows in all splits. `first` and `second`
 each have one half of the training rows, and the whole validation and test splits. `rows` also prints the ROUGE of
-lead-1, the first sentence of each test document. `backbone` saves the model of a fully tuned run in the hub's
-layout.
+lead-1: the first line of each test document, or the first sentence of a document with one line. `backbone` saves the
+model of a fully tuned run in the hub's layout.
 
     python -m benchmarks.xsum_rows rows --source ../shared/data/xsum --output DIR
     python -m benchmarks.xsum_rows backbone --run RUN --output DIR

@@ -59,7 +59,7 @@ def byte_tokenizer(chat_template: str | None = CHAT, **keys: Any) -> PreTrainedT
 
 
 def save_decoder(folder: Path, kind: str = "llama", seed: int = 0, scale: float = 0.2, **changes: Any) -> Path:
-    """Save a decoder and its tokenizer in the format of transformers. Its random weights are large: logits differ."""
+    """Save a decoder and its tokenizer in the format of transformers. Large random weights make the logits differ."""
     config = type(CONFIGS[kind])(**{**CONFIGS[kind].to_dict(), "initializer_range": scale, **changes})
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -363,7 +363,7 @@ def test_the_listed_files_of_a_run_exist(runs: list[str]) -> None:
     files = [str(path.relative_to(runs[0])) for path in Path(runs[0]).rglob("[!.]*") if path.is_file()]
     assert [file for file in files if not any(fnmatch(file, pattern) for pattern in listed)] == []
     of_others = {"confusion_matrix.png", "per_class.csv", "evaluations.json", "predictions.*", "skipped.csv"}
-    of_others |= {"config-*.yaml"}  # files of other commands and data
+    of_others |= {"config-*.yaml", "learning_rate.png"}  # files of other commands, keys and data
     assert [
         pattern for pattern in listed if not any(fnmatch(file, pattern) for file in files) and pattern not in of_others
     ] == []

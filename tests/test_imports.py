@@ -59,7 +59,7 @@ def file_of(name: str) -> str | None:
 
 
 @cache
-def arrows() -> dict[str, set[str]]:
+def imports_by_file() -> dict[str, set[str]]:
     """Return the files of this program that each file imports."""
     files = [ROOT / "main.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
     imports = {str(path.relative_to(ROOT)): {file_of(name) for name in names(path)} for path in files}
@@ -71,7 +71,7 @@ def test_a_folder_imports_only_allowed_folders(folder: str) -> None:
     allowed = (folder, *ALLOWED[folder])
     forbidden = {
         f"{file} imports {target}"
-        for file, targets in arrows().items()
+        for file, targets in imports_by_file().items()
         if file.startswith(folder)
         for target in targets
         if not target.startswith(allowed)
@@ -88,45 +88,45 @@ def test_adapters_and_analysis_import_no_other_library_than_torch(folder: str) -
 
 def test_there_are_no_circular_imports() -> None:
     try:
-        TopologicalSorter(arrows()).prepare()
+        TopologicalSorter(imports_by_file()).prepare()
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
 
 
 def test_nothing_imports_the_old_names() -> None:
-    assert arrows().keys() >= OLD_NAMES
-    assert {file for file, targets in arrows().items() if targets & OLD_NAMES} == set()
+    assert imports_by_file().keys() >= OLD_NAMES
+    assert {file for file, targets in imports_by_file().items() if targets & OLD_NAMES} == set()
 
 
-def rooms(package: str) -> dict[str, set[str]]:
+def imports_inside(package: str) -> dict[str, set[str]]:
     """Return the graph of imports between the files and folders directly inside a package."""
-    inside = {file: targets - SHARED for file, targets in arrows().items() if file.startswith(f"{package}/")}
+    inside = {file: targets - SHARED for file, targets in imports_by_file().items() if file.startswith(f"{package}/")}
     for file in SHARED | OLD_NAMES:
         inside.pop(file, None)
 
-    def room(file: str) -> str:
+    def entry(file: str) -> str:
         return file.split("/")[1]
 
-    graph: dict[str, set[str]] = {room(file): set() for file in inside}
+    graph: dict[str, set[str]] = {entry(file): set() for file in inside}
     for file, targets in inside.items():
-        graph[room(file)] |= {room(target) for target in targets if target.startswith(f"{package}/")} - {room(file)}
+        graph[entry(file)] |= {entry(target) for target in targets if target.startswith(f"{package}/")} - {entry(file)}
     return graph
 
 
 def levels(graph: dict[str, set[str]]) -> int:
     """Return the number of nodes on the longest path of the graph."""
     heights: dict[str, int] = {}
-    for room in TopologicalSorter(graph).static_order():
-        heights[room] = 1 + max((heights[below] for below in graph[room]), default=0)
+    for entry in TopologicalSorter(graph).static_order():
+        heights[entry] = 1 + max((heights[below] for below in graph[entry]), default=0)
     return max(heights.values())
 
 
 @pytest.mark.parametrize(
-    ("package", "most_levels", "most_arrows"), [("app", 4, 30), ("modules", 4, 30), ("datamodules", 4, 30)]
+    ("package", "most_levels", "most_imports"), [("app", 4, 30), ("modules", 4, 30), ("datamodules", 4, 30)]
 )
 def test_a_package_has_few_levels_and_few_imports_between_its_folders(
-    package: str, most_levels: int, most_arrows: int
+    package: str, most_levels: int, most_imports: int
 ) -> None:
-    graph = rooms(package)
+    graph = imports_inside(package)
     assert levels(graph) <= most_levels
-    assert sum(len(below) for below in graph.values()) <= most_arrows, graph
+    assert sum(len(below) for below in graph.values()) <= most_imports, graph

@@ -70,7 +70,7 @@ def test_every_file_of_the_program_is_in_the_package(layout: dict[str, Any]) -> 
 def test_modules_adapters_imports_no_other_package_of_the_program() -> None:
     absolute = re.compile(r"^\s*(?:from|import) (?:app|datamodules|modules)\b.*", re.MULTILINE)
     sources = {file.name: file.read_text() for file in (ROOT / "modules" / "adapters").glob("*.py")}
-    assert {name: found for name, text in sources.items() if (found := absolute.findall(text))} == {}
+    assert {name: imports for name, text in sources.items() if (imports := absolute.findall(text))} == {}
 
 
 def test_readmes_training_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_of(step: Callable[[], None]) -> int:
-    """Return the peak of the bytes that `step` allocates on the CPU, beyond those at its start."""
+    """Return the peak of the bytes that `step` allocates on the CPU, in addition to the bytes at its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -38,7 +38,7 @@ def write_gguf(
     folder: Path,
     architecture: str = "llama",
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
-    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    add_fields: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     """Write a directory's decoder and tokenizer to one GGUF file, and return its path. Only matrices are quantised."""
     config = json.loads((folder / "config.json").read_text())
@@ -66,7 +66,7 @@ def write_gguf(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT)
-    more(writer)
+    add_fields(writer)
     for name, tensor in load_file(folder / "model.safetensors").items():
         weight = tensor.numpy()
         for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):

@@ -1,4 +1,4 @@
-"""Export to the content of PEFT's files, and import from it."""
+"""Conversion of adapters to and from the content of PEFT's files."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def pefts_output(backbone: Backbone, folder: Path) -> Tensor:
     return backbone.run(model)
 
 
-def imported(backbone: Backbone, content: Any, tensors: Any, **own: Any) -> PeftAdapter:
+def imported(backbone: Backbone, content: Any, tensors: Any, **keys: Any) -> PeftAdapter:
     """Attach adapters from this content to a new copy of the reference model. Return the loaded adapters."""
-    own_config = AdapterConfig(**({"init_a": "given", "init_b": "given"} | own))
+    config = AdapterConfig(**({"init_a": "given", "init_b": "given"} | keys))
     backbone.model = copy.deepcopy(backbone.reference)
-    given = from_peft(backbone.model, content, tensors, own_config, backbone.head, backbone.head)
-    attach(backbone.model, given.config, exclude=backbone.head)
-    load_adapter_state(backbone.model, given.factors)
-    for name, tensors_of_head in given.heads.items():
+    loaded = from_peft(backbone.model, content, tensors, config, backbone.head, backbone.head)
+    attach(backbone.model, loaded.config, exclude=backbone.head)
+    load_adapter_state(backbone.model, loaded.factors)
+    for name, tensors_of_head in loaded.heads.items():
         backbone.model.get_submodule(name).load_state_dict(tensors_of_head)
-    return given
+    return loaded
 
 
 def read(folder: Path) -> tuple[Any, dict[str, Tensor]]:

@@ -138,8 +138,8 @@ def _images(name: str, side: int, sizes: dict[str, Any], dropout: dict[str, Any]
         save_file(model.state_dict(), folder / "model.safetensors")
 
     def keys(folder: Path) -> dict[str, Any]:
-        own = {"backbone": name, "weights": str(folder / "model.safetensors"), "class_names": CLASSES}
-        return own | {"backbone_args": {**sizes, **dropout}, "image_size": side}
+        of_family = {"backbone": name, "weights": str(folder / "model.safetensors"), "class_names": CLASSES}
+        return of_family | {"backbone_args": {**sizes, **dropout}, "image_size": side}
 
     def reference(folder: Path, model: Any, data: Batch) -> Reference:
         size = {} if name.startswith("convnext") else {"img_size": side}
@@ -298,8 +298,8 @@ def _decoder_reference(folder: Path, model: Any, data: Batch) -> Reference:
 
 def _decoders(kind: str) -> Family:
     def keys(folder: Path) -> dict[str, Any]:
-        own = {"backbone": str(folder), "backbone_dtype": "float32", "generation": Decoding(max_new_tokens=8)}
-        return own | {"backbone_args": {"attention_dropout": 0.1}}
+        of_family = {"backbone": str(folder), "backbone_dtype": "float32", "generation": Decoding(max_new_tokens=8)}
+        return of_family | {"backbone_args": {"attention_dropout": 0.1}}
 
     return Family(
         LanguageModel,

@@ -63,7 +63,7 @@ def test_vectors_are_orthonormal(init: Init, factor: Factor, rank: int) -> None:
 
 
 def test_orthogonal_draws_from_the_haar_measure() -> None:
-    """Directions in the plane are uniform on the circle. A plain QR decomposition would leave half of it empty."""
+    """Directions in the plane are uniform on the circle. A plain QR would leave half of the circle empty."""
     directions = torch.cat([draw("orthogonal", d_out=2, d_in=2, rank=1, seed=seed) for seed in range(400)])
     angles = torch.atan2(directions[:, 1], directions[:, 0]).numpy()
     assert scipy.stats.kstest(angles, "uniform", (-math.pi, 2 * math.pi)).pvalue > 1e-3

@@ -1,3 +1,5 @@
+"""Closed forms of one-sided adapters in linear regression, and moments of networks."""
+
 import math
 
 import pytest

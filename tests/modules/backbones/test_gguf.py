@@ -94,7 +94,7 @@ def test_the_tokenizer_equals_that_of_the_source(folder: Path, shared_file: Path
 
 def test_a_begin_token_is_added_if_the_file_says_so(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "llama"))
-    path = write_gguf(copy, more=lambda writer: writer.add_add_bos_token(True))
+    path = write_gguf(copy, add_fields=lambda writer: writer.add_add_bos_token(True))
     assert load_tokenizer(str(path), build(path).model, pads=False)("AB")["input_ids"][0] == 1
 
 
@@ -260,7 +260,7 @@ def test_scaled_rotary_positions_are_refused_unless_given_in_backbone_args(
     folder: Path, tmp_path: Path, scale: Callable[..., None]
 ) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "llama"))
-    path = write_gguf(copy, more=scale)
+    path = write_gguf(copy, add_fields=scale)
     refused(path, r"^model\.backbone: .*model\.gguf scales its rotary positions.*rope_parameters .*backbone_args")
     args = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}
     ours, expected = build(path, args=args).model, build(folder, args=args).model

@@ -111,7 +111,7 @@ def test_outputs_and_gradients_from_cached_states_are_the_same(family: str, laye
 
 
 def barely_positioned() -> OPTForCausalLM:
-    """Return a decoder that adds positions to its inputs. They are so small that outputs hardly change."""
+    """Return a decoder that adds positions to its inputs. The positions are so small that outputs hardly change."""
     model = OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16))
     with torch.no_grad():
         model.model.decoder.embed_positions.weight.mul_(1e-3)
