@@ -47,6 +47,7 @@ from tests.causal_backbones import save_decoder
 
 BOUNDS = {"32-true": 1e-3, "bf16-mixed": 5e-2, "16-mixed": 2e-2}  # Relative tolerance of the loss.
 AGREE = 0.9  # Minimum share of equal predictions.
+ANSWERS = {"prediction", "summary", "response"}  # Columns of predictions.csv; each task has one.
 NO_DROPOUT = "{hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
 IMAGES = [
     "--config=conf/quickstart.yaml",
@@ -216,15 +217,10 @@ class Fit:
 
     def predictions(self) -> list[str]:
         """Return one prediction for each row."""
-        (path,) = [p for p in self.run_directory.iterdir() if p.stem == "predictions"]
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            return [str(row.get("summary", row.get("response"))) for row in rows]
-        with path.open(newline="") as file:
-            return [
-                row.get("prediction") or row["class"]
-                for row in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            ]
+        with (self.run_directory / "predictions.csv").open(newline="") as file:
+            rows = csv.DictReader(file)
+            (column,) = ANSWERS & set(rows.fieldnames or ())
+            return [row[column] for row in rows]
 
 
 def compare(fixtures: Fixtures, check: Check, reference: Fit, device: str, folder: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,9 @@ FILE = "config.yaml"
 class SaveRunConfig(SaveConfigCallback):
     """Write the complete configuration to config.yaml when a fit begins.
 
-    A resumed run keeps its earlier configuration in a file named by the date of writing, such as
-    config-20261128T145200.yaml. A run that has nothing left to train keeps its configuration.
+    A configuration that changes is kept in a file named by the date of writing, such as config-20261128T145200.yaml.
+    A configuration changes by resuming with other keys, and by `find_lr`, whose result replaces
+    `model.learning_rate`. A run that has nothing left to train keeps its configuration.
     """
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -29,8 +30,11 @@ class SaveRunConfig(SaveConfigCallback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replace the configuration of a resumed run, if it has changed."""
+        """Replace a configuration that has changed."""
         path = Path(trainer.default_root_dir) / FILE
+        if self.config["find_lr"]:  # The search has ended.
+            self.config["find_lr"] = False
+            self.config["model.init_args.learning_rate"] = float(pl_module.learning_rate)  # type: ignore[arg-type]
         if trainer.fast_dev_run or not path.exists() or path.read_bytes() == self._content():  # type: ignore[attr-defined]
             return
         date = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%dT%H%M%S")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from tests.app.conftest import CommandLine
@@ -53,6 +54,10 @@ def test_the_learning_rate_finder_is_drawn(cli: CommandLine, tmp_path: Path) -> 
     assert cli("fit", "--trainer.max_epochs=4", "--find_lr=true") == 0
     learning_rate = cli.checkpoint()["hyper_parameters"]["learning_rate"]
     assert 1e-5 < learning_rate < 0.3
+    config = yaml.safe_load((cli.run() / "config.yaml").read_text())
+    assert (config["find_lr"], config["model"]["init_args"]["learning_rate"]) == (False, learning_rate)
+    (before,) = cli.run().glob("config-*.yaml")
+    assert yaml.safe_load(before.read_text())["find_lr"] is True
     with Image.open(cli.run() / "learning_rate.png") as image:
         assert min(image.size) >= 400
     assert "train/learning_rate_search" in cli.events().Tags()["images"]
