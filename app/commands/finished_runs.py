@@ -29,7 +29,7 @@ from datamodules.errors import CheckpointError
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.init import init_factor
 from modules.adapters.roles import LAYERS, block_of, find_projections, fused_layers
-from modules.formats.peft import CONFIG, PREFIX, WHERE, read_peft_files
+from modules.formats.peft import CONFIG, KEY, PREFIX, read_peft_files
 from modules.formats.peft_reading import from_peft
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _from_peft_folder(folder: Path) -> FinishedRun:
         tensors = {key: tensor for key, tensor in tensors.items() if PEFT_NAME.fullmatch(key)}
         loaded = from_peft(_skeleton(folder, tensors), content, tensors, adapter)
     except AdapterError as error:
-        raise CheckpointError(f"RUN: {str(error).removeprefix(f'{WHERE}: ')}") from error
+        raise CheckpointError(f"RUN: {str(error).removeprefix(f'{KEY}: ')}") from error
     state = {f"backbone.{key}": tensor for key, tensor in loaded.factors.items()}
     return FinishedRun(
         source=folder,
