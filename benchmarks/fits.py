@@ -122,16 +122,10 @@ class Clock:
         }
 
 
-def run(fit: Any, threads: int, module: str = "benchmarks.fits") -> dict[str, Any]:
-    """Fit in a fresh process, and return its figures with the seconds of the whole process.
-
-    Args:
-        fit: A dataclass, which the module reads from its first argument as JSON.
-        threads: Threads of the process.
-        module: Module to run. Its last line of output is the figures as JSON.
-    """
+def run(fit: Fit, threads: int) -> dict[str, Any]:
+    """Fit in a fresh process, and return its figures with the seconds of the whole process."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    result: dict[str, Any] = in_process(module, [json.dumps(asdict(fit))], {"OMP_NUM_THREADS": str(threads)})
+    result: dict[str, Any] = in_process("benchmarks.fits", [json.dumps(asdict(fit))], {"OMP_NUM_THREADS": str(threads)})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"process_seconds": time.perf_counter() - start, "process_cpu_seconds": cpu, **result}

@@ -1,8 +1,8 @@
 """Two made text data sets, as a user would have them: a folder with train.csv and test.csv.
 
-`tickets` has four classes: account (one or two sentences), billing, delivery and fault (a long paragraph). `spam` has
-two classes; a twelfth of the messages is spam. Sentences of other classes are mixed in, and some labels are wrong, so
-that no model reaches 100 %. The rows depend only on the seed.
+`tickets` has four classes of differing length: account (one sentence), billing, delivery, and fault (a paragraph).
+`spam` has two classes; about 8 % of the messages are spam. Sentences of other classes are mixed in, and some labels are
+wrong, so that no model reaches 100 %. The rows depend only on the seed.
 
     python -m benchmarks.made_texts --output DIR [--questions ../shared/data/mmlu/test.parquet]
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ SLOTS: dict[str, Sequence[str]] = {
 TICKETS: dict[str, tuple[tuple[int, int], Sequence[str]]] = {
     # The label, the smallest and largest number of sentences, and the sentences.
     "account": (
-        (1, 2),
+        (1, 1),
         (
             "I cannot sign in to see my {thing} {day}.",
             "How do I change the email for my {thing}?",
@@ -40,7 +41,7 @@ TICKETS: dict[str, tuple[tuple[int, int], Sequence[str]]] = {
         ),
     ),
     "billing": (
-        (1, 4),
+        (1, 2),
         (
             "You took {sum} from my card for the {thing} {day}.",
             "The invoice for the {thing} says {sum}.",
@@ -51,7 +52,7 @@ TICKETS: dict[str, tuple[tuple[int, int], Sequence[str]]] = {
         ),
     ),
     "delivery": (
-        (2, 6),
+        (2, 3),
         (
             "The {thing} was left at {place} {day}.",
             "{name} waited at {place} for the {thing}.",
@@ -62,7 +63,7 @@ TICKETS: dict[str, tuple[tuple[int, int], Sequence[str]]] = {
         ),
     ),
     "fault": (
-        (4, 9),
+        (3, 4),
         (
             "The {thing} stops after a minute {day}.",
             "{name} restarted the {thing} at {place} and nothing changed.",
@@ -100,18 +101,19 @@ SPAM = (
     "{name} left a parcel at {place}. Pay {sum} to claim it.",
     "Work from {place} and earn {sum} {day}.",
 )
+OPENINGS = ("", "Hi,", "Hello {name},", "Dear {name}:", "Good morning.", "Sorry,", "Urgent:", "News from {name}:")
+ENDINGS = ("", "Thanks!", "Ok?", "Bye, {name}", "Let me know.", "Today only.", "Text me back.", "Reply soon.")
 SPAM_SHARE = 0.07  # With wrong labels, 8 % of the messages are labelled spam.
 SIZES = {"tickets": (560, 1000), "spam": (800, 1500)}  # Rows of train.csv and test.csv.
 
 
-def fill(sentence: str, rng: random.Random) -> str:
-    """Replace each slot of a sentence with a random entry."""
-    text = sentence.format(**{slot: rng.choice(entries) for slot, entries in SLOTS.items()})
-    return text[0].upper() + text[1:]
+def fill(text: str, rng: random.Random) -> str:
+    """Replace each slot with a random entry."""
+    return re.sub(r"\{(\w+)\}", lambda slot: rng.choice(SLOTS[slot[1]]), text)
 
 
 def ticket(rng: random.Random, noise: float = 0.03) -> Row:
-    """Return a ticket. Half of its further sentences are neutral or of another class. `noise` is of the label."""
+    """Return a ticket. Half of its further sentences are neutral or of another class. `noise` is the wrong labels."""
     label = rng.choice(list(TICKETS))
     span, own = TICKETS[label]
     others = [sentence for name, (_, sentences) in TICKETS.items() if name != label for sentence in sentences]
@@ -120,16 +122,15 @@ def ticket(rng: random.Random, noise: float = 0.03) -> Row:
         chosen.append(rng.choice(rng.choices((own, NEUTRAL, others), (0.5, 0.25, 0.25))[0]))
     rng.shuffle(chosen)
     given = rng.choice([name for name in TICKETS if name != label]) if rng.random() < noise else label
-    return " ".join(fill(sentence, rng) for sentence in chosen), given
+    return fill(f"{' '.join(chosen)} {rng.choice(ENDINGS)}".strip(), rng), given
 
 
 def message(rng: random.Random, noise: float = 0.01) -> Row:
-    """Return a message of one or two sentences. Some spam begins like ham. `noise` is of the label."""
+    """Return a message of a sentence between opening and ending. A tenth of the spam reads as ham."""
     spam = rng.random() < SPAM_SHARE
-    chosen = [rng.choice(SPAM if spam else HAM)]
-    if rng.random() < 0.5:
-        chosen.insert(0, rng.choice(HAM if rng.random() < 0.5 else NEUTRAL))
-    return " ".join(fill(sentence, rng) for sentence in chosen), "spam" if spam != (rng.random() < noise) else "ham"
+    body = rng.choice(SPAM if spam and rng.random() < 0.9 else HAM)
+    text = fill(f"{rng.choice(OPENINGS)} {body} {rng.choice(ENDINGS)}".strip(), rng)
+    return text, "spam" if spam != (rng.random() < noise) else "ham"
 
 
 MAKERS: dict[str, Callable[[random.Random], Row]] = {"tickets": ticket, "spam": message}

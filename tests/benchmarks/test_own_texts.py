@@ -72,14 +72,14 @@ def test_differences_are_paired_by_seed() -> None:
 def test_the_learning_rate_is_chosen_on_held_out_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[own_texts.Fit] = []
 
-    def run(fit: own_texts.Fit, threads: int, module: str) -> dict[str, Any]:
+    def run(fit: own_texts.Fit) -> dict[str, Any]:
         tried.append(fit)
-        return {"process_seconds": 1.0, "val_score": 0.9 if fit.rate in own_texts.GRID[1:3] else 0.8}
+        return {"cpu_seconds": 1.0, "val_score": 0.9 if fit.rate in own_texts.GRID[1:3] else 0.8}
 
     monkeypatch.setattr(own_texts, "run", run)
     arguments = parse(parser("", rounds=5), [])
     fit = own_texts.Fit("trainer", "DATA", "minilm", seed=0)
     assert own_texts.best_rate(arguments, "tickets", fit) == own_texts.GRID[1]
-    assert len(tried) == 10
+    assert [fit.seed for fit in tried] == [100] * 5 + [101] * 3
     assert not any(fit.test for fit in tried)
     assert {(fit.seed, fit.val_seed, fit.val_fraction) for fit in tried} == {(100, 100, 0.25), (101, 101, 0.25)}
