@@ -23,6 +23,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -207,16 +208,17 @@ def once(arguments: argparse.Namespace, name: str, fit: Fit) -> Record:
 def best_rate(arguments: argparse.Namespace, name: str, fit: Fit) -> float:
     """Return the learning rate of Trainer with the best mean score on held-out rows, the smallest of equal ones.
 
-    The first seed tries the grid, and the second seed the three best.
+    The first seed tries the grid, and the second seed the two best.
     """
     found: dict[float, list[float]] = {rate: [] for rate in GRID}
+    rates: Sequence[float] = GRID
     for seed in SELECTING_SEEDS:
-        for rate in sorted(sorted(found, key=lambda rate: -sum(found[rate]))[: 3 if any(found.values()) else None]):
+        for rate in rates:
             one = replace(fit, rate=rate, seed=seed, val_seed=seed, val_fraction=0.25, test=False)
             record = once(arguments, f"{name}, trainer, rate {rate:g}, seed {seed}", one)
             found[rate].append(record["val_score"])
-    tried = {rate: statistics.mean(found[rate]) for rate in GRID if len(found[rate]) == len(SELECTING_SEEDS)}
-    return max(tried, key=lambda rate: tried[rate])
+        rates = sorted(sorted(GRID, key=lambda rate: -sum(found[rate]))[:2])
+    return max(rates, key=lambda rate: sum(found[rate]))
 
 
 def mean(values: list[float]) -> dict[str, float]:

@@ -27,8 +27,8 @@ def test_lengths_of_tickets_differ_by_class_and_vocabularies_overlap() -> None:
     words = {label: [len(text.split()) for text, given in rows if given == label] for label in made_texts.TICKETS}
     means = [statistics.mean(lengths) for lengths in words.values()]
     assert means == sorted(means)
-    assert means[-1] > 3 * means[0]
-    assert max(words["account"]) > min(words["fault"])
+    assert means[-1] > 2.5 * means[0]
+    assert max(words["billing"]) > min(words["delivery"])
     known = [{word for text, given in rows if given == label for word in text.split()} for label in words]
     assert all(len(one & other) > len(one) / 2 for one in known for other in known)
 
@@ -80,6 +80,6 @@ def test_the_learning_rate_is_chosen_on_held_out_rows(monkeypatch: pytest.Monkey
     arguments = parse(parser("", rounds=5), [])
     fit = own_texts.Fit("trainer", "DATA", "minilm", seed=0)
     assert own_texts.best_rate(arguments, "tickets", fit) == own_texts.GRID[1]
-    assert [fit.seed for fit in tried] == [100] * 5 + [101] * 3
+    assert [fit.seed for fit in tried] == [100] * 5 + [101] * 2
     assert not any(fit.test for fit in tried)
     assert {(fit.seed, fit.val_seed, fit.val_fraction) for fit in tried} == {(100, 100, 0.25), (101, 101, 0.25)}
