@@ -55,22 +55,26 @@ class ImageModel(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
 
 
-def texts(fit: Fit) -> tuple[Any, dict[str, Any]]:
-    """Return the model and the data arguments of Trainer for CoLA."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(fit.backbone)
+def text_classifier(backbone: str, classes: int, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Return a text classifier with PEFT's LoRA on query and value, and its tokenizer."""
     # Without a dtype, transformers would load the weights in the 16 bits of the file.
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        fit.backbone, num_labels=2, dtype=getattr(torch, fit.arm.backbone_dtype)
-    )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=classes, dtype=dtype)
     model.classifier.float()
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        r=fit.arm.rank,
-        lora_alpha=2 * fit.arm.rank,
+        r=rank,
+        lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules=["query", "value"],
         modules_to_save=["classifier"],
     )
+    return get_peft_model(model, lora), transformers.AutoTokenizer.from_pretrained(backbone)
+
+
+def texts(fit: Fit) -> tuple[Any, dict[str, Any]]:
+    """Return the model and the data arguments of Trainer for CoLA."""
+    dtype = getattr(torch, fit.arm.backbone_dtype)
+    model, tokenizer = text_classifier(fit.backbone, classes=2, rank=fit.arm.rank, dtype=dtype)
     padding = {"padding": "max_length"} if fit.arm.padded else {}
 
     def tokenize(rows: dict[str, list[Any]]) -> Any:
@@ -78,10 +82,10 @@ def texts(fit: Fit) -> tuple[Any, dict[str, Any]]:
 
     train, val = (rows.map(tokenize, batched=True, remove_columns=["sentence", "idx"]) for rows in splits(fit))
     if fit.arm.padded:
-        return get_peft_model(model, lora), {"train_dataset": train, "eval_dataset": val}
+        return model, {"train_dataset": train, "eval_dataset": val}
     collator = transformers.DataCollatorWithPadding(tokenizer)
     data = {"train_dataset": train, "eval_dataset": val, "processing_class": tokenizer, "data_collator": collator}
-    return get_peft_model(model, lora), data
+    return model, data
 
 
 def images(fit: Fit) -> tuple[Any, dict[str, Any]]:
