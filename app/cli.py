@@ -219,7 +219,10 @@ def _report_lost_output(problem: OSError) -> int:
 
 
 class _CommandParser(LightningArgumentParser):
-    """Parser that rejects abbreviated keys, also in groups of keys. `commands` is the action of the subcommands."""
+    """Parser that rejects abbreviated keys, also in the parsers that jsonargparse creates for nested classes.
+
+    The attribute `commands` is the action that subcommands are added to.
+    """
 
     def __init__(self, *args: Any, **keys: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | keys)

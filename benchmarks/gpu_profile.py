@@ -1,7 +1,7 @@
-"""GPU kernels of a training step of ViT-B with all linear layers adapted, for ours, PEFT and the floor.
+"""GPU kernels of a training step of ViT-B with adapters on all linear layers, from this program and from PEFT.
 
-A part of `benchmarks.gpu`. The profiler adds time to each kernel, so only the kernels, their number and their shares
-are meaningful.
+The floor is a step without adapters. This module is a part of `benchmarks.gpu`. The profiler adds time to each kernel,
+so only the kernels, their number and their shares are meaningful.
 
     python -m benchmarks.gpu_profile --device cuda --output docs/results/gpu_profile.json
 """

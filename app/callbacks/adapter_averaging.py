@@ -20,21 +20,22 @@ UPDATES = "averaging_updates"  # key of the checkpoint
 class TrainedWeightAveraging(L.Callback):
     """Average factors and heads as a callback of Lightning does.
 
-    Lightning's callback would copy and average the whole model. This callback hands it the trained weights alone.
-    Validation, best.ckpt, last.ckpt and RUN/adapter use the average. A checkpoint also keeps the trained weights, so
-    that a resumed run continues bit for bit. The frozen backbone is never copied.
+    Lightning's callback would copy and average the whole model. Here, Lightning's callback gets only the tensors that
+    are trained. The frozen backbone is never copied. Validation, best.ckpt, last.ckpt and RUN/adapter use the average.
+    A checkpoint also keeps the weights before averaging ("trained weights" below), so that a resumed run continues bit
+    for bit.
 
     Args:
         averaging: Lightning's callback, which decides when and how the average is updated.
-        updates: Number of updates that the initial weights count as. With 0, the first update replaces the average by
-            the trained weights, and before that update there is no average: all files have the trained weights.
+        updates: Number of updates that the initial weights count as. With 0, there is no average before the first
+            update, and all files have the trained weights. The first update then copies the trained weights.
     """
 
     def __init__(self, averaging: WeightAveraging, updates: int = 0) -> None:
         self.averaging = averaging
         self._updates = updates
         self._weights: _TrainedWeights | None = None
-        self._resumed: dict[str, Tensor] = {}  # weights that are trained, from a checkpoint
+        self._resumed: dict[str, Tensor] = {}  # trained weights of the checkpoint to resume
         self._swapped = False
 
     @torch.no_grad()
@@ -111,7 +112,10 @@ class TrainedWeightAveraging(L.Callback):
                 "checkpoint."
             )
         if not isinstance(self._updates, int) or self._updates < 0:
-            raise CallbackError(f"ckpt_path: {UPDATES} of the checkpoint is {self._updates!r}, not a number from 0.")
+            raise CallbackError(
+                f"ckpt_path: {UPDATES} of the checkpoint is {self._updates!r}, but must be a whole number, 0 or more. "
+                "Use another checkpoint."
+            )
 
 
 class AdapterAveraging(TrainedWeightAveraging):
@@ -143,7 +147,7 @@ class _TrainedWeights(L.LightningModule):
     """The trained parameters of a model, and the running statistics of its trained batch norms.
 
     Args:
-        module: The model, whose tensors these are.
+        module: The model that owns the tensors.
     """
 
     def __init__(self, module: L.LightningModule) -> None:
@@ -160,7 +164,7 @@ class _TrainedWeights(L.LightningModule):
         self.weights = nn.ParameterList(parameters.values())
         for i, tensor in enumerate(statistics.values()):
             self.register_buffer(f"statistic_{i}", tensor)
-        self.to(module.device)  # The tensors are there already; Lightning asks the module for its device.
+        self.to(module.device)  # The tensors are on this device already. `to` sets the attribute that Lightning reads.
 
     def by_name(self) -> dict[str, Tensor]:
         """Return the tensors by their names in the model."""

@@ -15,7 +15,10 @@ FOLDERS = ("conf/", "app/assets/")
 
 
 def find_program_file(name: str) -> str:
-    """Return the path of a recipe or asset of the program, unless the working directory has a file of that name."""
+    """Return the path of the program's recipe or asset of a name.
+
+    The name is returned unchanged if the working directory has a file of this name, or the program has none.
+    """
     file = os.path.join(ROOT, name)
     return file if name.startswith(FOLDERS) and os.path.exists(file) and not os.path.exists(name) else name
 

@@ -31,7 +31,9 @@ INK, PAPER = (0, 0, 0), (255, 255, 255)
 
 
 class HeatMap:
-    """Draw matrices of layers × index as heat maps. Row names, frame and colour bar are drawn once.
+    """Draw heat maps with a row for each layer and a column for each index of a singular value.
+
+    Row names, axis label and colour bar are the same in all pictures, and are drawn once.
 
     TensorBoard shows pictures about 350 pixels wide, and scales wider pictures down with loss of detail. So a picture
     has about this width, and consecutive rows of one name share one label. Pillow draws, since importing matplotlib and
@@ -40,7 +42,7 @@ class HeatMap:
     Args:
         rows: Names of the rows.
         is_share: True for values in [0, 1] on a linear colour scale. False for a logarithmic scale from 0.01 to 10.
-            Values outside get the colours of the ends.
+            Values outside of the scale get the colours of its ends.
     """
 
     def __init__(self, rows: Sequence[str], is_share: bool = False) -> None:

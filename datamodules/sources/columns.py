@@ -77,7 +77,7 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        check_column(table, "label_column", "label")  # Gives advice about the first line, if there is no such column.
+        check_column(table, "label_column", "label")  # Without `label`, raises with advice about the file's first line.
         raise DataError(
             f"data.label_column: {table.where} has no column of labels beside the texts ({', '.join(texts)}). Name the "
             "columns with data.text_columns and data.label_column."

@@ -198,8 +198,8 @@ class ConversationEncoder:
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation, and a mask of the tokens with loss: responses up to their end tokens.
 
-        The text is tokenised as a whole, if the tokens of each prompt are then the tokens that `prompt` returns.
-        Otherwise the text is split between prompt and response.
+        Prompt and response are tokenised together if the tokens of the prompt are then the same as without the
+        response. Otherwise, prompt and response are tokenised separately.
 
         Raises:
             DataError: If the conversation begins with the assistant. Also if the template refuses the conversation,

@@ -64,7 +64,8 @@ def read_adapter(
                 "The outputs will differ from the training's. Use the backbone and dtype of the training."
             )
         config = compact.adapter
-        # With another `train`, the initialisers might exclude each other. The file has the factors, so skip a slow SVD.
+        # With another `train`, the initialisers of the file can be invalid. An SVD is slow, and not needed, since the
+        # file has both factors.
         if config.train != configured.train or {"svd", "svd_minor"} & {config.init_a, config.init_b}:
             config = replace(config, train=configured.train, init_a="given", init_b="given")
         return LoadedAdapter(config, compact.factors, compact.heads)

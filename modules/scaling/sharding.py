@@ -57,7 +57,7 @@ def shard_frozen_weights(
     if len(set(fingerprints)) > 1:
         raise ModelError(
             "model.shard_frozen: the processes have loaded different weights. Use the same model.backbone on all "
-            "processes, and with weights: none the same seed_everything."
+            "processes. With model.weights: none, also use the same seed_everything."
         )
     shards = FrozenShards(backbone, trainer.strategy.root_device)
     names = [n for n, p in module.named_parameters(remove_duplicate=False) if isinstance(p, DTensor)]

@@ -35,7 +35,8 @@ class OptimizerSpec:
         weight_decay: Weight decay of the parameter groups.
 
     Raises:
-        ModelError: If the class is unknown, does not accept an argument, or has no weight decay and one is set.
+        ModelError: If the class is unknown or does not accept an argument, or if `weight_decay` is not 0 and the class
+            has no weight decay.
     """
 
     def __init__(self, optimizer: Mapping[str, Any] | None, weight_decay: float) -> None:
@@ -161,7 +162,8 @@ def parameter_groups(
         head: Parameters of the heads by name; a head may be a module of the backbone.
         tuning: Value of `model.tuning`. Only `full` has groups of the backbone.
         learning_rate: Base learning rate.
-        weight_decay: Decay of matrices. Vectors, biases, position embeddings and class tokens have no decay.
+        weight_decay: Decay of matrices. Vectors have no decay. In timm models, the parameters of
+            `no_weight_decay` have no decay either, such as position embeddings and class tokens.
         lr_ratio_b: Learning rate of B divided by the base learning rate.
         lr_ratio_head: Learning rate of the head divided by the base learning rate.
         lr_ratio_role: Additional ratio of both factors by role.

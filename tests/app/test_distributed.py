@@ -135,7 +135,7 @@ def test_the_launcher_starts_the_second_process(cli: CommandLine, tmp_path: Path
 def test_rank_0_decides_which_checkpoint_is_used(
     fitted_cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1 finds every checkpoint damaged. Then rank 1 loads another checkpoint than rank 0."""
+    """In fit 1, rank 1 finds every checkpoint damaged. In fit 2, rank 1 also loads another checkpoint than rank 0."""
     options = ["--trainer.max_epochs=2", "--trainer.logger=false", "--model.learning_rate=1e-9", "--ckpt_path=last"]
     best = fitted_cli.run() / "checkpoints" / "best.ckpt"
     before = best.read_bytes()

@@ -41,7 +41,7 @@ def fading(states: list[State]) -> State:
 
 
 def constant(states: list[State]) -> State:
-    """Average the weights after every second step from the third on, the first of which starts the average."""
+    """Average the weights after steps 3, 5, 7 and so on. The average starts as the weights after step 3."""
     average = states[3]
     for weights in states[5::2]:
         average = mix(0.7, average, weights)
@@ -118,7 +118,7 @@ def test_the_average_is_validated_saved_tested_and_exported(text_cli: CommandLin
 
 
 def test_running_statistics_of_trained_batch_norms_are_averaged_too(cli: CommandLine) -> None:
-    """The frozen ones of adapter tuning do not change: they are in no checkpoint."""
+    """In adapter tuning, batch norms are frozen. Their statistics do not change, and are in no checkpoint."""
     args = "{layers: [1, 1, 1, 1], channels: [8, 8, 16, 24], stem_width: 8}"
     resnet = ["--model.backbone=resnet18", f"--model.backbone_args={args}", "--model.image_size=32"]
     options = [*ONE_EPOCH, *resnet, "--model.tuning=full"]
@@ -133,7 +133,7 @@ def test_running_statistics_of_trained_batch_norms_are_averaged_too(cli: Command
 
 
 def test_the_average_holds_the_trained_weights_alone(cli: CommandLine) -> None:
-    """A copy of the frozen backbone would be in memory, and a second time in each checkpoint."""
+    """A copy of the frozen backbone would take memory, and disk space in each checkpoint."""
     copies: list[nn.Module] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AveragedModel, "update_parameters", lambda self, model: copies.append(self.module))

@@ -203,6 +203,7 @@ def test_the_answer_follows_from_the_intervals(other: tuple[float, ...], same: f
     assert "0.500 to its own random start (1 run)" in others[0]
     alone = pairs.assign(permuted=[np.full(9, value) for value in pairs["similarity"]])  # one block has no permutations
     assert "permuted" not in answers(alone, pd.DataFrame({"A to its start": [0.5]}))[0]
-    shifted = pairs.assign(permuted=[permuted + 0.3] * len(pairs))  # with all blocks alike, A still holds information
+    # permuted means above chance: all blocks are alike, so the answer compares A with chance
+    shifted = pairs.assign(permuted=[permuted + 0.3] * len(pairs))
     if len(other) and min(other) > 8 / 64:
         assert answers(shifted, pd.DataFrame({"A to its start": [0.5]}))[0].startswith(("Almost", "Not entirely"))

@@ -224,7 +224,10 @@ def batches(loader: DataLoader[Any], begun: int = 0, epochs: int = 3) -> Iterato
 
 
 def stopped(size: int, taken: int, **keys: Any) -> dict[str, Any]:
-    """Return the state of a data module after `taken` batches. At an epoch's end, Lightning still counts this epoch."""
+    """Return the state of a data module after `taken` batches.
+
+    After the last batch of an epoch, the epoch counter of Lightning still has the number of this epoch.
+    """
     data = module(**keys)
     length = len(data.train_loader(Keys(size)))
     epoch, done = divmod(taken, length)

@@ -192,7 +192,7 @@ def test_a_factor_does_not_depend_on_the_other_targets(backbone: Backbone, targe
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("shape", [(20, 28), (28, 20), (20, 20)])
 def test_svd_minor_has_the_smallest_singular_values(factor: Factor, shape: tuple[int, int]) -> None:
-    """The vectors are the last of min(d_out, d_in), sorted by falling singular value."""
+    """The factor has the last RANK of the min(d_out, d_in) singular vectors, sorted by falling singular value."""
     weight = torch.randn(shape)
     u, s, vh = scipy.linalg.svd(weight.double().numpy(), full_matrices=False)
     expected = vh[-RANK:] if factor == "A" else u[:, -RANK:].T

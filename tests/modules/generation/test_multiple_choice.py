@@ -214,7 +214,7 @@ def test_a_cache_filled_in_inference_mode_works_outside(llama: PreTrainedModel) 
 
 
 def updated(*updates: tuple[str, list[int], list[int]]) -> MultipleChoiceAccuracy:
-    """Return a metric after updates: a subject, the most likely letters and the answers."""
+    """Return a metric after updates. Each update has a subject, the most likely letters and the answers."""
     metric = MultipleChoiceAccuracy()
     for subject, likeliest, answers in updates:
         scores = torch.full((len(likeliest), 4), -2.0)
