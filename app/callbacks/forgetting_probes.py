@@ -93,7 +93,10 @@ def _open_images(module: ImageClassifier, path: str, rows: int) -> ImageProbe:
 
     findings = Findings()
     table = open_split(path, "train", None, None, findings)
-    assert table is not None  # data on this machine have a training split, or raise an error
+    if table is None:
+        raise CallbackError(
+            f"forgetting.path: {path} has no training split of images. Give a data set with a training split."
+        )
     chosen = _sample(len(table), rows)
     if len(chosen) <= NEIGHBOURS:
         raise CallbackError(

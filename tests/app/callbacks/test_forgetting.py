@@ -207,6 +207,16 @@ def test_bad_forgetting_options_are_refused_before_training(
     assert not cli.root.exists() or not list(cli.root.iterdir())
 
 
+def test_images_of_a_hub_without_a_training_split_are_refused(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datamodules.sources.images.open_split", lambda *_: None)
+    assert cli("fit", "--forgetting.path=owner/test-only") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "forgetting.path: owner/test-only has no training split" in error
+    assert "Traceback" not in error
+
+
 def test_the_message_on_a_damaged_image_names_the_key(
     cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
