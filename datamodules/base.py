@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ _log = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
 BEAT = 20.0  # Seconds between two collectives while processes wait. A process group times out after 10 minutes or more.
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @runtime_checkable
@@ -50,8 +56,8 @@ class ResumableDataModule(L.LightningDataModule):
 
     Args:
         batch_size: Samples in a batch of one process, at least 1.
-        num_workers: Processes that load, for each process that trains. 0 loads in the training process, which is fast
-            enough for tokens and small images.
+        num_workers: Processes that load, for each process that trains. At most one for each usable CPU is started. 0
+            loads in the training process, which is fast enough for tokens and small images.
         skip_bad_rows: Largest number of unusable rows that are skipped in each split, 0 or more. A further unusable row
             is an error.
     """
@@ -290,12 +296,13 @@ class ResumableDataModule(L.LightningDataModule):
         assert self.trainer is not None
         is_batched = isinstance(sampler, BatchSampler)
         order = {"batch_sampler": sampler} if is_batched else {"sampler": sampler, "batch_size": self.batch_size}
+        workers = min(self.num_workers, usable_cpus())
         return DataLoader(
             dataset,
             **order,
             collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # Otherwise iterators would draw from dropout's state.
         )

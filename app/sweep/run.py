@@ -28,6 +28,7 @@ from app.sweep.results import plan_facts, results_frame, write_results
 from app.sweep.schedule import FINISHED, Job, Outline
 from app.sweep.storage import HEARTBEAT, STATES, Claim, Ledger, describe, storage_problem
 from app.sweep.trial import Curve, End, TrialProcess
+from datamodules.base import usable_cpus
 
 POLL = 0.2  # seconds between two checks of this process's trials
 LOOK = 2.0  # seconds between two checks of the study while there is no trial to take
@@ -362,8 +363,7 @@ def environments(workers: int) -> list[dict[str, str]]:
     OMP_NUM_THREADS is kept if it is set, and CUDA_VISIBLE_DEVICES limits the choice of GPUs. A single worker uses all
     GPUs.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cpus() // workers)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible is not None else [str(i) for i in range(torch.cuda.device_count())]
     gpus = [gpu for gpu in gpus if gpu]

@@ -211,6 +211,14 @@ def test_augmentation_is_the_same_with_workers(parquet_path: Path) -> None:
     assert not same(one, two)
 
 
+@pytest.mark.parametrize(("wanted", "cpus", "started"), [(4, 2, 2), (1, 2, 1), (0, 2, 0)])
+def test_at_most_one_worker_for_each_cpu(
+    parquet_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int, cpus: int, started: int
+) -> None:
+    monkeypatch.setattr("datamodules.base.usable_cpus", lambda: cpus)
+    assert prepared(parquet_path, num_workers=wanted).train_dataloader().num_workers == started
+
+
 def test_augmentation_depends_on_the_draws_seed_and_index_alone(parquet_path: Path) -> None:
     torch.manual_seed(3)
     train = prepared(parquet_path).splits["train"]
