@@ -257,11 +257,8 @@ def check_column(table: Table, key: str, column: str) -> None:
     if column in names:
         return
     advice = ""
-    if len(names) == 1 and (mark := next((m for m in ";\t|," if m in names[0]), None)):
-        marks = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
-        advice = (
-            f" The cells seem to be separated by {marks[mark]}. Save the file with commas as .csv or with tabs as .tsv."
-        )
+    if other := _separator_advice(names):
+        advice = f" {other}"
     elif padded := next((name for name in names if name.strip() == column), None):
         advice = f" Remove the spaces around {padded!r} in the first line."
     elif kind_of(Path(table.where)) in (".csv", ".tsv"):
@@ -405,8 +402,11 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         _check_header(files[0], kind, reading, key)
     if OVERFLOW in data.column_names:
         raise DataError(
-            f"data.{key}: rows of {first} have more cells than its first line has names. Name each column "
-            "in the first line, and put cells that hold a comma in quotes."
+            f"data.{key}: rows of {first} have more cells than its first line has names. "
+            + (
+                _separator_advice(_first_cells(files[0], kind, reading))
+                or "Name each column in the first line, and put cells that hold a comma in quotes."
+            )
         )
     if kind == ".tsv":
         notes += _joined_rows(data, reading.as_text, first)
@@ -436,8 +436,27 @@ def _reading_error(error: Exception, files: list[Path], kind: str, reading: Read
         for file in files:
             _check_text_file(file, kind, reading, key)
     advice = _quoting_advice(str(cause)) or "The file may be damaged, or a column may hold values of several types."
+    if "Expected" in str(cause) and kind in (".csv", ".tsv"):
+        advice = _separator_advice(_first_cells(files[0], kind, reading)) or advice
     return DataError(
         f"data.{key}: {', '.join(map(str, files))} cannot be read as {kind[1:]} ({first_line(cause)}). {advice}"
+    )
+
+
+def _first_cells(file: Path, kind: str, reading: Reading) -> list[str]:
+    """Return the cells of the first line of a CSV or TSV file."""
+    with _open(file) as stream, io.TextIOWrapper(stream, reading.encoding, newline="") as text:
+        return next(csv.reader(text, delimiter="\t" if kind == ".tsv" else ","), [])
+
+
+def _separator_advice(names: Sequence[str]) -> str:
+    """Return advice if the only name holds another separator; otherwise an empty string."""
+    marks = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
+    mark = next((mark for mark in marks if mark in names[0]), None) if len(names) == 1 else None
+    return (
+        f"The cells seem to be separated by {marks[mark]}. Save the file with commas as .csv or with tabs as .tsv."
+        if mark
+        else ""
     )
 
 
@@ -447,8 +466,7 @@ def _check_header(file: Path, kind: str, reading: Reading, key: str) -> None:
     Raises:
         DataError: If a column of text occurs twice.
     """
-    with _open(file) as stream, io.TextIOWrapper(stream, reading.encoding, newline="") as text:
-        header = next(csv.reader(text, delimiter="\t" if kind == ".tsv" else ","), [])
+    header = _first_cells(file, kind, reading)
     if duplicates := [name for name in reading.as_text if header.count(name) > 1]:
         raise DataError(
             f"data.{key}: {file} has {header.count(duplicates[0])} columns {duplicates[0]}. Rename or drop all but one."

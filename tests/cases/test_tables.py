@@ -55,6 +55,8 @@ def test_case_02_rows_columns_and_unread_files_are_reported(tmp_path: Path) -> N
     ("content", "message"),
     [
         ("text;label\na;1\n", "separated by semicolons"),
+        ("text;label\ngood, but long;1\nbad, and long;0\n", "separated by semicolons"),
+        ("text;label\ngood, but long;1\nbad, long, dull;0\n", "separated by semicolons"),
         ("good film,1\nbad film,0\n", "The first line of the file must name its columns"),
     ],
 )
