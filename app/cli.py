@@ -402,10 +402,14 @@ class AsymmetryCLI(HookedCLI):
             cause = bad_input(error)
             if cause is not None and not isinstance(cause, ArgumentError):
                 raise
-            known = list(self.command_parser.get_defaults().keys())
-            for section, kind in find_classes(self.files, self.options).items():
-                known += class_keys(kind, section)
-            raise ArgumentError(None, parser_message(cause or error, known)) from error
+            raise ArgumentError(None, parser_message(cause or error, self._known_keys)) from error
+
+    def _known_keys(self) -> list[str]:
+        """Return the keys of the command, with those of the classes that files and options name."""
+        known = list(self.command_parser.get_defaults().keys())
+        for section, kind in find_classes(self.files, self.options).items():
+            known += class_keys(kind, section)
+        return known
 
     def _lock(self, run: Path | None) -> None:
         """On the first rank, lock a run directory against training by other processes."""
