@@ -39,13 +39,14 @@ EVERYTHING = ("",)
     ("any_cli", "options", "trained"),
     [
         ("cli", ("--test_after_fit=true", *HALF), ("query.B", "value.B", *HEAD)),
-        ("cli", ("--model.tuning=head",), HEAD),
+        pytest.param("cli", ("--model.tuning=head",), HEAD, marks=pytest.mark.slow),
         ("text_cli", A, (".A", *CLASSIFIER)),
         ("summary_cli", (*BOTH, *HALF), (".A", ".B")),
-        (
+        pytest.param(
             "instruction_cli",
             (*BOTH, *HALF, "--model.gradient_checkpointing=true", "--data.packing=true", "--data.batch_size=2"),
             (".A", ".B"),
+            marks=pytest.mark.slow,
         ),
         ("instruction_cli", ("--model.tuning=full", "--data.template=alpaca", "--data.max_length=400"), EVERYTHING),
     ],
