@@ -124,7 +124,10 @@ def test_two_fits_have_two_directories_and_equal_weights(fitted_cli: CommandLine
 
 @pytest.mark.parametrize(
     ("any_cli", "options"),
-    [("fitted_cli", ("--data.max_test_samples=12",)), ("fitted_summary_cli", ())],
+    [
+        ("fitted_cli", ("--data.max_test_samples=12",)),
+        pytest.param("fitted_summary_cli", (), marks=pytest.mark.slow),
+    ],
     indirect=["any_cli"],
 )
 def test_a_checkpoint_evaluates_to_the_metrics_of_its_fit(any_cli: CommandLine, options: tuple[str, ...]) -> None:

@@ -99,11 +99,12 @@ PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=128",
             5,
             5,
         ),
-        (
+        pytest.param(
             "summary_cli",
             ["--checkpoint.last_every_n_steps=2", "--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=1"],
             3,
             3,
+            marks=pytest.mark.slow,
         ),
         # 50 packed conversations are 4 steps of two batches; the third step is always saved
         (
