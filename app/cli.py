@@ -326,10 +326,8 @@ class AsymmetryCLI(HookedCLI):
             add_section_keys(parser, find_classes(self.files, self.options))
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
-        if self.helps:
-            return
-        for section, kind in zip(SECTIONS, (AdaptedModule, L.LightningDataModule), strict=True):
-            parser.add_lightning_class_args(kind, section, subclass_mode=True, required=False)
+        if not self.helps:
+            _add_sections(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files and command line. With a checkpoint, parse again: files, checkpoint, then options."""
@@ -402,10 +400,14 @@ class AsymmetryCLI(HookedCLI):
             cause = bad_input(error)
             if cause is not None and not isinstance(cause, ArgumentError):
                 raise
-            known = list(self.command_parser.get_defaults().keys())
-            for section, kind in find_classes(self.files, self.options).items():
-                known += class_keys(kind, section)
-            raise ArgumentError(None, parser_message(cause or error, known)) from error
+            raise ArgumentError(None, parser_message(cause or error, self._known_keys)) from error
+
+    def _known_keys(self) -> list[str]:
+        """Return the keys of the command, with those of the classes that files and options name."""
+        known = list(self.command_parser.get_defaults().keys())
+        for section, kind in find_classes(self.files, self.options).items():
+            known += class_keys(kind, section)
+        return known
 
     def _lock(self, run: Path | None) -> None:
         """On the first rank, lock a run directory against training by other processes."""
@@ -606,6 +608,12 @@ class AsymmetryCLI(HookedCLI):
             print(f"Run directory: {escape_controls(str(self.run_directory))}", flush=True)
 
 
+def _add_sections(parser: LightningArgumentParser) -> None:
+    """Add model and data, whose classes the configuration names."""
+    for section, kind in zip(SECTIONS, (AdaptedModule, L.LightningDataModule), strict=True):
+        parser.add_lightning_class_args(kind, section, subclass_mode=True, required=False)
+
+
 def _check(final: Namespace) -> None:
     """Check the values of a command, before any class is constructed."""
     find_program_files(final)
@@ -659,6 +667,15 @@ class _AllCommandsParser(AsymmetryCLI):
     def init_parser(self, **keys: Any) -> LightningArgumentParser:
         """Create the parser with the program name `onesided`."""
         return super().init_parser(prog="onesided", **keys)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data.
+
+        `trainer.strategy` takes any text: with the keys of all strategies, the script of bash has 100 MB.
+        """
+        parser.add_class_arguments(self.trainer_class, "trainer", skip={"strategy"}, fail_untyped=False)
+        parser.add_argument("--trainer.strategy", type=str)
+        _add_sections(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Raise a `_Result` with the parser."""

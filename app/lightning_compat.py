@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import set_parsing_settings
 from jsonargparse._common import ImportDenied, parsing_settings
 from lightning.pytorch.callbacks import WeightAveraging
@@ -32,6 +33,12 @@ class HookedCLI(LightningCLI):
         self.parser.add_instantiator(
             lambda kind, *args, **keys: self.construct(kind, partial(kind, *args, **keys)), object
         )
+
+    def _dump_config(self) -> None:
+        """Keep the configuration as plain values, for hyper-parameters. Unlike Lightning, do not validate it again."""
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(text)[self.subcommand]
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's values override the options."""

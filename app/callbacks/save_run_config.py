@@ -45,7 +45,7 @@ class SaveRunConfig(SaveConfigCallback):
         """Return the configuration without the checkpoint, so that it is a recipe for new runs."""
         config = self.config.clone()
         config["ckpt_path"] = None
-        return self.parser.dump(config, skip_none=False).encode()
+        return self.parser.dump(config, skip_none=False, skip_validation=True).encode()
 
 
 def _write(path: Path, content: bytes) -> None:

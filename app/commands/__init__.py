@@ -63,7 +63,7 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
     try:
         arguments = parser.parse_args(given)
     except ArgumentError as error:
-        raise ArgumentError(None, parser_message(error, list(parser.get_defaults().keys()))) from error
+        raise ArgumentError(None, parser_message(error, lambda: list(parser.get_defaults().keys()))) from error
     arguments.fit, arguments.allowed_imports = fit, list(allowed_imports)
     COMMANDS[name].run(arguments)
 

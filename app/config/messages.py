@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jsonargparse import ArgumentError
@@ -85,11 +85,15 @@ class _Reason:
         return TYPE if self.text.startswith("Expected") else NAMED
 
 
-def parser_message(error: Exception, known: Sequence[str] = ()) -> str:
-    """Return an error in one line. `known` has the keys of the command, to suggest a key for an unknown key.
+def parser_message(error: Exception, known: Callable[[], Sequence[str]] = tuple) -> str:
+    """Return an error in one line.
 
     The parser gives a reason for each alternative of a union. The line has the reason for the alternative that the
     user most likely meant. A `ListError` keeps its lines.
+
+    Args:
+        error: The error of the parser.
+        known: Function that returns the keys of the command. It is called only to suggest a key for an unknown key.
     """
     if isinstance(error, ListError):
         return str(error)
@@ -140,13 +144,13 @@ def _type_name(text: str) -> str:
     return re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
 
 
-def _unknown_key(reason: _Reason, known: Sequence[str]) -> str | None:
+def _unknown_key(reason: _Reason, known: Callable[[], Sequence[str]]) -> str | None:
     """Return the message for an unknown key, with a suggestion; None for any other reason."""
     match = _UNKNOWN.search(reason.text)
     if match is None:
         return None
     name = match["option"] or ".".join(filter(None, (match["group"], match["key"])))
-    names = known if reason.class_path is None else _keys_of_class(reason.class_path)
+    names = known() if reason.class_path is None else _keys_of_class(reason.class_path)
     beginning = "There is" if reason.class_path is None else f"{reason.class_path.rpartition('.')[2]} has"
     close = closest_key(name, names)
     siblings = _siblings(name, names)

@@ -97,17 +97,21 @@ def any_cli(request: pytest.FixtureRequest) -> CommandLine:
 
 
 @pytest.fixture(scope="session")
-def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CommandLine], None]:
-    """Return a function that copies a run of one epoch below a command line's root. A session fits each file once."""
-    kept: dict[str, Path] = {}
+def finished_fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Return a function that copies a finished fit below a command line's root. A session runs equal fits once.
 
-    def put(cli: CommandLine) -> None:
-        if cli.config not in kept:
+    A test must call the function before its other commands, and must not patch the fit.
+    """
+    kept: dict[tuple[str, ...], Path] = {}
+
+    def put(cli: CommandLine, *options: str) -> None:
+        key = (cli.config, *options)
+        if key not in kept:
             first = copy.copy(cli)
-            first.root = tmp_path_factory.mktemp("one_epoch") / "runs"
-            assert first("fit", "--trainer.max_epochs=1") == 0
-            kept[cli.config] = first.root
-        shutil.copytree(kept[cli.config], cli.root)
+            first.root = tmp_path_factory.mktemp("finished_fit") / "runs"
+            assert first("fit", *options) == 0
+            kept[key] = first.root
+        shutil.copytree(kept[key], cli.root)
 
     return put
 
@@ -115,10 +119,10 @@ def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CommandLine
 def _fitted(name: str) -> Callable[..., CommandLine]:
     @pytest.fixture(name=f"fitted_{name}")
     def fitted(
-        request: pytest.FixtureRequest, one_epoch: Callable[[CommandLine], None], capsys: pytest.CaptureFixture[str]
+        request: pytest.FixtureRequest, finished_fit: Callable[..., None], capsys: pytest.CaptureFixture[str]
     ) -> CommandLine:
         cli: CommandLine = request.getfixturevalue(name)
-        one_epoch(cli)
+        finished_fit(cli, "--trainer.max_epochs=1")
         capsys.readouterr()  # drop the output of the fit
         return cli
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,12 @@ def same_fit(cli: CommandLine, first: int, second: int, exact: bool = True) -> N
         ("cli", []),
         ("cli", ["--model.tuning=head", "--data.num_workers=1"]),
         ("text_cli", ["--model.backbone_dtype=bfloat16", "--trainer.precision=bf16-mixed"]),
-        ("text_cli", ["--model.tuning=head", "--data.padding=max_length", "--data.bucket_by_length=false"]),
-        ("instruction_cli", ["--model.gradient_checkpointing=true"]),
+        pytest.param(
+            "text_cli",
+            ["--model.tuning=head", "--data.padding=max_length", "--data.bucket_by_length=false"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("instruction_cli", ["--model.gradient_checkpointing=true"], marks=pytest.mark.slow),
         ("instruction_cli", ["--data.packing=true", "--data.batch_size=2"]),
     ],
     indirect=["any_cli"],
@@ -140,9 +144,9 @@ def test_validate_and_test_run_the_whole_backbone(cli: CommandLine, cache: Path)
     assert len(files(cache)) == 2
 
 
-def test_a_cached_fit_resumes_in_the_middle_of_an_epoch(cli: CommandLine) -> None:
+def test_a_cached_fit_resumes_in_the_middle_of_an_epoch(cli: CommandLine, finished_fit: Callable[..., None]) -> None:
     options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=2", "--checkpoint.last_every_n_steps=3"]
-    assert interrupt_and_resume(cli, options, cut=11) == 9
+    assert interrupt_and_resume(cli, finished_fit, options, cut=11) == 9
 
 
 # ------------------------------------------------------------------------------------------------------- stale caches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from tests.app.test_resume import interrupt_and_resume
 AUGMENTATION = ("--data.mixup=0.4", "--data.cutmix=1", "--data.randaugment=2", "--data.random_erasing=0.5")
 
 
-def test_a_fit_with_all_augmentation_resumes_bit_for_bit(cli: CommandLine) -> None:
+def test_a_fit_with_all_augmentation_resumes_bit_for_bit(cli: CommandLine, finished_fit: Callable[..., None]) -> None:
     options = [*AUGMENTATION, "--trainer.max_epochs=2", "--checkpoint.last_every_n_steps=4"]
-    assert interrupt_and_resume(cli, options, cut=13) == 12
+    assert interrupt_and_resume(cli, finished_fit, options, cut=13) == 12
 
 
 @pytest.mark.parametrize(

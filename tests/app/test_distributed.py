@@ -49,7 +49,7 @@ def assert_same_weights(cli: CommandLine, steps: int) -> None:
     ("any_cli", "options", "stacks", "steps", "metrics"),
     [
         ("cli", [*IMAGE, SHARDED], {"blocks"}, 4, ["loss", "acc1"]),
-        ("text_cli", TEXT, set(), 3, ["loss", "matthews", "score"]),
+        pytest.param("text_cli", TEXT, set(), 3, ["loss", "matthews", "score"], marks=pytest.mark.slow),
         ("summary_cli", SUMMARY, set(), 4, ["loss", "rouge1", "rouge2", "rougeL", "rougeLsum"]),
         pytest.param(
             "text_cli", [*TEXT, SHARDED], {"roberta.encoder.layer"}, 3, ["loss", "matthews"], marks=pytest.mark.slow

@@ -39,13 +39,14 @@ EVERYTHING = ("",)
     ("any_cli", "options", "trained"),
     [
         ("cli", ("--test_after_fit=true", *HALF), ("query.B", "value.B", *HEAD)),
-        ("cli", ("--model.tuning=head",), HEAD),
+        pytest.param("cli", ("--model.tuning=head",), HEAD, marks=pytest.mark.slow),
         ("text_cli", A, (".A", *CLASSIFIER)),
         ("summary_cli", (*BOTH, *HALF), (".A", ".B")),
-        (
+        pytest.param(
             "instruction_cli",
             (*BOTH, *HALF, "--model.gradient_checkpointing=true", "--data.packing=true", "--data.batch_size=2"),
             (".A", ".B"),
+            marks=pytest.mark.slow,
         ),
         ("instruction_cli", ("--model.tuning=full", "--data.template=alpaca", "--data.max_length=400"), EVERYTHING),
     ],
@@ -123,7 +124,10 @@ def test_two_fits_have_two_directories_and_equal_weights(fitted_cli: CommandLine
 
 @pytest.mark.parametrize(
     ("any_cli", "options"),
-    [("fitted_cli", ("--data.max_test_samples=12",)), ("fitted_summary_cli", ())],
+    [
+        ("fitted_cli", ("--data.max_test_samples=12",)),
+        pytest.param("fitted_summary_cli", (), marks=pytest.mark.slow),
+    ],
     indirect=["any_cli"],
 )
 def test_a_checkpoint_evaluates_to_the_metrics_of_its_fit(any_cli: CommandLine, options: tuple[str, ...]) -> None:

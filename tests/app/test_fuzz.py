@@ -425,11 +425,11 @@ def families(request: pytest.FixtureRequest) -> dict[str, CommandLine]:
 
 
 @pytest.fixture
-def fitted(families: dict[str, CommandLine], one_epoch: Callable[[CommandLine], None]) -> dict[str, CommandLine]:
+def fitted(families: dict[str, CommandLine], finished_fit: Callable[..., None]) -> dict[str, CommandLine]:
     for family, cli in families.items():
         cli.root = cli.root / family
         if family != "questions":  # questions are for evaluation alone
-            one_epoch(cli)
+            finished_fit(cli, "--trainer.max_epochs=1")
     return families
 
 

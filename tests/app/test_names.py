@@ -11,7 +11,7 @@ from PIL import Image
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused
 
-SHORT = ("--trainer.max_epochs=1", "--trainer.logger=false")
+SHORT = ("--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.logger=false")
 
 
 @pytest.mark.parametrize(
@@ -27,15 +27,21 @@ SHORT = ("--trainer.max_epochs=1", "--trainer.logger=false")
 def test_the_run_directory_has_name_and_variant(cli: CommandLine, options: list[str], name: str) -> None:
     assert cli("fit", *SHORT, *options) == 0
     assert [path.name for path in cli.root.iterdir()] == [name]
+
+
+def test_other_commands_use_a_named_run(cli: CommandLine) -> None:
+    name = "version_0-x.1-A"
+    assert cli("fit", *SHORT, "--name=x.1", "--variant=A") == 0
     assert cli("fit", *SHORT) == 0
     assert sorted(path.name for path in cli.root.iterdir()) == [name, "version_1"]
-    assert cli("validate", f"--ckpt_path={cli.root / name}") == 0
-    assert cli("fit", *SHORT, "--trainer.max_epochs=2", f"--ckpt_path={cli.root / name}") == 0
+    assert cli("validate", f"--ckpt_path={cli.root / name / 'checkpoints' / 'last.ckpt'}") == 0
+    assert cli("fit", *SHORT, "--trainer.max_steps=2", f"--ckpt_path={cli.root / name}") == 0
     assert len(list(cli.root.iterdir())) == 2
 
 
 def test_last_is_the_run_with_the_largest_number(cli: CommandLine) -> None:
-    assert cli("fit", *SHORT, "--name=b") == cli("fit", *SHORT, "--name=a") == 0
+    short = ("--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1")
+    assert cli("fit", *short, "--name=b") == cli("fit", *short, "--name=a") == 0
     assert cli("validate", "--ckpt_path=last") == 0
     assert "val/loss" in (cli.root / "version_1-a-B" / "metrics.json").read_text()
     assert not (cli.root / "version_0-b-B" / "evaluations.json").exists()

@@ -9,7 +9,7 @@ from tests.app.conftest import CommandLine
 SGD = '--model.optimizer={"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}'
 
 
-@pytest.mark.parametrize("any_cli", ["cli", "instruction_cli"], indirect=True)
+@pytest.mark.parametrize("any_cli", ["cli", pytest.param("instruction_cli", marks=pytest.mark.slow)], indirect=True)
 def test_sgd_with_a_ratio_for_a_role_trains_and_resumes(any_cli: CommandLine) -> None:
     cli = any_cli
     one = "--trainer.max_epochs=1"

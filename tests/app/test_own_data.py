@@ -147,7 +147,7 @@ def test_pairs_of_text_and_summary(
     assert table[0].keys() == {"id", "summary", "reference"} and len(table) == 20
 
 
-@pytest.mark.parametrize("shape", ["messages", "columns"])
+@pytest.mark.parametrize("shape", [pytest.param("messages", marks=pytest.mark.slow), "columns"])
 def test_chats_and_a_single_prompt(
     fit: Fit, tmp_path: Path, llama_path: Path, capsys: pytest.CaptureFixture[str], shape: str
 ) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,9 +61,10 @@ def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
     assert first == second
 
 
-def interrupt_and_resume(cli: CommandLine, options: list[str], cut: int) -> int:
+def interrupt_and_resume(cli: CommandLine, finished_fit: Callable[..., None], options: list[str], cut: int) -> int:
     """Compare an uninterrupted run with a run that is cut and resumed. Return the step of the resumed checkpoint."""
-    assert cli("fit", *options) == 0
+    # how often last.ckpt is saved must not matter, so several cases share an uninterrupted run
+    finished_fit(cli, *(option for option in options if not option.startswith("--checkpoint.last_every_n_steps")))
     with pytest.MonkeyPatch.context() as patch:
         cut_power(patch, cut)
         with pytest.raises(PowerCut):
@@ -82,7 +84,8 @@ PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=128",
 @pytest.mark.parametrize(
     ("any_cli", "options", "cut", "saved"),
     [
-        ("cli", EVERY_3, 5, 3),  # in the first epoch, two steps after the checkpoint
+        # in the first epoch, two steps after the checkpoint
+        pytest.param("cli", EVERY_3, 5, 3, marks=pytest.mark.slow),
         ("cli", EVERY_3, 8, 8),  # at the start of the second epoch, from the checkpoint of the first epoch's end
         # in the second epoch, from a checkpoint in the middle of this epoch
         ("cli", ["--checkpoint.last_every_n_steps=4"], 13, 12),
@@ -96,11 +99,12 @@ PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=128",
             5,
             5,
         ),
-        (
+        pytest.param(
             "summary_cli",
             ["--checkpoint.last_every_n_steps=2", "--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=1"],
             3,
             3,
+            marks=pytest.mark.slow,
         ),
         # 50 packed conversations are 4 steps of two batches; the third step is always saved
         (
@@ -120,8 +124,10 @@ PACKED = ["--data.packing=true", "--data.batch_size=2", "--data.max_length=128",
     ],
     indirect=["any_cli"],
 )
-def test_resume_equals_uninterrupted(any_cli: CommandLine, options: list[str], cut: int, saved: int) -> None:
-    assert interrupt_and_resume(any_cli, options, cut) == saved
+def test_resume_equals_uninterrupted(
+    any_cli: CommandLine, finished_fit: Callable[..., None], options: list[str], cut: int, saved: int
+) -> None:
+    assert interrupt_and_resume(any_cli, finished_fit, options, cut) == saved
 
 
 def test_the_last_step_but_one_of_an_epoch_is_saved_without_a_validation(

@@ -66,7 +66,7 @@ def assert_goes_on(before: list[list[Any]], after: list[list[Any]], batches: int
     ("first", "then", "cut", "batches"),
     [
         (TWELVE, SIX, 3, 8),  # in the middle of the first epoch
-        (TWELVE, SIX, 4, 8),  # at the end of the first epoch
+        pytest.param(TWELVE, SIX, 4, 8, marks=pytest.mark.slow),  # at the end of the first epoch
         (SIX, TWELVE, 10, 4),  # in the middle of the second epoch
         pytest.param(SIX, TWELVE, 8, 4, marks=pytest.mark.slow),
     ],
@@ -99,7 +99,7 @@ TWENTY, LIMIT, FOUR = "--data.batch_size=20", "--trainer.limit_train_batches=3",
         ([SIX], [TWENTY], 7, [(0, 1), (1, 0), (1, 1)], "20 samples now and was 6: with the learning rates"),
         ([SIX], [TWENTY], 8, [(1, 0), (1, 1)], "--data.batch_size 6 trains as before."),
         ([SIX], [SIX, LIMIT], 5, [(0, 2), (1, 0), (1, 1), (1, 2)], None),
-        ([SIX], [SIX, LIMIT], 8, [(1, 0), (1, 1), (1, 2)], None),
+        pytest.param([SIX], [SIX, LIMIT], 8, [(1, 0), (1, 1), (1, 2)], None, marks=pytest.mark.slow),
         ([TWELVE, LIMIT], [SIX, LIMIT], 2, [(0, 2), (1, 0), (1, 1), (1, 2)], "6 samples now and was 12: with"),
         # three of eight batches are done, and optimizer steps follow the fourth and the eighth; 6 is no multiple of 4
         ([SIX], [SIX, FOUR], 3, [(i // 8, i % 8) for i in range(3, 16)], "step is 24 samples now and was 6."),

@@ -332,8 +332,8 @@ def heeds_ctrl_c() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("hook", "step", "saved", "number"),
     [
-        ("on_train_batch_start", 4, 5, signal.SIGTERM),  # the current step is finished first
-        ("on_train_batch_start", 4, 5, signal.SIGINT),
+        pytest.param("on_train_batch_start", 4, 5, signal.SIGTERM, marks=pytest.mark.slow),
+        ("on_train_batch_start", 4, 5, signal.SIGINT),  # the current step is finished first
         # the last step of an epoch is not begun, since validation would follow
         ("on_train_batch_start", 7, 7, signal.SIGTERM),
         ("on_validation_batch_start", 8, 7, signal.SIGTERM),  # a validation that has begun is stopped

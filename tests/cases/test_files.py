@@ -123,7 +123,7 @@ WRITTEN = (
 )
 
 
-@pytest.mark.parametrize("target", ["mine", "new"])
+@pytest.mark.parametrize("target", [pytest.param("mine", marks=pytest.mark.slow), "new"])
 def test_case_32_no_write_follows_a_link(
     fitted_cli: CommandLine,
     outside: Path,
@@ -190,7 +190,7 @@ def test_case_32_links_of_the_user_are_followed(
     ("command", "name"),
     [
         ("fit", "config.yaml"),
-        ("fit", "hparams.yaml"),
+        pytest.param("fit", "hparams.yaml", marks=pytest.mark.slow),
         ("fit", "spectrum.parquet"),
         ("fit", "metrics.json"),
         ("fit", "checkpoints/last.ckpt"),

@@ -572,7 +572,7 @@ def parquet(file: Path, labels: list[Any], kind: Any) -> Path:
     return file.parent
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_case_22_rows_without_a_label_are_skipped(
     tmp_path: Path, named: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

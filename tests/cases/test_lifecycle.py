@@ -96,9 +96,9 @@ MORE_STOPS = [
     ("options", "stop", "saved"), [*STOPS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_STOPS)]
 )
 def test_case_01_a_run_that_stops_early_resumes_bit_for_bit(
-    cli: CommandLine, options: list[str], stop: list[str], saved: int
+    cli: CommandLine, finished_fit: Callable[..., None], options: list[str], stop: list[str], saved: int
 ) -> None:
-    assert cli("fit", *options) == 0
+    finished_fit(cli, *options)
     assert cli("fit", *options, *stop) == 0
     assert cli.checkpoint(1)["global_step"] == saved
     assert cli("fit", *options, "--ckpt_path=last") == 0
@@ -125,8 +125,10 @@ def test_case_01_the_schedule_of_a_resumed_run_ends_at_its_last_step(cli: Comman
     assert rates == pytest.approx(expected, rel=1e-5)
 
 
-def test_case_01_the_position_is_read_under_an_old_name_of_the_data_module(cli: CommandLine) -> None:
-    assert cli("fit") == 0
+def test_case_01_the_position_is_read_under_an_old_name_of_the_data_module(
+    cli: CommandLine, finished_fit: Callable[..., None]
+) -> None:
+    finished_fit(cli)
     assert cli("fit", *stop_at(3)) == 0
     checkpoint = cli.checkpoint(1)
     checkpoint["ImageData"] = checkpoint.pop("ImageClassificationData")
@@ -135,9 +137,11 @@ def test_case_01_the_position_is_read_under_an_old_name_of_the_data_module(cli: 
     assert_same_end_of_weights(cli, 0, 2)
 
 
-def test_case_01_a_mid_epoch_checkpoint_of_an_older_version_is_repaired(cli: CommandLine) -> None:
+def test_case_01_a_mid_epoch_checkpoint_of_an_older_version_is_repaired(
+    cli: CommandLine, finished_fit: Callable[..., None]
+) -> None:
     """The old checkpoint counts its epoch as finished, although the data are in mid-epoch. It has no digests."""
-    assert cli("fit", *CONSTANT) == 0
+    finished_fit(cli, *CONSTANT)
     assert cli("fit", *CONSTANT, "--trainer.max_steps=3") == 0
     checkpoint = cli.checkpoint(1)
     for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
@@ -253,7 +257,8 @@ def test_case_20_a_checkpoint_of_weights_alone_is_refused_by_fit(
     cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     callback = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true"]
-    assert cli("fit", *callback, f"--trainer.callbacks.dirpath={cli.root}", "--trainer.callbacks.filename=own") == 0
+    callback += [f"--trainer.callbacks.dirpath={cli.root}", "--trainer.callbacks.filename=own"]
+    assert cli("fit", *callback, "--trainer.max_epochs=1") == 0
     refused(capsys, cli("fit", f"--ckpt_path={cli.root / 'own.ckpt'}"), "weights alone", "--model.adapter_path")
     assert cli("validate", f"--ckpt_path={cli.root / 'own.ckpt'}") == 0
 
@@ -298,7 +303,7 @@ def test_case_11_changed_rows_are_refused_in_mid_epoch_and_warned_about_at_its_e
         assert "the training rows have changed since the checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("same_size", [True, False])
+@pytest.mark.parametrize("same_size", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_case_11_changed_texts_are_refused_in_mid_epoch(
     text_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, cola_path: Path, same_size: bool
 ) -> None:
@@ -352,7 +357,7 @@ def test_case_25_a_fit_without_a_validation_warns(cli: CommandLine, capsys: pyte
     log = capsys.readouterr().err
     assert "No validation has run, so there is no best.ckpt" in log
     assert "Training stopped in mid-epoch, after 3 steps" in log
-    assert cli("fit", "--trainer.max_epochs=1") == 0
+    assert cli("fit", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3") == 0
     assert "No validation" not in capsys.readouterr().err
 
 
@@ -361,9 +366,9 @@ def test_case_25_a_fit_without_a_validation_warns(cli: CommandLine, capsys: pyte
     [["--trainer.max_epochs=2"], ["--trainer.max_epochs=1"], ["--trainer.max_epochs=-1", "--trainer.max_steps=16"]],
 )
 def test_case_26_resuming_a_finished_run_changes_nothing(
-    cli: CommandLine, capsys: pytest.CaptureFixture[str], options: list[str]
+    cli: CommandLine, finished_fit: Callable[..., None], capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    assert cli("fit") == 0
+    finished_fit(cli)
     before = (cli.run() / "metrics.json").read_bytes()
     checkpoint = (cli.run() / "checkpoints" / "last.ckpt").read_bytes()
     capsys.readouterr()
@@ -533,7 +538,7 @@ def test_case_36_malformed_checkpoints_are_refused_in_one_message(
         assert (code, len(lines), "Traceback" in log) == (2, 1, False), (key, value, log)
 
 
-@pytest.mark.parametrize("state", [None, "some", 5, {"best_model_path": 3}])
+@pytest.mark.parametrize("state", [None, "some", pytest.param(5, marks=pytest.mark.slow), {"best_model_path": 3}])
 def test_case_36_malformed_states_of_callbacks_are_refused(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, state: Any
 ) -> None:

@@ -58,9 +58,9 @@ from modules.training.gradient_averaging import GradientAveraging
 from tests.app.conftest import (  # noqa: F401 - fixtures
     CommandLine,
     cli,
+    finished_fit,
     fitted_cli,
     fitted_text_cli,
-    one_epoch,
     summary_cli,
     text_cli,
     undrawn,

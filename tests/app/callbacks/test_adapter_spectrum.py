@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ((), {0, 8, 16}),
+        pytest.param((), {0, 8, 16}, marks=pytest.mark.slow),
         (("--spectrum.every_n_epochs=2",), {0, 16}),
-        (("--spectrum.every_n_epochs=null",), {0, 16}),
+        pytest.param(("--spectrum.every_n_epochs=null",), {0, 16}, marks=pytest.mark.slow),
         (("--spectrum.every_n_epochs=null", "--spectrum.every_n_steps=5"), {0, 5, 10, 15, 16}),
-        (("--spectrum.every_n_steps=6",), {0, 6, 8, 12, 16}),
+        pytest.param(("--spectrum.every_n_steps=6",), {0, 6, 8, 12, 16}, marks=pytest.mark.slow),
         (("--trainer.accumulate_grad_batches=2", "--spectrum.every_n_steps=3"), {0, 3, 4, 6, 8}),
     ],
 )
@@ -59,8 +59,8 @@ def test_a_frozen_factor_is_measured_once(cli: CommandLine, monkeypatch: pytest.
 
 @pytest.mark.drawn
 def test_measuring_does_not_change_the_fit(cli: CommandLine) -> None:
-    assert cli("fit", "--spectrum.every_n_steps=1") == 0
-    assert cli("fit", "--spectrum.every_n_epochs=null") == 0
+    assert cli("fit", "--trainer.max_epochs=1", "--spectrum.every_n_steps=4") == 0
+    assert cli("fit", "--trainer.max_epochs=1", "--spectrum.every_n_epochs=null") == 0
     one, other = (cli.checkpoint(i)["state_dict"] for i in (0, 1))
     assert all(torch.equal(one[k], other[k]) for k in one)
 
@@ -109,9 +109,13 @@ BOTH = ("--model.adapter.train=both", "--model.adapter.init_a=kaiming")
     ],
 )
 def test_numbers_of_scalars_and_histograms_are_limited(
-    cli: CommandLine, options: tuple[str, ...], factors: dict[str, int], roles: dict[str, int]
+    cli: CommandLine,
+    finished_fit: Callable[..., None],
+    options: tuple[str, ...],
+    factors: dict[str, int],
+    roles: dict[str, int],
 ) -> None:
-    assert cli("fit", "--trainer.max_epochs=1", *options) == 0
+    finished_fit(cli, "--trainer.max_epochs=1", *options)
     events = cli.events()
     tags = events.Tags()
     # TensorBoard would draw the zeros of step 0 as a block from -0.5 to 0.5
@@ -138,8 +142,10 @@ def test_all_roles_and_factors_together_stay_within_the_limit() -> None:
     assert "spectrum_layers/other.2/B/smallest" in adapter_spectrum._scalars(rows, of_layers=True)
 
 
-@pytest.mark.parametrize("file", [False, True])
-@pytest.mark.parametrize("detail", ["layers", "off"])
+@pytest.mark.parametrize(
+    ("detail", "file"),
+    [("layers", False), ("off", False), ("off", True), pytest.param("layers", True, marks=pytest.mark.slow)],
+)
 def test_detail_selects_what_is_logged(cli: CommandLine, detail: str, file: bool, tmp_path: Path) -> None:
     (tmp_path / "detail.yaml").write_text(f"spectrum: {{detail: {detail}}}")  # YAML parses a bare off as false
     option = ["--config", str(tmp_path / "detail.yaml")] if file else [f"--spectrum.detail={detail}"]
@@ -155,7 +161,7 @@ def test_detail_selects_what_is_logged(cli: CommandLine, detail: str, file: bool
 
 
 def test_a_frozen_factor_is_logged_once_as_text(cli: CommandLine) -> None:
-    assert cli("fit", "--model.adapter.targets=all") == 0
+    assert cli("fit", "--trainer.max_epochs=1", "--model.adapter.targets=all") == 0
     events = cli.events()
     (text,) = events.Tensors("spectrum/A/text_summary")
     lines = text.tensor_proto.string_val[0].decode().splitlines()

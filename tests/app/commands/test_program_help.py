@@ -139,15 +139,18 @@ def test_completion_of_commands_and_keys(capsys: pytest.CaptureFixture[str], tmp
     pytest.importorskip("shtab")
     script = tmp_path / "completion.bash"
     script.write_text(printed(capsys, "--print_shtab", "bash"))
-
-    def completed(*words: str) -> list[str]:
-        ask = (
-            f"source {script}; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_onesided; "
-            "echo ${COMPREPLY[@]}"
-        )
-        return subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split()
-
-    assert completed("onesided", "expo") == ["export"]
-    assert "--model.adapter.rank" in completed("onesided", "fit", "--model.adapter.ra")
-    assert "--data.path" in completed("onesided", "fit", "--data.p")
-    assert "--trainer.max_epochs" in completed("onesided", "fit", "--trainer.max_e")
+    assert script.stat().st_size < 5e6  # each new shell reads the script
+    ask = "COMP_WORDS=({}); COMP_CWORD={}; _shtab_onesided; echo ${{COMPREPLY[@]}}"
+    lines = [
+        ("onesided", "expo"),
+        ("onesided", "fit", "--model.adapter.ra"),
+        ("onesided", "fit", "--data.p"),
+        ("onesided", "fit", "--trainer.max_e"),
+    ]
+    asked = "\n".join([f"source {script}", *(ask.format(shlex.join(words), len(words) - 1) for words in lines)])
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
+    commands, rank, path, epochs = (line.split() for line in done.stdout.splitlines())
+    assert commands == ["export"]
+    assert "--model.adapter.rank" in rank
+    assert "--data.path" in path
+    assert "--trainer.max_epochs" in epochs

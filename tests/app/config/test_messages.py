@@ -43,7 +43,7 @@ def message() -> Callable[..., str]:
         parser.add_class_arguments(Whole, "whole")
         with pytest.raises(ArgumentError) as raised:
             parser.parse_args(words)
-        return parser_message(raised.value, list(parser.get_defaults().keys()))
+        return parser_message(raised.value, lambda: list(parser.get_defaults().keys()))
 
     return parse
 
