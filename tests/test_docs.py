@@ -245,7 +245,7 @@ def fit_words(words: list[str]) -> list[str]:
 
 
 def groups() -> dict[tuple[str, ...], list[str]]:
-    """Return the options of all commands that fit or evaluate, grouped by command and files to save parses."""
+    """Return the options of all commands that fit or evaluate. Commands with the same recipes are parsed together."""
     collected: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for _, words in of_program():
         if words[0] not in (*FITS, "theory"):

@@ -80,10 +80,10 @@ class MemoryEstimate:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Track the bytes of all live tensors, real or fake, and keep the parts at the peak.
+    """Track the bytes of all live tensors, real or fake, by part. Keep the bytes of each part at the peak of the sum.
 
     Args:
-        kind: Returns the part to which a new tensor belongs.
+        kind: Function that returns the part of a new tensor: a field of `MemoryEstimate`, such as `logits`.
     """
 
     def __init__(self, kind: Callable[[Tensor], str]) -> None:
@@ -142,7 +142,7 @@ def training_memory(
         adapter: The adapters.
         batch_size: Sequences of a batch on a process, without accumulation.
         tokens: Length of a sequence, padding included.
-        response_tokens: Learnt positions of a sequence; the output layer is applied to no others. None means all.
+        response_tokens: Number of positions of a sequence in the loss. The output layer skips the others. None: all.
         backbone_dtype: Dtype of the frozen weights; the factors are float32.
         precision: Lightning's precision.
         gradient_checkpointing: Whether activations within a layer are computed again in backward.
@@ -416,7 +416,7 @@ def _decoder_loss(model: PreTrainedModel, batch_size: int, tokens: int, position
 
 
 def _sharded(model: nn.Module, processes: int) -> dict[str, int]:
-    """Return the bytes of a process's share of the frozen weights of every block, and of the gathered weights."""
+    """Return a process's bytes: frozen weights with its share of each block, buffers included, and gathered weights."""
     factors = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
 
     def size(module: nn.Module, shares: int = 1) -> int:

@@ -54,7 +54,10 @@ def is_locked(path: Path) -> bool:
 
 
 def place_of(output: Path) -> str:
-    """Return the ID of an output directory, created if missing. Machines that read the same ID share the directory."""
+    """Return the ID of an output directory, and create the ID if it is missing.
+
+    Machines that read the same ID share the directory.
+    """
     path = output / PLACE
     with suppress(FileNotFoundError):
         return path.read_text(encoding="utf-8").strip()

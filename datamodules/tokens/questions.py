@@ -74,7 +74,7 @@ class SharedPrompts:
 def shared_prompts(prompts: Sequence[str], tokenizer: Any) -> SharedPrompts:
     """Tokenise whole prompts, and split them after their longest common prefix. Each prompt keeps at least one token.
 
-    At most 256 whole prompts are in memory at a time.
+    The tokens of at most 256 whole prompts are in memory at a time.
     """
     first: Tokens | None = None
     common, tails = [], []  # Number of tokens shared with the first prompt, and the other tokens.
@@ -98,7 +98,7 @@ class QuestionDataset(TokenDataset):
     Args:
         subjects: Names of the subjects, in the order of the questions.
         prompts: Prompts of each subject.
-        rows: For each subject, the row in the table of each prompt.
+        rows: For each subject, the table rows of its prompts.
         answers: Index of the right choice by row, -1 if unknown.
         choices: Tokens of the letters, (n_choices,) int64.
     """

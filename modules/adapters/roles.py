@@ -23,7 +23,7 @@ from .patterns import matches
 ATTENTION = ("query", "key", "value", "output")
 ROLES = (*ATTENTION, "mlp_in", "mlp_gate", "mlp_out")
 
-# Each row: the end of a layer's name, and the roles of the equal parts of its output in the order of the rows.
+# Each entry: the end of a layer's name, and the roles of the equal parts of its output, in the order of weight rows.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # timm ViT, such as blocks.0.attn.qkv. `attn.` excludes the `proj` of the patch embedding.
     (r"attn\.qkv", ("query", "key", "value")),

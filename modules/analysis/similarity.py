@@ -35,7 +35,8 @@ def orthonormal_basis(tall: Tensor) -> Tensor:
         tall: B (d_out, r), or Aᵀ (d_in, r) for the row space of A; any floating dtype.
 
     Returns:
-        (d, rank) float64, with the numerical rank in float32, the dtype of training. A zero factor has rank 0.
+        (d, rank) float64. Directions below the rounding error of float32, the dtype of training, are left out. A zero
+        factor has rank 0.
     """
     u, s, _ = torch.linalg.svd(tall.double(), full_matrices=False)
     return u[:, s > s[0] * max(tall.shape) * torch.finfo(torch.float32).eps]

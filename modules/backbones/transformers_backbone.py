@@ -217,7 +217,7 @@ def config_value(config: PreTrainedConfig, key: str, default: Any = None) -> Any
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Return the maximum number of tokens that a model has positions for; None if its positions are relative."""
+    """Return the maximum number of tokens that a model has positions for; None without a limit, as in T5."""
     limit: int | None = config_value(model.config.get_text_config(), "max_position_embeddings")
     if not config_value(model.config, "position_biased_input", True):  # DeBERTa-v3's positions are relative.
         limit = None

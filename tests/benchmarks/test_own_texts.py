@@ -1,4 +1,4 @@
-"""Benchmark of own texts: the made data sets, the command line of ours, and the summary of both arms."""
+"""Benchmark of own texts: generated data sets, command line of the arm `ours`, and summary of both arms."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Family:
         outputs: Outputs of a model for a batch.
         reference: Loss and outputs of the library's model with the adapters merged into its weights.
         heads: Names of the fully trained linear layers in the task.
-        without_gradient: Ends of names of parameters without a gradient in full tuning.
+        without_gradient: Suffixes of the names of parameters that get no gradient in full tuning.
         tied: Number of names that share the tensor of the embeddings, or 0.
         tolerance: Largest allowed difference of outputs. Sums over a vocabulary have larger rounding errors.
     """

@@ -132,7 +132,10 @@ def test_a_rank_of_at_least_that_of_the_inputs_removes_everything() -> None:
 
 
 def linear_network(tokens: int) -> tuple[Moments, Tensor, Tensor, Tensor]:
-    """Return the moments of y = 0·x under the squared error to Δ·x, added in two batches with padding."""
+    """Return moments, Δ, x and the gradient of a zero weight W, for y = W·x and the squared error to Δ·x.
+
+    The moments are added in two batches with padding.
+    """
     delta, sigma, _, _ = problem()
     x = draw(tokens, D_IN, seed=5) @ torch.linalg.cholesky(sigma).T
     weight = torch.zeros(D_OUT, D_IN, dtype=torch.float64, requires_grad=True)

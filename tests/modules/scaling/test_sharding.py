@@ -67,7 +67,7 @@ class Sequences(ResumableDataModule):
 
     def _choices(self, rows: list[tuple[int, Tensor]]) -> dict[str, Any]:
         batch = self._batch(rows)
-        subject = rows[0][0] // 4  # the ranks may have different numbers of batches with one prefix
+        subject = rows[0][0] // 4  # ranks may have different numbers of batches for the same prefix
         return {
             "prefix": torch.arange(10, 14 + subject),
             "input_ids": batch["input_ids"],
