@@ -90,7 +90,7 @@ def quiet_libraries() -> None:
     if loaded := sys.modules.get("datasets"):
         loaded.disable_progress_bars()
     for message in (
-        r".*does not have many workers.*",  # images in memory need no workers
+        r".*does not have many workers.*",  # the number of workers is the recipe's choice
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*Checkpoint directory .* exists and is not empty.*",  # expected in a resumed run
         r".*sync_dist=True.*",  # torchmetrics gathers the values of all ranks itself

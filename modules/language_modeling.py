@@ -141,7 +141,7 @@ class LanguageModel(AdaptedModule):
             if self.take_from_data("prompt_template", template) != template:
                 raise ModelError(
                     "data.template: the checkpoint was trained with another prompt template. Set data.template as in "
-                    "the checkpoint's run. With `chat`, use the same tokenizer too."
+                    "the checkpoint's run. With data.template chat, use the same tokenizer too."
                 )
             self.take_from_data("response_end", data.response_end)
             self.configure_generation()

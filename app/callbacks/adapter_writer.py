@@ -44,4 +44,4 @@ class AdapterWriter(L.Callback):
             with atomic_directory(folder, overwrite=True) as temporary:
                 write_peft(pl_module, torch.float32, temporary, state)
         except (ArgumentError, AdapterError, CheckpointError, OSError, RuntimeError, KeyError) as error:
-            _log.warning(f"{folder} could not be written: {error} The checkpoints are complete.")
+            _log.warning(f"The checkpoints are complete, but {folder} could not be written: {error}")

@@ -281,7 +281,7 @@ def _make_fake(module: nn.Module) -> None:
 
     On the CPU, the kernels of attention keep the same tensors as on a GPU. On the meta device, the kernels would not.
     """
-    fakes: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, whose id is unique while it lives
+    fakes: dict[int, tuple[Tensor, Tensor]] = {}  # the original stays alive, so its id stays unique
     for owner in module.modules():
         for name, old in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
             if id(old) not in fakes:
@@ -416,7 +416,11 @@ def _decoder_loss(model: PreTrainedModel, batch_size: int, tokens: int, position
 
 
 def _sharded(model: nn.Module, processes: int) -> dict[str, int]:
-    """Return a process's bytes: frozen weights with its share of each block, buffers included, and gathered weights."""
+    """Return the bytes of one process that depend on sharding.
+
+    `weights` are the frozen weights outside of blocks, a share of each block, and all buffers. `gathered` is
+    at most two whole blocks.
+    """
     factors = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
 
     def size(module: nn.Module, shares: int = 1) -> int:

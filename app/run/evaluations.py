@@ -41,7 +41,10 @@ class Evaluation:
 
 
 def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]:
-    """Return the finite metrics of a split. Names that this program would not write are left out."""
+    """Return the finite metrics of a split.
+
+    A name is left out if it has more than 100 characters after the split, or others than letters, digits and `_/.@-`.
+    """
     return {
         key: value
         for key, value in metrics.items()

@@ -185,7 +185,7 @@ def open_table(
 
 
 def _from_folder(folder: Path, splits: Sequence[str], config: str | None, reading: Reading) -> Table | None:
-    """Open the files of a folder whose names, or whose folders' names, are spellings of a split."""
+    """Open the files of a folder that spell a split in their own name or in the name of their folder."""
     files = tables_below(folder)
     spelt = [(name, file) for file in files if (name := _split_name(file, folder, splits))]
     if spelt:

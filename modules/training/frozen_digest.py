@@ -16,7 +16,7 @@ CHUNK = 1 << 26  # Bytes per copy from an accelerator, to limit the memory on th
 
 
 class FrozenDigest:
-    """Digest of the names, dtypes, shapes and all bits of a model's frozen parameters and buffers.
+    """Digest of the names, dtypes, shapes and all bits of a model's frozen parameters and persistent buffers.
 
     XXH3 (128 bits) is as fast as memory and detects accidental changes. XXH3 does not protect against a deliberate
     collision. Factors and trained parameters are excluded.

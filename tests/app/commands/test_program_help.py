@@ -90,7 +90,8 @@ def test_help_of_fit_with_a_recipe_has_the_keys_of_the_recipe(capsys: pytest.Cap
     ],
 )
 def test_unknown_keys_get_suggestions(capsys: pytest.CaptureFixture[str], key: str, expected: str) -> None:
-    suggested = expected.removeprefix("model.") if key.startswith("model.") else expected  # a key of the class itself
+    # the message about a class names the keys of the class, without `model.`
+    suggested = expected.removeprefix("model.") if key.startswith("model.") else expected
     refused(
         capsys,
         main(["fit", *RECIPE, f"--{key}=3"]),
