@@ -57,7 +57,7 @@ class LanguageModel(AdaptedModule):
         backbone: str = "meta-llama/Llama-2-7b-hf",
         *,
         gradient_checkpointing: bool = False,
-        generation: Decoding = Decoding(),  # noqa: B008 - frozen, as is the adapter, and the CLI reads both from here
+        generation: Decoding = Decoding(),  # noqa: B008 - immutable, as is AdapterConfig; the CLI reads both defaults
         prompt_template: str | None = None,
         response_end: int | None = None,
         backbone_dtype: BackboneDtype = "bfloat16",
@@ -95,7 +95,7 @@ class LanguageModel(AdaptedModule):
                 f"model.backbone: the tokenizer of {backbone} has no end-of-text token, so a response would never end. "
                 "Set eos_token in tokenizer_config.json."
             )
-        if self.tokenizer.pad_token_id is None:  # Any token will do, since loss and attention mask the padding.
+        if self.tokenizer.pad_token_id is None:  # Any token will do, since loss and attention ignore the padding.
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.position_limit = position_limit(built.model)
         self.generation = generation if isinstance(generation, Decoding) else Decoding(**generation)

@@ -43,7 +43,7 @@ class Evaluation:
 def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]:
     """Return the finite metrics of a split.
 
-    A name is left out if it has more than 100 characters after the split, or others than letters, digits and `_/.@-`.
+    After the split, a name has at most 100 characters: letters, digits and `_/.@-`. Other names are left out.
     """
     return {
         key: value

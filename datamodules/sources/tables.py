@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
     import datasets
 
 ROWS = ("data", "rows", "examples", "records")  # Keys of a JSON object that holds a list of rows.
-OVERFLOW = "__index_level_0__"  # Column of pandas for the first cell if rows are longer than the header.
+OVERFLOW = "__index_level_0__"  # Column that pandas makes of the first cells if rows are longer than the header.
 
 
 @dataclass(frozen=True)
@@ -381,7 +381,7 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         raise DataError(f"data.{key}: {empty[0]} is an empty file. Remove or replace the file.")
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # The errors of `datasets` have the text of its log.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # The exceptions of `datasets` repeat its log messages.
     notes: list[str] = []
     try:
         if kind in GZIPPABLE:

@@ -398,7 +398,7 @@ def test_layerdrop_is_refused(key: str) -> None:
 
 
 def test_ranks_that_announce_different_passes_join_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that announces pass 1 while another rank announces pass 0 joins pass 0, then announces pass 1 again."""
+    """This rank announces pass 1, but its peer announces pass 0. This rank joins pass 0, and announces pass 1 again."""
     shards = FrozenShards.__new__(FrozenShards)
     shards._passes, shards._device = [[], []], torch.device("cpu")
     of_other_rank = iter([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
