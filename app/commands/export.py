@@ -20,9 +20,11 @@ from app.export.compact import write_compact
 from app.export.hub import OPTION, check_repository, push_to_hub
 from app.export.load_run import find_checkpoint, load_module
 from app.export.loader_code import Loader
+from app.export.low_rank import check_options, truncate_adapters
 from app.export.merged import write_merged
 from app.export.model_card import write_card
 from app.export.peft import export_peft
+from app.export.validation import load_data, validation_scores
 from app.run.checkpoint_io import run_of_checkpoint
 from datamodules.atomic import WriteError, atomic_directory
 from modules.base import AdaptedModule
@@ -55,6 +57,23 @@ def add_arguments(parser: ArgumentParser) -> None:
         "done in float32. Rounding to bfloat16 can lose a part of a small update; a warning gives the share.",
     )
     parser.add_argument(
+        "--rank",
+        metavar="r",
+        type=int | None,
+        help="Truncate each update s·B·A to this rank first. The loss in the update's norm is printed.",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="SHARE",
+        type=float | None,
+        help="Truncate each update to the smallest rank that keeps this share of its squared norm, such as 0.99.",
+    )
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="With --rank or --keep: print the metrics of the validation split before and after the truncation.",
+    )
+    parser.add_argument(
         "--model.backbone", metavar="NAME", type=str | None, help="New path of the backbone, if it has moved."
     )
     parser.add_argument(
@@ -72,24 +91,30 @@ def run(arguments: Namespace) -> None:
     """Export a run.
 
     Raises:
-        ArgumentError: If the output is not empty or cannot be written, the model has no such format, or the upload
-            fails. The directory stays after a failed upload.
+        ArgumentError: If an option has a wrong value, the output is not empty or cannot be written, the model has no
+            such format, or the upload fails. The directory stays after a failed upload.
         CheckpointError: If the checkpoint is missing or damaged.
         ModelError: If the backbone is missing, or differs from the backbone of the training.
     """
     output = Path(arguments.output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ArgumentError(None, f"--output: {output} exists already. Give a new or an empty directory.")
+    check_options(arguments.rank, arguments.keep)
+    truncates = arguments.rank is not None or arguments.keep is not None
+    if arguments.validate and not truncates:
+        raise ArgumentError(None, "--validate: needs --rank or --keep. To score a run, use the command validate.")
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
     changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
     checkpoint = find_checkpoint(arguments.run)
     module = load_module(checkpoint, changes)
+    notes = _truncate(module, checkpoint, arguments) if truncates else {}
     default_dtype = module.backbone_dtype if arguments.format == "merged" else torch.float32
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype
     rounding = merge_rounding(module.backbone, dtype) if arguments.format == "merged" else None
     dtype_name = str(dtype).removeprefix("torch.")
-    notes = {f"Update, rounded to {dtype_name}": _rounding_text(rounding)} if rounding else {}
+    if rounding:
+        notes[f"Update, rounded to {dtype_name}"] = _rounding_text(rounding)
     compact = partial(write_compact, run=run_of_checkpoint(checkpoint))
     writers: dict[str, Writer] = {"peft": export_peft, "merged": write_merged, "compact": compact}
     try:
@@ -111,6 +136,19 @@ def run(arguments: Namespace) -> None:
     if arguments.push_to_hub is not None:
         print(escape_controls(f"Uploaded to {push_to_hub(output, arguments.push_to_hub)}"))
     print(escape_controls(f"Exported: {output}"), flush=True)
+
+
+def _truncate(module: AdaptedModule, checkpoint: Path, arguments: Namespace) -> dict[str, str]:
+    """Truncate the adapters, print the loss, and return the rows of the model card."""
+    data = load_data(checkpoint) if arguments.validate else None
+    before = validation_scores(module, data) if data else {}
+    text = str(truncate_adapters(module, arguments.rank, arguments.keep or 1.0))
+    print(escape_controls(f"Truncated {text}."))
+    after = validation_scores(module, data) if data else {}
+    scores = {name: f"{value:.4g} before the truncation, {after[name]:.4g} after" for name, value in before.items()}
+    for name, score in scores.items():
+        print(f"{name}: {score}")
+    return {"Truncated": text, **scores}
 
 
 def _rounding_text(rounding: Rounding) -> str:

@@ -1,0 +1,190 @@
+"""Truncate the adapters of a module to smaller ranks, and replace adapters by other updates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+from jsonargparse import ArgumentError
+from torch import Tensor
+
+from modules.adapters import (
+    AdapterConfig,
+    Projection,
+    adapted_projections,
+    attach,
+    detach,
+    load_adapter_state,
+)
+from modules.adapters.patterns import exact_patterns
+from modules.analysis.combination import Decomposition, Side, Update, decompose, relative_loss
+from modules.base import AdaptedModule
+
+Number = TypeVar("Number", int, float)
+
+
+class Loss(NamedTuple):
+    """Relative error of truncated updates in the Frobenius norm.
+
+    Args:
+        total: Error of all updates together.
+        worst: Largest error of one projection's update.
+        projection: Name of the projection with the largest error.
+    """
+
+    total: float
+    worst: float
+    projection: str
+
+    def __str__(self) -> str:
+        """Return a clause for messages and the model card."""
+        total, worst = (f"{100 * loss:.3g} %" for loss in (self.total, self.worst))
+        return f"the update is off by {total} of its norm, most in {self.projection} with {worst}"
+
+
+class Truncation(NamedTuple):
+    """Result of a truncation.
+
+    Args:
+        ranks: Ranks before and after, by the name of the projection.
+        loss: Error of the truncated updates.
+    """
+
+    ranks: dict[str, tuple[int, int]]
+    loss: Loss
+
+    def __str__(self) -> str:
+        """Return a clause for messages and the model card."""
+        before, after = (sorted({pair[i] for pair in self.ranks.values()}) for i in (0, 1))
+        return f"from rank {_range(before)} to {_range(after)}; {self.loss}"
+
+
+def check_options(rank: int | None, keep: float | None) -> None:
+    """Check the options of a truncation.
+
+    Raises:
+        ArgumentError: If a value is out of range, or both values are given.
+    """
+    if rank is not None and keep is not None:
+        raise ArgumentError(None, "--rank and --keep: both choose the ranks. Give one of them.")
+    if rank is not None and rank < 1:
+        raise ArgumentError(None, f"--rank: {rank} is too small. Use 1 or more.")
+    if keep is not None and not 0 < keep <= 1:
+        raise ArgumentError(
+            None, f"--keep: {keep} must lie in (0, 1]. It is the share of the update's squared norm, such as 0.99."
+        )
+
+
+def truncate_adapters(module: AdaptedModule, rank: int | None, keep: float = 1.0) -> Truncation:
+    """Replace each update s·B·A of a module by its best approximation of a smaller rank.
+
+    The new updates have the scale 1. The factor that was frozen in training gets orthonormal vectors.
+
+    Args:
+        module: A module with adapters; the module is changed.
+        rank: The largest rank. A projection with a smaller rank keeps its rank.
+        keep: If `rank` is None, every projection gets the smallest rank that keeps this share of its squared Frobenius
+            norm.
+
+    Raises:
+        ArgumentError: If the module has no adapters, or `rank` exceeds every rank.
+    """
+    option = "--keep" if rank is None else "--rank"
+    if module.tuning != "adapter":
+        raise ArgumentError(
+            None, f"{option}: this run has tuning: {module.tuning}, so it has no adapters. Export without {option}."
+        )
+    updates = {
+        name: Update(factors.A.detach().cpu(), factors.B.detach().cpu(), factors.scale)
+        for name, (_, factors) in adapted_projections(module.backbone).items()
+    }
+    ranks = {name: update.a.shape[0] for name, update in updates.items()}
+    if rank is not None and rank > max(ranks.values()):
+        raise ArgumentError(
+            None, f"--rank: {rank} is larger than the run's adapter rank ({max(ranks.values())}). Use a smaller rank."
+        )
+    truncated, loss = truncated_sums(
+        {name: [update] for name, update in updates.items()},
+        [1.0],
+        lambda parts: parts.rank_to_keep(keep) if rank is None else min(rank, len(parts.sigma)),
+        orthonormal="B" if module.adapter.train == "A" else "A",
+    )
+    replace_adapters(module, truncated)
+    return Truncation({name: (ranks[name], update.a.shape[0]) for name, update in truncated.items()}, loss)
+
+
+def truncated_sums(
+    updates: Mapping[str, Sequence[Update]],
+    weights: Sequence[float],
+    choose_rank: Callable[[Decomposition], int],
+    orthonormal: Side,
+) -> tuple[dict[str, Update], Loss]:
+    """Return the best approximation of each projection's weighted sum of updates, and the loss.
+
+    Args:
+        updates: Updates to add, by the name of the projection.
+        weights: Weight of each update.
+        choose_rank: Function that returns the rank for a decomposed sum.
+        orthonormal: The factor that gets orthonormal vectors.
+    """
+    truncated: dict[str, Update] = {}
+    squares: dict[str, tuple[float, float]] = {}  # squared norms of the lost part and of the sum
+    for name, parts in updates.items():
+        whole = decompose(parts, weights)
+        rank = choose_rank(whole)
+        truncated[name] = whole.truncate(rank, orthonormal)
+        squares[name] = whole.lost_square(rank), whole.square
+    losses = {name: relative_loss(*pair) for name, pair in squares.items()}
+    worst = max(losses, key=lambda name: losses[name])
+    total = relative_loss(*(sum(values) for values in zip(*squares.values(), strict=True)))
+    return truncated, Loss(total, losses[worst], worst)
+
+
+def replace_adapters(module: AdaptedModule, updates: Mapping[str, Update]) -> None:
+    """Replace the adapters of a module by adapters of the same projections, of any ranks and scales."""
+    heads = [head.removeprefix("backbone.") for head in module.head_names if head.startswith("backbone.")]
+    detach(module.backbone)
+    module.adapter = given_config(module.adapter, updates)
+    module.projections = attach(module.backbone, module.adapter, exclude=heads)
+    load_adapter_state(module.backbone, factor_state(module.projections, updates))
+
+
+def given_config(base: AdapterConfig, updates: Mapping[str, Update]) -> AdapterConfig:
+    """Return a configuration for given factors, with the rank and the scale of each update.
+
+    Args:
+        base: Configuration with the targets of the result.
+        updates: Updates by the name of the projection.
+    """
+    ranks = {name: update.a.shape[0] for name, update in updates.items()}
+    alphas = {name: float(f"{update.scale * ranks[name]:.15g}") for name, update in updates.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return replace(
+        base,
+        init_a="given",
+        init_b="given",
+        scaling="standard",
+        rank=rank,
+        alpha=alpha,
+        rank_pattern=exact_patterns(ranks, rank),
+        alpha_pattern=exact_patterns(alphas, alpha),
+    )
+
+
+def factor_state(projections: Sequence[Projection], updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    """Return the factors of updates by the names of `adapter_state`."""
+    return {
+        f"{p.layer}.adapters.{p.role}.{side}": updates[p.name].factor(side)  # type: ignore[arg-type]
+        for p in projections
+        for side in "AB"
+    }
+
+
+def _commonest(values: Iterable[Number]) -> Number:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _range(ranks: list[int]) -> str:
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
