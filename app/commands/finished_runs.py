@@ -249,7 +249,7 @@ def _from_peft_folder(folder: Path) -> FinishedRun:
     try:
         content, tensors = read_peft_files(folder)
         tensors = {key: tensor for key, tensor in tensors.items() if PEFT_NAME.fullmatch(key)}
-        loaded = from_peft(_skeleton(folder, tensors), content, tensors, adapter)
+        loaded = from_peft(peft_skeleton(folder, tensors), content, tensors, adapter)
     except AdapterError as error:
         raise CheckpointError(f"RUN: {str(error).removeprefix(f'{KEY}: ')}") from error
     state = {f"backbone.{key}": tensor for key, tensor in loaded.factors.items()}
@@ -315,7 +315,7 @@ def _is_fused(layer: str, role: str) -> bool:
     return len(roles) > 1 and role in roles
 
 
-def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+def peft_skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a model without weights that has only the adapted layers, with their names and shapes."""
     root = nn.Module()
     for layer in dict.fromkeys(match[1] for name in tensors if (match := PEFT_NAME.fullmatch(name))):
@@ -362,12 +362,13 @@ def _labels(runs: Sequence[FinishedRun]) -> list[str]:
     ]
     repeated = Counter(labels)
     return [
-        label if repeated[label] == 1 else f"{label}, {_short_path(run)}"
+        label if repeated[label] == 1 else f"{label}, {short_path(run)}"
         for label, run in zip(labels, runs, strict=True)
     ]
 
 
-def _short_path(run: FinishedRun) -> str:
+def short_path(run: FinishedRun) -> str:
+    """Return the last two parts of a run's path."""
     return "/".join((run.directory or run.source).absolute().parts[-2:])
 
 
@@ -516,7 +517,7 @@ def runs_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
 def shown_runs(runs: Sequence[FinishedRun], table: pd.DataFrame) -> pd.DataFrame:
     """Return a table of runs for a page, with the shortened path as last column and without empty columns."""
     shown = table.drop(columns=["path", "step"]).replace("", None).dropna(axis="columns", how="all")
-    return shown.assign(path=[_short_path(run) for run in runs])
+    return shown.assign(path=[short_path(run) for run in runs])
 
 
 def block_names(names: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,46 @@ def write_card(
     front = _front_matter(module, model, data, form, library, dataset, metrics)
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(body) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_combination_card(
+    folder: Path, module: AdaptedModule | None, facts: Mapping[str, str], sources: Sequence[Sequence[str]], load: str
+) -> None:
+    """Write README.md of a combined adapter.
+
+    Args:
+        folder: Directory of the adapter.
+        module: The model with the combined adapters; None if the model is unknown.
+        facts: Rows of the card's table.
+        sources: Name, weight, digest of A and digest of B of each combined adapter.
+        load: Code or command that loads the adapter.
+    """
+    from huggingface_hub import ModelCardData
+
+    known: dict[str, Any] = {}
+    base = None
+    if module is not None:
+        library = "timm" if is_timm(module) else "transformers"
+        base = _hub_name(module.hparams, library)
+        known = {"Base model": short_name(module.hparams["backbone"])}
+    rows = ["| Adapter | Weight | Digest of A | Digest of B |", "|---|---|---|---|"]
+    rows += [f"| {' | '.join(map(_quoted, source))} |" for source in sources]
+    body = [
+        f"# {len(sources)} combined adapters",
+        "Combined with Onesided, after [Asymmetry in Low-Rank Adapters](https://arxiv.org/abs/2402.16842).",
+        _table(("", ""), {**known, **facts, "License": "as the base model"}),
+        "## Sources",
+        "\n".join(rows),
+        "A digest is the start of a sha256 of one factor of all projections. Adapters over one frozen factor have one "
+        "digest in common.",
+        "## Load it",
+        _block("python" if load.startswith("import ") else "bash", load),
+    ]
+    card = ModelCardData(
+        base_model=base, base_model_relation="adapter" if base else None, library_name="peft", tags=["onesided"]
+    )
+    front = yaml.safe_dump(card.to_dict(), sort_keys=False)  # type: ignore[no-untyped-call]
+    (folder / "README.md").write_text(f"---\n{front}---\n\n" + "\n\n".join(body) + "\n", encoding="utf-8")
 
 
 def _front_matter(

@@ -76,6 +76,14 @@ def export_peft(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Load
         AdapterError: If PEFT would mistake another module for a head.
     """
     loader = write_peft(module, dtype, folder)
+    complete_peft(module, folder)
+    if module.class_names:
+        write_labels(folder, module.class_names)
+    return loader
+
+
+def complete_peft(module: AdaptedModule, folder: Path) -> None:
+    """Prepare a PEFT directory for other machines: remove local folders from the backbone's name, add the tokenizer."""
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     own_weights = module.hparams["weights"] == "pretrained"
     content["base_model_name_or_path"] = short_name(absolute_name(module.hparams["backbone"])) if own_weights else None
@@ -84,9 +92,11 @@ def export_peft(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Load
         tokenizer: Any = module.tokenizer
         complete_tokenizer(module, tokenizer)
         tokenizer.save_pretrained(folder)
-    if module.class_names:
-        (folder / LABELS).write_text(json.dumps(module.class_names, ensure_ascii=False) + "\n", encoding="utf-8")
-    return loader
+
+
+def write_labels(folder: Path, class_names: list[str]) -> None:
+    """Write the class names to labels.json."""
+    (folder / LABELS).write_text(json.dumps(class_names, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def peft_content(module: AdaptedModule, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
