@@ -74,7 +74,7 @@ def test_runs_are_combined_exactly_and_peft_loads_the_result(
         for projection, update in dense(loaded).items():
             total = sum(w * u[projection] for w, u in zip(weights, updates, strict=True))
             assert float((update - total).norm() / total.norm()) < 1e-7
-        assert cli("test", "--model.adapter_path", str(output), "--trainer.logger=false") == 0
+        assert cli("validate", "--model.adapter_path", str(output), "--trainer.logger=false") == 0
 
 
 def test_a_run_and_an_export_are_combined_like_two_runs(fitted_cli: CommandLine, tmp_path: Path) -> None:
