@@ -77,8 +77,7 @@ def export_peft(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Load
     """
     loader = write_peft(module, dtype, folder)
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    own_weights = module.hparams["weights"] == "pretrained"
-    content["base_model_name_or_path"] = short_name(absolute_name(module.hparams["backbone"])) if own_weights else None
+    content["base_model_name_or_path"] = shared_base_name(module)
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if isinstance(module, TextModel):
         tokenizer: Any = module.tokenizer
@@ -87,6 +86,12 @@ def export_peft(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Load
     if module.class_names:
         (folder / LABELS).write_text(json.dumps(module.class_names, ensure_ascii=False) + "\n", encoding="utf-8")
     return loader
+
+
+def shared_base_name(module: AdaptedModule) -> str | None:
+    """Return the backbone's name without local folders; None for weights from a file and for random weights."""
+    own_weights = module.hparams["weights"] == "pretrained"
+    return short_name(absolute_name(module.hparams["backbone"])) if own_weights else None
 
 
 def peft_content(module: AdaptedModule, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

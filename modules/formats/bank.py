@@ -449,7 +449,7 @@ class Bank:
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of PEFT's adapter_model.safetensors of an adapter."""
         adapter = self.read(name)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer, slots in groupby(self.shared.slots, key=lambda slot: slot.projection.layer):
             parts = list(slots)
             a, b = stack_parts(
@@ -499,7 +499,7 @@ class Bank:
                     f"the bank, and {factors.B.shape[0]} × {layer.in_features} in the model. Use the backbone of the "
                     "bank."
                 )
-        state = {}
+        state: dict[str, Tensor] = {}
         for name, (_, factors) in projections.items():
             prefix = f"{factors.projection.layer}.adapters.{factors.projection.role}"
             state |= {f"{prefix}.A": self.frozen[name], f"{prefix}.B": torch.zeros_like(factors.B)}
