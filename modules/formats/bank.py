@@ -171,7 +171,7 @@ def member_of(
         digest = factor_digest(a)
         redraws = config.init_a == "signs" and digest == factor_digest(_redraw(config.seed, name, *a.shape))
         seed = config.seed if redraws else None
-        slots.append(Slot(factors.projection, *a.shape, layer.out_features, digest, seed))
+        slots.append(Slot(factors.projection, a.shape[0], a.shape[1], layer.out_features, digest, seed))
     bs = {name: _copied(factors.B) for name, (_, factors) in adapted_projections(model).items()}
     names = {head: tuple(names) for head, names in head_names.items()}
     shared = Shared(tuple(slots), names, frozen_fingerprint(model))
@@ -298,7 +298,7 @@ def _config_keys(config: AdapterConfig, slots: Sequence[Slot]) -> dict[str, Any]
 
 
 def _row_digest(row: Tensor) -> str:
-    return hashlib.sha256(row.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(row.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -355,7 +355,7 @@ class Bank:
         """
         path = Path(path)
         try:
-            opened = safe_open(path, framework="pt")
+            opened: Any = safe_open(path, framework="pt")
             shared, entries, expected = _parse(path, (opened.metadata() or {}).get("bank", ""))
             stored = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
