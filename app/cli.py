@@ -21,6 +21,7 @@ from app.callbacks import (
     AdapterCheckpoint,
     AdapterSpectrum,
     AdapterWriter,
+    BankBatches,
     ClassScores,
     ConfusionPicture,
     DataReport,
@@ -32,6 +33,7 @@ from app.callbacks import (
     RunSummary,
     SaveRunConfig,
     Termination,
+    class_names_of,
     usable_callbacks,
 )
 from app.callbacks.lookup import find_callback
@@ -110,6 +112,7 @@ from app.run.run_directory import (
 )
 from datamodules.contract import HasKind, HasKinds, HasTestSplit
 from modules.base import AdaptedModule
+from modules.formats.bank import Bank
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T", bound=L.Callback)
@@ -258,6 +261,7 @@ class AsymmetryCLI(HookedCLI):
         self.failure: Exception | None = None  # error of a failed constructor
         self.run_directory = Path()
         self.variant: str | None = None
+        self.bank: Bank | None = None
         self.files: list[str] = []
         self.options: list[str] = []
         commands = self.subcommands()
@@ -316,6 +320,14 @@ class AsymmetryCLI(HookedCLI):
         parser.add_argument(
             "--name", type=str | None, default=None, help="Name of a new run, part of its directory's name."
         )
+        if list(self.subcommands()) == ["predict"]:
+            parser.add_argument(
+                "--bank",
+                metavar="FILE",
+                type=str | None,
+                default=None,
+                help="Bank of adapters. Each row is predicted with the adapter that data.adapter_column names.",
+            )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data. Model and data are optional, since a checkpoint may contain them.
@@ -424,6 +436,8 @@ class AsymmetryCLI(HookedCLI):
         config = self.config[self.subcommand]
         check_strategy(config.trainer.strategy)
         values = config.model.init_args
+        if self.subcommand == "predict":
+            self._open_bank(config)
         if values.get("adapter_path") is not None and values.adapter is not None:
             values.adapter.init_a = values.adapter.init_b = "given"
         paths = [config[section].class_path for section in SECTIONS]
@@ -439,6 +453,27 @@ class AsymmetryCLI(HookedCLI):
             raise ArgumentError(
                 None, f"data: {paths[1]} gives {data.kind}, but {paths[0]} takes {takes}. Change --data or --model."
             )
+
+    def _open_bank(self, config: Namespace) -> None:
+        """Open the bank of `--bank`, and give the model the bank's classes.
+
+        Raises:
+            ArgumentError: If `--ckpt_path` is given too, or `data.adapter_column` is set without a bank.
+            AdapterError: If the file is no bank, or its adapters have different tasks.
+        """
+        values, column = config.model.init_args, config.data.init_args.get("adapter_column")
+        if config.bank is None:
+            if column is not None:
+                raise ArgumentError(None, f"data.adapter_column: {column} names adapters of a bank. Give --bank FILE.")
+            return
+        if config.ckpt_path is not None:
+            raise ArgumentError(None, "ckpt_path: the adapters of --bank replace a checkpoint's. Give one of the two.")
+        self.bank = Bank.open(expanded_path("bank", config.bank))
+        classes = class_names_of(self.bank)
+        if "class_names" in values and classes is not None:
+            values.class_names = classes
+            if "metrics" in values and values.metrics is None:
+                values.metrics = ["accuracy"] if classes else ["pearson"]
 
     def construct(self, kind: type, build: Callable[[], Any]) -> Any:
         """Construct a class. Store an error, since the parser of a union would hide the error."""
@@ -501,6 +536,7 @@ class AsymmetryCLI(HookedCLI):
             ConfusionPicture(),
             ClassScores(),
             GeneratedSamples(),
+            *([] if self.bank is None else [BankBatches(self.bank)]),
             PredictionWriter(),
             AdapterWriter(),
             self.termination,
@@ -592,7 +628,7 @@ class AsymmetryCLI(HookedCLI):
         self._evaluate(self.trainer.predict, arguments, return_predictions=False)
 
     def _evaluate(self, command: Callable[..., Any], arguments: dict[str, Any], **options: bool) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint is None and self.bank is None:
             report_untrained(str(self.subcommand), self.model.head_names, self.model.adapter_path)
         command(**arguments | options | {"weights_only": True})
         self._report_results()

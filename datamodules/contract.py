@@ -229,6 +229,18 @@ class HasPredictionFiles(Protocol):
 
 
 @runtime_checkable
+class HasAdapterNames(Protocol):
+    """Data whose rows to predict name an adapter of a bank."""
+
+    def adapter_names(self) -> list[list[str]]:
+        """Return the names by file and row, after `setup`.
+
+        Raises:
+            DataError: If no column is named, or a row has no name.
+        """
+
+
+@runtime_checkable
 class HasTestSplit(Protocol):
     """Data that can check their test split before a long training."""
 

@@ -179,4 +179,6 @@ class SummarizationData(TrainingTextData):
         source = self.predicted[file].data[row["index"]]
         name = source.get(self.id_column, row["index"])
         error = {"error": row["error"]} if "error" in row else {}
-        return {"id": name, "summary": row.get("summary"), "reference": source.get(self.target_column or ""), **error}
+        adapter = {"adapter": row["adapter"]} if "adapter" in row else {}
+        summary = {"summary": row.get("summary"), "reference": source.get(self.target_column or "")}
+        return {"id": name, **adapter, **summary, **error}

@@ -20,7 +20,7 @@ from datamodules.loading.batching import Draw
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import SkippedRow
 from datamodules.sources.splits import SPLITS, check_fraction, check_limits, choose_rows
-from datamodules.sources.tables import Reading, Table, open_file, open_table, unread_files
+from datamodules.sources.tables import Reading, Table, check_column, open_file, open_table, unread_files
 from datamodules.tokens.tokenizing import TokenDataset, lengths_of
 
 _log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class TextData(ResumableDataModule):
         max_test_samples: Size of a seeded sample of each test set; None takes all rows.
         predict_path: File of rows for `predict`; None takes the test split.
         encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
+        adapter_column: With `predict --bank FILE`: column that names the adapter of each row.
     """
 
     suffixes: tuple[str, ...] = ("",)  # Suffixes of the sets of a validation or test split, such as MNLI's.
@@ -91,9 +92,11 @@ class TextData(ResumableDataModule):
         max_test_samples: int | None = None,
         predict_path: str | None = None,
         encoding: str = "utf-8",
+        adapter_column: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.adapter_column = adapter_column
         self.path, self.config, self.revision, self.predict_path = path, config, revision, predict_path
         self.limits = {"val": max_val_samples, "test": max_test_samples}
         check_limits(self.limits)
@@ -107,7 +110,8 @@ class TextData(ResumableDataModule):
 
     def read_as_text(self, *columns: str | None) -> None:
         """Read the cells of some columns of CSV and TSV as text, even if the cells look like numbers."""
-        self.reading = replace(self.reading, as_text=tuple(column for column in columns if column is not None))
+        kept = (*columns, self.adapter_column)
+        self.reading = replace(self.reading, as_text=tuple(column for column in kept if column is not None))
 
     def keep_columns(self, **columns: str | list[str] | None) -> None:
         """Keep guessed columns in the checkpoint, and read their cells as text from now on.
@@ -333,6 +337,26 @@ class TextData(ResumableDataModule):
         """Return the rows of a table that cannot be predicted: `index`, and `error` with the reason."""
         failed = self.failed.get(self.predicted[file].where, {})
         return [{"index": row, "error": reason} for row, reason in failed.items()]
+
+    def adapter_names(self) -> list[list[str]]:
+        """Return the name of each row's adapter, by file to predict and row.
+
+        Raises:
+            DataError: If `adapter_column` is missing, or a row has no name.
+        """
+        column = self.adapter_column
+        if column is None:
+            raise DataError("data.adapter_column: --bank needs the column that names the adapter of each row.")
+        names = []
+        for table in self.predicted:
+            check_column(table, "adapter_column", column)
+            cells = list(table.data[column])
+            if missing := [row for row, cell in enumerate(cells) if cell in (None, "")]:
+                raise DataError(
+                    f"data.adapter_column: row {missing[0]} of {table.where} has no {column}. Fill the cell."
+                )
+            names.append([str(cell) for cell in cells])
+        return names
 
     def _tables_to_predict(self) -> dict[str, Table]:
         if self.predict_path is not None:

@@ -4,6 +4,7 @@ from app.callbacks.adapter_averaging import AdapterAveraging
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
 from app.callbacks.adapter_spectrum import AdapterSpectrum
 from app.callbacks.adapter_writer import AdapterWriter
+from app.callbacks.bank_batches import BankBatches, class_names_of
 from app.callbacks.class_scores import ClassScores
 from app.callbacks.confusion_picture import ConfusionPicture
 from app.callbacks.data_report import DataReport
@@ -23,6 +24,7 @@ __all__ = [
     "AdapterCheckpoint",
     "AdapterSpectrum",
     "AdapterWriter",
+    "BankBatches",
     "ClassScores",
     "ConfusionPicture",
     "DataReport",
@@ -35,5 +37,6 @@ __all__ = [
     "RunSummary",
     "SaveRunConfig",
     "Termination",
+    "class_names_of",
     "usable_callbacks",
 ]

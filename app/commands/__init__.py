@@ -11,12 +11,13 @@ from types import ModuleType
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from app.commands import chat, combine, compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
+from app.commands import bank, chat, combine, compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
 from app.config.fit_keys import FitKeys
 from app.config.messages import parser_message
 from app.config.program_files import program_command
 
 COMMANDS: dict[str, ModuleType] = {
+    "bank": bank,
     "chat": chat,
     "combine": combine,
     "compare": compare,

@@ -1,4 +1,4 @@
-"""Write a finished run for other programs: its adapter for PEFT, or the whole model with the adapter merged.
+"""Write finished runs for other programs: an adapter for PEFT, a merged model, or a bank of several adapters.
 
 A merged backbone of transformers becomes a directory for `from_pretrained` (model, tokenizer, generation settings). A
 merged backbone of timm becomes a directory for `timm.create_model("local-dir:DIR", pretrained=True)`.
@@ -16,6 +16,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.console import escape_controls
+from app.export.bank import read_members, split_names, write_bank
 from app.export.compact import write_compact
 from app.export.hub import OPTION, check_repository, push_to_hub
 from app.export.load_run import find_checkpoint, load_module
@@ -40,15 +41,34 @@ TOLERATED_ROUNDING = 0.01
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("run", metavar="RUN", type=str, help="A run directory (its best checkpoint), or a checkpoint.")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=str,
+        help="A run directory (its best checkpoint), or a checkpoint. Only the format bank takes several.",
+    )
     parser.add_argument(
         "--format",
-        type=Literal["peft", "merged", "compact"],
+        type=Literal["peft", "merged", "compact", "bank"],
         required=True,
         help="peft: the adapters, for PEFT or --model.adapter_path. merged: the whole model, for transformers or timm "
-        "alone. compact: the adapters for --model.adapter_path, without a frozen factor of signs.",
+        "alone. compact: the adapters for --model.adapter_path, without a frozen factor of signs. bank: the adapters "
+        "of several runs over one frozen A, as one file.",
     )
-    parser.add_argument("--output", metavar="DIR", type=str, required=True, help="New or empty directory to write.")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=str,
+        required=True,
+        help="New or empty directory to write. For the format bank: new file.",
+    )
+    parser.add_argument(
+        "--names",
+        metavar="A,B",
+        type=str | None,
+        help="For the format bank: names of the adapters. Default: names of the run directories.",
+    )
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "bfloat16"] | None,
@@ -96,6 +116,13 @@ def run(arguments: Namespace) -> None:
         CheckpointError: If the checkpoint is missing or damaged.
         ModelError: If the backbone is missing, or differs from the backbone of the training.
     """
+    if arguments.format == "bank":
+        export_bank(arguments)
+        return
+    if len(arguments.runs) > 1 or arguments.names is not None:
+        raise ArgumentError(
+            None, f"RUN: --format {arguments.format} takes one run and no --names. Use --format bank for several runs."
+        )
     output = Path(arguments.output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ArgumentError(None, f"--output: {output} exists already. Give a new or an empty directory.")
@@ -106,7 +133,7 @@ def run(arguments: Namespace) -> None:
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
     changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
-    checkpoint = find_checkpoint(arguments.run)
+    checkpoint = find_checkpoint(arguments.runs[0])
     module = load_module(checkpoint, changes)
     notes = _truncate(module, checkpoint, arguments) if truncates else {}
     default_dtype = module.backbone_dtype if arguments.format == "merged" else torch.float32
@@ -149,6 +176,37 @@ def _truncate(module: AdaptedModule, checkpoint: Path, arguments: Namespace) -> 
     for name, score in scores.items():
         print(f"{name}: {score}")
     return {"Truncated": text, **scores}
+
+
+def export_bank(arguments: Namespace) -> None:
+    """Write the adapters of several runs as one file.
+
+    Raises:
+        ArgumentError: If the output exists or cannot be written, a name is taken, or a truncation or upload is asked for.
+        AdapterError: If the runs do not share the backbone, the projections, the ranks or A.
+    """
+    output = Path(arguments.output).resolve()
+    if output.exists():
+        raise ArgumentError(None, f"--output: {output} exists already. Give a new file, or use the command bank add.")
+    if arguments.rank is not None or arguments.keep is not None or arguments.validate:
+        raise ArgumentError(
+            None, "--rank, --keep, --validate: truncated adapters share no A. Remove the options, or use --format peft."
+        )
+    if arguments.push_to_hub is not None:
+        raise ArgumentError(None, f"{OPTION}: a bank cannot be uploaded. Unpack an adapter and upload the directory.")
+    changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
+    members = read_members(arguments.runs, split_names(arguments.names), {}, changes)
+    first = next(iter(members.values()))
+    dtype = getattr(torch, arguments.dtype or "float32")
+    adapters = [(name, member.adapter) for name, member in members.items()]
+    try:
+        write_bank(output, first.shared, first.frozen, adapters, dtype)
+    except WriteError as error:
+        raise ArgumentError(None, f"--output: {error}") from error
+    redrawn = sum(slot.seed is not None for slot in first.shared.slots)
+    size = output.stat().st_size / 1e6
+    print(f"Wrote {len(members)} adapters, {redrawn} of {len(first.shared.slots)} frozen A left out: {size:.3g} MB.")
+    print(escape_controls(f"Exported: {output}"), flush=True)
 
 
 def _rounding_text(rounding: Rounding) -> str:

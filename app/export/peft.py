@@ -85,8 +85,7 @@ def export_peft(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Load
 def complete_peft(module: AdaptedModule, folder: Path) -> None:
     """Prepare a PEFT directory for other machines: remove local folders from the backbone's name, add the tokenizer."""
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    own_weights = module.hparams["weights"] == "pretrained"
-    content["base_model_name_or_path"] = short_name(absolute_name(module.hparams["backbone"])) if own_weights else None
+    content["base_model_name_or_path"] = shared_base_name(module)
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if isinstance(module, TextModel):
         tokenizer: Any = module.tokenizer
@@ -97,6 +96,12 @@ def complete_peft(module: AdaptedModule, folder: Path) -> None:
 def write_labels(folder: Path, class_names: list[str]) -> None:
     """Write the class names to labels.json."""
     (folder / LABELS).write_text(json.dumps(class_names, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def shared_base_name(module: AdaptedModule) -> str | None:
+    """Return the backbone's name without local folders; None for weights from a file and for random weights."""
+    own_weights = module.hparams["weights"] == "pretrained"
+    return short_name(absolute_name(module.hparams["backbone"])) if own_weights else None
 
 
 def peft_content(module: AdaptedModule, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

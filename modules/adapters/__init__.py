@@ -12,6 +12,7 @@ Reading order:
 8. `attach`: attach, detach, merge
 9. `state`: factors as tensors
 10. `spectrum`: singular values
+11. `mixed`: batches whose rows have different adapters
 
 The package imports nothing from the rest of the program.
 """
@@ -19,6 +20,7 @@ The package imports nothing from the rest of the program.
 from .attach import adapters_disabled, attach, detach, merge, set_enabled, unmerge
 from .config import AdapterConfig, AdapterError, Projection
 from .linear import AdaptedLinear, LowRankFactors
+from .mixed import mixed_batch
 from .roles import ROLES
 from .state import adapted_layers, adapted_projections, adapter_state, load_adapter_state
 
@@ -37,6 +39,7 @@ __all__ = [
     "detach",
     "load_adapter_state",
     "merge",
+    "mixed_batch",
     "set_enabled",
     "unmerge",
 ]

@@ -1,4 +1,4 @@
-"""The adapter equation out = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ for n tokens and rank r, in two implementations.
+"""The adapter equation out = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ for n tokens and rank r, in three implementations.
 
 With g the gradient to out and h = x·Aᵀ:
 
@@ -15,6 +15,8 @@ activation.
 `plain` consists of ordinary autograd operations. `plain` is the reference, and is faster without gradients. `fused` is
 one autograd function for training. `fused` casts W again in backward, so autocast over float32 weights keeps no second
 copy of W. `fused` computes s·(g·B)·A and adds the result to g·W in one operation (`addmm_`). Autograd needs two.
+
+`by_row` is for mixed batches, in which each row of the batch has its own B.
 """
 
 from __future__ import annotations
@@ -79,6 +81,44 @@ def block_diagonal(rows: Sequence[Rows], bs: Sequence[Tensor], d_out: int) -> Te
         blocks += [b.new_zeros(start - previous_stop, 0), b]
         previous_stop = stop
     return torch.block_diag(*blocks, bs[-1].new_zeros(d_out - previous_stop, 0))
+
+
+def by_row(
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+    scale: float,
+    rows: Sequence[Rows],
+    a: Tensor,
+    bs: Sequence[Tensor],
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """Return x·Wᵀ + b + s·(x·Aᵀ)·Bᵢᵀ, where row i of the batch has its own Bᵢ, differentiated by autograd.
+
+    The cost does not depend on the number of different Bᵢ: x·Aᵀ is one product, and all (x·Aᵀ)·Bᵢᵀ are one batched
+    product.
+
+    Args:
+        x: (n, d_in): the n / batch tokens of the first row, then the tokens of the second row, …
+        weight: As for `plain`, like all arguments that are not listed.
+        bias: (d_out,), or None.
+        scale: s.
+        rows: (start, stop) of each slice of the output.
+        a: A of all slices, (k·r, d_in).
+        bs: Bᵢ of each slice, (batch, rows, r).
+        dropped: x after dropout, (n, d_in), or None.
+
+    Returns:
+        (n, d_out), in the dtype of W·x.
+    """
+    batch = len(bs[0])
+    h = F.linear(x if dropped is None else dropped, a.to(x.dtype))  # (n, k·r)
+    out = weight.matmul(x, bias)  # (n, d_out)
+    h_by_row = h.to(out.dtype).view(batch, -1, h.shape[1])  # (batch, n / batch, k·r)
+    out_by_row = out.view(batch, -1, out.shape[1])
+    for (start, stop), part_h, b in zip(rows, h_by_row.split([b.shape[2] for b in bs], dim=2), bs, strict=True):
+        out_by_row[..., start:stop].baddbmm_(part_h, b.to(out.dtype).mT, alpha=scale)
+    return out
 
 
 def fused(

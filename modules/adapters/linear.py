@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig, AdapterError, Projection
-from .functional import block_diagonal, fused, plain
+from .functional import block_diagonal, by_row, fused, plain
 from .init import init_factor
 from .weight import FrozenWeight
 
@@ -27,6 +27,21 @@ def check_rank(config: AdapterConfig, projection: Projection, d_in: int) -> int:
             f"{min(d_out, d_in)} or less, or other targets."
         )
     return rank
+
+
+def check_rows(x: Tensor, batch: int) -> None:
+    """Check that the input of a layer has the rows of a mixed batch, each repeated equally often.
+
+    Beam search repeats each row next to itself. Layers that cut images into windows do so too.
+
+    Raises:
+        AdapterError: With both numbers of rows.
+    """
+    if len(x) % batch:
+        raise AdapterError(
+            f"A mixed batch of {batch} rows cannot be applied to an input of {len(x)} rows. Give one name for each row "
+            "of the batch. A backbone that computes a part once for the whole batch is not supported."
+        )
 
 
 class LowRankFactors(nn.Module):
@@ -83,6 +98,7 @@ class AdaptedLinear(nn.Linear):
         self._rows = tuple((p.start, p.stop) for p in projections)
         self.enabled = True
         self.merged = False
+        self.row_bs: list[Tensor] | None = None  # In a mixed batch: B of each slice, (batch, rows, r).
         self.train(base.training)
 
     @property
@@ -125,8 +141,12 @@ class AdaptedLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # Otherwise each product would cast x again.
         flat = x.reshape(-1, self.in_features)  # (n, d_in)
         dropped = self.dropout(flat) if self.dropout.p and self.training else None
+        a, bs = self.operands()
         compute = plain if self._takes_plain() else fused
-        out = compute(flat, self.frozen, self.bias, self.scale, self._rows, *self.operands(), dropped)
+        if self.row_bs is not None:
+            check_rows(x, len(self.row_bs[0]))
+            compute, bs = by_row, self.row_bs
+        out = compute(flat, self.frozen, self.bias, self.scale, self._rows, a, bs, dropped)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _takes_plain(self) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modules.adapters import AdaptedLinear, AdapterConfig, AdapterError, adapted_layers
+from modules.adapters import AdaptedLinear, AdapterConfig, AdapterError, Projection, adapted_layers
 from modules.adapters.functional import block_diagonal
 from modules.adapters.patterns import name_endings, short_patterns
 from modules.formats.peft import PREFIX, Heads, rescaled_alpha
@@ -83,11 +83,25 @@ def to_peft(
 
 def _stacked(layer: str, adapted: AdaptedLinear, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return A (R, d_in) and B (d_out, R) of a whole layer, for the scale of its first part."""
-    parts, scale = adapted.factors(), adapted.scale
+    parts = adapted.factors()
     a, b = ([state[f"{layer}.adapters.{f.projection.role}.{factor}"] for f in parts] for factor in "AB")
-    b = [part_b if f.scale == scale else f.scale / scale * part_b for f, part_b in zip(parts, b, strict=True)]
-    rows = [(f.projection.start, f.projection.stop) for f in parts]
-    return torch.cat(a), block_diagonal(rows, b, adapted.out_features)
+    return stack_parts([f.projection for f in parts], [f.scale for f in parts], a, b, adapted.out_features)
+
+
+def stack_parts(
+    parts: Sequence[Projection], scales: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor], d_out: int
+) -> tuple[Tensor, Tensor]:
+    """Return A (R, d_in) and B (d_out, R) of a whole layer, for the scale of its first part.
+
+    Args:
+        parts: The adapted projections of the layer.
+        scales: Scale s of each part.
+        a: A of each part, (r, d_in).
+        b: B of each part, (rows, r).
+        d_out: Number of outputs of the layer.
+    """
+    b = [part if s == scales[0] else s / scales[0] * part for s, part in zip(scales, b, strict=True)]
+    return torch.cat(list(a)), block_diagonal([(p.start, p.stop) for p in parts], b, d_out)
 
 
 def _int_if_whole(alpha: float) -> float:

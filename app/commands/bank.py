@@ -1,0 +1,143 @@
+"""List, add, remove or unpack the adapters of a bank, a file that `export --format bank` writes.
+
+All adapters of a bank share one frozen A. Adding and removing write the whole file again, atomically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from app.console import escape_controls
+from app.export.bank import read_members, split_names, unpack, write_bank
+from datamodules.atomic import WriteError
+from modules.formats.bank import Bank, check_member
+
+Action = Literal["list", "add", "remove", "unpack"]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "action",
+        metavar="ACTION",
+        type=Action,
+        help="list: print the adapters. add: add the adapters of RUNs. remove: remove the adapters of these NAMEs. "
+        "unpack: write the adapters of these NAMEs, or all, as directories for PEFT.",
+    )
+    parser.add_argument("file", metavar="FILE", type=str, help="The bank.")
+    parser.add_argument(
+        "chosen", metavar="RUN|NAME", type=str, nargs="*", help="Runs to add, or names of adapters to remove or unpack."
+    )
+    parser.add_argument(
+        "--names", metavar="A,B", type=str | None, help="Names of the added adapters. Default: the run directories'."
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=str | None, help="With unpack: the parent of the directories to write."
+    )
+    parser.add_argument(
+        "--model.backbone", metavar="NAME", type=str | None, help="With add: new path of the backbone, if it has moved."
+    )
+    parser.add_argument(
+        "--model.weights", metavar="FILE", type=str | None, help="With add: new path of the file of weights."
+    )
+
+
+def run(arguments: Namespace) -> None:
+    """Run one action on a bank.
+
+    Raises:
+        ArgumentError: If an argument is missing or superfluous, a name is taken, or a path cannot be written.
+        AdapterError: If the file is no bank, a name is not in the bank, or a run does not fit the bank.
+        CheckpointError: If a checkpoint is missing or damaged.
+    """
+    action: Action = arguments.action
+    needs = {"add": "RUN", "remove": "NAME"}.get(action)
+    if needs and not arguments.chosen:
+        raise ArgumentError(None, f"{needs}: bank {action} needs one or more after the file.")
+    if action == "list" and arguments.chosen:
+        raise ArgumentError(None, f"NAME: bank list takes only a file. Remove {' '.join(arguments.chosen)}.")
+    if (action == "unpack") != (arguments.output is not None):
+        change = "Give a directory for" if action == "unpack" else "Remove the option from"
+        raise ArgumentError(None, f"--output: {change} bank {action}.")
+    if arguments.names is not None and action != "add":
+        raise ArgumentError(None, f"--names: the option is for bank add. Remove the option from bank {action}.")
+    bank = Bank.open(arguments.file)
+    try:
+        if action == "list":
+            print_table(bank)
+        elif action == "add":
+            changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
+            add(bank, arguments.chosen, split_names(arguments.names), changes)
+        elif action == "remove":
+            remove(bank, arguments.chosen)
+        else:
+            unpack_all(bank, arguments.chosen or bank.names, Path(arguments.output))
+    except WriteError as error:
+        raise ArgumentError(None, f"{'--output' if action == 'unpack' else 'FILE'}: {error}") from error
+
+
+def print_table(bank: Bank) -> None:
+    """Print name, adapter rank, alpha, classes and digest of each adapter."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("name", "rank", "alpha", "classes", "digest"):
+        table.add_column(column, no_wrap=True)
+    for name in bank.names:
+        labels = bank.labels(name)
+        classes = "" if not labels else ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
+        config = bank.config(name)
+        cells = (name, str(config.rank), f"{config.alpha:g}", escape_controls(classes), bank.digest(name)[:12])
+        table.add_row(*cells)
+    Console(width=200).print(table)
+    dtype = str(bank.dtype).removeprefix("torch.")
+    size = bank.path.stat().st_size / 1e6
+    print(f"{len(bank.names)} adapters of {len(bank.shared.slots)} projections, {dtype}, {size:.3g} MB", flush=True)
+
+
+def add(bank: Bank, runs: Sequence[str], names: Sequence[str] | None, changes: dict[str, str]) -> None:
+    """Add the adapters of runs to a bank."""
+    members = read_members(runs, names, dict.fromkeys(bank.names), changes)
+    for name, member in members.items():
+        check_member(bank.shared, member.shared, name)
+    adapters = [(name, bank.read(name)) for name in bank.names]
+    adapters += [(name, member.adapter) for name, member in members.items()]
+    write_bank(bank.path, bank.shared, bank.frozen, adapters, bank.dtype)
+    print(escape_controls(f"Added {', '.join(members)}: {bank.path} has {len(adapters)} adapters."), flush=True)
+
+
+def remove(bank: Bank, names: Sequence[str]) -> None:
+    """Remove adapters from a bank.
+
+    Raises:
+        ArgumentError: If no adapter would be left.
+    """
+    for name in names:
+        bank.config(name)  # Raises for an unknown name.
+    kept = [name for name in bank.names if name not in names]
+    if not kept:
+        raise ArgumentError(None, f"NAME: {bank.path} would be empty. Delete the file instead.")
+    adapters = [(name, bank.read(name)) for name in kept]
+    write_bank(bank.path, bank.shared, bank.frozen, adapters, bank.dtype)
+    print(escape_controls(f"Removed {', '.join(names)}: {bank.path} has {len(kept)} adapters."), flush=True)
+
+
+def unpack_all(bank: Bank, names: Sequence[str], output: Path) -> None:
+    """Write adapters as directories for PEFT, each named after its adapter.
+
+    Raises:
+        ArgumentError: If a directory exists already. Nothing is then written.
+    """
+    for name in names:
+        bank.config(name)  # Raises for an unknown name.
+        if (output / name).exists():
+            raise ArgumentError(None, f"--output: {output / name} exists already. Give another directory.")
+    for name in names:
+        unpack(bank, name, output / name)
+    print(escape_controls(f"Unpacked {len(names)} adapters: {', '.join(str(output / n) for n in names)}"), flush=True)

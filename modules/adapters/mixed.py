@@ -1,0 +1,93 @@
+"""Mixed batches: one forward pass in which each row of the batch has its own B and its own head, over a shared A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterError
+from .linear import check_rows
+from .state import adapted_layers, refuse_merged
+
+
+class RowWeights(NamedTuple):
+    """Weights of a linear layer by row of the batch.
+
+    Args:
+        weight: (batch, d_out, d_in).
+        bias: (batch, d_out), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class RowLinear(nn.Module):
+    """A linear layer in which each row of the batch has its own weight.
+
+    Args:
+        weights: Weight and bias by row.
+    """
+
+    def __init__(self, weights: RowWeights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x·Wᵢᵀ + bᵢ for row i, (..., d_out), in the dtype of the weights.
+
+        Args:
+            x: (rows, ..., d_in). Each row of the batch may be repeated.
+        """
+        weight, bias = self.weights
+        check_rows(x, len(weight))
+        tokens = x.to(weight.dtype).reshape(len(weight), -1, weight.shape[2])
+        out = tokens @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), tokens, weight.mT)
+        return out.view(*x.shape[:-1], weight.shape[1])
+
+
+@contextmanager
+def mixed_batch(
+    model: nn.Module,
+    bs: Mapping[str, Tensor],
+    heads: Mapping[str, RowWeights] | None = None,
+    task: nn.Module | None = None,
+) -> Iterator[None]:
+    """Give each row of the batch its own B, and its own head, within the context.
+
+    A, the scale s and the enabled layers are those of the model's own adapter. If the input of a layer has k times as
+    many rows as the batch, such as in beam search, k neighbours are one row of the batch.
+
+    Args:
+        model: A model with adapters.
+        bs: B of each row by projection name, (batch, d_out, rank), for all projections of the model.
+        heads: Weights of the head's linear layers by name.
+        task: The module in which the names of `heads` are looked up; None is `model`.
+
+    Raises:
+        AdapterError: If adapters are merged, or the model is within another mixed batch.
+    """
+    refuse_merged(model)
+    layers = adapted_layers(model)
+    if any(layer.row_bs is not None for layer in layers.values()):
+        raise AdapterError("The model is within a mixed batch already. Leave the first context before the second.")
+    task = model if task is None else task
+    replaced = {name: task.get_submodule(name) for name in heads or {}}
+    try:
+        for layer in layers.values():
+            parts = [(f, bs[f.projection.name]) for f in layer.factors()]
+            layer.row_bs = [
+                (b if f.scale == layer.scale else f.scale / layer.scale * b).to(layer.frozen.dtype) for f, b in parts
+            ]
+        for name, weights in (heads or {}).items():
+            task.set_submodule(name, RowLinear(weights))
+        yield
+    finally:
+        for layer in layers.values():
+            layer.row_bs = None
+        for name, module in replaced.items():
+            task.set_submodule(name, module)

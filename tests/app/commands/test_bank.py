@@ -1,0 +1,254 @@
+"""`export --format bank`, the command `bank` and `predict --bank`, on runs that share the frozen A."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from app.cli import main
+from app.export.load_run import find_checkpoint, load_module
+from modules.formats.bank import Bank
+from tests.app.conftest import CommandLine
+from tests.app.export.test_peft import TASKS, logits
+from tests.support.refusals import refused
+
+INPUTS = torch.arange(4, 18).view(2, 7)
+
+
+def copied_run(cli: CommandLine, version: int, **changes: Any) -> Path:
+    """Copy version_0 with other B and another head.
+
+    Args:
+        cli: A command line with a finished run.
+        version: Number of the copy.
+        changes: `scale` by which A is multiplied, or `classes` of another head.
+    """
+    target = cli.run().with_name(f"version_{version}")
+    shutil.copytree(cli.run(), target)
+    for path in (target / "checkpoints").glob("*.ckpt"):
+        content = torch.load(path, weights_only=True)
+        generator = torch.Generator().manual_seed(version)
+        for name, tensor in content["state_dict"].items():
+            if name.endswith(".B") or "classifier" in name or name.startswith("head."):
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+            elif name.endswith(".A"):
+                tensor.mul_(changes.get("scale", 1.0))
+        if classes := changes.get("classes"):
+            content["hyper_parameters"]["class_names"] = classes
+            for name in ("weight", "bias"):
+                key = f"backbone.classifier.out_proj.{name}"
+                shape = (len(classes), *content["state_dict"][key].shape[1:])
+                content["state_dict"][key] = torch.randn(shape, generator=generator)
+        torch.save(content, path)
+    return target
+
+
+@pytest.fixture
+def runs(fitted_text_cli: CommandLine) -> list[Path]:
+    """Return two finished runs over one A."""
+    return [fitted_text_cli.run(), copied_run(fitted_text_cli, 1)]
+
+
+def export(runs: list[Path], output: Path, *options: str) -> int:
+    return main(["export", *map(str, runs), "--format", "bank", "--output", str(output), *options])
+
+
+def module_of(run: Path) -> Any:
+    return load_module(find_checkpoint(str(run)), {})
+
+
+@torch.no_grad()
+def test_unpacked_adapters_have_the_logits_of_their_runs_in_peft(runs: list[Path], tmp_path: Path) -> None:
+    assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
+    assert main(["bank", "unpack", str(tmp_path / "bank"), "--output", str(tmp_path / "out")]) == 0
+    for name, run in zip(("ada", "bob"), runs, strict=True):
+        module = module_of(run)
+        folder = tmp_path / "out" / name
+        assert json.loads((folder / "labels.json").read_text()) == module.class_names
+        base = AutoModelForSequenceClassification.from_pretrained(module.hparams["backbone"])
+        model = peft.PeftModel.from_pretrained(base, folder).eval()
+        expected = module.backbone(input_ids=INPUTS).logits
+        torch.testing.assert_close(model(input_ids=INPUTS).logits, expected, atol=1e-5, rtol=1e-5)
+    peft_run = tmp_path / "peft"
+    assert main(["export", str(runs[1]), "--format", "peft", "--output", str(peft_run)]) == 0
+    for file in ("adapter_config.json", "adapter_model.safetensors", "labels.json"):
+        assert (peft_run / file).read_bytes() == (tmp_path / "out" / "bob" / file).read_bytes()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cli", "text_cli"])
+def test_a_bank_serves_the_model_of_the_library(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> None:
+    cli: CommandLine = request.getfixturevalue(f"fitted_{name}")
+    runs = [cli.run(), copied_run(cli, 1)]
+    assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
+    modules = [module_of(run) for run in runs]
+    base = TASKS[name][0](modules[0], Path(cli.backbone[1]) if cli.backbone else Path()).eval()
+    bank = Bank.open(tmp_path / "bank")
+    bank.attach(base)
+    with bank.batch(["bob", "ada"]):
+        actual = TASKS[name][1](base)
+    ada, bob = (logits(name, module) for module in modules)
+    torch.testing.assert_close(actual, torch.stack([bob[0], ada[1]]), atol=1e-5, rtol=1e-5)
+    assert (ada - bob).abs().max() > 1e-2
+
+
+def test_adapters_are_listed_added_and_removed(
+    runs: list[Path], fitted_text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bank"
+    assert export(runs, path, "--dtype", "bfloat16") == 0
+    third = copied_run(fitted_text_cli, 2)
+    assert main(["bank", "add", str(path), str(third), "--names", "eve"]) == 0
+    bank = Bank.open(path)
+    assert (bank.names, bank.dtype) == (["version_0", "version_1", "eve"], torch.bfloat16)
+    before = bank.read("eve")
+    assert main(["bank", "remove", str(path), "version_0"]) == 0
+    bank = Bank.open(path)
+    assert bank.names == ["version_1", "eve"]
+    assert all(torch.equal(tensor, before.bs[name]) for name, tensor in bank.read("eve").bs.items())
+    capsys.readouterr()
+    assert main(["bank", "list", str(path)]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    row = ("eve", str(bank.config("eve").rank), f"{bank.config('eve').alpha:g}", "unacceptable, acceptable")
+    assert " ".join((*row, bank.digest("eve")[:12])) in output
+    assert "2 adapters of" in output
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["bank"]  # no temporary file is left
+
+
+def test_wrong_use_is_an_error(
+    runs: list[Path], fitted_text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other = tmp_path / "bank", copied_run(fitted_text_cli, 3, scale=2.0)
+    assert export(runs, path, "--names", "ada,bob") == 0
+    before = path.read_bytes()
+    bank, first = str(path), str(runs[0])
+    cases: list[tuple[list[str], str]] = [
+        (["bank", "add", bank, str(other)], r"version_3 was trained over another frozen A: in \S+ its digest is"),
+        (["bank", "add", bank, first, "--names", "ada"], "the name ada is taken. Give other names"),
+        (["bank", "add", bank, first, "--names", "a,b"], "2 names are given for 1 runs"),
+        (["bank", "add", bank, first, "--names", "a/b"], "'a/b' cannot be the name of an adapter"),
+        (["bank", "add", bank], "RUN: bank add needs one or more"),
+        (["bank", "remove", bank, "adda"], r"no adapter 'adda'\. Did you mean ada"),
+        (["bank", "remove", bank, "ada", "bob"], "would be empty"),
+        (["bank", "unpack", bank, "ada"], "--output: Give a directory for bank unpack"),
+        (["bank", "list", bank, "ada"], "NAME: bank list takes only a file"),
+        (["bank", "list", bank, "--names", "x"], "--names: the option is for bank add"),
+        (["bank", "list", str(runs[0] / "config.yaml")], "cannot be read as a bank"),
+        (["bank", "lst", bank], "lst"),
+        (["export", first, str(runs[1]), "--format", "peft", "--output", bank], "--format peft takes one run"),
+        (["export", first, "--format", "bank", "--output", bank], "exists already. Give a new file"),
+        (["export", first, first, "--format", "bank", "--output", f"{bank}2"], "the name version_0 is taken"),
+    ]
+    for words, message in cases:
+        capsys.readouterr()
+        assert main(words) == 2, words
+        error = capsys.readouterr().err
+
+        assert re.search(message, " ".join(error.split())), (words, error)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "bank2").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- mixed batches
+
+
+def predicted(cli: CommandLine, version: int, number: int = 0) -> list[dict[str, str]]:
+    """Return the rows of a table of predictions."""
+    name = "predictions.csv" if number == 0 else f"predictions-{number}.csv"
+    with (cli.run(version) / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(path: Path, columns: dict[str, list[str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+WHO = ["bob", "ada", "ada", "bob", "bob", "ada", "bob"]
+SENTENCES = ["the film was good .", "bad", "w1 w2 w3 it is", "", "good good", "a w4", "w5 w6 w7 w8 w9 w10"]
+
+
+@pytest.mark.parametrize("classes", [None, ["x", "y", "z"]])
+def test_each_row_is_classified_by_its_adapter(
+    fitted_text_cli: CommandLine, tmp_path: Path, classes: list[str] | None
+) -> None:
+    cli = fitted_text_cli
+    runs = [cli.run(), copied_run(cli, 1, classes=classes)]
+    assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
+    table = write_table(tmp_path / "new.csv", {"sentence": SENTENCES, "who": WHO})
+    alone = {}
+    for name, run in zip(("ada", "bob"), runs, strict=True):
+        assert cli("predict", f"--ckpt_path={run}", f"--data.predict_path={table}") == 0
+        alone[name] = predicted(cli, int(run.name[-1]))
+    options = (f"--bank={tmp_path / 'bank'}", "--data.adapter_column=who", f"--data.predict_path={table}")
+    assert cli("predict", *options, "--model.adapter.seed=5") == 0
+    rows = predicted(cli, 2)
+    assert len(rows) == len(WHO)
+    for i, (row, name) in enumerate(zip(rows, WHO, strict=True)):
+        expected = alone[name][i]
+        if SENTENCES[i] == "":
+            assert row["error"] == expected["error"] != ""
+            continue
+        assert (row["adapter"], row["sentence"]) == (name, SENTENCES[i])
+        assert row["prediction"] == expected["prediction"]
+        shares = {key for key in expected if key.startswith("probab")}
+        assert len(shares) == (4 if name == "bob" and classes else 3)
+        for key in shares:
+            assert float(row[key]) == pytest.approx(float(expected[key]), abs=2e-5)
+    differs = [a["probability"] != b["probability"] for a, b in zip(alone["ada"], alone["bob"], strict=True)]
+    assert any(differs)
+
+
+def test_each_row_is_summarized_by_its_adapter(fitted_summary_cli: CommandLine, tmp_path: Path) -> None:
+    cli = fitted_summary_cli
+    runs = [cli.run(), copied_run(cli, 1)]
+    assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
+    texts = [text or "w3" for text in SENTENCES]
+    table = write_table(tmp_path / "new.csv", {"document": texts, "who": WHO})
+    alone = {}
+    for name, run in zip(("ada", "bob"), runs, strict=True):
+        assert cli("predict", f"--ckpt_path={run}", f"--data.predict_path={table}") == 0
+        alone[name] = predicted(cli, int(run.name[-1]))
+    options = (f"--bank={tmp_path / 'bank'}", "--data.adapter_column=who", f"--data.predict_path={table}")
+    assert cli("predict", *options) == 0
+    rows = predicted(cli, 2)
+    assert [(row["adapter"], row["summary"]) for row in rows] == [
+        (name, alone[name][i]["summary"]) for i, name in enumerate(WHO)
+    ]
+    assert [row["summary"] for row in alone["ada"]] != [row["summary"] for row in alone["bob"]]
+
+
+def test_wrong_use_of_a_bank_in_predict_is_an_error(
+    runs: list[Path],
+    fitted_text_cli: CommandLine,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
+    bank, column = f"--bank={tmp_path / 'bank'}", "--data.adapter_column=who"
+    table = write_table(tmp_path / "new.csv", {"sentence": ["good", "bad"], "who": ["ada", "adda"], "gap": ["ada", ""]})
+    path = f"--data.predict_path={table}"
+    cases: list[tuple[list[str], list[str]]] = [
+        ([bank, column, path], ["no adapter 'adda'. Did you mean ada?"]),
+        ([bank, path], ["data.adapter_column: --bank needs the column"]),
+        ([bank, path, "--data.adapter_column=whom"], ["data.adapter_column: ", "has no column whom"]),
+        ([bank, path, "--data.adapter_column=gap"], ["data.adapter_column: row 1 of", "has no gap"]),
+        ([column, path], ["data.adapter_column: who names adapters of a bank. Give --bank FILE."]),
+        ([bank, column, path, f"--ckpt_path={runs[0]}"], ["ckpt_path: the adapters of --bank replace"]),
+        ([f"--bank={table}", column, path], ["cannot be read as a bank"]),
+    ]
+    for options, parts in cases:
+        capsys.readouterr()
+        refused(capsys, fitted_text_cli("predict", *options), *parts)
