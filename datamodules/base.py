@@ -30,7 +30,10 @@ BEAT = 20.0  # Seconds between two collectives while processes wait. A process g
 
 def usable_cpus() -> int:
     """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
 
 
 @runtime_checkable

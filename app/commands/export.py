@@ -182,7 +182,7 @@ def export_bank(arguments: Namespace) -> None:
     """Write the adapters of several runs as one file.
 
     Raises:
-        ArgumentError: If the output exists or cannot be written, a name is taken, or a truncation or upload is asked for.
+        ArgumentError: If the output exists or cannot be written, a name is taken, or an option is not for banks.
         AdapterError: If the runs do not share the backbone, the projections, the ranks or A.
     """
     output = Path(arguments.output).resolve()

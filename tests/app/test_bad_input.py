@@ -625,7 +625,7 @@ def test_a_tokenizer_with_several_tokens_for_a_letter_is_refused(
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(path)
     code = question_cli("test", f"--model.backbone={path}")
-    refused(capsys, code, "tokenizer", "one token", "A to D", "another backbone")
+    refused(capsys, code, "tokenizer", "a separate token", "A to D", "another backbone")
 
 
 def test_weights_of_another_model_are_refused(

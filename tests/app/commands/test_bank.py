@@ -230,6 +230,14 @@ def test_each_row_is_summarized_by_its_adapter(fitted_summary_cli: CommandLine, 
     assert [row["summary"] for row in alone["ada"]] != [row["summary"] for row in alone["bob"]]
 
 
+def test_a_bank_of_truncated_adapters_is_refused(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    refused(capsys, export(runs, tmp_path / "bank", "--rank=1"), "--rank, --keep, --validate", "share no A")
+    assert not (tmp_path / "bank").exists()
+
+
 def test_wrong_use_of_a_bank_in_predict_is_an_error(
     runs: list[Path],
     fitted_text_cli: CommandLine,

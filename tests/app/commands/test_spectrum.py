@@ -84,7 +84,7 @@ def test_an_earlier_report_is_overwritten_and_other_files_stay(
     for name in ("report.html", "intruders.png", "notes.txt"):
         (tmp_path / name).write_text("earlier")
     assert spectrum(tmp_path, finished_runs["b"], options=("--top=0",)) == 0
-    assert "overwritten: report.html, intruders.png." in capsys.readouterr().err
+    assert "replaced or removed: report.html, intruders.png." in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "earlier"
     page = assert_page_has_pictures(tmp_path, *ALWAYS, "relative_norms")  # no stale intruders.png
     assert "left out by --top 0" in page
