@@ -371,7 +371,7 @@ class AsymmetryCLI(HookedCLI):
         given = str(expanded_path("ckpt_path", str(final.ckpt_path)))
         wanted = locate_checkpoint(given, self.root, prefer_best=not trains)
         run = run_of_checkpoint(wanted)
-        if trains:
+        if trains and wanted.parent.is_dir():  # a folder of another kind is refused below, and gets no file
             self._lock(run)
         self.checkpoint, self.loaded = load_checkpoint(given, wanted)
         check_contents(self.checkpoint, self.loaded, trains)

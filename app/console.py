@@ -96,6 +96,7 @@ def quiet_libraries() -> None:
         r".*sync_dist=True.*",  # torchmetrics gathers the values of all ranks itself
         r".*your dataloader is not resumable.*",  # the data module's state has the position
         r".*callbacks used to create the checkpoint need to be provided.*",  # expected in an evaluation on other data
+        r"Metric `SpearmanCorrcoef` will save all targets.*",  # a number for each row, far less than the texts take
         r".*isinstance\(treespec, LeafSpec\).*",  # Lightning itself uses the deprecated function
         r".*Detected pickle protocol .* in the checkpoint.*",  # such a file is refused with an error
     ):

@@ -159,8 +159,9 @@ class LanguageModelingData(TrainingTextData):
             self._choose_columns(table, with_responses)
             if self.instruction_column not in names:
                 raise DataError(
-                    f"data.instruction_column: {table.where} has neither a column {self.messages_column} of messages "
-                    f"nor a column {self.instruction_column}; it has {', '.join(names)}."
+                    f"data.instruction_column: {table.where} has no column {self.instruction_column} with prompts, and "
+                    f"no column {self.messages_column} with chats (data.messages_column). Name one of its columns: "
+                    f"{', '.join(names)}."
                 )
             if input_column is not None and (
                 _is_empty(table, input_column) if input_column in names else input_column == "input"

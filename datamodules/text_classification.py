@@ -136,7 +136,7 @@ class TextClassificationData(TrainingTextData):
             raise DataError(f"data.max_length: {max_length} must be 2 or more.")
         self.read_as_text(*columns, label_column or ("label" if self.task else None))
         self.columns = list(columns)
-        self._guessed = False
+        self._guessed: list[str] = []
         self.suffixes = (*self.task.sets, "") if self.task else ("",)
         self.label_column = "label" if label_column is None and self.task else label_column
         self.id_column, self.skip_label = id_column, skip_label
@@ -165,11 +165,11 @@ class TextClassificationData(TrainingTextData):
         if self.columns and (self.label_column is not None or self.predicts):
             return
         table = next(iter(self.tables_of_any_split().values()))
-        self._guessed = not self.columns
+        self._guessed = [] if self.columns else ["data.text_columns"]
         self.columns = self.columns or guess_text_columns(table)
         if self.label_column is None and not self.predicts:
             self.label_column = guess_label_column(table, self.columns)
-            self._guessed |= self.label_column != "label"
+            self._guessed += ["data.label_column"] if self.label_column != "label" else []
         if self.predicts:
             self.findings.add(f"columns: text of {', '.join(self.columns)} (guessed; data.text_columns overrides)")
         self.keep_columns(text_columns=self.columns, label_column=self.label_column)
@@ -237,7 +237,8 @@ class TextClassificationData(TrainingTextData):
                 self.findings.add(note)
             self.class_counts = values.bincount(minlength=len(self.class_names)).tolist() if self.class_names else []
             self.findings.add_classes(self.class_names, self.class_counts)
-            guess = " (guessed; data.text_columns and data.label_column override)" if self._guessed else ""
+            verb = "overrides" if len(self._guessed) == 1 else "override"
+            guess = f" (guessed; {' and '.join(self._guessed)} {verb})" if self._guessed else ""
             self.findings.add(f"columns: text of {', '.join(self.columns)}; labels of {self.label_column}{guess}")
         return TokenDataset(self._tokenize(table.select(rows)), {"label": values})
 

@@ -109,6 +109,8 @@ def parser_message(error: Exception, known: Callable[[], Sequence[str]] = tuple)
         value_match = next((match for line in lines[best.line :] if (match := _VALUE.search(line))), None)
         value = (value_match[1] or value_match[2]) if value_match else ""
         text = f"expected {' or '.join(types)}{f', got {value}' if 0 < len(value) <= 60 else ''}"
+        if "list" in types and value and not value.startswith("["):
+            text += ". Write a list in brackets and quotation marks: '[a, b]'"
     return one_line(f"{best.key}: {text}" if best.key else text)
 
 

@@ -52,7 +52,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: If the file is missing, damaged or no checkpoint, or holds other objects.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"ckpt_path: there is no file {path}. Give a run directory or a checkpoint.")
+        run = run_of_checkpoint(Path(path))
+        other_folder = run is not None and run.is_dir() and not (run / CHECKPOINTS).exists()
+        missing = f"{run} holds no checkpoints" if other_folder else f"there is no file {path}"
+        raise CheckpointError(
+            f"ckpt_path: {missing}. Give a run directory or a checkpoint. The command `runs` lists the runs."
+        )
     try:
         with Path(path).open("rb") as file:  # one handle for both reads, since the file may be replaced in between
             problem = _file_problem(file)

@@ -813,3 +813,14 @@ def test_a_defect_keeps_its_traceback(cli: CommandLine, monkeypatch: pytest.Monk
     monkeypatch.setattr(RunSummary, "on_fit_start", hook)
     with pytest.raises(ZeroDivisionError):
         cli("fit")
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_a_directory_without_checkpoints_is_refused_and_stays_as_it_is(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    code = cli(command, f"--ckpt_path={folder}")
+    refused(capsys, code, f"ckpt_path: {folder} holds no checkpoints.", "The command `runs` lists the runs.")
+    assert not list(folder.iterdir())

@@ -81,3 +81,9 @@ def test_first_lines_have_a_command_with_the_file(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     commands = ("python main.py fit --config", "python main.py test --config")
     assert any(command in line and path.name in line for line in head for command in commands)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_advice_for_a_cpu_names_the_overlay(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("On a CPU add") == text.count("conf/cpu.yaml")

@@ -411,7 +411,7 @@ def test_an_error_message_has_the_row_number_of_the_file(tmp_path: Path, shuffle
 
 
 BAD: list[tuple[Row, Row, tuple[str, ...]]] = [  # columns besides the response, keys, parts of the message
-    ({"k": "a"}, {}, ("neither a column messages of messages nor a column instruction; it has", "k")),
+    ({"k": "a"}, {}, ("has no column instruction with prompts, and no column messages with chats", ": output, k.")),
     ({"instruction": "a"}, {"input_column": "context"}, ("data.input_column:", "has no column context")),
     ({"instruction": "a"}, {"response_column": "answer"}, ("data.response_column:", "has no column answer; it has")),
     ({"instruction": None}, {}, ("data.instruction_column:", "is empty in every row")),

@@ -40,6 +40,7 @@ def message() -> Callable[..., str]:
         parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
         parser.add_argument("--count", type=int | float | None)
         parser.add_argument("--pair", type=tuple[int, int])
+        parser.add_argument("--names", type=list[str])
         parser.add_class_arguments(Whole, "whole")
         with pytest.raises(ArgumentError) as raised:
             parser.parse_args(words)
@@ -56,10 +57,14 @@ PARTS = f"--whole.parts={__name__}.Part"
     ("words", "expected"),
     [
         (["--cout=3"], "There is no key cout; did you mean count?"),
-        (["--xyz=3"], "There is no key xyz. Choose one of count, pair."),
+        (["--xyz=3"], "There is no key xyz. Choose one of count, pair, names."),
         (["--whole.prat=3"], "There is no key whole.prat; did you mean whole.part?"),
         (["--count=x"], "count: expected int or float, got x"),
         (["--pair=[1, x]"], "pair: expected int, got x"),
+        (
+            ["--names=my text, title"],
+            "names: expected list, got my text, title. Write a list in brackets and quotation marks: '[a, b]'",
+        ),
         ([PART, "--whole.part.colr=red"], "whole.part: Part has no key colr; did you mean color?"),
         ([PART, "--whole.part.color=green"], "whole.part.color: expected one of 'red', 'blue', got green"),
         ([PARTS, "--whole.parts.color=green"], "whole.parts.color: expected one of 'red', 'blue', got green"),
