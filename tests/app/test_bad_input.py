@@ -482,7 +482,7 @@ NOT_PREDICTED: list[tuple[str, dict[str, str], str]] = [
     ("fitted_text_cli", {"rows.csv": "words\nw1\n"}, "rows.csv | no column | words"),
     ("fitted_text_cli", {"hole.csv": "sentence,document\n,\n,\n"}, "hole.csv | empty in every row"),
     ("instruction_cli", {"rows.jsonl": "Say w1.\nSay w2.\n"}, "data. | rows.jsonl | cannot be read | json"),
-    ("instruction_cli", {"rows.jsonl": '{"k": "w1"}\n'}, "data.instruction_column | it has k"),
+    ("instruction_cli", {"rows.jsonl": '{"k": "w1"}\n'}, "data.instruction_column | its columns: k"),
     (
         "instruction_cli",
         {"rows.jsonl": json.dumps(turns(("assistant", "w1"))) + "\n"},
