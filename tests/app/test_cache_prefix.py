@@ -152,6 +152,7 @@ def test_a_cached_fit_resumes_in_the_middle_of_an_epoch(cli: CommandLine, finish
 # ------------------------------------------------------------------------------------------------------- stale caches
 
 
+@pytest.mark.slow
 def test_other_weights_data_or_depth_get_a_new_cache(cli: CommandLine, cache: Path, tmp_path: Path) -> None:
     short = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     short += ["--trainer.limit_val_batches=1", "--trainer.logger=false", "--generalization.rows=0"]

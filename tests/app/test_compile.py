@@ -58,7 +58,8 @@ def test_a_compiled_run_equals_an_uncompiled_run_and_resumes_uncompiled(cli: Com
     assert_same_weights(cli)
 
 
-@pytest.mark.parametrize("shard", ["true", pytest.param("false", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["true", "false"])
 def test_two_compiled_processes_match_one_uncompiled(cli: CommandLine, tmp_path: Path, shard: str) -> None:
     assert cli("fit", *SAME, "--data.batch_size=12") == 0
     words = [*SAME, "--data.batch_size=6", "--model.compile=true", f"--model.shard_frozen={shard}"]

@@ -532,7 +532,10 @@ def bad_folder(root: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize("options", [[], ["--data.memory_limit_gb", "0", "--data.num_workers", "1"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["--data.memory_limit_gb", "0", "--data.num_workers", "1"], marks=pytest.mark.slow)],
+)
 def test_case_22_bad_images_are_skipped_and_listed(
     tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

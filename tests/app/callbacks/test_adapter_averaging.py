@@ -91,7 +91,10 @@ def peft_name(name: str) -> str:
     return f"base_model.model.{layer}{factor}"
 
 
-@pytest.mark.parametrize("name", AVERAGES)
+RARER = ("WeightAveraging", "an average that never starts")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RARER else n for n in AVERAGES])
 def test_the_average_is_validated_saved_tested_and_exported(text_cli: CommandLine, tmp_path: Path, name: str) -> None:
     options, closed_form = AVERAGES[name]
     with recorded_steps() as states:

@@ -112,6 +112,7 @@ def parts(module: AdaptedModule) -> dict[str, list[Tensor]]:
     return {"weights": weights, "factors": list(factors.values()), "heads": list(heads.values())}
 
 
+@pytest.mark.slow
 def test_a_recipe_is_predicted_without_weights_and_data(capsys: pytest.CaptureFixture[str]) -> None:
     """Compare two blocks of conf/vit_cifar.yaml's ViT-B/16 with a closed form. Nothing is downloaded."""
     width, depth, tokens, classes, rank = 768, 2, 197, 1000, 8
@@ -134,6 +135,7 @@ def test_a_recipe_is_predicted_without_weights_and_data(capsys: pytest.CaptureFi
     assert 0.4 * prediction.estimate.activations < other.estimate.activations < 0.8 * prediction.estimate.activations
 
 
+@pytest.mark.slow
 def test_the_number_of_classes_is_read_from_local_data(cli: CommandLine, text_cli: CommandLine, tmp_path: Path) -> None:
     assert ", a head of 3 classes, " in predicted(fit_words(cli)).setting
     assert ", a head of 1,000 classes (--classes), " in predicted(fit_words(cli, "--data.path=elsewhere")).setting

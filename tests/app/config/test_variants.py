@@ -166,7 +166,7 @@ def test_help_names_the_variants(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("variant", "family"),
     [
-        ("adalora", "cli"),
+        pytest.param("adalora", "cli", marks=pytest.mark.slow),
         pytest.param("adalora", "text_cli", marks=pytest.mark.slow),
         pytest.param("adalora", "summary_cli", marks=pytest.mark.slow),
         pytest.param("adalora", "instruction_cli", marks=pytest.mark.slow),

@@ -73,6 +73,7 @@ def test_when_rank_0_is_lost_rank_1_reports_it(
     assert "Process 0 of the run ended before the others" in (tmp_path / "rank1.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_lost_connection_prints_no_stack_of_cpp_frames() -> None:
     script = """
 import app

@@ -255,6 +255,7 @@ def killed_at_random(
     ends_once(sweep)
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_as_a_group_has_the_same_results(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
     random.seed(0)
     sweep.content["variants"] = {"B": {}}
