@@ -62,6 +62,7 @@ from app.config.program_files import find_program_files, program_command, progra
 from app.config.schema import add_recipe_keys, add_section_keys
 from app.config.validation import (
     check_classes,
+    check_paths,
     check_plain_values,
     check_sections,
     check_strategy,
@@ -489,7 +490,10 @@ class AsymmetryCLI(HookedCLI):
         Raises:
             ArgumentError: If a constructor fails. The message names the key or the class. An error of `FIXABLE_ERRORS`
                 is raised unchanged.
+            DataError: If a path of the data is wrong.
         """
+        data = self.config[self.subcommand].data
+        check_paths(resolve_name(data.class_path), self.subcommand, data.init_args)
         try:
             super().instantiate_classes()
         except Exception as error:

@@ -241,6 +241,23 @@ class HasAdapterNames(Protocol):
 
 
 @runtime_checkable
+class HasPaths(Protocol):
+    """A class of data that can check its paths before a backbone is loaded."""
+
+    @classmethod
+    def check_paths(cls, command: str, keys: Mapping[str, Any]) -> None:
+        """Check, without reading rows, the paths that a command reads.
+
+        Args:
+            command: `fit`, `validate`, `test` or `predict`.
+            keys: Arguments of the constructor.
+
+        Raises:
+            DataError: If a path that looks local does not exist, or is of the wrong kind.
+        """
+
+
+@runtime_checkable
 class HasTestSplit(Protocol):
     """Data that can check their test split before a long training."""
 

@@ -43,6 +43,16 @@ class DomainData(ImageData):
 
     # ----------------------------------------------------------------------------------------------- environments
 
+    @staticmethod
+    def check_source(path: str) -> None:
+        """Check that `path` is a directory.
+
+        Raises:
+            DataError: If there is no such directory.
+        """
+        if not Path(path).is_dir():
+            raise DataError(f"data.path: {path} is not a directory. {LAYOUT}")
+
     @property
     def environments(self) -> list[str]:
         """Return the names of all environments, sorted.
@@ -56,9 +66,8 @@ class DomainData(ImageData):
         return self._environments
 
     def _find_environments(self) -> list[str]:
+        self.check_source(self.path)
         root = Path(self.path)
-        if not root.is_dir():
-            raise DataError(f"data.path: {self.path} is not a directory. {LAYOUT}")
         files = find_images(root, "path")
         environments = sorted({parts[0] for parts in files.images if len(parts) > 2})
         if splits := [name for name in environments if split_of(name)]:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,14 @@ from datamodules.errors import DataError, SplitError
 from datamodules.loading.batching import Draw, derive_seed, index_of, seeded
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import Findings
-from datamodules.sources.images import ImageError, ImageTable, open_folder, open_split
+from datamodules.sources.images import (
+    ImageError,
+    ImageTable,
+    check_image_path,
+    check_image_to_predict,
+    open_folder,
+    open_split,
+)
 from datamodules.sources.splits import check_fraction, check_limits, choose_rows
 
 Transform = Callable[[Tensor], Tensor]
@@ -124,6 +131,27 @@ class ImageData(ResumableDataModule):
         self._tables: dict[str, ImageTable | None] = {}
         self._tests_after_fit = False
 
+    @classmethod
+    def check_paths(cls, command: str, keys: Mapping[str, Any]) -> None:
+        """Check that `predict_path` in `predict`, or else `path`, exists and is of the right kind.
+
+        Raises:
+            DataError: If the path is wrong.
+        """
+        if command == "predict":
+            check_image_to_predict(keys["predict_path"])
+        else:
+            cls.check_source(keys["path"])
+
+    @staticmethod
+    def check_source(path: str) -> None:
+        """Check that `path` is a directory or a name on the hub.
+
+        Raises:
+            DataError: If the path does not exist, or is a file.
+        """
+        check_image_path(path)
+
     # ----------------------------------------------------------------------------------------------------- splits
 
     def setup(self, stage: str) -> None:
@@ -138,8 +166,8 @@ class ImageData(ResumableDataModule):
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
         self.evaluation, training = self._transforms(config)
         if stage == "predict":
-            if self.predict_path is None:
-                raise DataError("data.predict_path: name the image or the folder of images to predict.")
+            check_image_to_predict(self.predict_path)
+            assert self.predict_path is not None
             table = open_folder(self.predict_path, self.findings)
             self.findings.add_split("predict", len(table), table.where)
             self.splits["predict"] = ImageDataset(table, None, self.evaluation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import datasets
@@ -96,6 +96,16 @@ class LanguageModelingData(TrainingTextData):
         self.system_prompt, self.end_mark, self.empty_responses = system_prompt, end_mark, empty_responses
         self.prompt = prompt
         self.prediction_files = (f"predictions.{prediction_format}",)
+
+    @classmethod
+    def check_paths(cls, command: str, keys: Mapping[str, Any]) -> None:
+        """Check the path that a command reads. With `prompt`, prediction reads no file.
+
+        Raises:
+            DataError: If the path is wrong.
+        """
+        if command != "predict" or keys["prompt"] is None:
+            super().check_paths(command, keys)
 
     def before_splits(self) -> None:
         """Check that the model has positions for `max_length` tokens."""

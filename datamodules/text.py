@@ -20,7 +20,16 @@ from datamodules.loading.batching import Draw
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import SkippedRow
 from datamodules.sources.splits import SPLITS, check_fraction, check_limits, choose_rows
-from datamodules.sources.tables import Reading, Table, check_column, open_file, open_table, unread_files
+from datamodules.sources.tables import (
+    Reading,
+    Table,
+    check_column,
+    check_file,
+    check_path,
+    open_file,
+    open_table,
+    unread_files,
+)
 from datamodules.tokens.tokenizing import TokenDataset, lengths_of
 
 _log = logging.getLogger(__name__)
@@ -107,6 +116,18 @@ class TextData(ResumableDataModule):
         self.failed: dict[str, dict[int, str]] = {}  # Rows of each table that cannot be predicted, with the reason.
         self._tests_after_fit = False
         self._tables: dict[tuple[str, ...], Table | None] = {}
+
+    @classmethod
+    def check_paths(cls, command: str, keys: Mapping[str, Any]) -> None:
+        """Check that `predict_path` in `predict`, or else `path`, exists and is of the right kind.
+
+        Raises:
+            DataError: If the path is wrong.
+        """
+        if command == "predict" and keys["predict_path"] is not None:
+            check_file(keys["predict_path"], "predict_path")
+        else:
+            check_path(keys["path"])
 
     def read_as_text(self, *columns: str | None) -> None:
         """Read the cells of some columns of CSV and TSV as text, even if the cells look like numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from datamodules.sources.findings import Findings, SkippedRow
 from datamodules.sources.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
 from datamodules.sources.labels import Labels, missing_label, parse_labels
 from datamodules.sources.splits import SPLITS
-from datamodules.sources.tables import Table, open_table, unread_files
+from datamodules.sources.tables import Table, check_path, open_table, unread_files
 
 if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
     import datasets
@@ -234,9 +235,8 @@ def open_split(
             unless bad rows may be skipped. Also for `skip_label`, if the data are no table.
     """
     findings = Findings() if findings is None else findings
+    check_image_path(path)
     folder = Path(path)
-    if folder.is_file():
-        raise DataError(f"data.path: {path} is not a directory. Give a directory or a data set's name on the hub.")
     is_cifar10 = (folder / "cifar-10-batches-py").is_dir() or folder.name == "cifar-10-batches-py"
     files = find_images(folder, "path") if folder.exists() and not is_cifar10 else None
     is_table = not is_cifar10 and (files is None or ".parquet files" in files.left_out)
@@ -253,6 +253,29 @@ def open_split(
     return _from_table(table, image_column, label_column, findings, skip_label)
 
 
+def check_image_path(path: str) -> None:
+    """Check, without reading images, that a path that looks local exists and is a directory.
+
+    Raises:
+        DataError: If the path does not exist, or is a file.
+    """
+    if os.path.isfile(path):
+        raise DataError(f"data.path: {path} is not a directory. Give a directory or a data set's name on the hub.")
+    check_path(path)
+
+
+def check_image_to_predict(path: str | None) -> None:
+    """Check that the image or folder of images to predict exists.
+
+    Raises:
+        DataError: If no path is given, or the path does not exist.
+    """
+    if path is None:
+        raise DataError("data.predict_path: name the image or the folder of images to predict.")
+    if not os.path.exists(path):
+        raise DataError(f"data.predict_path: {path} does not exist. Give an image or a folder of images.")
+
+
 def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
     """Open one image file, or all image files below a folder in the order of their names, without labels.
 
@@ -263,12 +286,11 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
     Raises:
         DataError: If the path does not exist, or holds no image.
     """
+    check_image_to_predict(path)
     folder = Path(path)
     unlabelled = torch.empty(0, dtype=torch.int64)
     if folder.is_file():
         return ImageTable(_FileReader([folder]), [folder.name], unlabelled, [], path)
-    if not folder.is_dir():
-        raise DataError(f"data.predict_path: {path} does not exist. Give an image or a folder of images.")
     files = find_images(folder, "predict_path")
     if not files.images:
         raise DataError(

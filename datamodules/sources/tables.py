@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -174,14 +175,29 @@ def open_table(
         DataError: If the path cannot be read, holds no training rows, holds the split under two spellings, holds
             several data sets, or is damaged.
     """
+    check_path(path)
     folder = Path(path)
     if folder.is_file():
         return _read([folder], reading) if "train" in splits else None
     if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise DataError(f"data.path: {path} is not here. Give a directory, a file or a data set's name on the hub.")
         return _from_hub(path, splits, config, revision)
     return _from_folder(_configured(folder, config), splits, config, reading)
+
+
+def check_path(path: str) -> None:
+    """Check, without reading rows, that a path that looks local exists, and that a file is a table.
+
+    A path looks local if it begins with `.`, `/` or `~`, has two slashes, or ends as a table does.
+
+    Raises:
+        DataError: If the path does not exist, or is a file of another kind.
+    """
+    kind = kind_of(Path(path))
+    if os.path.isfile(path):
+        if kind is None:
+            raise DataError(f"data.path: {path} must be one of {', '.join(READERS)}.")
+    elif not os.path.exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1 or kind):
+        raise DataError(f"data.path: {path} is not here. Give a directory, a file or a data set's name on the hub.")
 
 
 def _from_folder(folder: Path, splits: Sequence[str], config: str | None, reading: Reading) -> Table | None:
@@ -242,9 +258,18 @@ def open_file(path: str, key: str, reading: Reading = PLAIN) -> Table:
     Raises:
         DataError: If the file is missing, of another kind, or damaged. The message begins with `key`.
     """
-    if not Path(path).is_file() or kind_of(Path(path)) is None:
-        raise DataError(f"data.{key}: {path} is missing, or is not a file of {', '.join(READERS)}. Give such a file.")
+    check_file(path, key)
     return _read([Path(path)], reading, key)
+
+
+def check_file(path: str, key: str) -> None:
+    """Check, without reading rows, that a file exists and is a table.
+
+    Raises:
+        DataError: If the file is missing or of another kind. The message begins with `key`.
+    """
+    if not os.path.isfile(path) or kind_of(Path(path)) is None:
+        raise DataError(f"data.{key}: {path} is missing, or is not a file of {', '.join(READERS)}. Give such a file.")
 
 
 def check_column(table: Table, key: str, column: str) -> None:
@@ -373,8 +398,7 @@ def _check_one_set(files: list[Path], splits: Sequence[str], root: Path, config:
 def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
     first = str(files[0])
     kind = kind_of(files[0])
-    if kind is None:
-        raise DataError(f"data.{key}: {first} must be one of {', '.join(READERS)}.")
+    assert kind is not None
     if missing := [f for f in files if not f.is_file()]:
         raise DataError(f"data.{key}: {missing[0]} is not a file, or is a broken link. Give an existing file.")
     if empty := [f for f in files if f.stat().st_size == 0]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from app.cli import main
 from tests.conftest import CLASSES, colour_image, png
+from tests.support.refusals import refused
 
 Fit = Callable[..., Path]
 TINY_VIT = (
@@ -52,6 +53,37 @@ def predicted(run: Path, *options: str) -> list[dict[str, str]]:
     (new,) = set(run.glob("predictions*.csv")) - before
     with new.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "keys", "message"),
+    [
+        ("fit", "texts", {"path": "reviws.csv"}, "data.path: reviws.csv is not here"),
+        ("fit", "chats", {"path": "./chats.jsonl"}, "data.path: ./chats.jsonl is not here"),
+        ("test", "summaries", {"path": "README.md"}, "data.path: README.md must be one of .parquet"),
+        ("fit", "images", {"path": "/no/photos"}, "data.path: /no/photos is not here"),
+        ("fit", "images", {"path": "README.md"}, "data.path: README.md is not a directory"),
+        ("fit", "vit_domainbed", {"path": "PACS"}, "data.path: PACS is not a directory. DomainBed's layout"),
+        ("validate", "mmlu", {"path": "./mmlu"}, "data.path: ./mmlu is not here"),
+        ("predict", "texts", {"path": ".", "predict_path": "new.csv"}, "data.predict_path: new.csv is missing"),
+        ("predict", "chats", {"path": "./x", "prompt": "Hi"}, "model.backbone: no-backbone"),  # no file is read
+        ("predict", "images", {"path": "./x"}, "data.predict_path: name the image"),
+        ("predict", "images", {"path": "./x", "predict_path": "a.jpg"}, "data.predict_path: a.jpg does not exist"),
+    ],
+)
+def test_a_wrong_path_is_refused_before_the_backbone_is_loaded(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    recipe: str,
+    keys: dict[str, str],
+    message: str,
+) -> None:
+    given = [f"--data.{key}={value}" for key, value in keys.items()]
+    root = f"--trainer.default_root_dir={tmp_path}"
+    words = [command, "--config", f"conf/{recipe}.yaml", root, "--model.backbone=no-backbone", *given]
+    refused(capsys, main(words), message)
+    assert list(tmp_path.iterdir()) == []
 
 
 WORDS = ["good film", "bad film", "very good book", "very bad book"]
