@@ -19,6 +19,7 @@ import torch
 from app.callbacks import AdapterCheckpoint
 from app.cli import main
 from app.run.evaluations import read_evaluations
+from modules.image_classification import ImageClassifier
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -248,6 +249,23 @@ def test_resume_with_another_number_of_workers_keeps_the_position(cli: CommandLi
     assert cli.checkpoint()["global_step"] == 4  # after 24 of 48 images
     assert cli("fit", *options, "--ckpt_path=last", "--data.num_workers=1") == 0
     assert cli.checkpoint()["global_step"] == STEPS_AN_EPOCH
+
+
+def test_of_equal_metrics_the_lower_loss_is_the_best_also_after_a_resume(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {8: 3.0, 16: 1.0, 24: 2.0, 32: 0.5}
+
+    def scores(self: ImageClassifier, stage: str) -> dict[str, torch.Tensor]:
+        loss = losses.get(self.trainer.global_step, 9.0)
+        return {f"{stage}/acc1": torch.tensor(0.5), f"{stage}/loss": torch.tensor(loss)}
+
+    monkeypatch.setattr(ImageClassifier, "scores", scores)
+    options = ("--checkpoint.monitor=val/acc1", "--checkpoint.mode=max", "--trainer.logger=false")
+    for epochs, best in ((2, 16), (3, 16), (4, 32)):
+        resumed = () if epochs == 2 else ("--ckpt_path=last",)
+        assert cli("fit", f"--trainer.max_epochs={epochs}", *options, *resumed) == 0
+        assert cli.checkpoint(name="best")["global_step"] == best
 
 
 def test_a_moved_run_keeps_its_best(fitted_cli: CommandLine) -> None:
