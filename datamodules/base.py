@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 
 from datamodules.contract import DataKind, HasClasses, HasFrozenPrefix, Prefix
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 from datamodules.loading.batching import ORDER, EpochSampler
 from datamodules.loading.length_effect import strong_effect
 from datamodules.loading.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
@@ -213,8 +213,8 @@ class ResumableDataModule(L.LightningDataModule):
         self._compare_rows()
         if size < self.batch_size * world:
             raise DataError(
-                f"data.batch_size: {size} training samples are fewer than one batch of {self.batch_size} × {world} "
-                "processes. Choose a smaller batch."
+                f"data.batch_size: {counted(size, 'training sample')} cannot fill one batch of {self.batch_size} for "
+                f"{counted(world, 'process')}. Choose a smaller batch, or add samples."
             )
         if self._seed is None:
             assert self.trainer is not None

@@ -35,3 +35,9 @@ class CallbackError(InputError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: `1 row`, `1,200 rows`, `2 classes`."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{count:,} {noun}{ending}"

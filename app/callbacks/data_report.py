@@ -10,9 +10,11 @@ import lightning as L
 
 from datamodules.atomic import atomic_write_text
 from datamodules.base import ResumableDataModule
+from datamodules.errors import counted
 from datamodules.sources.findings import SkippedRow
 
 FILE = "skipped.csv"
+FEW_STEPS = 50  # a fit with fewer optimizer steps gets a warning
 _log = logging.getLogger(__name__)
 
 
@@ -25,6 +27,7 @@ class DataReport(L.Callback):
 
     def __init__(self) -> None:
         self._reported = 0
+        self._counted = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Report once the data module is set up."""
@@ -42,6 +45,18 @@ class DataReport(L.Callback):
             kept = [row for row in _read(path) if row.split not in splits]
             with atomic_write_text(path) as file:
                 csv.writer(file, lineterminator="\n").writerows([SkippedRow._fields, *kept, *skipped])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn of a fit with few optimizer steps, unless `trainer.max_steps` sets their number."""
+        if self._counted or not trainer.is_global_zero or trainer.max_steps != -1 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._counted = True
+        steps = trainer.estimated_stepping_batches
+        if steps < FEW_STEPS:
+            _log.warning(
+                f"The whole fit has {counted(int(steps), 'optimizer step')}, which may be too few to learn from. Lower "
+                "data.batch_size, or raise trainer.max_epochs."
+            )
 
 
 def _read(path: Path) -> list[SkippedRow]:
