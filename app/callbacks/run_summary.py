@@ -28,6 +28,7 @@ from app.config.precedence import dotted
 from app.config.variants import variant_name
 from app.console import escape_controls
 from app.lightning_compat import move_run_directory
+from app.quantities import quantity_text
 from app.run.checkpoint_io import saved_configuration
 from app.run.evaluations import (
     METRICS,
@@ -274,11 +275,7 @@ def _range(values: list[float]) -> str:
 
 
 def _readable(key: str, value: float) -> str:
-    if key.endswith("bytes"):
-        return f"{value / 2**20:,.2f} MiB"
-    if key.endswith("seconds"):
-        return f"{value:,.1f} s"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    return quantity_text(key, value) or (f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
 
 
 def _peak_memory(device: torch.device) -> int:

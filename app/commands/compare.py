@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.console import escape_controls
+from app.quantities import quantity_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from app.commands.run_records import RunRecord
 
+MISSING = object()  # in place of a value that a run does not have
 ABSENT = "–"
 WIDEST = 48  # characters of a value in one line
 
@@ -27,6 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "runs", metavar="RUN", type=str, nargs="+", help="Two or more run directories, or checkpoints in them."
     )
     parser.add_argument("--all", action="store_true", help="Show the keys and metrics that are equal, too.")
+    parser.add_argument("--json", action="store_true", help="Print the values as JSON instead, without units.")
 
 
 def run(arguments: Namespace) -> None:
@@ -44,11 +47,13 @@ def run(arguments: Namespace) -> None:
         raise ArgumentError(None, "RUN: one run is given, and two or more are needed.")
     records = [_read(name) for name in arguments.runs]
     names = short_names([record.directory for record in records])
-    for title, values in (
-        ("Keys of config.yaml", [record.keys for record in records]),
-        ("Metrics of metrics.json", [record.metrics for record in records]),
-    ):
-        chosen = compare_values(values, arguments.all)
+    keys = compare_values([record.keys for record in records], arguments.all)
+    metrics = compare_values([record.metrics for record in records], arguments.all)
+    if arguments.json:
+        content = {"runs": names, "keys": keys, "metrics": metrics}
+        print(json.dumps(content, indent=2, default=lambda value: None if value is MISSING else str(value)), flush=True)
+        return
+    for title, chosen in (("Keys of config.yaml", keys), ("Metrics of metrics.json", metrics)):
         if chosen:
             Console(width=UNLIMITED).print(_table(title, names, chosen))
         else:
@@ -85,8 +90,8 @@ def short_names(directories: Sequence[Path]) -> list[str]:
     return ["/".join(path[shared:]) for path in parts]
 
 
-def compare_values(runs: Sequence[Mapping[str, Any]], with_equal: bool) -> dict[str, list[str]]:
-    """Return the values of all runs by key, as text, grouped by the first part of the key.
+def compare_values(runs: Sequence[Mapping[str, Any]], with_equal: bool) -> dict[str, list[Any]]:
+    """Return the values of all runs by key, grouped by the first part of the key; MISSING in runs without the key.
 
     Args:
         runs: Values of each run by key.
@@ -95,8 +100,8 @@ def compare_values(runs: Sequence[Mapping[str, Any]], with_equal: bool) -> dict[
     unsorted = dict.fromkeys(key for values in runs for key in values)
     sections = list(dict.fromkeys(_section(key) for key in unsorted))
     keys = sorted(unsorted, key=lambda key: sections.index(_section(key)))
-    texts = {key: [_text(values[key]) if key in values else ABSENT for values in runs] for key in keys}
-    return {key: row for key, row in texts.items() if with_equal or len(set(row)) > 1}
+    cells: dict[str, list[Any]] = {key: [values.get(key, MISSING) for values in runs] for key in keys}
+    return {key: row for key, row in cells.items() if with_equal or len({_text(value) for value in row}) > 1}
 
 
 def _section(key: str) -> str:
@@ -104,14 +109,25 @@ def _section(key: str) -> str:
     return re.split("[./]", key)[0]
 
 
+def shown(key: str, value: Any) -> str:
+    """Return a value as the table shows it. Metrics of bytes and seconds have units."""
+    from app.commands.run_records import LARGEST
+
+    if "/" in key and type(value) in (int, float) and abs(value) < LARGEST:
+        return quantity_text(key, value) or _text(value)
+    return _text(value)
+
+
 def _text(value: Any) -> str:
     """Return a value as text. Floats with the same six significant digits count as equal."""
+    if value is MISSING:
+        return ABSENT
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
+def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -121,5 +137,5 @@ def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) 
     for name in names:
         table.add_column(Text(escape_controls(name)), overflow="fold", max_width=WIDEST)
     for key, cells in rows.items():
-        table.add_row(*(Text(escape_controls(cell)) for cell in (key, *cells)))
+        table.add_row(*(Text(escape_controls(cell)) for cell in (key, *(shown(key, value) for value in cells))))
     return table

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.console import escape_controls
+from app.quantities import seconds_text
 from datamodules.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from app.commands.run_records import RunRecord
 
 Column = Literal["name", "state", "variant", "data", "best", "parameters", "seconds", "date"]
+TITLES = {"seconds": "time"}  # of columns whose cells have other units than the values of CSV and JSON
 FIELDS = ("name", "state", "variant", "path", "task", "metric", "best", "parameters", "seconds", "date")
 MISSING = "–"
 UNLIMITED = 10_000  # characters of a line: a run is one line for grep and for a pager
@@ -140,7 +142,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for column in get_args(Column):
         is_number = column in ("parameters", "seconds")
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+        table.add_column(TITLES.get(column, column), justify="right" if is_number else "left", no_wrap=True)
     for row in rows:
         path = row["path"] or MISSING
         data = [Path(path).name if Path(path).is_absolute() else path, row["task"] or ""]
@@ -151,7 +153,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
             " ".join(dict.fromkeys(data)).strip(),  # a folder is often named like the task
             MISSING if row["best"] is None else f"{row['metric']} {row['best']:.4g}",
             MISSING if row["parameters"] is None else f"{row['parameters']:,}",
-            MISSING if row["seconds"] is None else f"{row['seconds']:,.1f}",
+            MISSING if row["seconds"] is None else seconds_text(row["seconds"]),
             row["date"].rpartition(":")[0],
         ]
         table.add_row(*(Text(escape_controls(cell)) for cell in cells))

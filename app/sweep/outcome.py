@@ -238,21 +238,6 @@ def value_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def size_text(count: float) -> str:
-    """Return bytes in the largest unit that they fill."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:,.{2 if count < 10 * size else 0}f} {unit}"
-    return f"{count:.0f} B"
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a duration in seconds, minutes or hours."""
-    if seconds < 120:
-        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def count_text(count: int) -> str:
     """Return a small number as a word."""
     words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from app.console import escape_controls
+from app.quantities import bytes_text, seconds_text
 from app.reports.report import Report
 from app.sweep import figures
 from app.sweep.facts import PlanFacts
 from app.sweep.findings import findings, introduction
-from app.sweep.outcome import Outcome, is_value, seconds_text, size_text, value_text
+from app.sweep.outcome import Outcome, is_value, value_text
 from app.sweep.statistics import BOOTSTRAP_SEEDS, STUDENT_SEEDS, PairedDifference
 from datamodules.atomic import atomic_write
 
@@ -77,9 +78,9 @@ def main_table(outcome: Outcome) -> pd.DataFrame:
         parameters, size = outcome.cost(variant, "params/trainable"), outcome.cost(variant, "adapter/bytes")
         seconds, memory = outcome.cost(variant, "time/fit_seconds"), outcome.cost(variant, "memory/peak_bytes")
         row["trained parameters"] = "–" if parameters is None else f"{parameters:,.0f}"
-        row["adapter file"] = "–" if size is None else size_text(size) if size else "none"
+        row["adapter file"] = "–" if size is None else bytes_text(size) if size else "none"
         row["fit time"] = "–" if seconds is None else seconds_text(seconds)
-        row["peak memory"] = "–" if memory is None else size_text(memory)
+        row["peak memory"] = "–" if memory is None else bytes_text(memory)
         rows.append(row)
     return pd.DataFrame(rows)
 

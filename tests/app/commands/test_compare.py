@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.cli import main
-from app.commands.compare import ABSENT, compare_values, short_names
+from app.commands.compare import MISSING, compare_values, short_names, shown
 from tests.app.commands.test_runs import write_run
 from tests.support.refusals import refused
 
@@ -39,9 +39,46 @@ def test_real_runs_differ_in_their_options_and_metrics(
 def test_classes_and_missing_keys_differ_too() -> None:
     first = {"model.class_path": "a.A", "data.rank": 4, "data.rate": 1, "model.only": None}
     second = {"model.class_path": "b.B", "data.rank": 4, "data.rate": 1.0, "model.other": [1, "a"]}
-    expected = {"model.class_path": ["a.A", "b.B"], "model.only": ["null", ABSENT], "model.other": [ABSENT, '[1, "a"]']}
+    expected = {
+        "model.class_path": ["a.A", "b.B"],
+        "model.only": [None, MISSING],
+        "model.other": [MISSING, [1, "a"]],
+    }
     assert compare_values([first, second], with_equal=False) == expected
     assert list(compare_values([first, second], with_equal=True)) == [*expected, "data.rank", "data.rate"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("memory/peak_bytes", 5_300_000, "5.3 MB"),
+        ("adapter/bytes", 999, "999 bytes"),
+        ("time/fit_seconds", 220.4, "3 min 40 s"),
+        ("time/fit_seconds", 59.7, "1 min"),
+        ("time/fit_seconds", 3599.8, "1 h"),
+        ("time/fit_seconds", 5.04, "5.0 s"),
+        ("time/fit_seconds", 10**400, "1" + "0" * 400),
+        ("time/fit_seconds", "long", "long"),
+        ("val/loss", 0.25, "0.25"),
+        ("trainer.wait_seconds", 90, "90"),  # a key of a configuration keeps its value
+        ("model.only", None, "null"),
+        ("model.only", MISSING, "–"),
+        ("model.other", [1, "a"], '[1, "a"]'),
+    ],
+)
+def test_values_in_the_table(key: str, value: object, text: str) -> None:
+    assert shown(key, value) == text
+
+
+def test_json_has_the_values_without_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name / "version_0", seconds=seconds) for name, seconds in (("a", 220.4), ("b", 7000))]
+    assert main(["compare", *map(str, runs)]) == 0
+    assert "3 min 40 s" in (out := capsys.readouterr().out)
+    assert "1 h 57 min" in out
+    assert main(["compare", "--json", *map(str, runs)]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["runs"] == ["a/version_0", "b/version_0"]
+    assert content["metrics"] == {"time/fit_seconds": [220.4, 7000]}
 
 
 def test_names_omit_the_folders_that_all_runs_share() -> None:

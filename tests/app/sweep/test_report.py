@@ -339,9 +339,9 @@ def test_table_of_variants() -> None:
             "test/score × 100 ↑": "80.00 ± 0.34",
             "test/loss ↓": "0.5000 ± 0.0000",
             "trained parameters": "300,000",
-            "adapter file": "1.14 MiB",
-            "fit time": "60 s",
-            "peak memory": "1.00 GiB",
+            "adapter file": "1.2 MB",
+            "fit time": "1 min",
+            "peak memory": "1.1 GB",
         },
         {
             "variant": "head",
@@ -351,8 +351,8 @@ def test_table_of_variants() -> None:
             "test/loss ↓": "0.5000",
             "trained parameters": "100,000",
             "adapter file": "none",
-            "fit time": "60 s",
-            "peak memory": "1.00 GiB",
+            "fit time": "1 min",
+            "peak memory": "1.1 GB",
         },
     ]
 

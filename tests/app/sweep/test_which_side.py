@@ -225,12 +225,14 @@ def test_a_time_limit_reduces_the_number_of_seeds(
         "The time limit of 30 minutes was enough for two of three confirming seeds: too few for an interval"
         in output.out
     )
-    assert "Seed 4 is not started: all variants would take about 27.8 h" in output.err
+    assert "Seed 4 is not started: all variants would take about 27 h 47 min" in output.err
     rows = sweep.results()
     assert list(rows["seed"][rows["variant"] == "B"]) == list(rows["seed"][rows["variant"] == "B16"]) == [2, 3]
     table = (sweep.output / "table.md").read_text()
     assert "come from other seeds: 2 and 3." in table
-    assert "Another seed of all variants would take about 27.8 h more. The same command continues the sweep." in table
+    assert (
+        "Another seed of all variants would take about 27 h 47 min more. The same command " in table
+    )
     assert "has not finished" not in table
     page = (sweep.output / "report.html").read_text()
     assert f"sweep --config {sweep.file} --minutes 30" in page
