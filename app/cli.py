@@ -493,7 +493,7 @@ class AsymmetryCLI(HookedCLI):
             DataError: If a path of the data is wrong.
         """
         data = self.config[self.subcommand].data
-        check_paths(resolve_name(data.class_path), self.subcommand, data.init_args)
+        check_paths(resolve_name(data.class_path), str(self.subcommand), data.init_args)
         try:
             super().instantiate_classes()
         except Exception as error:
