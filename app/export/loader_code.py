@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -51,17 +51,35 @@ def merged_transformers_loader(model_class: str) -> Loader:
     return load
 
 
-def merged_timm_loader() -> Loader:
-    """Return the loader of a directory that timm reads."""
+def merged_timm_loader(module: ImageClassifier) -> Loader:
+    """Return the loader of a directory that timm reads: code that loads the model and classifies an image file."""
+    imports, image, code = _image_code(module)
 
     def load(place: str, shared: bool = False) -> str:
-        return _program(["timm"], f"model = timm.create_model({f'{LOCAL}{place}'!r}, pretrained=True).eval()")
+        names = [f"MODEL = {f'{LOCAL}{place}'!r}", *image, f"LABELS = {module.class_names!r}"]
+        model = "model = timm.create_model(MODEL, pretrained=True).eval()"
+        return _program(["timm", *imports], *names, "", model, *code)
 
     return load
 
 
+def _image_code(module: ImageClassifier) -> tuple[list[str], list[str], list[str]]:
+    """Return imports, the variable of an image file, and the code that prepares and classifies the image."""
+    transform = _call("timm.data.create_transform", **module.preprocessing)
+    code = [
+        f"transform = {transform}",
+        'image = transform(PIL.ImageOps.exif_transpose(PIL.Image.open(IMAGE)).convert("RGB"))',
+        "with torch.inference_mode():",
+        "    probabilities = model(image[None]).softmax(-1)[0]",
+        'print(LABELS[probabilities.argmax()], f"{probabilities.max():.3f}")',
+    ]
+    return ["PIL.Image", "PIL.ImageOps", "torch"], ["IMAGE = 'photo.jpg'  # Set the path of an image here."], code
+
+
 def peft_loader(module: AdaptedModule) -> Loader:
     """Return the loader of a PEFT directory: code that builds the run's frozen backbone and adds the adapter.
+
+    For images, the code also prepares and classifies an image file.
 
     The code begins with variables for the names that a reader may have to change. A backbone with `weights: none` is
     drawn again from `torch.initial_seed()`, so seed the process with the run's seed before the call.
@@ -69,9 +87,12 @@ def peft_loader(module: AdaptedModule) -> Loader:
     A comment has the call of PEFT's auto class. That class reads the backbone's name from adapter_config.json, but
     not the names of the labels.
     """
-    timm = is_timm(module)
-    imports, lines = _timm_base(cast("ImageClassifier", module)) if timm else _transformers_base(module)
+    imports, lines = _timm_base(cast("ImageClassifier", module)) if is_timm(module) else _transformers_base(module)
     code = [*lines, "model = peft.PeftModel.from_pretrained(base, ADAPTER)"]
+    image: list[str] = []
+    if is_timm(module):
+        more_imports, image, image_code = _image_code(cast("ImageClassifier", module))
+        imports, code = [*imports, *more_imports], [*code, *image_code]
     if isinstance(module, TextModel):
         code.append("tokenizer = transformers.AutoTokenizer.from_pretrained(ADAPTER)")
     code += _auto_call(module)
@@ -81,7 +102,8 @@ def peft_loader(module: AdaptedModule) -> Loader:
     labels = [f"LABELS = {module.class_names!r}"] if module.class_names else []
 
     def load(place: str, shared: bool = False) -> str:
-        names = [f"ADAPTER = {place!r}", *(_assignment(name, path, shared) for name, path in sources.items()), *labels]
+        names = [f"ADAPTER = {place!r}", *(_assignment(name, path, shared) for name, path in sources.items())]
+        names += [*image, *labels]
         return _program(["peft", *imports], *names, "", *code)
 
     return load
@@ -105,8 +127,8 @@ def _assignment(variable: str, name: str, shared: bool) -> str:
     return f"{variable} = {short_name(name)!r}  # The {kind} read from a local path: set its path here."
 
 
-def _program(imports: list[str], *lines: str) -> str:
-    return "\n".join([*(f"import {name}" for name in sorted(imports)), "", *lines])
+def _program(imports: Sequence[str], *lines: str) -> str:
+    return "\n".join([*(f"import {name}" for name in sorted({*imports})), "", *lines])
 
 
 def _call(function: str, *positional: Any, **keys: Any) -> str:

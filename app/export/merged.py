@@ -83,4 +83,4 @@ def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> Lo
         safe_serialization=True,
         data_config=module.preprocessing,
     )
-    return merged_timm_loader()
+    return merged_timm_loader(module)

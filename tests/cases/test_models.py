@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
+from PIL import ExifTags, Image
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,6 +46,8 @@ from app.run.evaluations import (
     read_evaluations,
 )
 from datamodules.contract import TextModel
+from datamodules.image_classification import evaluation_steps, normalise
+from datamodules.sources.images import decode_image
 from modules.adapters import AdapterConfig, adapted_layers, adapters_disabled
 from modules.generation.beam_search import Generation
 from modules.generation.decoding import Decoding
@@ -370,6 +372,23 @@ def images() -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+def write_photo(folder: Path) -> None:
+    """Write photo.jpg, which is turned upright by its EXIF orientation."""
+    pixels = torch.randint(256, (3, 4, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels.numpy()).resize((60, 40)).save(folder / "photo.jpg", exif=exif)
+
+
+def classified(module: ImageClassifier, photo: Path) -> Tensor:
+    """Return the probabilities of a photo in this program's own preprocessing."""
+    image = decode_image(photo)
+    for step in evaluation_steps(module.preprocessing):
+        image = step(image)
+    mean, std = (torch.tensor(module.preprocessing[key]) for key in ("mean", "std"))
+    return module(normalise(image[None], mean, std)).softmax(-1)[0]
+
+
 def vit_file(folder: Path, suffix: str, size: int = 16) -> str:
     """Save the weights of a tiny ViT with five classes and this image size. Return the path."""
     torch.manual_seed(3)
@@ -458,9 +477,12 @@ def own_logits(module: Any) -> Tensor:
 
 def texts_for(loader: Loader, folder: Path, module: Any) -> Iterator[str]:
     """Yield the printed code, then the card's code. The card runs in another folder, with links to local weights."""
-    yield loader(str(folder))
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()
+    (elsewhere / "photo.jpg").symlink_to(folder.parent / "photo.jpg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        yield loader(str(folder))
     folder.rename(elsewhere / folder.name)
     for source in (Path(module.hparams["backbone"]), Path(module.hparams["weights"])):
         source = source.parent if source.suffix == ".gguf" else source  # a GGUF file is named relative to its directory
@@ -487,6 +509,8 @@ def test_case_13_the_code_of_an_export_gives_the_same_logits(
     expected = own_logits(module)
     with adapters_disabled(module.backbone):
         frozen = own_logits(module)
+    write_photo(tmp_path)
+    shares = classified(module, tmp_path / "photo.jpg") if isinstance(module, ImageClassifier) else None
     folder = tmp_path / "it's"
     folder.mkdir()
     for place, code in enumerate(texts_for(form(module, torch.float32, folder), folder, module)):
@@ -495,6 +519,9 @@ def test_case_13_the_code_of_an_export_gives_the_same_logits(
         assert not names["model"].training
         error, update = (float((logits - expected).norm()) for logits in (ask(module, names["model"]), frozen))
         assert error < (0.1 if "bfloat16" in name else 1e-3) * update
+        if shares is not None:
+            torch.testing.assert_close(names["probabilities"], shares, atol=0.01, rtol=0)
+            assert names["LABELS"] == module.class_names
         if form is export_peft:
             assert names.get("LABELS", []) == (module.class_names or [])
             if isinstance(module, TextModel):
@@ -515,6 +542,8 @@ def test_case_13_code_for_weights_of_the_hub(tmp_path: Path, monkeypatch: pytest
     module = moved(image_module("pretrained"))
     (tmp_path / "peft").mkdir()
     code = export_peft(module, torch.float32, tmp_path / "peft")(str(tmp_path / "peft"))
+    write_photo(tmp_path)
+    monkeypatch.chdir(tmp_path)
     torch.testing.assert_close(run_code(code)(images()), module(images()), atol=1e-5, rtol=1e-4)
 
 
@@ -533,6 +562,7 @@ def test_case_13_the_printed_code_and_the_code_of_the_card_run(
         printed = capsys.readouterr().out.partition("Load it with\n\n")[2].partition("\n\nExported")[0]
         card = re.findall(r"```python\n(.*?)\n```", (tmp_path / form / "README.md").read_text(), re.DOTALL)
         monkeypatch.chdir(tmp_path)
+        write_photo(tmp_path)
         for code in (printed, *card):
             torch.testing.assert_close(run_code(code)(images()), module(images()), atol=1e-5, rtol=1e-4)
         assert len(card) == 1

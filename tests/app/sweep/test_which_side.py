@@ -230,9 +230,7 @@ def test_a_time_limit_reduces_the_number_of_seeds(
     assert list(rows["seed"][rows["variant"] == "B"]) == list(rows["seed"][rows["variant"] == "B16"]) == [2, 3]
     table = (sweep.output / "table.md").read_text()
     assert "come from other seeds: 2 and 3." in table
-    assert (
-        "Another seed of all variants would take about 27 h 47 min more. The same command " in table
-    )
+    assert "Another seed of all variants would take about 27 h 47 min more. The same command " in table
     assert "has not finished" not in table
     page = (sweep.output / "report.html").read_text()
     assert f"sweep --config {sweep.file} --minutes 30" in page
