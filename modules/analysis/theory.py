@@ -266,8 +266,9 @@ class Forecast:
         trained: The trained factor; the other factor is random and frozen.
         target: Definition of Δ: `least squares` is Δ = −G·Σ⁻¹, `gradient step` is Δ ∝ −G, with G the mean of g·xᵀ.
         outputs: Weighting of the outputs: `equal` as in the paper, or `gradients` by F, the mean of g·gᵀ.
-        removable: Tr[ΔΣΔᵀ], up to a factor. For the same target and outputs, all projections with the same number of
-            tokens have the same factor.
+        removable: n·Tr[ΔΣΔᵀ], the removable loss summed over the n tokens, so that projections with different numbers
+            of tokens add up. With `gradients`, n·Tr[FΔΣΔᵀ] with Δ = −F⁻¹·G·Σ⁻¹ as the least squares. A gradient step is
+            Δ = −n·G, the gradient to the weight.
         share: Expected share at each rank.
     """
 
@@ -308,7 +309,8 @@ def theory_of(moments: Moments, rank: int, seed: int = 0) -> ProjectionTheory:
         seed: Seed of the random factors.
     """
     d_out, d_in = moments.gradient.shape
-    inputs, gradients = root_of(moments.inputs.cpu()), root_of(moments.outputs.cpu())
+    # Sums over tokens for Σ and G, and the mean for F: all `removable` are then sums over tokens.
+    inputs, gradients = root_of(moments.inputs.cpu()), root_of(moments.outputs.cpu() / moments.tokens)
     rotated = inputs.vectors.T @ moments.gradient.cpu().T  # Vᵀ·Gᵀ (k, d_out)
     weights: dict[Outputs, Root] = {"equal": identity_root(d_out), "gradients": gradients}
     targets: tuple[Target, ...] = ("least squares", "gradient step")
@@ -328,7 +330,7 @@ def theory_of(moments: Moments, rank: int, seed: int = 0) -> ProjectionTheory:
         eigenvalues=eigenvalues,
         input_rank=summarize(inputs.values).effective_rank,
         gradient_rank=summarize(gradients.values).effective_rank,
-        explained=linear / float(gradients.values.sum()),
+        explained=linear / float(gradients.values.sum() * moments.tokens),
         explained_by_chance=len(inputs.values) / moments.tokens,
         forecasts=forecasts,
     )

@@ -180,6 +180,27 @@ def test_in_a_linear_network_least_squares_finds_delta() -> None:
     torch.testing.assert_close(theory.eigenvalues.sum(), torch.trace(sigma) / 40)
 
 
+@pytest.mark.parametrize("outputs", ["equal", "gradients"])
+@pytest.mark.parametrize("target", ["least squares", "gradient step"])
+def test_the_removable_loss_is_a_sum_over_tokens(target: str, outputs: str) -> None:
+    """Projections with unequal numbers of tokens are weighed against each other by these sums."""
+    x, g = draw(60, D_IN), draw(60, D_OUT, seed=1)
+    found = {}
+    for copies in (1, 3):
+        moments = Moments(D_IN, D_OUT)
+        for _ in range(copies):
+            moments.add(x, g)
+        forecasts = theory_of(moments, RANK).forecasts
+        found[copies] = next(f.removable for f in forecasts if (f.target, f.outputs) == (target, outputs))
+    sigma, mean_gradient, f = x.T @ x / 60, g.T @ x / 60, g.T @ g / 60
+    weight = torch.eye(D_OUT, dtype=torch.float64) if outputs == "equal" else f
+    for copies, removable in found.items():
+        n = 60 * copies
+        least_squares = -torch.linalg.inv(weight) @ mean_gradient @ torch.linalg.inv(sigma)
+        delta = least_squares if target == "least squares" else -n * mean_gradient
+        assert removable == pytest.approx(float(n * torch.trace(weight @ delta @ sigma @ delta.T)))
+
+
 def test_forecasts_with_weighted_outputs_are_symmetric_in_the_factors() -> None:
     """If outputs are weighted by their gradients, swapping x and g swaps A and B."""
     x, g = draw(60, 8), draw(60, 8, seed=1) * torch.arange(1, 9)
