@@ -257,7 +257,12 @@ def _quoted(value: Any) -> str:
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {key} | {_quoted(value)} |" for key, value in rows.items())])
+    return "\n".join([*lines, *(f"| {_name(key)} | {_quoted(value)} |" for key, value in rows.items())])
+
+
+def _name(key: str) -> str:
+    """Return the name of a row. Names from data, such as a subject's, are escaped unless all characters are plain."""
+    return key if re.fullmatch(r"[\w/.,@ -]*", key) else _quoted(key)
 
 
 def _block(language: str, text: str) -> str:

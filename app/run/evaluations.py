@@ -43,12 +43,13 @@ class Evaluation:
 def metrics_of_split(metrics: Mapping[str, Any], split: str) -> dict[str, float]:
     """Return the finite metrics of a split.
 
-    After the split, a name has at most 100 characters: letters, digits and `_/.@-`. Other names are left out.
+    After the split, a name has 1 to 100 printable characters, such as `subjects/high school physics`. Other names are
+    left out.
     """
     return {
         key: value
         for key, value in metrics.items()
-        if isinstance(key, str) and re.fullmatch(rf"{split}/[\w/.@-]{{1,100}}", key)
+        if isinstance(key, str) and key.isprintable() and re.fullmatch(rf"{split}/.{{1,100}}", key)
         if type(value) in (int, float) and math.isfinite(value)
     }
 

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from app.cli import main, restricted_imports
+from app.run.evaluations import Evaluation, add_evaluation
 from tests.backbones import save_backbone
 from tests.support.malicious import Malicious
 from tests.support.refusals import refused
@@ -456,6 +457,18 @@ def test_labels_in_a_model_card_are_escaped(
     assert "&#60;script&#62;" in before
     assert before.count("\n# ") + before.startswith("# ") == 1
     assert next(line for line in before.splitlines() if line.startswith("| Classes")).count("|") == 3
+
+
+def test_names_of_metrics_in_a_model_card_are_escaped(fitted_cli: CommandLine, tmp_path: Path) -> None:
+    run = fitted_cli.run()
+    step = fitted_cli.checkpoint(name="best")["global_step"]
+    names = {"test/subjects/high school physics": 0.25, "test/[x](javascript:alert(1)) | <b>": 0.5}
+    add_evaluation(run, Evaluation("test", step, (), names))
+    assert main(["export", str(run), "--format", "peft", "--output", str(tmp_path / "out")]) == 0
+    metrics = (tmp_path / "out" / "README.md").read_text().partition("## Metrics")[2].partition("## Training")[0]
+    assert "| test/subjects/high school physics | `0.25` |" in metrics
+    assert "| test&#47;&#91;x&#93;" in metrics
+    assert not any(mark in metrics for mark in ("[x]", "<b>", "javascript:"))
 
 
 def test_restrictions_hold_in_every_parser_until_the_command_ends() -> None:

@@ -11,6 +11,7 @@ from app.run.evaluations import (
     add_evaluation,
     drop_evaluations_after,
     evaluations_of_checkpoint,
+    metrics_of_split,
     read_evaluations,
 )
 
@@ -24,6 +25,14 @@ def test_a_repeated_evaluation_replaces_the_earlier_one(tmp_path: Path) -> None:
     for entry in (*others, evaluation(8, 0.9)):
         add_evaluation(tmp_path, entry)
     assert read_evaluations(tmp_path) == [*others[1:], evaluation(8, 0.9)]
+
+
+def test_names_with_spaces_are_kept_and_names_with_control_characters_left_out(tmp_path: Path) -> None:
+    kept = {"test/subjects/high school physics": 0.25, "test/subjects/C++ (2nd)": 0.5, "test/acc": 0.4}
+    left_out = {"test/a\nb": 1.0, "test/\x1b[2J": 1.0, "test/": 1.0, f"test/{'a' * 101}": 1.0, "val/acc": 1.0}
+    assert metrics_of_split(kept | left_out, "test") == kept
+    add_evaluation(tmp_path, Evaluation("test", 8, (), kept))
+    assert read_evaluations(tmp_path)[0].metrics == kept
 
 
 def test_a_resumed_run_keeps_the_evaluations_up_to_its_step(tmp_path: Path) -> None:
