@@ -56,9 +56,9 @@ def merged_timm_loader(module: ImageClassifier) -> Loader:
     imports, image, code = _image_code(module)
 
     def load(place: str, shared: bool = False) -> str:
-        names = [f"MODEL = {f'{LOCAL}{place}'!r}", *image, f"LABELS = {module.class_names!r}"]
-        model = "model = timm.create_model(MODEL, pretrained=True).eval()"
-        return _program(["timm", *imports], *names, "", model, *code)
+        model = f"model = timm.create_model({f'{LOCAL}{place}'!r}, pretrained=True).eval()"
+        labels = 'LABELS = model.pretrained_cfg["label_names"]'
+        return _program(["timm", *imports], *image, "", model, labels, *code)
 
     return load
 
