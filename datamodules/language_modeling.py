@@ -16,7 +16,7 @@ from datamodules.base import Collate
 from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.errors import DataError
 from datamodules.sources.columns import PROMPTS, RESPONSES, named_column
-from datamodules.sources.tables import Table, check_texts
+from datamodules.sources.tables import Table, check_texts, similar_column
 from datamodules.text import BadRow, TrainingTextData
 from datamodules.tokens.conversations import (
     Columns,
@@ -171,7 +171,7 @@ class LanguageModelingData(TrainingTextData):
                 raise DataError(
                     f"data.instruction_column: {table.where} has no column {self.instruction_column} with prompts, and "
                     f"no column {self.messages_column} with chats (data.messages_column). Name one of its columns: "
-                    f"{', '.join(names)}."
+                    f"{', '.join(names)}.{similar_column(self.instruction_column, names)}"
                 )
             if input_column is not None and (
                 _is_empty(table, input_column) if input_column in names else input_column == "input"

@@ -141,10 +141,6 @@ class MultipleChoiceData(TextData):
 
     def _to_predict(self, table: Table) -> QuestionDataset:
         dataset = self.build("predict", table, self.eligible_rows(table))
-        if failed := self.failed.get(table.where):
-            self.findings.add(
-                f"{len(failed):,} rows of {table.where} cannot be predicted; the column `error` gives the reason"
-            )
         self.findings.add_split("predict", len(dataset), table.source or table.where)
         self.add_notes(table)
         return dataset

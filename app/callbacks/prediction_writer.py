@@ -87,7 +87,9 @@ def _check_errors(rows: list[Row]) -> None:
     if errors and len(errors) == len(rows):
         raise DataError(f"data.predict_path: none of {len(rows):,} inputs can be used; the first: {errors[0]}.")
     if errors:
-        _log.warning(f"{len(errors):,} of {len(rows):,} inputs could not be used; the column `error` says why.")
+        _log.warning(
+            f"{len(errors):,} of {len(rows):,} inputs could not be predicted; the column `error` gives the reason."
+        )
         for row in rows:
             row.setdefault("error", "")
 

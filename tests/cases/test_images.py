@@ -635,7 +635,9 @@ def test_case_23_good_images_are_predicted_beside_bad_ones(
     for name, damage in damages.items():
         damage(photos / name)
     assert run(fitted / "runs", fitted / "data", *options) == 0
-    assert "warning: 3 of 8 inputs could not be used; the column `error` says why." in capsys.readouterr().err
+    assert (
+        "warning: 3 of 8 inputs could not be predicted; the column `error` gives the reason." in capsys.readouterr().err
+    )
     rows = predictions(fitted / "runs/version_0")
     assert [row["name"] for row in rows] == list(good)
     for row in rows:
