@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.contract import TextModel
-from datamodules.errors import DataError, SplitError
+from datamodules.errors import DataError, SplitError, counted
 from datamodules.loading.batching import Draw
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import SkippedRow
@@ -417,7 +417,7 @@ class TextData(ResumableDataModule):
     def warn_of_truncated_rows(self, tokens: datasets.Dataset, table: Table, limit: int) -> None:
         """Warn if rows reach the limit of tokens, since these rows may be truncated."""
         if cut := int((lengths_of(tokens) >= limit).sum()):
-            _log.warning(f"{cut:,} of {len(tokens):,} rows of {table.where} reach {limit} tokens and may be cut.")
+            _log.warning(f"{cut:,} of {counted(len(tokens), 'row')} of {table.where} may be cut to {limit} tokens.")
 
     def check_length(self, key: str, length: int) -> None:
         """Check that the model has positions for a length.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from datamodules.errors import DataError, first_line
+from datamodules.errors import DataError, counted, first_line
 from datamodules.sources.findings import listed
 from datamodules.sources.splits import is_helper, is_spelling, split_of
 
@@ -480,7 +480,7 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         )
     if kind == ".tsv":
         notes += _joined_rows(data, reading.as_text, first)
-    others = f" and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}" if len(files) > 1 else ""
+    others = f" and {counted(len(files) - 1, 'more file')}" if len(files) > 1 else ""
     as_text = frozenset(reading.as_text) & frozenset(data.column_names) if kind in (".csv", ".tsv") else frozenset()
     return Table(data, first, f"{first}{others}", tuple(notes), as_text)
 
@@ -570,7 +570,8 @@ def _joined_rows(data: Any, columns: Sequence[str], name: str) -> list[str]:
         tabs, breaks = pc.match_substring(cells, "\t"), pc.match_substring_regex(cells, r"[\r\n]")
         if count := pc.sum(pc.and_(tabs, breaks)).as_py():
             lines.append(
-                f"{column} of {name}: {count:,} cells hold tabs and line breaks; a quotation mark at the beginning of "
+                f"{column} of {name}: {counted(count, 'cell holds', 'cells hold')} tabs and line breaks; a quotation "
+                "mark at the beginning of "
                 'a cell may have joined rows. Put such cells in quotation marks and double the marks inside ("")'
             )
     return lines

@@ -216,7 +216,7 @@ def test_encodings_that_are_no_text_encodings_are_refused(encoding: str) -> None
 def test_tsv_rows_joined_by_a_stray_quotation_mark_are_noted(tmp_path: Path) -> None:
     put(tmp_path / "train.tsv", 'text\tlabel\na\t0\n"b\t1\nc\t0\n"d\t1\ne\t0\n')
     (note,) = opened(tmp_path, reading=Reading(as_text=("text", "label"))).notes
-    assert "text of" in note and "1 cells hold tabs and line breaks" in note
+    assert "text of" in note and "1 cell holds tabs and line breaks" in note
 
 
 def test_select_returns_rows_in_the_given_order(tmp_path: Path) -> None:
