@@ -255,7 +255,10 @@ class ResumableDataModule(L.LightningDataModule):
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
         if size < world:
-            raise DataError(f"{size} samples to evaluate are fewer than the {world} processes. Use fewer processes.")
+            raise DataError(
+                f"{counted(size, 'sample to evaluate is', 'samples to evaluate are')} fewer than the {world} "
+                "processes. Use fewer processes."
+            )
         if lengths is None:
             return self._loader(dataset, range(rank, size, world), collate)
         step = self.batch_size * world

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 from datamodules.image_classification import ImageData, ImageDataset, Transform
 from datamodules.sources.findings import listed
 from datamodules.sources.image_folders import ImageFiles, find_images, read_layout
@@ -77,8 +77,8 @@ class DomainData(ImageData):
             )
         if len(environments) < 2:
             raise DataError(
-                f"data.path: {root} holds {len(environments)} environments, and two or more are needed. {LAYOUT} The "
-                f"directory holds {files.contents()}."
+                f"data.path: {root} holds {counted(len(environments), 'environment')}, and two or more are needed. "
+                f"{LAYOUT} The directory holds {files.contents()}."
             )
         if self.environment not in environments:
             raise DataError(
@@ -96,7 +96,7 @@ class DomainData(ImageData):
                 f"these folders of {root}."
             )
         if stray := sum(len(parts) < 3 for parts in files.images):
-            self.findings.add(f"left out of {root}: {stray:,} images in no class folder of an environment")
+            self.findings.add(f"left out of {root}: {counted(stray, 'image')} in no class folder of an environment")
         return environments
 
     @property
@@ -164,7 +164,7 @@ class DomainData(ImageData):
             present = set(dataset.table.labels.unique().tolist())
             missing = [class_name for label, class_name in enumerate(known) if label not in present]
             if missing:
-                self.findings.add(f"{name} has no images of {len(missing)} classes: {listed(missing)}")
+                self.findings.add(f"{name} has no images of {counted(len(missing), 'class')}: {listed(missing)}")
         return dataset
 
     def test_dataloader(self) -> list[DataLoader[Any]]:  # type: ignore[override]

@@ -37,7 +37,14 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun: `1 row`, `1,200 rows`, `2 classes`."""
-    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
-    return f"{count:,} {noun}{ending}"
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun: `1 row`, `1,200 rows`, `2 classes`.
+
+    Args:
+        count: The number.
+        one: The noun in singular, with words that agree with the noun, such as `row is`.
+        many: The same in plural. None adds the usual ending.
+    """
+    if many is None:
+        many = f"{one}es" if one.endswith(("s", "x", "ch")) else f"{one}s"
+    return f"{count:,} {one if count == 1 else many}"

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.contract import DataKind, ImageModel
-from datamodules.errors import DataError, SplitError
+from datamodules.errors import DataError, SplitError, counted
 from datamodules.loading.batching import Draw, derive_seed, index_of, seeded
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import Findings
@@ -194,8 +194,8 @@ class ImageData(ResumableDataModule):
             dataset.keep_in_memory(self.memory_limit_gb, name, self.findings)
         if dataset.images is None and self.findings.skip_bad_rows:
             _log.info(
-                f"data.skip_bad_rows: all {len(dataset):,} images of {name} are decoded once to find bad images, by "
-                f"{max(1, self.num_workers)} process(es) (data.num_workers)."
+                f"data.skip_bad_rows: each image of {name} ({len(dataset):,}) is decoded once to find bad images, by "
+                f"{counted(max(1, self.num_workers), 'process')} (data.num_workers)."
             )
             checks = self._loader(DecodingErrors(dataset), range(len(dataset)), list)
             errors = [(i, error) for i, error in enumerate(error for batch in checks for error in batch) if error]
@@ -446,7 +446,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 findings.skip(table.skipped(split, row, table.unlabelled[row]))
         self.rows = self.rows[[row not in table.unlabelled and row not in table.left_out for row in rows]]
         if left_out := table.left_out.intersection(rows):
-            findings.add(f"{split}: {len(left_out):,} rows have the label of data.skip_label and are left out")
+            findings.add(f"{split}: left out {counted(len(left_out), 'row')} with the label of data.skip_label")
 
     def keep_in_memory(self, limit_gb: float, split: str, findings: Findings) -> None:
         """Decode all images now if they take at most `limit_gb` GiB, as estimated from the first 64.

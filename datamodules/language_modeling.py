@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import Collate
 from datamodules.contract import IGNORE_INDEX, DataKind
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 from datamodules.sources.columns import PROMPTS, RESPONSES, named_column
-from datamodules.sources.tables import Table, check_texts
+from datamodules.sources.tables import Table, check_texts, similar_column
 from datamodules.text import BadRow, TrainingTextData
 from datamodules.tokens.conversations import (
     Columns,
@@ -171,7 +171,7 @@ class LanguageModelingData(TrainingTextData):
                 raise DataError(
                     f"data.instruction_column: {table.where} has no column {self.instruction_column} with prompts, and "
                     f"no column {self.messages_column} with chats (data.messages_column). Name one of its columns: "
-                    f"{', '.join(names)}."
+                    f"{', '.join(names)}.{similar_column(self.instruction_column, names)}"
                 )
             if input_column is not None and (
                 _is_empty(table, input_column) if input_column in names else input_column == "input"
@@ -247,13 +247,15 @@ class LanguageModelingData(TrainingTextData):
             cleaned += messages != raw
         if unanswered:
             _log.warning(
-                f"{len(unanswered):,} of {len(rows):,} rows of {table.where} have no response and are left out."
+                f"left out of {table.where}: {len(unanswered):,} of {counted(len(rows), 'row')}, without a response."
             )
             rows = rows[[row not in unanswered for row in rows.tolist()]]
         if len(rows) == 0:
             raise DataError(f"data.path: {table.where} has no row with a response. Give rows with responses.")
         if cleaned:
-            _log.warning(f"{cleaned:,} rows of {table.where} hold special tokens of the tokenizer, which are removed.")
+            _log.warning(
+                f"Special tokens of the tokenizer are removed from {counted(cleaned, 'row')} of {table.where}."
+            )
         return self.drop_bad_rows(split, table, rows, bad)
 
     def _reason(self, messages: list[dict[str, str]], columns: Columns, with_responses: bool) -> BadRow | None:
@@ -345,8 +347,9 @@ class LanguageModelingData(TrainingTextData):
         packed = PackedDataset(rows, self.max_length)
         if len(packed) < self.batch_size * self.world()[0]:
             raise DataError(
-                f"data.packing: {len(rows)} conversations fill {len(packed)} packs of {self.max_length} tokens, fewer "
-                f"than one batch of {self.batch_size} × {self.world()[0]} processes. Choose a smaller batch size."
+                f"data.packing: {counted(len(rows), 'conversation')} in {counted(len(packed), 'pack')} of "
+                f"{self.max_length} tokens cannot fill one batch of {self.batch_size} for "
+                f"{counted(self.world()[0], 'process')}. Choose a smaller batch size."
             )
         lengths = packed.lengths if self.bucket_by_length else None
         collate = self.collated("train", rows, PadPacks(self.tokenizer.pad_token_id))

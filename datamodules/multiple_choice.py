@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from datamodules.contract import DataKind
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 from datamodules.sources.splits import is_spelling
 from datamodules.sources.tables import Table, blank_rows, check_column, check_texts
 from datamodules.text import BadRow, TextData
@@ -136,15 +136,11 @@ class MultipleChoiceData(TextData):
 
     def source(self, table: Table) -> str:
         """Return where the questions are from, with the number of subjects and shots."""
-        asked = "" if self.subjects is None else f" of {len(self.subjects):,} subjects"
-        return f"{super().source(table)}{asked}, {self.shots} shots each"
+        asked = "" if self.subjects is None else f" of {counted(len(self.subjects), 'subject')}"
+        return f"{super().source(table)}{asked}, {counted(self.shots, 'shot')} each"
 
     def _to_predict(self, table: Table) -> QuestionDataset:
         dataset = self.build("predict", table, self.eligible_rows(table))
-        if failed := self.failed.get(table.where):
-            self.findings.add(
-                f"{len(failed):,} rows of {table.where} cannot be predicted; the column `error` gives the reason"
-            )
         self.findings.add_split("predict", len(dataset), table.source or table.where)
         self.add_notes(table)
         return dataset
@@ -264,8 +260,8 @@ class MultipleChoiceData(TextData):
         for subject, texts in examples.items():
             if len(texts) < self.shots:
                 raise DataError(
-                    f"data.shots: {table.where} has {len(texts)} questions of {subject} for {self.shots} shots; "
-                    f"{advice}."
+                    f"data.shots: {table.where} has {counted(len(texts), 'question')} of {subject} for "
+                    f"{counted(self.shots, 'shot')}; {advice}."
                 )
         return examples
 
@@ -305,8 +301,8 @@ class MultipleChoiceData(TextData):
         fewer = [f"{subject} {count}" for subject, count in sorted(counts.items()) if count < self.shots]
         if fewer:
             _log.warning(
-                f"{len(fewer)} of {len(counts)} subjects of {table.where} take fewer than {self.shots} shots to fit "
-                f"{self._limit} tokens: {', '.join(fewer)}."
+                f"fewer than {counted(self.shots, 'shot')} for {len(fewer)} of {counted(len(counts), 'subject')} of "
+                f"{table.where} to fit {self._limit} tokens: {', '.join(fewer)}."
             )
 
     def _letters(self, prompt: str, size: int) -> Tensor:
@@ -332,7 +328,10 @@ class MultipleChoiceData(TextData):
         for data in self.splits[split]:
             assert isinstance(data, QuestionDataset)
             if len(data) < world:
-                raise DataError(f"{len(data)} questions are fewer than the {world} processes. Use fewer processes.")
+                raise DataError(
+                    f"{counted(len(data), 'question is', 'questions are')} fewer than the {world} processes. Use fewer "
+                    "processes."
+                )
             rows = range(rank, len(data), world)  # A share of each subject, since questions are ordered by subject.
             share = Subset(data, rows)
             groups = [data.groups[i] for i in rows]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.contract import TextModel
-from datamodules.errors import DataError, SplitError
+from datamodules.errors import DataError, SplitError, counted
 from datamodules.loading.batching import Draw
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import SkippedRow
@@ -26,6 +26,7 @@ from datamodules.sources.tables import (
     check_column,
     check_file,
     check_path,
+    match_columns,
     open_file,
     open_table,
     unread_files,
@@ -312,8 +313,16 @@ class TextData(ResumableDataModule):
             table = open_table(self.path, names, self.config, self.revision, self.reading)
             if table is not None and len(table) == 0:
                 raise DataError(f"data.path: {table.where} has no rows. Give a table with rows.")
-            self._tables[names] = table
+            self._tables[names] = None if table is None else match_columns(table, self._configured_columns())
         return self._tables[names]
+
+    def _configured_columns(self) -> dict[str, str]:
+        """Return the columns that keys name, by key."""
+        texts = self.hparams.get("text_columns") or []
+        columns = {f"text_columns[{number}]": column for number, column in enumerate(texts)}
+        return columns | {
+            key: value for key, value in self.hparams.items() if key.endswith("_column") and isinstance(value, str)
+        }
 
     def _chosen(self, split: str, name: str, table: Table, from_training: bool) -> TokenDataset:
         limit = self.limits[split]
@@ -347,9 +356,6 @@ class TextData(ResumableDataModule):
         failed = self.failed.get(table.where)
         if failed:
             dataset = NumberedRows(dataset, rows[[row not in failed for row in rows.tolist()]])
-            self.findings.add(
-                f"{len(failed):,} rows of {table.where} cannot be predicted; the column `error` gives the reason"
-            )
         self.findings.add_split("predict", len(dataset), table.source or table.where)
         self.add_notes(table)
         return dataset
@@ -381,7 +387,8 @@ class TextData(ResumableDataModule):
 
     def _tables_to_predict(self) -> dict[str, Table]:
         if self.predict_path is not None:
-            return {"": open_file(self.predict_path, "predict_path", self.reading)}
+            table = open_file(self.predict_path, "predict_path", self.reading)
+            return {"": match_columns(table, self._configured_columns())}
         tables = self.stored_tables("test")
         if not tables:
             raise DataError(f"data.predict_path: {self.path} has no test split. Name a file of rows to predict.")
@@ -410,7 +417,7 @@ class TextData(ResumableDataModule):
     def warn_of_truncated_rows(self, tokens: datasets.Dataset, table: Table, limit: int) -> None:
         """Warn if rows reach the limit of tokens, since these rows may be truncated."""
         if cut := int((lengths_of(tokens) >= limit).sum()):
-            _log.warning(f"{cut:,} of {len(tokens):,} rows of {table.where} reach {limit} tokens and may be cut.")
+            _log.warning(f"{cut:,} of {counted(len(tokens), 'row')} of {table.where} may be cut to {limit} tokens.")
 
     def check_length(self, key: str, length: int) -> None:
         """Check that the model has positions for a length.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datamodules.base import Collate
 from datamodules.contract import DataKind
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 from datamodules.sources.columns import guess_label_column, guess_text_columns, named_column
 from datamodules.sources.labels import Labels, parse_labels
 from datamodules.sources.tables import Table, blank_rows, check_column, check_texts, null_rows
@@ -208,8 +208,8 @@ class TextClassificationData(TrainingTextData):
         if self.skip_label is None:
             return rows
         left_out = self._labels(table).left_out
-        count = f"{len(left_out):,} rows of {table.where}"
-        self.findings.add(f"{count} have the label {self.skip_label} (data.skip_label) and are left out")
+        count = counted(len(left_out), "row")
+        self.findings.add(f"left out of {table.where}: {count} with the label {self.skip_label} (data.skip_label)")
         return rows[[row not in left_out for row in rows.tolist()]]
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:

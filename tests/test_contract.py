@@ -25,6 +25,7 @@ from datamodules.contract import (
     TextModel,
 )
 from datamodules.domains import DomainData
+from datamodules.errors import counted
 from datamodules.image_classification import ImageClassificationData
 from datamodules.language_modeling import LanguageModelingData
 from datamodules.multiple_choice import MultipleChoiceData
@@ -91,3 +92,18 @@ def test_few_attributes_are_probed_with_getattr_or_hasattr(folders: tuple[str, .
         if isinstance(node.args[1], ast.Constant)
     ]
     assert len(probes) <= most, probes
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "text"),
+    [
+        (1, ("row",), "1 row"),
+        (1200, ("row",), "1,200 rows"),
+        (0, ("batch",), "0 batches"),
+        (2, ("class",), "2 classes"),
+        (1, ("bad row is", "bad rows are"), "1 bad row is"),
+        (2, ("bad row is", "bad rows are"), "2 bad rows are"),
+    ],
+)
+def test_a_number_agrees_with_its_noun(count: int, words: tuple[str, ...], text: str) -> None:
+    assert counted(count, *words) == text

@@ -29,7 +29,7 @@ from app.run.checkpoint_io import (
     structure_problem,
 )
 from datamodules.base import ResumableDataModule
-from datamodules.errors import CallbackError, CheckpointError
+from datamodules.errors import CallbackError, CheckpointError, counted
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         epochs: Any = trainer.fit_loop.epoch_progress.current
-        done = f"{epochs.processed} epochs and {trainer.global_step} steps"
+        done = f"{counted(epochs.processed, 'epoch')} and {counted(trainer.global_step, 'step')}"
         last = Path(str(self.dirpath)) / LAST
         if not self._has_trained:
             _log.info(
@@ -194,7 +194,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         if not _is_epoch_over(trainer) and last.is_file():
             _log.info(
-                f"Training stopped in mid-epoch, after {trainer.global_step} steps. --ckpt_path {last} resumes it."
+                f"Training stopped in mid-epoch, after {counted(trainer.global_step, 'step')}. --ckpt_path {last} "
+                "resumes it."
             )
         if not self.best_model_path:
             _log.warning(
@@ -294,7 +295,8 @@ def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         batches = trainer.world_size * trainer.accumulate_grad_batches
         advice = f": with the learning rates as they are, --data.batch_size {saved // batches} trains as before"
         _log.warning(
-            f"The batch of a step is {current} samples now and was {saved}{'' if saved % batches else advice}."
+            f"The batch of a step is {counted(current, 'sample')} now and was "
+            f"{saved}{'' if saved % batches else advice}."
         )
 
 

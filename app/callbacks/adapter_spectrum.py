@@ -19,7 +19,7 @@ from torch import Tensor
 from app.reports.heat_map import HeatMap
 from app.run.logger import log_picture, log_text
 from app.run.spectrum_file import FILE, DamagedSpectra, read_spectra, write_spectra
-from datamodules.errors import CallbackError
+from datamodules.errors import CallbackError, counted
 from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule
@@ -180,8 +180,8 @@ class AdapterSpectrum(L.Callback):
             self._warned_of_zero_weights = True
             listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             _log.warning(
-                f"The frozen weight of {len(names)} adapted projections is zero ({listed}). Their relative_norm is "
-                f"infinite in {FILE}; the logged means leave them out."
+                f"The frozen weight of {counted(len(names), 'adapted projection')} is zero ({listed}). Their "
+                f"relative_norm is infinite in {FILE}; the logged means leave them out."
             )
 
     @torch.no_grad()

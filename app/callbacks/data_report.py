@@ -40,7 +40,9 @@ class DataReport(L.Callback):
         if len(skipped) > self._reported:  # the test after a fit may have skipped no further rows
             self._reported = len(skipped)
             path = Path(trainer.default_root_dir) / FILE
-            _log.warning(f"{len(skipped):,} bad rows are skipped; {path} lists them.")
+            _log.warning(
+                f"{counted(len(skipped), 'bad row is', 'bad rows are')} skipped; {path} lists the skipped rows."
+            )
             splits = {row.split for row in skipped}
             kept = [row for row in _read(path) if row.split not in splits]
             with atomic_write_text(path) as file:

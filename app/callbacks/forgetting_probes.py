@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datamodules.contract import DataKind
-from datamodules.errors import CallbackError
+from datamodules.errors import CallbackError, counted
 from datamodules.sources.findings import Findings
 from datamodules.sources.splits import SPLITS
 from modules.base import AdaptedModule
@@ -58,7 +58,7 @@ def _sample(size: int, rows: int) -> Tensor:
 def _report(findings: Findings, rows: int, where: str) -> None:
     for line in findings.take_lines():
         _log.info(f"forgetting.path: {line}")
-    _log.info(f"forgetting.path: the backbone is scored on {rows:,} rows of {where} before and after the fit.")
+    _log.info(f"forgetting.path: the backbone is scored on {counted(rows, 'row')} of {where} before and after the fit.")
 
 
 class ImageProbe:
@@ -100,8 +100,8 @@ def _open_images(module: ImageClassifier, path: str, rows: int) -> ImageProbe:
     chosen = _sample(len(table), rows)
     if len(chosen) <= NEIGHBOURS:
         raise CallbackError(
-            f"forgetting.path: {len(chosen)} images of {table.where} are too few for {NEIGHBOURS} neighbours. Give "
-            "more images, or raise forgetting.rows."
+            f"forgetting.path: {counted(len(chosen), 'image')} of {table.where} cannot give {NEIGHBOURS} neighbours. "
+            "Give more images, or raise forgetting.rows."
         )
     _report(findings, len(chosen), table.where)
     config = module.preprocessing
@@ -147,8 +147,8 @@ def _open_texts(module: LanguageModel, path: str, rows: int, column: str) -> Tex
             "forgetting.text_column."
         )
     if short := len(encoded) - len(sequences):
-        findings.add(f"{short:,} rows of {table.where} have fewer than two tokens and are left out")
+        findings.add(f"left out of {table.where}: {counted(short, 'row')} with fewer than two tokens")
     if cut := sum(len(ids) == longest for ids in encoded):
-        findings.add(f"{cut:,} rows of {table.where} reach {longest} tokens and may be cut")
+        findings.add(f"{counted(cut, 'row')} of {table.where} may be cut to {longest} tokens")
     _report(findings, len(sequences), table.source or table.where)
     return TextProbe(sequences)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from app.callbacks.termination import Termination
 from datamodules.base import ResumableDataModule
-from datamodules.errors import CallbackError
+from datamodules.errors import CallbackError, counted
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ class GeneralizationGap(L.Callback):
         validated = sum(int(batches) for batches in trainer.num_val_batches) * data.batch_size * trainer.world_size
         rows = min(self.rows, validated or self.rows)
         if rows < trainer.world_size:
-            _log.info(f"generalization.rows: {rows} rows are fewer than the processes. No gap is measured.")
+            _log.info(
+                f"generalization.rows: {counted(rows, 'row')} cannot give a row to each process. No gap is measured."
+            )
             return {}
         metrics = _evaluate(trainer, module, TrainingSample(data, rows), split)
         if not metrics:

@@ -19,7 +19,7 @@ from app.console import escape_controls
 from datamodules.atomic import atomic_write_text
 from datamodules.base import ResumableDataModule
 from datamodules.contract import HasPredictionFiles
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 
 Row = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class PredictionWriter(BasePredictionWriter):
             if trainer.is_global_zero:
                 write_rows(path, [complete(row, number) for row in ordered])
                 kept = "" if path.name == files[number] else f" ({files[number]} of an earlier prediction is kept)"
-                _log.info(f"{len(ordered):,} predictions: {path}{kept}")
+                _log.info(f"{counted(len(ordered), 'prediction')}: {path}{kept}")
                 if len(ordered) == 1:
                     _print(complete(ordered[0], number))
 
@@ -85,9 +85,13 @@ def _check_errors(rows: list[Row]) -> None:
     """
     errors = [row["error"] for row in rows if row.get("error")]
     if errors and len(errors) == len(rows):
-        raise DataError(f"data.predict_path: none of {len(rows):,} inputs can be used; the first: {errors[0]}.")
+        raise DataError(
+            f"data.predict_path: none of {counted(len(rows), 'input')} can be used; the first: {errors[0]}."
+        )
     if errors:
-        _log.warning(f"{len(errors):,} of {len(rows):,} inputs could not be used; the column `error` says why.")
+        _log.warning(
+            f"{len(errors):,} of {len(rows):,} inputs could not be predicted; the column `error` gives the reason."
+        )
         for row in rows:
             row.setdefault("error", "")
 

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from app.console import escape_controls
 from app.export.bank import read_members, split_names, unpack, write_bank
 from datamodules.atomic import WriteError
+from datamodules.errors import counted
 from modules.formats.bank import Bank, check_member
 
 Action = Literal["list", "add", "remove", "unpack"]
@@ -98,7 +99,11 @@ def print_table(bank: Bank) -> None:
     Console(width=200).print(table)
     dtype = str(bank.dtype).removeprefix("torch.")
     size = bank.path.stat().st_size / 1e6
-    print(f"{len(bank.names)} adapters of {len(bank.shared.slots)} projections, {dtype}, {size:.3g} MB", flush=True)
+    print(
+        f"{counted(len(bank.names), 'adapter')} of {counted(len(bank.shared.slots), 'projection')}, {dtype}, "
+        f"{size:.3g} MB",
+        flush=True,
+    )
 
 
 def add(bank: Bank, runs: Sequence[str], names: Sequence[str] | None, changes: dict[str, str]) -> None:
@@ -109,7 +114,9 @@ def add(bank: Bank, runs: Sequence[str], names: Sequence[str] | None, changes: d
     adapters = [(name, bank.read(name)) for name in bank.names]
     adapters += [(name, member.adapter) for name, member in members.items()]
     write_bank(bank.path, bank.shared, bank.frozen, adapters, bank.dtype)
-    print(escape_controls(f"Added {', '.join(members)}: {bank.path} has {len(adapters)} adapters."), flush=True)
+    print(
+        escape_controls(f"Added {', '.join(members)}: {bank.path} has {counted(len(adapters), 'adapter')}."), flush=True
+    )
 
 
 def remove(bank: Bank, names: Sequence[str]) -> None:
@@ -125,7 +132,7 @@ def remove(bank: Bank, names: Sequence[str]) -> None:
         raise ArgumentError(None, f"NAME: {bank.path} would be empty. Delete the file instead.")
     adapters = [(name, bank.read(name)) for name in kept]
     write_bank(bank.path, bank.shared, bank.frozen, adapters, bank.dtype)
-    print(escape_controls(f"Removed {', '.join(names)}: {bank.path} has {len(kept)} adapters."), flush=True)
+    print(escape_controls(f"Removed {', '.join(names)}: {bank.path} has {counted(len(kept), 'adapter')}."), flush=True)
 
 
 def unpack_all(bank: Bank, names: Sequence[str], output: Path) -> None:
@@ -140,4 +147,7 @@ def unpack_all(bank: Bank, names: Sequence[str], output: Path) -> None:
             raise ArgumentError(None, f"--output: {output / name} exists already. Give another directory.")
     for name in names:
         unpack(bank, name, output / name)
-    print(escape_controls(f"Unpacked {len(names)} adapters: {', '.join(str(output / n) for n in names)}"), flush=True)
+    print(
+        escape_controls(f"Unpacked {counted(len(names), 'adapter')}: {', '.join(str(output / n) for n in names)}"),
+        flush=True,
+    )

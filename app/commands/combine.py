@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from app.config.precedence import expanded_path
 from app.console import escape_controls
 from datamodules.atomic import WriteError, atomic_directory
+from datamodules.errors import counted
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -111,7 +112,9 @@ def _weights(text: str | None, count: int) -> list[float]:
         raise ArgumentError(None, f"--weights: {text!r:.120} must be finite numbers, not all zero.")
     if len(weights) != count:
         raise ArgumentError(
-            None, f"--weights: {len(weights)} weights do not match {count} adapters. Give one weight for each RUN."
+            None,
+            f"--weights: {counted(len(weights), 'weight')} cannot match {counted(count, 'adapter')}. Give one weight "
+            "for each RUN.",
         )
     return weights
 

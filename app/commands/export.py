@@ -28,6 +28,7 @@ from app.export.peft import export_peft
 from app.export.validation import load_data, validation_scores
 from app.run.checkpoint_io import run_of_checkpoint
 from datamodules.atomic import WriteError, atomic_directory
+from datamodules.errors import counted
 from modules.base import AdaptedModule
 from modules.formats.rounding import Rounding, merge_rounding
 
@@ -205,7 +206,10 @@ def export_bank(arguments: Namespace) -> None:
         raise ArgumentError(None, f"--output: {error}") from error
     redrawn = sum(slot.seed is not None for slot in first.shared.slots)
     size = output.stat().st_size / 1e6
-    print(f"Wrote {len(members)} adapters, {redrawn} of {len(first.shared.slots)} frozen A left out: {size:.3g} MB.")
+    print(
+        f"Wrote {counted(len(members), 'adapter')}, {redrawn} of {len(first.shared.slots)} frozen A left out: "
+        f"{size:.3g} MB."
+    )
     print(escape_controls(f"Exported: {output}"), flush=True)
 
 

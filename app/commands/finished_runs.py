@@ -25,7 +25,7 @@ from app.run.spectrum_file import FILE as SPECTRUM
 from app.run.spectrum_file import DamagedSpectra
 from app.run.spectrum_file import read_spectra as read_rows
 from datamodules.atomic import atomic_write
-from datamodules.errors import CheckpointError
+from datamodules.errors import CheckpointError, counted
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.init import init_factor
 from modules.adapters.roles import LAYERS, block_of, find_projections, fused_layers
@@ -181,8 +181,8 @@ def read_runs(names: Sequence[str], least: int, most: int | None = None) -> list
     if len(runs) < least:
         raise ArgumentError(
             None,
-            f"RUN: {len(runs)} of the {len(names)} given paths are different runs with adapters, and {least} or more "
-            "are needed. Give runs with model.tuning: adapter.",
+            f"RUN: {counted(len(runs), 'different run')} with adapters in {counted(len(names), 'given path')}, and "
+            f"{least} or more are needed. Give runs with model.tuning: adapter.",
         )
     if most is not None and len(runs) > most:
         raise ArgumentError(None, f"RUN: {len(runs)} runs do not fit in one figure. Give {most} or fewer.")
@@ -477,7 +477,7 @@ def read_spectra(run: FinishedRun) -> list[dict[str, Any]]:
         return []
     usable = [row for row in rows if _is_usable(row)]
     if len(usable) < len(rows):
-        _log.warning(f"{path}: {len(rows) - len(usable)} of {len(rows)} rows are damaged and skipped.")
+        _log.warning(f"{path}: skipped {counted(len(rows) - len(usable), 'damaged row')} of {len(rows):,}.")
     return usable
 
 

@@ -16,6 +16,7 @@ from app.commands.memory_estimate import BatchSize, MemoryEstimate, Precision, f
 from app.config.constructors import construct
 from app.config.fit_keys import ParseFit
 from datamodules.contract import HasKind
+from datamodules.errors import counted
 from datamodules.sources.findings import Findings
 from modules.base import AdaptedModule
 
@@ -64,7 +65,7 @@ def predict(parse_fit: ParseFit, words: Sequence[str], classes: int) -> Predicti
     if "class_names" in keys and keys.class_names is None:
         names = read_classes(config)
         keys.class_names = [f"class {number}" for number in range(classes)] if names is None else names
-        head = f", a head of {len(keys.class_names):,} classes" if keys.class_names else ", a head of one score"
+        head = f", a head of {counted(len(keys.class_names), 'class')}" if keys.class_names else ", a head of one score"
         head += " (--classes)" if names is None else ""
     keys.adapter.init_a = keys.adapter.init_b = "given"  # no values are drawn
     with torch.device("meta"):
@@ -90,16 +91,16 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
     kind = data.kind if isinstance(data, HasKind) else "data of no known kind"
     keys: Any = config.data.init_args
     if kind == "images":
-        return BatchSize(keys.batch_size), f"{keys.batch_size} images a step"
+        return BatchSize(keys.batch_size), f"{counted(keys.batch_size, 'image')} a step"
     if kind == "labelled texts":
-        words = f"{keys.batch_size} texts a step of {keys.max_length} tokens"
+        words = f"{counted(keys.batch_size, 'text')} a step of {keys.max_length} tokens"
         return BatchSize(keys.batch_size, keys.max_length), words
     if kind == "summaries":
-        words = f"{keys.batch_size} texts a step of {keys.max_source_length} tokens"
+        words = f"{counted(keys.batch_size, 'text')} a step of {keys.max_source_length} tokens"
         size = BatchSize(keys.batch_size, keys.max_source_length, keys.max_target_length)
         return size, f"{words} with summaries of {keys.max_target_length} tokens"
     if kind == "instructions":
-        words = f"{keys.batch_size} conversations a step of {keys.max_length} tokens, all learnt"
+        words = f"{counted(keys.batch_size, 'conversation')} a step of {keys.max_length} tokens, all learnt"
         return BatchSize(keys.batch_size, keys.max_length), words
     raise ArgumentError(
         None, f"data: {config.data.class_path} gives {kind}, which no task is trained on. Give a recipe for fit."

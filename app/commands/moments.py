@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from app.config.constructors import construct
 from app.config.fit_keys import ParseFit
 from app.run.failures import construction_error
+from datamodules.errors import counted
 from modules.adapters import AdaptedLinear, adapted_layers
 from modules.analysis.theory import Moments
 from modules.base import AdaptedModule
@@ -144,7 +145,7 @@ class MomentCollector(L.Callback):
                 self.moments[f.projection.name] = Moments(d_in, d_out, device)
                 size += 8 * (d_in**2 + d_in * d_out + d_out**2)
             self._hooks.append(layer.register_forward_hook(self._watch))
-        _log.info(f"The moments of {len(self.moments)} projections take {size / GIB:.2f} GiB.")
+        _log.info(f"The moments of {counted(len(self.moments), 'projection')} take {size / GIB:.2f} GiB.")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hooks."""

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from app.console import escape_controls
 from app.quantities import seconds_text
 from datamodules.atomic import atomic_write
+from datamodules.errors import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +76,7 @@ def run(arguments: Namespace) -> None:
     for state in STATES:
         if state != "finished" and (count := sum(record.state == state for record in records)):
             print(f"{count} {state}: {STATES[state]}.")
-    print(f"{len(records)} runs below {escape_controls(str(root))}", flush=True)
+    print(f"{counted(len(records), 'run')} below {escape_controls(str(root))}", flush=True)
 
 
 def sort_records(records: Sequence[RunRecord], column: Column) -> list[RunRecord]:

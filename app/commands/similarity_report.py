@@ -18,6 +18,7 @@ from torch import Tensor
 
 from app.commands.finished_runs import FACTORS, Factor, FinishedRun, block_names, runs_table, shown_runs
 from app.reports.report import FILE, Report, figure_style, new_figure
+from datamodules.errors import counted
 from modules.analysis.similarity import (
     chance_level,
     cross_similarities,
@@ -131,7 +132,8 @@ def _common_projections(runs: Sequence[FinishedRun]) -> list[str]:
         )
     if len(shared) < len(adapted):
         _log.warning(
-            f"{len(adapted - shared)} of {len(adapted)} projections are not adapted by all runs and are left out."
+            f"{len(adapted - shared)} of {counted(len(adapted), 'projection')} are left out, since not all runs adapt "
+            "them."
         )
     return [name for name in runs[0].factors if name in shared]
 
@@ -299,10 +301,9 @@ def answers(pairs: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
         sentences.append(f"From different starts, A has {_by_data(other)}.")
     to_start = runs["A to its start"].dropna()
     if len(to_start):
-        counted = f"{len(to_start)} run{'s' * (len(to_start) > 1)}"
         sentences.append(
             f"At the end of training, A has a mean similarity of {to_start.mean():.3f} to its own random start "
-            f"({counted})."
+            f"({counted(len(to_start), 'run')})."
         )
     learnt = pairs[(pairs["factor"] == "B") & (pairs["state"] == "trained") & (pairs["start"] == "both from zero")]
     if len(learnt):
@@ -349,9 +350,8 @@ def _verdict(other: pd.DataFrame, same: pd.DataFrame) -> str:
 
 def _mean_text(pairs: pd.DataFrame) -> str:
     summary = _summary(pairs)
-    several = len(pairs) > 1
     interval = "" if math.isnan(summary["low"]) else f"95 % interval {summary['low']:.3f} to {summary['high']:.3f}; "
-    return f"{summary['similarity']:.3f} ({interval}{len(pairs)} pair{'s' * several} of {summary['runs']} runs)"
+    return f"{summary['similarity']:.3f} ({interval}{counted(len(pairs), 'pair')} of {summary['runs']} runs)"
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:

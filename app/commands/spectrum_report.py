@@ -17,6 +17,7 @@ from torch import Tensor
 
 from app.commands.finished_runs import FACTORS, FinishedRun, block_names, frozen_weights, runs_table, shown_runs
 from app.reports.report import FILE, Report, figure_style, new_figure
+from datamodules.errors import counted
 from modules.adapters import ROLES
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize
 from modules.analysis.spectra import intruder_cosines, intruder_counts, kept_shares, left_singular_vectors
@@ -72,7 +73,10 @@ def measure_weights(runs: Sequence[FinishedRun], top: int) -> WeightMeasures:
         if weights is None:
             measures.missing.extend(runs[index].label for index in indices)
             continue
-        _log.info(f"Decomposing {len(names)} frozen weights, for the intruder dimensions of {len(indices)} runs.")
+        _log.info(
+            f"Decomposing {counted(len(names), 'frozen weight')}, for the intruder dimensions of "
+            f"{counted(len(indices), 'run')}."
+        )
         for name in names:
             left = left_singular_vectors(weights[name])
             for index in indices:

@@ -19,6 +19,7 @@ from app.commands.moments import Measurement
 from app.config.program_files import program_command
 from app.reports.report import Report, figure_style, new_figure
 from datamodules.atomic import atomic_write
+from datamodules.errors import counted
 from modules.adapters import ROLES, adapted_projections
 from modules.adapters.roles import block_of
 from modules.analysis.theory import DRAWS, Trained, generalisation_bound, theory_of
@@ -96,9 +97,10 @@ def analyse(measured: Measurement) -> Analysis:
     if len(singular):
         first = singular.iloc[0]
         _log.warning(
-            f"{len(singular)} of {len(table)} projections have fewer tokens that reach the loss than inputs, such as "
-            f"{first['projection']} with {first['tokens']} tokens and {first['d_in']} inputs. Their second moment is "
-            "singular, and their least-squares target fits these batches only. Raise --batches."
+            f"{len(singular)} of {counted(len(table), 'projection')} {'has' if len(singular) == 1 else 'have'} fewer "
+            f"tokens that reach the loss than inputs, such as {first['projection']} with {first['tokens']} tokens and "
+            f"{first['d_in']} inputs. Their second moment is singular, and their least-squares target fits these "
+            "batches only. Raise --batches."
         )
     return Analysis(measured, table, pd.concat(shares, ignore_index=True))
 
@@ -235,10 +237,10 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
     report = Report("Closed forms of one-sided adapters before training")
     report.add_code(shlex.join([*program_command(), "theory", *measured.words]))
     report.add_paragraph(
-        f"{len(table)} projections of {type(measured.module.backbone).__name__}, measured over {measured.steps} "
-        f"batches: {table['tokens'].min():,} to {table['tokens'].max():,} tokens a projection reach the loss, "
-        f"and {table['idle_tokens'].min():,} to {table['idle_tokens'].max():,} do not. "
-        f"The recipe has {measured.samples:,} training samples."
+        f"{counted(len(table), 'projection')} of {type(measured.module.backbone).__name__}, measured over "
+        f"{counted(measured.steps, 'batch')}: {table['tokens'].min():,} to {table['tokens'].max():,} tokens a "
+        f"projection reach the loss, and {table['idle_tokens'].min():,} to {table['idle_tokens'].max():,} do not. The "
+        f"recipe has {counted(measured.samples, 'training sample')}."
     )
     report.add_paragraph(
         "All shares describe a linear regression with the measured second moment Σ of a projection's inputs. The "

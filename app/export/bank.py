@@ -14,6 +14,7 @@ from app.export.load_run import find_checkpoint, load_module
 from app.export.peft import LABELS, peft_content, shared_base_name
 from app.run.checkpoint_io import run_of_checkpoint
 from datamodules.atomic import atomic_directory, atomic_write
+from datamodules.errors import counted
 from modules.adapters import adapter_state
 from modules.base import AdaptedModule
 from modules.formats.bank import Bank, BankAdapter, Member, Shared, check_member, member_of, save_bank
@@ -44,7 +45,11 @@ def read_members(
     if names is None:
         names = [(run_of_checkpoint(path) or path.with_suffix("")).name for path in checkpoints]
     if len(names) != len(runs):
-        raise ArgumentError(None, f"--names: {len(names)} names are given for {len(runs)} runs. Give one for each run.")
+        raise ArgumentError(
+            None,
+            f"--names: {counted(len(names), 'name is', 'names are')} given for {counted(len(runs), 'run')}. Give one "
+            "for each run.",
+        )
     for i, name in enumerate(names):
         if name in names[:i] or name in taken:
             raise ArgumentError(None, f"RUN: the name {name} is taken. Give other names with --names A,B.")

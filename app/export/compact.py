@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError
 from app.config.program_files import program_command
 from app.export.loader_code import Loader
 from app.export.peft import peft_content
+from datamodules.errors import counted
 from modules.adapters import adapter_state
 from modules.base import AdaptedModule
 from modules.formats.compact import FILE_NAME as COMPACT
@@ -42,10 +43,10 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: 
     heads = {name: tensor for name, tensor in module.saved_state().items() if name not in factors}
     redrawn = save_compact(folder, module.backbone, module.adapter, heads, dtype)
     if redrawn:
-        print(f"Left out: the frozen factors of {len(redrawn)} projections, which loading draws again.")
+        print(f"Left out: the frozen factors of {counted(len(redrawn), 'projection')}, which loading draws again.")
     if stored := len(module.projections) - len(redrawn):
         reason = "both are trained" if module.adapter.train == "both" else "only init signs can be drawn again"
-        print(f"Stored: both factors of {stored} projections, since {reason}.")
+        print(f"Stored: both factors of {counted(stored, 'projection')}, since {reason}.")
         if module.adapter.train != "both":
             frozen = "init_a" if module.adapter.train == "B" else "init_b"
             print(f"A compact file leaves out the frozen factor of runs with --model.adapter.{frozen} signs.")

@@ -8,6 +8,7 @@ from app.quantities import seconds_text
 from app.sweep.facts import PlanFacts
 from app.sweep.outcome import COSTS, Outcome, count_text, join_words, plural
 from app.sweep.statistics import STUDENT_SEEDS, PairedDifference
+from datamodules.errors import counted
 
 PRUNING = {  # names of the rules that stop trials early
     "median": "the median rule",
@@ -276,11 +277,12 @@ def _gaps(outcome: Outcome) -> list[str]:
         if variant not in outcome.ranked and not outcome.complete.empty:
             rows = outcome.trials[outcome.trials["variant"] == variant]
             lost = int((rows["state"] == "failed").sum())
-            reason = f": {lost} of its {len(rows)} trials failed" if lost else ""
+            reason = f": {lost} of its {counted(len(rows), 'trial')} failed" if lost else ""
             sentences.append(f"{variant} is missing from the comparison, since it has no confirmed result{reason}.")
         elif failed:
             sentences.append(
-                f"{failed} of {len(trials)} confirming trials of {variant} failed and are left out of its means."
+                f"{failed} of {counted(len(trials), 'confirming trial')} of {variant} failed and "
+                f"{'is' if failed == 1 else 'are'} left out of its means."
             )
     return sentences
 

@@ -20,6 +20,7 @@ from app.config.program_files import find_program_file
 from app.config.variants import VARIANTS, VariantError, variant_keys
 from app.config.yaml_files import check_file, check_yaml, read_yaml
 from app.sweep.recipe import Recipe
+from datamodules.errors import counted
 
 Point = dict[str, Any]  # the searched keys with their values
 PRUNERS = ("none", "median", "halving", "hyperband")
@@ -457,6 +458,6 @@ def _check_numbers_of_points(plan: Plan) -> None:
     size = next(iter(sizes.values()))
     if plan.trials_per_variant is not None and size > plan.trials_per_variant:
         raise SweepError(
-            f"trials_per_variant: {plan.trials_per_variant} is less than the {size} points of search. Use at least "
-            f"{size}, or remove values from search."
+            f"trials_per_variant: {plan.trials_per_variant} is less than the {counted(size, 'point')} of search. Use "
+            f"at least {size}, or remove values from search."
         )

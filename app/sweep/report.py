@@ -21,6 +21,7 @@ from app.sweep.findings import findings, introduction
 from app.sweep.outcome import Outcome, is_value, value_text
 from app.sweep.statistics import BOOTSTRAP_SEEDS, STUDENT_SEEDS, PairedDifference
 from datamodules.atomic import atomic_write
+from datamodules.errors import counted
 
 FAILURE_TEXT = ("point", "seeds", "error", "run")
 TABLE_FILE = "table.md"
@@ -188,7 +189,7 @@ def _add_differences(report: Report, outcome: Outcome) -> None:
             "Points are mean differences, thin lines Student intervals, thick bars bootstrap intervals. Look for "
             f"coloured lines, which do not reach 0: only these pairs differ beyond the spread of the seeds.{only}",
         )
-    caption = f"Paired differences ({len(table)} pairs, no interval corrected for their number)"
+    caption = f"Paired differences ({counted(len(table), 'pair')}, no interval corrected for their number)"
     report.add_table(caption, table, text_columns=["reading"])
     report.add_paragraph(INTERVALS)
 

@@ -29,6 +29,7 @@ from app.sweep.schedule import FINISHED, Job, Outline
 from app.sweep.storage import HEARTBEAT, STATES, Claim, Ledger, describe, storage_problem
 from app.sweep.trial import Curve, End, TrialProcess
 from datamodules.base import usable_cpus
+from datamodules.errors import counted
 
 POLL = 0.2  # seconds between two checks of this process's trials
 LOOK = 2.0  # seconds between two checks of the study while there is no trial to take
@@ -292,7 +293,7 @@ class Sweep:
             assert worker.trial is not None
             worker.trial.stop()
         if busy:
-            _log.info(f"Stopping {len(busy)} trials after their current step.")
+            _log.info(f"Stopping {counted(len(busy), 'trial after its', 'trials after their')} current step.")
         for worker in busy:
             assert worker.trial is not None
             while (end := worker.trial.end()) is None:

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from app.sweep.changes import plan_content, plan_differences
 from app.sweep.plan import Plan, SweepError
 from app.sweep.storage import JOURNAL, Ledger, open_storage
+from datamodules.errors import counted
 
 PLAN = "plan"  # attribute of the study that holds the plan
 
@@ -56,5 +57,5 @@ def open_ledger(plan: Plan, url: str | None, output: Path, must_exist: bool = Fa
         ledger.head.set_user_attr(PLAN, plan_content(plan))
     done = sum(trial.state.is_finished() for trial in trials.values())
     if done:
-        _log.info(f"{done} trials are finished already. The sweep in {output} continues.")
+        _log.info(f"{counted(done, 'trial is', 'trials are')} finished already. The sweep in {output} continues.")
     return ledger

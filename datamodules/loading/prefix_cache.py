@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.atomic import WriteError
 from datamodules.contract import HIDDEN, INPUTS, MASK, Prefix
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 
 _log = logging.getLogger(__name__)
@@ -157,13 +157,13 @@ def hidden_states(
     if not (is_cached := is_intact(path, verify=trainer.local_rank == 0)):
         try:
             with write_cache(path) as file:
-                _fill(trainer, prefix, loader, lengths, file, f"{size:,} rows of {where}", path.parent, beat)
+                _fill(trainer, prefix, loader, lengths, file, f"{counted(size, 'row')} of {where}", path.parent, beat)
         except WriteError as error:
             raise DataError(f"data.cache_prefix: {path} could not be written ({error.reason}); {REMEDY}.") from error
     with path.open("rb") as file:
         (tokens, _), _, dtype = _read_header(file)
     if is_cached:
-        _log.info(f"The frozen prefix's output for {size:,} rows of {where} is read from {path}.")
+        _log.info(f"The frozen prefix's output for {counted(size, 'row')} of {where} is read from {path}.")
     if lengths is None:
         lengths = torch.full((size,), tokens // size)
     starts = torch.empty(size, dtype=torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 
 MOST_LINES = 10
 
@@ -57,15 +57,15 @@ class Findings:
 
     def add_split(self, split: str, rows: int, source: str) -> None:
         """Add the line of a split: the number of rows, and their source."""
-        self.add(f"{split}: {rows:,} rows of {source}")
+        self.add(f"{split}: {counted(rows, 'row')} of {source}")
 
     def add_classes(self, class_names: Sequence[str], counts: Sequence[int]) -> None:
         """Add the line of the classes and their counts in the training rows. A regression has no classes."""
         if not class_names:
             self.add("labels: numbers, read as a regression")
             return
-        counted = [f"{name} {count:,}" for name, count in zip(class_names, counts, strict=True)]
-        self.add(f"labels: {len(class_names):,} classes: {listed(counted)}")
+        numbers = [f"{name} {count:,}" for name, count in zip(class_names, counts, strict=True)]
+        self.add(f"labels: {counted(len(class_names), 'class')}: {listed(numbers)}")
 
     def add_unread(self, files: Sequence[str]) -> None:
         """Add the line of the files that belong to no split, if there are any."""
@@ -88,7 +88,7 @@ class Findings:
                 raise error
             raise DataError(
                 f"data.skip_bad_rows: {row.row} of {row.source} cannot be used ({row.reason}), and at most "
-                f"{self.skip_bad_rows} rows of {row.split} may be skipped. Fix the row, or increase the key."
+                f"{counted(self.skip_bad_rows, 'row')} of {row.split} may be skipped. Fix the row, or increase the key."
             ) from error
         self.skipped.append(row)
 
@@ -97,5 +97,8 @@ class Findings:
         lines, self._lines = self._lines, []
         self._taken.update(lines)
         if len(lines) > MOST_LINES:
-            lines = [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more lines about the data"]
+            lines = [
+                *lines[: MOST_LINES - 1],
+                f"and {counted(len(lines) - MOST_LINES + 1, 'more line')} about the data",
+            ]
         return lines

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 from datamodules.sources.findings import listed
 from datamodules.sources.splits import is_helper, split_of
 
@@ -44,10 +44,10 @@ class ImageFiles:
 
     def summary(self) -> str:
         """Return one line about the files and folders that are left out; empty if nothing is left out."""
-        kinds = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
+        kinds = [f"{kind} ({count:,})" for kind, count in sorted(self.left_out.items())]
         rest = [f"{len(kinds) - MOST_NAMES} more kinds"] if len(kinds) > MOST_NAMES else []
         empty = listed([os.sep.join(parts) for parts in self.empty])
-        folders = [f"{len(self.empty):,} folders without an image ({empty})"] if self.empty else []
+        folders = [f"{counted(len(self.empty), 'folder')} without an image ({empty})"] if self.empty else []
         if not kinds and not folders:
             return ""
         heic = any(kind.startswith(UNDECODABLE) for kind in self.left_out)
@@ -143,8 +143,8 @@ class Layout:
         if not classes:
             where = self.files.root / self.names[split]
             raise DataError(
-                f"data.path: {where} holds {len(images):,} images and no folder with images. Put each class into a "
-                "folder. Use predict for images without labels."
+                f"data.path: {where} holds {counted(len(images), 'image')} and no folder with images. Put each class "
+                "into a folder. Use predict for images without labels."
             )
         return {
             name: [self.files.root.joinpath(*parts) for parts in sorted(files, key=_torchvision_order)]
@@ -197,7 +197,11 @@ def read_layout(files: ImageFiles) -> Layout:
         )
     splits_found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
     ignored = [parts for name in others for parts in folders[name]]
-    notes = [f"left out of {folder}: {len(ignored):,} images in {listed(others)}, beside the splits"] if others else []
+    notes = (
+        [f"left out of {folder}: {counted(len(ignored), 'image')} in {listed(others)}, beside the splits"]
+        if others
+        else []
+    )
     paths = {split: str(Path(*base, names[0])) for split, names in by_split.items()}
     return _layout(files, splits_found, paths, ignored, notes)
 
@@ -218,7 +222,10 @@ def _layout(
         notes = [*notes, f"images of {listed(inner, 3)} belong to the class that the outer folder names"]
     placed = {parts for depth, images in splits.values() for parts in images if len(parts) > depth + 1}.union(ignored)
     if stray := [os.sep.join(parts) for parts in files.images if parts not in placed]:
-        notes = [*notes, f"left out of {files.root}: {len(stray):,} images in no class folder ({listed(stray)})"]
+        notes = [
+            *notes,
+            f"left out of {files.root}: {counted(len(stray), 'image')} in no class folder ({listed(stray)})",
+        ]
     return Layout(files, splits, names, notes)
 
 

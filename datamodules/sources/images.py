@@ -21,7 +21,7 @@ from datamodules.sources.findings import Findings, SkippedRow
 from datamodules.sources.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
 from datamodules.sources.labels import Labels, missing_label, parse_labels
 from datamodules.sources.splits import SPLITS
-from datamodules.sources.tables import Table, check_path, open_table, unread_files
+from datamodules.sources.tables import Table, check_path, open_table, similar_column, spelt_column, unread_files
 
 if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
     import datasets
@@ -310,8 +310,8 @@ def _from_table(
     from datasets import Image as ImageFeature
 
     data, where = table.data, table.where
-    image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where)
-    label = _column(data, "label_column", label_column, LABEL_COLUMNS, where)
+    image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where, findings)
+    label = _column(data, "label_column", label_column, LABEL_COLUMNS, where, findings)
     try:
         encoded = data.select_columns(image).cast_column(image, ImageFeature(decode=False))
     except Exception as error:  # A column of another type. `datasets` raises many kinds of exceptions.
@@ -332,13 +332,17 @@ def _from_table(
     return ImageTable(reader, names, labels.values, labels.class_names, where, bad, labels.left_out)
 
 
-def _column(data: datasets.Dataset, key: str, configured: str | None, usual: tuple[str, ...], where: str) -> str:
-    column = configured or next((c for c in usual if c in data.column_names), None)
-    if column is None or column not in data.column_names:
-        raise DataError(
-            f"data.{key}: {where} has no column {configured or ' or '.join(usual)}; it has "
-            f"{', '.join(data.column_names)}."
-        )
+def _column(
+    data: datasets.Dataset, key: str, configured: str | None, usual: tuple[str, ...], where: str, findings: Findings
+) -> str:
+    names = data.column_names
+    wanted = usual if configured is None else (configured,)
+    column = next((found for name in wanted if (found := spelt_column(name, names))), None)
+    if column is None:
+        advice = "" if configured is None else similar_column(configured, names)
+        raise DataError(f"data.{key}: {where} has no column {' or '.join(wanted)}; it has {', '.join(names)}.{advice}")
+    if column not in wanted:
+        findings.add(f"the column {column} of {where} is read as data.{key}")
     return column
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import glob
 import gzip
 import io
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from datamodules.errors import DataError, first_line
+from datamodules.errors import DataError, counted, first_line
 from datamodules.sources.findings import listed
 from datamodules.sources.splits import is_helper, is_spelling, split_of
 
@@ -272,6 +273,46 @@ def check_file(path: str, key: str) -> None:
         raise DataError(f"data.{key}: {path} is missing, or is not a file of {', '.join(READERS)}. Give such a file.")
 
 
+def spelt_column(column: str, names: Sequence[str]) -> str | None:
+    """Return the spelling of a column in a table: the column itself, or the only name that differs in case; else None.
+
+    Args:
+        column: A configured column.
+        names: The table's columns.
+    """
+    if column in names:
+        return column
+    similar = [name for name in names if name.casefold() == column.casefold()]
+    return similar[0] if len(similar) == 1 else None
+
+
+def match_columns(table: Table, columns: Mapping[str, str]) -> Table:
+    """Return a table whose columns have their configured spelling. A column may differ in case, and gives a note.
+
+    Args:
+        table: The rows.
+        columns: Configured columns by key. Columns that the table lacks are ignored.
+    """
+    names = table.data.column_names
+    spelt = {key: (spelt_column(column, names), column) for key, column in columns.items()}
+    found = {key: pair for key, pair in spelt.items() if pair[0] not in (None, pair[1])}
+    if not found:
+        return table
+    renamed = {str(name): column for name, column in found.values()}
+    notes = [
+        f"the column {name} of {table.where} is read as data.{key} {column}" for key, (name, column) in found.items()
+    ]
+    as_text = frozenset(renamed.get(name, name) for name in table.as_text)
+    return replace(table, data=table.data.rename_columns(renamed), notes=(*table.notes, *notes), as_text=as_text)
+
+
+def similar_column(column: str, names: Sequence[str]) -> str:
+    """Return advice with the name that is closest to a missing column; empty if no name is close."""
+    lower = {name.lower(): name for name in reversed(names)}
+    close = difflib.get_close_matches(column.lower(), lower, n=1)
+    return f" Did you mean {lower[close[0]]}?" if close else ""
+
+
 def check_column(table: Table, key: str, column: str) -> None:
     """Check that a table has a column.
 
@@ -286,6 +327,8 @@ def check_column(table: Table, key: str, column: str) -> None:
         advice = f" {other}"
     elif padded := next((name for name in names if name.strip() == column), None):
         advice = f" Remove the spaces around {padded!r} in the first line."
+    elif similar := similar_column(column, names):
+        advice = similar
     elif kind_of(Path(table.where)) in (".csv", ".tsv"):
         advice = " The first line of the file must name its columns."
     raise DataError(f"data.{key}: {table.where} has no column {column}; it has {', '.join(names)}.{advice}")
@@ -411,6 +454,9 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         if kind in GZIPPABLE:
             for file in files:
                 _check_width(file, reading)
+        if kind in (".csv", ".tsv"):  # Readers take the columns in the spelling of the file.
+            header = _first_cells(files[0], kind, reading)
+            reading = replace(reading, as_text=tuple(spelt_column(name, header) or name for name in reading.as_text))
         data = READERS[kind](files, reading)
         if READERS[kind] is _read_json:  # `datasets` does not check that text is UTF-8.
             for rows in data.with_format("arrow").iter(batch_size=10_000):
@@ -434,7 +480,7 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         )
     if kind == ".tsv":
         notes += _joined_rows(data, reading.as_text, first)
-    others = f" and {len(files) - 1:,} more file{'s' if len(files) > 2 else ''}" if len(files) > 1 else ""
+    others = f" and {counted(len(files) - 1, 'more file')}" if len(files) > 1 else ""
     as_text = frozenset(reading.as_text) & frozenset(data.column_names) if kind in (".csv", ".tsv") else frozenset()
     return Table(data, first, f"{first}{others}", tuple(notes), as_text)
 
@@ -524,7 +570,8 @@ def _joined_rows(data: Any, columns: Sequence[str], name: str) -> list[str]:
         tabs, breaks = pc.match_substring(cells, "\t"), pc.match_substring_regex(cells, r"[\r\n]")
         if count := pc.sum(pc.and_(tabs, breaks)).as_py():
             lines.append(
-                f"{column} of {name}: {count:,} cells hold tabs and line breaks; a quotation mark at the beginning of "
+                f"{column} of {name}: {counted(count, 'cell holds', 'cells hold')} tabs and line breaks; a quotation "
+                "mark at the beginning of "
                 'a cell may have joined rows. Put such cells in quotation marks and double the marks inside ("")'
             )
     return lines

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.atomic import Digest, WriteError
-from datamodules.errors import DataError
+from datamodules.errors import DataError, counted
 from datamodules.loading.batching import Draw, index_of
 from datamodules.loading.cache_files import cache_folder, is_intact, write_cache
 from datamodules.sources.tables import Table
@@ -110,7 +110,7 @@ def tokenized(table: Table, columns: Sequence[str], encode: Encode, key: Mapping
     name = digest.hexdigest()[:40]
     cache = cache_folder() / f"{name}.arrow"
     if not is_intact(cache):
-        with Console(stderr=True).status(escape(f"Tokenising {len(texts):,} rows of {table.where!r}")):
+        with Console(stderr=True).status(escape(f"Tokenising {counted(len(texts), 'row')} of {table.where!r}")):
             try:
                 with write_cache(cache) as file:
                     _write_tokens(texts, encode, file)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.errors import ModelError, first_line
+from datamodules.errors import ModelError, counted, first_line
 from modules.backbones.gguf import (
     check_positions,
     check_readable,
@@ -335,8 +335,9 @@ def _new_poolers(model: PreTrainedModel, heads: list[str], absent: set[str], sou
     others = sorted(key for key in absent if not any(key.startswith(f"{pooler}.") for pooler in poolers))
     if others:
         raise ModelError(
-            f"model.weights: {source} does not fit {type(model).__name__}: {len(others)} tensors are missing or of "
-            f"another shape ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}). Use weights of this model."
+            f"model.weights: {source} does not fit {type(model).__name__}: "
+            f"{counted(len(others), 'tensor is', 'tensors are')} missing or of another shape "
+            f"({', '.join(others[:3])}{', …' if len(others) > 3 else ''}). Use weights of this model."
         )
     return poolers
 

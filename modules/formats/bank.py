@@ -45,6 +45,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from datamodules.errors import counted
 from modules.adapters import AdapterConfig, AdapterError, Projection, adapted_projections, attach, load_adapter_state
 from modules.adapters.init import sign_factor
 from modules.adapters.mixed import RowWeights, mixed_batch
@@ -208,8 +209,9 @@ def check_member(shared: Shared, other: Shared, name: str) -> None:
     if different := [n for n in [*slots, *others] if not (n in slots and n in others)]:
         change = "lacks" if different[0] in slots else "adapts"
         raise AdapterError(
-            f"{name} {change} {different[0]}, unlike the bank ({len(different)} projections differ). Use runs with "
-            "equal model.adapter.targets and model.adapter.layers."
+            f"{name} {change} {different[0]}, unlike the bank "
+            f"({counted(len(different), 'projection differs', 'projections differ')}). Use runs with equal "
+            "model.adapter.targets and model.adapter.layers."
         )
     for projection, slot in slots.items():
         if others[projection].shape != slot.shape:

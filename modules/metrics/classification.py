@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
-from datamodules.errors import ModelError
+from datamodules.errors import ModelError, counted
 
 ClassWeights = Literal["balanced"] | list[float] | None
 
@@ -92,8 +92,8 @@ def loss_weights(weights: ClassWeights, class_names: Sequence[str], counts: Sequ
         return torch.where(count > 0, count.sum() / (len(counts) * count.clamp(min=1)), 0.0).float()
     if len(weights) != len(class_names):
         raise ModelError(
-            f"model.class_weights: {len(weights)} weights for {len(class_names)} classes ({', '.join(class_names)}). "
-            "Give one weight for each class, in this order."
+            f"model.class_weights: {counted(len(weights), 'weight')} for {counted(len(class_names), 'class')} "
+            f"({', '.join(class_names)}). Give one weight for each class, in this order."
         )
     return torch.tensor(weights, dtype=torch.float32)
 

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from datamodules.errors import ModelError
+from datamodules.errors import ModelError, counted
 from modules.adapters import adapted_layers
 from modules.training.checkpoints import AFTER_DIVERGENCE
 
@@ -56,6 +56,7 @@ class IdleAdapterCheck(L.Callback):
         if idle:
             listed = ", ".join(idle[:3]) + (", …" if len(idle) > 3 else "")
             raise ModelError(
-                f"model.adapter.targets: {len(idle)} of the adapted projections get no gradient ({listed}). The "
-                "backbone reads their weights without calling the layers. Choose other targets."
+                f"model.adapter.targets: {counted(len(idle), 'adapted projection gets', 'adapted projections get')} no "
+                f"gradient ({listed}). The backbone reads such weights without calling the layers. Choose other "
+                "targets."
             )

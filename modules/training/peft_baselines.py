@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from datamodules.errors import ModelError
+from datamodules.errors import ModelError, counted
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.linear import check_rank
 from modules.adapters.roles import find_projections, select
@@ -68,7 +68,9 @@ class PeftBaseline:
         for head in heads:  # PEFT has frozen the heads with the backbone.
             backbone.get_submodule(head).requires_grad_(True)
         self._started = False
-        _log.info(f"model.tuning: {method} of PEFT wraps {len(layers)} layers: {', '.join(_kinds(list(layers)))}.")
+        _log.info(
+            f"model.tuning: {method} of PEFT wraps {counted(len(layers), 'layer')}: {', '.join(_kinds(list(layers)))}."
+        )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters of PEFT's layers by their names in the backbone."""

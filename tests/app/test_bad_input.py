@@ -425,7 +425,7 @@ DAMAGED_DATA: list[tuple[str, tuple[str, ...], dict[str, Any] | Change, str]] = 
         QUESTIONS,
         (),
         {"dev.jsonl": questions(3), "test.jsonl": questions(4)},
-        "data.shots | dev.jsonl | 1 questions of philosophy for 2 shots",
+        "data.shots | dev.jsonl | 1 question of philosophy for 2 shots",
     ),
     (QUESTIONS, (), {"dev.jsonl": questions(10)}, "data.path | no test split"),
     (

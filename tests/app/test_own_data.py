@@ -141,6 +141,25 @@ def test_texts_in_a_csv(
         assert max(shares) == float(table[0]["probability"])
 
 
+def test_columns_that_differ_in_case_and_rows_without_text(
+    fit: Fit, tmp_path: Path, roberta_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, object]] = [{"Review": WORDS[i % 4], "Kind": ["up", "down"][i % 2]} for i in range(40)]
+    path = write_csv(tmp_path / "own.csv", rows)
+    backbone = (f"--model.backbone={roberta_path}", "--data.max_length=32")
+    run = fit("texts", path, *backbone, "--data.text_columns=[review]", "--data.label_column=kind")
+    err = capsys.readouterr().err
+    assert f"the column Review of {path} is read as data.text_columns[0] review" in err
+    assert "columns: text of review; labels of kind" in err
+    new = write_csv(tmp_path / "new.csv", [{"REVIEW": text} for text in ["", *WORDS]])
+    table = predicted(run, f"--data.predict_path={new}")
+    assert [row["review"] for row in table] == ["", *WORDS]
+    assert [bool(row["error"]) for row in table] == [True, False, False, False, False]
+    about_bad_rows = [line for line in capsys.readouterr().err.splitlines() if "column `error`" in line]
+    assert len(about_bad_rows) == 1
+    assert "1 of 5 inputs could not be predicted" in about_bad_rows[0]
+
+
 def test_held_out_rows_of_a_single_file_are_disjoint(fit: Fit, tmp_path: Path, roberta_path: Path) -> None:
     from datamodules.text_classification import TextClassificationData
 

@@ -293,6 +293,6 @@ def test_for_a_run_directory_fit_uses_the_last_and_validate_the_best_checkpoint(
     run = fitted_cli.run()
     shutil.copy(run / "checkpoints" / "previous.ckpt", run / "checkpoints" / "best.ckpt")
     assert fitted_cli("fit", f"--ckpt_path={run}", "--trainer.max_epochs=1") == 0
-    assert f"Nothing left to do: 1 epochs and {STEPS_AN_EPOCH} steps are done" in capsys.readouterr().err
+    assert f"Nothing left to do: 1 epoch and {STEPS_AN_EPOCH} steps are done" in capsys.readouterr().err
     assert fitted_cli("validate", f"--ckpt_path={run}") == 0
     assert [evaluation.step for evaluation in read_evaluations(run)] == [STEPS_AN_EPOCH - 1]

@@ -220,7 +220,7 @@ def test_case_02_ambiguous_folders_are_refused(tmp_path: Path, files: str, parts
 
 def test_case_02_a_test_folder_without_classes_does_not_affect_training(tmp_path: Path) -> None:
     assert len(opened(tree(tmp_path, "train/a/1.png train/b/1.png test/1.png"))[0]) == 2
-    with refuses("test holds 1 images and no folder with images"):
+    with refuses("test holds 1 image and no folder with images"):
         open_split(str(tmp_path), "test", None, None)
 
 
@@ -475,8 +475,9 @@ def test_case_06_every_format_is_decoded_and_other_files_are_counted(tmp_path: P
     for row in range(len(table)):
         assert table.decode(row).shape == (3, 16, 16)
     assert lines == [
-        f"left out of {tmp_path}: 2 .heic files, 1 .txt files, 1 files without a suffix that are no images, 7 hidden "
-        "or helper files and folders, 1 folders without an image (cat). Convert .heic files to JPEG or PNG to use them."
+        f"left out of {tmp_path}: .heic files (2), .txt files (1), files without a suffix that are no images (1), "
+        "hidden or helper files and folders (7), 1 folder without an image (cat). Convert .heic files to JPEG or PNG "
+        "to use them."
     ]
     names = open_folder(str(tmp_path)).names
     assert sorted(names) == sorted(f"{label}/{file}" for label in ("ant", "bee") for file in kinds)
@@ -495,7 +496,7 @@ def test_case_06_links_are_followed_except_loops(tmp_path: Path) -> None:
     assert [Path(name).relative_to(data).parts for name in table.names] == [
         ("ant", "1.png"), ("ant", "linked.png"), ("bee", "1.png"), ("bee", "2.png"),
     ]  # fmt: skip
-    assert lines == [f"left out of {data}: 2 broken links, 2 links to a folder above."]
+    assert lines == [f"left out of {data}: broken links (2), links to a folder above (2)."]
 
 
 # ------------------------------------------------------------------------------------------------ 21: bad test splits
@@ -599,7 +600,7 @@ def test_case_28_skip_label_leaves_rows_out(tmp_path: Path, capsys: pytest.Captu
     data = parquet(tmp_path / "data/train.parquet", labels, datasets.Value("int64"))
     assert run(tmp_path / "runs", data, "fit", "--data.skip_label", "-1") == 0
     lines = capsys.readouterr().err.splitlines()
-    skipped = [int(line.split()[1]) for line in lines if "rows have the label of data.skip_label" in line]
+    skipped = [int(line.split()[3]) for line in lines if "with the label of data.skip_label" in line]
     assert sum(skipped) == 6
     assert any(line.startswith("labels: 2 classes: 0 ") for line in lines)
 
@@ -635,7 +636,9 @@ def test_case_23_good_images_are_predicted_beside_bad_ones(
     for name, damage in damages.items():
         damage(photos / name)
     assert run(fitted / "runs", fitted / "data", *options) == 0
-    assert "warning: 3 of 8 inputs could not be used; the column `error` says why." in capsys.readouterr().err
+    assert (
+        "warning: 3 of 8 inputs could not be predicted; the column `error` gives the reason." in capsys.readouterr().err
+    )
     rows = predictions(fitted / "runs/version_0")
     assert [row["name"] for row in rows] == list(good)
     for row in rows:

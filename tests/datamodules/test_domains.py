@@ -89,7 +89,7 @@ def test_classes_are_matched_by_name(root: Path) -> None:
     data = fitted(extra)
     assert data.class_names == ["bird", "dog"]
     assert {int(row["label"]) for row in data.splits["sketch"]} == {1}
-    assert "sketch has no images of 1 classes: bird" in data.findings.take_lines()
+    assert "sketch has no images of 1 class: bird" in data.findings.take_lines()
 
 
 def test_the_training_sample_has_unaugmented_training_images(root: Path) -> None:
@@ -134,7 +134,7 @@ def test_bad_environments_and_options_are_refused(
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["art/dog", "art/bird"], "holds 1 environments, and two or more are needed.*directory holds art/"),
+        (["art/dog", "art/bird"], "holds 1 environment, and two or more are needed.*directory holds art/"),
         (["dog", "bird"], "holds 0 environments"),
         (["art/train/dog", "art/test/dog", "photo/dog"], "art has test, train above the folders of its classes"),
         (["art/kfold/dog", "art/kfold/bird", "photo/dog"], "art has kfold above the folders of its classes"),
@@ -151,4 +151,4 @@ def test_other_layouts_are_refused(tmp_path: Path, folders: list[str], message: 
 def test_images_outside_of_class_folders_are_reported(root: Path) -> None:
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(root / "overview.png")
     data = fitted(root)
-    assert f"left out of {root}: 1 images in no class folder of an environment" in data.findings.take_lines()
+    assert f"left out of {root}: 1 image in no class folder of an environment" in data.findings.take_lines()

@@ -383,7 +383,7 @@ def test_skipped_rows_do_not_change_the_splits_of_other_rows(tmp_path: Path) -> 
         Path(file).write_bytes(b"")
     for keys in ({"skip_bad_rows": 2}, {"skip_bad_rows": 9}, {"skip_bad_rows": 2, "memory_limit_gb": 0.0}):
         assert split_rows(**keys) == {s: [n for n in names if n not in bad] for s, names in all_rows.items()}
-    with refuses("data.skip_bad_rows", "at most 1 rows of train may be skipped"):
+    with refuses("data.skip_bad_rows", "at most 1 row of train may be skipped"):
         prepared(root, val_fraction=0.3, skip_bad_rows=1)
 
 

@@ -155,7 +155,7 @@ def test_special_tokens_in_texts_are_removed_and_counted(tmp_path: Path, capsys:
     assert dataset.data["labels"][3].count(TOKENIZER.eos_token_id) == 1
     where = tmp_path / "rows/test.jsonl"
     log = capsys.readouterr().err.splitlines()
-    assert f"warning: 1 rows of {where} hold special tokens of the tokenizer, which are removed." in log
+    assert f"warning: Special tokens of the tokenizer are removed from 1 row of {where}." in log
 
 
 def test_long_conversations_keep_their_response(tmp_path: Path) -> None:
@@ -232,9 +232,7 @@ def test_packs_have_complete_conversations(folder: Path, num_workers: int) -> No
     assert all(known[text] == learnt for text, learnt in packed)
     assert len(set(packed)) == len(packed) > 3 * sum(len(batch["input_ids"]) for batch in batches) / 2
     assert "attention_mask" in next(iter(data.val_dataloader()[0]))  # evaluation does not pack
-    with refuses(
-        "data.packing: 24 conversations fill", "packs of 400 tokens, fewer than one batch of 16 × 1 processes"
-    ):
+    with refuses("data.packing: 24 conversations in", "packs of 400 tokens cannot fill one batch of 16 for 1 process"):
         prepared(folder, **PACKED, max_length=400, batch_size=16).train_dataloader()
 
 
@@ -384,7 +382,7 @@ def test_rows_without_a_response_are_refused_or_skipped(tmp_path: Path, capsys: 
     dataset = dataset_of(tmp_path, [rows[0], empty[0], rows[2], empty[3], rows[4]], empty_responses="skip")
     assert texts(dataset, "labels") == [f"{rows[i]['output']}<|im_end|>" for i in (0, 2, 4)]
     log = capsys.readouterr().err.splitlines()
-    assert f"warning: 2 of 5 rows of {where} have no response and are left out." in log
+    assert f"warning: left out of {where}: 2 of 5 rows, without a response." in log
     with refuses(f"data.path: {where} has no row with a response."):
         dataset_of(tmp_path, empty, empty_responses="skip")
 

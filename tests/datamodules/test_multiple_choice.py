@@ -290,7 +290,7 @@ def test_a_subject_has_as_many_shots_as_fit_with_all_its_questions(
             assert shots == {1 if batch["subject"] == longer else 2}
         lines = [line for line in capsys.readouterr().err.splitlines() if "shots" in line]
         where = folder / "test.parquet"
-        expected = f"warning: 1 of 3 subjects of {where} take fewer than 2 shots to fit {limit} tokens: "
+        expected = f"warning: fewer than 2 shots for 1 of 3 subjects of {where} to fit {limit} tokens: "
         assert lines == [f"{expected}{longer} 1."]
     assert one[longer] <= limit
     batches_of(folder, max_length=max(two.values()))

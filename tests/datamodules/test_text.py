@@ -311,7 +311,7 @@ def test_rows_that_reach_the_limit_are_counted(
     assert 0 < cut < 9
     data = prepared(family, path, "validate", **{family.lengths[0]: family.cut})
     assert data.splits["val"][0].lengths.max() == family.cut
-    message = f"warning: {cut} of 9 rows of {path / 'validation.jsonl'} reach {family.cut} tokens and may be cut."
+    message = f"warning: {cut} of 9 rows of {path / 'validation.jsonl'} may be cut to {family.cut} tokens."
     assert message in capsys.readouterr().err.splitlines()
     prepared(family, path, "validate", **{family.lengths[0]: max(lengths) + 1})
     monkeypatch.setattr(rank_zero_only, "rank", 1)

@@ -271,7 +271,7 @@ def test_rows_of_a_label_are_left_out(tmp_path: Path) -> None:
         data = prepared(tmp_path / str(skip), skip_label=skip, **TEXT)
         assert labels_of(data) == [0, 1, 2] * 5
         where = tmp_path / f"{skip}/train.csv"
-        line = f"5 rows of {where} have the label {skip} (data.skip_label) and are left out"
+        line = f"left out of {where}: 5 rows with the label {skip} (data.skip_label)"
         assert line in data.findings.take_lines()
         assert data.findings.skipped == []
 

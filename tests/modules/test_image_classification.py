@@ -192,7 +192,7 @@ def test_adapters_that_the_backbone_bypasses_are_reported(train: Any) -> None:
     adapter = AdapterConfig(train=train, rank=4, targets="all")
     model = classifier(backbone="beit_base_patch16_224", adapter=adapter)
     before = copied(model)
-    with refuses("6 of the adapted projections get no gradient", "blocks.0.attn.qkv.query", error=ModelError):
+    with refuses("6 adapted projections get no gradient", "blocks.0.attn.qkv.query", error=ModelError):
         quiet_trainer().fit(model, ready_loader([image_batch()] * 2))
     assert changed(before, model) == set()
 

@@ -134,7 +134,7 @@ def test_wrong_use_is_an_error(
     cases: list[tuple[list[str], str]] = [
         (["bank", "add", bank, str(other)], r"version_3 was trained over another frozen A: in \S+ its digest is"),
         (["bank", "add", bank, first, "--names", "ada"], "the name ada is taken. Give other names"),
-        (["bank", "add", bank, first, "--names", "a,b"], "2 names are given for 1 runs"),
+        (["bank", "add", bank, first, "--names", "a,b"], "2 names are given for 1 run."),
         (["bank", "add", bank, first, "--names", "a/b"], "'a/b' cannot be the name of an adapter"),
         (["bank", "add", bank], "RUN: bank add needs one or more"),
         (["bank", "remove", bank, "adda"], r"no adapter 'adda'\. Did you mean ada"),

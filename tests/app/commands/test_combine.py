@@ -268,7 +268,7 @@ def test_adapters_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--weights=1"], ["--weights", "1 weights do not match 2"]),
+        (["--weights=1"], ["--weights", "1 weight cannot match 2 adapters"]),
         (["--weights=1,x"], ["--weights", "no list of numbers"]),
         (["--weights=1,nan"], ["--weights", "finite"]),
         (["--weights=0,0"], ["--weights", "not all zero"]),

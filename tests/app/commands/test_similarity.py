@@ -165,10 +165,10 @@ def test_too_few_runs_are_refused(
     finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_runs["b"]
-    refused(capsys, similarity(tmp_path / "out", run), "1 of the 1 given", "2 or more")
+    refused(capsys, similarity(tmp_path / "out", run), "in 1 given path", "2 or more")
     assert similarity(tmp_path / "out", run, run / "checkpoints" / "best.ckpt") == 2
     assert "is given twice" in capsys.readouterr().err
-    refused(capsys, similarity(tmp_path / "out", run, finished_runs["head"]), "1 of the 2 given", "2 or more")
+    refused(capsys, similarity(tmp_path / "out", run, finished_runs["head"]), "1 different run ", "2 or more")
     broken = Path(shutil.copytree(run / "adapter", tmp_path / "broken"))
     (broken / "adapter_config.json").write_text("{")
     refused(capsys, similarity(tmp_path / "out", run, broken), "RUN: ", "cannot be read as JSON")

@@ -138,7 +138,7 @@ def other_values(path: Path) -> None:
         (Path.unlink, "does not exist", 0),
         (damage, "is damaged", 0),
         (other_columns, "is damaged", 0),
-        (other_values, "2 of 9 rows are damaged", 7),
+        (other_values, "skipped 2 damaged rows of 9", 7),
     ],
 )
 def test_damaged_rows_and_files_of_spectra_are_skipped_with_a_warning(
@@ -169,7 +169,13 @@ def test_runs_without_spectra_and_without_adapters(
     assert "moved.ckpt is in no run directory" in error
     page = assert_page_has_pictures(tmp_path / "out", *ALWAYS)
     assert "No usable spectrum.parquet: run 1: B." in page
-    refused(capsys, spectrum(tmp_path / "none", finished_runs["head"]), "RUN", "0 of the 1 given", "model.tuning")
+    refused(
+        capsys,
+        spectrum(tmp_path / "none", finished_runs["head"]),
+        "RUN",
+        "0 different runs",
+        "model.tuning",
+    )
     assert not (tmp_path / "none").exists()
 
 

@@ -282,7 +282,7 @@ def test_findings_when_every_trial_failed() -> None:
 def test_variant_without_results_is_named() -> None:
     results = pd.concat([frame({"lora": LORA, "B": LOWER}), pd.DataFrame([failed("full", "select", 0)])])
     text = " ".join(findings(facts_of(results), results))
-    assert "full is missing from the comparison, since it has no confirmed result: 1 of its 1 trials failed." in text
+    assert "full is missing from the comparison, since it has no confirmed result: 1 of its 1 trial failed." in text
 
 
 def test_failed_confirmation_is_left_out_of_the_pairs_and_named() -> None:
@@ -290,7 +290,7 @@ def test_failed_confirmation_is_left_out_of_the_pairs_and_named() -> None:
     lost = (results["variant"] == "B") & (results["seed"] == 6)
     results.loc[lost, ["state", "test/score"]] = ["failed", np.nan]
     facts = facts_of(results)
-    assert "1 of 5 confirming trials of B failed and are left out of its means." in findings(facts, results)[-1]
+    assert "1 of 5 confirming trials of B failed and is left out of its means." in findings(facts, results)[-1]
     table = difference_table(Outcome(facts, results))
     assert table[["seeds", "95 % bootstrap"]].to_numpy().tolist() == [["4", "–"]]
     assert main_table(Outcome(facts, results))["seeds"].tolist() == ["5", "4"]

@@ -425,7 +425,7 @@ def test_impossible_loaders_and_states_are_refused() -> None:
     with refuses("2 samples to evaluate are fewer than the 3 processes"):
         module(world=3).evaluation_loader(Keys(2))
     for size, world in ((2, 1), (8, 3)):
-        with refuses(f"data.batch_size: {size} training samples", f" 3 × {world} processes"):
+        with refuses(f"data.batch_size: {size} training samples", f"one batch of 3 for {world} process"):
             module(world=world).train_loader(Keys(size))
     for state in ({}, {"epoch": -1, "samples": 0, "seed": 1}, {"epoch": 0, "samples": "1", "seed": 1}, None):
         with refuses("ckpt_path: the checkpoint's position in the data is damaged"):

@@ -147,7 +147,7 @@ def test_a_folder_without_splits_is_training_data(tmp_path: Path) -> None:
     assert shows(table, IMAGES[:3], [0, 0, 1])
     assert table.class_names == ["ant", "bee"]
     assert table.names[2] == str(tmp_path / "bee/deeper/0.PNG")
-    left_out = f"left out of {tmp_path}: 1 .txt files, 1 folders without an image (cow)."
+    left_out = f"left out of {tmp_path}: .txt files (1), 1 folder without an image (cow)."
     assert left_out in findings.take_lines()
     assert [open_split(str(tmp_path), split, None, None) for split in ("val", "test")] == [None, None]
 

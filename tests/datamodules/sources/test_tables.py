@@ -23,6 +23,7 @@ from datamodules.sources.tables import (
     blank_rows,
     check_column,
     check_texts,
+    match_columns,
     null_rows,
     open_file,
     open_table,
@@ -215,7 +216,7 @@ def test_encodings_that_are_no_text_encodings_are_refused(encoding: str) -> None
 def test_tsv_rows_joined_by_a_stray_quotation_mark_are_noted(tmp_path: Path) -> None:
     put(tmp_path / "train.tsv", 'text\tlabel\na\t0\n"b\t1\nc\t0\n"d\t1\ne\t0\n')
     (note,) = opened(tmp_path, reading=Reading(as_text=("text", "label"))).notes
-    assert "text of" in note and "1 cells hold tabs and line breaks" in note
+    assert "text of" in note and "1 cell holds tabs and line breaks" in note
 
 
 def test_select_returns_rows_in_the_given_order(tmp_path: Path) -> None:
@@ -225,8 +226,24 @@ def test_select_returns_rows_in_the_given_order(tmp_path: Path) -> None:
     assert rows_of(table.select(torch.tensor([3, 2, 1, 0]))) == ROWS[::-1]  # all rows in another order
     assert table.select(torch.arange(4)) is table
     check_column(table, "label_column", "label")
-    with refuses("data.label_column", table.where, "has no column lable; it has text, label."):
+    with refuses("data.label_column", table.where, "has no column lable; it has text, label. Did you mean label?"):
         check_column(table, "label_column", "lable")
+    with refuses("has no column LABELS; it has text, label. Did you mean label?"):
+        check_column(table, "label_column", "LABELS")
+
+
+def test_columns_may_differ_in_case(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("Text,LABEL,label,k\n007,1,a,2\n008,0,b,3\n")
+    table = open_table(str(path), ["train"], reading=Reading(as_text=("text",)))
+    assert table is not None
+    matched = match_columns(table, {"text_columns[0]": "text", "label_column": "label", "id_column": "id"})
+    assert matched.data.column_names == ["text", "LABEL", "label", "k"]  # `label` itself is there
+    assert matched.data["text"][:] == ["007", "008"]  # read as text under the name in the file
+    assert matched.as_text == {"text"}
+    assert matched.notes == (f"the column Text of {path} is read as data.text_columns[0] text",)
+    assert match_columns(matched, {"text_columns[0]": "text"}) is matched
+    assert match_columns(table, {"label_column": "Label"}) is table  # two names differ in case alone
 
 
 # ---------------------------------------------------------------------------------------------------- columns of text

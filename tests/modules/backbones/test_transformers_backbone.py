@@ -264,10 +264,10 @@ def _empty_pickle(folder: Path) -> None:
     (folder / "weights.pt").write_bytes(b"")
 
 
-MISSING = "1 tensors are missing", "(roberta.encoder.layer.1.attention.self.query.weight)"
+MISSING = "1 tensor is missing", "(roberta.encoder.layer.1.attention.self.query.weight)"
 NO_TEXTS = "model.backbone: ", " is a vit, which has no model for SequenceClassif"
 NO_FILE = "model.weights: ", " is no .safetensors file", "`pretrained` or `none`"
-SHAPES = " tensors are missing or of another shape"
+SHAPES = "missing or of another shape"
 
 
 @pytest.mark.parametrize(
@@ -275,9 +275,24 @@ SHAPES = " tensors are missing or of another shape"
     [
         (_without_a_tensor, "pretrained", {}, ["model.weights: ", *MISSING]),
         (_without_a_tensor, "model.safetensors", {}, ["model.weights: ", *MISSING]),
-        (None, "pretrained", {"num_hidden_layers": 3}, ["model.weights: ", f" 16{SHAPES}", "roberta.encoder.layer.2"]),
-        (None, "pretrained", {"vocab_size": 60}, [f" 1{SHAPES}", "roberta.embeddings.word_embeddings.weight"]),
-        (None, "pretrained", {"intermediate_size": 48}, [f" 6{SHAPES}", "roberta.encoder.layer.0.intermediate.dense"]),
+        (
+            None,
+            "pretrained",
+            {"num_hidden_layers": 3},
+            ["model.weights: ", f" 16 tensors are {SHAPES}", "roberta.encoder.layer.2"],
+        ),
+        (
+            None,
+            "pretrained",
+            {"vocab_size": 60},
+            [f" 1 tensor is {SHAPES}", "roberta.embeddings.word_embeddings.weight"],
+        ),
+        (
+            None,
+            "pretrained",
+            {"intermediate_size": 48},
+            [f" 6 tensors are {SHAPES}", "roberta.encoder.layer.0.intermediate.dense"],
+        ),
         (_another_family, "weights.safetensors", {}, ["model.weights: ", "does not fit RobertaForSequenceClassif"]),
         (_quantised, "pretrained", {}, ["model.backbone: the weights of ", "roberta are quantised"]),
         *(

@@ -68,7 +68,7 @@ def test_balanced_weights_equal_scikit_learns() -> None:
     [
         ("balanced", [], [], "regression"),
         ("balanced", ["a", "b"], None, "no counts of their classes"),
-        ([1.0], ["a", "b"], [1, 2], "1 weights for 2 classes"),
+        ([1.0], ["a", "b"], [1, 2], "1 weight for 2 classes"),
         ([-1.0, 1.0], ["a", "b"], [1, 2], "0 or more"),
         ([0.0, 0.0], ["a", "b"], [1, 2], "above 0"),
         ([float("nan"), 1.0], ["a", "b"], [1, 2], "finite"),
