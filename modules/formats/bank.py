@@ -315,7 +315,7 @@ class _Entry(NamedTuple):
 
 
 class _Resident(NamedTuple):
-    """An adapter on the device of the attached model: all B as one row, and the weights of the head by layer."""
+    """An adapter on the device of the attached model: all Bᵀ as one row, and the weights of the head by layer."""
 
     row: Tensor
     head: dict[str, tuple[Tensor, Tensor | None]]
@@ -538,7 +538,7 @@ class Bank:
             [
                 adapter.config.scale_of(slot.projection)
                 / projections[slot.name][1].scale
-                * adapter.bs[slot.name].flatten()
+                * adapter.bs[slot.name].T.flatten()
                 for slot in self.shared.slots
             ]
         )
@@ -566,26 +566,30 @@ class Bank:
             raise AdapterError("The bank is not attached. Call bank.attach(model) first.")
         if not names:
             raise AdapterError("A mixed batch needs the name of an adapter for each row, and there are no names.")
-        chosen = [self._resident(name) for name in names]
-        rows = torch.stack([adapter.row for adapter in chosen])  # (batch, numbers of an adapter)
+        positions = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        chosen = [self._resident(name) for name in positions]
+        rows = torch.stack([adapter.row for adapter in chosen])  # (adapters, numbers of an adapter)
+        index = torch.tensor([positions[name] for name in names], device=rows.device)
         slots = self.shared.slots
         parts = rows.split([math.prod(slot.shape) for slot in slots], dim=1)
-        bs = {slot.name: part.view(-1, *slot.shape) for slot, part in zip(slots, parts, strict=True)}
+        # Each part holds Bᵀ. `mT` shows it as B.
+        bs = {slot.name: part.unflatten(1, slot.shape[::-1]).mT for slot, part in zip(slots, parts, strict=True)}
         heads = {
-            name: _row_weights([adapter.head[layer] for adapter in chosen]) for layer, name in self._layers.items()
+            name: _row_weights([adapter.head[layer] for adapter in chosen], index)
+            for layer, name in self._layers.items()
         }
-        return mixed_batch(self._model, bs, heads, self._task)
+        return mixed_batch(self._model, bs, index, heads, self._task)
 
 
-def _row_weights(layers: Sequence[tuple[Tensor, Tensor | None]]) -> RowWeights:
-    """Stack the weights of heads. A head with fewer outputs gets outputs of -inf."""
+def _row_weights(layers: Sequence[tuple[Tensor, Tensor | None]], index: Tensor) -> RowWeights:
+    """Stack the weights of the adapters' heads. A head with fewer outputs gets outputs of -inf."""
     width = max(len(weight) for weight, _ in layers)
     if all(bias is None and len(weight) == width for weight, bias in layers):
-        return RowWeights(torch.stack([weight for weight, _ in layers]), None)
+        return RowWeights(torch.stack([weight for weight, _ in layers]), None, index)
     weights = [F.pad(weight, (0, 0, 0, width - len(weight))) for weight, _ in layers]
     biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
     biases = [F.pad(bias, (0, width - len(bias)), value=-math.inf) for bias in biases]
-    return RowWeights(torch.stack(weights), torch.stack(biases))
+    return RowWeights(torch.stack(weights), torch.stack(biases), index)
 
 
 def _parse(path: Path, text: str) -> tuple[Shared, dict[str, _Entry], dict[str, tuple[int, ...]]]:
