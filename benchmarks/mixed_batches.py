@@ -152,14 +152,15 @@ def throughput(setting: Setting, count: int, arguments: argparse.Namespace) -> d
             attached(**{key: tensor[rows] for key, tensor in inputs.items()})
             unmerge(attached)
 
-    arms = {"ours": mixed, "one adapter": one_adapter, "PEFT": of_peft, "in turn": in_turn, "merging": merging}
+    others = {"PEFT": of_peft, "in turn": in_turn, "merging": merging}
+    arms = {"ours": mixed, "one adapter": one_adapter, **{name: others[name] for name in arguments.arms}}
     with torch.no_grad():
         seconds = take_turns(arms, arguments.rounds, warm_up=1)
     return {
         "seconds": seconds,
         "rows_per_second": {arm: arguments.rows / statistics.median(values) for arm, values in seconds.items()},
-        "times_of_one_adapter": {arm: paired_ratio(seconds[arm], seconds["one adapter"]) for arm in ("ours", *OTHERS)},
-        "times_of_ours": {arm: paired_ratio(seconds[arm], seconds["ours"]) for arm in OTHERS},
+        "times_of_one_adapter": {arm: paired_ratio(seconds[arm], seconds["one adapter"]) for arm in arms},
+        "times_of_ours": {arm: paired_ratio(seconds[arm], seconds["ours"]) for arm in arms},
     }
 
 
@@ -167,18 +168,20 @@ def main() -> None:
     """Measure and print a table for each backbone."""
     common = parser(__doc__, rounds=7, quick_rounds=2)
     common.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    common.add_argument("--arms", nargs="+", choices=OTHERS, default=list(OTHERS), help="arms beside ours")
     common.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the backbone")
     arguments = parse(common)
     arguments.rows = 8 if arguments.quick else ROWS
-    columns = ["adapters", "ours, rows/s", "ours / one adapter", *(f"{other} / ours" for other in OTHERS)]
+    columns = ["adapters", "ours, rows/s", "ours / one adapter", *(f"{arm} / ours" for arm in arguments.arms)]
     for setting in arguments.settings:
         rows = []
         for count in (1, 4) if arguments.quick else COUNTS:
             name = f"{setting}, {arguments.dtype}, {count} adapters in {arguments.rows} rows"
-            if (record := measured(arguments, name)) is None:
+            if (record := measured(arguments, name, {"arms": arguments.arms})) is None:
                 with section(arguments, name) as record:
+                    record["arms"] = arguments.arms
                     record |= throughput(SETTINGS[setting](), count, arguments)
-            ratios = [ratio_text(record["times_of_ours"][arm]) for arm in OTHERS]
+            ratios = [ratio_text(record["times_of_ours"][arm]) for arm in arguments.arms]
             over_floor = ratio_text(record["times_of_one_adapter"]["ours"])
             rows.append([str(count), f"{record['rows_per_second']['ours']:.1f}", over_floor, *ratios])
         table(f"{setting}, {arguments.dtype}: {arguments.rows} rows", columns, rows)
