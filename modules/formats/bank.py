@@ -534,6 +534,8 @@ class Bank:
         adapter = self.read(name)
         projections = adapted_projections(self._model)
         device = next(iter(projections.values()))[1].B.device
+        dtypes = {layer.frozen.dtype for layer, _ in projections.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # A batch then casts nothing.
         row = torch.cat(
             [
                 adapter.config.scale_of(slot.projection)
@@ -549,7 +551,7 @@ class Bank:
             )
             for layer in self._layers
         }
-        return _Resident(row.to(device), head)
+        return _Resident(row.to(device, dtype), head)
 
     def batch(self, names: Sequence[str]) -> AbstractContextManager[None]:
         """Return a context in which each row of a batch has its own adapter and head.
