@@ -31,7 +31,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -345,6 +345,7 @@ class Bank:
         self._task: nn.Module | None = None
         self._layers: dict[str, str] = {}
         self._resident: Callable[[str], _Resident]
+        self._stacked: Tensor | None = None  # Memory for the adapters of a batch. New memory each time would be slow.
 
     @classmethod
     def open(cls, path: str | Path) -> Bank:
@@ -509,7 +510,7 @@ class Bank:
                 f"The adapters of {self.path} were trained over other frozen weights than this backbone's, or over "
                 "another dtype. The outputs will differ from the training's. Use the backbone of the training."
             )
-        self._model, self._task = model, task
+        self._model, self._task, self._stacked = model, task, None
         self._resident = lru_cache(maxsize=cached)(self._load)
 
     def _head_layers(self, root: nn.Module, own_names: bool) -> dict[str, str]:
@@ -568,9 +569,20 @@ class Bank:
             raise AdapterError("The bank is not attached. Call bank.attach(model) first.")
         if not names:
             raise AdapterError("A mixed batch needs the name of an adapter for each row, and there are no names.")
+        for name in names:
+            self._entry(name)  # Raises for an unknown name.
+        return self._batch(names)
+
+    @contextmanager
+    def _batch(self, names: Sequence[str]) -> Iterator[None]:
+        assert self._model is not None
         positions = {name: i for i, name in enumerate(dict.fromkeys(names))}
         chosen = [self._resident(name) for name in positions]
-        rows = torch.stack([adapter.row for adapter in chosen])  # (adapters, numbers of an adapter)
+        stacked, self._stacked = self._stacked, None  # Another batch must not overwrite this one.
+        if stacked is None or len(stacked) < len(chosen):
+            with torch.inference_mode(False):  # Memory of the inference mode could not be used outside of it.
+                stacked = chosen[0].row.new_empty(len(chosen), len(chosen[0].row))
+        rows = torch.stack([adapter.row for adapter in chosen], out=stacked[: len(chosen)])
         index = torch.tensor([positions[name] for name in names], device=rows.device)
         slots = self.shared.slots
         parts = rows.split([math.prod(slot.shape) for slot in slots], dim=1)
@@ -580,7 +592,9 @@ class Bank:
             name: _row_weights([adapter.head[layer] for adapter in chosen], index)
             for layer, name in self._layers.items()
         }
-        return mixed_batch(self._model, bs, index, heads, self._task)
+        with mixed_batch(self._model, bs, index, heads, self._task):
+            yield
+        self._stacked = stacked
 
 
 def _row_weights(layers: Sequence[tuple[Tensor, Tensor | None]], index: Tensor) -> RowWeights:
