@@ -1,11 +1,13 @@
 """List, add, remove or unpack the adapters of a bank, a file that `export --format bank` writes.
 
-All adapters of a bank share one frozen A. Adding and removing write the whole file again, atomically.
+All adapters of a bank share one frozen A. Adding and removing write the whole file again, atomically, and
+under a lock: commands that change one bank at the same time wait for each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.console import escape_controls
 from app.export.bank import read_members, split_names, unpack, write_bank
-from datamodules.atomic import WriteError
+from datamodules.atomic import WriteError, exclusive
 from datamodules.errors import counted
 from modules.formats.bank import Bank, check_member
 
@@ -66,17 +68,18 @@ def run(arguments: Namespace) -> None:
         raise ArgumentError(None, f"--output: {change} bank {action}.")
     if arguments.names is not None and action != "add":
         raise ArgumentError(None, f"--names: the option is for bank add. Remove the option from bank {action}.")
-    bank = Bank.open(arguments.file)
     try:
-        if action == "list":
-            print_table(bank)
-        elif action == "add":
-            changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
-            add(bank, arguments.chosen, split_names(arguments.names), changes)
-        elif action == "remove":
-            remove(bank, arguments.chosen)
-        else:
-            unpack_all(bank, arguments.chosen or bank.names, Path(arguments.output))
+        with exclusive(Path(arguments.file)) if action in ("add", "remove") else nullcontext():
+            bank = Bank.open(arguments.file)
+            if action == "list":
+                print_table(bank)
+            elif action == "add":
+                changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
+                add(bank, arguments.chosen, split_names(arguments.names), changes)
+            elif action == "remove":
+                remove(bank, arguments.chosen)
+            else:
+                unpack_all(bank, arguments.chosen or bank.names, Path(arguments.output))
     except WriteError as error:
         raise ArgumentError(None, f"{'--output' if action == 'unpack' else 'FILE'}: {error}") from error
 

@@ -90,13 +90,14 @@ def by_row(
     scale: float,
     rows: Sequence[Rows],
     a: Tensor,
-    bs: Sequence[Tensor],
+    bts: Sequence[Tensor],
+    index: Tensor,
     dropped: Tensor | None = None,
 ) -> Tensor:
     """Return x·Wᵀ + b + s·(x·Aᵀ)·Bᵢᵀ, where row i of the batch has its own Bᵢ, differentiated by autograd.
 
-    The cost does not depend on the number of different Bᵢ: x·Aᵀ is one product, and all (x·Aᵀ)·Bᵢᵀ are one batched
-    product.
+    The time does not depend on the number of different Bᵢ: x·Aᵀ is one product, and all (x·Aᵀ)·Bᵢᵀ are one batched
+    product. The Bᵢ of the rows are gathered here, so that only one layer's copies are in memory at a time.
 
     Args:
         x: (n, d_in): the n / batch tokens of the first row, then the tokens of the second row, …
@@ -105,19 +106,21 @@ def by_row(
         scale: s.
         rows: (start, stop) of each slice of the output.
         a: A of all slices, (k·r, d_in).
-        bs: Bᵢ of each slice, (batch, rows, r).
+        bts: Bᵀ of each slice and each adapter, (adapters, r, rows). BLAS is faster if Bᵀ is contiguous than if B is.
+        index: Adapter of each row of the batch, (batch,).
         dropped: x after dropout, (n, d_in), or None.
 
     Returns:
         (n, d_out), in the dtype of W·x.
     """
-    batch = len(bs[0])
     h = F.linear(x if dropped is None else dropped, a.to(x.dtype))  # (n, k·r)
     out = weight.matmul(x, bias)  # (n, d_out)
-    h_by_row = h.to(out.dtype).view(batch, -1, h.shape[1])  # (batch, n / batch, k·r)
-    out_by_row = out.view(batch, -1, out.shape[1])
-    for (start, stop), part_h, b in zip(rows, h_by_row.split([b.shape[2] for b in bs], dim=2), bs, strict=True):
-        out_by_row[..., start:stop].baddbmm_(part_h, b.to(out.dtype).mT, alpha=scale)
+    h_by_row = h.to(out.dtype).view(len(index), -1, h.shape[1])  # (batch, n / batch, k·r)
+    out_by_row = out.view(len(index), -1, out.shape[1])
+    hs = h_by_row.split([bt.shape[1] for bt in bts], dim=2)
+    for (start, stop), part_h, bt in zip(rows, hs, bts, strict=True):
+        of_rows = bt.to(out.dtype).index_select(0, index)  # (batch, r, rows)
+        out_by_row[..., start:stop].baddbmm_(part_h, of_rows, alpha=scale)
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ def check_rows(x: Tensor, batch: int) -> None:
             f"A mixed batch of {batch} rows cannot be applied to an input of {len(x)} rows. Give one name for each row "
             "of the batch. A backbone that computes a part once for the whole batch is not supported."
         )
+
+
+class MixedFactors(NamedTuple):
+    """Factors of a layer in a mixed batch, in which each row has its own B.
+
+    Args:
+        bts: Bᵀ of each slice and each adapter, (adapters, r, rows).
+        adapter_index: Adapter of each row of the batch, (batch,).
+    """
+
+    bts: list[Tensor]
+    adapter_index: Tensor
 
 
 class LowRankFactors(nn.Module):
@@ -98,7 +110,7 @@ class AdaptedLinear(nn.Linear):
         self._rows = tuple((p.start, p.stop) for p in projections)
         self.enabled = True
         self.merged = False
-        self.row_bs: list[Tensor] | None = None  # In a mixed batch: B of each slice, (batch, rows, r).
+        self.mixed: MixedFactors | None = None
         self.train(base.training)
 
     @property
@@ -142,11 +154,12 @@ class AdaptedLinear(nn.Linear):
         flat = x.reshape(-1, self.in_features)  # (n, d_in)
         dropped = self.dropout(flat) if self.dropout.p and self.training else None
         a, bs = self.operands()
-        compute = plain if self._takes_plain() else fused
-        if self.row_bs is not None:
-            check_rows(x, len(self.row_bs[0]))
-            compute, bs = by_row, self.row_bs
-        out = compute(flat, self.frozen, self.bias, self.scale, self._rows, a, bs, dropped)
+        if self.mixed is not None:
+            check_rows(x, len(self.mixed.adapter_index))
+            out = by_row(flat, self.frozen, self.bias, self.scale, self._rows, a, *self.mixed, dropped)
+        else:
+            compute = plain if self._takes_plain() else fused
+            out = compute(flat, self.frozen, self.bias, self.scale, self._rows, a, bs, dropped)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _takes_plain(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterError
-from .linear import check_rows
+from .linear import MixedFactors, check_rows
 from .state import adapted_layers, refuse_merged
 
 
@@ -18,12 +18,14 @@ class RowWeights(NamedTuple):
     """Weights of a linear layer by row of the batch.
 
     Args:
-        weight: (batch, d_out, d_in).
-        bias: (batch, d_out), or None.
+        weight: Weight of each adapter, (adapters, d_out, d_in).
+        bias: (adapters, d_out), or None.
+        adapter_index: Adapter of each row of the batch, (batch,).
     """
 
     weight: Tensor
     bias: Tensor | None
+    adapter_index: Tensor
 
 
 class RowLinear(nn.Module):
@@ -43,10 +45,12 @@ class RowLinear(nn.Module):
         Args:
             x: (rows, ..., d_in). Each row of the batch may be repeated.
         """
-        weight, bias = self.weights
-        check_rows(x, len(weight))
-        tokens = x.to(weight.dtype).reshape(len(weight), -1, weight.shape[2])
-        out = tokens @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), tokens, weight.mT)
+        weight, bias, index = self.weights
+        check_rows(x, len(index))
+        weight = weight.index_select(0, index)  # (batch, d_out, d_in)
+        tokens = x.to(weight.dtype).reshape(len(index), -1, weight.shape[2])
+        biases = None if bias is None else bias.index_select(0, index).unsqueeze(1)
+        out = tokens @ weight.mT if biases is None else torch.baddbmm(biases, tokens, weight.mT)
         return out.view(*x.shape[:-1], weight.shape[1])
 
 
@@ -54,6 +58,7 @@ class RowLinear(nn.Module):
 def mixed_batch(
     model: nn.Module,
     bs: Mapping[str, Tensor],
+    index: Tensor,
     heads: Mapping[str, RowWeights] | None = None,
     task: nn.Module | None = None,
 ) -> Iterator[None]:
@@ -62,9 +67,13 @@ def mixed_batch(
     A, the scale s and the enabled layers are those of the model's own adapter. If the input of a layer has k times as
     many rows as the batch, such as in beam search, k neighbours are one row of the batch.
 
+    An adapter that several rows share needs to be in `bs` once. A layer gathers the Bs of its rows during the forward
+    pass. The products are fastest if the last two dimensions of `bs` are a transposed view of contiguous Bᵀ.
+
     Args:
         model: A model with adapters.
-        bs: B of each row by projection name, (batch, d_out, rank), for all projections of the model.
+        bs: B of each adapter by projection name, (adapters, d_out, rank), for all projections of the model.
+        index: Adapter of each row of the batch, (batch,), on the device of the model.
         heads: Weights of the head's linear layers by name.
         task: The module in which the names of `heads` are looked up; None is `model`.
 
@@ -73,21 +82,20 @@ def mixed_batch(
     """
     refuse_merged(model)
     layers = adapted_layers(model)
-    if any(layer.row_bs is not None for layer in layers.values()):
+    if any(layer.mixed is not None for layer in layers.values()):
         raise AdapterError("The model is within a mixed batch already. Leave the first context before the second.")
     task = model if task is None else task
     replaced = {name: task.get_submodule(name) for name in heads or {}}
     try:
         for layer in layers.values():
-            parts = [(f, bs[f.projection.name]) for f in layer.factors()]
-            layer.row_bs = [
-                (b if f.scale == layer.scale else f.scale / layer.scale * b).to(layer.frozen.dtype) for f, b in parts
-            ]
+            parts = [(f.scale / layer.scale, bs[f.projection.name].mT) for f in layer.factors()]
+            bts = [(bt if ratio == 1 else ratio * bt).to(layer.frozen.dtype) for ratio, bt in parts]
+            layer.mixed = MixedFactors(bts, index)
         for name, weights in (heads or {}).items():
             task.set_submodule(name, RowLinear(weights))
         yield
     finally:
         for layer in layers.values():
-            layer.row_bs = None
+            layer.mixed = None
         for name, module in replaced.items():
             task.set_submodule(name, module)

@@ -31,7 +31,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -317,7 +317,7 @@ class _Entry(NamedTuple):
 
 
 class _Resident(NamedTuple):
-    """An adapter on the device of the attached model: all B as one row, and the weights of the head by layer."""
+    """An adapter on the device of the attached model: all Bᵀ as one row, and the weights of the head by layer."""
 
     row: Tensor
     head: dict[str, tuple[Tensor, Tensor | None]]
@@ -347,6 +347,7 @@ class Bank:
         self._task: nn.Module | None = None
         self._layers: dict[str, str] = {}
         self._resident: Callable[[str], _Resident]
+        self._stacked: Tensor | None = None  # Memory for the adapters of a batch. New memory each time would be slow.
 
     @classmethod
     def open(cls, path: str | Path) -> Bank:
@@ -511,7 +512,7 @@ class Bank:
                 f"The adapters of {self.path} were trained over other frozen weights than this backbone's, or over "
                 "another dtype. The outputs will differ from the training's. Use the backbone of the training."
             )
-        self._model, self._task = model, task
+        self._model, self._task, self._stacked = model, task, None
         self._resident = lru_cache(maxsize=cached)(self._load)
 
     def _head_layers(self, root: nn.Module, own_names: bool) -> dict[str, str]:
@@ -536,11 +537,13 @@ class Bank:
         adapter = self.read(name)
         projections = adapted_projections(self._model)
         device = next(iter(projections.values()))[1].B.device
+        dtypes = {layer.frozen.dtype for layer, _ in projections.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # A batch then casts nothing.
         row = torch.cat(
             [
                 adapter.config.scale_of(slot.projection)
                 / projections[slot.name][1].scale
-                * adapter.bs[slot.name].flatten()
+                * adapter.bs[slot.name].T.flatten()
                 for slot in self.shared.slots
             ]
         )
@@ -551,7 +554,7 @@ class Bank:
             )
             for layer in self._layers
         }
-        return _Resident(row.to(device), head)
+        return _Resident(row.to(device, dtype), head)
 
     def batch(self, names: Sequence[str]) -> AbstractContextManager[None]:
         """Return a context in which each row of a batch has its own adapter and head.
@@ -568,26 +571,43 @@ class Bank:
             raise AdapterError("The bank is not attached. Call bank.attach(model) first.")
         if not names:
             raise AdapterError("A mixed batch needs the name of an adapter for each row, and there are no names.")
-        chosen = [self._resident(name) for name in names]
-        rows = torch.stack([adapter.row for adapter in chosen])  # (batch, numbers of an adapter)
+        for name in names:
+            self._entry(name)  # Raises for an unknown name.
+        return self._batch(names)
+
+    @contextmanager
+    def _batch(self, names: Sequence[str]) -> Iterator[None]:
+        assert self._model is not None
+        positions = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        chosen = [self._resident(name) for name in positions]
+        stacked, self._stacked = self._stacked, None  # Another batch must not overwrite this one.
+        if stacked is None or len(stacked) < len(chosen):
+            with torch.inference_mode(False):  # Memory of the inference mode could not be used outside of it.
+                stacked = chosen[0].row.new_empty(len(chosen), len(chosen[0].row))
+        rows = torch.stack([adapter.row for adapter in chosen], out=stacked[: len(chosen)])
+        index = torch.tensor([positions[name] for name in names], device=rows.device)
         slots = self.shared.slots
         parts = rows.split([math.prod(slot.shape) for slot in slots], dim=1)
-        bs = {slot.name: part.view(-1, *slot.shape) for slot, part in zip(slots, parts, strict=True)}
+        # Each part holds Bᵀ. `mT` shows it as B.
+        bs = {slot.name: part.unflatten(1, slot.shape[::-1]).mT for slot, part in zip(slots, parts, strict=True)}
         heads = {
-            name: _row_weights([adapter.head[layer] for adapter in chosen]) for layer, name in self._layers.items()
+            name: _row_weights([adapter.head[layer] for adapter in chosen], index)
+            for layer, name in self._layers.items()
         }
-        return mixed_batch(self._model, bs, heads, self._task)
+        with mixed_batch(self._model, bs, index, heads, self._task):
+            yield
+        self._stacked = stacked
 
 
-def _row_weights(layers: Sequence[tuple[Tensor, Tensor | None]]) -> RowWeights:
-    """Stack the weights of heads. A head with fewer outputs gets outputs of -inf."""
+def _row_weights(layers: Sequence[tuple[Tensor, Tensor | None]], index: Tensor) -> RowWeights:
+    """Stack the weights of the adapters' heads. A head with fewer outputs gets outputs of -inf."""
     width = max(len(weight) for weight, _ in layers)
     if all(bias is None and len(weight) == width for weight, bias in layers):
-        return RowWeights(torch.stack([weight for weight, _ in layers]), None)
+        return RowWeights(torch.stack([weight for weight, _ in layers]), None, index)
     weights = [F.pad(weight, (0, 0, 0, width - len(weight))) for weight, _ in layers]
     biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
     biases = [F.pad(bias, (0, width - len(bias)), value=-math.inf) for bias in biases]
-    return RowWeights(torch.stack(weights), torch.stack(biases))
+    return RowWeights(torch.stack(weights), torch.stack(biases), index)
 
 
 def _parse(path: Path, text: str) -> tuple[Shared, dict[str, _Entry], dict[str, tuple[int, ...]]]:

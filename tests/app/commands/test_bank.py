@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from app.cli import main
+from app.commands import bank as bank_command
 from app.export.load_run import find_checkpoint, load_module
 from modules.formats.bank import Bank
 from tests.app.conftest import CommandLine
@@ -122,6 +124,28 @@ def test_adapters_are_listed_added_and_removed(
     assert " ".join((*row, bank.digest("eve")[:12])) in output
     assert "2 adapters of" in output
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["bank"]  # no temporary file is left
+
+
+@pytest.mark.parametrize("action", ["add", "remove"])
+def test_another_change_waits_for_this_one(
+    runs: list[Path], tmp_path: Path, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bank"
+    assert export(runs, path, "--names", "ada,bob") == 0
+    attempts: list[bool] = []
+
+    def is_locked(*arguments: Any) -> None:
+        with path.open("rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        attempts.append(True)
+
+    written = bank_command.write_bank
+    monkeypatch.setattr(bank_command, "write_bank", lambda *given: (is_locked(), written(*given)))
+    chosen = [str(runs[0]), "--names", "eve"] if action == "add" else ["bob"]
+    assert main(["bank", action, str(path), *chosen]) == 0
+    assert attempts == [True]
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # The lock is free again.
 
 
 def test_wrong_use_is_an_error(

@@ -21,8 +21,9 @@ def random_bs(model: nn.Module, count: int, std: float = 0.3) -> list[Bs]:
     return [{n: std * torch.randn(f.B.shape) for n, (_, f) in adapted_projections(model).items()} for _ in range(count)]
 
 
-def of_rows(adapters: list[Bs], index: list[int]) -> Bs:
-    return {name: torch.stack([adapters[i][name] for i in index]) for name in adapters[0]}
+def of_rows(adapters: list[Bs], index: list[int]) -> tuple[Bs, Tensor]:
+    """Return the arguments of `mixed_batch` for rows with the adapters of these indices."""
+    return {name: torch.stack([adapter[name] for adapter in adapters]) for name in adapters[0]}, torch.tensor(index)
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def test_each_row_has_its_own_adapter(backbone: Backbone) -> None:
     expected = one_by_one(backbone, adapters, [2, 0])
     load(model, adapters[1])
     own = backbone.run()
-    with mixed_batch(model, of_rows(adapters, [2, 0])):
+    with mixed_batch(model, *of_rows(adapters, [2, 0])):
         actual = backbone.run()
         with adapters_disabled(model):
             torch.testing.assert_close(backbone.run(), backbone.pretrained_output())
@@ -77,7 +78,7 @@ def test_beam_search_keeps_the_adapter_of_each_row(family: str) -> None:
     for i, row in zip((1, 2, 0), inputs, strict=True):
         load(model, adapters[i])
         expected.append(model.generate(input_ids=row[None], **keys)[0])
-    with mixed_batch(model, of_rows(adapters, [1, 2, 0])):
+    with mixed_batch(model, *of_rows(adapters, [1, 2, 0])):
         actual = model.generate(input_ids=inputs, **keys)
     assert torch.equal(actual, torch.stack(expected))
     assert len({tuple(row.tolist()) for row in actual}) > 1
@@ -89,7 +90,7 @@ def test_gradients_pass_through_the_adapter_of_each_row(roles: tuple[str, ...]) 
     x = torch.randn(4, 5, D_IN, requires_grad=True)
     names = [f.projection.name for f in layer.factors()]
     bs = {n: torch.randn(4, *f.B.shape) for n, f in zip(names, layer.factors(), strict=True)}
-    with mixed_batch(nn.ModuleDict({"layer": layer}), bs):
+    with mixed_batch(nn.ModuleDict({"layer": layer}), bs, torch.arange(len(x))):
         out = layer(x)
         (gradient,) = torch.autograd.grad(out.square().sum(), x)
     for row in range(4):
@@ -111,7 +112,7 @@ def test_the_output_has_the_dtype_of_the_product_with_w(autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         x = x if autocast else x.bfloat16()
         expected = layer(x)
-        with mixed_batch(nn.ModuleDict({"layer": layer}), bs):
+        with mixed_batch(nn.ModuleDict({"layer": layer}), bs, torch.arange(len(x))):
             actual = layer(x)
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)
@@ -121,7 +122,7 @@ def test_dropout_applies_to_the_adapter_alone() -> None:
     layer = make_layer(dropout=0.999999)
     bs = {"layer": torch.randn(2, 8, RANK)}
     x = torch.randn(2, 3, D_IN)
-    with mixed_batch(nn.ModuleDict({"layer": layer.train()}), bs):
+    with mixed_batch(nn.ModuleDict({"layer": layer.train()}), bs, torch.arange(2)):
         torch.testing.assert_close(layer(x), layer.frozen.matmul(x, layer.bias))
         assert not torch.allclose(layer.eval()(x), layer.frozen.matmul(x, layer.bias))
 
@@ -129,10 +130,10 @@ def test_dropout_applies_to_the_adapter_alone() -> None:
 def test_another_number_of_rows_is_an_error() -> None:
     layer = make_layer()
     model = nn.ModuleDict({"layer": layer})
-    with mixed_batch(model, {"layer": torch.zeros(3, 8, RANK)}):
+    with mixed_batch(model, {"layer": torch.zeros(1, 8, RANK)}, torch.zeros(3, dtype=torch.long)):
         with pytest.raises(AdapterError, match=r"3 rows .* input of 4 rows"):
             layer(torch.randn(4, 6, D_IN))
-        with pytest.raises(AdapterError, match="within a mixed batch"), mixed_batch(model, {}):
+        with pytest.raises(AdapterError, match="within a mixed batch"), mixed_batch(model, {}, torch.arange(2)):
             pass
         assert layer(torch.randn(6, 6, D_IN)).shape == (6, 6, 8)
     assert layer(torch.randn(4, 6, D_IN)).shape == (4, 6, 8)  # The inner error has not changed the model.
@@ -141,7 +142,7 @@ def test_another_number_of_rows_is_an_error() -> None:
 def test_positions_that_are_projected_once_for_all_rows_are_an_error() -> None:
     backbone = BACKBONES["deberta_v3"]()
     model = backbone.attach(targets=["query", "key"])
-    with mixed_batch(model, of_rows(random_bs(model, 2), [0, 1])), pytest.raises(AdapterError, match="once for the"):
+    with mixed_batch(model, *of_rows(random_bs(model, 2), [0, 1])), pytest.raises(AdapterError, match="once for the"):
         backbone.run()
 
 
@@ -149,9 +150,9 @@ def test_merged_adapters_are_an_error() -> None:
     backbone = BACKBONES["vit"]()
     model = backbone.attach()
     merge(model)
-    with pytest.raises(AdapterError, match="merged"), mixed_batch(model, {}):
+    with pytest.raises(AdapterError, match="merged"), mixed_batch(model, {}, torch.arange(2)):
         pass
-    assert all(layer.row_bs is None for layer in adapted_layers(model).values())
+    assert all(layer.mixed is None for layer in adapted_layers(model).values())
 
 
 @torch.no_grad()
@@ -159,11 +160,12 @@ def test_merged_adapters_are_an_error() -> None:
 def test_each_row_has_its_own_head(bias: bool) -> None:
     heads = [nn.Linear(5, 3, bias=bias) for _ in range(4)]
     weight = torch.stack([head.weight for head in heads])
-    rows = RowLinear(RowWeights(weight, torch.stack([head.bias for head in heads]) if bias else None))
+    index = torch.tensor([2, 0, 2, 3])
+    rows = RowLinear(RowWeights(weight, torch.stack([head.bias for head in heads]) if bias else None, index))
     for shape in ((4, 5), (4, 7, 5), (8, 5)):
         x = torch.randn(shape)
         chunks = x.chunk(4)
-        expected = torch.cat([head(part) for head, part in zip(heads, chunks, strict=True)])
+        expected = torch.cat([heads[i](part) for i, part in zip(index, chunks, strict=True)])
         torch.testing.assert_close(rows(x), expected)
         assert rows(x.double()).dtype == torch.float32
 
@@ -174,9 +176,9 @@ def test_a_head_inside_the_model_is_replaced_and_restored() -> None:
     model = backbone.attach()
     head = model.get_submodule("head")
     pooled = model.forward_head(model.forward_features(backbone.inputs["x"]), pre_logits=True)
-    weights = RowWeights(torch.randn(2, 5, 24), torch.randn(2, 5))
+    weights = RowWeights(torch.randn(2, 5, 24), torch.randn(2, 5), torch.arange(2))
     bs = {n: f.B.detach().expand(2, *f.B.shape) for n, (_, f) in adapted_projections(model).items()}
-    with mixed_batch(model, bs, {"head": weights}):
+    with mixed_batch(model, bs, torch.arange(2), {"head": weights}):
         actual = backbone.run()
     torch.testing.assert_close(actual, torch.einsum("bd,bcd->bc", pooled, weights.weight) + weights.bias)
     assert model.get_submodule("head") is head

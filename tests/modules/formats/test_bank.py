@@ -80,12 +80,17 @@ def test_rows_have_their_own_adapter_scale_and_head(tmp_path: Path) -> None:
     bank.attach(backbone.model, cached=1)
     torch.testing.assert_close(backbone.run(), backbone.pretrained_output())
     for names in (["m0", "m1"], ["m2", "m0"], ["m1", "m1"]):
-        with bank.batch(names):
+        with torch.inference_mode(names[0] == "m0"), bank.batch(names):
             actual = backbone.run()
         for row, name in enumerate(names):
             classes = outputs[name].shape[1]
             torch.testing.assert_close(actual[row, :classes], outputs[name][row], atol=1e-5, rtol=1e-5)
             assert (actual[row, classes:] == -torch.inf).all()
+    first, second = bank.batch(["m0", "m1"]), bank.batch(["m2", "m0"])
+    with first:
+        with pytest.raises(AdapterError, match="within a mixed batch"), second:
+            pass
+        torch.testing.assert_close(backbone.run()[0, :5], outputs["m0"][0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(backbone.run(), backbone.pretrained_output())
 
 
