@@ -207,6 +207,8 @@ class ResumableDataModule(L.LightningDataModule):
             ModelError: If the model has no frozen prefix, or cannot continue from its output.
         """
         assert self.trainer is not None
+        if self.part is not None and name in self.cached_states:  # An earlier part of the training has opened the file.
+            return WithHidden(collate, self.cached_states[name])
         rows = range(len(dataset)) if lengths is None else filling_order(lengths).tolist()  # type: ignore[arg-type]
         loader = self._loader(dataset, rows, filling)
         with self.first_process_first() as beat:

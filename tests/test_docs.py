@@ -48,7 +48,7 @@ OF_CLASSES = ("trainer.callbacks.", "trainer.logger.")
 FITS = ("fit", "validate", "test", "predict")
 ON_RUNS = ("combine", "export", "similarity", "spectrum")  # commands that run on finished runs, with any options
 # commands that are not checked: the installed program, and other programs
-FREE = ("onesided", "pip", "source", "tensorboard")
+FREE = ("export", "flower-superlink", "flower-supernode", "flwr", "onesided", "pip", "source", "tensorboard")
 QUICK = (
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"),
     *("--test_after_fit=false", "--generalization.rows=0", "--trainer.enable_progress_bar=false"),

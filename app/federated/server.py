@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from app.federated.plan import ARMS, Arm, Plan, trained_side
-from app.federated.training import Bench, Client, ClientResult, Job, Tensors, check_finite
+from app.federated.training import Bench, Client, ClientResult, Job, Tensors
 from datamodules.atomic import atomic_write, atomic_write_text
-from datamodules.errors import CheckpointError
+from datamodules.errors import CheckpointError, ModelError
+from modules.adapters.config import Train
 from modules.adapters.state import state_problems
 from modules.analysis.averaging import average, average_error
 
@@ -56,16 +57,19 @@ class Round:
 def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
     """Record the values that decide the result, or compare the values with those of an earlier command.
 
+    Before the first round's file, an earlier command has failed, and its values are replaced.
+
     Raises:
         ArgumentError: If the folder holds something else, or a federated training with other values.
         WriteError: If the file cannot be written.
     """
     path = folder / FEDERATION
-    if not path.exists():
-        others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if not any((folder / arm / ROUND).exists() for arm in ARMS):
+        own = (FEDERATION, *ARMS)  # a killed command may leave the empty folder of an arm
+        others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in own]
         if others:
             raise ArgumentError(
-                None, f"--output: {folder} has {min(others)} and no {FEDERATION}. Give a new or an empty directory."
+                None, f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory."
             )
         with atomic_write_text(path) as file:
             file.write(json.dumps(dict(keys), indent=1, ensure_ascii=False) + "\n")
@@ -175,7 +179,7 @@ def run_arm(
     while state.number < plan.rounds:
         number = state.number + 1
         job = Job(number, trained_side(arm, number), steps, state.number * steps, plan.rounds * steps)
-        state = next_round(arm, bench, state, train(state.tensors, job))
+        state = next_round(arm, bench, state, job.side, train(state.tensors, job))
         write_round(place, state)
         write_rounds(folder)
         report(state.history[-1])
@@ -183,7 +187,7 @@ def run_arm(
     return state
 
 
-def next_round(arm: Arm, bench: Bench, state: Round, results: Sequence[ClientResult]) -> Round:
+def next_round(arm: Arm, bench: Bench, state: Round, side: Train, results: Sequence[ClientResult]) -> Round:
     """Return the global model after a round: the average of the clients' tensors by their numbers of rows.
 
     The record of the round has the metrics of validation, and:
@@ -193,9 +197,10 @@ def next_round(arm: Arm, bench: Bench, state: Round, results: Sequence[ClientRes
     - `clients` and `bytes`: number of clients, and mean bytes that a client sends.
     """
     results = sorted(results, key=lambda result: result.client)
+    for result in results:
+        check_result(result, state.tensors, bench.trained_names(side), f"{arm}, round {state.number + 1}")
     weights = [result.rows for result in results]
     averaged = average([result.tensors for result in results], weights)
-    check_finite(averaged, f"{arm}, round {state.number + 1}")
     tensors = state.tensors | averaged
     updates = [bench.updates(state.tensors | result.tensors) for result in results]
     bench.load(tensors)
@@ -209,6 +214,32 @@ def next_round(arm: Arm, bench: Bench, state: Round, results: Sequence[ClientRes
         "bytes": sum(result.bytes for result in results) / len(results),
     }
     return Round(state.number + 1, tensors, [*state.history, record])
+
+
+def check_result(result: ClientResult, tensors: Tensors, names: Collection[str], where: str) -> None:
+    """Check what a client has sent: the trained tensors, finite, with the global model's shapes and dtypes, and rows.
+
+    Args:
+        result: The client's result.
+        tensors: The global model.
+        names: Names of the tensors that are trained in this round.
+        where: Arm and round, for messages.
+
+    Raises:
+        ModelError: If the result cannot be averaged.
+    """
+    expected = {name: tensors[name] for name in names}
+    problems = state_problems(expected, result.tensors)
+    problems += [f"{n} is {t.dtype}" for n, t in result.tensors.items() if n in names and t.dtype != expected[n].dtype]
+    problems += ["it has no rows"] if result.rows < 1 else []
+    if problems:
+        raise ModelError(f"{where}: the result of client {result.client} does not fit ({'; '.join(problems)}).")
+    for name, tensor in result.tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{where}: {name} of client {result.client} is no longer finite. Use a lower --model.learning_rate or "
+                "fewer --local_steps, in another --output."
+            )
 
 
 def in_process(bench: Bench, clients: Sequence[Client]) -> TrainClients:

@@ -24,7 +24,6 @@ from app.config.constructors import construct
 from app.federated.plan import TRAINER_KEYS, seed_of
 from app.run.failures import construction_error
 from datamodules.base import Part, ResumableDataModule
-from datamodules.errors import ModelError
 from datamodules.loading.batching import derive_seed
 from modules.adapters import adapted_projections, set_trained
 from modules.adapters.config import Train
@@ -175,6 +174,11 @@ class Bench:
         loss = float(trainer.callback_metrics["train/loss"])
         return ClientResult(client.number, len(client.rows), loss, self.trained())
 
+    def trained_names(self, side: Train) -> set[str]:
+        """Return the names of the factors of a side and of the heads, and train these from now on."""
+        set_trained(self.module.backbone, side)
+        return {name for name, p in self.module.named_parameters() if p.requires_grad}
+
     def trained(self) -> Tensors:
         """Return copies of the trained factors and of the heads."""
         return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
@@ -248,20 +252,6 @@ class KeptSignals(L.Callback):
                 signal.signal(number, handler)
 
     on_validation_start = on_test_start = on_train_start
-
-
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check that all tensors are finite.
-
-    Raises:
-        ModelError: If a tensor is not finite. The message has `where` and the tensor.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ModelError(
-                f"{where}: {name} is no longer finite. Use a lower --model.learning_rate, or fewer --local_steps, in "
-                "another --output."
-            )
 
 
 def _scores(results: list[Mapping[str, float]]) -> dict[str, float]:

@@ -21,9 +21,10 @@ from app.cli import main
 from app.federated import server
 from app.federated.server import ROUND, Round, read_round
 from app.federated.training import Bench, Client, ClientResult, Job
+from datamodules.errors import ModelError
 from tests.app.conftest import CommandLine
 from tests.conftest import ROOT, write_parquet
-from tests.support.refusals import refused
+from tests.support.refusals import refused, refuses
 
 SHORT = ("--clients", "3", "--rounds", "2", "--local_steps", "2")
 # without momentum, dropout and schedule, a step depends on the model and the batch alone
@@ -189,6 +190,22 @@ def test_each_client_has_its_own_data(cli: CommandLine, tmp_path: Path, capsys: 
     assert [(row["arm"], row["clients"]) for row in rows] == [("ffa", 2), ("lora", 2), ("rolora", 2)]
 
 
+@pytest.mark.parametrize("any_cli", ["cli", "text_cli"], indirect=True)
+def test_the_cached_prefix_gives_the_same_adapter(any_cli: CommandLine, tmp_path: Path) -> None:
+    """Each client has rows of its own, and reads their lines of the cache."""
+    still = ["--data.horizontal_flip=false", "--data.crop_scale=[1, 1]", "--model.adapter.layers=2"]
+    still += ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 3, num_heads: 2}"]
+    if any_cli.config == "text":
+        still = ["--model.backbone_args={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"]
+        still += ["--model.adapter.layers=1", "--data.batch_size=4"]
+    for cached in ("true", "false"):
+        options = (*SHORT, "--arms", "ffa", *still, f"--data.cache_prefix={cached}")
+        assert federate(any_cli, tmp_path / cached, *options) == 0
+    cached, computed = (tensors(tmp_path / name) for name in ("true", "false"))
+    for name, tensor in computed.items():  # Texts are padded to other lengths in the cache, so sums round differently.
+        torch.testing.assert_close(cached[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_other_tasks(text_cli: CommandLine, tmp_path: Path) -> None:
     options = (*SHORT, "--arms", "ffa", "--partition", "dirichlet:0.3", "--data.batch_size=4")
     assert federate(text_cli, tmp_path / "out", *options) == 0
@@ -244,6 +261,7 @@ def test_a_checkpoint_of_fit_is_refused(
 
 def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
+    assert federate(cli, output, *SHORT, "--data.batch_size=60") == 2  # a failed command decides nothing
     assert federate(cli, output, *SHORT, "--arms", "ffa") == 0
     before = (output / "ffa" / ROUND).read_bytes()
     for options, message in (
@@ -262,4 +280,23 @@ def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").write_text("mine")
     assert federate(cli, tmp_path / "other", *SHORT) == 2
-    assert "has letter.txt and no federation.json" in capsys.readouterr().err
+    assert "holds other files (letter.txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tensors": {}}, "missing"),
+        ({"tensors": {"b": torch.zeros(3), "w": torch.zeros(1)}}, "b is (3,), not (2,)"),
+        ({"tensors": {"b": torch.zeros(2), "w": torch.zeros(1), "a": torch.zeros(2)}}, "unexpected"),
+        ({"tensors": {"b": torch.zeros(2, dtype=torch.float64), "w": torch.zeros(1)}}, "b is torch.float64"),
+        ({"tensors": {"b": torch.tensor([0.0, torch.nan]), "w": torch.zeros(1)}}, "b of client 7 is no longer finite"),
+        ({"rows": 0}, "it has no rows"),
+    ],
+)
+def test_a_result_that_cannot_be_averaged_names_its_client(changed: dict[str, Any], message: str) -> None:
+    good = {"client": 7, "rows": 5, "loss": 1.0, "tensors": {"b": torch.zeros(2), "w": torch.zeros(1)}}
+    tensors = {"a": torch.zeros(2), "b": torch.zeros(2), "w": torch.zeros(1)}
+    server.check_result(ClientResult(**good), tensors, {"b", "w"}, "ffa, round 1")
+    with refuses("ffa, round 1", message, error=ModelError):
+        server.check_result(ClientResult(**good | changed), tensors, {"b", "w"}, "ffa, round 1")
