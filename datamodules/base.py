@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
@@ -17,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 
 from datamodules.contract import DataKind, HasClasses, HasFrozenPrefix, Prefix
 from datamodules.errors import DataError, counted
-from datamodules.loading.batching import ORDER, EpochSampler
+from datamodules.loading.batching import ORDER, EpochSampler, PartSampler
 from datamodules.loading.length_effect import strong_effect
 from datamodules.loading.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
 from datamodules.sources.findings import Findings
@@ -42,6 +43,23 @@ class DigestedRows(Protocol):
 
     def rows_digest(self) -> str:
         """Return a digest of all rows in their order, with their labels."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a longer training on some of the training rows.
+
+    Args:
+        rows: The rows, (rows,) int64.
+        first: Batches of the training before this part.
+        batches: Batches of this part.
+        seed: Seed of the order of the rows.
+    """
+
+    rows: Tensor
+    first: int
+    batches: int
+    seed: int
 
 
 class ResumableDataModule(L.LightningDataModule):
@@ -83,6 +101,10 @@ class ResumableDataModule(L.LightningDataModule):
         self._rows_digest: dict[str, Any] = {}  # Digest and number of the training rows.
         self._digest_before: dict[str, Any] = {}  # Digest and number of the checkpoint's training rows.
         self._resumed_at: float | None = None  # Batches of the epoch that are done; infinite at its end.
+        self.part: Part | None = None  # If set, `train_loader` reads this part alone.
+        self.training_size = 0  # Training rows of the last `train_loader`.
+        self.training_labels: Tensor | None = None  # Their classes or scores; None if the rows have no labels.
+        self.caches_validation = False  # If true, `validate` too reads the output of the model's frozen prefix.
 
     def world(self) -> tuple[int, int]:
         """Return the number of processes, and the rank of this process."""
@@ -138,9 +160,13 @@ class ResumableDataModule(L.LightningDataModule):
 
     @property
     def caches(self) -> bool:
-        """Return True in a fit with `cache_prefix`: other commands read each row once and would gain nothing."""
+        """Return True in a fit with `cache_prefix`: other commands read each row once and would gain nothing.
+
+        With `caches_validation`, a validation returns True too.
+        """
         assert self.trainer is not None
-        return self.cache_prefix and self.trainer.state.fn == "fit"
+        stages = ("fit", "validate") if self.caches_validation else ("fit",)
+        return self.cache_prefix and self.trainer.state.fn in stages
 
     def frozen_prefix(self) -> Prefix:
         """Return the frozen prefix of the trainer's model.
@@ -181,6 +207,8 @@ class ResumableDataModule(L.LightningDataModule):
             ModelError: If the model has no frozen prefix, or cannot continue from its output.
         """
         assert self.trainer is not None
+        if self.part is not None and name in self.cached_states:  # An earlier part of the training has opened the file.
+            return WithHidden(collate, self.cached_states[name])
         rows = range(len(dataset)) if lengths is None else filling_order(lengths).tolist()  # type: ignore[arg-type]
         loader = self._loader(dataset, rows, filling)
         with self.first_process_first() as beat:
@@ -209,6 +237,10 @@ class ResumableDataModule(L.LightningDataModule):
         """
         world, rank = self.world()
         size = len(dataset)  # type: ignore[arg-type]
+        self.training_size, self.training_labels = size, labels
+        if (part := self.part) is not None:
+            own = PartSampler(part.rows, part.first, part.batches, self.batch_size, part.seed, lengths, labels)
+            return self._loader(dataset, own, collate)
         self._rows_digest = {"rows": dataset.rows_digest(), "size": size} if isinstance(dataset, DigestedRows) else {}
         self._compare_rows()
         if size < self.batch_size * world:
@@ -296,7 +328,7 @@ class ResumableDataModule(L.LightningDataModule):
     def _loader(
         self,
         dataset: Dataset[Any],
-        sampler: EpochSampler | BatchSampler | range | list[int],
+        sampler: EpochSampler | PartSampler | BatchSampler | range | list[int],
         collate: Collate | None,
     ) -> DataLoader[Any]:
         assert self.trainer is not None

@@ -273,7 +273,8 @@ class ImageData(ResumableDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, shuffled and augmented."""
-        return self.train_loader(*self._batches("train"))
+        data = self.splits["train"]
+        return self.train_loader(*self._batches("train"), data.table.labels[data.rows])
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation images in order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
@@ -147,6 +147,8 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         self.projections: list[Projection] = []
         self._adapter_heads: dict[str, Tensor] = {}
         self._range_test: RangeTest | None = None
+        # For a fit that is a part of a longer training: steps before the fit, and steps of the whole training.
+        self.schedule_window: tuple[int, int] | None = None
         self.prefix: FrozenPrefix | None = None
         self.baseline: PeftBaseline | None = None
         # By default, MeanMetric skips NaN, which would hide a diverged loss.
@@ -459,8 +461,14 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
                 "trainer.max_epochs: the run has no end, and the learning rate schedule needs an end. Set the key or "
                 "trainer.max_steps."
             )
-        factor = schedule_factor(self.schedule, self.warmup_ratio, int(steps))
+        factor = self._schedule_factor(int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def _schedule_factor(self, steps: int) -> Callable[[int], float]:
+        """Return the schedule of a fit with this number of steps, or the fit's part of `schedule_window`."""
+        before, total = self.schedule_window or (0, steps)
+        factor = schedule_factor(self.schedule, self.warmup_ratio, total)
+        return lambda step: factor(before + step)
 
     def on_train_start(self) -> None:
         """Apply this run's learning rates, weight decay and length to the optimizer and the schedule.
@@ -492,7 +500,7 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
             self._range_test = None
         # The number of batches or processes may have changed since the checkpoint, and so the number of steps.
         total = self.trainer.global_step + steps_left(self.trainer)
-        restart_schedule(scheduler, groups, schedule_factor(self.schedule, self.warmup_ratio, total))
+        restart_schedule(scheduler, groups, self._schedule_factor(total))
         if self.baseline is not None:
             self.baseline.start(total)
 

@@ -28,7 +28,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 from app.callbacks import Termination
 from app.cli import AsymmetryCLI, main, parse_fit, restricted_imports
-from app.commands import COMMANDS, command_parser
+from app.commands import COMMANDS, WITH_FIT_KEYS, command_parser, fit_keys_last
 from app.config.classes import expand_class_names
 from app.config.variants import split_variant
 from app.config.yaml_files import checked_yaml
@@ -48,7 +48,7 @@ OF_CLASSES = ("trainer.callbacks.", "trainer.logger.")
 FITS = ("fit", "validate", "test", "predict")
 ON_RUNS = ("combine", "export", "similarity", "spectrum")  # commands that run on finished runs, with any options
 # commands that are not checked: the installed program, and other programs
-FREE = ("onesided", "pip", "source", "tensorboard")
+FREE = ("export", "flower-superlink", "flower-supernode", "flwr", "onesided", "pip", "source", "tensorboard")
 QUICK = (
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"),
     *("--test_after_fit=false", "--generalization.rows=0", "--trainer.enable_progress_bar=false"),
@@ -238,19 +238,18 @@ def test_yaml_blocks_have_known_keys(page: Path, tmp_path: Path) -> None:
 
 
 def fit_words(words: list[str]) -> list[str]:
-    """Return the arguments of a command `theory` that belong to `fit`, as a `fit` command."""
-    theory_options = {f"--{key}" for key in command_parser("theory").get_defaults().as_dict()}
-    remaining = iter(words[1:])
-    return ["fit", *(word for word in remaining if word not in theory_options or not next(remaining))]
+    """Return the arguments of a command of `WITH_FIT_KEYS` that belong to `fit`, as a `fit` command."""
+    ordered = fit_keys_last(command_parser(words[0]), words[1:])
+    return ["fit", *ordered[ordered.index("--") + 1 :]]
 
 
 def groups() -> dict[tuple[str, ...], list[str]]:
     """Return the options of all commands that fit or evaluate. Commands with the same recipes are parsed together."""
     collected: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for _, words in of_program():
-        if words[0] not in (*FITS, "theory"):
+        if words[0] not in (*FITS, *WITH_FIT_KEYS):
             continue
-        command, *rest = fit_words(words) if words[0] == "theory" else words
+        command, *rest = fit_words(words) if words[0] in WITH_FIT_KEYS else words
         files: list[str] = []
         options: list[str] = []
         remaining = iter(rest)
@@ -286,11 +285,12 @@ def test_sweep_commands_are_valid_plans() -> None:
         assert read_plan(arguments.config, parse_fit, arguments.base, [*arguments.set, digits]).variants
 
 
-def test_theory_commands_have_valid_options() -> None:
+def test_commands_with_keys_of_fit_have_valid_options() -> None:
     for _, words in of_program():
-        if words[0] == "theory":
-            theory_words = [word for word in words[1:] if word not in fit_words(words)]
-            assert command_parser("theory").parse_args(theory_words).output
+        if words[0] in WITH_FIT_KEYS:
+            parser = command_parser(words[0])
+            ordered = fit_keys_last(parser, words[1:])
+            parser.parse_args(ordered[: ordered.index("--")])
 
 
 def test_every_documented_command_exists() -> None:

@@ -6,12 +6,26 @@ A command is a module with `add_arguments(parser)` and `run(arguments)`; the fir
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import takewhile
 from types import ModuleType
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from app.commands import bank, chat, combine, compare, export, memory, runs, schema, similarity, spectrum, sweep, theory
+from app.commands import (
+    bank,
+    chat,
+    combine,
+    compare,
+    export,
+    federate,
+    memory,
+    runs,
+    schema,
+    similarity,
+    spectrum,
+    sweep,
+    theory,
+)
 from app.config.fit_keys import FitKeys
 from app.config.messages import parser_message
 from app.config.program_files import program_command
@@ -22,6 +36,7 @@ COMMANDS: dict[str, ModuleType] = {
     "combine": combine,
     "compare": compare,
     "export": export,
+    "federate": federate,
     "memory": memory,
     "runs": runs,
     "schema": schema,
@@ -30,7 +45,7 @@ COMMANDS: dict[str, ModuleType] = {
     "sweep": sweep,
     "theory": theory,
 }
-WITH_FIT_KEYS = ("memory", "theory")  # commands that pass every other option to fit's parser
+WITH_FIT_KEYS = ("federate", "memory", "theory")  # commands that pass every other option to fit's parser
 
 
 def command_help(name: str) -> str:
@@ -61,26 +76,35 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
             key. A command raises further errors, which its own `run` documents.
     """
     parser = command_parser(name)
-    given = _fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
+    given = fit_keys_last(parser, words) if name in WITH_FIT_KEYS else list(words)
     try:
         arguments = parser.parse_args(given)
     except ArgumentError as error:
         raise ArgumentError(None, parser_message(error, lambda: list(parser.get_defaults().keys()))) from error
-    arguments.fit, arguments.allowed_imports = fit, list(allowed_imports)
+    arguments.fit, arguments.allowed_imports, arguments.words = fit, list(allowed_imports), [name, *words]
     COMMANDS[name].run(arguments)
 
 
-def _fit_keys_last(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Move all words that are not options of a parser behind `--`, which makes them positional arguments."""
+def fit_keys_last(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Move all words that are not options of a parser behind `--`, which makes them positional arguments.
+
+    An option whose default is a list takes all words up to the next option.
+    """
+    defaults = parser.get_defaults()
     options: list[str] = []
     others: list[str] = []
-    rest = iter(words)
-    for word in rest:
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         option = word.partition("=")[0]
+        key = option.removeprefix("--")
         if option in ("-h", "--help"):
             options.append(word)
-        elif option.startswith("--") and option.removeprefix("--") in parser.get_defaults():
-            options += [word] if "=" in word else [word, *islice(rest, 1)]
+        elif option.startswith("--") and key in defaults:
+            values = [*takewhile(lambda value: not value.startswith("--"), rest)]
+            count = 0 if "=" in word else len(values) if isinstance(defaults[key], list) else 1
+            options += [word, *rest[:count]]
+            del rest[:count]
         else:
             others.append(word)
     return [*options, "--", *others]

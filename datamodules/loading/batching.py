@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -82,6 +83,50 @@ class EpochSampler(Sampler[Draw]):
             order = bucketed(order, key, step, generator)
         of_this_rank = order[self.rank :: self.world]
         return iter([(index, seed) for index in of_this_rank[skip * self.batch_size :].tolist()])
+
+
+class PartSampler(Sampler[Draw]):
+    """Draws of some rows of a data set, in consecutive batches of an endless training on these rows.
+
+    Batch k of the training is batch k % n of epoch k // n, with n whole batches in an epoch. So a training that is cut
+    into parts draws the same batches as an uncut training.
+
+    Args:
+        rows: The rows, (rows,) int64; at least one batch.
+        first: Batches of the training before this part.
+        batches: Batches of this part.
+        batch_size: Rows in a batch.
+        seed: Seed of the order.
+        lengths: Length of each row of the data set, as for `EpochSampler`.
+        labels: Class of each row of the data set, as for `EpochSampler`.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        first: int,
+        batches: int,
+        batch_size: int,
+        seed: int,
+        lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        own = [None if values is None else values[rows] for values in (lengths, labels)]
+        self.rows, self.first, self.batches, self.batch_size = rows, first, batches, batch_size
+        self.epochs = EpochSampler(len(rows), 1, 0, batch_size, seed, *own)
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch, skip = divmod(self.first, self.epochs.batches)
+        left = len(self)
+        while left:
+            self.epochs.seek(epoch, skip)
+            for index, seed in islice(self.epochs, left):
+                yield int(self.rows[index]), seed
+                left -= 1
+            epoch, skip = epoch + 1, 0
 
 
 def bucketed(order: Tensor, key: Tensor, step: int, generator: torch.Generator) -> Tensor:

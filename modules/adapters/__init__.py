@@ -17,7 +17,7 @@ Reading order:
 The package imports nothing from the rest of the program.
 """
 
-from .attach import adapters_disabled, attach, detach, merge, set_enabled, unmerge
+from .attach import adapters_disabled, attach, detach, merge, set_enabled, set_trained, unmerge
 from .config import AdapterConfig, AdapterError, Projection
 from .linear import AdaptedLinear, LowRankFactors
 from .mixed import mixed_batch
@@ -41,5 +41,6 @@ __all__ = [
     "merge",
     "mixed_batch",
     "set_enabled",
+    "set_trained",
     "unmerge",
 ]

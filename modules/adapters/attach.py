@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import nn
 
-from .config import AdapterConfig, AdapterError, Projection
+from .config import AdapterConfig, AdapterError, Projection, Train
 from .linear import AdaptedLinear, check_rank
 from .roles import check_patterns, find_projections, select
 from .state import adapted_layers
@@ -103,6 +103,18 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
         raise AdapterError("The adapters are merged into the weights. Unmerge the adapters before switching them.")
     for layer in layers:
         layer.enabled = enabled
+
+
+def set_trained(model: nn.Module, train: Train) -> None:
+    """Train A, B or both factors of every adapter from now on. The values of the factors do not change.
+
+    An optimizer that was built before still holds the earlier factors.
+    """
+    for layer in adapted_layers(model).values():
+        for factors in layer.factors():
+            factors.trains_a, factors.trains_b = train in ("A", "both"), train in ("B", "both")
+            factors.A.requires_grad_(factors.trains_a)
+            factors.B.requires_grad_(factors.trains_b)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from modules.adapters import (
     detach,
     merge,
     set_enabled,
+    set_trained,
     unmerge,
 )
 from modules.adapters.roles import find_projections, select
@@ -308,3 +309,16 @@ def test_merging_disabled_adapters_is_an_error(backbone: Backbone) -> None:
     set_enabled(model, False)
     with refuses("switched off", error=AdapterError):
         merge(model)
+
+
+@pytest.mark.parametrize("train", ["A", "B", "both"])
+def test_set_trained_decides_which_factors_learn(backbone: Backbone, train: Any) -> None:
+    attach(backbone.model, AdapterConfig(rank=2, targets="all"))
+    randomize(backbone.model)
+    set_trained(backbone.model, train)
+    backbone.run(backbone.model).square().sum().backward()
+    for layer in adapted_layers(backbone.model).values():
+        for factors in layer.factors():
+            assert (factors.A.grad is not None) == factors.A.requires_grad == (train in ("A", "both"))
+            assert (factors.B.grad is not None) == factors.B.requires_grad == (train in ("B", "both"))
+            assert factors.named_factors(trained=True).keys() == ({"A", "B"} if train == "both" else {train})

@@ -1,0 +1,349 @@
+"""Train one adapter on the rows of many clients by federated averaging, and compare the arms in one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from app.config.precedence import output_directory
+from app.config.program_files import program_command
+from app.console import escape_controls
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from app.config.fit_keys import ParseFit
+    from app.federated.plan import Arm, Plan
+    from app.federated.server import Record, Round, TrainClients
+    from app.federated.training import Bench, Client
+    from modules.base import AdaptedModule
+
+    Connect = Callable[[Arm, AdaptedModule], TrainClients]
+
+TABLE = "arms"  # arms.csv and arms.json
+_log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "--clients",
+        metavar="N|DIR",
+        type=str,
+        nargs="+",
+        default=[],
+        help="Number of clients among which the recipe's training rows are split; or two or more folders or files, the "
+        "own data of each client (data.path).",
+    )
+    parser.add_argument("--rounds", metavar="R", type=int, default=10, help="Number of rounds.")
+    parser.add_argument(
+        "--local_steps", metavar="K", type=int, default=10, help="Optimizer steps of each client in a round."
+    )
+    parser.add_argument(
+        "--partition",
+        metavar="iid|dirichlet:ALPHA",
+        type=str,
+        default="iid",
+        help="How rows are split: at random, or by Hsu et al. 2019, with other classes on each client. A small ALPHA "
+        "gives each client few classes.",
+    )
+    parser.add_argument(
+        "--arms",
+        metavar="ARM",
+        type=str,
+        nargs="+",
+        default=[],
+        help="ffa (A is frozen, B is averaged), lora (A and B are averaged separately), rolora (B and A alternate by "
+        "round), centralised (one client with all rows). Default: all.",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=str,
+        required=True,
+        help="Directory of the results. The same command with the same directory continues after the last round.",
+    )
+    parser.add_argument(
+        "fit_arguments",
+        metavar="KEYS",
+        nargs="*",
+        type=str,
+        help="--config RECIPE and every other key of fit, anywhere on the command line.",
+    )
+
+
+def run(arguments: Namespace) -> None:
+    """Train all arms, test them, and write the table and the adapters.
+
+    Raises:
+        ArgumentError: If an option has a wrong value, or does not fit the output of an earlier command.
+        InputError: If data, model or a round's file cannot be used.
+        WriteError: If a file cannot be written.
+        SIGTERMException: After a signal, with the command that continues.
+    """
+    # Imported here, since `main.py --help` must stay fast.
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from app.federated.plan import check_arms
+
+    plan = make_plan(
+        arguments.fit_arguments, arguments.clients, arguments.rounds, arguments.local_steps, arguments.partition
+    )
+    arms = check_arms(arguments.arms, bool(plan.folders))
+    try:
+        federate(plan, arms, arguments.fit.parse, arguments.output)
+    except SIGTERMException as stop:
+        command = shlex.join([*program_command(), *arguments.words])
+        raise SIGTERMException(f"all complete rounds are saved; the same command continues: {command}") from stop
+
+
+def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, connect: Connect | None = None) -> None:
+    """Train and test arms, and write and print the table.
+
+    Args:
+        plan: The plan.
+        arms: The arms.
+        parse: Parser of `fit`.
+        directory: Directory of the results.
+        connect: Returns the function that trains the clients of an arm elsewhere, for the arm and the server's model.
+            None trains the clients in this process. The arm `centralised` is always trained in this process.
+
+    Raises:
+        ArgumentError: If a key does not fit, or the directory has other results.
+        InputError: If data, model or a round's file cannot be used.
+        WriteError: If a file cannot be written.
+    """
+    from rich.console import Console
+
+    from app.commands.runs import UNLIMITED
+    from app.federated.server import open_federation
+    from app.run.run_directory import locked
+
+    output = output_directory(directory).resolve()
+    configs = {arm: plan.config(arm, parse) for arm in arms}
+    first = configs[arms[0]]
+    _report_unused_keys(first)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(None, f"--output: {output} cannot be made ({error.strerror}).") from error
+    with locked(output):
+        open_federation(output, plan.fixed_keys(first))
+        rows = [_run_arm(arm, plan, configs[arm], output, connect, reports=arm == arms[0]) for arm in arms]
+        write_table(rows, output)
+    Console(width=UNLIMITED).print(table_of(rows, first.checkpoint.monitor))
+    print(f"Results: {escape_controls(str(output))}", flush=True)
+
+
+def make_plan(words: Sequence[str], clients: Sequence[str], rounds: int, local_steps: int, partition: str) -> Plan:
+    """Return the plan of the options.
+
+    Args:
+        words: Options of `fit`.
+        clients: Words of `--clients`.
+        rounds: Number of rounds.
+        local_steps: Optimizer steps of each client in a round.
+        partition: Word of `--partition`.
+
+    Raises:
+        ArgumentError: If an option has a wrong value.
+    """
+    from app.federated.plan import Plan, parse_partition
+
+    for key, value in (("rounds", rounds), ("local_steps", local_steps)):
+        if value < 1:
+            raise ArgumentError(None, f"--{key}: {value} is too small. Give 1 or more.")
+    alpha = parse_partition(partition)
+    if not clients:
+        raise ArgumentError(None, "--clients: give a number of clients, or the folder or file of each client.")
+    if len(clients) == 1 and clients[0].lstrip("-").isdecimal():
+        if (number := int(clients[0])) < 1:
+            raise ArgumentError(None, f"--clients: {number} is too small. Give 1 or more.")
+        return Plan(tuple(words), number, rounds, local_steps, alpha)
+    if missing := [path for path in clients if not Path(path).exists()]:
+        raise ArgumentError(None, f"--clients: {missing[0]!r:.200} is neither a number nor an existing folder or file.")
+    if len(clients) < 2:
+        raise ArgumentError(None, f"--clients: {clients[0]!r:.200} is one client. Give two or more, or use fit.")
+    if alpha is not None:
+        raise ArgumentError(
+            None, f"--partition: {partition} splits one data set, and each of --clients has its own data. Leave the "
+            "option out."
+        )  # fmt: skip
+    return Plan(tuple(words), len(clients), rounds, local_steps, None, tuple(clients))
+
+
+def _report_unused_keys(config: Namespace) -> None:
+    """Log the keys of a recipe that a federated training does not use."""
+    unused = [f"trainer.{key}" for key in ("callbacks", "logger", "plugins") if config.trainer.get(key)]
+    unused += [f"trainer.{key}" for key in ("max_epochs", "max_steps") if config.trainer.get(key) not in (None, -1)]
+    if unused:
+        _log.info(
+            f"{', '.join(unused)}: not used. --rounds and --local_steps decide the length, and one process trains one "
+            "client after the other."
+        )
+
+
+def _run_arm(arm: Arm, plan: Plan, config: Namespace, output: Path, connect: Connect | None, reports: bool) -> Record:
+    """Train an arm, write its adapter, and return its row of the table. With `reports`, describe data and clients."""
+    from app.federated.server import in_process, run_arm
+    from app.federated.training import Bench
+
+    bench = Bench(config, output)
+    clients: list[Client] = []
+    if connect is not None and arm != "centralised":
+        bench.validate()  # The heads get their shapes from the data.
+        train = connect(arm, bench.module)
+    else:
+        clients = make_clients(plan, bench)
+        able = trainable(clients)
+        train = in_process(bench, [everyone(able)] if arm == "centralised" else able)
+    if reports:
+        for data in dict.fromkeys([bench.data, *(client.data for client in clients)]):
+            for line in data.findings.take_lines():
+                _log.info(line)
+        for client in clients:
+            print(escape_controls(client.description()), flush=True)
+    return finish_arm(arm, bench, run_arm(arm, plan, bench, train, output, report_round), output)
+
+
+def make_clients(plan: Plan, bench: Bench) -> list[Client]:
+    """Return all clients of a plan, with their rows.
+
+    Raises:
+        ArgumentError: If the rows cannot be split as planned.
+        DataError: If the data of a client cannot be read.
+    """
+    import torch
+
+    from app.federated.training import Client
+
+    if not plan.folders:
+        bench.inspect(bench.data)
+        parts = plan.split(bench.data.training_size, bench.data.training_labels, bench.seed)
+        return [Client(number, bench.data, rows) for number, rows in enumerate(parts)]
+    bench.validate()  # The classes are those of the recipe's data, for every client.
+    clients = []
+    for number, folder in enumerate(plan.folders):
+        data = bench.load_data(folder)
+        bench.inspect(data)
+        clients.append(Client(number, data, torch.arange(data.training_size)))
+    return clients
+
+
+def everyone(clients: Sequence[Client]) -> Client:
+    """Return one client with the rows of all clients."""
+    import torch
+
+    from app.federated.training import Client
+
+    return Client(0, clients[0].data, torch.cat([client.rows for client in clients]).sort().values)
+
+
+def trainable(clients: Sequence[Client]) -> list[Client]:
+    """Return the clients whose rows fill a batch.
+
+    Raises:
+        ArgumentError: If there is none.
+    """
+    able = [client for client in clients if client.can_train]
+    if not able:
+        raise ArgumentError(
+            None, "data.batch_size: no client has the rows of one batch. Choose a smaller batch, or fewer --clients."
+        )
+    return able
+
+
+def report_round(record: Record) -> None:
+    """Print a line with the metrics of a round."""
+    skipped = ("arm", "round", "clients", "bytes")
+    values = ", ".join(f"{key} {value:.4g}" for key, value in record.items() if key not in skipped)
+    print(escape_controls(f"{record['arm']}, round {record['round']}: {values}"), flush=True)
+
+
+def finish_arm(arm: Arm, bench: Bench, state: Round, output: Path) -> Record:
+    """Test the last global model, write its adapter in PEFT's format, and return its row of the table.
+
+    Raises:
+        WriteError: If the adapter cannot be written.
+    """
+    import torch
+
+    from app.export.peft import export_peft
+    from datamodules.atomic import atomic_directory
+    from datamodules.contract import HasTestSplit
+    from datamodules.errors import SplitError
+
+    tested: dict[str, float] = {}
+    try:
+        if isinstance(bench.data, HasTestSplit):
+            bench.data.check_test_split()
+        tested = bench.test()
+    except SplitError as error:
+        _log.info(f"No test: {error}")
+    bench.load(state.tensors)
+    with atomic_directory(output / arm / "adapter", overwrite=True) as folder:
+        export_peft(bench.module.cpu(), torch.float32, folder)
+    last, rounds = state.history[-1], state.history[1:]
+    metrics = {key: value for key, value in last.items() if key.startswith("val/")} | tested
+    return {
+        "arm": arm,
+        "rounds": state.number,
+        "clients": last["clients"],
+        **metrics,
+        "average_error": sum(record["average_error"] for record in rounds) / len(rounds),
+        "bytes": sum(record["bytes"] for record in rounds) / len(rounds),
+    }
+
+
+def write_table(rows: Sequence[Record], output: Path) -> None:
+    """Write arms.csv and arms.json, with the rows of earlier commands for other arms.
+
+    Raises:
+        WriteError: If a file cannot be written.
+    """
+    from app.federated.plan import ARMS
+    from datamodules.atomic import atomic_write_text
+
+    path = output / f"{TABLE}.json"
+    earlier: list[Record] = []
+    if path.is_file():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            _log.warning(f"{path} is damaged, and is written again with the arms of this command alone.")
+    by_arm: dict[Any, Record] = {row["arm"]: row for row in [*earlier, *rows]}
+    ordered = [by_arm[arm] for arm in ARMS if arm in by_arm]
+    columns = list(dict.fromkeys(key for row in ordered for key in row))
+    with atomic_write_text(path) as file:
+        file.write(json.dumps(ordered, indent=1) + "\n")
+    with atomic_write_text(output / f"{TABLE}.csv") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(ordered)
+
+
+def table_of(rows: Sequence[Record], monitor: str | None) -> Table:
+    """Return the table for the terminal: one row an arm, with the recipe's metric and the metrics of the test.
+
+    Args:
+        rows: Rows of the arms.
+        monitor: Name of the metric by which the recipe chooses its best checkpoint.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table("arm", box=box.SIMPLE_HEAD)
+    keys = [key for key in rows[0] if key == monitor or key.startswith("test/")]
+    for name in [*keys, "average error", "KB sent"]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        values = [f"{row[key]:.4f}" for key in keys]
+        table.add_row(row["arm"], *values, f"{row['average_error']:.1e}", f"{row['bytes'] / 1e3:,.1f}")
+    return table

@@ -1,0 +1,251 @@
+"""Rounds of the server: average the clients' tensors, evaluate, and save each round, so that a killed command resumes.
+
+    DIR/federation.json          values that decide the result
+    DIR/rounds.csv               metrics after each round, for all arms
+    DIR/ARM/round.safetensors    the global model after the last complete round, with the metrics of all rounds
+
+A round is complete when its file has replaced the file of the previous round. Each client's training depends on the
+global model, the round and the seed alone. So a resumed arm ends with the same tensors as an undisturbed arm.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from app.federated.plan import ARMS, Arm, Plan, trained_side
+from app.federated.training import Bench, Client, ClientResult, Job, Tensors
+from datamodules.atomic import atomic_write, atomic_write_text
+from datamodules.errors import CheckpointError, ModelError
+from modules.adapters.config import Train
+from modules.adapters.state import state_problems
+from modules.analysis.averaging import average, average_error
+
+FEDERATION, ROUNDS, ROUND = "federation.json", "rounds.csv", "round.safetensors"
+SECTION = "federation"  # key of the metadata in a round's file
+FORMAT = 1  # version of the round's file
+Record = dict[str, Any]
+# Trains all clients in a round from the global model.
+TrainClients = Callable[[Tensors, Job], Sequence[ClientResult]]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """The global model after a round.
+
+    Args:
+        number: Number of the round; 0 before the first.
+        tensors: All factors and heads.
+        history: Metrics after each round, from round 0 on.
+    """
+
+    number: int
+    tensors: Tensors
+    history: list[Record]
+
+
+def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
+    """Record the values that decide the result, or compare the values with those of an earlier command.
+
+    Before the first round's file, an earlier command has failed, and its values are replaced.
+
+    Raises:
+        ArgumentError: If the folder holds something else, or a federated training with other values.
+        WriteError: If the file cannot be written.
+    """
+    path = folder / FEDERATION
+    if not any((folder / arm / ROUND).exists() for arm in ARMS):
+        own = (FEDERATION, *ARMS)  # a killed command may leave the empty folder of an arm
+        others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in own]
+        if others:
+            raise ArgumentError(
+                None, f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory."
+            )
+        with atomic_write_text(path) as file:
+            file.write(json.dumps(dict(keys), indent=1, ensure_ascii=False) + "\n")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArgumentError(None, f"--output: {path} cannot be read ({error}). Give another directory.") from error
+    for key in sorted(before.keys() | keys.keys()):
+        if before.get(key) != keys.get(key):
+            raise ArgumentError(
+                None,
+                f"{key}: {keys.get(key)!r:.120} differs from {before.get(key)!r:.120}, with which the federated "
+                f"training in {folder} was started. Repeat that command to continue, or give another --output.",
+            )
+
+
+def read_round(folder: Path, expected: Mapping[str, Any] | None = None) -> Round | None:
+    """Return the last complete round of an arm, or None before the first.
+
+    Args:
+        folder: Folder of the arm.
+        expected: Tensors with the names and shapes of the model; None does not compare.
+
+    Raises:
+        CheckpointError: If the file is damaged, or of another model.
+    """
+    path = folder / ROUND
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {}).get(SECTION, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"its header is not of format {FORMAT}")
+        number, history = content["round"], content["history"]
+        if type(number) is not int or not isinstance(history, list) or len(history) != number + 1:
+            raise ValueError("its history is incomplete")
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"--output: {path} cannot be read ({error}). Remove the file to train this arm again."
+        ) from error
+    if expected is not None and (problems := state_problems(expected, tensors)):
+        raise CheckpointError(
+            f"--output: {path} does not fit the model: {'; '.join(problems)}. Remove the file to train this arm again."
+        )
+    return Round(number, tensors, history)
+
+
+def write_round(folder: Path, state: Round) -> None:
+    """Replace the file of an arm's last complete round.
+
+    Raises:
+        WriteError: If the file cannot be written. The previous round is then kept.
+    """
+    folder.mkdir(exist_ok=True)
+    content = {"format": FORMAT, "round": state.number, "history": state.history}
+    with atomic_write(folder / ROUND) as file:
+        file.write(save(state.tensors, metadata={SECTION: json.dumps(content)}))
+
+
+def write_rounds(folder: Path) -> None:
+    """Write `rounds.csv` from the complete rounds of all arms."""
+    rows = [row for arm in ARMS if (state := read_round(folder / arm)) is not None for row in state.history]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_write_text(folder / ROUNDS) as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def run_arm(
+    arm: Arm, plan: Plan, bench: Bench, train: TrainClients, folder: Path, report: Callable[[Record], None]
+) -> Round:
+    """Train an arm to its last round, from its last complete round on.
+
+    Args:
+        arm: The arm. For centralised, `train` trains one client with all rows.
+        plan: The plan.
+        bench: Model and data with which the global model is evaluated. The model has its heads.
+        train: Trains all clients of a round.
+        folder: The directory of the federated training.
+        report: Called with the metrics of each new round.
+
+    Returns:
+        The global model after the last round.
+
+    Raises:
+        ModelError: If the model diverges.
+        CheckpointError: If the file of the last round is damaged.
+        WriteError: If a file cannot be written.
+    """
+    place = folder / arm
+    state = read_round(place, bench.state())
+    if state is None:
+        state = Round(0, bench.state(), [{"arm": arm, "round": 0, **bench.validate()}])
+        write_round(place, state)
+        report(state.history[0])
+    elif state.number < plan.rounds:
+        _log.info(f"{arm} continues after round {state.number} of {plan.rounds}.")
+    else:
+        _log.info(f"{arm} has all its rounds already.")
+    steps = plan.local_steps * (plan.clients if arm == "centralised" else 1)
+    while state.number < plan.rounds:
+        number = state.number + 1
+        job = Job(number, trained_side(arm, number), steps, state.number * steps, plan.rounds * steps)
+        state = next_round(arm, bench, state, job.side, train(state.tensors, job))
+        write_round(place, state)
+        write_rounds(folder)
+        report(state.history[-1])
+    bench.load(state.tensors)
+    return state
+
+
+def next_round(arm: Arm, bench: Bench, state: Round, side: Train, results: Sequence[ClientResult]) -> Round:
+    """Return the global model after a round: the average of the clients' tensors by their numbers of rows.
+
+    The record of the round has the metrics of validation, and:
+
+    - `train/loss`: mean of the clients' losses at their last step, by rows;
+    - `average_error`: distance of the new update from the average of the clients' updates, relative to that average;
+    - `clients` and `bytes`: number of clients, and mean bytes that a client sends.
+    """
+    results = sorted(results, key=lambda result: result.client)
+    for result in results:
+        check_result(result, state.tensors, bench.trained_names(side), f"{arm}, round {state.number + 1}")
+    weights = [result.rows for result in results]
+    averaged = average([result.tensors for result in results], weights)
+    tensors = state.tensors | averaged
+    updates = [bench.updates(state.tensors | result.tensors) for result in results]
+    bench.load(tensors)
+    record = {
+        "arm": arm,
+        "round": state.number + 1,
+        **bench.validate(),
+        "train/loss": sum(result.loss * result.rows for result in results) / sum(weights),
+        "average_error": average_error(bench.updates(tensors), updates, weights),
+        "clients": len(results),
+        "bytes": sum(result.bytes for result in results) / len(results),
+    }
+    return Round(state.number + 1, tensors, [*state.history, record])
+
+
+def check_result(result: ClientResult, tensors: Tensors, names: Collection[str], where: str) -> None:
+    """Check what a client has sent: the trained tensors, finite, with the global model's shapes and dtypes, and rows.
+
+    Args:
+        result: The client's result.
+        tensors: The global model.
+        names: Names of the tensors that are trained in this round.
+        where: Arm and round, for messages.
+
+    Raises:
+        ModelError: If the result cannot be averaged.
+    """
+    expected = {name: tensors[name] for name in names}
+    problems = state_problems(expected, result.tensors)
+    problems += [f"{n} is {t.dtype}" for n, t in result.tensors.items() if n in names and t.dtype != expected[n].dtype]
+    problems += ["it has no rows"] if result.rows < 1 else []
+    if problems:
+        raise ModelError(f"{where}: the result of client {result.client} does not fit ({'; '.join(problems)}).")
+    for name, tensor in result.tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{where}: {name} of client {result.client} is no longer finite. Use a lower --model.learning_rate or "
+                "fewer --local_steps, in another --output."
+            )
+
+
+def in_process(bench: Bench, clients: Sequence[Client]) -> TrainClients:
+    """Return a function that trains clients one after the other in this process."""
+
+    def train(tensors: Tensors, job: Job) -> list[ClientResult]:
+        return [bench.train(client, job, tensors) for client in clients]
+
+    return train

@@ -1,0 +1,266 @@
+"""Train the model of a recipe on the rows of one client, and evaluate it: plain functions of tensors.
+
+Both the loop in this process and Flower's clients call these functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.accelerators import Accelerator
+from torch import Tensor
+
+from app.config.constructors import construct
+from app.federated.plan import TRAINER_KEYS, seed_of
+from app.run.failures import construction_error
+from datamodules.base import Part, ResumableDataModule
+from datamodules.loading.batching import derive_seed
+from modules.adapters import adapted_projections, set_trained
+from modules.adapters.config import Train
+from modules.analysis.combination import Update
+from modules.base import AdaptedModule
+
+_log = logging.getLogger(__name__)
+MOST = 20  # classes of a client in a line
+T = TypeVar("T")
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """A client: its number, its data module and its training rows.
+
+    Args:
+        number: Number of the client, from 0. The order of the client's batches depends on the number.
+        data: The data module.
+        rows: Rows of the data module's training rows, (rows,) int64.
+    """
+
+    number: int
+    data: ResumableDataModule
+    rows: Tensor
+
+    @property
+    def can_train(self) -> bool:
+        """True if the rows fill a batch."""
+        return len(self.rows) >= self.data.batch_size
+
+    def description(self) -> str:
+        """Return the number of rows, and the number of rows of each class that the client has."""
+        text = f"client {self.number}: {len(self.rows):,} rows"
+        names, labels = getattr(self.data, "class_names", None), self.data.training_labels
+        if names and labels is not None and not labels.is_floating_point():
+            counts = labels[self.rows].bincount(minlength=len(names)).tolist()
+            listed = [f"{name}: {count:,}" for name, count in zip(names, counts, strict=True) if count]
+            text += f" ({', '.join(listed[:MOST])}{', …' if len(listed) > MOST else ''})"
+        if not self.can_train:
+            text += f"; skipped, since a batch has {self.data.batch_size} rows (data.batch_size)"
+        return text
+
+
+@dataclass(frozen=True)
+class Job:
+    """The training of a client in a round.
+
+    Args:
+        number: Number of the round, from 1.
+        side: Factors that are trained. The heads are trained in every round.
+        steps: Optimizer steps.
+        before: Optimizer steps of the client in earlier rounds.
+        total: Optimizer steps of the client in all rounds. The learning rate schedule spans these steps.
+    """
+
+    number: int
+    side: Train
+    steps: int
+    before: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class ClientResult:
+    """What a client returns to the server.
+
+    Args:
+        client: Number of the client.
+        rows: Number of training rows, the client's weight in the average.
+        loss: Training loss of the last step.
+        tensors: Trained factors and heads.
+    """
+
+    client: int
+    rows: int
+    loss: float
+    tensors: Tensors
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class Bench:
+    """Model and data of a recipe, for one client after the other and for the evaluation of the global model.
+
+    Args:
+        config: Configuration of `fit`.
+        folder: Folder in which Lightning may write; nothing is written as a rule.
+        path: Data in place of the recipe's `data.path`.
+    """
+
+    def __init__(self, config: Namespace, folder: Path, path: str | None = None) -> None:
+        self.config, self.folder, self.seed = config, folder, seed_of(config)
+        L.seed_everything(self.seed, workers=True, verbose=False)
+        self.module = _construct(AdaptedModule, "model", config)
+        self.data = self.load_data(path)
+
+    def load_data(self, path: str | None = None) -> ResumableDataModule:
+        """Return the recipe's data module, or the same data module with other data.
+
+        Raises:
+            ArgumentError: If the data module is not one of this program, which can train on a part of the rows.
+        """
+        described = self.config if path is None else self.config.clone()
+        if path is not None:
+            described.data.init_args.path = path
+        data: Any = _construct(L.LightningDataModule, "data", described)
+        if not isinstance(data, ResumableDataModule):
+            raise ArgumentError(
+                None, f"data: {self.config.data.class_path} cannot train on a part of its rows. Use a data module on "
+                "ResumableDataModule."
+            )  # fmt: skip
+        data.caches_validation = True
+        return data
+
+    def inspect(self, data: ResumableDataModule) -> None:
+        """Read the training rows of a data module, and set its `training_size` and `training_labels`.
+
+        The heads of the model get their shapes from the classes of the first data module.
+        """
+        data.part = Part(torch.empty(0, dtype=torch.int64), 0, 0, 0)
+        trainer = self._trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0)
+        trainer.callbacks.append(TrainingRows())  # type: ignore[attr-defined]
+        trainer.fit(self.module, datamodule=data)
+
+    def train(self, client: Client, job: Job, state: Mapping[str, Tensor]) -> ClientResult:
+        """Train a client from the global model for some optimizer steps, with a new optimizer.
+
+        The result depends on the arguments and the configuration alone, and not on earlier calls.
+
+        Args:
+            client: The client.
+            job: The client's training in this round.
+            state: Tensors of the global model, as `saved_state` names them. Missing tensors keep their values.
+        """
+        self.load(state)
+        set_trained(self.module.backbone, job.side)
+        accumulated = self.config.trainer.accumulate_grad_batches
+        seed = derive_seed(self.seed, client.number)
+        client.data.part = Part(client.rows, job.before * accumulated, job.steps * accumulated, seed)
+        self.module.schedule_window = (job.before, job.total)
+        L.seed_everything(derive_seed(self.seed, client.number, job.number) % 2**32, workers=True, verbose=False)
+        trainer = self._trainer(max_epochs=1, limit_val_batches=0)
+        trainer.fit(self.module, datamodule=client.data)
+        loss = float(trainer.callback_metrics["train/loss"])
+        return ClientResult(client.number, len(client.rows), loss, self.trained())
+
+    def trained_names(self, side: Train) -> set[str]:
+        """Return the names of the factors of a side and of the heads, and train these from now on."""
+        set_trained(self.module.backbone, side)
+        return {name for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def trained(self) -> Tensors:
+        """Return copies of the trained factors and of the heads."""
+        return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Load tensors of the global model. Missing tensors keep their values."""
+        self.module.load_state_dict({**self.module.saved_state(), **state})
+
+    def state(self) -> Tensors:
+        """Return copies of all factors and of the heads."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.saved_state().items()}
+
+    def validate(self) -> dict[str, float]:
+        """Return the metrics of the recipe's validation split by logged name."""
+        return _scores(self._trainer().validate(self.module, datamodule=self.data, verbose=False))
+
+    def test(self) -> dict[str, float]:
+        """Return the metrics of the recipe's test split by logged name."""
+        return _scores(self._trainer().test(self.module, datamodule=self.data, verbose=False))
+
+    def updates(self, state: Mapping[str, Tensor]) -> list[Update]:
+        """Return the updates s·B·A of all adapted projections for tensors of this model."""
+        pairs = [(layer, f) for layer, f in adapted_projections(self.module.backbone).values()]
+        return [
+            Update(
+                state[f"backbone.{f.projection.layer}.adapters.{f.projection.role}.A"],
+                state[f"backbone.{f.projection.layer}.adapters.{f.projection.role}.B"],
+                f.scale,
+            )
+            for _, f in pairs
+        ]
+
+    def _trainer(self, **keys: Any) -> L.Trainer:
+        """Return a trainer with the recipe's precision and device that logs and saves nothing."""
+        recipe = self.config.trainer
+        accelerator = recipe.accelerator
+        chosen = accelerator if isinstance(accelerator, str) else construct(Accelerator, accelerator)  # type: ignore[type-abstract]
+        return L.Trainer(
+            accelerator=chosen,
+            devices=1,
+            **{key: recipe[key] for key in TRAINER_KEYS} | keys,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            use_distributed_sampler=False,
+            default_root_dir=str(self.folder),
+            callbacks=[KeptSignals()],
+        )
+
+
+class TrainingRows(L.Callback):
+    """Make the training loader without training."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the loader, on the device of the model."""
+        trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+
+
+class KeptSignals(L.Callback):
+    """Keep the program's signal handlers, which Lightning would replace: a signal then stops at once."""
+
+    def __init__(self) -> None:
+        self._in_main = threading.current_thread() is threading.main_thread()
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the handlers."""
+        if self._in_main:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    on_validation_start = on_test_start = on_train_start
+
+
+def _scores(results: list[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(torch.as_tensor(value)) for result in results for name, value in result.items()}
+
+
+def _construct(base: type[T], section: str, config: Namespace) -> T:
+    """Return an instance of a section's class; an error of the constructor names the section."""
+    try:
+        return construct(base, config[section])
+    except Exception as error:
+        raise construction_error(config, resolve_name(config[section].class_path), error) from None

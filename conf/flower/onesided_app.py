@@ -1,0 +1,26 @@
+"""Server and clients of a federated training as a Flower app; see docs/federated.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from flwr.app import Context
+
+from app.cli import parse_fit, restricted_imports
+from app.commands.federated_flower import make_server_app
+from app.config.yaml_files import checked_yaml
+from app.console import console_logging, quiet_libraries
+from app.federated.flower import make_client_app
+
+# Flower finds the names of the apps without running this file.
+server_app = make_server_app(parse_fit)
+client_app = make_client_app(parse_fit)
+
+
+@server_app.lifespan()
+@client_app.lifespan()
+def as_in_main(context: Context) -> Iterator[None]:
+    """Restrict imports and check YAML, as `main.py` does."""
+    quiet_libraries()
+    with console_logging(), restricted_imports(), checked_yaml():
+        yield

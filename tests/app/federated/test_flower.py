@@ -1,0 +1,93 @@
+"""Flower's apps, without Flower's processes: messages go from the server to the clients in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.cli import parse_fit
+from app.federated.server import ROUND
+from datamodules.errors import CheckpointError
+from tests.app.conftest import CommandLine
+from tests.app.federated.test_federate import federate
+from tests.conftest import ROOT, write_parquet
+
+flwr = pytest.importorskip("flwr", reason="The extra `federated` is not installed.")
+
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+
+from app.commands.federated_flower import make_server_app
+from app.federated.flower import make_client_app
+
+SIZES = ("--clients", "2", "--rounds", "2", "--local_steps", "2", "--arms", "ffa", "rolora")
+
+
+class Loop:
+    """A grid that calls the app of the clients.
+
+    Args:
+        nodes: Configuration of each client.
+    """
+
+    def __init__(self, *nodes: dict[str, Any]) -> None:
+        self.app, self.nodes = make_client_app(parse_fit), nodes
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(len(self.nodes))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        # Replies may come in any order.
+        return [self.app(m, context(self.nodes[m.metadata.dst_node_id])) for m in messages][::-1]
+
+
+def context(node: dict[str, Any] | None = None, **run: Any) -> Context:
+    return Context(run_id=1, node_id=0, node_config=node or {}, state=RecordDict(), run_config=run)
+
+
+def serve(cli: CommandLine, output: Path, grid: Loop, partition: str = "iid") -> None:
+    fit = " ".join(f"'{word}'" for word in cli.words("federate")[1:])
+    run = {"fit": fit, "clients": 2, "rounds": 2, "local_steps": 2, "partition": partition, "arms": "ffa rolora"}
+    make_server_app(parse_fit)(grid, context(**run, output=str(output)))  # type: ignore[arg-type]
+
+
+def test_flower_gives_the_bits_of_the_loop_in_this_process(cli: CommandLine, tmp_path: Path) -> None:
+    assert federate(cli, tmp_path / "here", *SIZES, "--partition", "dirichlet:1") == 0
+    nodes = [{"partition-id": number, "num-partitions": 2} for number in (1, 0)]
+    serve(cli, tmp_path / "flower", Loop(*nodes), "dirichlet:1")
+    for arm in ("ffa", "rolora"):
+        files = [(tmp_path / name / arm / ROUND).read_bytes() for name in ("here", "flower")]
+        assert files[0] == files[1]
+    assert (tmp_path / "here/arms.json").read_text() == (tmp_path / "flower/arms.json").read_text()
+
+
+def test_clients_have_their_own_data(cli: CommandLine, tmp_path: Path) -> None:
+    folders = [str(write_parquet(tmp_path / name, {"train": size})) for name, size in {"ada": 20, "bob": 40}.items()]
+    assert federate(cli, tmp_path / "here", "--clients", *folders, *SIZES[2:]) == 0
+    serve(cli, tmp_path / "flower", Loop(*({"partition-id": i, "data": path} for i, path in enumerate(folders))))
+    files = [(tmp_path / name / "rolora" / ROUND).read_bytes() for name in ("here", "flower")]
+    assert files[0] == files[1]
+
+
+def test_a_node_must_know_its_rows(cli: CommandLine, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="num-partitions=2"):
+        serve(cli, tmp_path / "out", Loop({"partition-id": 0}, {"partition-id": 1}))
+    with pytest.raises(CheckpointError, match="Two clients have the number 0"):
+        serve(cli, tmp_path / "out", Loop(*[{"partition-id": 0, "num-partitions": 2}] * 2))
+
+
+def test_tensors_travel_without_pickle() -> None:
+    record = ArrayRecord({"x": torch.randn(3)})
+    assert [array.stype for array in record.values()] == ["numpy.ndarray"]
+    assert b"\x93NUMPY" in next(iter(record.values())).data
+
+
+def test_the_app_names_its_components() -> None:
+    text = (ROOT / "conf/flower/pyproject.toml").read_text()
+    source = (ROOT / "conf/flower/onesided_app.py").read_text()
+    for name in ("server_app", "client_app"):
+        assert f'"onesided_app:{name}"' in text
+        assert f"\n{name} = " in source
