@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
@@ -20,7 +22,16 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from datamodules.contract import DataKind
 from datamodules.errors import ModelError
-from modules.adapters import AdapterConfig, Projection, adapter_state, attach, load_adapter_state
+from modules.adapters import (
+    AdapterConfig,
+    Chain,
+    ChainConfig,
+    Projection,
+    adapter_state,
+    adapters_disabled,
+    attach,
+    load_adapter_state,
+)
 from modules.adapters.state import frozen_fingerprint
 from modules.formats.adapter_files import load_heads, read_adapter
 from modules.scaling.blocks import layerdrop_rates
@@ -36,6 +47,7 @@ from modules.training.optimization import (
     Schedule,
     check_learning_rates,
     parameter_groups,
+    reset_states,
     restart_schedule,
     schedule_factor,
     steps_left,
@@ -53,6 +65,7 @@ HeadlessTuning = Literal["adapter", "full", "adalora", "ia3"]  # For tasks witho
 BackboneDtype = Literal["float32", "bfloat16"]
 Stage = Literal["val", "test"]
 STAGES: tuple[Stage, Stage] = ("val", "test")
+TOLERATED_ROUNDING = 0.01  # Share of a merged update's norm that rounding may change without a warning.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -141,6 +154,12 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         self.warmup_ratio, self.lr_ratio_b, self.lr_ratio_head = warmup_ratio, lr_ratio_b, lr_ratio_head
         self.lr_ratio_role = lr_ratio_role or {}
         self.shard_frozen, self.compiles = shard_frozen, compile
+        if shard_frozen and self.chain_config is not None:
+            raise ModelError(
+                "model.shard_frozen: the links of model.adapter.chain are merged into whole weights. Set shard_frozen "
+                "to false, or chain to null."
+            )
+        self.chain = Chain()
         self.shards: FrozenShards | None = None
         self._compiled = False
         self.head_names: list[str] = []
@@ -155,6 +174,11 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         self.losses = nn.ModuleDict({stage: MeanMetric(nan_strategy=math.nan) for stage in STAGES})
         self.metrics = nn.ModuleDict()  # By stage and set name.
         self.set_names: dict[Stage, list[str]] = {}
+
+    @property
+    def chain_config(self) -> ChainConfig | None:
+        """Return the configuration of the chain; None without adapters or without a chain."""
+        return self.adapter.chain if self.tuning == "adapter" else None
 
     # -------------------------------------------------------------------------------------------------------- backbone
 
@@ -204,7 +228,7 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         loaded = None
         if self.adapter_path is not None:
             loaded = read_adapter(self.adapter_path, self.backbone, self.adapter, heads, names)
-            self.adapter, self._adapter_heads = loaded.config, loaded.heads
+            self.adapter, self._adapter_heads = replace(loaded.config, chain=self.adapter.chain), loaded.heads
         self.projections = attach(self.backbone, self.adapter, exclude=heads)
         roles = {projection.role for projection in self.projections}
         if unknown := sorted(self.lr_ratio_role.keys() - roles):
@@ -225,6 +249,12 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
     def peft_head_names(self) -> dict[str, tuple[str, ...]]:
         """Return for each head its possible names in the complete model of timm or transformers, which PEFT wraps."""
         return {name: (name.removeprefix("backbone."),) for name in self.head_names}
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """Compute with the pretrained weights, without adapters and merged links, within the context."""
+        with adapters_disabled(self.backbone), self.chain.removed(self.backbone):
+            yield
 
     def load_adapter_heads(self) -> None:
         """Load the heads of `adapter_path`. A task calls this method when its heads have their final shapes.
@@ -297,8 +327,14 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         """Check the trainer's precision. Lightning calls this hook after the data module's `setup`.
 
         Raises:
-            ModelError: If the precision would cast the factors, or would scale AdaLoRA's gradients.
+            ModelError: If the precision would cast the factors, or would scale AdaLoRA's gradients. In a fit, also if
+                the links of a chain have no initialiser.
         """
+        if stage == "fit" and self.chain_config is not None and self.adapter.init_a == "given":
+            raise ModelError(
+                "model.adapter.chain: the factors come from a file, so the next link has no initialiser. Set "
+                "model.adapter_path or model.adapter.chain to null."
+            )
         if self.trainer.precision not in PRECISIONS:
             raise ModelError(
                 f"trainer.precision: {self.trainer.precision} would cast factors and head, which must stay float32. "
@@ -461,14 +497,8 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
                 "trainer.max_epochs: the run has no end, and the learning rate schedule needs an end. Set the key or "
                 "trainer.max_steps."
             )
-        factor = self._schedule_factor(int(steps))
+        factor = schedule_factor(self.schedule, self.warmup_ratio, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
-
-    def _schedule_factor(self, steps: int) -> Callable[[int], float]:
-        """Return the schedule of a fit with this number of steps, or the fit's part of `schedule_window`."""
-        before, total = self.schedule_window or (0, steps)
-        factor = schedule_factor(self.schedule, self.warmup_ratio, total)
-        return lambda step: factor(before + step)
 
     def on_train_start(self) -> None:
         """Apply this run's learning rates, weight decay and length to the optimizer and the schedule.
@@ -498,11 +528,58 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
             _log.info(f"model.learning_rate: {self.learning_rate:g}, {origin}.")
             self._range_test.end()
             self._range_test = None
-        # The number of batches or processes may have changed since the checkpoint, and so the number of steps.
-        total = self.trainer.global_step + steps_left(self.trainer)
-        restart_schedule(scheduler, groups, self._schedule_factor(total))
+        restart_schedule(scheduler, groups, self._schedule_factor())
         if self.baseline is not None:
-            self.baseline.start(total)
+            self.baseline.start(self.trainer.global_step + steps_left(self.trainer))
+
+    def _schedule_factor(self) -> Callable[[int], float]:
+        """Return the schedule of the run, or of the fit's part of `schedule_window`.
+
+        If the schedule restarts with each link of a chain, return the schedule of the current link. The number of
+        batches or processes may have changed since the checkpoint, and so the number of steps.
+        """
+        if self.schedule_window is not None:
+            before, total = self.schedule_window
+            whole = schedule_factor(self.schedule, self.warmup_ratio, total)
+            return lambda step: whole(before + step)
+        start, last_epoch, chain = 0, None, self.chain_config
+        if chain is not None and chain.schedule == "restart":
+            start = self.chain.start
+            last_epoch = (self.current_epoch // chain.every_n_epochs + 1) * chain.every_n_epochs
+        steps = self.trainer.global_step + steps_left(self.trainer, last_epoch) - start
+        factor = schedule_factor(self.schedule, self.warmup_ratio, steps)
+        return lambda step: factor(step - start)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the next link of a chain, after every `every_n_epochs` epochs.
+
+        A link ends when the next link begins. The last link is therefore never merged. A checkpoint at the end of an
+        epoch has the link that was trained in this epoch.
+        """
+        chain, epoch, step = self.chain_config, self.current_epoch, self.trainer.global_step
+        is_due = chain is not None and epoch > 0 and epoch % chain.every_n_epochs == 0
+        if chain is None or not is_due or self.chain.start == step or self._range_test is not None:
+            return
+        self.check_weights()
+        self.frozen_digest.hexdigest()  # The digest is of the pretrained weights, so it must be complete by now.
+        reset = self.chain.begin_link(self.backbone, self.adapter, step)
+        optimizer, scheduler, groups = (
+            self.optimizers(use_pl_optimizer=False),
+            self.lr_schedulers(),
+            self.trained_groups(),
+        )
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        reset_states(optimizer, self.optimizer_spec.build([dict(group) for group in groups]), reset)
+        if chain.schedule == "restart" and isinstance(scheduler, LambdaLR):
+            restart_schedule(scheduler, groups, self._schedule_factor())
+        merged = len(self.chain.links)
+        if self.chain.rounding > TOLERATED_ROUNDING:
+            dtype = str(self.backbone_dtype).removeprefix("torch.")
+            _log.warning(
+                f"model.backbone_dtype: rounding the merged weights to {dtype} changed the update of link {merged} by "
+                f"{100 * self.chain.rounding:.2g} % of its norm. Use float32 to merge almost exactly."
+            )
+        _log.info(f"model.adapter.chain: link {merged} is merged into the weights, and link {merged + 1} begins.")
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add AdaLoRA's regularisation to the loss. The logged `train/loss` stays comparable with other tunings."""
@@ -533,10 +610,11 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
     def parameter_counts(self) -> dict[str, int]:
         """Return the numbers of trainable and total parameters, and the size of the adapters in bytes."""
         factors = adapter_state(self.backbone) if self.baseline is None else self.baseline.parameters()
+        tensors = [*factors.values(), *(tensor for link in self.chain.links for tensor in link.values())]
         return {
             "params/trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "params/total": sum(p.numel() for p in self.parameters()),
-            "adapter/bytes": sum(t.numel() * t.element_size() for t in factors.values()),
+            "adapter/bytes": sum(t.numel() * t.element_size() for t in tensors),
         }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from app.lightning_compat import averaged_model
 from datamodules.errors import CallbackError
+from modules.base import AdaptedModule
 
 TRAINED = "trained_weights"  # key of the checkpoint
 UPDATES = "averaging_updates"  # key of the checkpoint
@@ -37,6 +38,18 @@ class TrainedWeightAveraging(L.Callback):
         self._weights: _TrainedWeights | None = None
         self._resumed: dict[str, Tensor] = {}  # trained weights of the checkpoint to resume
         self._swapped = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a chain of adapters.
+
+        Raises:
+            CallbackError: If the module has a chain of adapters.
+        """
+        if stage == "fit" and isinstance(pl_module, AdaptedModule) and pl_module.chain_config is not None:
+            raise CallbackError(
+                "model.adapter.chain: averages would mix the factors of different links. Remove the callback "
+                f"{type(self.averaging).__name__}, or set the key to null."
+            )
 
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -20,7 +20,7 @@ from app.reports.heat_map import HeatMap
 from app.run.logger import log_picture, log_text
 from app.run.spectrum_file import FILE, DamagedSpectra, read_spectra, write_spectra
 from datamodules.errors import CallbackError, counted
-from modules.adapters import ROLES, AdaptedLinear, LowRankFactors, adapted_projections
+from modules.adapters import ROLES, AdaptedLinear, Chain, LowRankFactors, adapted_projections
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize, triangular_factor
 from modules.base import AdaptedModule
 
@@ -33,6 +33,7 @@ QUANTITIES = (
     *("BA/relative_norm", "B/largest", "A/largest", "BA/effective_rank", "BA/largest"),
     *("B/effective_rank", "A/effective_rank", "B/smallest", "A/smallest", "B/stable_rank", "A/stable_rank"),
     *("BA/stable_rank", "B/frobenius", "A/frobenius", "BA/frobenius", "BA/smallest"),
+    *("sum/relative_norm", "sum/largest", "sum/effective_rank"),
 )
 BY_ROLE = QUANTITIES[:4]  # quantities with charts by role
 Board = Any  # torch's SummaryWriter, whose import would also import TensorBoard
@@ -54,6 +55,9 @@ class AdapterSpectrum(L.Callback):
     once and logged as a text. `relative_norm` is ‖sBA‖_F / ‖W‖_F: 0 for B·A = 0, and infinite for any other update of
     W = 0. Means leave infinite values out.
 
+    In a chain of adapters, A, B and BA are of the current link. From the second link on, `sum` is the sum of B·A over
+    all links, which has up to r times the links singular values.
+
     Args:
         every_n_epochs: Interval in epochs, at least 1; None for no measurements by epoch.
         every_n_steps: Further interval in optimizer steps, at least 1; None for no measurements by step.
@@ -71,6 +75,7 @@ class AdapterSpectrum(L.Callback):
         self.seconds = 0.0
         self._rows: list[dict[str, Any]] = []
         self._frozen: dict[tuple[str, str], Tensor] = {}
+        self._links = 0  # number of merged links at the last measurement
         self._weight_norms: dict[str, float] = {}
         self._maps: tuple[HeatMap, HeatMap] | None = None
         self._last_step = -1
@@ -84,7 +89,7 @@ class AdapterSpectrum(L.Callback):
             assert isinstance(pl_module, AdaptedModule)
             if pl_module.shard_frozen:
                 for name, (layer, factors) in adapted_projections(pl_module.backbone).items():
-                    self._weight_norm(name, layer, factors)
+                    self._weight_norm(name, layer, factors, pl_module.chain)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the initial factors. A resumed run continues the file from the checkpoint's step instead."""
@@ -108,7 +113,7 @@ class AdapterSpectrum(L.Callback):
             for board in _boards(trainer):
                 board.add_custom_scalars(_layout())
             for factor in _factors(pl_module, trained=False):
-                log_text(trainer, f"spectrum/{factor}", _description(factor, self._rows))
+                log_text(trainer, f"spectrum/{factor}", _description(factor, self._rows, pl_module))
         self._write(trainer)  # a run may be killed in its first epoch
 
     def on_train_batch_end(
@@ -145,18 +150,26 @@ class AdapterSpectrum(L.Callback):
         assert isinstance(module, AdaptedModule)
         module.check_weights()
         rows: list[dict[str, Any]] = []
+        if len(module.chain.links) != self._links:  # the frozen factor is another
+            self._frozen, self._links = {}, len(module.chain.links)
         for name, (layer, factors) in adapted_projections(module.backbone).items():
             r_a, r_b = (self._triangular(name, factor, factors) for factor in ("A", "B"))
             spectra = {"A": singular_values(r_a), "B": singular_values(r_b), "BA": product_singular_values(r_b, r_a.T)}
-            ratio = _ratio(factors.scale * float(spectra["BA"].norm()), self._weight_norm(name, layer, factors))
+            if self._links:
+                spectra["sum"] = _sum_of_links(factors, module.chain)
+            norm = self._weight_norm(name, layer, factors, module.chain)
             for factor, sigma in spectra.items():
+                is_update = factor in ("BA", "sum")
+                ratio = _ratio(factors.scale * float(sigma.norm()), norm) if is_update else None
                 row = {"step": step, "projection": name, "role": factors.projection.role, "factor": factor}
-                row |= {"singular_values": sigma.tolist(), "relative_norm": ratio if factor == "BA" else None}
-                rows.append(row | {"scale": factors.scale if factor == "BA" else 1.0})
+                row |= {"singular_values": sigma.tolist(), "relative_norm": ratio}
+                rows.append(row | {"scale": factors.scale if is_update else 1.0})
         self._rows += rows
-        self._warn_of_zero_weights([row["projection"] for row in rows if row["relative_norm"] == math.inf])
+        zero = [row["projection"] for row in rows if row["relative_norm"] == math.inf]
+        self._warn_of_zero_weights(list(dict.fromkeys(zero)))
         if self.detail != "off":
-            self._log_step(trainer, [row for row in rows if row["factor"] in _factors(module, trained=True)])
+            trained = [*_factors(module, trained=True), "sum"]
+            self._log_step(trainer, [row for row in rows if row["factor"] in trained])
         self.seconds += time.perf_counter() - start
 
     def _triangular(self, name: str, factor: str, factors: LowRankFactors) -> Tensor:
@@ -164,12 +177,7 @@ class AdapterSpectrum(L.Callback):
         if (name, factor) in self._frozen:
             return self._frozen[name, factor]
         tensor: Tensor = getattr(factors, factor)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # on matrices this small, threads only wait for one another
-        try:
-            r = triangular_factor((tensor.T if factor == "A" else tensor).cpu())
-        finally:
-            torch.set_num_threads(threads)
+        r = _triangular_factor((tensor.T if factor == "A" else tensor).cpu())
         if factor in factors.named_factors(trained=False):
             self._frozen[name, factor] = r
         return r
@@ -185,9 +193,10 @@ class AdapterSpectrum(L.Callback):
             )
 
     @torch.no_grad()
-    def _weight_norm(self, name: str, layer: AdaptedLinear, factors: LowRankFactors) -> float:
+    def _weight_norm(self, name: str, layer: AdaptedLinear, factors: LowRankFactors, chain: Chain) -> float:
         if name not in self._weight_norms:
-            self._weight_norms[name] = float(layer.frozen.dense()[factors.projection.rows].float().norm())
+            weight = chain.pretrained(factors.projection.layer, layer)
+            self._weight_norms[name] = float(weight[factors.projection.rows].float().norm())
         return self._weight_norms[name]
 
     # ----------------------------------------------------------------------------------------------- logging
@@ -205,7 +214,8 @@ class AdapterSpectrum(L.Callback):
                 # sets the number of bins by the adapter rank; "auto" makes millions of bins for a single outlier.
                 rounded = torch.tensor(values).round(decimals=4)
                 board.add_histogram(name, rounded, trainer.global_step, bins="sturges")
-        for factor in dict.fromkeys(row["factor"] for row in rows) if trainer.loggers else ():
+        # the heat maps have a fixed width, and a sum grows with each link
+        for factor in dict.fromkeys(row["factor"] for row in rows if row["factor"] != "sum") if trainer.loggers else ():
             self._draw(trainer, factor, [row for row in rows if row["factor"] == factor])
 
     def _draw(self, trainer: L.Trainer, factor: str, rows: list[dict[str, Any]]) -> None:
@@ -236,6 +246,24 @@ class AdapterSpectrum(L.Callback):
         start = time.perf_counter()
         write_spectra(Path(trainer.default_root_dir) / FILE, self._rows)
         self.seconds += time.perf_counter() - start
+
+
+def _triangular_factor(tall: Tensor) -> Tensor:
+    """Return R of a matrix on the CPU. On matrices this small, threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return triangular_factor(tall)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _sum_of_links(factors: LowRankFactors, chain: Chain) -> Tensor:
+    """Return the singular values of Σ Bᵢ·Aᵢ over all links, from the stacked factors."""
+    stem = f"{factors.projection.layer}.adapters.{factors.projection.role}"
+    a = torch.cat([*(link[f"{stem}.A"] for link in chain.links), factors.A.detach().cpu()])
+    b = torch.cat([*(link[f"{stem}.B"] for link in chain.links), factors.B.detach().cpu()], dim=1)
+    return torch.linalg.svdvals(_triangular_factor(b) @ _triangular_factor(a.T).T)
 
 
 def _ratio(update: float, weight: float) -> float:
@@ -296,7 +324,7 @@ def _samples(rows: list[dict[str, Any]], of_layers: bool) -> dict[str, list[floa
     return values
 
 
-def _description(factor: str, rows: list[dict[str, Any]]) -> str:
+def _description(factor: str, rows: list[dict[str, Any]], module: AdaptedModule) -> str:
     """Return a table of a frozen factor's means by role, in Markdown."""
     rows = [row for row in rows if row["factor"] == factor]
     means = _scalars(rows, of_layers=True)
@@ -305,7 +333,9 @@ def _description(factor: str, rows: list[dict[str, Any]]) -> str:
     for role in dict.fromkeys(row["role"] for row in rows):
         table.append([role, *(f"{means[f'spectrum/{role}/{factor}/{name}']:.4g}" for name in quantities)])
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    return f"{factor} is frozen: its singular values do not change. Means over the layers of a role:\n\n{lines}"
+    frozen = "is frozen within a link of the chain" if module.chain_config else "is frozen"
+    note = "The first link's means" if module.chain_config else "Its singular values do not change. Means"
+    return f"{factor} {frozen}. {note} over the layers of a role:\n\n{lines}"
 
 
 def _layout() -> dict[str, dict[str, list[Any]]]:

@@ -19,6 +19,7 @@ from datamodules.atomic import atomic_directory
 from datamodules.errors import CheckpointError
 from modules.adapters import AdapterError
 from modules.base import AdaptedModule
+from modules.training.checkpoints import CHAIN
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +41,12 @@ class AdapterWriter(L.Callback):
         callback = find_callback(trainer, AdapterCheckpoint)
         best = Path(callback.best_model_path if callback else "")
         try:
-            state = read_checkpoint(best)["state_dict"] if best.is_file() else pl_module.saved_state()
+            if best.is_file():
+                content = read_checkpoint(best)
+                state, links = content["state_dict"], content.get(CHAIN, {}).get("links", [])
+            else:
+                state, links = pl_module.saved_state(), pl_module.chain.links
             with atomic_directory(folder, overwrite=True) as temporary:
-                write_peft(pl_module, torch.float32, temporary, state)
+                write_peft(pl_module, torch.float32, temporary, state, links)
         except (ArgumentError, AdapterError, CheckpointError, OSError, RuntimeError, KeyError) as error:
             _log.warning(f"The checkpoints are complete, but {folder} could not be written: {error}")

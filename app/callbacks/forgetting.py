@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.errors import CallbackError, DataError
-from modules.adapters import adapters_disabled
 from modules.base import AdaptedModule
 from modules.scaling.frozen_prefix import evaluating
 
@@ -88,7 +87,7 @@ class Forgetting(L.Callback):
                 )
                 self._probe = None
             return
-        with adapters_disabled(pl_module.backbone):
+        with pl_module.pretrained():
             self._before = self._score(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from app.config.yaml_files import read_yaml
 from app.export.load_run import find_checkpoint, load_module
+from app.export.low_rank import given_config, stack_links
 from app.run.checkpoint_io import check_contents, read_checkpoint, run_of_checkpoint, saved_configuration
 from app.run.failures import bad_input
 from app.run.run_directory import ADAPTER
@@ -29,8 +30,10 @@ from datamodules.errors import CheckpointError, counted
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.init import init_factor
 from modules.adapters.roles import LAYERS, block_of, find_projections, fused_layers
+from modules.analysis.combination import Update
 from modules.formats.peft import CONFIG, KEY, PREFIX, read_peft_files
 from modules.formats.peft_reading import from_peft
+from modules.training.checkpoints import CHAIN
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -223,17 +226,43 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
         return None
     directory = run_of_checkpoint(path)
     adapter = _adapter_config(path, model["init_args"].get("adapter"))
+    factors = _factors(path, content["state_dict"], adapter)
+    if links := content.get(CHAIN, {}).get("links"):
+        adapter, factors = _whole_chain(path, links, adapter, factors)
     return FinishedRun(
         source=path,
         directory=directory,
         step=int(content["global_step"]),
         adapter=adapter,
-        factors=_factors(path, content["state_dict"], adapter),
+        factors=factors,
         digest=content.get("frozen_digest"),
         model=model["init_args"],
         data={**data["init_args"], "class_path": data["class_path"]},
         seed=_run_configuration(directory).get("seed_everything"),
     )
+
+
+def _whole_chain(
+    path: Path, links: Sequence[Mapping[str, Tensor]], adapter: AdapterConfig, last: dict[str, TrainedFactors]
+) -> tuple[AdapterConfig, dict[str, TrainedFactors]]:
+    """Return the stacked factors of all links of a chain, as one adapter of the rank r times the links.
+
+    Raises:
+        CheckpointError: If a link does not have the projections of the last link.
+    """
+    parts = [_factors(path, {f"backbone.{name}": factor for name, factor in link.items()}, adapter) for link in links]
+    if any(part.keys() != last.keys() for part in parts):
+        raise CheckpointError(f"RUN: the links of the chain in {path} adapt different projections. Use another file.")
+    updates = {
+        name: stack_links([Update(part[name].a, part[name].b, part[name].scale) for part in (*parts, last)])
+        for name in last
+    }
+    _log.info(f"RUN: {path} is a chain. The factors of its {len(links) + 1} links are stacked.")
+    whole = {
+        name: TrainedFactors(last[name].projection, update.a, update.b, update.scale)
+        for name, update in updates.items()
+    }
+    return given_config(adapter, updates), whole
 
 
 def _from_peft_folder(folder: Path) -> FinishedRun:
@@ -461,6 +490,8 @@ def _weight(backbone: nn.Module, projection: Projection) -> Tensor:
 def read_spectra(run: FinishedRun) -> list[dict[str, Any]]:
     """Return the rows of a run's spectrum.parquet.
 
+    For a chain of adapters, BA is the sum over all links, and A and B are of the current link.
+
     Returns:
         One row for each step, projection and factor: `step`, `projection`, `role`, `factor` (A, B, or BA without the
         scale s), `singular_values` and `relative_norm`. Empty, with a warning, if there is no usable file.
@@ -478,7 +509,14 @@ def read_spectra(run: FinishedRun) -> list[dict[str, Any]]:
     usable = [row for row in rows if _is_usable(row)]
     if len(usable) < len(rows):
         _log.warning(f"{path}: skipped {counted(len(rows) - len(usable), 'damaged row')} of {len(rows):,}.")
-    return usable
+    sums = {(row["step"], row["projection"]) for row in usable if row["factor"] == "sum"}
+    if sums:
+        _log.info(f"{path}: the run is a chain. Over training, A and B are of the current link, and BA of all links.")
+    return [
+        {**row, "factor": "BA" if row["factor"] == "sum" else row["factor"]}
+        for row in usable
+        if row["factor"] != "BA" or (row["step"], row["projection"]) not in sums
+    ]
 
 
 def _is_usable(row: Mapping[str, Any]) -> bool:

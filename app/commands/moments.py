@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import Any, TypeVar, cast
 
@@ -81,6 +81,9 @@ def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps:
         raise ArgumentError(
             None, f"model.tuning: {module.tuning} adapts no projection to measure. Set model.tuning to adapter."
         )
+    if module.chain_config is not None:
+        _log.info("model.adapter.chain: the measurement is of the first link.")
+        module.adapter = replace(module.adapter, chain=None)
     module.compiles = False  # hooks need the uncompiled layers
     if head_steps and not module.head_names:
         _log.info("The model has no new head: no steps before the measurement.")

@@ -32,7 +32,7 @@ def _adapter(train: str, init_a: str, init_b: str, **others: Any) -> dict[str, A
 
 
 # A variant sets every key that belongs to its definition, so that no value of a recipe can contradict the name.
-# Rank, alpha, dropout, targets (except for ia3), layers, seed and learning rate stay the recipe's.
+# Rank, alpha, dropout, targets (except for ia3), layers, seed, chain and learning rate stay the recipe's.
 VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "B": _adapter("B", "orthogonal", "zero"),  # Zhu et al. 2024, arXiv 2402.16842
@@ -76,6 +76,8 @@ def variant_keys(name: str) -> dict[str, Any]:
 def variant_name(keys: Mapping[str, Any]) -> str:
     """Return the name of the first variant whose keys a configuration has; `custom` if no variant matches.
 
+    The name of a chain of adapters ends with `-chain`.
+
     Args:
         keys: All values of the configuration by dotted name. A missing key counts as a match, since an earlier version
             may have saved the configuration without the key.
@@ -83,7 +85,9 @@ def variant_name(keys: Mapping[str, Any]) -> str:
     matching = (
         name for name, sets in VARIANTS.items() if all(keys.get(k, value) == value for k, value in sets.items())
     )
-    return next(matching, "custom") if "model.tuning" in keys else "custom"
+    name = next(matching, "custom") if "model.tuning" in keys else "custom"
+    is_chain = any(key.startswith("model.adapter.chain.") for key in keys) and keys.get("model.tuning") == "adapter"
+    return f"{name}-chain" if is_chain and name != "custom" else name
 
 
 def command_line_options(keys: Mapping[str, Any]) -> list[str]:

@@ -45,9 +45,11 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: 
     if redrawn:
         print(f"Left out: the frozen factors of {counted(len(redrawn), 'projection')}, which loading draws again.")
     if stored := len(module.projections) - len(redrawn):
-        reason = "both are trained" if module.adapter.train == "both" else "only init signs can be drawn again"
+        given = module.adapter.init_a == "given"
+        reason = "they come from a file or a chain" if given else "only init signs can be drawn again"
+        reason = "both are trained" if module.adapter.train == "both" else reason
         print(f"Stored: both factors of {counted(stored, 'projection')}, since {reason}.")
-        if module.adapter.train != "both":
+        if module.adapter.train != "both" and not given:
             frozen = "init_a" if module.adapter.train == "B" else "init_b"
             print(f"A compact file leaves out the frozen factor of runs with --model.adapter.{frozen} signs.")
     size = (folder / COMPACT).stat().st_size

@@ -10,6 +10,7 @@ import lightning as L
 
 from app.config.constructors import construct
 from app.config.yaml_files import read_yaml
+from app.export.low_rank import flatten_chain
 from app.run.checkpoint_io import read_checkpoint, run_of_checkpoint, saved_configuration
 from app.run.run_directory import resolve_checkpoint
 from datamodules.errors import CheckpointError
@@ -38,6 +39,8 @@ def find_checkpoint(name: str) -> Path:
 def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
     """Return the module of a checkpoint with its weights, in eval mode on the CPU.
 
+    A chain of adapters becomes one adapter over the pretrained weights (`flatten_chain`).
+
     Args:
         path: The checkpoint.
         changes: Arguments of the module that replace the saved arguments.
@@ -60,4 +63,5 @@ def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
     module = construct(AdaptedModule, saved)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
+    flatten_chain(module)
     return module.eval()

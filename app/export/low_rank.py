@@ -1,4 +1,4 @@
-"""Truncate the adapters of a module to smaller ranks, and replace adapters by other updates."""
+"""Truncate the adapters of a module to smaller ranks, stack the links of a chain, and replace adapters."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
+import torch
 from jsonargparse import ArgumentError
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.adapters import (
     AdapterConfig,
+    LowRankFactors,
     Projection,
     adapted_projections,
+    adapter_state,
     attach,
     detach,
     load_adapter_state,
@@ -142,6 +145,49 @@ def truncated_sums(
     return truncated, Loss(total, losses[worst], worst)
 
 
+def stack_links(links: Sequence[Update]) -> Update:
+    """Return one update that equals the sum of the links of a chain, which have one scale.
+
+    A and B are stacked, so no number changes. If the ranks add up to more than W allows, the sum is decomposed instead,
+    without loss but for rounding.
+    """
+    a, b, scale = torch.cat([link.a for link in links]), torch.cat([link.b for link in links], dim=1), links[0].scale
+    largest = min(b.shape[0], a.shape[1])
+    if a.shape[0] <= largest:
+        return Update(a, b, scale)
+    whole = decompose(links, [1.0] * len(links)).truncate(largest)
+    return Update(whole.a, whole.b / scale, scale)
+
+
+def chain_updates(
+    backbone: nn.Module, state: Mapping[str, Tensor], links: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Update]:
+    """Return the update of a whole chain by the name of the projection.
+
+    Args:
+        backbone: The backbone with adapters; only names and scales are used.
+        state: Factors of the last link by the names of `adapter_state`.
+        links: Factors of the merged links.
+    """
+
+    def update(factors: LowRankFactors, layer: str, link: Mapping[str, Tensor]) -> Update:
+        a, b = (link[f"{layer}.adapters.{factors.projection.role}.{side}"].detach().cpu() for side in "AB")
+        return Update(a, b, factors.scale)
+
+    return {
+        name: stack_links([update(factors, factors.projection.layer, link) for link in (*links, state)])
+        for name, (_, factors) in adapted_projections(backbone).items()
+    }
+
+
+def flatten_chain(module: AdaptedModule) -> None:
+    """Replace the links of a chain by one adapter over the pretrained weights, of the rank r times the links."""
+    if links := module.chain.links:
+        updates = chain_updates(module.backbone, adapter_state(module.backbone), links)
+        module.chain.restore(module.backbone)
+        replace_adapters(module, updates)
+
+
 def replace_adapters(module: AdaptedModule, updates: Mapping[str, Update]) -> None:
     """Replace the adapters of a module by adapters of the same projections, of any ranks and scales."""
     heads = [head.removeprefix("backbone.") for head in module.head_names if head.startswith("backbone.")]
@@ -165,6 +211,7 @@ def given_config(base: AdapterConfig, updates: Mapping[str, Update]) -> AdapterC
         base,
         init_a="given",
         init_b="given",
+        chain=None,
         scaling="standard",
         rank=rank,
         alpha=alpha,

@@ -16,6 +16,7 @@ from app.export.loader_code import LOCAL, is_timm, short_name
 from app.run.checkpoint_io import read_checkpoint, run_of_checkpoint, saved_configuration
 from app.run.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split, read_metrics
 from modules.base import AdaptedModule
+from modules.training.checkpoints import CHAIN
 
 TASKS = {  # the hub's pipeline by kind of data; other kinds have no pipeline and no scores in the front matter
     "images": "image-classification",
@@ -65,6 +66,7 @@ def write_card(
         "Data": dataset,
         "Tuning": module.tuning,
         **(_variant(module) if module.tuning == "adapter" else {}),
+        **_chain(content.get(CHAIN, {}).get("links", []), model),
         **notes,
         **({"Classes": _labels(model["class_names"])} if model.get("class_names") else {}),
         "License": "as the base model",
@@ -186,6 +188,15 @@ def _variant(module: AdaptedModule) -> dict[str, Any]:
         "Targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
         "Layers": "all" if config.layers is None else f"the last {config.layers}",
     }
+
+
+def _chain(links: Sequence[Any], model: Mapping[str, Any]) -> dict[str, str]:
+    """Return the row of a chain, with the rank and the initialisers of its links; empty without merged links."""
+    if not links:
+        return {}
+    adapter = model["adapter"]
+    starts = f"A {adapter['init_a']}, B {adapter['init_b']}"
+    return {"Chain": f"{len(links) + 1} links of rank {adapter['rank']}, {starts} at the start of each"}
 
 
 def _with_patterns(value: float, patterns: Mapping[str, float]) -> str:

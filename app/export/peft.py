@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError
 from torch import Tensor
 
 from app.export.loader_code import Loader, absolute_name, is_timm, peft_loader, short_name
+from app.export.low_rank import chain_updates, factor_state, given_config
 from app.export.timm_head import timm_model
 from app.export.tokenizer import complete_tokenizer
 from datamodules.contract import TextModel
@@ -26,7 +27,11 @@ LABELS = "labels.json"  # names of the classes, in the order of the logits
 
 
 def write_peft(
-    module: AdaptedModule, dtype: torch.dtype, folder: Path, state: Mapping[str, Tensor] | None = None
+    module: AdaptedModule,
+    dtype: torch.dtype,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    links: Sequence[Mapping[str, Tensor]] = (),
 ) -> Loader:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT loads by itself.
 
@@ -36,6 +41,7 @@ def write_peft(
         folder: An empty directory.
         state: Factors and heads to write, with the names of `saved_state`. None writes the module's own. For timm, None
             also checks that timm's model with this head computes the same logits.
+        links: The merged links of a chain that `state` goes on with.
 
     Returns:
         A function that returns the code for loading the directory.
@@ -52,7 +58,7 @@ def write_peft(
         )
     if is_timm(module):
         _check_timm_head(cast("ImageClassifier", module), compare=state is None)
-    content, tensors = peft_content(module, module.saved_state() if state is None else state)
+    content, tensors = peft_content(module, module.saved_state() if state is None else state, links)
     write_peft_files(folder, content, tensors, dtype)
     return peft_loader(module)
 
@@ -104,12 +110,17 @@ def shared_base_name(module: AdaptedModule) -> str | None:
     return short_name(absolute_name(module.hparams["backbone"])) if own_weights else None
 
 
-def peft_content(module: AdaptedModule, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def peft_content(
+    module: AdaptedModule, state: Mapping[str, Tensor], links: Sequence[Mapping[str, Tensor]] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the content of adapter_config.json, and the tensors of adapter_model.safetensors.
+
+    A chain becomes one adapter, with the factors of all links stacked.
 
     Args:
         module: The module.
         state: Factors and heads of the module, with the names of `saved_state`.
+        links: The merged links of a chain, by the names of `adapter_state`.
 
     Raises:
         AdapterError: If PEFT would mistake another module for a head.
@@ -120,8 +131,11 @@ def peft_content(module: AdaptedModule, state: Mapping[str, Tensor]) -> tuple[di
         for head, peft_names in module.peft_head_names().items()
         for peft_name in peft_names
     }
-    source = module.hparams["backbone"]
-    return to_peft(module.backbone, module.adapter, inside, heads, module.peft_task, source)
+    source, config = module.hparams["backbone"], module.adapter
+    if links:
+        updates = chain_updates(module.backbone, inside, links)
+        config, inside = given_config(config, updates), factor_state(module.projections, updates)
+    return to_peft(module.backbone, config, inside, heads, module.peft_task, source)
 
 
 def _check_timm_head(module: ImageClassifier, compare: bool) -> None:

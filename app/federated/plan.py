@@ -110,6 +110,10 @@ class Plan:
                 f"model.adapter.init_b: {values.adapter.init_b} is set, and clients train B first. Set init_b to zero "
                 "and init_a to orthogonal.",
             )
+        if values.adapter.chain is not None:
+            raise ArgumentError(
+                None, "model.adapter.chain: each client would merge other links into the weights. Set the key to null."
+            )
         return config
 
     def fixed_keys(self, config: Namespace) -> dict[str, Any]:

@@ -164,6 +164,7 @@ TYPES: dict[str, Any] = {
     "random_states": [],
     "samples_a_step": 0,
     "frozen_digest": "",
+    "chain": {"links": [], "start": 0},
 }
 REQUIRED = ("state_dict", "hyper_parameters", "pytorch-lightning_version", "global_step", "loops")
 TRAINING = ("callbacks", "optimizer_states", "lr_schedulers")  # keys that a checkpoint of weights alone lacks

@@ -23,9 +23,9 @@ def _schema() -> Any:
             "step": pa.int64(),
             "projection": pa.string(),
             "role": pa.string(),
-            "factor": pa.string(),
+            "factor": pa.string(),  # A, B, BA; for a chain of adapters also sum, the sum of BA over all links
             "singular_values": pa.list_(pa.float32()),
-            "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA
+            "relative_norm": pa.float32(),  # ‖sBA‖_F / ‖W‖_F, on rows of BA and sum
         }
     )
 

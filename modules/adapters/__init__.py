@@ -12,13 +12,15 @@ Reading order:
 8. `attach`: attach, detach, merge
 9. `state`: factors as tensors
 10. `spectrum`: singular values
-11. `mixed`: batches whose rows have different adapters
+11. `chain`: adapters that are merged one after the other
+12. `mixed`: batches whose rows have different adapters
 
 The package imports nothing from the rest of the program.
 """
 
 from .attach import adapters_disabled, attach, detach, merge, set_enabled, set_trained, unmerge
-from .config import AdapterConfig, AdapterError, Projection
+from .chain import Chain
+from .config import AdapterConfig, AdapterError, ChainConfig, Projection
 from .linear import AdaptedLinear, LowRankFactors
 from .mixed import mixed_batch
 from .roles import ROLES
@@ -29,6 +31,8 @@ __all__ = [
     "AdaptedLinear",
     "AdapterConfig",
     "AdapterError",
+    "Chain",
+    "ChainConfig",
     "LowRankFactors",
     "Projection",
     "adapted_layers",

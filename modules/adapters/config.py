@@ -14,6 +14,7 @@ Train = Literal["B", "A", "both"]
 Scaling = Literal["standard", "rslora"]
 Init = Literal["orthogonal", "signs", "gaussian", "uniform", "kaiming", "svd", "svd_minor", "zero"]
 Start = Literal[Init, "given"]
+LinkSchedule = Literal["restart", "continue"]
 
 
 class AdapterError(ValueError):
@@ -50,6 +51,36 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class ChainConfig:
+    """Chain of adapters: after some epochs, s·B·A is merged into W, and training goes on with new factors.
+
+    See the module `chain`.
+
+    Args:
+        every_n_epochs: Epochs of a link, at least 1. The last link may be shorter.
+        schedule: `restart` starts the learning rate schedule again with each link, warm-up included. `continue` keeps
+            one schedule for the whole run.
+
+    Raises:
+        AdapterError: If a value is out of range.
+    """
+
+    every_n_epochs: int = 1
+    schedule: LinkSchedule = "restart"
+
+    def __post_init__(self) -> None:
+        if type(self.every_n_epochs) is not int or self.every_n_epochs < 1:
+            raise AdapterError(
+                f"adapter.chain.every_n_epochs: {self.every_n_epochs!r} must be a whole number, 1 or more."
+            )
+        if self.schedule not in get_args(LinkSchedule):
+            raise AdapterError(
+                f"adapter.chain.schedule: {self.schedule!r} is unknown. Choose one of "
+                f"{', '.join(get_args(LinkSchedule))}."
+            )
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """Adapter of every targeted projection: W + s·B·A, with A (rank, d_in) and B (d_out, rank).
 
@@ -78,6 +109,7 @@ class AdapterConfig:
             The first matching key applies. Every key must match a targeted projection. vLLM ignores this key.
         alpha_pattern: Alphas other than `alpha`, with the same keys. A projection's scale s follows from its alpha and
             its rank.
+        chain: Merge s·B·A into W after some epochs, and train new factors of the same rank; None for one adapter.
 
     Raises:
         AdapterError: If a value is out of range, or a combination cannot learn or would not start at W.
@@ -95,8 +127,11 @@ class AdapterConfig:
     seed: int = 0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    chain: ChainConfig | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.chain, Mapping):  # from a checkpoint
+            object.__setattr__(self, "chain", ChainConfig(**self.chain))
         for key, choices in (("train", Train), ("scaling", Scaling), ("init_a", Start), ("init_b", Start)):
             if getattr(self, key) not in get_args(choices):
                 raise AdapterError(

@@ -291,9 +291,12 @@ def save_bank(
 
 
 def _config_keys(config: AdapterConfig, slots: Sequence[Slot]) -> dict[str, Any]:
-    """Return a configuration as JSON values, with one exact key of a pattern for each projection."""
+    """Return a configuration as JSON values, with one exact key of a pattern for each projection.
+
+    The chain is left out, since a bank has one adapter a run.
+    """
     parts = [slot.projection for slot in slots]
-    return asdict(config) | {
+    return {key: value for key, value in asdict(config).items() if key != "chain"} | {
         "rank_pattern": exact_patterns({p.name: config.rank_of(p) for p in parts}, config.rank),
         "alpha_pattern": exact_patterns({p.name: config.alpha_of(p) for p in parts}, config.alpha),
     }
@@ -660,7 +663,7 @@ def _parse_slot(entry: Mapping[str, Any]) -> Slot:
 
 
 def _parse_entries(header: Mapping[str, Any], exact: set[str]) -> Iterator[tuple[str, _Entry]]:
-    known = {field.name for field in fields(AdapterConfig)}
+    known = {field.name for field in fields(AdapterConfig)} - {"chain"}
     for name, entry in header["adapters"].items():
         keys = {**header["adapter"], **entry["adapter"]}
         labels, head = entry["labels"], entry["head"]

@@ -129,12 +129,16 @@ def save_compact(
 
 
 def _recipe_keys(config: AdapterConfig, projections: list[Projection]) -> dict[str, Any]:
-    """Return the configuration as JSON values without empty patterns, so that older versions can read the file."""
+    """Return the configuration as JSON values, in a form that older versions can read.
+
+    Empty patterns are left out. The chain is left out too, since a file has one adapter.
+    """
     patterns = {
         "rank_pattern": exact_patterns({p.name: config.rank_of(p) for p in projections}, config.rank),
         "alpha_pattern": exact_patterns({p.name: config.alpha_of(p) for p in projections}, config.alpha),
     }
-    return {key: value for key, value in (asdict(config) | patterns).items() if key not in patterns or value}
+    keys = asdict(replace(config, chain=None)) | patterns
+    return {key: value for key, value in keys.items() if key not in (*patterns, "chain") or value}
 
 
 def _init(config: AdapterConfig, factor: str) -> str:
@@ -203,7 +207,7 @@ def _read_recipe(file: str, text: str) -> tuple[AdapterConfig, dict[str, Any], s
         if recipe["version"] != VERSION:
             raise ValueError(f"version {recipe['version']!r:.20} may need a newer program")
         keys, redrawn, fingerprint = recipe["adapter"], recipe["redrawn"], recipe.get("frozen_fingerprint")
-        known = {field.name for field in fields(AdapterConfig)}
+        known = {field.name for field in fields(AdapterConfig)} - {"chain"}
         numbers = [type(keys[key]) in (int, float) for key in ("alpha", "dropout")]
         targets = [isinstance(target, str) for target in keys["targets"]]
         entries = [

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import ModelError
-from modules.adapters import adapter_state
+from modules.adapters import AdapterError, Chain, adapter_state
 from modules.adapters.state import refuse_merged, state_problems
 from modules.training.frozen_digest import FrozenDigest
 from modules.training.optimization import Groups, OptimizerSpec
 
+CHAIN = "chain"  # Key of the merged links of a chain of adapters.
 POSITION = {"epoch", "samples", "seed"}  # Keys of a position in the data.
 AFTER_DIVERGENCE = (
     "The weights of this step were not saved. Resume with --ckpt_path last and a lower --model.learning_rate, a larger "
@@ -35,6 +36,7 @@ class CheckpointedModule(L.LightningModule):
     head_names: list[str]
     fingerprint: str  # Of each frozen tensor's first and last values, for older checkpoints without a digest.
     frozen_digest: FrozenDigest
+    chain: Chain
 
     def saved_state(self) -> dict[str, Tensor]:
         """Return the tensors to save: trained parameters, both factors of each adapter, heads, changing buffers."""
@@ -71,11 +73,13 @@ class CheckpointedModule(L.LightningModule):
             )
         checkpoint["state_dict"] = {name: state[name] for name in saved}
         checkpoint["frozen_digest"] = self.frozen_digest.hexdigest()
+        if self.chain.links:
+            checkpoint[CHAIN] = self.chain.state()
         keys = checkpoint["hyper_parameters"]  # torch.load with weights_only=True rejects dataclasses.
         keys.update({n: asdict(v) for n, v in keys.items() if is_dataclass(v) and not isinstance(v, type)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the frozen weights match the checkpoint's digest.
+        """Check that the pretrained weights match the checkpoint's digest, and merge the checkpoint's links into them.
 
         Older checkpoints have a fingerprint of the first and last values of each weight instead of the digest.
 
@@ -101,6 +105,10 @@ class CheckpointedModule(L.LightningModule):
                 "values in the run's config.yaml (with weights: none, also seed_everything). If the file of weights "
                 "has changed, start a new run from the adapter with --model.adapter_path RUN/adapter."
             )
+        try:
+            self.chain.load_state(self.backbone, checkpoint.get(CHAIN))
+        except AdapterError as error:
+            raise ModelError(f"ckpt_path: {error}") from error
         if (trainer := self._trainer) is not None and trainer.state.fn == "fit":
             check_training_state(checkpoint, self.optimizer_spec, self.trained_groups())
             # Lightning stores the position in the data under the data module's class name. Older runs have older names.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -235,6 +235,20 @@ def restart_schedule(scheduler: LambdaLR, groups: Groups, factor_of: Callable[[i
         restored.update({key: group[key] for key in ("initial_lr", "weight_decay")}, lr=group["initial_lr"] * factor)
 
 
+def reset_states(optimizer: Optimizer, fresh: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Reset the optimizer's states of some parameters to the states before the first step.
+
+    Args:
+        optimizer: The optimizer.
+        fresh: A new optimizer of the same parameters. Some classes, such as Adagrad, have states before the first step.
+        parameters: The parameters.
+    """
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+        if parameter in fresh.state:
+            optimizer.state[parameter] = fresh.state[parameter]
+
+
 class RangeTest:
     """Keep the ratios between the groups' learning rates while LearningRateFinder sets one value for all groups.
 
@@ -268,8 +282,13 @@ class RangeTest:
             hook.remove()
 
 
-def steps_left(trainer: L.Trainer) -> int:
-    """Return the number of optimizer steps from the current position to the end of the run."""
+def steps_left(trainer: L.Trainer, last_epoch: int | None = None) -> int:
+    """Return the number of optimizer steps from the current position to the end of the run.
+
+    Args:
+        trainer: The trainer, in training.
+        last_epoch: Number of epochs after which to end the count, if the run does not end earlier.
+    """
     loop, accumulated = trainer.fit_loop, trainer.accumulate_grad_batches
     epochs: Any = loop.epoch_progress.current
     batches: Any = loop.epoch_loop.batch_progress.current
@@ -277,9 +296,10 @@ def steps_left(trainer: L.Trainer) -> int:
     epoch_is_over = batches.processed >= trainer.num_training_batches
     # Lightning steps after every `accumulated` batches and after the last batch of an epoch.
     steps_so_far = steps_per_epoch if epoch_is_over else batches.processed // accumulated
-    steps_in_epoch = steps_so_far if epochs.ready > epochs.processed else 0
-    remaining = ((trainer.max_epochs or 0) - epochs.processed) * steps_per_epoch - steps_in_epoch
-    if trainer.max_epochs == -1 or trainer.max_steps != -1:
-        limit = trainer.max_steps - trainer.global_step
-        return limit if trainer.max_epochs == -1 else min(remaining, limit)
-    return remaining
+    # At the start of an epoch, the epoch is ready and not started, and Lightning still has the last epoch's batches.
+    steps_in_epoch = steps_so_far if min(epochs.ready, epochs.started) > epochs.processed else 0
+    ends = [epoch for epoch in (trainer.max_epochs, last_epoch) if epoch not in (None, -1)]
+    limits = [(min(ends) - epochs.processed) * steps_per_epoch - steps_in_epoch] if ends else []
+    if trainer.max_steps != -1:
+        limits.append(trainer.max_steps - trainer.global_step)
+    return min(limits)

@@ -45,7 +45,7 @@ def cut_power(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(AdapterCheckpoint, "on_train_batch_start", hook)
 
 
-def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
+def assert_same_end(cli: CommandLine, whole: int, resumed: int, trained: str = "B") -> None:
     """Check that final weights, optimizer, metrics and every logged loss are bit-identical."""
     uninterrupted, resumed_checkpoint = cli.checkpoint(whole), cli.checkpoint(resumed)
     assert uninterrupted["global_step"] == resumed_checkpoint["global_step"]
@@ -55,7 +55,7 @@ def assert_same_end(cli: CommandLine, whole: int, resumed: int) -> None:
     for key, state in uninterrupted["optimizer_states"][0]["state"].items():
         for name, tensor in state.items():
             assert torch.equal(tensor, resumed_checkpoint["optimizer_states"][0]["state"][key][name])
-    for tag in ("train/loss", "val/loss", "spectrum/query/B/largest", "lr-AdamW/B"):
+    for tag in ("train/loss", "val/loss", f"spectrum/query/{trained}/largest", f"lr-AdamW/{trained}"):
         assert cli.scalars(tag, whole) == cli.scalars(tag, resumed), tag
     drop = ("time/", "memory/")
     first, second = ({k: v for k, v in cli.metrics(i).items() if not k.startswith(drop)} for i in (whole, resumed))

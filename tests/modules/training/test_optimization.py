@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig, adapter_state, attach
 from modules.image_classification import ImageClassifier
-from modules.training.optimization import OPTIMIZERS, OptimizerSpec, parameter_groups, schedule_factor
+from modules.training.optimization import OPTIMIZERS, OptimizerSpec, parameter_groups, reset_states, schedule_factor
 from tests.support.tasks import TINY, VIT
 from tests.support.trainers import quiet_trainer, stub_trainer
 
@@ -343,3 +343,32 @@ def test_is_state_checks_the_keys_shapes_and_dtypes_of_a_state(name: str) -> Non
             assert not spec.is_state(state | {key: value.bool()}, matrix)
             assert not spec.is_state(state | {key: value[None]}, matrix)
     assert not spec.is_state(state | {"more": 1}, matrix)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_reset_parameter_steps_as_at_the_start_of_a_run(name: str) -> None:
+    """The other parameter steps as without the reset."""
+    spec = OptimizerSpec({"class_path": f"torch.optim.{name}"}, 0.0)
+    start = torch.randn(2, 3, 4)
+    gradients = torch.randn(3, 2, 3, 4)
+
+    def build() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+        parameters = [nn.Parameter(values.clone()) for values in start]
+        return parameters, spec.build([{"params": [p], "lr": 0.1} for p in parameters])
+
+    def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
+        for parameter, gradient in zip(parameters, gradients[number], strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+    (reset, optimizer), (kept, undisturbed), (new, of_new) = build(), build(), build()
+    for number in (0, 1):
+        step(reset, optimizer, number)
+        step(kept, undisturbed, number)
+    with torch.no_grad():
+        reset[0].copy_(start[0])
+    reset_states(optimizer, spec.build([{"params": [p], "lr": 0.1} for p in reset]), [reset[0]])
+    for parameters, of_parameters in ((reset, optimizer), (kept, undisturbed), (new, of_new)):
+        step(parameters, of_parameters, 2)
+    assert torch.equal(reset[0], new[0])
+    assert torch.equal(reset[1], kept[1])

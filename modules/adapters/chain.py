@@ -1,0 +1,189 @@
+"""Chains of adapters: a finished link is merged into W, and the next link starts with new factors.
+
+A chain trains one adapter of rank r after the other (RAC-LoRA, Malinovsky et al. 2024, arXiv 2410.08305; with both
+factors trained, COLA, Xia et al. 2024, arXiv 2401.04151). After k links, the update Σ sᵢ·Bᵢ·Aᵢ can have rank k·r, while
+gradients and optimizer states have the size of one link.
+
+W is never saved. A chain keeps the factors of the merged links, and merges the links again into the pretrained W. A
+merge has the same bits on every device and with every number of threads: see `ordered_update`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig, AdapterError
+from .init import Factor, init_factor
+from .linear import AdaptedLinear
+from .state import adapted_layers, adapter_state, refuse_merged, state_problems
+
+Link = Mapping[str, Tensor]  # Both factors of every adapter by the names of `adapter_state`.
+
+
+def ordered_update(b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """Return s·B·A in float64, with the same bits on every device.
+
+    A product of two float32 numbers is exact in float64. The r products of an entry are added in the order of the rank.
+    The order of a matrix product depends on the device and on the number of threads.
+
+    Args:
+        b: B (d_out, r), float32.
+        a: A (r, d_in), float32.
+        scale: The scale s.
+    """
+    total = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64, device=a.device)
+    for column, row in zip(b.double().T, a.double(), strict=True):
+        total.addr_(column, row)
+    return total.mul_(scale)
+
+
+class Chain:
+    """The merged links of a model's adapters.
+
+    From the first merge on, the chain keeps a copy of the pretrained weights of the adapted layers on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []
+        self.start = 0  # Optimizer step at which the current link began.
+        self.rounding = 0.0  # Error of the last merge by rounding to W's dtype, as a share of the update's norm.
+        self._pretrained: dict[str, Tensor] = {}
+
+    def begin_link(self, model: nn.Module, config: AdapterConfig, step: int) -> list[nn.Parameter]:
+        """Merge the current factors into W, and draw the factors of the next link.
+
+        Both factors get their initial values again. The values depend on the seed and on the number of the link. `svd`
+        and `svd_minor` use the merged W.
+
+        Args:
+            model: A model with adapters.
+            config: Configuration of the attached adapters.
+            step: Optimizer step at which the next link begins.
+
+        Returns:
+            The trained factors. Their optimizer states are of the merged link.
+
+        Raises:
+            AdapterError: If adapters are merged already.
+        """
+        refuse_merged(model)
+        self._merge(model, {name: factor.to("cpu", copy=True) for name, factor in adapter_state(model).items()})
+        self.start = step
+        return _redraw(model, config, len(self.links) + 1)
+
+    @torch.no_grad()
+    def _merge(self, model: nn.Module, link: Link) -> None:
+        lost = total = 0.0
+        for name, layer in adapted_layers(model).items():
+            if name not in self._pretrained:
+                self._pretrained[name] = layer.frozen.dense().to("cpu", copy=True)
+            # MPS has no float64.
+            device = torch.device("cpu") if layer.weight.device.type == "mps" else layer.weight.device
+            for factors in layer.factors():
+                a, b = (link[f"{name}.adapters.{factors.projection.role}.{side}"].to(device) for side in "AB")
+                rows, update = layer.weight[factors.projection.rows], ordered_update(b, a, factors.scale)
+                exact = rows.to(device, torch.float64) + update
+                rows.copy_(exact.to(rows.dtype))
+                lost += float((rows.to(device, torch.float64) - exact).square().sum())
+                total += float(update.square().sum())
+        self.rounding = math.sqrt(lost / total) if total else 0.0
+        self.links.append(link)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Restore the pretrained W, and forget the links. The factors of the current link stay."""
+        for name, layer in adapted_layers(model).items():
+            if name in self._pretrained:
+                layer.weight.copy_(self._pretrained[name])
+        self.links, self.start = [], 0
+
+    @contextmanager
+    def removed(self, model: nn.Module) -> Iterator[None]:
+        """Restore the pretrained W within the context. The merged W returns on exit, bit for bit."""
+        layers = {name: layer for name, layer in adapted_layers(model).items() if self.links}
+        merged = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        try:
+            for name, layer in layers.items():
+                layer.weight.copy_(self._pretrained[name])
+            yield
+        finally:
+            for name, layer in layers.items():
+                layer.weight.copy_(merged[name])
+
+    def pretrained(self, name: str, layer: AdaptedLinear) -> Tensor:
+        """Return the pretrained W of an adapted layer. The caller must not write to the tensor."""
+        return self._pretrained[name] if name in self._pretrained else layer.frozen.dense()
+
+    # ----------------------------------------------------------------------------------------------------- checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """Return the merged links and the start of the current link, for a checkpoint."""
+        return {"links": [dict(link) for link in self.links], "start": self.start}
+
+    def load_state(self, model: nn.Module, state: Any) -> None:
+        """Merge the links of a checkpoint into the pretrained W, in their order.
+
+        Args:
+            model: A model with adapters.
+            state: From `state`; None for a checkpoint without merged links.
+
+        Raises:
+            AdapterError: If the state is damaged or does not fit the adapters. The model is then unchanged.
+        """
+        refuse_merged(model)
+        links = [] if state is None else check_links(state, adapter_state(model))
+        self.restore(model)
+        for link in links:
+            self._merge(model, link)
+        self.start = 0 if state is None else state["start"]
+
+
+def check_links(state: Any, factors: Link) -> list[Link]:
+    """Return the links in the state of a chain.
+
+    Args:
+        state: From `Chain.state`.
+        factors: The factors of the current link, whose names and shapes every link must have.
+
+    Raises:
+        AdapterError: If the state is damaged or does not fit the factors.
+    """
+    links = state.get("links") if isinstance(state, dict) else None
+    if not isinstance(links, list) or type(state.get("start")) is not int or state["start"] < 0:
+        raise AdapterError("The chain of the checkpoint is damaged. Use another checkpoint.")
+    for number, link in enumerate(links, 1):
+        tensors = isinstance(link, dict) and all(isinstance(t, Tensor) and t.isfinite().all() for t in link.values())
+        problems = state_problems(factors, link) if tensors else ["a factor is no finite tensor"]
+        if problems:
+            raise AdapterError(
+                f"Link {number} of the checkpoint's chain does not fit the adapters: {'; '.join(problems)}. Use "
+                "another checkpoint."
+            )
+    return links
+
+
+@torch.no_grad()
+def _redraw(model: nn.Module, config: AdapterConfig, link: int) -> list[nn.Parameter]:
+    """Give all factors the initial values of a link, counted from 1, and return the trained factors."""
+    trained: list[nn.Parameter] = []
+    for layer in adapted_layers(model).values():
+        for factors in layer.factors():
+            weight, name = layer.frozen.dense()[factors.projection.rows], factors.projection.name
+            sides: tuple[tuple[Factor, Any], ...] = (("A", config.init_a), ("B", config.init_b))
+            for side, init in sides:
+                parameter: nn.Parameter = getattr(factors, side)
+                rank = factors.A.shape[0]
+                parameter.copy_(init_factor(init, side, weight, rank, config.seed, link_name(name, link)))
+            trained += factors.named_factors(trained=True).values()
+    return trained
+
+
+def link_name(projection: str, link: int) -> str:
+    """Return the name from which the factors of a link are drawn; the first link has the projection's own name."""
+    return projection if link == 1 else f"{projection}/link {link}"
