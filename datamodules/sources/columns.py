@@ -29,6 +29,7 @@ SOURCES = ("document", "article", "dialogue", "source", "text", "body", "content
 TARGETS = ("summary", "highlights", "target", "abstract", "headline", "title", "output")
 PROMPTS = ("instruction", "prompt", "question", "query", "input", "user")
 RESPONSES = ("output", "response", "completion", "answer", "assistant", "reply")
+NO_LABELS = ("date", "day", "time", "timestamp", "created", "created_at", "updated_at", "id", "idx", "index", "nr")
 MOST_CLASSES = 100  # Maximum of different values in a column of labels that is guessed from cells.
 
 
@@ -64,6 +65,8 @@ def guess_text_columns(table: Table) -> list[str]:
 def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     """Return the column of the labels: by its name, or else the only column with few, recurring values.
 
+    Columns named like a date or an id are not considered.
+
     Args:
         table: The training rows.
         texts: Columns of the texts.
@@ -73,7 +76,8 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     """
     if (named := named_column(table, [name for name in LABELS if name not in texts])) is not None:
         return named
-    candidates = [column for column in table.data.column_names if column not in texts and _holds_classes(table, column)]
+    others = [c for c in table.data.column_names if c not in texts and c.strip().lower() not in NO_LABELS]
+    candidates = [column for column in others if _holds_classes(table, column)]
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:

@@ -310,7 +310,7 @@ def similar_column(column: str, names: Sequence[str]) -> str:
     """Return advice with the name that is closest to a missing column; empty if no name is close."""
     lower = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(column.lower(), lower, n=1)
-    return f" Did you mean {lower[close[0]]}?" if close else ""
+    return f" Did you mean {lower[close[0]]!r}?" if close else ""
 
 
 def check_column(table: Table, key: str, column: str) -> None:

@@ -30,6 +30,7 @@ def table(**columns: list[Any]) -> Table:
         ({"text_a": WORDS, "text_b": WORDS, "score": [0.5, 1.5] * 10}, ["text_a", "text_b"], "score"),
         ({"k": MANY, "beschreibung": WORDS, "art": FEW}, ["beschreibung"], "art"),  # guessed from the cells
         ({"beschreibung": WORDS, "nummer": list(range(20)), "note": [1, 2] * 10}, ["beschreibung"], "note"),
+        ({"Date": ["1.11.", "2.11."] * 10, "comment": WORDS, "Happy?": FEW}, ["comment"], "Happy?"),
         ({" text ": WORDS, "LABEL": FEW}, [" text "], "LABEL"),
     ],
 )

@@ -226,9 +226,9 @@ def test_select_returns_rows_in_the_given_order(tmp_path: Path) -> None:
     assert rows_of(table.select(torch.tensor([3, 2, 1, 0]))) == ROWS[::-1]  # all rows in another order
     assert table.select(torch.arange(4)) is table
     check_column(table, "label_column", "label")
-    with refuses("data.label_column", table.where, "has no column lable; it has text, label. Did you mean label?"):
+    with refuses("data.label_column", table.where, "has no column lable; it has text, label. Did you mean 'label'?"):
         check_column(table, "label_column", "lable")
-    with refuses("has no column LABELS; it has text, label. Did you mean label?"):
+    with refuses("has no column LABELS; it has text, label. Did you mean 'label'?"):
         check_column(table, "label_column", "LABELS")
 
 
