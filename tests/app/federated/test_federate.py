@@ -158,7 +158,7 @@ def test_a_killed_command_resumes_bit_exactly(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_signal_stops_at_once_and_the_same_command_continues(
     cli: CommandLine, tmp_path: Path, number: int, code: int
 ) -> None:
