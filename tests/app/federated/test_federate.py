@@ -244,7 +244,7 @@ def test_tasks_without_labels_are_split_at_random(
             ["--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"],
             "init_b: orthogonal is set, and clients train B first.",
         ),
-        (["--model.adapter.chain.every_n_epochs=1"], "chain.every_n_epochs: 1 would make each client merge other links"),
+        (["--model.adapter.chain.every_n_epochs=1"], "chain.every_n_epochs: 1 would make each client merge other"),
         (["--model.learning_rat=1"], "learning_rat"),
     ],
 )
