@@ -64,7 +64,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "cola": Task("conf/roberta_glue.yaml", "matthews", (0.001, 0.002, 0.004), 896, 16, 8551, 1043),
+    "cola": Task("conf/roberta_glue.yaml", "matthews", (0.001, 0.002, 0.004), 768, 16, 8551, 1043),
     "cifar10": Task("conf/vit_cifar.yaml", "acc1", (0.001, 0.003, 0.01), 384, 12, 2048, 1000),
 }
 QUICK = {"steps": 16, "batch_size": 4, "rows": 128, "evaluated": 32}
