@@ -1,11 +1,11 @@
-"""Rounds of the server: average the clients' tensors, evaluate, and save each round, so that a killed command resumes.
+"""Rounds of the server: average the clients' tensors, evaluate and save each round. A killed command can resume.
 
     DIR/federation.json          values that decide the result
     DIR/rounds.csv               metrics after each round, for all arms
     DIR/ARM/round.safetensors    the global model after the last complete round, with the metrics of all rounds
 
 A round is complete when its file has replaced the file of the previous round. Each client's training depends on the
-global model, the round and the seed alone. So a resumed arm ends with the same tensors as an undisturbed arm.
+global model, the round and the seed alone. A resumed arm therefore ends with the same tensors as an uninterrupted arm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from app.federated.plan import ARMS, Arm, Plan, trained_side
-from app.federated.training import Bench, Client, ClientResult, Job, Tensors
+from app.federated.training import Client, ClientResult, Job, Learner, Tensors
 from datamodules.atomic import atomic_write, atomic_write_text
 from datamodules.errors import CheckpointError, ModelError
 from modules.adapters.config import Train
@@ -55,18 +55,19 @@ class Round:
 
 
 def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
-    """Record the values that decide the result, or compare the values with those of an earlier command.
+    """Record the values that decide the result, or compare them with the recorded values.
 
-    Before the first round's file, an earlier command has failed, and its values are replaced.
+    If no arm has a round's file, an earlier command failed before its first round. Its record is then replaced.
 
     Raises:
-        ArgumentError: If the folder holds something else, or a federated training with other values.
+        ArgumentError: If the folder holds other files, or a federated training with other values.
         WriteError: If the file cannot be written.
     """
     path = folder / FEDERATION
     if not any((folder / arm / ROUND).exists() for arm in ARMS):
-        own = (FEDERATION, *ARMS)  # a killed command may leave the empty folder of an arm
-        others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in own]
+        known = (FEDERATION, *ARMS)  # a killed command may leave the empty folder of an arm
+        names = [entry.name for entry in folder.iterdir()]
+        others = [name for name in names if not name.startswith(".") and name not in known]
         if others:
             raise ArgumentError(
                 None, f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory."
@@ -145,15 +146,15 @@ def write_rounds(folder: Path) -> None:
 
 
 def run_arm(
-    arm: Arm, plan: Plan, bench: Bench, train: TrainClients, folder: Path, report: Callable[[Record], None]
+    arm: Arm, plan: Plan, learner: Learner, train: TrainClients, folder: Path, report: Callable[[Record], None]
 ) -> Round:
     """Train an arm to its last round, from its last complete round on.
 
     Args:
         arm: The arm. For centralised, `train` trains one client with all rows.
         plan: The plan.
-        bench: Model and data with which the global model is evaluated. The model has its heads.
-        train: Trains all clients of a round.
+        learner: Model and data with which the global model is evaluated. The model has its heads.
+        train: Function that trains all clients of a round.
         folder: The directory of the federated training.
         report: Called with the metrics of each new round.
 
@@ -165,30 +166,31 @@ def run_arm(
         CheckpointError: If the file of the last round is damaged.
         WriteError: If a file cannot be written.
     """
-    place = folder / arm
-    state = read_round(place, bench.state())
+    arm_folder = folder / arm
+    state = read_round(arm_folder, learner.state())
     if state is None:
-        state = Round(0, bench.state(), [{"arm": arm, "round": 0, **bench.validate()}])
-        write_round(place, state)
+        state = Round(0, learner.state(), [{"arm": arm, "round": 0, **learner.validate()}])
+        write_round(arm_folder, state)
         report(state.history[0])
     elif state.number < plan.rounds:
         _log.info(f"{arm} continues after round {state.number} of {plan.rounds}.")
     else:
-        _log.info(f"{arm} has all its rounds already.")
+        _log.info(f"{arm} is complete: all {plan.rounds} rounds are in {arm_folder / ROUND}.")
+    write_rounds(folder)  # A command that was killed after `write_round` has not listed its last round.
     steps = plan.local_steps * (plan.clients if arm == "centralised" else 1)
     while state.number < plan.rounds:
         number = state.number + 1
         job = Job(number, trained_side(arm, number), steps, state.number * steps, plan.rounds * steps)
-        state = next_round(arm, bench, state, job.side, train(state.tensors, job))
-        write_round(place, state)
+        state = next_round(arm, learner, state, job.side, train(state.tensors, job))
+        write_round(arm_folder, state)
         write_rounds(folder)
         report(state.history[-1])
-    bench.load(state.tensors)
+    learner.load(state.tensors)
     return state
 
 
-def next_round(arm: Arm, bench: Bench, state: Round, side: Train, results: Sequence[ClientResult]) -> Round:
-    """Return the global model after a round: the average of the clients' tensors by their numbers of rows.
+def next_round(arm: Arm, learner: Learner, state: Round, side: Train, results: Sequence[ClientResult]) -> Round:
+    """Return the global model after a round: the average of the clients' tensors, weighted by their numbers of rows.
 
     The record of the round has the metrics of validation, and:
 
@@ -198,18 +200,18 @@ def next_round(arm: Arm, bench: Bench, state: Round, side: Train, results: Seque
     """
     results = sorted(results, key=lambda result: result.client)
     for result in results:
-        check_result(result, state.tensors, bench.trained_names(side), f"{arm}, round {state.number + 1}")
+        check_result(result, state.tensors, learner.trained_names(side), f"{arm}, round {state.number + 1}")
     weights = [result.rows for result in results]
     averaged = average([result.tensors for result in results], weights)
     tensors = state.tensors | averaged
-    updates = [bench.updates(state.tensors | result.tensors) for result in results]
-    bench.load(tensors)
+    updates = [learner.updates(state.tensors | result.tensors) for result in results]
+    learner.load(tensors)
     record = {
         "arm": arm,
         "round": state.number + 1,
-        **bench.validate(),
+        **learner.validate(),
         "train/loss": sum(result.loss * result.rows for result in results) / sum(weights),
-        "average_error": average_error(bench.updates(tensors), updates, weights),
+        "average_error": average_error(learner.updates(tensors), updates, weights),
         "clients": len(results),
         "bytes": sum(result.bytes for result in results) / len(results),
     }
@@ -217,7 +219,7 @@ def next_round(arm: Arm, bench: Bench, state: Round, side: Train, results: Seque
 
 
 def check_result(result: ClientResult, tensors: Tensors, names: Collection[str], where: str) -> None:
-    """Check what a client has sent: the trained tensors, finite, with the global model's shapes and dtypes, and rows.
+    """Check the names, shapes, dtypes and values of a client's tensors, and that the client has rows.
 
     Args:
         result: The client's result.
@@ -233,7 +235,10 @@ def check_result(result: ClientResult, tensors: Tensors, names: Collection[str],
     problems += [f"{n} is {t.dtype}" for n, t in result.tensors.items() if n in names and t.dtype != expected[n].dtype]
     problems += ["it has no rows"] if result.rows < 1 else []
     if problems:
-        raise ModelError(f"{where}: the result of client {result.client} does not fit ({'; '.join(problems)}).")
+        raise ModelError(
+            f"{where}: the result of client {result.client} does not fit the model ({'; '.join(problems)}). Run the "
+            "same version of this program on all clients."
+        )
     for name, tensor in result.tensors.items():
         if not tensor.isfinite().all():
             raise ModelError(
@@ -242,10 +247,10 @@ def check_result(result: ClientResult, tensors: Tensors, names: Collection[str],
             )
 
 
-def in_process(bench: Bench, clients: Sequence[Client]) -> TrainClients:
+def in_process(learner: Learner, clients: Sequence[Client]) -> TrainClients:
     """Return a function that trains clients one after the other in this process."""
 
     def train(tensors: Tensors, job: Job) -> list[ClientResult]:
-        return [bench.train(client, job, tensors) for client in clients]
+        return [learner.train(client, job, tensors) for client in clients]
 
     return train

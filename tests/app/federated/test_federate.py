@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from app.cli import main
 from app.federated import server
 from app.federated.server import ROUND, Round, read_round
-from app.federated.training import Bench, Client, ClientResult, Job
+from app.federated.training import Client, ClientResult, Job, Learner
 from datamodules.errors import ModelError
 from tests.app.conftest import CommandLine
 from tests.conftest import ROOT, write_parquet
@@ -76,15 +76,15 @@ def test_one_step_of_each_client_is_a_step_along_the_mean_gradient(
 ) -> None:
     """With plain SGD, Σ nᵢ/n·(Bᵢ - lr·gᵢ) = B - lr·Σ nᵢ/n·gᵢ."""
     steps: list[tuple[int, dict[str, torch.Tensor]]] = []
-    train = Bench.train
+    train = Learner.train
 
-    def spy(bench: Bench, client: Client, job: Job, state: dict[str, torch.Tensor]) -> ClientResult:
-        result = train(bench, client, job, state)
-        gradients = {n: p.grad.clone() for n, p in bench.module.named_parameters() if p.grad is not None}
+    def spy(learner: Learner, client: Client, job: Job, state: dict[str, torch.Tensor]) -> ClientResult:
+        result = train(learner, client, job, state)
+        gradients = {n: p.grad.clone() for n, p in learner.module.named_parameters() if p.grad is not None}
         steps.append((result.rows, gradients))
         return result
 
-    monkeypatch.setattr(Bench, "train", spy)
+    monkeypatch.setattr(Learner, "train", spy)
     written: list[Round] = []
     monkeypatch.setattr(server, "write_round", lambda folder, state: written.append(state))
     sizes = ("--clients", "5", "--rounds", "1", "--local_steps", "1", "--arms", "ffa")  # 48 rows: 10, 10, 10, 9, 9
@@ -133,15 +133,15 @@ def test_a_killed_command_resumes_bit_exactly(
     class Killed(BaseException):
         pass
 
-    train = Bench.train
+    train = Learner.train
 
-    def killed(bench: Bench, c: Client, job: Job, state: Any) -> ClientResult:
+    def killed(learner: Learner, c: Client, job: Job, state: Any) -> ClientResult:
         if (job.number, c.number) == (number, client):
             raise Killed
-        return train(bench, c, job, state)
+        return train(learner, c, job, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bench, "train", killed)
+        patch.setattr(Learner, "train", killed)
         with pytest.raises(Killed):
             federate(cli, tmp_path / "killed", *options)
     state = read_round(tmp_path / "killed" / "ffa")
@@ -152,6 +152,28 @@ def test_a_killed_command_resumes_bit_exactly(
         assert files[0] == files[1]
     for file in ("arms.csv", "rounds.csv", "arms.json"):
         assert (tmp_path / "undisturbed" / file).read_text() == (tmp_path / "killed" / file).read_text()
+
+
+def test_a_command_killed_before_it_lists_the_last_round_lists_it_later(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, options = tmp_path / "out", (*SHORT, "--arms", "ffa")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder: Path) -> None:
+        state = read_round(folder / "ffa")
+        if state is not None and state.number == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "write_rounds", killed)
+        with pytest.raises(Killed):
+            federate(cli, output, *options)
+    assert federate(cli, output, *options) == 0
+    with (output / "rounds.csv").open() as file:
+        assert [row["round"] for row in csv.DictReader(file)] == ["0", "1", "2"]
 
 
 @pytest.mark.slow
@@ -229,9 +251,9 @@ def test_tasks_without_labels_are_split_at_random(
         (["--rounds=0"], "--rounds: 0 is too small. Give 1 or more."),
         (["--local_steps=-1"], "--local_steps: -1 is too small. Give 1 or more."),
         (["--clients", "0"], "--clients: 0 is too small. Give 1 or more."),
-        (["--clients", "nowhere"], "--clients: 'nowhere' is neither a number nor an existing folder or file."),
+        (["--clients", "nowhere"], "--clients: 'nowhere' is not an existing folder or file. Give one number"),
         (["--clients", "tests"], "--clients: 'tests' is one client. Give two or more, or use fit."),
-        (["--clients", "49"], "--clients: 48 training rows are fewer than 49 clients."),
+        (["--clients", "49"], "--clients: 48 training rows are fewer than 49 clients. Give a smaller number."),
         (["--clients", "12"], "data.batch_size: no client has the rows of one batch."),
         (["--partition=dirichlet:0"], "--partition: 'dirichlet:0' is not known. Use iid, or dirichlet:ALPHA"),
         (["--partition=nid"], "--partition: 'nid' is not known."),
@@ -278,6 +300,11 @@ def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys
     (output / "ffa" / ROUND).write_bytes(before[:-100])
     assert federate(cli, output, *SHORT, "--arms", "ffa") == 2
     assert "Remove the file to train this arm again." in capsys.readouterr().err
+    (output / "ffa" / ROUND).write_bytes(before)
+    (output / "arms.json").write_text("{}")
+    assert federate(cli, output, *SHORT, "--arms", "ffa") == 0
+    assert "arms.json cannot be read" in capsys.readouterr().err
+    assert [row["arm"] for row in json.loads((output / "arms.json").read_text())] == ["ffa"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").write_text("mine")
     assert federate(cli, tmp_path / "other", *SHORT) == 2
