@@ -1,7 +1,7 @@
 """List, add, remove or unpack the adapters of a bank, a file that `export --format bank` writes.
 
-All adapters of a bank share one frozen A. Adding and removing write the whole file again, atomically, and
-under a lock: commands that change one bank at the same time wait for each other.
+All adapters of a bank share one frozen A. Adding and removing write a new file, atomically and under a lock. Commands
+that change one bank at the same time wait for each other.
 """
 
 from __future__ import annotations
