@@ -79,7 +79,7 @@ class CheckpointedModule(L.LightningModule):
         keys.update({n: asdict(v) for n, v in keys.items() if is_dataclass(v) and not isinstance(v, type)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the pretrained weights match the checkpoint's digest, and merge the checkpoint's links into them.
+        """Check that the pretrained weights match the checkpoint's digest, and merge the links of its chain.
 
         Older checkpoints have a fingerprint of the first and last values of each weight instead of the digest.
 
