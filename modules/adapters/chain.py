@@ -87,9 +87,9 @@ class Chain:
             for factors in layer.factors():
                 a, b = (link[f"{name}.adapters.{factors.projection.role}.{side}"].to(device) for side in "AB")
                 rows, update = layer.weight[factors.projection.rows], ordered_update(b, a, factors.scale)
-                exact = rows.to(device, torch.float64) + update
+                exact = rows.to(device).double() + update
                 rows.copy_(exact.to(rows.dtype))
-                squared_error += float((rows.to(device, torch.float64) - exact).square().sum())
+                squared_error += float((rows.to(device).double() - exact).square().sum())
                 squared_update += float(update.square().sum())
         self.rounding = math.sqrt(squared_error / squared_update) if squared_update else 0.0
         self.links.append(link)
