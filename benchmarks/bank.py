@@ -6,7 +6,7 @@ that `bank unpack` writes: PEFT's two files and labels.json. PEFT cannot adapt s
 has a stacked A and a block-diagonal B with zeros.
 
 The arms of the times take turns, and the files are in the page cache. Each round reads another adapter of the bank.
-With --processor, the seconds are CPU time, which equals the time on an idle machine, since nothing waits for a disk.
+With --processor, the seconds are CPU time. CPU time equals the time on an idle machine here: nothing waits for a disk.
 
 - `open the bank`: `Bank.open`, which reads and checks the header;
 - `open a directory`: `safe_open` of one adapter_model.safetensors, and the names of its tensors;
