@@ -151,7 +151,8 @@ def member_of_directory(bank: Bank, name: str) -> Member:
     if base and source.base and Path(base).name != source.base:
         raise ArgumentError(
             None,
-            f"RUN: {name} is for the backbone {source.base}, and the bank for {base}. Use one backbone.",
+            f"RUN: {name} is for the backbone {source.base}, and the bank is for {base}. Add adapters of the bank's "
+            "backbone.",
         )
     heads = {
         f"{head}.{key.removeprefix(f'{peft_names[0]}.')}": tensor
