@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     Connect = Callable[[Arm, AdaptedModule], TrainClients]
 
 TABLE = "arms"  # arms.csv and arms.json
+# Keys of the trainer with their defaults. The clients' trainers do not get these keys.
+UNUSED = {
+    **{"max_epochs": -1, "max_steps": -1, "max_time": None, "limit_train_batches": 1.0, "overfit_batches": 0.0},
+    **{"fast_dev_run": False, "devices": "auto", "strategy": "auto", "num_nodes": 1},
+}
 _log = logging.getLogger(__name__)
 
 
@@ -123,7 +128,7 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
     from rich.console import Console
 
     from app.commands.runs import UNLIMITED
-    from app.federated.server import open_federation
+    from app.federated.server import open_federation, refuse_other_files
     from app.run.run_directory import locked
 
     output = output_directory(directory).resolve()
@@ -134,7 +139,8 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(None, f"--output: {output} cannot be made ({error.strerror}).") from error
-    with locked(output):
+    refuse_other_files(output)  # A lock removes links in the directory, and so comes second.
+    with locked(output, "--output"):
         open_federation(output, plan.fixed_keys(first))
         rows = [_run_arm(arm, plan, configs[arm], output, connect, reports=arm == arms[0]) for arm in arms]
         write_table(rows, output)
@@ -182,7 +188,8 @@ def make_plan(words: Sequence[str], clients: Sequence[str], rounds: int, local_s
 def _report_unused_keys(config: Namespace) -> None:
     """Log the keys of a recipe that a federated training does not use."""
     unused = [f"trainer.{key}" for key in ("callbacks", "logger", "plugins") if config.trainer.get(key)]
-    unused += [f"trainer.{key}" for key in ("max_epochs", "max_steps") if config.trainer.get(key) not in (None, -1)]
+    unused += [f"trainer.{key}" for key, default in UNUSED.items() if config.trainer.get(key) not in (None, default)]
+    unused += ["find_lr"] if config.get("find_lr") else []
     if unused:
         _log.info(
             f"{', '.join(unused)}: not used. --rounds and --local_steps decide the length, and one process trains one "
@@ -316,7 +323,10 @@ def write_table(rows: Sequence[Record], output: Path) -> None:
     if path.is_file():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            if not isinstance(earlier, list) or not all(isinstance(r, dict) and r.get("arm") in ARMS for r in earlier):
+                raise ValueError("no rows of arms")
+        except (ValueError, RecursionError):
+            earlier = []
             _log.warning(f"{path} is damaged, and is written again with the arms of this command alone.")
     by_arm: dict[Any, Record] = {row["arm"]: row for row in [*earlier, *rows]}
     ordered = [by_arm[arm] for arm in ARMS if arm in by_arm]
@@ -340,7 +350,7 @@ def table_of(rows: Sequence[Record], monitor: str | None) -> Table:
     from rich.table import Table
 
     table = Table("arm", box=box.SIMPLE_HEAD)
-    keys = [key for key in rows[0] if key == monitor or key.startswith("test/")]
+    keys = [key for key in rows[0] if (key == monitor or key.startswith("test/")) and all(key in row for row in rows)]
     for name in [*keys, "average error", "KB sent"]:
         table.add_column(name, justify="right")
     for row in rows:
