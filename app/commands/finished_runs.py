@@ -28,6 +28,7 @@ from app.run.spectrum_file import read_spectra as read_rows
 from datamodules.atomic import atomic_write
 from datamodules.errors import CheckpointError, counted
 from modules.adapters import AdapterConfig, AdapterError, Projection
+from modules.adapters.chain import Link, check_links
 from modules.adapters.init import init_factor
 from modules.adapters.roles import LAYERS, block_of, find_projections, fused_layers
 from modules.analysis.combination import Update
@@ -227,8 +228,8 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
     directory = run_of_checkpoint(path)
     adapter = _adapter_config(path, model["init_args"].get("adapter"))
     factors = _factors(path, content["state_dict"], adapter)
-    if links := content.get(CHAIN, {}).get("links"):
-        adapter, factors = _whole_chain(path, links, adapter, factors)
+    if CHAIN in content:
+        adapter, factors = _whole_chain(path, _links(path, content), adapter, factors)
     return FinishedRun(
         source=path,
         directory=directory,
@@ -242,17 +243,24 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
     )
 
 
+def _links(path: Path, content: Mapping[str, Any]) -> list[Link]:
+    """Return the merged links of a checkpoint.
+
+    Raises:
+        CheckpointError: If the links are damaged, or do not have the shapes of the last link.
+    """
+    last = {n.removeprefix("backbone."): t for n, t in content["state_dict"].items() if STATE_NAME.fullmatch(n)}
+    try:
+        return check_links(content[CHAIN], last)
+    except AdapterError as error:
+        raise CheckpointError(f"RUN: {path} cannot be used. {error}") from error
+
+
 def _whole_chain(
     path: Path, links: Sequence[Mapping[str, Tensor]], adapter: AdapterConfig, last: dict[str, TrainedFactors]
 ) -> tuple[AdapterConfig, dict[str, TrainedFactors]]:
-    """Return the stacked factors of all links of a chain, as one adapter of the rank r times the links.
-
-    Raises:
-        CheckpointError: If a link does not have the projections of the last link.
-    """
+    """Return the stacked factors of all links of a chain, as one adapter of the rank r times the links."""
     parts = [_factors(path, {f"backbone.{name}": factor for name, factor in link.items()}, adapter) for link in links]
-    if any(part.keys() != last.keys() for part in parts):
-        raise CheckpointError(f"RUN: the links of the chain in {path} adapt different projections. Use another file.")
     updates = {
         name: stack_links([Update(part[name].a, part[name].b, part[name].scale) for part in (*parts, last)])
         for name in last
