@@ -64,8 +64,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "cola": Task("conf/roberta_glue.yaml", "matthews", (0.003, 0.01, 0.03), 640, 32, 8551, 1043),
-    "cifar10": Task("conf/vit_cifar.yaml", "acc1", (0.001, 0.003, 0.01), 384, 16, 2048, 1000),
+    "cola": Task("conf/roberta_glue.yaml", "matthews", (0.001, 0.002, 0.004), 896, 16, 8551, 1043),
+    "cifar10": Task("conf/vit_cifar.yaml", "acc1", (0.001, 0.003, 0.01), 384, 12, 2048, 1000),
 }
 QUICK = {"steps": 16, "batch_size": 4, "rows": 128, "evaluated": 32}
 
@@ -121,7 +121,8 @@ def words(arguments: argparse.Namespace, fit: Fit, images: str) -> list[str]:
     a, task = arguments, task_of(arguments, fit.data)
     recipe = [f"--config={task.recipe}", "--config=conf/cpu.yaml"]
     if fit.data == "cola":
-        recipe += ["--data.task=cola", f"--data.path={a.texts}", f"--model.backbone={a.text_backbone}"]
+        recipe += ["--data.task=cola", "--data.max_length=64"]
+        recipe += [f"--data.path={a.texts}", f"--model.backbone={a.text_backbone}"]
         recipe += [f"--data.test_on_validation={'true' if fit.chooses else 'false'}"]
     else:
         recipe += [f"--data.path={a.images if fit.chooses else images}", f"--model.backbone={a.backbone}"]

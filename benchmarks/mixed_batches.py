@@ -169,13 +169,14 @@ def main() -> None:
     common = parser(__doc__, rounds=7, quick_rounds=2)
     common.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     common.add_argument("--arms", nargs="+", choices=OTHERS, default=list(OTHERS), help="arms beside ours")
+    common.add_argument("--counts", type=int, nargs="+", help="numbers of adapters (default: 1 4 16 64)")
     common.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the backbone")
     arguments = parse(common)
     arguments.rows = 8 if arguments.quick else ROWS
     columns = ["adapters", "ours, rows/s", "ours / one adapter", *(f"{arm} / ours" for arm in arguments.arms)]
     for setting in arguments.settings:
         rows = []
-        for count in (1, 4) if arguments.quick else COUNTS:
+        for count in arguments.counts or ((1, 4) if arguments.quick else COUNTS):
             name = f"{setting}, {arguments.dtype}, {count} adapters in {arguments.rows} rows"
             if (record := measured(arguments, name, {"arms": arguments.arms})) is None:
                 with section(arguments, name) as record:

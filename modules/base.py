@@ -25,7 +25,6 @@ from datamodules.errors import ModelError
 from modules.adapters import (
     AdapterConfig,
     Chain,
-    ChainConfig,
     Projection,
     adapter_state,
     adapters_disabled,
@@ -35,7 +34,7 @@ from modules.adapters import (
 from modules.adapters.state import frozen_fingerprint
 from modules.formats.adapter_files import load_heads, read_adapter
 from modules.scaling.blocks import layerdrop_rates
-from modules.training.checkpoints import CheckpointedModule
+from modules.training.checkpoints import CHAIN, CheckpointedModule
 from modules.training.checks import DivergenceCheck, IdleAdapterCheck
 from modules.training.freezing import freeze
 from modules.training.frozen_digest import FrozenDigest
@@ -154,10 +153,10 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         self.warmup_ratio, self.lr_ratio_b, self.lr_ratio_head = warmup_ratio, lr_ratio_b, lr_ratio_head
         self.lr_ratio_role = lr_ratio_role or {}
         self.shard_frozen, self.compiles = shard_frozen, compile
-        if shard_frozen and self.chain_config is not None:
+        if shard_frozen and self.link_epochs is not None:
             raise ModelError(
                 "model.shard_frozen: the links of model.adapter.chain are merged into whole weights. Set shard_frozen "
-                "to false, or chain to null."
+                "to false, or chain.every_n_epochs to null."
             )
         self.chain = Chain()
         self.shards: FrozenShards | None = None
@@ -176,9 +175,9 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         self.set_names: dict[Stage, list[str]] = {}
 
     @property
-    def chain_config(self) -> ChainConfig | None:
-        """Return the configuration of the chain; None without adapters or without a chain."""
-        return self.adapter.chain if self.tuning == "adapter" else None
+    def link_epochs(self) -> int | None:
+        """Return the number of epochs of a link; None without adapters or without a chain."""
+        return self.adapter.chain.every_n_epochs if self.tuning == "adapter" else None
 
     # -------------------------------------------------------------------------------------------------------- backbone
 
@@ -330,10 +329,10 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
             ModelError: If the precision would cast the factors, or would scale AdaLoRA's gradients. In a fit, also if
                 the links of a chain have no initialiser.
         """
-        if stage == "fit" and self.chain_config is not None and self.adapter.init_a == "given":
+        if stage == "fit" and self.link_epochs is not None and self.adapter.init_a == "given":
             raise ModelError(
                 "model.adapter.chain: the factors come from a file, so the next link has no initialiser. Set "
-                "model.adapter_path or model.adapter.chain to null."
+                "model.adapter_path or model.adapter.chain.every_n_epochs to null."
             )
         if self.trainer.precision not in PRECISIONS:
             raise ModelError(
@@ -542,10 +541,9 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
             before, total = self.schedule_window
             whole = schedule_factor(self.schedule, self.warmup_ratio, total)
             return lambda step: whole(before + step)
-        start, last_epoch, chain = 0, None, self.chain_config
-        if chain is not None and chain.schedule == "restart":
-            start = self.chain.start
-            last_epoch = (self.current_epoch // chain.every_n_epochs + 1) * chain.every_n_epochs
+        start, last_epoch, every = 0, None, self.link_epochs
+        if every is not None and self.adapter.chain.schedule == "restart":
+            start, last_epoch = self.chain.start, (self.current_epoch // every + 1) * every
         steps = self.trainer.global_step + steps_left(self.trainer, last_epoch) - start
         factor = schedule_factor(self.schedule, self.warmup_ratio, steps)
         return lambda step: factor(step - start)
@@ -556,9 +554,9 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         A link ends when the next link begins. The last link is therefore never merged. A checkpoint at the end of an
         epoch has the link that was trained in this epoch.
         """
-        chain, epoch, step = self.chain_config, self.current_epoch, self.trainer.global_step
-        is_due = chain is not None and epoch > 0 and epoch % chain.every_n_epochs == 0
-        if chain is None or not is_due or self.chain.start == step or self._range_test is not None:
+        every, epoch, step = self.link_epochs, self.current_epoch, self.trainer.global_step
+        is_due = every is not None and epoch > 0 and epoch % every == 0 and self.chain.start < step
+        if not is_due or self._range_test is not None:
             return
         self.check_weights()
         self.frozen_digest.hexdigest()  # The digest is of the pretrained weights, so it must be complete by now.
@@ -570,7 +568,7 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         )
         assert isinstance(optimizer, torch.optim.Optimizer)
         reset_states(optimizer, self.optimizer_spec.build([dict(group) for group in groups]), reset)
-        if chain.schedule == "restart" and isinstance(scheduler, LambdaLR):
+        if self.adapter.chain.schedule == "restart" and isinstance(scheduler, LambdaLR):
             restart_schedule(scheduler, groups, self._schedule_factor())
         merged = len(self.chain.links)
         if self.chain.rounding > TOLERATED_ROUNDING:
@@ -602,7 +600,16 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
             checkpoint[self.tuning] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore AdaLoRA's state if training resumes."""
+        """Restore AdaLoRA's state if training resumes.
+
+        Raises:
+            ModelError: If merged links would have to be merged into sharded weights.
+        """
+        if self.shard_frozen and CHAIN in checkpoint:
+            raise ModelError(
+                "model.shard_frozen: the checkpoint is of a chain (model.adapter.chain), whose links are merged into "
+                "whole weights. Set the key to false."
+            )
         super().on_load_checkpoint(checkpoint)
         if self.baseline is not None and self._trainer is not None and self._trainer.state.fn == "fit":
             self.baseline.load_state(checkpoint.get(self.tuning))

@@ -45,7 +45,7 @@ class TrainedWeightAveraging(L.Callback):
         Raises:
             CallbackError: If the module has a chain of adapters.
         """
-        if stage == "fit" and isinstance(pl_module, AdaptedModule) and pl_module.chain_config is not None:
+        if stage == "fit" and isinstance(pl_module, AdaptedModule) and pl_module.link_epochs is not None:
             raise CallbackError(
                 "model.adapter.chain: averages would mix the factors of different links. Remove the callback "
                 f"{type(self.averaging).__name__}, or set the key to null."

@@ -112,8 +112,9 @@ class AdapterSpectrum(L.Callback):
         if self.detail != "off":
             for board in _boards(trainer):
                 board.add_custom_scalars(_layout())
+            is_chain = isinstance(pl_module, AdaptedModule) and pl_module.link_epochs is not None
             for factor in _factors(pl_module, trained=False):
-                log_text(trainer, f"spectrum/{factor}", _description(factor, self._rows, pl_module))
+                log_text(trainer, f"spectrum/{factor}", _description(factor, self._rows, is_chain))
         self._write(trainer)  # a run may be killed in its first epoch
 
     def on_train_batch_end(
@@ -324,7 +325,7 @@ def _samples(rows: list[dict[str, Any]], of_layers: bool) -> dict[str, list[floa
     return values
 
 
-def _description(factor: str, rows: list[dict[str, Any]], module: AdaptedModule) -> str:
+def _description(factor: str, rows: list[dict[str, Any]], is_chain: bool) -> str:
     """Return a table of a frozen factor's means by role, in Markdown."""
     rows = [row for row in rows if row["factor"] == factor]
     means = _scalars(rows, of_layers=True)
@@ -333,8 +334,8 @@ def _description(factor: str, rows: list[dict[str, Any]], module: AdaptedModule)
     for role in dict.fromkeys(row["role"] for row in rows):
         table.append([role, *(f"{means[f'spectrum/{role}/{factor}/{name}']:.4g}" for name in quantities)])
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    frozen = "is frozen within a link of the chain" if module.chain_config else "is frozen"
-    note = "The first link's means" if module.chain_config else "Its singular values do not change. Means"
+    frozen = "is frozen within a link of the chain" if is_chain else "is frozen"
+    note = "The first link's means" if is_chain else "Its singular values do not change. Means"
     return f"{factor} {frozen}. {note} over the layers of a role:\n\n{lines}"
 
 

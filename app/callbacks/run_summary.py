@@ -257,8 +257,7 @@ def _projection_table(module: AdaptedModule) -> Table:
     factors = adapted_projections(module.backbone)
     config = module.adapter
     title = f"Adapters: train {config.train}, A {config.init_a}, B {config.init_b}"
-    if config.chain is not None:
-        epochs = config.chain.every_n_epochs
+    if (epochs := config.chain.every_n_epochs) is not None:
         title += f", a new link every {'epoch' if epochs == 1 else f'{epochs} epochs'}"
     columns = ("Projection", "Role", "Layers", "d_in → d_out", "Rank", "s")
     table = Table(*columns, title=title, title_justify="left", show_edge=False)

@@ -14,10 +14,12 @@ from typing import Literal
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.console import escape_controls
-from app.export.bank import read_members, split_names, unpack, write_bank
+from app.export.bank import is_peft_directory, member_of_checkpoint, read_members, split_names, unpack, write_bank
+from app.export.low_rank import given_config
 from datamodules.atomic import WriteError, exclusive
 from datamodules.errors import counted
-from modules.formats.bank import Bank, check_member
+from modules.formats.bank import Bank, BankAdapter, Member, Shared, Slot, check_member
+from modules.formats.compact import factor_digest
 
 Action = Literal["list", "add", "remove", "unpack"]
 
@@ -33,7 +35,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("file", metavar="FILE", type=str, help="The bank.")
     parser.add_argument(
-        "chosen", metavar="RUN|NAME", type=str, nargs="*", help="Runs to add, or names of adapters to remove or unpack."
+        "chosen",
+        metavar="RUN|NAME",
+        type=str,
+        nargs="*",
+        help="Runs or directories in PEFT's format to add, or names of adapters to remove or unpack.",
     )
     parser.add_argument(
         "--names", metavar="A,B", type=str | None, help="Names of the added adapters. Default: the run directories'."
@@ -110,8 +116,12 @@ def print_table(bank: Bank) -> None:
 
 
 def add(bank: Bank, runs: Sequence[str], names: Sequence[str] | None, changes: dict[str, str]) -> None:
-    """Add the adapters of runs to a bank."""
-    members = read_members(runs, names, dict.fromkeys(bank.names), changes)
+    """Add the adapters of runs, or of directories in PEFT's format, to a bank."""
+
+    def read(run: str) -> Member:
+        return member_of_directory(bank, run) if is_peft_directory(run) else member_of_checkpoint(run, changes)
+
+    members = read_members(runs, names, dict.fromkeys(bank.names), read)
     for name, member in members.items():
         check_member(bank.shared, member.shared, name)
     adapters = [(name, bank.read(name)) for name in bank.names]
@@ -120,6 +130,58 @@ def add(bank: Bank, runs: Sequence[str], names: Sequence[str] | None, changes: d
     print(
         escape_controls(f"Added {', '.join(members)}: {bank.path} has {counted(len(adapters), 'adapter')}."), flush=True
     )
+
+
+def member_of_directory(bank: Bank, name: str) -> Member:
+    """Return an adapter in PEFT's format as a member of a bank.
+
+    Such a directory has no digest of its backbone. The name of the backbone is compared instead, and the caller
+    compares the projections, the ranks and A.
+
+    Raises:
+        ArgumentError: If the directory is for another backbone, or its head or classes are not those of the bank's
+            adapters.
+    """
+    # Imported here, since `main.py --help` must stay fast.
+    from app.commands.combined_adapters import read_sources
+
+    (source,) = read_sources([name])
+    first = bank.read(bank.names[0])
+    base = first.peft.get("base_model_name_or_path")
+    if base and source.base and Path(base).name != source.base:
+        raise ArgumentError(
+            None,
+            f"RUN: {name} is for the backbone {source.base}, and the bank for {base}. Use one backbone.",
+        )
+    heads = {
+        f"{head}.{key.removeprefix(f'{peft_names[0]}.')}": tensor
+        for head, peft_names in bank.shared.heads.items()
+        for key, tensor in source.others.items()
+        if peft_names and key.startswith(f"{peft_names[0]}.")
+    }
+    if heads.keys() != first.heads.keys():
+        raise ArgumentError(
+            None,
+            f"RUN: {name} has the head tensors {', '.join(source.others) or 'none'}, and the bank's adapters have "
+            f"{', '.join(first.heads) or 'none'}. Use adapters of one task.",
+        )
+    if first.labels and not source.labels:
+        raise ArgumentError(None, f"RUN: {name} has no class names. Write them into its labels.json, as a JSON list.")
+    classes = len(source.labels or ())
+    for key, tensor in first.heads.items():
+        shape, expected = tuple(heads[key].shape), tuple(tensor.shape)
+        if shape[1:] != expected[1:] or shape[:1] not in (expected[:1], (classes,)):
+            raise ArgumentError(
+                None, f"RUN: {name} has {key} of shape {shape}, and the bank {expected}. Use adapters of one task."
+            )
+    slots = []
+    for trained in source.run.factors.values():
+        (d_out, rank), part = trained.b.shape, trained.projection
+        slots.append(Slot(part, rank, trained.a.shape[1], d_out, factor_digest(trained.a), None))
+    config = given_config(first.config, source.updates)
+    shared = Shared(tuple(slots), bank.shared.heads, bank.shared.fingerprint)
+    bs = {key: update.b for key, update in source.updates.items()}
+    return Member(shared, {}, BankAdapter(config, bs, heads, source.labels, source.content))
 
 
 def remove(bank: Bank, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.console import escape_controls
-from app.export.bank import read_members, split_names, write_bank
+from app.export.bank import member_of_checkpoint, read_members, split_names, write_bank
 from app.export.compact import write_compact
 from app.export.hub import OPTION, check_repository, push_to_hub
 from app.export.load_run import find_checkpoint, load_module
@@ -196,7 +196,8 @@ def export_bank(arguments: Namespace) -> None:
     if arguments.push_to_hub is not None:
         raise ArgumentError(None, f"{OPTION}: a bank cannot be uploaded. Unpack an adapter and upload the directory.")
     changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
-    members = read_members(arguments.runs, split_names(arguments.names), {}, changes)
+    read = partial(member_of_checkpoint, changes=changes)
+    members = read_members(arguments.runs, split_names(arguments.names), {}, read)
     first = next(iter(members.values()))
     dtype = getattr(torch, arguments.dtype or "float32")
     adapters = [(name, member.adapter) for name, member in members.items()]

@@ -28,7 +28,7 @@ from app.run.spectrum_file import read_spectra as read_rows
 from datamodules.atomic import atomic_write
 from datamodules.errors import CheckpointError, counted
 from modules.adapters import AdapterConfig, AdapterError, Projection
-from modules.adapters.chain import Link, check_links
+from modules.adapters.chain import check_links
 from modules.adapters.init import init_factor
 from modules.adapters.roles import LAYERS, block_of, find_projections, fused_layers
 from modules.analysis.combination import Update
@@ -229,7 +229,7 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
     adapter = _adapter_config(path, model["init_args"].get("adapter"))
     factors = _factors(path, content["state_dict"], adapter)
     if CHAIN in content:
-        adapter, factors = _whole_chain(path, _links(path, content), adapter, factors)
+        adapter, factors = _whole_chain(path, content, adapter, factors)
     return FinishedRun(
         source=path,
         directory=directory,
@@ -243,23 +243,19 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
     )
 
 
-def _links(path: Path, content: Mapping[str, Any]) -> list[Link]:
-    """Return the merged links of a checkpoint.
+def _whole_chain(
+    path: Path, content: Mapping[str, Any], adapter: AdapterConfig, last: dict[str, TrainedFactors]
+) -> tuple[AdapterConfig, dict[str, TrainedFactors]]:
+    """Return the stacked factors of all links of a chain, as one adapter of the rank r times the links.
 
     Raises:
-        CheckpointError: If the links are damaged, or do not have the shapes of the last link.
+        CheckpointError: If a link does not have the factors of the last link.
     """
-    last = {n.removeprefix("backbone."): t for n, t in content["state_dict"].items() if STATE_NAME.fullmatch(n)}
+    names = {name: tensor for name, tensor in content["state_dict"].items() if STATE_NAME.fullmatch(name)}
     try:
-        return check_links(content[CHAIN], last)
+        links = check_links(content[CHAIN], {name.removeprefix("backbone."): t for name, t in names.items()})
     except AdapterError as error:
-        raise CheckpointError(f"RUN: {path} cannot be used. {error}") from error
-
-
-def _whole_chain(
-    path: Path, links: Sequence[Mapping[str, Tensor]], adapter: AdapterConfig, last: dict[str, TrainedFactors]
-) -> tuple[AdapterConfig, dict[str, TrainedFactors]]:
-    """Return the stacked factors of all links of a chain, as one adapter of the rank r times the links."""
+        raise CheckpointError(f"RUN: {path}: {error}") from error
     parts = [_factors(path, {f"backbone.{name}": factor for name, factor in link.items()}, adapter) for link in links]
     updates = {
         name: stack_links([Update(part[name].a, part[name].b, part[name].scale) for part in (*parts, last)])

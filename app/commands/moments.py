@@ -20,7 +20,7 @@ from app.config.constructors import construct
 from app.config.fit_keys import ParseFit
 from app.run.failures import construction_error
 from datamodules.errors import counted
-from modules.adapters import AdaptedLinear, adapted_layers
+from modules.adapters import AdaptedLinear, ChainConfig, adapted_layers
 from modules.analysis.theory import Moments
 from modules.base import AdaptedModule
 
@@ -81,9 +81,9 @@ def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps:
         raise ArgumentError(
             None, f"model.tuning: {module.tuning} adapts no projection to measure. Set model.tuning to adapter."
         )
-    if module.chain_config is not None:
+    if module.link_epochs is not None:
         _log.info("model.adapter.chain: the measurement is of the first link.")
-        module.adapter = replace(module.adapter, chain=None)
+        module.adapter = replace(module.adapter, chain=ChainConfig())
     module.compiles = False  # hooks need the uncompiled layers
     if head_steps and not module.head_names:
         _log.info("The model has no new head: no steps before the measurement.")

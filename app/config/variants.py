@@ -86,7 +86,7 @@ def variant_name(keys: Mapping[str, Any]) -> str:
         name for name, sets in VARIANTS.items() if all(keys.get(k, value) == value for k, value in sets.items())
     )
     name = next(matching, "custom") if "model.tuning" in keys else "custom"
-    is_chain = any(key.startswith("model.adapter.chain.") for key in keys) and keys.get("model.tuning") == "adapter"
+    is_chain = keys.get("model.adapter.chain.every_n_epochs") is not None and keys.get("model.tuning") == "adapter"
     return f"{name}-chain" if is_chain and name != "custom" else name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from datamodules.errors import counted
 from modules.adapters import adapter_state
 from modules.base import AdaptedModule
 from modules.formats.bank import Bank, BankAdapter, Member, Shared, check_member, member_of, save_bank
-from modules.formats.peft import write_peft_files
+from modules.formats.peft import CONFIG, write_peft_files
 
 
 def split_names(names: str | None) -> list[str] | None:
@@ -27,23 +27,22 @@ def split_names(names: str | None) -> list[str] | None:
 
 
 def read_members(
-    runs: Sequence[str], names: Sequence[str] | None, taken: Mapping[str, Any], changes: dict[str, Any]
+    runs: Sequence[str], names: Sequence[str] | None, taken: Mapping[str, Any], read: Callable[[str], Member]
 ) -> dict[str, Member]:
     """Return the adapters of runs by name, ready for a bank.
 
     Args:
-        runs: Run directories or checkpoints.
-        names: Names of the adapters in the order of the runs; None takes the names of the run directories.
+        runs: Run directories, checkpoints, or directories in PEFT's format.
+        names: Names of the adapters in the order of the runs; None takes the names of the directories.
         taken: Names that the bank has already.
-        changes: Arguments of the modules that replace the saved arguments.
+        read: Function that reads one adapter.
 
     Raises:
         ArgumentError: If a name is taken, the numbers of names and runs differ, or a run has no adapters.
         AdapterError: If the adapters do not share the backbone, the projections, the ranks or A.
     """
-    checkpoints = [find_checkpoint(run) for run in runs]
     if names is None:
-        names = [(run_of_checkpoint(path) or path.with_suffix("")).name for path in checkpoints]
+        names = [_default_name(run) for run in runs]
     if len(names) != len(runs):
         raise ArgumentError(
             None,
@@ -54,10 +53,33 @@ def read_members(
         if name in names[:i] or name in taken:
             raise ArgumentError(None, f"RUN: the name {name} is taken. Give other names with --names A,B.")
     members: dict[str, Member] = {}
-    for name, path in zip(names, checkpoints, strict=True):
-        members[name] = member_of_run(load_module(path, changes), str(path))
+    for name, run in zip(names, runs, strict=True):
+        members[name] = read(run)
         check_member(next(iter(members.values())).shared, members[name].shared, name)
     return members
+
+
+def is_peft_directory(run: str) -> bool:
+    """Return True if RUN is a directory in PEFT's format."""
+    return (Path(run) / CONFIG).is_file()
+
+
+def _default_name(run: str) -> str:
+    if is_peft_directory(run):
+        return Path(run).resolve().name
+    checkpoint = find_checkpoint(run)
+    return (run_of_checkpoint(checkpoint) or checkpoint.with_suffix("")).name
+
+
+def member_of_checkpoint(run: str, changes: dict[str, Any]) -> Member:
+    """Return the adapter of a run directory or a checkpoint for a bank.
+
+    Args:
+        run: The argument RUN.
+        changes: Arguments of the module that replace the saved arguments.
+    """
+    checkpoint = find_checkpoint(run)
+    return member_of_run(load_module(checkpoint, changes), str(checkpoint))
 
 
 def member_of_run(module: AdaptedModule, source: str) -> Member:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modules.adapters import (
     AdapterConfig,
+    ChainConfig,
     LowRankFactors,
     Projection,
     adapted_projections,
@@ -211,7 +212,7 @@ def given_config(base: AdapterConfig, updates: Mapping[str, Update]) -> AdapterC
         base,
         init_a="given",
         init_b="given",
-        chain=None,
+        chain=ChainConfig(),
         scaling="standard",
         rank=rank,
         alpha=alpha,

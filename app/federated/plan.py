@@ -112,9 +112,11 @@ class Plan:
                 f"model.adapter.init_b: {values.adapter.init_b} is set, and clients train B first. Set init_b to zero "
                 "and init_a to orthogonal.",
             )
-        if values.adapter.chain is not None:
+        if values.adapter.chain.every_n_epochs is not None:
             raise ArgumentError(
-                None, "model.adapter.chain: each client would merge other links into the weights. Set the key to null."
+                None,
+                f"model.adapter.chain.every_n_epochs: {values.adapter.chain.every_n_epochs} would make each client "
+                "merge other links into the weights. Set the key to null.",
             )
         return config
 

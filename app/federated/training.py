@@ -5,9 +5,6 @@ Both the loop in this process and Flower's clients call these functions.
 
 from __future__ import annotations
 
-import logging
-import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +27,6 @@ from modules.adapters.config import Train
 from modules.analysis.combination import Update
 from modules.base import AdaptedModule
 
-_log = logging.getLogger(__name__)
 MOST = 20  # classes of a client in a line
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -148,9 +144,9 @@ class Bench:
         The heads of the model get their shapes from the classes of the first data module.
         """
         data.part = Part(torch.empty(0, dtype=torch.int64), 0, 0, 0)
-        trainer = self._trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0)
-        trainer.callbacks.append(TrainingRows())  # type: ignore[attr-defined]
-        trainer.fit(self.module, datamodule=data)
+        self._trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0, callbacks=[TrainingRows()]).fit(
+            self.module, datamodule=data
+        )
 
     def train(self, client: Client, job: Job, state: Mapping[str, Tensor]) -> ClientResult:
         """Train a client from the global model for some optimizer steps, with a new optimizer.
@@ -226,7 +222,6 @@ class Bench:
             enable_progress_bar=False,
             use_distributed_sampler=False,
             default_root_dir=str(self.folder),
-            callbacks=[KeptSignals()],
         )
 
 
@@ -236,22 +231,6 @@ class TrainingRows(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the loader, on the device of the model."""
         trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-
-
-class KeptSignals(L.Callback):
-    """Keep the program's signal handlers, which Lightning would replace: a signal then stops at once."""
-
-    def __init__(self) -> None:
-        self._in_main = threading.current_thread() is threading.main_thread()
-        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the handlers."""
-        if self._in_main:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-
-    on_validation_start = on_test_start = on_train_start
 
 
 def _scores(results: list[Mapping[str, float]]) -> dict[str, float]:

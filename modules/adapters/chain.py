@@ -88,9 +88,9 @@ class Chain:
             for factors in layer.factors():
                 a, b = (link[f"{name}.adapters.{factors.projection.role}.{side}"].to(device) for side in "AB")
                 rows, update = layer.weight[factors.projection.rows], ordered_update(b, a, factors.scale)
-                exact = rows.to(device, torch.float64) + update
+                exact = rows.to(device).double() + update
                 rows.copy_(exact.to(rows.dtype))
-                lost += float((rows.to(device, torch.float64) - exact).square().sum())
+                lost += float((rows.to(device).double() - exact).square().sum())
                 total += float(update.square().sum())
         self.rounding = math.sqrt(lost / total) if total else 0.0
         self.links.append(link)

@@ -57,7 +57,7 @@ class ChainConfig:
     See the module `chain`.
 
     Args:
-        every_n_epochs: Epochs of a link, at least 1. The last link may be shorter.
+        every_n_epochs: Epochs of a link, at least 1. The last link may be shorter. None is a single adapter, no chain.
         schedule: `restart` starts the learning rate schedule again with each link, warm-up included. `continue` keeps
             one schedule for the whole run.
 
@@ -65,13 +65,14 @@ class ChainConfig:
         AdapterError: If a value is out of range.
     """
 
-    every_n_epochs: int = 1
+    every_n_epochs: int | None = None
     schedule: LinkSchedule = "restart"
 
     def __post_init__(self) -> None:
-        if type(self.every_n_epochs) is not int or self.every_n_epochs < 1:
+        every = self.every_n_epochs
+        if every is not None and (type(every) is not int or every < 1):
             raise AdapterError(
-                f"adapter.chain.every_n_epochs: {self.every_n_epochs!r} must be a whole number, 1 or more."
+                f"adapter.chain.every_n_epochs: {every!r} must be a whole number, 1 or more, or null for no chain."
             )
         if self.schedule not in get_args(LinkSchedule):
             raise AdapterError(
@@ -109,7 +110,7 @@ class AdapterConfig:
             The first matching key applies. Every key must match a targeted projection. vLLM ignores this key.
         alpha_pattern: Alphas other than `alpha`, with the same keys. A projection's scale s follows from its alpha and
             its rank.
-        chain: Merge s·B·A into W after some epochs, and train new factors of the same rank; None for one adapter.
+        chain: Merge s·B·A into W after some epochs, and train new factors of the same rank.
 
     Raises:
         AdapterError: If a value is out of range, or a combination cannot learn or would not start at W.
@@ -127,7 +128,7 @@ class AdapterConfig:
     seed: int = 0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    chain: ChainConfig | None = None
+    chain: ChainConfig = field(default_factory=ChainConfig)
 
     def __post_init__(self) -> None:
         if isinstance(self.chain, Mapping):  # from a checkpoint

@@ -137,8 +137,9 @@ def _recipe_keys(config: AdapterConfig, projections: list[Projection]) -> dict[s
         "rank_pattern": exact_patterns({p.name: config.rank_of(p) for p in projections}, config.rank),
         "alpha_pattern": exact_patterns({p.name: config.alpha_of(p) for p in projections}, config.alpha),
     }
-    keys = asdict(replace(config, chain=None)) | patterns
-    return {key: value for key, value in keys.items() if key not in (*patterns, "chain") or value}
+    keys = {key: value for key, value in (asdict(config) | patterns).items() if key not in patterns or value}
+    del keys["chain"]
+    return keys
 
 
 def _init(config: AdapterConfig, factor: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,22 @@ def test_a_longer_run_merges_the_link_that_ended_the_shorter_run(
     first, second = (cli.checkpoint(version) for version in (0, 1))
     assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
     assert all(torch.equal(weight, ends[2][name]) for name, weight in ends[0].items())
+
+
+@pytest.mark.slow
+def test_a_chain_continues_from_the_validation_at_the_end_of_a_link(
+    cli: CommandLine, ends: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """The best checkpoint is saved before the end of its epoch."""
+    same = [*FOUR, "--trainer.limit_train_batches=2", "--trainer.logger=false"]
+    assert cli("fit", *same, "--checkpoint.monitor=epoch", "--checkpoint.mode=min") == 0
+    best = shutil.copy(cli.run() / "checkpoints" / "best.ckpt", tmp_path / "best.ckpt")
+    assert cli.checkpoint(name="best")["global_step"] == 2
+    assert cli("fit", *same, f"--ckpt_path={best}") == 0
+    first, second = (cli.checkpoint(version) for version in (0, 1))
+    assert first["chain"]["start"] == second["chain"]["start"] == 6
+    assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
 
 
 def test_validate_and_test_use_the_links_of_their_checkpoint(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,25 +469,6 @@ def test_merged_links_keep_their_scale(chained: CommandLine, capsys: pytest.Capt
     assert Path(last.partition("=")[2]).read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda chain: chain.update(links=None), "The chain of the checkpoint is damaged"),
-        (lambda chain: chain["links"][0].popitem(), "1 missing"),
-        (lambda chain: next(iter(chain["links"][0].values())).fill_(torch.nan), "no finite tensor"),
-    ],
-    ids=["no links", "a missing factor", "a factor that is not finite"],
-)
-def test_analyses_refuse_damaged_links(
-    chained: CommandLine, capsys: pytest.CaptureFixture[str], damage: Callable[[Any], Any], message: str
-) -> None:
-    path = chained.run() / "checkpoints" / "last.ckpt"
-    content = torch.load(path, weights_only=True)
-    damage(content["chain"])
-    torch.save(content, path)
-    refused(capsys, main(["spectrum", str(path)]), message, "Use another checkpoint.")
-
-
 def test_a_chain_over_a_loaded_adapter_is_refused_in_a_fit_alone(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -479,7 +477,40 @@ def test_a_chain_over_a_loaded_adapter_is_refused_in_a_fit_alone(
     assert fitted_cli("validate", CHAIN, path) == 0
 
 
-@pytest.mark.slow
+def test_a_checkpoint_with_a_damaged_chain_is_refused(
+    cli: CommandLine, finished_fit: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    finished_fit(cli, CHAIN, "--trainer.max_epochs=3", "--checkpoint.monitor=null")
+    content = cli.checkpoint()
+    output = f"--output={tmp_path / 'out'}"
+    for number, chain in enumerate((3, {"links": [3], "start": 0}, content["chain"] | {"links": [{}]})):
+        path = cli.run() / "checkpoints" / f"{number}.ckpt"  # the seed of the backbone is in the run directory
+        torch.save(content | {"chain": chain}, path)
+        for command in (["spectrum", str(path), output], ["export", str(path), "--format=peft", output]):
+            refused(capsys, main(command), "chain")
+        refused(capsys, cli("validate", f"--ckpt_path={path}"), "chain")
+        refused(capsys, cli("fit", f"--ckpt_path={path}", "--trainer.max_epochs=4"), "chain")
+
+
+def test_links_are_not_merged_into_sharded_weights(
+    cli: CommandLine, finished_fit: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_fit(cli, CHAIN, "--trainer.max_epochs=3", "--checkpoint.monitor=null")
+    options = ["--model.adapter={chain: {every_n_epochs: null}}", "--model.shard_frozen=true"]
+    options.append(f"--ckpt_path={cli.run()}")
+    refused(capsys, cli("validate", *options), "model.shard_frozen: the checkpoint is of a chain")
+
+
+def test_a_recipe_with_a_chain_and_null_on_the_command_line(cli: CommandLine, tmp_path: Path) -> None:
+    overlay = tmp_path / "chain.yaml"
+    overlay.write_text("model: {init_args: {adapter: {chain: {every_n_epochs: 2}}}}")
+    same = [f"--config={overlay}", *QUIET, "--trainer.max_epochs=3", "--trainer.limit_train_batches=1"]
+    assert cli("fit", *same) == 0
+    assert cli("fit", *same, "--model.adapter={chain: {every_n_epochs: null}}") == 0
+    assert len(cli.checkpoint(0)["chain"]["links"]) == 1
+    assert "chain" not in cli.checkpoint(1)
+
+
 def test_a_chain_is_ignored_without_adapters(cli: CommandLine) -> None:
     assert cli("fit", CHAIN, *QUIET, "--model.tuning=head", "--trainer.callbacks+=EMAWeightAveraging") == 0
     assert "chain" not in cli.checkpoint()

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from app.cli import main
@@ -124,6 +125,54 @@ def test_adapters_are_listed_added_and_removed(
     assert " ".join((*row, bank.digest("eve")[:12])) in output
     assert "2 adapters of" in output
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["bank"]  # no temporary file is left
+
+
+def test_an_unpacked_adapter_is_added_again(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank, out = str(tmp_path / "bank"), tmp_path / "out"
+    assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
+    assert main(["bank", "unpack", bank, "bob", "--output", str(out)]) == 0
+    before = Bank.open(bank).read("bob")
+    assert main(["bank", "remove", bank, "bob"]) == 0
+    assert main(["bank", "add", bank, str(out / "bob")]) == 0
+    added = Bank.open(bank)
+    assert added.names == ["ada", "bob"]
+    after = added.read("bob")
+    assert (after.labels, after.config.alpha) == (before.labels, before.config.alpha)
+    assert (after.bs | after.heads).keys() == (before.bs | before.heads).keys()
+    for name, tensor in (before.bs | before.heads).items():
+        assert torch.equal((after.bs | after.heads)[name], tensor), name
+    assert main(["bank", "remove", bank, "ada"]) == 0  # The added adapter is now the first.
+    assert main(["bank", "unpack", bank, "--output", str(tmp_path / "again")]) == 0
+    for path in (out / "bob").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / "bob" / path.name).read_bytes()
+    capsys.readouterr()
+
+    tensors = out / "bob/adapter_model.safetensors"
+    content = load_file(tensors)
+
+    def without_labels() -> None:
+        (out / "bob/labels.json").unlink()
+
+    def without_head() -> None:
+        save_file({k: t for k, t in content.items() if "lora" in k}, tensors)
+
+    def other_head() -> None:
+        save_file({k: t[:1] if "classifier.dense" in k else t for k, t in content.items()}, tensors)
+
+    def other_a() -> None:
+        save_file({k: 2 * t if "lora_A" in k else t for k, t in content.items()}, tensors)
+
+    for change, message in (
+        (other_a, "eve was trained over another frozen A"),
+        (other_head, "has backbone.classifier.dense."),
+        (without_labels, "no class names. Write them into its labels.json"),
+        (without_head, "has the head tensors none, and the bank's adapters have"),
+    ):
+        change()
+        assert main(["bank", "add", bank, str(out / "bob"), "--names", "eve"]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("action", ["add", "remove"])

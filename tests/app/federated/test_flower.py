@@ -19,11 +19,18 @@ from tests.conftest import ROOT, write_parquet
 flwr = pytest.importorskip("flwr", reason="The extra `federated` is not installed.")
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from app.commands.federated_flower import make_server_app
 from app.federated.flower import make_client_app
 
 SIZES = ("--clients", "2", "--rounds", "2", "--local_steps", "2", "--arms", "ffa", "rolora")
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    """Name the process, as Flower's processes do before they make messages."""
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
 
 
 class Loop:
