@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     Connect = Callable[[Arm, AdaptedModule], TrainClients]
 
 TABLE = "arms"  # arms.csv and arms.json
+# Keys of the trainer that a federated training ignores, with their defaults.
+UNUSED = {
+    **{"max_epochs": -1, "max_steps": -1, "max_time": None, "limit_train_batches": 1.0, "overfit_batches": 0.0},
+    **{"fast_dev_run": False, "devices": "auto", "strategy": "auto", "num_nodes": 1},
+}
 _log = logging.getLogger(__name__)
 
 
@@ -123,7 +128,7 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
     from rich.console import Console
 
     from app.commands.runs import UNLIMITED
-    from app.federated.server import open_federation
+    from app.federated.server import open_federation, refuse_other_files
     from app.run.run_directory import locked
 
     output = output_directory(directory).resolve()
@@ -136,7 +141,8 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
         raise ArgumentError(
             None, f"--output: {output} cannot be created ({error.strerror}). Give another directory."
         ) from error
-    with locked(output):
+    refuse_other_files(output)  # Before the lock, which removes links in the directory.
+    with locked(output, "--output"):
         open_federation(output, plan.fixed_keys(first))
         rows = [_run_arm(arm, plan, configs[arm], output, connect, reports=arm == arms[0]) for arm in arms]
         write_table(rows, output)
@@ -189,11 +195,12 @@ def make_plan(words: Sequence[str], clients: Sequence[str], rounds: int, local_s
 def _report_unused_keys(config: Namespace) -> None:
     """Log the keys of a recipe that a federated training does not use."""
     unused = [f"trainer.{key}" for key in ("callbacks", "logger", "plugins") if config.trainer.get(key)]
-    unused += [f"trainer.{key}" for key in ("max_epochs", "max_steps") if config.trainer.get(key) not in (None, -1)]
+    unused += [f"trainer.{key}" for key, default in UNUSED.items() if config.trainer.get(key) not in (None, default)]
+    unused += ["find_lr"] if config.get("find_lr") else []
     if unused:
         _log.info(
-            f"{', '.join(unused)}: ignored. --rounds and --local_steps decide the length of the training. Callbacks, "
-            "loggers and plugins are for fit."
+            f"{', '.join(unused)}: ignored. --rounds and --local_steps decide the length of the training. Each client "
+            "is trained on one device, without callbacks and loggers."
         )
 
 
@@ -323,14 +330,14 @@ def write_table(rows: Sequence[Record], output: Path) -> None:
     if path.is_file():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-            if not (isinstance(earlier, list) and all(isinstance(row, dict) and "arm" in row for row in earlier)):
-                raise ValueError("rows of arms are expected")
+            if not isinstance(earlier, list) or not all(isinstance(r, dict) and r.get("arm") in ARMS for r in earlier):
+                raise ValueError("no rows of arms")
         except (OSError, ValueError, RecursionError) as error:
+            earlier = []
             _log.warning(
                 f"{path} cannot be read ({error}). The new file lacks the arms of earlier commands. Repeat these "
                 "commands to list their arms again."
             )
-            earlier = []
     by_arm: dict[Any, Record] = {row["arm"]: row for row in [*earlier, *rows]}
     ordered = [by_arm[arm] for arm in ARMS if arm in by_arm]
     columns = list(dict.fromkeys(key for row in ordered for key in row))
@@ -353,7 +360,7 @@ def table_of(rows: Sequence[Record], monitor: str | None) -> Table:
     from rich.table import Table
 
     table = Table("arm", box=box.SIMPLE_HEAD)
-    keys = [key for key in rows[0] if key == monitor or key.startswith("test/")]
+    keys = [key for key in rows[0] if (key == monitor or key.startswith("test/")) and all(key in row for row in rows)]
     for name in [*keys, "average error", "KB sent"]:
         table.add_column(name, justify="right")
     for row in rows:

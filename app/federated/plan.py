@@ -26,6 +26,8 @@ TRAINER_KEYS = (  # keys of the trainer that apply to each client and to each ev
     *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "deterministic"),
     *("limit_val_batches", "limit_test_batches"),
 )
+LARGEST_ALPHA = 1e9  # With this α, each client has the class mix of all rows. Sums of larger values can overflow.
+CLIENTS = "--clients"  # key of the number or the data of the clients, in every plan
 IGNORED = ("data.num_workers", "data.predict_path")  # keys that do not change the result
 
 
@@ -133,7 +135,7 @@ class Plan:
         }
         keys = dotted(sections) | {
             "seed_everything": config.seed_everything,
-            "--clients": list(self.folders) or self.clients,
+            CLIENTS: list(self.folders) or self.clients,
             "--rounds": self.rounds,
             "--local_steps": self.local_steps,
             "--partition": self.partition,
@@ -168,9 +170,11 @@ def parse_partition(text: str) -> float | None:
         alpha = float(match[1]) if match else math.nan
     except ValueError:
         alpha = math.nan
-    if not 0 < alpha < math.inf:
+    if not 0 < alpha <= LARGEST_ALPHA:
         raise ArgumentError(
-            None, f"--partition: {text!r:.80} is not known. Use iid, or dirichlet:ALPHA with ALPHA above 0."
+            None,
+            f"--partition: {text!r:.80} is not known. Use iid, or dirichlet:ALPHA with ALPHA above 0 and at most "
+            f"{LARGEST_ALPHA:g}.",
         )
     return alpha
 

@@ -21,10 +21,11 @@ from typing import Any
 from jsonargparse import ArgumentError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
-from app.federated.plan import ARMS, Arm, Plan, trained_side
+from app.federated.plan import ARMS, CLIENTS, Arm, Plan, trained_side
 from app.federated.training import Client, ClientResult, Job, Learner, Tensors
-from datamodules.atomic import atomic_write, atomic_write_text
+from datamodules.atomic import WriteError, atomic_write, atomic_write_text
 from datamodules.errors import CheckpointError, ModelError
 from modules.adapters.config import Train
 from modules.adapters.state import state_problems
@@ -54,6 +55,26 @@ class Round:
     history: list[Record]
 
 
+def refuse_other_files(folder: Path) -> None:
+    """Refuse a directory that no federated training has written. No file is changed.
+
+    Raises:
+        ArgumentError: If the directory holds other files, or cannot be read.
+    """
+    if CLIENTS in _read_keys(folder):
+        return
+    try:
+        others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ArgumentError(
+            None, f"--output: {folder} cannot be read ({error.strerror}). Give another directory."
+        ) from error
+    if others:
+        raise ArgumentError(
+            None, f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory."
+        )
+
+
 def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
     """Record the values that decide the result, or compare them with the recorded values.
 
@@ -63,24 +84,12 @@ def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
         ArgumentError: If the folder holds other files, or a federated training with other values.
         WriteError: If the file cannot be written.
     """
-    path = folder / FEDERATION
+    refuse_other_files(folder)
     if not any((folder / arm / ROUND).exists() for arm in ARMS):
-        known = (FEDERATION, *ARMS)  # a killed command may leave the empty folder of an arm
-        names = [entry.name for entry in folder.iterdir()]
-        others = [name for name in names if not name.startswith(".") and name not in known]
-        if others:
-            raise ArgumentError(
-                None, f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory."
-            )
-        with atomic_write_text(path) as file:
+        with atomic_write_text(folder / FEDERATION) as file:
             file.write(json.dumps(dict(keys), indent=1, ensure_ascii=False) + "\n")
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArgumentError(None, f"--output: {path} cannot be read ({error}). Give another directory.") from error
+    before = _read_keys(folder)
     for key in sorted(before.keys() | keys.keys()):
         if before.get(key) != keys.get(key):
             raise ArgumentError(
@@ -90,7 +99,21 @@ def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
             )
 
 
-def read_round(folder: Path, expected: Mapping[str, Any] | None = None) -> Round | None:
+def _read_keys(folder: Path) -> dict[str, Any]:
+    """Return the values that `open_federation` recorded; empty if there is no record."""
+    path = folder / FEDERATION
+    if not path.exists():
+        return {}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArgumentError(None, f"--output: {path} cannot be read ({error}). Give another directory.") from error
+    return before
+
+
+def read_round(folder: Path, expected: Mapping[str, Tensor] | None = None) -> Round | None:
     """Return the last complete round of an arm, or None before the first.
 
     Args:
@@ -112,15 +135,36 @@ def read_round(folder: Path, expected: Mapping[str, Any] | None = None) -> Round
         number, history = content["round"], content["history"]
         if type(number) is not int or not isinstance(history, list) or len(history) != number + 1:
             raise ValueError("its history is incomplete")
+        if not all(_is_record(record, number > 0) for number, record in enumerate(history)):
+            raise ValueError("its history has no metrics")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("a tensor is not finite")
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"--output: {path} cannot be read ({error}). Remove the file to train this arm again."
         ) from error
-    if expected is not None and (problems := state_problems(expected, tensors)):
+    if expected is not None and (problems := tensor_problems(expected, tensors)):
         raise CheckpointError(
             f"--output: {path} does not fit the model: {'; '.join(problems)}. Remove the file to train this arm again."
         )
     return Round(number, tensors, history)
+
+
+def _is_record(record: Any, is_trained: bool) -> bool:
+    """Return True for the metrics of a round, as `run_arm` and `next_round` record them."""
+    required = ("round", *(("average_error", "clients", "bytes") if is_trained else ()))
+    return isinstance(record, dict) and all(
+        isinstance(record.get(key), int | float) for key in {*required, *record} - {"arm"}
+    )
+
+
+def tensor_problems(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> list[str]:
+    """Return the reasons why tensors do not fit: names, shapes and dtypes."""
+    return state_problems(expected, actual) + [
+        f"{name} is {tensor.dtype}, not {expected[name].dtype}"
+        for name, tensor in actual.items()
+        if name in expected and tensor.dtype != expected[name].dtype
+    ]
 
 
 def write_round(folder: Path, state: Round) -> None:
@@ -129,7 +173,10 @@ def write_round(folder: Path, state: Round) -> None:
     Raises:
         WriteError: If the file cannot be written. The previous round is then kept.
     """
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise WriteError(folder, error.strerror or str(error)) from error
     content = {"format": FORMAT, "round": state.number, "history": state.history}
     with atomic_write(folder / ROUND) as file:
         file.write(save(state.tensors, metadata={SECTION: json.dumps(content)}))
@@ -231,8 +278,7 @@ def check_result(result: ClientResult, tensors: Tensors, names: Collection[str],
         ModelError: If the result cannot be averaged.
     """
     expected = {name: tensors[name] for name in names}
-    problems = state_problems(expected, result.tensors)
-    problems += [f"{n} is {t.dtype}" for n, t in result.tensors.items() if n in names and t.dtype != expected[n].dtype]
+    problems = tensor_problems(expected, result.tensors)
     problems += ["it has no rows"] if result.rows < 1 else []
     if problems:
         raise ModelError(

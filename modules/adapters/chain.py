@@ -157,7 +157,9 @@ def check_links(state: Any, factors: Link) -> list[Link]:
     if not isinstance(links, list) or type(state.get("start")) is not int or state["start"] < 0:
         raise AdapterError("The chain of the checkpoint is damaged. Use another checkpoint.")
     for number, link in enumerate(links, 1):
-        tensors = isinstance(link, dict) and all(isinstance(t, Tensor) and t.isfinite().all() for t in link.values())
+        tensors = isinstance(link, dict) and all(
+            isinstance(t, Tensor) and t.is_floating_point() and t.isfinite().all() for t in link.values()
+        )
         problems = state_problems(factors, link) if tensors else ["a factor is not a finite tensor"]
         if problems:
             raise AdapterError(

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from app.cli import main
+from app.commands.federate import write_table
 from app.federated import server
 from app.federated.server import ROUND, Round, read_round
 from app.federated.training import Client, ClientResult, Job, Learner
-from datamodules.errors import ModelError
+from datamodules.errors import CheckpointError, ModelError
 from tests.app.conftest import CommandLine
 from tests.conftest import ROOT, write_parquet
 from tests.support.refusals import refused, refuses
@@ -259,6 +260,7 @@ def test_tasks_without_labels_are_split_at_random(
         (["--clients", "49"], "--clients: 48 training rows are fewer than 49 clients. Give a smaller number."),
         (["--clients", "12"], "data.batch_size: no client has the rows of one batch."),
         (["--partition=dirichlet:0"], "--partition: 'dirichlet:0' is not known. Use iid, or dirichlet:ALPHA"),
+        (["--partition=dirichlet:1e308"], "with ALPHA above 0 and at most 1e+09."),
         (["--partition=nid"], "--partition: 'nid' is not known."),
         (["--arms", "ffa", "fedex"], "--arms: 'fedex' is not known. Choose from ffa, lora, rolora, centralised."),
         (["--model.tuning=head"], "model.tuning: head has no factors to average. Set model.tuning to adapter."),
@@ -276,6 +278,13 @@ def test_bad_input_is_one_message(
     output = tmp_path / "out"
     code = federate(cli, output, *(word for word in SHORT if options[0] != "--clients"), *options)
     refused(capsys, code, message)
+
+
+def test_keys_without_effect_are_named(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--trainer.limit_train_batches=1", "--trainer.devices=2", "--find_lr=true", "--data.batch_size=60")
+    assert federate(cli, tmp_path / "out", *SHORT, *options) == 2  # no client has a batch
+    named = "trainer.max_epochs, trainer.limit_train_batches, trainer.devices, find_lr: ignored."
+    assert named in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_fit_is_refused(
@@ -303,12 +312,14 @@ def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys
     (output / "ffa" / ROUND).write_bytes(before[:-100])
     assert federate(cli, output, *SHORT, "--arms", "ffa") == 2
     assert "Remove the file to train this arm again." in capsys.readouterr().err
-    (output / "ffa" / ROUND).write_bytes(before)
-    (output / "arms.json").write_text("{}")
-    assert federate(cli, output, *SHORT, "--arms", "ffa") == 0
-    assert "arms.json cannot be read" in capsys.readouterr().err
-    assert [row["arm"] for row in json.loads((output / "arms.json").read_text())] == ["ffa"]
+    for arm in ("ffa", "rolora"):
+        (output / arm / ROUND).unlink()
+    assert federate(cli, output, *SHORT, "--arms", "ffa") == 0  # the message's advice works for the only arm too
     (tmp_path / "other").mkdir()
+    (tmp_path / "other/link").symlink_to("/")
+    assert federate(cli, tmp_path / "other", *SHORT) == 2
+    assert "holds other files (link)" in capsys.readouterr().err
+    assert (tmp_path / "other/link").is_symlink()  # a lock would remove the link
     (tmp_path / "other/letter.txt").write_text("mine")
     assert federate(cli, tmp_path / "other", *SHORT) == 2
     assert "holds other files (letter.txt)" in capsys.readouterr().err
@@ -331,3 +342,53 @@ def test_a_result_that_cannot_be_averaged_names_its_client(changed: dict[str, An
     server.check_result(ClientResult(**good), tensors, {"b", "w"}, "ffa, round 1")
     with refuses("ffa, round 1", message, error=ModelError):
         server.check_result(ClientResult(**good | changed), tensors, {"b", "w"}, "ffa, round 1")
+
+
+@pytest.mark.parametrize("name", ["ffa", "ffa/mine", "lora/adapter/mine", "federation.json"])
+def test_other_files_are_kept(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    refused(capsys, federate(cli, tmp_path / "out", *SHORT), "--output", name.partition("/")[0])
+    assert mine.read_text() == "mine"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name.partition("/")[0]]
+
+
+def test_an_output_in_use_is_refused(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from app.run.run_directory import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        folder = tmp_path
+        refused(capsys, federate(cli, folder, *SHORT), f"--output: process {process.pid} on ", "choose another")
+        process.communicate("")
+
+
+HISTORY = [{"arm": "ffa", "round": 0, "val/loss": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "history", "message"),
+    [
+        (torch.tensor([torch.nan]), HISTORY, "a tensor is not finite"),
+        (torch.ones(1, dtype=torch.float64), HISTORY, "a is torch.float64, not torch.float32"),
+        (torch.ones(1), [None], "its history has no metrics"),
+        (torch.ones(1), [{"arm": "ffa", "round": 0, "val/loss": "x"}], "its history has no metrics"),
+        (torch.ones(1), [*HISTORY, {"arm": "ffa", "round": 1}], "its history has no metrics"),
+    ],
+)
+def test_a_damaged_round_is_refused(tmp_path: Path, tensor: torch.Tensor, history: list[Any], message: str) -> None:
+    server.write_round(tmp_path, Round(len(history) - 1, {"a": tensor}, history))
+    with refuses(ROUND, message, "Remove the file to train this arm again.", error=CheckpointError):
+        read_round(tmp_path, {"a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("text", ["null", "3", "{}", "[1]", '[{"x": 1}]', "[" * 100_000])
+def test_a_damaged_table_is_written_again(tmp_path: Path, text: str) -> None:
+    (tmp_path / "arms.json").write_text(text)
+    write_table([{"arm": "ffa", "rounds": 2}], tmp_path)
+    assert json.loads((tmp_path / "arms.json").read_text()) == [{"arm": "ffa", "rounds": 2}]
