@@ -6,7 +6,7 @@ from rich.filesize import decimal
 
 
 def bytes_text(count: float) -> str:
-    """Return bytes in the largest unit that they fill, by powers of 1,000."""
+    """Return bytes in the largest unit of at least 1, by powers of 1,000."""
     return decimal(round(count))
 
 
@@ -14,10 +14,10 @@ def seconds_text(seconds: float) -> str:
     """Return a duration in its two largest units, without a unit that is zero."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    units = (3600, "h", 60, "min") if whole >= 3600 else (60, "min", 1, "s")
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    units = (3600, "h", 60, "min") if rounded >= 3600 else (60, "min", 1, "s")
     large, large_unit, small, small_unit = units
     count, rest = divmod(round(seconds / small), large // small)
     return f"{count} {large_unit}" + (f" {rest} {small_unit}" if rest else "")

@@ -6,7 +6,7 @@ that `bank unpack` writes: PEFT's two files and labels.json. PEFT cannot adapt s
 has a stacked A and a block-diagonal B with zeros.
 
 The arms of the times take turns, and the files are in the page cache. Each round reads another adapter of the bank.
-With --processor, the seconds are CPU time, which equals the time on an idle machine, since nothing waits for a disk.
+With --processor, the seconds are CPU time. CPU time equals the time on an idle machine here: nothing waits for a disk.
 
 - `open the bank`: `Bank.open`, which reads and checks the header;
 - `open a directory`: `safe_open` of one adapter_model.safetensors, and the names of its tensors;
@@ -104,7 +104,7 @@ def write(path: Path, member: Member, count: int, dtype: torch.dtype = torch.flo
 
 
 def sizes(member: Member, count: int, folder: Path) -> dict[str, Any]:
-    """Return bytes and files of a bank, and of as many PEFT directories. All directories have one size."""
+    """Return bytes and files of a bank, and of as many PEFT directories. All directories have the same size."""
     record: dict[str, Any] = {"bank_files": 1}
     for name, dtype in DTYPES.items():
         write(folder / name, member, count, dtype)
@@ -125,7 +125,7 @@ def seconds(
     write(path, member, count)
     bank = Bank.open(path)
     unpack(bank, bank.names[0], directory)
-    # The step visits adapters far apart in the file.
+    # Consecutive reads are of adapters far apart in the file.
     names = cycle(bank.names[i * 37 % count] for i in range(count))
     bank.attach(built(setting), cached=0)
     theirs = peft.PeftModel.from_pretrained(built(setting), directory, adapter_name="first")
@@ -161,7 +161,7 @@ def seconds(
 
 
 def _run(arm: Callable[[], Any]) -> float | None:
-    """Run an arm, and return only seconds that the arm reports."""
+    """Run an arm, and return its own time in seconds if the arm measures one."""
     result = arm()
     return result if isinstance(result, float) else None
 

@@ -99,14 +99,14 @@ ARMS = list(arm_options([CHAIN, "B, rank 4r", "B, rank r", "LoRA, rank r"], 1, L
 OTHER_ARMS = ["chain, one schedule"]
 
 
-def words(arguments: argparse.Namespace, name: str, arm: str, rate: float, seed: int, tests: bool) -> list[str]:
+def words(arguments: argparse.Namespace, name: str, arm: str, lr: float, seed: int, tests: bool) -> list[str]:
     """Return the command line of a fit, without the folder of its run.
 
     Args:
         arguments: From `parse`.
         name: Name of the task.
         arm: Name of the arm.
-        rate: Learning rate.
+        lr: Learning rate.
         seed: Seed of head, data order and factors.
         tests: If true, score the rows of the comparison too.
     """
@@ -116,7 +116,7 @@ def words(arguments: argparse.Namespace, name: str, arm: str, rate: float, seed:
     sources["cifar10"] += [f"--model.backbone={a.vit}", f"--model.backbone_args={json.dumps(a.vit_args)}"]
     given = ["fit", f"--config={task.recipe}", "--config=conf/cpu.yaml", *arm_options([arm], a.rank, a.epochs)[arm]]
     given += [*task.options, *sources[name], f"--data.path={getattr(a, name)}"]
-    given += [f"--model.learning_rate={rate}", f"--seed_everything={seed}", f"--model.adapter.seed={seed}"]
+    given += [f"--model.learning_rate={lr}", f"--seed_everything={seed}", f"--model.adapter.seed={seed}"]
     given += [f"--data.max_train_samples={task.rows // share}", f"--data.max_test_samples={task.test_rows // share}"]
     given += [f"--trainer.max_epochs={a.epochs}", f"--trainer.check_val_every_n_epoch={a.epochs}"]
     given += [
@@ -128,21 +128,21 @@ def words(arguments: argparse.Namespace, name: str, arm: str, rate: float, seed:
     return [*given, "--trainer.enable_progress_bar=false"]
 
 
-def fit(arguments: argparse.Namespace, name: str, arm: str, rate: float, seed: int, tests: bool) -> Record:
-    """Fit, and return the record: the section of the file, or a new section.
+def fit(arguments: argparse.Namespace, name: str, arm: str, lr: float, seed: int, tests: bool) -> Record:
+    """Return the record of a fit. Fit unless the file has the section.
 
     Raises:
         SystemExit: If the fit fails.
     """
-    choice = "" if tests else f"choice, learning rate {rate:g}, "
+    choice = "" if tests else f"choice, learning rate {lr:g}, "
     title = f"{name}, {arm}, {choice}seed {seed}"
-    settings = {"rate": rate, "epochs": arguments.epochs, "rank": arguments.rank}
+    settings = {"rate": lr, "epochs": arguments.epochs, "rank": arguments.rank}
     record = measured(arguments, title, settings)
     if record is not None:
         return record
     with section(arguments, title) as record, tempfile.TemporaryDirectory() as runs:
         start, processor = time.perf_counter(), time.process_time()
-        given = [*words(arguments, name, arm, rate, seed, tests), f"--trainer.default_root_dir={runs}"]
+        given = [*words(arguments, name, arm, lr, seed, tests), f"--trainer.default_root_dir={runs}"]
         if command_line(given) != 0:
             raise SystemExit(f"The fit {title} failed.")
         seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - processor}
@@ -159,12 +159,12 @@ def fit(arguments: argparse.Namespace, name: str, arm: str, rate: float, seed: i
 def choose(arguments: argparse.Namespace, name: str, arm: str) -> float:
     """Return the learning rate with the best mean score on held-out rows. Warn at an end of the grid."""
     means = {
-        rate: statistics.mean(
-            fit(arguments, name, arm, rate, seed, tests=False)["score"] for seed in arguments.choice_seeds
+        lr: statistics.mean(
+            fit(arguments, name, arm, lr, seed, tests=False)["score"] for seed in arguments.choice_seeds
         )
-        for rate in arguments.rates
+        for lr in arguments.rates
     }
-    best = max(means, key=lambda rate: means[rate])
+    best = max(means, key=lambda lr: means[lr])
     if best in (min(means), max(means)) and len(means) > 1:
         print(f"{name}, {arm}: the learning rate {best:g} is at an end of the grid.", flush=True)
     return best
@@ -216,8 +216,8 @@ def run(given: Sequence[str] | None = None) -> None:
         chosen = {arm: choose(arguments, name, arm) for arm in arguments.arms}
         fits: dict[str, list[Record]] = {arm: [] for arm in chosen}
         for seed in arguments.seeds:  # Seed by seed, so that a slow period of the machine affects all arms.
-            for arm, rate in chosen.items():
-                fits[arm].append(fit(arguments, name, arm, rate, seed, tests=True))
+            for arm, lr in chosen.items():
+                fits[arm].append(fit(arguments, name, arm, lr, seed, tests=True))
         table(f"{name}, r = {arguments.rank}", COLUMNS, rows({arm: of_arm for arm, of_arm in fits.items() if of_arm}))
 
 

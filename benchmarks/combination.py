@@ -1,8 +1,8 @@
 """Errors of combined updates: `combine` beside the combination types of PEFT's `add_weighted_adapter`.
 
-Four random adapters of one weight are combined with weights 1/4, scale 2 and no training: four equal adapters, four Bs
-over one A, and four As and Bs. The error is the relative Frobenius distance to Σ wᵢ·sᵢ·Bᵢ·Aᵢ, which is computed in
-float64. TIES and DARE are left out, since they drop entries on purpose.
+Four untrained random adapters of one weight are combined with weights 1/4 and scale 2: four equal adapters, four Bs
+over one A, and four As and Bs. The error is the relative Frobenius distance to Σ wᵢ·sᵢ·Bᵢ·Aᵢ, computed in float64. TIES
+and DARE are left out, since both drop entries on purpose.
 
     python -m benchmarks.combination --output docs/results/combination.json
 """
@@ -33,7 +33,7 @@ class OneLinear(nn.Module):
 
 
 def random_updates(kind: str, width: int, rank: int) -> list[Update]:
-    """Return updates with equal or different factors. Only the seeds of the factors determine the numbers."""
+    """Return updates with equal or different factors. Factors with equal seeds are equal."""
 
     def normal(seed: int, *shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,18 +1,18 @@
 """Federated averaging: FFA-LoRA, LoRA, RoLoRA and one client with all rows, on CoLA and CIFAR-10.
 
 Every fit is one arm of `main.py federate`. Only the last two blocks are adapted, and the output of the other blocks is
-cached, so that a fit takes less than a minute of CPU time once the cache is written. All fits of a data set have the
-same rows and the same number of optimizer steps in all: each of 16 clients makes a quarter of the steps that each of 4
-clients makes.
+cached. A fit then takes less than a minute of CPU time once the cache is written. All fits of a data set have the same
+rows and the same total number of optimizer steps: each of 16 clients makes a quarter of the steps of each of 4 clients.
 
     python -m benchmarks.federated --threads 1 --output docs/results/federated.json --resume \
         --texts ../shared/data/glue --text_backbone ../shared/backbones/minilm_roberta \
         --images ../shared/data/cifar10 --weights ../shared/backbones/dinov2_vits14/model.safetensors
 
-The learning rate of each arm is chosen on rows held out from the training split, for each data set and partition, with
-4 clients and a seed that is not among the seeds of the comparison. The scores are of CoLA's validation split and of
-CIFAR-10's test split, after the last round. These rows choose nothing. A fit is a section of the file, and --resume
-skips existing sections. `centralised` has the same rows and steps in all settings, and so one section for all.
+The learning rate of each arm is chosen for each data set and partition, with 4 clients, on rows held out from the
+training split. The seed of this choice is not among the seeds of the comparison. The scores are measured on CoLA's
+validation split and on CIFAR-10's test split after the last round. No choice uses these rows. A fit is a section of the
+file, and --resume skips existing sections. `centralised` has the same rows and steps in all settings, so one section
+serves all settings.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Task(NamedTuple):
     Args:
         recipe: The recipe.
         score: Metric of validation.
-        rates: Learning rates to choose from.
+        learning_rates: Learning rates to choose from.
         steps: Optimizer steps of all clients in all rounds.
         batch_size: Rows in a batch.
         rows: Training rows of all clients together, at most.
@@ -56,7 +56,7 @@ class Task(NamedTuple):
 
     recipe: str
     score: str
-    rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]
     steps: int
     batch_size: int
     rows: int
@@ -78,7 +78,7 @@ class Fit(NamedTuple):
         clients: Number of clients.
         partition: Split of the rows.
         arm: The arm.
-        rate: Learning rate.
+        learning_rate: Learning rate.
         seed: Seed of the partition, the head and the batches.
         chooses: If true, the score is of held-out training rows.
     """
@@ -87,7 +87,7 @@ class Fit(NamedTuple):
     clients: int
     partition: str
     arm: str
-    rate: float
+    learning_rate: float
     seed: int
     chooses: bool = False
 
@@ -96,7 +96,7 @@ class Fit(NamedTuple):
         """Return the name of the fit's section."""
         start = f"choice, {self.data}" if self.chooses else self.data
         setting = "one client" if self.arm == "centralised" else f"{self.clients} clients, {self.partition}"
-        return f"{start}, {setting}, {self.arm}, {self.rate:g}, seed {self.seed}"
+        return f"{start}, {setting}, {self.arm}, {self.learning_rate:g}, seed {self.seed}"
 
 
 def task_of(arguments: argparse.Namespace, data: str) -> Task:
@@ -132,7 +132,7 @@ def words(arguments: argparse.Namespace, fit: Fit, images: str) -> list[str]:
     recipe += ["--model.adapter.targets=[all]", f"--model.adapter.layers={a.layers}", "--data.cache_prefix=true"]
     recipe += [f"--data.batch_size={task.batch_size}", f"--data.max_train_samples={task.rows}"]
     recipe += [f"--data.max_val_samples={task.evaluated}", "--trainer.limit_test_batches=1"]  # The test is not used.
-    recipe += [f"--model.learning_rate={fit.rate}", f"--seed_everything={fit.seed}"]
+    recipe += [f"--model.learning_rate={fit.learning_rate}", f"--seed_everything={fit.seed}"]
     options = ["--clients", str(fit.clients), f"--partition={fit.partition}", "--arms", fit.arm]
     steps = max(task.steps // (a.federated_rounds * fit.clients), 1)
     return ["federate", *recipe, *options, f"--rounds={a.federated_rounds}", f"--local_steps={steps}"]
@@ -173,13 +173,13 @@ def run_fit(arguments: argparse.Namespace, fit: Fit) -> Record:
 
 def choose(arguments: argparse.Namespace, data: str, partition: str, arm: str) -> float:
     """Return the learning rate with the best mean score on the held-out rows."""
-    rates = TASKS[data].rates[1:2] if arguments.quick else TASKS[data].rates
+    learning_rates = TASKS[data].learning_rates[1:2] if arguments.quick else TASKS[data].learning_rates
     fits = {
-        rate: [Fit(data, CHOICE_CLIENTS, partition, arm, rate, seed, True) for seed in arguments.choice_seeds]
-        for rate in rates
+        lr: [Fit(data, CHOICE_CLIENTS, partition, arm, lr, seed, True) for seed in arguments.choice_seeds]
+        for lr in learning_rates
     }
-    means = {rate: statistics.mean(run_fit(arguments, fit)["score"] for fit in same) for rate, same in fits.items()}
-    return max(means, key=lambda rate: means[rate])
+    means = {lr: statistics.mean(run_fit(arguments, fit)["score"] for fit in of_lr) for lr, of_lr in fits.items()}
+    return max(means, key=lambda lr: means[lr])
 
 
 def rows(fits: dict[str, list[tuple[Fit, Record]]]) -> list[list[str]]:
@@ -195,7 +195,7 @@ def rows(fits: dict[str, list[tuple[Fit, Record]]]) -> list[list[str]]:
         lines.append(
             [
                 arm,
-                f"{runs[0][0].rate:g}",
+                f"{runs[0][0].learning_rate:g}",
                 f"{mean.value:.1f}" + ("" if mean.error is None else f" ± {mean.error:.1f}"),
                 f"{pair.mean:+.1f}{spread}" if pair else "",
                 f"{statistics.mean(float(error) for entry in entries for error in entry['average_errors']):.1e}",
@@ -231,14 +231,14 @@ def run(options: Sequence[str] | None = None) -> None:
     tables: dict[tuple[str, int, str], dict[str, list[tuple[Fit, Record]]]] = {}
     for data in arguments.data:
         for partition in arguments.partitions:
-            rates = {}
+            learning_rates = {}
             for arm in arguments.arms:  # The training of `centralised` is the same for every partition.
                 chosen_for = arguments.partitions[0] if arm == "centralised" else partition
-                rates[arm] = choose(arguments, data, chosen_for, arm)
+                learning_rates[arm] = choose(arguments, data, chosen_for, arm)
             for seed in arguments.seeds:  # Seed by seed, so that a slow period of the machine affects all arms.
                 for clients in arguments.clients:
-                    for arm, rate in rates.items():
-                        fit = Fit(data, clients, partition, arm, rate, seed)
+                    for arm, learning_rate in learning_rates.items():
+                        fit = Fit(data, clients, partition, arm, learning_rate, seed)
                         if arm == "centralised":  # All settings have the same rows and steps.
                             fit = fit._replace(clients=CHOICE_CLIENTS, partition=arguments.partitions[0])
                         runs = tables.setdefault((data, clients, partition), {}).setdefault(arm, [])

@@ -2,11 +2,11 @@
 
 The arms are
 
-- `ours`: one forward pass within `bank.batch`, with the stacking of each batch's adapters;
-- `one adapter`: the floor, an ordinary batch of the same model, in which all rows have one adapter;
+- `ours`: one forward pass within `bank.batch`, including the stacking of the batch's adapters;
+- `one adapter`: an ordinary batch of the same model, in which all rows have one adapter. This time is a lower bound;
 - `PEFT`: one forward pass of PEFT with `adapter_names`, which loops over the adapters;
-- `in turn`: a forward pass for each adapter over its rows, by a model without adapters: the time of merged models that
-  are all kept in memory;
+- `in turn`: a forward pass for each adapter over its rows, by a model without adapters. This is the time of merged
+  models that are all in memory;
 - `merging`: as `in turn`, with one model in memory, into which each adapter is merged before its rows.
 
 The backbones have random weights: RoBERTa with the sizes of MiniLM (32 tokens), ViT-S/16 (224 pixels), and ten layers

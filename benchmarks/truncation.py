@@ -1,8 +1,8 @@
 """Truncated adapters: test metric, loss of the update and file size of `export --keep` and `export --rank`.
 
-B is trained at rank 16 with a recipe, on CoLA (MiniLM) or on CIFAR-10 (DINOv2 ViT-S at 56 pixels). The adapters of the
-best checkpoint are truncated by the functions of `export`, and every result is scored on the same test rows under bf16
-autocast, as in the recipes. The reference is a fit at rank 4 with the same learning rate and alpha = 2 · rank.
+B is trained at rank 16 with a recipe, on CoLA (MiniLM) or on CIFAR-10 (DINOv2 ViT-S at 56 pixels). The functions of
+`export` truncate the adapters of the best checkpoint. Each result is scored on the same test rows under bf16 autocast,
+as in the recipes. The reference is a fit at rank 4 with the same learning rate. All fits have alpha = 2 · rank.
 
     python -m benchmarks.truncation --task cola --threads 1 --path ../shared/data/glue \
         --backbone ../shared/backbones/minilm_roberta --output docs/results/truncation.json --resume
@@ -10,8 +10,8 @@ autocast, as in the recipes. The reference is a fit at rank 4 with the same lear
         --weights ../shared/backbones/dinov2_vits14/model.safetensors --output docs/results/truncation.json --resume
 
 The test metric is Matthews correlation on CoLA's validation split, or top-1 accuracy on 1,000 of CIFAR-10's test
-images. These data were not used to choose anything. A fit with its truncations is a section of the file, and --resume
-skips existing sections.
+images. No choice uses these rows. A fit with its truncations is a section of the file, and --resume skips existing
+sections.
 """
 
 from __future__ import annotations

@@ -135,13 +135,13 @@ def atomic_write(path: Path, digest: Digest | None = None) -> Iterator[AtomicFil
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Lock a file for reading, changing and replacing it with `atomic_write`. Wait for other processes that do so.
+    """Lock a file that is read, changed and replaced by `atomic_write`. Wait while another process holds the lock.
 
-    The kernel releases the lock when the process ends. Without a file, or on a file system without locks, there is no
-    lock.
+    The kernel releases the lock when the process ends. A missing file, or a file on a file system without locks, is not
+    locked.
 
     Args:
-        path: The file. It may be replaced within the context.
+        path: The file, which may be replaced within the context.
     """
     try:
         handle = _locked_handle(path)

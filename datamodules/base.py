@@ -50,9 +50,9 @@ class Part:
     """A part of a longer training on some of the training rows.
 
     Args:
-        rows: The rows, (rows,) int64.
-        first: Batches of the training before this part.
-        batches: Batches of this part.
+        rows: Indices of the rows, (rows,) int64.
+        first: Number of batches of the training before this part.
+        batches: Number of batches of this part.
         seed: Seed of the order of the rows.
     """
 
@@ -101,10 +101,10 @@ class ResumableDataModule(L.LightningDataModule):
         self._rows_digest: dict[str, Any] = {}  # Digest and number of the training rows.
         self._digest_before: dict[str, Any] = {}  # Digest and number of the checkpoint's training rows.
         self._resumed_at: float | None = None  # Batches of the epoch that are done; infinite at its end.
-        self.part: Part | None = None  # If set, `train_loader` reads this part alone.
-        self.training_size = 0  # Training rows of the last `train_loader`.
-        self.training_labels: Tensor | None = None  # Their classes or scores; None if the rows have no labels.
-        self.caches_validation = False  # If true, `validate` too reads the output of the model's frozen prefix.
+        self.part: Part | None = None  # If set, `train_loader` returns only the batches of this part.
+        self.training_size = 0  # Number of training rows at the last `train_loader`.
+        self.training_labels: Tensor | None = None  # Classes or scores of the training rows; None without labels.
+        self.caches_validation = False  # If true, `validate` also reads the output of the model's frozen prefix.
 
     def world(self) -> tuple[int, int]:
         """Return the number of processes, and the rank of this process."""
@@ -239,8 +239,8 @@ class ResumableDataModule(L.LightningDataModule):
         size = len(dataset)  # type: ignore[arg-type]
         self.training_size, self.training_labels = size, labels
         if (part := self.part) is not None:
-            own = PartSampler(part.rows, part.first, part.batches, self.batch_size, part.seed, lengths, labels)
-            return self._loader(dataset, own, collate)
+            sampler = PartSampler(part.rows, part.first, part.batches, self.batch_size, part.seed, lengths, labels)
+            return self._loader(dataset, sampler, collate)
         self._rows_digest = {"rows": dataset.rows_digest(), "size": size} if isinstance(dataset, DigestedRows) else {}
         self._compare_rows()
         if size < self.batch_size * world:

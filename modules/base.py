@@ -155,8 +155,8 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         self.shard_frozen, self.compiles = shard_frozen, compile
         if shard_frozen and self.link_epochs is not None:
             raise ModelError(
-                "model.shard_frozen: the links of model.adapter.chain are merged into whole weights. Set shard_frozen "
-                "to false, or chain.every_n_epochs to null."
+                "model.shard_frozen: the links of model.adapter.chain cannot be merged into sharded weights. Set "
+                "shard_frozen to false, or chain.every_n_epochs to null."
             )
         self.chain = Chain()
         self.shards: FrozenShards | None = None
@@ -532,27 +532,28 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
             self.baseline.start(self.trainer.global_step + steps_left(self.trainer))
 
     def _schedule_factor(self) -> Callable[[int], float]:
-        """Return the schedule of the run, or of the fit's part of `schedule_window`.
+        """Return the schedule as a function of the optimizer step in this fit.
 
-        If the schedule restarts with each link of a chain, return the schedule of the current link. The number of
-        batches or processes may have changed since the checkpoint, and so the number of steps.
+        With `schedule_window`, the schedule is a section of a longer schedule. If the schedule restarts with each link
+        of a chain, the schedule is that of the current link. The steps are counted anew, since the number of batches or
+        processes may have changed since the checkpoint.
         """
         if self.schedule_window is not None:
             before, total = self.schedule_window
-            whole = schedule_factor(self.schedule, self.warmup_ratio, total)
-            return lambda step: whole(before + step)
-        start, last_epoch, every = 0, None, self.link_epochs
+            factor_of_training = schedule_factor(self.schedule, self.warmup_ratio, total)
+            return lambda step: factor_of_training(before + step)
+        start, end_epoch, every = 0, None, self.link_epochs
         if every is not None and self.adapter.chain.schedule == "restart":
-            start, last_epoch = self.chain.start, (self.current_epoch // every + 1) * every
-        steps = self.trainer.global_step + steps_left(self.trainer, last_epoch) - start
+            start, end_epoch = self.chain.start, (self.current_epoch // every + 1) * every
+        steps = self.trainer.global_step + steps_left(self.trainer, end_epoch) - start
         factor = schedule_factor(self.schedule, self.warmup_ratio, steps)
         return lambda step: factor(step - start)
 
     def on_train_epoch_start(self) -> None:
-        """Begin the next link of a chain, after every `every_n_epochs` epochs.
+        """Begin the next link of a chain after every `every_n_epochs` epochs.
 
-        A link ends when the next link begins. The last link is therefore never merged. A checkpoint at the end of an
-        epoch has the link that was trained in this epoch.
+        A link is merged when the next link begins, so the last link is never merged. A checkpoint at the end of an
+        epoch contains the link that was trained in this epoch.
         """
         every, epoch, step = self.link_epochs, self.current_epoch, self.trainer.global_step
         is_due = every is not None and epoch > 0 and epoch % every == 0 and self.chain.start < step
@@ -561,11 +562,8 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         self.check_weights()
         self.frozen_digest.hexdigest()  # The digest is of the pretrained weights, so it must be complete by now.
         reset = self.chain.begin_link(self.backbone, self.adapter, step)
-        optimizer, scheduler, groups = (
-            self.optimizers(use_pl_optimizer=False),
-            self.lr_schedulers(),
-            self.trained_groups(),
-        )
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        groups = self.trained_groups()
         assert isinstance(optimizer, torch.optim.Optimizer)
         reset_states(optimizer, self.optimizer_spec.build([dict(group) for group in groups]), reset)
         if self.adapter.chain.schedule == "restart" and isinstance(scheduler, LambdaLR):
@@ -575,7 +573,7 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
             dtype = str(self.backbone_dtype).removeprefix("torch.")
             _log.warning(
                 f"model.backbone_dtype: rounding the merged weights to {dtype} changed the update of link {merged} by "
-                f"{100 * self.chain.rounding:.2g} % of its norm. Use float32 to merge almost exactly."
+                f"{100 * self.chain.rounding:.2g} % of its norm. Set the key to float32 for a negligible error."
             )
         _log.info(f"model.adapter.chain: link {merged} is merged into the weights, and link {merged + 1} begins.")
 
@@ -603,12 +601,12 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         """Restore AdaLoRA's state if training resumes.
 
         Raises:
-            ModelError: If merged links would have to be merged into sharded weights.
+            ModelError: If `shard_frozen` is set and the checkpoint is of a chain.
         """
         if self.shard_frozen and CHAIN in checkpoint:
             raise ModelError(
-                "model.shard_frozen: the checkpoint is of a chain (model.adapter.chain), whose links are merged into "
-                "whole weights. Set the key to false."
+                "model.shard_frozen: the checkpoint is of a chain (model.adapter.chain), whose links cannot be merged "
+                "into sharded weights. Set the key to false."
             )
         super().on_load_checkpoint(checkpoint)
         if self.baseline is not None and self._trainer is not None and self._trainer.state.fn == "fit":

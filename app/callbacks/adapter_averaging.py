@@ -47,8 +47,8 @@ class TrainedWeightAveraging(L.Callback):
         """
         if stage == "fit" and isinstance(pl_module, AdaptedModule) and pl_module.link_epochs is not None:
             raise CallbackError(
-                "model.adapter.chain: averages would mix the factors of different links. Remove the callback "
-                f"{type(self.averaging).__name__}, or set the key to null."
+                "model.adapter.chain.every_n_epochs: averages would mix the factors of different links. Remove the "
+                f"callback {type(self.averaging).__name__}, or set the key to null."
             )
 
     @torch.no_grad()

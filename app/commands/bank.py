@@ -1,7 +1,7 @@
 """List, add, remove or unpack the adapters of a bank, a file that `export --format bank` writes.
 
-All adapters of a bank share one frozen A. Adding and removing write the whole file again, atomically, and
-under a lock: commands that change one bank at the same time wait for each other.
+All adapters of a bank share one frozen A. Adding and removing write a new file, atomically and under a lock. Commands
+that change one bank at the same time wait for each other.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def member_of_directory(bank: Bank, name: str) -> Member:
     if base and source.base and Path(base).name != source.base:
         raise ArgumentError(
             None,
-            f"RUN: {name} is for the backbone {source.base}, and the bank for {base}. Use one backbone.",
+            f"RUN: {name} is for the backbone {source.base}, and the bank is for {base}. Add adapters of the bank's "
+            "backbone.",
         )
     heads = {
         f"{head}.{key.removeprefix(f'{peft_names[0]}.')}": tensor

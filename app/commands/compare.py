@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from app.commands.run_records import RunRecord
 
-MISSING = object()  # in place of a value that a run does not have
+MISSING = object()  # stands for the value of a key that a run lacks
 ABSENT = "–"
 WIDEST = 48  # characters of a value in one line
 
@@ -109,8 +109,8 @@ def _section(key: str) -> str:
     return re.split("[./]", key)[0]
 
 
-def shown(key: str, value: Any) -> str:
-    """Return a value as the table shows it. Metrics of bytes and seconds have units."""
+def cell_text(key: str, value: Any) -> str:
+    """Return a value as text of the table. Metrics of bytes and seconds have units."""
     from app.commands.run_records import LARGEST
 
     if "/" in key and type(value) in (int, float) and abs(value) < LARGEST:
@@ -137,5 +137,5 @@ def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Any]]) 
     for name in names:
         table.add_column(Text(escape_controls(name)), overflow="fold", max_width=WIDEST)
     for key, cells in rows.items():
-        table.add_row(*(Text(escape_controls(cell)) for cell in (key, *(shown(key, value) for value in cells))))
+        table.add_row(*(Text(escape_controls(cell)) for cell in (key, *(cell_text(key, value) for value in cells))))
     return table

@@ -1,4 +1,4 @@
-"""Train one adapter on the rows of many clients by federated averaging, and compare the arms in one table."""
+"""Train one adapter on the rows of many clients by federated averaging, and compare methods (arms) in one table."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from app.config.fit_keys import ParseFit
     from app.federated.plan import Arm, Plan
     from app.federated.server import Record, Round, TrainClients
-    from app.federated.training import Bench, Client
+    from app.federated.training import Client, Learner
     from modules.base import AdaptedModule
 
     Connect = Callable[[Arm, AdaptedModule], TrainClients]
 
 TABLE = "arms"  # arms.csv and arms.json
+# Keys of the trainer that a federated training ignores, with their defaults.
+UNUSED = {
+    **{"max_epochs": -1, "max_steps": -1, "max_time": None, "limit_train_batches": 1.0, "overfit_batches": 0.0},
+    **{"fast_dev_run": False, "devices": "auto", "strategy": "auto", "num_nodes": 1},
+}
 _log = logging.getLogger(__name__)
 
 
@@ -39,8 +44,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         nargs="+",
         default=[],
-        help="Number of clients among which the recipe's training rows are split; or two or more folders or files, the "
-        "own data of each client (data.path).",
+        help="Number of clients, to split the recipe's training rows; or two or more folders or files, each with one "
+        "client's own data (data.path).",
     )
     parser.add_argument("--rounds", metavar="R", type=int, default=10, help="Number of rounds.")
     parser.add_argument(
@@ -51,8 +56,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="iid|dirichlet:ALPHA",
         type=str,
         default="iid",
-        help="How rows are split: at random, or by Hsu et al. 2019, with other classes on each client. A small ALPHA "
-        "gives each client few classes.",
+        help="Split of the rows: at random, or with another mix of classes on each client (Hsu et al. 2019). A small "
+        "ALPHA gives each client few classes.",
     )
     parser.add_argument(
         "--arms",
@@ -60,8 +65,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         nargs="+",
         default=[],
-        help="ffa (A is frozen, B is averaged), lora (A and B are averaged separately), rolora (B and A alternate by "
-        "round), centralised (one client with all rows). Default: all.",
+        help="Methods to compare: ffa (A is frozen, B is averaged), lora (A and B are averaged separately), rolora (B "
+        "and A alternate by round), centralised (one client with all rows). Default: all.",
     )
     parser.add_argument(
         "--output",
@@ -86,7 +91,7 @@ def run(arguments: Namespace) -> None:
         ArgumentError: If an option has a wrong value, or does not fit the output of an earlier command.
         InputError: If data, model or a round's file cannot be used.
         WriteError: If a file cannot be written.
-        SIGTERMException: After a signal, with the command that continues.
+        SIGTERMException: After a signal. The message has the command to continue.
     """
     # Imported here, since `main.py --help` must stay fast.
     from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -112,8 +117,8 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
         arms: The arms.
         parse: Parser of `fit`.
         directory: Directory of the results.
-        connect: Returns the function that trains the clients of an arm elsewhere, for the arm and the server's model.
-            None trains the clients in this process. The arm `centralised` is always trained in this process.
+        connect: Function from an arm and the server's model to the function that trains the clients elsewhere. None
+            trains the clients in this process. The arm `centralised` is always trained in this process.
 
     Raises:
         ArgumentError: If a key does not fit, or the directory has other results.
@@ -123,7 +128,7 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
     from rich.console import Console
 
     from app.commands.runs import UNLIMITED
-    from app.federated.server import open_federation
+    from app.federated.server import open_federation, refuse_other_files
     from app.run.run_directory import locked
 
     output = output_directory(directory).resolve()
@@ -133,8 +138,11 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgumentError(None, f"--output: {output} cannot be made ({error.strerror}).") from error
-    with locked(output):
+        raise ArgumentError(
+            None, f"--output: {output} cannot be created ({error.strerror}). Give another directory."
+        ) from error
+    refuse_other_files(output)  # Before the lock, which removes links in the directory.
+    with locked(output, "--output"):
         open_federation(output, plan.fixed_keys(first))
         rows = [_run_arm(arm, plan, configs[arm], output, connect, reports=arm == arms[0]) for arm in arms]
         write_table(rows, output)
@@ -147,10 +155,10 @@ def make_plan(words: Sequence[str], clients: Sequence[str], rounds: int, local_s
 
     Args:
         words: Options of `fit`.
-        clients: Words of `--clients`.
+        clients: Values of `--clients`.
         rounds: Number of rounds.
         local_steps: Optimizer steps of each client in a round.
-        partition: Word of `--partition`.
+        partition: Value of `--partition`.
 
     Raises:
         ArgumentError: If an option has a wrong value.
@@ -168,52 +176,58 @@ def make_plan(words: Sequence[str], clients: Sequence[str], rounds: int, local_s
             raise ArgumentError(None, f"--clients: {number} is too small. Give 1 or more.")
         return Plan(tuple(words), number, rounds, local_steps, alpha)
     if missing := [path for path in clients if not Path(path).exists()]:
-        raise ArgumentError(None, f"--clients: {missing[0]!r:.200} is neither a number nor an existing folder or file.")
+        raise ArgumentError(
+            None,
+            f"--clients: {missing[0]!r:.200} is not an existing folder or file. Give one number, or two or more "
+            "folders or files.",
+        )
     if len(clients) < 2:
         raise ArgumentError(None, f"--clients: {clients[0]!r:.200} is one client. Give two or more, or use fit.")
     if alpha is not None:
         raise ArgumentError(
-            None, f"--partition: {partition} splits one data set, and each of --clients has its own data. Leave the "
-            "option out."
-        )  # fmt: skip
+            None,
+            f"--partition: {partition} splits one data set, and each of --clients has its own data. Leave the option "
+            "out.",
+        )
     return Plan(tuple(words), len(clients), rounds, local_steps, None, tuple(clients))
 
 
 def _report_unused_keys(config: Namespace) -> None:
     """Log the keys of a recipe that a federated training does not use."""
     unused = [f"trainer.{key}" for key in ("callbacks", "logger", "plugins") if config.trainer.get(key)]
-    unused += [f"trainer.{key}" for key in ("max_epochs", "max_steps") if config.trainer.get(key) not in (None, -1)]
+    unused += [f"trainer.{key}" for key, default in UNUSED.items() if config.trainer.get(key) not in (None, default)]
+    unused += ["find_lr"] if config.get("find_lr") else []
     if unused:
         _log.info(
-            f"{', '.join(unused)}: not used. --rounds and --local_steps decide the length, and one process trains one "
-            "client after the other."
+            f"{', '.join(unused)}: ignored. --rounds and --local_steps decide the length of the training. Each client "
+            "is trained on one device, without callbacks and loggers."
         )
 
 
 def _run_arm(arm: Arm, plan: Plan, config: Namespace, output: Path, connect: Connect | None, reports: bool) -> Record:
-    """Train an arm, write its adapter, and return its row of the table. With `reports`, describe data and clients."""
+    """Train an arm, write its adapter, and return its row of the table. With `reports`, print data and clients."""
     from app.federated.server import in_process, run_arm
-    from app.federated.training import Bench
+    from app.federated.training import Learner
 
-    bench = Bench(config, output)
+    learner = Learner(config, output)
     clients: list[Client] = []
     if connect is not None and arm != "centralised":
-        bench.validate()  # The heads get their shapes from the data.
-        train = connect(arm, bench.module)
+        learner.validate()  # Sets the shapes of the heads from the data.
+        train = connect(arm, learner.module)
     else:
-        clients = make_clients(plan, bench)
-        able = trainable(clients)
-        train = in_process(bench, [everyone(able)] if arm == "centralised" else able)
+        clients = make_clients(plan, learner)
+        participants = trainable(clients)
+        train = in_process(learner, [pool_clients(participants)] if arm == "centralised" else participants)
     if reports:
-        for data in dict.fromkeys([bench.data, *(client.data for client in clients)]):
+        for data in dict.fromkeys([learner.data, *(client.data for client in clients)]):
             for line in data.findings.take_lines():
                 _log.info(line)
         for client in clients:
             print(escape_controls(client.description()), flush=True)
-    return finish_arm(arm, bench, run_arm(arm, plan, bench, train, output, report_round), output)
+    return finish_arm(arm, learner, run_arm(arm, plan, learner, train, output, report_round), output)
 
 
-def make_clients(plan: Plan, bench: Bench) -> list[Client]:
+def make_clients(plan: Plan, learner: Learner) -> list[Client]:
     """Return all clients of a plan, with their rows.
 
     Raises:
@@ -225,19 +239,19 @@ def make_clients(plan: Plan, bench: Bench) -> list[Client]:
     from app.federated.training import Client
 
     if not plan.folders:
-        bench.inspect(bench.data)
-        parts = plan.split(bench.data.training_size, bench.data.training_labels, bench.seed)
-        return [Client(number, bench.data, rows) for number, rows in enumerate(parts)]
-    bench.validate()  # The classes are those of the recipe's data, for every client.
+        learner.read_training_rows(learner.data)
+        parts = plan.split(learner.data.training_size, learner.data.training_labels, learner.seed)
+        return [Client(number, learner.data, rows) for number, rows in enumerate(parts)]
+    learner.validate()  # Sets the classes from the recipe's data, for all clients.
     clients = []
     for number, folder in enumerate(plan.folders):
-        data = bench.load_data(folder)
-        bench.inspect(data)
+        data = learner.load_data(folder)
+        learner.read_training_rows(data)
         clients.append(Client(number, data, torch.arange(data.training_size)))
     return clients
 
 
-def everyone(clients: Sequence[Client]) -> Client:
+def pool_clients(clients: Sequence[Client]) -> Client:
     """Return one client with the rows of all clients."""
     import torch
 
@@ -250,14 +264,14 @@ def trainable(clients: Sequence[Client]) -> list[Client]:
     """Return the clients whose rows fill a batch.
 
     Raises:
-        ArgumentError: If there is none.
+        ArgumentError: If no client has the rows of one batch.
     """
-    able = [client for client in clients if client.can_train]
-    if not able:
+    participants = [client for client in clients if client.can_train]
+    if not participants:
         raise ArgumentError(
             None, "data.batch_size: no client has the rows of one batch. Choose a smaller batch, or fewer --clients."
         )
-    return able
+    return participants
 
 
 def report_round(record: Record) -> None:
@@ -267,7 +281,7 @@ def report_round(record: Record) -> None:
     print(escape_controls(f"{record['arm']}, round {record['round']}: {values}"), flush=True)
 
 
-def finish_arm(arm: Arm, bench: Bench, state: Round, output: Path) -> Record:
+def finish_arm(arm: Arm, learner: Learner, state: Round, output: Path) -> Record:
     """Test the last global model, write its adapter in PEFT's format, and return its row of the table.
 
     Raises:
@@ -282,14 +296,14 @@ def finish_arm(arm: Arm, bench: Bench, state: Round, output: Path) -> Record:
 
     tested: dict[str, float] = {}
     try:
-        if isinstance(bench.data, HasTestSplit):
-            bench.data.check_test_split()
-        tested = bench.test()
+        if isinstance(learner.data, HasTestSplit):
+            learner.data.check_test_split()
+        tested = learner.test()
     except SplitError as error:
         _log.info(f"No test: {error}")
-    bench.load(state.tensors)
+    learner.load(state.tensors)
     with atomic_directory(output / arm / "adapter", overwrite=True) as folder:
-        export_peft(bench.module.cpu(), torch.float32, folder)
+        export_peft(learner.module.cpu(), torch.float32, folder)
     last, rounds = state.history[-1], state.history[1:]
     metrics = {key: value for key, value in last.items() if key.startswith("val/")} | tested
     return {
@@ -316,8 +330,14 @@ def write_table(rows: Sequence[Record], output: Path) -> None:
     if path.is_file():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            _log.warning(f"{path} is damaged, and is written again with the arms of this command alone.")
+            if not isinstance(earlier, list) or not all(isinstance(r, dict) and r.get("arm") in ARMS for r in earlier):
+                raise ValueError("no rows of arms")
+        except (OSError, ValueError, RecursionError) as error:
+            earlier = []
+            _log.warning(
+                f"{path} cannot be read ({error}). The new file lacks the arms of earlier commands. Repeat these "
+                "commands to list their arms again."
+            )
     by_arm: dict[Any, Record] = {row["arm"]: row for row in [*earlier, *rows]}
     ordered = [by_arm[arm] for arm in ARMS if arm in by_arm]
     columns = list(dict.fromkeys(key for row in ordered for key in row))
@@ -330,7 +350,7 @@ def write_table(rows: Sequence[Record], output: Path) -> None:
 
 
 def table_of(rows: Sequence[Record], monitor: str | None) -> Table:
-    """Return the table for the terminal: one row an arm, with the recipe's metric and the metrics of the test.
+    """Return the table for the terminal: for each arm a row with the recipe's metric and the test metrics.
 
     Args:
         rows: Rows of the arms.
@@ -340,7 +360,7 @@ def table_of(rows: Sequence[Record], monitor: str | None) -> Table:
     from rich.table import Table
 
     table = Table("arm", box=box.SIMPLE_HEAD)
-    keys = [key for key in rows[0] if key == monitor or key.startswith("test/")]
+    keys = [key for key in rows[0] if (key == monitor or key.startswith("test/")) and all(key in row for row in rows)]
     for name in [*keys, "average error", "KB sent"]:
         table.add_column(name, justify="right")
     for row in rows:

@@ -1,10 +1,11 @@
-"""Messages between Flower's server and its clients. Tensors travel as Flower's arrays (NumPy's format without pickle).
+"""Messages between Flower's server and its clients. Tensors are sent as Flower's arrays (NumPy's format, no pickle).
 
-A client is a process of a SuperNode on its own machine, or a worker of Flower's simulation. The values of the node
-(`--node-config`) decide which rows a client has:
+A client is a process of a SuperNode on its own machine, or a worker of Flower's simulation. The values of
+`--node-config` decide which rows a client has:
 
 - `data="PATH"`: the client's own data, in place of the recipe's `data.path`;
-- `partition-id` and `num-partitions`: this part of the recipe's training rows. Flower's simulation sets both values.
+- `partition-id` and `num-partitions`: the client's part of the recipe's training rows. Flower's simulation sets both
+  values.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -25,14 +27,18 @@ from flwr.serverapp import Grid
 from app.config.fit_keys import ParseFit
 from app.federated.plan import Arm, Plan
 from app.federated.server import TrainClients
-from app.federated.training import Bench, Client, ClientResult, Job, Tensors
-from datamodules.errors import CheckpointError
+from app.federated.training import Client, ClientResult, Job, Learner, Tensors
+from datamodules.errors import InputError
 from modules.adapters.config import Train
 from modules.base import AdaptedModule
 
-POLL = 1.0  # seconds between two counts of the connected clients
-LEARNED_FROM_DATA = ("class_names", "metrics")  # keys of the model that the server's data decide
+POLL_SECONDS = 1.0  # seconds between two counts of the connected clients
+LEARNED_FROM_DATA = ("class_names", "metrics")  # keys of the model that depend on the server's data
 _log = logging.getLogger(__name__)
+
+
+class ClientError(InputError):
+    """Raised if a client of a federated training fails, or is not configured for the training."""
 
 
 # ------------------------------------------------------------------------------------------------------------- server
@@ -41,14 +47,16 @@ _log = logging.getLogger(__name__)
 def over_flower(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> TrainClients:
     """Return a function that trains all connected clients in a round.
 
+    The function waits until `plan.clients` clients are connected. The function raises ClientError if a client fails.
+
     Args:
         grid: Flower's connection to the clients.
-        plan: The plan. The function waits until `plan.clients` clients are connected.
+        plan: The plan.
         arm: The arm.
-        module: The server's model. Its classes become the classes of all clients.
+        module: The server's model, whose classes become the classes of all clients.
     """
-    values = {key: module.hparams[key] for key in LEARNED_FROM_DATA if key in module.hparams}
-    words = [f"--model.{key}={json.dumps(value)}" for key, value in values.items()]
+    learned = {key: module.hparams[key] for key in LEARNED_FROM_DATA if key in module.hparams}
+    words = [f"--model.{key}={json.dumps(value)}" for key, value in learned.items()]
     described: set[int] = set()
 
     def train(tensors: Tensors, job: Job) -> list[ClientResult]:
@@ -58,9 +66,9 @@ def over_flower(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> Trai
         results = []
         for reply in grid.send_and_receive(messages):
             if reply.has_error():
-                raise CheckpointError(
+                raise ClientError(
                     f"{arm}, round {job.number}: a client failed ({reply.error.reason}). All complete rounds are "
-                    "saved. Fix the client, and start the same run again."
+                    "saved. Fix the client, and repeat the same command."
                 )
             result, description = _read_result(reply.content)
             if result.client not in described:
@@ -68,10 +76,10 @@ def over_flower(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> Trai
                 _log.info(description)
             results += [result] if result.tensors else []
         if not results:
-            raise CheckpointError(f"{arm}: no client has the rows of one batch. Choose a smaller data.batch_size.")
+            raise ClientError(f"data.batch_size: no client has the rows of one batch ({arm}). Choose a smaller batch.")
         numbers = [result.client for result in results]
         if twice := [number for number in numbers if numbers.count(number) > 1]:
-            raise CheckpointError(
+            raise ClientError(
                 f"Two clients have the number {twice[0]}. Give each SuperNode another partition-id (--node-config)."
             )
         return results
@@ -80,12 +88,12 @@ def over_flower(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> Trai
 
 
 def _wait_for_clients(grid: Grid, count: int) -> list[int]:
-    """Return the nodes of the connected clients, once there are enough."""
+    """Wait until `count` clients are connected, and return their nodes."""
     nodes = list(grid.get_node_ids())
     if len(nodes) < count:
         _log.info(f"{len(nodes)} of {count} clients are connected. Waiting for the others.")
     while len(nodes) < count:
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
         nodes = list(grid.get_node_ids())
     return nodes[:count]
 
@@ -106,7 +114,7 @@ def _read_result(content: RecordDict) -> tuple[ClientResult, str]:
 
 
 def make_client_app(parse: ParseFit) -> ClientApp:
-    """Return the app of a client, which trains on its own rows when the server asks.
+    """Return the app of a client, which trains on its own rows when the server sends a message.
 
     Args:
         parse: Parser of `fit`.
@@ -117,12 +125,12 @@ def make_client_app(parse: ParseFit) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         values = cast(Mapping[str, Any], message.content["job"])
         node = {key: context.node_config.get(key) for key in ("data", "partition-id", "num-partitions")}
-        bench, client = _open_client(parse, values["plan"], values["arm"], tuple(values["words"]), *node.values())
+        learner, client = _open_client(parse, values["plan"], values["arm"], tuple(values["words"]), *node.values())
         tensors: Tensors = dict(cast(ArrayRecord, message.content["tensors"]).to_torch_state_dict())
         job = Job(values["number"], cast(Train, values["side"]), values["steps"], values["before"], values["total"])
         result = ClientResult(client.number, len(client.rows), 0.0, {})
         if client.can_train:
-            result = bench.train(client, job, tensors)
+            result = learner.train(client, job, tensors)
         numbers = {"client": result.client, "rows": result.rows, "loss": result.loss}
         records = {
             "tensors": ArrayRecord(result.tensors),
@@ -136,23 +144,31 @@ def make_client_app(parse: ParseFit) -> ClientApp:
 
 @lru_cache(maxsize=1)  # A process may get many messages, and building a model takes seconds.
 def _open_client(
-    parse: ParseFit, plan: str, arm: Arm, words: tuple[str, ...], data: str | None, number: int | None, of: int | None
-) -> tuple[Bench, Client]:
+    parse: ParseFit,
+    plan_json: str,
+    arm: Arm,
+    words: tuple[str, ...],
+    data: str | None,
+    number: int | None,
+    partitions: int | None,
+) -> tuple[Learner, Client]:
     """Return model, data and rows of a client.
 
     Raises:
-        CheckpointError: If the node does not say which rows it has.
+        ClientError: If `--node-config` does not decide the client's rows.
     """
-    opened = Plan.from_json(plan)
-    config = Plan((*opened.words, *words), opened.clients, opened.rounds, opened.local_steps).config(arm, parse)
-    if number is None or (data is None and of != opened.clients):
-        raise CheckpointError(
-            f"--node-config: partition-id is {number} and num-partitions {of}. Give each of {opened.clients} clients "
-            f'a partition-id, and its own data="PATH" or num-partitions={opened.clients}.'
+    plan = Plan.from_json(plan_json)
+    config = replace(plan, words=(*plan.words, *words)).config(arm, parse)
+    is_part = data is None and partitions == plan.clients
+    if type(number) is not int or number < 0 or not (data is not None or (is_part and number < plan.clients)):
+        raise ClientError(
+            f"--node-config: partition-id is {number!r} and num-partitions {partitions!r}. Give each of {plan.clients} "
+            f'clients a partition-id from 0 to {plan.clients - 1}, and its own data="PATH" or '
+            f"num-partitions={plan.clients}."
         )
-    bench = Bench(config, Path(), data)
-    bench.inspect(bench.data)
-    size = bench.data.training_size
+    learner = Learner(config, Path(), data)
+    learner.read_training_rows(learner.data)
+    size = learner.data.training_size
     if data is not None:
-        return bench, Client(number, bench.data, torch.arange(size))
-    return bench, Client(number, bench.data, opened.split(size, bench.data.training_labels, bench.seed)[number])
+        return learner, Client(number, learner.data, torch.arange(size))
+    return learner, Client(number, learner.data, plan.split(size, learner.data.training_labels, learner.seed)[number])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from app.config.fit_keys import ParseFit
 from app.config.precedence import dotted
+from datamodules.errors import counted
 from datamodules.loading.partition import dirichlet_partition, iid_partition
 from modules.adapters.config import Train
 
@@ -25,20 +26,22 @@ TRAINER_KEYS = (  # keys of the trainer that apply to each client and to each ev
     *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "deterministic"),
     *("limit_val_batches", "limit_test_batches"),
 )
+LARGEST_ALPHA = 1e9  # With this α, each client has the class mix of all rows. Sums of larger values can overflow.
+CLIENTS = "--clients"  # key of the number or the data of the clients, in every plan
 IGNORED = ("data.num_workers", "data.predict_path")  # keys that do not change the result
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained where.
+    """Options of a federated training.
 
     Args:
         words: Options of `fit`, with the recipe.
         clients: Number of clients.
         rounds: Number of rounds.
         local_steps: Optimizer steps of each client in a round.
-        alpha: Concentration of a Dirichlet partition; None splits the rows at random.
-        folders: Data of each client; empty if the recipe's training rows are split.
+        alpha: Concentration of a Dirichlet partition; None for a split at random.
+        folders: Folder or file with the data of each client; empty if the recipe's training rows are split.
     """
 
     words: tuple[str, ...]
@@ -49,7 +52,7 @@ class Plan:
     folders: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Return the plan as text."""
+        """Return the plan as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -75,7 +78,11 @@ class Plan:
             ArgumentError: If there are fewer rows than clients, or a Dirichlet partition has no classes to draw.
         """
         if size < self.clients:
-            raise ArgumentError(None, f"--clients: {size} training rows are fewer than {self.clients} clients.")
+            raise ArgumentError(
+                None,
+                f"--clients: {counted(size, 'training row is', 'training rows are')} fewer than {self.clients} "
+                "clients. Give a smaller number.",
+            )
         if self.alpha is None:
             return iid_partition(size, self.clients, seed)
         if labels is None or labels.is_floating_point():
@@ -87,7 +94,7 @@ class Plan:
     def config(self, arm: Arm, parse: ParseFit) -> Namespace:
         """Return the configuration of an arm, parsed as `fit` parses the options.
 
-        All arms start from the same factors. They differ only in `model.adapter.train`.
+        All arms start from the same factors. The configurations of the arms differ only in `model.adapter.train`.
 
         Raises:
             ArgumentError: If `fit` would reject the options, or the options do not fit a federated training.
@@ -119,7 +126,7 @@ class Plan:
         return config
 
     def fixed_keys(self, config: Namespace) -> dict[str, Any]:
-        """Return all values that decide the result, by key, as JSON has them. The arm is not among them."""
+        """Return all values that decide the result of every arm, by key, as JSON values."""
         trainer = config.trainer.as_dict()
         sections = {
             "model": config.model.as_dict(),
@@ -128,7 +135,7 @@ class Plan:
         }
         keys = dotted(sections) | {
             "seed_everything": config.seed_everything,
-            "--clients": list(self.folders) or self.clients,
+            CLIENTS: list(self.folders) or self.clients,
             "--rounds": self.rounds,
             "--local_steps": self.local_steps,
             "--partition": self.partition,
@@ -138,7 +145,7 @@ class Plan:
 
 
 def seed_of(config: Namespace) -> int:
-    """Return the seed of a configuration; 0 without a number."""
+    """Return the seed of a configuration; 0 if `seed_everything` is no number."""
     seed = config.seed_everything
     return 0 if seed is None or isinstance(seed, bool) else int(seed)
 
@@ -163,9 +170,11 @@ def parse_partition(text: str) -> float | None:
         alpha = float(match[1]) if match else math.nan
     except ValueError:
         alpha = math.nan
-    if not 0 < alpha < math.inf:
+    if not 0 < alpha <= LARGEST_ALPHA:
         raise ArgumentError(
-            None, f"--partition: {text!r:.80} is not known. Use iid, or dirichlet:ALPHA with ALPHA above 0."
+            None,
+            f"--partition: {text!r:.80} is not known. Use iid, or dirichlet:ALPHA with ALPHA above 0 and at most "
+            f"{LARGEST_ALPHA:g}.",
         )
     return alpha
 
@@ -174,8 +183,8 @@ def check_arms(arms: Sequence[str], own_data: bool) -> list[Arm]:
     """Return the arms of `--arms` in their order, each once.
 
     Args:
-        arms: The words of the option; empty for all arms that are possible.
-        own_data: True if each client has its own data, which are never in one place.
+        arms: Values of the option; empty for all possible arms.
+        own_data: True if each client has its own data, so that no data set has the rows of all clients.
 
     Raises:
         ArgumentError: For an unknown arm, or for centralised with own data.

@@ -1,11 +1,11 @@
-"""Rounds of the server: average the clients' tensors, evaluate, and save each round, so that a killed command resumes.
+"""Rounds of the server: average the clients' tensors, evaluate and save each round. A killed command can resume.
 
     DIR/federation.json          values that decide the result
     DIR/rounds.csv               metrics after each round, for all arms
     DIR/ARM/round.safetensors    the global model after the last complete round, with the metrics of all rounds
 
 A round is complete when its file has replaced the file of the previous round. Each client's training depends on the
-global model, the round and the seed alone. So a resumed arm ends with the same tensors as an undisturbed arm.
+global model, the round and the seed alone. A resumed arm therefore ends with the same tensors as an uninterrupted arm.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 from jsonargparse import ArgumentError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
-from app.federated.plan import ARMS, Arm, Plan, trained_side
-from app.federated.training import Bench, Client, ClientResult, Job, Tensors
-from datamodules.atomic import atomic_write, atomic_write_text
+from app.federated.plan import ARMS, CLIENTS, Arm, Plan, trained_side
+from app.federated.training import Client, ClientResult, Job, Learner, Tensors
+from datamodules.atomic import WriteError, atomic_write, atomic_write_text
 from datamodules.errors import CheckpointError, ModelError
 from modules.adapters.config import Train
 from modules.adapters.state import state_problems
@@ -54,32 +55,41 @@ class Round:
     history: list[Record]
 
 
-def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
-    """Record the values that decide the result, or compare the values with those of an earlier command.
-
-    Before the first round's file, an earlier command has failed, and its values are replaced.
+def refuse_other_files(folder: Path) -> None:
+    """Refuse a directory that no federated training has written. No file is changed.
 
     Raises:
-        ArgumentError: If the folder holds something else, or a federated training with other values.
-        WriteError: If the file cannot be written.
+        ArgumentError: If the directory holds other files, or cannot be read.
     """
-    path = folder / FEDERATION
-    if not any((folder / arm / ROUND).exists() for arm in ARMS):
-        own = (FEDERATION, *ARMS)  # a killed command may leave the empty folder of an arm
-        others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in own]
-        if others:
-            raise ArgumentError(
-                None, f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory."
-            )
-        with atomic_write_text(path) as file:
-            file.write(json.dumps(dict(keys), indent=1, ensure_ascii=False) + "\n")
+    if CLIENTS in _read_keys(folder):
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArgumentError(None, f"--output: {path} cannot be read ({error}). Give another directory.") from error
+        others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ArgumentError(
+            None, f"--output: {folder} cannot be read ({error.strerror}). Give another directory."
+        ) from error
+    if others:
+        raise ArgumentError(
+            None, f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory."
+        )
+
+
+def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
+    """Record the values that decide the result, or compare them with the recorded values.
+
+    If no arm has a round's file, an earlier command failed before its first round. Its record is then replaced.
+
+    Raises:
+        ArgumentError: If the folder holds other files, or a federated training with other values.
+        WriteError: If the file cannot be written.
+    """
+    refuse_other_files(folder)
+    if not any((folder / arm / ROUND).exists() for arm in ARMS):
+        with atomic_write_text(folder / FEDERATION) as file:
+            file.write(json.dumps(dict(keys), indent=1, ensure_ascii=False) + "\n")
+        return
+    before = _read_keys(folder)
     for key in sorted(before.keys() | keys.keys()):
         if before.get(key) != keys.get(key):
             raise ArgumentError(
@@ -89,7 +99,21 @@ def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
             )
 
 
-def read_round(folder: Path, expected: Mapping[str, Any] | None = None) -> Round | None:
+def _read_keys(folder: Path) -> dict[str, Any]:
+    """Return the values that `open_federation` recorded; empty if there is no record."""
+    path = folder / FEDERATION
+    if not path.exists():
+        return {}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArgumentError(None, f"--output: {path} cannot be read ({error}). Give another directory.") from error
+    return before
+
+
+def read_round(folder: Path, expected: Mapping[str, Tensor] | None = None) -> Round | None:
     """Return the last complete round of an arm, or None before the first.
 
     Args:
@@ -111,15 +135,36 @@ def read_round(folder: Path, expected: Mapping[str, Any] | None = None) -> Round
         number, history = content["round"], content["history"]
         if type(number) is not int or not isinstance(history, list) or len(history) != number + 1:
             raise ValueError("its history is incomplete")
+        if not all(_is_record(record, number > 0) for number, record in enumerate(history)):
+            raise ValueError("its history has no metrics")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("a tensor is not finite")
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"--output: {path} cannot be read ({error}). Remove the file to train this arm again."
         ) from error
-    if expected is not None and (problems := state_problems(expected, tensors)):
+    if expected is not None and (problems := tensor_problems(expected, tensors)):
         raise CheckpointError(
             f"--output: {path} does not fit the model: {'; '.join(problems)}. Remove the file to train this arm again."
         )
     return Round(number, tensors, history)
+
+
+def _is_record(record: Any, is_trained: bool) -> bool:
+    """Return True for the metrics of a round, as `run_arm` and `next_round` record them."""
+    required = ("round", *(("average_error", "clients", "bytes") if is_trained else ()))
+    return isinstance(record, dict) and all(
+        isinstance(record.get(key), int | float) for key in {*required, *record} - {"arm"}
+    )
+
+
+def tensor_problems(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> list[str]:
+    """Return the reasons why tensors do not fit: names, shapes and dtypes."""
+    return state_problems(expected, actual) + [
+        f"{name} is {tensor.dtype}, not {expected[name].dtype}"
+        for name, tensor in actual.items()
+        if name in expected and tensor.dtype != expected[name].dtype
+    ]
 
 
 def write_round(folder: Path, state: Round) -> None:
@@ -128,7 +173,10 @@ def write_round(folder: Path, state: Round) -> None:
     Raises:
         WriteError: If the file cannot be written. The previous round is then kept.
     """
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise WriteError(folder, error.strerror or str(error)) from error
     content = {"format": FORMAT, "round": state.number, "history": state.history}
     with atomic_write(folder / ROUND) as file:
         file.write(save(state.tensors, metadata={SECTION: json.dumps(content)}))
@@ -145,15 +193,15 @@ def write_rounds(folder: Path) -> None:
 
 
 def run_arm(
-    arm: Arm, plan: Plan, bench: Bench, train: TrainClients, folder: Path, report: Callable[[Record], None]
+    arm: Arm, plan: Plan, learner: Learner, train: TrainClients, folder: Path, report: Callable[[Record], None]
 ) -> Round:
     """Train an arm to its last round, from its last complete round on.
 
     Args:
         arm: The arm. For centralised, `train` trains one client with all rows.
         plan: The plan.
-        bench: Model and data with which the global model is evaluated. The model has its heads.
-        train: Trains all clients of a round.
+        learner: Model and data with which the global model is evaluated. The model has its heads.
+        train: Function that trains all clients of a round.
         folder: The directory of the federated training.
         report: Called with the metrics of each new round.
 
@@ -165,30 +213,31 @@ def run_arm(
         CheckpointError: If the file of the last round is damaged.
         WriteError: If a file cannot be written.
     """
-    place = folder / arm
-    state = read_round(place, bench.state())
+    arm_folder = folder / arm
+    state = read_round(arm_folder, learner.state())
     if state is None:
-        state = Round(0, bench.state(), [{"arm": arm, "round": 0, **bench.validate()}])
-        write_round(place, state)
+        state = Round(0, learner.state(), [{"arm": arm, "round": 0, **learner.validate()}])
+        write_round(arm_folder, state)
         report(state.history[0])
     elif state.number < plan.rounds:
         _log.info(f"{arm} continues after round {state.number} of {plan.rounds}.")
     else:
-        _log.info(f"{arm} has all its rounds already.")
+        _log.info(f"{arm} is complete: all {plan.rounds} rounds are in {arm_folder / ROUND}.")
+    write_rounds(folder)  # A command that was killed after `write_round` has not listed its last round.
     steps = plan.local_steps * (plan.clients if arm == "centralised" else 1)
     while state.number < plan.rounds:
         number = state.number + 1
         job = Job(number, trained_side(arm, number), steps, state.number * steps, plan.rounds * steps)
-        state = next_round(arm, bench, state, job.side, train(state.tensors, job))
-        write_round(place, state)
+        state = next_round(arm, learner, state, job.side, train(state.tensors, job))
+        write_round(arm_folder, state)
         write_rounds(folder)
         report(state.history[-1])
-    bench.load(state.tensors)
+    learner.load(state.tensors)
     return state
 
 
-def next_round(arm: Arm, bench: Bench, state: Round, side: Train, results: Sequence[ClientResult]) -> Round:
-    """Return the global model after a round: the average of the clients' tensors by their numbers of rows.
+def next_round(arm: Arm, learner: Learner, state: Round, side: Train, results: Sequence[ClientResult]) -> Round:
+    """Return the global model after a round: the average of the clients' tensors, weighted by their numbers of rows.
 
     The record of the round has the metrics of validation, and:
 
@@ -198,18 +247,18 @@ def next_round(arm: Arm, bench: Bench, state: Round, side: Train, results: Seque
     """
     results = sorted(results, key=lambda result: result.client)
     for result in results:
-        check_result(result, state.tensors, bench.trained_names(side), f"{arm}, round {state.number + 1}")
+        check_result(result, state.tensors, learner.trained_names(side), f"{arm}, round {state.number + 1}")
     weights = [result.rows for result in results]
     averaged = average([result.tensors for result in results], weights)
     tensors = state.tensors | averaged
-    updates = [bench.updates(state.tensors | result.tensors) for result in results]
-    bench.load(tensors)
+    updates = [learner.updates(state.tensors | result.tensors) for result in results]
+    learner.load(tensors)
     record = {
         "arm": arm,
         "round": state.number + 1,
-        **bench.validate(),
+        **learner.validate(),
         "train/loss": sum(result.loss * result.rows for result in results) / sum(weights),
-        "average_error": average_error(bench.updates(tensors), updates, weights),
+        "average_error": average_error(learner.updates(tensors), updates, weights),
         "clients": len(results),
         "bytes": sum(result.bytes for result in results) / len(results),
     }
@@ -217,7 +266,7 @@ def next_round(arm: Arm, bench: Bench, state: Round, side: Train, results: Seque
 
 
 def check_result(result: ClientResult, tensors: Tensors, names: Collection[str], where: str) -> None:
-    """Check what a client has sent: the trained tensors, finite, with the global model's shapes and dtypes, and rows.
+    """Check the names, shapes, dtypes and values of a client's tensors, and that the client has rows.
 
     Args:
         result: The client's result.
@@ -229,11 +278,13 @@ def check_result(result: ClientResult, tensors: Tensors, names: Collection[str],
         ModelError: If the result cannot be averaged.
     """
     expected = {name: tensors[name] for name in names}
-    problems = state_problems(expected, result.tensors)
-    problems += [f"{n} is {t.dtype}" for n, t in result.tensors.items() if n in names and t.dtype != expected[n].dtype]
+    problems = tensor_problems(expected, result.tensors)
     problems += ["it has no rows"] if result.rows < 1 else []
     if problems:
-        raise ModelError(f"{where}: the result of client {result.client} does not fit ({'; '.join(problems)}).")
+        raise ModelError(
+            f"{where}: the result of client {result.client} does not fit the model ({'; '.join(problems)}). Run the "
+            "same version of this program on all clients."
+        )
     for name, tensor in result.tensors.items():
         if not tensor.isfinite().all():
             raise ModelError(
@@ -242,10 +293,10 @@ def check_result(result: ClientResult, tensors: Tensors, names: Collection[str],
             )
 
 
-def in_process(bench: Bench, clients: Sequence[Client]) -> TrainClients:
+def in_process(learner: Learner, clients: Sequence[Client]) -> TrainClients:
     """Return a function that trains clients one after the other in this process."""
 
     def train(tensors: Tensors, job: Job) -> list[ClientResult]:
-        return [bench.train(client, job, tensors) for client in clients]
+        return [learner.train(client, job, tensors) for client in clients]
 
     return train

@@ -27,7 +27,7 @@ from modules.adapters.config import Train
 from modules.analysis.combination import Update
 from modules.base import AdaptedModule
 
-MOST = 20  # classes of a client in a line
+LISTED_CLASSES = 20  # classes in the description of a client
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
 
@@ -39,7 +39,7 @@ class Client:
     Args:
         number: Number of the client, from 0. The order of the client's batches depends on the number.
         data: The data module.
-        rows: Rows of the data module's training rows, (rows,) int64.
+        rows: Indices of the client's rows among the data module's training rows, (rows,) int64.
     """
 
     number: int
@@ -52,13 +52,13 @@ class Client:
         return len(self.rows) >= self.data.batch_size
 
     def description(self) -> str:
-        """Return the number of rows, and the number of rows of each class that the client has."""
+        """Return a line with the client's number of rows, in all and of each class."""
         text = f"client {self.number}: {len(self.rows):,} rows"
         names, labels = getattr(self.data, "class_names", None), self.data.training_labels
         if names and labels is not None and not labels.is_floating_point():
             counts = labels[self.rows].bincount(minlength=len(names)).tolist()
             listed = [f"{name}: {count:,}" for name, count in zip(names, counts, strict=True) if count]
-            text += f" ({', '.join(listed[:MOST])}{', …' if len(listed) > MOST else ''})"
+            text += f" ({', '.join(listed[:LISTED_CLASSES])}{', …' if len(listed) > LISTED_CLASSES else ''})"
         if not self.can_train:
             text += f"; skipped, since a batch has {self.data.batch_size} rows (data.batch_size)"
         return text
@@ -66,7 +66,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Job:
-    """The training of a client in a round.
+    """Settings of a client's training in one round.
 
     Args:
         number: Number of the round, from 1.
@@ -85,7 +85,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class ClientResult:
-    """What a client returns to the server.
+    """Result that a client returns to the server.
 
     Args:
         client: Number of the client.
@@ -105,12 +105,12 @@ class ClientResult:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
-class Bench:
-    """Model and data of a recipe, for one client after the other and for the evaluation of the global model.
+class Learner:
+    """Model and data of a recipe: train one client after the other, and evaluate the global model.
 
     Args:
         config: Configuration of `fit`.
-        folder: Folder in which Lightning may write; nothing is written as a rule.
+        folder: Lightning's `default_root_dir`. Loggers and checkpoints are off, so Lightning writes nothing.
         path: Data in place of the recipe's `data.path`.
     """
 
@@ -124,34 +124,36 @@ class Bench:
         """Return the recipe's data module, or the same data module with other data.
 
         Raises:
-            ArgumentError: If the data module is not one of this program, which can train on a part of the rows.
+            ArgumentError: If the data module does not derive from `ResumableDataModule`.
         """
-        described = self.config if path is None else self.config.clone()
+        config = self.config if path is None else self.config.clone()
         if path is not None:
-            described.data.init_args.path = path
-        data: Any = _construct(L.LightningDataModule, "data", described)
+            config.data.init_args.path = path
+        data: Any = _construct(L.LightningDataModule, "data", config)
         if not isinstance(data, ResumableDataModule):
             raise ArgumentError(
-                None, f"data: {self.config.data.class_path} cannot train on a part of its rows. Use a data module on "
-                "ResumableDataModule."
-            )  # fmt: skip
+                None,
+                f"data: {self.config.data.class_path} cannot train on a part of its rows. Use a data module that "
+                "derives from ResumableDataModule.",
+            )
         data.caches_validation = True
         return data
 
-    def inspect(self, data: ResumableDataModule) -> None:
+    def read_training_rows(self, data: ResumableDataModule) -> None:
         """Read the training rows of a data module, and set its `training_size` and `training_labels`.
 
         The heads of the model get their shapes from the classes of the first data module.
         """
         data.part = Part(torch.empty(0, dtype=torch.int64), 0, 0, 0)
-        self._trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0, callbacks=[TrainingRows()]).fit(
-            self.module, datamodule=data
+        trainer = self._trainer(
+            max_epochs=1, limit_train_batches=0, limit_val_batches=0, callbacks=[BuildTrainLoader()]
         )
+        trainer.fit(self.module, datamodule=data)
 
     def train(self, client: Client, job: Job, state: Mapping[str, Tensor]) -> ClientResult:
         """Train a client from the global model for some optimizer steps, with a new optimizer.
 
-        The result depends on the arguments and the configuration alone, and not on earlier calls.
+        The result depends only on the arguments and the configuration. Earlier calls do not change the result.
 
         Args:
             client: The client.
@@ -171,7 +173,7 @@ class Bench:
         return ClientResult(client.number, len(client.rows), loss, self.trained())
 
     def trained_names(self, side: Train) -> set[str]:
-        """Return the names of the factors of a side and of the heads, and train these from now on."""
+        """Set the trained side, and return the names of all trained tensors: factors of the side, and heads."""
         set_trained(self.module.backbone, side)
         return {name for name, p in self.module.named_parameters() if p.requires_grad}
 
@@ -197,23 +199,20 @@ class Bench:
 
     def updates(self, state: Mapping[str, Tensor]) -> list[Update]:
         """Return the updates s·B·A of all adapted projections for tensors of this model."""
-        pairs = [(layer, f) for layer, f in adapted_projections(self.module.backbone).values()]
-        return [
-            Update(
-                state[f"backbone.{f.projection.layer}.adapters.{f.projection.role}.A"],
-                state[f"backbone.{f.projection.layer}.adapters.{f.projection.role}.B"],
-                f.scale,
-            )
-            for _, f in pairs
-        ]
+        updates = []
+        for _, factors in adapted_projections(self.module.backbone).values():
+            prefix = f"backbone.{factors.projection.layer}.adapters.{factors.projection.role}"
+            updates.append(Update(state[f"{prefix}.A"], state[f"{prefix}.B"], factors.scale))
+        return updates
 
     def _trainer(self, **keys: Any) -> L.Trainer:
-        """Return a trainer with the recipe's precision and device that logs and saves nothing."""
+        """Return a trainer with the recipe's precision and device. The trainer logs and saves nothing."""
         recipe = self.config.trainer
         accelerator = recipe.accelerator
-        chosen = accelerator if isinstance(accelerator, str) else construct(Accelerator, accelerator)  # type: ignore[type-abstract]
+        if not isinstance(accelerator, str):
+            accelerator = construct(Accelerator, accelerator)  # type: ignore[type-abstract]
         return L.Trainer(
-            accelerator=chosen,
+            accelerator=accelerator,
             devices=1,
             **{key: recipe[key] for key in TRAINER_KEYS} | keys,
             logger=False,
@@ -225,11 +224,11 @@ class Bench:
         )
 
 
-class TrainingRows(L.Callback):
-    """Make the training loader without training."""
+class BuildTrainLoader(L.Callback):
+    """Build the training loader of a fit without training batches, for which Lightning would skip the loader."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the loader, on the device of the model."""
+        """Build the loader, after Lightning has moved the model to its device."""
         trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
 
 
@@ -238,7 +237,11 @@ def _scores(results: list[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _construct(base: type[T], section: str, config: Namespace) -> T:
-    """Return an instance of a section's class; an error of the constructor names the section."""
+    """Return an instance of a section's class.
+
+    Raises:
+        ArgumentError: If the constructor fails. The message names the section.
+    """
     try:
         return construct(base, config[section])
     except Exception as error:

@@ -108,13 +108,17 @@ def remove_if_empty(run: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, option: str = "ckpt_path") -> Iterator[None]:
     """Lock a run directory against training by other processes. The kernel releases the lock when this process ends.
 
     If the file system has no locks, warn and continue without a lock.
 
     The lock belongs to this process, not to the file's handle. Worker processes inherit the handle, and may live on for
     seconds after this process was killed.
+
+    Args:
+        run: The directory.
+        option: Option or key that names the directory, for the message.
 
     Raises:
         RunTaken: If another process holds the lock.
@@ -131,9 +135,10 @@ def locked(run: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in LOCK_HELD:
                 file.seek(0)
+                remedy = "start a new run from a copy of the checkpoint" if option == "ckpt_path" else "choose another"
                 raise RunTaken(
-                    f"ckpt_path: {file.read().strip() or 'another process'} trains in {run}. Wait until "
-                    "the training ends, or start a new run from a copy of the checkpoint."
+                    f"{option}: {file.read().strip() or 'another process'} trains in {run}. Wait until "
+                    f"the training ends, or {remedy}."
                 ) from error
             _log.warning(f"{run} cannot be locked here ({error.strerror}): do not train in it twice at once.")
         else:

@@ -12,7 +12,7 @@ from app.config.yaml_files import checked_yaml
 from app.console import console_logging, quiet_libraries
 from app.federated.flower import make_client_app
 
-# Flower finds the names of the apps without running this file.
+# Flower looks these two names up in the source, without an import.
 server_app = make_server_app(parse_fit)
 client_app = make_client_app(parse_fit)
 
@@ -20,7 +20,7 @@ client_app = make_client_app(parse_fit)
 @server_app.lifespan()
 @client_app.lifespan()
 def as_in_main(context: Context) -> Iterator[None]:
-    """Restrict imports and check YAML, as `main.py` does."""
+    """Set up logging, restrict imports and check YAML, as `main.py` does."""
     quiet_libraries()
     with console_logging(), restricted_imports(), checked_yaml():
         yield

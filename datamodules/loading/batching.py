@@ -88,13 +88,13 @@ class EpochSampler(Sampler[Draw]):
 class PartSampler(Sampler[Draw]):
     """Draws of some rows of a data set, in consecutive batches of an endless training on these rows.
 
-    Batch k of the training is batch k % n of epoch k // n, with n whole batches in an epoch. So a training that is cut
-    into parts draws the same batches as an uncut training.
+    Batch k of the training is batch k % n of epoch k // n, with n complete batches in an epoch. Training in parts
+    therefore draws the same batches as one uninterrupted training.
 
     Args:
-        rows: The rows, (rows,) int64; at least one batch.
-        first: Batches of the training before this part.
-        batches: Batches of this part.
+        rows: Indices of the rows, (rows,) int64; at least one batch.
+        first: Number of batches of the training before this part.
+        batches: Number of batches of this part.
         batch_size: Rows in a batch.
         seed: Seed of the order.
         lengths: Length of each row of the data set, as for `EpochSampler`.
@@ -111,9 +111,9 @@ class PartSampler(Sampler[Draw]):
         lengths: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> None:
-        own = [None if values is None else values[rows] for values in (lengths, labels)]
+        of_rows = [None if values is None else values[rows] for values in (lengths, labels)]
         self.rows, self.first, self.batches, self.batch_size = rows, first, batches, batch_size
-        self.epochs = EpochSampler(len(rows), 1, 0, batch_size, seed, *own)
+        self.epochs = EpochSampler(len(rows), 1, 0, batch_size, seed, *of_rows)
 
     def __len__(self) -> int:
         return self.batches * self.batch_size

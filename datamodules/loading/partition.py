@@ -27,7 +27,7 @@ def dirichlet_partition(labels: Tensor, clients: int, alpha: float, seed: int) -
 
     The mix of a client is drawn from Dir(α·p), with p the class mix of all rows. The client then draws the class of
     each of its rows from this mix, and a row of this class without replacement. When a class has no rows left, the mix
-    is renormalised over the other classes. So the last clients get what is left.
+    is renormalised over the other classes. The last clients therefore get the classes that still have rows.
 
     Args:
         labels: Class of each row, (rows,) int64.
@@ -36,16 +36,16 @@ def dirichlet_partition(labels: Tensor, clients: int, alpha: float, seed: int) -
         seed: Seed of the mixes and of the rows.
 
     Returns:
-        The sorted rows of each client, (rows,) int64. Sizes differ by one row at most.
+        The sorted rows of each client, (rows,) int64. The sizes differ by one row at most.
     """
     generator = np.random.default_rng(seed)
-    classes, of_row = np.unique(labels.numpy(), return_inverse=True)
-    pools = [generator.permutation(np.flatnonzero(of_row == k)).tolist() for k in range(len(classes))]
+    classes, class_of_row = np.unique(labels.numpy(), return_inverse=True)
+    pools = [generator.permutation(np.flatnonzero(class_of_row == k)).tolist() for k in range(len(classes))]
     left = np.array([len(pool) for pool in pools])
     prior = left / left.sum()
     parts = []
-    for size in (len(part) for part in np.array_split(of_row, clients)):
-        # Normalised Gamma variables are Dirichlet. With a tiny α all of them can be 0: one class is then drawn.
+    for size in (len(part) for part in np.array_split(class_of_row, clients)):
+        # Normalised Gamma variables are Dirichlet. A tiny α can round all of them to 0. One class is then drawn.
         mix = generator.standard_gamma(alpha * prior)
         if not mix.any():
             mix[generator.choice(len(mix), p=prior)] = 1.0

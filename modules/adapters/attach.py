@@ -108,7 +108,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 def set_trained(model: nn.Module, train: Train) -> None:
     """Train A, B or both factors of every adapter from now on. The values of the factors do not change.
 
-    An optimizer that was built before still holds the earlier factors.
+    An existing optimizer keeps its parameters: build a new optimizer.
     """
     for layer in adapted_layers(model).values():
         for factors in layer.factors():

@@ -1,11 +1,11 @@
 """Chains of adapters: a finished link is merged into W, and the next link starts with new factors.
 
-A chain trains one adapter of rank r after the other (RAC-LoRA, Malinovsky et al. 2024, arXiv 2410.08305; with both
-factors trained, COLA, Xia et al. 2024, arXiv 2401.04151). After k links, the update Σ sᵢ·Bᵢ·Aᵢ can have rank k·r, while
-gradients and optimizer states have the size of one link.
+A chain trains several adapters of rank r one after the other, its links (RAC-LoRA, Malinovsky et al. 2024, arXiv
+2410.08305). With both factors trained, the method is COLA (Xia et al. 2024, arXiv 2401.04151). After k links, the
+update Σ sᵢ·Bᵢ·Aᵢ can have rank k·r. Gradients and optimizer states have the size of one link.
 
-W is never saved. A chain keeps the factors of the merged links, and merges the links again into the pretrained W. A
-merge has the same bits on every device and with every number of threads: see `ordered_update`.
+A checkpoint never has W. It has the factors of the merged links. Loading merges these links into the pretrained W
+again. A merge has the same bits on every device and with every number of threads: see `ordered_update`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ordered_update(b: Tensor, a: Tensor, scale: float) -> Tensor:
     """Return s·B·A in float64, with the same bits on every device.
 
     A product of two float32 numbers is exact in float64. The r products of an entry are added in the order of the rank.
-    The order of a matrix product depends on the device and on the number of threads.
+    A matrix product would add in an order that depends on the device and on the number of threads.
 
     Args:
         b: B (d_out, r), float32.
@@ -52,14 +52,13 @@ class Chain:
     def __init__(self) -> None:
         self.links: list[Link] = []
         self.start = 0  # Optimizer step at which the current link began.
-        self.rounding = 0.0  # Error of the last merge by rounding to W's dtype, as a share of the update's norm.
+        self.rounding = 0.0  # Norm of the last merge's rounding error, relative to the norm of the update.
         self._pretrained: dict[str, Tensor] = {}
 
     def begin_link(self, model: nn.Module, config: AdapterConfig, step: int) -> list[nn.Parameter]:
-        """Merge the current factors into W, and draw the factors of the next link.
+        """Merge the current factors into W, and initialise the factors of the next link.
 
-        Both factors get their initial values again. The values depend on the seed and on the number of the link. `svd`
-        and `svd_minor` use the merged W.
+        Random initial values depend on the seed and on the number of the link. `svd` and `svd_minor` use the merged W.
 
         Args:
             model: A model with adapters.
@@ -67,7 +66,7 @@ class Chain:
             step: Optimizer step at which the next link begins.
 
         Returns:
-            The trained factors. Their optimizer states are of the merged link.
+            The trained factors. Their optimizer states belong to the merged link, and must be reset.
 
         Raises:
             AdapterError: If adapters are merged already.
@@ -79,7 +78,7 @@ class Chain:
 
     @torch.no_grad()
     def _merge(self, model: nn.Module, link: Link) -> None:
-        lost = total = 0.0
+        squared_error = squared_update = 0.0
         for name, layer in adapted_layers(model).items():
             if name not in self._pretrained:
                 self._pretrained[name] = layer.frozen.dense().to("cpu", copy=True)
@@ -90,14 +89,14 @@ class Chain:
                 rows, update = layer.weight[factors.projection.rows], ordered_update(b, a, factors.scale)
                 exact = rows.to(device).double() + update
                 rows.copy_(exact.to(rows.dtype))
-                lost += float((rows.to(device).double() - exact).square().sum())
-                total += float(update.square().sum())
-        self.rounding = math.sqrt(lost / total) if total else 0.0
+                squared_error += float((rows.to(device).double() - exact).square().sum())
+                squared_update += float(update.square().sum())
+        self.rounding = math.sqrt(squared_error / squared_update) if squared_update else 0.0
         self.links.append(link)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Restore the pretrained W, and forget the links. The factors of the current link stay."""
+        """Restore the pretrained W, and remove all merged links. The factors of the current link do not change."""
         for name, layer in adapted_layers(model).items():
             if name in self._pretrained:
                 layer.weight.copy_(self._pretrained[name])
@@ -158,8 +157,10 @@ def check_links(state: Any, factors: Link) -> list[Link]:
     if not isinstance(links, list) or type(state.get("start")) is not int or state["start"] < 0:
         raise AdapterError("The chain of the checkpoint is damaged. Use another checkpoint.")
     for number, link in enumerate(links, 1):
-        tensors = isinstance(link, dict) and all(isinstance(t, Tensor) and t.isfinite().all() for t in link.values())
-        problems = state_problems(factors, link) if tensors else ["a factor is no finite tensor"]
+        tensors = isinstance(link, dict) and all(
+            isinstance(t, Tensor) and t.is_floating_point() and t.isfinite().all() for t in link.values()
+        )
+        problems = state_problems(factors, link) if tensors else ["a factor is not a finite tensor"]
         if problems:
             raise AdapterError(
                 f"Link {number} of the checkpoint's chain does not fit the adapters: {'; '.join(problems)}. Use "
@@ -185,5 +186,5 @@ def _redraw(model: nn.Module, config: AdapterConfig, link: int) -> list[nn.Param
 
 
 def link_name(projection: str, link: int) -> str:
-    """Return the name from which the factors of a link are drawn; the first link has the projection's own name."""
+    """Return the name that seeds the factors of a link; for the first link, the name of the projection."""
     return projection if link == 1 else f"{projection}/link {link}"

@@ -52,9 +52,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """Chain of adapters: after some epochs, s·B·A is merged into W, and training goes on with new factors.
+    """Chain of adapters: after some epochs, s·B·A is merged into W, and training continues with new factors.
 
-    See the module `chain`.
+    `modules.adapters.chain` describes the method.
 
     Args:
         every_n_epochs: Epochs of a link, at least 1. The last link may be shorter. None is a single adapter, no chain.

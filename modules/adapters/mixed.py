@@ -15,11 +15,11 @@ from .state import adapted_layers, refuse_merged
 
 
 class RowWeights(NamedTuple):
-    """Weights of a linear layer by row of the batch.
+    """Weights of a linear layer for each adapter, and the adapter of each row of a batch.
 
     Args:
         weight: Weight of each adapter, (adapters, d_out, d_in).
-        bias: (adapters, d_out), or None.
+        bias: Bias of each adapter, (adapters, d_out), or None.
         adapter_index: Adapter of each row of the batch, (batch,).
     """
 
@@ -32,7 +32,7 @@ class RowLinear(nn.Module):
     """A linear layer in which each row of the batch has its own weight.
 
     Args:
-        weights: Weight and bias by row.
+        weights: Weights of the adapters, and the adapter of each row.
     """
 
     def __init__(self, weights: RowWeights) -> None:
@@ -67,8 +67,8 @@ def mixed_batch(
     A, the scale s and the enabled layers are those of the model's own adapter. If the input of a layer has k times as
     many rows as the batch, such as in beam search, k neighbours are one row of the batch.
 
-    An adapter that several rows share needs to be in `bs` once. A layer gathers the Bs of its rows during the forward
-    pass. The products are fastest if the last two dimensions of `bs` are a transposed view of contiguous Bᵀ.
+    `bs` has an adapter once, even if several rows share the adapter. Each layer gathers B for the rows in its forward
+    pass. The products are fastest if each tensor of `bs` is a transposed view of a contiguous Bᵀ.
 
     Args:
         model: A model with adapters.

@@ -1,7 +1,7 @@
-"""Average tensors of several clients, and measure how far averaged factors are from the average of the updates.
+"""Average tensors of several clients, and measure the error against the average of the clients' updates.
 
 The average of Bᵢ over one A gives the average of the updates: s·(Σ wᵢ·Bᵢ)·A = Σ wᵢ·s·Bᵢ·A. If A differs too, the
-product of the averages contains s·wᵢ·wⱼ·Bᵢ·Aⱼ for i ≠ j, which is no client's update (Sun et al. 2024, arXiv
+product of the averages contains terms s·wᵢ·wⱼ·Bᵢ·Aⱼ with i ≠ j, which belong to no client (Sun et al. 2024, arXiv
 2403.12313).
 """
 
@@ -32,9 +32,9 @@ def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
 
 @torch.no_grad()
 def average_error(averaged: Sequence[Update], clients: Sequence[Sequence[Update]], weights: Sequence[float]) -> float:
-    """Return the distance of averaged factors from the average of the clients' updates, relative to that average.
+    """Return the relative distance of the averaged factors' update from the average of the clients' updates.
 
-    The norm is the Frobenius norm over all weights together. No update is computed densely.
+    The norm is the Frobenius norm over all weights together. Updates are never computed as dense matrices.
 
     Args:
         averaged: Update of each adapted weight after averaging.
@@ -43,15 +43,15 @@ def average_error(averaged: Sequence[Update], clients: Sequence[Sequence[Update]
     """
     total = sum(weights)
     shares = [weight / total for weight in weights]
-    lost = square = 0.0
+    squared_error = squared_norm = 0.0
     for position, result in enumerate(averaged):
         exact = [update[position] for update in clients]
-        lost += _square([result, *exact], [-1.0, *shares])
-        square += _square(exact, shares)
-    return relative_loss(lost, square)
+        squared_error += _squared_norm([result, *exact], [-1.0, *shares])
+        squared_norm += _squared_norm(exact, shares)
+    return relative_loss(squared_error, squared_norm)
 
 
-def _square(updates: Iterable[Update], weights: Sequence[float]) -> float:
+def _squared_norm(updates: Iterable[Update], weights: Sequence[float]) -> float:
     """Return the squared Frobenius norm of Σ wᵢ·sᵢ·Bᵢ·Aᵢ, from QR decompositions of the stacked factors."""
     pairs = list(zip(updates, weights, strict=True))
     left = torch.linalg.qr(torch.cat([weight * u.scale * u.b.double() for u, weight in pairs], dim=1), mode="r").R

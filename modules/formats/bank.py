@@ -293,7 +293,7 @@ def save_bank(
 def _config_keys(config: AdapterConfig, slots: Sequence[Slot]) -> dict[str, Any]:
     """Return a configuration as JSON values, with one exact key of a pattern for each projection.
 
-    The chain is left out, since a bank has one adapter a run.
+    `chain` is left out, since a bank has one adapter for each run.
     """
     parts = [slot.projection for slot in slots]
     return {key: value for key, value in asdict(config).items() if key != "chain"} | {
@@ -350,7 +350,7 @@ class Bank:
         self._task: nn.Module | None = None
         self._layers: dict[str, str] = {}
         self._resident: Callable[[str], _Resident]
-        self._stacked: Tensor | None = None  # Memory for the adapters of a batch. New memory each time would be slow.
+        self._stacked: Tensor | None = None  # Buffer for the adapters of a batch. Allocating a new buffer is slow.
 
     @classmethod
     def open(cls, path: str | Path) -> Bank:
@@ -541,7 +541,7 @@ class Bank:
         projections = adapted_projections(self._model)
         device = next(iter(projections.values()))[1].B.device
         dtypes = {layer.frozen.dtype for layer, _ in projections.values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # A batch then casts nothing.
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # In the dtype of W, a batch needs no cast.
         row = torch.cat(
             [
                 adapter.config.scale_of(slot.projection)
@@ -583,15 +583,15 @@ class Bank:
         assert self._model is not None
         positions = {name: i for i, name in enumerate(dict.fromkeys(names))}
         chosen = [self._resident(name) for name in positions]
-        stacked, self._stacked = self._stacked, None  # Another batch must not overwrite this one.
+        stacked, self._stacked = self._stacked, None  # A second batch cannot overwrite the buffer of this batch.
         if stacked is None or len(stacked) < len(chosen):
-            with torch.inference_mode(False):  # Memory of the inference mode could not be used outside of it.
+            with torch.inference_mode(False):  # Outside inference mode, no inference tensor can be overwritten.
                 stacked = chosen[0].row.new_empty(len(chosen), len(chosen[0].row))
         rows = torch.stack([adapter.row for adapter in chosen], out=stacked[: len(chosen)])
         index = torch.tensor([positions[name] for name in names], device=rows.device)
         slots = self.shared.slots
         parts = rows.split([math.prod(slot.shape) for slot in slots], dim=1)
-        # Each part holds Bᵀ. `mT` shows it as B.
+        # Each part holds Bᵀ, and `mT` is a view of B.
         bs = {slot.name: part.unflatten(1, slot.shape[::-1]).mT for slot, part in zip(slots, parts, strict=True)}
         heads = {
             name: _row_weights([adapter.head[layer] for adapter in chosen], index)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import ModelError
-from modules.adapters import AdapterError, Chain, adapter_state
+from modules.adapters import AdapterConfig, AdapterError, Chain, Projection, adapter_state
 from modules.adapters.state import refuse_merged, state_problems
 from modules.training.frozen_digest import FrozenDigest
 from modules.training.optimization import Groups, OptimizerSpec
@@ -37,6 +37,8 @@ class CheckpointedModule(L.LightningModule):
     fingerprint: str  # Of each frozen tensor's first and last values, for older checkpoints without a digest.
     frozen_digest: FrozenDigest
     chain: Chain
+    adapter: AdapterConfig
+    projections: list[Projection]
 
     def saved_state(self) -> dict[str, Tensor]:
         """Return the tensors to save: trained parameters, both factors of each adapter, heads, changing buffers."""
@@ -79,7 +81,7 @@ class CheckpointedModule(L.LightningModule):
         keys.update({n: asdict(v) for n, v in keys.items() if is_dataclass(v) and not isinstance(v, type)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the pretrained weights match the checkpoint's digest, and merge the checkpoint's links into them.
+        """Check that the pretrained weights match the checkpoint's digest, and merge the links of its chain.
 
         Older checkpoints have a fingerprint of the first and last values of each weight instead of the digest.
 
@@ -105,6 +107,8 @@ class CheckpointedModule(L.LightningModule):
                 "values in the run's config.yaml (with weights: none, also seed_everything). If the file of weights "
                 "has changed, start a new run from the adapter with --model.adapter_path RUN/adapter."
             )
+        if CHAIN in checkpoint:
+            self._check_scale(checkpoint["hyper_parameters"].get("adapter"))
         try:
             self.chain.load_state(self.backbone, checkpoint.get(CHAIN))
         except AdapterError as error:
@@ -116,6 +120,30 @@ class CheckpointedModule(L.LightningModule):
             positions = [v for v in checkpoint.values() if isinstance(v, Mapping) and v.keys() >= POSITION]
             if positions:
                 checkpoint.setdefault(name, positions[0])
+
+    def _check_scale(self, saved: Any) -> None:
+        """Check that the merged links keep their scale s.
+
+        Args:
+            saved: Keys of the checkpoint's adapter.
+
+        Raises:
+            ModelError: If s of a projection differs, or the keys are damaged.
+        """
+        try:
+            trained = AdapterConfig(**saved)
+        except (TypeError, AdapterError) as error:
+            raise ModelError(
+                f"ckpt_path: the adapter's keys in the checkpoint are damaged ({error}). Use another checkpoint."
+            ) from error
+        for projection in self.projections:
+            before, now = trained.scale_of(projection), self.adapter.scale_of(projection)
+            if before != now:
+                raise ModelError(
+                    f"model.adapter.alpha: the scale of {projection.name} is {now:g}, and the checkpoint's chain has "
+                    f"merged links with the scale {before:g}. Set alpha, scaling and alpha_pattern to the values in "
+                    "the run's config.yaml."
+                )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load exactly the tensors that `saved_state` returns. `strict` has no effect.

@@ -236,11 +236,11 @@ def restart_schedule(scheduler: LambdaLR, groups: Groups, factor_of: Callable[[i
 
 
 def reset_states(optimizer: Optimizer, fresh: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Reset the optimizer's states of some parameters to the states before the first step.
+    """Reset the optimizer states of some parameters to their values before the first step.
 
     Args:
         optimizer: The optimizer.
-        fresh: A new optimizer of the same parameters. Some classes, such as Adagrad, have states before the first step.
+        fresh: A new optimizer of the same parameters. Some classes, such as Adagrad, create states at construction.
         parameters: The parameters.
     """
     for parameter in parameters:
@@ -282,12 +282,12 @@ class RangeTest:
             hook.remove()
 
 
-def steps_left(trainer: L.Trainer, last_epoch: int | None = None) -> int:
+def steps_left(trainer: L.Trainer, end_epoch: int | None = None) -> int:
     """Return the number of optimizer steps from the current position to the end of the run.
 
     Args:
         trainer: The trainer, in training.
-        last_epoch: Number of epochs after which to end the count, if the run does not end earlier.
+        end_epoch: Epochs after which the count ends, if the run does not end earlier. None is the end of the run.
     """
     loop, accumulated = trainer.fit_loop, trainer.accumulate_grad_batches
     epochs: Any = loop.epoch_progress.current
@@ -296,9 +296,9 @@ def steps_left(trainer: L.Trainer, last_epoch: int | None = None) -> int:
     epoch_is_over = batches.processed >= trainer.num_training_batches
     # Lightning steps after every `accumulated` batches and after the last batch of an epoch.
     steps_so_far = steps_per_epoch if epoch_is_over else batches.processed // accumulated
-    # At the start of an epoch, the epoch is ready and not started, and Lightning still has the last epoch's batches.
+    # In `on_train_epoch_start`, the epoch is ready and not started. `batches` then counts the previous epoch.
     steps_in_epoch = steps_so_far if min(epochs.ready, epochs.started) > epochs.processed else 0
-    ends = [epoch for epoch in (trainer.max_epochs, last_epoch) if epoch not in (None, -1)]
+    ends = [epoch for epoch in (trainer.max_epochs, end_epoch) if epoch not in (None, -1)]
     limits = [(min(ends) - epochs.processed) * steps_per_epoch - steps_in_epoch] if ends else []
     if trainer.max_steps != -1:
         limits.append(trainer.max_steps - trainer.global_step)

@@ -459,6 +459,16 @@ def test_what_a_chain_excludes_is_refused_at_the_start(
     assert not (cli.run() / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize("option", ["--model.adapter.alpha=99", "--model.adapter.alpha_pattern={query: 99}"])
+def test_merged_links_keep_their_scale(chained: CommandLine, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    last = f"--ckpt_path={chained.run() / 'checkpoints/last.ckpt'}"
+    before = Path(last.partition("=")[2]).read_bytes()
+    for command in ("fit", "validate"):
+        code = chained(command, CHAIN, last, option, "--trainer.max_epochs=9")
+        refused(capsys, code, "model.adapter.alpha", "merged links with the scale")
+    assert Path(last.partition("=")[2]).read_bytes() == before
+
+
 def test_a_chain_over_a_loaded_adapter_is_refused_in_a_fit_alone(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.cli import main
-from app.commands.compare import MISSING, compare_values, short_names, shown
+from app.commands.compare import MISSING, cell_text, compare_values, short_names
 from tests.app.commands.test_runs import write_run
 from tests.support.refusals import refused
 
@@ -67,7 +67,7 @@ def test_classes_and_missing_keys_differ_too() -> None:
     ],
 )
 def test_values_in_the_table(key: str, value: object, text: str) -> None:
-    assert shown(key, value) == text
+    assert cell_text(key, value) == text
 
 
 def test_json_has_the_values_without_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from app.cli import main
+from app.commands.federate import write_table
 from app.federated import server
 from app.federated.server import ROUND, Round, read_round
-from app.federated.training import Bench, Client, ClientResult, Job
-from datamodules.errors import ModelError
+from app.federated.training import Client, ClientResult, Job, Learner
+from datamodules.errors import CheckpointError, ModelError
 from tests.app.conftest import CommandLine
 from tests.conftest import ROOT, write_parquet
 from tests.support.refusals import refused, refuses
@@ -76,15 +77,15 @@ def test_one_step_of_each_client_is_a_step_along_the_mean_gradient(
 ) -> None:
     """With plain SGD, Σ nᵢ/n·(Bᵢ - lr·gᵢ) = B - lr·Σ nᵢ/n·gᵢ."""
     steps: list[tuple[int, dict[str, torch.Tensor]]] = []
-    train = Bench.train
+    train = Learner.train
 
-    def spy(bench: Bench, client: Client, job: Job, state: dict[str, torch.Tensor]) -> ClientResult:
-        result = train(bench, client, job, state)
-        gradients = {n: p.grad.clone() for n, p in bench.module.named_parameters() if p.grad is not None}
+    def spy(learner: Learner, client: Client, job: Job, state: dict[str, torch.Tensor]) -> ClientResult:
+        result = train(learner, client, job, state)
+        gradients = {n: p.grad.clone() for n, p in learner.module.named_parameters() if p.grad is not None}
         steps.append((result.rows, gradients))
         return result
 
-    monkeypatch.setattr(Bench, "train", spy)
+    monkeypatch.setattr(Learner, "train", spy)
     written: list[Round] = []
     monkeypatch.setattr(server, "write_round", lambda folder, state: written.append(state))
     sizes = ("--clients", "5", "--rounds", "1", "--local_steps", "1", "--arms", "ffa")  # 48 rows: 10, 10, 10, 9, 9
@@ -136,15 +137,15 @@ def test_a_killed_command_resumes_bit_exactly(
     class Killed(BaseException):
         pass
 
-    train = Bench.train
+    train = Learner.train
 
-    def killed(bench: Bench, c: Client, job: Job, state: Any) -> ClientResult:
+    def killed(learner: Learner, c: Client, job: Job, state: Any) -> ClientResult:
         if (job.number, c.number) == (number, client):
             raise Killed
-        return train(bench, c, job, state)
+        return train(learner, c, job, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bench, "train", killed)
+        patch.setattr(Learner, "train", killed)
         with pytest.raises(Killed):
             federate(cli, tmp_path / "killed", *options)
     state = read_round(tmp_path / "killed" / "ffa")
@@ -155,6 +156,28 @@ def test_a_killed_command_resumes_bit_exactly(
         assert files[0] == files[1]
     for file in ("arms.csv", "rounds.csv", "arms.json"):
         assert (tmp_path / "undisturbed" / file).read_text() == (tmp_path / "killed" / file).read_text()
+
+
+def test_a_command_killed_before_it_lists_the_last_round_lists_it_later(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, options = tmp_path / "out", (*SHORT, "--arms", "ffa")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder: Path) -> None:
+        state = read_round(folder / "ffa")
+        if state is not None and state.number == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "write_rounds", killed)
+        with pytest.raises(Killed):
+            federate(cli, output, *options)
+    assert federate(cli, output, *options) == 0
+    with (output / "rounds.csv").open() as file:
+        assert [row["round"] for row in csv.DictReader(file)] == ["0", "1", "2"]
 
 
 @pytest.mark.slow
@@ -232,11 +255,12 @@ def test_tasks_without_labels_are_split_at_random(
         (["--rounds=0"], "--rounds: 0 is too small. Give 1 or more."),
         (["--local_steps=-1"], "--local_steps: -1 is too small. Give 1 or more."),
         (["--clients", "0"], "--clients: 0 is too small. Give 1 or more."),
-        (["--clients", "nowhere"], "--clients: 'nowhere' is neither a number nor an existing folder or file."),
+        (["--clients", "nowhere"], "--clients: 'nowhere' is not an existing folder or file. Give one number"),
         (["--clients", "tests"], "--clients: 'tests' is one client. Give two or more, or use fit."),
-        (["--clients", "49"], "--clients: 48 training rows are fewer than 49 clients."),
+        (["--clients", "49"], "--clients: 48 training rows are fewer than 49 clients. Give a smaller number."),
         (["--clients", "12"], "data.batch_size: no client has the rows of one batch."),
         (["--partition=dirichlet:0"], "--partition: 'dirichlet:0' is not known. Use iid, or dirichlet:ALPHA"),
+        (["--partition=dirichlet:1e308"], "with ALPHA above 0 and at most 1e+09."),
         (["--partition=nid"], "--partition: 'nid' is not known."),
         (["--arms", "ffa", "fedex"], "--arms: 'fedex' is not known. Choose from ffa, lora, rolora, centralised."),
         (["--model.tuning=head"], "model.tuning: head has no factors to average. Set model.tuning to adapter."),
@@ -254,6 +278,13 @@ def test_bad_input_is_one_message(
     output = tmp_path / "out"
     code = federate(cli, output, *(word for word in SHORT if options[0] != "--clients"), *options)
     refused(capsys, code, message)
+
+
+def test_keys_without_effect_are_named(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--trainer.limit_train_batches=1", "--trainer.devices=2", "--find_lr=true", "--data.batch_size=60")
+    assert federate(cli, tmp_path / "out", *SHORT, *options) == 2  # no client has a batch
+    named = "trainer.max_epochs, trainer.limit_train_batches, trainer.devices, find_lr: ignored."
+    assert named in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_fit_is_refused(
@@ -281,7 +312,14 @@ def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys
     (output / "ffa" / ROUND).write_bytes(before[:-100])
     assert federate(cli, output, *SHORT, "--arms", "ffa") == 2
     assert "Remove the file to train this arm again." in capsys.readouterr().err
+    for arm in ("ffa", "rolora"):
+        (output / arm / ROUND).unlink()
+    assert federate(cli, output, *SHORT, "--arms", "ffa") == 0  # the message's advice works for the only arm too
     (tmp_path / "other").mkdir()
+    (tmp_path / "other/link").symlink_to("/")
+    assert federate(cli, tmp_path / "other", *SHORT) == 2
+    assert "holds other files (link)" in capsys.readouterr().err
+    assert (tmp_path / "other/link").is_symlink()  # a lock would remove the link
     (tmp_path / "other/letter.txt").write_text("mine")
     assert federate(cli, tmp_path / "other", *SHORT) == 2
     assert "holds other files (letter.txt)" in capsys.readouterr().err
@@ -304,3 +342,53 @@ def test_a_result_that_cannot_be_averaged_names_its_client(changed: dict[str, An
     server.check_result(ClientResult(**good), tensors, {"b", "w"}, "ffa, round 1")
     with refuses("ffa, round 1", message, error=ModelError):
         server.check_result(ClientResult(**good | changed), tensors, {"b", "w"}, "ffa, round 1")
+
+
+@pytest.mark.parametrize("name", ["ffa", "ffa/mine", "lora/adapter/mine", "federation.json"])
+def test_other_files_are_kept(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    refused(capsys, federate(cli, tmp_path / "out", *SHORT), "--output", name.partition("/")[0])
+    assert mine.read_text() == "mine"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name.partition("/")[0]]
+
+
+def test_an_output_in_use_is_refused(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from app.run.run_directory import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        folder = tmp_path
+        refused(capsys, federate(cli, folder, *SHORT), f"--output: process {process.pid} on ", "choose another")
+        process.communicate("")
+
+
+HISTORY = [{"arm": "ffa", "round": 0, "val/loss": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "history", "message"),
+    [
+        (torch.tensor([torch.nan]), HISTORY, "a tensor is not finite"),
+        (torch.ones(1, dtype=torch.float64), HISTORY, "a is torch.float64, not torch.float32"),
+        (torch.ones(1), [None], "its history has no metrics"),
+        (torch.ones(1), [{"arm": "ffa", "round": 0, "val/loss": "x"}], "its history has no metrics"),
+        (torch.ones(1), [*HISTORY, {"arm": "ffa", "round": 1}], "its history has no metrics"),
+    ],
+)
+def test_a_damaged_round_is_refused(tmp_path: Path, tensor: torch.Tensor, history: list[Any], message: str) -> None:
+    server.write_round(tmp_path, Round(len(history) - 1, {"a": tensor}, history))
+    with refuses(ROUND, message, "Remove the file to train this arm again.", error=CheckpointError):
+        read_round(tmp_path, {"a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("text", ["null", "3", "{}", "[1]", '[{"x": 1}]', "[" * 100_000])
+def test_a_damaged_table_is_written_again(tmp_path: Path, text: str) -> None:
+    (tmp_path / "arms.json").write_text(text)
+    write_table([{"arm": "ffa", "rounds": 2}], tmp_path)
+    assert json.loads((tmp_path / "arms.json").read_text()) == [{"arm": "ffa", "rounds": 2}]

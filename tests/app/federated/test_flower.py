@@ -11,7 +11,6 @@ import torch
 
 from app.cli import parse_fit
 from app.federated.server import ROUND
-from datamodules.errors import CheckpointError
 from tests.app.conftest import CommandLine
 from tests.app.federated.test_federate import federate
 from tests.conftest import ROOT, write_parquet
@@ -22,7 +21,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from app.commands.federated_flower import make_server_app
-from app.federated.flower import make_client_app
+from app.federated.flower import ClientError, make_client_app
 
 SIZES = ("--clients", "2", "--rounds", "2", "--local_steps", "2", "--arms", "ffa", "rolora")
 
@@ -80,9 +79,10 @@ def test_clients_have_their_own_data(cli: CommandLine, tmp_path: Path) -> None:
 
 
 def test_a_node_must_know_its_rows(cli: CommandLine, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="num-partitions=2"):
-        serve(cli, tmp_path / "out", Loop({"partition-id": 0}, {"partition-id": 1}))
-    with pytest.raises(CheckpointError, match="Two clients have the number 0"):
+    for wrong in ({"partition-id": 0}, *({"partition-id": n, "num-partitions": 2} for n in (None, "0", -1, 2))):
+        with pytest.raises(ClientError, match=r"partition-id from 0 to 1, and its own .* num-partitions=2"):
+            serve(cli, tmp_path / "out", Loop(wrong, {"partition-id": 1, "num-partitions": 2}))
+    with pytest.raises(ClientError, match="Two clients have the number 0"):
         serve(cli, tmp_path / "out", Loop(*[{"partition-id": 0, "num-partitions": 2}] * 2))
 
 

@@ -202,7 +202,7 @@ def test_an_earlier_checkpoint_replaces_the_links_of_a_trained_model() -> None:
         (lambda state: state | {"links": [3]}, "Link 1"),
         (lambda state: state | {"links": [state["links"][0], {}]}, "Link 2 of the checkpoint's chain does not fit"),
         (lambda state: state | {"links": [{k: v[:1] for k, v in state["links"][0].items()}]}, "of another shape"),
-        (lambda state: state | {"links": [{k: v / 0 for k, v in state["links"][0].items()}]}, "no finite tensor"),
+        (lambda state: state | {"links": [{k: v / 0 for k, v in state["links"][0].items()}]}, "not a finite tensor"),
     ],
 )
 def test_a_damaged_chain_is_refused_and_changes_nothing(damage: Callable[[Any], Any], message: str) -> None:
