@@ -496,8 +496,11 @@ def test_links_are_not_merged_into_sharded_weights(
     cli: CommandLine, finished_fit: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     finished_fit(cli, CHAIN, "--trainer.max_epochs=3", "--checkpoint.monitor=null")
-    options = ["--model.adapter={chain: {every_n_epochs: null}}", "--model.shard_frozen=true"]
-    options.append(f"--ckpt_path={cli.run()}")
+    options = [
+        "--model.adapter={chain: {every_n_epochs: null}}",
+        "--model.shard_frozen=true",
+        f"--ckpt_path={cli.run()}",
+    ]
     refused(capsys, cli("validate", *options), "model.shard_frozen: the checkpoint is of a chain")
 
 

@@ -65,7 +65,7 @@ def test_table_has_mean_standard_error_and_paired_interval() -> None:
 @pytest.mark.slow
 def test_quick_run(cola_path: Path, roberta_path: Path, tmp_path: Path) -> None:
     output = tmp_path / "chains.json"
-    words = ["--quick", "--tasks", "cola", "--cola", str(cola_path.parent), "--minilm", str(roberta_path)]
+    words = ["--quick", "--tasks", "cola", "--cola", str(cola_path), "--minilm", str(roberta_path)]
     words += ["--rank", "2", "--rates", "0.003", "0.01", "--seeds", "0", "--output", str(output), "--resume"]
     chains.run(words)
     record = json.loads(output.read_text())
