@@ -239,8 +239,8 @@ class ResumableDataModule(L.LightningDataModule):
         size = len(dataset)  # type: ignore[arg-type]
         self.training_size, self.training_labels = size, labels
         if (part := self.part) is not None:
-            sampler = PartSampler(part.rows, part.first, part.batches, self.batch_size, part.seed, lengths, labels)
-            return self._loader(dataset, sampler, collate)
+            draws = PartSampler(part.rows, part.first, part.batches, self.batch_size, part.seed, lengths, labels)
+            return self._loader(dataset, draws, collate)
         self._rows_digest = {"rows": dataset.rows_digest(), "size": size} if isinstance(dataset, DigestedRows) else {}
         self._compare_rows()
         if size < self.batch_size * world:
