@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TABLE = "arms"  # arms.csv and arms.json
 # Keys of the trainer that a federated training ignores, with their defaults.
 UNUSED = {
-    **{"max_epochs": -1, "max_steps": -1, "max_time": None, "limit_train_batches": 1.0, "overfit_batches": 0.0},
+    **{"max_epochs": -1, "max_steps": -1, "max_time": None, "limit_train_batches": None, "overfit_batches": 0.0},
     **{"fast_dev_run": False, "devices": "auto", "strategy": "auto", "num_nodes": 1},
 }
 _log = logging.getLogger(__name__)

@@ -359,11 +359,12 @@ def test_an_output_in_use_is_refused(cli: CommandLine, tmp_path: Path, capsys: p
         "import sys, time; from pathlib import Path; from app.run.run_directory import locked\n"
         "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    command = [sys.executable, "-c", script, str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
-        folder = tmp_path
         refused(capsys, federate(cli, folder, *SHORT), f"--output: process {process.pid} on ", "choose another")
         process.communicate("")
 
