@@ -443,7 +443,7 @@ def test_forgetting_begins_with_the_pretrained_weights(cli: CommandLine, parquet
     [
         (["--model.adapter.chain.every_n_epochs=0"], "chain.every_n_epochs: 0 must be a whole number, 1 or more"),
         (["--model.adapter.chain.schedule=cosine"], "chain.schedule"),
-        ([CHAIN, "--model.shard_frozen=true"], "model.shard_frozen: the links of model.adapter.chain are merged"),
+        ([CHAIN, "--model.shard_frozen=true"], "model.shard_frozen: the links of model.adapter.chain cannot be merged"),
         ([CHAIN, "--trainer.callbacks+=EMAWeightAveraging"], "averages would mix the factors of different links"),
         (
             [CHAIN, "--trainer.callbacks+=app.callbacks.adapter_averaging.AdapterAveraging"],
