@@ -26,9 +26,8 @@ from app.callbacks.lookup import find_callback
 from app.config.differences import compare_configurations
 from app.config.precedence import dotted
 from app.config.variants import variant_name
-from app.console import escape_controls
+from app.console import escape_controls, quantity_text
 from app.lightning_compat import move_run_directory
-from app.quantities import quantity_text
 from app.run.checkpoint_io import saved_configuration
 from app.run.evaluations import (
     METRICS,

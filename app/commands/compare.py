@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from app.console import escape_controls
-from app.quantities import quantity_text
+from app.console import escape_controls, quantity_text
 
 if TYPE_CHECKING:
     from rich.table import Table

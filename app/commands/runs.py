@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from app.console import escape_controls
-from app.quantities import seconds_text
+from app.console import escape_controls, seconds_text
 from datamodules.atomic import atomic_write
 from datamodules.errors import counted
 

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from optuna.trial import FrozenTrial
 
-from app.quantities import seconds_text
+from app.console import seconds_text
 from app.sweep.plan import Plan
 from app.sweep.schedule import Job, Outline
 from app.sweep.storage import STATES

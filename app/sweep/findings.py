@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from app.quantities import seconds_text
+from app.console import seconds_text
 from app.sweep.facts import PlanFacts
 from app.sweep.outcome import COSTS, Outcome, count_text, join_words, plural
 from app.sweep.statistics import STUDENT_SEEDS, PairedDifference

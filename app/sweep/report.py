@@ -12,8 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from app.console import escape_controls
-from app.quantities import bytes_text, seconds_text
+from app.console import bytes_text, escape_controls, seconds_text
 from app.reports.report import Report
 from app.sweep import figures
 from app.sweep.facts import PlanFacts
