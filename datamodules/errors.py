@@ -46,5 +46,5 @@ def counted(count: int, one: str, many: str | None = None) -> str:
         many: The same in plural. None adds the usual ending.
     """
     if many is None:
-        many = f"{one}es" if one.endswith(("s", "x", "ch")) else f"{one}s"
+        many = f"{one}es" if one.endswith(("s", "x", "tch")) else f"{one}s"
     return f"{count:,} {one if count == 1 else many}"

@@ -189,8 +189,8 @@ class AdapterSpectrum(L.Callback):
             self._warned_of_zero_weights = True
             listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             _log.warning(
-                f"The frozen weight of {counted(len(names), 'adapted projection')} is zero ({listed}). Their "
-                f"relative_norm is infinite in {FILE}; the logged means leave them out."
+                f"The frozen weight of {counted(len(names), 'adapted projection')} is zero ({listed}). "
+                f"relative_norm is infinite there in {FILE}; the logged means leave infinite values out."
             )
 
     @torch.no_grad()

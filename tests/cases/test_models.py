@@ -710,7 +710,7 @@ def test_case_35_the_relative_norm_over_a_zero_weight_is_infinite(
     cli = CommandLine(tmp_path / "runs", data)  # noqa: F811
     options = ["--model.weights", str(tmp_path / "zero.safetensors"), f"--model.backbone_args={json.dumps(TINY)}"]
     assert cli("fit", "--trainer.max_epochs=1", "--model.adapter.targets=mlp_in", *options) == 0
-    assert "frozen weight of 1 adapted projections is zero" in capsys.readouterr().err
+    assert "frozen weight of 1 adapted projection is zero" in capsys.readouterr().err
     rows = [row for row in pq.read_table(cli.run() / "spectrum.parquet").to_pylist() if row["factor"] == "BA"]
     ratios = {(row["step"], row["projection"]): row["relative_norm"] for row in rows}
     last = max(step for step, _ in ratios)
