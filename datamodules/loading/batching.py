@@ -171,7 +171,7 @@ def rank_in_class(lengths: Tensor, classes: Tensor, generator: torch.Generator) 
 
 def as_classes(labels: Tensor) -> Tensor:
     """Number the classes 0, 1, …; scores become at most ten classes between their deciles."""
-    if labels.is_floating_point():
+    if labels.is_floating_point() and len(labels):
         ordered = labels.sort().values
         deciles = ordered[torch.arange(1, DECILES) * len(ordered) // DECILES]
         labels = torch.bucketize(labels, deciles)

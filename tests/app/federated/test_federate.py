@@ -232,6 +232,17 @@ def test_the_cached_prefix_gives_the_same_adapter(any_cli: CommandLine, tmp_path
         torch.testing.assert_close(cached[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_a_number_to_predict(text_cli: CommandLine, tmp_path: Path) -> None:
+    data = tmp_path / "scores"
+    data.mkdir()
+    for split, rows in (("train", 24), ("val", 8)):
+        lines = [f"a text of number {row},{0.37 * row:.2f}" for row in range(rows)]
+        (data / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    options = [f"--data.path={data}", "--data.task=null", "--data.batch_size=4", *SHORT, "--arms", "ffa"]
+    assert federate(text_cli, tmp_path / "out", *options) == 0
+    assert "val/spearman" in json.loads((tmp_path / "out" / "arms.json").read_text())[0]
+
+
 def test_other_tasks(text_cli: CommandLine, tmp_path: Path) -> None:
     options = (*SHORT, "--arms", "ffa", "--partition", "dirichlet:0.3", "--data.batch_size=4")
     assert federate(text_cli, tmp_path / "out", *options) == 0
