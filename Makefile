@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test test-slow lint lock gpu
+.PHONY: quickstart test test-slow lint lock help-pages gpu
 
 quickstart: $(INSTALLED)  ## fine-tune the embedded ViT on handwritten digits, on the CPU, without a hub
 	$(BIN)/python main.py fit --config conf/quickstart.yaml
@@ -25,6 +25,10 @@ lint: $(INSTALLED)
 lock: $(INSTALLED)  ## renew requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra dev \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+help-pages: $(INSTALLED)  ## renew the pages of --help and fit --help from the parsers
+	COLUMNS=80 $(BIN)/python -c "from app.cli import main; main(['--help'])" > app/assets/help/program.txt
+	COLUMNS=80 $(BIN)/python -c "from app.cli import main; main(['fit', '--help'])" > app/assets/help/fit.txt
 
 $(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …" >&2; exit 2; }

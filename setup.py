@@ -11,5 +11,5 @@ setup(
     script_name="setup.py",  # setuptools then does not package setup.py beside main.py
     packages=["onesided.adapters", "onesided.program", *(f"onesided.program.{name}" for name in program)],
     package_dir={"onesided.adapters": "modules/adapters", "onesided.program": "."},
-    package_data={"": ["*.parquet", "*.safetensors", "*.sbatch", "*.toml", "*.yaml", "py.typed"]},
+    package_data={"": ["*.parquet", "*.safetensors", "*.sbatch", "*.toml", "*.txt", "*.yaml", "py.typed"]},
 )

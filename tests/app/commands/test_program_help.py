@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,7 @@ from app.commands import COMMANDS
 from app.commands.program_help import DESCRIPTION, EXAMPLES, TRAINER_COMMANDS
 from app.config import program_files
 from app.config.messages import closest_key
+from app.help_pages import PAGES, print_help_page
 from tests.conftest import ROOT
 from tests.support.refusals import refused
 
@@ -46,6 +49,37 @@ def test_version_is_printed_with_and_without_pyproject(
     monkeypatch.setattr(program_files, "ROOT", tmp_path)  # an installed program has no pyproject.toml beside it
     monkeypatch.setattr(program_files, "version", lambda name: version("torch") if name == "onesided" else "")
     assert printed(capsys, "--version") == f"onesided {version('torch')}\n"
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words help in another way")
+@pytest.mark.parametrize("words", PAGES)
+def test_the_pages_are_those_of_the_parsers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """`make help-pages` renews the pages."""
+    monkeypatch.setenv("COLUMNS", "80")
+    page = printed(capsys, *words)
+    assert print_help_page(["main.py", *words])
+    assert capsys.readouterr().out == page
+
+
+def test_a_page_is_printed_without_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_help_page(["/bin/onesided", "fit", "-h"])
+    assert capsys.readouterr().out.startswith("usage: onesided fit --config RECIPE")
+    assert not print_help_page(["main.py", "fit", *RECIPE, "--help"])
+    assert not print_help_page(["main.py", "test", "--help"])
+    script = "import sys; sys.argv = ['main.py', 'fit', '--help']; import app.help_pages; print('torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout == "False\n"
+
+
+def test_output_that_cannot_be_written_is_left_to_the_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Lost())
+    assert not print_help_page(["main.py", "--help"])
 
 
 @pytest.mark.parametrize("word", ["exprot", "trian", "frobnicate"])
