@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from app.cli import main
+from app.console import escape_controls
 from tests.conftest import CLASSES, colour_image, png
 from tests.support.refusals import refused
 
@@ -220,4 +221,4 @@ def test_chats_and_a_single_prompt(
     capsys.readouterr()
     (row,) = predicted(run, "--prompt=a good film?")
     assert "response" in row and row["instruction"] == "a good film?"
-    assert f"response: {row['response']}" in capsys.readouterr().out
+    assert f"response: {escape_controls(row['response'])}" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -52,15 +53,13 @@ def test_version_is_printed_with_and_without_pyproject(
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words help in another way")
-@pytest.mark.parametrize("words", PAGES)
-def test_the_pages_are_those_of_the_parsers(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
-    """`make help-pages` renews the pages."""
-    monkeypatch.setenv("COLUMNS", "80")
-    page = printed(capsys, *words)
-    assert print_help_page(["main.py", *words])
-    assert capsys.readouterr().out == page
+def test_the_pages_are_those_of_the_parsers(capsys: pytest.CaptureFixture[str]) -> None:
+    """`make help-pages` renews the pages. A new process knows no classes of other tests."""
+    script = f"from app.cli import main\nfor words in {list(PAGES)}:\n    assert main(words) == 0"
+    environment = {**os.environ, "COLUMNS": "80"}
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert all(print_help_page(["main.py", *words]) for words in PAGES)
+    assert process.stdout == capsys.readouterr().out
 
 
 def test_a_page_is_printed_without_libraries(capsys: pytest.CaptureFixture[str]) -> None:
