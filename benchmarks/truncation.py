@@ -10,8 +10,8 @@ as in the recipes. The reference is a fit at rank 4 with the same learning rate.
         --weights ../shared/backbones/dinov2_vits14/model.safetensors --output docs/results/truncation.json --resume
 
 The test metric is Matthews correlation on CoLA's validation split, or top-1 accuracy on 1,000 of CIFAR-10's test
-images. No choice uses these rows. A fit with its truncations is a section of the file, and --resume skips existing
-sections.
+images. On CoLA, one fit on these rows (seed 100) chose the adapted projections and the number of rows. A fit with its
+truncations is a section of the file, and --resume skips existing sections.
 """
 
 from __future__ import annotations
