@@ -134,42 +134,6 @@ def atomic_write(path: Path, digest: Digest | None = None) -> Iterator[AtomicFil
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Lock a file that is read, changed and replaced by `atomic_write`. Wait while another process holds the lock.
-
-    The kernel releases the lock when the process ends. A missing file, or a file on a file system without locks, is not
-    locked.
-
-    Args:
-        path: The file, which may be replaced within the context.
-    """
-    try:
-        handle = _locked_handle(path)
-    except OSError:  # The caller reports a missing file when it reads the file.
-        yield
-        return
-    close = partial(os.close, handle)
-    _held.append(close)
-    try:
-        yield
-    finally:
-        _held.remove(close)
-        close()
-
-
-def _locked_handle(path: Path) -> int:
-    """Open and lock a file. Open again if another process has replaced the file while this process waited."""
-    while True:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with suppress(OSError):  # Some file systems have no locks.
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(handle)):
-                return handle
-        os.close(handle)
-
-
-@contextmanager
 def atomic_write_text(path: Path) -> Iterator[TextIO]:
     """Open a temporary text file as `atomic_write` does: UTF-8, line ends as written.
 

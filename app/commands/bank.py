@@ -1,22 +1,22 @@
 """List, add, remove or unpack the adapters of a bank, a file that `export --format bank` writes.
 
-All adapters of a bank share one frozen A. Adding and removing write a new file, atomically and under a lock. Commands
-that change one bank at the same time wait for each other.
+All adapters of a bank share one frozen A. Adding and removing write a new file, atomically. Commands that change one
+bank at the same time wait for each other, by the lock FILE.lock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.console import escape_controls
 from app.export.bank import is_peft_directory, member_of_checkpoint, read_members, split_names, unpack, write_bank
 from app.export.low_rank import given_config
-from datamodules.atomic import WriteError, exclusive
+from datamodules.atomic import WriteError
 from datamodules.errors import counted
 from modules.formats.bank import Bank, BankAdapter, Member, Shared, Slot, check_member
 from modules.formats.compact import factor_digest
@@ -75,18 +75,20 @@ def run(arguments: Namespace) -> None:
     if arguments.names is not None and action != "add":
         raise ArgumentError(None, f"--names: the option is for bank add. Remove the option from bank {action}.")
     try:
-        with exclusive(Path(arguments.file)) if action in ("add", "remove") else nullcontext():
-            bank = Bank.open(arguments.file)
-            if action == "list":
-                print_table(bank)
-            elif action == "add":
-                changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
-                add(bank, arguments.chosen, split_names(arguments.names), changes)
-            elif action == "remove":
-                remove(bank, arguments.chosen)
-            else:
-                unpack_all(bank, arguments.chosen or bank.names, Path(arguments.output))
-    except WriteError as error:
+        bank = Bank.open(arguments.file)
+        if action == "list":
+            print_table(bank)
+        elif action == "unpack":
+            unpack_all(bank, arguments.chosen or bank.names, Path(arguments.output))
+        else:
+            with FileLock(f"{arguments.file}.lock"):
+                bank = Bank.open(arguments.file)  # Another process may have changed the bank.
+                if action == "add":
+                    changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
+                    add(bank, arguments.chosen, split_names(arguments.names), changes)
+                else:
+                    remove(bank, arguments.chosen)
+    except (WriteError, PermissionError) as error:
         raise ArgumentError(None, f"{'--output' if action == 'unpack' else 'FILE'}: {error}") from error
 
 

@@ -278,7 +278,10 @@ def _from_peft_folder(folder: Path) -> FinishedRun:
     saved = (model.get("init_args") or {}).get("adapter")
     adapter = _adapter_config(folder, saved) if saved else AdapterConfig(train="both", init_a="given", init_b="given")
     if saved is None:
-        _log.warning(f"RUN: {folder} does not say which factor was frozen. Both factors are treated as trained.")
+        _log.warning(
+            f"RUN: {folder} does not say which factor was frozen. spectrum and similarity take both factors as "
+            "trained; combine and bank compare A."
+        )
     try:
         content, tensors = read_peft_files(folder)
         tensors = {key: tensor for key, tensor in tensors.items() if PEFT_NAME.fullmatch(key)}

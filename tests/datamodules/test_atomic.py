@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from datamodules import atomic
-from datamodules.atomic import WriteError, atomic_directory, atomic_write, atomic_write_text, exclusive, remove_stale
+from datamodules.atomic import WriteError, atomic_directory, atomic_write, atomic_write_text, remove_stale
 from tests.conftest import ROOT
 from tests.support.disks import no_file_larger_than, no_room_for
 
@@ -200,30 +200,3 @@ def test_a_forked_worker_does_not_hold_the_lock_of_its_parent(tmp_path: Path) ->
         remove_stale(tmp_path)
         assert names(tmp_path) == set()
         os.kill(worker, signal.SIGKILL)  # the worker was still running
-
-
-INCREMENT = """
-import sys
-from pathlib import Path
-from datamodules.atomic import atomic_write, exclusive
-path = Path(sys.argv[1])
-for _ in range(50):
-    with exclusive(path):
-        count = int(path.read_bytes())
-        with atomic_write(path) as file:
-            file.write(str(count + 1).encode())
-"""
-
-
-def test_processes_that_replace_a_file_lose_no_change(tmp_path: Path) -> None:
-    path = tmp_path / "count"
-    path.write_text("0")
-    processes = [subprocess.Popen([sys.executable, "-c", INCREMENT, str(path)], cwd=ROOT) for _ in range(3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
-    assert path.read_text() == "150"
-    assert names(tmp_path) == {"count"}
-
-
-def test_a_missing_file_needs_no_lock(tmp_path: Path) -> None:
-    with exclusive(tmp_path / "missing"), pytest.raises(FileNotFoundError):
-        (tmp_path / "missing").read_text()

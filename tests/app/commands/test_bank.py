@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -124,7 +124,7 @@ def test_adapters_are_listed_added_and_removed(
     row = ("eve", str(bank.config("eve").rank), f"{bank.config('eve').alpha:g}", "unacceptable, acceptable")
     assert " ".join((*row, bank.digest("eve")[:12])) in output
     assert "2 adapters of" in output
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["bank"]  # no temporary file is left
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["bank", "bank.lock"]  # no temporary file is left
 
 
 def test_an_unpacked_adapter_is_added_again(
@@ -184,8 +184,8 @@ def test_another_change_waits_for_this_one(
     attempts: list[bool] = []
 
     def is_locked(*arguments: Any) -> None:
-        with path.open("rb") as file, pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(Timeout), FileLock(f"{path}.lock", blocking=False):
+            pass
         attempts.append(True)
 
     written = bank_command.write_bank
@@ -193,8 +193,8 @@ def test_another_change_waits_for_this_one(
     chosen = [str(runs[0]), "--names", "eve"] if action == "add" else ["bob"]
     assert main(["bank", action, str(path), *chosen]) == 0
     assert attempts == [True]
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # The lock is free again.
+    with FileLock(f"{path}.lock", blocking=False):  # The lock is free again.
+        pass
 
 
 def test_wrong_use_is_an_error(
