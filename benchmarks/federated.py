@@ -1,7 +1,7 @@
 """Federated averaging: FFA-LoRA, LoRA, RoLoRA and one client with all rows, on CoLA and CIFAR-10.
 
 Every fit is one arm of `main.py federate`. Only the last two blocks are adapted, and the output of the other blocks is
-cached. A fit then takes less than a minute of CPU time once the cache is written. All fits of a data set have the same
+cached. A fit then takes one or two minutes of CPU time once the cache is written. All fits of a data set have the same
 rows and the same total number of optimizer steps: each of 16 clients makes a quarter of the steps of each of 4 clients.
 
     python -m benchmarks.federated --threads 1 --output docs/results/federated.json --resume \
@@ -64,8 +64,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "cola": Task("conf/roberta_glue.yaml", "matthews", (0.001, 0.002, 0.004), 768, 16, 8551, 1043),
-    "cifar10": Task("conf/vit_cifar.yaml", "acc1", (0.001, 0.003, 0.01), 384, 12, 2048, 1000),
+    "cola": Task("conf/roberta_glue.yaml", "matthews", (0.001, 0.002, 0.004), 1536, 16, 8551, 1043),
+    "cifar10": Task("conf/vit_cifar.yaml", "acc1", (0.0003, 0.001, 0.003), 384, 12, 2048, 1000),
 }
 QUICK = {"steps": 16, "batch_size": 4, "rows": 128, "evaluated": 32}
 

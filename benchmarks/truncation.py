@@ -59,7 +59,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "model.backbone": "vit_small_patch14_dinov2",
             "model.image_size": 56,
             "model.learning_rate": 0.0005,
-            "model.head_learning_rate_ratio": 30,
+            "model.lr_ratio_head": 30,
             "data.max_train_samples": 1200,
             "data.max_val_samples": 200,
             "data.max_test_samples": 1000,
