@@ -203,7 +203,7 @@ class LanguageModelingData(TrainingTextData):
         keys |= {"response_column": ("output", RESPONSES)} if with_responses else {}
         for key, (default, usual) in keys.items():
             column = self.hparams[key]
-            named = named_column(table, [name for name in usual if name != self.input_column])
+            named = named_column(table, [name for name in usual if name != self.input_column], last_word=True)
             if column != default or column in names or named is None:
                 continue
             chosen[key] = named

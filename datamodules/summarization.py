@@ -103,7 +103,8 @@ class SummarizationData(TrainingTextData):
         table = next(iter(self.tables_of_any_split().values()))
         columns = {"source_column": (self.source_column, SOURCES), "target_column": (self.target_column, TARGETS)}
         for key, (configured, names) in columns.items():
-            column = configured or named_column(table, [name for name in names if name != self.source_column])
+            unused = [name for name in names if name != self.source_column]
+            column = configured or named_column(table, unused, last_word=True)
             if column is None and not (predicts and key == "target_column"):
                 raise DataError(
                     f"data.{key}: no column of {table.where} has a name such as {', '.join(names[:3])}. Name one of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import datasets
@@ -33,10 +34,20 @@ NO_LABELS = ("date", "day", "time", "timestamp", "created", "created_at", "updat
 MOST_CLASSES = 100  # Maximum of different values in a column of labels that is guessed from cells.
 
 
-def named_column(table: Table, names: Sequence[str]) -> str | None:
-    """Return the table's column with the first matching name, regardless of case; None if no name matches."""
+def named_column(table: Table, names: Sequence[str], last_word: bool = False) -> str | None:
+    """Return the table's column with the first matching name, regardless of case; None if no name matches.
+
+    Args:
+        table: The rows.
+        names: Names in lower case.
+        last_word: If no whole name matches, match the last word of a name, as in `Customer Question` or `best_answer`.
+    """
     columns = {column.strip().lower(): column for column in reversed(table.data.column_names)}
-    return next((columns[name] for name in names if name in columns), None)
+    named = next((columns[name] for name in names if name in columns), None)
+    if named is None and last_word:
+        columns = {re.split(r"[\W_]+", column)[-1]: name for column, name in columns.items()}
+        named = next((columns[name] for name in names if name in columns), None)
+    return named
 
 
 def guess_text_columns(table: Table) -> list[str]:

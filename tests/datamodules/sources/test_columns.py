@@ -61,3 +61,11 @@ def test_the_first_known_name_is_chosen() -> None:
     assert named_column(made, ("document", "title")) == "Document"
     assert named_column(made, ("title", "document")) == "title"
     assert named_column(made, ("body",)) is None
+
+
+def test_the_last_word_of_a_name_matches_if_no_whole_name_does() -> None:
+    made = table(**{"Customer Question": WORDS, "best_answer": WORDS, "answer_id": FEW})
+    assert named_column(made, ("prompt", "question"), last_word=True) == "Customer Question"
+    assert named_column(made, ("answer",), last_word=True) == "best_answer"
+    assert named_column(made, ("question",)) is None
+    assert named_column(table(question=WORDS, other_prompt=WORDS), ("prompt", "question"), last_word=True) == "question"
