@@ -195,7 +195,10 @@ def run(fit: Fit) -> Record:
 def once(arguments: argparse.Namespace, name: str, fit: Fit) -> Record:
     """Return the section of a fit, and measure the fit unless the file has the section."""
     settings = {key: value for key, value in asdict(fit).items() if key not in ("data", "backbone")}
-    settings |= {"recipe": yaml.safe_load(RECIPE.read_text())}
+    recipe = yaml.safe_load(RECIPE.read_text())
+    if fit.arm == "trainer":  # Trainer takes epochs, batch size, clipping and length from the recipe, and no model.
+        del recipe["model"]
+    settings |= {"recipe": recipe}
     record = measured(arguments, name, settings)
     if record is None:
         with section(arguments, name) as record:
