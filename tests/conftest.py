@@ -85,7 +85,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start every test with the same random state, in the project's folder, and without syncs to the disk.
 
-    A fit syncs 27 times, which takes half of the time of so small a fit. Only a power failure would show the difference.
+    A fit syncs 27 times, half of the time of so small a fit. Only a power failure would show the difference.
     """
     torch.manual_seed(0)
     monkeypatch.chdir(ROOT)

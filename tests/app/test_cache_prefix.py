@@ -86,7 +86,7 @@ def same_fit(cli: CommandLine, first: int, second: int, exact: bool = True) -> N
     ("any_cli", "extra_options"),
     [
         ("cli", []),
-        ("cli", ["--model.tuning=head", "--data.num_workers=1"]),
+        pytest.param("cli", ["--model.tuning=head", "--data.num_workers=1"], marks=pytest.mark.slow),
         ("text_cli", ["--model.backbone_dtype=bfloat16", "--trainer.precision=bf16-mixed"]),
         pytest.param(
             "text_cli",
@@ -192,6 +192,7 @@ def test_one_changed_weight_or_word_gets_a_new_cache(text_cli: CommandLine, cach
     assert len(files(cache)) == 6
 
 
+@pytest.mark.slow
 def test_an_incomplete_file_is_written_again(cli: CommandLine, cache: Path) -> None:
     options = [*OPTIONS["image"], CACHED, "--trainer.max_epochs=1"]
     assert cli("fit", *options) == 0
@@ -260,6 +261,7 @@ def test_a_full_disk_is_one_message(
     assert not list(cache.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cache_that_rank_0_writes(
     cli: CommandLine, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

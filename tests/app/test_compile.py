@@ -44,6 +44,7 @@ def assert_same_weights(cli: CommandLine) -> None:
         torch.testing.assert_close(second["state_dict"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_equals_an_uncompiled_run_and_resumes_uncompiled(cli: CommandLine) -> None:
     assert cli("fit", *SAME) == 0
     assert cli("fit", *SAME, "--model.compile=true", "--test_after_fit=true") == 0

@@ -44,13 +44,16 @@ def assert_same_weights(cli: CommandLine, steps: int) -> None:
         torch.testing.assert_close(two["state_dict"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
+ROUGE = ["loss", "rouge1", "rouge2", "rougeL", "rougeLsum"]
+
+
 # the ranks evaluate unequal numbers of samples; `stacks` are the layers of the backbone that are sharded
 @pytest.mark.parametrize(
     ("any_cli", "options", "stacks", "steps", "metrics"),
     [
         ("cli", [*IMAGE, SHARDED], {"blocks"}, 4, ["loss", "acc1"]),
         pytest.param("text_cli", TEXT, set(), 3, ["loss", "matthews", "score"], marks=pytest.mark.slow),
-        ("summary_cli", SUMMARY, set(), 4, ["loss", "rouge1", "rouge2", "rougeL", "rougeLsum"]),
+        pytest.param("summary_cli", SUMMARY, set(), 4, ROUGE, marks=pytest.mark.slow),
         pytest.param(
             "text_cli", [*TEXT, SHARDED], {"roberta.encoder.layer"}, 3, ["loss", "matthews"], marks=pytest.mark.slow
         ),
@@ -114,6 +117,7 @@ def test_two_processes_predict_in_the_order_of_one(fitted_text_cli: CommandLine,
     assert two == one
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_the_second_process(cli: CommandLine, tmp_path: Path) -> None:
     words = cli.words("fit", *DDP, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
 

@@ -67,6 +67,7 @@ def test_each_environment_is_logged_beside_the_in_domain_test(
     assert "12 rows of" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_later_test_logs_the_same_metrics(domain_cli: CommandLine) -> None:
     assert domain_cli("fit", "--trainer.max_epochs=1") == 0
     before = domain_cli.metrics()

@@ -309,6 +309,7 @@ def test_questions_without_answers_are_predicted(tuned: Tuned, asked_cli: Comman
 # -------------------------------------------------------------------------------------------------------- two processes
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_to_the_metrics_of_one(tuned: Tuned, asked_cli: CommandLine, tmp_path: Path) -> None:
     assert tuned.cli("validate", tuned.run) == 0
     assert asked_cli("test", tuned.run) == 0

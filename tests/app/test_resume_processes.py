@@ -97,13 +97,18 @@ TWENTY, LIMIT, FOUR = "--data.batch_size=20", "--trainer.limit_train_batches=3",
     [
         # an epoch with too few remaining samples runs its last batch, and does not start again
         ([SIX], [TWENTY], 7, [(0, 1), (1, 0), (1, 1)], "20 samples now and was 6: with the learning rates"),
-        ([SIX], [TWENTY], 8, [(1, 0), (1, 1)], "--data.batch_size 6 trains as before."),
+        pytest.param(
+            [SIX], [TWENTY], 8, [(1, 0), (1, 1)], "--data.batch_size 6 trains as before.", marks=pytest.mark.slow
+        ),
         ([SIX], [SIX, LIMIT], 5, [(0, 2), (1, 0), (1, 1), (1, 2)], None),
         pytest.param([SIX], [SIX, LIMIT], 8, [(1, 0), (1, 1), (1, 2)], None, marks=pytest.mark.slow),
         ([TWELVE, LIMIT], [SIX, LIMIT], 2, [(0, 2), (1, 0), (1, 1), (1, 2)], "6 samples now and was 12: with"),
         # three of eight batches are done, and optimizer steps follow the fourth and the eighth; 6 is no multiple of 4
         ([SIX], [SIX, FOUR], 3, [(i // 8, i % 8) for i in range(3, 16)], "step is 24 samples now and was 6."),
-        ([TWELVE, FOUR], [TWELVE], 1, [(1, 0), (1, 1), (1, 2), (1, 3)], "--data.batch_size 48 trains as before."),
+        pytest.param(
+            *([TWELVE, FOUR], [TWELVE], 1, [(1, 0), (1, 1), (1, 2), (1, 3)], "--data.batch_size 48 trains as before."),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_interrupted_epoch_is_finished_once(
@@ -133,6 +138,7 @@ def test_an_interrupted_epoch_is_finished_once(
     assert line == expected or (line is not None and expected is not None and expected in line)
 
 
+@pytest.mark.slow
 def test_a_second_resume_keeps_the_position(cli: CommandLine, tmp_path: Path) -> None:
     options, rows = [*QUIET, "--checkpoint.last_every_n_steps=1"], []
     for batch, cut in ((TWELVE, 2), (SIX, 4), (SIX, 9)):
@@ -148,7 +154,7 @@ def test_a_second_resume_keeps_the_position(cli: CommandLine, tmp_path: Path) ->
     assert_goes_on(rows, steps(tmp_path), 8)
 
 
-@pytest.mark.parametrize("two_first", [True, False])
+@pytest.mark.parametrize("two_first", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_resume_with_another_number_of_processes_keeps_the_position(
     cli: CommandLine, tmp_path: Path, two_first: bool
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.app.conftest import CommandLine
 from tests.conftest import CLASSES, ROOT, colour_image, png
@@ -42,6 +43,7 @@ def imported(*groups: list[list[str]]) -> list[set[str]]:
     return [set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith('["')]
 
 
+@pytest.mark.slow
 def test_help_and_runs_import_nothing_else(tmp_path: Path, text_cli: CommandLine) -> None:
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):

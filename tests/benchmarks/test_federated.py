@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks import federated
 from tests.support.small_data import write_parquet
 
@@ -23,6 +25,7 @@ def test_the_table_pairs_each_arm_with_one_client_that_has_all_rows() -> None:
     assert centralised[3] == ""
 
 
+@pytest.mark.slow
 def test_quick_run(cola_path: Path, roberta_path: Path, tmp_path: Path) -> None:
     output = tmp_path / "federated.json"
     images = write_parquet(tmp_path / "images", {"train": 80, "test": 30})

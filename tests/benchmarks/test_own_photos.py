@@ -76,6 +76,7 @@ def test_table_has_mean_standard_error_and_paired_interval() -> None:
     assert other[3] == "+1.0 (-1.5 to +3.5)"
 
 
+@pytest.mark.slow
 def test_quick_run(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "own_photos.json"
     words = ["--quick", "--source", str(source), "--output", str(output), "--backbone", "vit_tiny_patch16_224"]

@@ -23,6 +23,7 @@ def test_table_has_mean_standard_error_and_paired_interval() -> None:
     assert cut[-1] == "-1.0 (-3.5 to +1.5)"
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     source, output = write_parquet(tmp_path / "source", {"train": 90, "test": 30}), tmp_path / "truncation.json"
     words = ["--quick", "--task", "images", "--path", str(source), "--output", str(output), "--seeds", "0", "--resume"]

@@ -55,7 +55,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["text", pytest.param("instructions", marks=pytest.mark.slow), "image"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("text", marks=pytest.mark.slow), pytest.param("instructions", marks=pytest.mark.slow), "image"],
+)
 def test_case_12_a_damaged_cache_is_rebuilt(
     request: pytest.FixtureRequest, cache: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:

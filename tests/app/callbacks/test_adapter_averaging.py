@@ -120,6 +120,7 @@ def test_the_average_is_validated_saved_tested_and_exported(text_cli: CommandLin
     assert (validated == text_cli.metrics(0)["val/loss"]) == (closed_form is last)
 
 
+@pytest.mark.slow
 def test_running_statistics_of_trained_batch_norms_are_averaged_too(cli: CommandLine) -> None:
     """In adapter tuning, batch norms are frozen. Their statistics do not change, and are in no checkpoint."""
     args = "{layers: [1, 1, 1, 1], channels: [8, 8, 16, 24], stem_width: 8}"

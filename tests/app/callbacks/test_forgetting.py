@@ -41,7 +41,7 @@ def scores(cli: CommandLine, name: str, version: int = 0) -> tuple[float, float,
 
 @pytest.mark.parametrize(
     ("options", "tested"),
-    [((), True), (A_TRAINED, False), (("--model.tuning=full",), True)],
+    [((), True), pytest.param(A_TRAINED, False, marks=pytest.mark.slow), (("--model.tuning=full",), True)],
     ids=["B", "A", "full"],
 )
 def test_the_first_score_is_of_the_untouched_backbone(
@@ -114,6 +114,7 @@ def test_the_fit_is_the_same_without_forgetting_scores(fitted_cli: CommandLine, 
     assert not any(key.startswith("forgetting") for key in fitted_cli.metrics(0))
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_has_the_same_scores(cli: CommandLine, second_images: Path) -> None:
     options = ["--model.tuning=full", f"--forgetting.path={second_images}", "--forgetting.rows=50"]
     assert cli("fit", *options, "--trainer.max_epochs=2") == 0
@@ -124,6 +125,7 @@ def test_a_resumed_fit_has_the_same_scores(cli: CommandLine, second_images: Path
     assert scores(cli, "knn_acc", 0) == scores(cli, "knn_acc", 1)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_last_score_keeps_its_metrics_and_is_scored_when_resumed(
     cli: CommandLine, second_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_run_stopped_in_its_last_score_keeps_its_metrics_and_is_scored_when_re
     assert stopped.items() <= cli.metrics().items()
 
 
+@pytest.mark.slow
 def test_full_tuning_resumed_with_other_forgetting_rows_is_not_scored(
     cli: CommandLine, second_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_without_any_evaluation_nothing_is_measured(cli: CommandLine, capsys: py
     assert "trainer.limit_val_batches leaves no batch to evaluate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_later_test_removes_the_gap_to_the_earlier_one(cli: CommandLine) -> None:
     assert cli("fit", "--trainer.max_epochs=1", "--test_after_fit=true") == 0
     fitted = cli.metrics()

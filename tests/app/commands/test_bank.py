@@ -124,7 +124,7 @@ def test_adapters_are_listed_added_and_removed(
     row = ("eve", str(bank.config("eve").rank), f"{bank.config('eve').alpha:g}", "unacceptable, acceptable")
     assert " ".join((*row, bank.digest("eve")[:12])) in output
     assert "2 adapters of" in output
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["bank", "bank.lock"]  # no temporary file is left
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"bank", "bank.lock"}  # no temporary file is left
 
 
 def test_an_unpacked_adapter_is_added_again(

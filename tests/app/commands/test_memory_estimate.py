@@ -67,6 +67,7 @@ def test_training_one_side_takes_less_than_both() -> None:
     assert both.activations - one_side.activations >= DEPTH * 4 * 16 * WIDTH * 2
 
 
+@pytest.mark.slow
 def test_logits_take_twelve_bytes_for_each_token_in_the_loss_and_vocabulary_entry() -> None:
     wide = replace_config(vocab_size=5000)
     for learnt in (None, 7):  # log-probabilities, their gradient and the gradient of the logits, all float32

@@ -20,7 +20,10 @@ def fit_words(cli: CommandLine, *options: str) -> list[str]:
     return cli.words("theory", *options)[1:]
 
 
-@pytest.mark.parametrize("name", ["cli", pytest.param("text_cli", marks=pytest.mark.slow), "instruction_cli"])
+@pytest.mark.parametrize(
+    "name",
+    ["cli", pytest.param("text_cli", marks=pytest.mark.slow), pytest.param("instruction_cli", marks=pytest.mark.slow)],
+)
 def test_report_is_one_page_with_its_figures_and_tables(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

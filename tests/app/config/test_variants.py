@@ -170,7 +170,7 @@ def test_help_names_the_variants(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.param("adalora", "text_cli", marks=pytest.mark.slow),
         pytest.param("adalora", "summary_cli", marks=pytest.mark.slow),
         pytest.param("adalora", "instruction_cli", marks=pytest.mark.slow),
-        ("ia3", "text_cli"),  # IA³ has no state besides its vectors
+        pytest.param("ia3", "text_cli", marks=pytest.mark.slow),  # IA³ has no state besides its vectors
         pytest.param("ia3", "summary_cli", marks=pytest.mark.slow),
         pytest.param("ia3", "instruction_cli", marks=pytest.mark.slow),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from app.commands.federate import write_table
 from app.federated import server
 from app.federated.server import ROUND, Round, read_round
 from app.federated.training import Client, ClientResult, Job, Learner
+from app.run.run_directory import locked
 from datamodules.errors import CheckpointError, ModelError
 from tests.app.conftest import CommandLine
 from tests.conftest import ROOT, write_parquet
@@ -366,18 +368,24 @@ def test_other_files_are_kept(cli: CommandLine, tmp_path: Path, capsys: pytest.C
 
 
 def test_an_output_in_use_is_refused(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from app.run.run_directory import locked\n"
-        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
-    )
     folder = tmp_path / "out"
     folder.mkdir()
-    command = [sys.executable, "-c", script, str(folder)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
+    context = multiprocessing.get_context("fork")
+    held, refusal = context.Event(), context.Event()
+
+    def hold() -> None:
+        with locked(folder):
+            held.set()
+            refusal.wait(60)
+
+    process = context.Process(target=hold)
+    process.start()
+    assert held.wait(60)
+    try:
         refused(capsys, federate(cli, folder, *SHORT), f"--output: process {process.pid} on ", "choose another")
-        process.communicate("")
+    finally:
+        refusal.set()
+        process.join()
 
 
 HISTORY = [{"arm": "ffa", "round": 0, "val/loss": 1.0}]

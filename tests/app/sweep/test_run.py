@@ -283,6 +283,7 @@ def test_two_processes_share_a_study(sweep: SweepCommand, slowly: Callable[[floa
     assert len(sweep.results()) == 10
 
 
+@pytest.mark.slow
 def test_the_other_process_finishes_when_one_is_killed(sweep: SweepCommand, slowly: Callable[[float], None]) -> None:
     slowly(0.05)
     first, second = sweep.start(), sweep.start()

@@ -113,6 +113,7 @@ def test_an_unusable_database_is_refused(sweep: SweepCommand, capsys: pytest.Cap
     assert "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_sweep_in_a_database(sweep: SweepCommand) -> None:
     sweep.content["variants"] = {"B": {}}
     assert sweep("--workers=2", f"--storage=sqlite:///{sweep.root}/study.db") == 0

@@ -106,9 +106,9 @@ def losses_and_gradients(name: str, model: nn.Module, lengths: tuple[int, ...]) 
 @pytest.mark.parametrize(
     ("name", "train", "checkpointing", "autocast", "backend", "lengths"),
     [
-        ("vit", "both", False, True, "eager", (5,)),
+        pytest.param("vit", "both", False, True, "eager", (5,), marks=pytest.mark.slow),
         ("roberta", "B", False, False, "eager", (5, 7, 9)),
-        ("llama", "A", True, False, "eager", (5,)),
+        pytest.param("llama", "A", True, False, "eager", (5,), marks=pytest.mark.slow),
         pytest.param("vit", "both", False, False, "aot_eager", (5,), marks=pytest.mark.slow),
         pytest.param("bart", "B", False, False, "eager", (5,), marks=pytest.mark.slow),
     ],
