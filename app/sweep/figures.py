@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from app.reports.report import figure_style, new_figure
 from app.sweep.outcome import Outcome, is_value, value_text
+from app.sweep.plan import Range
 from app.sweep.statistics import PairedDifference
 
 # Okabe and Ito's colours without the yellow, which white paper hides
@@ -49,7 +50,7 @@ def response(outcome: Outcome, key: str) -> Figure | None:
     positions = _Positions(list(trials[column]), key)
     drawn = [variant for variant in outcome.variants if (trials["variant"] == variant).any()]
     figure, panels = _panels(drawn)
-    lines = isinstance(outcome.facts.search.get(key), list) or len(outcome.keys) == 1
+    lines = not isinstance(outcome.facts.search[key], Range) or len(outcome.keys) == 1
     better = max if scale.higher_is_better else min
     for axes, variants in panels:
         for index, variant in enumerate(variants):

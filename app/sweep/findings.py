@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from app.console import seconds_text
@@ -341,11 +343,11 @@ def _share(value: float, whole: float | None) -> str:
     return f"{share:.0f} %" if share >= 1 else f"{share:.2g} %"
 
 
-def _seeds(seeds: list[int]) -> str:
+def _seeds(seeds: Sequence[int]) -> str:
     """Return seeds as a phrase."""
     return f"seed {_numbers(seeds)}" if len(seeds) == 1 else f"seeds {_numbers(seeds)}"
 
 
-def _numbers(seeds: list[int]) -> str:
+def _numbers(seeds: Sequence[int]) -> str:
     """Return seeds as text."""
     return join_words([str(seed) for seed in seeds])

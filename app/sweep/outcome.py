@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -94,7 +95,8 @@ class Outcome:
             self.trials[name] = pd.to_numeric(self.trials[name], errors="coerce").astype(float)
         self.trials[numbers] = self.trials[numbers].replace([np.inf, -np.inf], np.nan)
         self.trials["chosen"] = self.trials["chosen"].eq(True)
-        self.variants = list(facts.variants)
+        self.variant_keys = {variant.name: variant.keys for variant in facts.variants}
+        self.variants = list(self.variant_keys)
 
     @property
     def search_columns(self) -> list[str]:
@@ -166,9 +168,9 @@ class Outcome:
         return self.report[0]
 
     @property
-    def report(self) -> list[str]:
+    def report(self) -> tuple[str, ...]:
         """Return the metrics of the table; the selecting metric if the plan names no metric."""
-        return self.facts.report or [self.facts.metric]
+        return self.facts.report or (self.facts.metric,)
 
     @property
     def phase(self) -> Literal["select", "confirm"]:
@@ -191,7 +193,7 @@ class Outcome:
 
     def kind(self, variant: str) -> Kind:
         """Return the kind of a variant: the parts that its keys train."""
-        keys = self.facts.set | self.facts.variants[variant]
+        keys = {**self.facts.set, **self.variant_keys[variant]}
         tuning, train = keys.get("model.tuning", "adapter"), keys.get("model.adapter.train")
         if tuning in ("head", "full"):
             return "head" if tuning == "head" else "full"
@@ -249,6 +251,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count_text(count)} {noun}{'' if count == 1 else 's'}"
 
 
-def join_words(words: list[str]) -> str:
+def join_words(words: Sequence[str]) -> str:
     """Return `a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -72,14 +72,14 @@ def write_results(frame: pd.DataFrame, output: Path) -> None:
         frame.to_parquet(file, index=False)
 
 
-def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFacts | None = None) -> PlanFacts:
-    """Return the facts about the plan that the report states.
+def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFacts | None) -> PlanFacts:
+    """Return the facts that the report states. Their notes and number of trials are complete.
 
     Args:
         plan: The sweep.
         left: The jobs that are left.
         command: Program and arguments that repeat the sweep.
-        time: Facts about the time limit, if there is one.
+        time: Facts about the time limit; None without a limit.
     """
     own_searches = [
         f"{variant.name}: {key} was searched over the variant's own values: {_listed(values)}."
@@ -87,28 +87,11 @@ def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFact
         for key, values in variant.search.items()
         if values != plan.search[key]
     ]
-    return PlanFacts(
-        name=plan.name,
-        metric=plan.metric,
-        mode=plan.mode,
-        select_seeds=list(plan.select_seeds),
-        confirm_seeds=list(plan.confirm_seeds),
-        report=list(plan.report),
-        base=list(plan.base),
-        set=dict(plan.set),
-        variants={variant.name: dict(variant.keys) for variant in plan.variants},
-        search={key: _plain(values) for key, values in plan.search.items()},
-        notes=[*plan.notes, *own_searches, *left.notes],
-        finished=left.is_finished,
-        trials_per_variant=plan.trials_per_variant or len(grid_points(plan.variants[0])),
-        prune=plan.prune,
-        command=list(command),
-        time=time,
-    )
-
-
-def _plain(values: tuple[Any, ...] | Range) -> Any:
-    return {"low": values.low, "high": values.high, "log": values.log} if isinstance(values, Range) else list(values)
+    changes = {
+        "notes": (*plan.notes, *own_searches, *left.notes),
+        "trials_per_variant": plan.trials_per_variant or len(grid_points(plan.variants[0])),
+    }
+    return PlanFacts(**vars(plan) | changes, finished=left.is_finished, command=list(command), time=time)
 
 
 def _listed(values: tuple[Any, ...] | Range) -> str:
