@@ -57,7 +57,7 @@ def findings(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
         paragraphs += [
             *_enough(outcome),
             *_order(outcome),
-            *_one_side(outcome),
+            *(_compared(outcome, side, outcome.lora) for side in _sides(outcome) if outcome.lora),
             *_head(outcome),
             *_cheapest(outcome),
             *_chance(outcome),
@@ -163,12 +163,6 @@ def _order(outcome: Outcome) -> list[str]:
             f"confirmed seeds ({fewest}). The order of their means can be chance. Confirm with more seeds."
         )
     return [" ".join(sentences)]
-
-
-def _one_side(outcome: Outcome) -> list[str]:
-    """Compare each variant that trains one factor with LoRA, in quality and in cost."""
-    lora = outcome.lora
-    return [_compared(outcome, side, lora) for side in _sides(outcome)] if lora else []
 
 
 def _sides(outcome: Outcome) -> list[str]:

@@ -89,7 +89,7 @@ class Outcome:
         self.facts = facts
         self.keys = list(facts.search)
         numbers = list(dict.fromkeys([facts.metric, *facts.report, *COSTS]))
-        columns = [*TRIAL, *self.search_columns, *numbers]
+        columns = [*TRIAL, *(f"search/{key}" for key in self.keys), *numbers]
         self.trials = results.reindex(columns=list(dict.fromkeys([*results.columns, *columns])))
         for name in numbers:
             self.trials[name] = pd.to_numeric(self.trials[name], errors="coerce").astype(float)
@@ -97,11 +97,6 @@ class Outcome:
         self.trials["chosen"] = self.trials["chosen"].eq(True)
         self.variant_keys = {variant.name: variant.keys for variant in facts.variants}
         self.variants = list(self.variant_keys)
-
-    @property
-    def search_columns(self) -> list[str]:
-        """Return the columns of the searched keys."""
-        return [f"search/{key}" for key in self.keys]
 
     def state(self, *states: str) -> pd.DataFrame:
         """Return the trials in these states."""

@@ -30,11 +30,11 @@ def results_frame(plan: Plan, trials: Mapping[Job, FrozenTrial], left: Outline) 
     points = {job.point: json.loads(job.point) for job in trials}
 
     def sort_key(job: Job) -> tuple[Any, ...]:
-        values = [_cell(points[job.point].get(key)) for key in plan.search_keys]
+        values = [_cell(points[job.point].get(key)) for key in plan.search]
         return order[job.variant], job.phase == "confirm", [(isinstance(v, str), v) for v in values], job.seed
 
     rows = [_row(plan, job, trials[job], points[job.point], left) for job in sorted(trials, key=sort_key)]
-    searched = [f"search/{key}" for key in plan.search_keys]
+    searched = [f"search/{key}" for key in plan.search]
     fixed = [*COLUMNS, *searched, "curve_steps", "curve_values"]
     metrics = sorted({name for row in rows for name in row} - {*fixed})
     return pd.DataFrame(rows, columns=[*fixed, *metrics])
@@ -52,7 +52,7 @@ def _row(plan: Plan, job: Job, trial: FrozenTrial, point: Mapping[str, Any], lef
         "run": facts.get("run"),
         "chosen": left.chosen.get(job.variant) == job.point,
         "seconds": facts.get("seconds"),
-        **{f"search/{key}": _cell(point.get(key)) for key in plan.search_keys},
+        **{f"search/{key}": _cell(point.get(key)) for key in plan.search},
         "curve_steps": facts.get("curve_steps", []),
         "curve_values": facts.get("curve_values", []),
         **facts.get("metrics", {}),
