@@ -100,7 +100,7 @@ class Sweep:
         """
         try:
             self._save_time(ended=False)
-            with self.progress:
+            with self.progress.bars:
                 try:
                     while self._step():
                         time.sleep(POLL)
