@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from datamodules.base import Collate, ResumableDataModule
 from datamodules.contract import TextModel
 from datamodules.errors import DataError, SplitError, counted
-from datamodules.loading.batching import Draw
 from datamodules.loading.prefix_cache import WithHidden
 from datamodules.sources.findings import SkippedRow
 from datamodules.sources.splits import SPLITS, check_fraction, check_limits, choose_rows
@@ -47,23 +46,6 @@ class BadRow(NamedTuple):
 
     key: str
     reason: str
-
-
-class NumberedRows(TokenDataset):
-    """Rows of tokens with their row numbers in the table as `index`, for predictions that leave out some rows.
-
-    Args:
-        rows: The rows of tokens.
-        numbers: Row number of each row in the table, (rows,) int64.
-    """
-
-    def __init__(self, rows: TokenDataset, numbers: Tensor) -> None:
-        super().__init__(rows.data, rows.targets, rows.texts)
-        self.numbers = numbers
-
-    def __getitems__(self, keys: Sequence[int | Draw]) -> list[dict[str, Any]]:
-        """Return the rows of a batch."""
-        return [row | {"index": int(self.numbers[row["index"]])} for row in super().__getitems__(keys)]
 
 
 class TextData(ResumableDataModule):
@@ -355,7 +337,7 @@ class TextData(ResumableDataModule):
         dataset = self.build("predict", table, rows)
         failed = self.failed.get(table.where)
         if failed:
-            dataset = NumberedRows(dataset, rows[[row not in failed for row in rows.tolist()]])
+            dataset.numbers = rows[[row not in failed for row in rows.tolist()]]
         self.findings.add_split("predict", len(dataset), table.source or table.where)
         self.add_notes(table)
         return dataset

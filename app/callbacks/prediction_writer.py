@@ -67,14 +67,9 @@ class PredictionWriter(BasePredictionWriter):
                 write_rows(path, [complete(row, number) for row in ordered])
                 kept = "" if path.name == files[number] else f" ({files[number]} of an earlier prediction is kept)"
                 _log.info(f"{counted(len(ordered), 'prediction')}: {path}{kept}")
-                if len(ordered) == 1:
-                    _print(complete(ordered[0], number))
-
-
-def _print(row: Row) -> None:
-    """Print a single prediction, one cell a line."""
-    for name, cell in _flat(row).items():
-        print(escape_controls(f"{name}: {cell}"))
+                if len(ordered) == 1:  # one cell a line
+                    for name, cell in _flat(complete(ordered[0], number)).items():
+                        print(escape_controls(f"{name}: {cell}"))
 
 
 def _check_errors(rows: list[Row]) -> None:

@@ -196,7 +196,8 @@ class RunSummary(L.Callback):
             log_results(trainer, self._settings, results)
         table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
         for key, value in self.values.items():
-            table.add_row(escape_controls(key), _readable(key, value))
+            plain = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            table.add_row(escape_controls(key), quantity_text(key, value) or plain)
         console = Console()
         console.print(table)
         for logger in loggers:
@@ -273,10 +274,6 @@ def _range(values: list[float]) -> str:
     """Return the smallest and the largest of some numbers, or the number if all are equal."""
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _readable(key: str, value: float) -> str:
-    return quantity_text(key, value) or (f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -30,7 +30,6 @@ from datamodules.errors import ModelError, first_line
 from modules.adapters import AdapterConfig, adapted_layers, adapter_state, attach
 from modules.backbones.transformers_backbone import checkpoint_activations, selected_logits
 from modules.base import AdaptedModule, BackboneDtype
-from modules.generation.choices import PrefixCache
 from modules.scaling.sharding import sharded_stacks
 
 if TYPE_CHECKING:  # the recipe decides which class is imported
@@ -73,10 +72,6 @@ class MemoryEstimate:
     def total(self) -> int:
         """Return the sum of all parts, in bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
-
-    def __str__(self) -> str:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
-        return "\n".join(f"{name:<12}{size / GIB:9.3f} GiB" for name, size in parts.items())
 
 
 class LiveBytes(TorchDispatchMode):
@@ -178,43 +173,6 @@ def training_memory(
             precision=precision,
         )
     return _estimate(peak, model, shard_frozen)
-
-
-def scoring_memory(
-    config: PreTrainedConfig, *, batch_size: int, prefix: int, tokens: int, backbone_dtype: BackboneDtype = "bfloat16"
-) -> MemoryEstimate:
-    """Predict the memory of scoring multiple-choice questions (`modules.generation.choices`), without the adapters.
-
-    Args:
-        config: Configuration of the backbone.
-        batch_size: Questions at a time.
-        prefix: Number of tokens with which all prompts begin, 1 or more.
-        tokens: Number of tokens of the longest question after the prefix.
-        backbone_dtype: Dtype of the weights.
-
-    Raises:
-        ModelError: If a number is out of range, or the backbone's keys and values cannot be shared.
-    """
-    if min(batch_size, prefix, tokens) < 1:
-        raise ModelError(f"Memory of {batch_size} questions of {prefix} + {tokens} tokens: all must be 1 or more.")
-    vocabulary = config.get_text_config().vocab_size
-    with FakeTensorMode(), torch.no_grad():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, backbone_dtype))  # type: ignore[no-untyped-call]
-        live = LiveBytes(lambda result: "logits" if result.shape == (batch_size, vocabulary) else "activations")
-        live.hold([*model.parameters(), *model.buffers()], "weights")
-        with live:
-            keys = PrefixCache().keys_of(model.eval(), torch.zeros(prefix, dtype=torch.long))  # type: ignore[no-untyped-call]
-            if keys is None:
-                raise ModelError(f"Memory of a {config.model_type}: its keys and values cannot be shared.")
-            selected_logits(
-                model,
-                cast(Tensor, (torch.arange(batch_size), torch.full((batch_size,), tokens - 1))),
-                input_ids=torch.zeros(batch_size, tokens, dtype=torch.long),
-                attention_mask=torch.ones(batch_size, prefix + tokens, dtype=torch.long),
-                position_ids=(prefix + torch.arange(tokens)).expand(batch_size, -1),
-                past_key_values=keys,
-            ).log_softmax(-1)
-    return MemoryEstimate(**{field.name: live.peak[field.name] for field in fields(MemoryEstimate)})
 
 
 # ---------------------------------------------------------------------------------------------------- fits of any task

@@ -32,11 +32,6 @@ OPTIONS = {
 }
 
 
-def command_names() -> list[str]:
-    """Return the names of all commands."""
-    return [*TRAINER_COMMANDS, *COMMANDS]
-
-
 def program_help() -> str:
     """Return the help of the program without a command."""
     program = " ".join(program_command())
@@ -61,7 +56,7 @@ def check_command(words: Sequence[str]) -> None:
     Raises:
         ArgumentError: If there is no word, or the first word is neither an option nor a command.
     """
-    names = command_names()
+    names = [*TRAINER_COMMANDS, *COMMANDS]
     choices = f"Choose one of {', '.join(names)}."
     if not words:
         raise ArgumentError(None, f"No command is given. {choices} --help describes the commands.")

@@ -411,9 +411,7 @@ def _members(pairs: pd.DataFrame, group: Any) -> pd.DataFrame:
 def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
     shown = {factor: _shown_groups(groups, factor) for factor in FACTORS}
     sizes = [max(1, len(of_factor)) for of_factor in shown.values()]
-    figure = new_figure(height=1.6 + 0.42 * sum(sizes))
-    with figure_style():
-        panels = figure.subplots(2, 1, sharex=True, height_ratios=sizes)
+    figure, panels = new_figure(height=1.6 + 0.42 * sum(sizes), rows=2, sharex=True, height_ratios=sizes)
     for axes, (factor, of_factor) in zip(panels, shown.items(), strict=True):
         for row, group in enumerate(of_factor.itertuples()):
             limits = (group.permutation_low, group.permutation_high)
@@ -434,9 +432,7 @@ def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
 def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
     labels = [run.label for run in runs]
     numbers = [label.partition(":")[0] for label in labels]
-    figure = new_figure(height=1.6 + 2 * max(1.4, 0.36 * len(labels)))
-    with figure_style():
-        panels = figure.subplots(2, 1, sharex=True)
+    figure, panels = new_figure(height=1.6 + 2 * max(1.4, 0.36 * len(labels)), rows=2, sharex=True)
     image = None
     for axes, factor in zip(panels, FACTORS, strict=True):
         grid = np.eye(len(labels))
@@ -463,15 +459,13 @@ def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
     panels[-1].set_xlabel("run")
     assert image is not None
     with figure_style():
-        figure.colorbar(image, ax=list(panels), label="similarity", shrink=0.8)
+        figure.colorbar(image, ax=panels, label="similarity", shrink=0.8)
     return figure
 
 
 def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     blocks = list(dict.fromkeys(rows["block"]))
-    figure = new_figure(height=6.5)
-    with figure_style():
-        panels = figure.subplots(2, 1, sharex=True)
+    figure, panels = new_figure(height=6.5, rows=2, sharex=True)
     for axes, factor in zip(panels, FACTORS, strict=True):
         of_factor = rows[rows["factor"] == factor]
         axes.plot(

@@ -311,13 +311,6 @@ def _band(axes: Any, index: int, runs: int, x: Any, low: Any, high: Any) -> None
         axes.fill_between(x, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
 
 
-def _panels(count: int, height: float = 3.6) -> tuple[Figure, list[Any]]:
-    figure = new_figure(height=height)
-    with figure_style():
-        axes = figure.subplots(1, count, squeeze=False)[0]
-    return figure, list(axes)
-
-
 def _legend(figure: Figure, axes: Any, count: int) -> None:
     """Put the names of the runs below the panels, where the names hide no line."""
     with figure_style():
@@ -326,7 +319,7 @@ def _legend(figure: Figure, axes: Any, count: int) -> None:
 
 
 def _singular_values_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figure:
-    figure, panels = _panels(3, 3.4 + 0.12 * len(labels))
+    figure, panels = new_figure(height=3.4 + 0.12 * len(labels), columns=3)
     for axes, factor in zip(panels, (*FACTORS, UPDATE), strict=True):
         for index, label in enumerate(labels):
             chosen = _trace(ranks, label, factor)
@@ -350,7 +343,7 @@ def _trace(ranks: pd.DataFrame, label: str, factor: str) -> pd.DataFrame:
 
 
 def _ranks_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figure:
-    figure, panels = _panels(2, 3.4 + 0.12 * len(labels))
+    figure, panels = new_figure(height=3.4 + 0.12 * len(labels), columns=2)
     for axes, quantity in zip(panels, ("effective_rank", "stable_rank"), strict=True):
         for index, label in enumerate(labels):
             chosen = _trace(ranks, label, UPDATE)
@@ -370,7 +363,7 @@ def _ranks_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figure:
 
 
 def _kept_figure(labels: Sequence[str], kept: pd.DataFrame) -> Figure:
-    figure, (axes,) = _panels(1, 3.6 + 0.12 * len(labels))
+    figure, (axes,) = new_figure(height=3.6 + 0.12 * len(labels))
     for index, label in enumerate(labels):
         grouped = kept[kept["run"] == label].dropna().groupby("rank")["kept_share"]
         mean = grouped.mean()
@@ -386,7 +379,7 @@ def _kept_figure(labels: Sequence[str], kept: pd.DataFrame) -> Figure:
 
 
 def _intruders_figure(labels: Sequence[str], intruders: pd.DataFrame, top: int) -> Figure:
-    figure, (axes,) = _panels(1, 3.6 + 0.12 * len(labels))
+    figure, (axes,) = new_figure(height=3.6 + 0.12 * len(labels))
     for index, label in enumerate(labels):
         of_run = intruders[intruders["run"] == label]
         if of_run.empty:
@@ -413,9 +406,8 @@ def _norms_figure(labels: Sequence[str], norms: pd.DataFrame) -> Figure:
     roles = [role for role in (*ROLES, "other") if role in set(norms["role"])]
     columns = min(len(labels), 2)
     lines = -(-len(labels) // columns)
-    figure = new_figure(height=0.9 + lines * (0.75 + 0.3 * len(roles)))
-    with figure_style():
-        panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    height = 0.9 + lines * (0.75 + 0.3 * len(roles))
+    figure, panels = new_figure(height=height, rows=lines, columns=columns, sharex=True, sharey=True)
     largest = float(norms["relative_norm"].max())
     image = None
     for axes, label in zip(panels, labels, strict=False):
@@ -433,5 +425,5 @@ def _norms_figure(labels: Sequence[str], norms: pd.DataFrame) -> Figure:
         axes.xaxis.set_tick_params(labelbottom=True)
     assert image is not None
     with figure_style():
-        figure.colorbar(image, ax=list(panels), label="‖s·BA‖ / ‖W‖", shrink=0.9)
+        figure.colorbar(image, ax=panels, label="‖s·BA‖ / ‖W‖", shrink=0.9)
     return figure

@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 
 from app.commands.moments import Measurement
 from app.config.program_files import program_command
-from app.reports.report import Report, figure_style, new_figure
+from app.reports.report import Report, new_figure
 from datamodules.atomic import atomic_write
 from datamodules.errors import counted
 from modules.adapters import ROLES, adapted_projections
@@ -156,11 +156,9 @@ def _style(role: str) -> dict[str, Any]:
 
 
 def _panels(titles: list[str], sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    figure = new_figure(9.0, 4.2)
-    with figure_style():
-        axes = list(figure.subplots(1, len(titles), squeeze=False, sharey=sharey)[0])
-        for panel, title in zip(axes, titles, strict=True):
-            panel.set_title(title, fontsize="medium")
+    figure, axes = new_figure(9.0, 4.2, columns=len(titles), sharey=sharey)
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set_title(title, fontsize="medium", loc="left")
     return figure, axes
 
 

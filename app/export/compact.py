@@ -53,7 +53,8 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: 
             frozen = "init_a" if module.adapter.train == "B" else "init_b"
             print(f"A compact file leaves out the frozen factor of runs with --model.adapter.{frozen} signs.")
     size = (folder / COMPACT).stat().st_size
-    peft = _peft_bytes(module, dtype)
+    _, tensors = peft_content(module, module.saved_state())
+    peft = sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors.values())
     print(f"Size: {size / 1e6:.3g} MB; as --format peft: {peft / 1e6:.3g} MB, heads included in both.")
 
     def load(place: str, shared: bool = False) -> str:
@@ -61,9 +62,3 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: 
         return shlex.join([*program_command(), "test", "--config", config, "--model.adapter_path", place])
 
     return load
-
-
-def _peft_bytes(module: AdaptedModule, dtype: torch.dtype) -> int:
-    """Return the bytes of the tensors in PEFT's file of the same run."""
-    _, tensors = peft_content(module, module.saved_state())
-    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors.values())

@@ -75,9 +75,8 @@ def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> L
 def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> Loader:
     from timm.models import save_for_hf
 
-    assert module.class_names is not None  # a checkpoint has them
     save_for_hf(
-        timm_model(module, module.class_names).to(dtype),
+        timm_model(module).to(dtype),
         str(folder),
         model_config={"label_names": module.class_names},
         safe_serialization=True,

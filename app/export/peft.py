@@ -57,7 +57,9 @@ def write_peft(
             "adapter.",
         )
     if is_timm(module):
-        _check_timm_head(cast("ImageClassifier", module), compare=state is None)
+        if state is None:  # the comparison needs float32
+            module.backbone.float()
+        timm_model(cast("ImageClassifier", module), compare=state is None)
     content, tensors = peft_content(module, module.saved_state() if state is None else state, links)
     write_peft_files(folder, content, tensors, dtype)
     return peft_loader(module)
@@ -136,11 +138,3 @@ def peft_content(
         updates = chain_updates(module.backbone, inside, links)
         config, inside = given_config(config, updates), factor_state(module.projections, updates)
     return to_peft(module.backbone, config, inside, heads, module.peft_task, source)
-
-
-def _check_timm_head(module: ImageClassifier, compare: bool) -> None:
-    """Check that timm's own model fits the head."""
-    assert module.class_names is not None  # a checkpoint has them
-    if compare:
-        module.backbone.float()
-    timm_model(module, module.class_names, compare)

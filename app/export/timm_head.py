@@ -17,12 +17,11 @@ if TYPE_CHECKING:  # a run on text imports no timm
 TOLERANCE = 1e-3  # relative to the largest logit, in float32; a different pooling exceeds this by far
 
 
-def timm_model(module: ImageClassifier, class_names: list[str], compare: bool = True) -> Any:
+def timm_model(module: ImageClassifier, compare: bool = True) -> Any:
     """Return timm's model of the backbone, in float32 and without adapters, with the module's head as classifier.
 
     Args:
         module: The module. For `compare`, its backbone must be in float32 on the CPU. `compare` sets eval mode.
-        class_names: The classes.
         compare: Check that the model computes the module's logits.
 
     Raises:
@@ -31,8 +30,9 @@ def timm_model(module: ImageClassifier, class_names: list[str], compare: bool = 
     import timm
     from timm.models import get_model_args
 
-    backbone, head = module.backbone, module.head
+    backbone, head, class_names = module.backbone, module.head, module.class_names
     assert head is not None
+    assert class_names is not None  # a checkpoint has them
     name = module.hparams["backbone"]
     refusal = f"--format: timm's model {name} does not fit the head of this run"
     try:

@@ -165,12 +165,15 @@ class Report:
         return folder / FILE
 
 
-def new_figure(width: float = 9.0, height: float = 4.0) -> Figure:
-    """Return an empty figure in the style of reports, with sizes in inches. Add axes within `figure_style`."""
-    with mpl.rc_context(RC):
-        return Figure(figsize=(width, height), dpi=150)
+def new_figure(
+    width: float = 9.0, height: float = 4.0, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, list[Any]]:
+    """Return a figure, with sizes in inches, and its panels row by row. `options` go to matplotlib's `subplots`."""
+    with figure_style():
+        figure = Figure(figsize=(width, height), dpi=150)
+        return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
 def figure_style() -> AbstractContextManager[None]:
-    """Return a context in which new axes get the style of reports."""
+    """Return a context in which new legends and colour bars get the style of reports."""
     return mpl.rc_context(RC)

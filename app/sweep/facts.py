@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from app.sweep.plan import Plan
 
 
-@dataclass(frozen=True)
-class PlanFacts:
-    """Facts of a sweep that its report repeats to a reader who did not run the sweep.
+@dataclass(frozen=True, kw_only=True)
+class PlanFacts(Plan):
+    """A plan with the facts of its sweep that the report repeats to a reader who did not run the sweep.
 
     Args:
-        name: Name of the sweep.
-        metric: Validation metric that chooses each variant's point, such as `val/score`.
-        mode: Direction in which the metric is better: `max` or `min`.
-        select_seeds: Seeds of the trials that choose a point.
-        confirm_seeds: Seeds of the trials that fill the table.
-        report: Metrics of the table, such as `test/score`; the first metric decides the comparison.
-        base: Recipes and overlays of every trial.
-        set: Keys that every trial sets.
-        variants: All keys of each variant, in the order of the table.
-        search: Searched keys with their values or ranges.
-        notes: Whole sentences about the search, such as "B: the grid was extended to 0.008."
         finished: True when no trial is left to run.
-        trials_per_variant: Number of points that each variant tries, without an extension of the grid.
-        prune: Rule that stops poor trials early.
         command: Program and arguments that repeat the sweep.
         time: Facts about the time limit; None without a limit.
     """
 
-    name: str
-    metric: str
-    mode: str
-    select_seeds: list[int]
-    confirm_seeds: list[int]
-    report: list[str]
-    base: list[str]
-    set: dict[str, Any]
-    variants: dict[str, dict[str, Any]]
-    search: dict[str, Any]
-    notes: list[str]
     finished: bool
-    trials_per_variant: int
-    prune: str
     command: list[str]
     time: TimeFacts | None = None
 

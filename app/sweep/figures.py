@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from app.reports.report import figure_style, new_figure
+from app.reports.report import new_figure
 from app.sweep.outcome import Outcome, is_value, value_text
+from app.sweep.plan import Range
 from app.sweep.statistics import PairedDifference
 
 # Okabe and Ito's colours without the yellow, which white paper hides
@@ -49,7 +50,7 @@ def response(outcome: Outcome, key: str) -> Figure | None:
     positions = _Positions(list(trials[column]), key)
     drawn = [variant for variant in outcome.variants if (trials["variant"] == variant).any()]
     figure, panels = _panels(drawn)
-    lines = isinstance(outcome.facts.search.get(key), list) or len(outcome.keys) == 1
+    lines = not isinstance(outcome.facts.search[key], Range) or len(outcome.keys) == 1
     better = max if scale.higher_is_better else min
     for axes, variants in panels:
         for index, variant in enumerate(variants):
@@ -104,9 +105,7 @@ def curves(outcome: Outcome) -> Figure | None:
         return None
     means = {variant: drawn.mean(axis=1) for variant, drawn in seeds.items()}
     rows = -(-len(seeds) // COLUMNS)
-    figure = new_figure(9, 0.7 + 2.3 * rows)
-    with figure_style():
-        panels = figure.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True).flatten()
+    figure, panels = new_figure(9, 0.7 + 2.3 * rows, rows, COLUMNS, sharex=True, sharey=True)
     for axes, variant in zip(panels, seeds, strict=False):
         tint = color(outcome, variant)
         for other in means:
@@ -132,9 +131,7 @@ def quality_by_parameters(outcome: Outcome) -> Figure | None:
     drawn = [variant for variant in outcome.variants if parameters[variant] and variant in outcome.ranked]
     if len(drawn) < 2:
         return None
-    figure = new_figure(9, 3.8)
-    with figure_style():
-        axes = figure.subplots()
+    figure, (axes,) = new_figure(9, 3.8)
     for variant in drawn:
         mean = outcome.mean(variant, outcome.metric)
         axes.errorbar(
@@ -168,9 +165,7 @@ def forest(outcome: Outcome) -> Figure | None:
     pairs, scale = forest_pairs(outcome), outcome.scale(outcome.metric)
     if not pairs:
         return None
-    figure = new_figure(9, 1.2 + 0.3 * len(pairs))
-    with figure_style():
-        axes = figure.subplots()
+    figure, (axes,) = new_figure(9, 1.2 + 0.3 * len(pairs))
     axes.axvline(0, color="#666666", lw=1)
     for row, pair in enumerate(pairs):
         tint = COLORS[0] if pair.sign else "#888888"
@@ -293,10 +288,8 @@ def _has_items(value: Any) -> bool:
 def _panels(variants: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]:
     """Return a figure with one panel for every seven variants, all with the same scales."""
     groups = [variants[start : start + PANEL] for start in range(0, len(variants), PANEL)]
-    figure = new_figure(9, 0.6 + 3.6 * len(groups))
-    with figure_style():
-        axes = figure.subplots(len(groups), squeeze=False, sharex=True, sharey=True)
-    return figure, list(zip(axes[:, 0], groups, strict=True))
+    figure, axes = new_figure(9, 0.6 + 3.6 * len(groups), len(groups), sharex=True, sharey=True)
+    return figure, list(zip(axes, groups, strict=True))
 
 
 def _legend(figure: Figure, panels: list[tuple[Axes, list[str]]]) -> None:

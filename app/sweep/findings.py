@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from app.console import seconds_text
@@ -55,7 +57,7 @@ def findings(facts: PlanFacts, results: pd.DataFrame) -> list[str]:
         paragraphs += [
             *_enough(outcome),
             *_order(outcome),
-            *_one_side(outcome),
+            *(_compared(outcome, side, outcome.lora) for side in _sides(outcome) if outcome.lora),
             *_head(outcome),
             *_cheapest(outcome),
             *_chance(outcome),
@@ -161,12 +163,6 @@ def _order(outcome: Outcome) -> list[str]:
             f"confirmed seeds ({fewest}). The order of their means can be chance. Confirm with more seeds."
         )
     return [" ".join(sentences)]
-
-
-def _one_side(outcome: Outcome) -> list[str]:
-    """Compare each variant that trains one factor with LoRA, in quality and in cost."""
-    lora = outcome.lora
-    return [_compared(outcome, side, lora) for side in _sides(outcome)] if lora else []
 
 
 def _sides(outcome: Outcome) -> list[str]:
@@ -341,11 +337,11 @@ def _share(value: float, whole: float | None) -> str:
     return f"{share:.0f} %" if share >= 1 else f"{share:.2g} %"
 
 
-def _seeds(seeds: list[int]) -> str:
+def _seeds(seeds: Sequence[int]) -> str:
     """Return seeds as a phrase."""
     return f"seed {_numbers(seeds)}" if len(seeds) == 1 else f"seeds {_numbers(seeds)}"
 
 
-def _numbers(seeds: list[int]) -> str:
+def _numbers(seeds: Sequence[int]) -> str:
     """Return seeds as text."""
     return join_words([str(seed) for seed in seeds])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -88,18 +89,14 @@ class Outcome:
         self.facts = facts
         self.keys = list(facts.search)
         numbers = list(dict.fromkeys([facts.metric, *facts.report, *COSTS]))
-        columns = [*TRIAL, *self.search_columns, *numbers]
+        columns = [*TRIAL, *(f"search/{key}" for key in self.keys), *numbers]
         self.trials = results.reindex(columns=list(dict.fromkeys([*results.columns, *columns])))
         for name in numbers:
             self.trials[name] = pd.to_numeric(self.trials[name], errors="coerce").astype(float)
         self.trials[numbers] = self.trials[numbers].replace([np.inf, -np.inf], np.nan)
         self.trials["chosen"] = self.trials["chosen"].eq(True)
-        self.variants = list(facts.variants)
-
-    @property
-    def search_columns(self) -> list[str]:
-        """Return the columns of the searched keys."""
-        return [f"search/{key}" for key in self.keys]
+        self.variant_keys = {variant.name: variant.keys for variant in facts.variants}
+        self.variants = list(self.variant_keys)
 
     def state(self, *states: str) -> pd.DataFrame:
         """Return the trials in these states."""
@@ -166,9 +163,9 @@ class Outcome:
         return self.report[0]
 
     @property
-    def report(self) -> list[str]:
+    def report(self) -> tuple[str, ...]:
         """Return the metrics of the table; the selecting metric if the plan names no metric."""
-        return self.facts.report or [self.facts.metric]
+        return self.facts.report or (self.facts.metric,)
 
     @property
     def phase(self) -> Literal["select", "confirm"]:
@@ -191,7 +188,7 @@ class Outcome:
 
     def kind(self, variant: str) -> Kind:
         """Return the kind of a variant: the parts that its keys train."""
-        keys = self.facts.set | self.facts.variants[variant]
+        keys = {**self.facts.set, **self.variant_keys[variant]}
         tuning, train = keys.get("model.tuning", "adapter"), keys.get("model.adapter.train")
         if tuning in ("head", "full"):
             return "head" if tuning == "head" else "full"
@@ -249,6 +246,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count_text(count)} {noun}{'' if count == 1 else 's'}"
 
 
-def join_words(words: list[str]) -> str:
+def join_words(words: Sequence[str]) -> str:
     """Return `a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

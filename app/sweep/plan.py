@@ -120,11 +120,6 @@ class Plan:
         """Return True if a searched key has a range, so that points are sampled instead of listed."""
         return any(isinstance(values, Range) for variant in self.variants for values in variant.search.values())
 
-    @property
-    def search_keys(self) -> list[str]:
-        """Return the searched keys, in the order of the file."""
-        return list(self.search)
-
     def better(self, first: float, second: float) -> bool:
         """Return True if the first value of the metric is better than the second."""
         return first > second if self.mode == "max" else first < second

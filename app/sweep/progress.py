@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -20,6 +19,8 @@ _log = logging.getLogger(__name__)
 class SweepProgress:
     """Show the trial of each worker, the number of finished trials, and the estimated time left.
 
+    `bars` draws within its context, on a terminal only.
+
     Args:
         workers: Number of trials that run at once.
         metric: Metric to show for each trial.
@@ -31,52 +32,35 @@ class SweepProgress:
         self.done = self.expected = 0
         self._seconds: list[float] = []
         console = Console()
-        self._bars: Progress | None = None
-        if console.is_terminal:
-            text, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-            self._bars = Progress(text, BarColumn(20), MofNCompleteColumn(), note, console=console)
-            self._all = self._bars.add_task("Trials", total=None, note="")
-            self._lines: list[TaskID] = [self._bars.add_task("", note="", visible=False) for _ in range(workers)]
-
-    def __enter__(self) -> SweepProgress:
-        """Start to draw."""
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop drawing. The last state stays on the terminal."""
-        if self._bars is not None:
-            self._bars.stop()
+        text, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+        self.bars = Progress(
+            text, BarColumn(20), MofNCompleteColumn(), note, console=console, disable=not console.is_terminal
+        )
+        self._all = self.bars.add_task("Trials", total=None, note="")
+        self._lines: list[TaskID] = [self.bars.add_task("", note="", visible=False) for _ in range(workers)]
 
     def count(self, done: int, expected: int) -> None:
         """Show the number of finished trials, and of all trials."""
         self.done, self.expected = done, expected
-        if self._bars is not None:
-            self._bars.update(self._all, completed=done, total=expected, note=self._time_left())
+        self.bars.update(self._all, completed=done, total=expected, note=self._time_left())
 
     def begin(self, worker: int, job: Job) -> None:
         """Show that a worker runs a trial."""
-        if self._bars is not None:
-            text = escape_controls(describe(job))
-            self._bars.reset(self._lines[worker], description=text, total=None, note=job.phase, visible=True)
+        text = escape_controls(describe(job))
+        self.bars.reset(self._lines[worker], description=text, total=None, note=job.phase, visible=True)
 
     def advance(self, worker: int, curve: Curve) -> None:
-        """Show the newest validation of a worker's trial."""
-        if self._bars is not None and curve.points:
-            step = max(curve.points)
-            value = curve.points[step][0]
-            note = f"{self.metric} {'not finite' if value is None else format(value, '.4g')}"
-            self._bars.update(self._lines[worker], completed=step, total=curve.steps, note=note)
+        """Show the newest validation of a worker's trial, which has one."""
+        step = max(curve.points)
+        value = curve.points[step][0]
+        note = f"{self.metric} {'not finite' if value is None else format(value, '.4g')}"
+        self.bars.update(self._lines[worker], completed=step, total=curve.steps, note=note)
 
     def finish(self, worker: int, job: Job, result: str, seconds: float) -> None:
         """Show the result of a trial."""
         self._seconds.append(seconds)
         self.done += 1
-        if self._bars is not None:
-            self._bars.update(self._lines[worker], visible=False)
+        self.bars.update(self._lines[worker], visible=False)
         left = self._time_left()
         count = f"{self.done} of {max(self.expected, self.done)}"
         _log.info(f"{count}: {describe(job)} ({job.phase}): {result}, {seconds:.0f} s{f'; {left}' if left else ''}.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from app.sweep import figures
 from app.sweep.facts import PlanFacts
 from app.sweep.findings import findings, introduction
 from app.sweep.outcome import Outcome, is_value, value_text
+from app.sweep.plan import Range
 from app.sweep.statistics import BOOTSTRAP_SEEDS, STUDENT_SEEDS, PairedDifference
 from datamodules.atomic import atomic_write
 from datamodules.errors import counted
@@ -204,7 +207,7 @@ def _add_responses(report: Report, outcome: Outcome) -> None:
         if picture is None:
             report.add_paragraph(f"No complete trial has a value of {metric} and {key} yet.")
             continue
-        grid = isinstance(facts.search[key], list) or len(outcome.keys) == 1
+        grid = not isinstance(facts.search[key], Range) or len(outcome.keys) == 1
         line = "lines join the means over these seeds" if grid else "filled points are the means over these seeds"
         if len(outcome.keys) > 1:
             line += ", at the best values of the other searched keys"
@@ -298,18 +301,18 @@ def _add_repetition(report: Report, outcome: Outcome) -> None:
     report.add_code(shlex.join(facts.command))
     shared = [("base", path) for path in facts.base] + [("set", f"{k} = {_json(v)}") for k, v in facts.set.items()]
     shared += [("search", f"{key} in {_json(values)}") for key, values in facts.search.items()]
-    shared += [("select", f"{facts.mode} of {facts.metric} on seeds {_seeds(pd.Series(facts.select_seeds))}")]
-    confirming = f"seeds {_seeds(pd.Series(facts.confirm_seeds))}" if facts.confirm_seeds else "no seeds"
+    shared += [("select", f"{facts.mode} of {facts.metric} on seeds {_seeds(facts.select_seeds)}")]
+    confirming = f"seeds {_seeds(facts.confirm_seeds)}" if facts.confirm_seeds else "no seeds"
     shared += [("confirm", f"{', '.join(outcome.report)} on {confirming}")]
     shared += [("trials_per_variant", str(facts.trials_per_variant)), ("prune", facts.prune)]
     if facts.time is not None:
         shared.append(("minutes", f"{facts.time.minutes:g}"))
     report.add_table("What all trials share", pd.DataFrame(shared, columns=["section", "value"]), ["value"])
-    keys = list(dict.fromkeys(key for of_variant in facts.variants.values() for key in of_variant))
+    keys = list(dict.fromkeys(key for of_variant in outcome.variant_keys.values() for key in of_variant))
     if keys:
         cells = {
             name: [_json(values[key]) if key in values else "–" for key in keys]
-            for name, values in facts.variants.items()
+            for name, values in outcome.variant_keys.items()
         }
         report.add_table("Keys of each variant", pd.DataFrame({"key": keys, **cells}), list(cells))
 
@@ -319,11 +322,11 @@ def _grouped(trials: pd.DataFrame, *columns: str) -> Any:
     return trials.assign(point=trials["point"].fillna("")).groupby(["variant", "point", *columns], sort=False)
 
 
-def _seeds(seeds: pd.Series[int]) -> str:
+def _seeds(seeds: Iterable[int]) -> str:
     """Return seeds as text."""
     return ", ".join(str(seed) for seed in sorted(seeds))
 
 
 def _json(value: Any) -> str:
-    """Return a configured value as text."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """Return a configured value, or the range of a searched key, as text."""
+    return value if isinstance(value, str) else json.dumps(value, default=asdict)

@@ -30,11 +30,11 @@ def results_frame(plan: Plan, trials: Mapping[Job, FrozenTrial], left: Outline) 
     points = {job.point: json.loads(job.point) for job in trials}
 
     def sort_key(job: Job) -> tuple[Any, ...]:
-        values = [_cell(points[job.point].get(key)) for key in plan.search_keys]
+        values = [_cell(points[job.point].get(key)) for key in plan.search]
         return order[job.variant], job.phase == "confirm", [(isinstance(v, str), v) for v in values], job.seed
 
     rows = [_row(plan, job, trials[job], points[job.point], left) for job in sorted(trials, key=sort_key)]
-    searched = [f"search/{key}" for key in plan.search_keys]
+    searched = [f"search/{key}" for key in plan.search]
     fixed = [*COLUMNS, *searched, "curve_steps", "curve_values"]
     metrics = sorted({name for row in rows for name in row} - {*fixed})
     return pd.DataFrame(rows, columns=[*fixed, *metrics])
@@ -52,7 +52,7 @@ def _row(plan: Plan, job: Job, trial: FrozenTrial, point: Mapping[str, Any], lef
         "run": facts.get("run"),
         "chosen": left.chosen.get(job.variant) == job.point,
         "seconds": facts.get("seconds"),
-        **{f"search/{key}": _cell(point.get(key)) for key in plan.search_keys},
+        **{f"search/{key}": _cell(point.get(key)) for key in plan.search},
         "curve_steps": facts.get("curve_steps", []),
         "curve_values": facts.get("curve_values", []),
         **facts.get("metrics", {}),
@@ -72,14 +72,14 @@ def write_results(frame: pd.DataFrame, output: Path) -> None:
         frame.to_parquet(file, index=False)
 
 
-def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFacts | None = None) -> PlanFacts:
-    """Return the facts about the plan that the report states.
+def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFacts | None) -> PlanFacts:
+    """Return the facts that the report states. Their notes and number of trials are complete.
 
     Args:
         plan: The sweep.
         left: The jobs that are left.
         command: Program and arguments that repeat the sweep.
-        time: Facts about the time limit, if there is one.
+        time: Facts about the time limit; None without a limit.
     """
     own_searches = [
         f"{variant.name}: {key} was searched over the variant's own values: {_listed(values)}."
@@ -87,28 +87,11 @@ def plan_facts(plan: Plan, left: Outline, command: Sequence[str], time: TimeFact
         for key, values in variant.search.items()
         if values != plan.search[key]
     ]
-    return PlanFacts(
-        name=plan.name,
-        metric=plan.metric,
-        mode=plan.mode,
-        select_seeds=list(plan.select_seeds),
-        confirm_seeds=list(plan.confirm_seeds),
-        report=list(plan.report),
-        base=list(plan.base),
-        set=dict(plan.set),
-        variants={variant.name: dict(variant.keys) for variant in plan.variants},
-        search={key: _plain(values) for key, values in plan.search.items()},
-        notes=[*plan.notes, *own_searches, *left.notes],
-        finished=left.is_finished,
-        trials_per_variant=plan.trials_per_variant or len(grid_points(plan.variants[0])),
-        prune=plan.prune,
-        command=list(command),
-        time=time,
-    )
-
-
-def _plain(values: tuple[Any, ...] | Range) -> Any:
-    return {"low": values.low, "high": values.high, "log": values.log} if isinstance(values, Range) else list(values)
+    changes = {
+        "notes": (*plan.notes, *own_searches, *left.notes),
+        "trials_per_variant": plan.trials_per_variant or len(grid_points(plan.variants[0])),
+    }
+    return PlanFacts(**vars(plan) | changes, finished=left.is_finished, command=list(command), time=time)
 
 
 def _listed(values: tuple[Any, ...] | Range) -> str:

@@ -100,7 +100,7 @@ class Sweep:
         """
         try:
             self._save_time(ended=False)
-            with self.progress:
+            with self.progress.bars:
                 try:
                     while self._step():
                         time.sleep(POLL)
@@ -157,11 +157,10 @@ class Sweep:
 
     def _allowed(self, left: Outline, trials: Mapping[Job, FrozenTrial]) -> list[Job]:
         """Return the needed jobs that may run now."""
-        return left.needed if self.budget is None else self.budget.allowed(left, trials, self._busy())
-
-    def _busy(self) -> dict[Job, float]:
-        """Return the jobs that run here, with the seconds since their start."""
-        return {worker.claim.job: worker.trial.seconds() for worker in self.workers if worker.claim and worker.trial}
+        if self.budget is None:
+            return left.needed
+        busy = {worker.claim.job: worker.trial.seconds() for worker in self.workers if worker.claim and worker.trial}
+        return self.budget.allowed(left, trials, busy)
 
     def _take(self, worker: Worker) -> bool:
         claim = self.ledger.claim(self._allowed)

@@ -192,14 +192,19 @@ class Ledger:
         for study in self.studies.values():
             for trial in study.get_trials(deepcopy=False):
                 job = job_of(trial)
-                if job is not None and not is_void(trial):
+                is_void = trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+                if job is not None and not is_void:
                     by_job.setdefault(job, trial)
         return by_job
 
     def outline(self, trials: Mapping[Job, FrozenTrial]) -> Outline:
         """Return the jobs that are left."""
         sampled = {name: self._sampled(name) for name in self.studies} if self.plan.is_sampled else {}
-        return outline(self.plan, (record_of(job, trial) for job, trial in trials.items()), sampled)
+        records = [
+            Record(job, STATES[trial.state], trial.value if trial.state == TrialState.COMPLETE else None)
+            for job, trial in trials.items()
+        ]
+        return outline(self.plan, records, sampled)
 
     def _sampled(self, name: str) -> list[str]:
         """Return the points that were sampled for a variant, with interrupted and repeated points."""
@@ -377,20 +382,10 @@ def _void(study: optuna.Study, number: int) -> None:
         study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def is_void(trial: FrozenTrial) -> bool:
-    """Return True for a void trial: it failed without an `error`."""
-    return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
-
-
 def job_of(trial: FrozenTrial) -> Job | None:
     """Return the job of a trial; None for a trial that another process is just creating."""
     job = trial.user_attrs.get("job")
     return None if job is None else Job(**job)
-
-
-def record_of(job: Job, trial: FrozenTrial) -> Record:
-    """Return the record of a trial, from which the rest of the sweep is computed."""
-    return Record(job, STATES[trial.state], trial.value if trial.state == TrialState.COMPLETE else None)
 
 
 def describe(job: Job) -> str:

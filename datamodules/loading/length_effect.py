@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 STRONG_ETA_SQUARED = 0.25
 STRONG_RHO = 0.5  # The square root of STRONG_ETA_SQUARED: the same share of the ranks' variance.
-
-
-def midranks(values: Tensor) -> Tensor:
-    """Return ranks from 1 on, (size,) float64. Equal values share the mean of their ranks."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def rank_eta_squared(values: Tensor, classes: Tensor) -> float:
@@ -27,23 +19,15 @@ def rank_eta_squared(values: Tensor, classes: Tensor) -> float:
         values: Numbers, (size,).
         classes: Class of each number, (size,).
     """
-    _, inverse, counts = classes.unique(return_inverse=True, return_counts=True)
-    ranks = midranks(values)
-    ranks -= ranks.mean()
-    total = float(ranks.square().sum())
-    n, k = len(ranks), len(counts)
-    if total == 0 or k in (1, n):
+    import pandas as pd  # A run on images does not import the library.
+
+    ranks = pd.Series(values.numpy()).rank()
+    groups = ranks.groupby(classes.numpy())
+    n, k, variance = len(ranks), groups.ngroups, ranks.var()
+    if k in (1, n) or variance == 0:
         return 0.0
-    sums = torch.zeros(k, dtype=torch.float64).index_add_(0, inverse, ranks)
-    h = (n - 1) * float((sums.square() / counts).sum()) / total
-    return (h - k + 1) / (n - k)
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation of two tensors (size,), in [-1, 1]; 0 if one tensor is constant."""
-    a, b = (ranks - ranks.mean() for ranks in (midranks(first), midranks(second)))
-    norm = float(a.norm() * b.norm())
-    return float(a @ b) / norm if norm else 0.0
+    within = float((ranks - groups.transform("mean")).pow(2).sum()) / (n - k)
+    return 1 - within / float(variance)  # H is n - 1 times the share of the sum of squares between classes.
 
 
 def strong_effect(lengths: Tensor, labels: Tensor) -> str | None:
@@ -54,7 +38,10 @@ def strong_effect(lengths: Tensor, labels: Tensor) -> str | None:
         labels: Classes (size,) int64, or scores (size,) of a floating dtype.
     """
     if labels.is_floating_point():
-        rho = spearman(lengths, labels)
+        import pandas as pd
+
+        ranks = pd.DataFrame({"length": lengths.numpy(), "score": labels.numpy()}).rank()
+        rho = ranks.corr().loc["length", "score"]  # NaN if lengths or scores are constant
         return f"Spearman's rho {rho:.2f}" if abs(rho) >= STRONG_RHO else None
     eta = rank_eta_squared(lengths, labels)
     return f"rank eta squared {eta:.2f}" if eta >= STRONG_ETA_SQUARED else None

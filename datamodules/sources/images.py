@@ -163,23 +163,7 @@ def _reason(source: bytes | Path, error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-# Readers are classes, not closures, since worker processes that do not fork receive pickled readers.
-
-
-@dataclass(frozen=True)
-class _FileReader:
-    files: list[Path]
-
-    def __call__(self, row: int) -> Path:
-        return self.files[row]
-
-
-@dataclass(frozen=True)
-class _ArrayReader:
-    pixels: np.ndarray  # (rows, height, width, 3) uint8
-
-    def __call__(self, row: int) -> np.ndarray:
-        return self.pixels[row]
+# Readers are no closures, since worker processes that do not fork receive pickled readers.
 
 
 @dataclass(frozen=True)
@@ -290,7 +274,7 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
     folder = Path(path)
     unlabelled = torch.empty(0, dtype=torch.int64)
     if folder.is_file():
-        return ImageTable(_FileReader([folder]), [folder.name], unlabelled, [], path)
+        return ImageTable([folder].__getitem__, [folder.name], unlabelled, [], path)
     files = find_images(folder, "predict_path")
     if not files.images:
         raise DataError(
@@ -301,7 +285,7 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
         findings.add(files.summary())
     names = [str(Path(*parts)) for parts in files.images]
     paths = [folder.joinpath(*parts) for parts in files.images]
-    return ImageTable(_FileReader(paths), names, unlabelled, [], path)
+    return ImageTable(paths.__getitem__, names, unlabelled, [], path)
 
 
 def _from_table(
@@ -359,7 +343,7 @@ def _from_cifar10(folder: Path, split: str) -> ImageTable | None:
         ) from error
     where = f"{folder} {split}"
     labels = torch.tensor(data.targets)
-    return ImageTable(_ArrayReader(data.data), _RowNames(where, len(data.data)), labels, list(data.classes), where)
+    return ImageTable(data.data.__getitem__, _RowNames(where, len(data.data)), labels, list(data.classes), where)
 
 
 def from_image_folder(files: ImageFiles, split: str, findings: Findings) -> ImageTable | None:
@@ -386,4 +370,4 @@ def from_image_folder(files: ImageFiles, split: str, findings: Findings) -> Imag
     paths = [path for paths in classes.values() for path in paths]
     labels = torch.tensor([label for label, paths in enumerate(classes.values()) for _ in paths])
     where = str(files.root / layout.names[split])
-    return ImageTable(_FileReader(paths), [str(path) for path in paths], labels, list(classes), where)
+    return ImageTable(paths.__getitem__, [str(path) for path in paths], labels, list(classes), where)

@@ -113,7 +113,8 @@ def parse_labels(
     stored = _stored_names(table, column)
     left_out = _equal_rows(cells, stored, skip_label)
     if left_out:
-        cells = pa.array(np.where(_mask(left_out, len(cells)), None, cells.to_numpy(zero_copy_only=False)), cells.type)
+        mask = np.isin(np.arange(len(cells)), [*left_out])
+        cells = pa.array(np.where(mask, None, cells.to_numpy(zero_copy_only=False)), cells.type)
     null = {int(row) for row in cells.is_null().to_numpy(zero_copy_only=False).nonzero()[0]}
     if len(left_out) == len(cells):
         raise DataError(
@@ -226,12 +227,6 @@ def _equal_rows(cells: Any, stored: Sequence[str] | None, label: str | int | Non
 
 def _name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-
-
-def _mask(rows: set[int], size: int) -> Any:
-    mask = np.zeros(size, bool)
-    mask[sorted(rows)] = True
-    return mask
 
 
 def _targets(cells: Any, column: str, where: str, null: set[int]) -> tuple[Tensor, dict[int, str]]:

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +95,6 @@ def _read_csv(files: list[Path], reading: Reading, separator: str = ",") -> Any:
     )
 
 
-def _read_tsv(files: list[Path], reading: Reading) -> Any:
-    return _read_csv(files, reading, "\t")
-
-
 def _read_json(files: list[Path], reading: Reading) -> Any:
     import datasets
 
@@ -111,7 +108,7 @@ def _read_json(files: list[Path], reading: Reading) -> Any:
 READERS: dict[str, Reader] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, separator="\t"),
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".json": _read_json,

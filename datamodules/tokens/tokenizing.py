@@ -47,6 +47,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         self.data = data
         self.targets = dict(targets or {})
         self.texts = texts
+        self.numbers: Tensor | None = None  # (rows,) int64: numbers to return as `index`, if some rows are left out.
         self.lengths = lengths_of(data)
         self.columns = [name for name in data.column_names if name != "length"]
         self.tokens = data.select_columns(self.columns)
@@ -81,7 +82,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         return [
             {name: values[i] for name, values in columns.items()}
             | {name: values[index].item() for name, values in self.targets.items()}
-            | {"index": index}
+            | {"index": index if self.numbers is None else int(self.numbers[index])}
             for i, index in enumerate(indices)
         ]
 

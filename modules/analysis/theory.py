@@ -34,62 +34,6 @@ DRAWS = 32  # Samples of a random factor.
 STUDENT = 2.0395  # 97.5 % quantile of Student's distribution with DRAWS - 1 degrees of freedom.
 
 
-# --------------------------------------------------------------------------------------------------------- closed forms
-
-
-def regression_loss(update: Tensor, delta: Tensor, sigma: Tensor, noise: float = 0.0) -> Tensor:
-    """Return the loss of an update ΔW, a scalar.
-
-    Args:
-        update: ΔW (d_out, d_in).
-        delta: Δ (d_out, d_in).
-        sigma: Σ (d_in, d_in), symmetric and positive semidefinite.
-        noise: Variance σ² of the noise in each output.
-    """
-    residual = update - delta
-    return delta.shape[0] * noise + torch.trace(residual @ sigma @ residual.T)
-
-
-def optimal_b(delta: Tensor, sigma: Tensor, a: Tensor) -> Tensor:
-    """Return the B that minimises the loss of B·A over a frozen A: B* = ΔΣAᵀ(AΣAᵀ)⁻¹.
-
-    Args:
-        delta: Δ (d_out, d_in).
-        sigma: Σ (d_in, d_in).
-        a: A (r, d_in). If AΣAᵀ is singular, B* is the solution of least norm.
-
-    Returns:
-        (d_out, r).
-    """
-    return delta @ sigma @ a.T @ torch.linalg.pinv(a @ sigma @ a.T, hermitian=True)
-
-
-def optimal_a(delta: Tensor, b: Tensor) -> Tensor:
-    """Return the A that minimises the loss of B·A over a frozen B: A* = BᵀΔ, for any Σ.
-
-    Args:
-        delta: Δ (d_out, d_in).
-        b: B (d_out, r), with orthonormal columns.
-
-    Returns:
-        (r, d_in).
-    """
-    return b.T @ delta
-
-
-def loss_over_a(delta: Tensor, sigma: Tensor, a: Tensor, noise: float = 0.0) -> Tensor:
-    """Return the least loss over a frozen A: d_out·σ² + Tr[ΔΣΔᵀ] − Tr[AΣΔᵀΔΣAᵀ(AΣAᵀ)⁻¹]. Arguments as above."""
-    cross = delta @ sigma @ a.T  # (d_out, r)
-    removed = torch.trace(cross.T @ cross @ torch.linalg.pinv(a @ sigma @ a.T, hermitian=True))
-    return delta.shape[0] * noise + torch.trace(delta @ sigma @ delta.T) - removed
-
-
-def loss_over_b(delta: Tensor, sigma: Tensor, b: Tensor, noise: float = 0.0) -> Tensor:
-    """Return the least loss over a frozen B: d_out·σ² + Tr[ΔΣΔᵀ] − Tr[BᵀΔΣΔᵀB]. Arguments as above."""
-    target_moment = delta @ sigma @ delta.T  # (d_out, d_out)
-    return delta.shape[0] * noise + torch.trace(target_moment) - torch.trace(b.T @ target_moment @ b)
-
-
 # ------------------------------------------------------------------------------------------------ random frozen factors
 
 
@@ -189,8 +133,6 @@ def share_over_b(size: int, rank: int) -> Share:
 
 
 # ----------------------------------------------------------------------------------------------------------- simulation
-
-SPECTRA = ("isotropic", "1/i", "rank r")
 
 
 def simulate(spectrum: str, size: int = 512, rank: int = 4, seed: int = 0) -> dict[str, Share]:
@@ -300,13 +242,12 @@ class ProjectionTheory:
     forecasts: list[Forecast]
 
 
-def theory_of(moments: Moments, rank: int, seed: int = 0) -> ProjectionTheory:
+def theory_of(moments: Moments, rank: int) -> ProjectionTheory:
     """Return the closed forms for the measured moments of a projection.
 
     Args:
         moments: Moments of at least one token.
         rank: Largest rank of the shares, at most min(d_in, d_out).
-        seed: Seed of the random factors.
     """
     d_out, d_in = moments.gradient.shape
     # Sums over tokens for Σ and G, and the mean for F: all `removable` are then sums over tokens.
@@ -319,8 +260,8 @@ def theory_of(moments: Moments, rank: int, seed: int = 0) -> ProjectionTheory:
         power = -0.5 if target == "least squares" else 0.5
         whitened = inputs.values.pow(power)[:, None] * (rotated @ outputs.vectors) * outputs.values.pow(power)
         removable = float(whitened.square().sum())
-        over_a = expected_share(whitened, inputs, rank, seed)
-        over_b = share_over_b(d_out, rank) if name == "equal" else expected_share(whitened.T, outputs, rank, seed)
+        over_a = expected_share(whitened, inputs, rank)
+        over_b = share_over_b(d_out, rank) if name == "equal" else expected_share(whitened.T, outputs, rank)
         forecasts.append(Forecast("B", target, name, removable, over_a))
         forecasts.append(Forecast("A", target, name, removable, over_b))
     eigenvalues = torch.zeros(d_in, dtype=torch.float64)

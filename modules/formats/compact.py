@@ -108,7 +108,8 @@ def save_compact(
             tensors[f"adapter.{name}.{factor}"] = parameter
         for factor, parameter in factors.named_factors(trained=False).items():
             digest = factor_digest(parameter)
-            if _init(config, factor) == "signs" and digest == factor_digest(_redraw(config, name, parameter.shape)):
+            init = config.init_a if factor == "A" else config.init_b
+            if init == "signs" and digest == factor_digest(_redraw(config, name, parameter.shape)):
                 redrawn[name] = {"shape": list(parameter.shape), "sha256": digest}
             else:
                 tensors[f"adapter.{name}.{factor}"] = parameter
@@ -140,10 +141,6 @@ def _recipe_keys(config: AdapterConfig, projections: list[Projection]) -> dict[s
     keys = {key: value for key, value in (asdict(config) | patterns).items() if key not in patterns or value}
     del keys["chain"]
     return keys
-
-
-def _init(config: AdapterConfig, factor: str) -> str:
-    return config.init_a if factor == "A" else config.init_b
 
 
 def _redraw(config: AdapterConfig, name: str, shape: Collection[int]) -> Tensor:

@@ -31,15 +31,9 @@ from tests.app.conftest import undrawn  # noqa: F401 - a fixture that every test
 from tests.app.processes import run_on_two
 from tests.support.malicious import Malicious
 from tests.support.refusals import refuses
-from tests.support.small_data import CLASSES, colour_image, png
+from tests.support.small_data import CLASSES, colour_image, encoded, png
 
 Pixels = np.ndarray
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def save(file: Path, label: int = 0, seed: int = 0) -> Path:

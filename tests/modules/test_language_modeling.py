@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,6 +33,7 @@ from tests.support.tasks import (
     instruction_batch,
     instruction_rows,
     merged_decoder,
+    searched,
 )
 from tests.support.trainers import ReadyData, quiet_trainer, stub_trainer
 
@@ -54,22 +54,6 @@ def decoder(folder: Path, **keys: Any) -> Any:
 def prompts(texts: list[str] = PROMPTS) -> Batch:
     encoded = byte_tokenizer()(texts, padding=True, padding_side="left", return_tensors="pt")
     return inputs(dict(encoded)) | {"index": torch.arange(len(texts))}
-
-
-def searched(model: Any, data: Batch) -> Tensor:
-    """Return the tokens of the texts of `generate`, (batch, tokens), without the prompts."""
-    outputs: list[Tensor] = []
-    search = model.backbone.generate
-
-    def recorded(**keys: Any) -> Tensor:
-        outputs.append(search(**keys))
-        return outputs[-1]
-
-    with patch.object(model.backbone, "generate", recorded):
-        texts = model.generate(data)
-    tokens = outputs[0][:, data["input_ids"].shape[1] :]
-    assert texts == [t.strip() for t in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    return tokens
 
 
 def with_data(model: Any, **properties: Any) -> Any:

@@ -7,14 +7,12 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import GPT2Config
 
 from app.cli import main
@@ -31,11 +29,11 @@ from tests.support.rows import edit_json
 from tests.support.tasks import (
     SOURCES,
     TARGETS,
-    Batch,
     TaskFactory,
     encode,
     inputs,
     merged_summarizer,
+    searched,
     summary_batch,
 )
 from tests.support.trainers import ReadyData, quiet_trainer
@@ -54,21 +52,6 @@ def summarizer(folder: Path, **keys: Any) -> Any:
     torch.manual_seed(0)
     keys = {"generation": SEARCHES["beams"], **keys}
     return randomize(Summarizer(str(folder), adapter=AdapterConfig(rank=4, targets="all"), **keys)).eval()
-
-
-def searched(model: Any, data: Batch) -> Tensor:
-    """Return the tokens of the texts of `generate`, (batch, tokens)."""
-    outputs: list[Tensor] = []
-    search = model.backbone.generate
-
-    def recorded(**keys: Any) -> Tensor:
-        outputs.append(search(**keys))
-        return outputs[-1]
-
-    with patch.object(model.backbone, "generate", recorded):
-        texts = model.generate(data)
-    assert texts == [t.strip() for t in model.tokenizer.batch_decode(outputs[0], skip_special_tokens=True)]
-    return outputs[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- loss

@@ -23,10 +23,14 @@ def colour_image(label: int, rng: np.random.Generator, size: int = 16) -> np.nda
     return pixels.astype(np.uint8)
 
 
-def png(pixels: np.ndarray) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    return encoded(Image.fromarray(pixels), "PNG")
 
 
 def write_parquet(folder: Path, sizes: dict[str, int], label_column: str = "label", seed: int = 0) -> Path:

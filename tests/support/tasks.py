@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -216,6 +217,23 @@ def summary_batch(sources: list[str] = SOURCES, targets: list[str] = TARGETS) ->
     encoded = encode(targets)
     labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORE_INDEX)
     return {**encode(sources), "labels": labels, "reference": targets, "index": torch.arange(len(sources))}
+
+
+def searched(model: Any, data: Batch) -> Tensor:
+    """Return the tokens of the texts of `generate`, (batch, tokens), without the prompts of a decoder."""
+    outputs: list[Tensor] = []
+    search = model.backbone.generate
+
+    def recorded(**keys: Any) -> Tensor:
+        outputs.append(search(**keys))
+        return outputs[-1]
+
+    with patch.object(model.backbone, "generate", recorded):
+        texts = model.generate(data)
+    prompt = 0 if model.backbone.config.is_encoder_decoder else data["input_ids"].shape[1]
+    tokens = outputs[0][:, prompt:]
+    assert texts == [t.strip() for t in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return tokens
 
 
 def inputs(data: Batch) -> Batch:

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig
+from transformers import LlamaConfig, ViTConfig
 
-from app.commands.memory_estimate import GIB, LiveBytes, MemoryEstimate, scoring_memory, training_memory
+from app.commands.memory_estimate import LiveBytes, MemoryEstimate, training_memory
 from datamodules.contract import IGNORE_INDEX
 from datamodules.errors import ModelError
 from modules.adapters import AdapterConfig
-from modules.generation.choices import PrefixCache, choice_log_probabilities
 from modules.language_modeling import LanguageModel
 from tests.causal_backbones import CONFIGS
 from tests.support.allocations import peak_of
@@ -131,24 +130,6 @@ def test_the_allocator_measures_what_was_estimated(
     assert found.activations + found.logits == pytest.approx(peak, rel=0.03)
 
 
-def test_scoring_memory_matches_real_questions(llama_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama_path, dtype=torch.bfloat16).eval()
-    estimate = scoring_memory(model.config, batch_size=3, prefix=200, tokens=40)
-    batch = {
-        "prefix": torch.arange(200),
-        "input_ids": torch.arange(120).view(3, 40),
-        "lengths": torch.tensor([40, 39, 38]),
-        "choices": torch.arange(4),
-    }
-    live = LiveBytes(lambda made: "activations")
-    with live, torch.no_grad():
-        choice_log_probabilities(model, batch, PrefixCache())
-    assert live.peak.total() == pytest.approx(estimate.activations + estimate.logits, rel=0.15)
-    keys = 2 * 2 * 2 * 8 * 2  # keys and values, layers, heads, width, bytes
-    longer = scoring_memory(model.config, batch_size=3, prefix=400, tokens=40)
-    assert longer.activations - estimate.activations >= 200 * keys
-
-
 def test_live_bytes_count_each_storage_once() -> None:
     kept = torch.zeros(1000)
     live = LiveBytes(lambda made: "made")
@@ -162,12 +143,6 @@ def test_live_bytes_count_each_storage_once() -> None:
         torch.zeros(10)
     assert live.now["made"] == 0
     assert live.peak == {"held": 4000, "made": 4000}
-
-
-def test_the_table_ends_with_the_sum() -> None:
-    lines = str(MemoryEstimate(GIB, 0, 0, 0, 0, GIB // 2, 0)).splitlines()
-    assert lines[0].split() == ["weights", "1.000", "GiB"]
-    assert lines[-1].split() == ["total", "1.500", "GiB"]
 
 
 @pytest.mark.parametrize("keys", [{"batch_size": 0}, {"response_tokens": 17}, {"shard_frozen": 0}])

@@ -6,14 +6,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from app.reports.report import Report, figure_style, new_figure
+from app.reports.report import Report, new_figure
 from tests.support.pages import check_single_file
 
 
 def line_figure(label: str = "a $ b") -> Figure:
-    figure = new_figure()
-    with figure_style():
-        axes = figure.subplots()
+    figure, (axes,) = new_figure()
     axes.plot([0, 1], [1, 2], label=label)
     axes.set_xlabel("step")
     axes.legend()

@@ -16,6 +16,7 @@ from app.sweep import figures
 from app.sweep.facts import PlanFacts
 from app.sweep.findings import findings, introduction
 from app.sweep.outcome import Outcome
+from app.sweep.plan import Variant
 from app.sweep.report import difference_table, main_table, rich_table, write_report
 from app.sweep.statistics import mean_over_seeds, paired_difference
 from tests.support.pages import check_single_file
@@ -29,18 +30,19 @@ KEYS: dict[str, dict[str, Any]] = {
     "full": {"model.tuning": "full"},
 }
 PARAMETERS = {"B": 200_000, "B16": 300_000, "lora": 300_000, "head": 100_000, "full": 22_000_000}
+SEARCH = {"model.learning_rate": RATES}
 FACTS = PlanFacts(
     name="tiny",
     metric="val/score",
     mode="max",
-    select_seeds=[0, 1],
-    confirm_seeds=[2, 3, 4, 5, 6],
-    report=["test/score", "test/loss"],
-    base=["conf/quickstart.yaml"],
+    select_seeds=(0, 1),
+    confirm_seeds=(2, 3, 4, 5, 6),
+    report=("test/score", "test/loss"),
+    base=("conf/quickstart.yaml",),
     set={"trainer.max_epochs": 3},
-    variants=KEYS,
-    search={"model.learning_rate": list(RATES)},
-    notes=["B: the grid was extended to 0.004."],
+    variants=tuple(Variant(name, keys, SEARCH) for name, keys in KEYS.items()),
+    search=SEARCH,
+    notes=("B: the grid was extended to 0.004.",),
     finished=True,
     trials_per_variant=3,
     prune="none",
@@ -84,7 +86,8 @@ def frame(confirmed: Mapping[str, Sequence[float]]) -> pd.DataFrame:
 
 
 def facts_of(results: pd.DataFrame) -> PlanFacts:
-    return replace(FACTS, variants={name: KEYS.get(name, {}) for name in results["variant"].unique()})
+    names = results["variant"].unique()
+    return replace(FACTS, variants=tuple(Variant(name, KEYS.get(name, {}), SEARCH) for name in names))
 
 
 def words(confirmed: Mapping[str, Sequence[float]]) -> str:
@@ -259,7 +262,7 @@ def test_findings_have_the_expected_phrases(
 
 def test_lower_is_better_for_losses() -> None:
     results = frame({"lora": LORA, "B": LOWER}).rename(columns={"test/score": "test/perplexity"})
-    text = " ".join(findings(replace(facts_of(results), report=["test/perplexity"]), results))
+    text = " ".join(findings(replace(facts_of(results), report=("test/perplexity",)), results))
     assert "B has the best mean of test/perplexity: 0.7604 ± 0.0040" in text
     assert "lower is better. B is clearly better than lora" in text
     assert "points" not in text
@@ -321,8 +324,8 @@ def test_introduction_names_the_metric_and_data_of_the_choice() -> None:
     assert "seeds 0 and 1 chose learning_rate by the highest mean val/score" in text
     assert "come from other seeds: 2, 3, 4, 5 and 6" in text
     assert "test/score are shown times 100" in text
-    assert "flatter" in introduction(replace(facts, confirm_seeds=[]), results)
-    assert "validation data, which made the choice too" in introduction(replace(facts, report=["val/score"]), results)
+    assert "flatter" in introduction(replace(facts, confirm_seeds=()), results)
+    assert "validation data, which made the choice too" in introduction(replace(facts, report=("val/score",)), results)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -425,7 +428,7 @@ def test_report_reads_the_table_that_parquet_returns(tmp_path: Path) -> None:
 def test_each_searched_key_has_a_figure(tmp_path: Path) -> None:
     results = frame({"lora": LORA, "B": CLOSE})
     results["search/model.adapter.init_a"] = ["svd", "orthogonal"] * (len(results) // 2)
-    facts = replace(facts_of(results), search={**FACTS.search, "model.adapter.init_a": ["svd", "orthogonal"]})
+    facts = replace(facts_of(results), search={**SEARCH, "model.adapter.init_a": ("svd", "orthogonal")})
     write_report(facts, results, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "val/score by learning_rate on the selecting seeds" in page

@@ -165,6 +165,15 @@ def _machines(sweep: SweepCommand, root: Path, number: int) -> list[SweepCommand
     return machines
 
 
+def _run(machines: list[SweepCommand], *options: str) -> None:
+    """Run the sweep on all machines at once. Each trial ends once."""
+    processes = [machine.start(*options) for machine in machines]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * len(machines), [machine.log() for machine in machines]
+    assert set(_ends(machines).values()) == {1}
+
+
 def _ends(machines: list[SweepCommand]) -> Counter[str]:
     history = sum((machine.history() for machine in machines), Counter())
     return Counter({trial: count for (trial, event), count in history.items() if event == "end"})
@@ -176,11 +185,7 @@ def test_machines_share_the_trials_in_a_database(
 ) -> None:
     slowly(0.02)
     machines = _machines(sweep, tmp_path, 3)
-    processes = [machine.start(f"--storage={postgres}", "--workers=2") for machine in machines]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0], [machine.log() for machine in machines]
-    assert set(_ends(machines).values()) == {1}
+    _run(machines, f"--storage={postgres}", "--workers=2")
     assert len(_ends(machines)) == 10
     for machine in machines:
         machine(f"--storage={postgres}", "--report")
@@ -195,11 +200,7 @@ def test_machines_share_a_sampled_search(
     sweep.content["search"] = {"model.learning_rate": {"low": 0.0005, "high": 0.05, "log": True}}
     sweep.content["trials_per_variant"] = 5
     machines = _machines(sweep, tmp_path, 3)
-    processes = [machine.start(f"--storage={postgres}", "--workers=2") for machine in machines]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0], [machine.log() for machine in machines]
-    assert set(_ends(machines).values()) == {1}
+    _run(machines, f"--storage={postgres}", "--workers=2")
     assert len(_ends(machines)) == 2 * 5 + 2
 
 

@@ -22,7 +22,7 @@ from datamodules.sources.images import ImageTable, decode_image, open_folder, op
 from tests.support.data import put
 from tests.support.malicious import Malicious
 from tests.support.refusals import refuses
-from tests.support.small_data import CLASSES, colour_image, png
+from tests.support.small_data import CLASSES, colour_image, encoded, png
 
 Pixels = np.ndarray
 NAMED = datasets.ClassLabel(names=CLASSES)
@@ -164,12 +164,6 @@ def test_images_to_predict_are_sorted_by_name(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- colours
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def palette() -> Image.Image:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import ModelError
 from modules.backbones.timm_backbone import build_timm_backbone, preprocessing
+from tests.support.malicious import Malicious
 from tests.support.refusals import refuses
 from tests.support.tasks import TINY, VIT
 
@@ -170,16 +171,6 @@ def test_preprocessing_equals_timms(name: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
-
-
-class Malicious:
-    """An object that creates the file `trace` when it is unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.trace,))
 
 
 @pytest.mark.parametrize(
