@@ -338,11 +338,11 @@ def _heads(
         return {}, "dropped"
     if isinstance(options.heads, int):
         return _peft_heads(template, names), f"of {short_path(template.run)}"
-    of_sources = [_peft_heads(source, names) for source in sources]
-    if not any(of_sources):
+    source_heads = [_peft_heads(source, names) for source in sources]
+    if not any(source_heads):
         return {}, "none"
-    reference = of_sources[sources.index(template)]
-    for source, head in zip(sources, of_sources, strict=True):
+    reference = source_heads[sources.index(template)]
+    for source, head in zip(sources, source_heads, strict=True):
         shapes = [{key: tuple(tensor.shape) for key, tensor in h.items()} for h in (reference, head)]
         if shapes[0].keys() != shapes[1].keys():
             tensor_name = min(shapes[0].keys() ^ shapes[1].keys())
@@ -368,7 +368,7 @@ def _heads(
     if abs(total) < 1e-9 * max(map(abs, options.weights)):
         raise ArgumentError(None, f"--weights: the sum is 0, so the heads have no weighted average. {ADVICE}")
     ordered = [
-        _reordered(head, source, template.labels or []) for head, source in zip(of_sources, sources, strict=True)
+        _reordered(head, source, template.labels or []) for head, source in zip(source_heads, sources, strict=True)
     ]
     weights = [weight / total for weight in options.weights]
     average = {key: weighted_sum([head[key] for head in ordered], weights).to(t.dtype) for key, t in reference.items()}

@@ -132,11 +132,11 @@ def test_a_killed_chain_continues_bit_for_bit(
 def test_a_longer_run_merges_the_link_that_ended_the_shorter_run(
     cli: CommandLine, ends: list[dict[str, Tensor]]
 ) -> None:
-    same = [CHAIN, *QUIET, "--trainer.limit_train_batches=2", "--model.schedule=constant", "--model.warmup_ratio=0"]
-    assert cli("fit", *same, "--trainer.max_epochs=3") == 0
-    assert cli("fit", *same, "--trainer.max_epochs=2") == 0
+    options = [CHAIN, *QUIET, "--trainer.limit_train_batches=2", "--model.schedule=constant", "--model.warmup_ratio=0"]
+    assert cli("fit", *options, "--trainer.max_epochs=3") == 0
+    assert cli("fit", *options, "--trainer.max_epochs=2") == 0
     assert len(cli.checkpoint(1)["chain"]["links"]) == 1
-    assert cli("fit", *same, "--trainer.max_epochs=3", f"--ckpt_path={cli.run(1)}") == 0
+    assert cli("fit", *options, "--trainer.max_epochs=3", f"--ckpt_path={cli.run(1)}") == 0
     first, second = (cli.checkpoint(version) for version in (0, 1))
     assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
     assert all(torch.equal(weight, ends[2][name]) for name, weight in ends[0].items())
@@ -147,11 +147,11 @@ def test_a_chain_continues_from_the_validation_at_the_end_of_a_link(
     cli: CommandLine, ends: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     """The best checkpoint is saved before the end of its epoch."""
-    same = [*FOUR, "--trainer.limit_train_batches=2", "--trainer.logger=false"]
-    assert cli("fit", *same, "--checkpoint.monitor=epoch", "--checkpoint.mode=min") == 0
+    options = [*FOUR, "--trainer.limit_train_batches=2", "--trainer.logger=false"]
+    assert cli("fit", *options, "--checkpoint.monitor=epoch", "--checkpoint.mode=min") == 0
     best = shutil.copy(cli.run() / "checkpoints" / "best.ckpt", tmp_path / "best.ckpt")
     assert cli.checkpoint(name="best")["global_step"] == 2
-    assert cli("fit", *same, f"--ckpt_path={best}") == 0
+    assert cli("fit", *options, f"--ckpt_path={best}") == 0
     first, second = (cli.checkpoint(version) for version in (0, 1))
     assert first["chain"]["start"] == second["chain"]["start"] == 6
     assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
@@ -507,9 +507,9 @@ def test_links_are_not_merged_into_sharded_weights(
 def test_null_on_the_command_line_turns_off_the_chain_of_a_recipe(cli: CommandLine, tmp_path: Path) -> None:
     overlay = tmp_path / "chain.yaml"
     overlay.write_text("model: {init_args: {adapter: {chain: {every_n_epochs: 2}}}}")
-    same = [f"--config={overlay}", *QUIET, "--trainer.max_epochs=3", "--trainer.limit_train_batches=1"]
-    assert cli("fit", *same) == 0
-    assert cli("fit", *same, "--model.adapter={chain: {every_n_epochs: null}}") == 0
+    options = [f"--config={overlay}", *QUIET, "--trainer.max_epochs=3", "--trainer.limit_train_batches=1"]
+    assert cli("fit", *options) == 0
+    assert cli("fit", *options, "--model.adapter={chain: {every_n_epochs: null}}") == 0
     assert len(cli.checkpoint(0)["chain"]["links"]) == 1
     assert "chain" not in cli.checkpoint(1)
 

@@ -358,11 +358,11 @@ def test_a_result_that_cannot_be_averaged_names_its_client(changed: dict[str, An
 def test_a_directory_with_other_files_is_refused_and_unchanged(
     cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    mine = tmp_path / "out" / name
-    mine.parent.mkdir(parents=True)
-    mine.write_text("mine")
+    user_file = tmp_path / "out" / name
+    user_file.parent.mkdir(parents=True)
+    user_file.write_text("mine")
     refused(capsys, federate(cli, tmp_path / "out", *SHORT), "--output", name.partition("/")[0])
-    assert mine.read_text() == "mine"
+    assert user_file.read_text() == "mine"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name.partition("/")[0]]
 
 

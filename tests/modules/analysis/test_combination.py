@@ -95,8 +95,8 @@ def test_ties_weighs_the_agreeing_entries_and_inverts_negative_weights() -> None
 def test_ties_with_equal_weights_is_pefts_times_the_number_of_adapters() -> None:
     """PEFT multiplies by the weights and divides by the count, so weights 1/n shrink its result n times."""
     tensors = [random(6, 5, seed=i) for i in range(3)]
-    theirs = pefts_ties(tensors, torch.full((3,), 1 / 3), 0.4)
-    torch.testing.assert_close(ties_merge(tensors, [1 / 3] * 3, 0.4).float(), 3 * theirs)
+    pefts = pefts_ties(tensors, torch.full((3,), 1 / 3), 0.4)
+    torch.testing.assert_close(ties_merge(tensors, [1 / 3] * 3, 0.4).float(), 3 * pefts)
 
 
 # ----------------------------------------------------------------------------------------------------------------- DARE
@@ -112,14 +112,14 @@ def test_dare_keeps_and_rescales_a_share_of_the_entries() -> None:
 
 
 def test_dare_drops_entries_by_seed_name_and_adapter() -> None:
-    same = [updates(1)[0]] * 2
+    equal_updates = [updates(1)[0]] * 2
     b = {
-        key: combine_updates(same, [1.0, 1.0], "A", "dare", Sparsity(0.5, seed), name).b
+        key: combine_updates(equal_updates, [1.0, 1.0], "A", "dare", Sparsity(0.5, seed), name).b
         for key, seed, name in [("first", 0, "x"), ("again", 0, "x"), ("seed", 1, "x"), ("name", 0, "y")]
     }
     assert torch.equal(b["first"], b["again"])
     assert not torch.equal(b["first"], b["seed"]) and not torch.equal(b["first"], b["name"])
-    ratio = b["first"] / same[0].b  # Each of the two adapters adds 0 or 2.
+    ratio = b["first"] / equal_updates[0].b  # Each of the two adapters adds 0 or 2.
     assert {round(float(value), 5) for value in ratio.flatten()} == {0.0, 2.0, 4.0}
 
 
@@ -224,5 +224,5 @@ def test_of_pefts_types_only_cat_and_svd_are_the_dense_sum() -> None:
 def test_pefts_svd_of_different_factors_is_the_truncated_decomposition() -> None:
     parts, weights = updates(3, shared="none"), [0.5, 0.3, 0.2]
     truncated = decompose(parts, weights).truncate(RANK)
-    theirs = pefts_update(parts, weights, "svd", svd_rank=RANK)
-    assert error(dense([truncated], [1.0]), theirs) < 1e-5
+    pefts = pefts_update(parts, weights, "svd", svd_rank=RANK)
+    assert error(dense([truncated], [1.0]), pefts) < 1e-5
