@@ -30,7 +30,7 @@ from app.sweep.statistics import mean_over_seeds, paired_difference
 from benchmarks.harness import measured, parse, parser, section, table
 
 LINKS = 4
-RATES = (0.0003, 0.001, 0.003, 0.01)
+LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01)
 CHAIN = "chain"
 COLUMNS = ["arm", "learning rate", "score, %", "chain minus this, 95 % interval", "CPU seconds"]
 COLUMNS += ["trained parameters", "adapter, MB"]
@@ -73,7 +73,7 @@ def arm_options(arms: Sequence[str], rank: int, epochs: int) -> dict[str, list[s
     """Return the options of `fit` of each arm.
 
     Args:
-        arms: Names from `arm_names`.
+        arms: Names from `ARMS` and `OTHER_ARMS`.
         rank: Rank r of a link.
         epochs: Epochs of the whole run.
     """
@@ -99,8 +99,8 @@ ARMS = list(arm_options([CHAIN, "B, rank 4r", "B, rank r", "LoRA, rank r"], 1, L
 OTHER_ARMS = ["chain, one schedule"]
 
 
-def words(arguments: argparse.Namespace, name: str, arm: str, lr: float, seed: int, tests: bool) -> list[str]:
-    """Return the command line of a fit, without the folder of its run.
+def fit_command(arguments: argparse.Namespace, name: str, arm: str, lr: float, seed: int, tests: bool) -> list[str]:
+    """Return the arguments of `main.py` for a fit, without `trainer.default_root_dir`.
 
     Args:
         arguments: From `parse`.
@@ -114,18 +114,18 @@ def words(arguments: argparse.Namespace, name: str, arm: str, lr: float, seed: i
     share = QUICK_SHARE if a.quick else 1
     sources = {"cola": [f"--model.backbone={a.minilm}"], "cifar10": [f"--model.weights={a.dinov2}"]}
     sources["cifar10"] += [f"--model.backbone={a.vit}", f"--model.backbone_args={json.dumps(a.vit_args)}"]
-    given = ["fit", f"--config={task.recipe}", "--config=conf/cpu.yaml", *arm_options([arm], a.rank, a.epochs)[arm]]
-    given += [*task.options, *sources[name], f"--data.path={getattr(a, name)}"]
-    given += [f"--model.learning_rate={lr}", f"--seed_everything={seed}", f"--model.adapter.seed={seed}"]
-    given += [f"--data.max_train_samples={task.rows // share}", f"--data.max_test_samples={task.test_rows // share}"]
-    given += [f"--trainer.max_epochs={a.epochs}", f"--trainer.check_val_every_n_epoch={a.epochs}"]
-    given += [
+    command = ["fit", f"--config={task.recipe}", "--config=conf/cpu.yaml", *arm_options([arm], a.rank, a.epochs)[arm]]
+    command += [*task.options, *sources[name], f"--data.path={getattr(a, name)}"]
+    command += [f"--model.learning_rate={lr}", f"--seed_everything={seed}", f"--model.adapter.seed={seed}"]
+    command += [f"--data.max_train_samples={task.rows // share}", f"--data.max_test_samples={task.test_rows // share}"]
+    command += [f"--trainer.max_epochs={a.epochs}", f"--trainer.check_val_every_n_epoch={a.epochs}"]
+    command += [
         f"--data.max_val_samples={500 // share}",
         "--checkpoint.monitor=null",
         f"--test_after_fit={tests}".lower(),
     ]
-    given += ["--generalization.rows=0", "--spectrum.detail=off", "--trainer.logger=false"]
-    return [*given, "--trainer.enable_progress_bar=false"]
+    command += ["--generalization.rows=0", "--spectrum.detail=off", "--trainer.logger=false"]
+    return [*command, "--trainer.enable_progress_bar=false"]
 
 
 def fit(arguments: argparse.Namespace, name: str, arm: str, lr: float, seed: int, tests: bool) -> Record:
@@ -142,8 +142,8 @@ def fit(arguments: argparse.Namespace, name: str, arm: str, lr: float, seed: int
         return record
     with section(arguments, title) as record, tempfile.TemporaryDirectory() as runs:
         start, processor = time.perf_counter(), time.process_time()
-        given = [*words(arguments, name, arm, lr, seed, tests), f"--trainer.default_root_dir={runs}"]
-        if command_line(given) != 0:
+        command = [*fit_command(arguments, name, arm, lr, seed, tests), f"--trainer.default_root_dir={runs}"]
+        if command_line(command) != 0:
             raise SystemExit(f"The fit {title} failed.")
         seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - processor}
         (run,) = Path(runs).iterdir()
@@ -192,14 +192,16 @@ def rows(fits: dict[str, list[Record]]) -> list[list[str]]:
     return lines
 
 
-def run(given: Sequence[str] | None = None) -> None:
+def run(argv: Sequence[str] | None = None) -> None:
     """Run all fits, print a table for each task, and write the file."""
     common = parser(__doc__, rounds=1, quick_rounds=1)
     common.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     common.add_argument("--arms", nargs="+", choices=[*ARMS, *OTHER_ARMS], default=ARMS, help="arms of this call")
     common.add_argument("--rank", type=int, default=4, help="rank r of a link")
     common.add_argument("--epochs", type=int, help=f"a multiple of {LINKS} (8; with --quick {LINKS})")
-    common.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from")
+    common.add_argument(
+        "--rates", type=float, nargs="+", default=list(LEARNING_RATES), help="learning rates to choose from"
+    )
     common.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     common.add_argument("--choice_seeds", type=int, nargs="+", default=[100])
     common.add_argument("--cola", default="../shared/data/glue", help="folder of GLUE's tasks")
@@ -208,7 +210,7 @@ def run(given: Sequence[str] | None = None) -> None:
     common.add_argument("--dinov2", default="../shared/backbones/dinov2_vits14/model.safetensors", help="weights")
     common.add_argument("--vit", default="vit_small_patch14_dinov2", help="timm's name of a ViT")
     common.add_argument("--vit_args", type=json.loads, default={}, help="arguments of timm.create_model, as JSON")
-    arguments = parse(common, given)
+    arguments = parse(common, argv)
     arguments.epochs = arguments.epochs or (LINKS if arguments.quick else 2 * LINKS)
     if arguments.epochs % LINKS:
         common.error(f"--epochs: {arguments.epochs} is no multiple of {LINKS}, the number of links.")

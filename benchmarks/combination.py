@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import parse, parser, section, table
-from modules.analysis.combination import Update, combine_updates, decompose, differing_side
+from modules.analysis.combination import Update, combine_updates, decompose, first_difference
 
 WIDTH, RANK, COUNT, SCALE = 768, 8, 4, 2.0
 WEIGHTS = [1 / COUNT] * COUNT
@@ -77,7 +77,7 @@ def by_svd(updates: Sequence[Update]) -> Result:
 
 def over_shared_a(updates: Sequence[Update]) -> Result | None:
     """Combine updates as `combine` does; None if A differs, which `combine` refuses."""
-    if differing_side(updates, "A") is not None:
+    if first_difference(updates, "A") is not None:
         return None
     return dense(combine_updates(updates, WEIGHTS, "A")), updates[0].a.shape[0]
 

@@ -110,8 +110,8 @@ def link_images(source: Path, folder: Path) -> None:
         (folder / file.name.replace("test", "validation")).symlink_to(file.resolve())
 
 
-def words(arguments: argparse.Namespace, fit: Fit, images: str) -> list[str]:
-    """Return the command line of a fit, without its output.
+def federate_command(arguments: argparse.Namespace, fit: Fit, images: str) -> list[str]:
+    """Return the arguments of `main.py` for a fit, without `--output`.
 
     Args:
         arguments: From `parse`.
@@ -153,7 +153,7 @@ def run_fit(arguments: argparse.Namespace, fit: Fit) -> Record:
             images.mkdir()
             link_images(Path(arguments.images), images)
             start, processor = time.perf_counter(), time.process_time()
-            if command_line([*words(arguments, fit, str(images)), f"--output={root}/out"]) != 0:
+            if command_line([*federate_command(arguments, fit, str(images)), f"--output={root}/out"]) != 0:
                 raise SystemExit(f"{fit.name} failed.")
             rounds = pd.read_csv(Path(root, "out/rounds.csv"))
             entry |= {
@@ -206,7 +206,7 @@ def rows(fits: dict[str, list[tuple[Fit, Record]]]) -> list[list[str]]:
     return lines
 
 
-def run(options: Sequence[str] | None = None) -> None:
+def run(argv: Sequence[str] | None = None) -> None:
     """Run all fits, print a table for each setting, and write the file."""
     common = parser(__doc__, rounds=1, quick_rounds=1)
     common.add_argument("--texts", default="../shared/data/glue", help="GLUE's tasks, one directory each")
@@ -224,7 +224,7 @@ def run(options: Sequence[str] | None = None) -> None:
     common.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms of this call")
     common.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     common.add_argument("--choice_seeds", type=int, nargs="+", default=[100])
-    arguments = parse(common, options)
+    arguments = parse(common, argv)
     arguments.inputs = ["backbone", "image_size", "layers"]
     if arguments.quick:
         arguments.federated_rounds = 2

@@ -105,8 +105,8 @@ def fit(arguments: argparse.Namespace, rank: int, seed: int, runs: str) -> Path:
         "generalization.rows": 0,
     }
     options |= {f"model.{key}": value for key in ("backbone", "weights") if (value := getattr(arguments, key))}
-    words = ["fit", "--config", task["recipe"], "--config", "conf/cpu.yaml"]
-    if command_line([*words, *(f"--{key}={value}" for key, value in options.items()), *arguments.options]) != 0:
+    command = ["fit", "--config", task["recipe"], "--config", "conf/cpu.yaml"]
+    if command_line([*command, *(f"--{key}={value}" for key, value in options.items()), *arguments.options]) != 0:
         raise SystemExit(f"The fit at rank {rank} with seed {seed} failed.")
     return Path(runs, "version_0")
 
@@ -187,7 +187,7 @@ def rows(records: dict[str, list[Record]]) -> list[list[str]]:
     return lines
 
 
-def run(words: Sequence[str] | None = None) -> None:
+def run(argv: Sequence[str] | None = None) -> None:
     """Run all fits, print the table and write the file."""
     common = parser(__doc__, rounds=1, quick_rounds=1)
     common.add_argument("--task", choices=TASKS, required=True)
@@ -196,7 +196,7 @@ def run(words: Sequence[str] | None = None) -> None:
     common.add_argument("--weights", help="local file of the backbone's weights")
     common.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     common.add_argument("options", nargs="*", help="after --: more options of every fit")
-    arguments = parse(common, words)
+    arguments = parse(common, argv)
     arguments.inputs = ["path", "backbone", "weights", "options"]
     records: dict[str, list[Record]] = {}
     for seed in arguments.seeds:

@@ -252,7 +252,7 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
     @contextmanager
     def pretrained(self) -> Iterator[None]:
         """Compute with the pretrained weights, without adapters and merged links, within the context."""
-        with adapters_disabled(self.backbone), self.chain.removed(self.backbone):
+        with adapters_disabled(self.backbone), self.chain.without_links(self.backbone):
             yield
 
     def load_adapter_heads(self) -> None:

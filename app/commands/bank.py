@@ -1,7 +1,7 @@
 """List, add, remove or unpack the adapters of a bank, a file that `export --format bank` writes.
 
-All adapters of a bank share one frozen A. Adding and removing write a new file, atomically. Commands that change one
-bank at the same time wait for each other, by the lock FILE.lock.
+All adapters of a bank share one frozen A. `add` and `remove` replace the file atomically, under the lock FILE.lock.
+Commands that change one bank at the same time wait for each other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from app.console import escape_controls
 from app.export.bank import is_peft_directory, member_of_checkpoint, read_members, split_names, unpack, write_bank
 from app.export.low_rank import given_config
+from app.export.peft import LABELS
 from datamodules.atomic import WriteError
 from datamodules.errors import counted
 from modules.formats.bank import Bank, BankAdapter, Member, Shared, Slot, check_member
@@ -42,7 +43,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Runs or directories in PEFT's format to add, or names of adapters to remove or unpack.",
     )
     parser.add_argument(
-        "--names", metavar="A,B", type=str | None, help="Names of the added adapters. Default: the run directories'."
+        "--names",
+        metavar="A,B",
+        type=str | None,
+        help="Names of the added adapters. Default: names of the directories.",
     )
     parser.add_argument(
         "--output", metavar="DIR", type=str | None, help="With unpack: the parent of the directories to write."
@@ -64,16 +68,16 @@ def run(arguments: Namespace) -> None:
         CheckpointError: If a checkpoint is missing or damaged.
     """
     action: Action = arguments.action
-    needs = {"add": "RUN", "remove": "NAME"}.get(action)
-    if needs and not arguments.chosen:
-        raise ArgumentError(None, f"{needs}: bank {action} needs one or more after the file.")
+    required = {"add": "RUN", "remove": "NAME"}.get(action)
+    if required and not arguments.chosen:
+        raise ArgumentError(None, f"{required}: bank {action} needs at least one {required} after the file.")
     if action == "list" and arguments.chosen:
         raise ArgumentError(None, f"NAME: bank list takes only a file. Remove {' '.join(arguments.chosen)}.")
     if (action == "unpack") != (arguments.output is not None):
-        change = "Give a directory for" if action == "unpack" else "Remove the option from"
-        raise ArgumentError(None, f"--output: {change} bank {action}.")
+        problem = "needs a directory. Give" if action == "unpack" else "writes no directory. Remove"
+        raise ArgumentError(None, f"--output: bank {action} {problem} the option.")
     if arguments.names is not None and action != "add":
-        raise ArgumentError(None, f"--names: the option is for bank add. Remove the option from bank {action}.")
+        raise ArgumentError(None, f"--names: bank {action} adds no adapters. Remove the option.")
     try:
         bank = Bank.open(arguments.file)
         if action == "list":
@@ -137,12 +141,12 @@ def add(bank: Bank, runs: Sequence[str], names: Sequence[str] | None, changes: d
 def member_of_directory(bank: Bank, name: str) -> Member:
     """Return an adapter in PEFT's format as a member of a bank.
 
-    Such a directory has no digest of its backbone. The name of the backbone is compared instead, and the caller
-    compares the projections, the ranks and A.
+    Such a directory has no digest of its backbone. The name of the backbone is compared instead. The caller compares
+    the projections, the ranks and A.
 
     Raises:
-        ArgumentError: If the directory is for another backbone, or its head or classes are not those of the bank's
-            adapters.
+        ArgumentError: If the directory is for another backbone, its head does not fit the bank, or its class names are
+            missing.
     """
     # Imported here, since `main.py --help` must stay fast.
     from app.commands.combined_adapters import read_sources
@@ -153,7 +157,7 @@ def member_of_directory(bank: Bank, name: str) -> Member:
     if base and source.base and Path(base).name != source.base:
         raise ArgumentError(
             None,
-            f"RUN: {name} is for the backbone {source.base}, and the bank is for {base}. Add adapters of the bank's "
+            f"RUN: {name} is for the backbone {source.base}, but the bank is for {base}. Add adapters of the bank's "
             "backbone.",
         )
     heads = {
@@ -165,22 +169,25 @@ def member_of_directory(bank: Bank, name: str) -> Member:
     if heads.keys() != first.heads.keys():
         raise ArgumentError(
             None,
-            f"RUN: {name} has the head tensors {', '.join(source.others) or 'none'}, and the bank's adapters have "
+            f"RUN: {name} has the head tensors {', '.join(source.others) or 'none'}, but the bank's adapters have "
             f"{', '.join(first.heads) or 'none'}. Use adapters of one task.",
         )
     if first.labels and not source.labels:
-        raise ArgumentError(None, f"RUN: {name} has no class names. Write them into its labels.json, as a JSON list.")
+        raise ArgumentError(
+            None,
+            f"RUN: {name} has no class names. Write the class names into {LABELS} of the directory, as a JSON list.",
+        )
     classes = len(source.labels or ())
     for key, tensor in first.heads.items():
         shape, expected = tuple(heads[key].shape), tuple(tensor.shape)
         if shape[1:] != expected[1:] or shape[:1] not in (expected[:1], (classes,)):
             raise ArgumentError(
-                None, f"RUN: {name} has {key} of shape {shape}, and the bank {expected}. Use adapters of one task."
+                None, f"RUN: {name} has {key} of shape {shape}, but the bank has {expected}. Use adapters of one task."
             )
     slots = []
     for trained in source.run.factors.values():
-        (d_out, rank), part = trained.b.shape, trained.projection
-        slots.append(Slot(part, rank, trained.a.shape[1], d_out, factor_digest(trained.a), None))
+        (d_out, rank), projection = trained.b.shape, trained.projection
+        slots.append(Slot(projection, rank, trained.a.shape[1], d_out, factor_digest(trained.a), None))
     config = given_config(first.config, source.updates)
     shared = Shared(tuple(slots), bank.shared.heads, bank.shared.fingerprint)
     bs = {key: update.b for key, update in source.updates.items()}
@@ -207,7 +214,7 @@ def unpack_all(bank: Bank, names: Sequence[str], output: Path) -> None:
     """Write adapters as directories for PEFT, each named after its adapter.
 
     Raises:
-        ArgumentError: If a directory exists already. Nothing is then written.
+        ArgumentError: If a directory exists already. No adapter is then written.
     """
     for name in names:
         bank.config(name)  # Raises for an unknown name.

@@ -23,8 +23,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="RUN",
         nargs="+",
         type=str,
-        help="Two or more run directories (their best checkpoints), checkpoints, or adapters in PEFT's format, over "
-        "one backbone.",
+        help="Two or more adapters of one backbone: run directories (with their best checkpoints), checkpoints, or "
+        "directories in PEFT's format.",
     )
     parser.add_argument(
         "--weights",
@@ -42,24 +42,24 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--density",
         type=float | None,
-        help="Of ties and dare: share of the entries of each trained factor that is kept. Default: 0.2.",
+        help="For ties and dare: share of the entries of each trained factor that is kept. Default: 0.2.",
     )
-    parser.add_argument("--seed", type=int | None, help="Of dare: seed of the dropped entries. Default: 0.")
+    parser.add_argument("--seed", type=int | None, help="For dare: seed of the dropped entries. Default: 0.")
     parser.add_argument(
         "--via",
         metavar="svd",
         type=str | None,
-        help="svd: combine adapters without a common frozen factor, by a truncated singular value decomposition of "
-        "their sum. The loss is printed.",
+        help="svd: combine adapters that share no factor, by a truncated singular value decomposition of their sum. "
+        "The loss is printed.",
     )
-    parser.add_argument("--rank", metavar="r", type=int | None, help="Of --via svd: adapter rank of the result.")
+    parser.add_argument("--rank", metavar="r", type=int | None, help="For --via svd: adapter rank of the result.")
     parser.add_argument(
         "--heads",
-        metavar="WORD",
+        metavar="HEAD",
         nargs="+",
         type=str,
         default=["combine"],
-        help="combine: average the heads by class name. keep RUN: the head of this RUN. drop: no head.",
+        help="combine: average the heads by class name. keep RUN: keep the head of this RUN. drop: write no head.",
     )
     parser.add_argument("--output", metavar="DIR", type=str, required=True, help="New or empty directory to write.")
 
@@ -68,7 +68,7 @@ def run(arguments: Namespace) -> None:
     """Combine the adapters and write the result.
 
     Raises:
-        ArgumentError: If an option has a wrong value, the adapters do not fit each other, or the output is not empty or
+        ArgumentError: If an option has a wrong value, the adapters cannot be combined, or the output is not empty or
             cannot be written.
         CheckpointError: If an adapter cannot be read.
     """
@@ -79,7 +79,7 @@ def run(arguments: Namespace) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ArgumentError(None, f"--output: {output} exists already. Give a new or an empty directory.")
     if len(arguments.runs) < 2:
-        raise ArgumentError(None, f"RUN: {len(arguments.runs)} adapter is given. Give two or more.")
+        raise ArgumentError(None, "RUN: one adapter cannot be combined. Give two or more.")
     options = Combination(
         weights=_weights(arguments.weights, len(arguments.runs)),
         method=arguments.method,
@@ -107,9 +107,11 @@ def _weights(text: str | None, count: int) -> list[float]:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ArgumentError(None, f"--weights: {text!r:.120} is no list of numbers. Use the form 0.5,0.5.") from error
+        raise ArgumentError(
+            None, f"--weights: {text!r:.120} is not a list of numbers. Use the form 0.5,0.5."
+        ) from error
     if not all(math.isfinite(weight) for weight in weights) or not any(weights):
-        raise ArgumentError(None, f"--weights: {text!r:.120} must be finite numbers, not all zero.")
+        raise ArgumentError(None, f"--weights: {text!r:.120} is not allowed. Use finite numbers that are not all zero.")
     if len(weights) != count:
         raise ArgumentError(
             None,
@@ -125,7 +127,9 @@ def _density(arguments: Namespace) -> float:
     if arguments.method == "sum":
         raise ArgumentError(None, "--density: only --method ties and --method dare drop entries. Remove the option.")
     if not 0 < arguments.density <= 1:
-        raise ArgumentError(None, f"--density: {arguments.density} must lie in (0, 1].")
+        raise ArgumentError(
+            None, f"--density: {arguments.density} is out of range. Use a number in (0, 1], such as 0.2."
+        )
     return float(arguments.density)
 
 
@@ -140,14 +144,14 @@ def _rank(arguments: Namespace) -> int | None:
     if arguments.via not in (None, "svd"):
         raise ArgumentError(None, f"--via: {arguments.via!r:.80} is unknown. Use svd.")
     if (arguments.via is None) != (arguments.rank is None):
-        raise ArgumentError(None, "--via and --rank: one of them is missing. Use --via svd --rank r, or neither.")
+        raise ArgumentError(None, "--via and --rank: one option is missing. Use --via svd --rank r, or neither option.")
     if arguments.via is None:
         return None
     if arguments.method != "sum":
         raise ArgumentError(
             None,
-            f"--method: {arguments.method} combines the trained factors over one frozen factor, and --via svd combines "
-            "updates. Use --method sum, or remove --via.",
+            f"--method: {arguments.method} combines trained factors over one frozen factor, but --via svd combines "
+            "updates. Use --method sum, or remove --via and --rank.",
         )
     if arguments.rank < 1:
         raise ArgumentError(None, f"--rank: {arguments.rank} is too small. Use 1 or more.")
@@ -164,7 +168,7 @@ def _heads(arguments: Namespace) -> str | int:
         case ["keep", name] if name in arguments.runs:
             return int(arguments.runs.index(name))
         case ["keep", name]:
-            raise ArgumentError(None, f"--heads: keep {name!r:.200} names none of the given adapters. Repeat a RUN.")
+            raise ArgumentError(None, f"--heads: keep {name!r:.200} is none of the given RUNs. Give one of the RUNs.")
     raise ArgumentError(
         None, f"--heads: {' '.join(arguments.heads)!r:.200} is unknown. Use combine, keep RUN or drop, after the RUNs."
     )

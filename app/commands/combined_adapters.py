@@ -39,7 +39,7 @@ from modules.analysis.combination import (
     Sparsity,
     Update,
     combine_updates,
-    differing_side,
+    first_difference,
     weighted_sum,
 )
 from modules.base import AdaptedModule
@@ -56,10 +56,10 @@ class Combination:
 
     Args:
         weights: Weight of each adapter.
-        method: How trained factors are combined.
+        method: Method that combines the trained factors.
         density: Share of the entries that TIES and DARE keep.
         seed: Seed of DARE.
-        rank: Rank of a truncated sum; None for a combination over a shared factor.
+        rank: Adapter rank of a truncated sum; None for a combination over a shared factor.
         heads: `combine`, `drop`, or the index of the adapter whose head is kept.
     """
 
@@ -80,8 +80,8 @@ class Source:
         run: Factors and configuration.
         updates: The updates s·B·A by the name of the projection.
         content: Content of adapter_config.json; empty for a checkpoint.
-        others: Tensors that are no factors: by the task's names for a checkpoint, else by the names of the file without
-            the prefix.
+        others: Tensors that are not factors, by name: the task's names for a checkpoint, else PEFT's names without the
+            prefix.
         labels: Class names in the order of the logits, empty for a regression; None if unknown.
     """
 
@@ -104,7 +104,7 @@ class Source:
         return Path(str(name)).name if name else None
 
     def digest(self, side: Side) -> str:
-        """Return the first digits of a digest of one factor of all projections."""
+        """Return the first digits of one digest over A, or over B, of all projections."""
         lines = [f"{name} {factor_digest(update.factor(side))}" for name, update in sorted(self.updates.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -117,8 +117,8 @@ class Combined:
         content: Content of adapter_config.json.
         tensors: Content of adapter_model.safetensors.
         labels: Class names of the head; None without a head or if unknown.
-        facts: Sentences about the combination by their subject.
-        rows: Rows of the card's table of sources.
+        facts: Clauses about the combination by subject, for messages and the model card.
+        rows: Rows of the model card's table of sources.
         module: The task with the combined adapters; None if all sources are PEFT directories.
     """
 
@@ -130,11 +130,11 @@ class Combined:
     module: AdaptedModule | None
 
     def write(self, folder: Path, name: str) -> Loader:
-        """Write the adapter, its class names and its card into an empty directory.
+        """Write the adapter, its class names and its model card into an empty directory.
 
         Args:
             folder: The directory.
-            name: Name of the directory in the card.
+            name: Name of the directory in the model card.
 
         Returns:
             A function that returns the code or the command for loading the directory.
@@ -167,11 +167,11 @@ def read_sources(names: Sequence[str]) -> list[Source]:
     check_same_backbone(sorted((source.run for source in sources), key=lambda run: run.digest is None))
     named = [source for source in sources if source.base is not None]
     for source in named:
-        of_one_digest = source.is_checkpoint and named[0].is_checkpoint
-        if source.base != named[0].base and not of_one_digest:
+        has_same_digest = source.is_checkpoint and named[0].is_checkpoint  # Checked by `check_same_backbone`.
+        if source.base != named[0].base and not has_same_digest:
             raise ArgumentError(
                 None,
-                f"RUN: {named[0].name} is for the backbone {named[0].base}, and {source.name} for {source.base}. "
+                f"RUN: {named[0].name} is for the backbone {named[0].base}, but {source.name} is for {source.base}. "
                 f"Combine adapters of one backbone. If both names mean the same weights, write one name into {CONFIG}.",
             )
     first = sources[0]
@@ -180,7 +180,7 @@ def read_sources(names: Sequence[str]) -> list[Source]:
             adapting, lacking = (first, source) if min(differing) in first.updates else (source, first)
             raise ArgumentError(
                 None,
-                f"RUN: {adapting.name} adapts {min(differing)}, and {lacking.name} does not ({len(differing)} "
+                f"RUN: {adapting.name} adapts {min(differing)}, but {lacking.name} does not ({len(differing)} "
                 "projections differ). Combine adapters of the same projections.",
             )
     return sources
@@ -211,7 +211,7 @@ def _read_labels(path: Path) -> list[str] | None:
             None, f"RUN: {path} cannot be read as JSON ({error}). Correct or remove the file."
         ) from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ArgumentError(None, f"RUN: {path} is no list of class names. Correct or remove the file.")
+        raise ArgumentError(None, f"RUN: {path} is not a list of class names. Correct or remove the file.")
     return labels
 
 
@@ -222,7 +222,8 @@ def combine(sources: Sequence[Source], options: Combination) -> Combined:
     """Combine the factors and the heads of adapters.
 
     Raises:
-        ArgumentError: If the adapters share no factor and `options.rank` is None, or the heads cannot be combined.
+        ArgumentError: If the adapters share no factor, or the heads cannot be combined. With `options.rank`, the
+            adapters need no shared factor.
     """
     facts = {"Weights": ", ".join(f"{weight:g}" for weight in options.weights)}
     if options.rank is None:
@@ -240,17 +241,17 @@ def combine(sources: Sequence[Source], options: Combination) -> Combined:
         facts["Method"] = f"{options.method} of {trained} over one {shared}{settings[options.method]}"
     else:
         updates, facts["Method"] = _truncated_sum(sources, options.weights, options.rank)
-    chosen = _template(sources, options.heads)
-    module = load_module(chosen.run.source, {}) if chosen.is_checkpoint else None
+    template = _template(sources, options.heads)
+    module = load_module(template.run.source, {}) if template.is_checkpoint else None
     names = module.peft_head_names() if module is not None else {}
-    heads, facts["Head"] = _heads(sources, options, chosen, names)
+    heads, facts["Head"] = _heads(sources, options, template, names)
     rows = [
         [short_path(source.run), f"{weight:g}", source.digest("A"), source.digest("B")]
         for source, weight in zip(sources, options.weights, strict=True)
     ]
-    labels = chosen.labels if heads else None
+    labels = template.labels if heads else None
     if module is None:
-        content, tensors = _without_backbone(chosen, updates, heads)
+        content, tensors = _without_backbone(template, updates, heads)
     else:
         replace_adapters(module, updates)
         grouped = _by_module(heads, [name for peft_names in names.values() for name in peft_names])
@@ -274,13 +275,13 @@ def _shared_side(sources: Sequence[Source]) -> Side:
             raise ArgumentError(
                 None,
                 f"RUN: {name} has adapter rank {ranks[0]} in {first.name} and {other.updates[name].a.shape[0]} in "
-                f"{other.name}, so the adapters share no factor. Use --via svd --rank r.",
+                f"{other.name}, so the adapters share neither A nor B. Use --via svd --rank r.",
             )
     for side in sorted(SIDES, key=lambda side: side != frozen):
-        if all(differing_side([s.updates[name] for s in sources], side) is None for name in first.updates):
+        if all(first_difference([s.updates[name] for s in sources], side) is None for name in first.updates):
             return side
     factors = {name: [source.updates[name] for source in sources] for name in first.updates}
-    name, index = next((n, i) for n, parts in factors.items() if (i := differing_side(parts, frozen)) is not None)
+    name, index = next((n, i) for n, parts in factors.items() if (i := first_difference(parts, frozen)) is not None)
     digests = [factor_digest(factors[name][i].factor(frozen))[:16] for i in (0, index)]
     raise ArgumentError(
         None,
@@ -291,19 +292,19 @@ def _shared_side(sources: Sequence[Source]) -> Side:
 
 
 def _truncated_sum(sources: Sequence[Source], weights: Sequence[float], rank: int) -> tuple[dict[str, Update], str]:
-    """Return the best approximation of the weighted sum at a rank, and a sentence about its loss."""
+    """Return the best approximation of the weighted sum with an adapter rank, and a clause about the loss."""
     updates = {name: [source.updates[name] for source in sources] for name in sources[0].updates}
     largest = max(
         min(sum(u.a.shape[0] for u in parts), parts[0].b.shape[0], parts[0].a.shape[1]) for parts in updates.values()
     )
     if rank > largest:
         raise ArgumentError(
-            None, f"--rank: {rank} is more than the sum of these adapters can have ({largest}). Use {largest} or less."
+            None, f"--rank: {rank} is larger than the largest rank of the sum ({largest}). Use {largest} or less."
         )
     truncated, loss = truncated_sums(
         updates,
         weights,
-        lambda whole: min(rank, len(whole.sigma)),
+        lambda decomposition: min(rank, len(decomposition.sigma)),
         orthonormal="B" if sources[0].run.adapter.train == "A" else "A",
     )
     return truncated, f"singular value decomposition of the weighted sum, truncated to rank {rank}; {loss}"
@@ -313,59 +314,62 @@ def _truncated_sum(sources: Sequence[Source], weights: Sequence[float], rank: in
 
 
 def _template(sources: Sequence[Source], heads: str | int) -> Source:
-    """Return the source whose backbone, class names and tokenizer the result has: a checkpoint if possible."""
+    """Return the source of the result's backbone, class names and tokenizer: a checkpoint if possible."""
     if isinstance(heads, int):
         return sources[heads]
     return next((source for source in sources if source.is_checkpoint), sources[0])
 
 
 def _heads(
-    sources: Sequence[Source], options: Combination, chosen: Source, names: Mapping[str, Sequence[str]]
+    sources: Sequence[Source], options: Combination, template: Source, names: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of the result's head by PEFT's names, and a sentence about the head.
+    """Return the tensors of the result's head by PEFT's names, and a clause about the head.
 
     Args:
         sources: The adapters.
         options: Options of the command.
-        chosen: The source with the class names of the result.
+        template: The source of the result's class names.
         names: For each head of the task, its names in PEFT's format.
 
     Raises:
-        ArgumentError: If the heads are to be combined, and class names, tensors or weights do not allow it.
+        ArgumentError: If the heads cannot be averaged, because class names, tensors or weights do not fit.
     """
     if options.heads == "drop":
         return {}, "dropped"
     if isinstance(options.heads, int):
-        return _peft_heads(chosen, names), f"of {short_path(chosen.run)}"
-    of_sources = [_peft_heads(source, names) for source in sources]
-    if not any(of_sources):
+        return _peft_heads(template, names), f"of {short_path(template.run)}"
+    source_heads = [_peft_heads(source, names) for source in sources]
+    if not any(source_heads):
         return {}, "none"
-    reference = of_sources[sources.index(chosen)]
-    for source, head in zip(sources, of_sources, strict=True):
+    reference = source_heads[sources.index(template)]
+    for source, head in zip(sources, source_heads, strict=True):
         shapes = [{key: tuple(tensor.shape) for key, tensor in h.items()} for h in (reference, head)]
         if shapes[0].keys() != shapes[1].keys():
-            lacking = min(shapes[0].keys() ^ shapes[1].keys())
+            tensor_name = min(shapes[0].keys() ^ shapes[1].keys())
             raise ArgumentError(
-                None, f"RUN: {chosen.name} and {source.name} have different heads ({lacking!r:.120}). {ADVICE}"
+                None,
+                f"RUN: only one of {template.name} and {source.name} has the tensor {tensor_name!r:.120}. {ADVICE}",
             )
         if source.labels is None:
             raise ArgumentError(
                 None,
                 f"RUN: {source.name} has no {LABELS}, so the order of the classes in its head is unknown. Write the "
-                f"class names into that file, as a JSON list ([] for a regression). {ADVICE}",
+                f"class names into this file, as a JSON list ([] for a regression). {ADVICE}",
             )
-        if sorted(source.labels) != sorted(chosen.labels or []):
+        if sorted(source.labels) != sorted(template.labels or []):
             raise ArgumentError(
                 None,
-                f"RUN: the heads have different classes: {_listed(chosen.labels or [])} in {chosen.name}, and "
+                f"RUN: the heads have different classes: {_listed(template.labels or [])} in {template.name}, and "
                 f"{_listed(source.labels)} in {source.name}. {ADVICE}",
             )
         if shapes[0] != shapes[1]:
-            raise ArgumentError(None, f"RUN: the heads of {chosen.name} and {source.name} differ in shape. {ADVICE}")
+            raise ArgumentError(None, f"RUN: the heads of {template.name} and {source.name} differ in shape. {ADVICE}")
     total = sum(options.weights)
     if abs(total) < 1e-9 * max(map(abs, options.weights)):
         raise ArgumentError(None, f"--weights: the sum is 0, so the heads have no weighted average. {ADVICE}")
-    ordered = [_reordered(head, source, chosen.labels or []) for head, source in zip(of_sources, sources, strict=True)]
+    ordered = [
+        _reordered(head, source, template.labels or []) for head, source in zip(source_heads, sources, strict=True)
+    ]
     weights = [weight / total for weight in options.weights]
     average = {key: weighted_sum([head[key] for head in ordered], weights).to(t.dtype) for key, t in reference.items()}
     return average, "weighted average by class name, with weights that sum to 1"
@@ -388,19 +392,19 @@ def _reordered(head: dict[str, Tensor], source: Source, labels: Sequence[str]) -
     """Return a head with its rows in the order of the given class names.
 
     Raises:
-        ArgumentError: If the order differs, and several layers could be the output layer.
+        ArgumentError: If the order differs, and two classes have one name or several layers could be the output layer.
     """
     assert source.labels is not None
     if list(source.labels) == list(labels):
         return head
     if len(set(labels)) < len(labels):
-        raise ArgumentError(None, f"RUN: {source.name} has two classes of one name. {ADVICE}")
+        raise ArgumentError(None, f"RUN: {source.name} has two classes with the same name. {ADVICE}")
     count = len(labels)
     if any(tensor.ndim == 2 and tensor.shape[1] == count for tensor in head.values()):
         raise ArgumentError(
             None,
-            f"RUN: {source.name} has its classes in another order, and its head has a layer with {count} inputs, so "
-            f"the output layer is not known. {ADVICE}",
+            f"RUN: {source.name} has its classes in a different order, and its head has a layer with {count} inputs, "
+            f"so the output layer is ambiguous. {ADVICE}",
         )
     order = [source.labels.index(label) for label in labels]
     return {key: t[order] if t.ndim and t.shape[0] == count else t for key, t in head.items()}
@@ -414,10 +418,14 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _by_module(heads: Mapping[str, Tensor], modules: Sequence[str]) -> Heads:
-    """Group the tensors of heads by the module that a name, or the end of a name, of `modules_to_save` means.
+    """Group the tensors of heads by their module.
+
+    Args:
+        heads: Tensors by name.
+        modules: Names in PEFT's `modules_to_save`: full names, or ends of names.
 
     Raises:
-        ArgumentError: If a tensor is in none of the modules.
+        ArgumentError: If a tensor belongs to none of the modules.
     """
     grouped: Heads = {}
     ends = "|".join(re.escape(name) for name in modules)
@@ -426,28 +434,30 @@ def _by_module(heads: Mapping[str, Tensor], modules: Sequence[str]) -> Heads:
         if match is None:
             raise ArgumentError(
                 None,
-                f"RUN: {key!r:.120} is neither a LoRA nor in modules_to_save of {CONFIG}, and cannot be combined. Save "
-                "the adapter without this tensor.",
+                f"RUN: {key!r:.120} cannot be combined: the tensor is neither a LoRA factor, nor in modules_to_save of "
+                f"{CONFIG}. Save the adapter without this tensor.",
             )
         grouped.setdefault(match[1], {})[match[2]] = tensor
     return grouped
 
 
 def _without_backbone(
-    chosen: Source, updates: Mapping[str, Update], heads: Mapping[str, Tensor]
+    template: Source, updates: Mapping[str, Update], heads: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return PEFT's two files for updates of a backbone that is not known.
+    """Return the contents of PEFT's two files for updates of an unknown backbone.
 
-    `target_modules` lists whole names, since a shorter name could match other layers of the backbone.
+    `target_modules` lists full names, since a shorter name could match other layers of the backbone.
     """
-    _, tensors = read_peft_files(chosen.run.source)
-    skeleton: nn.Module = peft_skeleton(chosen.run.source, {k: t for k, t in tensors.items() if PEFT_NAME.fullmatch(k)})
+    _, tensors = read_peft_files(template.run.source)
+    skeleton: nn.Module = peft_skeleton(
+        template.run.source, {k: t for k, t in tensors.items() if PEFT_NAME.fullmatch(k)}
+    )
     targets = [f"regex:{re.escape(name)}" for name in updates]
-    config = given_config(AdapterConfig(targets=targets, dropout=chosen.run.adapter.dropout), updates)
+    config = given_config(AdapterConfig(targets=targets, dropout=template.run.adapter.dropout), updates)
     projections = attach(skeleton, config)
-    saved = chosen.content.get("modules_to_save")
+    saved = template.content.get("modules_to_save")
     grouped = _by_module(heads, [str(name) for name in saved] if isinstance(saved, list) else [])
-    values = (chosen.content.get(key) for key in ("task_type", "base_model_name_or_path"))
+    values = (template.content.get(key) for key in ("task_type", "base_model_name_or_path"))
     task, base = (value if isinstance(value, str) else None for value in values)
     content, written = to_peft(skeleton, config, factor_state(projections, updates), grouped, task, base)
     return content | {"target_modules": sorted({p.layer for p in projections})}, written

@@ -1,4 +1,4 @@
-"""Show the keys and the metrics in which runs differ, one column a run."""
+"""Show the keys and the metrics in which runs differ, one column for each run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MISSING = object()  # stands for the value of a key that a run lacks
 ABSENT = "–"
-WIDEST = 48  # characters of a value in one line
+WIDEST = 48  # characters of a column; longer values are folded
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "runs", metavar="RUN", type=str, nargs="+", help="Two or more run directories, or checkpoints in them."
     )
-    parser.add_argument("--all", action="store_true", help="Show the keys and metrics that are equal, too.")
+    parser.add_argument("--all", action="store_true", help="Also show the keys and metrics that are equal.")
     parser.add_argument("--json", action="store_true", help="Print the values as JSON instead, without units.")
 
 
@@ -43,8 +43,8 @@ def run(arguments: Namespace) -> None:
     from app.commands.runs import UNLIMITED
 
     if len(arguments.runs) < 2:
-        raise ArgumentError(None, "RUN: one run is given, and two or more are needed.")
-    records = [_read(name) for name in arguments.runs]
+        raise ArgumentError(None, "RUN: one run cannot be compared. Give two or more.")
+    records = [_read_run(name) for name in arguments.runs]
     names = short_names([record.directory for record in records])
     keys = compare_values([record.keys for record in records], arguments.all)
     metrics = compare_values([record.metrics for record in records], arguments.all)
@@ -59,7 +59,7 @@ def run(arguments: Namespace) -> None:
             print(f"{title}: no difference.", flush=True)
 
 
-def _read(name: str) -> RunRecord:
+def _read_run(name: str) -> RunRecord:
     from app.commands.run_records import CONFIG, read_record
     from app.run.checkpoint_io import run_of_checkpoint
     from datamodules.errors import CheckpointError
@@ -68,7 +68,8 @@ def _read(name: str) -> RunRecord:
     directory = path if path.is_dir() else run_of_checkpoint(path)
     if directory is None or not directory.is_dir():
         raise CheckpointError(
-            f"RUN: {name} is neither a run directory nor a checkpoint in a run directory. `runs` lists the runs."
+            f"RUN: {name} is neither a run directory nor a checkpoint in a run directory. The command "
+            "`runs` lists the runs."
         )
     record = read_record(directory)
     if record.state == "damaged":
@@ -76,7 +77,7 @@ def _read(name: str) -> RunRecord:
             f"RUN: config.yaml or metrics.json of {name} cannot be read. Restore the file, or leave the run out."
         )
     if not record.keys and not record.metrics:
-        raise CheckpointError(f"RUN: {name} has no {CONFIG} and no metrics.json. `runs` lists the runs.")
+        raise CheckpointError(f"RUN: {name} has no {CONFIG} and no metrics.json. The command `runs` lists the runs.")
     return record
 
 
@@ -94,7 +95,7 @@ def compare_values(runs: Sequence[Mapping[str, Any]], with_equal: bool) -> dict[
 
     Args:
         runs: Values of each run by key.
-        with_equal: Whether keys with equal values in all runs are returned too.
+        with_equal: True also returns the keys whose values are equal in all runs.
     """
     unsorted = dict.fromkeys(key for values in runs for key in values)
     sections = list(dict.fromkeys(_section(key) for key in unsorted))
@@ -118,7 +119,7 @@ def cell_text(key: str, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text. Floats with the same six significant digits count as equal."""
+    """Return a value as text. Floats with the same six significant digits give the same text."""
     if value is MISSING:
         return ABSENT
     if isinstance(value, float):

@@ -44,8 +44,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         nargs="+",
         default=[],
-        help="Number of clients, to split the recipe's training rows; or two or more folders or files, each with one "
-        "client's own data (data.path).",
+        help="Number of clients, among which the recipe's training rows are split; or two or more folders or files, "
+        "each with the data of one client (data.path).",
     )
     parser.add_argument("--rounds", metavar="R", type=int, default=10, help="Number of rounds.")
     parser.add_argument(
@@ -56,8 +56,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="iid|dirichlet:ALPHA",
         type=str,
         default="iid",
-        help="Split of the rows: at random, or with another mix of classes on each client (Hsu et al. 2019). A small "
-        "ALPHA gives each client few classes.",
+        help="Split of the rows: at random, or with a different mix of classes for each client (Hsu et al. 2019). A "
+        "small ALPHA gives each client few classes.",
     )
     parser.add_argument(
         "--arms",
@@ -85,13 +85,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    """Train all arms, test them, and write the table and the adapters.
+    """Train and test all arms, and write the table and the adapters.
 
     Raises:
         ArgumentError: If an option has a wrong value, or does not fit the output of an earlier command.
         InputError: If data, model or a round's file cannot be used.
         WriteError: If a file cannot be written.
-        SIGTERMException: After a signal. The message has the command to continue.
+        SIGTERMException: After a signal. The message has the command that continues the training.
     """
     # Imported here, since `main.py --help` must stay fast.
     from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -117,11 +117,11 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
         arms: The arms.
         parse: Parser of `fit`.
         directory: Directory of the results.
-        connect: Function from an arm and the server's model to the function that trains the clients elsewhere. None
-            trains the clients in this process. The arm `centralised` is always trained in this process.
+        connect: Function that takes an arm and the server's model, and returns a function that trains remote clients.
+            None trains the clients in this process. The arm `centralised` is always trained in this process.
 
     Raises:
-        ArgumentError: If a key does not fit, or the directory has other results.
+        ArgumentError: If a key is not supported, or the directory holds other files or a different training.
         InputError: If data, model or a round's file cannot be used.
         WriteError: If a file cannot be written.
     """
@@ -144,17 +144,19 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
     refuse_other_files(output)  # Before the lock, which removes links in the directory.
     with locked(output, "--output"):
         open_federation(output, plan.fixed_keys(first))
-        rows = [_run_arm(arm, plan, configs[arm], output, connect, reports=arm == arms[0]) for arm in arms]
+        rows = [_run_arm(arm, plan, configs[arm], output, connect, is_first=arm == arms[0]) for arm in arms]
         write_table(rows, output)
     Console(width=UNLIMITED).print(table_of(rows, first.checkpoint.monitor))
     print(f"Results: {escape_controls(str(output))}", flush=True)
 
 
-def make_plan(words: Sequence[str], clients: Sequence[str], rounds: int, local_steps: int, partition: str) -> Plan:
-    """Return the plan of the options.
+def make_plan(
+    fit_arguments: Sequence[str], clients: Sequence[str], rounds: int, local_steps: int, partition: str
+) -> Plan:
+    """Return the plan that the options of the command describe.
 
     Args:
-        words: Options of `fit`.
+        fit_arguments: Arguments of `fit`, with the recipe.
         clients: Values of `--clients`.
         rounds: Number of rounds.
         local_steps: Optimizer steps of each client in a round.
@@ -170,11 +172,13 @@ def make_plan(words: Sequence[str], clients: Sequence[str], rounds: int, local_s
             raise ArgumentError(None, f"--{key}: {value} is too small. Give 1 or more.")
     alpha = parse_partition(partition)
     if not clients:
-        raise ArgumentError(None, "--clients: give a number of clients, or the folder or file of each client.")
+        raise ArgumentError(
+            None, "--clients: the option is missing. Give a number of clients, or the folder or file of each client."
+        )
     if len(clients) == 1 and clients[0].lstrip("-").isdecimal():
         if (number := int(clients[0])) < 1:
             raise ArgumentError(None, f"--clients: {number} is too small. Give 1 or more.")
-        return Plan(tuple(words), number, rounds, local_steps, alpha)
+        return Plan(tuple(fit_arguments), number, rounds, local_steps, alpha)
     if missing := [path for path in clients if not Path(path).exists()]:
         raise ArgumentError(
             None,
@@ -186,27 +190,26 @@ def make_plan(words: Sequence[str], clients: Sequence[str], rounds: int, local_s
     if alpha is not None:
         raise ArgumentError(
             None,
-            f"--partition: {partition} splits one data set, and each of --clients has its own data. Leave the option "
-            "out.",
+            f"--partition: {partition} splits one data set, but each of --clients has its own data. Remove the option.",
         )
-    return Plan(tuple(words), len(clients), rounds, local_steps, None, tuple(clients))
+    return Plan(tuple(fit_arguments), len(clients), rounds, local_steps, None, tuple(clients))
 
 
 def _report_unused_keys(config: Namespace) -> None:
-    """Log the keys of a recipe that a federated training does not use."""
+    """Log the keys of a recipe that a federated training ignores."""
     unused = [f"trainer.{key}" for key in ("callbacks", "logger", "plugins") if config.trainer.get(key)]
     unused += [f"trainer.{key}" for key, default in UNUSED.items() if config.trainer.get(key) not in (None, default)]
     unused += ["find_lr"] if config.get("find_lr") else []
     if unused:
         _log.info(
-            f"{', '.join(unused)}: ignored. --rounds and --local_steps decide the length of the training. Each client "
-            "is trained on one device, without callbacks and loggers."
+            f"{', '.join(unused)}: ignored. --rounds and --local_steps set the length of the training. Each client is "
+            "trained on one device, without callbacks and loggers."
         )
 
 
-def _run_arm(arm: Arm, plan: Plan, config: Namespace, output: Path, connect: Connect | None, reports: bool) -> Record:
-    """Train an arm, write its adapter, and return its row of the table. With `reports`, print data and clients."""
-    from app.federated.server import in_process, run_arm
+def _run_arm(arm: Arm, plan: Plan, config: Namespace, output: Path, connect: Connect | None, is_first: bool) -> Record:
+    """Train an arm, write its adapter, and return its row of the table. The first arm also prints the clients."""
+    from app.federated.server import local_training, run_arm
     from app.federated.training import Learner
 
     learner = Learner(config, output)
@@ -217,8 +220,8 @@ def _run_arm(arm: Arm, plan: Plan, config: Namespace, output: Path, connect: Con
     else:
         clients = make_clients(plan, learner)
         participants = trainable(clients)
-        train = in_process(learner, [pool_clients(participants)] if arm == "centralised" else participants)
-    if reports:
+        train = local_training(learner, [pool_clients(participants)] if arm == "centralised" else participants)
+    if is_first:
         for data in dict.fromkeys([learner.data, *(client.data for client in clients)]):
             for line in data.findings.take_lines():
                 _log.info(line)
@@ -269,20 +272,20 @@ def trainable(clients: Sequence[Client]) -> list[Client]:
     participants = [client for client in clients if client.can_train]
     if not participants:
         raise ArgumentError(
-            None, "data.batch_size: no client has the rows of one batch. Choose a smaller batch, or fewer --clients."
+            None, "data.batch_size: no client has the rows of one batch. Use a smaller batch, or fewer --clients."
         )
     return participants
 
 
 def report_round(record: Record) -> None:
     """Print a line with the metrics of a round."""
-    skipped = ("arm", "round", "clients", "bytes")
-    values = ", ".join(f"{key} {value:.4g}" for key, value in record.items() if key not in skipped)
+    omitted = ("arm", "round", "clients", "bytes")
+    values = ", ".join(f"{key} {value:.4g}" for key, value in record.items() if key not in omitted)
     print(escape_controls(f"{record['arm']}, round {record['round']}: {values}"), flush=True)
 
 
 def finish_arm(arm: Arm, learner: Learner, state: Round, output: Path) -> Record:
-    """Test the last global model, write its adapter in PEFT's format, and return its row of the table.
+    """Test the last global model, write its adapter in PEFT's format, and return the arm's row of the table.
 
     Raises:
         WriteError: If the adapter cannot be written.
@@ -294,18 +297,18 @@ def finish_arm(arm: Arm, learner: Learner, state: Round, output: Path) -> Record
     from datamodules.contract import HasTestSplit
     from datamodules.errors import SplitError
 
-    tested: dict[str, float] = {}
+    test_metrics: dict[str, float] = {}
     try:
         if isinstance(learner.data, HasTestSplit):
             learner.data.check_test_split()
-        tested = learner.test()
+        test_metrics = learner.test()
     except SplitError as error:
-        _log.info(f"No test: {error}")
+        _log.info(f"No test metrics: {error}")
     learner.load(state.tensors)
     with atomic_directory(output / arm / "adapter", overwrite=True) as folder:
         export_peft(learner.module.cpu(), torch.float32, folder)
     last, rounds = state.history[-1], state.history[1:]
-    metrics = {key: value for key, value in last.items() if key.startswith("val/")} | tested
+    metrics = {key: value for key, value in last.items() if key.startswith("val/")} | test_metrics
     return {
         "arm": arm,
         "rounds": state.number,
@@ -331,12 +334,12 @@ def write_table(rows: Sequence[Record], output: Path) -> None:
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(earlier, list) or not all(isinstance(r, dict) and r.get("arm") in ARMS for r in earlier):
-                raise ValueError("no rows of arms")
+                raise ValueError("the file holds no rows of arms")
         except (OSError, ValueError, RecursionError) as error:
             earlier = []
             _log.warning(
-                f"{path} cannot be read ({error}). The new file lacks the arms of earlier commands. Repeat these "
-                "commands to list their arms again."
+                f"{path} cannot be read ({error}). The new table lacks the arms of earlier commands. Repeat these "
+                "commands to add their arms again."
             )
     by_arm: dict[Any, Record] = {row["arm"]: row for row in [*earlier, *rows]}
     ordered = [by_arm[arm] for arm in ARMS if arm in by_arm]
@@ -350,7 +353,7 @@ def write_table(rows: Sequence[Record], output: Path) -> None:
 
 
 def table_of(rows: Sequence[Record], monitor: str | None) -> Table:
-    """Return the table for the terminal: for each arm a row with the recipe's metric and the test metrics.
+    """Return the table for the terminal: a row for each arm, with the recipe's metric and the test metrics.
 
     Args:
         rows: Rows of the arms.

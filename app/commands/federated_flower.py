@@ -1,4 +1,4 @@
-"""The server of a federated training as a Flower ServerApp: the rounds of `federate` with clients elsewhere."""
+"""Flower's ServerApp of a federated training: the rounds of `federate` with remote clients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from app.commands.federate import federate, make_plan
 from app.config.fit_keys import ParseFit
-from app.federated.flower import over_flower
+from app.federated.flower import flower_training
 from app.federated.plan import check_arms
 
 
 def make_server_app(parse: ParseFit) -> ServerApp:
-    """Return the app of the server. The values of the run (`--run-config`) are the options of `federate`.
+    """Return Flower's app of the server. The values of `--run-config` are the options of `federate`.
 
     Args:
         parse: Parser of `fit`.
@@ -33,6 +33,6 @@ def make_server_app(parse: ParseFit) -> ServerApp:
             str(values["partition"]),
         )
         arms = check_arms(str(values["arms"]).split(), own_data=False)
-        federate(plan, arms, parse, str(values["output"]), partial(over_flower, grid, plan))
+        federate(plan, arms, parse, str(values["output"]), partial(flower_training, grid, plan))
 
     return app

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from app.commands.run_records import RunRecord
 
 Column = Literal["name", "state", "variant", "data", "best", "parameters", "seconds", "date"]
-TITLES = {"seconds": "time"}  # of columns whose cells have other units than the values of CSV and JSON
+TITLES = {"seconds": "time"}  # titles of columns whose cells have units, unlike the values of CSV and JSON
 FIELDS = ("name", "state", "variant", "path", "task", "metric", "best", "parameters", "seconds", "date")
 MISSING = "–"
-UNLIMITED = 10_000  # characters of a line: a run is one line for grep and for a pager
+UNLIMITED = 10_000  # characters of a line, so that each run is one line for grep and for a pager
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def run(arguments: Namespace) -> None:
     if not root.is_dir():
         raise ArgumentError(None, f"ROOT: there is no directory {root}. Give the directory that holds the runs.")
     if arguments.csv and arguments.json:
-        raise ArgumentError(None, "--csv and --json exclude each other. Give one of them.")
+        raise ArgumentError(None, "--csv and --json exclude each other. Give one of the options.")
     records = sort_records([read_record(run) for run in find_runs(root)], arguments.sort)
     rows = [row_of(record, root) for record in records]
     if arguments.json:
@@ -103,13 +103,14 @@ def sort_records(records: Sequence[RunRecord], column: Column) -> list[RunRecord
     }
     if column == "name":
         return list(records)
-    valued = [(keys[column](record), record) for record in records]
-    missing = [record for value, record in valued if value is None]
-    return [record for _, record in sorted((p for p in valued if p[0] is not None), key=lambda p: p[0])] + missing
+    pairs = [(keys[column](record), record) for record in records]
+    missing = [record for value, record in pairs if value is None]
+    ordered = sorted((pair for pair in pairs if pair[0] is not None), key=lambda pair: pair[0])
+    return [record for _, record in ordered] + missing
 
 
 def data_of(record: RunRecord) -> tuple[str, str] | None:
-    """Return path and task of a run's data; None if config.yaml does not name any."""
+    """Return path and task of a run's data; None if config.yaml names no path."""
     path, task = (record.keys.get(f"data.{key}") for key in ("path", "task"))
     return None if path is None else (str(path), str(task or ""))
 
@@ -134,7 +135,7 @@ def row_of(record: RunRecord, root: Path) -> dict[str, Any]:
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return the table for the terminal, one line a run. An absolute path of data is cut to its last part."""
+    """Return the table for the terminal, one line for each run. An absolute data path is cut to its last part."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -150,7 +151,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
             row["name"],
             row["state"],
             row["variant"] or MISSING,
-            " ".join(dict.fromkeys(data)).strip(),  # a folder is often named like the task
+            " ".join(dict.fromkeys(data)).strip(),  # A folder often has the name of the task.
             MISSING if row["best"] is None else f"{row['metric']} {row['best']:.4g}",
             MISSING if row["parameters"] is None else f"{row['parameters']:,}",
             MISSING if row["seconds"] is None else seconds_text(row["seconds"]),
@@ -161,7 +162,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the table as CSV, one row a run; an empty cell is a missing value."""
+    """Write the table as CSV, one row for each run. A missing value is an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS)
     writer.writeheader()

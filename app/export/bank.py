@@ -47,7 +47,7 @@ def read_members(
         raise ArgumentError(
             None,
             f"--names: {counted(len(names), 'name is', 'names are')} given for {counted(len(runs), 'run')}. Give one "
-            "for each run.",
+            "name for each run.",
         )
     for i, name in enumerate(names):
         if name in names[:i] or name in taken:
@@ -92,7 +92,7 @@ def member_of_run(module: AdaptedModule, source: str) -> Member:
     if module.tuning != "adapter":
         raise ArgumentError(
             None,
-            f"RUN: a bank holds adapters, and {source} has tuning: {module.tuning}. Use runs with tuning: adapter.",
+            f"RUN: {source} has tuning: {module.tuning}, but a bank holds adapters. Use runs with tuning: adapter.",
         )
     state = module.saved_state()
     factors = {f"backbone.{name}" for name in adapter_state(module.backbone)}

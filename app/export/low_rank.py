@@ -1,4 +1,4 @@
-"""Truncate the adapters of a module to smaller ranks, stack the links of a chain, and replace adapters."""
+"""Truncate the adapters of a module to smaller ranks, stack the links of a chain, and replace adapters of a module."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Truncation(NamedTuple):
     def __str__(self) -> str:
         """Return a clause for messages and the model card."""
         before, after = (sorted({pair[i] for pair in self.ranks.values()}) for i in (0, 1))
-        return f"from rank {_range(before)} to {_range(after)}; {self.loss}"
+        return f"from rank {_range_text(before)} to {_range_text(after)}; {self.loss}"
 
 
 def check_options(rank: int | None, keep: float | None) -> None:
@@ -72,12 +72,12 @@ def check_options(rank: int | None, keep: float | None) -> None:
         ArgumentError: If a value is out of range, or both values are given.
     """
     if rank is not None and keep is not None:
-        raise ArgumentError(None, "--rank and --keep: both choose the ranks. Give one of them.")
+        raise ArgumentError(None, "--rank and --keep: both choose the ranks. Give one of the options.")
     if rank is not None and rank < 1:
         raise ArgumentError(None, f"--rank: {rank} is too small. Use 1 or more.")
     if keep is not None and not 0 < keep <= 1:
         raise ArgumentError(
-            None, f"--keep: {keep} must lie in (0, 1]. It is the share of the update's squared norm, such as 0.99."
+            None, f"--keep: {keep} is out of range. Use a share of the update's squared norm in (0, 1], such as 0.99."
         )
 
 
@@ -87,7 +87,7 @@ def truncate_adapters(module: AdaptedModule, rank: int | None, keep: float = 1.0
     The new updates have the scale 1. The factor that was frozen in training gets orthonormal vectors.
 
     Args:
-        module: A module with adapters; the module is changed.
+        module: A module with adapters, which are replaced in place.
         rank: The largest rank. A projection with a smaller rank keeps its rank.
         keep: If `rank` is None, every projection gets the smallest rank that keeps this share of its squared Frobenius
             norm.
@@ -98,7 +98,7 @@ def truncate_adapters(module: AdaptedModule, rank: int | None, keep: float = 1.0
     option = "--keep" if rank is None else "--rank"
     if module.tuning != "adapter":
         raise ArgumentError(
-            None, f"{option}: this run has tuning: {module.tuning}, so it has no adapters. Export without {option}."
+            None, f"{option}: this run has tuning: {module.tuning} and no adapters. Export without {option}."
         )
     updates = {
         name: Update(factors.A.detach().cpu(), factors.B.detach().cpu(), factors.scale)
@@ -107,12 +107,17 @@ def truncate_adapters(module: AdaptedModule, rank: int | None, keep: float = 1.0
     ranks = {name: update.a.shape[0] for name, update in updates.items()}
     if rank is not None and rank > max(ranks.values()):
         raise ArgumentError(
-            None, f"--rank: {rank} is larger than the run's adapter rank ({max(ranks.values())}). Use a smaller rank."
+            None,
+            f"--rank: {rank} is larger than the run's adapter rank ({max(ranks.values())}). Use this rank or less.",
         )
+
+    def choose_rank(decomposition: Decomposition) -> int:
+        return decomposition.rank_to_keep(keep) if rank is None else min(rank, len(decomposition.sigma))
+
     truncated, loss = truncated_sums(
         {name: [update] for name, update in updates.items()},
         [1.0],
-        lambda parts: parts.rank_to_keep(keep) if rank is None else min(rank, len(parts.sigma)),
+        choose_rank,
         orthonormal="B" if module.adapter.train == "A" else "A",
     )
     replace_adapters(module, truncated)
@@ -136,10 +141,10 @@ def truncated_sums(
     truncated: dict[str, Update] = {}
     squares: dict[str, tuple[float, float]] = {}  # squared norms of the lost part and of the sum
     for name, parts in updates.items():
-        whole = decompose(parts, weights)
-        rank = choose_rank(whole)
-        truncated[name] = whole.truncate(rank, orthonormal)
-        squares[name] = whole.lost_square(rank), whole.square
+        decomposition = decompose(parts, weights)
+        rank = choose_rank(decomposition)
+        truncated[name] = decomposition.truncate(rank, orthonormal)
+        squares[name] = decomposition.lost_square(rank), decomposition.square
     losses = {name: relative_loss(*pair) for name, pair in squares.items()}
     worst = max(losses, key=lambda name: losses[name])
     total = relative_loss(*(sum(values) for values in zip(*squares.values(), strict=True)))
@@ -147,23 +152,23 @@ def truncated_sums(
 
 
 def stack_links(links: Sequence[Update]) -> Update:
-    """Return one update that equals the sum of the links of a chain, which have one scale.
+    """Return the sum of a chain's links as one update. The links have the same scale.
 
     A and B are stacked, so no number changes. If the ranks add up to more than W allows, the sum is decomposed instead,
-    without loss but for rounding.
+    without loss except rounding.
     """
     a, b, scale = torch.cat([link.a for link in links]), torch.cat([link.b for link in links], dim=1), links[0].scale
     largest = min(b.shape[0], a.shape[1])
     if a.shape[0] <= largest:
         return Update(a, b, scale)
-    whole = decompose(links, [1.0] * len(links)).truncate(largest)
-    return Update(whole.a, whole.b / scale, scale)
+    total = decompose(links, [1.0] * len(links)).truncate(largest)
+    return Update(total.a, total.b / scale, scale)
 
 
 def chain_updates(
     backbone: nn.Module, state: Mapping[str, Tensor], links: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Update]:
-    """Return the update of a whole chain by the name of the projection.
+    """Return the update of all links of a chain, by the name of the projection.
 
     Args:
         backbone: The backbone with adapters; only names and scales are used.
@@ -182,7 +187,7 @@ def chain_updates(
 
 
 def flatten_chain(module: AdaptedModule) -> None:
-    """Replace the links of a chain by one adapter over the pretrained weights, of the rank r times the links."""
+    """Replace the links of a chain by one adapter over the pretrained weights, of rank up to r × number of links."""
     if links := module.chain.links:
         updates = chain_updates(module.backbone, adapter_state(module.backbone), links)
         module.chain.restore(module.backbone)
@@ -190,7 +195,7 @@ def flatten_chain(module: AdaptedModule) -> None:
 
 
 def replace_adapters(module: AdaptedModule, updates: Mapping[str, Update]) -> None:
-    """Replace the adapters of a module by adapters of the same projections, of any ranks and scales."""
+    """Replace the adapters of a module by adapters of the same projections, with any ranks and scales."""
     heads = [head.removeprefix("backbone.") for head in module.head_names if head.startswith("backbone.")]
     detach(module.backbone)
     module.adapter = given_config(module.adapter, updates)
@@ -207,7 +212,7 @@ def given_config(base: AdapterConfig, updates: Mapping[str, Update]) -> AdapterC
     """
     ranks = {name: update.a.shape[0] for name, update in updates.items()}
     alphas = {name: float(f"{update.scale * ranks[name]:.15g}") for name, update in updates.items()}
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return replace(
         base,
         init_a="given",
@@ -230,9 +235,9 @@ def factor_state(projections: Sequence[Projection], updates: Mapping[str, Update
     }
 
 
-def _commonest(values: Iterable[Number]) -> Number:
+def _most_common(values: Iterable[Number]) -> Number:
     return Counter(values).most_common(1)[0][0]
 
 
-def _range(ranks: list[int]) -> str:
+def _range_text(ranks: list[int]) -> str:
     return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"

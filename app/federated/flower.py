@@ -3,7 +3,7 @@
 A client is a process of a SuperNode on its own machine, or a worker of Flower's simulation. The values of
 `--node-config` decide which rows a client has:
 
-- `data="PATH"`: the client's own data, in place of the recipe's `data.path`;
+- `data="PATH"`: data of this client, in place of the recipe's `data.path`;
 - `partition-id` and `num-partitions`: the client's part of the recipe's training rows. Flower's simulation sets both
   values.
 """
@@ -33,7 +33,8 @@ from modules.adapters.config import Train
 from modules.base import AdaptedModule
 
 POLL_SECONDS = 1.0  # seconds between two counts of the connected clients
-LEARNED_FROM_DATA = ("class_names", "metrics")  # keys of the model that depend on the server's data
+# Keys of the model that the server's data decides. The clients take these values from the server.
+DATA_DEPENDENT_KEYS = ("class_names", "metrics")
 _log = logging.getLogger(__name__)
 
 
@@ -44,10 +45,10 @@ class ClientError(InputError):
 # ------------------------------------------------------------------------------------------------------------- server
 
 
-def over_flower(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> TrainClients:
-    """Return a function that trains all connected clients in a round.
+def flower_training(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> TrainClients:
+    """Return a function that trains `plan.clients` clients in a round, over Flower.
 
-    The function waits until `plan.clients` clients are connected. The function raises ClientError if a client fails.
+    The function waits until as many clients are connected. The function raises ClientError if a client fails.
 
     Args:
         grid: Flower's connection to the clients.
@@ -55,32 +56,33 @@ def over_flower(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> Trai
         arm: The arm.
         module: The server's model, whose classes become the classes of all clients.
     """
-    learned = {key: module.hparams[key] for key in LEARNED_FROM_DATA if key in module.hparams}
-    words = [f"--model.{key}={json.dumps(value)}" for key, value in learned.items()]
-    described: set[int] = set()
+    values = {key: module.hparams[key] for key in DATA_DEPENDENT_KEYS if key in module.hparams}
+    model_arguments = [f"--model.{key}={json.dumps(value)}" for key, value in values.items()]
+    logged: set[int] = set()
 
     def train(tensors: Tensors, job: Job) -> list[ClientResult]:
         nodes = _wait_for_clients(grid, plan.clients)
-        content = RecordDict({"tensors": ArrayRecord(tensors), "job": _job_record(plan, arm, words, job)})
+        content = RecordDict({"tensors": ArrayRecord(tensors), "job": _job_record(plan, arm, model_arguments, job)})
         messages = [Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in nodes]
         results = []
         for reply in grid.send_and_receive(messages):
             if reply.has_error():
                 raise ClientError(
                     f"{arm}, round {job.number}: a client failed ({reply.error.reason}). All complete rounds are "
-                    "saved. Fix the client, and repeat the same command."
+                    "saved. Fix the client, and repeat the command."
                 )
             result, description = _read_result(reply.content)
-            if result.client not in described:
-                described.add(result.client)
+            if result.client not in logged:
+                logged.add(result.client)
                 _log.info(description)
             results += [result] if result.tensors else []
         if not results:
-            raise ClientError(f"data.batch_size: no client has the rows of one batch ({arm}). Choose a smaller batch.")
+            raise ClientError(f"data.batch_size: no client has the rows of one batch ({arm}). Use a smaller batch.")
         numbers = [result.client for result in results]
-        if twice := [number for number in numbers if numbers.count(number) > 1]:
+        if duplicates := [number for number in numbers if numbers.count(number) > 1]:
             raise ClientError(
-                f"Two clients have the number {twice[0]}. Give each SuperNode another partition-id (--node-config)."
+                f"Two clients have the number {duplicates[0]}. Give each SuperNode a different partition-id "
+                "(--node-config)."
             )
         return results
 
@@ -88,19 +90,29 @@ def over_flower(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> Trai
 
 
 def _wait_for_clients(grid: Grid, count: int) -> list[int]:
-    """Wait until `count` clients are connected, and return their nodes."""
+    """Wait until `count` clients are connected, and return the ids of their nodes."""
     nodes = list(grid.get_node_ids())
     if len(nodes) < count:
-        _log.info(f"{len(nodes)} of {count} clients are connected. Waiting for the others.")
+        _log.info(f"{len(nodes)} of {count} clients are connected. Waiting for more.")
     while len(nodes) < count:
         time.sleep(POLL_SECONDS)
         nodes = list(grid.get_node_ids())
     return nodes[:count]
 
 
-def _job_record(plan: Plan, arm: Arm, words: Sequence[str], job: Job) -> ConfigRecord:
-    numbers = {"number": job.number, "steps": job.steps, "before": job.before, "total": job.total}
-    return ConfigRecord({"plan": plan.to_json(), "arm": arm, "words": list(words), "side": job.side, **numbers})
+def _job_record(plan: Plan, arm: Arm, model_arguments: Sequence[str], job: Job) -> ConfigRecord:
+    return ConfigRecord(
+        {
+            "plan": plan.to_json(),
+            "arm": arm,
+            "model_arguments": list(model_arguments),
+            "side": job.side,
+            "number": job.number,
+            "steps": job.steps,
+            "previous_steps": job.previous_steps,
+            "total_steps": job.total_steps,
+        }
+    )
 
 
 def _read_result(content: RecordDict) -> tuple[ClientResult, str]:
@@ -114,7 +126,7 @@ def _read_result(content: RecordDict) -> tuple[ClientResult, str]:
 
 
 def make_client_app(parse: ParseFit) -> ClientApp:
-    """Return the app of a client, which trains on its own rows when the server sends a message.
+    """Return Flower's app of a client. The app trains on the client's rows when the server sends a message.
 
     Args:
         parse: Parser of `fit`.
@@ -125,9 +137,11 @@ def make_client_app(parse: ParseFit) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         values = cast(Mapping[str, Any], message.content["job"])
         node = {key: context.node_config.get(key) for key in ("data", "partition-id", "num-partitions")}
-        learner, client = _open_client(parse, values["plan"], values["arm"], tuple(values["words"]), *node.values())
+        model_arguments = tuple(values["model_arguments"])
+        learner, client = _open_client(parse, values["plan"], values["arm"], model_arguments, *node.values())
         tensors: Tensors = dict(cast(ArrayRecord, message.content["tensors"]).to_torch_state_dict())
-        job = Job(values["number"], cast(Train, values["side"]), values["steps"], values["before"], values["total"])
+        steps = (values["steps"], values["previous_steps"], values["total_steps"])
+        job = Job(values["number"], cast(Train, values["side"]), *steps)
         result = ClientResult(client.number, len(client.rows), 0.0, {})
         if client.can_train:
             result = learner.train(client, job, tensors)
@@ -147,18 +161,18 @@ def _open_client(
     parse: ParseFit,
     plan_json: str,
     arm: Arm,
-    words: tuple[str, ...],
+    model_arguments: tuple[str, ...],
     data: str | None,
     number: int | None,
     partitions: int | None,
 ) -> tuple[Learner, Client]:
-    """Return model, data and rows of a client.
+    """Return a learner with the client's data, and the client with its rows.
 
     Raises:
-        ClientError: If `--node-config` does not decide the client's rows.
+        ClientError: If `--node-config` does not determine the rows of the client.
     """
     plan = Plan.from_json(plan_json)
-    config = replace(plan, words=(*plan.words, *words)).config(arm, parse)
+    config = replace(plan, fit_arguments=(*plan.fit_arguments, *model_arguments)).config(arm, parse)
     is_part = data is None and partitions == plan.clients
     if type(number) is not int or number < 0 or not (data is not None or (is_part and number < plan.clients)):
         raise ClientError(

@@ -22,13 +22,14 @@ from modules.adapters.config import Train
 Arm = Literal["ffa", "lora", "rolora", "centralised"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 FACTORS: Mapping[Arm, Train] = {"ffa": "B", "lora": "both", "rolora": "both", "centralised": "B"}
-TRAINER_KEYS = (  # keys of the trainer that apply to each client and to each evaluation
+TRAINER_KEYS = (  # keys of the recipe's trainer that every client and every evaluation uses
     *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "deterministic"),
     *("limit_val_batches", "limit_test_batches"),
 )
 LARGEST_ALPHA = 1e9  # With this α, each client has the class mix of all rows. Sums of larger values can overflow.
-CLIENTS = "--clients"  # key of the number or the data of the clients, in every plan
-IGNORED = ("data.num_workers", "data.predict_path")  # keys that do not change the result
+# Recorded key of the clients: their number, or the paths of their data. Every federation.json has the key.
+CLIENTS = "--clients"
+IGNORED = ("data.num_workers", "data.predict_path")  # keys of a recipe that do not change the result
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,15 @@ class Plan:
     """Options of a federated training.
 
     Args:
-        words: Options of `fit`, with the recipe.
+        fit_arguments: Arguments of `fit`, with the recipe.
         clients: Number of clients.
         rounds: Number of rounds.
         local_steps: Optimizer steps of each client in a round.
-        alpha: Concentration of a Dirichlet partition; None for a split at random.
+        alpha: Concentration of a Dirichlet partition; None for a random split.
         folders: Folder or file with the data of each client; empty if the recipe's training rows are split.
     """
 
-    words: tuple[str, ...]
+    fit_arguments: tuple[str, ...]
     clients: int
     rounds: int
     local_steps: int
@@ -59,7 +60,7 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Return the plan that `to_json` wrote."""
         values = json.loads(text)
-        return cls(**values | {"words": tuple(values["words"]), "folders": tuple(values["folders"])})
+        return cls(**values | {key: tuple(values[key]) for key in ("fit_arguments", "folders")})
 
     @property
     def partition(self) -> str:
@@ -92,14 +93,14 @@ class Plan:
         return dirichlet_partition(labels, self.clients, self.alpha, seed)
 
     def config(self, arm: Arm, parse: ParseFit) -> Namespace:
-        """Return the configuration of an arm, parsed as `fit` parses the options.
+        """Return the configuration of an arm, as `fit` parses its arguments.
 
         All arms start from the same factors. The configurations of the arms differ only in `model.adapter.train`.
 
         Raises:
-            ArgumentError: If `fit` would reject the options, or the options do not fit a federated training.
+            ArgumentError: If `fit` would reject the arguments, or a federated training does not support them.
         """
-        config = parse([*self.words, f"--model.adapter.train={FACTORS[arm]}"])
+        config = parse([*self.fit_arguments, f"--model.adapter.train={FACTORS[arm]}"])
         values = config.model.init_args
         if values.get("tuning") != "adapter":
             raise ArgumentError(
@@ -108,25 +109,25 @@ class Plan:
         if config.ckpt_path is not None:
             raise ArgumentError(
                 None,
-                f"ckpt_path: {config.ckpt_path} is a checkpoint of fit. The same command with the same --output "
-                "continues a federated training. To start from trained adapters, set model.adapter_path.",
+                f"ckpt_path: {config.ckpt_path} is a checkpoint of fit, which federate cannot resume. To continue a "
+                "federated training, repeat its command. To start from trained adapters, set model.adapter_path.",
             )
         if values.adapter.init_b not in ("zero", "given"):
             raise ArgumentError(
                 None,
-                f"model.adapter.init_b: {values.adapter.init_b} is set, and clients train B first. Set init_b to zero "
-                "and init_a to orthogonal.",
+                f"model.adapter.init_b: {values.adapter.init_b} is not allowed, since every arm trains B in the first "
+                "round. Set init_b to zero and init_a to orthogonal.",
             )
         if values.adapter.chain.every_n_epochs is not None:
             raise ArgumentError(
                 None,
-                f"model.adapter.chain.every_n_epochs: {values.adapter.chain.every_n_epochs} would make each client "
-                "merge other links into the weights. Set the key to null.",
+                f"model.adapter.chain.every_n_epochs: {values.adapter.chain.every_n_epochs} is not supported, since "
+                "the merged weights of the clients would differ. Set the key to null.",
             )
         return config
 
     def fixed_keys(self, config: Namespace) -> dict[str, Any]:
-        """Return all values that decide the result of every arm, by key, as JSON values."""
+        """Return the values that decide the result, by key, as JSON values. The values are the same for all arms."""
         trainer = config.trainer.as_dict()
         sections = {
             "model": config.model.as_dict(),
@@ -145,13 +146,13 @@ class Plan:
 
 
 def seed_of(config: Namespace) -> int:
-    """Return the seed of a configuration; 0 if `seed_everything` is no number."""
+    """Return the seed of a configuration; 0 if `seed_everything` is not a number."""
     seed = config.seed_everything
     return 0 if seed is None or isinstance(seed, bool) else int(seed)
 
 
 def trained_side(arm: Arm, number: int) -> Train:
-    """Return the factors that an arm trains in a round, counted from 1. RoLoRA alternates and begins with B."""
+    """Return the factors that an arm trains in a round. Rounds count from 1. RoLoRA alternates and begins with B."""
     if arm == "rolora":
         return "B" if number % 2 else "A"
     return FACTORS[arm]
@@ -180,11 +181,11 @@ def parse_partition(text: str) -> float | None:
 
 
 def check_arms(arms: Sequence[str], own_data: bool) -> list[Arm]:
-    """Return the arms of `--arms` in their order, each once.
+    """Return the arms of `--arms` without duplicates, in the order of `ARMS`.
 
     Args:
         arms: Values of the option; empty for all possible arms.
-        own_data: True if each client has its own data, so that no data set has the rows of all clients.
+        own_data: True if each client has its own data. No data set then has all rows, and centralised is impossible.
 
     Raises:
         ArgumentError: For an unknown arm, or for centralised with own data.

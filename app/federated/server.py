@@ -35,7 +35,7 @@ FEDERATION, ROUNDS, ROUND = "federation.json", "rounds.csv", "round.safetensors"
 SECTION = "federation"  # key of the metadata in a round's file
 FORMAT = 1  # version of the round's file
 Record = dict[str, Any]
-# Trains all clients in a round from the global model.
+# Function that trains all clients in a round, from the global model.
 TrainClients = Callable[[Tensors, Job], Sequence[ClientResult]]
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def refuse_other_files(folder: Path) -> None:
 def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
     """Record the values that decide the result, or compare them with the recorded values.
 
-    If no arm has a round's file, an earlier command failed before its first round. Its record is then replaced.
+    If no arm has a round's file, the record of an earlier, failed command is replaced.
 
     Raises:
         ArgumentError: If the folder holds other files, or a federated training with other values.
@@ -89,28 +89,28 @@ def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
         with atomic_write_text(folder / FEDERATION) as file:
             file.write(json.dumps(dict(keys), indent=1, ensure_ascii=False) + "\n")
         return
-    before = _read_keys(folder)
-    for key in sorted(before.keys() | keys.keys()):
-        if before.get(key) != keys.get(key):
+    recorded = _read_keys(folder)
+    for key in sorted(recorded.keys() | keys.keys()):
+        if recorded.get(key) != keys.get(key):
             raise ArgumentError(
                 None,
-                f"{key}: {keys.get(key)!r:.120} differs from {before.get(key)!r:.120}, with which the federated "
-                f"training in {folder} was started. Repeat that command to continue, or give another --output.",
+                f"{key}: {keys.get(key)!r:.120} differs from {recorded.get(key)!r:.120} in {folder / FEDERATION}. Use "
+                "the recorded value to continue this training, or give another --output.",
             )
 
 
 def _read_keys(folder: Path) -> dict[str, Any]:
-    """Return the values that `open_federation` recorded; empty if there is no record."""
+    """Return the values that `open_federation` recorded; empty if the folder has no record."""
     path = folder / FEDERATION
     if not path.exists():
         return {}
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("it holds no object")
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(recorded, dict):
+            raise ValueError("the file holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ArgumentError(None, f"--output: {path} cannot be read ({error}). Give another directory.") from error
-    return before
+    return recorded
 
 
 def read_round(folder: Path, expected: Mapping[str, Tensor] | None = None) -> Round | None:
@@ -118,10 +118,10 @@ def read_round(folder: Path, expected: Mapping[str, Tensor] | None = None) -> Ro
 
     Args:
         folder: Folder of the arm.
-        expected: Tensors with the names and shapes of the model; None does not compare.
+        expected: Tensors with the names, shapes and dtypes of the model; None skips the comparison.
 
     Raises:
-        CheckpointError: If the file is damaged, or of another model.
+        CheckpointError: If the file is damaged, or does not fit the model.
     """
     path = folder / ROUND
     if not path.is_file():
@@ -131,12 +131,12 @@ def read_round(folder: Path, expected: Mapping[str, Tensor] | None = None) -> Ro
             content = json.loads((file.metadata() or {}).get(SECTION, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"its header is not of format {FORMAT}")
+            raise ValueError(f"the header is not of format {FORMAT}")
         number, history = content["round"], content["history"]
         if type(number) is not int or not isinstance(history, list) or len(history) != number + 1:
-            raise ValueError("its history is incomplete")
+            raise ValueError("the history is incomplete")
         if not all(_is_record(record, number > 0) for number, record in enumerate(history)):
-            raise ValueError("its history has no metrics")
+            raise ValueError("the history lacks metrics")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("a tensor is not finite")
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
@@ -151,7 +151,7 @@ def read_round(folder: Path, expected: Mapping[str, Tensor] | None = None) -> Ro
 
 
 def _is_record(record: Any, is_trained: bool) -> bool:
-    """Return True for the metrics of a round, as `run_arm` and `next_round` record them."""
+    """Return True if a record has the metrics that `run_arm` and `next_round` write."""
     required = ("round", *(("average_error", "clients", "bytes") if is_trained else ()))
     return isinstance(record, dict) and all(
         isinstance(record.get(key), int | float) for key in {*required, *record} - {"arm"}
@@ -159,7 +159,7 @@ def _is_record(record: Any, is_trained: bool) -> bool:
 
 
 def tensor_problems(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> list[str]:
-    """Return the reasons why tensors do not fit: names, shapes and dtypes."""
+    """Return the differences between tensors and the expected tensors: names, shapes and dtypes."""
     return state_problems(expected, actual) + [
         f"{name} is {tensor.dtype}, not {expected[name].dtype}"
         for name, tensor in actual.items()
@@ -171,7 +171,7 @@ def write_round(folder: Path, state: Round) -> None:
     """Replace the file of an arm's last complete round.
 
     Raises:
-        WriteError: If the file cannot be written. The previous round is then kept.
+        WriteError: If the file cannot be written. The file of the previous round is then unchanged.
     """
     try:
         folder.mkdir(exist_ok=True)
@@ -200,10 +200,10 @@ def run_arm(
     Args:
         arm: The arm. For centralised, `train` trains one client with all rows.
         plan: The plan.
-        learner: Model and data with which the global model is evaluated. The model has its heads.
-        train: Function that trains all clients of a round.
+        learner: Model and data for the evaluation of the global model. The heads must have their shapes already.
+        train: Function that trains all clients in a round.
         folder: The directory of the federated training.
-        report: Called with the metrics of each new round.
+        report: Function that is called with the metrics of each new round.
 
     Returns:
         The global model after the last round.
@@ -223,7 +223,7 @@ def run_arm(
         _log.info(f"{arm} continues after round {state.number} of {plan.rounds}.")
     else:
         _log.info(f"{arm} is complete: all {plan.rounds} rounds are in {arm_folder / ROUND}.")
-    write_rounds(folder)  # A command that was killed after `write_round` has not listed its last round.
+    write_rounds(folder)  # A command that was killed after `write_round` has not added its last round to rounds.csv.
     steps = plan.local_steps * (plan.clients if arm == "centralised" else 1)
     while state.number < plan.rounds:
         number = state.number + 1
@@ -242,7 +242,8 @@ def next_round(arm: Arm, learner: Learner, state: Round, side: Train, results: S
     The record of the round has the metrics of validation, and:
 
     - `train/loss`: mean of the clients' losses at their last step, by rows;
-    - `average_error`: distance of the new update from the average of the clients' updates, relative to that average;
+    - `average_error`: distance of the new update from the average of the clients' updates, relative to the norm of this
+      average;
     - `clients` and `bytes`: number of clients, and mean bytes that a client sends.
     """
     results = sorted(results, key=lambda result: result.client)
@@ -266,7 +267,7 @@ def next_round(arm: Arm, learner: Learner, state: Round, side: Train, results: S
 
 
 def check_result(result: ClientResult, tensors: Tensors, names: Collection[str], where: str) -> None:
-    """Check the names, shapes, dtypes and values of a client's tensors, and that the client has rows.
+    """Check a client's result: names, shapes, dtypes and values of the tensors, and the number of rows.
 
     Args:
         result: The client's result.
@@ -279,7 +280,7 @@ def check_result(result: ClientResult, tensors: Tensors, names: Collection[str],
     """
     expected = {name: tensors[name] for name in names}
     problems = tensor_problems(expected, result.tensors)
-    problems += ["it has no rows"] if result.rows < 1 else []
+    problems += ["the client has no rows"] if result.rows < 1 else []
     if problems:
         raise ModelError(
             f"{where}: the result of client {result.client} does not fit the model ({'; '.join(problems)}). Run the "
@@ -288,12 +289,12 @@ def check_result(result: ClientResult, tensors: Tensors, names: Collection[str],
     for name, tensor in result.tensors.items():
         if not tensor.isfinite().all():
             raise ModelError(
-                f"{where}: {name} of client {result.client} is no longer finite. Use a lower --model.learning_rate or "
-                "fewer --local_steps, in another --output."
+                f"{where}: {name} of client {result.client} is no longer finite. Start again with another --output, "
+                "and a lower --model.learning_rate or fewer --local_steps."
             )
 
 
-def in_process(learner: Learner, clients: Sequence[Client]) -> TrainClients:
+def local_training(learner: Learner, clients: Sequence[Client]) -> TrainClients:
     """Return a function that trains clients one after the other in this process."""
 
     def train(tensors: Tensors, job: Job) -> list[ClientResult]:

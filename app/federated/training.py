@@ -1,6 +1,6 @@
-"""Train the model of a recipe on the rows of one client, and evaluate it: plain functions of tensors.
+"""Training of one client on its rows, and evaluation of the global model.
 
-Both the loop in this process and Flower's clients call these functions.
+`federate` and Flower's clients train with the same `Learner`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from modules.adapters.config import Train
 from modules.analysis.combination import Update
 from modules.base import AdaptedModule
 
-LISTED_CLASSES = 20  # classes in the description of a client
+LISTED_CLASSES = 20  # largest number of classes in the description of a client
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Client:
-    """A client: its number, its data module and its training rows.
+    """A client with its training rows.
 
     Args:
         number: Number of the client, from 0. The order of the client's batches depends on the number.
-        data: The data module.
+        data: The data module with the rows of this client.
         rows: Indices of the client's rows among the data module's training rows, (rows,) int64.
     """
 
@@ -52,7 +52,7 @@ class Client:
         return len(self.rows) >= self.data.batch_size
 
     def description(self) -> str:
-        """Return a line with the client's number of rows, in all and of each class."""
+        """Return a line with the client's number of rows, in total and of each class."""
         text = f"client {self.number}: {len(self.rows):,} rows"
         names, labels = getattr(self.data, "class_names", None), self.data.training_labels
         if names and labels is not None and not labels.is_floating_point():
@@ -71,16 +71,16 @@ class Job:
     Args:
         number: Number of the round, from 1.
         side: Factors that are trained. The heads are trained in every round.
-        steps: Optimizer steps.
-        before: Optimizer steps of the client in earlier rounds.
-        total: Optimizer steps of the client in all rounds. The learning rate schedule spans these steps.
+        steps: Optimizer steps of the client in this round.
+        previous_steps: Optimizer steps of the client in earlier rounds.
+        total_steps: Optimizer steps of the client in all rounds. The learning rate schedule spans these steps.
     """
 
     number: int
     side: Train
     steps: int
-    before: int
-    total: int
+    previous_steps: int
+    total_steps: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class ClientResult:
 
     Args:
         client: Number of the client.
-        rows: Number of training rows, the client's weight in the average.
+        rows: Number of training rows, and weight of the client in the average.
         loss: Training loss of the last step.
         tensors: Trained factors and heads.
     """
@@ -121,7 +121,7 @@ class Learner:
         self.data = self.load_data(path)
 
     def load_data(self, path: str | None = None) -> ResumableDataModule:
-        """Return the recipe's data module, or the same data module with other data.
+        """Return the recipe's data module, with the recipe's data or with data from another path.
 
         Raises:
             ArgumentError: If the data module does not derive from `ResumableDataModule`.
@@ -157,27 +157,27 @@ class Learner:
 
         Args:
             client: The client.
-            job: The client's training in this round.
-            state: Tensors of the global model, as `saved_state` names them. Missing tensors keep their values.
+            job: Settings of the training in this round.
+            state: Tensors of the global model by the names of `saved_state`. Missing tensors keep their values.
         """
         self.load(state)
         set_trained(self.module.backbone, job.side)
         accumulated = self.config.trainer.accumulate_grad_batches
         seed = derive_seed(self.seed, client.number)
-        client.data.part = Part(client.rows, job.before * accumulated, job.steps * accumulated, seed)
-        self.module.schedule_window = (job.before, job.total)
+        client.data.part = Part(client.rows, job.previous_steps * accumulated, job.steps * accumulated, seed)
+        self.module.schedule_window = (job.previous_steps, job.total_steps)
         L.seed_everything(derive_seed(self.seed, client.number, job.number) % 2**32, workers=True, verbose=False)
         trainer = self._trainer(max_epochs=1, limit_val_batches=0)
         trainer.fit(self.module, datamodule=client.data)
         loss = float(trainer.callback_metrics["train/loss"])
-        return ClientResult(client.number, len(client.rows), loss, self.trained())
+        return ClientResult(client.number, len(client.rows), loss, self.trained_tensors())
 
     def trained_names(self, side: Train) -> set[str]:
-        """Set the trained side, and return the names of all trained tensors: factors of the side, and heads."""
+        """Set the trained factors, and return the names of all trained tensors: these factors, and the heads."""
         set_trained(self.module.backbone, side)
         return {name for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def trained(self) -> Tensors:
+    def trained_tensors(self) -> Tensors:
         """Return copies of the trained factors and of the heads."""
         return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
 
@@ -198,7 +198,7 @@ class Learner:
         return _scores(self._trainer().test(self.module, datamodule=self.data, verbose=False))
 
     def updates(self, state: Mapping[str, Tensor]) -> list[Update]:
-        """Return the updates s·B·A of all adapted projections for tensors of this model."""
+        """Return the update s·B·A of each adapted projection, with the factors of `state`."""
         updates = []
         for _, factors in adapted_projections(self.module.backbone).values():
             prefix = f"backbone.{factors.projection.layer}.adapters.{factors.projection.role}"
@@ -225,7 +225,7 @@ class Learner:
 
 
 class BuildTrainLoader(L.Callback):
-    """Build the training loader of a fit without training batches, for which Lightning would skip the loader."""
+    """Build the training loader before a fit without training batches. Lightning alone would build none."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Build the loader, after Lightning has moved the model to its device."""

@@ -1,4 +1,4 @@
-"""Server and clients of a federated training as a Flower app; see docs/federated.md."""
+"""Flower app of a federated training: server and clients. docs/federated.md describes its use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from app.config.yaml_files import checked_yaml
 from app.console import console_logging, quiet_libraries
 from app.federated.flower import make_client_app
 
-# Flower looks these two names up in the source, without an import.
+# Flower searches the source for these two names, without an import.
 server_app = make_server_app(parse_fit)
 client_app = make_client_app(parse_fit)
 
 
 @server_app.lifespan()
 @client_app.lifespan()
-def as_in_main(context: Context) -> Iterator[None]:
+def set_up_process(context: Context) -> Iterator[None]:
     """Set up logging, restrict imports and check YAML, as `main.py` does."""
     quiet_libraries()
     with console_logging(), restricted_imports(), checked_yaml():

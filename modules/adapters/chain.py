@@ -1,11 +1,11 @@
 """Chains of adapters: a finished link is merged into W, and the next link starts with new factors.
 
-A chain trains several adapters of rank r one after the other, its links (RAC-LoRA, Malinovsky et al. 2024, arXiv
-2410.08305). With both factors trained, the method is COLA (Xia et al. 2024, arXiv 2401.04151). After k links, the
+A chain trains several adapters of rank r one after the other. Each adapter is a link (RAC-LoRA, Malinovsky et al. 2024,
+arXiv 2410.08305). With both factors trained, the method is COLA (Xia et al. 2024, arXiv 2401.04151). After k links, the
 update Σ sᵢ·Bᵢ·Aᵢ can have rank k·r. Gradients and optimizer states have the size of one link.
 
-A checkpoint never has W. It has the factors of the merged links. Loading merges these links into the pretrained W
-again. A merge has the same bits on every device and with every number of threads: see `ordered_update`.
+A checkpoint has the factors of the merged links, and never W. Loading merges these links into the pretrained W again. A
+merge gives the same bits on every device and with every number of threads (`ordered_update`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Link = Mapping[str, Tensor]  # Both factors of every adapter by the names of `ad
 def ordered_update(b: Tensor, a: Tensor, scale: float) -> Tensor:
     """Return s·B·A in float64, with the same bits on every device.
 
-    A product of two float32 numbers is exact in float64. The r products of an entry are added in the order of the rank.
-    A matrix product would add in an order that depends on the device and on the number of threads.
+    A product of two float32 numbers is exact in float64. Each entry adds its r products in a fixed order. A matrix
+    product would add the products in an order that depends on the device and on the number of threads.
 
     Args:
         b: B (d_out, r), float32.
@@ -58,7 +58,8 @@ class Chain:
     def begin_link(self, model: nn.Module, config: AdapterConfig, step: int) -> list[nn.Parameter]:
         """Merge the current factors into W, and initialise the factors of the next link.
 
-        Random initial values depend on the seed and on the number of the link. `svd` and `svd_minor` use the merged W.
+        Random initial values depend on the seed and on the number of the link. The initialisers `svd` and `svd_minor`
+        use the merged W.
 
         Args:
             model: A model with adapters.
@@ -103,8 +104,8 @@ class Chain:
         self.links, self.start = [], 0
 
     @contextmanager
-    def removed(self, model: nn.Module) -> Iterator[None]:
-        """Restore the pretrained W within the context. The merged W returns on exit, bit for bit."""
+    def without_links(self, model: nn.Module) -> Iterator[None]:
+        """Restore the pretrained W within the context. On exit, restore the merged W, bit for bit."""
         layers = {name: layer for name, layer in adapted_layers(model).items() if self.links}
         merged = {name: layer.weight.detach().clone() for name, layer in layers.items()}
         try:
@@ -126,11 +127,11 @@ class Chain:
         return {"links": [dict(link) for link in self.links], "start": self.start}
 
     def load_state(self, model: nn.Module, state: Any) -> None:
-        """Merge the links of a checkpoint into the pretrained W, in their order.
+        """Merge the links of a checkpoint into the pretrained W, in the order of training.
 
         Args:
             model: A model with adapters.
-            state: From `state`; None for a checkpoint without merged links.
+            state: Result of `Chain.state`; None for a checkpoint without merged links.
 
         Raises:
             AdapterError: If the state is damaged or does not fit the adapters. The model is then unchanged.
@@ -144,10 +145,10 @@ class Chain:
 
 
 def check_links(state: Any, factors: Link) -> list[Link]:
-    """Return the links in the state of a chain.
+    """Check and return the links of a chain's state.
 
     Args:
-        state: From `Chain.state`.
+        state: Result of `Chain.state`.
         factors: The factors of the current link, whose names and shapes every link must have.
 
     Raises:
@@ -171,7 +172,7 @@ def check_links(state: Any, factors: Link) -> list[Link]:
 
 @torch.no_grad()
 def _redraw(model: nn.Module, config: AdapterConfig, link: int) -> list[nn.Parameter]:
-    """Give all factors the initial values of a link, counted from 1, and return the trained factors."""
+    """Initialise all factors for link number `link`, from 1, and return the trained factors."""
     trained: list[nn.Parameter] = []
     for layer in adapted_layers(model).values():
         for factors in layer.factors():
@@ -186,5 +187,5 @@ def _redraw(model: nn.Module, config: AdapterConfig, link: int) -> list[nn.Param
 
 
 def link_name(projection: str, link: int) -> str:
-    """Return the name that seeds the factors of a link; for the first link, the name of the projection."""
+    """Return the name that seeds the factors of a link. The first link has the name of the projection."""
     return projection if link == 1 else f"{projection}/link {link}"

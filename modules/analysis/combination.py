@@ -2,7 +2,7 @@
 
 Updates s·B·A with the same A form a linear space: Σ wᵢ·sᵢ·Bᵢ·A = (Σ wᵢ·sᵢ·Bᵢ)·A. The sum needs no larger rank and has
 no error except rounding. The same holds for updates with the same B. Updates without a shared factor need the sum of
-their ranks. `decompose` gives their best approximation of a smaller rank.
+their ranks. `Decomposition.truncate` returns the best approximation of their sum with a smaller rank.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Sparsity:
 # ----------------------------------------------------------------------------------------------- over a shared factor
 
 
-def differing_side(updates: Sequence[Update], side: Side) -> int | None:
-    """Return the index of the first update whose factor differs from the first update's factor, or None."""
+def first_difference(updates: Sequence[Update], side: Side) -> int | None:
+    """Return the index of the first update whose A (or B) differs from the A (or B) of `updates[0]`, or None."""
     first = updates[0].factor(side)
     return next((i for i, update in enumerate(updates) if not torch.equal(update.factor(side), first)), None)
 
@@ -73,23 +73,23 @@ def combine_updates(
 ) -> Update:
     """Combine updates of one weight that share a factor.
 
-    The result has the shared factor and the scale of the first update. Before the combination, the trained factors are
-    multiplied by the ratio of their scale to this scale. Sums are computed in float64, and rounded to the factors'
-    dtype once.
+    The result has the shared factor and the scale of the first update. The trained factor of each other update is first
+    multiplied by the ratio of its scale to this scale. Sums are computed in float64, and rounded to the factors' dtype
+    once.
 
     Args:
         updates: Updates with bit-identical shared factors.
         weights: Weight of each update; any sign.
         shared: The shared factor.
-        method: `sum` is Σ wᵢ·τᵢ over the trained factors τᵢ. `ties` is `ties_merge`. `dare` is the sum after
+        method: `sum` adds the trained factors τᵢ: Σ wᵢ·τᵢ. `ties` calls `ties_merge`. `dare` adds the factors after
             `drop_and_rescale`.
         sparsity: Settings of `ties` and `dare`.
-        name: Name of the projection. DARE draws other entries for another name.
+        name: Name of the projection. The entries that DARE drops depend on the name.
 
     Raises:
         AdapterError: If the factors differ.
     """
-    if (index := differing_side(updates, shared)) is not None:
+    if (index := first_difference(updates, shared)) is not None:
         raise AdapterError(
             f"{shared} of {name} differs between adapter 1 and adapter {index + 1}. Combine adapters over one frozen "
             "factor, or use a truncated singular value decomposition."
@@ -122,7 +122,7 @@ def ties_merge(vectors: Sequence[Tensor], weights: Sequence[float], density: flo
 
     Each tensor keeps the largest entries by magnitude. The elected sign of an entry is the sign of the weighted sum.
     The result is the weighted mean of the entries that have the elected sign, times Σ|wᵢ|. With weights 1/n, the result
-    is the paper's for λ = 1. A negative weight inverts the sign of its tensor.
+    equals the paper's with λ = 1. A negative weight inverts the sign of its tensor.
 
     Args:
         vectors: Tensors of one shape.
@@ -140,7 +140,7 @@ def ties_merge(vectors: Sequence[Tensor], weights: Sequence[float], density: flo
 
 
 def _trim(tensor: Tensor, density: float) -> Tensor:
-    """Set all entries but the largest by magnitude to zero."""
+    """Return a tensor in which all entries except the largest by magnitude are zero."""
     kept = tensor.abs().flatten().topk(max(1, int(density * tensor.numel()))).indices
     trimmed = torch.zeros_like(tensor).flatten()
     trimmed[kept] = tensor.flatten()[kept]
@@ -150,7 +150,7 @@ def _trim(tensor: Tensor, density: float) -> Tensor:
 def drop_and_rescale(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Drop entries at random and divide the others by the density (DARE, Yu et al. 2024, arXiv 2311.03099).
 
-    The expected value is the tensor.
+    The expected value of the result is the tensor.
 
     Args:
         tensor: The tensor.
@@ -166,7 +166,7 @@ def drop_and_rescale(tensor: Tensor, density: float, generator: torch.Generator)
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Singular value decomposition of a sum of updates, without the zeros beyond the sum of the ranks.
+    """Singular value decomposition of a sum of updates. Its length k is at most the sum of the adapter ranks.
 
     Args:
         left: Left singular vectors, (d_out, k) float64.
@@ -183,14 +183,14 @@ class Decomposition:
 
         Args:
             rank: Rank of the approximation, 1 to k.
-            orthonormal: The factor that has orthonormal vectors. The singular values are in the other factor.
+            orthonormal: The factor that has orthonormal vectors. The other factor contains the singular values.
         """
         left, sigma, right = self.left[:, :rank], self.sigma[:rank], self.right[:rank]
         a, b = (right, left * sigma) if orthonormal == "A" else (sigma[:, None] * right, left)
         return Update(a.float().contiguous(), b.float().contiguous(), 1.0)
 
     def lost_square(self, rank: int) -> float:
-        """Return the squared Frobenius norm of the part that a truncation to a rank loses."""
+        """Return the squared Frobenius norm of the part that is lost by a truncation to `rank`."""
         return float(self.sigma[rank:].square().sum())
 
     @property
@@ -211,10 +211,10 @@ class Decomposition:
 
 @torch.no_grad()
 def decompose(updates: Sequence[Update], weights: Sequence[float] = (1.0,)) -> Decomposition:
-    """Decompose Σ wᵢ·sᵢ·Bᵢ·Aᵢ, which is never computed.
+    """Decompose Σ wᵢ·sᵢ·Bᵢ·Aᵢ without computing the dense sum.
 
-    The stacked factors [w₁·s₁·B₁, …] = Q_B·R_B and [A₁; …]ᵀ = Q_A·R_A give a small matrix R_B·R_Aᵀ. The matrix has the
-    singular values of the sum. Its singular vectors times Q_B and Q_A are the sum's singular vectors.
+    The stacked factors [w₁·s₁·B₁, …] = Q_B·R_B and [A₁; …]ᵀ = Q_A·R_A give a small matrix M = R_B·R_Aᵀ. M has the
+    singular values of the sum. The singular vectors of M, times Q_B and Q_A, are the singular vectors of the sum.
 
     Args:
         updates: Updates of one weight, of any ranks.

@@ -2,20 +2,20 @@
 
 A bank is a safetensors file. Its tensors are
 
-- `frozen.<projection>`: A (r, d_in), float32. An A of the initialiser `signs` is not stored but redrawn;
-- `adapter.<name>`: one adapter as a single row of numbers, float32 or bfloat16: B (d_out, r) of every projection in the
-  order of the metadata, then the tensors of the head.
+- `frozen.<projection>`: A (r, d_in), float32. An A of the initialiser `signs` is not stored, but drawn again;
+- `adapter.<name>`: one adapter as a single row of numbers, float32 or bfloat16. The row has B (d_out, r) of every
+  projection in the order of the metadata, then the tensors of the head.
 
 A single tensor for each adapter keeps the header short, so that a bank of a thousand adapters opens in milliseconds.
-The file is memory-mapped: only the adapters that are used are read.
+The file is memory-mapped: a command reads only the adapters that it uses.
 
 The metadata key `bank` holds a JSON object:
 
 - `version`: 1;
 - `projections`: `{"layer", "role", "start", "stop", "fused", "rank", "d_in", "d_out", "sha256", "seed"}` for each
   adapted projection. `d_out` counts the outputs of the whole layer. `sha256` is the digest of A
-  (`modules.formats.compact.factor_digest`). `seed` is the seed of a redrawn A, and null for a stored A;
-- `heads`: for each head of the task, its possible names in the library's model;
+  (`modules.formats.compact.factor_digest`). `seed` is the seed of an A that is drawn again, and null for a stored A;
+- `heads`: for each head of the task, the possible names of the head in the model of timm or transformers;
 - `frozen_fingerprint`: fingerprint of the backbone (`modules.adapters.state`);
 - `adapter`, `peft`: keys of `AdapterConfig` and of PEFT's adapter_config.json, as the first adapter has them;
 - `adapters`: for each adapter by name, `{"adapter", "peft", "labels", "head", "sha256"}`. `adapter` and `peft` have the
@@ -70,7 +70,7 @@ class Slot:
         d_in: Length of a row of A.
         d_out: Number of outputs of the whole layer.
         sha256: Digest of A.
-        seed: Seed with which `signs` draws A again; None if A is stored.
+        seed: Seed from which the initialiser `signs` draws A again; None if A is stored.
     """
 
     projection: Projection
@@ -97,7 +97,7 @@ class Shared:
 
     Args:
         slots: The adapted projections.
-        heads: For each head of the task, its possible names in the model of timm or transformers.
+        heads: For each head of the task, the possible names of the head in the model of timm or transformers.
         fingerprint: Fingerprint of the backbone.
     """
 
@@ -125,10 +125,10 @@ class BankAdapter(NamedTuple):
 
 
 class Member(NamedTuple):
-    """An adapter that is to be put into a bank, with the frozen A that it was trained over.
+    """A new adapter for a bank, with the frozen A of its training.
 
     Args:
-        shared: Properties that the other adapters of the bank must have too.
+        shared: Properties that all adapters of the bank must share.
         frozen: A by the projection's name.
         adapter: The adapter.
     """
@@ -154,18 +154,20 @@ def member_of(
         heads: Tensors of the heads by the task's names.
         labels: Class names by label.
         peft: Content of PEFT's adapter_config.json.
-        head_names: For each head of the task, its possible names in the model of timm or transformers.
+        head_names: For each head of the task, the possible names of the head in the model of timm or transformers.
 
     Raises:
         AdapterError: If A is trained, or a tensor of the head is not a floating-point tensor.
     """
     if config.train != "B":
         raise AdapterError(
-            f"adapter.train: {config.train} trains A, but all adapters of a bank share one frozen A. Use runs with "
-            "model.adapter.train: B."
+            f"model.adapter.train: {config.train} trains A, but all adapters of a bank share one frozen A. Use runs "
+            "with model.adapter.train: B."
         )
-    if others := [name for name, tensor in heads.items() if not tensor.is_floating_point()]:
-        raise AdapterError(f"A bank cannot store {others[0]}, which holds no floating-point numbers.")
+    if unsupported := [name for name, tensor in heads.items() if not tensor.is_floating_point()]:
+        raise AdapterError(
+            f"A bank cannot store {unsupported[0]}, which holds no floating-point numbers. Use runs of another task."
+        )
     slots, frozen = [], {}
     for name, (layer, factors) in adapted_projections(model).items():
         a = frozen[name] = _copied(factors.A)
@@ -198,15 +200,15 @@ def check_member(shared: Shared, other: Shared, name: str) -> None:
         name: Name of the adapter, for the message.
 
     Raises:
-        AdapterError: With the property that differs, both values and the first projection that differs.
+        AdapterError: If a property differs. The message has both values, and the first projection that differs.
     """
     if shared.fingerprint != other.fingerprint:
         raise AdapterError(
             f"{name} has another backbone than the bank: its frozen weights have the fingerprint "
             f"{other.fingerprint[:12]}, not {shared.fingerprint[:12]}. Use runs over one backbone of one dtype."
         )
-    slots, others = ({slot.name: slot for slot in each.slots} for each in (shared, other))
-    if different := [n for n in [*slots, *others] if not (n in slots and n in others)]:
+    slots, other_slots = ({slot.name: slot for slot in each.slots} for each in (shared, other))
+    if different := [n for n in [*slots, *other_slots] if not (n in slots and n in other_slots)]:
         change = "lacks" if different[0] in slots else "adapts"
         raise AdapterError(
             f"{name} {change} {different[0]}, unlike the bank "
@@ -214,21 +216,21 @@ def check_member(shared: Shared, other: Shared, name: str) -> None:
             "model.adapter.targets and model.adapter.layers."
         )
     for projection, slot in slots.items():
-        if others[projection].shape != slot.shape:
+        if other_slots[projection].shape != slot.shape:
             raise AdapterError(
-                f"{name} has adapter rank {others[projection].rank} in {projection}, and the bank has rank "
+                f"{name} has adapter rank {other_slots[projection].rank} in {projection}, but the bank has rank "
                 f"{slot.rank}. Use runs with equal model.adapter.rank and rank_pattern."
             )
     for projection, slot in slots.items():
-        if others[projection].sha256 != slot.sha256:
+        if other_slots[projection].sha256 != slot.sha256:
             raise AdapterError(
-                f"{name} was trained over another frozen A: in {projection} its digest is "
-                f"{others[projection].sha256[:12]}, and the bank's is {slot.sha256[:12]}. Use runs with equal "
+                f"{name} was trained over another frozen A: in {projection} the digest of A is "
+                f"{other_slots[projection].sha256[:12]}, but {slot.sha256[:12]} in the bank. Use runs with equal "
                 "model.adapter.seed and model.adapter.init_a."
             )
     if shared.heads != other.heads:
         raise AdapterError(
-            f"{name} has the heads {', '.join(other.heads) or 'none'}, and the bank has "
+            f"{name} has the heads {', '.join(other.heads) or 'none'}, but the bank has "
             f"{', '.join(shared.heads) or 'none'}. Use runs of one task."
         )
 
@@ -247,7 +249,7 @@ def save_bank(
 
     Args:
         file: A file that is open for writing.
-        shared: Properties that all adapters share; the caller has applied `check_member`.
+        shared: Properties that all adapters share. The caller must have called `check_member`.
         frozen: A by the projection's name.
         adapters: Names and adapters, at least one.
         dtype: Dtype of the rows, float32 or bfloat16. A is always float32.
@@ -263,7 +265,7 @@ def save_bank(
     for name, adapter in adapters:
         if not NAME.fullmatch(name):
             raise AdapterError(
-                f"{name!r:.120} cannot be the name of an adapter. Use up to 100 letters, digits and . _ + - only."
+                f"{name!r:.120} cannot be the name of an adapter. Use up to 100 letters, digits and . _ + - alone."
             )
         parts = [*(adapter.bs[slot.name] for slot in shared.slots), *adapter.heads.values()]
         row = torch.cat([part.flatten() for part in parts]).to(dtype)
@@ -291,14 +293,14 @@ def save_bank(
 
 
 def _config_keys(config: AdapterConfig, slots: Sequence[Slot]) -> dict[str, Any]:
-    """Return a configuration as JSON values, with one exact key of a pattern for each projection.
+    """Return a configuration as JSON values. The keys of its patterns are exact names of projections.
 
-    `chain` is left out, since a bank has one adapter for each run.
+    The key `chain` is left out, since a bank has one adapter for each run.
     """
-    parts = [slot.projection for slot in slots]
+    projections = [slot.projection for slot in slots]
     return {key: value for key, value in asdict(config).items() if key != "chain"} | {
-        "rank_pattern": exact_patterns({p.name: config.rank_of(p) for p in parts}, config.rank),
-        "alpha_pattern": exact_patterns({p.name: config.alpha_of(p) for p in parts}, config.alpha),
+        "rank_pattern": exact_patterns({p.name: config.rank_of(p) for p in projections}, config.rank),
+        "alpha_pattern": exact_patterns({p.name: config.alpha_of(p) for p in projections}, config.alpha),
     }
 
 
@@ -310,7 +312,7 @@ def _row_digest(row: Tensor) -> str:
 
 
 class _Entry(NamedTuple):
-    """Header of an adapter: everything but its numbers."""
+    """Header of an adapter, without the stored numbers."""
 
     config: AdapterConfig
     peft: dict[str, Any]
@@ -320,7 +322,7 @@ class _Entry(NamedTuple):
 
 
 class _Resident(NamedTuple):
-    """An adapter on the device of the attached model: all Bᵀ as one row, and the weights of the head by layer."""
+    """An adapter on the device of the attached model: all Bᵀ as one row, and weight and bias of the head by layer."""
 
     row: Tensor
     head: dict[str, tuple[Tensor, Tensor | None]]
@@ -350,7 +352,7 @@ class Bank:
         self._task: nn.Module | None = None
         self._layers: dict[str, str] = {}
         self._resident: Callable[[str], _Resident]
-        self._stacked: Tensor | None = None  # Buffer for the adapters of a batch. Allocating a new buffer is slow.
+        self._stacked: Tensor | None = None  # Buffer for the adapters of a batch, since an allocation is slow.
 
     @classmethod
     def open(cls, path: str | Path) -> Bank:
@@ -408,7 +410,7 @@ class Bank:
 
     @cached_property
     def frozen(self) -> dict[str, Tensor]:
-        """Return A by the projection's name, read or redrawn, with its digest checked."""
+        """Return A by the projection's name. A is read or drawn again, and its digest is checked."""
         frozen = {}
         for slot in self.shared.slots:
             if slot.seed is None:
@@ -449,11 +451,13 @@ class Bank:
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"{self.path}: {name} cannot be read ({error}). Get the file again.") from error
         if tensor.dtype not in DTYPES:
-            raise AdapterError(f"{self.path}: {name} has dtype {tensor.dtype}, not float32 or bfloat16.")
+            raise AdapterError(
+                f"{self.path}: {name} has dtype {tensor.dtype}, not float32 or bfloat16. Write the bank again."
+            )
         return tensor
 
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of PEFT's adapter_model.safetensors of an adapter."""
+        """Return the tensors of an adapter for PEFT's adapter_model.safetensors."""
         adapter = self.read(name)
         tensors: dict[str, Tensor] = {}
         for layer, slots in groupby(self.shared.slots, key=lambda slot: slot.projection.layer):
@@ -480,8 +484,8 @@ class Bank:
 
         Args:
             model: The backbone, without adapters.
-            task: The task of this program that owns the backbone, if the heads belong to the task. None looks the heads
-                up in the model under the library's names.
+            task: The task of this program that owns the backbone, if the heads belong to the task. With None, the model
+                has the heads, by the names of timm or transformers.
             cached: Number of adapters that stay in memory on the model's device.
 
         Raises:
@@ -489,10 +493,10 @@ class Bank:
         """
         root = model if task is None else task
         first = next(iter(self._entries.values()))
-        self._layers = self._head_layers(root, own_names=task is not None)
-        owned = task is not None
-        heads = list(self.shared.heads) if owned else [names[0] for names in self.shared.heads.values() if names]
-        exclude = [head.removeprefix("backbone.") for head in heads if not owned or head.startswith("backbone.")]
+        has_task = task is not None
+        self._layers = self._head_layers(root, has_task)
+        heads = list(self.shared.heads) if has_task else [names[0] for names in self.shared.heads.values() if names]
+        exclude = [head.removeprefix("backbone.") for head in heads if not has_task or head.startswith("backbone.")]
         names = [f"regex:{re.escape(slot.name)}" for slot in self.shared.slots]
         config = replace(first.config, targets=names, layers=None, init_a="given", init_b="given")
         attach(model, config, exclude=exclude)
@@ -502,7 +506,7 @@ class Bank:
             if (factors.B.shape, factors.A.shape[1]) != (slot.shape, slot.d_in):
                 raise AdapterError(
                     f"The bank {self.path} does not fit this model: {slot.name} is {slot.shape[0]} × {slot.d_in} in "
-                    f"the bank, and {factors.B.shape[0]} × {layer.in_features} in the model. Use the backbone of the "
+                    f"the bank, but {factors.B.shape[0]} × {layer.in_features} in the model. Use the backbone of the "
                     "bank."
                 )
         state: dict[str, Tensor] = {}
@@ -512,36 +516,36 @@ class Bank:
         load_adapter_state(model, state)
         if frozen_fingerprint(model) != self.shared.fingerprint:
             _log.warning(
-                f"The adapters of {self.path} were trained over other frozen weights than this backbone's, or over "
-                "another dtype. The outputs will differ from the training's. Use the backbone of the training."
+                f"The adapters of {self.path} were trained over other frozen weights than this backbone has, or over "
+                "another dtype. The outputs will differ from the outputs in training. Use the backbone of the training."
             )
         self._model, self._task, self._stacked = model, task, None
         self._resident = lru_cache(maxsize=cached)(self._load)
 
-    def _head_layers(self, root: nn.Module, own_names: bool) -> dict[str, str]:
-        """Return, for each linear layer of the head by its name in the bank, the layer's name in `root`."""
+    def _head_layers(self, root: nn.Module, is_task: bool) -> dict[str, str]:
+        """Return the names of the head's linear layers in `root`, by their names in the bank."""
         modules = dict(root.named_modules())
         layers = {}
         for key in next(iter(self._entries.values())).head:
             layer = key.rpartition(".")[0]
             head = next((h for h in self.shared.heads if layer == h or layer.startswith(f"{h}.")), "")
-            name = layer if own_names else self.shared.heads[head][0] + layer.removeprefix(head) if head else layer
+            name = layer if is_task else self.shared.heads[head][0] + layer.removeprefix(head) if head else layer
             if not isinstance(modules.get(name), nn.Linear):
                 raise AdapterError(
-                    f"The bank {self.path} has the head {layer}, but {name} is no linear layer of this model. Use the "
-                    "model of the task. A head with other layers than linear layers cannot be used in mixed batches."
+                    f"The bank {self.path} has the head {layer}, but {name} is no linear layer of this model. Use a "
+                    "model with the head of the task. Mixed batches support only heads of linear layers."
                 )
             layers[layer] = name
         return layers
 
     def _load(self, name: str) -> _Resident:
-        """Return an adapter on the model's device, with B for the scale s of the attached adapter."""
+        """Return an adapter on the model's device. B is rescaled to the scale s of the attached adapters."""
         assert self._model is not None
         adapter = self.read(name)
         projections = adapted_projections(self._model)
         device = next(iter(projections.values()))[1].B.device
         dtypes = {layer.frozen.dtype for layer, _ in projections.values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # In the dtype of W, a batch needs no cast.
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # With the dtype of W, a batch needs no cast.
         row = torch.cat(
             [
                 adapter.config.scale_of(slot.projection)
@@ -573,7 +577,7 @@ class Bank:
         if self._model is None:
             raise AdapterError("The bank is not attached. Call bank.attach(model) first.")
         if not names:
-            raise AdapterError("A mixed batch needs the name of an adapter for each row, and there are no names.")
+            raise AdapterError("A mixed batch has no names of adapters. Give one name for each row.")
         for name in names:
             self._entry(name)  # Raises for an unknown name.
         return self._batch(names)
@@ -583,7 +587,7 @@ class Bank:
         assert self._model is not None
         positions = {name: i for i, name in enumerate(dict.fromkeys(names))}
         chosen = [self._resident(name) for name in positions]
-        stacked, self._stacked = self._stacked, None  # A second batch cannot overwrite the buffer of this batch.
+        stacked, self._stacked = self._stacked, None  # A nested batch cannot overwrite the buffer of this batch.
         if stacked is None or len(stacked) < len(chosen):
             with torch.inference_mode(False):  # Outside inference mode, no inference tensor can be overwritten.
                 stacked = chosen[0].row.new_empty(len(chosen), len(chosen[0].row))
@@ -591,7 +595,7 @@ class Bank:
         index = torch.tensor([positions[name] for name in names], device=rows.device)
         slots = self.shared.slots
         parts = rows.split([math.prod(slot.shape) for slot in slots], dim=1)
-        # Each part holds Bᵀ, and `mT` is a view of B.
+        # Each part is Bᵀ of one projection, and `mT` views the part as B.
         bs = {slot.name: part.unflatten(1, slot.shape[::-1]).mT for slot, part in zip(slots, parts, strict=True)}
         heads = {
             name: _row_weights([adapter.head[layer] for adapter in chosen], index)
@@ -603,7 +607,7 @@ class Bank:
 
 
 def _row_weights(layers: Sequence[tuple[Tensor, Tensor | None]], index: Tensor) -> RowWeights:
-    """Stack the weights of the adapters' heads. A head with fewer outputs gets outputs of -inf."""
+    """Stack the weights of the adapters' heads. A head with fewer outputs is padded with outputs of -inf."""
     width = max(len(weight) for weight, _ in layers)
     if all(bias is None and len(weight) == width for weight, bias in layers):
         return RowWeights(torch.stack([weight for weight, _ in layers]), None, index)
@@ -625,7 +629,7 @@ def _parse(path: Path, text: str) -> tuple[Shared, dict[str, _Entry], dict[str, 
     try:
         header = json.loads(text)
         if header["version"] != VERSION:
-            raise ValueError(f"version {header['version']!r:.20} may need a newer program")
+            raise ValueError(f"version {header['version']!r:.20} is not supported and may need a newer program")
         slots = tuple(_parse_slot(entry) for entry in header["projections"])
         heads = {str(head): tuple(map(str, names)) for head, names in header["heads"].items()}
         shared = Shared(slots, heads, str(header["frozen_fingerprint"]))
@@ -658,7 +662,7 @@ def _parse_slot(entry: Mapping[str, Any]) -> Slot:
         and projection.start >= 0
         and slot.rank <= min(sizes[1:3])
     ):
-        raise ValueError("a projection has sizes that are not possible")
+        raise ValueError("a projection has impossible sizes")
     return slot
 
 
@@ -671,7 +675,7 @@ def _parse_entries(header: Mapping[str, Any], exact: set[str]) -> Iterator[tuple
             NAME.fullmatch(name) is not None,
             keys.keys() == known,
             keys["train"] == "B",
-            {*keys["rank_pattern"], *keys["alpha_pattern"]} <= exact,  # Other expressions could take forever to match.
+            {*keys["rank_pattern"], *keys["alpha_pattern"]} <= exact,  # Other patterns could take forever to match.
             labels is None or all(isinstance(label, str) for label in labels),
             all(type(size) is int and 0 < size < 1 << 24 for shape in head.values() for size in shape),
             isinstance(entry["sha256"], str),

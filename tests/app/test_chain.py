@@ -1,4 +1,4 @@
-"""model.adapter.chain: exact resume, the schedule and the optimizer of a link, exports, commands, and refusals."""
+"""model.adapter.chain: exact resume, schedule and optimizer of a link, exports, commands, and refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.refusals import refused
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
 
-# an epoch of 48 images has 8 steps with batches of 6
+# An epoch of 48 images has 8 steps with batches of 6.
 CHAIN = "--model.adapter.chain.every_n_epochs=1"
 FOUR = [CHAIN, "--trainer.max_epochs=4"]
 A_TRAINED = ["--model.adapter.train=A", "--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"]
@@ -60,7 +60,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Collect the state of a fit at the start of each batch: factors, learning rate, and steps of the optimizer."""
+    """Collect the state of a fit at the start of each batch: factors, learning rate, links and optimizer steps."""
     collected: list[dict[str, Any]] = []
     original = AdapterCheckpoint.on_train_batch_start
 
@@ -98,7 +98,7 @@ def trained_module(path: Path) -> Any:
 @pytest.mark.parametrize(
     ("any_cli", "options", "cut", "saved"),
     [
-        ("cli", [], 10, 9),  # in the middle of link 3
+        ("cli", [], 10, 9),  # within link 3
         pytest.param("cli", [], 8, 8, marks=pytest.mark.slow),  # between links 2 and 3
         pytest.param("cli", A_TRAINED, 10, 9, marks=pytest.mark.slow),
         pytest.param("cli", ["--model.backbone_dtype=bfloat16"], 10, 9, marks=pytest.mark.slow),
@@ -118,12 +118,12 @@ def test_a_killed_chain_continues_bit_for_bit(
     assert any_cli.checkpoint(1)["global_step"] == saved
     assert any_cli("fit", *options, "--ckpt_path=last") == 0
     assert_same_end(any_cli, whole=0, resumed=1, trained="A" if A_TRAINED[0] in options else "B")
-    whole, resumed = (any_cli.checkpoint(version)["chain"] for version in (0, 1))
-    assert whole["start"] == resumed["start"] == 12
-    assert len(whole["links"]) == len(resumed["links"]) == 3
-    for one, other in zip(whole["links"], resumed["links"], strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    uninterrupted, resumed = (any_cli.checkpoint(version)["chain"] for version in (0, 1))
+    assert uninterrupted["start"] == resumed["start"] == 12
+    assert len(uninterrupted["links"]) == len(resumed["links"]) == 3
+    for expected, link in zip(uninterrupted["links"], resumed["links"], strict=True):
+        assert expected.keys() == link.keys()
+        assert all(torch.equal(tensor, link[name]) for name, tensor in expected.items())
     first, second = ends
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
@@ -132,11 +132,11 @@ def test_a_killed_chain_continues_bit_for_bit(
 def test_a_longer_run_merges_the_link_that_ended_the_shorter_run(
     cli: CommandLine, ends: list[dict[str, Tensor]]
 ) -> None:
-    same = [CHAIN, *QUIET, "--trainer.limit_train_batches=2", "--model.schedule=constant", "--model.warmup_ratio=0"]
-    assert cli("fit", *same, "--trainer.max_epochs=3") == 0
-    assert cli("fit", *same, "--trainer.max_epochs=2") == 0
+    options = [CHAIN, *QUIET, "--trainer.limit_train_batches=2", "--model.schedule=constant", "--model.warmup_ratio=0"]
+    assert cli("fit", *options, "--trainer.max_epochs=3") == 0
+    assert cli("fit", *options, "--trainer.max_epochs=2") == 0
     assert len(cli.checkpoint(1)["chain"]["links"]) == 1
-    assert cli("fit", *same, "--trainer.max_epochs=3", f"--ckpt_path={cli.run(1)}") == 0
+    assert cli("fit", *options, "--trainer.max_epochs=3", f"--ckpt_path={cli.run(1)}") == 0
     first, second = (cli.checkpoint(version) for version in (0, 1))
     assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
     assert all(torch.equal(weight, ends[2][name]) for name, weight in ends[0].items())
@@ -147,11 +147,11 @@ def test_a_chain_continues_from_the_validation_at_the_end_of_a_link(
     cli: CommandLine, ends: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     """The best checkpoint is saved before the end of its epoch."""
-    same = [*FOUR, "--trainer.limit_train_batches=2", "--trainer.logger=false"]
-    assert cli("fit", *same, "--checkpoint.monitor=epoch", "--checkpoint.mode=min") == 0
+    options = [*FOUR, "--trainer.limit_train_batches=2", "--trainer.logger=false"]
+    assert cli("fit", *options, "--checkpoint.monitor=epoch", "--checkpoint.mode=min") == 0
     best = shutil.copy(cli.run() / "checkpoints" / "best.ckpt", tmp_path / "best.ckpt")
     assert cli.checkpoint(name="best")["global_step"] == 2
-    assert cli("fit", *same, f"--ckpt_path={best}") == 0
+    assert cli("fit", *options, f"--ckpt_path={best}") == 0
     first, second = (cli.checkpoint(version) for version in (0, 1))
     assert first["chain"]["start"] == second["chain"]["start"] == 6
     assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
@@ -174,9 +174,9 @@ def test_validate_and_test_use_the_links_of_their_checkpoint(cli: CommandLine, m
     best, last = (cli.checkpoint(name=name) for name in ("best", "last"))
     assert "chain" not in best
     assert len(last["chain"]["links"]) == 3
-    of_fit = cli.metrics()
+    metrics_of_fit = cli.metrics()
     assert cli("test", f"--ckpt_path={cli.run()}") == 0
-    assert cli.metrics()["test/loss"] == of_fit["test/loss"]
+    assert cli.metrics()["test/loss"] == metrics_of_fit["test/loss"]
     assert cli("test", f"--ckpt_path={cli.run() / 'checkpoints' / 'last.ckpt'}") == 0
     pretrained = weights(trained_module(cli.run() / "checkpoints" / "best.ckpt"))
     merged = weights(trained_module(cli.run() / "checkpoints" / "last.ckpt"))
@@ -186,7 +186,7 @@ def test_validate_and_test_use_the_links_of_their_checkpoint(cli: CommandLine, m
         assert torch.equal(seen[2][name], merged[name])
         assert not torch.equal(merged[name], weight)
     assert cli("validate", f"--ckpt_path={cli.run() / 'checkpoints' / 'last.ckpt'}") == 0
-    assert cli.metrics()["val/loss"] == of_fit["val/loss"]
+    assert cli.metrics()["val/loss"] == metrics_of_fit["val/loss"]
 
 
 @pytest.mark.slow
@@ -213,36 +213,36 @@ def test_a_link_has_one_frozen_factor_and_a_new_optimizer_state(
             shape = torch.empty(32, 32, device="meta")
             start = init_factor("orthogonal", "AB"[frozen], shape, 4, 0, link_name(name, row["links"] + 1))  # type: ignore[arg-type]
             assert torch.equal(factors[frozen], start), (name, side)
-    begins = batches[16]
-    assert all(not factors[1 - frozen].any() for factors in begins["factors"].values())
+    start_of_link = batches[16]
+    assert all(not factors[1 - frozen].any() for factors in start_of_link["factors"].values())
     assert all(factors[1 - frozen].any() for factors in batches[15]["factors"].values())
     assert [row["steps"][trained] for row in batches] == [*range(16), *range(16)]
     assert [row["steps"]["head"] for row in batches] == list(range(32))
 
 
 @pytest.mark.parametrize("schedule", ["restart", pytest.param("continue", marks=pytest.mark.slow)])
-def test_the_schedule_restarts_with_a_link_or_goes_on(
+def test_the_schedule_restarts_with_a_link_or_continues(
     cli: CommandLine, batches: list[dict[str, Any]], schedule: str
 ) -> None:
-    """48 images in batches of 6, three batches a step, are 3 steps an epoch. The last link has one epoch."""
+    """An epoch of 8 batches has 3 optimizer steps, with 3 batches for a step. The last link has one epoch."""
     options = ["--trainer.max_epochs=3", "--trainer.accumulate_grad_batches=3", "--model.warmup_ratio=0.3"]
     chain = f"--model.adapter.chain={{every_n_epochs: 2, schedule: {schedule}}}"
     assert cli("fit", *options, chain, *QUIET, "--model.schedule=linear") == 0
-    rates = [batches[epoch * 8 + first]["lr"] for epoch in range(3) for first in (0, 3, 6)]
+    learning_rates = [batches[epoch * 8 + first]["lr"] for epoch in range(3) for first in (0, 3, 6)]
     links = ((0, 6), (6, 3)) if schedule == "restart" else ((0, 9),)
     expected = [0.01 * schedule_factor("linear", 0.3, steps)(i) for _, steps in links for i in range(steps)]
-    assert rates == pytest.approx(expected)
+    assert learning_rates == pytest.approx(expected)
 
 
 @pytest.mark.slow
-def test_a_range_test_merges_nothing(cli: CommandLine, batches: list[dict[str, Any]]) -> None:
+def test_the_learning_rate_finder_merges_no_link(cli: CommandLine, batches: list[dict[str, Any]]) -> None:
     assert cli("fit", CHAIN, *QUIET, "--trainer.max_epochs=3", "--find_lr=true") == 0
     assert [row["links"] for row in batches[-24:]] == [0] * 8 + [1] * 8 + [2] * 8
     assert not any(row["links"] for row in batches[:-24])
 
 
 @pytest.mark.slow
-def test_blocks_are_not_compiled_again_for_a_link(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_link_does_not_recompile_the_blocks(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     graphs = []
     small = ["--model.backbone_args={patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}", "--model.compile=true"]
@@ -259,21 +259,21 @@ def test_blocks_are_not_compiled_again_for_a_link(cli: CommandLine, monkeypatch:
 
 @pytest.mark.slow
 def test_a_cached_prefix_does_not_change_a_chain(cli: CommandLine) -> None:
-    still = ["--data.horizontal_flip=false", "--data.crop_scale=[1, 1]", "--model.adapter.layers=1"]
-    still += ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"]
+    fixed_inputs = ["--data.horizontal_flip=false", "--data.crop_scale=[1, 1]", "--model.adapter.layers=1"]
+    fixed_inputs += ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"]
     for cached in ("true", "false"):
-        assert cli("fit", CHAIN, "--trainer.max_epochs=3", *QUIET, *still, f"--data.cache_prefix={cached}") == 0
+        assert cli("fit", CHAIN, "--trainer.max_epochs=3", *QUIET, *fixed_inputs, f"--data.cache_prefix={cached}") == 0
     first, second = (cli.checkpoint(version) for version in (0, 1))
     assert len(first["chain"]["links"]) == 2
     assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_chain_of_one(cli: CommandLine, tmp_path: Path) -> None:
-    still = ["--data.horizontal_flip=false", "--data.crop_scale=[1, 1]", "--model.adapter.dropout=0", *FOUR, *QUIET]
-    still += ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"]
-    run_on_two(cli.words("fit", *still, "--data.batch_size=3"), tmp_path)
-    assert cli("fit", *still, "--data.batch_size=6") == 0
+def test_two_processes_train_the_same_chain_as_one(cli: CommandLine, tmp_path: Path) -> None:
+    options = ["--data.horizontal_flip=false", "--data.crop_scale=[1, 1]", "--model.adapter.dropout=0", *FOUR, *QUIET]
+    options += ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"]
+    run_on_two(cli.words("fit", *options, "--data.batch_size=3"), tmp_path)
+    assert cli("fit", *options, "--data.batch_size=6") == 0
     first, second = (cli.checkpoint(version) for version in (0, 1))
     assert len(first["chain"]["links"]) == 3
     for name, tensor in first["state_dict"].items():
@@ -287,7 +287,7 @@ def test_two_processes_train_the_chain_of_one(cli: CommandLine, tmp_path: Path) 
 def chained(
     request: pytest.FixtureRequest, finished_fit: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> Iterator[CommandLine]:
-    """Return a command line with a finished chain of 3 links over rank 4."""
+    """Return a command line with a finished chain of 3 links of rank 4."""
     cli: CommandLine = request.getfixturevalue(request.param)
     finished_fit(cli, CHAIN, "--trainer.max_epochs=3", "--checkpoint.monitor=null")
     capsys.readouterr()
@@ -310,39 +310,39 @@ def test_exports_have_the_logits_of_the_trained_model(chained: CommandLine, tmp_
     flat = load_module(find_checkpoint(str(chained.run())), {})
     torch.testing.assert_close(logits(name, flat), expected, atol=1e-5, rtol=1e-5)
     assert {f.A.shape[0] for _, f in adapted_projections(flat.backbone).values()} == {12}
-    make_base, ask = TASKS[name]
+    make_base, logits_of = TASKS[name]
     for form in ("peft", "merged", "compact"):
         assert export(chained, form, tmp_path / form) == 0
     for folder in (tmp_path / "peft", chained.run() / "adapter"):
         config = json.loads((folder / "adapter_config.json").read_text())
-        fused = 2 if name == "cli" else 1  # query and value of one layer
+        fused = 2 if name == "cli" else 1  # Query and value are one layer.
         assert (config["r"], config["lora_alpha"] / config["r"]) == (12 * fused, 4)
         base = make_base(flat, Path(chained.backbone[1]) if chained.backbone else Path()).eval()
         model = peft.PeftModel.from_pretrained(base, folder).eval()
-        torch.testing.assert_close(ask(model), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
     if name == "cli":
         merged: Any = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True).eval()
     else:
         merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(ask(merged), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(merged), expected, atol=1e-5, rtol=1e-5)
     card = (tmp_path / "peft" / "README.md").read_text()
     assert "| Chain | `3 links of rank 4, A orthogonal, B zero at the start of each` |" in card
 
 
 @pytest.mark.slow
-def test_an_exported_chain_is_tested_with_the_scores_of_the_run(chained: CommandLine, tmp_path: Path) -> None:
+def test_an_exported_chain_has_the_test_loss_of_the_run(chained: CommandLine, tmp_path: Path) -> None:
     options = ["--data.test_on_validation=true"] if chained.backbone else []
     assert chained("test", *options, f"--ckpt_path={chained.run()}") == 0
-    of_run = chained.metrics()["test/loss"]
+    expected = chained.metrics()["test/loss"]
     for number, form in enumerate(("peft", "compact"), start=1):
         assert export(chained, form, tmp_path / form) == 0
         assert chained("test", CHAIN, *options, f"--model.adapter_path={tmp_path / form}") == 0
-        assert chained.metrics(number)["test/loss"] == pytest.approx(of_run, rel=1e-5)
+        assert chained.metrics(number)["test/loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_links_of_a_sum_that_has_full_rank_are_decomposed(cli: CommandLine, tmp_path: Path) -> None:
+def test_links_whose_ranks_exceed_the_weight_are_decomposed(cli: CommandLine, tmp_path: Path) -> None:
     """9 links of rank 4 exceed the 32 inputs of the layers."""
     nine = ["--trainer.max_epochs=9", "--trainer.limit_train_batches=2"]
     assert cli("fit", CHAIN, *QUIET, *nine) == 0
@@ -384,7 +384,7 @@ def test_spectra_are_of_the_current_link_and_of_the_sum(cli: CommandLine, finish
 
 
 @pytest.mark.slow
-def test_analyses_take_the_whole_chain(
+def test_commands_use_the_stacked_links(
     cli: CommandLine, finished_fit: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Chains of one seed and one length share the stacked A."""
@@ -417,8 +417,8 @@ def test_analyses_take_the_whole_chain(
 
 @pytest.mark.slow
 def test_theory_measures_the_first_link(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [word for word in cli.words("theory", CHAIN, "--output", str(tmp_path / "page")) if word]
-    assert main(words) == 0
+    command = [word for word in cli.words("theory", CHAIN, "--output", str(tmp_path / "page")) if word]
+    assert main(command) == 0
     err = capsys.readouterr().err
     assert "the measurement is of the first link" in err
     assert "is merged" not in err
@@ -452,7 +452,7 @@ def test_forgetting_begins_with_the_pretrained_weights(cli: CommandLine, parquet
         ([CHAIN, "--model.adapter.init_a=given", "--model.adapter.init_b=given"], "the next link has no initialiser"),
     ],
 )
-def test_what_a_chain_excludes_is_refused_at_the_start(
+def test_options_that_a_chain_excludes_are_refused_at_the_start(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     refused(capsys, cli("fit", *options), message)
@@ -469,7 +469,7 @@ def test_merged_links_keep_their_scale(chained: CommandLine, capsys: pytest.Capt
     assert Path(last.partition("=")[2]).read_bytes() == before
 
 
-def test_a_chain_over_a_loaded_adapter_is_refused_in_a_fit_alone(
+def test_only_fit_refuses_a_chain_over_a_loaded_adapter(
     fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = f"--model.adapter_path={fitted_cli.run() / 'adapter'}"
@@ -484,7 +484,7 @@ def test_a_checkpoint_with_a_damaged_chain_is_refused(
     content = cli.checkpoint()
     output = f"--output={tmp_path / 'out'}"
     for number, chain in enumerate((3, {"links": [3], "start": 0}, content["chain"] | {"links": [{}]})):
-        path = cli.run() / "checkpoints" / f"{number}.ckpt"  # the seed of the backbone is in the run directory
+        path = cli.run() / "checkpoints" / f"{number}.ckpt"  # The run directory has the seed of the backbone.
         torch.save(content | {"chain": chain}, path)
         for command in (["spectrum", str(path), output], ["export", str(path), "--format=peft", output]):
             refused(capsys, main(command), "chain")
@@ -504,12 +504,12 @@ def test_links_are_not_merged_into_sharded_weights(
     refused(capsys, cli("validate", *options), "model.shard_frozen: the checkpoint is of a chain")
 
 
-def test_a_recipe_with_a_chain_and_null_on_the_command_line(cli: CommandLine, tmp_path: Path) -> None:
+def test_null_on_the_command_line_turns_off_the_chain_of_a_recipe(cli: CommandLine, tmp_path: Path) -> None:
     overlay = tmp_path / "chain.yaml"
     overlay.write_text("model: {init_args: {adapter: {chain: {every_n_epochs: 2}}}}")
-    same = [f"--config={overlay}", *QUIET, "--trainer.max_epochs=3", "--trainer.limit_train_batches=1"]
-    assert cli("fit", *same) == 0
-    assert cli("fit", *same, "--model.adapter={chain: {every_n_epochs: null}}") == 0
+    options = [f"--config={overlay}", *QUIET, "--trainer.max_epochs=3", "--trainer.limit_train_batches=1"]
+    assert cli("fit", *options) == 0
+    assert cli("fit", *options, "--model.adapter={chain: {every_n_epochs: null}}") == 0
     assert len(cli.checkpoint(0)["chain"]["links"]) == 1
     assert "chain" not in cli.checkpoint(1)
 

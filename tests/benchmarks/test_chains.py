@@ -12,13 +12,15 @@ import pytest
 from benchmarks import chains
 
 
-def key(words: list[str], name: str) -> str:
-    return next(word.partition("=")[2] for word in words if word.startswith(f"--{name}="))
+def value(options: list[str], key: str) -> str:
+    return next(option.partition("=")[2] for option in options if option.startswith(f"--{key}="))
 
 
 def test_arms_have_the_ranks_of_the_comparison() -> None:
     arms = chains.arm_options([*chains.ARMS, *chains.OTHER_ARMS], rank=4, epochs=8)
-    ranks = {arm: (key(words, "variant"), int(key(words, "model.adapter.rank"))) for arm, words in arms.items()}
+    ranks = {
+        arm: (value(options, "variant"), int(value(options, "model.adapter.rank"))) for arm, options in arms.items()
+    }
     assert ranks == {
         "chain": ("B", 4),
         "B, rank 4r": ("B", 16),
@@ -26,10 +28,10 @@ def test_arms_have_the_ranks_of_the_comparison() -> None:
         "LoRA, rank r": ("lora", 4),
         "chain, one schedule": ("B", 4),
     }
-    for arm, words in arms.items():
-        assert float(key(words, "model.adapter.alpha")) == 2 * ranks[arm][1]
-        assert any("chain" in word for word in words) == ("chain" in arm)
-    assert json.loads(key(arms["chain"], "model.adapter.chain")) == {"every_n_epochs": 2, "schedule": "restart"}
+    for arm, options in arms.items():
+        assert float(value(options, "model.adapter.alpha")) == 2 * ranks[arm][1]
+        assert any("chain" in option for option in options) == ("chain" in arm)
+    assert json.loads(value(arms["chain"], "model.adapter.chain")) == {"every_n_epochs": 2, "schedule": "restart"}
 
 
 def test_the_learning_rate_is_chosen_on_held_out_rows(
@@ -37,14 +39,14 @@ def test_the_learning_rate_is_chosen_on_held_out_rows(
 ) -> None:
     tried: list[tuple[float, int, bool]] = []
 
-    def fit(arguments: Any, name: str, arm: str, rate: float, seed: int, tests: bool) -> dict[str, float]:
-        tried.append((rate, seed, tests))
-        return {"score": {0.001: 0.5, 0.003: 0.7, 0.01: 0.6}[rate] + 0.01 * seed}
+    def fit(arguments: Any, name: str, arm: str, lr: float, seed: int, tests: bool) -> dict[str, float]:
+        tried.append((lr, seed, tests))
+        return {"score": {0.001: 0.5, 0.003: 0.7, 0.01: 0.6}[lr] + 0.01 * seed}
 
     monkeypatch.setattr(chains, "fit", fit)
     arguments = argparse.Namespace(rates=[0.001, 0.003, 0.01], choice_seeds=[100, 101])
     assert chains.choose(arguments, "cola", "chain") == 0.003
-    assert tried == [(rate, seed, False) for rate in arguments.rates for seed in (100, 101)]
+    assert tried == [(lr, seed, False) for lr in arguments.rates for seed in (100, 101)]
     assert not capsys.readouterr().out
     arguments.rates = [0.003, 0.01]
     assert chains.choose(arguments, "cola", "chain") == 0.003
@@ -65,19 +67,17 @@ def test_table_has_mean_standard_error_and_paired_interval() -> None:
 @pytest.mark.slow
 def test_quick_run(cola_path: Path, roberta_path: Path, tmp_path: Path) -> None:
     output = tmp_path / "chains.json"
-    words = ["--quick", "--tasks", "cola", "--cola", str(cola_path), "--minilm", str(roberta_path)]
-    words += ["--rank", "2", "--rates", "0.003", "0.01", "--seeds", "0", "--output", str(output), "--resume"]
-    chains.run(words)
+    argv = ["--quick", "--tasks", "cola", "--cola", str(cola_path), "--minilm", str(roberta_path)]
+    argv += ["--rank", "2", "--rates", "0.003", "0.01", "--seeds", "0", "--output", str(output), "--resume"]
+    chains.run(argv)
     record = json.loads(output.read_text())
     assert {name for name in record if "choice" not in name} == {f"cola, {arm}, seed 0" for arm in chains.ARMS}
     assert len(record) == 3 * len(chains.ARMS)
     numbers = {arm: record[f"cola, {arm}, seed 0"]["trained_parameters"] for arm in chains.ARMS}
     assert numbers["chain"] == numbers["B, rank r"] < numbers["B, rank 4r"]
     for arm in chains.ARMS:
-        choice = {
-            rate: record[f"cola, {arm}, choice, learning rate {rate}, seed 100"]["score"] for rate in (0.003, 0.01)
-        }
-        assert record[f"cola, {arm}, seed 0"]["rate"] == max(choice, key=lambda rate: choice[rate])
+        choice = {lr: record[f"cola, {arm}, choice, learning rate {lr}, seed 100"]["score"] for lr in (0.003, 0.01)}
+        assert record[f"cola, {arm}, seed 0"]["rate"] == max(choice, key=lambda lr: choice[lr])
     before = output.read_text()
-    chains.run(words)  # Nothing is fitted again.
+    chains.run(argv)  # Nothing is fitted again.
     assert output.read_text() == before

@@ -29,17 +29,17 @@ def test_the_table_pairs_each_arm_with_one_client_that_has_all_rows() -> None:
 def test_quick_run(cola_path: Path, roberta_path: Path, tmp_path: Path) -> None:
     output = tmp_path / "federated.json"
     images = write_parquet(tmp_path / "images", {"train": 80, "test": 30})
-    words = ["--quick", "--output", str(output), "--resume", "--seeds", "0", "--arms", "lora", "centralised"]
-    words += ["--texts", str(cola_path), "--text_backbone", str(roberta_path), "--images", str(images)]
-    words += ["--backbone", "vit_tiny_patch16_224", "--backbone_args", json.dumps(TINY), "--image_size", "16"]
-    words += ["--layers", "1", "--clients", "2", "--choice_seeds", "1"]
-    federated.run(words)
+    argv = ["--quick", "--output", str(output), "--resume", "--seeds", "0", "--arms", "lora", "centralised"]
+    argv += ["--texts", str(cola_path), "--text_backbone", str(roberta_path), "--images", str(images)]
+    argv += ["--backbone", "vit_tiny_patch16_224", "--backbone_args", json.dumps(TINY), "--image_size", "16"]
+    argv += ["--layers", "1", "--clients", "2", "--choice_seeds", "1"]
+    federated.run(argv)
     sections = {name.partition(", ")[0::2] for name in json.loads(output.read_text()) if name.endswith("seed 0")}
     assert sections == {
-        (data, f"{setting}, {rate}, seed 0")
-        for data, rate in (("cola", 0.002), ("cifar10", 0.003))
+        (data, f"{setting}, {lr}, seed 0")
+        for data, lr in (("cola", 0.002), ("cifar10", 0.003))
         for setting in ("2 clients, iid, lora", "2 clients, dirichlet:0.3, lora", "one client, centralised")
     }
     before = output.read_text()
-    federated.run(words)  # Nothing is fitted again.
+    federated.run(argv)  # Nothing is fitted again.
     assert output.read_text() == before

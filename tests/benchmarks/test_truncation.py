@@ -26,9 +26,9 @@ def test_table_has_mean_standard_error_and_paired_interval() -> None:
 @pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     source, output = write_parquet(tmp_path / "source", {"train": 90, "test": 30}), tmp_path / "truncation.json"
-    words = ["--quick", "--task", "images", "--path", str(source), "--output", str(output), "--seeds", "0", "--resume"]
+    argv = ["--quick", "--task", "images", "--path", str(source), "--output", str(output), "--seeds", "0", "--resume"]
     options = ["--model.weights=none", "--model.backbone=vit_tiny_patch16_224", "--model.image_size=16"]
-    truncation.run([*words, "--", *options, f"--model.backbone_args={json.dumps(TINY)}"])
+    truncation.run([*argv, "--", *options, f"--model.backbone_args={json.dumps(TINY)}"])
     record = json.loads(output.read_text())
     assert list(record) == ["images, rank 16, seed 0", "images, rank 4, seed 0"]
     arms = record["images, rank 16, seed 0"]["arms"]

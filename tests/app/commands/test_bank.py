@@ -1,4 +1,4 @@
-"""`export --format bank`, the command `bank` and `predict --bank`, on runs that share the frozen A."""
+"""`export --format bank`, the command `bank` and `predict --bank`, on runs that share a frozen A."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ INPUTS = torch.arange(4, 18).view(2, 7)
 
 
 def copied_run(cli: CommandLine, version: int, **changes: Any) -> Path:
-    """Copy version_0 with other B and another head.
+    """Copy version_0 with a different B and a different head.
 
     Args:
         cli: A command line with a finished run.
         version: Number of the copy.
-        changes: `scale` by which A is multiplied, or `classes` of another head.
+        changes: `scale`, by which A is multiplied, or `classes`, the class names of a new head.
     """
     target = cli.run().with_name(f"version_{version}")
     shutil.copytree(cli.run(), target)
@@ -89,7 +89,9 @@ def test_unpacked_adapters_have_the_logits_of_their_runs_in_peft(runs: list[Path
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["cli", "text_cli"])
-def test_a_bank_serves_the_model_of_the_library(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> None:
+def test_a_bank_works_with_the_models_of_timm_and_transformers(
+    request: pytest.FixtureRequest, name: str, tmp_path: Path
+) -> None:
     cli: CommandLine = request.getfixturevalue(f"fitted_{name}")
     runs = [cli.run(), copied_run(cli, 1)]
     assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
@@ -127,7 +129,7 @@ def test_adapters_are_listed_added_and_removed(
     assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"bank", "bank.lock"}  # no temporary file is left
 
 
-def test_an_unpacked_adapter_is_added_again(
+def test_an_unpacked_adapter_can_be_added_again(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bank, out = str(tmp_path / "bank"), tmp_path / "out"
@@ -167,8 +169,8 @@ def test_an_unpacked_adapter_is_added_again(
     for change, message in (
         (other_a, "eve was trained over another frozen A"),
         (other_head, "has backbone.classifier.dense."),
-        (without_labels, "no class names. Write them into its labels.json"),
-        (without_head, "has the head tensors none, and the bank's adapters have"),
+        (without_labels, "no class names. Write the class names into labels.json"),
+        (without_head, "has the head tensors none, but the bank's adapters have"),
     ):
         change()
         assert main(["bank", "add", bank, str(out / "bob"), "--names", "eve"]) == 2
@@ -176,23 +178,23 @@ def test_an_unpacked_adapter_is_added_again(
 
 
 @pytest.mark.parametrize("action", ["add", "remove"])
-def test_another_change_waits_for_this_one(
+def test_changes_of_a_bank_hold_its_lock(
     runs: list[Path], tmp_path: Path, action: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "bank"
     assert export(runs, path, "--names", "ada,bob") == 0
-    attempts: list[bool] = []
+    checks: list[bool] = []
 
-    def is_locked(*arguments: Any) -> None:
+    def check_lock() -> None:
         with pytest.raises(Timeout), FileLock(f"{path}.lock", blocking=False):
             pass
-        attempts.append(True)
+        checks.append(True)
 
-    written = bank_command.write_bank
-    monkeypatch.setattr(bank_command, "write_bank", lambda *given: (is_locked(), written(*given)))
+    write_bank = bank_command.write_bank
+    monkeypatch.setattr(bank_command, "write_bank", lambda *arguments: (check_lock(), write_bank(*arguments)))
     chosen = [str(runs[0]), "--names", "eve"] if action == "add" else ["bob"]
     assert main(["bank", action, str(path), *chosen]) == 0
-    assert attempts == [True]
+    assert checks == [True]
     with FileLock(f"{path}.lock", blocking=False):  # The lock is free again.
         pass
 
@@ -205,28 +207,27 @@ def test_wrong_use_is_an_error(
     before = path.read_bytes()
     bank, first = str(path), str(runs[0])
     cases: list[tuple[list[str], str]] = [
-        (["bank", "add", bank, str(other)], r"version_3 was trained over another frozen A: in \S+ its digest is"),
+        (["bank", "add", bank, str(other)], r"version_3 was trained over another frozen A: in \S+ the digest of A is"),
         (["bank", "add", bank, first, "--names", "ada"], "the name ada is taken. Give other names"),
         (["bank", "add", bank, first, "--names", "a,b"], "2 names are given for 1 run."),
         (["bank", "add", bank, first, "--names", "a/b"], "'a/b' cannot be the name of an adapter"),
-        (["bank", "add", bank], "RUN: bank add needs one or more"),
+        (["bank", "add", bank], "RUN: bank add needs at least one RUN"),
         (["bank", "remove", bank, "adda"], r"no adapter 'adda'\. Did you mean ada"),
         (["bank", "remove", bank, "ada", "bob"], "would be empty"),
-        (["bank", "unpack", bank, "ada"], "--output: Give a directory for bank unpack"),
+        (["bank", "unpack", bank, "ada"], "--output: bank unpack needs a directory"),
         (["bank", "list", bank, "ada"], "NAME: bank list takes only a file"),
-        (["bank", "list", bank, "--names", "x"], "--names: the option is for bank add"),
+        (["bank", "list", bank, "--names", "x"], "--names: bank list adds no adapters"),
         (["bank", "list", str(runs[0] / "config.yaml")], "cannot be read as a bank"),
         (["bank", "lst", bank], "lst"),
         (["export", first, str(runs[1]), "--format", "peft", "--output", bank], "--format peft takes one run"),
         (["export", first, "--format", "bank", "--output", bank], "exists already. Give a new file"),
         (["export", first, first, "--format", "bank", "--output", f"{bank}2"], "the name version_0 is taken"),
     ]
-    for words, message in cases:
+    for command, message in cases:
         capsys.readouterr()
-        assert main(words) == 2, words
+        assert main(command) == 2, command
         error = capsys.readouterr().err
-
-        assert re.search(message, " ".join(error.split())), (words, error)
+        assert re.search(message, " ".join(error.split())), (command, error)
     assert path.read_bytes() == before
     assert not (tmp_path / "bank2").exists()
 
@@ -249,7 +250,7 @@ def write_table(path: Path, columns: dict[str, list[str]]) -> Path:
     return path
 
 
-WHO = ["bob", "ada", "ada", "bob", "bob", "ada", "bob"]
+NAMES = ["bob", "ada", "ada", "bob", "bob", "ada", "bob"]
 SENTENCES = ["the film was good .", "bad", "w1 w2 w3 it is", "", "good good", "a w4", "w5 w6 w7 w8 w9 w10"]
 
 
@@ -260,7 +261,7 @@ def test_each_row_is_classified_by_its_adapter(
     cli = fitted_text_cli
     runs = [cli.run(), copied_run(cli, 1, classes=classes)]
     assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
-    table = write_table(tmp_path / "new.csv", {"sentence": SENTENCES, "who": WHO})
+    table = write_table(tmp_path / "new.csv", {"sentence": SENTENCES, "who": NAMES})
     alone = {}
     for name, run in zip(("ada", "bob"), runs, strict=True):
         assert cli("predict", f"--ckpt_path={run}", f"--data.predict_path={table}") == 0
@@ -268,8 +269,8 @@ def test_each_row_is_classified_by_its_adapter(
     options = (f"--bank={tmp_path / 'bank'}", "--data.adapter_column=who", f"--data.predict_path={table}")
     assert cli("predict", *options, "--model.adapter.seed=5") == 0
     rows = predicted(cli, 2)
-    assert len(rows) == len(WHO)
-    for i, (row, name) in enumerate(zip(rows, WHO, strict=True)):
+    assert len(rows) == len(NAMES)
+    for i, (row, name) in enumerate(zip(rows, NAMES, strict=True)):
         expected = alone[name][i]
         if SENTENCES[i] == "":
             assert row["error"] == expected["error"] != ""
@@ -289,7 +290,7 @@ def test_each_row_is_summarized_by_its_adapter(fitted_summary_cli: CommandLine, 
     runs = [cli.run(), copied_run(cli, 1)]
     assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
     texts = [text or "w3" for text in SENTENCES]
-    table = write_table(tmp_path / "new.csv", {"document": texts, "who": WHO})
+    table = write_table(tmp_path / "new.csv", {"document": texts, "who": NAMES})
     alone = {}
     for name, run in zip(("ada", "bob"), runs, strict=True):
         assert cli("predict", f"--ckpt_path={run}", f"--data.predict_path={table}") == 0
@@ -298,7 +299,7 @@ def test_each_row_is_summarized_by_its_adapter(fitted_summary_cli: CommandLine, 
     assert cli("predict", *options) == 0
     rows = predicted(cli, 2)
     assert [(row["adapter"], row["summary"]) for row in rows] == [
-        (name, alone[name][i]["summary"]) for i, name in enumerate(WHO)
+        (name, alone[name][i]["summary"]) for i, name in enumerate(NAMES)
     ]
     assert [row["summary"] for row in alone["ada"]] != [row["summary"] for row in alone["bob"]]
 

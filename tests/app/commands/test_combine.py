@@ -25,8 +25,8 @@ RANK, PREFIX = 4, "base_model.model."
 IDS = torch.arange(4, 18).view(2, 7)
 
 
-def combine(*words: Any) -> int:
-    return main(["combine", *map(str, words)])
+def combine(*arguments: Any) -> int:
+    return main(["combine", *map(str, arguments)])
 
 
 def dense(module: Any) -> dict[str, Tensor]:
@@ -54,16 +54,16 @@ def test_runs_are_combined_exactly_and_peft_loads_the_result(
     first, second = (module_of(cli.run(i)) for i in (0, 1))
     updates = [dense(first), dense(second)]
     heads = {n: [m.state_dict()[n] for m in (first, second)] for n in first.state_dict() if first._in_head(n)}
-    expected = first  # the first run, with the dense sum as factors and the average as head
+    expected = first  # The first run gets the dense sum as factors and the average as head.
     for projection, (_, factors) in adapted_projections(expected.backbone).items():
         total = sum(w * update[projection] for w, update in zip(weights, updates, strict=True))
         inverse = torch.linalg.pinv(factors.A.double())
         factors.B.data.copy_(total @ inverse / factors.scale)
     expected.load_state_dict(expected.saved_state() | {n: 0.6 * a + 0.4 * b for n, (a, b) in heads.items()})
-    make_base, ask = TASKS[name]
+    make_base, logits_of = TASKS[name]
     base = make_base(first, Path(cli.backbone[1]) if cli.backbone else Path()).eval()
     model = peft.PeftModel.from_pretrained(base, output).eval()
-    torch.testing.assert_close(ask(model), logits(name, expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(model), logits(name, expected), atol=1e-5, rtol=1e-5)
     assert json.loads((output / "labels.json").read_text()) == first.class_names
     card = (output / "README.md").read_text()
     assert "2 combined adapters" in card and "0.75" in card and "runs/version_1" in card and "PeftModel" in card
@@ -77,7 +77,7 @@ def test_runs_are_combined_exactly_and_peft_loads_the_result(
         assert cli("validate", "--model.adapter_path", str(output), "--trainer.logger=false") == 0
 
 
-def test_a_run_and_an_export_are_combined_like_two_runs(fitted_cli: CommandLine, tmp_path: Path) -> None:
+def test_an_export_combines_like_its_run(fitted_cli: CommandLine, tmp_path: Path) -> None:
     cli = fitted_cli
     assert cli("fit", "--trainer.max_epochs=1", "--model.learning_rate=0.02", "--trainer.logger=false") == 0
     assert run_export(cli.run(1), tmp_path / "export") == 0
@@ -182,7 +182,7 @@ def test_an_average_of_equal_adapters_is_the_adapter(adapters: Maker, tmp_path: 
         torch.testing.assert_close(after[name], tensor, atol=1e-7, rtol=1e-6)
 
 
-def test_a_factor_b_can_be_the_shared_one(adapters: Maker, tmp_path: Path) -> None:
+def test_adapters_can_share_b(adapters: Maker, tmp_path: Path) -> None:
     folders = [adapters("one", 1), adapters("two", 1, a_seed=5)]
     assert combine(*folders, "--output", tmp_path / "output") == 0
     total = dense_sum(folders, [0.5, 0.5])
@@ -196,7 +196,9 @@ def test_sparse_methods_keep_the_shared_factor(method: str, adapters: Maker, tmp
     names = [f"{PREFIX}{LAYER}.lora_{side}.weight" for side in "AB"]
     before, after = load_file(folders[0] / WEIGHTS), load_file(output / WEIGHTS)
     assert torch.equal(before[names[0]], after[names[0]])
-    assert 0.2 < float((after[names[1]] != 0).double().mean()) < 0.65  # each keeps 0.3; both together at most 0.6
+    assert (
+        0.2 < float((after[names[1]] != 0).double().mean()) < 0.65
+    )  # Each adapter keeps 0.3 of its entries, so both keep at most 0.6.
 
 
 def test_adapters_without_a_shared_factor_are_combined_by_a_truncated_decomposition(
@@ -238,7 +240,7 @@ def test_a_head_is_kept_or_dropped(adapters: Maker, tmp_path: Path) -> None:
     [
         ({"labels": ["no", "perhaps"]}, ["different classes", "'perhaps'", "--heads keep RUN", "--heads drop"]),
         ({"labels": None, "unlabelled": True}, ["no labels.json", "order of the classes"]),
-        ({"broken": True}, ["labels.json", "no list of class names"]),
+        ({"broken": True}, ["labels.json", "not a list of class names"]),
         ({"a_seed": 3}, ["share no factor", "A of roberta.encoder.layer.1", "digest", "--via svd --rank r"]),
         ({"target_modules": ["query"]}, ["adapts roberta.encoder.layer.1.attention.self.value", "same projections"]),
         ({"base": "elsewhere/other"}, ["backbone roberta", "for other"]),
@@ -269,7 +271,7 @@ def test_adapters_that_do_not_fit_are_refused(
     ("options", "parts"),
     [
         (["--weights=1"], ["--weights", "1 weight cannot match 2 adapters"]),
-        (["--weights=1,x"], ["--weights", "no list of numbers"]),
+        (["--weights=1,x"], ["--weights", "not a list of numbers"]),
         (["--weights=1,nan"], ["--weights", "finite"]),
         (["--weights=0,0"], ["--weights", "not all zero"]),
         (["--weights=1,-1"], ["--weights", "sum is 0", "--heads drop"]),

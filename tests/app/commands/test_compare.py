@@ -60,7 +60,7 @@ def test_classes_and_missing_keys_differ_too() -> None:
         ("time/fit_seconds", 10**400, "1" + "0" * 400),
         ("time/fit_seconds", "long", "long"),
         ("val/loss", 0.25, "0.25"),
-        ("trainer.wait_seconds", 90, "90"),  # a key of a configuration keeps its value
+        ("trainer.wait_seconds", 90, "90"),  # A key of a configuration gets no unit.
         ("model.only", None, "null"),
         ("model.only", MISSING, "–"),
         ("model.other", [1, "a"], '[1, "a"]'),
@@ -96,7 +96,7 @@ def test_equal_runs_have_no_difference(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_bad_input_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, other = (str(write_run(tmp_path / name)) for name in "ab")
-    refused(capsys, main(["compare", run]), "RUN: one run is given, and two or more are needed.")
+    refused(capsys, main(["compare", run]), "RUN: one run cannot be compared. Give two or more.")
     refused(capsys, main(["compare", run, str(tmp_path / "c")]), "is neither a run directory")
     refused(capsys, main(["compare", run, str(tmp_path)]), "has no config.yaml and no metrics.json")
     (tmp_path / "b" / "config.yaml").write_text("\x1b[2J: [")

@@ -71,7 +71,9 @@ def test_a_real_run_is_listed_with_its_metrics(
     assert (row["metric"], row["best"]) == ("val/acc1", metrics["best/val/acc1"])
     assert (row["parameters"], row["seconds"]) == (metrics["params/trainable"], metrics["time/fit_seconds"])
     assert rows["head/version_0"]["variant"] == "head"
-    assert rows["both/version_0"]["variant"] == "custom"  # no built-in variant trains both factors from an orthogonal A
+    assert (
+        rows["both/version_0"]["variant"] == "custom"
+    )  # No built-in variant trains both factors from an orthogonal A.
     assert main(["runs", str(root)]) == 0
     out = capsys.readouterr().out
     assert f"{len(finished_runs)} runs below {root}" in out
@@ -114,7 +116,7 @@ def test_each_state_of_a_run_is_recognised(tmp_path: Path, capsys: pytest.Captur
         "a/version_4": "failed",
         "a/version_5": "evaluated",
     }
-    assert rows["a/version_2"]["variant"] == "B"  # from config.yaml, which is intact
+    assert rows["a/version_2"]["variant"] == "B"  # config.yaml is intact.
     assert rows["a/version_3"]["seconds"] == 2.0
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -141,7 +143,7 @@ def test_a_locked_run_is_running(tmp_path: Path) -> None:
         os.write(writer, b"1")
         os.waitpid(process, 0)
     assert read_record(run).state == "finished"
-    with locked(run):  # reading the record has released the lock
+    with locked(run):  # Reading the record has released the lock.
         pass
 
 
@@ -222,7 +224,7 @@ def test_listing_reads_two_files_of_each_run_with_the_c_parser(tmp_path: Path, m
     assert sorted(opened) == ["config.yaml"] * 2 + ["metrics.json"] * 2
 
 
-def test_wrong_use_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, main(["runs", str(tmp_path / "nothing")]), "ROOT: there is no directory")
     refused(capsys, main(["runs", str(tmp_path), "--sort", "colour"]), "sort")
     refused(capsys, main(["runs", str(tmp_path), "--csv", "x.csv", "--json"]), "--csv and --json exclude each other")

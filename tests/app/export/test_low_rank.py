@@ -37,8 +37,8 @@ def best(update: Tensor, rank: int) -> Tensor:
 @pytest.mark.parametrize("train", ["A", "B", "both"])
 @pytest.mark.parametrize("family", ["vit", "roberta"])
 def test_each_update_is_the_best_approximation_of_its_rank(tmp_path: Path, family: str, train: str) -> None:
-    starts = {"init_a": "zero", "init_b": "orthogonal"} if train == "A" else {}
-    config = AdapterConfig(train=train, rank=4, targets="all", rank_pattern={"value": 2}, **starts)  # type: ignore[arg-type]
+    initial = {"init_a": "zero", "init_b": "orthogonal"} if train == "A" else {}
+    config = AdapterConfig(train=train, rank=4, targets="all", rank_pattern={"value": 2}, **initial)  # type: ignore[arg-type]
     module = randomize(TaskFactory(tmp_path)(family, adapter=config)).eval()
     before = dense(module)
     truncation = truncate_adapters(module, 3)
@@ -82,7 +82,7 @@ def test_peft_and_this_program_load_truncated_exports(
     request: pytest.FixtureRequest, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli: CommandLine = request.getfixturevalue(f"fitted_{name}")
-    make_base, ask = TASKS[name]
+    make_base, logits_of = TASKS[name]
     for option in ("--rank=2", "--keep=0.8"):
         output = tmp_path / option
         assert run_export(cli.run(), output, option) == 0
@@ -93,7 +93,7 @@ def test_peft_and_this_program_load_truncated_exports(
         assert float(printed[2]) == pytest.approx(100 * truncation.loss.total, rel=0.01)
         base = make_base(module, Path(cli.backbone[1]) if cli.backbone else Path()).eval()
         model = peft.PeftModel.from_pretrained(base, output).eval()
-        torch.testing.assert_close(ask(model), logits(name, module), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_of(model), logits(name, module), atol=1e-5, rtol=1e-5)
         assert f"off by {printed[2]}" in (output / "README.md").read_text().replace("&#46;", ".")
         if name == "text_cli":
             content = json.loads((output / CONFIG).read_text())

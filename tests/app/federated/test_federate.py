@@ -1,4 +1,4 @@
-"""The command `federate` on tiny images: its arithmetic, its results, resuming, and its messages."""
+"""The command `federate` on tiny images: arithmetic, results, resume and messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.conftest import ROOT, write_parquet
 from tests.support.refusals import refused, refuses
 
 SHORT = ("--clients", "3", "--rounds", "2", "--local_steps", "2")
-# without momentum, dropout and schedule, a step depends on the model and the batch alone
+# Without momentum, dropout and schedule, a step depends on the model and the batch alone.
 SGD = (
     *("--model.optimizer={class_path: torch.optim.SGD}", "--model.weight_decay=0", "--model.schedule=constant"),
     *("--model.warmup_ratio=0", "--model.adapter.dropout=0", "--model.learning_rate=0.1"),
@@ -67,9 +67,8 @@ def test_all_arms_give_tables_adapters_and_round_files(
     assert max(errors["ffa"], errors["rolora"], errors["centralised"]) < 1e-7 < 1e-4 < errors["lora"]
     sent = {row["arm"]: row["bytes"] for row in table}
     assert sent["ffa"] == sent["rolora"] < sent["lora"]
-    # the adapter of an arm has the metrics of the table
-    words = cli.words("test", f"--model.adapter_path={output}/lora/adapter")
-    assert main(words) == 0
+    # The written adapter has the metrics of the table.
+    assert main(cli.words("test", f"--model.adapter_path={output}/lora/adapter")) == 0
     assert cli.metrics()["test/acc1"] == pytest.approx(table[1]["test/acc1"])
     assert cli.metrics()["test/loss"] == pytest.approx(table[1]["test/loss"], rel=1e-5)
 
@@ -101,17 +100,17 @@ def test_one_step_of_each_client_is_a_step_along_the_mean_gradient(
         torch.testing.assert_close(after[name], before[name] - 0.1 * mean, rtol=1e-5, atol=1e-7)
 
 
-def test_rounds_of_one_client_are_an_uncut_training(cli: CommandLine, tmp_path: Path) -> None:
-    """The learning rate and the order of the batches go on from round to round."""
+def test_rounds_of_one_client_equal_one_uninterrupted_training(cli: CommandLine, tmp_path: Path) -> None:
+    """The schedule of the learning rate and the order of the batches continue in each round."""
     options = ("--clients", "1", "--arms", "ffa", *SGD, "--model.schedule=cosine", "--model.warmup_ratio=0.2")
-    for name, rounds, local_steps in (("cut", 10, 1), ("uncut", 1, 10)):
+    for name, rounds, local_steps in (("rounds", 10, 1), ("uninterrupted", 1, 10)):
         sizes = ("--rounds", str(rounds), "--local_steps", str(local_steps))
         assert federate(cli, tmp_path / name, *sizes, *options) == 0
-    cut, uncut = (tensors(tmp_path / name) for name in ("cut", "uncut"))
-    assert all(cut[name].equal(uncut[name]) for name in uncut)
+    rounds_of_one, expected = (tensors(tmp_path / name) for name in ("rounds", "uninterrupted"))
+    assert all(rounds_of_one[name].equal(tensor) for name, tensor in expected.items())
 
 
-def test_rolora_trains_b_and_a_in_turns(cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rolora_alternates_b_and_a(cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Round] = []
     monkeypatch.setattr(server, "write_round", lambda folder, state: written.append(state))
     sizes = ("--clients", "2", "--rounds", "3", "--local_steps", "2")
@@ -134,33 +133,33 @@ def test_a_killed_command_resumes_bit_exactly(
     cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, client: int
 ) -> None:
     options = ("--clients", "2", "--rounds", "3", "--local_steps", "2", "--arms", "rolora", "ffa")
-    assert federate(cli, tmp_path / "undisturbed", *options) == 0
+    assert federate(cli, tmp_path / "uninterrupted", *options) == 0
 
     class Killed(BaseException):
         pass
 
     train = Learner.train
 
-    def killed(learner: Learner, c: Client, job: Job, state: Any) -> ClientResult:
-        if (job.number, c.number) == (number, client):
+    def train_or_die(learner: Learner, trained: Client, job: Job, state: Any) -> ClientResult:
+        if (job.number, trained.number) == (number, client):
             raise Killed
-        return train(learner, c, job, state)
+        return train(learner, trained, job, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "train", killed)
+        patch.setattr(Learner, "train", train_or_die)
         with pytest.raises(Killed):
             federate(cli, tmp_path / "killed", *options)
     state = read_round(tmp_path / "killed" / "ffa")
     assert state is not None and state.number == number - 1
     assert federate(cli, tmp_path / "killed", *options) == 0
     for arm in ("ffa", "rolora"):
-        files = [(tmp_path / name / arm / ROUND).read_bytes() for name in ("undisturbed", "killed")]
+        files = [(tmp_path / name / arm / ROUND).read_bytes() for name in ("uninterrupted", "killed")]
         assert files[0] == files[1]
     for file in ("arms.csv", "rounds.csv", "arms.json"):
-        assert (tmp_path / "undisturbed" / file).read_text() == (tmp_path / "killed" / file).read_text()
+        assert (tmp_path / "uninterrupted" / file).read_text() == (tmp_path / "killed" / file).read_text()
 
 
-def test_a_command_killed_before_it_lists_the_last_round_lists_it_later(
+def test_rounds_csv_has_the_last_round_of_a_command_killed_before_the_csv(
     cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, options = tmp_path / "out", (*SHORT, "--arms", "ffa")
@@ -168,13 +167,13 @@ def test_a_command_killed_before_it_lists_the_last_round_lists_it_later(
     class Killed(BaseException):
         pass
 
-    def killed(folder: Path) -> None:
+    def die_after_round_2(folder: Path) -> None:
         state = read_round(folder / "ffa")
         if state is not None and state.number == 2:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(server, "write_rounds", killed)
+        patch.setattr(server, "write_rounds", die_after_round_2)
         with pytest.raises(Killed):
             federate(cli, output, *options)
     assert federate(cli, output, *options) == 0
@@ -188,9 +187,9 @@ def test_a_signal_stops_at_once_and_the_same_command_continues(
     cli: CommandLine, tmp_path: Path, number: int, code: int
 ) -> None:
     options = ("--clients", "2", "--rounds", "30", "--local_steps", "2", "--arms", "ffa")
-    assert federate(cli, tmp_path / "undisturbed", *options) == 0
-    words = [*cli.words("federate", *options), "--output", str(tmp_path / "stopped")]
-    process = subprocess.Popen([sys.executable, "main.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert federate(cli, tmp_path / "uninterrupted", *options) == 0
+    command = [*cli.words("federate", *options), "--output", str(tmp_path / "stopped")]
+    process = subprocess.Popen([sys.executable, "main.py", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "stopped/rounds.csv").is_file():
         time.sleep(0.02)
     os.kill(process.pid, number)
@@ -198,13 +197,13 @@ def test_a_signal_stops_at_once_and_the_same_command_continues(
     assert process.returncode == code, errors
     if number != signal.SIGKILL:
         assert "the same command continues: python main.py federate" in errors
-    assert main(words) == 0
-    files = [(tmp_path / name / "ffa" / ROUND).read_bytes() for name in ("undisturbed", "stopped")]
+    assert main(command) == 0
+    files = [(tmp_path / name / "ffa" / ROUND).read_bytes() for name in ("uninterrupted", "stopped")]
     assert files[0] == files[1]
 
 
 def test_each_client_has_its_own_data(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"ada": 20, "bob": 40, "eve": 5}  # a fifth is held out, and a batch has 6 rows
+    sizes = {"ada": 20, "bob": 40, "eve": 5}  # A fifth is held out, and a batch has 6 rows.
     folders = [str(write_parquet(tmp_path / name, {"train": size})) for name, size in sizes.items()]
     output = tmp_path / "out"
     options = ("--clients", *folders, "--rounds", "2", "--local_steps", "2")
@@ -220,21 +219,21 @@ def test_each_client_has_its_own_data(cli: CommandLine, tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize("any_cli", ["cli", "text_cli"], indirect=True)
 def test_the_cached_prefix_gives_the_same_adapter(any_cli: CommandLine, tmp_path: Path) -> None:
-    """Each client has rows of its own, and reads their lines of the cache."""
-    still = ["--data.horizontal_flip=false", "--data.crop_scale=[1, 1]", "--model.adapter.layers=2"]
-    still += ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 3, num_heads: 2}"]
+    """Each client has its own rows, and reads the outputs of these rows from the cache."""
+    fixed_inputs = ["--data.horizontal_flip=false", "--data.crop_scale=[1, 1]", "--model.adapter.layers=2"]
+    fixed_inputs += ["--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 3, num_heads: 2}"]
     if any_cli.config == "text":
-        still = ["--model.backbone_args={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"]
-        still += ["--model.adapter.layers=1", "--data.batch_size=4"]
+        fixed_inputs = ["--model.backbone_args={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"]
+        fixed_inputs += ["--model.adapter.layers=1", "--data.batch_size=4"]
     for cached in ("true", "false"):
-        options = (*SHORT, "--arms", "ffa", *still, f"--data.cache_prefix={cached}")
+        options = (*SHORT, "--arms", "ffa", *fixed_inputs, f"--data.cache_prefix={cached}")
         assert federate(any_cli, tmp_path / cached, *options) == 0
     cached, computed = (tensors(tmp_path / name) for name in ("true", "false"))
-    for name, tensor in computed.items():  # Texts are padded to other lengths in the cache, so sums round differently.
+    for name, tensor in computed.items():  # The cache pads texts to other lengths, so sums round differently.
         torch.testing.assert_close(cached[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_a_number_to_predict(text_cli: CommandLine, tmp_path: Path) -> None:
+def test_clients_can_train_a_regression(text_cli: CommandLine, tmp_path: Path) -> None:
     data = tmp_path / "scores"
     data.mkdir()
     for split, rows in (("train", 24), ("val", 8)):
@@ -245,7 +244,7 @@ def test_a_number_to_predict(text_cli: CommandLine, tmp_path: Path) -> None:
     assert "val/spearman" in json.loads((tmp_path / "out" / "arms.json").read_text())[0]
 
 
-def test_other_tasks(text_cli: CommandLine, tmp_path: Path) -> None:
+def test_clients_can_train_a_text_classifier(text_cli: CommandLine, tmp_path: Path) -> None:
     options = (*SHORT, "--arms", "ffa", "--partition", "dirichlet:0.3", "--data.batch_size=4")
     assert federate(text_cli, tmp_path / "out", *options) == 0
     assert (tmp_path / "out/ffa/adapter/adapter_model.safetensors").is_file()
@@ -279,9 +278,9 @@ def test_tasks_without_labels_are_split_at_random(
         (["--model.tuning=head"], "model.tuning: head has no factors to average. Set model.tuning to adapter."),
         (
             ["--model.adapter.init_a=zero", "--model.adapter.init_b=orthogonal"],
-            "init_b: orthogonal is set, and clients train B first.",
+            "init_b: orthogonal is not allowed, since every arm trains B in the first round.",
         ),
-        (["--model.adapter.chain.every_n_epochs=1"], "chain.every_n_epochs: 1 would make each client merge other"),
+        (["--model.adapter.chain.every_n_epochs=1"], "chain.every_n_epochs: 1 is not supported"),
         (["--model.learning_rat=1"], "learning_rat"),
     ],
 )
@@ -289,15 +288,15 @@ def test_bad_input_is_one_message(
     cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     output = tmp_path / "out"
-    code = federate(cli, output, *(word for word in SHORT if options[0] != "--clients"), *options)
+    code = federate(cli, output, *(() if options[0] == "--clients" else SHORT), *options)
     refused(capsys, code, message)
 
 
-def test_keys_without_effect_are_named(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ignored_keys_are_logged(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--trainer.limit_train_batches=1", "--trainer.devices=2", "--find_lr=true", "--data.batch_size=60")
-    assert federate(cli, tmp_path / "out", *SHORT, *options) == 2  # no client has a batch
-    named = "trainer.max_epochs, trainer.limit_train_batches, trainer.devices, find_lr: ignored."
-    assert named in capsys.readouterr().err
+    assert federate(cli, tmp_path / "out", *SHORT, *options) == 2  # No client has the rows of a batch.
+    message = "trainer.max_epochs, trainer.limit_train_batches, trainer.devices, find_lr: ignored."
+    assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_fit_is_refused(
@@ -307,9 +306,9 @@ def test_a_checkpoint_of_fit_is_refused(
     refused(capsys, code, "is a checkpoint of fit", "model.adapter_path")
 
 
-def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_cannot_change_its_plan(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    assert federate(cli, output, *SHORT, "--data.batch_size=60") == 2  # a failed command decides nothing
+    assert federate(cli, output, *SHORT, "--data.batch_size=60") == 2  # The record of a failed command is replaced.
     assert federate(cli, output, *SHORT, "--arms", "ffa") == 0
     before = (output / "ffa" / ROUND).read_bytes()
     for options, message in (
@@ -319,7 +318,7 @@ def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys
     ):
         assert federate(cli, output, *SHORT, *options, "--arms", "ffa") == 2
         assert message in capsys.readouterr().err
-    assert federate(cli, output, *SHORT, "--arms", "rolora") == 0  # further arms join the table
+    assert federate(cli, output, *SHORT, "--arms", "rolora") == 0  # The table gets further arms.
     assert [row["arm"] for row in json.loads((output / "arms.json").read_text())] == ["ffa", "rolora"]
     assert (output / "ffa" / ROUND).read_bytes() == before
     (output / "ffa" / ROUND).write_bytes(before[:-100])
@@ -327,12 +326,12 @@ def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys
     assert "Remove the file to train this arm again." in capsys.readouterr().err
     for arm in ("ffa", "rolora"):
         (output / arm / ROUND).unlink()
-    assert federate(cli, output, *SHORT, "--arms", "ffa") == 0  # the message's advice works for the only arm too
+    assert federate(cli, output, *SHORT, "--arms", "ffa") == 0  # Without round files, the arm starts again.
     (tmp_path / "other").mkdir()
     (tmp_path / "other/link").symlink_to("/")
     assert federate(cli, tmp_path / "other", *SHORT) == 2
     assert "holds other files (link)" in capsys.readouterr().err
-    assert (tmp_path / "other/link").is_symlink()  # a lock would remove the link
+    assert (tmp_path / "other/link").is_symlink()  # A lock would remove the link.
     (tmp_path / "other/letter.txt").write_text("mine")
     assert federate(cli, tmp_path / "other", *SHORT) == 2
     assert "holds other files (letter.txt)" in capsys.readouterr().err
@@ -346,7 +345,7 @@ def test_the_output_belongs_to_one_plan(cli: CommandLine, tmp_path: Path, capsys
         ({"tensors": {"b": torch.zeros(2), "w": torch.zeros(1), "a": torch.zeros(2)}}, "unexpected"),
         ({"tensors": {"b": torch.zeros(2, dtype=torch.float64), "w": torch.zeros(1)}}, "b is torch.float64"),
         ({"tensors": {"b": torch.tensor([0.0, torch.nan]), "w": torch.zeros(1)}}, "b of client 7 is no longer finite"),
-        ({"rows": 0}, "it has no rows"),
+        ({"rows": 0}, "the client has no rows"),
     ],
 )
 def test_a_result_that_cannot_be_averaged_names_its_client(changed: dict[str, Any], message: str) -> None:
@@ -358,16 +357,18 @@ def test_a_result_that_cannot_be_averaged_names_its_client(changed: dict[str, An
 
 
 @pytest.mark.parametrize("name", ["ffa", "ffa/mine", "lora/adapter/mine", "federation.json"])
-def test_other_files_are_kept(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    mine = tmp_path / "out" / name
-    mine.parent.mkdir(parents=True)
-    mine.write_text("mine")
+def test_a_directory_with_other_files_is_refused_and_unchanged(
+    cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    user_file = tmp_path / "out" / name
+    user_file.parent.mkdir(parents=True)
+    user_file.write_text("mine")
     refused(capsys, federate(cli, tmp_path / "out", *SHORT), "--output", name.partition("/")[0])
-    assert mine.read_text() == "mine"
+    assert user_file.read_text() == "mine"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name.partition("/")[0]]
 
 
-def test_an_output_in_use_is_refused(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_locked_output_is_refused(cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     context = multiprocessing.get_context("fork")
@@ -396,9 +397,9 @@ HISTORY = [{"arm": "ffa", "round": 0, "val/loss": 1.0}]
     [
         (torch.tensor([torch.nan]), HISTORY, "a tensor is not finite"),
         (torch.ones(1, dtype=torch.float64), HISTORY, "a is torch.float64, not torch.float32"),
-        (torch.ones(1), [None], "its history has no metrics"),
-        (torch.ones(1), [{"arm": "ffa", "round": 0, "val/loss": "x"}], "its history has no metrics"),
-        (torch.ones(1), [*HISTORY, {"arm": "ffa", "round": 1}], "its history has no metrics"),
+        (torch.ones(1), [None], "the history lacks metrics"),
+        (torch.ones(1), [{"arm": "ffa", "round": 0, "val/loss": "x"}], "the history lacks metrics"),
+        (torch.ones(1), [*HISTORY, {"arm": "ffa", "round": 1}], "the history lacks metrics"),
     ],
 )
 def test_a_damaged_round_is_refused(tmp_path: Path, tensor: torch.Tensor, history: list[Any], message: str) -> None:

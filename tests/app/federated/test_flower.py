@@ -1,4 +1,4 @@
-"""Flower's apps, without Flower's processes: messages go from the server to the clients in this process."""
+"""Flower's apps without Flower's processes: server and clients exchange messages in this process."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def identity() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
 
 
-class Loop:
-    """A grid that calls the app of the clients.
+class LocalGrid:
+    """Grid that calls the clients' app in this process.
 
     Args:
         nodes: Configuration of each client.
@@ -54,16 +54,16 @@ def context(node: dict[str, Any] | None = None, **run: Any) -> Context:
     return Context(run_id=1, node_id=0, node_config=node or {}, state=RecordDict(), run_config=run)
 
 
-def serve(cli: CommandLine, output: Path, grid: Loop, partition: str = "iid") -> None:
+def serve(cli: CommandLine, output: Path, grid: LocalGrid, partition: str = "iid") -> None:
     fit = " ".join(f"'{word}'" for word in cli.words("federate")[1:])
     run = {"fit": fit, "clients": 2, "rounds": 2, "local_steps": 2, "partition": partition, "arms": "ffa rolora"}
     make_server_app(parse_fit)(grid, context(**run, output=str(output)))  # type: ignore[arg-type]
 
 
-def test_flower_gives_the_bits_of_the_loop_in_this_process(cli: CommandLine, tmp_path: Path) -> None:
+def test_flower_and_federate_give_the_same_bits(cli: CommandLine, tmp_path: Path) -> None:
     assert federate(cli, tmp_path / "here", *SIZES, "--partition", "dirichlet:1") == 0
     nodes = [{"partition-id": number, "num-partitions": 2} for number in (1, 0)]
-    serve(cli, tmp_path / "flower", Loop(*nodes), "dirichlet:1")
+    serve(cli, tmp_path / "flower", LocalGrid(*nodes), "dirichlet:1")
     for arm in ("ffa", "rolora"):
         files = [(tmp_path / name / arm / ROUND).read_bytes() for name in ("here", "flower")]
         assert files[0] == files[1]
@@ -73,26 +73,26 @@ def test_flower_gives_the_bits_of_the_loop_in_this_process(cli: CommandLine, tmp
 def test_clients_have_their_own_data(cli: CommandLine, tmp_path: Path) -> None:
     folders = [str(write_parquet(tmp_path / name, {"train": size})) for name, size in {"ada": 20, "bob": 40}.items()]
     assert federate(cli, tmp_path / "here", "--clients", *folders, *SIZES[2:]) == 0
-    serve(cli, tmp_path / "flower", Loop(*({"partition-id": i, "data": path} for i, path in enumerate(folders))))
+    serve(cli, tmp_path / "flower", LocalGrid(*({"partition-id": i, "data": path} for i, path in enumerate(folders))))
     files = [(tmp_path / name / "rolora" / ROUND).read_bytes() for name in ("here", "flower")]
     assert files[0] == files[1]
 
 
-def test_a_node_must_know_its_rows(cli: CommandLine, tmp_path: Path) -> None:
+def test_a_node_without_known_rows_is_refused(cli: CommandLine, tmp_path: Path) -> None:
     for wrong in ({"partition-id": 0}, *({"partition-id": n, "num-partitions": 2} for n in (None, "0", -1, 2))):
         with pytest.raises(ClientError, match=r"partition-id from 0 to 1, and its own .* num-partitions=2"):
-            serve(cli, tmp_path / "out", Loop(wrong, {"partition-id": 1, "num-partitions": 2}))
+            serve(cli, tmp_path / "out", LocalGrid(wrong, {"partition-id": 1, "num-partitions": 2}))
     with pytest.raises(ClientError, match="Two clients have the number 0"):
-        serve(cli, tmp_path / "out", Loop(*[{"partition-id": 0, "num-partitions": 2}] * 2))
+        serve(cli, tmp_path / "out", LocalGrid(*[{"partition-id": 0, "num-partitions": 2}] * 2))
 
 
-def test_tensors_travel_without_pickle() -> None:
+def test_tensors_are_sent_without_pickle() -> None:
     record = ArrayRecord({"x": torch.randn(3)})
     assert [array.stype for array in record.values()] == ["numpy.ndarray"]
     assert b"\x93NUMPY" in next(iter(record.values())).data
 
 
-def test_the_app_names_its_components() -> None:
+def test_pyproject_names_the_components_of_the_app() -> None:
     text = (ROOT / "conf/flower/pyproject.toml").read_text()
     source = (ROOT / "conf/flower/onesided_app.py").read_text()
     for name in ("server_app", "client_app"):

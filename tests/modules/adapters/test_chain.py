@@ -1,4 +1,4 @@
-"""Chains of adapters: exact merges, replayed links, and factors that depend on seed and link alone."""
+"""Chains of adapters: exact merges, links that are merged again, and factors that depend only on seed and link."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIGS = {"B": B, "A": A, "both": LORA, "svd": replace(B, init_a="svd")}
 
 
 def adapted(config: AdapterConfig, family: str = "vit", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a model with random trained factors. The ViT has fused layers."""
+    """Return a model with adapters whose trained factors are random. The ViT has fused layers."""
     torch.manual_seed(0)
     model = BACKBONES[family]().model.to(dtype)
     attach(model, config)
@@ -64,7 +64,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def run_links(model: nn.Module, config: AdapterConfig, links: int) -> Chain:
-    """Train and merge links, and train one more link."""
+    """Train and merge `links` links, and train one further link."""
     chain = Chain()
     for link in range(1, links + 1):
         chain.begin_link(model, config, 10 * link)
@@ -91,7 +91,7 @@ def test_a_merge_rounds_the_float64_sum_once(name: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_function_does_not_change_at_a_merge(name: str) -> None:
+def test_a_merge_does_not_change_the_outputs(name: str) -> None:
     model = adapted(CONFIGS[name], "roberta").eval()
     tokens = torch.arange(4, 18).view(2, 7)
     before = model(input_ids=tokens)[0]
@@ -99,7 +99,7 @@ def test_the_function_does_not_change_at_a_merge(name: str) -> None:
     torch.testing.assert_close(model(input_ids=tokens)[0], before, rtol=0, atol=2e-6)
 
 
-def test_the_update_has_the_bits_of_exact_products_in_order() -> None:
+def test_the_update_adds_exact_products_in_the_order_of_the_rank() -> None:
     b, a = torch.randn(5, 3), torch.randn(3, 4)
     expected = torch.zeros(5, 4, dtype=torch.float64)
     for i in range(5):
@@ -146,7 +146,7 @@ def test_a_link_has_new_factors_that_depend_on_seed_and_link(name: str) -> None:
         assert not equal(frozen(model), frozen(other))
 
 
-def test_the_next_link_of_svd_starts_from_the_merged_weight() -> None:
+def test_svd_initialises_the_next_link_from_the_merged_weight() -> None:
     model = adapted(CONFIGS["svd"])
     Chain().begin_link(model, CONFIGS["svd"], 0)
     for name, (layer, f) in adapted_projections(model).items():
@@ -154,37 +154,37 @@ def test_the_next_link_of_svd_starts_from_the_merged_weight() -> None:
         assert torch.equal(f.A, init_factor("svd", "A", weight, f.A.shape[0], 0, name))
 
 
-def test_the_first_link_is_drawn_as_an_adapter_without_a_chain() -> None:
+def test_the_first_link_has_the_seed_of_an_adapter_without_a_chain() -> None:
     assert link_name("blocks.0.attn.qkv.query", 1) == "blocks.0.attn.qkv.query"
     assert len({link_name("q", link) for link in range(1, 20)}) == 19
 
 
-# ------------------------------------------------------------------------------------------------------------- replays
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_replayed_links_have_the_same_bits(name: str, dtype: torch.dtype) -> None:
+def test_links_of_a_checkpoint_merge_to_the_same_bits(name: str, dtype: torch.dtype) -> None:
     config = CONFIGS[name]
     model, fresh = adapted(config, dtype=dtype), adapted(config, dtype=dtype)
-    chain, replayed = run_links(model, config, 3), Chain()
-    replayed.load_state(fresh, chain.state())
+    chain, loaded = run_links(model, config, 3), Chain()
+    loaded.load_state(fresh, chain.state())
     assert equal(weights(model), weights(fresh))
-    assert replayed.state()["start"] == 30
-    assert all(equal(dict(a), dict(b)) for a, b in zip(chain.links, replayed.links, strict=True))
+    assert loaded.state()["start"] == 30
+    assert all(equal(dict(a), dict(b)) for a, b in zip(chain.links, loaded.links, strict=True))
 
 
 def test_an_earlier_checkpoint_replaces_the_links_of_a_trained_model() -> None:
     model, fresh = adapted(B), adapted(B)
-    pretrained, chain, of_fresh = weights(fresh), Chain(), Chain()
+    pretrained, chain, fresh_chain = weights(fresh), Chain(), Chain()
     chain.begin_link(model, B, 10)
     earlier = chain.state()
     train(model, 2)
     chain.begin_link(model, B, 20)
     chain.load_state(model, earlier)
-    of_fresh.load_state(fresh, earlier)
+    fresh_chain.load_state(fresh, earlier)
     assert equal(weights(model), weights(fresh))
-    with chain.removed(model):
+    with chain.without_links(model):
         assert equal(weights(model), pretrained)
         assert all(torch.equal(chain.pretrained(n, layer), pretrained[n]) for n, layer in adapted_layers(model).items())
     assert equal(weights(model), weights(fresh))
@@ -205,7 +205,7 @@ def test_an_earlier_checkpoint_replaces_the_links_of_a_trained_model() -> None:
         (lambda state: state | {"links": [{k: v / 0 for k, v in state["links"][0].items()}]}, "not a finite tensor"),
     ],
 )
-def test_a_damaged_chain_is_refused_and_changes_nothing(damage: Callable[[Any], Any], message: str) -> None:
+def test_a_damaged_chain_is_refused_and_the_model_is_unchanged(damage: Callable[[Any], Any], message: str) -> None:
     model = adapted(B)
     chain = run_links(model, B, 1)
     before = weights(model)

@@ -31,7 +31,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def updates(count: int = 4, shared: str = "A", rank: int = RANK) -> list[Update]:
-    """Return updates with different scales and one shared factor, or with none."""
+    """Return updates with different scales. `shared` names the shared factor, or is `none`."""
     return [
         Update(
             random(rank, D_IN, seed=0 if shared == "A" else i),
@@ -65,7 +65,7 @@ def test_a_weighted_sum_over_a_shared_factor_is_exact(shared: str, weights: list
 
 def test_sums_are_computed_in_float64() -> None:
     parts = [Update(torch.ones(1, 1), torch.full((1, 1), value), 1.0) for value in (1e9, 1.0, 1.0, 1e9)]
-    assert float(combine_updates(parts, [1.0, 1.0, 1.0, -1.0], "A").b) == 2.0  # in float32, 1e9 + 1 is 1e9
+    assert float(combine_updates(parts, [1.0, 1.0, 1.0, -1.0], "A").b) == 2.0  # In float32, 1e9 + 1 is 1e9.
 
 
 @pytest.mark.parametrize("shared", ["A", "B"])
@@ -78,7 +78,7 @@ def test_a_differing_factor_is_refused(shared: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------- TIES
 
 
-def test_ties_is_the_papers_example() -> None:
+def test_ties_trims_elects_and_averages() -> None:
     """Trim to two of four entries, elect signs, and average the entries with the elected sign."""
     first, second, third = (torch.tensor(t) for t in ([3.0, -2.0, 0.1, 1.0], [5.0, 4.0, 0.2, 1.0], [-1.0, 6.0, 0.0, 2]))
     merged = ties_merge([first, second, third], [1 / 3] * 3, density=0.5)
@@ -86,23 +86,23 @@ def test_ties_is_the_papers_example() -> None:
 
 
 def test_ties_weighs_the_agreeing_entries_and_inverts_negative_weights() -> None:
-    one = torch.tensor
-    assert float(ties_merge([one([2.0]), one([8.0])], [1.0, 2.0], 1.0)) == pytest.approx(3 * (2 + 2 * 8) / 3)
-    assert float(ties_merge([one([2.0]), one([8.0])], [1.0, -1.0], 1.0)) == pytest.approx(2 * -8)
-    assert float(ties_merge([one([2.0]), one([-2.0])], [1.0, 1.0], 1.0)) == 0  # a tie elects no sign
+    tensor = torch.tensor
+    assert float(ties_merge([tensor([2.0]), tensor([8.0])], [1.0, 2.0], 1.0)) == pytest.approx(3 * (2 + 2 * 8) / 3)
+    assert float(ties_merge([tensor([2.0]), tensor([8.0])], [1.0, -1.0], 1.0)) == pytest.approx(2 * -8)
+    assert float(ties_merge([tensor([2.0]), tensor([-2.0])], [1.0, 1.0], 1.0)) == 0  # A tie elects no sign.
 
 
 def test_ties_with_equal_weights_is_pefts_times_the_number_of_adapters() -> None:
     """PEFT multiplies by the weights and divides by the count, so weights 1/n shrink its result n times."""
     tensors = [random(6, 5, seed=i) for i in range(3)]
-    theirs = pefts_ties(tensors, torch.full((3,), 1 / 3), 0.4)
-    torch.testing.assert_close(ties_merge(tensors, [1 / 3] * 3, 0.4).float(), 3 * theirs)
+    pefts = pefts_ties(tensors, torch.full((3,), 1 / 3), 0.4)
+    torch.testing.assert_close(ties_merge(tensors, [1 / 3] * 3, 0.4).float(), 3 * pefts)
 
 
 # ----------------------------------------------------------------------------------------------------------------- DARE
 
 
-def test_dare_keeps_a_share_of_the_entries_and_rescales_these() -> None:
+def test_dare_keeps_and_rescales_a_share_of_the_entries() -> None:
     vector = random(100, 100)
     kept = drop_and_rescale(vector, 0.3, torch.Generator().manual_seed(0))
     assert float((kept != 0).double().mean()) == pytest.approx(0.3, abs=0.02)
@@ -111,15 +111,15 @@ def test_dare_keeps_a_share_of_the_entries_and_rescales_these() -> None:
     assert error(torch.stack(draws).mean(0).double(), vector[:1].double()) < 0.1  # sqrt(0.7 / 0.3 / 4000) = 0.024
 
 
-def test_dare_depends_on_seed_and_name_and_drops_other_entries_of_each_adapter() -> None:
-    same = [updates(1)[0]] * 2
+def test_dare_drops_entries_by_seed_name_and_adapter() -> None:
+    equal_updates = [updates(1)[0]] * 2
     b = {
-        key: combine_updates(same, [1.0, 1.0], "A", "dare", Sparsity(0.5, seed), name).b
+        key: combine_updates(equal_updates, [1.0, 1.0], "A", "dare", Sparsity(0.5, seed), name).b
         for key, seed, name in [("first", 0, "x"), ("again", 0, "x"), ("seed", 1, "x"), ("name", 0, "y")]
     }
     assert torch.equal(b["first"], b["again"])
     assert not torch.equal(b["first"], b["seed"]) and not torch.equal(b["first"], b["name"])
-    ratio = b["first"] / same[0].b  # each of the two adapters gives 0 or 2
+    ratio = b["first"] / equal_updates[0].b  # Each of the two adapters adds 0 or 2.
     assert {round(float(value), 5) for value in ratio.flatten()} == {0.0, 2.0, 4.0}
 
 
@@ -212,7 +212,7 @@ def test_of_pefts_types_only_cat_and_svd_are_the_dense_sum() -> None:
     exact = dense(parts, weights)
     assert error(dense([combine_updates(parts, weights, "A")], [1.0]), exact) < 1e-7
     assert error(pefts_update(parts, weights, "cat"), exact) < 1e-6
-    assert error(pefts_update(parts, weights, "svd"), exact) < 1e-5  # over one A, the sum has rank 3
+    assert error(pefts_update(parts, weights, "svd"), exact) < 1e-5  # Over one A, the sum has rank 3.
     roots = [(w * u.scale) ** 0.5 for u, w in zip(parts, weights, strict=True)]
     linear = weighted_sum([u.b for u in parts], roots) @ weighted_sum([u.a for u in parts], roots)
     assert error(pefts_update(parts, weights, "linear"), linear) < 1e-6
@@ -224,5 +224,5 @@ def test_of_pefts_types_only_cat_and_svd_are_the_dense_sum() -> None:
 def test_pefts_svd_of_different_factors_is_the_truncated_decomposition() -> None:
     parts, weights = updates(3, shared="none"), [0.5, 0.3, 0.2]
     truncated = decompose(parts, weights).truncate(RANK)
-    theirs = pefts_update(parts, weights, "svd", svd_rank=RANK)
-    assert error(dense([truncated], [1.0]), theirs) < 1e-5
+    pefts = pefts_update(parts, weights, "svd", svd_rank=RANK)
+    assert error(dense([truncated], [1.0]), pefts) < 1e-5

@@ -1,4 +1,4 @@
-"""Banks: what is read is what was written, and mixed batches compute what each adapter computes alone."""
+"""Banks: adapters are read as they were written, and mixed batches compute each row as its adapter does alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def member(backbone: Backbone, config: AdapterConfig, head: nn.Module | None = N
 
 
 def vit_members(count: int = 3, **keys: Any) -> tuple[Backbone, dict[str, Member], dict[str, Tensor]]:
-    """Return a ViT, members of a bank with own heads and alphas, and the logits of each member."""
+    """Return a ViT, members of a bank with different heads and alphas, and the logits of each member."""
     backbone = BACKBONES["vit"]()
     members, outputs = {}, {}
     for i in range(count):
@@ -132,14 +132,12 @@ def logits(task: Any, batch: dict[str, Any]) -> Tensor:
     return task.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-def other(change: Callable[[Backbone], Any]) -> Callable[[], tuple[Member, Member]]:
-    def pair() -> tuple[Member, Member]:
-        backbone, members, _ = vit_members(1)
-        backbone.model = copy.deepcopy(backbone.reference)
-        config = change(backbone)
-        return members["m0"], member(backbone, config, backbone.model.get_submodule("head"))
-
-    return pair
+def changed_pair(change: Callable[[Backbone], Any]) -> tuple[Member, Member]:
+    """Return a member of a bank, and a second member after a change of its backbone or configuration."""
+    backbone, members, _ = vit_members(1)
+    backbone.model = copy.deepcopy(backbone.reference)
+    config = change(backbone)
+    return members["m0"], member(backbone, config, backbone.model.get_submodule("head"))
 
 
 def attached(**keys: Any) -> Callable[[Backbone], AdapterConfig]:
@@ -163,15 +161,15 @@ def other_weights(backbone: Backbone) -> AdapterConfig:
     [
         (
             attached(seed=1),
-            r"was trained over another frozen A: in blocks.0.attn.qkv.query its digest is [0-9a-f]{12},",
+            r"was trained over another frozen A: in blocks.0.attn.qkv.query the digest of A is [0-9a-f]{12},",
         ),
-        (attached(rank=2), r"has adapter rank 2 in blocks.0.attn.qkv.query, and the bank has rank 4"),
+        (attached(rank=2), r"has adapter rank 2 in blocks.0.attn.qkv.query, but the bank has rank 4"),
         (attached(targets=["query"]), r"lacks blocks.0.attn.qkv.key, unlike the bank \(10 projections differ\)"),
         (other_weights, r"has another backbone than the bank: .* fingerprint [0-9a-f]{12}, not [0-9a-f]{12}"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_an_error(change: Callable[[Backbone], Any], message: str) -> None:
-    first, second = other(change)()
+    first, second = changed_pair(change)
     check_member(first.shared, first.shared, "same")
     with pytest.raises(AdapterError, match=f"ada {message}"):
         check_member(first.shared, second.shared, "ada")
@@ -181,7 +179,7 @@ def test_an_adapter_that_does_not_fit_is_an_error(change: Callable[[Backbone], A
 def test_a_trained_a_cannot_be_shared(train: Any) -> None:
     backbone = BACKBONES["vit"]()
     zero = {"init_a": "zero", "init_b": "orthogonal"} if train == "A" else {}
-    with pytest.raises(AdapterError, match=f"adapter.train: {train} trains A, but all adapters of a bank share"):
+    with pytest.raises(AdapterError, match=f"model.adapter.train: {train} trains A, but all adapters of a bank share"):
         member(backbone, attached(train=train, **zero)(backbone))
 
 
@@ -214,13 +212,13 @@ def damage(path: Path, header: Callable[[Any], Any] | None = None, tensors: Call
 @pytest.mark.parametrize(
     ("header", "tensors", "message"),
     [
-        (lambda h: h.update(version=2), None, "version 2 may need a newer program"),
+        (lambda h: h.update(version=2), None, "version 2 is not supported"),
         (lambda h: h["adapters"].clear(), None, "the bank is empty"),
         (lambda h: h["adapters"].update({"../x": h["adapters"]["m0"]}), None, "'../x' has unknown keys or values"),
         (lambda h: h["adapter"].update(rank=0), None, "adapter.rank: 0 is too small"),
         (lambda h: h["adapter"].update(rank_pattern={"(a+)+": 2}), None, "'m0' has unknown keys or values"),
         (lambda h: h["adapter"].update(train="both"), None, "'m0' has unknown keys or values"),
-        (lambda h: h["projections"][0].update(rank=-1), None, "sizes that are not possible"),
+        (lambda h: h["projections"][0].update(rank=-1), None, "impossible sizes"),
         (lambda h: h["adapters"]["m0"]["head"].update(x=[1 << 23, 1 << 23]), None, "tensor 'adapter.m0' is missing"),
         (lambda h: h.pop("heads"), None, "is no bank of this version"),
         (None, lambda t: t.pop("adapter.m1"), "tensor 'adapter.m1' is missing"),
@@ -278,5 +276,5 @@ def test_another_model_is_an_error(tmp_path: Path) -> None:
 def test_other_frozen_weights_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, members, _ = vit_members(1)
     bank = write(tmp_path / "bank", members)
-    bank.attach(BACKBONES["vit"]().model)  # Its random weights differ.
+    bank.attach(BACKBONES["vit"]().model)  # This ViT has different random weights.
     assert "trained over other frozen weights" in caplog.text
