@@ -224,6 +224,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     common.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms of this call")
     common.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     common.add_argument("--choice_seeds", type=int, nargs="+", default=[100])
+    common.add_argument("--learning_rate", type=float, help="of every arm of this call, instead of the choice")
     arguments = parse(common, argv)
     arguments.inputs = ["backbone", "image_size", "layers"]
     if arguments.quick:
@@ -234,7 +235,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             learning_rates = {}
             for arm in arguments.arms:  # The training of `centralised` is the same for every partition.
                 chosen_for = arguments.partitions[0] if arm == "centralised" else partition
-                learning_rates[arm] = choose(arguments, data, chosen_for, arm)
+                learning_rates[arm] = arguments.learning_rate or choose(arguments, data, chosen_for, arm)
             for seed in arguments.seeds:  # Seed by seed, so that a slow period of the machine affects all arms.
                 for clients in arguments.clients:
                     for arm, learning_rate in learning_rates.items():
