@@ -37,7 +37,7 @@ def test_quick_run(cola_path: Path, roberta_path: Path, tmp_path: Path) -> None:
     sections = {name.partition(", ")[0::2] for name in json.loads(output.read_text()) if name.endswith("seed 0")}
     assert sections == {
         (data, f"{setting}, {lr}, seed 0")
-        for data, lr in (("cola", 0.002), ("cifar10", 0.003))
+        for data, lr in (("cola", 0.002), ("cifar10", 0.001))
         for setting in ("2 clients, iid, lora", "2 clients, dirichlet:0.3, lora", "one client, centralised")
     }
     before = output.read_text()
