@@ -44,7 +44,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     Args:
         monitor: Metric that decides which checkpoint is best. With None, the newest checkpoint is the best.
         mode: `max` if a larger metric is better, `min` if a smaller metric is better. Of checkpoints with equal values,
-            the checkpoint with the lowest `val/loss` is the best.
+            the newest is the best: with few validation rows equal values are common, and later steps have learned more.
         last_every_n_steps: Number of optimizer steps between two saves of last.ckpt, at least 1. last.ckpt is also
             saved at a stop, after each validation in mid-epoch, at each epoch's end, and one step before both. A kill
             during a validation thus loses at most one step.
@@ -66,7 +66,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         self.last_every_n_steps = last_every_n_steps
         self._random_state: dict[str, Any] | None = None
         self._best_problem: str | None = None
-        self._best_loss: float | None = None  # val/loss of the best checkpoint; None if unknown
         self._last_saved_step = -1
         self._events_due = False
         self._has_trained = False
@@ -87,19 +86,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
-        """Return True if a value is better than the best value, or equal with a lower `val/loss`."""
-        loss = trainer.callback_metrics.get("val/loss")
-        is_better = super().check_monitor_top_k(trainer, current)
-        if not is_better and current is not None and current == self.best_model_score:
-            is_lower = loss is not None and self._best_loss is not None and loss.item() < self._best_loss
-            is_better = trainer.strategy.reduce_boolean_decision(is_lower)
-        if is_better:
-            self._best_loss = None if loss is None else loss.item()
-        return is_better
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return Lightning's state, and the loss of the best checkpoint. Earlier versions saved no loss."""
-        return super().state_dict() | ({} if self._best_loss is None else {"best_loss": self._best_loss})
+        """Return True if a value is better than the best value, or equal."""
+        is_equal = current is not None and current == self.best_model_score
+        return super().check_monitor_top_k(trainer, current) or trainer.strategy.reduce_boolean_decision(bool(is_equal))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score, also if the run directory has moved or its path is spelt differently.
@@ -114,12 +103,10 @@ class AdapterCheckpoint(ModelCheckpoint):
         paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
-        loss = state_dict.get("best_loss")
-        self._best_loss = loss if isinstance(loss, float) else None
         if self.best_model_path and self._best_problem:
             _log.warning(f"{here / BEST} {self._best_problem}. The best checkpoint from here on is kept.")
             self.best_model_path = self.kth_best_model_path = ""
-            self.best_k_models, self.best_model_score, self._best_loss = {}, None, None
+            self.best_k_models, self.best_model_score = {}, None
             self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
 
     def on_train_batch_end(

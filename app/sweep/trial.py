@@ -53,7 +53,7 @@ class Curve:
             if self.monitor is None:
                 best = 0.0, value
             elif monitored is not None and (
-                best is None or (monitored > best[0] if self.mode == "max" else monitored < best[0])
+                best is None or (monitored >= best[0] if self.mode == "max" else monitored <= best[0])
             ):
                 best = monitored, value
         return best[1] if best else None
