@@ -2,8 +2,8 @@
 
 Photos of CIFAR-10 are written as a user has photos: one folder for each class, below train/, val/ and test/. All arms
 have the same photos, crops, mirroring, batches, epochs and bf16 autocast, and keep the epoch with the best validation
-accuracy. Of epochs with equal accuracy, the arms keep the epoch with the lowest validation loss. Logistic regression
-learns from features of photos that are not augmented.
+accuracy. Of epochs with equal accuracy, the arms keep the newest. Logistic regression learns from features of photos
+that are not augmented.
 
     python -m benchmarks.own_photos --threads 1 --weights ../shared/backbones/dinov2_vits14/model.safetensors \
         --output docs/results/own_photos.json --resume
@@ -154,13 +154,10 @@ class Study:
             batches = [(model(images).float(), labels) for images, labels in DataLoader(self.splits[split], 64)]
         return torch.cat([output for output, _ in batches], -2), torch.cat([labels for _, labels in batches])
 
-    def scores(self, model: nn.Module, split: str) -> list[tuple[float, float]]:
-        """Return the accuracy and the negative loss of each head."""
+    def accuracies(self, model: nn.Module, split: str) -> list[float]:
+        """Return the accuracy of each head."""
         logits, labels = self.outputs(model, split)
-        return [
-            ((head.argmax(-1) == labels).double().mean().item(), -F.cross_entropy(head, labels).item())
-            for head in logits
-        ]
+        return (logits.argmax(-1) == labels).double().mean(-1).tolist()
 
     def timm_fit(self, rates: Sequence[float], seed: int, frozen: bool, scored: str) -> list[Record]:
         """Train with timm and PyTorch, and score each head's best epoch on the split `scored`."""
@@ -172,7 +169,7 @@ class Study:
         steps = self.arguments.epochs * len(loader)
         schedule = CosineLRScheduler(optimizer, steps, warmup_t=steps // 10, warmup_prefix=True, t_in_epochs=False)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        curve: list[list[tuple[float, float]]] = []
+        curve: list[list[float]] = []
         best: list[dict[str, Tensor]] = [{} for _ in rates]
         for epoch in range(self.arguments.epochs):
             model.train()
@@ -186,16 +183,16 @@ class Study:
                 if not frozen:
                     nn.utils.clip_grad_norm_(trained.values(), CLIP)
                 optimizer.step()
-            curve.append(self.scores(model, "val"))
-            for head, score in enumerate(curve[-1]):
-                if not any(earlier[head] >= score for earlier in curve[:-1]):
+            curve.append(self.accuracies(model, "val"))
+            for head, accuracy in enumerate(curve[-1]):
+                if accuracy >= max(earlier[head] for earlier in curve):
                     best[head] = {name: p.detach().clone() for name, p in trained.items()}
         records = []
         for head, rate in enumerate(rates):
             model.load_state_dict(best[head], strict=False)
             kept = {name: p for name, p in best[head].items() if not frozen or f"heads.{head}." in name}
-            values = [scores[head][0] for scores in curve]
-            records.append(record(rate, self.scores(model, scored)[head][0], kept) | {"val": values})
+            values = [accuracies[head] for accuracies in curve]
+            records.append(record(rate, self.accuracies(model, scored)[head], kept) | {"val": values})
         return records
 
     def logistic_regression(self, strengths: Sequence[float], scored: str) -> list[Record]:
