@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError
@@ -22,6 +22,7 @@ from app.config.yaml_files import check_file, check_yaml, read_yaml
 from app.sweep.recipe import Recipe
 from datamodules.errors import counted
 
+T = TypeVar("T")
 Point = dict[str, Any]  # the searched keys with their values
 PRUNERS = ("none", "median", "halving", "hyperband")
 MODES = ("max", "min")
@@ -120,9 +121,13 @@ class Plan:
         """Return True if a searched key has a range, so that points are sampled instead of listed."""
         return any(isinstance(values, Range) for variant in self.variants for values in variant.search.values())
 
-    def better(self, first: float, second: float) -> bool:
-        """Return True if the first value of the metric is better than the second."""
-        return first > second if self.mode == "max" else first < second
+    def variant(self, name: str) -> Variant:
+        """Return the variant of a name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def best(self, values: Mapping[T, float]) -> T | None:
+        """Return the first key with the best value of the metric; None without a key."""
+        return (max if self.mode == "max" else min)(values, key=values.__getitem__, default=None)
 
 
 def point_id(point: Point) -> str:

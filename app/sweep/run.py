@@ -40,18 +40,20 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Worker:
-    """A slot for one trial at a time.
+class Running:
+    """A trial that this process runs.
 
     Args:
-        number: Number of the worker, from 0.
-        environment: Environment variables of its trials: threads, GPU.
+        worker: Number of the worker that runs the trial, from 0.
+        claim: Claim on the trial.
+        trial: Process of the fit.
+        reported: Steps whose validations the study has.
+        is_pruned: True if the trial was stopped because other trials are ahead.
     """
 
-    number: int
-    environment: dict[str, str]
-    claim: Claim | None = None
-    trial: TrialProcess | None = None
+    worker: int
+    claim: Claim
+    trial: TrialProcess
     reported: set[int] = field(default_factory=set)
     is_pruned: bool = False
 
@@ -83,7 +85,8 @@ class Sweep:
     ) -> None:
         self.plan, self.ledger, self.output, self.imports = plan, ledger, output, imports
         self.command, self.resume_command, self.budget = command, resume_command, budget
-        self.workers = [Worker(i, environment) for i, environment in enumerate(environments(workers))]
+        self.environments = environments(workers)
+        self._running: dict[int, Running] = {}  # by worker
         self.progress = SweepProgress(workers, plan.metric, budget.deadline if budget else float("inf"))
         self._kills: dict[Any, int] = {}
         self._next_look = self._next_beat = 0.0
@@ -124,25 +127,23 @@ class Sweep:
         if self.budget is not None and self.budget.left <= 0:
             return False
         now = time.monotonic()
-        busy = [worker for worker in self.workers if worker.claim is not None]
-        for worker in busy:
-            self._check_trial(worker)
+        for running in list(self._running.values()):
+            self._check_trial(running)
         self._beat()
-        for worker in self.workers:
-            if worker.claim is None and now >= self._next_look and not self._take(worker):
+        for worker in range(len(self.environments)):
+            if worker not in self._running and now >= self._next_look and not self._take(worker):
                 self._next_look = now + LOOK
         if now >= self._next_report:
             self._report()
             self._next_report = time.monotonic() + REPORT
-        return any(worker.claim is not None for worker in self.workers) or not self._is_finished()
+        return bool(self._running) or not self._is_finished()
 
     def _beat(self) -> None:
         """Record heartbeats, so that other machines know that this process is alive."""
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + HEARTBEAT
-            for worker in self.workers:
-                if worker.claim is not None:
-                    self.ledger.beat(worker.claim)
+            for running in self._running.values():
+                self.ledger.beat(running.claim)
 
     def _is_finished(self) -> bool:
         trials = self.ledger.trials()
@@ -159,10 +160,10 @@ class Sweep:
         """Return the needed jobs that may run now."""
         if self.budget is None:
             return left.needed
-        busy = {worker.claim.job: worker.trial.seconds() for worker in self.workers if worker.claim and worker.trial}
+        busy = {running.claim.job: running.trial.seconds() for running in self._running.values()}
         return self.budget.allowed(left, trials, busy)
 
-    def _take(self, worker: Worker) -> bool:
+    def _take(self, worker: int) -> bool:
         claim = self.ledger.claim(self._allowed)
         trials = self.ledger.trials()
         done = sum(STATES[trial.state] in FINISHED for trial in trials.values())
@@ -170,52 +171,47 @@ class Sweep:
         if claim is None:
             return False
         self._is_waiting = False
-        variant = next(variant for variant in self.plan.variants if variant.name == claim.job.variant)
-        worker.claim, worker.reported, worker.is_pruned = claim, set(), False
-        worker.trial = TrialProcess(
+        variant = self.plan.variant(claim.job.variant)
+        trial = TrialProcess(
             [*self.imports, *fit_arguments(self.plan, variant, json.loads(claim.job.point), claim.job.seed)],
             self.output / job_folder(claim.job),
             {"metric": self.plan.metric, "check_test": self.plan.is_tested and claim.job.phase == "select"},
             tests=self.plan.is_tested and claim.job.phase == "confirm",
-            environment=worker.environment,
+            environment=self.environments[worker],
             lock=claim.lock,
         )
-        self.progress.begin(worker.number, claim.job)
+        self._running[worker] = Running(worker, claim, trial)
+        self.progress.begin(worker, claim.job)
         return True
 
     # ---------------------------------------------------------------------------------------------------------- trials
 
-    def _check_trial(self, worker: Worker) -> None:
-        assert worker.trial is not None
-        assert worker.claim is not None
-        end = worker.trial.end()
-        curve = worker.trial.curve()
-        new = [(i, step) for i, step in enumerate(sorted(curve.points), start=1) if step not in worker.reported]
+    def _check_trial(self, running: Running) -> None:
+        end = running.trial.end()
+        curve = running.trial.curve()
+        new = [(i, step) for i, step in enumerate(sorted(curve.points), start=1) if step not in running.reported]
         for i, step in new:
-            worker.reported.add(step)
+            running.reported.add(step)
             value = curve.points[step][0]
-            if not self.ledger.report(worker.claim, float("nan") if value is None else value, i) and end is None:
-                _log.warning(f"{describe(worker.claim.job)}: another process has taken the trial over.")
-                worker.trial.stop()
+            if not self.ledger.report(running.claim, float("nan") if value is None else value, i) and end is None:
+                _log.warning(f"{describe(running.claim.job)}: another process has taken the trial over.")
+                running.trial.stop()
         if new:
-            self.progress.advance(worker.number, curve)
+            self.progress.advance(running.worker, curve)
         if end is not None:
-            self._close(worker, end, curve)
-        elif new and self._may_prune(worker, curve) and worker.claim.trial.should_prune():
-            worker.is_pruned = True
-            worker.trial.stop()
+            self._close(running, end, curve)
+        elif new and self._may_prune(running, curve) and running.claim.trial.should_prune():
+            running.is_pruned = True
+            running.trial.stop()
 
-    def _may_prune(self, worker: Worker, curve: Curve) -> bool:
+    def _may_prune(self, running: Running, curve: Curve) -> bool:
         """Return True if a trial may be pruned: after its first quarter, which includes warm-up, and before its end."""
-        assert worker.claim is not None
         step, steps = max(curve.points), curve.steps
         in_time = steps is None or PRUNED_FROM * steps <= step < steps
-        return in_time and worker.claim.job.phase == "select" and not worker.is_pruned
+        return in_time and running.claim.job.phase == "select" and not running.is_pruned
 
-    def _close(self, worker: Worker, end: End, curve: Curve) -> None:
-        trial, claim = worker.trial, worker.claim
-        assert trial is not None
-        assert claim is not None
+    def _close(self, running: Running, end: End, curve: Curve) -> None:
+        trial, claim = running.trial, running.claim
         job = claim.job
         if end == "killed":
             self._kills[job] = self._kills.get(job, 0) + 1
@@ -223,43 +219,41 @@ class Sweep:
                 _log.warning(f"{describe(job)}: killed ({trial.signal}). It resumes once from its last checkpoint.")
                 trial.start()
                 return
-            self._finish(worker, "failed", curve, f"killed twice ({trial.signal}), often because memory is full")
+            self._finish(running, "failed", curve, f"killed twice ({trial.signal}), often because memory is full")
         elif end == "refused" and trial.resumes:
             _log.warning(f"{describe(job)}: cannot be resumed ({trial.error()}). The trial restarts from step 0.")
             trial.clear()
             trial.start()
         elif end == "refused" and self._is_extra(claim):
-            self._finish(worker, "failed", curve, trial.error())
+            self._finish(running, "failed", curve, trial.error())
         elif end in ("refused", "disk full"):
-            self._free(worker)
+            self._free(running)
             problem = "refused before its first step" if end == "refused" else "stopped, since the disk is full"
             raise SweepError(
                 f"{describe(job)}: {problem} ({trial.error().rstrip('.')}). Nothing is lost: fix the problem and run "
                 f"the same command again. The trial's log is {trial.folder / 'log.txt'}."
             )
-        elif end == "stopped" and worker.is_pruned:
-            self._finish(worker, "pruned", curve)
+        elif end == "stopped" and running.is_pruned:
+            self._finish(running, "pruned", curve)
         elif end == "stopped":
-            self._free(worker)
+            self._free(running)
         elif end == "failed":
-            self._finish(worker, "failed", curve, trial.error())
+            self._finish(running, "failed", curve, trial.error())
         elif trial.resumes and not (trial.run is not None and trial.has_finished(trial.run)):
             trial.clear()  # killed between its last checkpoint and its summary, so the metrics of training are missing
             trial.start()
         elif curve.kept() is None:
-            self._finish(worker, "failed", curve, f"{self.plan.metric} is not finite at the best checkpoint")
+            self._finish(running, "failed", curve, f"{self.plan.metric} is not finite at the best checkpoint")
         else:
-            self._finish(worker, "complete", curve)
+            self._finish(running, "complete", curve)
 
     def _is_extra(self, claim: Claim) -> bool:
         """Return True for a point that is not in the sweep's file: a sampled point, or an extension of the grid."""
         left = self.ledger.outline(self.ledger.trials())
         return self.plan.is_sampled or left.extra.get(claim.job.variant) == claim.job.point
 
-    def _finish(self, worker: Worker, state: Any, curve: Curve, error: str | None = None) -> None:
-        trial, claim = worker.trial, worker.claim
-        assert trial is not None
-        assert claim is not None
+    def _finish(self, running: Running, state: Any, curve: Curve, error: str | None = None) -> None:
+        trial, claim = running.trial, running.claim
         run, value = trial.run, curve.kept()
         steps = sorted(curve.points)
         metrics = dict(read_metrics(run)) if run is not None else {}
@@ -276,36 +270,32 @@ class Sweep:
         self.ledger.finish(claim, state, value, facts)
         shown = f"{self.plan.metric} {value:.4g}" if value is not None else "no value"
         result = {"failed": f"failed ({error})", "pruned": f"stopped early at {shown}"}.get(state, shown)
-        worker.claim = worker.trial = None
+        del self._running[running.worker]
         self._next_look = 0.0
-        self.progress.finish(worker.number, claim.job, result, trial.seconds())
+        self.progress.finish(running.worker, claim.job, result, trial.seconds())
 
-    def _free(self, worker: Worker) -> None:
-        assert worker.claim is not None
-        self.ledger.release(worker.claim)
-        worker.claim = worker.trial = None
+    def _free(self, running: Running) -> None:
+        self.ledger.release(running.claim)
+        del self._running[running.worker]
 
     def _stop(self) -> None:
         """Let the running trials save and stop, and queue them again."""
-        busy = [worker for worker in self.workers if worker.trial is not None]
-        for worker in busy:
-            assert worker.trial is not None
-            worker.trial.stop()
+        busy = list(self._running.values())
+        for running in busy:
+            running.trial.stop()
         if busy:
             _log.info(f"Stopping {counted(len(busy), 'trial after its', 'trials after their')} current step.")
-        for worker in busy:
-            assert worker.trial is not None
-            while (end := worker.trial.end()) is None:
+        for running in busy:
+            while (end := running.trial.end()) is None:
                 time.sleep(POLL)
             try:
                 if end == "complete":
-                    self._close(worker, end, worker.trial.curve())
+                    self._close(running, end, running.trial.curve())
                 else:
-                    self._free(worker)
+                    self._free(running)
             except Exception as error:
                 if storage_problem(error) is None:
-                    raise
-                worker.claim = worker.trial = None  # without an owner the trial is queued again
+                    raise  # otherwise the trial is queued again, since its owner has ended
 
     # ---------------------------------------------------------------------------------------------------------- report
 

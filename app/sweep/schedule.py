@@ -139,21 +139,15 @@ def _select_jobs(plan: Plan, points: Mapping[str, list[str]]) -> list[Job]:
     ]
 
 
-def score(plan: Plan, variant: str, point: str, known: Mapping[Job, Record]) -> float | None:
-    """Return the mean of the metric over the selecting seeds; None unless the trials of all seeds are complete."""
-    records = [known.get(Job(variant, "select", point, seed)) for seed in plan.select_seeds]
-    values = [record.value for record in records if record is not None and record.state == "complete"]
-    finite = [value for value in values if value is not None]
-    return fmean(finite) if len(finite) == len(plan.select_seeds) else None
-
-
 def _best(plan: Plan, variant: str, points: Iterable[str], known: Mapping[Job, Record]) -> str | None:
-    best: tuple[str, float] | None = None
+    """Return the point with the best mean over the selecting seeds. Points that lack a seed do not count."""
+    means = {}
     for point in points:
-        value = score(plan, variant, point, known)
-        if value is not None and (best is None or plan.better(value, best[1])):
-            best = point, value
-    return best[0] if best else None
+        records = (known.get(Job(variant, "select", point, seed)) for seed in plan.select_seeds)
+        values = [record.value for record in records if record is not None and record.value is not None]
+        if len(values) == len(plan.select_seeds):
+            means[point] = fmean(values)
+    return plan.best(means)
 
 
 # ------------------------------------------------------------------------------------------------------------ extension
@@ -240,13 +234,9 @@ def _value_between(
     """Return a value between the best value of a key and its better neighbour; None if there is no such number."""
     i = values.index(best[key])
     neighbours = [values[j] for j in (i - 1, i + 1) if 0 <= j < len(values)]
-    scores = {v: score(plan, variant.name, point_id({**best, key: v}), known) for v in neighbours}
-    finished = [v for v in neighbours if scores[v] is not None]
-    neighbour = finished[0] if finished else neighbours[0]
-    for other in finished[1:]:
-        if plan.better(scores[other], scores[neighbour]):  # type: ignore[arg-type]
-            neighbour = other
-    a, b = best[key], neighbour
+    points = {point_id({**best, key: value}): value for value in neighbours}
+    better = _best(plan, variant.name, points, known)
+    a, b = best[key], neighbours[0] if better is None else points[better]
     value = _rounded(math.sqrt(a * b) if _is_geometric(values) else (a + b) / 2, values)
     return None if value in values else value
 

@@ -99,8 +99,7 @@ def open_storage(url: str | None, output: Path) -> BaseStorage:
     problem: Exception | None = None
     for _ in range(3):
         try:
-            with warnings.catch_warnings():  # Optuna's heartbeats are experimental
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"):  # Optuna's heartbeats are experimental
                 return RDBStorage(
                     url, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=HEARTBEAT, grace_period=GRACE
                 )
@@ -271,7 +270,7 @@ class Ledger:
     def _enqueue(self, job: Job) -> None:
         params, distributions = {}, {}
         if self.plan.is_sampled and job.phase == "select":
-            params, distributions = json.loads(job.point), _distributions(self._variant(job.variant))
+            params, distributions = json.loads(job.point), _distributions(self.plan.variant(job.variant))
         self.studies[job.variant].add_trial(
             optuna.create_trial(
                 state=TrialState.WAITING,
@@ -282,22 +281,20 @@ class Ledger:
         )
 
     def _ask(self, name: str) -> Trial:
-        with warnings.catch_warnings():  # about heartbeats outside of Study.optimize; `beat` records them
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):  # about heartbeats, which `beat` records
             return self.studies[name].ask()
 
     def _sample(self, name: str) -> Trial:
         """Return a trial at a new point, or a trial that another process has queued in the meantime."""
-        study, variant = self.studies[name], self._variant(name)
+        study = self.studies[name]
         assert self.plan.trials_per_variant is not None
         first = len(self.plan.select_seeds) * max(3, self.plan.trials_per_variant // 3)
         # machines that sample at the same time must draw different points
         machine = self.place if isinstance(self.storage, RDBStorage) else ""
         seed = zlib.crc32(f"{name} {len(study.get_trials(deepcopy=False))} {machine}".encode())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             study.sampler = optuna.samplers.TPESampler(n_startup_trials=first, constant_liar=True, seed=seed)
-            trial = study.ask(_distributions(variant))
+            trial = study.ask(_distributions(self.plan.variant(name)))
         if "job" not in trial.user_attrs:
             job = Job(name, "select", point_id(trial.params), self.plan.select_seeds[0])
             trial.set_user_attr("job", asdict(job))
@@ -343,8 +340,7 @@ class Ledger:
         """Void the running trials whose owner has died: the lock is free, or the heartbeats have stopped."""
         for name, study in self.studies.items():
             if isinstance(self.storage, RDBStorage):
-                with warnings.catch_warnings():  # Optuna's heartbeats are experimental
-                    warnings.simplefilter("ignore")
+                with warnings.catch_warnings(action="ignore"):  # Optuna's heartbeats are experimental
                     optuna.storages.fail_stale_trials(study)
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 job, place = job_of(trial), trial.user_attrs.get("place")
@@ -371,9 +367,6 @@ class Ledger:
 
     def _lock_file(self, job: Job) -> Path:
         return self.output / job_folder(job) / OWNER
-
-    def _variant(self, name: str) -> Variant:
-        return next(variant for variant in self.plan.variants if variant.name == name)
 
 
 def _void(study: optuna.Study, number: int) -> None:

@@ -48,15 +48,12 @@ class Curve:
 
     def kept(self) -> float | None:
         """Return the selecting metric at the best checkpoint's validation; None if there is no finite value."""
-        best: tuple[float, float | None] | None = None
-        for value, monitored in self.points.values():
-            if self.monitor is None:
-                best = 0.0, value
-            elif monitored is not None and (
-                best is None or (monitored >= best[0] if self.mode == "max" else monitored <= best[0])
-            ):
-                best = monitored, value
-        return best[1] if best else None
+        newest_first = list(reversed(self.points.values()))
+        if self.monitor is None:
+            return newest_first[0][0] if newest_first else None
+        finite = [(value, monitored) for value, monitored in newest_first if monitored is not None]
+        best = (max if self.mode == "max" else min)(finite, key=lambda pair: pair[1], default=(None, None))
+        return best[0]  # of equal values, the newest
 
 
 def read_curve(path: Path, skip: int = 0) -> Curve:
