@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from app.callbacks.termination import Termination
+from app.run.trainers import metrics_of
 from datamodules.base import ResumableDataModule
 from datamodules.errors import CallbackError, counted
 
@@ -145,5 +145,4 @@ def _evaluate(trainer: L.Trainer, module: L.LightningModule, sample: TrainingSam
         results = evaluate(module, datamodule=sample, verbose=False)
     finally:
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
-    values = {key.removeprefix(f"{split}/"): value for result in results for key, value in result.items()}
-    return {name: float(torch.as_tensor(value)) for name, value in values.items()}
+    return {key.removeprefix(f"{split}/"): value for key, value in metrics_of(results).items()}

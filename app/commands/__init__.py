@@ -81,7 +81,7 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
         arguments = parser.parse_args(given)
     except ArgumentError as error:
         raise ArgumentError(None, parser_message(error, lambda: list(parser.get_defaults().keys()))) from error
-    arguments.fit, arguments.allowed_imports, arguments.words = fit, list(allowed_imports), [name, *words]
+    arguments.fit, arguments.allowed_imports, arguments.command_line = fit, list(allowed_imports), [name, *words]
     COMMANDS[name].run(arguments)
 
 

@@ -105,7 +105,7 @@ def run(arguments: Namespace) -> None:
     try:
         federate(plan, arms, arguments.fit.parse, arguments.output)
     except SIGTERMException as stop:
-        command = shlex.join([*program_command(), *arguments.words])
+        command = shlex.join([*program_command(), *arguments.command_line])
         raise SIGTERMException(f"all complete rounds are saved; the same command continues: {command}") from stop
 
 

@@ -43,12 +43,12 @@ class Prediction:
     tuning: str
 
 
-def predict(parse_fit: ParseFit, words: Sequence[str], classes: int) -> Prediction:
+def predict(parse_fit: ParseFit, fit_arguments: Sequence[str], classes: int) -> Prediction:
     """Predict the memory of a fit.
 
     Args:
         parse_fit: Parser of `fit`.
-        words: Options of `fit`.
+        fit_arguments: Options of `fit`.
         classes: Number of classes of the head, if neither recipe, task nor data give the number.
 
     Raises:
@@ -56,7 +56,7 @@ def predict(parse_fit: ParseFit, words: Sequence[str], classes: int) -> Predicti
         DataError: If data on this machine are damaged.
         ModelError: If the model cannot be built from its configuration, or its memory cannot be predicted.
     """
-    config = parse_fit(words)
+    config = parse_fit(fit_arguments)
     size, batch = batch_of(config)
     head = ""
     precision = precision_of(config.trainer.precision)
@@ -93,15 +93,15 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
     if kind == "images":
         return BatchSize(keys.batch_size), f"{counted(keys.batch_size, 'image')} a step"
     if kind == "labelled texts":
-        words = f"{counted(keys.batch_size, 'text')} a step of {keys.max_length} tokens"
-        return BatchSize(keys.batch_size, keys.max_length), words
+        text = f"{counted(keys.batch_size, 'text')} a step of {keys.max_length} tokens"
+        return BatchSize(keys.batch_size, keys.max_length), text
     if kind == "summaries":
-        words = f"{counted(keys.batch_size, 'text')} a step of {keys.max_source_length} tokens"
+        text = f"{counted(keys.batch_size, 'text')} a step of {keys.max_source_length} tokens"
         size = BatchSize(keys.batch_size, keys.max_source_length, keys.max_target_length)
-        return size, f"{words} with summaries of {keys.max_target_length} tokens"
+        return size, f"{text} with summaries of {keys.max_target_length} tokens"
     if kind == "instructions":
-        words = f"{counted(keys.batch_size, 'conversation')} a step of {keys.max_length} tokens, all learnt"
-        return BatchSize(keys.batch_size, keys.max_length), words
+        text = f"{counted(keys.batch_size, 'conversation')} a step of {keys.max_length} tokens, all learnt"
+        return BatchSize(keys.batch_size, keys.max_length), text
     raise ArgumentError(
         None, f"data: {config.data.class_path} gives {kind}, which no task is trained on. Give a recipe for fit."
     )

@@ -6,19 +6,18 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pkgutil import resolve_name
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch.accelerators import Accelerator
+from jsonargparse import ArgumentError
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from app.config.constructors import construct
+from app.config.constructors import construct, construct_accelerator
 from app.config.fit_keys import ParseFit
-from app.run.failures import construction_error
+from app.run.failures import construction_errors
+from app.run.trainers import quiet_trainer
 from datamodules.errors import counted
 from modules.adapters import AdaptedLinear, ChainConfig, adapted_layers
 from modules.analysis.theory import Moments
@@ -26,7 +25,8 @@ from modules.base import AdaptedModule
 
 _log = logging.getLogger(__name__)
 GIB = 2**30
-T = TypeVar("T")
+# keys of the recipe's trainer that the measurement uses
+TRAINER_KEYS = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "enable_progress_bar")
 
 
 @dataclass(frozen=True)
@@ -35,34 +35,34 @@ class Measurement:
 
     Args:
         module: The model. Its adapters have their initial values, and its heads are briefly trained.
-        words: Options of `fit` with which the model was built.
+        fit_arguments: Options of `fit` with which the model was built.
         moments: By projection, in the order of the model's modules.
         samples: Number of training samples that the recipe has.
         steps: Batches that were measured.
     """
 
     module: AdaptedModule
-    words: list[str]
+    fit_arguments: list[str]
     moments: dict[str, Moments]
     samples: int
     steps: int
 
 
-def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps: int) -> Measurement:
+def measure(parse_fit: ParseFit, fit_arguments: Sequence[str], batches: int, head_steps: int) -> Measurement:
     """Build data and model as `fit` would, and measure the frozen backbone over a few training batches.
 
     No adapter is trained, and nothing is written. One process runs on one device, whatever the recipe's strategy.
 
     Args:
         parse_fit: Parser of `fit`.
-        words: Options of `fit`.
+        fit_arguments: Options of `fit`.
         batches: Batches to measure.
         head_steps: Optimizer steps that train only the heads, before the measurement; none without a head.
 
     Raises:
         ArgumentError: For options that `fit` refuses, if no projection is adapted, or if a key loads trained adapters.
     """
-    config = parse_fit(words)
+    config = parse_fit(fit_arguments)
     for key, value in (
         ("ckpt_path", config.ckpt_path),
         ("model.adapter_path", config.model.init_args.get("adapter_path")),
@@ -75,8 +75,10 @@ def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps:
     if config.seed_everything is not False:
         seed = None if config.seed_everything is True else config.seed_everything
         L.seed_everything(seed, workers=True, verbose=False)
-    module = _construct(AdaptedModule, "model", config)
-    data = _construct(L.LightningDataModule, "data", config)
+    with construction_errors(config, "model"):
+        module = construct(AdaptedModule, config.model)
+    with construction_errors(config, "data"):
+        data = construct(L.LightningDataModule, config.data)
     if not adapted_layers(module.backbone):
         raise ArgumentError(
             None, f"model.tuning: {module.tuning} adapts no projection to measure. Set model.tuning to adapter."
@@ -90,38 +92,17 @@ def measure(parse_fit: ParseFit, words: Sequence[str], batches: int, head_steps:
         head_steps = 0
     collector = MomentCollector(head_steps)
     with tempfile.TemporaryDirectory() as scratch:
-        _trainer(config.trainer, collector, head_steps + batches, scratch).fit(module, datamodule=data)
-    return Measurement(module, list(words), collector.moments, collector.samples, batches)
-
-
-def _construct(base: type[T], section: str, config: Namespace) -> T:
-    """Return an instance of a section's class; an error of the constructor names the section."""
-    try:
-        return construct(base, config[section])
-    except Exception as error:
-        raise construction_error(config, resolve_name(config[section].class_path), error) from None
-
-
-def _trainer(keys: Namespace, collector: MomentCollector, steps: int, scratch: str) -> L.Trainer:
-    """Return a trainer of the recipe's precision that logs, validates and saves nothing."""
-    accelerator = keys.accelerator
-    return L.Trainer(
-        accelerator=accelerator if isinstance(accelerator, str) else construct(Accelerator, accelerator),  # type: ignore[type-abstract]
-        devices=1,
-        precision=keys.precision,
-        gradient_clip_val=keys.gradient_clip_val,
-        gradient_clip_algorithm=keys.gradient_clip_algorithm,
-        max_steps=steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=keys.enable_progress_bar,
-        use_distributed_sampler=False,
-        default_root_dir=scratch,
-        callbacks=[collector],
-    )
+        trainer = quiet_trainer(
+            accelerator=construct_accelerator(config.trainer.accelerator),
+            **{key: config.trainer[key] for key in TRAINER_KEYS},
+            max_steps=head_steps + batches,
+            max_epochs=-1,
+            limit_val_batches=0,
+            default_root_dir=scratch,
+            callbacks=[collector],
+        )
+        trainer.fit(module, datamodule=data)
+    return Measurement(module, list(fit_arguments), collector.moments, collector.samples, batches)
 
 
 class MomentCollector(L.Callback):

@@ -233,7 +233,7 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
     """Write report.html, its pictures, theory.parquet and projections.parquet; return the page's path."""
     measured, table = analysis.measured, analysis.projections
     report = Report("Closed forms of one-sided adapters before training")
-    report.add_code(shlex.join([*program_command(), "theory", *measured.words]))
+    report.add_code(shlex.join([*program_command(), "theory", *measured.fit_arguments]))
     report.add_paragraph(
         f"{counted(len(table), 'projection')} of {type(measured.module.backbone).__name__}, measured over "
         f"{counted(measured.steps, 'batch')}: {table['tokens'].min():,} to {table['tokens'].max():,} tokens a "

@@ -6,6 +6,7 @@ import inspect
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.accelerators import Accelerator
 
 T = TypeVar("T")
 
@@ -42,3 +43,8 @@ def construct(base: type[T], described: Namespace | dict[str, Any]) -> T:
     values = described.as_dict() if isinstance(described, Namespace) else described
     instance: T = parser.instantiate_classes(parser.parse_object({"instance": values})).instance
     return instance
+
+
+def construct_accelerator(described: str | Namespace) -> str | Accelerator:
+    """Return the accelerator of `trainer.accelerator`: a name, or an instance of the class that the key describes."""
+    return described if isinstance(described, str) else construct(Accelerator, described)  # type: ignore[type-abstract]

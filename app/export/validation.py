@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-import torch
 from jsonargparse import ArgumentError
 
 from app.config.constructors import construct
 from app.run.checkpoint_io import read_checkpoint, saved_configuration
+from app.run.trainers import metrics_of, quiet_trainer
 from modules.base import AdaptedModule
 
 
@@ -27,9 +27,6 @@ def load_data(checkpoint: Path) -> L.LightningDataModule:
 
 def validation_scores(module: AdaptedModule, data: L.LightningDataModule) -> dict[str, float]:
     """Return the metrics of the validation split by logged name. The module returns to the CPU and to eval mode."""
-    trainer = L.Trainer(
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, devices=1
-    )
-    results = trainer.validate(module, datamodule=data, verbose=False)
+    results = quiet_trainer().validate(module, datamodule=data, verbose=False)
     module.cpu().eval()
-    return {name: float(torch.as_tensor(value)) for result in results for name, value in result.items()}
+    return metrics_of(results)

@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import torch
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch.accelerators import Accelerator
 from torch import Tensor
 
-from app.config.constructors import construct
+from app.config.constructors import construct, construct_accelerator
 from app.federated.plan import TRAINER_KEYS, seed_of
-from app.run.failures import construction_error
+from app.run.failures import construction_errors
+from app.run.trainers import metrics_of, quiet_trainer
 from datamodules.base import Part, ResumableDataModule
 from datamodules.loading.batching import derive_seed
 from modules.adapters import adapted_projections, set_trained
@@ -28,7 +27,6 @@ from modules.analysis.combination import Update
 from modules.base import AdaptedModule
 
 LISTED_CLASSES = 20  # largest number of classes in the description of a client
-T = TypeVar("T")
 Tensors = dict[str, Tensor]
 
 
@@ -117,7 +115,8 @@ class Learner:
     def __init__(self, config: Namespace, folder: Path, path: str | None = None) -> None:
         self.config, self.folder, self.seed = config, folder, seed_of(config)
         L.seed_everything(self.seed, workers=True, verbose=False)
-        self.module = _construct(AdaptedModule, "model", config)
+        with construction_errors(config, "model"):
+            self.module = construct(AdaptedModule, config.model)
         self.data = self.load_data(path)
 
     def load_data(self, path: str | None = None) -> ResumableDataModule:
@@ -129,7 +128,8 @@ class Learner:
         config = self.config if path is None else self.config.clone()
         if path is not None:
             config.data.init_args.path = path
-        data: Any = _construct(L.LightningDataModule, "data", config)
+        with construction_errors(config, "data"):
+            data: Any = construct(L.LightningDataModule, config.data)
         if not isinstance(data, ResumableDataModule):
             raise ArgumentError(
                 None,
@@ -191,11 +191,11 @@ class Learner:
 
     def validate(self) -> dict[str, float]:
         """Return the metrics of the recipe's validation split by logged name."""
-        return _scores(self._trainer().validate(self.module, datamodule=self.data, verbose=False))
+        return metrics_of(self._trainer().validate(self.module, datamodule=self.data, verbose=False))
 
     def test(self) -> dict[str, float]:
         """Return the metrics of the recipe's test split by logged name."""
-        return _scores(self._trainer().test(self.module, datamodule=self.data, verbose=False))
+        return metrics_of(self._trainer().test(self.module, datamodule=self.data, verbose=False))
 
     def updates(self, state: Mapping[str, Tensor]) -> list[Update]:
         """Return the update s·B·A of each adapted projection, with the factors of `state`."""
@@ -208,20 +208,9 @@ class Learner:
     def _trainer(self, **keys: Any) -> L.Trainer:
         """Return a trainer with the recipe's precision and device. The trainer logs and saves nothing."""
         recipe = self.config.trainer
-        accelerator = recipe.accelerator
-        if not isinstance(accelerator, str):
-            accelerator = construct(Accelerator, accelerator)  # type: ignore[type-abstract]
-        return L.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            **{key: recipe[key] for key in TRAINER_KEYS} | keys,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            use_distributed_sampler=False,
-            default_root_dir=str(self.folder),
-        )
+        keys = {key: recipe[key] for key in TRAINER_KEYS} | keys
+        accelerator = construct_accelerator(recipe.accelerator)
+        return quiet_trainer(accelerator=accelerator, default_root_dir=str(self.folder), **keys)
 
 
 class BuildTrainLoader(L.Callback):
@@ -230,19 +219,3 @@ class BuildTrainLoader(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Build the loader, after Lightning has moved the model to its device."""
         trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-
-
-def _scores(results: list[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(torch.as_tensor(value)) for result in results for name, value in result.items()}
-
-
-def _construct(base: type[T], section: str, config: Namespace) -> T:
-    """Return an instance of a section's class.
-
-    Raises:
-        ArgumentError: If the constructor fails. The message names the section.
-    """
-    try:
-        return construct(base, config[section])
-    except Exception as error:
-        raise construction_error(config, resolve_name(config[section].class_path), error) from None

@@ -6,6 +6,8 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -117,6 +119,19 @@ def construction_error(config: Namespace, kind: type, error: Exception) -> Excep
     if isinstance(error, ModuleNotFoundError) and error.name:
         message += f" Install the package: pip install {error.name.partition('.')[0]}."
     return ArgumentError(None, message)
+
+
+@contextmanager
+def construction_errors(config: Namespace, section: str) -> Iterator[None]:
+    """Name a section in the error of its constructor, which is called in the context.
+
+    Raises:
+        ArgumentError: In place of an error of another package.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise construction_error(config, resolve_name(config[section].class_path), error) from None
 
 
 def _key_of(tree: Any, class_name: str, prefix: str = "") -> str | None:

@@ -1,0 +1,20 @@
+"""Trainer and metrics of a command that trains or evaluates outside of a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+
+
+def quiet_trainer(**keys: Any) -> L.Trainer:
+    """Return a trainer on one device that logs, prints and saves nothing. `keys` are further keys of the trainer."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    return L.Trainer(devices=1, use_distributed_sampler=False, **quiet | keys)
+
+
+def metrics_of(results: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the results of `trainer.validate` or `trainer.test` by logged name."""
+    return {name: float(torch.as_tensor(value)) for result in results for name, value in result.items()}
