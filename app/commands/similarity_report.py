@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from app.commands.finished_runs import FACTORS, Factor, FinishedRun, block_names, runs_table, shown_runs
-from app.reports.report import FILE, Report, figure_style, new_figure
+from app.reports.report import COLOURS, FILE, Report, figure_style, new_figure
 from datamodules.errors import counted
 from modules.analysis.similarity import (
     chance_level,
@@ -33,7 +33,6 @@ _log = logging.getLogger(__name__)
 PICTURES = ("pairs", "groups", "layers")
 TABLES = ("runs", "similarity", "pairs", "groups")
 REPORT_FILES = (FILE, *(f"{name}.png" for name in PICTURES), *(f"{name}.parquet" for name in TABLES))
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 MOST_GROUPS = 8
 MOST_ANNOTATED = 12  # runs in a heat map with numbers in its cells
 LEVEL = 0.95
@@ -198,9 +197,8 @@ def _groups(pairs: pd.DataFrame) -> pd.DataFrame:
 
 def _summary(pairs: pd.DataFrame) -> dict[str, Any]:
     """Return the mean over pairs of one factor, its interval over runs, chance level and permutation interval."""
-    labels = sorted(set(pairs["first"]) | set(pairs["second"]))
-    numbers = {label: index for index, label in enumerate(labels)}
-    first, second = (torch.tensor([numbers[label] for label in pairs[side]]) for side in ("first", "second"))
+    numbers, labels = pd.factorize(pairs[["first", "second"]].to_numpy().ravel(), sort=True)
+    first, second = torch.from_numpy(numbers).view(-1, 2).T
     values = torch.tensor(pairs["similarity"].to_numpy())
     mean = float(values.mean())
     return {
@@ -401,11 +399,8 @@ def _shown_groups(groups: pd.DataFrame, factor: str) -> pd.DataFrame:
 
 def _members(pairs: pd.DataFrame, group: Any) -> pd.DataFrame:
     """Return the pairs of a group."""
-    members = pairs[pairs["factor"] == group.factor]
-    for fact in FACTS:
-        if getattr(group, fact):
-            members = members[members[fact] == getattr(group, fact)]
-    return members
+    facts = pd.Series({fact: getattr(group, fact) for fact in ("factor", *FACTS) if getattr(group, fact)})
+    return pairs[pairs[facts.index].eq(facts).all(axis=1)]
 
 
 def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
@@ -433,33 +428,24 @@ def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
     labels = [run.label for run in runs]
     numbers = [label.partition(":")[0] for label in labels]
     figure, panels = new_figure(height=1.6 + 2 * max(1.4, 0.36 * len(labels)), rows=2, sharex=True)
-    image = None
     for axes, factor in zip(panels, FACTORS, strict=True):
-        grid = np.eye(len(labels))
-        frozen = np.zeros_like(grid, dtype=bool)
-        missing = np.zeros_like(grid, dtype=bool)
-        by_runs = pairs[pairs["factor"] == factor].set_index(["first", "second"])
-        for i, j in combinations(range(len(labels)), 2):
-            pair = (labels[i], labels[j])
-            missing[i, j] = missing[j, i] = pair not in by_runs.index
-            if pair in by_runs.index:
-                grid[i, j] = grid[j, i] = by_runs.loc[pair, "similarity"]
-                frozen[i, j] = frozen[j, i] = by_runs.loc[pair, "state"] == "frozen"
-        image = axes.imshow(np.where(missing, np.nan, grid), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        if len(labels) <= MOST_ANNOTATED:
-            for i, j in np.ndindex(grid.shape):
-                if i != j and not missing[i, j]:
-                    text = f"{grid[i, j]:.2f}{chr(10) + 'frozen' if frozen[i, j] else ''}"
-                    colour = "black" if grid[i, j] > 0.6 else "white"
-                    axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+        grid = np.where(np.eye(len(labels)), 1, np.nan)
+        for pair in pairs[pairs["factor"] == factor].itertuples():
+            i, j = labels.index(pair.first), labels.index(pair.second)
+            grid[i, j] = grid[j, i] = pair.similarity
+            if len(labels) <= MOST_ANNOTATED:
+                text = f"{pair.similarity:.2f}" + ("\nfrozen" if pair.state == "frozen" else "")
+                colour = "black" if pair.similarity > 0.6 else "white"
+                for column, row in ((i, j), (j, i)):
+                    axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+        axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(labels)), numbers)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
         axes.grid(False)
     panels[-1].set_xlabel("run")
-    assert image is not None
     with figure_style():
-        figure.colorbar(image, ax=panels, label="similarity", shrink=0.8)
+        figure.colorbar(panels[0].images[0], ax=panels, label="similarity", shrink=0.8)
     return figure
 
 
@@ -474,16 +460,8 @@ def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame
         for index, group in enumerate(_shown_groups(groups, factor).itertuples()):
             members = _members(pairs, group)[["first", "second", "factor"]]
             mean = of_factor.merge(members).groupby("block")["similarity"].mean().reindex(blocks)
-            dash = ("-", "--", "-.", ":")[index % 4]
-            axes.plot(
-                range(len(blocks)),
-                mean,
-                color=COLOURS[index],
-                linestyle=dash,
-                marker="o",
-                markersize=4,
-                label=group.group,
-            )
+            style = {"color": COLOURS[index], "linestyle": ("-", "--", "-.", ":")[index % 4], "label": group.group}
+            axes.plot(range(len(blocks)), mean, marker="o", markersize=4, **style)
         axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
         axes.set_ylabel("similarity")
         axes.set_ylim(bottom=0)

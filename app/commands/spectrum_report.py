@@ -16,15 +16,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from app.commands.finished_runs import FACTORS, FinishedRun, block_names, frozen_weights, runs_table, shown_runs
-from app.reports.report import FILE, Report, figure_style, new_figure
+from app.reports.report import COLOURS, FILE, Report, figure_style, new_figure
 from datamodules.errors import counted
 from modules.adapters import ROLES
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize
 from modules.analysis.spectra import intruder_cosines, intruder_counts, kept_shares, left_singular_vectors
 
 _log = logging.getLogger(__name__)
-# Okabe and Ito's palette, which most colour-blind readers can tell apart, without its yellow
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 DASHES = ("-", "--", "-.", ":")
 UPDATE = "s·BA"
 PICTURES = ("singular_values", "ranks", "relative_norms", "intruders", "kept_shares")
@@ -301,14 +299,17 @@ def _number(value: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def _style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index], "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.8}
+def _line(axes: Any, labels: Sequence[str], index: int, mean: pd.Series[float], band: Any, **style: Any) -> None:
+    """Draw a run's line. Draw its band (low, high) too, unless there are so many runs that bands hide one another."""
+    style = {"marker": "o" if len(mean) == 1 else None, **style}
+    dash = DASHES[index % len(DASHES)]
+    axes.plot(mean.index, mean, label=labels[index], color=COLOURS[index], linestyle=dash, linewidth=1.8, **style)
+    if len(labels) <= MOST_BANDS:
+        axes.fill_between(mean.index, *band, color=COLOURS[index], alpha=0.15, linewidth=0)
 
 
-def _band(axes: Any, index: int, runs: int, x: Any, low: Any, high: Any) -> None:
-    """Fill a band around a run's line, unless there are so many runs that bands hide one another."""
-    if runs <= MOST_BANDS:
-        axes.fill_between(x, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
+def _quartiles(grouped: Any) -> tuple[pd.Series[float], pd.Series[float]]:
+    return grouped.quantile(0.25), grouped.quantile(0.75)
 
 
 def _legend(figure: Figure, axes: Any, count: int) -> None:
@@ -324,12 +325,9 @@ def _singular_values_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figur
         for index, label in enumerate(labels):
             chosen = _trace(ranks, label, factor)
             mean = chosen.groupby("step")[["smallest", "root_mean_square", "largest"]].mean()
-            marker = "o" if len(mean) == 1 else None
-            axes.plot(mean.index, mean["root_mean_square"], label=label, marker=marker, **_style(index))
-            _band(axes, index, len(labels), mean.index, mean["smallest"], mean["largest"])
+            _line(axes, labels, index, mean["root_mean_square"], (mean["smallest"], mean["largest"]))
         axes.set_title(factor, loc="left")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="optimizer step", ylim=(0, None))
     panels[0].set_ylabel("singular value")
     _legend(figure, panels[0], len(labels))
     return figure
@@ -348,15 +346,11 @@ def _ranks_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figure:
         for index, label in enumerate(labels):
             chosen = _trace(ranks, label, UPDATE)
             grouped = chosen[chosen["largest"] > 0].groupby("step")[quantity]
-            mean = grouped.mean()
-            marker = "o" if len(mean) == 1 else None
-            axes.plot(mean.index, mean, label=label, marker=marker, **_style(index))
-            _band(axes, index, len(labels), mean.index, grouped.quantile(0.25), grouped.quantile(0.75))
+            _line(axes, labels, index, grouped.mean(), _quartiles(grouped))
         for rank in sorted(set(ranks["adapter_rank"])):
             axes.axhline(rank, color="#444444", linestyle=":", linewidth=1)
         axes.set_title(quantity.replace("_", " "), loc="left")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="optimizer step", ylim=(0, None))
     panels[0].set_ylabel("rank")
     _legend(figure, panels[0], len(labels))
     return figure
@@ -366,13 +360,9 @@ def _kept_figure(labels: Sequence[str], kept: pd.DataFrame) -> Figure:
     figure, (axes,) = new_figure(height=3.6 + 0.12 * len(labels))
     for index, label in enumerate(labels):
         grouped = kept[kept["run"] == label].dropna().groupby("rank")["kept_share"]
-        mean = grouped.mean()
-        axes.plot(mean.index, mean, label=label, marker="o", markersize=4, **_style(index))
-        _band(axes, index, len(labels), mean.index, grouped.quantile(0.25), grouped.quantile(0.75))
+        _line(axes, labels, index, grouped.mean(), _quartiles(grouped), marker="o", markersize=4)
     axes.axhline(0.9, color="#444444", linestyle=":", linewidth=1)
-    axes.set_xlabel("rank kept")
-    axes.set_ylabel("share of ‖BA‖²")
-    axes.set_ylim(0, 1.02)
+    axes.set(xlabel="rank kept", ylabel="share of ‖BA‖²", ylim=(0, 1.02))
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, axes, len(labels))
     return figure
@@ -390,12 +380,9 @@ def _intruders_figure(labels: Sequence[str], intruders: pd.DataFrame, top: int) 
                 for _, cosines in of_run.groupby("projection")["largest_cosine"]
             ]
         )
-        axes.plot(THRESHOLDS, counts.mean(0), label=label, **_style(index))
-        _band(axes, index, len(labels), THRESHOLDS, *np.quantile(counts, (0.25, 0.75), axis=0))
-    axes.set_xlabel("threshold ε of |cos|")
-    axes.set_ylabel(f"intruders among {top} vectors")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, top * 1.02)
+        mean = pd.Series(counts.mean(0), THRESHOLDS.numpy())
+        _line(axes, labels, index, mean, np.quantile(counts, (0.25, 0.75), axis=0))
+    axes.set(xlabel="threshold ε of |cos|", ylabel=f"intruders among {top} vectors", xlim=(0, 1), ylim=(0, top * 1.02))
     _legend(figure, axes, len(labels))
     return figure
 
@@ -409,11 +396,10 @@ def _norms_figure(labels: Sequence[str], norms: pd.DataFrame) -> Figure:
     height = 0.9 + lines * (0.75 + 0.3 * len(roles))
     figure, panels = new_figure(height=height, rows=lines, columns=columns, sharex=True, sharey=True)
     largest = float(norms["relative_norm"].max())
-    image = None
     for axes, label in zip(panels, labels, strict=False):
         of_run = norms[norms["run"] == label]
         grid = of_run.pivot_table(index="role", columns="block", values="relative_norm").reindex(roles, columns=blocks)
-        image = axes.imshow(grid.to_numpy(), cmap="viridis", vmin=0, vmax=largest, aspect="auto")
+        axes.imshow(grid.to_numpy(), cmap="viridis", vmin=0, vmax=largest, aspect="auto")
         axes.set_title(label, fontsize=9, loc="left")
         axes.set_yticks(range(len(roles)), roles)
         axes.set_xticks(range(len(blocks)), blocks, rotation=90 if max(map(len, blocks)) > 2 else 0)
@@ -423,7 +409,6 @@ def _norms_figure(labels: Sequence[str], norms: pd.DataFrame) -> Figure:
     for axes in panels[max(0, len(labels) - columns) : len(labels)]:
         axes.set_xlabel("block")
         axes.xaxis.set_tick_params(labelbottom=True)
-    assert image is not None
     with figure_style():
-        figure.colorbar(image, ax=panels, label="‖s·BA‖ / ‖W‖", shrink=0.9)
+        figure.colorbar(panels[0].images[0], ax=panels, label="‖s·BA‖ / ‖W‖", shrink=0.9)
     return figure

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILE = "report.html"
+# Okabe and Ito's palette, which most colour-blind readers can tell apart, without its yellow
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 RC: Any = {  # settings of matplotlib; Any, since matplotlib types the keys as a list of all names
     "text.parse_math": False,  # names of files and classes may hold dollar signs
     "svg.hashsalt": "onesided",  # the same figure gives the same file
