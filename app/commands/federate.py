@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import shlex
@@ -326,6 +325,7 @@ def write_table(rows: Sequence[Record], output: Path) -> None:
         WriteError: If a file cannot be written.
     """
     from app.federated.plan import ARMS
+    from app.federated.server import write_csv
     from datamodules.atomic import atomic_write_text
 
     path = output / f"{TABLE}.json"
@@ -343,13 +343,9 @@ def write_table(rows: Sequence[Record], output: Path) -> None:
             )
     by_arm: dict[Any, Record] = {row["arm"]: row for row in [*earlier, *rows]}
     ordered = [by_arm[arm] for arm in ARMS if arm in by_arm]
-    columns = list(dict.fromkeys(key for row in ordered for key in row))
     with atomic_write_text(path) as file:
         file.write(json.dumps(ordered, indent=1) + "\n")
-    with atomic_write_text(output / f"{TABLE}.csv") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(ordered)
+    write_csv(output / f"{TABLE}.csv", ordered)
 
 
 def table_of(rows: Sequence[Record], monitor: str | None) -> Table:

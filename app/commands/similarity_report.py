@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from app.commands.finished_runs import FACTORS, Factor, FinishedRun, block_names, runs_table, shown_runs
-from app.reports.report import COLOURS, FILE, Report, figure_style, new_figure
+from app.reports.report import COLOURS, FILE, Report, figure_style, new_figure, side_legend
 from datamodules.errors import counted
 from modules.analysis.similarity import (
     chance_level,
@@ -465,8 +465,7 @@ def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame
         axes.set_title(_chance_title(factor, pairs), fontsize=10, loc="left")
         axes.set_ylabel("similarity")
         axes.set_ylim(bottom=0)
-        with figure_style():
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+        side_legend(axes)
     panels[-1].set_xticks(range(len(blocks)), blocks, rotation=90 if max(map(len, blocks)) > 3 else 0)
     panels[-1].set_xlabel("block")
     return figure

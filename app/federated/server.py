@@ -185,9 +185,13 @@ def write_round(folder: Path, state: Round) -> None:
 def write_rounds(folder: Path) -> None:
     """Write `rounds.csv` from the complete rounds of all arms."""
     rows = [row for arm in ARMS if (state := read_round(folder / arm)) is not None for row in state.history]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_write_text(folder / ROUNDS) as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    write_csv(folder / ROUNDS, rows)
+
+
+def write_csv(path: Path, rows: Sequence[Record]) -> None:
+    """Write rows as CSV. The columns are the keys of all rows."""
+    with atomic_write_text(path) as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

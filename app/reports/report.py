@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -174,6 +175,12 @@ def new_figure(
     with figure_style():
         figure = Figure(figsize=(width, height), dpi=150)
         return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def side_legend(axes: Axes) -> None:
+    """Add a legend to the right of a panel."""
+    with figure_style():
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
 
 
 def figure_style() -> AbstractContextManager[None]:

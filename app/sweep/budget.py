@@ -72,13 +72,17 @@ class Budget:
 
     def seconds_for(self, jobs: Iterable[Job], trials: Trials, busy: Mapping[Job, float]) -> float | None:
         """Estimate the seconds until jobs finish, after the jobs that run now; None if no trial is complete yet."""
-        seconds = _Seconds(trials)
-        free_in = [max(0.0, (seconds.of(job) or 0.0) - age) for job, age in busy.items()]
+        durations = {
+            job: float(trial.user_attrs["seconds"])
+            for job, trial in trials.items()
+            if STATES[trial.state] == "complete" and "seconds" in trial.user_attrs
+        }
+        free_in = [max(0.0, (_estimate(job, durations) or 0.0) - age) for job, age in busy.items()]
         free_in += [0.0] * (self.workers - len(free_in))
         heapq.heapify(free_in)
         end = 0.0
         for job in jobs:
-            needed = seconds.of(job)
+            needed = _estimate(job, durations)
             if needed is None:
                 return None
             finished = heapq.heappop(free_in) + needed
@@ -95,22 +99,8 @@ class Budget:
             )
 
 
-class _Seconds:
-    """Estimate the duration of a job from complete trials.
-
-    Args:
-        trials: The trials so far.
-    """
-
-    def __init__(self, trials: Trials) -> None:
-        self._seconds = {
-            job: float(trial.user_attrs["seconds"])
-            for job, trial in trials.items()
-            if STATES[trial.state] == "complete" and "seconds" in trial.user_attrs
-        }
-
-    def of(self, job: Job) -> float | None:
-        """Return the mean seconds of the most similar trials: of the same variant and phase, of the variant, or all."""
-        of_variant = [timed for timed in self._seconds if timed.variant == job.variant]
-        similar = [timed for timed in of_variant if timed.phase == job.phase] or of_variant or list(self._seconds)
-        return fmean(self._seconds[timed] for timed in similar) if similar else None
+def _estimate(job: Job, durations: Mapping[Job, float]) -> float | None:
+    """Return the mean seconds of the most similar trials: of the same variant and phase, of the variant, or all."""
+    of_variant = [timed for timed in durations if timed.variant == job.variant]
+    similar = [timed for timed in of_variant if timed.phase == job.phase] or of_variant or list(durations)
+    return fmean(durations[timed] for timed in similar) if similar else None

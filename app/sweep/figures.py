@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from app.reports.report import new_figure
+from app.reports.report import new_figure, side_legend
 from app.sweep.outcome import Outcome, is_value, value_text
 from app.sweep.plan import Range
 from app.sweep.statistics import PairedDifference
@@ -58,7 +58,7 @@ def response(outcome: Outcome, key: str) -> Figure | None:
             rows = trials[trials["variant"] == variant]
             x = positions.of(rows[column], index - (len(variants) - 1) / 2)
             kept = rows.index.isin(shown.index)
-            y = (rows[metric] * scale.factor).clip(*sorted(limits))
+            y = (rows[metric] * scale.factor).clip(*limits)
             beyond = kept & ((rows[metric] * scale.factor) != y).to_numpy()
             failed = (rows["state"] == "failed").to_numpy()
             crossed = failed | ((rows["state"] == "complete").to_numpy() & ~kept) | beyond
@@ -87,9 +87,9 @@ def response(outcome: Outcome, key: str) -> Figure | None:
                 ring = means.loc[chosen["point"]]
                 axes.plot(ring["x"], ring["y"], "o", ms=14, mfc="none", mec=style["color"], mew=1.8)
         positions.label(axes)
-        axes.set_ylim(*sorted(limits))
+        axes.set_ylim(*limits)
         axes.set_ylabel(f"{scale.name}\n({scale.direction})")
-    _legend(figure, panels)
+        side_legend(axes)
     return figure
 
 
@@ -118,7 +118,7 @@ def curves(outcome: Outcome) -> Figure | None:
         axes.xaxis.set_tick_params(labelbottom=True)
     for axes in panels[len(seeds) :]:
         axes.set_axis_off()
-    panels[0].set_ylim(*sorted(_limits(pd.concat(seeds).stack().dropna(), scale.higher_is_better)))
+    panels[0].set_ylim(*_limits(pd.concat(seeds).stack().dropna(), scale.higher_is_better))
     figure.supxlabel("optimizer step", fontsize=10)
     figure.supylabel(f"{scale.name} ({scale.direction})", fontsize=10)
     return figure
@@ -150,7 +150,7 @@ def quality_by_parameters(outcome: Outcome) -> Figure | None:
     _plain_ticks(axes, [parameters[variant] for variant in drawn], count_label)
     axes.set_xlabel("trained parameters, head included")
     axes.set_ylabel(f"{scale.name}\n({scale.direction})")
-    _legend(figure, [(axes, drawn)])
+    side_legend(axes)
     return figure
 
 
@@ -230,14 +230,12 @@ class _Positions:
 
 def _plain_ticks(axes: Axes, values: Sequence[float], text: Any) -> None:
     """Put ticks at the given values, except where a tick label would touch its left neighbour."""
-    ticks: list[float] = []
-    ordered = sorted(set(values))
-    reach = np.log(ordered[-1] / ordered[0]) if axes.get_xscale() == "log" else ordered[-1] - ordered[0]
-    for value in ordered:
-        distance = reach
-        if ticks:
-            distance = np.log(value / ticks[-1]) if axes.get_xscale() == "log" else value - ticks[-1]
-        if not ticks or distance > 0.09 * reach:
+    position = np.log if axes.get_xscale() == "log" else np.float64
+    first, *others = sorted(set(values))
+    ticks = [first]
+    reach = position(max(values)) - position(first)
+    for value in others:
+        if position(value) - position(ticks[-1]) > 0.09 * reach:
             ticks.append(value)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -253,13 +251,13 @@ def count_label(count: float) -> str:
 
 
 def _limits(values: pd.Series[float], higher_is_better: bool) -> tuple[float, float]:
-    """Return the worse and the better end of an axis, without outliers such as diverged runs."""
+    """Return the ends of an axis, without outliers such as diverged runs."""
     ordered = values.sort_values(ascending=not higher_is_better).to_numpy()  # best first
     best = ordered[0]
     reach = 5 * abs(best - np.median(ordered)) or np.inf
     end = ordered[np.abs(ordered - best) <= reach][-1]
     margin = 0.08 * (abs(best - end) or abs(best) or 1.0)
-    return (end - margin, best + margin) if higher_is_better else (end + margin, best - margin)
+    return min(best, end) - margin, max(best, end) + margin
 
 
 def _seed_curves(outcome: Outcome, variant: str) -> pd.DataFrame:
@@ -290,9 +288,3 @@ def _panels(variants: list[str]) -> tuple[Figure, list[tuple[Axes, list[str]]]]:
     groups = [variants[start : start + PANEL] for start in range(0, len(variants), PANEL)]
     figure, axes = new_figure(9, 0.6 + 3.6 * len(groups), len(groups), sharex=True, sharey=True)
     return figure, list(zip(axes, groups, strict=True))
-
-
-def _legend(figure: Figure, panels: list[tuple[Axes, list[str]]]) -> None:
-    """Add a legend of the variants to the right of each panel."""
-    for axes, _ in panels:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)

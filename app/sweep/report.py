@@ -308,13 +308,10 @@ def _add_repetition(report: Report, outcome: Outcome) -> None:
     if facts.time is not None:
         shared.append(("minutes", f"{facts.time.minutes:g}"))
     report.add_table("What all trials share", pd.DataFrame(shared, columns=["section", "value"]), ["value"])
-    keys = list(dict.fromkeys(key for of_variant in outcome.variant_keys.values() for key in of_variant))
-    if keys:
-        cells = {
-            name: [_json(values[key]) if key in values else "–" for key in keys]
-            for name, values in outcome.variant_keys.items()
-        }
-        report.add_table("Keys of each variant", pd.DataFrame({"key": keys, **cells}), list(cells))
+    cells = {name: {k: _json(v) for k, v in keys.items()} for name, keys in outcome.variant_keys.items()}
+    if any(cells.values()):
+        table = pd.DataFrame(cells, dtype=object).fillna("–").rename_axis("key").reset_index()
+        report.add_table("Keys of each variant", table, outcome.variants)
 
 
 def _grouped(trials: pd.DataFrame, *columns: str) -> Any:
