@@ -185,12 +185,13 @@ def member_of_directory(bank: Bank, name: str) -> Member:
                 None, f"RUN: {name} has {key} of shape {shape}, but the bank has {expected}. Use adapters of one task."
             )
     slots = []
-    for trained in source.run.factors.values():
-        (d_out, rank), projection = trained.b.shape, trained.projection
-        slots.append(Slot(projection, rank, trained.a.shape[1], d_out, factor_digest(trained.a), None))
-    config = given_config(first.config, source.updates)
+    for name, update in source.run.updates.items():
+        d_out, rank = update.b.shape
+        digest = factor_digest(update.a)
+        slots.append(Slot(source.run.projections[name], rank, update.a.shape[1], d_out, digest, None))
+    config = given_config(first.config, source.run.updates)
     shared = Shared(tuple(slots), bank.shared.heads, bank.shared.fingerprint)
-    bs = {key: update.b for key, update in source.updates.items()}
+    bs = {key: update.b for key, update in source.run.updates.items()}
     return Member(shared, {}, BankAdapter(config, bs, heads, source.labels, source.content))
 
 

@@ -78,7 +78,6 @@ class Source:
     Args:
         name: The argument RUN.
         run: Factors and configuration.
-        updates: The updates s·B·A by the name of the projection.
         content: Content of adapter_config.json; empty for a checkpoint.
         others: Tensors that are not factors, by name: the task's names for a checkpoint, else PEFT's names without the
             prefix.
@@ -87,7 +86,6 @@ class Source:
 
     name: str
     run: FinishedRun
-    updates: dict[str, Update]
     content: dict[str, Any]
     others: dict[str, Tensor]
     labels: list[str] | None
@@ -105,7 +103,7 @@ class Source:
 
     def digest(self, side: Side) -> str:
         """Return the first digits of one digest over A, or over B, of all projections."""
-        lines = [f"{name} {factor_digest(update.factor(side))}" for name, update in sorted(self.updates.items())]
+        lines = [f"{name} {factor_digest(update.factor(side))}" for name, update in sorted(self.run.updates.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -176,8 +174,8 @@ def read_sources(names: Sequence[str]) -> list[Source]:
             )
     first = sources[0]
     for source in sources[1:]:
-        if differing := first.updates.keys() ^ source.updates.keys():
-            adapting, lacking = (first, source) if min(differing) in first.updates else (source, first)
+        if differing := first.run.updates.keys() ^ source.run.updates.keys():
+            adapting, lacking = (first, source) if min(differing) in first.run.updates else (source, first)
             raise ArgumentError(
                 None,
                 f"RUN: {adapting.name} adapts {min(differing)}, but {lacking.name} does not ({len(differing)} "
@@ -190,14 +188,13 @@ def _read_source(name: str) -> Source:
     run = read_run(name)
     if run is None:
         raise ArgumentError(None, f"RUN: {name} has no adapters. Give runs with model.tuning: adapter.")
-    updates = {key: Update(trained.a, trained.b, trained.scale) for key, trained in run.factors.items()}
     if run.step is not None:
         state = read_checkpoint(run.source)["state_dict"]
         others = {key: tensor for key, tensor in state.items() if not STATE_NAME.fullmatch(key)}
-        return Source(name, run, updates, {}, others, run.model.get("class_names"))
+        return Source(name, run, {}, others, run.model.get("class_names"))
     content, tensors = read_peft_files(run.source)
     others = {key.removeprefix(PREFIX): t.float() for key, t in tensors.items() if not PEFT_NAME.fullmatch(key)}
-    return Source(name, run, updates, content, others, _read_labels(run.source / LABELS))
+    return Source(name, run, content, others, _read_labels(run.source / LABELS))
 
 
 def _read_labels(path: Path) -> list[str] | None:
@@ -226,21 +223,21 @@ def combine(sources: Sequence[Source], options: Combination) -> Combined:
             adapters need no shared factor.
     """
     facts = {"Weights": ", ".join(f"{weight:g}" for weight in options.weights)}
+    parts = {name: [source.run.updates[name] for source in sources] for name in sources[0].run.updates}
     if options.rank is None:
-        shared = _shared_side(sources)
+        shared = _shared_side(sources, parts)
         sparsity = Sparsity(options.density, options.seed)
         updates = {
-            name: combine_updates(
-                [source.updates[name] for source in sources], options.weights, shared, options.method, sparsity, name
-            )
-            for name in sources[0].updates
+            name: combine_updates(to_combine, options.weights, shared, options.method, sparsity, name)
+            for name, to_combine in parts.items()
         }
         trained = "B" if shared == "A" else "A"
         settings = {"sum": "", "ties": f", density {options.density:g}"}
         settings["dare"] = f"{settings['ties']}, seed {options.seed}"
         facts["Method"] = f"{options.method} of {trained} over one {shared}{settings[options.method]}"
     else:
-        updates, facts["Method"] = _truncated_sum(sources, options.weights, options.rank)
+        orthonormal: Side = "B" if sources[0].run.adapter.train == "A" else "A"
+        updates, facts["Method"] = _truncated_sum(parts, options.weights, options.rank, orthonormal)
     template = _template(sources, options.heads)
     module = load_module(template.run.source, {}) if template.is_checkpoint else None
     names = module.peft_head_names() if module is not None else {}
@@ -261,7 +258,7 @@ def combine(sources: Sequence[Source], options: Combination) -> Combined:
     return Combined(content, tensors, labels, facts, rows, module)
 
 
-def _shared_side(sources: Sequence[Source]) -> Side:
+def _shared_side(sources: Sequence[Source], parts: Mapping[str, Sequence[Update]]) -> Side:
     """Return the factor that all adapters share.
 
     Raises:
@@ -269,20 +266,19 @@ def _shared_side(sources: Sequence[Source]) -> Side:
     """
     first = sources[0]
     frozen: Side = "B" if first.run.adapter.train == "A" else "A"
-    for name in first.updates:
-        ranks = [source.updates[name].a.shape[0] for source in sources]
-        if other := next((source for source, rank in zip(sources, ranks, strict=True) if rank != ranks[0]), None):
+    for name, updates in parts.items():
+        ranks = [update.a.shape[0] for update in updates]
+        if other := next((i for i, rank in enumerate(ranks) if rank != ranks[0]), None):
             raise ArgumentError(
                 None,
-                f"RUN: {name} has adapter rank {ranks[0]} in {first.name} and {other.updates[name].a.shape[0]} in "
-                f"{other.name}, so the adapters share neither A nor B. Use --via svd --rank r.",
+                f"RUN: {name} has adapter rank {ranks[0]} in {first.name} and {ranks[other]} in {sources[other].name}, "
+                "so the adapters share neither A nor B. Use --via svd --rank r.",
             )
     for side in sorted(SIDES, key=lambda side: side != frozen):
-        if all(first_difference([s.updates[name] for s in sources], side) is None for name in first.updates):
+        if all(first_difference(updates, side) is None for updates in parts.values()):
             return side
-    factors = {name: [source.updates[name] for source in sources] for name in first.updates}
-    name, index = next((n, i) for n, parts in factors.items() if (i := first_difference(parts, frozen)) is not None)
-    digests = [factor_digest(factors[name][i].factor(frozen))[:16] for i in (0, index)]
+    name, index = next((n, i) for n, updates in parts.items() if (i := first_difference(updates, frozen)) is not None)
+    digests = [factor_digest(parts[name][i].factor(frozen))[:16] for i in (0, index)]
     raise ArgumentError(
         None,
         f"RUN: {first.name} and {sources[index].name} share no factor: {frozen} of {name} has the digest {digests[0]} "
@@ -291,22 +287,16 @@ def _shared_side(sources: Sequence[Source]) -> Side:
     )
 
 
-def _truncated_sum(sources: Sequence[Source], weights: Sequence[float], rank: int) -> tuple[dict[str, Update], str]:
+def _truncated_sum(
+    parts: Mapping[str, Sequence[Update]], weights: Sequence[float], rank: int, orthonormal: Side
+) -> tuple[dict[str, Update], str]:
     """Return the best approximation of the weighted sum with an adapter rank, and a clause about the loss."""
-    updates = {name: [source.updates[name] for source in sources] for name in sources[0].updates}
-    largest = max(
-        min(sum(u.a.shape[0] for u in parts), parts[0].b.shape[0], parts[0].a.shape[1]) for parts in updates.values()
-    )
+    largest = max(min(sum(u.a.shape[0] for u in us), us[0].b.shape[0], us[0].a.shape[1]) for us in parts.values())
     if rank > largest:
         raise ArgumentError(
             None, f"--rank: {rank} is larger than the largest rank of the sum ({largest}). Use {largest} or less."
         )
-    truncated, loss = truncated_sums(
-        updates,
-        weights,
-        lambda decomposition: min(rank, len(decomposition.sigma)),
-        orthonormal="B" if sources[0].run.adapter.train == "A" else "A",
-    )
+    truncated, loss = truncated_sums(parts, weights, lambda total: min(rank, len(total.sigma)), orthonormal)
     return truncated, f"singular value decomposition of the weighted sum, truncated to rank {rank}; {loss}"
 
 

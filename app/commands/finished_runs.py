@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jsonargparse import ArgumentError
@@ -31,7 +31,7 @@ from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.chain import check_links
 from modules.adapters.init import init_factor
 from modules.adapters.roles import LAYERS, block_of, find_projections, fused_layers
-from modules.analysis.combination import Update
+from modules.analysis.combination import SIDES, Side, Update
 from modules.formats.peft import CONFIG, KEY, PREFIX, read_peft_files
 from modules.formats.peft_reading import from_peft
 from modules.training.checkpoints import CHAIN
@@ -42,36 +42,9 @@ if TYPE_CHECKING:
     from app.reports.report import Report
 
 _log = logging.getLogger(__name__)
-Factor = Literal["A", "B"]
-FACTORS: tuple[Factor, Factor] = ("A", "B")
 STATE_NAME = re.compile(r"backbone\.(.+)\.adapters\.(\w+)\.([AB])")
 PEFT_NAME = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
 BACKBONE_KEYS = ("backbone", "weights", "backbone_args", "backbone_dtype", "image_size")
-
-
-@dataclass(frozen=True)
-class TrainedFactors:
-    """Factors of one projection.
-
-    Args:
-        projection: The projection.
-        a: A, (r, d_in) float32.
-        b: B, (d_out, r) float32.
-        scale: The scale s of the update s·B·A.
-    """
-
-    projection: Projection
-    a: Tensor
-    b: Tensor
-    scale: float
-
-    def factor(self, name: Factor) -> Tensor:
-        """Return A or B."""
-        return self.a if name == "A" else self.b
-
-    def columns(self, name: Factor) -> Tensor:
-        """Return the matrix whose column space is compared, (d, r): B, or Aᵀ for the row space of A."""
-        return self.a.T if name == "A" else self.b
 
 
 @dataclass
@@ -83,7 +56,8 @@ class FinishedRun:
         directory: The run directory; None if the source is in no run directory.
         step: Optimizer steps of the checkpoint; None for PEFT's format.
         adapter: Configuration of the adapters.
-        factors: Factors by the name of the projection, in the order of the backbone's modules.
+        projections: Adapted projections by name, in the order of the backbone's modules.
+        updates: The updates s·B·A by the name of the projection, in the same order, float32.
         digest: Digest of the frozen weights; None if the source has none.
         model: Arguments of the model's class.
         data: Arguments of the data module's class, with its `class_path`.
@@ -95,22 +69,27 @@ class FinishedRun:
     directory: Path | None
     step: int | None
     adapter: AdapterConfig
-    factors: dict[str, TrainedFactors]
+    projections: dict[str, Projection]
+    updates: dict[str, Update]
     digest: str | None
     model: dict[str, Any]
     data: dict[str, Any]
     seed: int | None
     label: str = field(default="")
 
-    def trains(self, factor: Factor) -> bool:
+    def columns(self, factor: Side, name: str) -> Tensor:
+        """Return the matrix whose column space is compared, (d, r): B, or Aᵀ for the row space of A."""
+        return self.updates[name].a.T if factor == "A" else self.updates[name].b
+
+    def trains(self, factor: Side) -> bool:
         """Return True if a factor was trained."""
         return self.adapter.trains_a if factor == "A" else self.adapter.trains_b
 
-    def init(self, factor: Factor) -> str:
+    def init(self, factor: Side) -> str:
         """Return the initialiser of a factor."""
         return self.adapter.init_a if factor == "A" else self.adapter.init_b
 
-    def start(self, factor: Factor) -> tuple[Any, ...] | None:
+    def start(self, factor: Side) -> tuple[Any, ...] | None:
         """Return everything that determines the initial values of a factor over a given backbone; None if unknown.
 
         The vectors of `svd`, `svd_minor` and `signs` at a smaller rank are also vectors of a larger rank.
@@ -124,14 +103,14 @@ class FinishedRun:
             return (init, adapter.seed)
         return (init, adapter.seed, adapter.rank, *adapter.rank_pattern.items())
 
-    def drawn_start(self, factor: Factor, name: str) -> Tensor | None:
+    def drawn_start(self, factor: Side, name: str) -> Tensor | None:
         """Draw the initial values of a factor of a projection again; None unless the values were drawn at random."""
         init = self.init(factor)
         if init in ("zero", "given", "svd", "svd_minor"):
             return None
-        trained = self.factors[name]
-        weight = torch.empty(trained.b.shape[0], trained.a.shape[1], device="meta")  # only the shape is used
-        drawn = init_factor(init, factor, weight, trained.a.shape[0], self.adapter.seed, name)  # type: ignore[arg-type]
+        update = self.updates[name]
+        weight = torch.empty(update.b.shape[0], update.a.shape[1], device="meta")  # only the shape is used
+        drawn = init_factor(init, factor, weight, update.a.shape[0], self.adapter.seed, name)  # type: ignore[arg-type]
         return drawn.T if factor == "A" else drawn
 
     @property
@@ -154,7 +133,7 @@ class FinishedRun:
     @property
     def rank(self) -> str:
         """Adapter rank of the projections; a range if the ranks differ."""
-        ranks = sorted({trained.a.shape[0] for trained in self.factors.values()})
+        ranks = sorted({update.a.shape[0] for update in self.updates.values()})
         return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
 
 
@@ -227,15 +206,17 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
         return None
     directory = run_of_checkpoint(path)
     adapter = _adapter_config(path, model["init_args"].get("adapter"))
-    factors = _factors(path, content["state_dict"], adapter)
+    projections, updates = _read_updates(path, content["state_dict"], adapter)
     if CHAIN in content:
-        adapter, factors = _whole_chain(path, content, adapter, factors)
+        updates = _whole_chain(path, content, adapter, updates)
+        adapter = given_config(adapter, updates)
     return FinishedRun(
         source=path,
         directory=directory,
         step=int(content["global_step"]),
         adapter=adapter,
-        factors=factors,
+        projections=projections,
+        updates=updates,
         digest=content.get("frozen_digest"),
         model=model["init_args"],
         data={**data["init_args"], "class_path": data["class_path"]},
@@ -244,9 +225,9 @@ def _from_checkpoint(path: Path) -> FinishedRun | None:
 
 
 def _whole_chain(
-    path: Path, content: Mapping[str, Any], adapter: AdapterConfig, last: dict[str, TrainedFactors]
-) -> tuple[AdapterConfig, dict[str, TrainedFactors]]:
-    """Return the stacked factors of all links of a chain, as one adapter of the rank r times the links.
+    path: Path, content: Mapping[str, Any], adapter: AdapterConfig, last: dict[str, Update]
+) -> dict[str, Update]:
+    """Return the stacked factors of all links of a chain, with the rank r times the links.
 
     Raises:
         CheckpointError: If a link does not have the factors of the last link.
@@ -256,17 +237,10 @@ def _whole_chain(
         links = check_links(content[CHAIN], {name.removeprefix("backbone."): t for name, t in names.items()})
     except AdapterError as error:
         raise CheckpointError(f"RUN: {path}: {error}") from error
-    parts = [_factors(path, {f"backbone.{name}": factor for name, factor in link.items()}, adapter) for link in links]
-    updates = {
-        name: stack_links([Update(part[name].a, part[name].b, part[name].scale) for part in (*parts, last)])
-        for name in last
-    }
-    _log.info(f"RUN: {path} is a chain. The factors of its {len(links) + 1} links are stacked.")
-    whole = {
-        name: TrainedFactors(last[name].projection, update.a, update.b, update.scale)
-        for name, update in updates.items()
-    }
-    return given_config(adapter, updates), whole
+    states = [{f"backbone.{name}": factor for name, factor in link.items()} for link in links]
+    parts = [*(_read_updates(path, state, adapter)[1] for state in states), last]
+    _log.info(f"RUN: {path} is a chain. The factors of its {len(parts)} links are stacked.")
+    return {name: stack_links([part[name] for part in parts]) for name in last}
 
 
 def _from_peft_folder(folder: Path) -> FinishedRun:
@@ -289,12 +263,14 @@ def _from_peft_folder(folder: Path) -> FinishedRun:
     except AdapterError as error:
         raise CheckpointError(f"RUN: {str(error).removeprefix(f'{KEY}: ')}") from error
     state = {f"backbone.{key}": tensor for key, tensor in loaded.factors.items()}
+    projections, updates = _read_updates(folder, state, loaded.config)
     return FinishedRun(
         source=folder,
         directory=directory,
         step=None,
         adapter=adapter if saved else loaded.config,
-        factors=_factors(folder, state, loaded.config),
+        projections=projections,
+        updates=updates,
         digest=None,
         model=model.get("init_args") or {},
         data={**(data.get("init_args") or {}), "class_path": data.get("class_path")},
@@ -315,8 +291,10 @@ def _adapter_config(path: Path, values: Any) -> AdapterConfig:
         raise CheckpointError(f"RUN: {path} has no usable model.adapter ({error}). Use another checkpoint.") from error
 
 
-def _factors(path: Path, state: Mapping[str, Tensor], adapter: AdapterConfig) -> dict[str, TrainedFactors]:
-    """Return the factors in a state by projection.
+def _read_updates(
+    path: Path, state: Mapping[str, Tensor], adapter: AdapterConfig
+) -> tuple[dict[str, Projection], dict[str, Update]]:
+    """Return the adapted projections and their updates in a state, by the name of the projection.
 
     Raises:
         CheckpointError: If there are no factors, the shapes of A and B do not match, or an adapter rank contradicts the
@@ -326,7 +304,7 @@ def _factors(path: Path, state: Mapping[str, Tensor], adapter: AdapterConfig) ->
     for name, tensor in state.items():
         if match := STATE_NAME.fullmatch(name):
             pairs.setdefault((match[1], match[2]), {})[match[3]] = tensor.float()
-    factors = {}
+    projections, updates = {}, {}
     for (layer, role), pair in pairs.items():
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
@@ -339,10 +317,11 @@ def _factors(path: Path, state: Mapping[str, Tensor], adapter: AdapterConfig) ->
                 f"RUN: {path} has rank {a.shape[0]} for {projection.name}, and its model.adapter says "
                 f"{adapter.rank_of(projection)}. Use another checkpoint."
             )
-        factors[projection.name] = TrainedFactors(projection, a, b, adapter.scale_of(projection))
-    if not factors:
+        projections[projection.name] = projection
+        updates[projection.name] = Update(a, b, adapter.scale_of(projection))
+    if not updates:
         raise CheckpointError(f"RUN: {path} has no factors of adapters. Use another checkpoint.")
-    return factors
+    return projections, updates
 
 
 def _is_fused(layer: str, role: str) -> bool:
@@ -355,7 +334,7 @@ def peft_skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a model without weights that has only the adapted layers, with their names and shapes."""
     root = nn.Module()
     for layer in dict.fromkeys(match[1] for name in tensors if (match := PEFT_NAME.fullmatch(name))):
-        a, b = (tensors.get(f"{PREFIX}{layer}.lora_{factor}.weight") for factor in FACTORS)
+        a, b = (tensors.get(f"{PREFIX}{layer}.lora_{factor}.weight") for factor in SIDES)
         if a is None or b is None or a.ndim != 2 or b.ndim != 2:
             raise CheckpointError(f"RUN: {folder} lacks lora_A or lora_B of {layer!r:.120}. Export the files again.")
         *parents, last = layer.split(".")
@@ -446,8 +425,8 @@ def check_same_backbone(runs: Sequence[FinishedRun]) -> None:
 
 
 def _differing_shape(first: FinishedRun, second: FinishedRun) -> str | None:
-    for name in first.factors.keys() & second.factors.keys():
-        shapes = [(run.factors[name].b.shape[0], run.factors[name].a.shape[1]) for run in (first, second)]
+    for name in first.updates.keys() & second.updates.keys():
+        shapes = [(run.updates[name].b.shape[0], run.updates[name].a.shape[1]) for run in (first, second)]
         if shapes[0] != shapes[1]:
             return f"{name} is {shapes[0][0]} × {shapes[0][1]} and {shapes[1][0]} × {shapes[1][1]}"
     return None

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from scipy.special import stdtrit
 from torch import Tensor
 
-from app.commands.finished_runs import FACTORS, Factor, FinishedRun, block_names, runs_table, shown_runs
+from app.commands.finished_runs import FinishedRun, block_names, runs_table, shown_runs
 from app.reports.report import COLOURS, FILE, Report, figure_style, new_figure, side_legend
 from datamodules.errors import counted
+from modules.analysis.combination import SIDES, Side
 from modules.analysis.similarity import (
     chance_level,
     cross_similarities,
@@ -58,12 +59,12 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
     """
     names = _common_projections(runs)
     blocks = block_names(names)
-    roles = [runs[0].factors[name].projection.role for name in names]
+    roles = [runs[0].projections[name].role for name in names]
     where = {"projection": names, "block": [blocks[name] for name in names], "role": roles}
     rows: list[pd.DataFrame] = []
     pairs: list[dict[str, Any]] = []
-    for factor in FACTORS:
-        bases = {run.label: [orthonormal_basis(run.factors[name].columns(factor)) for name in names] for run in runs}
+    for factor in SIDES:
+        bases = {run.label: [orthonormal_basis(run.columns(factor, name)) for name in names] for run in runs}
         ranks = {label: [basis.shape[1] for basis in of_run] for label, of_run in bases.items()}
         dimensions = [basis.shape[0] for basis in bases[runs[0].label]]
         kinds = [f"{role} {dimension}" for role, dimension in zip(roles, dimensions, strict=True)]
@@ -121,8 +122,8 @@ def _within_kinds(first: Sequence[Tensor], second: Sequence[Tensor], kinds: Sequ
 
 def _common_projections(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the projections that all runs adapt. Warn with the number of other projections."""
-    shared = set.intersection(*(set(run.factors) for run in runs))
-    adapted = set.union(*(set(run.factors) for run in runs))
+    shared = set.intersection(*(set(run.updates) for run in runs))
+    adapted = set.union(*(set(run.updates) for run in runs))
     if not shared:
         raise ArgumentError(
             None,
@@ -134,10 +135,10 @@ def _common_projections(runs: Sequence[FinishedRun]) -> list[str]:
             f"{len(adapted - shared)} of {counted(len(adapted), 'projection')} are left out, since not all runs adapt "
             "them."
         )
-    return [name for name in runs[0].factors if name in shared]
+    return [name for name in runs[0].updates if name in shared]
 
 
-def pair_facts(first: FinishedRun, second: FinishedRun, factor: Factor) -> dict[str, str]:
+def pair_facts(first: FinishedRun, second: FinishedRun, factor: Side) -> dict[str, str]:
     """Return the facts about one factor of two runs: state, start, and whether data, variant and seed are equal."""
     states = [run.trains(factor) for run in (first, second)]
     state = "trained" if all(states) else "one trained" if any(states) else "frozen"
@@ -214,15 +215,15 @@ def _summary(pairs: pd.DataFrame) -> dict[str, Any]:
 def _with_start_similarities(runs: Sequence[FinishedRun], names: Sequence[str]) -> pd.DataFrame:
     """Return the table of runs, with the similarity of each trained factor to its initial values."""
     table = runs_table(runs)
-    for factor in FACTORS:
+    for factor in SIDES:
         table[f"{factor} to its start"] = [_start_similarity(run, factor, names) for run in runs]
     return table
 
 
-def _start_similarity(run: FinishedRun, factor: Factor, names: Sequence[str]) -> float:
+def _start_similarity(run: FinishedRun, factor: Side, names: Sequence[str]) -> float:
     starts = {name: run.drawn_start(factor, name) for name in names} if run.trains(factor) else {}
     values = [
-        subspace_similarity(orthonormal_basis(start), orthonormal_basis(run.factors[name].columns(factor)))
+        subspace_similarity(orthonormal_basis(start), orthonormal_basis(run.columns(factor, name)))
         for name, start in starts.items()
         if start is not None
     ]
@@ -353,7 +354,7 @@ def _mean_text(pairs: pd.DataFrame) -> str:
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    columns = [f"{factor} to its start" for factor in FACTORS]
+    columns = [f"{factor} to its start" for factor in SIDES]
     return frame.assign(**{name: frame[name].map(_number) for name in columns})
 
 
@@ -404,7 +405,7 @@ def _members(pairs: pd.DataFrame, group: Any) -> pd.DataFrame:
 
 
 def _groups_figure(pairs: pd.DataFrame, groups: pd.DataFrame) -> Figure:
-    shown = {factor: _shown_groups(groups, factor) for factor in FACTORS}
+    shown = {factor: _shown_groups(groups, factor) for factor in SIDES}
     sizes = [max(1, len(of_factor)) for of_factor in shown.values()]
     figure, panels = new_figure(height=1.6 + 0.42 * sum(sizes), rows=2, sharex=True, height_ratios=sizes)
     for axes, (factor, of_factor) in zip(panels, shown.items(), strict=True):
@@ -428,7 +429,7 @@ def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
     labels = [run.label for run in runs]
     numbers = [label.partition(":")[0] for label in labels]
     figure, panels = new_figure(height=1.6 + 2 * max(1.4, 0.36 * len(labels)), rows=2, sharex=True)
-    for axes, factor in zip(panels, FACTORS, strict=True):
+    for axes, factor in zip(panels, SIDES, strict=True):
         grid = np.where(np.eye(len(labels)), 1, np.nan)
         for pair in pairs[pairs["factor"] == factor].itertuples():
             i, j = labels.index(pair.first), labels.index(pair.second)
@@ -452,7 +453,7 @@ def _pairs_figure(runs: Sequence[FinishedRun], pairs: pd.DataFrame) -> Figure:
 def _layers_figure(pairs: pd.DataFrame, groups: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     blocks = list(dict.fromkeys(rows["block"]))
     figure, panels = new_figure(height=6.5, rows=2, sharex=True)
-    for axes, factor in zip(panels, FACTORS, strict=True):
+    for axes, factor in zip(panels, SIDES, strict=True):
         of_factor = rows[rows["factor"] == factor]
         axes.plot(
             range(len(blocks)), of_factor.groupby("block")["chance"].mean().reindex(blocks), color="#888888", lw=4

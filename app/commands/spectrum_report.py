@@ -15,11 +15,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from app.commands.finished_runs import FACTORS, FinishedRun, block_names, frozen_weights, runs_table, shown_runs
+from app.commands.finished_runs import FinishedRun, block_names, frozen_weights, runs_table, shown_runs
 from app.reports.report import COLOURS, FILE, Report, figure_style, new_figure
 from datamodules.errors import counted
 from modules.adapters import ROLES
 from modules.adapters.spectrum import product_singular_values, singular_values, summarize
+from modules.analysis.combination import SIDES
 from modules.analysis.spectra import intruder_cosines, intruder_counts, kept_shares, left_singular_vectors
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def measure_weights(runs: Sequence[FinishedRun], top: int) -> WeightMeasures:
     for index, run in enumerate(runs):
         by_backbone[run.digest or str(run.source)].append(index)
     for indices in by_backbone.values():
-        names = dict.fromkeys(name for index in indices for name in runs[index].factors)
+        names = dict.fromkeys(name for index in indices for name in runs[index].updates)
         weights = frozen_weights(runs[indices[0]], list(names), [runs[index].label for index in indices])
         if weights is None:
             measures.missing.extend(runs[index].label for index in indices)
@@ -78,10 +79,10 @@ def measure_weights(runs: Sequence[FinishedRun], top: int) -> WeightMeasures:
         for name in names:
             left = left_singular_vectors(weights[name])
             for index in indices:
-                if (trained := runs[index].factors.get(name)) is not None:
-                    update = trained.scale * (trained.b.double() @ trained.a.double())
+                if (update := runs[index].updates.get(name)) is not None:
+                    change = update.scale * (update.b.double() @ update.a.double())
                     measures.norms[index][name] = float(weights[name].double().norm())
-                    measures.cosines[index][name] = intruder_cosines(left, weights[name], update, top)
+                    measures.cosines[index][name] = intruder_cosines(left, weights[name], change, top)
     return measures
 
 
@@ -108,7 +109,7 @@ def build_tables(
     kept: list[dict[str, Any]] = []
     intruders: list[dict[str, Any]] = []
     for run, rows, of_weights, of_vectors in zip(runs, spectra, weights.norms, weights.cosines, strict=True):
-        blocks = block_names(list(run.factors))
+        blocks = block_names(list(run.updates))
         weight_norms = of_weights or _norms_from_spectra(run, rows)
         at_checkpoint = _checkpoint_spectra(run)
         measured = [*_scaled(run, rows), *at_checkpoint]
@@ -143,11 +144,11 @@ def build_tables(
 def _checkpoint_spectra(run: FinishedRun) -> list[dict[str, Any]]:
     """Return the spectra of the factors in the checkpoint, in the columns of spectrum.parquet."""
     rows = []
-    for name, trained in run.factors.items():
-        spectra: dict[str, Tensor] = {factor: singular_values(trained.factor(factor)) for factor in FACTORS}
-        spectra[UPDATE] = product_singular_values(trained.b, trained.a, trained.scale)
+    for name, update in run.updates.items():
+        spectra: dict[str, Tensor] = {factor: singular_values(update.factor(factor)) for factor in SIDES}
+        spectra[UPDATE] = product_singular_values(update.b, update.a, update.scale)
         for factor, sigma in spectra.items():
-            key = {"step": run.step, "at_checkpoint": True, "projection": name, "role": trained.projection.role}
+            key = {"step": run.step, "at_checkpoint": True, "projection": name, "role": run.projections[name].role}
             rows.append({**key, "factor": factor, "singular_values": sigma.tolist()})
     return rows
 
@@ -156,10 +157,10 @@ def _scaled(run: FinishedRun, rows: Sequence[dict[str, Any]]) -> list[dict[str, 
     """Return the rows of spectrum.parquet, with the rows of B·A multiplied by the scale s."""
     scaled_rows = []
     for row in rows:
-        trained = run.factors.get(row["projection"])
-        if trained is not None:
+        update = run.updates.get(row["projection"])
+        if update is not None:
             is_update = row["factor"] == "BA"
-            scaled = [trained.scale * value if is_update else value for value in row["singular_values"]]
+            scaled = [update.scale * value if is_update else value for value in row["singular_values"]]
             name = UPDATE if is_update else row["factor"]
             scaled_rows.append({**row, "at_checkpoint": False, "factor": name, "singular_values": scaled})
     return scaled_rows
@@ -169,9 +170,9 @@ def _norms_from_spectra(run: FinishedRun, rows: Sequence[dict[str, Any]]) -> dic
     """Return ‖W‖_F by projection, from ‖s·BA‖_F and its ratio to ‖W‖_F in spectrum.parquet."""
     norms = {}
     for row in rows:
-        ratio, trained = row["relative_norm"], run.factors.get(row["projection"])
-        if row["factor"] == "BA" and trained is not None and ratio and math.isfinite(ratio):
-            norms[row["projection"]] = trained.scale * math.hypot(*row["singular_values"]) / ratio
+        ratio, update = row["relative_norm"], run.updates.get(row["projection"])
+        if row["factor"] == "BA" and update is not None and ratio and math.isfinite(ratio):
+            norms[row["projection"]] = update.scale * math.hypot(*row["singular_values"]) / ratio
     return norms
 
 
@@ -321,7 +322,7 @@ def _legend(figure: Figure, axes: Any, count: int) -> None:
 
 def _singular_values_figure(labels: Sequence[str], ranks: pd.DataFrame) -> Figure:
     figure, panels = new_figure(height=3.4 + 0.12 * len(labels), columns=3)
-    for axes, factor in zip(panels, (*FACTORS, UPDATE), strict=True):
+    for axes, factor in zip(panels, (*SIDES, UPDATE), strict=True):
         for index, label in enumerate(labels):
             chosen = _trace(ranks, label, factor)
             mean = chosen.groupby("step")[["smallest", "root_mean_square", "largest"]].mean()

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,6 @@ from app.federated.plan import Arm, Plan
 from app.federated.server import TrainClients
 from app.federated.training import Client, ClientResult, Job, Learner, Tensors
 from datamodules.errors import InputError
-from modules.adapters.config import Train
 from modules.base import AdaptedModule
 
 POLL_SECONDS = 1.0  # seconds between two counts of the connected clients
@@ -56,13 +55,14 @@ def flower_training(grid: Grid, plan: Plan, arm: Arm, module: AdaptedModule) -> 
         arm: The arm.
         module: The server's model, whose classes become the classes of all clients.
     """
-    values = {key: module.hparams[key] for key in DATA_DEPENDENT_KEYS if key in module.hparams}
-    model_arguments = [f"--model.{key}={json.dumps(value)}" for key, value in values.items()]
+    keys = [key for key in DATA_DEPENDENT_KEYS if key in module.hparams]
+    model_arguments = [f"--model.{key}={json.dumps(module.hparams[key])}" for key in keys]
     logged: set[int] = set()
 
     def train(tensors: Tensors, job: Job) -> list[ClientResult]:
         nodes = _wait_for_clients(grid, plan.clients)
-        content = RecordDict({"tensors": ArrayRecord(tensors), "job": _job_record(plan, arm, model_arguments, job)})
+        values = {"plan": plan.to_json(), "arm": arm, "model_arguments": model_arguments, **asdict(job)}
+        content = RecordDict({"tensors": ArrayRecord(tensors), "job": ConfigRecord(values)})
         messages = [Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in nodes]
         results = []
         for reply in grid.send_and_receive(messages):
@@ -100,21 +100,6 @@ def _wait_for_clients(grid: Grid, count: int) -> list[int]:
     return nodes[:count]
 
 
-def _job_record(plan: Plan, arm: Arm, model_arguments: Sequence[str], job: Job) -> ConfigRecord:
-    return ConfigRecord(
-        {
-            "plan": plan.to_json(),
-            "arm": arm,
-            "model_arguments": list(model_arguments),
-            "side": job.side,
-            "number": job.number,
-            "steps": job.steps,
-            "previous_steps": job.previous_steps,
-            "total_steps": job.total_steps,
-        }
-    )
-
-
 def _read_result(content: RecordDict) -> tuple[ClientResult, str]:
     values, facts = content["result"], content["facts"]
     tensors = cast(ArrayRecord, content["tensors"]).to_torch_state_dict()
@@ -140,8 +125,7 @@ def make_client_app(parse: ParseFit) -> ClientApp:
         model_arguments = tuple(values["model_arguments"])
         learner, client = _open_client(parse, values["plan"], values["arm"], model_arguments, *node.values())
         tensors: Tensors = dict(cast(ArrayRecord, message.content["tensors"]).to_torch_state_dict())
-        steps = (values["steps"], values["previous_steps"], values["total_steps"])
-        job = Job(values["number"], cast(Train, values["side"]), *steps)
+        job = Job(**{field.name: values[field.name] for field in fields(Job)})
         result = ClientResult(client.number, len(client.rows), 0.0, {})
         if client.can_train:
             result = learner.train(client, job, tensors)
