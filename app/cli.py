@@ -357,17 +357,15 @@ class AsymmetryCLI(HookedCLI):
         of_variant = [] if variant is None else command_line_options(variant_keys(variant))
         self.config = self._parse_without_checkpoint([*command, *files], [*of_variant, *options])
         self.subcommand = self.config["subcommand"]
-        if self.subcommand in COMMANDS:
-            raise ArgumentError(None, f"{self.subcommand} must come first on the command line, before all options.")
         final = self.config[self.subcommand]
+        if self.subcommand in COMMANDS or (final.ckpt_path is not None and not command):
+            raise ArgumentError(None, f"{self.subcommand} must come first on the command line, before all options.")
         self.root = runs_root(final.trainer.default_root_dir, names)
         if final.ckpt_path is None:
             _check(final)
             if variant is not None:
                 _log.info(f"{VARIANT} {variant} sets {', '.join(of_variant).replace('--', '')}.")
             return
-        if not command:
-            raise ArgumentError(None, f"{self.subcommand} must come first on the command line, before all options.")
         trains = self.subcommand == "fit"
         given = str(expanded_path("ckpt_path", str(final.ckpt_path)))
         wanted = locate_checkpoint(given, self.root, prefer_best=not trains)

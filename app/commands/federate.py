@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.config.fit_keys import add_fit_arguments
 from app.config.precedence import output_directory
 from app.config.program_files import program_command
 from app.console import escape_controls
@@ -74,13 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         required=True,
         help="Directory of the results. The same command with the same directory continues after the last round.",
     )
-    parser.add_argument(
-        "fit_arguments",
-        metavar="KEYS",
-        nargs="*",
-        type=str,
-        help="--config RECIPE and every other key of fit, anywhere on the command line.",
-    )
+    add_fit_arguments(parser)
 
 
 def run(arguments: Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.config.fit_keys import add_fit_arguments
 from app.console import escape_controls
 
 if TYPE_CHECKING:
@@ -42,13 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Number of classes of the head, if neither the recipe nor the task names the classes and the data are not "
         "on this machine.",
     )
-    parser.add_argument(
-        "fit_arguments",
-        metavar="KEYS",
-        nargs="*",
-        type=str,
-        help="--config RECIPE and every other key of fit, anywhere on the command line.",
-    )
+    add_fit_arguments(parser)
 
 
 def run(arguments: Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.config.fit_keys import add_fit_arguments
 from app.config.precedence import output_directory
 from app.console import escape_controls
 
@@ -30,13 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Optimizer steps in which a new head is trained alone before the measurement. With 0, the gradients "
         "come from a random head.",
     )
-    parser.add_argument(
-        "fit_arguments",
-        metavar="KEYS",
-        nargs="*",
-        type=str,
-        help="--config RECIPE and every other key of fit, anywhere on the command line.",
-    )
+    add_fit_arguments(parser)
 
 
 def run(arguments: Namespace) -> None:

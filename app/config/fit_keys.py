@@ -23,3 +23,14 @@ class FitKeys:
 
     parse: ParseFit
     parser: Callable[[Mapping[str, type]], ArgumentParser]
+
+
+def add_fit_arguments(parser: ArgumentParser) -> None:
+    """Add the argument that takes the keys of `fit`."""
+    parser.add_argument(
+        "fit_arguments",
+        metavar="KEYS",
+        nargs="*",
+        type=str,
+        help="--config RECIPE and every other key of fit, anywhere on the command line.",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,12 @@ from app.sweep.plan import Plan, Point, Range, Variant, grid_points, point_id
 Phase = Literal["select", "confirm"]
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 FINISHED = ("complete", "pruned", "failed")
+# notes on a point that is added to a grid
+EXTENDED = "the best {key} of the grid, {best:g}, lies at its end, so the grid was extended to {value:g}."
+BETWEEN = (
+    "{key} {value:g}, next to the best value of the grid, was tried too, so that all variants have tried the same "
+    "number of points."
+)
 
 
 @dataclass(frozen=True)
@@ -157,45 +164,27 @@ def _extra_points(
     plan: Plan, known: Mapping[Job, Record], tried: Mapping[str, list[str]]
 ) -> tuple[dict[str, str], list[str]]:
     """Return one more point and a note for each variant, if the best value of any variant lies at an end of a grid."""
-    points: dict[str, Point] = {}
+    chosen = {name: _best(plan, name, points, known) for name, points in tried.items()}
+    best = {name: json.loads(point) for name, point in chosen.items() if point is not None}
+    extra: dict[str, str] = {}
     notes: dict[str, str] = {}
-    for variant in plan.variants:
-        best = _best_point(plan, variant, known)
-        if best is None:
-            continue
-        for key, values in _numeric_keys(variant):
-            at_end = best[key] in (values[0], values[-1])
-            value = _next_value(values, above=best[key] == values[-1]) if at_end else None
-            if value is not None:
-                points[variant.name] = {**best, key: value}
-                notes[variant.name] = (
-                    f"{variant.name}: the best {key} of the grid, {best[key]:g}, lies at its end, so the grid was "
-                    f"extended to {value:g}."
-                )
-                break
-    if not points:
-        return {}, []
-    for variant in plan.variants:
-        if variant.name in points or (best := _best_point(plan, variant, known)) is None:
-            continue
-        for key, values in _numeric_keys(variant):
-            value = _value_between(plan, variant, known, best, key, values)
-            if value is not None:
-                points[variant.name] = {**best, key: value}
-                notes[variant.name] = (
-                    f"{variant.name}: {key} {value:g}, next to the best value of the grid, was tried too, so that "
-                    "all variants have tried the same number of points."
-                )
-                break
-    in_order = [variant.name for variant in plan.variants if variant.name in points]
-    extra = {name: point_id(points[name]) for name in in_order if point_id(points[name]) not in tried[name]}
-    return extra, [notes[name] for name in extra]
-
-
-def _best_point(plan: Plan, variant: Variant, known: Mapping[Job, Record]) -> Point | None:
-    points = {point_id(point): point for point in grid_points(variant)}
-    best = _best(plan, variant.name, points, known)
-    return None if best is None else points[best]
+    for note in (EXTENDED, BETWEEN):
+        for variant in plan.variants:
+            name = variant.name
+            for key, values in _numeric_keys(variant) if name in best and name not in extra else ():
+                now = best[name]
+                if note == EXTENDED:
+                    value = _next_value(values, now[key])
+                else:
+                    value = _value_between(plan, name, known, now, key, values)
+                if value is not None:
+                    extra[name] = point_id({**now, key: value})
+                    notes[name] = f"{name}: {note.format(key=key, best=now[key], value=value)}"
+                    break
+        if not extra:
+            return {}, []
+    new = [name for name in tried if name in extra and extra[name] not in tried[name]]
+    return {name: extra[name] for name in new}, [notes[name] for name in new]
 
 
 def _numeric_keys(variant: Variant) -> list[tuple[str, tuple[float, ...]]]:
@@ -216,12 +205,14 @@ def _is_geometric(values: tuple[float, ...]) -> bool:
     return len(values) == 2 or not math.isclose(min(steps), max(steps), rel_tol=0.01)
 
 
-def _next_value(values: tuple[float, ...], above: bool) -> float | None:
-    """Return the value that continues a grid above its last or below its first value; None if there is none.
+def _next_value(values: tuple[float, ...], best: float) -> float | None:
+    """Return the value that continues a grid beyond its best value; None if the best value is at no end of the grid.
 
     A grid without negative numbers is not continued below zero.
     """
-    end, before = (values[-1], values[-2]) if above else (values[0], values[1])
+    if best not in (values[0], values[-1]):
+        return None
+    end, before = (best, values[-2]) if best == values[-1] else (best, values[1])
     value = _rounded(end * end / before if _is_geometric(values) else 2 * end - before, values)
     if value in values or (value < 0 <= values[0]):
         return None
@@ -229,13 +220,13 @@ def _next_value(values: tuple[float, ...], above: bool) -> float | None:
 
 
 def _value_between(
-    plan: Plan, variant: Variant, known: Mapping[Job, Record], best: Point, key: str, values: tuple[float, ...]
+    plan: Plan, variant: str, known: Mapping[Job, Record], best: Point, key: str, values: tuple[float, ...]
 ) -> float | None:
     """Return a value between the best value of a key and its better neighbour; None if there is no such number."""
     i = values.index(best[key])
     neighbours = [values[j] for j in (i - 1, i + 1) if 0 <= j < len(values)]
     points = {point_id({**best, key: value}): value for value in neighbours}
-    better = _best(plan, variant.name, points, known)
+    better = _best(plan, variant, points, known)
     a, b = best[key], neighbours[0] if better is None else points[better]
     value = _rounded(math.sqrt(a * b) if _is_geometric(values) else (a + b) / 2, values)
     return None if value in values else value
