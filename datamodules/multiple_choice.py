@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from statistics import mode
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
@@ -210,8 +210,7 @@ class MultipleChoiceData(TextData):
         answers = data[self.answer_column][:] if self.answer_column in data.column_names else [None] * len(data)
         questions = data[self.question_column][:]
         blank = blank_rows(texts, self.question_column)
-        sizes = Counter(len(choices[row]) for row in rows if _are_texts(choices[row]))
-        size = sizes.most_common(1)[0][0] if sizes else 0
+        size = mode([len(choices[row]) for row in rows if _are_texts(choices[row])] or [0])
         usable: dict[int, Question] = {}
         bad: dict[int, BadRow] = {}
         for row in rows:

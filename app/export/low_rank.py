@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from statistics import mode
+from typing import NamedTuple
 
 import torch
 from jsonargparse import ArgumentError
@@ -25,8 +25,6 @@ from modules.adapters import (
 from modules.adapters.patterns import exact_patterns
 from modules.analysis.combination import Decomposition, Side, Update, decompose, relative_loss
 from modules.base import AdaptedModule
-
-Number = TypeVar("Number", int, float)
 
 
 class Loss(NamedTuple):
@@ -212,7 +210,7 @@ def given_config(base: AdapterConfig, updates: Mapping[str, Update]) -> AdapterC
     """
     ranks = {name: update.a.shape[0] for name, update in updates.items()}
     alphas = {name: float(f"{update.scale * ranks[name]:.15g}") for name, update in updates.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
     return replace(
         base,
         init_a="given",
@@ -233,10 +231,6 @@ def factor_state(projections: Sequence[Projection], updates: Mapping[str, Update
         for p in projections
         for side in "AB"
     }
-
-
-def _most_common(values: Iterable[Number]) -> Number:
-    return Counter(values).most_common(1)[0][0]
 
 
 def _range_text(ranks: list[int]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from statistics import mode
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from modules.adapters.patterns import pattern_problem, short_patterns, value_of
 from modules.adapters.roles import ROLES, find_projections, fused_layers, select
 from modules.adapters.state import state_problems
 from modules.formats.peft import KEY, PREFIX, Heads, check_supported, rescaled_alpha
-
-Number = TypeVar("Number", int, float)
 
 
 class PeftAdapter(NamedTuple):
@@ -227,17 +225,13 @@ def _sizes(
         alpha = float(value_of(content.get("alpha_pattern") or {}, layer, content["lora_alpha"]))
         ranks[name] = part.rank
         alphas[name] = float(f"{rescaled_alpha(scaling, alpha, part.rank / rank):.12g}") if part.rank != rank else alpha
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
     return {
         "rank": rank,
         "alpha": alpha,
         "rank_pattern": short_patterns(ranks, rank, reserved=ROLES),
         "alpha_pattern": short_patterns(alphas, alpha, reserved=ROLES),
     }
-
-
-def _commonest(values: Iterable[Number]) -> Number:
-    return Counter(values).most_common(1)[0][0]
 
 
 def _targets(chosen: list[Projection], projections: list[Projection]) -> list[str]:
