@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -206,12 +207,13 @@ def fit_memory(module: AdaptedModule, size: BatchSize, precision: Precision, sha
         ModelError: If the task cannot be predicted, a text exceeds the backbone's positions, or the forward pass
             depends on values.
     """
-    make_step = next((_STEPS[kind] for kind in module.kinds if kind in _STEPS), None)
-    if make_step is None:
+    kind = next((kind for kind in module.kinds if kind in _LOSSES), None)
+    if kind is None:
         raise ModelError(
-            f"model: the memory of {type(module).__name__} cannot be predicted. Tasks on {', '.join(_STEPS)} can."
+            f"model: the memory of {type(module).__name__} cannot be predicted. Tasks on {', '.join(_LOSSES)} can."
         )
-    loss, logits = make_step(module, size)
+    _check_positions("max_source_length" if size.targets else "max_length", size.tokens, module.position_limit)
+    _check_positions("max_target_length", size.targets, module.position_limit)
     with FakeTensorMode():
         _make_fake(module)
         factors = adapter_state(module.backbone) if module.baseline is None else module.baseline.parameters()
@@ -221,8 +223,8 @@ def fit_memory(module: AdaptedModule, size: BatchSize, precision: Precision, sha
                 module.optimizer_spec.build(module.trained_groups()),
                 factors=factors.values(),
                 heads=[p for name in module.head_names for p in module.get_submodule(name).parameters()],
-                logits=logits,
-                loss=loss,
+                logits=_logits(module, kind, size),
+                loss=partial(_LOSSES[kind], module, size),
                 precision=precision,
             )
         except Exception as error:  # any backbone's own code runs here
@@ -249,63 +251,47 @@ def _make_fake(module: nn.Module) -> None:
             setattr(owner, name, fakes[id(old)][1])
 
 
-Step = tuple[Callable[[], Tensor], list[tuple[int, ...]]]  # the loss of a batch, and the shapes of logits
+def _image_loss(module: ImageClassifier, size: BatchSize) -> Tensor:
+    images = torch.zeros(size.samples, *module.preprocessing["input_size"])
+    return module.loss({"image": images, "label": torch.zeros(size.samples, dtype=torch.long)})
 
 
-def _image_step(module: ImageClassifier, size: BatchSize) -> Step:
-    def loss() -> Tensor:
-        images = torch.zeros(size.samples, *module.preprocessing["input_size"])
-        label = torch.zeros(size.samples, dtype=torch.long)
-        return module.loss({"image": images, "label": label})
-
-    return loss, []
-
-
-def _text_step(module: TextClassifier, size: BatchSize) -> Step:
-    _check_positions("max_length", size.tokens, module.position_limit)
-
-    def loss() -> Tensor:
-        label = torch.zeros(size.samples, dtype=torch.long if module.class_names else torch.float32)
-        names = [name for name in module.tokenizer.model_input_names if name != "attention_mask"]
-        inputs = {name: torch.zeros(size.samples, size.tokens, dtype=torch.long) for name in names}
-        others = {"attention_mask": torch.ones_like(inputs["input_ids"]), "label": label}
-        return module.loss(cast(TextBatch, {**inputs, **others}))
-
-    return loss, []
+def _text_loss(module: TextClassifier, size: BatchSize) -> Tensor:
+    label = torch.zeros(size.samples, dtype=torch.long if module.class_names else torch.float32)
+    names = [name for name in module.tokenizer.model_input_names if name != "attention_mask"]
+    inputs = {name: torch.zeros(size.samples, size.tokens, dtype=torch.long) for name in names}
+    others = {"attention_mask": torch.ones_like(inputs["input_ids"]), "label": label}
+    return module.loss(cast(TextBatch, {**inputs, **others}))
 
 
-def _summary_step(module: Summarizer, size: BatchSize) -> Step:
-    _check_positions("max_source_length", size.tokens, module.position_limit)
-    _check_positions("max_target_length", size.targets, module.position_limit)
-    vocabulary = module.backbone.config.get_text_config().vocab_size
-
-    def loss() -> Tensor:
-        ids = torch.zeros(size.samples, size.tokens, dtype=torch.long)
-        labels = torch.zeros(size.samples, size.targets, dtype=torch.long)
-        batch = SummaryBatch(
-            input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, index=torch.arange(size.samples)
-        )
-        return module.loss(batch)
-
-    return loss, [(size.samples, size.targets, vocabulary), (size.samples * size.targets, vocabulary)]
+def _summary_loss(module: Summarizer, size: BatchSize) -> Tensor:
+    ids = torch.zeros(size.samples, size.tokens, dtype=torch.long)
+    labels = torch.zeros(size.samples, size.targets, dtype=torch.long)
+    index = torch.arange(size.samples)
+    return module.loss(SummaryBatch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, index=index))
 
 
-def _decoder_step(module: LanguageModel, size: BatchSize) -> Step:
-    _check_positions("max_length", size.tokens, module.position_limit)
-    vocabulary = module.backbone.config.get_text_config().vocab_size
-    return (
-        lambda: _decoder_loss(module.backbone, size.samples, size.tokens, size.tokens),
-        [(size.samples * size.tokens, vocabulary)],
-    )
+def _instruction_loss(module: LanguageModel, size: BatchSize) -> Tensor:
+    return _decoder_loss(module.backbone, size.samples, size.tokens, size.tokens)
 
 
-# training step by the kind of a task's data
-_STEPS: dict[DataKind, Callable[[Any, BatchSize], Step]] = {
-    DataKind.IMAGES: _image_step,
-    DataKind.LABELLED_TEXTS: _text_step,
-    DataKind.SUMMARIES: _summary_step,
-    DataKind.INSTRUCTIONS: _decoder_step,
+# loss of a batch, by the kind of a task's data
+_LOSSES: dict[DataKind, Callable[[Any, BatchSize], Tensor]] = {
+    DataKind.IMAGES: _image_loss,
+    DataKind.LABELLED_TEXTS: _text_loss,
+    DataKind.SUMMARIES: _summary_loss,
+    DataKind.INSTRUCTIONS: _instruction_loss,
 }
+
+
+def _logits(module: AdaptedModule, kind: DataKind, size: BatchSize) -> list[tuple[int, ...]]:
+    """Return the shapes of tensors with an entry for each token of the vocabulary."""
+    if kind not in (DataKind.SUMMARIES, DataKind.INSTRUCTIONS):
+        return []
+    vocabulary = cast(PreTrainedModel, module.backbone).config.get_text_config().vocab_size
+    if kind == DataKind.INSTRUCTIONS:
+        return [(size.samples * size.tokens, vocabulary)]
+    return [(size.samples, size.targets, vocabulary), (size.samples * size.targets, vocabulary)]
 
 
 def _check_positions(key: str, tokens: int, limit: int | None) -> None:
