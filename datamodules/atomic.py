@@ -111,7 +111,7 @@ def atomic_write(path: Path, digest: Digest | None = None) -> Iterator[AtomicFil
     Raises:
         WriteError: If the file cannot be written. Earlier content is then unchanged.
     """
-    with _write_errors(path):
+    with write_errors(path):
         remove_stale(path.parent, path.name)
         file = _new_file(path, digest)
     _held.append(file.close)
@@ -122,7 +122,7 @@ def atomic_write(path: Path, digest: Digest | None = None) -> Iterator[AtomicFil
             if file.error is None and not (isinstance(error, OSError) and error.errno in FULL):
                 raise
             raise WriteError(path, _reason(file.error or error)) from error
-        with _write_errors(path):
+        with write_errors(path):
             os.fsync(file.fileno())
             os.replace(str(file.name), path)
             _sync_directory(path.parent)
@@ -156,7 +156,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         WriteError: If the directory cannot be written.
     """
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, path.name)
         temporary, handle = _new_directory(path)
@@ -169,7 +169,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             if not isinstance(error, OSError) and "os error" not in str(error):
                 raise
             raise WriteError(path, _reason(error)) from error
-        with _write_errors(path):
+        with write_errors(path):
             for file in temporary.rglob("*"):
                 if file.is_file():
                     # Files of safetensors are readable only for the owner.
@@ -266,7 +266,8 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise WriteError, with the path, in place of any OSError in the context."""
     try:
         yield
     except OSError as error:

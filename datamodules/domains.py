@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ class DomainData(ImageData):
         super().__init__(path, **kwargs)
         check_fraction("test_fraction", test_fraction)
         self.environment, self.test_fraction = environment, test_fraction
-        self._environments: list[str] | None = None
 
     # ----------------------------------------------------------------------------------------------- environments
 
@@ -53,7 +53,7 @@ class DomainData(ImageData):
         if not Path(path).is_dir():
             raise DataError(f"data.path: {path} is not a directory. {LAYOUT}")
 
-    @property
+    @cached_property
     def environments(self) -> list[str]:
         """Return the names of all environments, sorted.
 
@@ -61,11 +61,6 @@ class DomainData(ImageData):
             DataError: If `path` is no directory, if there are fewer than two environments, if the folders are splits,
                 if no folder has the name `environment`, or if two environments would be logged under one name.
         """
-        if self._environments is None:
-            self._environments = self._find_environments()
-        return self._environments
-
-    def _find_environments(self) -> list[str]:
         self.check_source(self.path)
         root = Path(self.path)
         files = find_images(root, "path")

@@ -25,7 +25,7 @@ from modules.base import STAGES, AdaptedModule, BackboneDtype, HeadlessTuning, S
 from modules.generation.choices import PrefixCache, choice_log_probabilities
 from modules.generation.decoding import Decoding
 from modules.metrics.multiple_choice import MultipleChoiceAccuracy
-from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
+from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, evaluating, transformers_prefix
 
 
 class LanguageModel(AdaptedModule):
@@ -187,13 +187,12 @@ class LanguageModel(AdaptedModule):
         ids = torch.arange(12, device=self.backbone.device).remainder(vocabulary).repeat(2, 1)
         ids[1, :5] += 1  # The rows differ only in the first of two packed sequences.
         positions = torch.tensor([*range(5), *range(7)], device=ids.device).repeat(2, 1)
-        training = self.backbone.training
-        self.backbone.train(False)
         try:
-            first, second = self.backbone(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
+            with evaluating(self.backbone):
+                logits = self.backbone(input_ids=ids, position_ids=positions, use_cache=False).logits
+            first, second = logits[:, 5:].float()
         except TypeError:  # The model does not accept `position_ids`.
             first, second = torch.zeros(1), torch.ones(1)
-        self.backbone.train(training)
         if not torch.allclose(first, second, rtol=1e-4, atol=1e-4):
             raise ModelError(
                 f"data.packing: {type(self.backbone).__name__} does not keep packed sequences apart. Set the key to "

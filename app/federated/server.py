@@ -25,7 +25,7 @@ from torch import Tensor
 
 from app.federated.plan import ARMS, CLIENTS, Arm, Plan, trained_side
 from app.federated.training import Client, ClientResult, Job, Learner, Tensors
-from datamodules.atomic import WriteError, atomic_write, atomic_write_text
+from datamodules.atomic import atomic_write, atomic_write_text, write_errors
 from datamodules.errors import CheckpointError, ModelError
 from modules.adapters.config import Train
 from modules.adapters.state import state_problems
@@ -173,10 +173,8 @@ def write_round(folder: Path, state: Round) -> None:
     Raises:
         WriteError: If the file cannot be written. The file of the previous round is then unchanged.
     """
-    try:
+    with write_errors(folder):
         folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise WriteError(folder, error.strerror or str(error)) from error
     content = {"format": FORMAT, "round": state.number, "history": state.history}
     with atomic_write(folder / ROUND) as file:
         file.write(save(state.tensors, metadata={SECTION: json.dumps(content)}))

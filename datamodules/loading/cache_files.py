@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from datamodules.atomic import AtomicFile, WriteError, atomic_write, remove_stale
+from datamodules.atomic import AtomicFile, atomic_write, remove_stale, write_errors
 
 VERSION = 1  # Version of the line.
 SEAL = re.compile(rb"\nonesided cache=(\d{4}) bytes=(\d{20}) xxh3=([0-9a-f]{32})\n")
@@ -51,10 +51,8 @@ def write_cache(path: Path) -> Iterator[AtomicFile]:
     Raises:
         WriteError: If the file cannot be written.
     """
-    try:
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(path, error.strerror or str(error)) from error
     digest = xxhash.xxh3_128()
     with atomic_write(path, digest) as file:
         yield file
