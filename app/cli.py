@@ -36,7 +36,6 @@ from app.callbacks import (
     class_names_of,
     usable_callbacks,
 )
-from app.callbacks.lookup import find_callback
 from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.commands.program_help import check_command, program_help
 from app.config.classes import CLASS_PATHS, class_keys, expand_class_names, find_classes
@@ -62,7 +61,6 @@ from app.config.program_files import find_program_files, program_command, progra
 from app.config.schema import add_recipe_keys, add_section_keys
 from app.config.validation import (
     check_classes,
-    check_paths,
     check_plain_values,
     check_sections,
     check_strategy,
@@ -111,7 +109,8 @@ from app.run.run_directory import (
     remove_if_empty,
     remove_links,
 )
-from datamodules.contract import HasKind, HasKinds, HasTestSplit
+from app.run.trainers import find_callback
+from datamodules.contract import HasKind, HasKinds, HasPaths, HasTestSplit
 from modules.base import AdaptedModule
 from modules.formats.bank import Bank
 
@@ -491,7 +490,9 @@ class AsymmetryCLI(HookedCLI):
             DataError: If a path of the data is wrong.
         """
         data = self.config[self.subcommand].data
-        check_paths(resolve_name(data.class_path), str(self.subcommand), data.init_args)
+        kind = resolve_name(data.class_path)
+        if isinstance(kind, HasPaths) and "path" in data.init_args:  # checked before a backbone is loaded
+            kind.check_paths(str(self.subcommand), data.init_args)
         try:
             super().instantiate_classes()
         except Exception as error:

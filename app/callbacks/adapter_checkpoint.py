@@ -18,7 +18,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from app.callbacks.adapter_averaging import TRAINED, TrainedWeightAveraging
-from app.callbacks.lookup import find_callback
 from app.callbacks.termination import Termination
 from app.run.checkpoint_io import (
     BEST,
@@ -28,6 +27,7 @@ from app.run.checkpoint_io import (
     saved_step,
     structure_problem,
 )
+from app.run.trainers import find_callback
 from datamodules.base import ResumableDataModule
 from datamodules.errors import CallbackError, CheckpointError, counted
 

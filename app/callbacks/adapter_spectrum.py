@@ -8,7 +8,7 @@ import math
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import lightning as L
 import numpy as np
@@ -85,11 +85,9 @@ class AdapterSpectrum(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Measure the norms of the frozen weights before sharding: afterwards rank zero has only its share."""
-        if stage == "fit" and trainer.is_global_zero and _adapted(pl_module):
-            assert isinstance(pl_module, AdaptedModule)
-            if pl_module.shard_frozen:
-                for name, (layer, factors) in adapted_projections(pl_module.backbone).items():
-                    self._weight_norm(name, layer, factors, pl_module.chain)
+        if stage == "fit" and trainer.is_global_zero and _adapted(pl_module) and pl_module.shard_frozen:
+            for name, (layer, factors) in adapted_projections(pl_module.backbone).items():
+                self._weight_norm(name, layer, factors, pl_module.chain)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the initial factors. A resumed run continues the file from the checkpoint's step instead."""
@@ -112,9 +110,9 @@ class AdapterSpectrum(L.Callback):
         if self.detail != "off":
             for board in _boards(trainer):
                 board.add_custom_scalars(_layout())
-            is_chain = isinstance(pl_module, AdaptedModule) and pl_module.link_epochs is not None
             for factor in _factors(pl_module, trained=False):
-                log_text(trainer, f"spectrum/{factor}", _description(factor, self._rows, is_chain))
+                text = _description(factor, self._rows, is_chain=pl_module.link_epochs is not None)
+                log_text(trainer, f"spectrum/{factor}", text)
         self._write(trainer)  # a run may be killed in its first epoch
 
     def on_train_batch_end(
@@ -148,7 +146,6 @@ class AdapterSpectrum(L.Callback):
             return
         start = time.perf_counter()
         self._last_step = step
-        assert isinstance(module, AdaptedModule)
         module.check_weights()
         rows: list[dict[str, Any]] = []
         if len(module.chain.links) != self._links:  # the frozen factor is another
@@ -274,7 +271,7 @@ def _ratio(update: float, weight: float) -> float:
     return update / weight
 
 
-def _adapted(module: L.LightningModule) -> bool:
+def _adapted(module: L.LightningModule) -> TypeGuard[AdaptedModule]:
     return isinstance(module, AdaptedModule) and module.tuning == "adapter"
 
 
@@ -282,9 +279,8 @@ def _boards(trainer: L.Trainer) -> list[Board]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def _factors(module: L.LightningModule, trained: bool) -> list[str]:
+def _factors(module: AdaptedModule, trained: bool) -> list[str]:
     """Return the names of the trained factors and B·A, or the names of the frozen factors."""
-    assert isinstance(module, AdaptedModule)
     states = {"BA": True, "B": module.adapter.trains_b, "A": module.adapter.trains_a}
     return [factor for factor, state in states.items() if state == trained]
 

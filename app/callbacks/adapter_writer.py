@@ -11,10 +11,10 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.callbacks.lookup import find_callback
 from app.export.peft import write_peft
 from app.run.checkpoint_io import read_checkpoint
 from app.run.run_directory import ADAPTER
+from app.run.trainers import find_callback
 from datamodules.atomic import atomic_directory
 from datamodules.errors import CheckpointError
 from modules.adapters import AdapterError

@@ -12,8 +12,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.callbacks.lookup import find_callback
 from app.run.processes import SWEEP_PROCESS
+from app.run.trainers import find_callback
 from datamodules.contract import HasTestSplit
 from datamodules.errors import CallbackError
 

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from app.callbacks.adapter_checkpoint import AdapterCheckpoint
-from app.callbacks.lookup import find_callback
 from app.config.differences import compare_configurations
 from app.config.precedence import dotted
 from app.config.variants import variant_name
@@ -38,6 +37,7 @@ from app.run.evaluations import (
     read_metrics,
 )
 from app.run.logger import log_results, viewer_hint
+from app.run.trainers import find_callback
 from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule

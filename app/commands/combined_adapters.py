@@ -238,7 +238,9 @@ def combine(sources: Sequence[Source], options: Combination) -> Combined:
     else:
         orthonormal: Side = "B" if sources[0].run.adapter.train == "A" else "A"
         updates, facts["Method"] = _truncated_sum(parts, options.weights, options.rank, orthonormal)
-    template = _template(sources, options.heads)
+    # the source of the result's backbone, class names and tokenizer: a checkpoint if possible
+    kept = options.heads if isinstance(options.heads, int) else None
+    template = next((s for s in sources if s.is_checkpoint), sources[0]) if kept is None else sources[kept]
     module = load_module(template.run.source, {}) if template.is_checkpoint else None
     names = module.peft_head_names() if module is not None else {}
     heads, facts["Head"] = _heads(sources, options, template, names)
@@ -301,13 +303,6 @@ def _truncated_sum(
 
 
 # ---------------------------------------------------------------------------------------------------------------- heads
-
-
-def _template(sources: Sequence[Source], heads: str | int) -> Source:
-    """Return the source of the result's backbone, class names and tokenizer: a checkpoint if possible."""
-    if isinstance(heads, int):
-        return sources[heads]
-    return next((source for source in sources if source.is_checkpoint), sources[0])
 
 
 def _heads(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
-from app.config.precedence import output_directory
+from app.config.precedence import add_report_output, output_directory
 from app.console import escape_controls
 
 
@@ -18,14 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Two or more run directories (their best checkpoints), checkpoints, or adapters in PEFT's format, over "
         "one backbone. Adapter ranks may differ.",
     )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        type=str,
-        required=True,
-        help="Directory for report.html, its pictures as PNG, and all numbers as Parquet. An earlier report in it is "
-        "overwritten.",
-    )
+    add_report_output(parser)
 
 
 def run(arguments: Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from app.config.precedence import output_directory
+from app.config.precedence import add_report_output, output_directory
 from app.console import escape_controls
 
 MOST_RUNS = 8  # number of colours that a reader can distinguish
@@ -20,14 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"Run directories (their best checkpoints) or checkpoints, up to {MOST_RUNS}; several are shown side by "
         "side.",
     )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        type=str,
-        required=True,
-        help="Directory for report.html, its pictures as PNG, and all numbers as Parquet. An earlier report in it is "
-        "overwritten.",
-    )
+    add_report_output(parser)
     parser.add_argument(
         "--top",
         metavar="K",

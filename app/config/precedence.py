@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.config.program_files import find_program_file
 
@@ -164,6 +164,18 @@ def report_changes(before: dict[str, Any], final: Namespace) -> None:
     for key, value in now.items():
         if key in began and comparable(began[key]) != comparable(value):
             _log.info(f"{key}: {value} now; the run began with {began[key]}.")
+
+
+def add_report_output(parser: ArgumentParser) -> None:
+    """Add the option `--output` of a command that writes a report."""
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=str,
+        required=True,
+        help="Directory for report.html, its pictures as PNG, and all numbers as Parquet. An earlier report in it is "
+        "overwritten.",
+    )
 
 
 def output_directory(given: str) -> Path:

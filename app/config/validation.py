@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, Namespace
@@ -15,7 +14,6 @@ from app.config.messages import ListError
 from app.config.precedence import SECTIONS, comparable, dotted, section_keys
 from app.config.program_files import list_recipes
 from app.config.variants import OPTION, variant_keys
-from datamodules.contract import HasPaths
 
 LARGEST_SEED = 2**32 - 1  # that NumPy takes
 LARGEST_NUMBER = 2**63 - 1  # that torch takes
@@ -115,21 +113,6 @@ def check_plain_values(key: str, value: Any) -> None:
         least, most = (0, LARGEST_SEED) if is_seed else (-LARGEST_NUMBER, LARGEST_NUMBER)
         if not least <= value <= most:
             raise ArgumentError(None, f"{key}: {value} is outside of the range {least} to {most}.")
-
-
-def check_paths(data: type, command: str, keys: Mapping[str, Any]) -> None:
-    """Check the paths of data before a backbone is loaded.
-
-    Args:
-        data: The class of data.
-        command: `fit`, `validate`, `test` or `predict`.
-        keys: Arguments of the constructor.
-
-    Raises:
-        DataError: If a path that looks local does not exist, or is of the wrong kind.
-    """
-    if isinstance(data, HasPaths) and "path" in keys:
-        data.check_paths(command, keys)
 
 
 def check_strategy(strategy: Any) -> None:

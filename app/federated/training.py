@@ -170,16 +170,13 @@ class Learner:
         trainer = self._trainer(max_epochs=1, limit_val_batches=0)
         trainer.fit(self.module, datamodule=client.data)
         loss = float(trainer.callback_metrics["train/loss"])
-        return ClientResult(client.number, len(client.rows), loss, self.trained_tensors())
+        trained = {name: p.detach().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+        return ClientResult(client.number, len(client.rows), loss, trained)
 
     def trained_names(self, side: Train) -> set[str]:
         """Set the trained factors, and return the names of all trained tensors: these factors, and the heads."""
         set_trained(self.module.backbone, side)
         return {name for name, p in self.module.named_parameters() if p.requires_grad}
-
-    def trained_tensors(self) -> Tensors:
-        """Return copies of the trained factors and of the heads."""
-        return {name: p.detach().cpu().clone() for name, p in self.module.named_parameters() if p.requires_grad}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Load tensors of the global model. Missing tensors keep their values."""

@@ -6,7 +6,6 @@ import io
 from base64 import b64encode
 from collections.abc import Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,17 +79,6 @@ pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: .85rem }
 """
 
 
-@dataclass
-class _Part:
-    kind: str
-    text: str
-    reading: str = ""
-    source: str = ""
-    columns: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    text_columns: Collection[str] = ()
-
-
 class Report:
     """A page that is built from top to bottom and then written.
 
@@ -102,20 +90,20 @@ class Report:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self._parts: list[_Part] = []
+        self._parts: list[dict[str, Any]] = []  # parts of the page by the names of `PAGE`
         self._pictures: dict[str, Figure] = {}
 
     def add_heading(self, text: str) -> None:
         """Begin a section."""
-        self._parts.append(_Part("heading", text))
+        self._parts.append({"kind": "heading", "text": text})
 
     def add_paragraph(self, text: str) -> None:
         """Add a paragraph of plain text."""
-        self._parts.append(_Part("paragraph", text))
+        self._parts.append({"kind": "paragraph", "text": text})
 
     def add_code(self, text: str) -> None:
         """Add a command or a piece of a file in a monospaced font."""
-        self._parts.append(_Part("code", text))
+        self._parts.append({"kind": "code", "text": text})
 
     def add_table(self, caption: str, frame: pd.DataFrame, text_columns: Collection[str] = ()) -> None:
         """Add a table of a frame's columns, without its index. Cells are converted by `str`; missing cells are empty.
@@ -127,8 +115,8 @@ class Report:
         """
         cells = frame.astype(object).where(frame.notna(), "")
         rows = [[str(cell) for cell in row] for row in cells.itertuples(index=False)]
-        names = [str(name) for name in frame.columns]
-        self._parts.append(_Part("table", caption, columns=names, rows=rows, text_columns=text_columns))
+        table = {"columns": [str(name) for name in frame.columns], "rows": rows, "text_columns": text_columns}
+        self._parts.append({"kind": "table", "text": caption, **table})
 
     def add_figure(self, name: str, figure: Figure, title: str, reading: str) -> None:
         """Add a picture.
@@ -143,7 +131,7 @@ class Report:
         with mpl.rc_context(RC):
             FigureCanvasSVG(figure).print_svg(picture, metadata={"Date": None})
         source = "data:image/svg+xml;base64," + b64encode(picture.getvalue()).decode()
-        self._parts.append(_Part("figure", title, reading, source))
+        self._parts.append({"kind": "figure", "text": title, "reading": reading, "source": source})
         self._pictures[name] = figure
 
     def write(self, folder: Path, pictures: bool = True) -> Path:

@@ -1,12 +1,19 @@
-"""Trainer and metrics of a command that trains or evaluates outside of a run directory."""
+"""Trainers: find a callback, and train or evaluate outside of a run directory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
+
+T = TypeVar("T", bound=L.Callback)
+
+
+def find_callback(trainer: L.Trainer, kind: type[T]) -> T | None:
+    """Return the first callback of a class; None if there is none."""
+    return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
 
 
 def quiet_trainer(**keys: Any) -> L.Trainer:

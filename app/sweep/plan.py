@@ -205,6 +205,9 @@ def parse_plan(
     if confirm_seeds and not report:
         report, report_notes = _default_report(metric, recipe)
         notes += report_notes
+    trials = content.get("trials_per_variant")
+    if trials is not None and (type(trials) is not int or trials < 1):
+        raise SweepError(f"trials_per_variant: {trials!r:.80} is no number of trials. Give a whole number from 1 on.")
     plan = Plan(
         name=name,
         base=recipes,
@@ -216,7 +219,7 @@ def parse_plan(
         select_seeds=select_seeds,
         confirm_seeds=confirm_seeds,
         report=report,
-        trials_per_variant=_count("trials_per_variant", content.get("trials_per_variant")),
+        trials_per_variant=trials,
         prune=_choice("prune", content.get("prune", "none"), PRUNERS),
         notes=notes,
     )
@@ -264,12 +267,6 @@ def _choice(key: str, value: Any, choices: Sequence[str]) -> str:
         return "none"
     if not isinstance(value, str) or value not in choices:
         raise SweepError(f"{key}: {value!r:.80} is not known. Choose one of {', '.join(choices)}.")
-    return value
-
-
-def _count(key: str, value: Any) -> int | None:
-    if value is not None and (type(value) is not int or value < 1):
-        raise SweepError(f"{key}: {value!r:.80} is no number of trials. Give a whole number from 1 on.")
     return value
 
 
@@ -370,7 +367,7 @@ def _metric_and_mode(select: Mapping[str, Any], recipe: Recipe) -> tuple[str, st
     """Return the selecting metric and its direction. `checkpoint.monitor` means the recipe's metric."""
     if select["metric"] != MONITOR:
         return _select_metric(select["metric"]), _choice("select.mode", select.get("mode", "max"), MODES)
-    metric, mode = recipe.monitor()
+    metric, mode = recipe.config.checkpoint.monitor, recipe.config.checkpoint.mode
     if metric is None:
         raise SweepError(
             f"select.metric: {MONITOR} is not set in {recipe.files}. Name a metric of validation, such as val/loss."
@@ -398,13 +395,13 @@ def _scaled_rank(where: str, factor: Any, keys: Mapping[str, Any], recipe: Recip
         raise SweepError(f"{where}.times_rank: {factor!r:.80} is no factor. Give a whole number, such as 2.")
     if twice := [key for key in RANK if key in keys]:
         raise SweepError(f"{where}.{twice[0]}: times_rank sets this key. Remove one of the two.")
-    rank = recipe.rank_and_alpha()
-    if rank is None:
+    adapter = recipe.config.model.init_args.get("adapter")
+    if adapter is None:
         raise SweepError(
             f"{where}.times_rank: the model of {recipe.files} has no model.adapter.rank and model.adapter.alpha to "
             "multiply. Remove the key."
         )
-    return {key: factor * value for key, value in zip(RANK, rank, strict=True)}
+    return {key: factor * adapter[key.rpartition(".")[2]] for key in RANK}
 
 
 def _variants(

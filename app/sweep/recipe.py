@@ -47,15 +47,6 @@ class Recipe:
         except ArgumentError as error:
             raise ArgumentError(None, f"base: {self.files}: {error}") from error
 
-    def monitor(self) -> tuple[str | None, str]:
-        """Return the metric that decides the best checkpoint (None if there is no such metric), and its direction."""
-        return self.config.checkpoint.monitor, self.config.checkpoint.mode
-
-    def rank_and_alpha(self) -> tuple[int, float] | None:
-        """Return rank and alpha of the adapters; None for a model without these keys."""
-        adapter = self.config.model.init_args.get("adapter")
-        return None if adapter is None else (adapter.rank, adapter.alpha)
-
     def has_new_head(self) -> bool:
         """Return False if the type of the model's key `tuning` does not allow `head`."""
         tuning = constructor_parameters(resolve_name(self.config.model.class_path)).get("tuning")
