@@ -111,6 +111,7 @@ from app.run.run_directory import (
 )
 from app.run.trainers import find_callback
 from datamodules.contract import HasKind, HasKinds, HasPaths, HasTestSplit
+from datamodules.errors import UsageError
 from modules.base import AdaptedModule
 from modules.formats.bank import Bank
 
@@ -199,13 +200,13 @@ def restricted_imports(prefixes: Sequence[str] = ()) -> Iterator[None]:
         prefixes: Additional modules and packages that are allowed, with their functions.
 
     Raises:
-        ArgumentError: For a prefix that is not a dotted path, or that is jsonargparse itself.
+        UsageError: For a prefix that is not a dotted path, or that is jsonargparse itself.
     """
     with ExitStack() as policy:
         try:
             policy.enter_context(import_policy(partial(denial, prefixes=prefixes), list(prefixes)))
         except ValueError as error:
-            raise ArgumentError(None, f"{ALLOW_IMPORTS}: {error}") from error
+            raise UsageError(f"{ALLOW_IMPORTS}: {error}") from error
         yield
 
 
@@ -358,7 +359,7 @@ class AsymmetryCLI(HookedCLI):
         self.subcommand = self.config["subcommand"]
         final = self.config[self.subcommand]
         if self.subcommand in COMMANDS or (final.ckpt_path is not None and not command):
-            raise ArgumentError(None, f"{self.subcommand} must come first on the command line, before all options.")
+            raise UsageError(f"{self.subcommand} must come first on the command line, before all options.")
         self.root = runs_root(final.trainer.default_root_dir, names)
         if final.ckpt_path is None:
             _check(final)
@@ -403,14 +404,14 @@ class AsymmetryCLI(HookedCLI):
             return config
 
     def _parse(self, words: list[str], **keys: Any) -> Namespace:
-        """Parse words. Convert an unexpected exception to ArgumentError too, since a value caused the exception."""
+        """Parse words. Convert an unexpected exception to UsageError too, since a value caused the exception."""
         try:
             return self.parser.parse_args(words, **keys)
         except Exception as error:
             cause = bad_input(error)
             if cause is not None and not isinstance(cause, ArgumentError):
                 raise
-            raise ArgumentError(None, parser_message(cause or error, self._known_keys)) from error
+            raise UsageError(parser_message(cause or error, self._known_keys)) from error
 
     def _known_keys(self) -> list[str]:
         """Return the keys of the command, with those of the classes that files and options name."""
@@ -448,24 +449,24 @@ class AsymmetryCLI(HookedCLI):
                 check_values(f"{section}.{name}", hints.get(name, Any), value)
         if isinstance(data, HasKind) and isinstance(model, HasKinds) and data.kind not in model.kinds:
             takes = " or ".join(model.kinds)
-            raise ArgumentError(
-                None, f"data: {paths[1]} gives {data.kind}, but {paths[0]} takes {takes}. Change --data or --model."
+            raise UsageError(
+                f"data: {paths[1]} gives {data.kind}, but {paths[0]} takes {takes}. Change --data or --model."
             )
 
     def _open_bank(self, config: Namespace) -> None:
         """Open the bank of `--bank`, and give the model the bank's classes.
 
         Raises:
-            ArgumentError: If `--ckpt_path` is given too, or `data.adapter_column` is set without a bank.
+            UsageError: If `--ckpt_path` is given too, or `data.adapter_column` is set without a bank.
             AdapterError: If the file is no bank, or its adapters have different tasks.
         """
         values, column = config.model.init_args, config.data.init_args.get("adapter_column")
         if config.bank is None:
             if column is not None:
-                raise ArgumentError(None, f"data.adapter_column: {column} names adapters of a bank. Give --bank FILE.")
+                raise UsageError(f"data.adapter_column: {column} names adapters of a bank. Give --bank FILE.")
             return
         if config.ckpt_path is not None:
-            raise ArgumentError(None, "ckpt_path: the adapters of --bank replace a checkpoint's. Give one of the two.")
+            raise UsageError("ckpt_path: the adapters of --bank replace a checkpoint's. Give one of the two.")
         self.bank = Bank.open(expanded_path("bank", config.bank))
         classes = class_names_of(self.bank)
         if "class_names" in values and classes is not None:
@@ -485,7 +486,7 @@ class AsymmetryCLI(HookedCLI):
         """Construct the classes that the configuration names, and the trainer.
 
         Raises:
-            ArgumentError: If a constructor fails. The message names the key or the class. An error of `FIXABLE_ERRORS`
+            UsageError: If a constructor fails. The message names the key or the class. An error of `FIXABLE_ERRORS`
                 is raised unchanged.
             DataError: If a path of the data is wrong.
         """
@@ -499,25 +500,24 @@ class AsymmetryCLI(HookedCLI):
             if self.failure is not None:
                 raise self.failure from None  # The failure may itself be a cause of `error`.
             if bad_input(error) is None:
-                raise ArgumentError(None, parser_message(error)) from error
+                raise UsageError(parser_message(error)) from error
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Construct the trainer with the run directory, its logger, and the callbacks that every run has.
 
         Raises:
-            ArgumentError: If a key of the trainer has a value that cannot be used.
+            UsageError: If a key of the trainer has a value that cannot be used.
         """
         self.failure = None  # A failed alternative of a union is harmless if another alternative was constructed.
         config = self.config_init[self.subcommand].trainer
         for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if config[key] is not None and config[key] < 1:
-                raise ArgumentError(None, f"trainer.{key}: {config[key]} must be 1 or more.")
+                raise UsageError(f"trainer.{key}: {config[key]} must be 1 or more.")
         if config.use_distributed_sampler:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 "trainer.use_distributed_sampler: true would split the rows twice, since the data modules split "
-                "them among the processes. Set the key to false.",
+                "them among the processes. Set the key to false."
             )
         resumed = self.checkpoint is not None and self.subcommand == "fit"
         searches = self.subcommand == "fit" and self.config_init.fit.find_lr
@@ -556,7 +556,7 @@ class AsymmetryCLI(HookedCLI):
                 raise
             needs_accelerator = config.accelerator not in ("auto", "cpu")
             hint = " On a machine without this accelerator add --config conf/cpu.yaml." if needs_accelerator else ""
-            raise ArgumentError(None, f"trainer: {error}{hint}") from error
+            raise UsageError(f"trainer: {error}{hint}") from error
         check_loggers(trainer.loggers)
         return trainer
 
@@ -584,14 +584,13 @@ class AsymmetryCLI(HookedCLI):
         `--name` and `--variant`, the suffix is empty.
 
         Raises:
-            ArgumentError: If the name is empty or has a character that is not allowed.
+            UsageError: If the name is empty or has a character that is not allowed.
         """
         config = self.config[self.subcommand]
         name = config.name
         if name is not None and not re.fullmatch(r"\w[\w.+-]*", name):
-            raise ArgumentError(
-                None,
-                f"name: {name!r} is not allowed. Use letters, digits and . _ + - only. Do not begin with . + or -.",
+            raise UsageError(
+                f"name: {name!r} is not allowed. Use letters, digits and . _ + - only. Do not begin with . + or -."
             )
         variant = self.variant
         if variant is None and name is not None:
@@ -725,24 +724,24 @@ def completion_script(words: Sequence[str], contexts: ExitStack) -> str:
     """Return the script by which a shell completes commands and keys of `onesided`.
 
     Raises:
-        ArgumentError: Without exactly one name of a shell, or for a shell that shtab does not know.
+        UsageError: Without exactly one name of a shell, or for a shell that shtab does not know.
     """
     if len(words) != 1:
-        raise ArgumentError(None, "--print_shtab: give one shell, such as bash or zsh.")
+        raise UsageError("--print_shtab: give one shell, such as bash or zsh.")
     for path in (path for paths in CLASS_PATHS.values() for path in paths.values()):
         resolve(path)  # The parser completes only the keys of imported classes.
     parser: ArgumentParser = _result(partial(_AllCommandsParser, contexts))
     try:
         return parser.get_completion_script(f"shtab-{words[0]}")
     except ValueError as error:
-        raise ArgumentError(None, f"--print_shtab: {error} Give a shell that the package shtab supports.") from error
+        raise UsageError(f"--print_shtab: {error} Give a shell that the package shtab supports.") from error
 
 
 def parse_fit(words: Sequence[str]) -> Namespace:
     """Return the configuration of `fit WORDS`, parsed and validated, without constructing anything.
 
     Raises:
-        ArgumentError: If `fit` would reject the words.
+        UsageError: If `fit` would reject the words.
     """
     with ExitStack() as contexts:
         config: Namespace = _result(partial(_ParsedFit, ["fit", *words], Termination(), contexts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
+
 
 class InputError(ValueError):
     """Base of all errors that a user can fix. A command prints the message alone and exits with code 2."""
@@ -30,6 +32,13 @@ class CheckpointError(InputError):
 
 class CallbackError(InputError):
     """Raised if a callback cannot run as configured."""
+
+
+class UsageError(ArgumentError):
+    """Raised if the command line, or a file that the command line names, cannot be used."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(None, message)
 
 
 def first_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from app.commands import (
 from app.config.fit_keys import FitKeys
 from app.config.messages import parser_message
 from app.config.program_files import program_command
+from datamodules.errors import UsageError
 
 COMMANDS: dict[str, ModuleType] = {
     "bank": bank,
@@ -72,7 +73,7 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
         allowed_imports: Prefixes of --allow_imports, for a command that starts other processes.
 
     Raises:
-        ArgumentError: For an unknown option or a wrong value. For an unknown option, the message suggests a similar
+        UsageError: For an unknown option or a wrong value. For an unknown option, the message suggests a similar
             key. A command raises further errors, which its own `run` documents.
     """
     parser = command_parser(name)
@@ -80,7 +81,7 @@ def run_command(name: str, words: Sequence[str], fit: FitKeys, allowed_imports: 
     try:
         arguments = parser.parse_args(given)
     except ArgumentError as error:
-        raise ArgumentError(None, parser_message(error, lambda: list(parser.get_defaults().keys()))) from error
+        raise UsageError(parser_message(error, lambda: list(parser.get_defaults().keys()))) from error
     arguments.fit, arguments.allowed_imports, arguments.command_line = fit, list(allowed_imports), [name, *words]
     COMMANDS[name].run(arguments)
 

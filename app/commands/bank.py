@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.console import escape_controls
 from app.export.bank import is_peft_directory, member_of_checkpoint, read_members, split_names, unpack, write_bank
 from app.export.low_rank import given_config
 from app.export.peft import LABELS
 from datamodules.atomic import WriteError
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 from modules.formats.bank import Bank, BankAdapter, Member, Shared, Slot, check_member
 from modules.formats.compact import factor_digest
 
@@ -63,21 +63,21 @@ def run(arguments: Namespace) -> None:
     """Run one action on a bank.
 
     Raises:
-        ArgumentError: If an argument is missing or superfluous, a name is taken, or a path cannot be written.
+        UsageError: If an argument is missing or superfluous, a name is taken, or a path cannot be written.
         AdapterError: If the file is no bank, a name is not in the bank, or a run does not fit the bank.
         CheckpointError: If a checkpoint is missing or damaged.
     """
     action: Action = arguments.action
     required = {"add": "RUN", "remove": "NAME"}.get(action)
     if required and not arguments.chosen:
-        raise ArgumentError(None, f"{required}: bank {action} needs at least one {required} after the file.")
+        raise UsageError(f"{required}: bank {action} needs at least one {required} after the file.")
     if action == "list" and arguments.chosen:
-        raise ArgumentError(None, f"NAME: bank list takes only a file. Remove {' '.join(arguments.chosen)}.")
+        raise UsageError(f"NAME: bank list takes only a file. Remove {' '.join(arguments.chosen)}.")
     if (action == "unpack") != (arguments.output is not None):
         problem = "needs a directory. Give" if action == "unpack" else "writes no directory. Remove"
-        raise ArgumentError(None, f"--output: bank {action} {problem} the option.")
+        raise UsageError(f"--output: bank {action} {problem} the option.")
     if arguments.names is not None and action != "add":
-        raise ArgumentError(None, f"--names: bank {action} adds no adapters. Remove the option.")
+        raise UsageError(f"--names: bank {action} adds no adapters. Remove the option.")
     try:
         bank = Bank.open(arguments.file)
         if action == "list":
@@ -93,7 +93,7 @@ def run(arguments: Namespace) -> None:
                 else:
                     remove(bank, arguments.chosen)
     except (WriteError, PermissionError) as error:
-        raise ArgumentError(None, f"{'--output' if action == 'unpack' else 'FILE'}: {error}") from error
+        raise UsageError(f"{'--output' if action == 'unpack' else 'FILE'}: {error}") from error
 
 
 def print_table(bank: Bank) -> None:
@@ -145,7 +145,7 @@ def member_of_directory(bank: Bank, name: str) -> Member:
     the projections, the ranks and A.
 
     Raises:
-        ArgumentError: If the directory is for another backbone, its head does not fit the bank, or its class names are
+        UsageError: If the directory is for another backbone, its head does not fit the bank, or its class names are
             missing.
     """
     # Imported here, since `main.py --help` must stay fast.
@@ -155,10 +155,9 @@ def member_of_directory(bank: Bank, name: str) -> Member:
     first = bank.read(bank.names[0])
     base = first.peft.get("base_model_name_or_path")
     if base and source.base and Path(base).name != source.base:
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"RUN: {name} is for the backbone {source.base}, but the bank is for {base}. Add adapters of the bank's "
-            "backbone.",
+            "backbone."
         )
     heads = {
         f"{head}.{key.removeprefix(f'{peft_names[0]}.')}": tensor
@@ -167,22 +166,20 @@ def member_of_directory(bank: Bank, name: str) -> Member:
         if peft_names and key.startswith(f"{peft_names[0]}.")
     }
     if heads.keys() != first.heads.keys():
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"RUN: {name} has the head tensors {', '.join(source.others) or 'none'}, but the bank's adapters have "
-            f"{', '.join(first.heads) or 'none'}. Use adapters of one task.",
+            f"{', '.join(first.heads) or 'none'}. Use adapters of one task."
         )
     if first.labels and not source.labels:
-        raise ArgumentError(
-            None,
-            f"RUN: {name} has no class names. Write the class names into {LABELS} of the directory, as a JSON list.",
+        raise UsageError(
+            f"RUN: {name} has no class names. Write the class names into {LABELS} of the directory, as a JSON list."
         )
     classes = len(source.labels or ())
     for key, tensor in first.heads.items():
         shape, expected = tuple(heads[key].shape), tuple(tensor.shape)
         if shape[1:] != expected[1:] or shape[:1] not in (expected[:1], (classes,)):
-            raise ArgumentError(
-                None, f"RUN: {name} has {key} of shape {shape}, but the bank has {expected}. Use adapters of one task."
+            raise UsageError(
+                f"RUN: {name} has {key} of shape {shape}, but the bank has {expected}. Use adapters of one task."
             )
     slots = []
     for name, update in source.run.updates.items():
@@ -199,13 +196,13 @@ def remove(bank: Bank, names: Sequence[str]) -> None:
     """Remove adapters from a bank.
 
     Raises:
-        ArgumentError: If no adapter would be left.
+        UsageError: If no adapter would be left.
     """
     for name in names:
         bank.config(name)  # Raises for an unknown name.
     kept = [name for name in bank.names if name not in names]
     if not kept:
-        raise ArgumentError(None, f"NAME: {bank.path} would be empty. Delete the file instead.")
+        raise UsageError(f"NAME: {bank.path} would be empty. Delete the file instead.")
     adapters = [(name, bank.read(name)) for name in kept]
     write_bank(bank.path, bank.shared, bank.frozen, adapters, bank.dtype)
     print(escape_controls(f"Removed {', '.join(names)}: {bank.path} has {counted(len(kept), 'adapter')}."), flush=True)
@@ -215,12 +212,12 @@ def unpack_all(bank: Bank, names: Sequence[str], output: Path) -> None:
     """Write adapters as directories for PEFT, each named after its adapter.
 
     Raises:
-        ArgumentError: If a directory exists already. No adapter is then written.
+        UsageError: If a directory exists already. No adapter is then written.
     """
     for name in names:
         bank.config(name)  # Raises for an unknown name.
         if (output / name).exists():
-            raise ArgumentError(None, f"--output: {output / name} exists already. Give another directory.")
+            raise UsageError(f"--output: {output / name} exists already. Give another directory.")
     for name in names:
         unpack(bank, name, output / name)
     print(

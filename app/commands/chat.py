@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
+
+from datamodules.errors import UsageError
 
 if TYPE_CHECKING:  # a run on images imports no transformers
     from datamodules.tokens.conversations import ConversationEncoder, Message
@@ -41,7 +43,7 @@ def run(arguments: Namespace) -> None:
     """Answer each line of the standard input.
 
     Raises:
-        ArgumentError: If the run has no decoder with a prompt template, the device cannot be used, or a message is too
+        UsageError: If the run has no decoder with a prompt template, the device cannot be used, or a message is too
             long.
         CheckpointError: If the checkpoint is missing or damaged.
         ModelError: If the backbone is missing, or differs from the backbone of the training.
@@ -56,12 +58,12 @@ def run(arguments: Namespace) -> None:
     checkpoint = find_checkpoint(arguments.run)
     module = load_module(checkpoint, {})
     if not isinstance(module, LanguageModel):
-        raise ArgumentError(None, f"RUN: {arguments.run} is a {type(module).__name__}. chat needs a LanguageModel.")
+        raise UsageError(f"RUN: {arguments.run} is a {type(module).__name__}. chat needs a LanguageModel.")
     name = arguments.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         module.to(torch.device(name))
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(None, f"--device: {name} cannot be used ({error}). Use --device cpu.") from error
+        raise UsageError(f"--device: {name} cannot be used ({error}). Use --device cpu.") from error
     changes = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     options: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     if "temperature" in options:
@@ -72,9 +74,8 @@ def run(arguments: Namespace) -> None:
     system = arguments.system if arguments.system is not None else data.get("system_prompt")
     template, end = module.hparams["prompt_template"], module.hparams["response_end"]
     if template is None:
-        raise ArgumentError(
-            None,
-            f"RUN: {arguments.run} was not trained on conversations, so it has no prompt template. Give another run.",
+        raise UsageError(
+            f"RUN: {arguments.run} was not trained on conversations, so it has no prompt template. Give another run."
         )
     encoder = ConversationEncoder(module.tokenizer, template, sys.maxsize, end)
     _ = torch.seed() if arguments.seed is None else torch.manual_seed(arguments.seed)
@@ -116,7 +117,7 @@ def _answer(module: LanguageModel, encoder: ConversationEncoder, messages: list[
     """Stream a response and return it. While the prompt is too long, the oldest turns are dropped.
 
     Raises:
-        ArgumentError: If a single message and its response exceed the positions of the backbone.
+        UsageError: If a single message and its response exceed the positions of the backbone.
     """
     import torch
     from transformers import TextStreamer
@@ -126,10 +127,9 @@ def _answer(module: LanguageModel, encoder: ConversationEncoder, messages: list[
     while limit is not None and len(tokens) + response > limit:
         first = 1 if messages[0]["role"] == "system" else 0
         if len(messages) - first < 3:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"The message has {len(tokens)} tokens. Message and response (--max_new_tokens {response}) exceed the "
-                f"{limit} positions of the backbone. Shorten the message, or lower --max_new_tokens.",
+                f"{limit} positions of the backbone. Shorten the message, or lower --max_new_tokens."
             )
         del messages[first : first + 2]
         _log.warning("The conversation no longer fits: its oldest message and response are left out.")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.config.precedence import expanded_path
 from app.console import escape_controls
 from datamodules.atomic import WriteError, atomic_directory
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def run(arguments: Namespace) -> None:
     """Combine the adapters and write the result.
 
     Raises:
-        ArgumentError: If an option has a wrong value, the adapters cannot be combined, or the output is not empty or
+        UsageError: If an option has a wrong value, the adapters cannot be combined, or the output is not empty or
             cannot be written.
         CheckpointError: If an adapter cannot be read.
     """
@@ -77,9 +77,9 @@ def run(arguments: Namespace) -> None:
 
     output = expanded_path("--output", arguments.output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ArgumentError(None, f"--output: {output} exists already. Give a new or an empty directory.")
+        raise UsageError(f"--output: {output} exists already. Give a new or an empty directory.")
     if len(arguments.runs) < 2:
-        raise ArgumentError(None, "RUN: one adapter cannot be combined. Give two or more.")
+        raise UsageError("RUN: one adapter cannot be combined. Give two or more.")
     options = Combination(
         weights=_weights(arguments.weights, len(arguments.runs)),
         method=arguments.method,
@@ -94,7 +94,7 @@ def run(arguments: Namespace) -> None:
         with atomic_directory(output) as folder:
             load = combined.write(folder, output.name)
     except WriteError as error:
-        raise ArgumentError(None, f"--output: {error}") from error
+        raise UsageError(f"--output: {error}") from error
     for fact in combined.facts.items():
         print(escape_controls(": ".join(fact)))
     print(escape_controls(f"Load it with\n\n{load(str(output))}\n"))
@@ -107,16 +107,13 @@ def _weights(text: str | None, count: int) -> list[float]:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ArgumentError(
-            None, f"--weights: {text!r:.120} is not a list of numbers. Use the form 0.5,0.5."
-        ) from error
+        raise UsageError(f"--weights: {text!r:.120} is not a list of numbers. Use the form 0.5,0.5.") from error
     if not all(math.isfinite(weight) for weight in weights) or not any(weights):
-        raise ArgumentError(None, f"--weights: {text!r:.120} is not allowed. Use finite numbers that are not all zero.")
+        raise UsageError(f"--weights: {text!r:.120} is not allowed. Use finite numbers that are not all zero.")
     if len(weights) != count:
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"--weights: {counted(len(weights), 'weight')} cannot match {counted(count, 'adapter')}. Give one weight "
-            "for each RUN.",
+            "for each RUN."
         )
     return weights
 
@@ -125,36 +122,33 @@ def _density(arguments: Namespace) -> float:
     if arguments.density is None:
         return 0.2
     if arguments.method == "sum":
-        raise ArgumentError(None, "--density: only --method ties and --method dare drop entries. Remove the option.")
+        raise UsageError("--density: only --method ties and --method dare drop entries. Remove the option.")
     if not 0 < arguments.density <= 1:
-        raise ArgumentError(
-            None, f"--density: {arguments.density} is out of range. Use a number in (0, 1], such as 0.2."
-        )
+        raise UsageError(f"--density: {arguments.density} is out of range. Use a number in (0, 1], such as 0.2.")
     return float(arguments.density)
 
 
 def _seed(arguments: Namespace) -> int:
     if arguments.seed is not None and arguments.method != "dare":
-        raise ArgumentError(None, "--seed: only --method dare draws random numbers. Remove the option.")
+        raise UsageError("--seed: only --method dare draws random numbers. Remove the option.")
     return arguments.seed or 0
 
 
 def _rank(arguments: Namespace) -> int | None:
     """Return the rank of a truncated sum, or None for a combination over a shared factor."""
     if arguments.via not in (None, "svd"):
-        raise ArgumentError(None, f"--via: {arguments.via!r:.80} is unknown. Use svd.")
+        raise UsageError(f"--via: {arguments.via!r:.80} is unknown. Use svd.")
     if (arguments.via is None) != (arguments.rank is None):
-        raise ArgumentError(None, "--via and --rank: one option is missing. Use --via svd --rank r, or neither option.")
+        raise UsageError("--via and --rank: one option is missing. Use --via svd --rank r, or neither option.")
     if arguments.via is None:
         return None
     if arguments.method != "sum":
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"--method: {arguments.method} combines trained factors over one frozen factor, but --via svd combines "
-            "updates. Use --method sum, or remove --via and --rank.",
+            "updates. Use --method sum, or remove --via and --rank."
         )
     if arguments.rank < 1:
-        raise ArgumentError(None, f"--rank: {arguments.rank} is too small. Use 1 or more.")
+        raise UsageError(f"--rank: {arguments.rank} is too small. Use 1 or more.")
     return int(arguments.rank)
 
 
@@ -168,7 +162,7 @@ def _heads(arguments: Namespace) -> str | int:
         case ["keep", name] if name in arguments.runs:
             return int(arguments.runs.index(name))
         case ["keep", name]:
-            raise ArgumentError(None, f"--heads: keep {name!r:.200} is none of the given RUNs. Give one of the RUNs.")
-    raise ArgumentError(
-        None, f"--heads: {' '.join(arguments.heads)!r:.200} is unknown. Use combine, keep RUN or drop, after the RUNs."
+            raise UsageError(f"--heads: keep {name!r:.200} is none of the given RUNs. Give one of the RUNs.")
+    raise UsageError(
+        f"--heads: {' '.join(arguments.heads)!r:.200} is unknown. Use combine, keep RUN or drop, after the RUNs."
     )

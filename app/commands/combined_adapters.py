@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError
 from torch import Tensor, nn
 
 from app.commands.finished_runs import (
@@ -31,6 +30,7 @@ from app.export.low_rank import factor_state, given_config, replace_adapters, tr
 from app.export.model_card import write_combination_card
 from app.export.peft import LABELS, complete_peft, write_labels
 from app.run.checkpoint_io import read_checkpoint
+from datamodules.errors import UsageError
 from modules.adapters import AdapterConfig, adapter_state, attach
 from modules.analysis.combination import (
     SIDES,
@@ -158,7 +158,7 @@ def read_sources(names: Sequence[str]) -> list[Source]:
     """Read adapters, and check that they adapt the same projections of one backbone.
 
     Raises:
-        ArgumentError: If an input has no adapters, or the adapters do not fit each other.
+        UsageError: If an input has no adapters, or the adapters do not fit each other.
         CheckpointError: If an input cannot be read.
     """
     sources = [_read_source(name) for name in names]
@@ -167,19 +167,17 @@ def read_sources(names: Sequence[str]) -> list[Source]:
     for source in named:
         has_same_digest = source.is_checkpoint and named[0].is_checkpoint  # Checked by `check_same_backbone`.
         if source.base != named[0].base and not has_same_digest:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"RUN: {named[0].name} is for the backbone {named[0].base}, but {source.name} is for {source.base}. "
-                f"Combine adapters of one backbone. If both names mean the same weights, write one name into {CONFIG}.",
+                f"Combine adapters of one backbone. If both names mean the same weights, write one name into {CONFIG}."
             )
     first = sources[0]
     for source in sources[1:]:
         if differing := first.run.updates.keys() ^ source.run.updates.keys():
             adapting, lacking = (first, source) if min(differing) in first.run.updates else (source, first)
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"RUN: {adapting.name} adapts {min(differing)}, but {lacking.name} does not ({len(differing)} "
-                "projections differ). Combine adapters of the same projections.",
+                "projections differ). Combine adapters of the same projections."
             )
     return sources
 
@@ -187,7 +185,7 @@ def read_sources(names: Sequence[str]) -> list[Source]:
 def _read_source(name: str) -> Source:
     run = read_run(name)
     if run is None:
-        raise ArgumentError(None, f"RUN: {name} has no adapters. Give runs with model.tuning: adapter.")
+        raise UsageError(f"RUN: {name} has no adapters. Give runs with model.tuning: adapter.")
     if run.step is not None:
         state = read_checkpoint(run.source)["state_dict"]
         others = {key: tensor for key, tensor in state.items() if not STATE_NAME.fullmatch(key)}
@@ -204,11 +202,9 @@ def _read_labels(path: Path) -> list[str] | None:
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ArgumentError(
-            None, f"RUN: {path} cannot be read as JSON ({error}). Correct or remove the file."
-        ) from error
+        raise UsageError(f"RUN: {path} cannot be read as JSON ({error}). Correct or remove the file.") from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ArgumentError(None, f"RUN: {path} is not a list of class names. Correct or remove the file.")
+        raise UsageError(f"RUN: {path} is not a list of class names. Correct or remove the file.")
     return labels
 
 
@@ -219,7 +215,7 @@ def combine(sources: Sequence[Source], options: Combination) -> Combined:
     """Combine the factors and the heads of adapters.
 
     Raises:
-        ArgumentError: If the adapters share no factor, or the heads cannot be combined. With `options.rank`, the
+        UsageError: If the adapters share no factor, or the heads cannot be combined. With `options.rank`, the
             adapters need no shared factor.
     """
     facts = {"Weights": ", ".join(f"{weight:g}" for weight in options.weights)}
@@ -264,28 +260,26 @@ def _shared_side(sources: Sequence[Source], parts: Mapping[str, Sequence[Update]
     """Return the factor that all adapters share.
 
     Raises:
-        ArgumentError: If neither A nor B is the same in all adapters.
+        UsageError: If neither A nor B is the same in all adapters.
     """
     first = sources[0]
     frozen: Side = "B" if first.run.adapter.train == "A" else "A"
     for name, updates in parts.items():
         ranks = [update.a.shape[0] for update in updates]
         if other := next((i for i, rank in enumerate(ranks) if rank != ranks[0]), None):
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"RUN: {name} has adapter rank {ranks[0]} in {first.name} and {ranks[other]} in {sources[other].name}, "
-                "so the adapters share neither A nor B. Use --via svd --rank r.",
+                "so the adapters share neither A nor B. Use --via svd --rank r."
             )
     for side in sorted(SIDES, key=lambda side: side != frozen):
         if all(first_difference(updates, side) is None for updates in parts.values()):
             return side
     name, index = next((n, i) for n, updates in parts.items() if (i := first_difference(updates, frozen)) is not None)
     digests = [factor_digest(parts[name][i].factor(frozen))[:16] for i in (0, index)]
-    raise ArgumentError(
-        None,
+    raise UsageError(
         f"RUN: {first.name} and {sources[index].name} share no factor: {frozen} of {name} has the digest {digests[0]} "
         f"and {digests[1]}. Combine runs with one frozen factor (the same model.adapter.seed, rank and initialiser), "
-        "or use --via svd --rank r.",
+        "or use --via svd --rank r."
     )
 
 
@@ -295,8 +289,8 @@ def _truncated_sum(
     """Return the best approximation of the weighted sum with an adapter rank, and a clause about the loss."""
     largest = max(min(sum(u.a.shape[0] for u in us), us[0].b.shape[0], us[0].a.shape[1]) for us in parts.values())
     if rank > largest:
-        raise ArgumentError(
-            None, f"--rank: {rank} is larger than the largest rank of the sum ({largest}). Use {largest} or less."
+        raise UsageError(
+            f"--rank: {rank} is larger than the largest rank of the sum ({largest}). Use {largest} or less."
         )
     truncated, loss = truncated_sums(parts, weights, lambda total: min(rank, len(total.sigma)), orthonormal)
     return truncated, f"singular value decomposition of the weighted sum, truncated to rank {rank}; {loss}"
@@ -317,7 +311,7 @@ def _heads(
         names: For each head of the task, its names in PEFT's format.
 
     Raises:
-        ArgumentError: If the heads cannot be averaged, because class names, tensors or weights do not fit.
+        UsageError: If the heads cannot be averaged, because class names, tensors or weights do not fit.
     """
     if options.heads == "drop":
         return {}, "dropped"
@@ -331,27 +325,24 @@ def _heads(
         shapes = [{key: tuple(tensor.shape) for key, tensor in h.items()} for h in (reference, head)]
         if shapes[0].keys() != shapes[1].keys():
             tensor_name = min(shapes[0].keys() ^ shapes[1].keys())
-            raise ArgumentError(
-                None,
-                f"RUN: only one of {template.name} and {source.name} has the tensor {tensor_name!r:.120}. {ADVICE}",
+            raise UsageError(
+                f"RUN: only one of {template.name} and {source.name} has the tensor {tensor_name!r:.120}. {ADVICE}"
             )
         if source.labels is None:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"RUN: {source.name} has no {LABELS}, so the order of the classes in its head is unknown. Write the "
-                f"class names into this file, as a JSON list ([] for a regression). {ADVICE}",
+                f"class names into this file, as a JSON list ([] for a regression). {ADVICE}"
             )
         if sorted(source.labels) != sorted(template.labels or []):
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"RUN: the heads have different classes: {_listed(template.labels or [])} in {template.name}, and "
-                f"{_listed(source.labels)} in {source.name}. {ADVICE}",
+                f"{_listed(source.labels)} in {source.name}. {ADVICE}"
             )
         if shapes[0] != shapes[1]:
-            raise ArgumentError(None, f"RUN: the heads of {template.name} and {source.name} differ in shape. {ADVICE}")
+            raise UsageError(f"RUN: the heads of {template.name} and {source.name} differ in shape. {ADVICE}")
     total = sum(options.weights)
     if abs(total) < 1e-9 * max(map(abs, options.weights)):
-        raise ArgumentError(None, f"--weights: the sum is 0, so the heads have no weighted average. {ADVICE}")
+        raise UsageError(f"--weights: the sum is 0, so the heads have no weighted average. {ADVICE}")
     ordered = [
         _reordered(head, source, template.labels or []) for head, source in zip(source_heads, sources, strict=True)
     ]
@@ -377,19 +368,18 @@ def _reordered(head: dict[str, Tensor], source: Source, labels: Sequence[str]) -
     """Return a head with its rows in the order of the given class names.
 
     Raises:
-        ArgumentError: If the order differs, and two classes have one name or several layers could be the output layer.
+        UsageError: If the order differs, and two classes have one name or several layers could be the output layer.
     """
     assert source.labels is not None
     if list(source.labels) == list(labels):
         return head
     if len(set(labels)) < len(labels):
-        raise ArgumentError(None, f"RUN: {source.name} has two classes with the same name. {ADVICE}")
+        raise UsageError(f"RUN: {source.name} has two classes with the same name. {ADVICE}")
     count = len(labels)
     if any(tensor.ndim == 2 and tensor.shape[1] == count for tensor in head.values()):
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"RUN: {source.name} has its classes in a different order, and its head has a layer with {count} inputs, "
-            f"so the output layer is ambiguous. {ADVICE}",
+            f"so the output layer is ambiguous. {ADVICE}"
         )
     order = [source.labels.index(label) for label in labels]
     return {key: t[order] if t.ndim and t.shape[0] == count else t for key, t in head.items()}
@@ -410,17 +400,16 @@ def _by_module(heads: Mapping[str, Tensor], modules: Sequence[str]) -> Heads:
         modules: Names in PEFT's `modules_to_save`: full names, or ends of names.
 
     Raises:
-        ArgumentError: If a tensor belongs to none of the modules.
+        UsageError: If a tensor belongs to none of the modules.
     """
     grouped: Heads = {}
     ends = "|".join(re.escape(name) for name in modules)
     for key, tensor in heads.items():
         match = re.fullmatch(rf"((?:.*\.)?(?:{ends}))\.(.+)", key) if modules else None
         if match is None:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"RUN: {key!r:.120} cannot be combined: the tensor is neither a LoRA factor, nor in modules_to_save of "
-                f"{CONFIG}. Save the adapter without this tensor.",
+                f"{CONFIG}. Save the adapter without this tensor."
             )
         grouped.setdefault(match[1], {})[match[2]] = tensor
     return grouped

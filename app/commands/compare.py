@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.console import escape_controls, quantity_text
+from datamodules.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +36,7 @@ def run(arguments: Namespace) -> None:
     """Compare runs.
 
     Raises:
-        ArgumentError: For fewer than two runs.
+        UsageError: For fewer than two runs.
         CheckpointError: If a run is missing or damaged.
     """
     from rich.console import Console
@@ -43,7 +44,7 @@ def run(arguments: Namespace) -> None:
     from app.commands.runs import UNLIMITED
 
     if len(arguments.runs) < 2:
-        raise ArgumentError(None, "RUN: one run cannot be compared. Give two or more.")
+        raise UsageError("RUN: one run cannot be compared. Give two or more.")
     records = [_read_run(name) for name in arguments.runs]
     names = short_names([record.directory for record in records])
     keys = compare_values([record.keys for record in records], arguments.all)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.console import escape_controls
 from app.export.bank import member_of_checkpoint, read_members, split_names, write_bank
@@ -28,7 +28,7 @@ from app.export.peft import export_peft
 from app.export.validation import load_data, validation_scores
 from app.run.checkpoint_io import run_of_checkpoint
 from datamodules.atomic import WriteError, atomic_directory
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 from modules.base import AdaptedModule
 from modules.formats.rounding import Rounding, merge_rounding
 
@@ -112,7 +112,7 @@ def run(arguments: Namespace) -> None:
     """Export a run.
 
     Raises:
-        ArgumentError: If an option has a wrong value, the output is not empty or cannot be written, the model has no
+        UsageError: If an option has a wrong value, the output is not empty or cannot be written, the model has no
             such format, or the upload fails. The directory stays after a failed upload.
         CheckpointError: If the checkpoint is missing or damaged.
         ModelError: If the backbone is missing, or differs from the backbone of the training.
@@ -121,16 +121,16 @@ def run(arguments: Namespace) -> None:
         export_bank(arguments)
         return
     if len(arguments.runs) > 1 or arguments.names is not None:
-        raise ArgumentError(
-            None, f"RUN: --format {arguments.format} takes one run and no --names. Use --format bank for several runs."
+        raise UsageError(
+            f"RUN: --format {arguments.format} takes one run and no --names. Use --format bank for several runs."
         )
     output = Path(arguments.output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ArgumentError(None, f"--output: {output} exists already. Give a new or an empty directory.")
+        raise UsageError(f"--output: {output} exists already. Give a new or an empty directory.")
     check_options(arguments.rank, arguments.keep)
     truncates = arguments.rank is not None or arguments.keep is not None
     if arguments.validate and not truncates:
-        raise ArgumentError(None, "--validate: needs --rank or --keep. To score a run, use the command validate.")
+        raise UsageError("--validate: needs --rank or --keep. To score a run, use the command validate.")
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
     changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
@@ -151,7 +151,7 @@ def run(arguments: Namespace) -> None:
             load = loader(arguments.push_to_hub or output.name, shared=True)
             write_card(folder, module, checkpoint, arguments.format, load, notes)
     except WriteError as error:
-        raise ArgumentError(None, f"--output: {error}") from error
+        raise UsageError(f"--output: {error}") from error
     files = sorted(output.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
     print(escape_controls(f"Wrote {', '.join(f.name for f in files)}: {size:.1f} MB, {dtype_name}."))
@@ -183,18 +183,18 @@ def export_bank(arguments: Namespace) -> None:
     """Write the adapters of several runs as one file.
 
     Raises:
-        ArgumentError: If the output exists or cannot be written, a name is taken, or an option is not for banks.
+        UsageError: If the output exists or cannot be written, a name is taken, or an option is not for banks.
         AdapterError: If the runs do not share the backbone, the projections, the ranks or A.
     """
     output = Path(arguments.output).resolve()
     if output.exists():
-        raise ArgumentError(None, f"--output: {output} exists already. Give a new file, or use the command bank add.")
+        raise UsageError(f"--output: {output} exists already. Give a new file, or use the command bank add.")
     if arguments.rank is not None or arguments.keep is not None or arguments.validate:
-        raise ArgumentError(
-            None, "--rank, --keep, --validate: truncated adapters share no A. Remove the options, or use --format peft."
+        raise UsageError(
+            "--rank, --keep, --validate: truncated adapters share no A. Remove the options, or use --format peft."
         )
     if arguments.push_to_hub is not None:
-        raise ArgumentError(None, f"{OPTION}: a bank cannot be uploaded. Unpack an adapter and upload the directory.")
+        raise UsageError(f"{OPTION}: a bank cannot be uploaded. Unpack an adapter and upload the directory.")
     changes = {key: value for key, value in arguments.model.as_dict().items() if value is not None}
     read = partial(member_of_checkpoint, changes=changes)
     members = read_members(arguments.runs, split_names(arguments.names), {}, read)
@@ -204,7 +204,7 @@ def export_bank(arguments: Namespace) -> None:
     try:
         write_bank(output, first.shared, first.frozen, adapters, dtype)
     except WriteError as error:
-        raise ArgumentError(None, f"--output: {error}") from error
+        raise UsageError(f"--output: {error}") from error
     redrawn = sum(slot.seed is not None for slot in first.shared.slots)
     size = output.stat().st_size / 1e6
     print(

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.config.fit_keys import add_fit_arguments
 from app.config.precedence import output_directory
 from app.config.program_files import program_command
 from app.console import escape_controls
+from datamodules.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,7 +83,7 @@ def run(arguments: Namespace) -> None:
     """Train and test all arms, and write the table and the adapters.
 
     Raises:
-        ArgumentError: If an option has a wrong value, or does not fit the output of an earlier command.
+        UsageError: If an option has a wrong value, or does not fit the output of an earlier command.
         InputError: If data, model or a round's file cannot be used.
         WriteError: If a file cannot be written.
         SIGTERMException: After a signal. The message has the command that continues the training.
@@ -115,7 +116,7 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
             None trains the clients in this process. The arm `centralised` is always trained in this process.
 
     Raises:
-        ArgumentError: If a key is not supported, or the directory holds other files or a different training.
+        UsageError: If a key is not supported, or the directory holds other files or a different training.
         InputError: If data, model or a round's file cannot be used.
         WriteError: If a file cannot be written.
     """
@@ -132,9 +133,7 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgumentError(
-            None, f"--output: {output} cannot be created ({error.strerror}). Give another directory."
-        ) from error
+        raise UsageError(f"--output: {output} cannot be created ({error.strerror}). Give another directory.") from error
     refuse_other_files(output)  # Before the lock, which removes links in the directory.
     with locked(output, "--output"):
         open_federation(output, plan.fixed_keys(first))
@@ -157,34 +156,32 @@ def make_plan(
         partition: Value of `--partition`.
 
     Raises:
-        ArgumentError: If an option has a wrong value.
+        UsageError: If an option has a wrong value.
     """
     from app.federated.plan import Plan, parse_partition
 
     for key, value in (("rounds", rounds), ("local_steps", local_steps)):
         if value < 1:
-            raise ArgumentError(None, f"--{key}: {value} is too small. Give 1 or more.")
+            raise UsageError(f"--{key}: {value} is too small. Give 1 or more.")
     alpha = parse_partition(partition)
     if not clients:
-        raise ArgumentError(
-            None, "--clients: the option is missing. Give a number of clients, or the folder or file of each client."
+        raise UsageError(
+            "--clients: the option is missing. Give a number of clients, or the folder or file of each client."
         )
     if len(clients) == 1 and clients[0].lstrip("-").isdecimal():
         if (number := int(clients[0])) < 1:
-            raise ArgumentError(None, f"--clients: {number} is too small. Give 1 or more.")
+            raise UsageError(f"--clients: {number} is too small. Give 1 or more.")
         return Plan(tuple(fit_arguments), number, rounds, local_steps, alpha)
     if missing := [path for path in clients if not Path(path).exists()]:
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"--clients: {missing[0]!r:.200} is not an existing folder or file. Give one number, or two or more "
-            "folders or files.",
+            "folders or files."
         )
     if len(clients) < 2:
-        raise ArgumentError(None, f"--clients: {clients[0]!r:.200} is one client. Give two or more, or use fit.")
+        raise UsageError(f"--clients: {clients[0]!r:.200} is one client. Give two or more, or use fit.")
     if alpha is not None:
-        raise ArgumentError(
-            None,
-            f"--partition: {partition} splits one data set, but each of --clients has its own data. Remove the option.",
+        raise UsageError(
+            f"--partition: {partition} splits one data set, but each of --clients has its own data. Remove the option."
         )
     return Plan(tuple(fit_arguments), len(clients), rounds, local_steps, None, tuple(clients))
 
@@ -228,7 +225,7 @@ def make_clients(plan: Plan, learner: Learner) -> list[Client]:
     """Return all clients of a plan, with their rows.
 
     Raises:
-        ArgumentError: If the rows cannot be split as planned.
+        UsageError: If the rows cannot be split as planned.
         DataError: If the data of a client cannot be read.
     """
     import torch
@@ -261,12 +258,12 @@ def trainable(clients: Sequence[Client]) -> list[Client]:
     """Return the clients whose rows fill a batch.
 
     Raises:
-        ArgumentError: If no client has the rows of one batch.
+        UsageError: If no client has the rows of one batch.
     """
     participants = [client for client in clients if client.can_train]
     if not participants:
-        raise ArgumentError(
-            None, "data.batch_size: no client has the rows of one batch. Use a smaller batch, or fewer --clients."
+        raise UsageError(
+            "data.batch_size: no client has the rows of one batch. Use a smaller batch, or fewer --clients."
         )
     return participants
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jsonargparse import ArgumentError
 from torch import Tensor, nn
 
 from app.config.yaml_files import read_yaml
@@ -26,7 +25,7 @@ from app.run.spectrum_file import FILE as SPECTRUM
 from app.run.spectrum_file import DamagedSpectra
 from app.run.spectrum_file import read_spectra as read_rows
 from datamodules.atomic import atomic_write
-from datamodules.errors import CheckpointError, counted
+from datamodules.errors import CheckpointError, UsageError, counted
 from modules.adapters import AdapterConfig, AdapterError, Projection
 from modules.adapters.chain import check_links
 from modules.adapters.init import init_factor
@@ -149,7 +148,7 @@ def read_runs(names: Sequence[str], least: int, most: int | None = None) -> list
         most: Largest number of runs that the command can show; None for no limit.
 
     Raises:
-        ArgumentError: If fewer than `least` or more than `most` runs with adapters are left.
+        UsageError: If fewer than `least` or more than `most` runs with adapters are left.
         CheckpointError: If a run cannot be read.
     """
     runs: list[FinishedRun] = []
@@ -162,13 +161,12 @@ def read_runs(names: Sequence[str], least: int, most: int | None = None) -> list
             continue
         runs.append(run)
     if len(runs) < least:
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"RUN: {counted(len(runs), 'different run')} with adapters in {counted(len(names), 'given path')}, and "
-            f"{least} or more are needed. Give runs with model.tuning: adapter.",
+            f"{least} or more are needed. Give runs with model.tuning: adapter."
         )
     if most is not None and len(runs) > most:
-        raise ArgumentError(None, f"RUN: {len(runs)} runs do not fit in one figure. Give {most} or fewer.")
+        raise UsageError(f"RUN: {len(runs)} runs do not fit in one figure. Give {most} or fewer.")
     for number, (run, label) in enumerate(zip(runs, _labels(runs), strict=True), 1):
         run.label = f"{number}: {label}"
         step = "" if run.step is None else f", step {run.step}"
@@ -394,7 +392,7 @@ def check_same_backbone(runs: Sequence[FinishedRun]) -> None:
     """Check that all runs were trained over the same frozen weights.
 
     Raises:
-        ArgumentError: If the backbones differ. The message lists the differences.
+        UsageError: If the backbones differ. The message lists the differences.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -412,10 +410,9 @@ def check_same_backbone(runs: Sequence[FinishedRun]) -> None:
             keys.append(differing)
         if not keys:
             keys.append("the keys are the same, and the digests of the frozen weights differ, so a file has changed")
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"RUN: {first.source} and {run.source} were trained over different backbones: {'; '.join(keys)}. Give "
-            "runs over one backbone.",
+            "runs over one backbone."
         )
     if unknown := [str(run.source) for run in runs if run.digest is None]:
         _log.warning(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.config.fit_keys import add_fit_arguments
 from app.console import escape_controls
+from datamodules.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +51,7 @@ def run(arguments: Namespace) -> None:
     """Predict the memory of a fit and print it.
 
     Raises:
-        ArgumentError: For a wrong value, or for data without training rows.
+        UsageError: For a wrong value, or for data without training rows.
         DataError: If data on this machine are damaged.
         ModelError: If the model cannot be built from its configuration, or its memory cannot be predicted.
     """
@@ -60,7 +61,7 @@ def run(arguments: Namespace) -> None:
     from app.commands.memory_prediction import predict
 
     if arguments.classes < 2:
-        raise ArgumentError(None, f"--classes: {arguments.classes} is too small. Give 2 or more.")
+        raise UsageError(f"--classes: {arguments.classes} is too small. Give 2 or more.")
     prediction = predict(arguments.fit.parse, arguments.fit_arguments, arguments.classes)
     Console().print(table_of(prediction))
     print(escape_controls(f"For {prediction.setting}."))

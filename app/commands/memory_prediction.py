@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 
 from app.commands.memory_estimate import BatchSize, MemoryEstimate, Precision, fit_memory
 from app.config.constructors import construct
 from app.config.fit_keys import ParseFit
 from datamodules.contract import HasKind
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 from datamodules.sources.findings import Findings
 from modules.base import AdaptedModule
 
@@ -52,7 +52,7 @@ def predict(parse_fit: ParseFit, fit_arguments: Sequence[str], classes: int) -> 
         classes: Number of classes of the head, if neither recipe, task nor data give the number.
 
     Raises:
-        ArgumentError: For options that `fit` refuses, or for data without training rows.
+        UsageError: For options that `fit` refuses, or for data without training rows.
         DataError: If data on this machine are damaged.
         ModelError: If the model cannot be built from its configuration, or its memory cannot be predicted.
     """
@@ -85,7 +85,7 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
     """Return the size of the largest training batch of a fit, and the size as text.
 
     Raises:
-        ArgumentError: For data without training rows.
+        UsageError: For data without training rows.
     """
     data = resolve_name(config.data.class_path)
     kind = data.kind if isinstance(data, HasKind) else "data of no known kind"
@@ -102,8 +102,8 @@ def batch_of(config: Namespace) -> tuple[BatchSize, str]:
     if kind == "instructions":
         text = f"{counted(keys.batch_size, 'conversation')} a step of {keys.max_length} tokens, all learnt"
         return BatchSize(keys.batch_size, keys.max_length), text
-    raise ArgumentError(
-        None, f"data: {config.data.class_path} gives {kind}, which no task is trained on. Give a recipe for fit."
+    raise UsageError(
+        f"data: {config.data.class_path} gives {kind}, which no task is trained on. Give a recipe for fit."
     )
 
 
@@ -139,7 +139,7 @@ def precision_of(value: Any) -> Precision:
     """Return the canonical name of a precision. Lightning accepts several names.
 
     Raises:
-        ArgumentError: For a precision that a fit refuses.
+        UsageError: For a precision that a fit refuses.
     """
     names: dict[str, Precision] = {
         **dict.fromkeys(("None", "32", "32-true"), "32-true"),
@@ -147,7 +147,7 @@ def precision_of(value: Any) -> Precision:
         **dict.fromkeys(("16", "16-mixed"), "16-mixed"),
     }
     if str(value) not in names:
-        raise ArgumentError(None, f"trainer.precision: {value} is none of 32-true, bf16-mixed and 16-mixed.")
+        raise UsageError(f"trainer.precision: {value} is none of 32-true, bf16-mixed and 16-mixed.")
     return names[str(value)]
 
 

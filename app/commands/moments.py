@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentError
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -18,7 +17,7 @@ from app.config.constructors import construct, construct_accelerator
 from app.config.fit_keys import ParseFit
 from app.run.failures import construction_errors
 from app.run.trainers import quiet_trainer
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 from modules.adapters import AdaptedLinear, ChainConfig, adapted_layers
 from modules.analysis.theory import Moments
 from modules.base import AdaptedModule
@@ -60,7 +59,7 @@ def measure(parse_fit: ParseFit, fit_arguments: Sequence[str], batches: int, hea
         head_steps: Optimizer steps that train only the heads, before the measurement; none without a head.
 
     Raises:
-        ArgumentError: For options that `fit` refuses, if no projection is adapted, or if a key loads trained adapters.
+        UsageError: For options that `fit` refuses, if no projection is adapted, or if a key loads trained adapters.
     """
     config = parse_fit(fit_arguments)
     for key, value in (
@@ -68,10 +67,10 @@ def measure(parse_fit: ParseFit, fit_arguments: Sequence[str], batches: int, hea
         ("model.adapter_path", config.model.init_args.get("adapter_path")),
     ):
         if value is not None:
-            raise ArgumentError(
-                None, f"{key}: {value} holds trained adapters, and theory measures the backbone before training. "
-                "Leave the key out."
-            )  # fmt: skip
+            raise UsageError(
+                f"{key}: {value} holds trained adapters, and theory measures the backbone before training. Leave the "
+                "key out."
+            )
     if config.seed_everything is not False:
         seed = None if config.seed_everything is True else config.seed_everything
         L.seed_everything(seed, workers=True, verbose=False)
@@ -80,9 +79,7 @@ def measure(parse_fit: ParseFit, fit_arguments: Sequence[str], batches: int, hea
     with construction_errors(config, "data"):
         data = construct(L.LightningDataModule, config.data)
     if not adapted_layers(module.backbone):
-        raise ArgumentError(
-            None, f"model.tuning: {module.tuning} adapts no projection to measure. Set model.tuning to adapter."
-        )
+        raise UsageError(f"model.tuning: {module.tuning} adapts no projection to measure. Set model.tuning to adapter.")
     if module.link_epochs is not None:
         _log.info("model.adapter.chain: the measurement is of the first link.")
         module.adapter = replace(module.adapter, chain=ChainConfig())

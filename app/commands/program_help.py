@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentError
-
 from app.commands import COMMANDS, command_help
 from app.config.program_files import program_command
+from datamodules.errors import UsageError
 
 # Commands of LightningCLI, whose own help is about Lightning's trainer.
 TRAINER_COMMANDS = {
@@ -54,16 +53,16 @@ def check_command(words: Sequence[str]) -> None:
     """Check the first word of the command line.
 
     Raises:
-        ArgumentError: If there is no word, or the first word is neither an option nor a command.
+        UsageError: If there is no word, or the first word is neither an option nor a command.
     """
     names = [*TRAINER_COMMANDS, *COMMANDS]
     choices = f"Choose one of {', '.join(names)}."
     if not words:
-        raise ArgumentError(None, f"No command is given. {choices} --help describes the commands.")
+        raise UsageError(f"No command is given. {choices} --help describes the commands.")
     if not words[0].startswith("-") and words[0] not in names:
         close = difflib.get_close_matches(words[0], names, n=1)
         hint = f"; did you mean {close[0]}?" if close else "."
-        raise ArgumentError(None, f"There is no command {words[0]!r:.80}{hint} {choices}")
+        raise UsageError(f"There is no command {words[0]!r:.80}{hint} {choices}")
 
 
 def _columns(rows: dict[str, str]) -> str:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.console import escape_controls, seconds_text
 from datamodules.atomic import atomic_write
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +49,7 @@ def run(arguments: Namespace) -> None:
     """List the runs.
 
     Raises:
-        ArgumentError: If there is no such directory, or both --csv and --json are given.
+        UsageError: If there is no such directory, or both --csv and --json are given.
         WriteError: If the CSV file cannot be written.
     """
     from rich.console import Console
@@ -58,9 +58,9 @@ def run(arguments: Namespace) -> None:
 
     root = Path(arguments.root)
     if not root.is_dir():
-        raise ArgumentError(None, f"ROOT: there is no directory {root}. Give the directory that holds the runs.")
+        raise UsageError(f"ROOT: there is no directory {root}. Give the directory that holds the runs.")
     if arguments.csv and arguments.json:
-        raise ArgumentError(None, "--csv and --json exclude each other. Give one of the options.")
+        raise UsageError("--csv and --json exclude each other. Give one of the options.")
     records = sort_records([read_record(run) for run in find_runs(root)], arguments.sort)
     rows = [row_of(record, root) for record in records]
     if arguments.json:

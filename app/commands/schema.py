@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.config.schema import recipe_schema
+from datamodules.errors import UsageError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -19,9 +20,9 @@ def run(arguments: Namespace) -> None:
     """Print the schema.
 
     Raises:
-        ArgumentError: Without a recipe or with two, or if the recipe cannot be read.
+        UsageError: Without a recipe or with two, or if the recipe cannot be read.
     """
     recipes = [name for name in (arguments.recipe, arguments.config) if name is not None]
     if len(recipes) != 1:
-        raise ArgumentError(None, f"RECIPE: {len(recipes)} recipes are given. Give one, such as conf/vit_cifar.yaml.")
+        raise UsageError(f"RECIPE: {len(recipes)} recipes are given. Give one, such as conf/vit_cifar.yaml.")
     print(json.dumps(recipe_schema(recipes[0], arguments.fit), indent=2), flush=True)

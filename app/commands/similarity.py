@@ -25,7 +25,7 @@ def run(arguments: Namespace) -> None:
     """Write the report.
 
     Raises:
-        ArgumentError: If fewer than two runs have adapters, their backbones differ, no projection is adapted by all
+        UsageError: If fewer than two runs have adapters, their backbones differ, no projection is adapted by all
             runs, or the output is no directory.
         CheckpointError: If a run cannot be read.
         WriteError: If a file cannot be written.

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jsonargparse import ArgumentError
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 from torch import Tensor
 
 from app.commands.finished_runs import FinishedRun, block_names, runs_table, shown_runs
 from app.reports.report import COLOURS, FILE, Report, figure_style, new_figure, side_legend
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 from modules.analysis.combination import SIDES, Side
 from modules.analysis.similarity import (
     chance_level,
@@ -55,7 +54,7 @@ def build_tables(runs: Sequence[FinishedRun]) -> dict[str, pd.DataFrame]:
         permutation. `groups`: means over pairs that share the same facts.
 
     Raises:
-        ArgumentError: If the runs adapt no projection in common.
+        UsageError: If the runs adapt no projection in common.
     """
     names = _common_projections(runs)
     blocks = block_names(names)
@@ -125,10 +124,9 @@ def _common_projections(runs: Sequence[FinishedRun]) -> list[str]:
     shared = set.intersection(*(set(run.updates) for run in runs))
     adapted = set.union(*(set(run.updates) for run in runs))
     if not shared:
-        raise ArgumentError(
-            None,
+        raise UsageError(
             "RUN: no projection is adapted by all runs. Give runs with the same model.adapter.targets, or targets that "
-            "overlap.",
+            "overlap."
         )
     if len(shared) < len(adapted):
         _log.warning(

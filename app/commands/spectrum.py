@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.config.precedence import add_report_output, output_directory
 from app.console import escape_controls
+from datamodules.errors import UsageError
 
 MOST_RUNS = 8  # number of colours that a reader can distinguish
 
@@ -35,7 +36,7 @@ def run(arguments: Namespace) -> None:
     """Write the report.
 
     Raises:
-        ArgumentError: If no run has adapters, more than `MOST_RUNS` have adapters, --top is negative, or the output is
+        UsageError: If no run has adapters, more than `MOST_RUNS` have adapters, --top is negative, or the output is
             no directory.
         CheckpointError: If a run cannot be read.
         WriteError: If a file cannot be written.
@@ -46,7 +47,7 @@ def run(arguments: Namespace) -> None:
 
     output = output_directory(arguments.output)
     if arguments.top < 0:
-        raise ArgumentError(None, f"--top: {arguments.top} is negative. Give 0 or more.")
+        raise UsageError(f"--top: {arguments.top} is negative. Give 0 or more.")
     runs = read_runs(arguments.runs, least=1, most=MOST_RUNS)
     spectra = [read_spectra(run) for run in runs]
     weights = measure_weights(runs, arguments.top)

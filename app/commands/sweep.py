@@ -62,8 +62,8 @@ def run(arguments: Namespace) -> None:
     """Run or continue a sweep.
 
     Raises:
-        ArgumentError: If an option, the sweep's file or a recipe is wrong, or the sweep was started with a plan that
-            does not fit. `SweepError` is a kind of ArgumentError.
+        UsageError: If an option, the sweep's file or a recipe is wrong, or the sweep was started with a plan that
+            does not fit. `SweepError` is a kind of UsageError.
     """
     from rich.console import Console
 

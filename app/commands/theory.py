@@ -7,11 +7,12 @@ docs/theory.md explains what these moments say about a network, and what they do
 
 from __future__ import annotations
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.config.fit_keys import add_fit_arguments
 from app.config.precedence import output_directory
 from app.console import escape_controls
+from datamodules.errors import UsageError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run(arguments: Namespace) -> None:
     """Measure a recipe and write its report.
 
     Raises:
-        ArgumentError: For a wrong value, or for keys that leave nothing to measure.
+        UsageError: For a wrong value, or for keys that leave nothing to measure.
         WriteError: If a file cannot be written.
     """
     from app.commands.moments import measure
@@ -46,7 +47,7 @@ def run(arguments: Namespace) -> None:
 
     for name, least in (("batches", 1), ("head_steps", 0)):
         if arguments[name] < least:
-            raise ArgumentError(None, f"--{name}: {arguments[name]} is too small. Give {least} or more.")
+            raise UsageError(f"--{name}: {arguments[name]} is too small. Give {least} or more.")
     output = output_directory(arguments.output).resolve()
     analysis = analyse(measure(arguments.fit.parse, arguments.fit_arguments, arguments.batches, arguments.head_steps))
     page = write_report(analysis, output)

@@ -8,11 +8,12 @@ from itertools import pairwise
 from pkgutil import resolve_name
 from types import MappingProxyType
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from app.config.imports import resolve
 from app.config.precedence import SECTIONS
 from app.config.yaml_files import read_yaml
+from datamodules.errors import UsageError
 
 # The parser knows the short names of imported classes only. A run imports only the classes of its task.
 CLASS_PATHS: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -41,7 +42,7 @@ def expand_class_names(options: Sequence[str]) -> list[str]:
     """Return the options with the short names of classes replaced by class paths.
 
     Raises:
-        ArgumentError: For an unknown short name that resembles a known short name.
+        UsageError: For an unknown short name that resembles a known short name.
     """
     expanded: list[str] = []
     section: str | None = None  # the section that the previous word names, if the class is the next word
@@ -62,8 +63,8 @@ def expand_class_names(options: Sequence[str]) -> list[str]:
 def _class_path(section: str, name: str) -> str:
     paths = CLASS_PATHS[section]
     if name not in paths and name.isidentifier() and (close := difflib.get_close_matches(name, paths, n=1)):
-        raise ArgumentError(
-            None, f"{section}: there is no class {name}; did you mean {close[0]}? Choose one of {', '.join(paths)}."
+        raise UsageError(
+            f"{section}: there is no class {name}; did you mean {close[0]}? Choose one of {', '.join(paths)}."
         )
     return paths.get(name, name)
 
@@ -74,7 +75,7 @@ def find_classes(files: Sequence[str], options: Sequence[str]) -> dict[str, type
     Options override files. A class that cannot be imported is ignored, since the caller only describes keys.
 
     Raises:
-        ArgumentError: If a file is missing or broken, or for a misspelt short name of a class.
+        UsageError: If a file is missing or broken, or for a misspelt short name of a class.
     """
     paths = dict(BASES)
     for name in files:

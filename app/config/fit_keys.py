@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentParser, Namespace
 
-# Returns the configuration of `fit WORDS`, parsed and validated, without constructing anything. Raises ArgumentError if
+# Returns the configuration of `fit WORDS`, parsed and validated, without constructing anything. Raises UsageError if
 # `fit` would reject the words.
 ParseFit = Callable[[Sequence[str]], Namespace]
 

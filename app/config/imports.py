@@ -51,7 +51,7 @@ def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the command line into the prefixes of `--allow_imports` and the other words, in their order.
 
     Raises:
-        ArgumentError: For the option without a prefix.
+        UsageError: For the option without a prefix.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(OPTION, action="append", default=[])

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from jsonargparse import ArgumentError
-
 from app.config.classes import class_keys
+from datamodules.errors import UsageError
 
 LONGEST = 2000  # characters of a message
 # Patterns of the parser's nested text: lines that enclose other lines, and lines that no reader needs.
@@ -55,11 +54,11 @@ OTHER_NAMES = {
 NAMED, TYPE, OTHER_CLASS = range(3)  # kinds of reasons; a lower kind is preferred
 
 
-class ListError(ArgumentError):
+class ListError(UsageError):
     """Error with a list of choices below the message, one choice a line."""
 
     def __init__(self, message: str, choices: Sequence[str]) -> None:
-        super().__init__(None, "\n".join([message, *(f"  {choice}" for choice in choices)]))
+        super().__init__("\n".join([message, *(f"  {choice}" for choice in choices)]))
 
 
 @dataclass

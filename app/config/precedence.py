@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from app.config.program_files import find_program_file
+from datamodules.errors import UsageError
 
 SECTIONS = ("model", "data")  # the sections that name a class
 
@@ -33,7 +34,7 @@ def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     `predict --prompt TEXT` is short for --data.prompt.
 
     Raises:
-        ArgumentError: For `--config` without a name.
+        UsageError: For `--config` without a name.
     """
     command = [words[0]] if words and not words[0].startswith("-") else []
     if command == ["predict"]:
@@ -66,7 +67,7 @@ def runs_root(given: str | None, files: list[str]) -> Path:
             the parent of the run directory if the file is the config.yaml of a run. Without a file: runs/default.
 
     Raises:
-        ArgumentError: For an empty name, or the home of a user who does not exist.
+        UsageError: For an empty name, or the home of a user who does not exist.
     """
     if given is not None:
         return expanded_path("trainer.default_root_dir", given)
@@ -78,14 +79,14 @@ def expanded_path(key: str, given: str) -> Path:
     """Return a path with `~` expanded.
 
     Raises:
-        ArgumentError: With the key, for an empty name or the home of a user who does not exist.
+        UsageError: With the key, for an empty name or the home of a user who does not exist.
     """
     if not given:
-        raise ArgumentError(None, f"{key}: the name is empty. Give a path, or leave the key out.")
+        raise UsageError(f"{key}: the name is empty. Give a path, or leave the key out.")
     try:
         return Path(given).expanduser()
     except RuntimeError as error:
-        raise ArgumentError(None, f"{key}: {given} cannot be expanded ({error}). Give a path without ~.") from error
+        raise UsageError(f"{key}: {given} cannot be expanded ({error}). Give a path without ~.") from error
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
     """Write `content` to a temporary YAML file; delete it on exit.
 
     Raises:
-        ArgumentError: If the content, which comes from a checkpoint, has values that are not plain.
+        UsageError: If the content, which comes from a checkpoint, has values that are not plain.
     """
     handle, name = tempfile.mkstemp(suffix=".yaml")
     try:
@@ -101,8 +102,8 @@ def temporary_yaml(content: dict[str, Any]) -> Iterator[str]:
             try:
                 yaml.safe_dump(content, file, sort_keys=False)  # the first matching key of rank_pattern decides
             except (yaml.YAMLError, RecursionError, ValueError) as error:
-                raise ArgumentError(
-                    None, "ckpt_path: the hyper-parameters are not plain values. Use another checkpoint."
+                raise UsageError(
+                    "ckpt_path: the hyper-parameters are not plain values. Use another checkpoint."
                 ) from error
         yield name
     finally:
@@ -182,11 +183,11 @@ def output_directory(given: str) -> Path:
     """Return the directory of `--output`, which need not exist.
 
     Raises:
-        ArgumentError: If the name is empty, names a file, or begins with the home of a user who does not exist.
+        UsageError: If the name is empty, names a file, or begins with the home of a user who does not exist.
     """
     output = expanded_path("--output", given)
     if output.exists() and not output.is_dir():
-        raise ArgumentError(None, f"--output: {output} is a file. Give a directory.")
+        raise UsageError(f"--output: {output} is a file. Give a directory.")
     return output
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.config.classes import CLASS_PATHS
@@ -15,6 +14,7 @@ from app.config.fit_keys import FitKeys
 from app.config.imports import resolve
 from app.config.precedence import SECTIONS
 from app.config.yaml_files import check_file, read_yaml
+from datamodules.errors import UsageError
 
 Described = dict[str, Any]  # class_path and init_args
 # Keys of the trainer that take classes of other packages. Their arguments are not in the schema.
@@ -65,7 +65,7 @@ def recipe_schema(name: str, fit: FitKeys) -> dict[str, Any]:
         fit: Access to the keys of `fit`.
 
     Raises:
-        ArgumentError: If the file is missing or broken, or names a class that does not exist or is not allowed.
+        UsageError: If the file is missing or broken, or names a class that does not exist or is not allowed.
     """
     check_file(name)
     sections = {key: part for key, part in read_yaml(name).items() if key in SECTIONS and isinstance(part, dict)}
@@ -85,15 +85,13 @@ def _class(section: str, path: str) -> type:
     """Return the class of a section.
 
     Raises:
-        ArgumentError: If the class does not exist, or a configuration may not name the class.
+        UsageError: If the class does not exist, or a configuration may not name the class.
     """
     try:
         resolved = resolve(path)
     except ImportError as error:
-        raise ArgumentError(None, f"{section}.class_path: {error}") from error
+        raise UsageError(f"{section}.class_path: {error}") from error
     if not isinstance(resolved, type):
         choices = ", ".join(CLASS_PATHS[section].values())
-        raise ArgumentError(
-            None, f"{section}.class_path: {path} is no class that a recipe may name. Choose one of {choices}."
-        )
+        raise UsageError(f"{section}.class_path: {path} is no class that a recipe may name. Choose one of {choices}.")
     return resolved

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 
 from app.config.imports import same_class
@@ -14,6 +14,7 @@ from app.config.messages import ListError
 from app.config.precedence import SECTIONS, comparable, dotted, section_keys
 from app.config.program_files import list_recipes
 from app.config.variants import OPTION, variant_keys
+from datamodules.errors import UsageError
 
 LARGEST_SEED = 2**32 - 1  # that NumPy takes
 LARGEST_NUMBER = 2**63 - 1  # that torch takes
@@ -26,7 +27,7 @@ def class_of(config: Namespace, section: str) -> str | None:
 
 
 def check_sections(config: Namespace) -> None:
-    """Check that a command has a model and data. Raise ArgumentError with the section that is missing."""
+    """Check that a command has a model and data. Raise UsageError with the section that is missing."""
     for section in SECTIONS:
         if class_of(config, section) is None:
             raise ListError(
@@ -46,7 +47,7 @@ def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dic
         The saved sections that the configuration does not replace.
 
     Raises:
-        ArgumentError: With both classes.
+        UsageError: With both classes.
     """
     kept = dict(saved)
     for section, content in saved.items():
@@ -54,10 +55,9 @@ def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dic
         if wanted is None or same_class(wanted, content["class_path"]):
             continue
         if section == "model" or trains:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"ckpt_path: the checkpoint was trained with {content['class_path']}, but the configuration names "
-                f"{wanted}. Use the config.yaml of the checkpoint's run, or another checkpoint.",
+                f"{wanted}. Use the config.yaml of the checkpoint's run, or another checkpoint."
             )
         del kept[section]
     return kept
@@ -72,14 +72,14 @@ def check_values(key: str, hint: Any, value: Any) -> None:
         value: The given value.
 
     Raises:
-        ArgumentError: With the key.
+        UsageError: With the key.
     """
     if value is None and hint is not Any and type(None) not in get_args(hint):
-        raise ArgumentError(None, f"{key}: the value cannot be null. Leave the key out to use its default.")
+        raise UsageError(f"{key}: the value cannot be null. Leave the key out to use its default.")
     if dataclasses.is_dataclass(hint) and value is not None:
         if not isinstance(value, Namespace):
             names = ", ".join(field.name for field in dataclasses.fields(hint))
-            raise ArgumentError(None, f"{key}: {value!r} is a single value. Give keys: {names}.")
+            raise UsageError(f"{key}: {value!r} is a single value. Give keys: {names}.")
         hints = get_type_hints(hint)
         for name, part in value.items(branches=True, nested=False):
             check_values(f"{key}.{name}", hints[name], part)
@@ -92,7 +92,7 @@ def check_plain_values(key: str, value: Any) -> None:
     rejected too, since neither YAML nor TensorBoard can write such strings.
 
     Raises:
-        ArgumentError: With the key.
+        UsageError: With the key.
     """
     if isinstance(value, dict):
         for name, part in value.items():
@@ -105,14 +105,14 @@ def check_plain_values(key: str, value: Any) -> None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ArgumentError(None, f"{key}: {value} is not UTF-8. Rename the file or folder.") from error
+            raise UsageError(f"{key}: {value} is not UTF-8. Rename the file or folder.") from error
     elif isinstance(value, float) and math.isnan(value):
-        raise ArgumentError(None, f"{key}: nan is not allowed. Give a finite number.")
+        raise UsageError(f"{key}: nan is not allowed. Give a finite number.")
     elif isinstance(value, int) and not isinstance(value, bool):
         is_seed = key.rpartition(".")[2] in ("seed_everything", "seed") or key.endswith("_seed")
         least, most = (0, LARGEST_SEED) if is_seed else (-LARGEST_NUMBER, LARGEST_NUMBER)
         if not least <= value <= most:
-            raise ArgumentError(None, f"{key}: {value} is outside of the range {least} to {most}.")
+            raise UsageError(f"{key}: {value} is outside of the range {least} to {most}.")
 
 
 def check_strategy(strategy: Any) -> None:
@@ -122,24 +122,20 @@ def check_strategy(strategy: Any) -> None:
         strategy: A name, or a class with its arguments. Strategies of other packages are accepted.
 
     Raises:
-        ArgumentError: With the strategy to use instead.
+        UsageError: With the strategy to use instead.
     """
     path = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
     name = path.rpartition(".")[2]
     values = strategy.get("init_args") if isinstance(strategy, Namespace) else None
     started = name if values is None else f"{name} with start_method {values.get('start_method') or 'popen'}"
     if name.startswith(("ddp_", "DDPStrategy")) and any(method in started for method in ("spawn", "fork", "notebook")):
-        raise ArgumentError(
-            None,
-            f"trainer.strategy: {started} forks or spawns this process, which is not supported. Use ddp.",
-        )
+        raise UsageError(f"trainer.strategy: {started} forks or spawns this process, which is not supported. Use ddp.")
     replicates = name == "auto" or name.lower().startswith(("ddp", "singledevice", "single_device"))
     is_lightning = path.startswith("lightning.") if "." in path else path in StrategyRegistry.available_strategies()
     if is_lightning and not replicates:  # Lightning reports a strategy that does not exist.
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"trainer.strategy: {name} would shard or move the trained parameters, which every device needs whole. Use "
-            "ddp. If the frozen weights are too large for one device, add --model.shard_frozen true (conf/fsdp.yaml).",
+            "ddp. If the frozen weights are too large for one device, add --model.shard_frozen true (conf/fsdp.yaml)."
         )
 
 
@@ -155,7 +151,7 @@ def check_variant(variant: str, from_words: Namespace, saved: dict[str, Any]) ->
         saved: The sections that the checkpoint was trained with.
 
     Raises:
-        ArgumentError: With the keys that differ.
+        UsageError: With the keys that differ.
     """
     trained = dotted({"model": saved["model"]["init_args"]}) if "model" in saved else {}
     now = {f"model.{key}": value for key, value in section_keys(from_words, "model").items()}
@@ -168,8 +164,7 @@ def check_variant(variant: str, from_words: Namespace, saved: dict[str, Any]) ->
         and not (trained[key] == "given" and key.startswith("model.adapter.init_"))
     ]
     if differing:
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"{OPTION}: the checkpoint is not of the variant {variant}. It was trained with {', '.join(differing)}. "
-            f"Leave {OPTION} out to resume the checkpoint, or leave --ckpt_path out to start a new run.",
+            f"Leave {OPTION} out to resume the checkpoint, or leave --ckpt_path out to start a new run."
         )

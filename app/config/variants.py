@@ -9,7 +9,7 @@ from copy import deepcopy
 from types import MappingProxyType
 from typing import Any
 
-from jsonargparse import ArgumentError
+from datamodules.errors import UsageError
 
 OPTION = "--variant"
 
@@ -106,7 +106,7 @@ def split_variant(command: Sequence[str], options: Sequence[str]) -> tuple[str |
         The last `--variant`, or None; the other options.
 
     Raises:
-        ArgumentError: If the command is not fit, or if the variant's name is missing or unknown.
+        UsageError: If the command is not fit, or if the variant's name is missing or unknown.
     """
     names, others = [], []
     rest = iter(options)
@@ -120,14 +120,13 @@ def split_variant(command: Sequence[str], options: Sequence[str]) -> tuple[str |
     if not names:
         return None, others
     if list(command) != ["fit"]:
-        raise ArgumentError(
-            None,
-            f"{OPTION}: only fit takes a variant. Put {OPTION} after fit, or leave {OPTION} out for another command.",
+        raise UsageError(
+            f"{OPTION}: only fit takes a variant. Put {OPTION} after fit, or leave {OPTION} out for another command."
         )
     if "" in names:
-        raise ArgumentError(None, f"{OPTION}: a name is missing. Choose one of {', '.join(VARIANTS)}.")
+        raise UsageError(f"{OPTION}: a name is missing. Choose one of {', '.join(VARIANTS)}.")
     try:
         variant_keys(names[-1])
     except VariantError as error:
-        raise ArgumentError(None, f"--{error}") from error
+        raise UsageError(f"--{error}") from error
     return names[-1], others

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, get_loader, set_loader
+from jsonargparse import get_loader, set_loader
+
+from datamodules.errors import UsageError
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster where PyYAML was built with libyaml
 MOST_NODES = 100_000  # after aliases are expanded: a hundred lines of aliases can describe billions
@@ -99,20 +101,20 @@ def read_yaml(name: str) -> dict[str, Any]:
     """Return the content of a configuration file as it is written.
 
     Raises:
-        ArgumentError: With the file's name, if the file is missing, broken or without keys.
+        UsageError: With the file's name, if the file is missing, broken or without keys.
     """
     try:
         text = Path(name).read_text(encoding="utf-8")
         check_yaml(text)
         content = yaml.load(text, Loader=LOADER)
     except (FileNotFoundError, NotADirectoryError):
-        raise ArgumentError(None, f"--config: there is no file {name!r}.") from None
+        raise UsageError(f"--config: there is no file {name!r}.") from None
     except OSError as error:
-        raise ArgumentError(None, f"--config: {name} cannot be read ({error.strerror}).") from error
+        raise UsageError(f"--config: {name} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are not UTF-8; 2024-13-45 or 0b_
-        raise ArgumentError(None, f"--config: {name} is not YAML that can be used: {error}") from error
+        raise UsageError(f"--config: {name} is not YAML that can be used: {error}") from error
     if not isinstance(content, dict):
-        raise ArgumentError(None, f"--config: {name} has no keys. Give a recipe such as conf/quickstart.yaml.")
+        raise UsageError(f"--config: {name} has no keys. Give a recipe such as conf/quickstart.yaml.")
     return content
 
 
@@ -120,16 +122,16 @@ def check_file(name: str) -> None:
     """Check a configuration file before it is parsed.
 
     Raises:
-        ArgumentError: With the file's name, if the file is missing or broken, has a value where keys belong, or
+        UsageError: With the file's name, if the file is missing or broken, has a value where keys belong, or
             describes a class wrongly.
     """
     for key, value in read_yaml(name).items():
         if not isinstance(key, str):
-            raise ArgumentError(None, f"--config: {name} has the key {key!r}; a key must be a word.")
+            raise UsageError(f"--config: {name} has the key {key!r}; a key must be a word.")
         if key in GROUPS and not isinstance(value, dict | str):
-            raise ArgumentError(None, f"--config: {name} has {key}: {_shown(value)}. Write keys below {key}.")
+            raise UsageError(f"--config: {name} has {key}: {_shown(value)}. Write keys below {key}.")
         if problem := _class_problem(value, key):
-            raise ArgumentError(None, f"--config: {name} has {problem}")
+            raise UsageError(f"--config: {name} has {problem}")
 
 
 def _class_problem(value: Any, key: str) -> str | None:

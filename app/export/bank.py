@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError
 
 from app.export.load_run import find_checkpoint, load_module
 from app.export.peft import LABELS, peft_content, shared_base_name
 from app.run.checkpoint_io import run_of_checkpoint
 from datamodules.atomic import atomic_directory, atomic_write
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 from modules.adapters import adapter_state
 from modules.base import AdaptedModule
 from modules.formats.bank import Bank, BankAdapter, Member, Shared, check_member, member_of, save_bank
@@ -38,20 +37,19 @@ def read_members(
         read: Function that reads one adapter.
 
     Raises:
-        ArgumentError: If a name is taken, the numbers of names and runs differ, or a run has no adapters.
+        UsageError: If a name is taken, the numbers of names and runs differ, or a run has no adapters.
         AdapterError: If the adapters do not share the backbone, the projections, the ranks or A.
     """
     if names is None:
         names = [_default_name(run) for run in runs]
     if len(names) != len(runs):
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"--names: {counted(len(names), 'name is', 'names are')} given for {counted(len(runs), 'run')}. Give one "
-            "name for each run.",
+            "name for each run."
         )
     for i, name in enumerate(names):
         if name in names[:i] or name in taken:
-            raise ArgumentError(None, f"RUN: the name {name} is taken. Give other names with --names A,B.")
+            raise UsageError(f"RUN: the name {name} is taken. Give other names with --names A,B.")
     members: dict[str, Member] = {}
     for name, run in zip(names, runs, strict=True):
         members[name] = read(run)
@@ -86,13 +84,12 @@ def member_of_run(module: AdaptedModule, source: str) -> Member:
     """Return the adapter of a run for a bank.
 
     Raises:
-        ArgumentError: If the run has no adapters.
+        UsageError: If the run has no adapters.
         AdapterError: If the run trains A.
     """
     if module.tuning != "adapter":
-        raise ArgumentError(
-            None,
-            f"RUN: {source} has tuning: {module.tuning}, but a bank holds adapters. Use runs with tuning: adapter.",
+        raise UsageError(
+            f"RUN: {source} has tuning: {module.tuning}, but a bank holds adapters. Use runs with tuning: adapter."
         )
     state = module.saved_state()
     factors = {f"backbone.{name}" for name in adapter_state(module.backbone)}

@@ -6,12 +6,11 @@ import shlex
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentError
 
 from app.config.program_files import program_command
 from app.export.loader_code import Loader
 from app.export.peft import peft_content
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 from modules.adapters import adapter_state
 from modules.base import AdaptedModule
 from modules.formats.compact import FILE_NAME as COMPACT
@@ -31,13 +30,12 @@ def write_compact(module: AdaptedModule, dtype: torch.dtype, folder: Path, run: 
         A function that returns the command for loading the file.
 
     Raises:
-        ArgumentError: If the run has no adapters.
+        UsageError: If the run has no adapters.
     """
     if module.tuning != "adapter":
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"--format: compact is for adapters, and this run has tuning: {module.tuning}. Export a run with tuning: "
-            "adapter.",
+            "adapter."
         )
     factors = {f"backbone.{name}" for name in adapter_state(module.backbone)}
     heads = {name: tensor for name, tensor in module.saved_state().items() if name not in factors}

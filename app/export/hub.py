@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsonargparse import ArgumentError
-
-from datamodules.errors import first_line
+from datamodules.errors import UsageError, first_line
 
 OPTION = "--push_to_hub"
 
@@ -15,7 +13,7 @@ def check_repository(name: str) -> None:
     """Check the name of a repository before anything is exported.
 
     Raises:
-        ArgumentError: If the hub does not accept the name.
+        UsageError: If the hub does not accept the name.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
@@ -23,9 +21,7 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ArgumentError(
-            None, f"{OPTION}: {name!r:.120} cannot name a repository ({error}). Give OWNER/NAME."
-        ) from error
+        raise UsageError(f"{OPTION}: {name!r:.120} cannot name a repository ({error}). Give OWNER/NAME.") from error
 
 
 def push_to_hub(folder: Path, name: str) -> str:
@@ -39,13 +35,13 @@ def push_to_hub(folder: Path, name: str) -> str:
         The address of the repository.
 
     Raises:
-        ArgumentError: If there is no token or no network, or if the hub refuses the upload.
+        UsageError: If there is no token or no network, or if the hub refuses the upload.
     """
     from huggingface_hub import HfApi, get_token
 
     kept = f"The export is complete in {folder}"
     if get_token() is None:
-        raise ArgumentError(None, f"{OPTION}: there is no token. Run `hf auth login` or set HF_TOKEN. {kept}.")
+        raise UsageError(f"{OPTION}: there is no token. Run `hf auth login` or set HF_TOKEN. {kept}.")
     api = HfApi()
     try:
         repository = api.create_repo(name, private=True, exist_ok=True)
@@ -53,7 +49,7 @@ def push_to_hub(folder: Path, name: str) -> str:
             repo_id=repository.repo_id, folder_path=folder, commit_message="Upload an adapter trained with Onesided"
         )
     except Exception as error:  # The network and the hub can raise many exceptions.
-        raise ArgumentError(
-            None, f"{OPTION}: {name} could not be uploaded ({first_line(error)}). {kept}; upload it later."
+        raise UsageError(
+            f"{OPTION}: {name} could not be uploaded ({first_line(error)}). {kept}; upload it later."
         ) from error
     return str(repository)

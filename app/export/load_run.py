@@ -46,7 +46,7 @@ def load_module(path: Path, changes: dict[str, Any]) -> AdaptedModule:
         changes: Arguments of the module that replace the saved arguments.
 
     Raises:
-        ArgumentError: If the saved configuration or config.yaml cannot be used.
+        UsageError: If the saved configuration or config.yaml cannot be used.
         CheckpointError: If the checkpoint cannot be read, or does not name its model.
         ModelError: If the module cannot be built, or its frozen weights differ from the checkpoint's.
     """

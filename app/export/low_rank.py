@@ -8,9 +8,9 @@ from statistics import mode
 from typing import NamedTuple
 
 import torch
-from jsonargparse import ArgumentError
 from torch import Tensor, nn
 
+from datamodules.errors import UsageError
 from modules.adapters import (
     AdapterConfig,
     ChainConfig,
@@ -67,15 +67,15 @@ def check_options(rank: int | None, keep: float | None) -> None:
     """Check the options of a truncation.
 
     Raises:
-        ArgumentError: If a value is out of range, or both values are given.
+        UsageError: If a value is out of range, or both values are given.
     """
     if rank is not None and keep is not None:
-        raise ArgumentError(None, "--rank and --keep: both choose the ranks. Give one of the options.")
+        raise UsageError("--rank and --keep: both choose the ranks. Give one of the options.")
     if rank is not None and rank < 1:
-        raise ArgumentError(None, f"--rank: {rank} is too small. Use 1 or more.")
+        raise UsageError(f"--rank: {rank} is too small. Use 1 or more.")
     if keep is not None and not 0 < keep <= 1:
-        raise ArgumentError(
-            None, f"--keep: {keep} is out of range. Use a share of the update's squared norm in (0, 1], such as 0.99."
+        raise UsageError(
+            f"--keep: {keep} is out of range. Use a share of the update's squared norm in (0, 1], such as 0.99."
         )
 
 
@@ -91,22 +91,19 @@ def truncate_adapters(module: AdaptedModule, rank: int | None, keep: float = 1.0
             norm.
 
     Raises:
-        ArgumentError: If the module has no adapters, or `rank` exceeds every rank.
+        UsageError: If the module has no adapters, or `rank` exceeds every rank.
     """
     option = "--keep" if rank is None else "--rank"
     if module.tuning != "adapter":
-        raise ArgumentError(
-            None, f"{option}: this run has tuning: {module.tuning} and no adapters. Export without {option}."
-        )
+        raise UsageError(f"{option}: this run has tuning: {module.tuning} and no adapters. Export without {option}.")
     updates = {
         name: Update(factors.A.detach().cpu(), factors.B.detach().cpu(), factors.scale)
         for name, (_, factors) in adapted_projections(module.backbone).items()
     }
     ranks = {name: update.a.shape[0] for name, update in updates.items()}
     if rank is not None and rank > max(ranks.values()):
-        raise ArgumentError(
-            None,
-            f"--rank: {rank} is larger than the run's adapter rank ({max(ranks.values())}). Use this rank or less.",
+        raise UsageError(
+            f"--rank: {rank} is larger than the run's adapter rank ({max(ranks.values())}). Use this rank or less."
         )
 
     def choose_rank(decomposition: Decomposition) -> int:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jsonargparse import ArgumentError
 
 from app.export.loader_code import Loader, is_timm, merged_timm_loader, merged_transformers_loader
 from app.export.timm_head import timm_model
 from app.export.tokenizer import complete_tokenizer
 from datamodules.contract import TextModel
+from datamodules.errors import UsageError
 from modules.adapters import detach
 from modules.base import AdaptedModule
 from modules.training.peft_baselines import METHODS
@@ -32,14 +32,13 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Loa
         A function that returns the code for loading the directory.
 
     Raises:
-        ArgumentError: If the backbone is of neither library, does not fit the head, or has layers of PEFT.
+        UsageError: If the backbone is of neither library, does not fit the head, or has layers of PEFT.
     """
     backbone: Any = module.backbone
     if module.tuning in METHODS:
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"--format: merged is not supported for tuning: {module.tuning}, a baseline for comparisons. Export a run "
-            "with tuning: adapter, head or full.",
+            "with tuning: adapter, head or full."
         )
     if isinstance(module, TextModel):
         if dtype == torch.float32:
@@ -50,10 +49,9 @@ def write_merged(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Loa
         backbone.float()
         detach(backbone, merge_first=True)
         return _write_timm(cast("ImageClassifier", module), dtype, folder)
-    raise ArgumentError(
-        None,
+    raise UsageError(
         f"--format: merged is for models of timm and transformers, and this backbone is a {type(backbone).__name__}. "
-        "Use --format compact.",
+        "Use --format compact."
     )
 
 

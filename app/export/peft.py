@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jsonargparse import ArgumentError
 from torch import Tensor
 
 from app.export.loader_code import Loader, absolute_name, is_timm, peft_loader, short_name
@@ -16,6 +15,7 @@ from app.export.low_rank import chain_updates, factor_state, given_config
 from app.export.timm_head import timm_model
 from app.export.tokenizer import complete_tokenizer
 from datamodules.contract import TextModel
+from datamodules.errors import UsageError
 from modules.base import AdaptedModule
 from modules.formats.peft import CONFIG, write_peft_files
 from modules.formats.peft_writing import to_peft
@@ -47,14 +47,13 @@ def write_peft(
         A function that returns the code for loading the directory.
 
     Raises:
-        ArgumentError: If the module has no adapters, or timm's model does not fit the head.
+        UsageError: If the module has no adapters, or timm's model does not fit the head.
         AdapterError: If PEFT would mistake another module for a head.
     """
     if module.tuning != "adapter":
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"--format: peft is for adapters, and this run has tuning: {module.tuning}. Export a run with tuning: "
-            "adapter.",
+            "adapter."
         )
     if is_timm(module):
         if state is None:  # the comparison needs float32
@@ -80,7 +79,7 @@ def export_peft(module: AdaptedModule, dtype: torch.dtype, folder: Path) -> Load
         A function that returns the code for loading the directory.
 
     Raises:
-        ArgumentError: If the module has no adapters, or timm's model does not fit the head.
+        UsageError: If the module has no adapters, or timm's model does not fit the head.
         AdapterError: If PEFT would mistake another module for a head.
     """
     loader = write_peft(module, dtype, folder)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jsonargparse import ArgumentError
 from torch import Tensor
 
+from datamodules.errors import UsageError
 from modules.adapters import adapter_state, adapters_disabled
 from modules.adapters.state import state_problems
 
@@ -25,7 +25,7 @@ def timm_model(module: ImageClassifier, compare: bool = True) -> Any:
         compare: Check that the model computes the module's logits.
 
     Raises:
-        ArgumentError: If the head does not fit, or the logits would differ.
+        UsageError: If the head does not fit, or the logits would differ.
     """
     import timm
     from timm.models import get_model_args
@@ -39,14 +39,14 @@ def timm_model(module: ImageClassifier, compare: bool = True) -> Any:
         arguments = {**get_model_args(backbone), "num_classes": len(class_names)}
         model: Any = timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # an architecture's constructor can raise anything
-        raise ArgumentError(None, f"{refusal} ({type(error).__name__}: {error}).") from error
+        raise UsageError(f"{refusal} ({type(error).__name__}: {error}).") from error
     names = model.pretrained_cfg.get("classifier") or ()
     factors = adapter_state(backbone)
     state: dict[str, Tensor] = {key: t for key, t in backbone.state_dict().items() if key not in factors}
     for classifier in (names,) if isinstance(names, str) else names:
         state |= {f"{classifier}.{key}": tensor for key, tensor in head.state_dict().items()}
     if problems := state_problems(model.state_dict(), state):
-        raise ArgumentError(None, f"{refusal}: {'; '.join(problems)}.")
+        raise UsageError(f"{refusal}: {'; '.join(problems)}.")
     model.load_state_dict(state)
     if not compare:
         return model
@@ -54,5 +54,5 @@ def timm_model(module: ImageClassifier, compare: bool = True) -> Any:
     with torch.inference_mode(), adapters_disabled(backbone):
         expected, logits = head(backbone.eval()(image)), model.eval()(image)
     if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max():
-        raise ArgumentError(None, f"{refusal}: the logits would differ.")
+        raise UsageError(f"{refusal}: the logits would differ.")
     return model

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-from jsonargparse import ArgumentError
 
 from app.config.constructors import construct
 from app.run.checkpoint_io import read_checkpoint, saved_configuration
 from app.run.trainers import metrics_of, quiet_trainer
+from datamodules.errors import UsageError
 from modules.base import AdaptedModule
 
 
@@ -17,11 +17,11 @@ def load_data(checkpoint: Path) -> L.LightningDataModule:
     """Return the data module of a checkpoint.
 
     Raises:
-        ArgumentError: If the checkpoint does not name its data.
+        UsageError: If the checkpoint does not name its data.
     """
     saved = saved_configuration(read_checkpoint(checkpoint)).get("data")
     if saved is None:
-        raise ArgumentError(None, f"--validate: {checkpoint} does not name its data. Export without --validate.")
+        raise UsageError(f"--validate: {checkpoint} does not name its data. Export without --validate.")
     return construct(L.LightningDataModule, saved)
 
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
 from app.config.fit_keys import ParseFit
 from app.config.precedence import dotted
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 from datamodules.loading.partition import dirichlet_partition, iid_partition
 from modules.adapters.config import Train
 
@@ -76,20 +76,17 @@ class Plan:
             seed: Seed of the partition.
 
         Raises:
-            ArgumentError: If there are fewer rows than clients, or a Dirichlet partition has no classes to draw.
+            UsageError: If there are fewer rows than clients, or a Dirichlet partition has no classes to draw.
         """
         if size < self.clients:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"--clients: {counted(size, 'training row is', 'training rows are')} fewer than {self.clients} "
-                "clients. Give a smaller number.",
+                "clients. Give a smaller number."
             )
         if self.alpha is None:
             return iid_partition(size, self.clients, seed)
         if labels is None or labels.is_floating_point():
-            raise ArgumentError(
-                None, f"--partition: {self.partition} draws classes, and the training rows have none. Use iid."
-            )
+            raise UsageError(f"--partition: {self.partition} draws classes, and the training rows have none. Use iid.")
         return dirichlet_partition(labels, self.clients, self.alpha, seed)
 
     def config(self, arm: Arm, parse: ParseFit) -> Namespace:
@@ -98,31 +95,28 @@ class Plan:
         All arms start from the same factors. The configurations of the arms differ only in `model.adapter.train`.
 
         Raises:
-            ArgumentError: If `fit` would reject the arguments, or a federated training does not support them.
+            UsageError: If `fit` would reject the arguments, or a federated training does not support them.
         """
         config = parse([*self.fit_arguments, f"--model.adapter.train={FACTORS[arm]}"])
         values = config.model.init_args
         if values.get("tuning") != "adapter":
-            raise ArgumentError(
-                None, f"model.tuning: {values.get('tuning')} has no factors to average. Set model.tuning to adapter."
+            raise UsageError(
+                f"model.tuning: {values.get('tuning')} has no factors to average. Set model.tuning to adapter."
             )
         if config.ckpt_path is not None:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"ckpt_path: {config.ckpt_path} is a checkpoint of fit, which federate cannot resume. To continue a "
-                "federated training, repeat its command. To start from trained adapters, set model.adapter_path.",
+                "federated training, repeat its command. To start from trained adapters, set model.adapter_path."
             )
         if values.adapter.init_b not in ("zero", "given"):
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"model.adapter.init_b: {values.adapter.init_b} is not allowed, since every arm trains B in the first "
-                "round. Set init_b to zero and init_a to orthogonal.",
+                "round. Set init_b to zero and init_a to orthogonal."
             )
         if values.adapter.chain.every_n_epochs is not None:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"model.adapter.chain.every_n_epochs: {values.adapter.chain.every_n_epochs} is not supported, since "
-                "the merged weights of the clients would differ. Set the key to null.",
+                "the merged weights of the clients would differ. Set the key to null."
             )
         return config
 
@@ -162,7 +156,7 @@ def parse_partition(text: str) -> float | None:
     """Return α of `dirichlet:ALPHA`, or None for `iid`.
 
     Raises:
-        ArgumentError: For any other text, or an α that is not above 0.
+        UsageError: For any other text, or an α that is not above 0.
     """
     if text == "iid":
         return None
@@ -172,10 +166,9 @@ def parse_partition(text: str) -> float | None:
     except ValueError:
         alpha = math.nan
     if not 0 < alpha <= LARGEST_ALPHA:
-        raise ArgumentError(
-            None,
+        raise UsageError(
             f"--partition: {text!r:.80} is not known. Use iid, or dirichlet:ALPHA with ALPHA above 0 and at most "
-            f"{LARGEST_ALPHA:g}.",
+            f"{LARGEST_ALPHA:g}."
         )
     return alpha
 
@@ -188,17 +181,16 @@ def check_arms(arms: Sequence[str], own_data: bool) -> list[Arm]:
         own_data: True if each client has its own data. No data set then has all rows, and centralised is impossible.
 
     Raises:
-        ArgumentError: For an unknown arm, or for centralised with own data.
+        UsageError: For an unknown arm, or for centralised with own data.
     """
     possible = [arm for arm in ARMS if not (own_data and arm == "centralised")]
     for arm in arms:
         if arm not in ARMS:
-            raise ArgumentError(None, f"--arms: {arm!r:.80} is not known. Choose from {', '.join(ARMS)}.")
+            raise UsageError(f"--arms: {arm!r:.80} is not known. Choose from {', '.join(ARMS)}.")
         if arm not in possible:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 "--arms: centralised needs all rows in one data set, and each of --clients has its own data. Give a "
-                "number of clients, or leave centralised out.",
+                "number of clients, or leave centralised out."
             )
     chosen = list(dict.fromkeys(arms)) or possible
     return [arm for arm in possible if arm in chosen]

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,7 +25,7 @@ from torch import Tensor
 from app.federated.plan import ARMS, CLIENTS, Arm, Plan, trained_side
 from app.federated.training import Client, ClientResult, Job, Learner, Tensors
 from datamodules.atomic import atomic_write, atomic_write_text, write_errors
-from datamodules.errors import CheckpointError, ModelError
+from datamodules.errors import CheckpointError, ModelError, UsageError
 from modules.adapters.config import Train
 from modules.adapters.state import state_problems
 from modules.analysis.averaging import average, average_error
@@ -59,20 +58,16 @@ def refuse_other_files(folder: Path) -> None:
     """Refuse a directory that no federated training has written. No file is changed.
 
     Raises:
-        ArgumentError: If the directory holds other files, or cannot be read.
+        UsageError: If the directory holds other files, or cannot be read.
     """
     if CLIENTS in _read_keys(folder):
         return
     try:
         others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     except OSError as error:
-        raise ArgumentError(
-            None, f"--output: {folder} cannot be read ({error.strerror}). Give another directory."
-        ) from error
+        raise UsageError(f"--output: {folder} cannot be read ({error.strerror}). Give another directory.") from error
     if others:
-        raise ArgumentError(
-            None, f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory."
-        )
+        raise UsageError(f"--output: {folder} holds other files ({min(others)}). Give a new or an empty directory.")
 
 
 def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
@@ -81,7 +76,7 @@ def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
     If no arm has a round's file, the record of an earlier, failed command is replaced.
 
     Raises:
-        ArgumentError: If the folder holds other files, or a federated training with other values.
+        UsageError: If the folder holds other files, or a federated training with other values.
         WriteError: If the file cannot be written.
     """
     refuse_other_files(folder)
@@ -92,10 +87,9 @@ def open_federation(folder: Path, keys: Mapping[str, Any]) -> None:
     recorded = _read_keys(folder)
     for key in sorted(recorded.keys() | keys.keys()):
         if recorded.get(key) != keys.get(key):
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"{key}: {keys.get(key)!r:.120} differs from {recorded.get(key)!r:.120} in {folder / FEDERATION}. Use "
-                "the recorded value to continue this training, or give another --output.",
+                "the recorded value to continue this training, or give another --output."
             )
 
 
@@ -109,7 +103,7 @@ def _read_keys(folder: Path) -> dict[str, Any]:
         if not isinstance(recorded, dict):
             raise ValueError("the file holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ArgumentError(None, f"--output: {path} cannot be read ({error}). Give another directory.") from error
+        raise UsageError(f"--output: {path} cannot be read ({error}). Give another directory.") from error
     return recorded
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
 from app.config.constructors import construct, construct_accelerator
@@ -20,6 +20,7 @@ from app.federated.plan import TRAINER_KEYS, seed_of
 from app.run.failures import construction_errors
 from app.run.trainers import metrics_of, quiet_trainer
 from datamodules.base import Part, ResumableDataModule
+from datamodules.errors import UsageError
 from datamodules.loading.batching import derive_seed
 from modules.adapters import adapted_projections, set_trained
 from modules.adapters.config import Train
@@ -123,7 +124,7 @@ class Learner:
         """Return the recipe's data module, with the recipe's data or with data from another path.
 
         Raises:
-            ArgumentError: If the data module does not derive from `ResumableDataModule`.
+            UsageError: If the data module does not derive from `ResumableDataModule`.
         """
         config = self.config if path is None else self.config.clone()
         if path is not None:
@@ -131,10 +132,9 @@ class Learner:
         with construction_errors(config, "data"):
             data: Any = construct(L.LightningDataModule, config.data)
         if not isinstance(data, ResumableDataModule):
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"data: {self.config.data.class_path} cannot train on a part of its rows. Use a data module that "
-                "derives from ResumableDataModule.",
+                "derives from ResumableDataModule."
             )
         data.caches_validation = True
         return data

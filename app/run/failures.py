@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.run.processes import is_distributed
-from datamodules.errors import InputError, first_line
+from datamodules.errors import InputError, UsageError, first_line
 from modules.adapters import AdapterError
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ GLOO = "/gloo/transport/"  # part of every error message of gloo's transport: to
 def bad_input(error: Exception) -> Exception | None:
     """Return the error to report for a failure that a user can fix; None for a defect."""
     if (message := _message_of_library_error(error)) is not None:
-        return ArgumentError(None, message)
+        return UsageError(message)
     for link in causes(error):
         if isinstance(link, BAD_INPUT):
             return link
@@ -118,7 +118,7 @@ def construction_error(config: Namespace, kind: type, error: Exception) -> Excep
     message = f"{f'{key}: ' if key else ''}{kind.__name__} cannot be created ({reason})."
     if isinstance(error, ModuleNotFoundError) and error.name:
         message += f" Install the package: pip install {error.name.partition('.')[0]}."
-    return ArgumentError(None, message)
+    return UsageError(message)
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def construction_errors(config: Namespace, section: str) -> Iterator[None]:
     """Name a section in the error of its constructor, which is called in the context.
 
     Raises:
-        ArgumentError: In place of an error of another package.
+        UsageError: In place of an error of another package.
     """
     try:
         yield

@@ -8,13 +8,13 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from jsonargparse import ArgumentError
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from datamodules.atomic import atomic_write
+from datamodules.errors import UsageError
 
 
 class RunLogger(TensorBoardLogger):
@@ -34,14 +34,13 @@ def check_loggers(loggers: Sequence[Logger]) -> None:
     """Refuse MLflow's file store. A metric is a file there, and `lr-AdamW/head` would be a file and a folder.
 
     Raises:
-        ArgumentError: If a logger writes to the file store.
+        UsageError: If a logger writes to the file store.
     """
     for logger in loggers:
         if isinstance(logger, MLFlowLogger) and logger.save_dir is not None:
-            raise ArgumentError(
-                None,
+            raise UsageError(
                 f"trainer.logger.tracking_uri: MLflow's file store {logger.save_dir} cannot hold the names of the "
-                "learning rates. Set the key to a server or a database, such as sqlite:///mlflow.db.",
+                "learning rates. Set the key to a server or a database, such as sqlite:///mlflow.db."
             )
 
 

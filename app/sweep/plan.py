@@ -20,7 +20,7 @@ from app.config.program_files import find_program_file
 from app.config.variants import VARIANTS, VariantError, variant_keys
 from app.config.yaml_files import check_file, check_yaml, read_yaml
 from app.sweep.recipe import Recipe
-from datamodules.errors import counted
+from datamodules.errors import UsageError, counted
 
 T = TypeVar("T")
 Point = dict[str, Any]  # the searched keys with their values
@@ -37,11 +37,8 @@ NUMBER = re.compile(
 )  # YAML 1.1 reads such numbers as text if they lack a dot or a sign
 
 
-class SweepError(ArgumentError):
+class SweepError(UsageError):
     """A sweep that cannot run as its file describes it; the message names the key."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(None, message)
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def read_plan(path: str, parse_fit: ParseFit, base: Sequence[str] = (), assignme
         assignments: Keys with their values, such as `data.task=rte`, that are added to the file's `set`.
 
     Raises:
-        ArgumentError: If the file is missing or damaged, a key is wrong, or `fit` would refuse the recipes.
+        UsageError: If the file is missing or damaged, a key is wrong, or `fit` would refuse the recipes.
         DataError: If the data of the recipes cannot be opened to look for a test split.
     """
     return parse_plan(read_yaml(find_program_file(path)), Path(path).stem, parse_fit, base, assignments)
@@ -171,7 +168,7 @@ def parse_plan(
 
     Raises:
         SweepError: If a key is wrong, with the key.
-        ArgumentError: If `fit` would refuse the recipes.
+        UsageError: If `fit` would refuse the recipes.
         DataError: If the data of the recipes cannot be opened to look for a test split.
     """
     _check_keys("", content, KEYS, required=("variants", "select"))

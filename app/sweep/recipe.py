@@ -14,7 +14,7 @@ from app.config.constructors import construct, constructor_parameters
 from app.config.fit_keys import ParseFit
 from app.config.variants import command_line_options
 from datamodules.contract import HasTestSplit
-from datamodules.errors import SplitError
+from datamodules.errors import SplitError, UsageError
 
 
 class Recipe:
@@ -39,13 +39,13 @@ class Recipe:
         """Return the parsed configuration.
 
         Raises:
-            ArgumentError: If `fit` would refuse the files, with their names.
+            UsageError: If `fit` would refuse the files, with their names.
         """
         files = [word for file in self.base for word in ("--config", file)]
         try:
             return self.parse_fit([*files, *command_line_options(self.keys)])
         except ArgumentError as error:
-            raise ArgumentError(None, f"base: {self.files}: {error}") from error
+            raise UsageError(f"base: {self.files}: {error}") from error
 
     def has_new_head(self) -> bool:
         """Return False if the type of the model's key `tuning` does not allow `head`."""
