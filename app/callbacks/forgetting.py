@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -48,6 +48,7 @@ class Forgetting(L.Callback):
         if rows < 1:
             raise CallbackError(f"forgetting.rows: {rows} must be 1 or more.")
         self.path, self.rows, self.text_column = path, rows, text_column
+        self._source = [path, rows, text_column]
         self.waits_for_test = False  # True if the best checkpoint is tested after the fit
         self.values: dict[str, float] = {}  # figures for metrics.json
         self._probe: Callable[[AdaptedModule], dict[str, float]] | None = None
@@ -122,19 +123,17 @@ class Forgetting(L.Callback):
     def _score(self, trainer: L.Trainer, module: AdaptedModule) -> dict[str, float]:
         assert self._probe is not None
         start = time.perf_counter()
-        with _renamed_keys(), evaluating(module), _uncompiled(module), trainer.precision_plugin.forward_context():
+        uncompiled: Any = torch.compiler.set_stance("force_eager") if module.compiles else nullcontext()
+        with _renamed_keys(), evaluating(module), uncompiled, trainer.precision_plugin.forward_context():
             scores = self._probe(module)
         self._seconds += time.perf_counter() - start
         return scores
 
     # --------------------------------------------------------------------------------------------------------- state
 
-    def _source(self) -> list[Any]:
-        return [self.path, self.rows, self.text_column]
-
     def state_dict(self) -> dict[str, Any]:
         """Return the scores before the fit, if they cannot be measured again."""
-        return {"before": self._before, "source": self._source()} if self._keeps_before and self._before else {}
+        return {"before": self._before, "source": self._source} if self._keeps_before and self._before else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until the fit starts."""
@@ -143,7 +142,7 @@ class Forgetting(L.Callback):
     def _scores_of_checkpoint(self) -> dict[str, float]:
         """Return the scores before the fit from the resumed checkpoint; empty if the scores belong to other rows."""
         before = self._saved.get("before")
-        if self._saved.get("source") != self._source() or not isinstance(before, dict):
+        if self._saved.get("source") != self._source or not isinstance(before, dict):
             return {}
         return {str(name): float(value) for name, value in before.items() if isinstance(value, float)}
 
@@ -162,8 +161,3 @@ def _renamed_keys() -> Iterator[None]:
         for key in ("path", "text_column"):
             message = message.replace(f"data.{key}", f"forgetting.{key}")
         raise CallbackError(message) from error
-
-
-def _uncompiled(module: AdaptedModule) -> AbstractContextManager[Any]:
-    """Return a context in which a compiled backbone runs uncompiled."""
-    return torch.compiler.set_stance("force_eager") if module.compiles else nullcontext()

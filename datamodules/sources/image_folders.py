@@ -197,11 +197,8 @@ def read_layout(files: ImageFiles) -> Layout:
         )
     splits_found = {split: _unwrapped(names[0], folders[names[0]], depth) for split, names in by_split.items()}
     ignored = [parts for name in others for parts in folders[name]]
-    notes = (
-        [f"left out of {folder}: {counted(len(ignored), 'image')} in {listed(others)}, beside the splits"]
-        if others
-        else []
-    )
+    ignored_note = f"left out of {folder}: {counted(len(ignored), 'image')} in {listed(others)}, beside the splits"
+    notes = [ignored_note] if others else []
     paths = {split: str(Path(*base, names[0])) for split, names in by_split.items()}
     return _layout(files, splits_found, paths, ignored, notes)
 

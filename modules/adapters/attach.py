@@ -12,7 +12,7 @@ from torch import nn
 from .config import AdapterConfig, AdapterError, Projection, Train
 from .linear import AdaptedLinear, check_rank
 from .roles import check_patterns, find_projections, select
-from .state import adapted_layers
+from .state import adapted_layers, adapted_projections
 
 
 def attach(model: nn.Module, config: AdapterConfig, exclude: Collection[str] = ()) -> list[Projection]:
@@ -110,11 +110,10 @@ def set_trained(model: nn.Module, train: Train) -> None:
 
     An existing optimizer keeps its parameters: build a new optimizer.
     """
-    for layer in adapted_layers(model).values():
-        for factors in layer.factors():
-            factors.trains_a, factors.trains_b = train in ("A", "both"), train in ("B", "both")
-            factors.A.requires_grad_(factors.trains_a)
-            factors.B.requires_grad_(factors.trains_b)
+    for _, factors in adapted_projections(model).values():
+        factors.trains_a, factors.trains_b = train in ("A", "both"), train in ("B", "both")
+        factors.A.requires_grad_(factors.trains_a)
+        factors.B.requires_grad_(factors.trains_b)
 
 
 @contextmanager

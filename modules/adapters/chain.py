@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .config import AdapterConfig, AdapterError
 from .init import Factor, init_factor
 from .linear import AdaptedLinear
-from .state import adapted_layers, adapter_state, refuse_merged, state_problems
+from .state import adapted_layers, adapted_projections, adapter_state, refuse_merged, state_problems
 
 Link = Mapping[str, Tensor]  # Both factors of every adapter by the names of `adapter_state`.
 
@@ -174,15 +174,13 @@ def check_links(state: Any, factors: Link) -> list[Link]:
 def _redraw(model: nn.Module, config: AdapterConfig, link: int) -> list[nn.Parameter]:
     """Initialise all factors for link number `link`, from 1, and return the trained factors."""
     trained: list[nn.Parameter] = []
-    for layer in adapted_layers(model).values():
-        for factors in layer.factors():
-            weight, name = layer.frozen.dense()[factors.projection.rows], factors.projection.name
-            sides: tuple[tuple[Factor, Any], ...] = (("A", config.init_a), ("B", config.init_b))
-            for side, init in sides:
-                parameter: nn.Parameter = getattr(factors, side)
-                rank = factors.A.shape[0]
-                parameter.copy_(init_factor(init, side, weight, rank, config.seed, link_name(name, link)))
-            trained += factors.named_factors(trained=True).values()
+    sides: tuple[tuple[Factor, Any], ...] = (("A", config.init_a), ("B", config.init_b))
+    for name, (layer, factors) in adapted_projections(model).items():
+        weight, rank = layer.frozen.dense()[factors.projection.rows], factors.A.shape[0]
+        for side, init in sides:
+            parameter: nn.Parameter = getattr(factors, side)
+            parameter.copy_(init_factor(init, side, weight, rank, config.seed, link_name(name, link)))
+        trained += factors.named_factors(trained=True).values()
     return trained
 
 

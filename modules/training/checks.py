@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import ModelError, counted
-from modules.adapters import adapted_layers
+from modules.adapters import adapted_projections
 from modules.training.checkpoints import AFTER_DIVERGENCE
 
 
@@ -46,9 +46,8 @@ class IdleAdapterCheck(L.Callback):
             return
         self._done = True
         idle = [
-            f.projection.name
-            for layer in adapted_layers(pl_module.backbone).values()
-            for f in layer.factors()
+            name
+            for name, (_, f) in adapted_projections(pl_module.backbone).items()
             if any(p.grad is None for p in f.named_factors(trained=True).values())
         ]
         if pl_module.baseline is not None:

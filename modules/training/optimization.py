@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from datamodules.errors import ModelError, first_line
-from modules.adapters import adapted_layers
+from modules.adapters import adapted_projections
 
 Schedule = Literal["cosine", "linear", "constant"]
 Groups = list[dict[str, Any]]
@@ -179,11 +179,10 @@ def parameter_groups(
     if tuning == "full":
         heads = {id(parameter) for parameter in head.values()}
         parts["backbone"].update((n, p) for n, p in backbone.named_parameters() if id(p) not in heads)
-    for name, layer in adapted_layers(backbone).items():
-        for factors in layer.factors():
-            role = factors.projection.role
-            for factor, parameter in factors.named_factors(trained=True).items():
-                parts[f"{factor}/{role}" if role in by_role else factor][f"{name}.{role}"] = parameter
+    for name, (_, factors) in adapted_projections(backbone).items():
+        role = factors.projection.role
+        for factor, parameter in factors.named_factors(trained=True).items():
+            parts[f"{factor}/{role}" if role in by_role else factor][name] = parameter
     undecayed: set[str] = getattr(backbone, "no_weight_decay", set)()  # timm's own list
     groups = []
     for part, parameters in parts.items():
