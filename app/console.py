@@ -88,7 +88,12 @@ def _format_warning(message: Any, *_: Any, **__: Any) -> str:
 
 def quiet_libraries() -> None:
     """Silence advice of libraries that does not apply here."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.seed",
+        "lightning.pytorch.tuner.lr_finder",  # find_lr logs its own result
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",  # AtomicCheckpointIO sets `weights_only`
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # `datasets` reads the variable when it is imported
     if loaded := sys.modules.get("datasets"):

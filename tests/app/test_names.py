@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from app.reports.range_test import draw_range_test
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused
 
@@ -56,10 +56,24 @@ def test_a_name_that_is_no_single_folder_is_refused(
 
 
 @pytest.mark.drawn
-def test_the_learning_rate_finder_is_drawn(cli: CommandLine, tmp_path: Path) -> None:
-    assert cli("fit", "--trainer.max_epochs=4", "--find_lr=true") == 0
+def test_the_learning_rate_finder_makes_all_its_steps_and_is_drawn(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fit has 8 steps."""
+    tried: list[float] = []
+
+    def draw(rates: list[float], losses: list[float], suggestion: float | None) -> np.ndarray:
+        tried[:] = rates
+        return draw_range_test(rates, losses, suggestion)
+
+    monkeypatch.setattr("app.reports.range_test.draw_range_test", draw)
+    assert cli("fit", "--trainer.max_epochs=1", "--find_lr=true") == 0
+    assert (len(tried), tried[0], tried[-1]) == (100, pytest.approx(1e-5), pytest.approx(0.3))
+    assert cli.checkpoint()["global_step"] == 8
+    log = "".join(capsys.readouterr())
+    assert not any(line in log for line in ("weights_only", "stopped early", "max_epochs=-1"))
     learning_rate = cli.checkpoint()["hyper_parameters"]["learning_rate"]
-    assert 1e-5 < learning_rate < 0.3
+    assert learning_rate in map(pytest.approx, tried)
     config = yaml.safe_load((cli.run() / "config.yaml").read_text())
     assert (config["find_lr"], config["model"]["init_args"]["learning_rate"]) == (False, learning_rate)
     (before,) = cli.run().glob("config-*.yaml")
