@@ -97,10 +97,8 @@ class RunSummary(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the adapted projections and the number of trained parameters."""
         self._started = time.monotonic()
-        self._first_step = trainer.global_step
         if not trainer.is_global_zero:
             return
-        drop_evaluations_after(Path(trainer.default_root_dir), trainer.global_step)
         assert isinstance(pl_module, AdaptedModule)
         counts = pl_module.parameter_counts()
         console = Console()
@@ -113,9 +111,15 @@ class RunSummary(L.Callback):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember that training ran. A finished run that is resumed trains nothing."""
+        """Remember that training ran, and drop later evaluations. A finished run that is resumed trains nothing.
+
+        In `on_fit_start`, Lightning has not restored the step of the checkpoint yet.
+        """
         self._has_trained = True
+        self._first_step = trainer.global_step
         self._device = trainer.strategy.root_device
+        if trainer.is_global_zero:
+            drop_evaluations_after(Path(trainer.default_root_dir), trainer.global_step)
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

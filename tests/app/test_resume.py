@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ import torch
 
 from app.callbacks import AdapterCheckpoint
 from app.cli import main
-from app.run.evaluations import read_evaluations
+from app.run.evaluations import add_evaluation, read_evaluations
 from modules.image_classification import ImageClassifier
 from tests.conftest import ROOT
 
@@ -296,3 +297,18 @@ def test_for_a_run_directory_fit_uses_the_last_and_validate_the_best_checkpoint(
     assert f"Nothing left to do: 1 epoch and {STEPS_AN_EPOCH} steps are done" in capsys.readouterr().err
     assert fitted_cli("validate", f"--ckpt_path={run}") == 0
     assert [evaluation.step for evaluation in read_evaluations(run)] == [STEPS_AN_EPOCH - 1]
+
+
+TESTED = ("--trainer.max_epochs=1", "--test_after_fit=true")
+
+
+def test_a_resumed_run_keeps_the_test_of_an_earlier_checkpoint(
+    cli: CommandLine, finished_fit: Callable[..., None]
+) -> None:
+    """best.ckpt stays, so a model card needs its test scores. An evaluation of a later step goes."""
+    finished_fit(cli, *TESTED)
+    (tested,) = read_evaluations(cli.run())
+    assert (tested.split, bool(tested.metrics)) == ("test", True)
+    add_evaluation(cli.run(), replace(tested, step=STEPS_AN_EPOCH + 1))
+    assert cli("fit", "--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--ckpt_path=last") == 0
+    assert read_evaluations(cli.run()) == [tested]
