@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -29,16 +28,16 @@ from app.console import escape_controls, quantity_text
 from app.lightning_compat import move_run_directory
 from app.run.checkpoint_io import saved_configuration
 from app.run.evaluations import (
-    METRICS,
+    SECONDS,
     Evaluation,
     add_evaluation,
     drop_evaluations_after,
     metrics_of_split,
     read_metrics,
+    write_metrics,
 )
 from app.run.logger import log_results, viewer_hint
 from app.run.trainers import find_callback
-from datamodules.atomic import atomic_write
 from modules.adapters import Projection, adapted_projections
 from modules.base import AdaptedModule
 
@@ -111,24 +110,29 @@ class RunSummary(L.Callback):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember that training ran, and drop later evaluations. A finished run that is resumed trains nothing.
+        """Remember that training ran. Drop later evaluations, and mark a finished run that is resumed as unfinished.
 
-        In `on_fit_start`, Lightning has not restored the step of the checkpoint yet.
+        A finished run with nothing left to train does not call this hook. In `on_fit_start`, Lightning has not restored
+        the step of the checkpoint yet.
         """
         self._has_trained = True
         self._first_step = trainer.global_step
         self._device = trainer.strategy.root_device
         if trainer.is_global_zero:
-            drop_evaluations_after(Path(trainer.default_root_dir), trainer.global_step)
+            run = Path(trainer.default_root_dir)
+            drop_evaluations_after(run, trainer.global_step)
+            metrics = read_metrics(run)
+            if metrics.pop(SECONDS, None) is not None:
+                write_metrics(run, metrics)
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the figures of training. If nothing was trained, metrics.json keeps its figures."""
-        if not self._has_trained:
+        """Record the figures of training. If nothing was left to train, metrics.json keeps its figures of training."""
+        if not self._has_trained and SECONDS in read_metrics(Path(trainer.default_root_dir)):
             return
         assert isinstance(pl_module, AdaptedModule)
         self.values |= pl_module.parameter_counts()
-        self.values["time/fit_seconds"] = round(self._seconds(), 2)
+        self.values[SECONDS] = round(self._seconds(), 2)
         self.values["memory/peak_bytes"] = self._peak()
         callback = find_callback(trainer, AdapterCheckpoint)
         if callback is not None and callback.monitor and callback.best_model_score is not None:
@@ -214,8 +218,7 @@ class RunSummary(L.Callback):
             self._outdated.add("gap")  # the gap was computed from the earlier figures
         earlier = {k: v for k, v in saved.items() if k.partition("/")[0] not in self._outdated}
         merged = {k: v if _finite(v) else None for k, v in sorted((earlier | self.values).items())}
-        with atomic_write(run_directory / METRICS) as file:
-            file.write(f"{json.dumps(merged, indent=2)}\n".encode())
+        write_metrics(run_directory, merged)
 
 
 def _settings(trainer: L.Trainer) -> dict[str, str | float]:

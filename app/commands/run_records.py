@@ -18,7 +18,7 @@ from app.config.precedence import dotted
 from app.config.variants import variant_name
 from app.config.yaml_files import read_yaml
 from app.run.checkpoint_io import CHECKPOINTS
-from app.run.evaluations import METRICS, read_metrics
+from app.run.evaluations import METRICS, SECONDS, read_metrics
 from app.run.run_directory import LOCK, VERSION
 
 CONFIG = "config.yaml"
@@ -111,7 +111,7 @@ def _state(directory: Path, keys: Mapping[str, Any], metrics: Mapping[str, Any])
     if not keys:  # a fit writes config.yaml before its first step
         results = [p for p in directory.iterdir() if not p.name.startswith((".", "events."))]
         return "evaluated" if results else "failed"
-    if "time/fit_seconds" in metrics:
+    if SECONDS in metrics:
         return "finished"
     return "unfinished" if any((directory / CHECKPOINTS).glob("*.ckpt")) else "failed"
 

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 from datamodules.atomic import atomic_write
 
 FILE, METRICS = "evaluations.json", "metrics.json"
+SECONDS = "time/fit_seconds"  # metrics.json has this key once training has ended, until training is resumed
 SPLITS = ("val", "test")
 STATE = "RunSummary"  # Lightning's key of the callback's state in a checkpoint
 
@@ -58,6 +59,12 @@ def read_metrics(run: Path) -> dict[str, Any]:
     """Return the content of a run's metrics.json; empty if the file is missing or damaged."""
     content = _read_json(run / METRICS)
     return content if isinstance(content, dict) else {}
+
+
+def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
+    """Write a run's metrics.json."""
+    with atomic_write(run / METRICS) as file:
+        file.write(f"{json.dumps(metrics, indent=2)}\n".encode())
 
 
 def _read_json(path: Path) -> Any:

@@ -17,8 +17,9 @@ import lightning as L
 import pytest
 import torch
 
-from app.callbacks import AdapterCheckpoint
+from app.callbacks import AdapterCheckpoint, RunSummary
 from app.cli import main
+from app.commands.run_records import read_record
 from app.run.evaluations import add_evaluation, read_evaluations
 from modules.image_classification import ImageClassifier
 from tests.conftest import ROOT
@@ -32,6 +33,10 @@ STEPS_AN_EPOCH = 8
 
 class PowerCut(BaseException):
     """Simulated power cut. No code of Lightning or the callbacks handles this exception."""
+
+
+def power_cut() -> None:
+    raise PowerCut
 
 
 def cut_power(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -312,3 +317,22 @@ def test_a_resumed_run_keeps_the_test_of_an_earlier_checkpoint(
     add_evaluation(cli.run(), replace(tested, step=STEPS_AN_EPOCH + 1))
     assert cli("fit", "--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--ckpt_path=last") == 0
     assert read_evaluations(cli.run()) == [tested]
+
+
+def test_a_finished_run_that_is_resumed_and_killed_is_unfinished(fitted_cli: CommandLine) -> None:
+    before = read_record(fitted_cli.run())
+    resume = ("fit", "--trainer.max_epochs=2", "--ckpt_path=last")
+    with pytest.MonkeyPatch.context() as patch:
+        cut_power(patch, STEPS_AN_EPOCH + 1)
+        with pytest.raises(PowerCut):
+            fitted_cli(*resume)
+    killed = read_record(fitted_cli.run())
+    assert (before.state, killed.state, killed.best) == ("finished", "unfinished", before.best)
+    # a kill after the last checkpoint, before the figures of training are written
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunSummary, "on_fit_end", lambda *_: power_cut())
+        with pytest.raises(PowerCut):
+            fitted_cli(*resume)
+    assert read_record(fitted_cli.run()).state == "unfinished"
+    assert fitted_cli(*resume) == 0
+    assert read_record(fitted_cli.run()).state == "finished"
