@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 import lightning as L
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
@@ -34,6 +35,7 @@ from app.callbacks import (
     SaveRunConfig,
     Termination,
     class_names_of,
+    nothing_left,
     usable_callbacks,
 )
 from app.commands import COMMANDS, command_help, command_parser, run_command
@@ -46,6 +48,7 @@ from app.config.imports import OPTION as ALLOW_IMPORTS
 from app.config.messages import parser_message
 from app.config.precedence import (
     SECTIONS,
+    changed_keys,
     dotted,
     expanded_path,
     ignore_adapter_path,
@@ -70,7 +73,7 @@ from app.config.validation import (
 from app.config.variants import HELP as VARIANT_HELP
 from app.config.variants import OPTION as VARIANT
 from app.config.variants import command_line_options, split_variant, variant_keys, variant_name
-from app.config.yaml_files import check_file, checked_yaml, read_yaml
+from app.config.yaml_files import LOADER, check_file, checked_yaml, read_yaml
 from app.console import (
     console_logging,
     escape_controls,
@@ -86,9 +89,11 @@ from app.run.checkpoint_io import (
     AtomicCheckpointIO,
     check_contents,
     first_new_step,
+    has_reached_limit,
     run_of_checkpoint,
     saved_configuration,
 )
+from app.run.evaluations import is_complete, read_metrics
 from app.run.failures import (
     FIXABLE_ERRORS,
     bad_input,
@@ -490,6 +495,8 @@ class AsymmetryCLI(HookedCLI):
                 is raised unchanged.
             DataError: If a path of the data is wrong.
         """
+        if self.subcommand == "fit" and self.checkpoint is not None:
+            self._end_if_finished(self.checkpoint)
         data = self.config[self.subcommand].data
         kind = resolve_name(data.class_path)
         if isinstance(kind, HasPaths) and "path" in data.init_args:  # checked before a backbone is loaded
@@ -502,6 +509,28 @@ class AsymmetryCLI(HookedCLI):
             if bad_input(error) is None:
                 raise UsageError(parser_message(error)) from error
             raise
+
+    def _end_if_finished(self, checkpoint: Path) -> None:
+        """End the command if a resumed run has all its results and no key has changed since its fit.
+
+        Raises:
+            SystemExit: With code 0, before any file of the run directory is written.
+        """
+        config, run = self.config.fit, run_of_checkpoint(checkpoint)
+        if run is None or not (run / "config.yaml").is_file():
+            return
+        limits = config.trainer.max_epochs, config.trainer.max_steps
+        if not has_reached_limit(self.loaded, *limits) or not is_complete(read_metrics(run), config.test_after_fit):
+            return
+        now = self.command_parser.dump(config, skip_none=False, skip_validation=True)
+        written, saved = read_yaml(str(run / "config.yaml")), saved_configuration(self.loaded)
+        if changed_keys(written, saved, yaml.load(now, LOADER)):
+            return
+        epochs = self.loaded["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        _log.info(nothing_left(epochs, self.loaded["global_step"], *limits))
+        if is_first_rank():
+            _print_run_directory(run)
+        raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Construct the trainer with the run directory, its logger, and the callbacks that every run has.
@@ -643,7 +672,7 @@ class AsymmetryCLI(HookedCLI):
     def _report_results(self) -> None:
         if self.trainer.is_global_zero:
             self.summary.report(self.trainer, self.run_directory)
-            print(f"Run directory: {escape_controls(str(self.run_directory))}", flush=True)
+            _print_run_directory(self.run_directory)
 
 
 def _add_sections(parser: LightningArgumentParser) -> None:
@@ -657,6 +686,10 @@ def _check(final: Namespace) -> None:
     find_program_files(final)
     check_sections(final)
     check_plain_values("", final.as_dict())
+
+
+def _print_run_directory(run: Path) -> None:
+    print(f"Run directory: {escape_controls(str(run))}", flush=True)
 
 
 def _as_list(value: Any) -> list[Any]:

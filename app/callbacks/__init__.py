@@ -1,7 +1,7 @@
 """Callbacks of a run, one callback a file."""
 
 from app.callbacks.adapter_averaging import AdapterAveraging
-from app.callbacks.adapter_checkpoint import AdapterCheckpoint
+from app.callbacks.adapter_checkpoint import AdapterCheckpoint, nothing_left
 from app.callbacks.adapter_spectrum import AdapterSpectrum
 from app.callbacks.adapter_writer import AdapterWriter
 from app.callbacks.bank_batches import BankBatches, class_names_of
@@ -38,5 +38,6 @@ __all__ = [
     "SaveRunConfig",
     "Termination",
     "class_names_of",
+    "nothing_left",
     "usable_callbacks",
 ]

@@ -171,13 +171,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         epochs: Any = trainer.fit_loop.epoch_progress.current
-        done = f"{counted(epochs.processed, 'epoch')} and {counted(trainer.global_step, 'step')}"
         last = Path(str(self.dirpath)) / LAST
         if not self._has_trained:
-            _log.info(
-                f"Nothing left to do: {done} are done, and trainer.max_epochs is {trainer.max_epochs}, "
-                f"trainer.max_steps {trainer.max_steps}. Raise these values (and trainer.max_time, if set) to train on."
-            )
+            _log.info(nothing_left(epochs.processed, trainer.global_step, trainer.max_epochs, trainer.max_steps))
             return
         if not _is_epoch_over(trainer) and last.is_file():
             _log.info(
@@ -268,6 +264,15 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+
+def nothing_left(epochs: int, steps: int, max_epochs: int | None, max_steps: int) -> str:
+    """Return the message of a resumed run that has nothing left to train."""
+    done = f"{counted(epochs, 'epoch')} and {counted(steps, 'step')}"
+    return (
+        f"Nothing left to do: {done} are done, and trainer.max_epochs is {max_epochs}, trainer.max_steps {max_steps}. "
+        "Raise these values (and trainer.max_time, if set) to train on."
+    )
 
 
 def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:

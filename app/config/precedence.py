@@ -20,6 +20,8 @@ from app.config.program_files import find_program_file
 from datamodules.errors import UsageError
 
 SECTIONS = ("model", "data")  # the sections that name a class
+# keys without effect on a resumed fit
+WITHOUT_EFFECT = ("ckpt_path", "name", "find_lr", "trainer.default_root_dir", "model.adapter_path")
 
 _log = logging.getLogger(__name__)
 
@@ -177,6 +179,19 @@ def add_report_output(parser: ArgumentParser) -> None:
         help="Directory for report.html, its pictures as PNG, and all numbers as Parquet. An earlier report in it is "
         "overwritten.",
     )
+
+
+def changed_keys(written: dict[str, Any], saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the keys of a finished fit that have another value now. Keys without effect on resume are left out.
+
+    Args:
+        written: Content of config.yaml. A key that the file lacks is of a newer program, and has its default.
+        saved: Sections of the checkpoint, which also have values that the data decided, such as the classes.
+        now: Configuration of the resumed fit.
+    """
+    before, values = dotted(written) | dotted(saved), dotted(now)
+    changed = [key for key, value in before.items() if comparable(value) != values.get(key)]
+    return [key for key in changed if key not in WITHOUT_EFFECT]
 
 
 def output_directory(given: str) -> Path:

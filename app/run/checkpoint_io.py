@@ -136,6 +136,21 @@ def first_new_step(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint["global_step"]) + (epochs["ready"] == epochs["processed"])
 
 
+def has_reached_limit(checkpoint: dict[str, Any], max_epochs: int | None, max_steps: int) -> bool:
+    """Return True if a checkpoint is at the last epoch or at the last step of a fit with these limits.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+        max_epochs: Value of `trainer.max_epochs`.
+        max_steps: Value of `trainer.max_steps`.
+    """
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    if max_steps != -1 and checkpoint["global_step"] >= max_steps:
+        return True
+    is_at_end = epochs["ready"] == epochs["processed"]
+    return max_epochs not in (None, -1) and is_at_end and bool(epochs["processed"] >= max_epochs)
+
+
 def saved_configuration(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the `model` and `data` sections that a checkpoint was trained with."""
     saved: dict[str, Any] = {}

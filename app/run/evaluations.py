@@ -61,6 +61,11 @@ def read_metrics(run: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def is_complete(metrics: Mapping[str, Any], tests: bool) -> bool:
+    """Return True if metrics.json has the figures of a fit, and of its test if the fit tests."""
+    return SECONDS in metrics and (not tests or any(name.startswith("test/") for name in metrics))
+
+
 def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
     """Write a run's metrics.json."""
     with atomic_write(run / METRICS) as file:

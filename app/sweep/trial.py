@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from app.run.checkpoint_io import CHECKPOINTS
-from app.run.evaluations import read_metrics
+from app.run.evaluations import is_complete, read_metrics
 from app.run.processes import SWEEP_PROCESS
 from app.run.run_directory import versions
 from datamodules.atomic import FULL
@@ -144,9 +144,7 @@ class TrialProcess:
 
     def has_finished(self, run: Path) -> bool:
         """Return True if a run has the metrics of its training, and of its test if the trial is tested."""
-        metrics = read_metrics(run)
-        tested = any(name.startswith("test/") for name in metrics)
-        return "time/fit_seconds" in metrics and (tested or not self._tests)
+        return is_complete(read_metrics(run), self._tests)
 
     def clear(self) -> None:
         """Remove the files of an attempt that cannot be resumed."""

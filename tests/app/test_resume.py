@@ -21,6 +21,7 @@ from app.callbacks import AdapterCheckpoint, RunSummary
 from app.cli import main
 from app.commands.run_records import read_record
 from app.run.evaluations import add_evaluation, read_evaluations
+from app.run.run_directory import LOCK
 from modules.image_classification import ImageClassifier
 from tests.conftest import ROOT
 
@@ -336,3 +337,35 @@ def test_a_finished_run_that_is_resumed_and_killed_is_unfinished(fitted_cli: Com
     assert read_record(fitted_cli.run()).state == "unfinished"
     assert fitted_cli(*resume) == 0
     assert read_record(fitted_cli.run()).state == "finished"
+
+
+def files_of(run: Path) -> dict[str, tuple[bytes, int]]:
+    """Return content and time of each file of a run. The lock names the process that used the run last."""
+    paths = [path for path in run.rglob("*") if path.is_file() and path.name != LOCK]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def test_resuming_a_finished_run_changes_no_file(
+    cli: CommandLine, finished_fit: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_fit(cli, *TESTED)
+    before = files_of(cli.run())
+    for options in ((), ("--find_lr=true", "--name=other")):  # a resumed run ignores both keys
+        assert cli("fit", *TESTED, *options, "--ckpt_path=last") == 0
+        captured = capsys.readouterr()
+        assert f"Nothing left to do: 1 epoch and {STEPS_AN_EPOCH} steps are done" in captured.err
+        assert captured.out.splitlines()[-1] == f"Run directory: {cli.run()}"
+        assert files_of(cli.run()) == before
+
+
+def test_resuming_a_finished_run_does_what_is_new(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fitted_cli("fit", *TESTED, "--ckpt_path=last") == 0
+    assert "test/acc1" in fitted_cli.metrics()
+    assert fitted_cli.checkpoint()["global_step"] == STEPS_AN_EPOCH
+    # a kill between the training and its test
+    (fitted_cli.run() / "config.yaml").write_text(
+        (fitted_cli.run() / "config.yaml").read_text().replace("test_after_fit: false", "test_after_fit: true")
+    )
+    (fitted_cli.run() / "metrics.json").write_text('{"time/fit_seconds": 1.0}')
+    assert fitted_cli("fit", *TESTED, "--ckpt_path=last") == 0
+    assert "test/acc1" in fitted_cli.metrics()
