@@ -15,6 +15,7 @@ from app.sweep.check import fit_arguments
 from app.sweep.plan import Plan, grid_points, read_plan
 
 FILES = sorted(Path("conf/sweeps").glob("*.yaml"))
+OWN_DATA = ("images", "texts", "summaries", "chats")  # recipes for data of the user
 OPEN = ("learning_rate", "which_side")  # files that leave the recipe to the command line
 
 
@@ -54,6 +55,21 @@ def test_all_variants_of_a_sweep_have_equally_many_trials(path: Path) -> None:
     assert sweep.trials_per_variant in (None, len(grid_points(sweep.variants[0])))
     if len(sweep.variants) > 1:
         assert len(sweep.confirm_seeds) >= 3
+
+
+@pytest.mark.parametrize(
+    ("sweep", "recipe"),
+    [
+        ("images", "images"),
+        *(("learning_rate", name) for name in (*OWN_DATA, "quickstart")),
+    ],
+)
+def test_a_search_for_your_own_data_tries_the_default_of_the_recipe(sweep: str, recipe: str) -> None:
+    search, model = (
+        yaml.safe_load(Path(f"conf/{path}.yaml").read_text())[key]
+        for path, key in ((f"sweeps/{sweep}", "search"), (recipe, "model"))
+    )
+    assert model["init_args"]["learning_rate"] in search["model.learning_rate"]
 
 
 def test_which_side_works_with_any_recipe() -> None:
