@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
+from app.config.program_files import list_recipes
 from datamodules.errors import UsageError
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster where PyYAML was built with libyaml
@@ -108,7 +110,7 @@ def read_yaml(name: str) -> dict[str, Any]:
         check_yaml(text)
         content = yaml.load(text, Loader=LOADER)
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"--config: there is no file {name!r}.") from None
+        raise _missing_file(name) from None
     except OSError as error:
         raise UsageError(f"--config: {name} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are not UTF-8; 2024-13-45 or 0b_
@@ -116,6 +118,15 @@ def read_yaml(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"--config: {name} has no keys. Give a recipe such as conf/quickstart.yaml.")
     return content
+
+
+def _missing_file(name: str) -> UsageError:
+    """Return the error for a file that does not exist, with the file that was probably meant, or all recipes."""
+    recipes = [line.split()[0] for line in list_recipes()]
+    files = {Path(file).stem: file for file in (*recipes, *map(str, Path(name).parent.glob("*.yaml")))}
+    close = difflib.get_close_matches(Path(name).stem, files, n=1)
+    advice = f"; did you mean {files[close[0]]}?" if close else f". Give one of {', '.join(recipes)}, or your own file."
+    return UsageError(f"--config: there is no file {name!r}{advice}")
 
 
 def check_file(name: str) -> None:

@@ -6,7 +6,9 @@ import pytest
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from app.cli import main
 from app.config.yaml_files import check_yaml, checked_yaml
+from tests.support.refusals import refused
 
 
 def test_yaml_is_checked_wherever_jsonargparse_loads_it() -> None:
@@ -42,3 +44,17 @@ def test_aliases_and_dates_are_accepted() -> None:
 def test_yaml_with_duplicate_keys_tags_or_deep_nesting_is_refused(text: str, message: str) -> None:
     with pytest.raises(yaml.YAMLError, match=message):
         check_yaml(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("conf/quickstart.yml", "; did you mean conf/quickstart.yaml?"),
+        ("quikstart.yaml", "; did you mean conf/quickstart.yaml?"),
+        ("photos.yaml", ". Give one of conf/bart_cnndm.yaml, "),
+    ],
+)
+def test_a_missing_file_is_refused_with_the_closest_name_or_all_recipes(
+    capsys: pytest.CaptureFixture[str], name: str, advice: str
+) -> None:
+    refused(capsys, main(["fit", "--config", name]), f"--config: there is no file '{name}'{advice}")
