@@ -39,7 +39,7 @@ from app.callbacks import (
     usable_callbacks,
 )
 from app.commands import COMMANDS, command_help, command_parser, run_command
-from app.commands.program_help import check_command, program_help
+from app.commands.program_help import TRAINER_COMMANDS, check_command, program_help
 from app.config.classes import CLASS_PATHS, class_keys, expand_class_names, find_classes
 from app.config.constructors import constructor_parameters
 from app.config.fit_keys import FitKeys
@@ -284,6 +284,7 @@ class AsymmetryCLI(HookedCLI):
             _, self.files, self.options = split_arguments(args)
             for name, keys in command_keys.items():
                 program = " ".join(program_command())
+                keys["description"] = TRAINER_COMMANDS[name]
                 keys["usage"] = f"{program} {name} --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]"
         super().__init__(
             AdaptedModule,
@@ -309,6 +310,15 @@ class AsymmetryCLI(HookedCLI):
             assert isinstance(self.parser, _CommandParser)
             for name in COMMANDS:
                 self.parser.commands.add_subcommand(name, command_parser(name), help=command_help(name))
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed. Lightning's help of the key has typing errors."""
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | int,
+            default=self.seed_everything_default,
+            help="Seed of all random numbers. With true, the seed is random.",
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the top-level keys that Lightning does not have."""

@@ -53,6 +53,8 @@ def add_section_keys(parser: LightningArgumentParser, classes: Mapping[str, type
         group = parser.groups[section]
         group.title = f"Keys of {section}{' of every task' if is_base else ''}"
         group.description = listing if is_base else f"Keys of {kind.__name__}."
+        if is_base and section == "data":  # each class declares the key itself, with a default or without
+            group.add_argument("--data.path", type=str, help="The data: a folder, a file, or a name on the hub.")
 
 
 def recipe_schema(name: str, fit: FitKeys) -> dict[str, Any]:

@@ -42,6 +42,15 @@ def test_help_has_the_program_its_commands_and_three_examples(capsys: pytest.Cap
     assert len(examples) == 3
 
 
+def test_the_help_of_fit_begins_with_its_purpose_and_has_the_path_of_the_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = printed(capsys, "fit", "--help")
+    assert page.split("\n\n")[1] == TRAINER_COMMANDS["fit"]
+    assert "\n  --data.path PATH" in page
+    assert "instantiation.Set" not in page
+
+
 def test_version_is_printed_with_and_without_pyproject(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
