@@ -22,6 +22,7 @@ from datamodules.loading.batching import ORDER, EpochSampler, PartSampler
 from datamodules.loading.length_effect import strong_effect
 from datamodules.loading.prefix_cache import HiddenStates, WithHidden, filling_order, hidden_states
 from datamodules.sources.findings import Findings
+from datamodules.sources.tables import Table, check_column
 
 _log = logging.getLogger(__name__)
 
@@ -81,12 +82,19 @@ class ResumableDataModule(L.LightningDataModule):
             loads in the training process, which is fast enough for tokens and small images.
         skip_bad_rows: Largest number of unusable rows that are skipped in each split, 0 or more. A further unusable row
             is an error.
+        adapter_column: With `predict --bank FILE`: column of the table to predict that names the adapter of each row.
     """
 
     kind: DataKind
     cache_prefix = False  # True if a fit reads the output of the model's frozen prefix. Some tasks have this key.
 
-    def __init__(self, batch_size: int = 32, num_workers: int = 0, skip_bad_rows: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        skip_bad_rows: int = 0,
+        adapter_column: str | None = None,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()  # This call also saves the arguments of subclasses.
         if batch_size < 1 or num_workers < 0:
@@ -94,6 +102,8 @@ class ResumableDataModule(L.LightningDataModule):
                 f"data.batch_size: {batch_size} must be 1 or more, and data.num_workers: {num_workers} 0 or more."
             )
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.adapter_column = adapter_column
+        self.predicted: list[Table] = []  # The tables to predict, one for each loader; empty without tables.
         self.findings = Findings(skip_bad_rows)
         self.cached_states: dict[str, HiddenStates] = {}  # Output of the model's frozen prefix, by split.
         self._seed: int | None = None
@@ -157,6 +167,29 @@ class ResumableDataModule(L.LightningDataModule):
             file: Number of the loader, whose predictions go to one file.
         """
         return []
+
+    def adapter_names(self) -> list[list[str]]:
+        """Return the name of each row's adapter, by loader and row of the table to predict.
+
+        Raises:
+            DataError: If `adapter_column` is missing, or a row has no name.
+        """
+        column = self.adapter_column
+        if column is None:
+            raise DataError(
+                "data.adapter_column: --bank needs the column that names the adapter of each row. Name a column of the "
+                "table to predict."
+            )
+        names = []
+        for table in self.predicted:
+            check_column(table, "adapter_column", column)
+            cells = list(table.data[column])
+            if missing := [row for row, cell in enumerate(cells) if cell in (None, "")]:
+                raise DataError(
+                    f"data.adapter_column: row {missing[0]} of {table.where} has no {column}. Fill the cell."
+                )
+            names.append([str(cell) for cell in cells])
+        return names
 
     @property
     def caches(self) -> bool:

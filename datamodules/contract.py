@@ -229,18 +229,6 @@ class HasPredictionFiles(Protocol):
 
 
 @runtime_checkable
-class HasAdapterNames(Protocol):
-    """Data whose rows to predict name an adapter of a bank."""
-
-    def adapter_names(self) -> list[list[str]]:
-        """Return the names by file and row, after `setup`.
-
-        Raises:
-            DataError: If no column is named, or a row has no name.
-        """
-
-
-@runtime_checkable
 class HasPaths(Protocol):
     """A class of data that can check its paths before a backbone is loaded."""
 

@@ -31,7 +31,7 @@ from datamodules.sources.images import (
     ImageTable,
     check_image_path,
     check_image_to_predict,
-    open_folder,
+    open_images,
     open_split,
 )
 from datamodules.sources.splits import check_fraction, check_limits, choose_rows
@@ -71,11 +71,14 @@ class ImageData(ResumableDataModule):
         max_train_samples: Size of a seeded sample of the training images, for quick trials; None takes all images.
         max_val_samples: Size of a seeded sample of the validation images; None takes all images.
         max_test_samples: Size of a seeded sample of each test set; None takes all images.
-        predict_path: Image or folder of images for `predict`. Images that cannot be decoded get a row with their error.
+        predict_path: Image, folder of images or table of images for `predict`. A table is CSV, TSV, JSON, JSONL or
+            Parquet, with a column of images or of their paths. Images that cannot be decoded get a row with their
+            error.
     """
 
     kind = DataKind.IMAGES
     test_sets: Sequence[str] = ("test",)  # Names of the splits that are tested.
+    columns: tuple[str | None, str | None] = (None, None)  # Columns of images and labels; None takes the usual names.
 
     def __init__(
         self,
@@ -139,7 +142,7 @@ class ImageData(ResumableDataModule):
             DataError: If the path is wrong.
         """
         if command == "predict":
-            check_image_to_predict(keys["predict_path"])
+            check_image_to_predict(keys["predict_path"], keys["adapter_column"])
         else:
             cls.check_source(keys["path"])
 
@@ -166,9 +169,10 @@ class ImageData(ResumableDataModule):
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
         self.evaluation, training = self._transforms(config)
         if stage == "predict":
-            check_image_to_predict(self.predict_path)
+            check_image_to_predict(self.predict_path, self.adapter_column)
             assert self.predict_path is not None
-            table = open_folder(self.predict_path, self.findings)
+            table = open_images(self.predict_path, self.columns[0], self.adapter_column, self.findings)
+            self.predicted = [] if table.source is None else [table.source]
             self.findings.add_split("predict", len(table), table.where)
             self.splits["predict"] = ImageDataset(table, None, self.evaluation)
             return
@@ -318,7 +322,7 @@ class ImageClassificationData(ImageData):
         path: A data set's name on the hub, a directory of Parquet in the hub's columns, a directory with
             cifar-10-batches-py, or a folder of images: one folder for each class, in train/, val/ and test/ if
             there are splits.
-        image_column: Column of the images; None takes the first of img, image.
+        image_column: Column of the images; None takes the first of img, image; in `predict` also file_name.
         label_column: Column of the labels; None takes the first of label, labels, fine_label.
         skip_label: Name or number of a label whose rows are left out, such as -1 for hidden labels. Only for tables:
             in a folder of images, move the folder of the class elsewhere.

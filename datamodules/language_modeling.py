@@ -379,7 +379,7 @@ class LanguageModelingData(TrainingTextData):
         if isinstance(reference, str):
             reference = self._prompt_columns.without_mark(reference)
         answer = {"response": row.get("response"), **({"reference": reference} if reference else {})}
-        answer |= {"error": row["error"]} if "error" in row else {}
+        answer |= {key: row[key] for key in ("adapter", "error") if key in row}
         plain: dict[str, Any] = json.loads(json.dumps(source, default=str))  # Other types, such as dates, become text.
         return {"index": row["index"], **{k: v for k, v in plain.items() if k not in ("index", *answer)}, **answer}
 

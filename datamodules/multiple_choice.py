@@ -277,7 +277,8 @@ class MultipleChoiceData(TextData):
             prompts = shared_prompts([start + question for question in questions], self.tokenizer)
             if self._limit is None or prompts.longest <= self._limit:
                 break
-        return prompts, count
+        # The keys and values of a prefix depend on the adapter, and each row may have another adapter.
+        return prompts if self.adapter_column is None else prompts.without_prefix(), count
 
     def _too_long(self, asked: dict[int, Question], subjects: list[str]) -> dict[int, BadRow]:
         """Return the questions that do not fit even without shots, by row."""
@@ -352,7 +353,7 @@ class MultipleChoiceData(TextData):
             "prediction": LETTERS[scores.index(max(scores))],
             "answer": "" if answer is None else LETTERS[answer],
             **{f"log_probability_{letter}": score for letter, score in zip(LETTERS, scores, strict=False)},
-            **({"error": row["error"]} if "error" in row else {}),
+            **{key: row[key] for key in ("adapter", "error") if key in row},
         }
 
 

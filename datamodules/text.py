@@ -22,7 +22,6 @@ from datamodules.sources.splits import SPLITS, check_fraction, check_limits, cho
 from datamodules.sources.tables import (
     Reading,
     Table,
-    check_column,
     check_file,
     check_path,
     match_columns,
@@ -66,7 +65,6 @@ class TextData(ResumableDataModule):
         max_test_samples: Size of a seeded sample of each test set; None takes all rows.
         predict_path: File of rows for `predict`; None takes the test split.
         encoding: Encoding of CSV, TSV and JSONL files, such as `utf-8`, `cp1252` or `utf-16`.
-        adapter_column: With `predict --bank FILE`: column that names the adapter of each row.
     """
 
     suffixes: tuple[str, ...] = ("",)  # Suffixes of the sets of a validation or test split, such as MNLI's.
@@ -84,18 +82,15 @@ class TextData(ResumableDataModule):
         max_test_samples: int | None = None,
         predict_path: str | None = None,
         encoding: str = "utf-8",
-        adapter_column: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.adapter_column = adapter_column
         self.path, self.config, self.revision, self.predict_path = path, config, revision, predict_path
         self.limits = {"val": max_val_samples, "test": max_test_samples}
         check_limits(self.limits)
         self.reading = Reading(encoding, ())
         self.splits: dict[str, list[TokenDataset]] = {}
         self.set_names: dict[str, list[str]] = {}
-        self.predicted: list[Table] = []
         self.failed: dict[str, dict[int, str]] = {}  # Rows of each table that cannot be predicted, with the reason.
         self._tests_after_fit = False
         self._tables: dict[tuple[str, ...], Table | None] = {}
@@ -346,26 +341,6 @@ class TextData(ResumableDataModule):
         """Return the rows of a table that cannot be predicted: `index`, and `error` with the reason."""
         failed = self.failed.get(self.predicted[file].where, {})
         return [{"index": row, "error": reason} for row, reason in failed.items()]
-
-    def adapter_names(self) -> list[list[str]]:
-        """Return the name of each row's adapter, by file to predict and row.
-
-        Raises:
-            DataError: If `adapter_column` is missing, or a row has no name.
-        """
-        column = self.adapter_column
-        if column is None:
-            raise DataError("data.adapter_column: --bank needs the column that names the adapter of each row.")
-        names = []
-        for table in self.predicted:
-            check_column(table, "adapter_column", column)
-            cells = list(table.data[column])
-            if missing := [row for row, cell in enumerate(cells) if cell in (None, "")]:
-                raise DataError(
-                    f"data.adapter_column: row {missing[0]} of {table.where} has no {column}. Fill the cell."
-                )
-            names.append([str(cell) for cell in cells])
-        return names
 
     def _tables_to_predict(self) -> dict[str, Table]:
         if self.predict_path is not None:

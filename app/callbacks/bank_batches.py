@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import LightningModule, Trainer
 
-from datamodules.contract import HasAdapterNames
+from datamodules.base import ResumableDataModule
 from datamodules.errors import DataError
 from modules.adapters import AdapterError, detach
 from modules.base import AdaptedModule
@@ -39,8 +39,11 @@ class BankBatches(L.Callback):
         """
         assert isinstance(pl_module, AdaptedModule)
         data = pl_module.data
-        if not isinstance(data, HasAdapterNames):
-            raise DataError(f"bank: {type(data).__name__} cannot name an adapter for each row. Predict texts.")
+        if not isinstance(data, ResumableDataModule):
+            raise DataError(
+                f"bank: {type(data).__name__} cannot name an adapter for each row, since the class is no "
+                "ResumableDataModule. Derive the class from ResumableDataModule, or predict without --bank."
+            )
         self._names = data.adapter_names()
         for name in {name for names in self._names for name in names}:
             self.bank.config(name)  # Raises for an unknown name, before the first batch.
@@ -64,14 +67,16 @@ class BankBatches(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Leave the mixed batch, and add the adapters' names and class names to the predicted rows."""
+        assert isinstance(pl_module, AdaptedModule)
         self._context.close()
         rows = {"index": outputs["index"], "adapter": self._of_batch, **outputs}
-        if "label" in outputs:
-            labels = [self.bank.labels(name) or [] for name in self._of_batch]
-            rows["prediction"] = [names[i] for names, i in zip(labels, outputs["label"], strict=True)]
+        if classes := pl_module.class_names:
+            # The model has the classes of the adapter with the most classes.
+            names = [dict(zip(classes, self.bank.labels(name) or [], strict=False)) for name in self._of_batch]
+            rows["prediction"] = [n.get(cell, cell) for n, cell in zip(names, outputs["prediction"], strict=True)]
             rows["probabilities"] = [
-                dict(zip(names, shares.values(), strict=False))  # Other adapters may have more classes.
-                for names, shares in zip(labels, outputs["probabilities"], strict=True)
+                {n[name]: share for name, share in shares.items() if name in n}
+                for n, shares in zip(names, outputs["probabilities"], strict=True)
             ]
         outputs.clear()
         outputs.update(rows)

@@ -21,12 +21,24 @@ from datamodules.sources.findings import Findings, SkippedRow
 from datamodules.sources.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
 from datamodules.sources.labels import Labels, missing_label, parse_labels
 from datamodules.sources.splits import SPLITS
-from datamodules.sources.tables import Table, check_path, open_table, similar_column, spelt_column, unread_files
+from datamodules.sources.tables import (
+    Reading,
+    Table,
+    check_path,
+    kind_of,
+    match_columns,
+    open_file,
+    open_table,
+    similar_column,
+    spelt_column,
+    unread_files,
+)
 
 if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
     import datasets
 
 IMAGE_COLUMNS = ("img", "image")
+PREDICTED_COLUMNS = (*IMAGE_COLUMNS, "file_name")  # The metadata.csv of the hub's image folders has `file_name`.
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # A value of a TIFF tag, and the tag's number.
 
@@ -56,6 +68,7 @@ class ImageTable:
         where: Folder, file or data set that the images are from.
         unlabelled: Rows without a label, with the reason.
         left_out: Rows with the label of `skip_label`.
+        source: The table of images to predict; None for files.
     """
 
     read: Callable[[int], bytes | Path | np.ndarray]
@@ -65,6 +78,7 @@ class ImageTable:
     where: str = ""
     unlabelled: Mapping[int, str] = field(default_factory=dict)
     left_out: frozenset[int] = frozenset()
+    source: Table | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -170,11 +184,12 @@ def _reason(source: bytes | Path, error: Exception) -> str:
 class _ColumnReader:
     data: datasets.Dataset
     column: str
+    folder: Path = Path()  # Relative paths in cells begin here.
 
     def __call__(self, row: int) -> bytes | Path:
         cell: dict[str, Any] = self.data[row][self.column] or {"bytes": None, "path": None}
         if cell["bytes"] is None and cell["path"]:
-            return Path(cell["path"])
+            return self.folder / cell["path"]
         return bytes(cell["bytes"] or b"")
 
 
@@ -248,16 +263,58 @@ def check_image_path(path: str) -> None:
     check_path(path)
 
 
-def check_image_to_predict(path: str | None) -> None:
-    """Check that the image or folder of images to predict exists.
+def check_image_to_predict(path: str | None, adapter_column: str | None = None) -> None:
+    """Check that the image, the folder or the table of images to predict exists.
 
     Raises:
-        DataError: If no path is given, or the path does not exist.
+        DataError: If no path is given, or the path does not exist. Also if the path is no table, but a column names the
+            adapter of each row.
     """
     if path is None:
-        raise DataError("data.predict_path: name the image or the folder of images to predict.")
+        raise DataError("data.predict_path: name the image, or the folder or table of images, to predict.")
     if not os.path.exists(path):
-        raise DataError(f"data.predict_path: {path} does not exist. Give an image or a folder of images.")
+        raise DataError(
+            f"data.predict_path: {path} does not exist. Give an image or a folder of images, or a table of images."
+        )
+    if adapter_column is not None and not _is_table(path):
+        raise DataError(
+            f"data.predict_path: {path} is not a table, so no image can name its adapter in the column "
+            f"{adapter_column}. Give a table, such as a CSV file, with the columns image (paths of the images) and "
+            f"{adapter_column}."
+        )
+
+
+def _is_table(path: str) -> bool:
+    return os.path.isfile(path) and kind_of(Path(path)) is not None
+
+
+def open_images(path: str, image_column: str | None, adapter_column: str | None, findings: Findings) -> ImageTable:
+    """Open the images to predict, without labels: an image file, all image files below a folder, or a table.
+
+    Args:
+        path: The file or folder. In a table, relative paths of images begin at the folder of the table.
+        image_column: Column of the images or of their paths; None takes the first of img, image, file_name.
+        adapter_column: Column of the names of adapters; None if no row names an adapter.
+        findings: Collects lines about assumptions and files that are left out.
+
+    Raises:
+        DataError: If the path or a column does not exist, or there is no image.
+    """
+    if not _is_table(path):
+        return open_folder(path, findings)
+    import pyarrow.compute as pc
+
+    usual = PREDICTED_COLUMNS if image_column is None else (image_column,)
+    adapters = {} if adapter_column is None else {"adapter_column": adapter_column}
+    table = match_columns(open_file(path, "predict_path", Reading(as_text=(*usual, *adapters.values()))), adapters)
+    where = table.where
+    column = _column(table.data, "image_column", image_column, PREDICTED_COLUMNS, where, findings)
+    reader = _image_reader(table, column, "predict_path", Path(path).parent)
+    for note in table.notes:
+        findings.add(note)
+    cells = reader.data.with_format("arrow")[:][column]  # Not copied, so the images are not read here.
+    names = [path or f"{where} row {row}" for row, path in enumerate(pc.struct_field(cells, "path").to_pylist())]
+    return ImageTable(reader, names, torch.empty(0, dtype=torch.int64), [], where, source=table)
 
 
 def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
@@ -291,19 +348,10 @@ def open_folder(path: str, findings: Findings | None = None) -> ImageTable:
 def _from_table(
     table: Table, image_column: str | None, label_column: str | None, findings: Findings, skip_label: str | int | None
 ) -> ImageTable:
-    from datasets import Image as ImageFeature
-
     data, where = table.data, table.where
     image = _column(data, "image_column", image_column, IMAGE_COLUMNS, where, findings)
     label = _column(data, "label_column", label_column, LABEL_COLUMNS, where, findings)
-    try:
-        encoded = data.select_columns(image).cast_column(image, ImageFeature(decode=False))
-    except Exception as error:  # A column of another type. `datasets` raises many kinds of exceptions.
-        raise DataError(
-            f"data.image_column: {image} in {where} does not hold images ({error}). Name another column."
-        ) from error
-    if len(data) == 0:
-        raise DataError(f"data.path: {where} has no rows. Give a table with rows.")
+    reader = _image_reader(table, image, "path")
     labels = parse_labels(table, label, skip_label=skip_label)
     if not labels.class_names:
         raise DataError(f"data.label_column: {label} in {where} must hold whole numbers or names, not decimal numbers.")
@@ -311,9 +359,23 @@ def _from_table(
         raise missing_label(labels, label)
     for note in (*table.notes, *labels.notes):
         findings.add(note)
-    names, reader = _RowNames(where, len(data)), _ColumnReader(encoded, image)
+    names = _RowNames(where, len(data))
     bad = {row: f"{label} {reason.rstrip(',')}" for row, reason in labels.bad.items()}
     return ImageTable(reader, names, labels.values, labels.class_names, where, bad, labels.left_out)
+
+
+def _image_reader(table: Table, column: str, key: str, folder: Path = Path()) -> _ColumnReader:
+    from datasets import Image as ImageFeature
+
+    try:
+        encoded = table.data.select_columns(column).cast_column(column, ImageFeature(decode=False))
+    except Exception as error:  # A column of another type. `datasets` raises many kinds of exceptions.
+        raise DataError(
+            f"data.image_column: {column} in {table.where} does not hold images ({error}). Name another column."
+        ) from error
+    if len(encoded) == 0:
+        raise DataError(f"data.{key}: {table.where} has no rows. Give a table with rows.")
+    return _ColumnReader(encoded, column, folder)
 
 
 def _column(

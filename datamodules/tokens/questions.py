@@ -70,6 +70,10 @@ class SharedPrompts:
         """Return the number of tokens of the longest prompt."""
         return len(self.prefix) + max(len(rest) for rest in self.rests)
 
+    def without_prefix(self) -> SharedPrompts:
+        """Return the same prompts with an empty prefix, for questions that do not share keys and values."""
+        return SharedPrompts(self.prefix[:0], [np.concatenate([self.prefix, rest]) for rest in self.rests])
+
 
 def shared_prompts(prompts: Sequence[str], tokenizer: Any) -> SharedPrompts:
     """Tokenise whole prompts, and split them after their longest common prefix. Each prompt keeps at least one token.

@@ -102,7 +102,8 @@ def named_probabilities(probabilities: Tensor, class_names: Sequence[str]) -> li
     """Return the probabilities of each sample by the name of the class, to six decimals.
 
     Args:
-        probabilities: (batch, classes).
+        probabilities: (batch, classes). The last classes may be missing: a batch from a bank has only the classes of
+            the adapters in the batch.
         class_names: Names by label.
     """
-    return [{name: round(p, 6) for name, p in zip(class_names, row, strict=True)} for row in probabilities.tolist()]
+    return [{name: round(p, 6) for name, p in zip(class_names, row, strict=False)} for row in probabilities.tolist()]

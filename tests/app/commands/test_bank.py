@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import peft
 import pytest
 import torch
@@ -22,7 +24,10 @@ from app.export.load_run import find_checkpoint, load_module
 from modules.formats.bank import Bank
 from tests.app.conftest import CommandLine
 from tests.app.export.test_peft import TASKS, logits
+from tests.support.data import put
 from tests.support.refusals import refused
+from tests.support.rows import write_rows
+from tests.support.small_data import colour_image, png
 
 INPUTS = torch.arange(4, 18).view(2, 7)
 
@@ -47,10 +52,10 @@ def copied_run(cli: CommandLine, version: int, **changes: Any) -> Path:
                 tensor.mul_(changes.get("scale", 1.0))
         if classes := changes.get("classes"):
             content["hyper_parameters"]["class_names"] = classes
-            for name in ("weight", "bias"):
-                key = f"backbone.classifier.out_proj.{name}"
-                shape = (len(classes), *content["state_dict"][key].shape[1:])
-                content["state_dict"][key] = torch.randn(shape, generator=generator)
+            for name, tensor in content["state_dict"].items():
+                if name.startswith(("backbone.classifier.out_proj.", "head.")):
+                    shape = (len(classes), *tensor.shape[1:])
+                    content["state_dict"][name] = torch.randn(shape, generator=generator)
         torch.save(content, path)
     return target
 
@@ -254,22 +259,49 @@ NAMES = ["bob", "ada", "ada", "bob", "bob", "ada", "bob"]
 SENTENCES = ["the film was good .", "bad", "w1 w2 w3 it is", "", "good good", "a w4", "w5 w6 w7 w8 w9 w10"]
 
 
+Rows = list[dict[str, str]]
+
+
+def alone_and_mixed(
+    cli: CommandLine, runs: list[Path], table: Path, *options: str, of_bank: tuple[str, ...] = ()
+) -> tuple[dict[str, Rows], Rows]:
+    """Predict a table with each run alone, and with a bank of the runs.
+
+    Args:
+        cli: Command line whose root holds the runs of ada, version_0, and of bob, version_1.
+        runs: The runs.
+        table: Rows to predict. The column `who` names the adapters.
+        options: Options of all predictions.
+        of_bank: Options of the prediction with the bank.
+
+    Returns:
+        The predicted rows by the name of the run, and the rows that the bank has predicted.
+    """
+    bank = table.with_name("bank")
+    assert export(runs, bank, "--names", "ada,bob") == 0
+    given = (f"--data.predict_path={table}", *options)
+    alone = {}
+    for version, (name, run) in enumerate(zip(("ada", "bob"), runs, strict=True)):
+        assert cli("predict", f"--ckpt_path={run}", *given) == 0
+        alone[name] = predicted(cli, version)
+    assert cli("predict", f"--bank={bank}", "--data.adapter_column=who", *given, *of_bank) == 0
+    return alone, predicted(cli, 2)
+
+
+def assert_close(row: dict[str, str], expected: dict[str, str], prefix: str) -> None:
+    """Check that two rows agree in all numbers whose column has a prefix. Cells of missing columns are empty."""
+    numbers = [{k: float(v) for k, v in each.items() if k.startswith(prefix) and v} for each in (row, expected)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=2e-5)
+
+
 @pytest.mark.parametrize("classes", [None, ["x", "y", "z"]])
 def test_each_row_is_classified_by_its_adapter(
     fitted_text_cli: CommandLine, tmp_path: Path, classes: list[str] | None
 ) -> None:
     cli = fitted_text_cli
     runs = [cli.run(), copied_run(cli, 1, classes=classes)]
-    assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
     table = write_table(tmp_path / "new.csv", {"sentence": SENTENCES, "who": NAMES})
-    alone = {}
-    for name, run in zip(("ada", "bob"), runs, strict=True):
-        assert cli("predict", f"--ckpt_path={run}", f"--data.predict_path={table}") == 0
-        alone[name] = predicted(cli, int(run.name[-1]))
-    options = (f"--bank={tmp_path / 'bank'}", "--data.adapter_column=who", f"--data.predict_path={table}")
-    assert cli("predict", *options, "--model.adapter.seed=5") == 0
-    rows = predicted(cli, 2)
-    assert len(rows) == len(NAMES)
+    alone, rows = alone_and_mixed(cli, runs, table, of_bank=("--model.adapter.seed=5",))
     for i, (row, name) in enumerate(zip(rows, NAMES, strict=True)):
         expected = alone[name][i]
         if SENTENCES[i] == "":
@@ -277,31 +309,75 @@ def test_each_row_is_classified_by_its_adapter(
             continue
         assert (row["adapter"], row["sentence"]) == (name, SENTENCES[i])
         assert row["prediction"] == expected["prediction"]
-        shares = {key for key in expected if key.startswith("probab")}
-        assert len(shares) == (4 if name == "bob" and classes else 3)
-        for key in shares:
-            assert float(row[key]) == pytest.approx(float(expected[key]), abs=2e-5)
+        assert len([key for key in expected if key.startswith("probab")]) == (4 if name == "bob" and classes else 3)
+        assert_close(row, expected, "probab")
     differs = [a["probability"] != b["probability"] for a, b in zip(alone["ada"], alone["bob"], strict=True)]
     assert any(differs)
 
 
-def test_each_row_is_summarized_by_its_adapter(fitted_summary_cli: CommandLine, tmp_path: Path) -> None:
-    cli = fitted_summary_cli
-    runs = [cli.run(), copied_run(cli, 1)]
-    assert export(runs, tmp_path / "bank", "--names", "ada,bob") == 0
+@pytest.mark.parametrize(("suffix", "classes"), [(".csv", ["x", "y"]), (".parquet", ["p", "q", "r", "s"])])
+def test_each_image_is_classified_by_its_adapter(
+    fitted_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, classes: list[str]
+) -> None:
+    cli, damaged = fitted_cli, 3
+    runs = [cli.run(), copied_run(cli, 1, classes=classes)]
+    random = np.random.default_rng(0)
+    images = [png(colour_image(i % 3, random)) for i in range(len(NAMES))]
+    images[damaged] = b""
+    files = [put(tmp_path / f"photos/{i}.png", image).name for i, image in enumerate(images)]
+    if suffix == ".csv":  # as the hub's image folders have it
+        table = write_table(tmp_path / "photos/metadata.csv", {"file_name": files, "Who": NAMES})
+    else:
+        cells = [{"bytes": image, "path": file} for image, file in zip(images, files, strict=True)]
+        table = tmp_path / "new.parquet"
+        datasets.Dataset.from_dict({"image": cells, "who": NAMES}).to_parquet(str(table))
+    alone, rows = alone_and_mixed(cli, runs, table)
+    assert [(row["name"], row["adapter"]) for row in rows] == list(zip(files, NAMES, strict=True))
+    for i, (row, name) in enumerate(zip(rows, NAMES, strict=True)):
+        expected = alone[name][i]
+        assert (row["prediction"], row["error"]) == (expected["prediction"], expected["error"])
+        assert bool(row["error"]) is (i == damaged)
+        assert_close(row, expected, "probab")
+    assert {row["prediction"] for row in alone["bob"]} <= {"", *classes}
+    capsys.readouterr()
+    options = (f"--bank={table.with_name('bank')}", "--data.adapter_column=who")
+    refused(
+        capsys,
+        cli("predict", *options, f"--data.predict_path={tmp_path / 'photos'}"),
+        f"data.predict_path: {tmp_path / 'photos'} is not a table",
+        "Give a table, such as a CSV file, with the columns image (paths of the images) and who.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("any_cli", "column", "answer"),
+    [("fitted_summary_cli", "document", "summary"), ("fitted_instruction_cli", "instruction", "response")],
+    indirect=["any_cli"],
+)
+def test_each_text_is_generated_by_its_adapter(any_cli: CommandLine, tmp_path: Path, column: str, answer: str) -> None:
+    runs = [any_cli.run(), copied_run(any_cli, 1)]
     texts = [text or "w3" for text in SENTENCES]
-    table = write_table(tmp_path / "new.csv", {"document": texts, "who": NAMES})
-    alone = {}
-    for name, run in zip(("ada", "bob"), runs, strict=True):
-        assert cli("predict", f"--ckpt_path={run}", f"--data.predict_path={table}") == 0
-        alone[name] = predicted(cli, int(run.name[-1]))
-    options = (f"--bank={tmp_path / 'bank'}", "--data.adapter_column=who", f"--data.predict_path={table}")
-    assert cli("predict", *options) == 0
-    rows = predicted(cli, 2)
-    assert [(row["adapter"], row["summary"]) for row in rows] == [
-        (name, alone[name][i]["summary"]) for i, name in enumerate(NAMES)
+    table = write_table(tmp_path / "new.csv", {column: texts, "who": NAMES})
+    alone, rows = alone_and_mixed(any_cli, runs, table, "--data.prediction_format=csv")
+    assert [(row["adapter"], row[answer]) for row in rows] == [
+        (name, alone[name][i][answer]) for i, name in enumerate(NAMES)
     ]
-    assert [row["summary"] for row in alone["ada"]] != [row["summary"] for row in alone["bob"]]
+    assert [row[answer] for row in alone["ada"]] != [row[answer] for row in alone["bob"]]
+
+
+def test_each_question_is_answered_by_its_adapter(
+    fitted_instruction_cli: CommandLine, questions_path: Path, llama_path: Path, tmp_path: Path
+) -> None:
+    runs = [fitted_instruction_cli.run(), copied_run(fitted_instruction_cli, 1)]
+    cli = CommandLine(fitted_instruction_cli.root, questions_path, "questions", llama_path)
+    questions = [json.loads(line) for line in (questions_path / "test.jsonl").read_text().splitlines()]
+    asked = [row | {"who": name} for row, name in zip(questions, NAMES, strict=False)]
+    alone, rows = alone_and_mixed(cli, runs, write_rows(tmp_path / "new.jsonl", asked))
+    for i, (row, name) in enumerate(zip(rows, NAMES, strict=True)):
+        assert (row["adapter"], row["prediction"]) == (name, alone[name][i]["prediction"])
+        assert_close(row, alone[name][i], "log_probability")
+    names = [key for key in rows[0] if key.startswith("log_probability")]
+    assert all(abs(float(a[k]) - float(b[k])) > 1e-3 for a, b in zip(*alone.values(), strict=True) for k in names)
 
 
 def test_a_bank_of_truncated_adapters_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from datamodules.sources.findings import Findings
-from datamodules.sources.images import ImageTable, decode_image, open_folder, open_split
+from datamodules.sources.images import ImageError, ImageTable, decode_image, open_folder, open_images, open_split
 from tests.support.data import put
 from tests.support.malicious import Malicious
 from tests.support.refusals import refuses
@@ -163,6 +164,41 @@ def test_images_to_predict_are_sorted_by_name(tmp_path: Path) -> None:
     assert table.class_names == []
 
 
+@pytest.mark.parametrize("column", ["image", "img", "file_name", "photo"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_table_to_predict_has_images_or_paths(
+    tmp_path: Path, suffix: str, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # relative paths begin at the table's folder, not here
+    for name, pixels in zip(("1", "b/2.png"), IMAGES, strict=False):
+        put(tmp_path / "photos" / name, png(pixels))
+    paths = ["b/2.png", "1", str(tmp_path / "photos/1"), None, "gone.png"]
+    rows = datasets.Dataset.from_dict({column: paths, "who": ["007", "1", "2", "3", "4"]})
+    file = tmp_path / f"photos/new{suffix}"
+    {".csv": rows.to_csv, ".jsonl": rows.to_json, ".parquet": rows.to_parquet}[suffix](str(file))
+    key = "photo" if column == "photo" else None
+    table = open_images("photos/" + file.name, key, "WHO", Findings())
+    assert shows(replace(table, names=table.names[:3]), [IMAGES[1], IMAGES[0], IMAGES[0]], [])
+    assert table.names == [*paths[:3], f"photos/{file.name} row 3", "gone.png"]
+    assert table.source is not None
+    assert table.source.data["WHO"][:] == rows["who"][:]
+    for row, reason in ((3, "the image is empty"), (4, "No such file")):
+        with pytest.raises(ImageError, match=reason):
+            table.decode(row)
+    embedded = write_split(tmp_path / "embedded.parquet", IMAGES[:2], [0, 1])
+    assert shows(open_images(str(embedded), None, None, Findings()), IMAGES[:2], [])
+
+
+def test_a_table_without_images_is_refused(tmp_path: Path) -> None:
+    numbers = put(tmp_path / "new.jsonl", '{"image": 1, "who": "a"}\n')
+    with refuses("data.image_column: image in", "does not hold images", "Name another column."):
+        open_images(str(numbers), None, "who", Findings())
+    with refuses("data.image_column", "no column photo; it has image, who"):
+        open_images(str(numbers), "photo", "who", Findings())
+    with refuses("data.predict_path", "new.csv has no rows"):
+        open_images(str(put(tmp_path / "new.csv", "image,who\n")), None, "who", Findings())
+
+
 # ------------------------------------------------------------------------------------------------------------- colours
 
 
@@ -291,7 +327,7 @@ def test_a_missing_directory_is_refused(path: str) -> None:
     with refuses("data.path", path, *(["--data.path DIRECTORY"] if path in ("beans", "hub/name") else ["is not here"])):
         open_split(path, "train", None, None)
     with refuses("data.predict_path", path, "does not exist. Give an image or a folder"):
-        open_folder(path)
+        open_images(path, None, None, Findings())
 
 
 def test_folders_without_images_or_training_images_are_refused(tmp_path: Path) -> None:
