@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from datamodules.base import Collate
 from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.errors import DataError, counted
-from datamodules.sources.columns import PROMPTS, RESPONSES, named_column
+from datamodules.sources.columns import PROMPTS, RESPONSES, check_one, columns_line, named_column, named_columns
 from datamodules.sources.tables import Table, check_texts, similar_column
 from datamodules.text import BadRow, TrainingTextData
 from datamodules.tokens.conversations import (
@@ -48,8 +48,8 @@ class LanguageModelingData(TrainingTextData):
         instruction_column: Column of the instructions. If a table lacks the default column, `prompt`, `question` or
             a similar column is read.
         input_column: Column of the text that an instruction is about, or None. A table may lack the default column.
-        response_column: Column of the responses. If a table lacks the default column, `response`, `completion`,
-            `answer` or a similar column is read.
+        response_column: Column of the responses. If a table lacks the default column, its only column with a name such
+            as `response`, `completion` or `answer` is read.
         system_prompt: System message for conversations without one. With `alpaca`, the message replaces the
             introduction.
         end_mark: Text to remove from the end of responses, as in some data sets. The template adds another end.
@@ -154,7 +154,8 @@ class LanguageModelingData(TrainingTextData):
             rows = usable
         self.warn_of_truncated_rows(tokens, table, self.max_length)
         if split == "train":
-            self.findings.add(f"columns: conversations of {', '.join(columns.names())}, template {self.template}")
+            content = f"conversations of {', '.join(columns.names())}, template {self.template}"
+            self.findings.add(columns_line(content, [], table, columns.names()))
         return TokenDataset(tokens)
 
     def _columns(self, table: Table, with_responses: bool) -> tuple[Columns, Table]:
@@ -197,18 +198,24 @@ class LanguageModelingData(TrainingTextData):
         return columns, table
 
     def _choose_columns(self, table: Table, with_responses: bool) -> None:
-        """Choose columns with the usual names if the table lacks the default columns."""
+        """Choose columns with the usual names if the table lacks the default columns.
+
+        Raises:
+            DataError: If several columns may hold the responses.
+        """
         names, chosen = table.data.column_names, {}
-        keys = {"instruction_column": ("instruction", PROMPTS)}
-        keys |= {"response_column": ("output", RESPONSES)} if with_responses else {}
-        for key, (default, usual) in keys.items():
-            column = self.hparams[key]
-            named = named_column(table, [name for name in usual if name != self.input_column], last_word=True)
-            if column != default or column in names or named is None:
+        prompt = named_column(table, PROMPTS, [self.input_column], last_word=True)
+        usual = {"instruction_column": ("instruction", [] if prompt is None else [prompt])}
+        if with_responses:
+            responses = named_columns(table, RESPONSES, [self.input_column], last_word=True)
+            usual["response_column"] = ("output", responses)
+        for key, (default, columns) in usual.items():
+            if self.hparams[key] != default or default in names or not columns:
                 continue
-            chosen[key] = named
+            check_one(table, key, columns, "responses")
+            chosen[key] = columns[0]
             self.findings.add(
-                f"the column {named} of {table.where} is read as data.{key}, since there is no column {column}"
+                f"the column {columns[0]} of {table.where} is read as data.{key}, since there is no column {default}"
             )
         self.instruction_column = chosen.get("instruction_column", self.instruction_column)
         self.response_column = chosen.get("response_column", self.response_column)

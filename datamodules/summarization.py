@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from datamodules.base import Collate
 from datamodules.contract import IGNORE_INDEX, DataKind
 from datamodules.errors import DataError
-from datamodules.sources.columns import SOURCES, TARGETS, named_column
+from datamodules.sources.columns import SOURCES, TARGETS, check_one, columns_line, named_column, named_columns
 from datamodules.sources.tables import Table, blank_rows, check_column, check_texts
 from datamodules.text import BadRow, TrainingTextData
 from datamodules.tokens.tokenizing import TokenDataset, tokenized, tokenizer_state
@@ -48,8 +49,8 @@ class SummarizationData(TrainingTextData):
     Args:
         source_column: Column of the texts to summarise. None takes the first of `document`, `article`, `dialogue`,
             `source`, `text` and similar names.
-        target_column: Column of the summaries. None takes the first of `summary`, `highlights`, `target` and
-            similar names.
+        target_column: Column of the summaries. None takes the only column named `summary`, `highlights`, `target` or
+            `output`, or else the only column named `abstract`, `headline` or `title`.
         id_column: Column that identifies a row in predictions. If a table lacks the default column, predictions have
             the row's number.
         prediction_format: Format of the file of predictions.
@@ -83,7 +84,7 @@ class SummarizationData(TrainingTextData):
         self.source_column, self.target_column, self.id_column = source_column, target_column, id_column
         self.source_prefix = source_prefix
         self.prediction_files = (f"predictions.{prediction_format}",)
-        self._guessed = False
+        self._guessed: list[str] = []
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 
     def before_splits(self) -> None:
@@ -97,26 +98,24 @@ class SummarizationData(TrainingTextData):
         """Guess the columns that no key names, from the usual names.
 
         Raises:
-            DataError: If no column has a usual name. Prediction needs no target.
+            DataError: If no column has a usual name, or several columns may hold the summaries. Prediction needs no
+                summaries.
         """
-        predicts = self.predicts
         table = next(iter(self.tables_of_any_split().values()))
-        columns = {"source_column": (self.source_column, SOURCES), "target_column": (self.target_column, TARGETS)}
-        for key, (configured, names) in columns.items():
-            unused = [name for name in names if name != self.source_column]
-            column = configured or named_column(table, unused, last_word=True)
-            if column is None and not (predicts and key == "target_column"):
-                raise DataError(
-                    f"data.{key}: no column of {table.where} has a name such as {', '.join(names[:3])}. Name one of "
-                    f"its columns: {', '.join(table.data.column_names)}."
-                )
-            if key == "source_column":
-                self.source_column = column
-            else:
-                self.target_column = column
-        self._guessed = True
-        if predicts and self.hparams["source_column"] is None:
-            self.findings.add(f"columns: sources of {self.source_column} (guessed; data.source_column overrides)")
+        if self.source_column is None:
+            self.source_column = named_column(table, SOURCES, [self.target_column], last_word=True)
+            _check_guess(table, "source_column", self.source_column, SOURCES)
+        if self.target_column is None:
+            targets = named_columns(table, TARGETS, [self.source_column], last_word=True)
+            self.target_column = targets[0] if len(targets) == 1 else None
+            if not self.predicts:
+                check_one(table, "target_column", targets, "summaries")
+                _check_guess(table, "target_column", self.target_column, TARGETS[0])
+        given = {key: self.hparams[key] for key in ("source_column", "target_column")}
+        self._guessed = [f"data.{key}" for key, column in given.items() if column is None]
+        if self.predicts and given["source_column"] is None:
+            used = [self.source_column, self.target_column]
+            self.findings.add(columns_line(f"sources of {self.source_column}", ["data.source_column"], table, used))
         self.keep_columns(source_column=self.source_column, target_column=self.target_column)
 
     def build(self, split: str, table: Table, rows: Tensor) -> TokenDataset:
@@ -139,8 +138,8 @@ class SummarizationData(TrainingTextData):
         if split == "predict":
             return TokenDataset(tokens)
         if split == "train":
-            guess = " (guessed; data.source_column and data.target_column override)" if self._guessed else ""
-            self.findings.add(f"columns: sources of {self.source_column}, targets of {self.target_column}{guess}")
+            content = f"sources of {self.source_column}, targets of {self.target_column}"
+            self.findings.add(columns_line(content, self._guessed, table, columns.values()))
         target = columns["target_column"]
         references = chosen.data.select_columns([target])
         if target != "reference":
@@ -183,3 +182,16 @@ class SummarizationData(TrainingTextData):
         adapter = {"adapter": row["adapter"]} if "adapter" in row else {}
         summary = {"summary": row.get("summary"), "reference": source.get(self.target_column or "")}
         return {"id": name, **adapter, **summary, **error}
+
+
+def _check_guess(table: Table, key: str, column: str | None, names: Sequence[str]) -> None:
+    """Check that a column was found.
+
+    Raises:
+        DataError: If no column has a usual name.
+    """
+    if column is None:
+        raise DataError(
+            f"data.{key}: no column of {table.where} has a name such as {', '.join(names[:3])}. Name one of its "
+            f"columns: {', '.join(table.data.column_names)}."
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.base import Collate
 from datamodules.contract import DataKind
 from datamodules.errors import DataError, counted
-from datamodules.sources.columns import guess_label_column, guess_text_columns, named_column
+from datamodules.sources.columns import columns_line, guess_label_column, guess_text_columns, named_column
 from datamodules.sources.labels import Labels, parse_labels
 from datamodules.sources.tables import Table, blank_rows, check_column, check_texts, null_rows
 from datamodules.text import BadRow, Padding, TrainingTextData
@@ -171,7 +171,7 @@ class TextClassificationData(TrainingTextData):
             self.label_column = guess_label_column(table, self.columns)
             self._guessed += ["data.label_column"] if self.label_column != "label" else []
         if self.predicts:
-            self.findings.add(f"columns: text of {', '.join(self.columns)} (guessed; data.text_columns overrides)")
+            self.findings.add(columns_line(f"text of {', '.join(self.columns)}", self._guessed, table, self.columns))
         self.keep_columns(text_columns=self.columns, label_column=self.label_column)
 
     def check_test_split(self) -> None:
@@ -237,9 +237,9 @@ class TextClassificationData(TrainingTextData):
                 self.findings.add(note)
             self.class_counts = values.bincount(minlength=len(self.class_names)).tolist() if self.class_names else []
             self.findings.add_classes(self.class_names, self.class_counts)
-            verb = "overrides" if len(self._guessed) == 1 else "override"
-            guess = f" (guessed; {' and '.join(self._guessed)} {verb})" if self._guessed else ""
-            self.findings.add(f"columns: text of {', '.join(self.columns)}; labels of {self.label_column}{guess}")
+            content = f"text of {', '.join(self.columns)}; labels of {self.label_column}"
+            used = [*self.columns, self.label_column]
+            self.findings.add(columns_line(content, self._guessed, table, used))
         return TokenDataset(self._tokenize(table.select(rows)), {"label": values})
 
     def _bad_texts(self, table: Table) -> dict[int, BadRow]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from datamodules.errors import DataError
+from datamodules.sources.findings import listed
 from datamodules.sources.tables import Table, check_column
 
-# Names in lower case, the likeliest first.
+# Names in lower case, the likeliest first. A column of inputs is the first match, and a line names the other columns.
+# Labels, summaries and responses decide what is learnt: two matches of a group are an error.
 TEXTS = (
     *("text", "sentence", "review", "comment", "message", "content", "body", "document", "tweet", "post", "question"),
     *("utterance", "sms", "email", "headline", "title", "description", "abstract", "article", "input"),
@@ -23,31 +25,78 @@ PAIRS = (
     *(("query", "document"), ("question", "answer"), ("question", "context")),
 )
 LABELS = (
-    *("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "emotion", "polarity", "spam"),
-    *("is_spam", "rating", "stars", "score", "similarity", "tag", "genre", "type", "gold_label", "y"),
+    ("label", "labels", "gold_label", "class", "target", "y"),
+    (
+        *("category", "sentiment", "intent", "topic", "emotion", "polarity", "spam", "is_spam", "rating", "stars"),
+        *("score", "similarity", "tag", "genre", "type"),
+    ),
 )
 SOURCES = ("document", "article", "dialogue", "source", "text", "body", "content", "input")
-TARGETS = ("summary", "highlights", "target", "abstract", "headline", "title", "output")
+TARGETS = (("summary", "highlights", "target", "output"), ("abstract", "headline", "title"))
 PROMPTS = ("instruction", "prompt", "question", "query", "input", "user")
-RESPONSES = ("output", "response", "completion", "answer", "assistant", "reply")
+RESPONSES = (("output", "response", "completion", "answer", "assistant", "reply"),)
 NO_LABELS = ("date", "day", "time", "timestamp", "created", "created_at", "updated_at", "id", "idx", "index", "nr")
 MOST_CLASSES = 100  # Maximum of different values in a column of labels that is guessed from cells.
 
 
-def named_column(table: Table, names: Sequence[str], last_word: bool = False) -> str | None:
+def named_column(
+    table: Table, names: Sequence[str], used: Collection[str | None] = (), last_word: bool = False
+) -> str | None:
     """Return the table's column with the first matching name, regardless of case; None if no name matches.
 
     Args:
         table: The rows.
-        names: Names in lower case.
+        names: Names in lower case, the likeliest first.
+        used: Columns that are not returned.
         last_word: If no whole name matches, match the last word of a name, as in `Customer Question` or `best_answer`.
     """
-    columns = {column.strip().lower(): column for column in reversed(table.data.column_names)}
-    named = next((columns[name] for name in names if name in columns), None)
-    if named is None and last_word:
-        columns = {re.split(r"[\W_]+", column)[-1]: name for column, name in columns.items()}
-        named = next((columns[name] for name in names if name in columns), None)
-    return named
+    return next(iter(named_columns(table, [[name] for name in names], used, last_word)), None)
+
+
+def named_columns(
+    table: Table, groups: Sequence[Sequence[str]], used: Collection[str | None] = (), last_word: bool = False
+) -> list[str]:
+    """Return all columns with a name of the first group that matches, regardless of case.
+
+    Args:
+        table: The rows.
+        groups: Groups of names in lower case, the likeliest group first.
+        used: As for `named_column`.
+        last_word: As for `named_column`.
+    """
+    columns = {column: column.strip().lower() for column in table.data.column_names if column not in used}
+    last_words = {column: re.split(r"[\W_]+", name)[-1] for column, name in columns.items()}
+    spellings = (columns, last_words) if last_word else (columns,)
+    matches = [[column for column in spelt if spelt[column] in names] for spelt in spellings for names in groups]
+    return next(filter(None, matches), [])
+
+
+def check_one(table: Table, key: str, columns: Sequence[str], content: str) -> None:
+    """Check that at most one column may have the content.
+
+    Raises:
+        DataError: If there are several columns. The message has the key and all columns.
+    """
+    if len(columns) > 1:
+        raise DataError(
+            f"data.{key}: {len(columns)} columns of {table.where} may hold the {content} ({', '.join(columns)}). "
+            "Name one."
+        )
+
+
+def columns_line(content: str, guessed: Sequence[str], table: Table, used: Collection[str | None]) -> str:
+    """Return the line about the columns that are read: with the keys that override a guess, and the other columns.
+
+    Args:
+        content: Content of the columns that are read, such as `text of review`.
+        guessed: Keys whose columns were guessed.
+        table: The rows.
+        used: The columns that are read.
+    """
+    verb = "overrides" if len(guessed) == 1 else "override"
+    guess = f" (guessed; {' and '.join(guessed)} {verb})" if guessed else ""
+    others = [column for column in table.data.column_names if column not in used]
+    return f"columns: {content}{guess}" + (f"; not used: {listed(others)}" if others else "")
 
 
 def guess_text_columns(table: Table) -> list[str]:
@@ -66,15 +115,15 @@ def guess_text_columns(table: Table) -> list[str]:
         return [named]
     lengths = {column: _mean_length(table, column) for column in table.data.column_names if _is_text(table, column)}
     if not lengths:
-        listed = ", ".join(table.data.column_names)
+        names = ", ".join(table.data.column_names)
         raise DataError(
-            f"data.text_columns: no column of {table.where} holds text. The columns are {listed}. Name one or two."
+            f"data.text_columns: no column of {table.where} holds text. The columns are {names}. Name one or two."
         )
     return [max(lengths, key=lengths.__getitem__)]
 
 
 def guess_label_column(table: Table, texts: Sequence[str]) -> str:
-    """Return the column of the labels: by its name, or else the only column with few, recurring values.
+    """Return the column of the labels: the only column of a group of names, or else with few, recurring values.
 
     Columns named like a date or an id are not considered.
 
@@ -85,21 +134,15 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     Raises:
         DataError: If there is no such column, or more than one.
     """
-    if (named := named_column(table, [name for name in LABELS if name not in texts])) is not None:
-        return named
     others = [c for c in table.data.column_names if c not in texts and c.strip().lower() not in NO_LABELS]
-    candidates = [column for column in others if _holds_classes(table, column)]
-    if len(candidates) == 1:
+    candidates = named_columns(table, LABELS, texts) or [column for column in others if _holds_classes(table, column)]
+    check_one(table, "label_column", candidates, "labels")
+    if candidates:
         return candidates[0]
-    if not candidates:
-        check_column(table, "label_column", "label")  # Without `label`, raises with advice about the file's first line.
-        raise DataError(
-            f"data.label_column: {table.where} has no column of labels beside the texts ({', '.join(texts)}). Name the "
-            "columns with data.text_columns and data.label_column."
-        )
-    listed = ", ".join(candidates)
+    check_column(table, "label_column", "label")  # Without `label`, raises with advice about the file's first line.
     raise DataError(
-        f"data.label_column: {len(candidates)} columns of {table.where} may hold the labels ({listed}). Name one."
+        f"data.label_column: {table.where} has no column of labels beside the texts ({', '.join(texts)}). Name the "
+        "columns with data.text_columns and data.label_column."
     )
 
 

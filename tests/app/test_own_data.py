@@ -24,6 +24,22 @@ TINY_VIT = (
     "--model.backbone_args={patch_size: 4, embed_dim: 32, depth: 1, num_heads: 2}",
     "--data.num_workers=0",
 )
+TINY = {  # fixture of the backbone, and options, by recipe
+    "texts": ("roberta_path", ("--data.max_length=32",)),
+    "summaries": (
+        "bart_path",
+        ("--data.max_source_length=16", "--data.max_target_length=8", "--model.generation.max_length=8"),
+    ),
+    "chats": (
+        "llama_path",
+        (
+            "--data.max_length=64",
+            "--model.generation.max_new_tokens=4",
+            "--model.backbone_dtype=float32",
+            "--model.adapter.rank=2",
+        ),
+    ),
+}
 QUICK = ("--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.precision=32-true", "--data.batch_size=4")
 
 
@@ -194,11 +210,69 @@ def test_pairs_of_text_and_summary(
 ) -> None:
     rows: list[dict[str, object]] = [{"Article": f"{WORDS[i % 4]} one", "headline": WORDS[i % 4]} for i in range(20)]
     path = write_csv(tmp_path / "pairs.csv", rows)
-    lengths = ("--data.max_source_length=16", "--data.max_target_length=8", "--model.generation.max_length=8")
-    run = fit("summaries", path, f"--model.backbone={bart_path}", *lengths)
+    run = fit("summaries", path, f"--model.backbone={bart_path}", *TINY["summaries"][1])
     assert "sources of Article, targets of headline (guessed" in capsys.readouterr().err
     table = predicted(run, f"--data.predict_path={path}")
     assert table[0].keys() == {"id", "summary", "reference"} and len(table) == 20
+
+
+@pytest.mark.parametrize(
+    ("recipe", "columns", "line"),
+    [
+        ("texts", ["title", "body", "label"], "text of body; labels of label (guessed; data.text_columns overrides)"),
+        (
+            "texts",
+            ["ad", "page", "match"],
+            "text of page; labels of match (guessed; data.text_columns and data.label_column override)",
+        ),
+        (
+            "summaries",
+            ["title", "body", "summary"],
+            "sources of body, targets of summary (guessed; data.source_column and data.target_column override)",
+        ),
+        ("chats", ["category", "prompt", "answer"], "conversations of prompt, answer, template chat"),
+    ],
+)
+def test_a_column_that_is_not_used_is_named(
+    fit: Fit,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    columns: list[str],
+    line: str,
+) -> None:
+    other, text, output = columns
+    rows: list[dict[str, object]] = [
+        {other: "good", text: f"{WORDS[i % 4]} one", output: WORDS[i % 2]} for i in range(40)
+    ]
+    backbone, lengths = TINY[recipe]
+    path = write_csv(tmp_path / "own.csv", rows)
+    fit(recipe, path, f"--model.backbone={request.getfixturevalue(backbone)}", *lengths, "--trainer.max_steps=1")
+    assert f"columns: {line}; not used: {other}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "columns", "message"),
+    [
+        ("texts", ["review", "category", "rating"], "data.label_column: 2 columns of {} may hold the labels"),
+        ("summaries", ["body", "abstract", "title"], "data.target_column: 2 columns of {} may hold the summaries"),
+        ("chats", ["question", "response", "answer"], "data.response_column: 2 columns of {} may hold the responses"),
+    ],
+)
+def test_two_columns_to_learn_are_refused(
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    columns: list[str],
+    message: str,
+) -> None:
+    path = write_csv(tmp_path / "own.csv", [dict.fromkeys(columns, WORDS[i % 2]) for i in range(40)])
+    words = ["fit", "--config", f"conf/{recipe}.yaml", *QUICK, f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    backbone, lengths = TINY[recipe]
+    words += [f"--data.path={path}", f"--model.backbone={request.getfixturevalue(backbone)}", *lengths]
+    refused(capsys, main(words), f"{message.format(path)} ({', '.join(columns[1:])}). Name one.")
 
 
 @pytest.mark.parametrize("shape", [pytest.param("messages", marks=pytest.mark.slow), "columns"])
@@ -211,13 +285,7 @@ def test_chats_and_a_single_prompt(
         path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in turns))
     else:
         path.write_text("".join(json.dumps({"prompt": w, "completion": "yes"}) + "\n" for w in WORDS * 5))
-    short = (
-        "--data.max_length=64",
-        "--model.generation.max_new_tokens=4",
-        "--model.backbone_dtype=float32",
-        "--model.adapter.rank=2",
-    )
-    run = fit("chats", path, f"--model.backbone={llama_path}", *short)
+    run = fit("chats", path, f"--model.backbone={llama_path}", *TINY["chats"][1])
     capsys.readouterr()
     (row,) = predicted(run, "--prompt=a good film?")
     assert "response" in row and row["instruction"] == "a good film?"

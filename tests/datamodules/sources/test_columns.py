@@ -8,7 +8,13 @@ import datasets
 import pytest
 
 from datamodules.errors import DataError
-from datamodules.sources.columns import guess_label_column, guess_text_columns, named_column
+from datamodules.sources.columns import (
+    columns_line,
+    guess_label_column,
+    guess_text_columns,
+    named_column,
+    named_columns,
+)
 from datamodules.sources.tables import Table
 
 WORDS = ["a long enough text", "another text here", "one more text", "the last of the texts"] * 5
@@ -32,6 +38,9 @@ def table(**columns: list[Any]) -> Table:
         ({"beschreibung": WORDS, "nummer": list(range(20)), "note": [1, 2] * 10}, ["beschreibung"], "note"),
         ({"Date": ["1.11.", "2.11."] * 10, "comment": WORDS, "Happy?": FEW}, ["comment"], "Happy?"),
         ({" text ": WORDS, "LABEL": FEW}, [" text "], "LABEL"),
+        ({"title": WORDS, "body": WORDS, "label": FEW}, ["body"], "label"),
+        ({"text": WORDS, "rating": FEW, "category": FEW, "y": FEW}, ["text"], "y"),  # `y` means a label
+        ({"Type": WORDS, "k": FEW}, ["Type"], "k"),  # the column of the texts is no label
     ],
 )
 def test_columns_of_a_classification_are_guessed(columns: dict[str, list[Any]], texts: list[str], label: str) -> None:
@@ -47,6 +56,12 @@ def test_columns_of_a_classification_are_guessed(columns: dict[str, list[Any]], 
         ({"text": WORDS, "k": MANY}, ["data.label_column: a.csv has no column label; it has text, k"]),
         ({"label": WORDS, "k": MANY}, ["data.label_column: a.csv has no column of labels beside the texts (label)"]),
         ({"text": WORDS, "p": FEW, "q": FEW}, ["data.label_column", "2 columns of a.csv may hold the labels (p, q)"]),
+        (
+            {"review": WORDS, "category": FEW, "Rating": FEW},
+            ["data.label_column: 2 columns of a.csv may hold the labels (category, Rating). Name one."],
+        ),
+        ({"text": WORDS, "class": FEW, "label": FEW}, ["data.label_column", "(class, label)"]),
+        ({"text": WORDS, "Label": FEW, "label": FEW}, ["data.label_column", "(Label, label)"]),
     ],
 )
 def test_ambiguous_columns_are_refused(columns: dict[str, list[Any]], words: list[str]) -> None:
@@ -69,3 +84,25 @@ def test_the_last_word_of_a_name_matches_if_no_whole_name_does() -> None:
     assert named_column(made, ("answer",), last_word=True) == "best_answer"
     assert named_column(made, ("question",)) is None
     assert named_column(table(question=WORDS, other_prompt=WORDS), ("prompt", "question"), last_word=True) == "question"
+    assert named_column(made, ("answer",), ["best_answer"], last_word=True) is None
+
+
+def test_the_first_group_with_a_match_decides() -> None:
+    made = table(short_summary=WORDS, title=WORDS, Headline=WORDS, id=MANY)
+    groups = [("summary",), ("abstract", "headline", "title")]
+    assert named_columns(made, groups) == ["title", "Headline"]
+    assert named_columns(made, groups, ["title", None]) == ["Headline"]
+    assert named_columns(made, groups, last_word=True) == ["title", "Headline"]  # a whole name has precedence
+    assert named_columns(made, groups[:1], last_word=True) == ["short_summary"]
+    assert named_columns(made, [("text",)], last_word=True) == []
+
+
+def test_a_line_names_the_guesses_and_the_columns_that_are_not_read() -> None:
+    made = table(title=WORDS, body=WORDS, label=FEW)
+    assert columns_line("text of body", [], made, made.data.column_names) == "columns: text of body"
+    assert columns_line("text of body", ["data.a"], made, ["body", "label", None]) == (
+        "columns: text of body (guessed; data.a overrides); not used: title"
+    )
+    assert " (guessed; data.a and data.b override); not used: title, label" in columns_line(
+        "text of body", ["data.a", "data.b"], made, ["body"]
+    )
