@@ -205,20 +205,25 @@ def _run_arm(arm: Arm, plan: Plan, config: Namespace, output: Path, connect: Con
 
     learner = Learner(config, output)
     clients: list[Client] = []
+    steps = plan.local_steps
     if connect is not None and arm != "centralised":
         learner.validate()  # Sets the shapes of the heads from the data.
         train = connect(arm, learner.module)
     else:
         clients = make_clients(plan, learner)
         participants = trainable(clients)
-        train = local_training(learner, [pool_clients(participants)] if arm == "centralised" else participants)
+        if arm == "centralised":
+            steps *= len(participants)
+            participants = [pool_clients(clients)]
+        train = local_training(learner, participants)
     if is_first:
         for data in dict.fromkeys([learner.data, *(client.data for client in clients)]):
             for line in data.findings.take_lines():
                 _log.info(line)
         for client in clients:
             print(escape_controls(client.description()), flush=True)
-    return finish_arm(arm, learner, run_arm(arm, plan, learner, train, output, report_round), output)
+    state = run_arm(arm, plan.rounds, steps, learner, train, output, report_round)
+    return finish_arm(arm, learner, state, output)
 
 
 def make_clients(plan: Plan, learner: Learner) -> list[Client]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from app.federated.plan import ARMS, CLIENTS, Arm, Plan, trained_side
+from app.federated.plan import ARMS, CLIENTS, Arm, trained_side
 from app.federated.training import Client, ClientResult, Job, Learner, Tensors
 from datamodules.atomic import atomic_write, atomic_write_text, write_errors
 from datamodules.errors import CheckpointError, ModelError, UsageError
@@ -189,13 +189,20 @@ def write_csv(path: Path, rows: Sequence[Record]) -> None:
 
 
 def run_arm(
-    arm: Arm, plan: Plan, learner: Learner, train: TrainClients, folder: Path, report: Callable[[Record], None]
+    arm: Arm,
+    rounds: int,
+    steps: int,
+    learner: Learner,
+    train: TrainClients,
+    folder: Path,
+    report: Callable[[Record], None],
 ) -> Round:
     """Train an arm to its last round, from its last complete round on.
 
     Args:
         arm: The arm. For centralised, `train` trains one client with all rows.
-        plan: The plan.
+        rounds: Number of rounds.
+        steps: Optimizer steps of each client in a round.
         learner: Model and data for the evaluation of the global model. The heads must have their shapes already.
         train: Function that trains all clients in a round.
         folder: The directory of the federated training.
@@ -215,15 +222,14 @@ def run_arm(
         state = Round(0, learner.state(), [{"arm": arm, "round": 0, **learner.validate()}])
         write_round(arm_folder, state)
         report(state.history[0])
-    elif state.number < plan.rounds:
-        _log.info(f"{arm} continues after round {state.number} of {plan.rounds}.")
+    elif state.number < rounds:
+        _log.info(f"{arm} continues after round {state.number} of {rounds}.")
     else:
-        _log.info(f"{arm} is complete: all {plan.rounds} rounds are in {arm_folder / ROUND}.")
+        _log.info(f"{arm} is complete: all {rounds} rounds are in {arm_folder / ROUND}.")
     write_rounds(folder)  # A command that was killed after `write_round` has not added its last round to rounds.csv.
-    steps = plan.local_steps * (plan.clients if arm == "centralised" else 1)
-    while state.number < plan.rounds:
+    while state.number < rounds:
         number = state.number + 1
-        job = Job(number, trained_side(arm, number), steps, state.number * steps, plan.rounds * steps)
+        job = Job(number, trained_side(arm, number), steps, state.number * steps, rounds * steps)
         state = next_round(arm, learner, state, job.side, train(state.tensors, job))
         write_round(arm_folder, state)
         write_rounds(folder)

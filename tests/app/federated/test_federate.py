@@ -100,6 +100,23 @@ def test_one_step_of_each_client_is_a_step_along_the_mean_gradient(
         torch.testing.assert_close(after[name], before[name] - 0.1 * mean, rtol=1e-5, atol=1e-7)
 
 
+def test_centralised_has_all_rows_and_the_steps_of_the_trained_clients(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[tuple[int, int, int]] = []
+    train = Learner.train
+
+    def spy(learner: Learner, client: Client, job: Job, state: dict[str, torch.Tensor]) -> ClientResult:
+        trained.append((len(client.rows), job.steps, job.total_steps))
+        return train(learner, client, job, state)
+
+    monkeypatch.setattr(Learner, "train", spy)
+    sizes = ("--clients", "5", "--rounds", "1", "--local_steps", "2", "--data.batch_size", "10")
+    assert federate(cli, tmp_path / "out", *sizes, "--arms", "ffa", "centralised") == 0
+    assert capsys.readouterr().out.count("; skipped") == 2  # 48 rows: 10, 10, 10, 9, 9
+    assert trained == [(10, 2, 2)] * 3 + [(48, 6, 6)]
+
+
 def test_rounds_of_one_client_equal_one_uninterrupted_training(cli: CommandLine, tmp_path: Path) -> None:
     """The schedule of the learning rate and the order of the batches continue in each round."""
     options = ("--clients", "1", "--arms", "ffa", *SGD, "--model.schedule=cosine", "--model.warmup_ratio=0.2")
