@@ -92,7 +92,7 @@ def parser_message(error: Exception, known: Callable[[], Sequence[str]] = tuple)
 
     Args:
         error: The error of the parser.
-        known: Function that returns the keys of the command. It is called only to suggest a key for an unknown key.
+        known: Function that returns the keys of the command. It is called only to suggest another key.
     """
     if isinstance(error, ListError):
         return str(error)
@@ -110,6 +110,8 @@ def parser_message(error: Exception, known: Callable[[], Sequence[str]] = tuple)
         text = f"expected {' or '.join(types)}{f', got {value}' if 0 < len(value) <= 60 else ''}"
         if "list" in types and value and not value.startswith("["):
             text += ". Write a list in brackets and quotation marks: '[a, b]'"
+        if value.startswith("{") and (pattern := f"{best.key}_pattern") in known():
+            text += f". Give one value here. {pattern} takes values by projection, such as {{query: 4}}"
     return one_line(f"{best.key}: {text}" if best.key else text)
 
 

@@ -16,6 +16,8 @@ Value = TypeVar("Value", int, float)
 
 def pattern_problem(key: str) -> str | None:
     """Return why a key is invalid, or None. Many or nested repeats are invalid, since matching can take forever."""
+    if key.startswith("regex:"):
+        return "a pattern with `regex:`, which only targets need: remove `regex:`"
     try:
         re.compile(key)
     except (re.error, OverflowError, RecursionError) as error:

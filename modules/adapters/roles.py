@@ -224,7 +224,8 @@ def _matches(projection: Projection, target: str) -> bool:
     groups = {"attention": ATTENTION, "all": ROLES, **{role: (role,) for role in ROLES}}
     if target not in groups:
         raise AdapterError(
-            f"adapter.targets: {target!r} is not a role. Choose from {', '.join(groups)}, or use regex:PATTERN."
+            f"adapter.targets: {target!r} is not a role. Choose from {', '.join(groups)}, or use regex:PATTERN "
+            "for names of layers."
         )
     return projection.role in groups[target]
 
@@ -254,4 +255,5 @@ def _inventory(projections: list[Projection]) -> str:
     kinds = _kinds(projections)
     if not kinds:
         return "The backbone has no linear layer to adapt."
-    return "Target one of the linear layers: " + ", ".join(f"{kind} ({role})" for kind, role in kinds.items()) + "."
+    listed = ", ".join(f"{kind} ({role})" for kind, role in kinds.items())
+    return f"Target a role, or names of linear layers by regex:PATTERN. The linear layers are {listed}."

@@ -345,6 +345,13 @@ def test_case_30_a_run_with_patterns(
         ("--model.adapter.rank_pattern={'(': 4}", ["adapter.rank_pattern", "regular expression"]),
         ("--model.adapter.alpha_pattern={query: .inf}", ["adapter.alpha_pattern", "inf"]),
         ("--model.adapter.rank_pattern=3", ["rank_pattern"]),
+        (
+            "--model.adapter.rank={default: 8}",
+            ["model.adapter.rank: expected int", "model.adapter.rank_pattern takes values by projection"],
+        ),
+        ("--model.adapter.alpha={query: 8}", ["model.adapter.alpha: expected", "model.adapter.alpha_pattern takes"]),
+        ("--model.adapter.targets=[fc1]", ["'fc1' is not a role", "regex:PATTERN for names of layers"]),
+        ("--model.adapter.targets=['regex:fc1']", ["'regex:fc1' matches nothing", "by regex:PATTERN. The linear"]),
     ],
 )
 def test_case_30_wrong_patterns_are_refused(

@@ -111,6 +111,7 @@ def test_given_is_for_both_factors(train: Any) -> None:
         ({"query": 10**400}, "of 'query' must be"),
         ({"(": 4}, "not a valid regular expression"),
         ({"(a+)+b": 4}, "too complex"),
+        ({"regex:.*qkv": 4}, "'regex:.*qkv' is a pattern with `regex:`, which only targets need: remove"),
     ],
 )
 def test_an_invalid_pattern_is_refused_by_its_key(key: str, value: Any, message: str) -> None:
