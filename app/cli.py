@@ -191,7 +191,7 @@ def _run(args: Sequence[str], termination: Termination) -> None:
         elif words and words[0] in PAGES:
             print(PAGES[words[0]]())
         elif words and words[0] in COMMANDS:
-            run_command(words[0], words[1:], FitKeys(parse_fit, fit_parser), allowed)
+            run_command(words[0], words[1:], FIT_KEYS, allowed)
         else:
             check_command(words)
             AsymmetryCLI(words, termination, contexts)
@@ -739,6 +739,14 @@ class _RecipeParser(AsymmetryCLI):
         raise _Result(parser)
 
 
+class _FitDefaults(AsymmetryCLI):
+    """Command line of a fit that only returns the defaults of its keys."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Raise a `_Result` with the defaults."""
+        raise _Result(self.command_parser.get_defaults())
+
+
 class _AllCommandsParser(AsymmetryCLI):
     """Command line that only builds the parser of all commands, under the name of the installed program."""
 
@@ -796,6 +804,16 @@ def fit_parser(classes: Mapping[str, type]) -> ArgumentParser:
     with ExitStack() as contexts:
         parser: ArgumentParser = _result(partial(_RecipeParser, classes, contexts))
     return parser
+
+
+def fit_defaults() -> Namespace:
+    """Return the defaults of the keys of `fit`."""
+    with ExitStack() as contexts:
+        defaults: Namespace = _result(partial(_FitDefaults, ["fit"], Termination(), contexts))
+    return defaults
+
+
+FIT_KEYS = FitKeys(parse_fit, fit_parser, fit_defaults)
 
 
 def _result(construct: Callable[[], AsymmetryCLI]) -> Any:

@@ -20,7 +20,7 @@ from datamodules.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from app.config.fit_keys import ParseFit
+    from app.config.fit_keys import FitKeys
     from app.federated.plan import Arm, Plan
     from app.federated.server import Record, Round, TrainClients
     from app.federated.training import Client, Learner
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     Connect = Callable[[Arm, AdaptedModule], TrainClients]
 
 TABLE = "arms"  # arms.csv and arms.json
-# Keys of the trainer that a federated training ignores, with their defaults.
-UNUSED = {
-    **{"max_epochs": -1, "max_steps": -1, "max_time": None, "limit_train_batches": None, "overfit_batches": 0.0},
-    **{"fast_dev_run": False, "devices": "auto", "strategy": "auto", "num_nodes": 1},
-}
 _log = logging.getLogger(__name__)
 
 
@@ -98,19 +93,19 @@ def run(arguments: Namespace) -> None:
     )
     arms = check_arms(arguments.arms, bool(plan.folders))
     try:
-        federate(plan, arms, arguments.fit.parse, arguments.output)
+        federate(plan, arms, arguments.fit, arguments.output)
     except SIGTERMException as stop:
         command = shlex.join([*program_command(), *arguments.command_line])
         raise SIGTERMException(f"all complete rounds are saved; the same command continues: {command}") from stop
 
 
-def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, connect: Connect | None = None) -> None:
+def federate(plan: Plan, arms: Sequence[Arm], fit: FitKeys, directory: str, connect: Connect | None = None) -> None:
     """Train and test arms, and write and print the table.
 
     Args:
         plan: The plan.
         arms: The arms.
-        parse: Parser of `fit`.
+        fit: Access to the keys of `fit`.
         directory: Directory of the results.
         connect: Function that takes an arm and the server's model, and returns a function that trains remote clients.
             None trains the clients in this process. The arm `centralised` is always trained in this process.
@@ -127,9 +122,9 @@ def federate(plan: Plan, arms: Sequence[Arm], parse: ParseFit, directory: str, c
     from app.run.run_directory import locked
 
     output = output_directory(directory).resolve()
-    configs = {arm: plan.config(arm, parse) for arm in arms}
+    configs = {arm: plan.config(arm, fit.parse) for arm in arms}
     first = configs[arms[0]]
-    _report_unused_keys(first)
+    _report_unused_keys(first, fit.defaults())
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,15 +181,15 @@ def make_plan(
     return Plan(tuple(fit_arguments), len(clients), rounds, local_steps, None, tuple(clients))
 
 
-def _report_unused_keys(config: Namespace) -> None:
-    """Log the keys of a recipe that a federated training ignores."""
-    unused = [f"trainer.{key}" for key in ("callbacks", "logger", "plugins") if config.trainer.get(key)]
-    unused += [f"trainer.{key}" for key, default in UNUSED.items() if config.trainer.get(key) not in (None, default)]
-    unused += ["find_lr"] if config.get("find_lr") else []
+def _report_unused_keys(config: Namespace, defaults: Namespace) -> None:
+    """Log the keys that a federated training ignores: all keys with other values than their defaults, except `USED`."""
+    from app.federated.plan import USED
+
+    unused = [k for k, default in defaults.items() if not k.startswith(USED) and config.get(k) != default]
     if unused:
         _log.info(
             f"{', '.join(unused)}: ignored. --rounds and --local_steps set the length of the training. Each client is "
-            "trained on one device, without callbacks and loggers."
+            "trained on one device, without callbacks, loggers and checkpoints."
         )
 
 

@@ -9,16 +9,16 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from app.commands.federate import federate, make_plan
-from app.config.fit_keys import ParseFit
+from app.config.fit_keys import FitKeys
 from app.federated.flower import flower_training
 from app.federated.plan import check_arms
 
 
-def make_server_app(parse: ParseFit) -> ServerApp:
+def make_server_app(fit: FitKeys) -> ServerApp:
     """Return Flower's app of the server. The values of `--run-config` are the options of `federate`.
 
     Args:
-        parse: Parser of `fit`.
+        fit: Access to the keys of `fit`.
     """
     app = ServerApp()
 
@@ -33,6 +33,6 @@ def make_server_app(parse: ParseFit) -> ServerApp:
             str(values["partition"]),
         )
         arms = check_arms(str(values["arms"]).split(), own_data=False)
-        federate(plan, arms, parse, str(values["output"]), partial(flower_training, grid, plan))
+        federate(plan, arms, fit, str(values["output"]), partial(flower_training, grid, plan))
 
     return app

@@ -19,10 +19,12 @@ class FitKeys:
     Args:
         parse: Parses the words after `fit`.
         parser: Returns a parser of `fit` with the keys of the given classes, by section.
+        defaults: Returns the defaults of all keys.
     """
 
     parse: ParseFit
     parser: Callable[[Mapping[str, type]], ArgumentParser]
+    defaults: Callable[[], Namespace]
 
 
 def add_fit_arguments(parser: ArgumentParser) -> None:

@@ -26,6 +26,11 @@ TRAINER_KEYS = (  # keys of the recipe's trainer that every client and every eva
     *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "deterministic"),
     *("limit_val_batches", "limit_test_batches"),
 )
+USED = (  # sections and keys of `fit` that a federated training does not ignore, or refuses
+    *("model", "data", "seed_everything", "config", "ckpt_path"),
+    *(f"trainer.{key}" for key in (*TRAINER_KEYS, "accelerator")),
+    *("checkpoint.monitor", "test_after_fit"),  # metric of the printed table; every arm is tested
+)
 LARGEST_ALPHA = 1e9  # With this α, each client has the class mix of all rows. Sums of larger values can overflow.
 # Recorded key of the clients: their number, or the paths of their data. Every federation.json has the key.
 CLIENTS = "--clients"

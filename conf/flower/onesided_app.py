@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 from flwr.app import Context
 
-from app.cli import parse_fit, restricted_imports
+from app.cli import FIT_KEYS, restricted_imports
 from app.commands.federated_flower import make_server_app
 from app.config.yaml_files import checked_yaml
 from app.console import console_logging, quiet_libraries
 from app.federated.flower import make_client_app
 
 # Flower searches the source for these two names, without an import.
-server_app = make_server_app(parse_fit)
-client_app = make_client_app(parse_fit)
+server_app = make_server_app(FIT_KEYS)
+client_app = make_client_app(FIT_KEYS.parse)
 
 
 @server_app.lifespan()

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.cli import fit_parser, main, parse_fit, restricted_imports
-from app.config.fit_keys import FitKeys
+from app.cli import FIT_KEYS, main, restricted_imports
 from app.config.schema import recipe_schema
 from tests.conftest import ROOT
 from tests.support.json_schema import problems
@@ -33,7 +32,7 @@ def schemas() -> Callable[[str], dict[str, Any]]:
     def schema_of(name: str) -> dict[str, Any]:
         if name not in made:
             with restricted_imports():
-                made[name] = recipe_schema(str(ROOT / "conf" / f"{name}.yaml"), FitKeys(parse_fit, fit_parser))
+                made[name] = recipe_schema(str(ROOT / "conf" / f"{name}.yaml"), FIT_KEYS)
         return made[name]
 
     return schema_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.cli import parse_fit
+from app.cli import FIT_KEYS
 from app.federated.server import ROUND
 from tests.app.conftest import CommandLine
 from tests.app.federated.test_federate import federate
@@ -40,7 +40,7 @@ class LocalGrid:
     """
 
     def __init__(self, *nodes: dict[str, Any]) -> None:
-        self.app, self.nodes = make_client_app(parse_fit), nodes
+        self.app, self.nodes = make_client_app(FIT_KEYS.parse), nodes
 
     def get_node_ids(self) -> Iterable[int]:
         return range(len(self.nodes))
@@ -57,7 +57,7 @@ def context(node: dict[str, Any] | None = None, **run: Any) -> Context:
 def serve(cli: CommandLine, output: Path, grid: LocalGrid, partition: str = "iid") -> None:
     fit = " ".join(f"'{word}'" for word in cli.words("federate")[1:])
     run = {"fit": fit, "clients": 2, "rounds": 2, "local_steps": 2, "partition": partition, "arms": "ffa rolora"}
-    make_server_app(parse_fit)(grid, context(**run, output=str(output)))  # type: ignore[arg-type]
+    make_server_app(FIT_KEYS)(grid, context(**run, output=str(output)))  # type: ignore[arg-type]
 
 
 def test_flower_and_federate_give_the_same_bits(cli: CommandLine, tmp_path: Path) -> None:
