@@ -139,6 +139,14 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     check_one(table, "label_column", candidates, "labels")
     if candidates:
         return candidates[0]
+    if numbers := [column for column in others if _holds_numbers(table, column)]:
+        verb, target = ("holds", numbers[0]) if len(numbers) == 1 else ("hold", "one of these columns")
+        whole = any("int" in table.data.features[column].dtype for column in numbers)
+        advice = " For whole numbers, also set model.class_names to []." if whole else ""
+        raise DataError(
+            f"data.label_column: no column of {table.where} looks like a label. {listed(numbers)} {verb} numbers. "
+            f"For a regression, set data.label_column to {target}.{advice}"
+        )
     check_column(table, "label_column", "label")  # Without `label`, raises with advice about the file's first line.
     raise DataError(
         f"data.label_column: {table.where} has no column of labels beside the texts ({', '.join(texts)}). Name the "
@@ -149,6 +157,13 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
 def _is_text(table: Table, column: str) -> bool:
     feature = table.data.features[column]
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _holds_numbers(table: Table, column: str) -> bool:
+    """Return True for a column of numbers, unless its name is a number too: then the file has no line of names."""
+    feature = table.data.features[column]
+    is_number = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "float"))
+    return is_number and not re.fullmatch(r"[-+.]?\d[-+\d.eE]*", column.strip())
 
 
 def _cells(table: Table, column: str) -> pa.ChunkedArray:

@@ -326,8 +326,10 @@ def check_column(table: Table, key: str, column: str) -> None:
         advice = f" Remove the spaces around {padded!r} in the first line."
     elif similar := similar_column(column, names):
         advice = similar
-    elif kind_of(Path(table.where)) in (".csv", ".tsv"):
-        advice = " The first line of the file must name its columns."
+    else:
+        advice = " Name one of these columns."
+        if kind_of(Path(table.where)) in (".csv", ".tsv"):
+            advice += " The first line of the file must name its columns."
     raise DataError(f"data.{key}: {table.where} has no column {column}; it has {', '.join(names)}.{advice}")
 
 

@@ -158,6 +158,29 @@ def test_texts_in_a_csv(
         assert max(shares) == float(table[0]["probability"])
 
 
+@pytest.mark.parametrize(
+    ("column", "keys", "labels"),
+    [
+        ("rating", (), "labels: 4 classes"),
+        ("rating", ("--model.class_names=[]",), "labels: numbers, read as a regression"),
+        ("price", ("--data.label_column=price", "--model.class_names=[]"), "labels: numbers, read as a regression"),
+    ],
+)
+def test_whole_numbers_are_classes_or_a_regression(
+    fit: Fit,
+    tmp_path: Path,
+    roberta_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    column: str,
+    keys: tuple[str, ...],
+    labels: str,
+) -> None:
+    rows: list[dict[str, object]] = [{"text": WORDS[i % 4], column: i % 4} for i in range(40)]
+    backbone = f"--model.backbone={roberta_path}"
+    fit("texts", write_csv(tmp_path / "own.csv", rows), backbone, *TINY["texts"][1], "--trainer.max_steps=1", *keys)
+    assert labels in capsys.readouterr().err
+
+
 def test_columns_that_differ_in_case_and_rows_without_text(
     fit: Fit, tmp_path: Path, roberta_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

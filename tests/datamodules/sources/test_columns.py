@@ -53,7 +53,23 @@ def test_columns_of_a_classification_are_guessed(columns: dict[str, list[Any]], 
     ("columns", "words"),
     [
         ({"a": [1, 2], "b": [0.5, 1.5]}, ["data.text_columns", "no column of a.csv holds text", "a, b"]),
-        ({"text": WORDS, "k": MANY}, ["data.label_column: a.csv has no column label; it has text, k"]),
+        (
+            {"text": WORDS, "k": MANY},
+            ["data.label_column: a.csv has no column label; it has text, k. Name one of these columns."],
+        ),
+        (
+            {"id": list(range(20)), "description": WORDS, "price": [i / 4 for i in range(20)]},
+            [
+                "data.label_column: no column of a.csv looks like a label. price holds numbers. For a regression, set "
+                "data.label_column to price."
+            ],
+        ),
+        (
+            {"text": WORDS, "price": [i / 4 for i in range(20)], "views": list(range(20))},
+            ["price, views hold numbers", "to one of these columns. For whole numbers, also set model.class_names to"],
+        ),
+        ({"text": WORDS, "e": [i / 4 for i in range(20)]}, ["e holds numbers"]),
+        ({"good film": WORDS, "0.5": [i / 4 for i in range(20)]}, ["The first line of the file must name its columns"]),
         ({"label": WORDS, "k": MANY}, ["data.label_column: a.csv has no column of labels beside the texts (label)"]),
         ({"text": WORDS, "p": FEW, "q": FEW}, ["data.label_column", "2 columns of a.csv may hold the labels (p, q)"]),
         (
