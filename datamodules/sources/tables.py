@@ -254,7 +254,7 @@ def open_file(path: str, key: str, reading: Reading = PLAIN) -> Table:
     """Open one file, for prediction.
 
     Raises:
-        DataError: If the file is missing, of another kind, or damaged. The message begins with `key`.
+        DataError: If the file is missing, a folder, of another kind, or damaged. The message begins with `key`.
     """
     check_file(path, key)
     return _read([Path(path)], reading, key)
@@ -264,10 +264,15 @@ def check_file(path: str, key: str) -> None:
     """Check, without reading rows, that a file exists and is a table.
 
     Raises:
-        DataError: If the file is missing or of another kind. The message begins with `key`.
+        DataError: If the file is missing, a folder, or of another kind. The message begins with `key`.
     """
-    if not os.path.isfile(path) or kind_of(Path(path)) is None:
-        raise DataError(f"data.{key}: {path} is missing, or is not a file of {', '.join(READERS)}. Give such a file.")
+    kinds = ", ".join(READERS)
+    if os.path.isdir(path):
+        raise DataError(f"data.{key}: {path} is a folder. Name one file of the folder ({kinds}).")
+    if not os.path.isfile(path):
+        raise DataError(f"data.{key}: {path} is missing. Name an existing file ({kinds}).")
+    if kind_of(Path(path)) is None:
+        raise DataError(f"data.{key}: {path} is no table. Name a file of {kinds}.")
 
 
 def spelt_column(column: str, names: Sequence[str]) -> str | None:

@@ -83,6 +83,7 @@ def predicted(run: Path, *options: str) -> list[dict[str, str]]:
         ("fit", "vit_domainbed", {"path": "PACS"}, "data.path: PACS is not a directory. DomainBed's layout"),
         ("validate", "mmlu", {"path": "./mmlu"}, "data.path: ./mmlu is not here"),
         ("predict", "texts", {"path": ".", "predict_path": "new.csv"}, "data.predict_path: new.csv is missing"),
+        ("predict", "texts", {"path": ".", "predict_path": "docs"}, "data.predict_path: docs is a folder. Name one"),
         ("predict", "chats", {"path": "./x", "prompt": "Hi"}, "model.backbone: no-backbone"),  # no file is read
         ("predict", "images", {"path": "./x"}, "data.predict_path: name the image"),
         ("predict", "images", {"path": "./x", "predict_path": "a.jpg"}, "data.predict_path: a.jpg does not exist"),

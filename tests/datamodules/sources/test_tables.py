@@ -419,8 +419,9 @@ def test_a_missing_path_is_refused(path: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("new.txt", "a", "new.txt is missing, or is not a file of .parquet, .csv, .tsv, .jsonl"),
-        ("gone.csv", None, "gone.csv is missing, or is not a file of"),
+        ("new.txt", "a", " is no table. Name a file of .parquet, .csv, .tsv, .jsonl"),
+        ("gone.csv", None, " is missing. Name an existing file (.parquet"),
+        (".", None, " is a folder. Name one file of the folder (.parquet, .csv"),
         ("new.csv", "", "is an empty file"),
         ("new.jsonl", '{"text', "cannot be read as jsonl"),
     ],
@@ -430,7 +431,7 @@ def test_the_message_on_a_bad_file_to_predict_names_its_key(
 ) -> None:
     if content is not None:
         put(tmp_path / name, content)
-    with refuses("data.predict_path", str(tmp_path / name) if "is no" not in message else message):
+    with refuses("data.predict_path", str(tmp_path / name), message):
         open_file(str(tmp_path / name), "predict_path")
     if name == "new.txt":
         with refuses("data.path", str(tmp_path / name), "must be one of .parquet, .csv, .tsv, .jsonl"):
