@@ -147,6 +147,7 @@ class _Expression(str):
 
 # variables of the printed code
 ADAPTER, BACKBONE, WEIGHTS = _Expression("ADAPTER"), _Expression("BACKBONE"), _Expression("WEIGHTS")
+BASE, NATIVE_STATE = _Expression("base"), _Expression("native.state_dict()")
 
 
 def absolute_name(name: str) -> str:
@@ -172,6 +173,8 @@ def short_name(name: str) -> str:
 def _timm_base(module: ImageClassifier) -> tuple[list[str], list[str]]:
     from timm.models import get_model_args
 
+    from modules.backbones.timm_backbone import CONVERSION
+
     assert module.class_names is not None  # a checkpoint has them
     weights, classes = module.hparams["weights"], len(module.class_names)
     arguments = {key: value for key, value in get_model_args(module.backbone).items() if key != "num_classes"}
@@ -186,6 +189,18 @@ def _timm_base(module: ImageClassifier) -> tuple[list[str], list[str]]:
             overlay = {"file": WEIGHTS, "custom_load": False, "num_classes": 0, "source": "timm"}
             arguments["pretrained_cfg_overlay"] = overlay
         lines = [f"base = {_call('timm.create_model', BACKBONE, pretrained=True, num_classes=classes, **arguments)}"]
+        if "img_size" in arguments and "dinov2" in module.hparams["backbone"]:
+            family = type(module.backbone).__module__
+            native = {key: value for key, value in arguments.items() if key != "img_size"}
+            resized = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+            convert = _call(f"{family}.checkpoint_filter_fn", NATIVE_STATE, BASE, **CONVERSION["dinov2"])
+            imports.append(family)
+            lines = [
+                "# Positions are resized without antialiasing, as in training. timm itself resizes with antialiasing.",
+                f"native = {_call('timm.create_model', BACKBONE, pretrained=True, num_classes=classes, **native)}",
+                f"base = {_call('timm.create_model', BACKBONE, num_classes=classes, **resized)}",
+                f"base.load_state_dict({convert})",
+            ]
     if module.backbone_dtype == torch.bfloat16:
         after.append("base = base.bfloat16().float()  # frozen weights rounded as in training")
     return imports, [*lines, *after]

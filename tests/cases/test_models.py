@@ -389,10 +389,13 @@ def classified(module: ImageClassifier, photo: Path) -> Tensor:
     return module(normalise(image[None], mean, std)).softmax(-1)[0]
 
 
-def vit_file(folder: Path, suffix: str, size: int = 16) -> str:
+VIT, DINO = "vit_tiny_patch16_224", "vit_small_patch14_dinov2"
+
+
+def vit_file(folder: Path, suffix: str, size: int = 16, name: str = VIT) -> str:
     """Save the weights of a tiny ViT with five classes and this image size. Return the path."""
     torch.manual_seed(3)
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=5, img_size=size, **TINY)
+    model = timm.create_model(name, pretrained=False, num_classes=5, img_size=size, **TINY)
     path = folder / f"vit{suffix}"
     if suffix == ".safetensors":
         save_file(model.state_dict(), path)
@@ -401,10 +404,10 @@ def vit_file(folder: Path, suffix: str, size: int = 16) -> str:
     return str(path)
 
 
-def image_module(weights: str, **keys: Any) -> Any:
+def image_module(weights: str, name: str = VIT, **keys: Any) -> Any:
     torch.manual_seed(11)
     options = {"backbone_args": TINY, "image_size": 16, "class_names": ["a", "b", "c"], **keys}
-    return ImageClassifier("vit_tiny_patch16_224", weights=weights, adapter=EVERY, **options)
+    return ImageClassifier(name, weights=weights, adapter=EVERY, **options)
 
 
 def text_module(folder: Path, kind: str, **keys: Any) -> Any:
@@ -436,6 +439,7 @@ MODULES: dict[str, Callable[[Path], Any]] = {
     "vit safetensors": lambda p: image_module(vit_file(p, ".safetensors")),
     "vit pth": lambda p: image_module(vit_file(p, ".pth")),
     "vit resized": lambda p: image_module(vit_file(p, ".safetensors", size=32)),
+    "dinov2 resized": lambda p: image_module(vit_file(p, ".safetensors", size=518, name=DINO), DINO),
     "vit bfloat16": lambda p: image_module(vit_file(p, ".safetensors"), backbone_dtype="bfloat16"),
     "vit as many classes": lambda p: image_module(vit_file(p, ".pth"), class_names=list("abcde")),
     "bert": lambda p: text_module(p, "bert"),
