@@ -414,7 +414,10 @@ class AsymmetryCLI(HookedCLI):
             if others == options:
                 raise
             config = self._parse([*words, *others])
-            if config["subcommand"] in COMMANDS or config[config["subcommand"]].get("ckpt_path") is None:
+            if config["subcommand"] in COMMANDS:
+                raise
+            if config[config["subcommand"]].get("ckpt_path") is None:
+                check_sections(config[config["subcommand"]])  # A key without a class needs a recipe.
                 raise
             return config
 

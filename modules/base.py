@@ -318,7 +318,9 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
         """
         value = known if self.hparams[key] is None else self.hparams[key]
         if value is None:
-            raise ModelError(f"model.{key}: neither the data nor a checkpoint (--ckpt_path) has a value. Set the key.")
+            raise ModelError(
+                f"model.{key}: neither the data nor a checkpoint has a value. Give --ckpt_path RUN, or set the key."
+            )
         self.hparams[key] = value if isinstance(value, str | int) else list(value)
         return self.hparams[key]
 

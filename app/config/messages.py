@@ -172,8 +172,10 @@ def closest_key(name: str, names: Sequence[str]) -> str | None:
     leaves = {key.rpartition(".")[2]: key for key in reversed(ordered)}  # the shallowest key for each leaf
     joined = {_joined(key): key for key in reversed(ordered)}
     leaf = _joined(name.rpartition(".")[2])
-    other = OTHER_NAMES.get(name, "")
-    for key in (other if other in names else None, joined.get(_joined(name)), leaves.get(leaf)):
+    group, _, last = name.rpartition(".")
+    other = OTHER_NAMES.get(last, "")
+    others = [key for key in (other, other.partition(".")[2]) if key in names and other.startswith(group)]
+    for key in (*others, joined.get(_joined(name)), leaves.get(leaf)):
         if key is not None:
             return key
     siblings = {key.rpartition(".")[2]: key for key in _siblings(name, names)}

@@ -67,12 +67,6 @@ def test_only_trained_weights_change(
     assert saved.keys() - tied == before.keys() - frozen - tied
 
 
-def test_of_checkpoints_with_equal_values_the_newest_is_the_best(cli: CommandLine) -> None:
-    assert cli("fit", "--model.learning_rate=1e-12") == 0
-    assert len(set(cli.scalars("val/acc1").values())) == 1 < len(cli.scalars("val/acc1"))
-    assert cli.checkpoint(name="best")["global_step"] == cli.checkpoint()["global_step"]
-
-
 def test_a_run_learns_and_writes_the_files_and_metrics_of_the_contract(
     cli: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

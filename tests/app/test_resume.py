@@ -22,8 +22,8 @@ from app.cli import main
 from app.commands.run_records import read_record
 from app.run.evaluations import add_evaluation, read_evaluations
 from app.run.run_directory import LOCK
-from modules.image_classification import ImageClassifier
 from tests.conftest import ROOT
+from tests.support.scores import scored
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine
@@ -258,16 +258,10 @@ def test_resume_with_another_number_of_workers_keeps_the_position(cli: CommandLi
     assert cli.checkpoint()["global_step"] == STEPS_AN_EPOCH
 
 
-def test_of_equal_metrics_the_lower_loss_is_the_best_also_after_a_resume(
+def test_of_equal_metrics_the_newest_is_the_best_also_after_a_resume(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = {8: 3.0, 16: 1.0, 24: 2.0, 32: 0.5}
-
-    def scores(self: ImageClassifier, stage: str) -> dict[str, torch.Tensor]:
-        loss = losses.get(self.trainer.global_step, 9.0)
-        return {f"{stage}/acc1": torch.tensor(0.5), f"{stage}/loss": torch.tensor(loss)}
-
-    monkeypatch.setattr(ImageClassifier, "scores", scores)
+    scored(monkeypatch, {8: 0.5, 16: 0.5, 24: 0.4, 32: 0.5})
     options = ("--checkpoint.monitor=val/acc1", "--checkpoint.mode=max", "--trainer.logger=false")
     for epochs, best in ((2, 16), (3, 16), (4, 32)):
         resumed = () if epochs == 2 else ("--ckpt_path=last",)
@@ -275,13 +269,12 @@ def test_of_equal_metrics_the_lower_loss_is_the_best_also_after_a_resume(
         assert cli.checkpoint(name="best")["global_step"] == best
 
 
-def test_a_moved_run_keeps_its_best(fitted_cli: CommandLine) -> None:
+def test_a_moved_run_keeps_its_best(fitted_cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     best = (fitted_cli.run() / "checkpoints" / "best.ckpt").read_bytes()
     moved = fitted_cli.root / "elsewhere"
     fitted_cli.run().rename(moved)
-    # at a learning rate of 1e-9 no epoch improves on the best
-    options = ["--trainer.max_epochs=2", "--model.learning_rate=1e-9", "--ckpt_path", str(moved)]
-    assert fitted_cli("fit", *options) == 0
+    scored(monkeypatch, {})
+    assert fitted_cli("fit", "--trainer.max_epochs=2", "--ckpt_path", str(moved)) == 0
     assert sorted(p.name for p in (moved / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
 

@@ -486,6 +486,16 @@ def test_a_regression_model_refuses_classes(hub: Files) -> None:
             prepared(path, model=model, **keys)
 
 
+@pytest.mark.parametrize(("prices", "warns"), [([600.0, 700.5], True), ([0.5, 0.5001], True), ([1.5, 4.0], False)])
+def test_numbers_far_from_0_and_1_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prices: list[float], warns: bool
+) -> None:
+    rows = "".join(f"a flat with {i} rooms,{price}\n" for i, price in enumerate(prices * 10))
+    put(tmp_path / "flats.csv", f"description,price\n{rows}")
+    prepared(tmp_path / "flats.csv", label_column="price")
+    assert ("standard deviation" in caplog.text) is warns
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_split_without_rows_is_refused(tmp_path: Path, split: str) -> None:
     path = write_task(tmp_path, "cola")

@@ -233,8 +233,8 @@ def test_predictions_of_a_regression_are_scores(tasks: TaskFactory) -> None:
     [
         ({"class_names": ["good"]}, {}, ["model.class_names: ['good'] has fewer than two classes. Give two"]),
         ({"class_names": None, "adapter": AdapterConfig(rank=33)}, {}, ["adapter.rank: 33 is larger"]),
-        ({"class_names": None}, {"metrics": ["f1"]}, ["model.class_names: neither the data nor a checkpoint (--ckpt"]),
-        ({"class_names": None}, {"class_names": CLASSES}, ["model.metrics: neither the data nor a checkpoint (--ckpt"]),
+        ({"class_names": None}, {"metrics": ["f1"]}, ["model.class_names: neither the data nor a checkpoint has"]),
+        ({"class_names": None}, {"class_names": CLASSES}, ["model.metrics: neither the data nor a checkpoint has"]),
     ],
 )
 def test_bad_input_is_refused(

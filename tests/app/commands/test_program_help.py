@@ -145,6 +145,9 @@ def test_unknown_keys_get_suggestions(capsys: pytest.CaptureFixture[str], key: s
 def test_suggestions_need_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, main(["fit", "--lr", "3"]), "There is no key lr; did you mean model.learning_rate?")
     refused(capsys, main(["fit", "--rank=3"]), "There is no key rank; did you mean model.adapter.rank?")
+    texts = ["fit", "--config", "conf/texts.yaml"]
+    refused(capsys, main([*texts, "--trainer.epochs=3"]), "did you mean trainer.max_epochs?")
+    refused(capsys, main([*texts, "--model.lr=3"]), "TextClassifier has no key lr; did you mean learning_rate?")
 
 
 def test_suggestions_in_files_and_in_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,8 +165,9 @@ def test_closest_key(key: str, expected: str | None) -> None:
     assert closest_key(key, ["checkpoint.monitor", "checkpoint.every", "model.rank", "model.a.rank"]) == expected
 
 
-def test_a_missing_recipe_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit"]) == 2
+@pytest.mark.parametrize("options", [[], ["--data.path=texts.csv"]])
+def test_a_missing_recipe_lists_the_recipes(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *options]) == 2
     first, *others = capsys.readouterr().err.splitlines()
     assert first == "error: model: no class is given. Add --model CLASS, or --config FILE with a recipe:"
     names = [line.split()[0] for line in others]

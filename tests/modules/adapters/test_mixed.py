@@ -100,7 +100,8 @@ def test_gradients_pass_through_the_adapter_of_each_row(roles: tuple[str, ...]) 
         single = x[row].detach().requires_grad_()
         expected = layer(single)
         torch.testing.assert_close(out[row], expected)
-        torch.testing.assert_close(gradient[row], torch.autograd.grad(expected.square().sum(), single)[0])
+        alone = torch.autograd.grad(expected.square().sum(), single)[0]
+        torch.testing.assert_close(gradient[row], alone, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
