@@ -378,7 +378,7 @@ class ImageClassificationData(ImageData):
             source += f", held out (no split of its own; {name}_fraction {shares[name]}, val_seed {self.val_seed})"
         elif from_training and shares:
             held = ", ".join(f"{split}_fraction {share}" for split, share in shares.items())
-            source += f", without held-out rows ({held}, val_seed {self.val_seed})"
+            source += f", left after holding out {held} (val_seed {self.val_seed})"
         if limit is not None and len(rows) == limit:
             source += f", at most max_{name}_samples {limit}"
         return table, rows, source

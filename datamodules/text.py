@@ -312,7 +312,7 @@ class TextData(ResumableDataModule):
             source += f", the share of {shares[split]:g} held out with val_seed {self.val_seed}"
         elif shares:
             held = " and ".join(f"{share:g} for {name}" for name, share in shares.items())
-            source += f", without held-out rows ({held}, val_seed {self.val_seed})"
+            source += f", left after holding out {held} (val_seed {self.val_seed})"
         if limit is not None:
             source += f", at most {limit:,} of these rows"
         self.findings.add_split(f"{split} {name}".strip(), len(dataset), source)

@@ -222,7 +222,7 @@ def test_case_02_a_fit_reports_its_splits_and_classes(tmp_path: Path, capsys: py
     data = coloured(tmp_path / "data", train_name="Training", test_name="Testing")
     assert run(tmp_path / "runs", data, "fit", "--test_after_fit", "true") == 0
     lines = capsys.readouterr().err.splitlines()
-    train = f"train: 14 rows of {data}/Training, without held-out rows (val_fraction 0.2, val_seed 0)"
+    train = f"train: 14 rows of {data}/Training, left after holding out val_fraction 0.2 (val_seed 0)"
     assert train in "\n".join(lines)
     assert f"val: 4 rows of {data}/Training, held out (no split of its own; val_fraction 0.2, val_seed 0)" in lines
     assert f"test: 6 rows of {data}/Testing" in lines

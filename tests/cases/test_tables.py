@@ -43,7 +43,7 @@ def test_case_02_rows_columns_and_unread_files_are_reported(tmp_path: Path) -> N
     assert findings_of(tmp_path) == [
         "labels: 2 classes: a 9, b 9",
         "columns: text of text; labels of label",
-        f"train: 18 rows of {train}, without held-out rows (0.1 for val, val_seed 0)",
+        f"train: 18 rows of {train}, left after holding out 0.1 for val (val_seed 0)",
         f"val: 2 rows of {train}, the share of 0.1 held out with val_seed 0",
         "not read, since these names mean no split: reviews.csv",
     ]
