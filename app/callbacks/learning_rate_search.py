@@ -32,7 +32,7 @@ class LearningRateSearch(LearningRateFinder):
         super().__init__(min_lr=1e-5, max_lr=0.3, num_training_steps=100, update_attr=False)
 
     def lr_find(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Search without the fit's last epoch and without validation. Set the learning rate, and draw the curve."""
+        """Search past the fit's last epoch and without validation. Set the learning rate, and draw the curve."""
         limits = trainer.fit_loop.max_epochs, trainer.check_val_every_n_epoch
         trainer.fit_loop.max_epochs = -1
         # None stays: the interval between validations may then be longer than an epoch
@@ -43,7 +43,9 @@ class LearningRateSearch(LearningRateFinder):
             return
         rates, losses = (self.optimal_lr.results[key] for key in ("lr", "loss"))
         suggestion = steepest_decrease(rates, losses)
-        if suggestion is not None:
+        if suggestion is None:
+            _log.warning("find_lr: the loss is not finite in enough steps. The learning rate stays as it was.")
+        else:
             lightning_setattr(pl_module, "learning_rate", suggestion)
         self._draw(trainer, rates, losses, suggestion)
 
