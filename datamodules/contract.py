@@ -110,6 +110,15 @@ class HasClassCounts(Protocol):
         """Numbers of training rows by label, set by `setup` for a fit."""
 
 
+@runtime_checkable
+class HasLabelScaling(Protocol):
+    """Data that measure the labels of a regression."""
+
+    @property
+    def label_scaling(self) -> Sequence[float] | None:
+        """Mean and standard deviation of the training labels, set by `setup` for a fit; None in classification."""
+
+
 # ------------------------------------------------------------------------------------- what data ask of a model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +18,6 @@ from datamodules.sources.tables import Table, blank_rows, check_column, check_te
 from datamodules.text import BadRow, Padding, TrainingTextData
 from datamodules.tokens.tokenizing import TokenDataset, tokenized, tokenizer_state
 
-FAR = 10.0  # Largest mean and standard deviation of the numbers of a regression without a warning.
-_log = logging.getLogger(__name__)
 Task = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
 
 
@@ -147,6 +144,7 @@ class TextClassificationData(TrainingTextData):
         self.prediction_format = prediction_format
         self.class_names: list[str] | None = None
         self.class_counts: list[int] = []
+        self.label_scaling: list[float] | None = None
 
     # ------------------------------------------------------------------------------------------------------ splits
 
@@ -205,16 +203,6 @@ class TextClassificationData(TrainingTextData):
         class_names = () if regression and task_names is None else task_names
         return parse_labels(table, self.label_column, class_names, self.skip_label)
 
-    def _warn_of_scale(self, values: Tensor, table: Table) -> None:
-        """Warn of numbers far from 0 and 1. The head starts near 0, and a step changes its output by little."""
-        mean, spread = values.mean().item(), values.std(correction=0).item()
-        if abs(mean) > FAR or not 1 / FAR < spread < FAR:
-            _log.warning(
-                f"data.label_column: the numbers in {self.label_column} of {table.where} have the mean {mean:.4g} and "
-                f"the standard deviation {spread:.4g}. Such numbers are hardly learned. Subtract the mean from the "
-                "column, and divide by the standard deviation."
-            )
-
     def eligible_rows(self, table: Table) -> Tensor:
         """Return all rows except the rows with the label of `skip_label`."""
         rows = super().eligible_rows(table)
@@ -248,10 +236,13 @@ class TextClassificationData(TrainingTextData):
         if split == "train":
             for note in labels.notes:
                 self.findings.add(note)
-            if not self.class_names:
-                self._warn_of_scale(values, table)
-            self.class_counts = values.bincount(minlength=len(self.class_names)).tolist() if self.class_names else []
-            self.findings.add_classes(self.class_names, self.class_counts)
+            if self.class_names:
+                self.class_counts = values.bincount(minlength=len(self.class_names)).tolist()
+                self.findings.add_classes(self.class_names, self.class_counts)
+            else:
+                numbers = values.double().numpy()
+                self.label_scaling = [float(numbers.mean()), float(numbers.std())]
+                self.findings.add_numbers(*self.label_scaling)
             content = f"text of {', '.join(self.columns)}; labels of {self.label_column}"
             used = [*self.columns, self.label_column]
             self.findings.add(columns_line(content, self._guessed, table, used))

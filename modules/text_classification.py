@@ -7,10 +7,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MeanAbsoluteError
 from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers import AutoModelForSequenceClassification
 
-from datamodules.contract import DataKind, HasClassCounts, HasClasses, HasMetrics, HasSets, TextBatch
+from datamodules.contract import (
+    DataKind,
+    HasClassCounts,
+    HasClasses,
+    HasLabelScaling,
+    HasMetrics,
+    HasSets,
+    TextBatch,
+)
 from datamodules.errors import ModelError
 from modules.backbones.transformers_backbone import (
     build_transformers_model,
@@ -29,7 +38,10 @@ from modules.metrics.classification import (
 from modules.metrics.text_metrics import build_metrics
 from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.training.freezing import inputs_to_float32
+from modules.training.label_units import LabelUnitsLinear, check_label_scaling
 from modules.training.optimization import Schedule
+
+UNSCALED = (0.0, 1.0)  # Mean and standard deviation of labels that are not scaled.
 
 
 class TextClassifier(AdaptedModule):
@@ -39,6 +51,9 @@ class TextClassifier(AdaptedModule):
     `pre_classifier`, and of a pooler without pretrained weights. The head is fully trained and saved. A pretrained
     output layer is kept only if its class names equal the data's class names, in order. Case does not matter.
 
+    A regression trains as on standardized labels, and predicts in the units of the labels; see
+    `modules.training.label_units`. The loss is the mean squared error divided by the variance of the training labels.
+
     Batches are `datamodules.contract.TextBatch`.
 
     Args:
@@ -46,7 +61,10 @@ class TextClassifier(AdaptedModule):
         class_names: Class names by label, [] for regression; None takes the names from the data. A checkpoint contains
             the names.
         metrics: List of `accuracy`, `f1`, `macro_f1`, `matthews`, `pearson`, `spearman`; None takes the data's
-            metrics. `val/score` is the mean of the metrics. Every classification also logs `macro_f1` and `ece`.
+            metrics. `val/score` is the mean of the metrics. Every classification also logs `macro_f1` and `ece`, and
+            every regression `mae`, the mean absolute error.
+        label_scaling: Mean and standard deviation of the training labels in a regression. None takes both from the
+            data; [0, 1] trains on the labels as they are. A checkpoint contains the values.
         class_weights: Weights of the classes in the training loss: `balanced` (inverse to their counts), a list in the
             order of the labels, or None for equal weights. Evaluation is never weighted.
         schedule: Shape of the learning rate; see `AdaptedModule`.
@@ -64,6 +82,7 @@ class TextClassifier(AdaptedModule):
         *,
         class_names: list[str] | None = None,
         metrics: list[str] | None = None,
+        label_scaling: list[float] | None = None,
         class_weights: ClassWeights = None,
         schedule: Schedule = "linear",
         warmup_ratio: float = 0.06,
@@ -72,6 +91,7 @@ class TextClassifier(AdaptedModule):
     ) -> None:
         super().__init__(schedule=schedule, warmup_ratio=warmup_ratio, **kwargs)
         check_class_weights(class_weights)
+        check_label_scaling(label_scaling)
         self.class_weights = class_weights
         self.loss_weights: Tensor | None = None
         built = build_transformers_model(
@@ -87,6 +107,7 @@ class TextClassifier(AdaptedModule):
         self._new = built.new
         self.configure_tuning(built.heads)
         self.class_names: list[str] | None = None
+        self._score: LabelUnitsLinear | None = None  # Output layer of a regression.
         if class_names is not None:
             self.configure_labels(class_names)
 
@@ -99,9 +120,14 @@ class TextClassifier(AdaptedModule):
         if self.class_names is None:
             self.configure_labels(classes)
         metrics = build_metrics(names, len(classes))
+        if classes and self.hparams["label_scaling"] is not None:
+            raise ModelError("model.label_scaling: a classification has no numbers to scale. Remove the key.")
         if classes:
             metrics.add_metrics({k: v for k, v in shared_metrics(len(classes)).items() if k not in names})
             self.confusion = MulticlassConfusionMatrix(len(classes))  # Counts of all sets together.
+        else:
+            metrics.add_metrics({"mae": MeanAbsoluteError()})
+            self._set_label_units(stage)
         self.configure_metrics(metrics, data.set_names if isinstance(data, HasSets) else None)
         if stage == "fit":
             counts = data.class_counts if isinstance(data, HasClassCounts) else None
@@ -120,10 +146,13 @@ class TextClassifier(AdaptedModule):
         name, pretrained_layer = self._output_layer(int(config.num_labels or 0))
         loaded = [str(label).lower() for _, label in sorted(dict(config.id2label or {}).items())]
         same_classes = loaded == [c.lower() for c in class_names] if class_names else len(loaded) == 1
-        if f"{name}.weight" in self._new or not same_classes:
-            output = nn.Linear(
-                pretrained_layer.in_features, max(len(class_names), 1), bias=pretrained_layer.bias is not None
-            )
+        is_new = f"{name}.weight" in self._new or not same_classes
+        if is_new or not class_names:
+            d_in, has_bias = pretrained_layer.in_features, pretrained_layer.bias is not None
+            if class_names:
+                output = nn.Linear(d_in, len(class_names), bias=has_bias)
+            else:
+                output = self._score = LabelUnitsLinear(d_in, bias=has_bias)
             # The head must depend only on the run's seed, and DDP's start draws from the global generator.
             generator = torch.Generator().manual_seed(torch.initial_seed())
             nn.init.normal_(output.weight, std=config_value(config, "initializer_range", 0.02), generator=generator)
@@ -131,11 +160,30 @@ class TextClassifier(AdaptedModule):
                 nn.init.zeros_(output.bias)
             if f"backbone.{name}" in self.head_names and self.tuning != "full":
                 output.register_forward_pre_hook(inputs_to_float32)
+            if not is_new:
+                output.load_state_dict(pretrained_layer.state_dict())
+            elif self._score is not None and any(n.startswith(f"backbone.{name}.") for n in self._adapter_heads):
+                self._score.is_random = False
             self.backbone.set_submodule(name, output)
         config.id2label = dict(enumerate(class_names or ["score"]))
         self.backbone.num_labels = len(config.id2label)  # type: ignore[assignment]
         config.label2id = {label: i for i, label in config.id2label.items()}
         self.load_adapter_heads()
+
+    def _set_label_units(self, stage: str) -> None:
+        """Set the units of the output layer: the model's units or, in a fit, the units of the data."""
+        if stage != "fit" and self.hparams["label_scaling"] is None:
+            return
+        known = self.data.label_scaling if isinstance(self.data, HasLabelScaling) else UNSCALED
+        assert self._score is not None
+        self._score.set_units(*self.take_from_data("label_scaling", known))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the labels as they are if the checkpoint is from before the key `label_scaling`."""
+        if self._score is not None and "label_scaling" not in checkpoint["hyper_parameters"]:
+            self.hparams["label_scaling"] = list(UNSCALED)
+            self._score.set_units(*UNSCALED)
+        super().on_load_checkpoint(checkpoint)
 
     def _output_layer(self, outputs: int) -> tuple[str, nn.Linear]:
         """Return the name and module of the heads' last linear layer with this number of outputs."""
@@ -166,18 +214,19 @@ class TextClassifier(AdaptedModule):
         return transformers_prefix(self.backbone, self.projections, heads, self.trainer, self)
 
     def loss(self, batch: TextBatch) -> Tensor:
-        """Return the cross-entropy of a batch, with class weights; in regression the mean squared error."""
+        """Return the cross-entropy of a batch, with class weights; in regression the squared error by the variance."""
         outputs, label = self(batch), batch["label"]
-        if not self.class_names:
-            return F.mse_loss(outputs, label)
+        if self._score is not None:
+            return F.mse_loss(outputs, label) / self._score.unit**2
         weights = None if self.loss_weights is None else self.loss_weights.to(outputs.device)
         return F.cross_entropy(outputs, label, weights)
 
     def evaluate(self, stage: Stage, batch: TextBatch, dataloader_idx: int) -> None:
         """Update loss and metrics and, in a test, the confusion matrix."""
         outputs, label = self(batch), batch["label"]
-        loss = F.cross_entropy if self.class_names else F.mse_loss
-        self.update_loss(stage, loss(outputs, label, reduction="none"))
+        loss = F.cross_entropy if self._score is None else F.mse_loss
+        unit = 1.0 if self._score is None else self._score.unit
+        self.update_loss(stage, loss(outputs, label, reduction="none") / unit**2)
         self.update_metrics(stage, outputs, label, set_number=dataloader_idx)
         if stage == "test" and self.class_names:
             self.confusion.update(outputs, label)

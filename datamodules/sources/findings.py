@@ -60,12 +60,13 @@ class Findings:
         self.add(f"{split}: {counted(rows, 'row')} of {source}")
 
     def add_classes(self, class_names: Sequence[str], counts: Sequence[int]) -> None:
-        """Add the line of the classes and their counts in the training rows. A regression has no classes."""
-        if not class_names:
-            self.add("labels: numbers, read as a regression")
-            return
+        """Add the line of the classes and their counts in the training rows."""
         numbers = [f"{name} {count:,}" for name, count in zip(class_names, counts, strict=True)]
         self.add(f"labels: {counted(len(class_names), 'class')}: {listed(numbers)}")
+
+    def add_numbers(self, mean: float, deviation: float) -> None:
+        """Add the line of the labels of a regression: mean and standard deviation in the training rows."""
+        self.add(f"labels: numbers, read as a regression; mean {mean:.4g}, standard deviation {deviation:.4g}")
 
     def add_unread(self, files: Sequence[str]) -> None:
         """Add the line of the files that belong to no split, if there are any."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
     import datasets
 
 ROWS = ("data", "rows", "examples", "records")  # Keys of a JSON object that holds a list of rows.
-OVERFLOW = "__index_level_0__"  # Column that pandas makes of the first cells if rows are longer than the header.
+INDEX = "__index_level_0__"  # Column of pandas' index: in Parquet of filtered rows, and in CSV with too long rows.
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def _patterns(files: list[Path]) -> list[str]:
 def _read_parquet(files: list[Path], reading: Reading) -> Any:
     import datasets
 
-    return datasets.Dataset.from_parquet(_patterns(files))
+    data = datasets.Dataset.from_parquet(_patterns(files))
+    return data.remove_columns([INDEX] if INDEX in data.column_names else [])
 
 
 def _read_csv(files: list[Path], reading: Reading, separator: str = ",") -> Any:
@@ -474,7 +475,7 @@ def _read(files: list[Path], reading: Reading, key: str = "path") -> Table:
         raise _reading_error(error, files, kind, reading, key) from error
     if kind in (".csv", ".tsv"):
         _check_header(files[0], kind, reading, key)
-    if OVERFLOW in data.column_names:
+    if INDEX in data.column_names:
         raise DataError(
             f"data.{key}: rows of {first} have more cells than its first line has names. "
             + (

@@ -175,7 +175,8 @@ def test_metrics_of_a_regression_equal_scipys(tasks: TaskFactory) -> None:
     assert scores.shape == label.shape
     pearson, spearman = pearsonr(scores, label).statistic, spearmanr(scores, label).statistic
     expected = {"val/pearson": pearson, "val/spearman": spearman, "val/score": (pearson + spearman) / 2}
-    assert metrics == pytest.approx(expected | {"val/loss": float(F.mse_loss(scores, label))}, abs=1e-4)
+    expected |= {"val/loss": float(F.mse_loss(scores, label)), "val/mae": float(F.l1_loss(scores, label))}
+    assert metrics == pytest.approx(expected, abs=1e-4)
 
 
 def test_each_set_of_a_split_has_its_own_metrics(tasks: TaskFactory) -> None:

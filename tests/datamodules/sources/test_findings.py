@@ -22,12 +22,12 @@ def test_classes_are_listed_with_their_counts() -> None:
     findings = Findings()
     findings.add_split("train", 12_345, "train.csv")
     findings.add_classes([f"c{i}" for i in range(12)], list(range(12)))
-    findings.add_classes([], [])
+    findings.add_numbers(683.25, 0.00012345)
     split, classes, regression = findings.take_lines()
     assert split == "train: 12,345 rows of train.csv"
     assert classes.startswith("labels: 12 classes: c0 0, c1 1,")
     assert classes.endswith("c9 9 and 2 more")
-    assert "regression" in regression
+    assert regression == "labels: numbers, read as a regression; mean 683.2, standard deviation 0.0001234"
 
 
 def test_skip_bad_rows_limits_the_skipped_rows_of_each_split() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -183,6 +184,13 @@ def test_words_such_as_na_are_text_and_empty_cells_are_missing(tmp_path: Path) -
     assert rows_of(opened(file)) == [*((word, i) for i, word in enumerate([*words, None, None, 'a, "b"\nc']))]
     write_rows(tmp_path / "train.jsonl", [{"text": ""}, {"text": None}, {"text": "NA"}, {}])
     assert opened(tmp_path / "train.jsonl").data["text"][:] == ["", None, "NA", None]
+
+
+def test_the_index_of_pandas_is_not_a_column(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"text": ["a", "b", "c", "d"], "label": [1, 0, 1, 1]})
+    rows[rows["label"] == 1].to_parquet(tmp_path / "train.parquet")
+    assert "__index_level_0__" in pq.read_schema(tmp_path / "train.parquet").names
+    assert opened(tmp_path / "train.parquet").data.to_dict() == {"text": ["a", "c", "d"], "label": [1, 1, 1]}
 
 
 def test_types_of_columns_are_inferred_or_kept(tmp_path: Path) -> None:
