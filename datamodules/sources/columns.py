@@ -123,9 +123,10 @@ def guess_text_columns(table: Table) -> list[str]:
 
 
 def guess_label_column(table: Table, texts: Sequence[str]) -> str:
-    """Return the column of the labels: the only column of a group of names, or else with few, recurring values.
+    """Return the column of the labels: the only column of a group of names, else with few, recurring values.
 
-    Columns named like a date or an id are not considered.
+    If no column has recurring values, the only column of numbers is returned if the numbers are decimal. Columns named
+    like a date or an id are not considered.
 
     Args:
         table: The training rows.
@@ -140,8 +141,10 @@ def guess_label_column(table: Table, texts: Sequence[str]) -> str:
     if candidates:
         return candidates[0]
     if numbers := [column for column in others if _holds_numbers(table, column)]:
-        verb, target = ("holds", numbers[0]) if len(numbers) == 1 else ("hold", "one of these columns")
         whole = any("int" in table.data.features[column].dtype for column in numbers)
+        if len(numbers) == 1 and not whole:
+            return numbers[0]
+        verb, target = ("holds", numbers[0]) if len(numbers) == 1 else ("hold", "one of these columns")
         advice = " For whole numbers, also set model.class_names to []." if whole else ""
         raise DataError(
             f"data.label_column: no column of {table.where} looks like a label. {listed(numbers)} {verb} numbers. "

@@ -40,10 +40,12 @@ def table(**columns: list[Any]) -> Table:
         ({" text ": WORDS, "LABEL": FEW}, [" text "], "LABEL"),
         ({"title": WORDS, "body": WORDS, "label": FEW}, ["body"], "label"),
         ({"text": WORDS, "rating": FEW, "category": FEW, "y": FEW}, ["text"], "y"),  # `y` means a label
+        ({"id": list(range(20)), "description": WORDS, "price": [i / 4 for i in range(20)]}, ["description"], "price"),
+        ({"text": WORDS, "e": [i / 4 for i in range(20)]}, ["text"], "e"),  # a name that is no number
         ({"Type": WORDS, "k": FEW}, ["Type"], "k"),  # the column of the texts is no label
     ],
 )
-def test_columns_of_a_classification_are_guessed(columns: dict[str, list[Any]], texts: list[str], label: str) -> None:
+def test_columns_are_guessed(columns: dict[str, list[Any]], texts: list[str], label: str) -> None:
     made = table(**columns)
     assert guess_text_columns(made) == texts
     assert guess_label_column(made, texts) == label
@@ -58,17 +60,16 @@ def test_columns_of_a_classification_are_guessed(columns: dict[str, list[Any]], 
             ["data.label_column: a.csv has no column label; it has text, k. Name one of these columns."],
         ),
         (
-            {"id": list(range(20)), "description": WORDS, "price": [i / 4 for i in range(20)]},
+            {"id": list(range(20)), "description": WORDS, "rooms": list(range(20))},
             [
-                "data.label_column: no column of a.csv looks like a label. price holds numbers. For a regression, set "
-                "data.label_column to price."
+                "data.label_column: no column of a.csv looks like a label. rooms holds numbers. For a regression, set "
+                "data.label_column to rooms. For whole numbers, also set model.class_names to []."
             ],
         ),
         (
             {"text": WORDS, "price": [i / 4 for i in range(20)], "views": list(range(20))},
             ["price, views hold numbers", "to one of these columns. For whole numbers, also set model.class_names to"],
         ),
-        ({"text": WORDS, "e": [i / 4 for i in range(20)]}, ["e holds numbers"]),
         ({"good film": WORDS, "0.5": [i / 4 for i in range(20)]}, ["The first line of the file must name its columns"]),
         ({"label": WORDS, "k": MANY}, ["data.label_column: a.csv has no column of labels beside the texts (label)"]),
         ({"text": WORDS, "p": FEW, "q": FEW}, ["data.label_column", "2 columns of a.csv may hold the labels (p, q)"]),
