@@ -532,15 +532,16 @@ class AsymmetryCLI(HookedCLI):
         config, run = self.config.fit, run_of_checkpoint(checkpoint)
         if run is None or not (run / "config.yaml").is_file():
             return
-        limits = config.trainer.max_epochs, config.trainer.max_steps
-        if not has_reached_limit(self.loaded, *limits) or not is_complete(read_metrics(run), config.test_after_fit):
+        limits = {key: config.trainer[key] for key in ("max_epochs", "max_steps", "max_time")}
+        reached = has_reached_limit(self.loaded, limits["max_epochs"], limits["max_steps"])
+        if not reached or not is_complete(read_metrics(run), config.test_after_fit):
             return
         now = self.command_parser.dump(config, skip_none=False, skip_validation=True)
         written, saved = read_yaml(str(run / "config.yaml")), saved_configuration(self.loaded)
         if changed_keys(written, saved, yaml.load(now, LOADER)):
             return
         epochs = self.loaded["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        _log.info(nothing_left(epochs, self.loaded["global_step"], *limits))
+        _log.info(nothing_left(epochs, self.loaded["global_step"], limits))
         if is_first_rank():
             _print_run_directory(run)
         raise SystemExit(0)

@@ -215,7 +215,7 @@ class LanguageModelingData(TrainingTextData):
             check_one(table, key, columns, "responses")
             chosen[key] = columns[0]
             self.findings.add(
-                f"the column {columns[0]} of {table.where} is read as data.{key}, since there is no column {default}"
+                f"data.{key}: the column {columns[0]} of {table.where} is read, since there is no column {default}"
             )
         self.instruction_column = chosen.get("instruction_column", self.instruction_column)
         self.response_column = chosen.get("response_column", self.response_column)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,14 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from app.callbacks.adapter_averaging import TRAINED, TrainedWeightAveraging
 from app.callbacks.termination import Termination
+from app.console import seconds_text
 from app.run.checkpoint_io import (
     BEST,
     CHECKPOINTS,
@@ -173,7 +174,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         epochs: Any = trainer.fit_loop.epoch_progress.current
         last = Path(str(self.dirpath)) / LAST
         if not self._has_trained:
-            _log.info(nothing_left(epochs.processed, trainer.global_step, trainer.max_epochs, trainer.max_steps))
+            timer = find_callback(trainer, Timer)
+            left = None if timer is None else timer.time_remaining()
+            time_limit = None if timer is None or left is None else seconds_text(timer.time_elapsed() + left)
+            limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps, "max_time": time_limit}
+            _log.info(nothing_left(epochs.processed, trainer.global_step, limits))
             return
         if not _is_epoch_over(trainer) and last.is_file():
             _log.info(
@@ -266,13 +271,18 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._random_state = None
 
 
-def nothing_left(epochs: int, steps: int, max_epochs: int | None, max_steps: int) -> str:
-    """Return the message of a resumed run that has nothing left to train."""
-    done = f"{counted(epochs, 'epoch')} and {counted(steps, 'step')}"
-    return (
-        f"Nothing left to do: {done} are done, and trainer.max_epochs is {max_epochs}, trainer.max_steps {max_steps}. "
-        "Raise these values (and trainer.max_time, if set) to train on."
-    )
+def nothing_left(epochs: int, steps: int, limits: Mapping[str, Any]) -> str:
+    """Return the message of a resumed run that has nothing left to train.
+
+    Args:
+        epochs: Number of epochs that are done.
+        steps: Number of steps that are done.
+        limits: Values of the trainer's limits by key. None and -1 set no limit.
+    """
+    done = f"Nothing left to do: {counted(epochs, 'epoch')} and {counted(steps, 'step')} are done."
+    named = [f"trainer.{key} is {value}" for key, value in limits.items() if value not in (None, -1)]
+    remedy = "Raise this value" if len(named) == 1 else "Raise these values"
+    return f"{done} {' and '.join(named)}. {remedy} to train on." if named else done
 
 
 def _warn_of_changes(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:

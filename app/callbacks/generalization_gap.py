@@ -46,10 +46,17 @@ class GeneralizationGap(L.Callback):
         self._step = -1  # step of the weights that `_held_out` belongs to
         self._held_out: dict[str, float] = {}
         self._trains = False
+        self._validation_rows = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember that training ran. A finished run that is resumed trains nothing, and keeps its figures."""
         self._trains = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count the rows of a validation, whose loaders a test would replace."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ResumableDataModule):
+            self._validation_rows = _validation_rows(trainer, data.batch_size)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the metrics of the newest validation of a fit."""
@@ -81,8 +88,7 @@ class GeneralizationGap(L.Callback):
             return {}
         start = time.perf_counter()
         step, split = trainer.global_step, self._split
-        validated = sum(int(batches) for batches in trainer.num_val_batches) * data.batch_size * trainer.world_size
-        rows = min(self.rows, validated or self.rows)
+        rows = min(self.rows, self._validation_rows or self.rows)
         if rows < trainer.world_size:
             _log.info(
                 f"generalization.rows: {counted(rows, 'row')} cannot give a row to each process. No gap is measured."
@@ -130,6 +136,14 @@ class TrainingSample(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Prepare a batch as the data module does."""
         return self.data.on_after_batch_transfer(batch, dataloader_idx)
+
+
+def _validation_rows(trainer: L.Trainer, batch_size: int) -> int:
+    """Return the number of rows in a validation of a fit. The last batch of a loader may be smaller than the others."""
+    loaders = trainer.val_dataloaders
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    counts = zip(trainer.num_val_batches, loaders, strict=False)  # no counts without a validation
+    return sum(min(int(batches) * batch_size * trainer.world_size, len(loader.dataset)) for batches, loader in counts)
 
 
 def _evaluate(trainer: L.Trainer, module: L.LightningModule, sample: TrainingSample, split: str) -> dict[str, float]:

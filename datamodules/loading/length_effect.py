@@ -31,7 +31,7 @@ def rank_eta_squared(values: Tensor, classes: Tensor) -> float:
 
 
 def strong_effect(lengths: Tensor, labels: Tensor) -> str | None:
-    """Return name and value of the statistic if length and label correlate strongly; otherwise None.
+    """Return in words how strongly length and label correlate; None unless the correlation is strong.
 
     Args:
         lengths: Length of each sample, (size,).
@@ -42,6 +42,6 @@ def strong_effect(lengths: Tensor, labels: Tensor) -> str | None:
 
         ranks = pd.DataFrame({"length": lengths.numpy(), "score": labels.numpy()}).rank()
         rho = ranks.corr().loc["length", "score"]  # NaN if lengths or scores are constant
-        return f"Spearman's rho {rho:.2f}" if abs(rho) >= STRONG_RHO else None
+        return f"Spearman's rank correlation {rho:.2f}" if abs(rho) >= STRONG_RHO else None
     eta = rank_eta_squared(lengths, labels)
-    return f"rank eta squared {eta:.2f}" if eta >= STRONG_ETA_SQUARED else None
+    return f"the label explains {eta:.0%} of the variation in length" if eta >= STRONG_ETA_SQUARED else None

@@ -388,7 +388,7 @@ def _column(
         advice = "" if configured is None else similar_column(configured, names)
         raise DataError(f"data.{key}: {where} has no column {' or '.join(wanted)}; it has {', '.join(names)}.{advice}")
     if column not in wanted:
-        findings.add(f"the column {column} of {where} is read as data.{key}")
+        findings.add(f"data.{key}: the column {column} of {where} is read")
     return column
 
 

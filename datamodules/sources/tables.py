@@ -303,7 +303,7 @@ def match_columns(table: Table, columns: Mapping[str, str]) -> Table:
         return table
     renamed = {str(name): column for name, column in found.values()}
     notes = [
-        f"the column {name} of {table.where} is read as data.{key} {column}" for key, (name, column) in found.items()
+        f"data.{key}: {column} is read from the column {name} of {table.where}" for key, (name, column) in found.items()
     ]
     as_text = frozenset(renamed.get(name, name) for name in table.as_text)
     return replace(table, data=table.data.rename_columns(renamed), notes=(*table.notes, *notes), as_text=as_text)

@@ -190,7 +190,7 @@ def test_columns_that_differ_in_case_and_rows_without_text(
     backbone = (f"--model.backbone={roberta_path}", "--data.max_length=32")
     run = fit("texts", path, *backbone, "--data.text_columns=[review]", "--data.label_column=kind")
     err = capsys.readouterr().err
-    assert f"the column Review of {path} is read as data.text_columns[0] review" in err
+    assert f"data.text_columns[0]: review is read from the column Review of {path}" in err
     assert "columns: text of review; labels of kind" in err
     new = write_csv(tmp_path / "new.csv", [{"REVIEW": text} for text in ["", *WORDS]])
     table = predicted(run, f"--data.predict_path={new}")

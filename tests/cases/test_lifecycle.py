@@ -362,18 +362,29 @@ def test_case_25_a_fit_without_a_validation_warns(cli: CommandLine, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    "options",
-    [["--trainer.max_epochs=2"], ["--trainer.max_epochs=1"], ["--trainer.max_epochs=-1", "--trainer.max_steps=16"]],
+    ("options", "limits"),
+    [
+        (["--trainer.max_epochs=2"], "trainer.max_epochs is 2. Raise this value to train on.\n"),
+        (["--trainer.max_epochs=1"], "trainer.max_epochs is 1. Raise this value to train on.\n"),
+        (
+            ["--trainer.max_epochs=-1", "--trainer.max_steps=16", "--trainer.max_time=00:02:00:00"],
+            "trainer.max_steps is 16 and trainer.max_time is 2 h. Raise these values to train on.\n",
+        ),
+    ],
 )
 def test_case_26_resuming_a_finished_run_changes_nothing(
-    cli: CommandLine, finished_fit: Callable[..., None], capsys: pytest.CaptureFixture[str], options: list[str]
+    cli: CommandLine,
+    finished_fit: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    limits: str,
 ) -> None:
     finished_fit(cli)
     before = (cli.run() / "metrics.json").read_bytes()
     checkpoint = (cli.run() / "checkpoints" / "last.ckpt").read_bytes()
     capsys.readouterr()
     assert cli("fit", *options, "--ckpt_path=last") == 0
-    assert "Nothing left to do: 2 epochs and 16 steps are done" in capsys.readouterr().err
+    assert f"Nothing left to do: 2 epochs and 16 steps are done. {limits}" in capsys.readouterr().err
     assert (cli.run() / "metrics.json").read_bytes() == before
     assert (cli.run() / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
 

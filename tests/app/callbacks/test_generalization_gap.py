@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules.base import ResumableDataModule
 from tests.app.conftest import CommandLine
 from tests.conftest import write_parquet
 
@@ -50,6 +51,17 @@ def test_the_sample_is_evaluated_as_held_out_rows_are(cli: CommandLine, tmp_path
     assert metrics["gap/loss"] == pytest.approx(0, abs=1e-6)
     assert metrics["gap/acc1"] == 0
     assert metrics["train_eval/acc1"] == metrics["test/acc1"]
+
+
+def test_the_sample_is_no_larger_than_the_validation_data(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches have six rows, and the last batch may have fewer."""
+    sizes: list[int] = []
+    sample = ResumableDataModule.training_sample
+    monkeypatch.setattr(ResumableDataModule, "training_sample", lambda data, n: sizes.append(n) or sample(data, n))
+    for options in ([], ["--trainer.limit_val_batches=1"], ["--generalization.rows=5"]):
+        rows = ["--data.max_val_samples=11", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+        assert cli("fit", *rows, *options) == 0
+    assert sizes == [11, 6, 5]
 
 
 def test_the_tested_weights_are_those_of_the_best_checkpoint(cli: CommandLine) -> None:

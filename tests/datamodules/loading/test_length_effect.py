@@ -32,7 +32,7 @@ def test_spearmans_rho_of_a_regression_equals_scipys(effect: float) -> None:
     lengths, labels = lengths_and_labels(200, 6, effect)
     scores = labels + 0.5 * torch.rand(200).round()
     expected = stats.spearmanr(lengths.numpy(), scores.numpy()).statistic
-    assert strong_effect(lengths, scores) == f"Spearman's rho {expected:.2f}"
+    assert strong_effect(lengths, scores) == f"Spearman's rank correlation {expected:.2f}"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_many_small_classes_have_no_effect_by_chance() -> None:
 
 @pytest.mark.parametrize(
     ("effect", "regression", "expected"),
-    [(0.0, False, None), (1.0, False, "eta squared 0.8"), (0.0, True, None), (-1.0, True, "rho -0.8")],
+    [(0.0, False, None), (1.0, False, "explains 8"), (0.0, True, None), (-1.0, True, "correlation -0.8")],
 )
 def test_only_a_strong_effect_is_reported(effect: float, regression: bool, expected: str | None) -> None:
     lengths, labels = lengths_and_labels(400, 4, effect)

@@ -249,7 +249,7 @@ def test_columns_may_differ_in_case(tmp_path: Path) -> None:
     assert matched.data.column_names == ["text", "LABEL", "label", "k"]  # `label` itself is there
     assert matched.data["text"][:] == ["007", "008"]  # read as text under the name in the file
     assert matched.as_text == {"text"}
-    assert matched.notes == (f"the column Text of {path} is read as data.text_columns[0] text",)
+    assert matched.notes == (f"data.text_columns[0]: text is read from the column Text of {path}",)
     assert match_columns(matched, {"text_columns[0]": "text"}) is matched
     assert match_columns(table, {"label_column": "Label"}) is table  # two names differ in case alone
 
