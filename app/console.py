@@ -1,6 +1,6 @@
 """Terminal output: log and warn in one format, escape control characters, detect output that cannot be written.
 
-Bytes and seconds as text for tables: `5.3 MB`, `3 min 40 s`.
+Bytes, seconds and whole numbers as text for tables: `5.3 MB`, `3 min 40 s`, `223,108`.
 """
 
 from __future__ import annotations
@@ -202,7 +202,9 @@ def seconds_text(seconds: float) -> str:
 
 
 def quantity_text(name: str, value: float) -> str | None:
-    """Return a metric of bytes or seconds as text, by the ending of its name; None for any other metric."""
+    """Return bytes and seconds, by the ending of a metric's name, and whole numbers as text; None for other metrics."""
     if name.endswith("bytes"):
         return bytes_text(value)
-    return seconds_text(value) if name.endswith("seconds") else None
+    if name.endswith("seconds"):
+        return seconds_text(value)
+    return f"{value:,}" if isinstance(value, int) else None

@@ -23,7 +23,7 @@ from datamodules.sources.tables import (
     Reading,
     Table,
     check_file,
-    check_path,
+    check_tables,
     match_columns,
     open_file,
     open_table,
@@ -105,7 +105,7 @@ class TextData(ResumableDataModule):
         if command == "predict" and keys["predict_path"] is not None:
             check_file(keys["predict_path"], "predict_path")
         else:
-            check_path(keys["path"])
+            check_tables(keys["path"])
 
     def read_as_text(self, *columns: str | None) -> None:
         """Read the cells of some columns of CSV and TSV as text, even if the cells look like numbers."""

@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from modules.base import AdaptedModule
 _log = logging.getLogger(__name__)
 # results that compare runs; the results of each category and environment are left out
 RESULTS = re.compile(r"best/.+|test/[^/]+|params/trainable|time/fit_seconds")
+COSTS = ("params/", "adapter/", "time/", "memory/")
+REST = r"params/total|train/.+|train_eval/.+|gap/.+|time/(?!fit_).+"  # not in the closing table, or beside a metric
 
 
 class RunSummary(L.Callback):
@@ -202,12 +205,10 @@ class RunSummary(L.Callback):
             # HParams shows the first five: the best validation metric, the trained parameters, the first test metrics.
             results = dict(sorted(results.items(), key=lambda item: item[0].partition("/")[0]))
             log_results(trainer, self._settings, results)
-        table = Table("Result", "", show_edge=False, title="Run", title_justify="left")
-        for key, value in self.values.items():
-            plain = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            table.add_row(escape_controls(key), quantity_text(key, value) or plain)
         console = Console()
-        console.print(table)
+        console.print(_closing_table(self.values))
+        rest = f"The other metrics and costs: {run_directory / 'metrics.json'}"
+        console.print(escape_controls(rest), soft_wrap=True, markup=False)
         for logger in loggers:
             console.print(f"Look inside: {escape_controls(viewer_hint(logger))}", soft_wrap=True, markup=False)
 
@@ -254,6 +255,23 @@ def _is_limited(trainer: L.Trainer, key: str) -> bool:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _closing_table(values: Mapping[str, float]) -> Table:
+    """Return the table of the results, then of the costs. A gap stands beside the metric it was computed from.
+
+    After a test, the validation metrics are left out. So are metrics of training and lesser costs.
+    """
+    compared = "test" if any(key.startswith("test/") for key in values) else "val"
+    left_out = REST + (r"|val/.+" if compared == "test" else "")
+    shown = [key for key in values if not re.fullmatch(left_out, key)]
+    gaps = {f"{compared}/{key.removeprefix('gap/')}": gap for key, gap in values.items() if key.startswith("gap/")}
+    headers = ("Result", "", *(["Gap"] if gaps else []))
+    table = Table(*headers, show_edge=False, title="Run", title_justify="left")
+    for key in sorted(shown, key=lambda key: key.startswith(COSTS)):
+        gap = [f"{gaps[key]:+.4f}"] if key in gaps else []
+        table.add_row(escape_controls(key), quantity_text(key, values[key]) or f"{values[key]:.4f}", *gap)
+    return table
 
 
 def _projection_table(module: AdaptedModule) -> Table:

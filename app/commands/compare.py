@@ -111,7 +111,7 @@ def _section(key: str) -> str:
 
 
 def cell_text(key: str, value: Any) -> str:
-    """Return a value as text of the table. Metrics of bytes and seconds have units."""
+    """Return a value as text of the table. Metrics have units, and separators of thousands."""
     from app.commands.run_records import LARGEST
 
     if "/" in key and type(value) in (int, float) and abs(value) < LARGEST:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # a run on text imports no timm
 LOCAL = "local-dir:"  # timm's prefix for a local directory
 
 
+Code = tuple[list[str], list[str], list[str]]  # Imports, variables that a reader sets, and the code that predicts.
+
+
 class Loader(Protocol):
     """A function that returns the code or the command for loading an export.
 
@@ -42,13 +45,68 @@ def is_timm(module: AdaptedModule) -> bool:
     return isinstance(module, ImageModel)
 
 
-def merged_transformers_loader(model_class: str) -> Loader:
-    """Return the loader of a directory that transformers reads."""
+def merged_transformers_loader(module: AdaptedModule) -> Loader:
+    """Return the loader of a directory that transformers reads: code that loads the model and predicts for a text."""
+    model = f"model = transformers.{type(module.backbone).__name__}.from_pretrained(MODEL)"
+    tokenizer = "tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)"
+    imports, text, code = _text_code(module)
 
     def load(place: str, shared: bool = False) -> str:
-        return _program(["transformers"], f"model = transformers.{model_class}.from_pretrained({place!r})")
+        return _program(["transformers", *imports], f"MODEL = {place!r}", *text, "", model, tokenizer, *code)
 
     return load
+
+
+def _text_code(module: AdaptedModule, generation: Mapping[str, Any] | None = None) -> Code:
+    """Return imports, the variable of a text, and the code that prints the prediction for the text.
+
+    A decoder without a prompt template, such as one for multiple choice, gets no such code.
+
+    Args:
+        module: A module of texts.
+        generation: Arguments of `generate` that the loaded model does not know.
+    """
+    generate = f"tokens = {_call('model.generate', _Expression('**inputs'), **(generation or {}))}"
+    if module.class_names is not None:
+        answer = ['print(f"{logits[0]:.3f}")']
+        if module.class_names:
+            answer = [
+                "probabilities = logits.softmax(-1)",
+                'print(model.config.id2label[int(probabilities.argmax())], f"{probabilities.max():.3f}")',
+            ]
+        code = [
+            'inputs = tokenizer(*TEXTS, truncation=True, return_tensors="pt")',
+            "with torch.inference_mode():",
+            "    logits = model(**inputs).logits[0].float()",
+        ]
+        text = ["TEXTS = ['Write a text here.']  # Set a text here, or the two texts of a pair."]
+        return ["torch"], text, [*code, *answer]
+    if module.peft_task == "SEQ_2_SEQ_LM":
+        text = ["TEXT = 'Write a text here.'  # Set a text here. Begin with data.source_prefix, if the run has one."]
+        code = ['inputs = tokenizer(TEXT, truncation=True, return_tensors="pt")', generate]
+        return [], text, [*code, "print(tokenizer.decode(tokens[0], skip_special_tokens=True))"]
+    if module.hparams.get("prompt_template") is None:
+        return [], [], []
+    code = [
+        "inputs = tokenizer.apply_chat_template(",
+        '    MESSAGES, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        ")",
+        generate,
+        'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return [], ["MESSAGES = [{'role': 'user', 'content': 'Write a message here.'}]  # Set a message here."], code
+
+
+def _generation_keys(module: AdaptedModule) -> dict[str, Any]:
+    """Return the arguments of `generate` that the run set; empty for classifiers.
+
+    An encoder-decoder has its special tokens from the backbone. A decoder's end tokens come from its template too.
+    """
+    if module.class_names is not None:
+        return {}
+    left_out = "_token_id" if module.peft_task == "SEQ_2_SEQ_LM" else "bos_token_id"
+    keys = cast(Any, module.backbone).generation_config.to_diff_dict().items()
+    return {key: value for key, value in keys if key != "transformers_version" and not key.endswith(left_out)}
 
 
 def merged_timm_loader(module: ImageClassifier) -> Loader:
@@ -63,7 +121,7 @@ def merged_timm_loader(module: ImageClassifier) -> Loader:
     return load
 
 
-def _image_code(module: ImageClassifier) -> tuple[list[str], list[str], list[str]]:
+def _image_code(module: ImageClassifier) -> Code:
     """Return imports, the variable of an image file, and the code that prepares and classifies the image."""
     transform = _call("timm.data.create_transform", **module.preprocessing)
     code = [
@@ -79,7 +137,7 @@ def _image_code(module: ImageClassifier) -> tuple[list[str], list[str], list[str
 def peft_loader(module: AdaptedModule) -> Loader:
     """Return the loader of a PEFT directory: code that builds the run's frozen backbone and adds the adapter.
 
-    For images, the code also prepares and classifies an image file.
+    The code also predicts for an image file or a text.
 
     The code begins with variables for the names that a reader may have to change. A backbone with `weights: none` is
     drawn again from `torch.initial_seed()`, so seed the process with the run's seed before the call.
@@ -89,13 +147,14 @@ def peft_loader(module: AdaptedModule) -> Loader:
     """
     imports, lines = _timm_base(cast("ImageClassifier", module)) if is_timm(module) else _transformers_base(module)
     code = [*lines, "model = peft.PeftModel.from_pretrained(base, ADAPTER)"]
-    image: list[str] = []
+    prediction: Code = [], [], []
     if is_timm(module):
-        more_imports, image, image_code = _image_code(cast("ImageClassifier", module))
-        imports, code = [*imports, *more_imports], [*code, *image_code]
-    if isinstance(module, TextModel):
+        prediction = _image_code(cast("ImageClassifier", module))
+    elif isinstance(module, TextModel):
         code.append("tokenizer = transformers.AutoTokenizer.from_pretrained(ADAPTER)")
-    code += _auto_call(module)
+        prediction = _text_code(module, _generation_keys(module))
+    more_imports, variables, prediction_code = prediction
+    imports, code = [*imports, *more_imports], [*code, *prediction_code, *_auto_call(module)]
     sources = {"BACKBONE": _source(module)[0]}
     if (weights := module.hparams["weights"]) not in ("pretrained", "none"):
         sources["WEIGHTS"] = absolute_name(weights)
@@ -103,7 +162,7 @@ def peft_loader(module: AdaptedModule) -> Loader:
 
     def load(place: str, shared: bool = False) -> str:
         names = [f"ADAPTER = {place!r}", *(_assignment(name, path, shared) for name, path in sources.items())]
-        names += [*image, *labels]
+        names += [*variables, *labels]
         return _program(["peft", *imports], *names, "", *code)
 
     return load

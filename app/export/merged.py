@@ -67,7 +67,7 @@ def _write_transformers(module: AdaptedModule, backbone: Any, folder: Path) -> L
         backbone.generation_config.update(early_stopping=None, length_penalty=None)
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return merged_transformers_loader(type(backbone).__name__)
+    return merged_transformers_loader(module)
 
 
 def _write_timm(module: ImageClassifier, dtype: torch.dtype, folder: Path) -> Loader:

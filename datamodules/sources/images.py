@@ -20,7 +20,7 @@ from datamodules.errors import DataError
 from datamodules.sources.findings import Findings, SkippedRow
 from datamodules.sources.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
 from datamodules.sources.labels import Labels, missing_label, parse_labels
-from datamodules.sources.splits import SPLITS
+from datamodules.sources.splits import SPLITS, is_helper
 from datamodules.sources.tables import (
     Reading,
     Table,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
 IMAGE_COLUMNS = ("img", "image")
 PREDICTED_COLUMNS = (*IMAGE_COLUMNS, "file_name")  # The metadata.csv of the hub's image folders has `file_name`.
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+TEXT_RECIPES = "For texts use --config conf/texts.yaml (or conf/summaries.yaml, conf/chats.yaml)."
 WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # A value of a TIFF tag, and the tag's number.
 
 
@@ -256,11 +257,30 @@ def check_image_path(path: str) -> None:
     """Check, without reading images, that a path that looks local exists and is a directory.
 
     Raises:
-        DataError: If the path does not exist, or is a file.
+        DataError: If the path does not exist, is a file, or holds tables of texts and no image.
     """
+    is_text_table = (kind_of(Path(path)) or ".parquet") != ".parquet"
+    advice = f" {TEXT_RECIPES}" if is_text_table else ""
     if os.path.isfile(path):
-        raise DataError(f"data.path: {path} is not a directory. Give a directory or a data set's name on the hub.")
+        raise DataError(
+            f"data.path: {path} is not a directory. Give a directory or a data set's name on the hub.{advice}"
+        )
     check_path(path)
+    if os.path.isdir(path) and _holds_only_texts(path):
+        raise DataError(f"data.path: {path} holds tables and no images. {TEXT_RECIPES}")
+
+
+def _holds_only_texts(folder: str) -> bool:
+    """Return True for a folder with tables and without images. The search ends at the first file that may be images."""
+    has_table = False
+    for path, folders, names in os.walk(folder):
+        files = [Path(path, name) for name in names if not is_helper(name)]
+        if any(file.suffix.lower() in ("", ".parquet", *SUFFIXES) for file in files):
+            return False
+        if any(os.path.islink(os.path.join(path, name)) for name in folders):  # Not followed here.
+            return False
+        has_table = has_table or any(kind_of(file) for file in files)
+    return has_table
 
 
 def check_image_to_predict(path: str | None, adapter_column: str | None = None) -> None:

@@ -194,9 +194,29 @@ def check_path(path: str) -> None:
     kind = kind_of(Path(path))
     if os.path.isfile(path):
         if kind is None:
-            raise DataError(f"data.path: {path} must be one of {', '.join(READERS)}.")
+            raise DataError(f"data.path: {path} must be one of {', '.join(READERS)}.{_advice_for_images(path)}")
     elif not os.path.exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1 or kind):
         raise DataError(f"data.path: {path} is not here. Give a directory, a file or a data set's name on the hub.")
+
+
+def check_tables(path: str) -> None:
+    """Check, without reading rows, a path as `check_path` does, and that a folder holds a table.
+
+    Raises:
+        DataError: If the path is wrong.
+    """
+    check_path(path)
+    if os.path.isdir(path) and not tables_below(Path(path)):
+        raise DataError(f"data.path: {path} holds no table ({', '.join(READERS)}).{_advice_for_images(path)}")
+
+
+def _advice_for_images(path: str) -> str:
+    """Return the recipe for an image, or for a folder with images; empty for a path without an image."""
+    from datamodules.sources.image_folders import SUFFIXES, find_images  # A run on texts does not import Pillow.
+
+    is_image = path.lower().endswith(SUFFIXES)
+    holds_images = is_image or (os.path.isdir(path) and bool(find_images(Path(path), "path").images))
+    return " For a folder of images use --config conf/images.yaml." if holds_images else ""
 
 
 def _from_folder(folder: Path, splits: Sequence[str], config: str | None, reading: Reading) -> Table | None:

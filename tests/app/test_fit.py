@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,15 @@ def test_a_run_learns_and_writes_the_files_and_metrics_of_the_contract(
     # two blocks of rank 4: B of q, k, v, output and mlp_out has 32 rows, B of mlp_in 128; the head has 32·3 + 3
     assert metrics["params/trainable"] == 2 * 4 * (4 * 32 + 128 + 32) + 99
     assert metrics["adapter/bytes"] == 4 * 2 * 4 * ((4 * 32 + 128 + 32) + (4 * 32 + 32 + 128))
+    rows = {name: cells for name, *cells in (re.split(r" *│ *", line.strip()) for line in out.splitlines()) if cells}
+    shown = [name for name in rows if "/" in name]  # of the closing table
+    scores = [f"test/{name}" for name in ("loss", "acc1", "ece", "macro_f1")]
+    costs = ["params/trainable", "adapter/bytes", "time/fit_seconds", "memory/peak_bytes"]
+    assert shown == ["best/val/acc1", *scores, *costs]
+    for name in scores:
+        assert rows[name] == [f"{metrics[name]:.4f}", f"{metrics[name.replace('test', 'gap')]:+.4f}"]
+    assert rows["params/trainable"][0] == f"{metrics['params/trainable']:,}"
+    assert f"The other metrics and costs: {cli.run() / 'metrics.json'}\n" in out
     config = yaml.safe_load((cli.run() / "config.yaml").read_text())
     assert config["model"]["init_args"]["adapter"]["rank"] == 4
     assert sorted(p.name for p in (cli.run() / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]

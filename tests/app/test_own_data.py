@@ -72,9 +72,29 @@ def predicted(run: Path, *options: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a table, a folder of a table, and a folder of a photo."""
+    folder = tmp_path_factory.mktemp("made")
+    for name in ("reviews.csv", "tables/train.csv", "photos/cat/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"text,label\n")
+    return folder
+
+
+FOR_TEXTS = "For texts use --config conf/texts.yaml (or conf/summaries.yaml, conf/chats.yaml)."
+FOR_IMAGES = "For a folder of images use --config conf/images.yaml."
+TABLES = ".parquet, .csv, .tsv, .jsonl, .ndjson, .json"
+
+
 @pytest.mark.parametrize(
     ("command", "recipe", "keys", "message"),
     [
+        ("fit", "images", {"path": "MADE/reviews.csv"}, f"a directory or a data set's name on the hub. {FOR_TEXTS}"),
+        ("fit", "images", {"path": "MADE/tables"}, f"MADE/tables holds tables and no images. {FOR_TEXTS}"),
+        ("fit", "texts", {"path": "MADE/photos"}, f"MADE/photos holds no table ({TABLES}). {FOR_IMAGES}"),
+        ("fit", "summaries", {"path": "MADE/photos/cat/1.png"}, f"must be one of {TABLES}. {FOR_IMAGES}"),
+        ("fit", "chats", {"path": "conf"}, f"conf holds no table ({TABLES})."),
         ("fit", "texts", {"path": "reviws.csv"}, "data.path: reviws.csv is not here"),
         ("fit", "chats", {"path": "./chats.jsonl"}, "data.path: ./chats.jsonl is not here"),
         ("test", "summaries", {"path": "README.md"}, "data.path: README.md must be one of .parquet"),
@@ -91,16 +111,17 @@ def predicted(run: Path, *options: str) -> list[dict[str, str]]:
 )
 def test_a_wrong_path_is_refused_before_the_backbone_is_loaded(
     tmp_path: Path,
+    made: Path,
     capsys: pytest.CaptureFixture[str],
     command: str,
     recipe: str,
     keys: dict[str, str],
     message: str,
 ) -> None:
-    given = [f"--data.{key}={value}" for key, value in keys.items()]
+    given = [f"--data.{key}={value.replace('MADE', str(made))}" for key, value in keys.items()]
     root = f"--trainer.default_root_dir={tmp_path}"
     words = [command, "--config", f"conf/{recipe}.yaml", root, "--model.backbone=no-backbone", *given]
-    refused(capsys, main(words), message)
+    refused(capsys, main(words), message.replace("MADE", str(made)))
     assert list(tmp_path.iterdir()) == []
 
 

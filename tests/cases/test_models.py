@@ -48,6 +48,7 @@ from app.run.evaluations import (
 from datamodules.contract import TextModel
 from datamodules.image_classification import evaluation_steps, normalise
 from datamodules.sources.images import decode_image
+from datamodules.tokens.conversations import ConversationEncoder
 from modules.adapters import AdapterConfig, adapted_layers, adapters_disabled
 from modules.generation.beam_search import Generation
 from modules.generation.decoding import Decoding
@@ -70,7 +71,7 @@ from tests.app.conftest import (  # noqa: F401 - fixtures
 from tests.app.processes import run_on_two
 from tests.app.test_distributed import assert_same_weights
 from tests.backbones import save_backbone, save_classifier
-from tests.causal_backbones import byte_tokenizer, save_decoder
+from tests.causal_backbones import CHAT, byte_tokenizer, save_decoder
 from tests.conftest import write_parquet
 from tests.support.adapters import randomize
 from tests.support.gguf_files import write_gguf
@@ -459,6 +460,9 @@ MODULES: dict[str, Callable[[Path], Any]] = {
     "t5": lambda p: summary_module(p, "t5"),
     "bart none": lambda p: summary_module(p, "bart", "none"),
     "llama": lambda p: language_module(save_decoder(p)),
+    "llama chats": lambda p: language_module(
+        save_decoder(p), prompt_template=CHAT, generation=Decoding(max_new_tokens=6)
+    ),
     "llama bfloat16": lambda p: language_module(save_decoder(p), backbone_dtype="bfloat16"),
     "llama none": lambda p: language_module(save_decoder(p), "none"),
     "gguf": lambda p: language_module(write_gguf(save_decoder(p / "llama")), backbone_args={"rms_norm_eps": 0.01}),
@@ -477,6 +481,24 @@ def ask(module: Any, model: Any) -> Tensor:
 
 def own_logits(module: Any) -> Tensor:
     return module(images()) if isinstance(module, ImageClassifier) else ask(module, module.backbone)
+
+
+def prediction_line(module: Any) -> str | None:
+    """Return the line that a program for the module prints: the module's own prediction for the text of the program."""
+    text, tokenizer = "Write a text here.", module.tokenizer
+    if module.class_names is not None:
+        outputs = module(tokenizer(text, return_tensors="pt"))[0]
+        if not module.class_names:
+            return f"{outputs:.3f}"
+        probability, label = outputs.softmax(-1).max(-1)
+        return f"{module.class_names[label]} {probability:.3f}"
+    if isinstance(module, Summarizer):
+        return str(module.generate(tokenizer(text, return_tensors="pt"))[0])
+    if (template := module.hparams["prompt_template"]) is None:
+        return None
+    message = {"role": "user", "content": "Write a message here."}
+    ids = torch.tensor([ConversationEncoder(tokenizer, template, 100, tokenizer.eos_token_id).prompt([message])])
+    return str(module.generate({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0])
 
 
 def texts_for(loader: Loader, folder: Path, module: Any) -> Iterator[str]:
@@ -507,10 +529,11 @@ def texts_for(loader: Loader, folder: Path, module: Any) -> Iterator[str]:
     ],
 )
 def test_case_13_the_code_of_an_export_gives_the_same_logits(
-    tmp_path: Path, name: str, form: Callable[..., Loader]
+    tmp_path: Path, name: str, form: Callable[..., Loader], capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = moved(MODULES[name](tmp_path))
     expected = own_logits(module)
+    prediction = None if isinstance(module, ImageClassifier) else prediction_line(module)
     with adapters_disabled(module.backbone):
         frozen = own_logits(module)
     write_photo(tmp_path)
@@ -519,8 +542,10 @@ def test_case_13_the_code_of_an_export_gives_the_same_logits(
     folder.mkdir()
     for place, code in enumerate(texts_for(form(module, torch.float32, folder), folder, module)):
         torch.rand(3)  # the code must not depend on the random state of this process
+        capsys.readouterr()
         names = run_program(code)
         assert not names["model"].training
+        assert prediction is None or "bfloat16" in name or capsys.readouterr().out.strip() == prediction
         error, update = (float((logits - expected).norm()) for logits in (ask(module, names["model"]), frozen))
         assert error < (0.1 if "bfloat16" in name else 1e-3) * update
         if shares is not None:

@@ -31,7 +31,7 @@ def test_real_runs_differ_in_their_options_and_metrics(
     assert "model.learning_rate" not in shown
     assert "b/version_0" in out
     first, second = (json.loads((run / "metrics.json").read_text()) for run in runs)
-    assert shown["params/trainable"] == [str(first["params/trainable"]), str(second["params/trainable"])]
+    assert shown["params/trainable"] == [f"{run['params/trainable']:,}" for run in (first, second)]
     assert main(["compare", "--all", str(runs[0]), str(runs[1] / "checkpoints" / "last.ckpt")]) == 0
     assert rows(capsys.readouterr().out)["model.learning_rate"] == ["0.02", "0.02"]
 
@@ -60,6 +60,9 @@ def test_classes_and_missing_keys_differ_too() -> None:
         ("time/fit_seconds", 10**400, "1" + "0" * 400),
         ("time/fit_seconds", "long", "long"),
         ("val/loss", 0.25, "0.25"),
+        ("params/trainable", 223_108, "223,108"),
+        ("params/trainable", True, "true"),
+        ("trainer.max_steps", 10_000, "10000"),  # As on the command line.
         ("trainer.wait_seconds", 90, "90"),  # A key of a configuration gets no unit.
         ("model.only", None, "null"),
         ("model.only", MISSING, "–"),
