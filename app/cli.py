@@ -42,6 +42,7 @@ from app.commands import COMMANDS, command_help, command_parser, run_command
 from app.commands.program_help import TRAINER_COMMANDS, check_command, program_help
 from app.config.classes import CLASS_PATHS, class_keys, expand_class_names, find_classes
 from app.config.constructors import constructor_parameters
+from app.config.differences import can_change_evaluation
 from app.config.fit_keys import FitKeys
 from app.config.imports import HELP, denial, resolve, split_imports
 from app.config.imports import OPTION as ALLOW_IMPORTS
@@ -54,7 +55,9 @@ from app.config.precedence import (
     ignore_adapter_path,
     report_changes,
     report_differences,
+    report_precision,
     report_untrained,
+    run_precision,
     runs_root,
     split_arguments,
     temporary_yaml,
@@ -246,7 +249,9 @@ class AsymmetryCLI(HookedCLI):
     """`fit`, `validate`, `test` and `predict` for every task.
 
     - The command line beats the checkpoint of `--ckpt_path`. The checkpoint beats the files of `--config`. Options beat
-      files even if `--config` comes last. Differences from the checkpoint are logged.
+      files even if `--config` comes last. Differences from the checkpoint are logged. An evaluation logs only
+      differences that can change its result.
+    - An evaluation computes in the precision of the checkpoint's run, unless the command line names another.
     - In a new fit, `--variant` beats the files, and the other options beat `--variant`. On resume, the variant must
       match the checkpoint.
     - A command on a checkpoint of a run directory writes to this run directory. Any other command writes to a new
@@ -385,23 +390,29 @@ class AsymmetryCLI(HookedCLI):
         given = str(expanded_path("ckpt_path", str(final.ckpt_path)))
         wanted = locate_checkpoint(given, self.root, prefer_best=not trains)
         run = run_of_checkpoint(wanted)
+        if given == "last":
+            _log.info(f"ckpt_path: last is {run}, the newest run with a checkpoint below {self.root}.")
         if trains and wanted.parent.is_dir():  # a folder of another kind is refused below, and gets no file
             self._lock(run)
         self.checkpoint, self.loaded = load_checkpoint(given, wanted)
         check_contents(self.checkpoint, self.loaded, trains)
         if trains:
             self.termination.checkpoint = self.checkpoint
-        saved = check_classes(saved_configuration(self.loaded), final, trains)
+        saved = check_classes(self.checkpoint, saved_configuration(self.loaded), final, trains)
         if variant is not None:
             check_variant(variant, final, saved)
         from_files = self._parse([*command, *files], defaults=False)[self.subcommand]
-        with temporary_yaml(saved) as path:
+        settings = {} if trains else run_precision(run)
+        with temporary_yaml(saved | settings) as path:
             self.config = self._parse([*command, *files, "--config", path, *options])
         final = self.config[self.subcommand]
         _check(final)
         final["ckpt_path"] = str(self.checkpoint)
         ignore_adapter_path(from_files, final)
-        report_differences(saved, from_files, {} if variant is None else variant_keys(variant), final)
+        report_precision(settings, from_files, final)
+        reads_splits = self.subcommand != "predict" or final.data.init_args.get("predict_path") is None
+        reported = (lambda _: True) if trains else partial(can_change_evaluation, reads_splits=reads_splits)
+        report_differences(saved, from_files, {} if variant is None else variant_keys(variant), final, reported)
         if trains and run is not None and (run / "config.yaml").is_file():
             report_changes(read_yaml(str(run / "config.yaml")), final)
 

@@ -25,6 +25,25 @@ _WITHOUT_EFFECT = {
         *("crop_scale", "horizontal_flip", "packing"),
     },
 }
+# Keys that a checkpoint fixes: no evaluation of the checkpoint can have other values.
+_FIXED = ("model.adapter", "model.tuning", "model.backbone_args", "model.class_names")
+# Keys that choose the rows of the splits. A prediction of another file does not read them.
+_SPLITS = {
+    *("path", "config", "revision", "val_fraction", "val_seed", "test_fraction", "test_on_validation"),
+    *("max_train_samples", "max_val_samples", "max_test_samples"),
+}
+
+
+def can_change_evaluation(key: str, reads_splits: bool) -> bool:
+    """Return True if a dotted key of `model` or `data` can change an evaluation of a checkpoint.
+
+    Args:
+        key: The key, such as `data.max_length`.
+        reads_splits: False for a prediction of rows outside of the splits.
+    """
+    section, name = key.split(".")[:2]
+    is_fixed = name in _WITHOUT_EFFECT[section] or f"{section}.{name}" in _FIXED
+    return not is_fixed and (reads_splits or section == "model" or name not in _SPLITS)
 
 
 def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:

@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from app.config.program_files import find_program_file
+from app.config.yaml_files import read_yaml
 from datamodules.errors import UsageError
 
 SECTIONS = ("model", "data")  # the sections that name a class
@@ -134,7 +135,11 @@ def report_untrained(command: str, heads: list[str], adapter_path: str | None) -
 
 
 def report_differences(
-    saved: dict[str, Any], from_files: Namespace, of_variant: dict[str, Any], final: Namespace
+    saved: dict[str, Any],
+    from_files: Namespace,
+    of_variant: dict[str, Any],
+    final: Namespace,
+    reported: Callable[[str], bool],
 ) -> None:
     """Log values of the command line that replace the checkpoint's, and values of the checkpoint that replace others.
 
@@ -143,6 +148,7 @@ def report_differences(
         from_files: Values of the configuration files.
         of_variant: Keys that the variant sets. The variant replaces keys of the configuration files.
         final: Values of the command.
+        reported: True for the keys whose values in the configuration files are compared.
     """
     for section, content in saved.items():
         used = dotted(final[section].init_args.as_dict())
@@ -153,9 +159,35 @@ def report_differences(
                 continue
             if key in used and comparable(used[key]) != comparable(value):
                 _log.info(f"{name}: {used[key]} from the command line; the checkpoint had {value}.")
-            elif in_files.get(name) is not None and comparable(in_files[name]) != comparable(value):
+            elif reported(name) and in_files.get(name) is not None and comparable(in_files[name]) != comparable(value):
                 source = "variant" if name in of_variant else "configuration file"
                 _log.info(f"{name}: {value} from the checkpoint; the {source} has {in_files[name]}.")
+
+
+def run_precision(run: Path | None) -> dict[str, Any]:
+    """Return the `trainer.precision` of a run as a section; empty if the run or its config.yaml is not known."""
+    with suppress(UsageError):  # An evaluation needs no config.yaml.
+        trainer = {} if run is None else read_yaml(str(run / "config.yaml")).get("trainer")
+        if isinstance(trainer, dict) and "precision" in trainer:
+            return {"trainer": {"precision": trainer["precision"] or "32-true"}}
+    return {}
+
+
+def report_precision(settings: dict[str, Any], from_files: Namespace, final: Namespace) -> None:
+    """Log the precision of an evaluation if the run, the command line or a configuration file have different ones.
+
+    Args:
+        settings: Result of `run_precision`.
+        from_files: Values of the configuration files.
+        final: Values of the command.
+    """
+    if not settings:
+        return
+    of_run, in_files, used = settings["trainer"]["precision"], from_files.get("trainer.precision"), final.trainer
+    if used.precision != of_run:
+        _log.info(f"trainer.precision: {used.precision} from the command line; the run has {of_run}.")
+    elif in_files not in (None, of_run):
+        _log.info(f"trainer.precision: {of_run} from the run; the configuration file has {in_files}.")
 
 
 def report_changes(before: dict[str, Any], final: Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
@@ -35,10 +36,11 @@ def check_sections(config: Namespace) -> None:
             )
 
 
-def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dict[str, Any]:
+def check_classes(checkpoint: Path, saved: dict[str, Any], config: Namespace, trains: bool) -> dict[str, Any]:
     """Check that a checkpoint was trained with the classes that the configuration names.
 
     Args:
+        checkpoint: The checkpoint.
         saved: The sections that the checkpoint was trained with.
         config: Files and command line, parsed without the checkpoint.
         trains: True to resume training. An evaluation may use another class of data.
@@ -56,7 +58,7 @@ def check_classes(saved: dict[str, Any], config: Namespace, trains: bool) -> dic
             continue
         if section == "model" or trains:
             raise UsageError(
-                f"ckpt_path: the checkpoint was trained with {content['class_path']}, but the configuration names "
+                f"ckpt_path: {checkpoint} was trained with {content['class_path']}, but the configuration names "
                 f"{wanted}. Use the config.yaml of the checkpoint's run, or another checkpoint."
             )
         del kept[section]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 
 from app.callbacks import AdapterCheckpoint, RunSummary
 from app.cli import main
@@ -23,6 +25,7 @@ from app.commands.run_records import read_record
 from app.run.evaluations import add_evaluation, read_evaluations
 from app.run.run_directory import LOCK
 from tests.conftest import ROOT
+from tests.support.refusals import refused
 from tests.support.scores import scored
 
 if TYPE_CHECKING:
@@ -285,6 +288,69 @@ def test_validate_needs_the_checkpoint_alone(fitted_cli: CommandLine) -> None:
     # no recipe and no data.path: both are in the checkpoint
     assert main(["validate", "--ckpt_path", str(fitted_cli.run()), "--trainer.accelerator=cpu"]) == 0
     assert fitted_cli.metrics()["val/loss"] == before
+
+
+SAME_METRICS = "model: {init_args: {learning_rate: 1.0, adapter: {rank: 2}}}\ntrainer: {precision: 32-true}\n"
+ROUNDED = "trainer: {precision: bf16-mixed}\ndata: {init_args: {val_fraction: 0.4}}\n"
+FROM_CHECKPOINT = "data.val_fraction: 0.2 from the checkpoint; the configuration file has 0.4.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "options", "lines", "precision"),
+    [
+        ("validate", SAME_METRICS, [], "", "32-true"),
+        (
+            "validate",
+            ROUNDED,
+            [],
+            "trainer.precision: 32-true from the run; the configuration file has bf16-mixed.\n" + FROM_CHECKPOINT,
+            "32-true",
+        ),
+        (
+            "validate",
+            "{}",
+            ["--trainer.precision=bf16-mixed"],
+            "trainer.precision: bf16-mixed from the command line; the run has 32-true.\n",
+            "bf16-mixed",
+        ),
+        ("predict", ROUNDED.replace("bf16-mixed", "32-true"), ["--data.predict_path=PHOTOS"], "", "32-true"),
+    ],
+)
+def test_an_evaluation_has_the_precision_of_the_run_and_logs_only_what_can_change_its_result(
+    fitted_cli: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    recipe: str,
+    options: list[str],
+    lines: str,
+    precision: str,
+) -> None:
+    photos, overlay = tmp_path / "photos", tmp_path / "overlay.yaml"
+    photos.mkdir()
+    Image.new("RGB", (16, 16)).save(photos / "1.png")
+    overlay.write_text(recipe)
+    used: list[str] = []
+    monkeypatch.setattr(RunSummary, "report", lambda _, trainer, run: used.append(trainer.precision))
+    options = [option.replace("PHOTOS", str(photos)) for option in options]
+    capsys.readouterr()
+    assert fitted_cli(command, f"--config={overlay}", f"--ckpt_path={fitted_cli.run()}", *options) == 0
+    err = capsys.readouterr().err
+    reported = [f"{line}\n" for line in err.splitlines() if re.search(" from the (run|checkpoint|command line); ", line)]
+    assert ("".join(reported), used) == (lines, [precision])
+
+
+def test_last_names_the_run_that_it_takes(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fitted_cli.run()
+    line = f"ckpt_path: last is {run}, the newest run with a checkpoint below {fitted_cli.root}.\n"
+    capsys.readouterr()
+    assert fitted_cli("validate", "--ckpt_path=last") == 0
+    assert line in capsys.readouterr().err
+    words = ["--config=tests/conf/text.yaml", f"--trainer.default_root_dir={fitted_cli.root}", "--ckpt_path=last"]
+    for command in ("fit", "test"):
+        parts = (f"ckpt_path: {run}/checkpoints/last.ckpt was trained with", "the configuration names modules.text")
+        refused(capsys, main([command, *words]), *parts)
 
 
 def test_for_a_run_directory_fit_uses_the_last_and_validate_the_best_checkpoint(
