@@ -405,14 +405,15 @@ class AsymmetryCLI(HookedCLI):
         settings = {} if trains else run_precision(run)
         with temporary_yaml(saved | settings) as path:
             self.config = self._parse([*command, *files, "--config", path, *options])
-        final = self.config[self.subcommand]
+        from_words, final = final, self.config[self.subcommand]
         _check(final)
         final["ckpt_path"] = str(self.checkpoint)
         ignore_adapter_path(from_files, final)
         report_precision(settings, from_files, final)
         reads_splits = self.subcommand != "predict" or final.data.init_args.get("predict_path") is None
         reported = (lambda _: True) if trains else partial(can_change_evaluation, reads_splits=reads_splits)
-        report_differences(saved, from_files, {} if variant is None else variant_keys(variant), final, reported)
+        keys_of_variant = {} if variant is None else variant_keys(variant)
+        report_differences(saved, from_files, keys_of_variant, from_words, final, reported)
         if trains and run is not None and (run / "config.yaml").is_file():
             report_changes(read_yaml(str(run / "config.yaml")), final)
 

@@ -138,6 +138,7 @@ def report_differences(
     saved: dict[str, Any],
     from_files: Namespace,
     of_variant: dict[str, Any],
+    from_words: Namespace,
     final: Namespace,
     reported: Callable[[str], bool],
 ) -> None:
@@ -147,11 +148,13 @@ def report_differences(
         saved: The sections that the checkpoint was trained with.
         from_files: Values of the configuration files.
         of_variant: Keys that the variant sets. The variant replaces keys of the configuration files.
+        from_words: Values of the configuration files, the variant and the command line.
         final: Values of the command.
         reported: True for the keys whose values in the configuration files are compared.
     """
     for section, content in saved.items():
         used = dotted(final[section].init_args.as_dict())
+        given = section_keys(from_words, section)
         in_files = {f"{section}.{key}": value for key, value in section_keys(from_files, section).items()} | of_variant
         for key, value in dotted(content["init_args"]).items():
             name = f"{section}.{key}"
@@ -159,7 +162,9 @@ def report_differences(
                 continue
             if key in used and comparable(used[key]) != comparable(value):
                 _log.info(f"{name}: {used[key]} from the command line; the checkpoint had {value}.")
-            elif reported(name) and in_files.get(name) is not None and comparable(in_files[name]) != comparable(value):
+            elif in_files.get(name) is None or not reported(name):
+                continue
+            elif comparable(given.get(key, in_files[name])) != comparable(value):
                 source = "variant" if name in of_variant else "configuration file"
                 _log.info(f"{name}: {value} from the checkpoint; the {source} has {in_files[name]}.")
 

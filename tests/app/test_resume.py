@@ -337,7 +337,9 @@ def test_an_evaluation_has_the_precision_of_the_run_and_logs_only_what_can_chang
     capsys.readouterr()
     assert fitted_cli(command, f"--config={overlay}", f"--ckpt_path={fitted_cli.run()}", *options) == 0
     err = capsys.readouterr().err
-    reported = [f"{line}\n" for line in err.splitlines() if re.search(" from the (run|checkpoint|command line); ", line)]
+    reported = [
+        f"{line}\n" for line in err.splitlines() if re.search(" from the (run|checkpoint|command line); ", line)
+    ]
     assert ("".join(reported), used) == (lines, [precision])
 
 

@@ -188,6 +188,14 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
     assert without == [f"{alpaca({**row, 'input': ''})}{row['output']}<|im_end|>" for row in rows_of("test")]
 
 
+def test_guessed_columns_are_named(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows/test.jsonl", [{"question": "a", "answer": "b"}])
+    lines = prepared(file.parent, "test").findings.take_lines()
+    for key, column, default in (("instruction", "question", "instruction"), ("response", "answer", "output")):
+        line = f"data.{key}_column: the column {column} of {file} is read, since there is no column {default}"
+        assert line in lines
+
+
 @pytest.mark.parametrize("name", ["instruction", "labels", "input_ids", "length"])
 def test_a_response_column_may_have_any_name(tmp_path: Path, name: str) -> None:
     rows = [{"instruction": "a", name: f"b{i}"} for i in range(3)]

@@ -87,6 +87,12 @@ def test_every_parquet_layout_is_read(tmp_path: Path, name: str, column: str) ->
     assert "row 1" in train.names[1]
 
 
+def test_a_column_that_differs_in_case_is_named(tmp_path: Path) -> None:
+    file, findings = write_split(tmp_path / "train.parquet", IMAGES[:1], [0], image="Image"), Findings()
+    assert open_split(str(tmp_path), "train", None, None, findings) is not None
+    assert f"data.image_column: the column Image of {file} is read" in findings.take_lines()
+
+
 @pytest.mark.parametrize("name", ["validation", "val", "valid", "data/validation-00000-of-00001", "data/val-0"])
 def test_shards_and_names_of_the_validation_split(tmp_path: Path, name: str) -> None:
     for i in (2, 0, 1):
