@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sized
 from typing import Any
 
 import lightning as L
@@ -142,8 +143,12 @@ def _validation_rows(trainer: L.Trainer, batch_size: int) -> int:
     """Return the number of rows in a validation of a fit. The last batch of a loader may be smaller than the others."""
     loaders = trainer.val_dataloaders
     loaders = loaders if isinstance(loaders, list) else [loaders]
-    counts = zip(trainer.num_val_batches, loaders, strict=False)  # no counts without a validation
-    return sum(min(int(batches) * batch_size * trainer.world_size, len(loader.dataset)) for batches, loader in counts)
+    rows = 0
+    for batches, loader in zip(trainer.num_val_batches, loaders, strict=False):  # no batches without a validation
+        most = int(batches) * batch_size * trainer.world_size
+        is_sized = isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized)
+        rows += min(most, len(loader.dataset)) if is_sized else most
+    return rows
 
 
 def _evaluate(trainer: L.Trainer, module: L.LightningModule, sample: TrainingSample, split: str) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.errors import DataError
 from datamodules.sources.findings import Findings, SkippedRow
-from datamodules.sources.image_folders import FORMATS, SUFFIXES, ImageFiles, find_images, read_layout
+from datamodules.sources.image_folders import FORMATS, SUFFIXES, UNDECODABLE, ImageFiles, find_images, read_layout
 from datamodules.sources.labels import Labels, missing_label, parse_labels
 from datamodules.sources.splits import SPLITS, is_helper
 from datamodules.sources.tables import (
@@ -275,7 +275,7 @@ def _holds_only_texts(folder: str) -> bool:
     has_table = False
     for path, folders, names in os.walk(folder):
         files = [Path(path, name) for name in names if not is_helper(name)]
-        if any(file.suffix.lower() in ("", ".parquet", *SUFFIXES) for file in files):
+        if any(file.suffix.lower() in ("", ".parquet", *SUFFIXES, *UNDECODABLE) for file in files):
             return False
         if any(os.path.islink(os.path.join(path, name)) for name in folders):  # Not followed here.
             return False
