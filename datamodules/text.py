@@ -348,7 +348,10 @@ class TextData(ResumableDataModule):
             return {"": match_columns(table, self._configured_columns())}
         tables = self.stored_tables("test")
         if not tables:
-            raise DataError(f"data.predict_path: {self.path} has no test split. Name a file of rows to predict.")
+            raise DataError(
+                f"data.predict_path: {self.path} has no file of a test split, and predict does not read rows that were "
+                "held out. Name a file of rows to predict."
+            )
         return tables
 
     # ------------------------------------------------------------------------------------------------------ tokens

@@ -175,6 +175,11 @@ class TextClassifier(AdaptedModule):
         if stage != "fit" and self.hparams["label_scaling"] is None:
             return
         known = self.data.label_scaling if isinstance(self.data, HasLabelScaling) else UNSCALED
+        if self.hparams["label_scaling"] is None and known is not None and known[1] == 0:
+            raise ModelError(
+                f"data.label_column: all training labels are {known[0]:g}, so there is nothing to learn. Name another "
+                "column, or use other rows."
+            )
         assert self._score is not None
         self._score.set_units(*self.take_from_data("label_scaling", known))
 
@@ -250,7 +255,7 @@ class TextClassifier(AdaptedModule):
         """
         outputs, index = self(batch), batch["index"].tolist()
         if not self.class_names:
-            return {"index": index, "prediction": [round(x, 6) for x in outputs.tolist()]}
+            return {"index": index, "prediction": [float(f"{x:.7g}") for x in outputs.tolist()]}
         probabilities = outputs.softmax(-1)
         probability, label = probabilities.max(-1)
         return {

@@ -269,9 +269,14 @@ def _closing_table(values: Mapping[str, float]) -> Table:
     headers = ("Result", "", *(["Gap"] if gaps else []))
     table = Table(*headers, show_edge=False, title="Run", title_justify="left")
     for key in sorted(shown, key=lambda key: key.startswith(COSTS)):
-        gap = [f"{gaps[key]:+.4f}"] if key in gaps else []
-        table.add_row(escape_controls(key), quantity_text(key, values[key]) or f"{values[key]:.4f}", *gap)
+        gap = [f"{'-' if gaps[key] < 0 else '+'}{_metric_text(abs(gaps[key]))}"] if key in gaps else []
+        table.add_row(escape_controls(key), quantity_text(key, values[key]) or _metric_text(values[key]), *gap)
     return table
+
+
+def _metric_text(value: float) -> str:
+    """Return a metric with four decimals, or with three significant digits if it is below 0.001."""
+    return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.3g}"
 
 
 def _projection_table(module: AdaptedModule) -> Table:

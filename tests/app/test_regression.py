@@ -104,6 +104,21 @@ def test_runs_from_before_the_key_resume_on_the_labels_as_they_are(
         assert torch.equal(tensor, text_cli.checkpoint(1)["state_dict"][name]), name
 
 
+def test_labels_that_are_all_equal_are_refused(
+    text_cli: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flats.csv").write_text("text,price\n" + "".join(f"w{i},700.0\n" for i in range(40)))
+    keys = [f"--data.path={tmp_path / 'flats.csv'}", "--data.task=null", "--data.label_column=price"]
+    refused(capsys, text_cli("fit", *keys), "data.label_column: all training labels are 700, so there is nothing to")
+
+
+def test_small_numbers_keep_their_digits(text_cli: CommandLine, fit: Callable[..., list[str]]) -> None:
+    keys = fit(mean=1.6e-4, unit=1e-5)
+    scores = predictions(text_cli, keys, 0)
+    assert len(set(scores)) > 10
+    assert 1e-4 < min(scores) < max(scores) < 2.5e-4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -127,6 +127,8 @@ def test_labels_in_files_are_parsed(
         ([1.0, 2.0], "all whole, read as a regression"),
         ([7 * i for i in range(40)], "40 different whole numbers in 40 rows are read as classes; for a regression"),
         ([0, 1, -1], "-1 is read as a class; data.skip_label: -1"),
+        ([f"name {i}" for i in range(40)], "40 different names in 40 rows are read as classes"),
+        ([f"${i % 8}" for i in range(40)], None),  # bands of prices
         ([i % 5 for i in range(40)], None),
     ],
 )
@@ -168,7 +170,18 @@ BAD: list[tuple[Any, Any, Given, tuple[str, ...]]] = [
     # other types
     ([[0, 1], [1]], LISTS, None, ("must hold numbers or names, and it holds", "lists of labels are not supported")),
     ([0.0, 1.0], DECIMAL, ("a", "b"), ("must hold whole numbers or names, and it holds",)),
-    (["a", "b"], TEXT, (), ("must hold numbers, and it holds",)),
+    (["0.5", "$7"], TEXT, (), ("must hold numbers, and it holds", "Row 1 holds '$7'. For a regression, write plain")),
+    # numbers as text, in more classes than a classification has
+    *(
+        ([form.format(i) for i in range(20)], TEXT, None, (f"holds numbers as text. Row 0 holds '{form.format(0)}'.",))
+        for form in ("${}", "1,{:03}.50", "{},5", "{} %", "-{}.5 km", "€ {}")
+    ),
+    (
+        [*(f"{i}.5" for i in range(19)), "on request"],
+        TEXT,
+        None,
+        ("holds numbers as text. Row 19 holds 'on request'.", "needs an empty cell and data.skip_bad_rows"),
+    ),
     (["a", "z"], TEXT, ("a", "b"), ("has z; the classes of this task are a, b",)),
 ]
 
