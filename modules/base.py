@@ -39,7 +39,6 @@ from modules.training.checks import DivergenceCheck, IdleAdapterCheck
 from modules.training.freezing import freeze
 from modules.training.frozen_digest import FrozenDigest
 from modules.training.gradient_averaging import GradientAveraging
-from modules.training.label_units import parameter_units
 from modules.training.optimization import (
     Groups,
     OptimizerSpec,
@@ -487,7 +486,6 @@ class AdaptedModule(GradientAveraging, CheckpointedModule):
             lr_ratio_b=self.lr_ratio_b,
             lr_ratio_head=self.lr_ratio_head,
             lr_ratio_role=self.lr_ratio_role,
-            units=parameter_units(self),
         )
         return groups if self.baseline is None else groups + self.baseline.groups(self.learning_rate, self.weight_decay)
 

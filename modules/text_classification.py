@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -38,10 +39,11 @@ from modules.metrics.classification import (
 from modules.metrics.text_metrics import build_metrics
 from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.training.freezing import inputs_to_float32
-from modules.training.label_units import LabelUnitsLinear, check_label_scaling
+from modules.training.label_units import FAR, LabelUnitsLinear, check_label_scaling
 from modules.training.optimization import Schedule
 
 UNSCALED = (0.0, 1.0)  # Mean and standard deviation of labels that are not scaled.
+_log = logging.getLogger(__name__)
 
 
 class TextClassifier(AdaptedModule):
@@ -52,7 +54,8 @@ class TextClassifier(AdaptedModule):
     output layer is kept only if its class names equal the data's class names, in order. Case does not matter.
 
     A regression trains as on standardized labels, and predicts in the units of the labels; see
-    `modules.training.label_units`. The loss is the mean squared error divided by the variance of the training labels.
+    `modules.training.label_units`. The loss is the mean squared error divided by the variance of the training labels,
+    or by their mean square if the output layer has no bias.
 
     Batches are `datamodules.contract.TextBatch`.
 
@@ -92,6 +95,7 @@ class TextClassifier(AdaptedModule):
         super().__init__(schedule=schedule, warmup_ratio=warmup_ratio, **kwargs)
         check_class_weights(class_weights)
         check_label_scaling(label_scaling)
+        self._has_scaling = label_scaling is not None
         self.class_weights = class_weights
         self.loss_weights: Tensor | None = None
         built = build_transformers_model(
@@ -183,9 +187,29 @@ class TextClassifier(AdaptedModule):
         assert self._score is not None
         self._score.set_units(*self.take_from_data("label_scaling", known))
 
+    def on_fit_start(self) -> None:
+        """Warn if the output layer of a regression starts far from the training labels."""
+        super().on_fit_start()
+        if self._score is None or not isinstance(self.data, HasLabelScaling) or self.data.label_scaling is None:
+            return
+        mean, deviation = self.data.label_scaling
+        if self._score.distance(mean, deviation) > FAR:
+            has_bias = self._score.bias is not None
+            bias = f"has the bias {float(self._score.bias):.4g}" if has_bias else "has no bias"
+            advice = (
+                "Use labels in the units of the loaded weights, or start a new run with model.label_scaling: null."
+                if has_bias
+                else "Subtract the mean from the column."
+            )
+            _log.warning(
+                f"data.label_column: the training labels have the mean {mean:.4g} and the standard deviation "
+                f"{deviation:.4g}, and the output layer {bias}. Such labels are hardly learned. {advice}"
+            )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the labels as they are if the checkpoint is from before the key `label_scaling`."""
-        if self._score is not None and "label_scaling" not in checkpoint["hyper_parameters"]:
+        """Keep the labels as they are if the checkpoint is from before the key `label_scaling`, and the key is null."""
+        is_older = "label_scaling" not in checkpoint["hyper_parameters"]
+        if self._score is not None and is_older and not self._has_scaling:
             self.hparams["label_scaling"] = list(UNSCALED)
             self._score.set_units(*UNSCALED)
         super().on_load_checkpoint(checkpoint)
@@ -222,16 +246,32 @@ class TextClassifier(AdaptedModule):
         """Return the cross-entropy of a batch, with class weights; in regression the squared error by the variance."""
         outputs, label = self(batch), batch["label"]
         if self._score is not None:
-            return F.mse_loss(outputs, label) / self._score.unit**2
+            return F.mse_loss(outputs / self._score.unit, label / self._score.unit)
         weights = None if self.loss_weights is None else self.loss_weights.to(outputs.device)
         return F.cross_entropy(outputs, label, weights)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Convert the output layer of a regression to standardized labels, before gradients are clipped."""
+        super().on_before_optimizer_step(optimizer)
+        if self._score is not None:
+            self._score.standardize()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimizer, then convert the output layer of a regression back to the units of the labels."""
+        try:
+            super().optimizer_step(*args, **kwargs)
+        finally:
+            if self._score is not None:
+                self._score.restore()
 
     def evaluate(self, stage: Stage, batch: TextBatch, dataloader_idx: int) -> None:
         """Update loss and metrics and, in a test, the confusion matrix."""
         outputs, label = self(batch), batch["label"]
-        loss = F.cross_entropy if self._score is None else F.mse_loss
-        unit = 1.0 if self._score is None else self._score.unit
-        self.update_loss(stage, loss(outputs, label, reduction="none") / unit**2)
+        if self._score is None:
+            losses = F.cross_entropy(outputs, label, reduction="none")
+        else:
+            losses = F.mse_loss(outputs / self._score.unit, label / self._score.unit, reduction="none")
+        self.update_loss(stage, losses)
         self.update_metrics(stage, outputs, label, set_number=dataloader_idx)
         if stage == "test" and self.class_names:
             self.confusion.update(outputs, label)
@@ -255,6 +295,7 @@ class TextClassifier(AdaptedModule):
         """
         outputs, index = self(batch), batch["index"].tolist()
         if not self.class_names:
+            # The labels may have any unit, so the digits of a float32 count instead of decimal places.
             return {"index": index, "prediction": [float(f"{x:.7g}") for x in outputs.tolist()]}
         probabilities = outputs.softmax(-1)
         probability, label = probabilities.max(-1)

@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.errors import ModelError
+
+FAR = 10.0  # Standard deviations between an output layer and the labels that an optimizer hardly covers.
 
 
 class LabelUnitsLinear(nn.Linear):
     """Linear layer with weights in the units of the labels, which trains like a layer on standardized labels.
 
     Let the labels y have the mean m and the standard deviation u. On the standardized labels (y − m) / u, the layer
-    would have the weight w / u and the bias (b − m) / u. `forward` multiplies the gradients of w and b by u. The
-    optimizer multiplies the learning rate of w and b by u and divides the weight decay by u, and the task divides the
-    loss by u². The steps of w / u and (b − m) / u are then the steps on standardized labels, for each optimizer whose
-    step of an element depends only on this element and its gradients, such as AdamW and SGD. Files contain plain
-    weights in the units of the labels.
+    would have the weight w / u and the bias (b − m) / u. The task divides the loss by u². The optimizer steps between
+    `standardize` and `restore`, so that every optimizer steps as on standardized labels. Some optimizers, such as
+    Adafactor, depend on the size of the weights. Files contain plain weights in the units of the labels.
 
     Predictions are float32 also under autocast, since bfloat16 would round 683 to 684.
 
@@ -32,7 +31,8 @@ class LabelUnitsLinear(nn.Linear):
 
     def __init__(self, d_in: int, *, bias: bool) -> None:
         super().__init__(d_in, 1, bias=bias)
-        self.unit = 1.0
+        self.mean, self.unit = 0.0, 1.0
+        self.is_standardized = False
         self.is_random = True  # False after weights are loaded or scaled.
         self.register_load_state_dict_post_hook(_mark_loaded)  # type: ignore[no-untyped-call]
 
@@ -45,27 +45,45 @@ class LabelUnitsLinear(nn.Linear):
             mean: Mean of the training labels.
             deviation: Standard deviation of the training labels, 0 or more. A unit of 0 is replaced by 1.
         """
+        self.mean = mean
         self.unit = (deviation if self.bias is not None else math.hypot(mean, deviation)) or 1.0
         if self.is_random:
-            with torch.no_grad():
-                self.weight.mul_(self.unit)
-                if self.bias is not None:
-                    self.bias.mul_(self.unit).add_(mean)
+            self._to_label_units()
             self.is_random = False
+
+    def distance(self, mean: float, deviation: float) -> float:
+        """Return the distance between the bias and the mean of the labels, in standard deviations of the labels."""
+        bias = 0.0 if self.bias is None else float(self.bias)
+        return abs(bias - mean) / (deviation or 1.0)
+
+    @torch.no_grad()
+    def standardize(self) -> None:
+        """Convert the weights and their gradients to the ones on standardized labels, for a step of the optimizer."""
+        if self.bias is not None:
+            self.bias.sub_(self.mean)
+        for parameter in self.parameters():
+            parameter.div_(self.unit)
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.unit)
+        self.is_standardized = True
+
+    def restore(self) -> None:
+        """Convert the weights back to the units of the labels, if they are standardized."""
+        if self.is_standardized:
+            self._to_label_units()
+            self.is_standardized = False
+
+    @torch.no_grad()
+    def _to_label_units(self) -> None:
+        for parameter in self.parameters():
+            parameter.mul_(self.unit)
+        if self.bias is not None:
+            self.bias.add_(self.mean)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return predictions (batch, 1) float32 for hidden states (batch, d_in)."""
-        weight = self.weight.detach() + self.unit * (self.weight - self.weight.detach())
-        bias = None if self.bias is None else self.bias.detach() + self.unit * (self.bias - self.bias.detach())
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(weight.dtype), weight, bias)
-
-
-def parameter_units(module: nn.Module) -> dict[str, float]:
-    """Return the units of a model's parameters by name, without units of 1."""
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LabelUnitsLinear)]
-    units = {f"{name}.{key}": layer.unit for name, layer in layers for key, _ in layer.named_parameters()}
-    return {name: unit for name, unit in units.items() if unit != 1}
+            return super().forward(x.to(self.weight.dtype))
 
 
 def check_label_scaling(scaling: Sequence[float] | None) -> None:

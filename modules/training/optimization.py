@@ -151,9 +151,8 @@ def parameter_groups(
     lr_ratio_b: float,
     lr_ratio_head: float,
     lr_ratio_role: Mapping[str, float] | None = None,
-    units: Mapping[str, float] | None = None,
 ) -> Groups:
-    """Return parameter groups named A, B, head, output and backbone, each split by weight decay.
+    """Return parameter groups named A, B, head and backbone, each split by weight decay.
 
     The trained parameters follow from the configuration, not from `requires_grad` flags. A role with a ratio has
     separate groups, such as `B/value`.
@@ -168,20 +167,15 @@ def parameter_groups(
         lr_ratio_b: Learning rate of B divided by the base learning rate.
         lr_ratio_head: Learning rate of the head divided by the base learning rate.
         lr_ratio_role: Additional ratio of both factors by role.
-        units: Units of the head's parameters by name; see `modules.training.label_units`. A unit multiplies the
-            learning rate of the group `output`, and divides its weight decay. Parameters without a unit are in `head`.
 
     Returns:
         Groups with `name`, `params`, `lr`, `initial_lr` and `weight_decay`; no group is empty.
     """
-    units = units or {}
-    unit = next(iter(units.values()), 1.0)  # A model has one output layer.
-    ratios = {"A": 1.0, "B": lr_ratio_b, "head": lr_ratio_head, "output": lr_ratio_head * unit, "backbone": 1.0}
+    ratios = {"A": 1.0, "B": lr_ratio_b, "head": lr_ratio_head, "backbone": 1.0}
     by_role = lr_ratio_role or {}
     ratios |= {f"{factor}/{role}": ratios[factor] * ratio for role, ratio in by_role.items() for factor in "AB"}
     parts: dict[str, dict[str, nn.Parameter]] = {name: {} for name in ratios}
-    for name, parameter in head.items():
-        parts["output" if name in units else "head"][name] = parameter
+    parts["head"].update(head)
     if tuning == "full":
         heads = {id(parameter) for parameter in head.values()}
         parts["backbone"].update((n, p) for n, p in backbone.named_parameters() if id(p) not in heads)
@@ -195,8 +189,7 @@ def parameter_groups(
         lr = learning_rate * ratios[part]
         matrices = [p for name, p in parameters.items() if p.ndim > 1 and name not in undecayed]
         others = [p for name, p in parameters.items() if p.ndim <= 1 or name in undecayed]
-        decay_of_matrices = weight_decay / unit if part == "output" else weight_decay
-        for name, params, decay in ((part, matrices, decay_of_matrices), (f"{part}/no_decay", others, 0.0)):
+        for name, params, decay in ((part, matrices, weight_decay), (f"{part}/no_decay", others, 0.0)):
             if params:
                 groups.append({"name": name, "params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay})
     return groups

@@ -42,23 +42,33 @@ def fit(text_cli: CommandLine, tmp_path: Path) -> Callable[..., list[str]]:
 
 def predictions(cli: CommandLine, keys: list[str], version: int) -> np.ndarray[Any, Any]:
     path = Path(keys[0].partition("=")[2]) / "validation.csv"
-    assert cli("predict", *keys, f"--data.predict_path={path}", f"--ckpt_path={cli.run(version)}") == 0
+    last = cli.run(version) / "checkpoints" / "last.ckpt"  # rounding may change which checkpoint is the best
+    assert cli("predict", *keys, f"--data.predict_path={path}", f"--ckpt_path={last}") == 0
     with (cli.run(version) / "predictions.csv").open() as file:
         return np.array([float(row["prediction"]) for row in csv.DictReader(file)])
 
 
+@pytest.mark.parametrize(("optimizer", "mean", "unit"), [("AdamW", MEAN, UNIT), ("Adafactor", 2e-7, 1e-7)])
 def test_a_fit_does_not_depend_on_the_unit_of_the_labels(
-    text_cli: CommandLine, fit: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+    text_cli: CommandLine,
+    fit: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    optimizer: str,
+    mean: float,
+    unit: float,
 ) -> None:
     options = ["--model.tuning=full", "--model.learning_rate=0.003", "--trainer.max_epochs=12"]
-    options += ["--trainer.gradient_clip_val=0.5"]
-    keys = [fit(*options), fit(*options, mean=MEAN, unit=UNIT)]
-    assert "labels: numbers, read as a regression; mean 743.2, standard deviation 120.5" in capsys.readouterr().err
+    options += ["--trainer.gradient_clip_val=0.5", f"--model.optimizer.class_path=torch.optim.{optimizer}"]
+    if optimizer == "Adafactor":
+        options += ["--model.learning_rate=0.2"]
+    keys = [fit(*options), fit(*options, mean=mean, unit=unit)]
+    line = f"labels: numbers, read as a regression; mean {mean + unit / 4:.4g}, standard deviation {unit / 2:.4g}"
+    assert line in capsys.readouterr().err
     natural, scaled = (predictions(text_cli, k, version) for version, k in enumerate(keys))
     assert natural.std() > 0.3
-    assert scaled == pytest.approx(MEAN + UNIT * natural, abs=0.01 * UNIT)
+    assert scaled == pytest.approx(mean + unit * natural, abs=0.01 * unit)
     first, second = text_cli.metrics(0), text_cli.metrics(1)
-    assert second["val/mae"] == pytest.approx(UNIT * first["val/mae"], rel=1e-2)
+    assert second["val/mae"] == pytest.approx(unit * first["val/mae"], rel=1e-2)
     for name in ("val/loss", "val/pearson", "train/loss"):
         assert second[name] == pytest.approx(first[name], rel=1e-2)
     assert first["val/pearson"] > 0.9
@@ -90,6 +100,25 @@ def test_resume_start_and_export_keep_the_units(
     assert scores.numpy() == pytest.approx(expected, rel=1e-4)
 
 
+def test_weights_far_from_the_labels_are_a_warning(
+    text_cli: CommandLine, fit: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit("--trainer.max_epochs=1", mean=MEAN, unit=UNIT)
+    assert "hardly learned" not in capsys.readouterr().err
+    fit("--trainer.max_epochs=1", f"--model.adapter_path={text_cli.run(0) / 'adapter'}", mean=5, unit=0.1)
+    warning = capsys.readouterr().err
+    assert "have the mean 5.025 and the standard deviation 0.05, and the output layer has the bias 742" in warning
+    assert "Use labels in the units of the loaded weights" in warning
+
+
+def test_an_output_layer_without_bias_needs_labels_near_zero(
+    llama_path: Path, text_cli: CommandLine, fit: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mean in (MEAN, 2000.0):
+        fit("--trainer.max_epochs=1", f"--model.backbone={llama_path}", mean=mean, unit=UNIT if mean == MEAN else 10)
+        assert ("has no bias. Such labels are hardly learned" in capsys.readouterr().err) is (mean == 2000)
+
+
 def test_runs_from_before_the_key_resume_on_the_labels_as_they_are(
     text_cli: CommandLine, fit: Callable[..., list[str]]
 ) -> None:
@@ -99,9 +128,14 @@ def test_runs_from_before_the_key_resume_on_the_labels_as_they_are(
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["hyper_parameters"]["label_scaling"]
     torch.save(checkpoint, path)
+    copy = path.read_bytes()
     assert text_cli("fit", *keys, "--trainer.max_epochs=6", f"--ckpt_path={path}") == 0
     for name, tensor in text_cli.checkpoint(0)["state_dict"].items():
         assert torch.equal(tensor, text_cli.checkpoint(1)["state_dict"][name]), name
+    path.write_bytes(copy)
+    options = ["--trainer.max_epochs=6", f"--ckpt_path={path}", "--model.label_scaling=[0.5, 2]"]
+    assert text_cli("fit", *keys, *options) == 0
+    assert text_cli.checkpoint(1)["hyper_parameters"]["label_scaling"] == [0.5, 2.0]
 
 
 def test_labels_that_are_all_equal_are_refused(
