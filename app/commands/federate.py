@@ -202,7 +202,7 @@ def _run_arm(arm: Arm, plan: Plan, config: Namespace, output: Path, connect: Con
     clients: list[Client] = []
     steps = plan.local_steps
     if connect is not None and arm != "centralised":
-        learner.validate()  # Sets the shapes of the heads from the data.
+        learner.configure_labels()
         train = connect(arm, learner.module)
     else:
         clients = make_clients(plan, learner)
@@ -236,7 +236,7 @@ def make_clients(plan: Plan, learner: Learner) -> list[Client]:
         learner.read_training_rows(learner.data)
         parts = plan.split(learner.data.training_size, learner.data.training_labels, learner.seed)
         return [Client(number, learner.data, rows) for number, rows in enumerate(parts)]
-    learner.validate()  # Sets the classes from the recipe's data, for all clients.
+    learner.configure_labels()  # From the recipe's data, for all clients.
     clients = []
     for number, folder in enumerate(plan.folders):
         data = learner.load_data(folder)

@@ -33,7 +33,7 @@ from modules.base import AdaptedModule
 
 POLL_SECONDS = 1.0  # seconds between two counts of the connected clients
 # Keys of the model that the server's data decides. The clients take these values from the server.
-DATA_DEPENDENT_KEYS = ("class_names", "metrics")
+DATA_DEPENDENT_KEYS = ("class_names", "metrics", "label_scaling")
 _log = logging.getLogger(__name__)
 
 

@@ -139,6 +139,15 @@ class Learner:
         data.caches_validation = True
         return data
 
+    def configure_labels(self) -> None:
+        """Set classes and metrics of the model from the recipe's data.
+
+        In a regression, the training rows also set the scaling of the labels, which is the same for all clients.
+        """
+        self.validate()
+        if self.module.class_names == [] and self.module.hparams["label_scaling"] is None:
+            self.read_training_rows(self.data)
+
     def read_training_rows(self, data: ResumableDataModule) -> None:
         """Read the training rows of a data module, and set its `training_size` and `training_labels`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,26 @@ def test_clients_have_their_own_data(cli: CommandLine, tmp_path: Path) -> None:
     serve(cli, tmp_path / "flower", LocalGrid(*({"partition-id": i, "data": path} for i, path in enumerate(folders))))
     files = [(tmp_path / name / "rolora" / ROUND).read_bytes() for name in ("here", "flower")]
     assert files[0] == files[1]
+
+
+def test_clients_of_a_regression_share_the_units_of_the_servers_labels(text_cli: CommandLine, tmp_path: Path) -> None:
+    folders = []
+    for name, mean in {"data": 683, "ada": 500, "bob": 900}.items():
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        for split in ("train", "validation"):
+            rows = "".join(f"w{i} good,{mean + 241 * (i % 2) + 0.5}\n" for i in range(20))
+            (folders[-1] / f"{split}.csv").write_text(f"text,score\n{rows}")
+    words = ["--data.task=null", "--data.text_columns=[text]", "--data.label_column=score"]
+    cli = CommandLine(tmp_path, folders[0], "text", Path(text_cli.backbone[1]))
+    cli.backbone += words
+    clients = [str(folder) for folder in folders[1:]]
+    assert federate(cli, tmp_path / "here", "--clients", *clients, *SIZES[2:]) == 0
+    serve(cli, tmp_path / "flower", LocalGrid(*({"partition-id": i, "data": path} for i, path in enumerate(clients))))
+    files = [(tmp_path / name / "rolora" / ROUND).read_bytes() for name in ("here", "flower")]
+    assert files[0] == files[1]
+    rows = json.loads((tmp_path / "flower/arms.json").read_text())
+    assert all(row["val/loss"] < 3 for row in rows)
 
 
 def test_a_node_without_known_rows_is_refused(cli: CommandLine, tmp_path: Path) -> None:
