@@ -50,7 +50,8 @@ class RowLinear(nn.Module):
         weight = weight.index_select(0, index)  # (batch, d_out, d_in)
         tokens = x.to(weight.dtype).reshape(len(index), -1, weight.shape[2])
         biases = None if bias is None else bias.index_select(0, index).unsqueeze(1)
-        out = tokens @ weight.mT if biases is None else torch.baddbmm(biases, tokens, weight.mT)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a score of 683 to 684
+            out = tokens @ weight.mT if biases is None else torch.baddbmm(biases, tokens, weight.mT)
         return out.view(*x.shape[:-1], weight.shape[1])
 
 

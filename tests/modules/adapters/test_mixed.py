@@ -183,3 +183,10 @@ def test_a_head_inside_the_model_is_replaced_and_restored() -> None:
         actual = backbone.run()
     torch.testing.assert_close(actual, torch.einsum("bd,bcd->bc", pooled, weights.weight) + weights.bias)
     assert model.get_submodule("head") is head
+
+
+def test_heads_are_not_rounded_under_autocast() -> None:
+    bias = torch.tensor([[683.4], [12.3]])
+    rows = RowLinear(RowWeights(torch.zeros(2, 1, D_IN), bias, torch.tensor([0, 1])))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rows(torch.zeros(2, D_IN, dtype=torch.bfloat16)), bias)
