@@ -39,7 +39,7 @@ from modules.metrics.classification import (
 from modules.metrics.text_metrics import build_metrics
 from modules.scaling.frozen_prefix import FrozenPrefix, backbone_inputs, transformers_prefix
 from modules.training.freezing import inputs_to_float32
-from modules.training.label_units import FAR, LabelUnitsLinear, check_label_scaling
+from modules.training.label_units import LabelUnitsLinear, check_label_scaling
 from modules.training.optimization import Schedule
 
 UNSCALED = (0.0, 1.0)  # Mean and standard deviation of labels that are not scaled.
@@ -192,19 +192,8 @@ class TextClassifier(AdaptedModule):
         super().on_fit_start()
         if self._score is None or not isinstance(self.data, HasLabelScaling) or self.data.label_scaling is None:
             return
-        mean, deviation = self.data.label_scaling
-        if self._score.distance(mean, deviation) > FAR:
-            has_bias = self._score.bias is not None
-            bias = f"has the bias {float(self._score.bias):.4g}" if has_bias else "has no bias"
-            advice = (
-                "Use labels in the units of the loaded weights, or start a new run with model.label_scaling: null."
-                if has_bias
-                else "Subtract the mean from the column."
-            )
-            _log.warning(
-                f"data.label_column: the training labels have the mean {mean:.4g} and the standard deviation "
-                f"{deviation:.4g}, and the output layer {bias}. Such labels are hardly learned. {advice}"
-            )
+        if (warning := self._score.warning(*self.data.label_scaling)) is not None:
+            _log.warning(warning)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the labels as they are if the checkpoint is from before the key `label_scaling`, and the key is null."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,16 +28,26 @@ class RowWeights(NamedTuple):
     adapter_index: Tensor
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its weight also under autocast: bfloat16 would round 683 to 684."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x·Wᵀ + b, (..., d_out), for inputs (..., d_in)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class RowLinear(nn.Module):
     """A linear layer in which each row of the batch has its own weight.
 
     Args:
         weights: Weights of the adapters, and the adapter of each row.
+        autocasts: If false, autocast does not change the dtype, as in `Float32Linear`.
     """
 
-    def __init__(self, weights: RowWeights) -> None:
+    def __init__(self, weights: RowWeights, *, autocasts: bool = True) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights, self.autocasts = weights, autocasts
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x·Wᵢᵀ + bᵢ for row i, (..., d_out), in the dtype of the weights.
@@ -50,7 +60,7 @@ class RowLinear(nn.Module):
         weight = weight.index_select(0, index)  # (batch, d_out, d_in)
         tokens = x.to(weight.dtype).reshape(len(index), -1, weight.shape[2])
         biases = None if bias is None else bias.index_select(0, index).unsqueeze(1)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a score of 683 to 684
+        with nullcontext() if self.autocasts else torch.autocast(x.device.type, enabled=False):
             out = tokens @ weight.mT if biases is None else torch.baddbmm(biases, tokens, weight.mT)
         return out.view(*x.shape[:-1], weight.shape[1])
 
@@ -93,7 +103,7 @@ def mixed_batch(
             bts = [(bt if ratio == 1 else ratio * bt).to(layer.frozen.dtype) for ratio, bt in parts]
             layer.mixed = MixedFactors(bts, index)
         for name, weights in (heads or {}).items():
-            task.set_submodule(name, RowLinear(weights))
+            task.set_submodule(name, RowLinear(weights, autocasts=not isinstance(replaced[name], Float32Linear)))
         yield
     finally:
         for layer in layers.values():

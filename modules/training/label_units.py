@@ -7,22 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from datamodules.errors import ModelError
+from modules.adapters.mixed import Float32Linear
 
-FAR = 10.0  # Standard deviations between an output layer and the labels that an optimizer hardly covers.
+FAR = 10.0  # An optimizer hardly moves a bias by more standard deviations of the labels than this.
 
 
-class LabelUnitsLinear(nn.Linear):
+class LabelUnitsLinear(Float32Linear):
     """Linear layer with weights in the units of the labels, which trains like a layer on standardized labels.
 
     Let the labels y have the mean m and the standard deviation u. On the standardized labels (y − m) / u, the layer
     would have the weight w / u and the bias (b − m) / u. The task divides the loss by u². The optimizer steps between
     `standardize` and `restore`, so that every optimizer steps as on standardized labels. Some optimizers, such as
     Adafactor, depend on the size of the weights. Files contain plain weights in the units of the labels.
-
-    Predictions are float32 also under autocast, since bfloat16 would round 683 to 684.
 
     Args:
         d_in: Size of the inputs.
@@ -51,14 +49,22 @@ class LabelUnitsLinear(nn.Linear):
             self._to_label_units()
             self.is_random = False
 
-    def distance(self, mean: float, deviation: float) -> float:
-        """Return the distance between the bias and the mean of the labels, in standard deviations of the labels."""
-        bias = 0.0 if self.bias is None else float(self.bias)
-        return abs(bias - mean) / (deviation or 1.0)
+    def warning(self, mean: float, deviation: float) -> str | None:
+        """Return a warning if the bias is far from the mean of the training labels; None otherwise."""
+        bias = None if self.bias is None else float(self.bias)
+        if abs((bias or 0.0) - mean) <= FAR * deviation:
+            return None
+        layer = "no bias" if bias is None else f"the bias {bias:.4g}"
+        advice = "Use labels in the units of the loaded weights, or start a new run with model.label_scaling: null."
+        return (
+            f"data.label_column: the training labels have the mean {mean:.4g} and the standard deviation "
+            f"{deviation:.4g}, and the output layer has {layer}. Such labels are hardly learned. "
+            + ("Subtract the mean from the column." if bias is None else advice)
+        )
 
     @torch.no_grad()
     def standardize(self) -> None:
-        """Convert the weights and their gradients to the ones on standardized labels, for a step of the optimizer."""
+        """Convert weights and gradients to standardized labels, for a step of the optimizer."""
         if self.bias is not None:
             self.bias.sub_(self.mean)
         for parameter in self.parameters():
@@ -79,11 +85,6 @@ class LabelUnitsLinear(nn.Linear):
             parameter.mul_(self.unit)
         if self.bias is not None:
             self.bias.add_(self.mean)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return predictions (batch, 1) float32 for hidden states (batch, d_in)."""
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
 
 
 def check_label_scaling(scaling: Sequence[float] | None) -> None:
