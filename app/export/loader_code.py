@@ -68,7 +68,7 @@ def _text_code(module: AdaptedModule, generation: Mapping[str, Any] | None = Non
     """
     generate = f"tokens = {_call('model.generate', _Expression('**inputs'), **(generation or {}))}"
     if module.class_names is not None:
-        answer = ["print(float(logits[0]))  # in the units of the labels"]
+        answer = ['print(f"{logits[0]:.5g}")  # in the units of the labels']
         if module.class_names:
             answer = [
                 "probabilities = logits.softmax(-1)",

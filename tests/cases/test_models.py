@@ -489,7 +489,7 @@ def prediction_line(module: Any) -> str | None:
     if module.class_names is not None:
         outputs = module(tokenizer(text, return_tensors="pt"))[0]
         if not module.class_names:
-            return f"{outputs:.3f}"
+            return f"{outputs:.5g}"
         probability, label = outputs.softmax(-1).max(-1)
         return f"{module.class_names[label]} {probability:.3f}"
     if isinstance(module, Summarizer):
