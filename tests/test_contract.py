@@ -15,6 +15,7 @@ from datamodules.contract import (
     HasFrozenPrefix,
     HasKind,
     HasKinds,
+    HasLabelScaling,
     HasMetrics,
     HasPacking,
     HasPredictionFiles,
@@ -41,7 +42,11 @@ from modules.text_classification import TextClassifier
 from tests.conftest import ROOT
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
-OF_DATA = (HasClasses, HasDomains, HasMetrics, HasPacking, HasPredictionFiles, HasPrompts, HasSets, HasTestSplit)
+OF_DATA = (
+    *(HasClasses, HasDomains, HasLabelScaling, HasMetrics, HasPacking, HasPredictionFiles, HasPrompts, HasSets),
+    HasTestSplit,
+)
+OF_TEXTS = {HasClasses, HasLabelScaling, HasMetrics, HasSets, HasPredictionFiles, HasTestSplit}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ OF_DATA = (HasClasses, HasDomains, HasMetrics, HasPacking, HasPredictionFiles, H
     [
         (ImageClassificationData, {}, {HasClasses, HasTestSplit}),
         (DomainData, {"environment": "a"}, {HasClasses, HasDomains, HasTestSplit}),
-        (TextClassificationData, {"task": "mnli"}, {HasClasses, HasMetrics, HasSets, HasPredictionFiles, HasTestSplit}),
+        (TextClassificationData, {"task": "mnli"}, OF_TEXTS),
         (SummarizationData, {}, {HasSets, HasPredictionFiles, HasTestSplit}),
         (LanguageModelingData, {}, {HasSets, HasPacking, HasPrompts, HasPredictionFiles, HasTestSplit}),
         (MultipleChoiceData, {}, {HasSets, HasPredictionFiles, HasTestSplit}),

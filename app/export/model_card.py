@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from app.console import quantity_text
 from app.export.loader_code import LOCAL, is_timm, short_name
 from app.run.checkpoint_io import read_checkpoint, run_of_checkpoint, saved_configuration
 from app.run.evaluations import Evaluation, evaluations_of_checkpoint, metrics_of_split, read_metrics
@@ -79,12 +80,12 @@ def write_card(
         "## Load it",
         _block("python" if load.startswith("import ") else "bash", load),
         "## Metrics",
-        _table(("Metric", "Value"), metrics)
+        _table(("Metric", "Value"), _readable(metrics))
         if metrics
         else "The run has no evaluation of this checkpoint with the data settings of the training.",
         *([f"Limits of the evaluated rows: {', '.join(map(_quoted, limits))}."] if limits and metrics else []),
         "## Training",
-        _table(("Figure", "Value"), costs) if (costs := _read_costs(run)) else "The run recorded no costs.",
+        _table(("Figure", "Value"), _readable(costs)) if (costs := _read_costs(run)) else "The run recorded no costs.",
         "## Configuration",
         _block("yaml", yaml.safe_dump(_plain(dict(saved)), sort_keys=False)),
         "## Versions",
@@ -269,6 +270,11 @@ def _quoted(value: Any) -> str:
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
     return "\n".join([*lines, *(f"| {_name(key)} | {_quoted(value)} |" for key, value in rows.items())])
+
+
+def _readable(figures: Mapping[str, float]) -> dict[str, str]:
+    """Return figures with units, separators of thousands and six significant digits."""
+    return {key: quantity_text(key, value) or f"{value:.6g}" for key, value in figures.items()}
 
 
 def _name(key: str) -> str:

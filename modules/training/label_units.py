@@ -51,7 +51,7 @@ class LabelUnitsLinear(Float32Linear):
 
     def warning(self, mean: float, deviation: float) -> str | None:
         """Return a warning if the bias is far from the mean of the training labels; None otherwise."""
-        bias = None if self.bias is None else float(self.bias)
+        bias = None if self.bias is None else float(self.bias.detach())
         if abs((bias or 0.0) - mean) <= FAR * deviation:
             return None
         layer = "no bias" if bias is None else f"the bias {bias:.4g}"
