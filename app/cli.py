@@ -435,8 +435,12 @@ class AsymmetryCLI(HookedCLI):
 
     def _parse(self, words: list[str], **keys: Any) -> Namespace:
         """Parse words. Convert an unexpected exception to UsageError too, since a value caused the exception."""
+        command, *others = words or [""]
         try:
-            return self.parser.parse_args(words, **keys)
+            if command not in self.subcommands():
+                return self.parser.parse_args(words, **keys)
+            # The parser of all commands would complete and validate each value twice.
+            return Namespace(subcommand=command, **{command: self.command_parser.parse_args(others, **keys)})
         except Exception as error:
             cause = bad_input(error)
             if cause is not None and not isinstance(cause, ArgumentError):
