@@ -40,7 +40,8 @@ from app.callbacks import AdapterCheckpoint
 from app.cli import main as run_command
 from app.run.checkpoint_io import read_checkpoint
 from tests.backbones import save_backbone
-from tests.conftest import ROOT, write_parquet, write_sentences
+from tests.conftest import ROOT
+from tests.support.small_data import write_parquet, write_sentences
 
 EPOCHS, STEPS_AN_EPOCH = 4, 8
 LOSSES = "losses.txt"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from app.run.evaluations import read_evaluations
 from tests.app.conftest import CommandLine
-from tests.conftest import CLASSES, colour_image
+from tests.support.small_data import CLASSES, colour_image
 
 SIZES = {"plain": 60, "dark": 21, "all blue": 12}
 

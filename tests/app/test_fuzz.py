@@ -32,7 +32,7 @@ import yaml
 
 from app.config.constructors import constructor_parameters
 from tests.app.conftest import CommandLine
-from tests.conftest import CLASSES, png
+from tests.support.small_data import CLASSES, png
 
 ODD = [
     *(None, True, False, 0, 1, -1, 2, 0.5, -0.5, 1e-30, float("nan"), float("inf"), 10**30, -(2**63)),

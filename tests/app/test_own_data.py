@@ -13,8 +13,8 @@ from PIL import Image
 
 from app.cli import main
 from app.console import escape_controls
-from tests.conftest import CLASSES, colour_image, png
 from tests.support.refusals import refused
+from tests.support.small_data import CLASSES, colour_image, png
 
 Fit = Callable[..., Path]
 TINY_VIT = (

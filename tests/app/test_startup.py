@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.app.conftest import CommandLine
-from tests.conftest import CLASSES, ROOT, colour_image, png
+from tests.conftest import ROOT
+from tests.support.small_data import CLASSES, colour_image, png
 
 # a fit needs these modules only to test, to score summaries or to compare with other programs
 LATE = {"matplotlib", "nltk", "peft", "rouge_score", "sklearn"}

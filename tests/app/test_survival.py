@@ -43,9 +43,10 @@ from datamodules.errors import CheckpointError
 from tests.app.processes import DDP, run_on_two
 from tests.app.run.test_failures import raise_in
 from tests.app.test_resume import STEPS_AN_EPOCH, assert_same_end
-from tests.conftest import ROOT, png
+from tests.conftest import ROOT
 from tests.support.disks import no_file_larger_than
 from tests.support.refusals import refused
+from tests.support.small_data import png
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine

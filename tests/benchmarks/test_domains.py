@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import domains
 from datamodules.sources.images import open_split
-from tests.conftest import CLASSES, write_parquet
+from tests.support.small_data import CLASSES, write_parquet
 
 
 @pytest.fixture(scope="module")

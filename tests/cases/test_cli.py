@@ -31,8 +31,8 @@ from app.console import console_logging, traceback_hook
 from datamodules.atomic import WriteError
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import Malicious, refused
-from tests.conftest import CLASSES as COLOURS
-from tests.conftest import colour_image, png
+from tests.support.small_data import CLASSES as COLOURS
+from tests.support.small_data import colour_image, png
 
 Capture = pytest.CaptureFixture[str]
 

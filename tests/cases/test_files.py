@@ -18,8 +18,9 @@ import torch
 from datamodules.loading.cache_files import is_intact
 from tests.app.test_bad_input import refused
 from tests.app.test_cache_prefix import CACHED, OPTIONS
-from tests.conftest import ROOT, png
+from tests.conftest import ROOT
 from tests.support.disks import no_room_for
+from tests.support.small_data import png
 
 if TYPE_CHECKING:
     from tests.app.conftest import CommandLine

@@ -72,10 +72,10 @@ from tests.app.processes import run_on_two
 from tests.app.test_distributed import assert_same_weights
 from tests.backbones import save_backbone, save_classifier
 from tests.causal_backbones import CHAT, byte_tokenizer, save_decoder
-from tests.conftest import write_parquet
 from tests.support.adapters import randomize
 from tests.support.gguf_files import write_gguf
 from tests.support.rows import write_rows
+from tests.support.small_data import write_parquet
 from tests.support.tasks import encode, summary_batch
 from tests.support.trainers import quiet_trainer, ready_loader
 

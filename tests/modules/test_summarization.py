@@ -22,10 +22,10 @@ from modules.adapters import AdapterConfig, adapter_state
 from modules.generation.beam_search import Generation
 from modules.summarization import Summarizer
 from tests.backbones import CONFIGS, POSITIONS, VOCABULARY, save_backbone, word_tokenizer
-from tests.conftest import sentences
 from tests.support.adapters import changed, copied, randomize
 from tests.support.refusals import refused, refuses
 from tests.support.rows import edit_json
+from tests.support.small_data import sentences
 from tests.support.tasks import (
     SOURCES,
     TARGETS,

@@ -10,7 +10,7 @@ import torch
 
 from datamodules.base import ResumableDataModule
 from tests.app.conftest import CommandLine
-from tests.conftest import write_parquet
+from tests.support.small_data import write_parquet
 
 
 def gaps(cli: CommandLine, version: int = 0) -> dict[str, float]:

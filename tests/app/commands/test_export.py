@@ -16,8 +16,9 @@ from modules.base import AdaptedModule
 from tests.app.conftest import CommandLine
 from tests.app.test_bad_input import refused
 from tests.backbones import save_backbone
-from tests.conftest import ROOT, write_sentences
+from tests.conftest import ROOT
 from tests.support.disks import no_file_larger_than
+from tests.support.small_data import write_sentences
 
 SHORT = (
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"),

@@ -22,7 +22,7 @@ from modules.base import AdaptedModule
 from modules.image_classification import ImageClassifier
 from tests.app.commands.test_export import SHORT, assert_only, run_export
 from tests.app.conftest import CommandLine
-from tests.conftest import CLASSES
+from tests.support.small_data import CLASSES
 
 TEXTS = ["w1 good film w2 w3", "the film was bad ."]
 

@@ -27,8 +27,9 @@ from app.federated.training import Client, ClientResult, Job, Learner
 from app.run.run_directory import locked
 from datamodules.errors import CheckpointError, ModelError
 from tests.app.conftest import CommandLine
-from tests.conftest import ROOT, write_parquet
+from tests.conftest import ROOT
 from tests.support.refusals import refused, refuses
+from tests.support.small_data import write_parquet
 
 SHORT = ("--clients", "3", "--rounds", "2", "--local_steps", "2")
 # Without momentum, dropout and schedule, a step depends on the model and the batch alone.

@@ -14,7 +14,8 @@ from app.cli import FIT_KEYS
 from app.federated.server import ROUND
 from tests.app.conftest import CommandLine
 from tests.app.federated.test_federate import federate
-from tests.conftest import ROOT, write_parquet
+from tests.conftest import ROOT
+from tests.support.small_data import write_parquet
 
 flwr = pytest.importorskip("flwr", reason="The extra `federated` is not installed.")
 
