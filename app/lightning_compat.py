@@ -17,6 +17,8 @@ from lightning.pytorch.cli import LightningCLI, _InstantiatorFn
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.optim.swa_utils import AveragedModel
 
+from app.config.yaml_files import LOADER
+
 VERDICTS = "import_path_verdicts"
 
 
@@ -38,7 +40,7 @@ class HookedCLI(LightningCLI):
         """Keep the configuration as plain values, for hyper-parameters. Unlike Lightning, do not validate it again."""
         if not hasattr(self, "config_dump"):
             text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
-            self.config_dump = yaml.safe_load(text)[self.subcommand]
+            self.config_dump = yaml.load(text, LOADER)[self.subcommand]
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's values override the options."""

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 import torch
-from jsonargparse import _signatures
 
 from tests.backbones import save_backbone
 from tests.causal_backbones import save_decoder
 from tests.conftest import ROOT
+from tests.support import library_caches
 from tests.support.small_data import write_instructions, write_pairs, write_parquet, write_questions, write_sentences
 
 datasets.disable_progress_bars()
 # The first backward pass decides whether autograd starts threads.
 # With threads, no test could fork a process that trains.
 torch.ones(1, requires_grad=True).sum().backward()
-
-
-_inspect = _signatures.get_signature_parameters
-_inspected: dict[Any, list[Any]] = {}
-
-
-def _inspect_once(kind: Any, method: Any = None, **keys: Any) -> list[Any]:
-    """Return the parameters of a class. jsonargparse would parse the source of `Trainer` again in each command."""
-    if (kind, method) not in _inspected:
-        _inspected[kind, method] = _inspect(kind, method, **keys)
-    return [copy.copy(parameter) for parameter in _inspected[kind, method]]
-
-
-_signatures.get_signature_parameters = _inspect_once
+library_caches.install()
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,8 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the configuration of a new run."""
         path = Path(trainer.default_root_dir) / FILE
-        if stage == "fit" and not path.exists():
+        self.is_new = stage == "fit" and not path.exists()
+        if self.is_new:
             _write(path, self._content())
 
     @rank_zero_only
@@ -35,6 +36,8 @@ class SaveRunConfig(SaveConfigCallback):
         if self.config["find_lr"]:  # The search has ended.
             self.config["find_lr"] = False
             self.config["model.init_args.learning_rate"] = float(pl_module.learning_rate)  # type: ignore[arg-type]
+        elif self.is_new:
+            return
         if trainer.fast_dev_run or not path.exists() or path.read_bytes() == self._content():  # type: ignore[attr-defined]
             return
         date = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%dT%H%M%S")

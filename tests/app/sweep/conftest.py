@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from app.cli import main
+from app.reports.report import Report
 from app.sweep import check, run, trial
 
 FAKE = Path(__file__).with_name("fake_fit.py")
@@ -75,8 +76,9 @@ class SweepCommand:
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepCommand:
-    """Return a sweep that runs `fake_fit` in its trials and skips the check of configurations."""
+    """Return a sweep that runs `fake_fit` in its trials, skips the check of configurations, and draws nothing."""
     monkeypatch.setattr(check, "check_plan", lambda *_: None)
+    monkeypatch.setattr(Report, "add_figure", lambda *_: None)  # test_report.py tests the figures
     monkeypatch.setattr(trial, "MAIN", FAKE)
     monkeypatch.setattr(run, "POLL", 0.02)
     monkeypatch.setattr(run, "LOOK", 0.1)
