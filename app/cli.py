@@ -440,7 +440,8 @@ class AsymmetryCLI(HookedCLI):
             if command not in self.subcommands():
                 return self.parser.parse_args(words, **keys)
             # The parser of all commands would complete and validate each value twice.
-            return Namespace(subcommand=command, **{command: self.command_parser.parse_args(others, **keys)})
+            config = self.command_parser.parse_args(others, **keys)
+            return Namespace(subcommand=command, **{command: config})  # type: ignore[no-untyped-call]
         except Exception as error:
             cause = bad_input(error)
             if cause is not None and not isinstance(cause, ArgumentError):

@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage again, a seventh as often, and never imported modules and collected tests."""
+    """Collect garbage again, but more rarely, and never imported modules and collected tests."""
     gc.freeze()
-    gc.set_threshold(5_000)
+    gc.set_threshold(20_000)
     gc.enable()

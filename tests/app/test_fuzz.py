@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -307,12 +308,16 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         _watching[-1].add(Path(os.path.abspath(os.fsdecode(arguments[place]))))
 
 
-sys.addaudithook(_watch)  # Python cannot remove an audit hook, so `_watching` switches it on and off
+@functools.cache
+def _start_watching() -> None:
+    """Add the hook once. Python cannot remove an audit hook, which slows down every later test of this process."""
+    sys.addaudithook(_watch)
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[set[Path]]:
     """Collect the paths that Python code opens for writing, creates or renames, except devices and library caches."""
+    _start_watching()
     _watching.append(set())
     try:
         yield (paths := _watching[-1])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from jsonargparse import _signatures, _subcommands, _util
+from jsonargparse import _optionals, _signatures, _subcommands, _util
 from lightning.fabric.utilities import registry
 
 _parameters: dict[Any, list[Any]] = {}
@@ -45,12 +45,13 @@ def find_action_and_subcommand(parser: Any, key: str, exclude: Any = None) -> An
 def install() -> None:
     """Replace the functions in each module of jsonargparse that imports them, and Lightning's look at all packages."""
     fast: dict[Callable[..., Any], Callable[..., Any]] = {
-        _inspect: get_signature_parameters,
         _import_path: get_import_path,
         _find_action: find_action_and_subcommand,
+        _optionals.get_doc_short_description: cache(_optionals.get_doc_short_description),
     }
     for module in [module for name, module in sys.modules.items() if name.startswith("jsonargparse.")]:
         for slow, replacement in fast.items():
             if getattr(module, slow.__name__, None) is slow:
                 setattr(module, slow.__name__, replacement)
+    _signatures.get_signature_parameters = get_signature_parameters  # other modules pass other arguments
     registry.entry_points = cache(registry.entry_points)
