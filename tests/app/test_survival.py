@@ -505,22 +505,22 @@ def test_a_signal_to_a_process_or_group_ends_all_processes(cli: CommandLine, opt
 # ------------------------------------------------------------------------- two processes in a directory, full disk
 
 
-def hold(run: Path, ready: Any) -> None:
-    """Lock a run as a fit does, with a forked child that outlives this process."""
+def hold(run: Path, children: Any) -> None:
+    """Lock a run as a fit does, with a forked child that outlives this process. Report the child's number."""
     with locked(run):
-        if os.fork() == 0:
-            time.sleep(20)
-            os._exit(0)
-        ready.set()
+        child = os.fork()
+        if child:
+            children.put(child)
         time.sleep(60)
+        os._exit(0)
 
 
 def test_a_run_is_resumed_by_one_process_at_a_time(fitted_cli: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
     context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=hold, args=(fitted_cli.run(), ready))
+    children = context.SimpleQueue()
+    process = context.Process(target=hold, args=(fitted_cli.run(), children))
     process.start()
-    assert ready.wait(60)
+    child = children.get()
     before = last(fitted_cli.run()).read_bytes()
     refused(capsys, fitted_cli("fit", "--ckpt_path=last"), f"process {process.pid} on ", "trains in", "version_0")
     assert last(fitted_cli.run()).read_bytes() == before
@@ -529,6 +529,7 @@ def test_a_run_is_resumed_by_one_process_at_a_time(fitted_cli: CommandLine, caps
     process.join()
     with locked(fitted_cli.run()):  # the lock is free although the child of the killed process still runs
         assert f"process {os.getpid()} on" in (fitted_cli.run() / LOCK).read_text()
+        os.kill(child, signal.SIGKILL)
 
 
 def test_runs_that_start_at_once_get_a_directory_each(tmp_path: Path) -> None:
