@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_dumper
+from jsonargparse import ArgumentParser, Namespace
 
 from app.config.program_files import find_program_file
 from app.config.yaml_files import read_yaml
@@ -29,22 +29,6 @@ _log = logging.getLogger(__name__)
 
 # Some defaults of callbacks are members of enumerations, and a saved configuration contains all defaults.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
-
-
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """Writer of YAML that is eight times faster where PyYAML was built with libyaml."""
-
-    yaml_representers = yaml.SafeDumper.yaml_representers
-    yaml_multi_representers = yaml.SafeDumper.yaml_multi_representers
-
-
-def _dump(content: Any) -> str:
-    text: str = yaml.dump(content, Dumper=_Dumper, allow_unicode=True, sort_keys=False)
-    # libyaml would escape emoji
-    return yaml.safe_dump(content, allow_unicode=True, sort_keys=False) if "\\U" in text else text
-
-
-set_dumper("yaml", _dump)
 
 
 def split_arguments(words: list[str]) -> tuple[list[str], list[str], list[str]]:
