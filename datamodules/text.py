@@ -349,8 +349,8 @@ class TextData(ResumableDataModule):
         tables = self.stored_tables("test")
         if not tables:
             raise DataError(
-                f"data.predict_path: {self.path} has no file of a test split, and predict does not read rows that were "
-                "held out. Name a file of rows to predict."
+                f"data.predict_path: {self.path} has no test split of its own, and predict does not read held-out rows. "
+                "Name a file of rows to predict."
             )
         return tables
 
