@@ -349,7 +349,7 @@ class TextData(ResumableDataModule):
         tables = self.stored_tables("test")
         if not tables:
             raise DataError(
-                f"data.predict_path: {self.path} has no test split of its own, and predict does not read held-out rows. "
+                f"data.predict_path: {self.path} has no test split, and predict does not read held-out rows. "
                 "Name a file of rows to predict."
             )
         return tables
